@@ -1,0 +1,68 @@
+# `make demo` and `make test` each make a virtual environment in $(VENV) and install what they need.
+# They need Python 3.11 or newer and nothing else; name an interpreter with PYTHON=/path/to/python3.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= demo
+# Test processes; each computes on one thread.
+WORKERS ?= 2
+# More arguments for pip and pytest, for instance PYTEST_ARGS="-k bilora -x".
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+# The first interpreter that is new enough and can make virtual environments.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$python"; exit; }; done; echo python3)
+endif
+
+# One file, one process: what a test file prepares is prepared once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint fast format clean
+
+help:  ## list these commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what they make, into demo/
+	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
+
+test: lint  ## all checks: ruff, pyright, every test
+	$(PYTEST) $(PYTEST_ARGS)
+
+fast: $(VENV)/.installed-dev  ## the tests that take less than about 20 seconds each
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev  ## let ruff mend style and order of imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, all caches and what the demo made
+	rm -rf "$(VENV)" "$(DEMO_DIR)" build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "error: there is no '$(PYTHON)' here; install Python 3.11 or newer" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: '$(PYTHON)' is older than Python 3.11; install a newer one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' cannot make virtual environments; install its venv module (on Debian or Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install $(PIP_ARGS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $(VENV)/.installed $@

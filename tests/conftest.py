@@ -1,0 +1,49 @@
+"""What every test relies on: no network, one thread per process, caches of their own.
+
+The environment is set here, at import, because the libraries read it when they are first imported,
+and because the processes that tests start inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",  # huggingface_hub, transformers, diffusers and datasets all heed it
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="disabled",
+    MPLBACKEND="Agg",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not _IS_WORKER:  # workers share the folder of the process that started them
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bilora-tests-")
+# A launcher's variables would make the scripts under test believe that they are one of several.
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+# The same examples on every machine, and no deadline: the first call of an operator is always slow.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files that hold slow tests first, so that no process is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # stable
+
+
+def pytest_unconfigure() -> None:
+    """Removes the caches that the tests filled."""
+    if not _IS_WORKER:
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

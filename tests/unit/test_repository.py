@@ -1,0 +1,159 @@
+"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import bilora_diffusion
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
+MAX_LINES = 350
+# Folders that exist on one machine only. Each name is put together here, so as not to find itself.
+MACHINE_PATHS = re.compile(
+    r"(?<![\w.~$}-])/(?:" + "|".join(["work", "root", "tmp", "home", "farm"]) + r")/[\w.]"
+)
+REGISTRIES = re.compile(
+    "|".join(
+        name.replace(".", r"\.")
+        for name in (
+            "pypi" + ".org",
+            "python" + "hosted.org",
+            "download." + "pytorch.org",
+            "npm" + "js.org",
+            "npm" + "js.com",
+            "deb." + "debian.org",
+        )
+    )
+)
+
+
+def repository_files() -> list[Path]:
+    """Files that are in git, or would be after `git add --all`."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode != 0:
+        pytest.skip("this copy is not a git checkout, so its own files cannot be told from others")
+    paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def text_of(path: Path) -> str | None:
+    """The file's text, or None if it is binary."""
+    data = path.read_bytes()
+    return None if b"\0" in data else data.decode("utf-8", errors="replace")
+
+
+def lines_matching(pattern: re.Pattern[str]) -> list[str]:
+    """Every line of the repository's text files that `pattern` matches, as FILE:LINE: text."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path in repository_files()
+        for number, line in enumerate((text_of(path) or "").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+
+
+def test_the_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert bilora_diffusion.__version__ == project["version"] == citation["version"]
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_dependencies_are_ranges() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    for requirement in [*project["dependencies"], *(item for extra in extras for item in extra)]:
+        assert "==" not in requirement
+        assert "+" not in requirement
+        assert "@" not in requirement
+
+
+def test_the_import_is_light() -> None:
+    code = "import sys, bilora_diffusion; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert "bilora_diffusion" in loaded
+    assert loaded.isdisjoint({"diffusers", "gradio", "bitsandbytes", "datasets", "matplotlib"})
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    assert lines_matching(MACHINE_PATHS) == []
+
+
+def test_no_file_names_a_package_registry() -> None:
+    assert lines_matching(REGISTRIES) == []
+
+
+def test_the_python_files_are_short() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in repository_files()
+        if path.suffix == ".py"
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_the_demo_has_a_recipe() -> None:
+    assert ROOT / "recipes" / "mini.yaml" in RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+    from bilora_diffusion.config import parse
+
+    keys = yaml.safe_load(recipe.read_text())
+    config = parse(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+    assert set(keys) <= set(config.to_dict()) | {"dataset"}
+
+
+def test_the_readme_begins_with_the_demo() -> None:
+    block = re.search(r"```[a-z]*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert "make demo" in block.group(1)
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_knows_the_targets(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert re.search(rf"^\s*make {target}", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_ci_runs_what_a_contributor_runs() -> None:
+    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+def test_the_example_method_of_contributing_works(tmp_path: Path) -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL)
+    for text, name in blocks:
+        (tmp_path / Path(name).name).write_text(text)
+    runner = (
+        "import importlib.util as u, sys, pytest, bilora_diffusion.methods\n"
+        "spec = u.spec_from_file_location('bilora_diffusion.methods.lora_plus', 'lora_plus.py')\n"
+        "module = sys.modules[spec.name] = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "sys.exit(pytest.main(['-p', 'no:cacheprovider', 'test_lora_plus.py']))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", runner],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 passed" in run.stdout
