@@ -1,0 +1,92 @@
+"""Reading what adapters a model holds: names, layers, factors, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+PRIMARY = "default"
+AUXILIARY = "auxiliary"
+
+
+class Factors(NamedTuple):
+    """The two matrices of one adapter on one layer, as views of the parameters."""
+
+    name: str
+    A: Tensor  # (r, n); a convolution's n is in_channels * kernel area
+    B: Tensor  # (m, r)
+    scale: float  # s = alpha / r
+
+
+def names(model: nn.Module) -> tuple[str, ...]:
+    """Every adapter in `model` (or several), in order of first appearance."""
+    return tuple(dict.fromkeys(name for _, layer in layers(model) for name in layer.lora_A))
+
+
+def layers(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
+    """(module path, PEFT layer) of each layer with `adapter`, or with any; or several."""
+    return [
+        (name.replace("_orig_mod.", ""), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A)
+    ]
+
+
+def factors(model: nn.Module, adapter: str) -> list[Factors]:
+    """A and B of every layer of `model` (or several), in the order of the modules."""
+    return factors_of(layers(model, adapter), adapter)
+
+
+def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
+    """A and B of these layers; as `factors`, without a walk through the whole model."""
+    return [
+        Factors(
+            path,
+            _as_matrix(layer.lora_A[adapter].weight),
+            _as_matrix(layer.lora_B[adapter].weight),
+            float(layer.scaling[adapter]),
+        )
+        for path, layer in found
+    ]
+
+
+def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters (A, B, DoRA's magnitude) of `model` (or several).
+
+    Keys are module path + ".lora_A.weight" and so on, without the adapter's name.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in layers(model, adapter):
+        for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            holder: nn.ModuleDict = getattr(layer, kind)
+            if adapter in holder:
+                for leaf, parameter in holder[adapter].named_parameters():
+                    found[f"{path}.{kind}.{leaf}"] = parameter
+    return found
+
+
+def parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """The values of `named_parameters`."""
+    return list(named_parameters(model, adapter).values())
+
+
+def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
+    known = names(model)
+    for name in wanted:
+        if name not in known:
+            raise UserError(
+                f'There is no adapter "{name}"; the model has: {", ".join(known) or "none"}.'
+            )
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """(out, ...) -> (out, rest) as a view; in order of strides, so that channels_last works too."""
+    if weight.dim() == 2:
+        return weight.detach()
+    trailing = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
+    return weight.detach().permute(0, *trailing).view(weight.shape[0], -1)

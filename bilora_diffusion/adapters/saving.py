@@ -1,0 +1,87 @@
+"""Adapters as tensors and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .access import PRIMARY, named_parameters
+
+PEFT_PREFIX = "base_model.model."
+
+
+def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys ("...lora_A.weight"): contiguous copies."""
+    return {
+        _peft_key(key): value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in named_parameters(model, adapter).items()
+    }
+
+
+def load_state_dict(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
+    """Copy what `state_dict` returned into the adapter's parameters.
+
+    Raises:
+        UserError: a key is missing or unknown, or a shape differs; nothing is changed then.
+    """
+    own = {_peft_key(key): value for key, value in named_parameters(model, adapter).items()}
+    for key in own.keys() ^ tensors.keys():
+        kind = "misses" if key in own else "has the unknown"
+        raise UserError(
+            f'The state for adapter "{adapter}" {kind} key {key}; use the state of the same model.'
+        )
+    for key, value in own.items():
+        if tensors[key].shape != value.shape:
+            raise UserError(
+                f"{key} has shape {tuple(tensors[key].shape)} in the state but "
+                f"{tuple(value.shape)} in the model; "
+                "use the rank and the model that the state was made with."
+            )
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(tensors[key])
+
+
+def weight_delta(layer: nn.Module, adapter: str) -> Tensor:
+    """s * B @ A of one PEFT layer, in the weight's shape and the adapter's precision."""
+    return cast(Any, layer).get_delta_weight(adapter).detach()
+
+
+def lora_config(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """PEFT's configuration of the adapter, with values that JSON can hold."""
+    config = cast(Any, model).peft_config[adapter]
+    return {key: _jsonable(value) for key, value in sorted(config.to_dict().items())}
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY) -> None:
+    """Write one adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value.cpu()
+        for key, value in state_dict(model, adapter).items()
+    }
+    config = LoraConfig(**cast(Any, model).peft_config[adapter].to_dict())
+    config.inference_mode = True
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _peft_key(key: str) -> str:
+    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return getattr(value, "value", value)

@@ -1,0 +1,77 @@
+"""Which adapters act, and which are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..errors import UserError
+from .access import check_known, layers
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Make exactly these adapters act, in this order, and nothing else trainable; or several.
+
+    Raises:
+        UserError: an adapter that no layer has.
+    """
+    check_known(model, names)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(True)
+            module.set_adapter(list(names))
+        elif isinstance(module, BaseTuner):
+            module.active_adapter = list(names)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that act, in order; empty where adapters are switched off.
+
+    Raises:
+        UserError: the layers do not agree.
+    """
+    states = {
+        () if layer.disable_adapters else tuple(layer.active_adapters) for _, layer in layers(model)
+    }
+    if len(states) > 1:
+        raise UserError(
+            f"The layers disagree on the active adapters ({sorted(states)}); call activate once."
+        )
+    return states.pop() if states else ()
+
+
+@contextmanager
+def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Within the context exactly these adapters act, for forward passes only; or several.
+
+    Afterwards the order of the adapters and what is trainable are as they were.
+
+    Raises:
+        UserError: an adapter that no layer has.
+    """
+    check_known(model, names)
+    before = [
+        (layer, list(layer.active_adapters), layer.disable_adapters) for _, layer in layers(model)
+    ]
+    flags = [
+        (p, p.requires_grad) for layer, _, _ in before for p in cast(nn.Module, layer).parameters()
+    ]
+    try:
+        for layer, _, _ in before:
+            layer.enable_adapters(True)
+            layer.set_adapter(list(names))
+        yield
+    finally:
+        for layer, order, disabled in before:
+            layer.set_adapter(order)
+            if disabled:
+                layer.enable_adapters(False)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,148 @@
+"""Which layers an adapter goes on, and of what shape it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The shape of one LoRA adapter: W + (alpha / rank) * B @ A on every target.
+
+    Args:
+        rank: inner size r of A (r, n) and B (m, r).
+        alpha: numerator of the scale s = alpha / rank.
+        dropout: probability of dropping an input of A, in training mode.
+        init: "default" (A kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1 / rank,
+            B zero).
+        use_dora: learn the magnitude of each output separately (DoRA).
+        target_modules: "all-linear" (every linear layer but the output head), a regular expression
+            for full module names, or a tuple of names or name endings such as ("to_q", "to_out.0").
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    rank: int = 4
+    alpha: float = 8
+    dropout: float = 0.0
+    init: str = "default"
+    use_dora: bool = False
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}; use a whole number of 1 or more.")
+        if not self.alpha > 0:
+            raise UserError(f"alpha is {self.alpha}; use a number above 0, such as twice the rank.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(
+                f"dropout is {self.dropout}; use a number from 0 up to, but not including, 1."
+            )
+        if self.init not in INITS:
+            hint = did_you_mean(self.init, INITS)
+            raise UserError(f'init is "{self.init}"{hint}; use one of {", ".join(INITS)}.')
+        if not self.target_modules:
+            raise UserError(
+                'target_modules is empty; use "all-linear" or the names of some layers.'
+            )
+
+
+def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
+    """The layers that `spec.target_modules` names, by module path, in the order of the model.
+
+    Raises:
+        UserError: nothing matches, or a match is neither linear nor an ungrouped convolution.
+    """
+    root = plain_model(model)
+    modules = _modules_without_adapter_internals(root)
+    if spec.target_modules == ALL_LINEAR:
+        head = _output_head(root)
+        found = {
+            k: m
+            for k, m in modules.items()
+            if _is_linear(m) and m is not head and not _in_attention(root, k)
+        }
+    else:
+        config = LoraConfig(target_modules=peft_targets(spec))
+        found = {
+            key: module
+            for key, module in modules.items()
+            if check_target_module_exists(config, key)
+        }
+    if not found:
+        linear = [key for key, module in modules.items() if _is_linear(module)]
+        shown = ", ".join(linear[:5]) or "none"
+        raise UserError(
+            f"target_modules {spec.target_modules!r} matches no layer of {type(root).__name__}; "
+            f"its linear layers are called, for example: {shown}."
+        )
+    for key, module in found.items():
+        if reason := _unsupported(root, key, module):
+            raise UserError(f'The target "{key}" {reason}; take it out of target_modules.')
+    return found
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`, or the model itself."""
+    return cast(nn.Module, model.base_model.model) if isinstance(model, PeftModel) else model
+
+
+def peft_targets(spec: AdapterSpec) -> str | list[str]:
+    """`spec.target_modules` as PEFT wants it."""
+    return (
+        spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    )
+
+
+def base_of(layer: Any) -> Any:
+    """The layer that an adapter wraps, or the layer itself."""
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(base_of(module), nn.Linear | Conv1D)
+
+
+def _modules_without_adapter_internals(root: nn.Module) -> dict[str, nn.Module]:
+    inside = tuple(
+        f"{key}." for key, module in root.named_modules() if isinstance(module, LoraLayer)
+    )
+    return {
+        key: module for key, module in root.named_modules() if key and not key.startswith(inside)
+    }
+
+
+def _output_head(root: nn.Module) -> nn.Module | None:
+    """What "all-linear" leaves out, as in PEFT: the layer that makes the logits."""
+    getter = getattr(root, "get_output_embeddings", None)
+    return cast("nn.Module | None", getter()) if callable(getter) else None
+
+
+def _in_attention(root: nn.Module, key: str) -> bool:
+    return isinstance(root.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _unsupported(root: nn.Module, key: str, module: nn.Module) -> str:
+    base = base_of(module)
+    if _in_attention(root, key):
+        return "is read by nn.MultiheadAttention as a weight, which would bypass an adapter"
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "is a convolution with groups" if base.groups > 1 else ""
+    return (
+        ""
+        if _is_linear(module)
+        else f"is a {type(base).__name__}, neither a linear layer nor a convolution"
+    )

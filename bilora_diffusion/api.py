@@ -1,0 +1,145 @@
+"""Bi-LoRA for people with their own training loop: attach, make an optimizer, bind."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import adapters
+from .adapters import PRIMARY, AdapterSpec
+from .methods.base import MethodOptions, Target
+from .methods.bilora import BiLoRA as _Method
+
+
+@dataclass(frozen=True)
+class BiLoRAConfig:
+    """What `attach` puts on a model.
+
+    Args:
+        rank: rank of the primary.
+        alpha: the primary's scale is alpha / rank.
+        auxiliary_rank: rank of the auxiliary; None is the primary's.
+        auxiliary_alpha: alpha of the auxiliary; None is the primary's.
+        rho: radius of the ball that bounds the auxiliary (Eq. 8).
+        rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
+            B2 @ A2.
+        auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
+            `param_groups`.
+        target_modules: "all-linear", a regular expression for module names, or a tuple of names or
+            name endings.
+        dropout: dropout on the primary's input.
+        init: the primary's init, "default" or "gaussian".
+        use_dora: make the primary a DoRA adapter.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    auxiliary_rank: int | None = None
+    auxiliary_alpha: float | None = None
+    rho: float = 0.05
+    rho_norm: str = "scaled"
+    auxiliary_learning_rate: float | None = None
+    target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
+    dropout: float = 0.0
+    init: str = "default"
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        self.spec()
+        self.options()
+
+    def spec(self) -> AdapterSpec:
+        """The primary's shape."""
+        return AdapterSpec(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            init=self.init,
+            use_dora=self.use_dora,
+            target_modules=self.target_modules,
+        )
+
+    def options(self) -> MethodOptions:
+        """What the method needs beside it."""
+        return MethodOptions(
+            rho=self.rho,
+            rho_norm=self.rho_norm,
+            auxiliary_rank=self.auxiliary_rank,
+            auxiliary_alpha=self.auxiliary_alpha,
+            auxiliary_learning_rate=self.auxiliary_learning_rate,
+        )
+
+
+class BiLoRA:
+    """A model with a primary and an auxiliary adapter; made by `attach`."""
+
+    def __init__(self, model: nn.Module, config: BiLoRAConfig) -> None:
+        self.model = model
+        self.config = config
+        self._target = Target("model", model, config.spec(), lr=0.0)
+        self._method = _Method(config.options())
+        self._method.setup([self._target])
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer: the primary descends, the auxiliary ascends.
+
+        Args:
+            lr: the learning rate of the primary, and of the auxiliary if the config names none.
+            weight_decay: of the primary; the auxiliary has none.
+        """
+        return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10).
+
+        Raises:
+            UserError: bound to it already, or the optimizer was not made from `param_groups`.
+        """
+        self._method.bind(optimizer)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A context in which the auxiliary is off: for evaluation, not for backward passes."""
+        return self._method.evaluating()
+
+    def auxiliary_norm(self) -> float:
+        """The auxiliary's total Frobenius norm now, in the units of `rho_norm`; rho or less."""
+        return self._method.auxiliary_norm()
+
+    def clip_parameters(self) -> list[nn.Parameter]:
+        """The parameters to give to gradient clipping: the primary's; the ball bounds the others."""
+        return self._method.clip_parameters()
+
+    def primary_state_dict(self) -> dict[str, Tensor]:
+        """The trained LoRA under PEFT's keys; nothing of the auxiliary."""
+        return adapters.state_dict(self.model, PRIMARY)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the primary as a plain PEFT LoRA adapter that `PeftModel.from_pretrained` loads."""
+        adapters.save_pretrained(self.model, folder)
+
+
+def attach(model: nn.Module, config: BiLoRAConfig | None = None) -> BiLoRA:
+    """Put Bi-LoRA on a model, in place.
+
+    Args:
+        model: any module with linear layers: a Transformers model, a diffusers UNet, a plain
+            network. A `PeftModel` whose adapter "default" is the LoRA that `config` describes keeps
+            it as the primary.
+
+    Returns:
+        The handle: `param_groups`, `bind`, `evaluating`, `auxiliary_norm`, `save_pretrained`.
+
+    Raises:
+        UserError: no layer matches, or an adapter that is there already is of another shape.
+    """
+    return BiLoRA(model, config or BiLoRAConfig())

@@ -1,0 +1,184 @@
+"""Bi-LoRA (Algorithm 1): the primary descends, the auxiliary ascends within a ball."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .. import adapters, ball
+from ..adapters import AUXILIARY, PRIMARY
+from ..errors import UserError
+from .base import Method, MethodOptions, Target, register
+
+
+@register("bilora")
+class BiLoRA(Method):
+    """min over B1, A1, max over ||B2 A2||_F <= rho of L(W0 + B1 A1 + B2 A2)  (Eqs. 7 and 8).
+
+    The total norm runs over the layers of all targets. The auxiliary's group of the optimizer has
+    `maximize=True` and no weight decay; the projection follows every optimizer step that is taken
+    (not one that a gradient scaler skips). Gradient clipping sees the primary only: the ball bounds
+    the auxiliary.
+    """
+
+    adapters = (PRIMARY, AUXILIARY)
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._layers: list[tuple[str, adapters.LoraLayer]] = []
+        self._optimizer: Optimizer | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._last: ball.Projection | None = None
+
+    def inject_others(self) -> None:
+        # W = W0 + B1 A1 + B2 A2 (Eq. 7). B2 starts at zero; whatever the primary's init, A2 is
+        # kaiming-uniform.
+        for target in self.targets:
+            auxiliary = replace(
+                target.spec,
+                rank=self.options.auxiliary_rank or target.spec.rank,
+                alpha=self.options.auxiliary_alpha or target.spec.alpha,
+                dropout=0.0,  # a perturbation of the weights is the same for every input
+                init="default",
+                use_dora=False,
+            )
+            adapters.inject(target.model, auxiliary, AUXILIARY)
+        self._layers = [
+            (f"{target.name}.{path}", layer)
+            for target in self.targets
+            for path, layer in adapters.layers(target.model, AUXILIARY)
+        ]
+
+    def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
+        # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
+        groups = super().param_groups(targets)
+        for target in targets:
+            groups.append(
+                {
+                    "params": adapters.parameters(target.model, AUXILIARY),
+                    "lr": self._auxiliary_lr(target, targets[0]),
+                    "weight_decay": 0.0,
+                    "maximize": True,
+                    "name": f"{target.name}.{AUXILIARY}",
+                }
+            )
+        return groups
+
+    def _auxiliary_lr(self, target: Target, first: Target) -> float:
+        rate = self.options.auxiliary_learning_rate
+        if rate is None or target.lr == first.lr:
+            return target.lr if rate is None else rate
+        if first.lr == 0:
+            raise UserError(
+                f"The learning rate of {first.name} is 0, so auxiliary_learning_rate {rate} has "
+                f"no ratio to keep for {target.name}; leave auxiliary_learning_rate out."
+            )
+        return rate * target.lr / first.lr
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Project after every step of `optimizer`, and see to it that it ascends on the auxiliary.
+
+        An optimizer that knows no `maximize` (Prodigy, 8-bit AdamW) is given the auxiliary's
+        negated gradients, which is the same for a group without weight decay.
+
+        Raises:
+            UserError: bound to it already; its groups are not those of `param_groups`; it can't be
+                hooked.
+        """
+        optimizer = _unwrapped(optimizer)
+        if optimizer is self._optimizer:
+            raise UserError("bind got the same optimizer twice; call it once, after making it.")
+        self._check_groups(optimizer)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if "maximize" not in optimizer.defaults:
+            self._hooks.append(optimizer.register_step_pre_hook(self._refuse_closure))
+            self._hooks.append(optimizer.register_step_pre_hook(self._negate))
+            self._hooks.append(optimizer.register_step_post_hook(self._negate))
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._optimizer = optimizer
+
+    def project(self) -> ball.Projection:
+        """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""
+        return ball.project_(self._factors(), self.options.rho, scaled=self._scaled)
+
+    def auxiliary_norm(self) -> float:
+        """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
+        return float(ball.frobenius_norm(self._factors(), scaled=self._scaled))
+
+    def metrics(self) -> dict[str, float]:
+        """The auxiliary's norm before and after the last projection."""
+        if self._last is None:
+            return {}
+        return {
+            "auxiliary_norm_before": float(self._last.before),
+            "auxiliary_norm": float(self._last.after),
+        }
+
+    @property
+    def _scaled(self) -> bool:
+        return self.options.rho_norm == "scaled"
+
+    def _factors(self) -> list[adapters.Factors]:
+        return adapters.factors_of(self._layers, AUXILIARY)
+
+    def _after_step(self, *_: Any) -> None:
+        self._last = self.project()
+
+    def _negate(self, *_: Any) -> None:
+        own = (p for target in self.targets for p in adapters.parameters(target.model, AUXILIARY))
+        if gradients := [p.grad for p in own if p.grad is not None]:
+            torch._foreach_neg_(gradients)
+
+    @staticmethod
+    def _refuse_closure(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            raise UserError(
+                f"{type(optimizer).__name__} knows no maximize and was given a closure, in which "
+                "the auxiliary's gradients can't be turned; call step() without one."
+            )
+
+    def _check_groups(self, optimizer: Optimizer) -> None:
+        models = [target.model for target in self.targets]
+        auxiliary = {id(p) for model in models for p in adapters.parameters(model, AUXILIARY)}
+        primary = {id(p) for model in models for p in adapters.parameters(model, PRIMARY)}
+        fix = "make the optimizer from param_groups() as it is."
+        missing = auxiliary | primary
+        for group in optimizer.param_groups:
+            held = {id(p) for p in group["params"]}
+            missing -= held
+            ascends = bool(group.get("maximize", False))
+            if held & auxiliary and (
+                held - auxiliary or not ascends or group.get("weight_decay", 0) != 0
+            ):
+                raise UserError(
+                    f"The auxiliary's group has maximize={ascends}, "
+                    f"weight_decay={group.get('weight_decay', 0)} "
+                    f"and {len(held - auxiliary)} foreign parameters; {fix}"
+                )
+            if held & primary and ascends:
+                raise UserError(
+                    f"A group with maximize=True holds parameters of the primary; {fix}"
+                )
+        if missing:
+            raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside what accelerate or a scheduler may have wrapped around it."""
+    while "_optimizer_step_post_hooks" not in getattr(optimizer, "__dict__", {}):
+        if not hasattr(optimizer, "optimizer"):
+            raise UserError(
+                f"bind got a {type(optimizer).__name__}, which is not a torch.optim.Optimizer and "
+                "can't be hooked; give the torch optimizer."
+            )
+        optimizer = cast(Any, optimizer).optimizer
+    return optimizer

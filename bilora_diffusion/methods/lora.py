@@ -1,0 +1,10 @@
+"""LoRA: the primary alone, W = W0 + s * B @ A, by gradient descent."""
+
+from __future__ import annotations
+
+from .base import Method, register
+
+
+@register("lora")
+class LoRA(Method):
+    """What `Method` does by default."""
