@@ -1,0 +1,186 @@
+"""From arguments and a recipe to option values, keeping track of which were given.
+
+Nothing here knows about a particular script: any set of option dataclasses will do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import UserError, did_you_mean
+
+UNSET = object()
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each option under one spelling, and its default only where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        strings = action.option_strings
+        action.option_strings = [s for s in strings if s[:2] != "--" or "-" not in s[2:]]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = strings
+
+
+class CommandLine(HfArgumentParser):
+    """A parser whose complaints are one sentence, and that tells given values from defaults.
+
+    Args:
+        groups: option dataclasses; one of them has the field ``config``, a recipe's path.
+        description: first lines of ``--help``.
+        usage: the shortest complete command line.
+    """
+
+    def __init__(self, groups: Sequence[type], description: str, usage: str) -> None:
+        super().__init__(
+            list(groups),
+            description=description,
+            usage=usage,
+            allow_abbrev=False,
+            formatter_class=Help,
+        )
+        self._fields = [field for group in groups for field in dataclasses.fields(group)]
+
+    def read(
+        self, argv: Sequence[str] | None, alternatives: Sequence[tuple[str, str]] = ()
+    ) -> tuple[dict[str, Any], frozenset[str]]:
+        """Values of all options, and the names of those that the arguments or the recipe give.
+
+        Args:
+            argv: arguments without the program's name; None for ``sys.argv``.
+            alternatives: pairs of options of which one replaces the other: given on the command
+                line, it overrules its partner in the recipe.
+
+        Raises:
+            UserError: an unknown option, a value of the wrong type, a recipe that can't be read.
+        """
+        flags = self._explicit(argv)
+        recipe = self._recipe(Path(flags["config"])) if flags.get("config") else {}
+        for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
+            if one in flags and other not in flags:
+                recipe.pop(other, None)
+        given = {**recipe, **flags}
+        return {**self.defaults(), **given}, frozenset(given)
+
+    def defaults(self) -> dict[str, Any]:
+        """Every option's value when nobody gives one."""
+        return {
+            field.name: field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+            for field in self._fields
+        }
+
+    def _explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        namespace = argparse.Namespace(**{field.name: UNSET for field in self._fields})
+        _, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self._refuse(unknown[0])
+        return {name: value for name, value in vars(namespace).items() if value is not UNSET}
+
+    def _refuse(self, word: str) -> NoReturn:
+        if not word.startswith("-"):
+            raise UserError(f'unexpected "{word}": put the flag that it belongs to in front of it.')
+        flag = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        hint = did_you_mean(flag, [f"--{name}" for name in self._names()])
+        raise UserError(f'unknown flag "{word.split("=")[0]}"{hint}: --help lists all flags.')
+
+    def _names(self) -> dict[str, str]:
+        """Every spelling of an option without its dashes -> the field's name."""
+        return {
+            string.lstrip("-").replace("-", "_"): action.dest
+            for action in self._actions
+            for string in action.option_strings
+            if string.startswith("--") and action.dest != "help"
+        }
+
+    def _recipe(self, path: Path) -> dict[str, Any]:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f'there is no recipe "{path}": correct --config.') from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'the recipe "{path}" is not a text file: correct --config.') from error
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" in line {where.line + 1}" if where else ""
+            raise UserError(f'the recipe "{path}" is not valid YAML{line}: correct it.') from error
+        if not isinstance(loaded, dict):
+            raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
+        try:
+            return self._recipe_values(loaded)
+        except UserError as error:
+            raise UserError(f'in the recipe "{path}", {error}') from None
+
+    def _recipe_values(self, loaded: dict[Any, Any]) -> dict[str, Any]:
+        names, values = self._names(), {}
+        for key, value in loaded.items():
+            name = names.get(str(key).replace("-", "_"))
+            if name is None or name == "config" or str(key).startswith("no_"):
+                known = sorted(set(names) - {"config"})
+                hint = did_you_mean(str(key), known)
+                raise UserError(f'unknown key "{key}"{hint}: --help lists all of them.')
+            if name in values:
+                raise UserError(f'"{key}" gives {name} a second time: keep one of the two lines.')
+            values[name] = self._recipe_value(name, value)
+        return {name: value for name, value in values.items() if value is not UNSET}
+
+    def _recipe_value(self, name: str, value: Any) -> Any:
+        field = next(field for field in self._fields if field.name == name)
+        items = value if isinstance(value, list) else [value]
+        takes_list = field.default_factory is not dataclasses.MISSING
+        if value is None and field.default is None:
+            return UNSET
+        if (isinstance(value, list) and not takes_list) or not all(map(_is_scalar, items)):
+            raise UserError(f'"{name}" is {value!r}: give a single value.')
+        texts = [_as_argument(item) for item in items]
+        if takes_list:
+            return texts
+        return self._explicit([f"--{name}={texts[0]}"])[name]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name, choices = action.option_strings[0], [str(choice) for choice in action.choices]
+            raise UserError(
+                f'{name} is "{value}"{did_you_mean(str(value), choices)}:'
+                f" use one of {', '.join(choices)}."
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into a ``UserError``."""
+        match = re.match(r"argument (--\w+)\S*: (.*)", message, flags=re.DOTALL)
+        if match is None:
+            raise UserError(f"{message}: --help lists all flags.")
+        flag, complaint = match.groups()
+        wrong = re.match(r"invalid (int|float) value: (.*)", complaint, flags=re.DOTALL)
+        if wrong is not None:
+            kind = "a whole number" if wrong[1] == "int" else "a number"
+            raise UserError(f"{flag} is {wrong[2]}: give {kind}.")
+        truth = re.match(r"Truthy value expected: got (.*) but", complaint)
+        if truth is not None:
+            raise UserError(f'{flag} is "{truth[1]}": give True or False, or the flag alone.')
+        raise UserError(f"{flag} has no value: put one after it.")
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _as_argument(value: Any) -> str:
+    # YAML reads a bare yes or no as a boolean, and some options have just these words as values.
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)

@@ -1,0 +1,65 @@
+"""Options of what comes out: validation, the run folder, trackers and the hub."""
+
+from dataclasses import dataclass, field
+
+from .fields import option
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Images and losses that show how training goes."""
+
+    _argument_group_name = "validation"
+
+    validation_prompt: str | None = option(
+        None, "Prompt to generate images for, during training and at its end."
+    )
+    validation_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More such prompts, or one text file with a prompt on each line."},
+    )
+    num_validation_images: int = option(
+        4,
+        "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
+        " get 1 each by default.",
+    )
+    validation_epochs: int = option(25, "Generate them every so many epochs.")
+    validation_dataset: str | None = option(
+        None,
+        "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
+        " mini: mini-heldout.",
+    )
+    validation_loss_steps: int = option(
+        0, "Measure that loss every so many steps; 0 measures it at the start and the end only."
+    )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The run folder, trackers and the hub."""
+
+    _argument_group_name = "output"
+
+    output_dir: str = option("lora-dreambooth-model", "Folder of the run.")
+    overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
+    output_kohya_format: bool = option(
+        False, "Write the LoRA under kohya's keys too, for ComfyUI and others."
+    )
+    checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints.")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Continue a run: latest, auto (latest if there is one), or a checkpoint's name or folder.",
+    )
+    logging_dir: str = option("logs", "Folder of the trackers' logs, within the run folder.")
+    report_to: str = option(
+        "tensorboard",
+        "Tracker: tensorboard (used by default where it is installed), wandb, comet_ml, another"
+        " that accelerate knows, all, or none.",
+    )
+    push_to_hub: bool = option(False, "Upload the run folder to the hub at the end.")
+    hub_token: str | None = option(None, "Token for the upload; it is never written down.")
+    hub_model_id: str | None = option(None, "Repository to upload to. Default: the folder's name.")
+    config: str | None = option(
+        None, "YAML file of options by their names here; options on the command line win."
+    )

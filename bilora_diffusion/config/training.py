@@ -1,0 +1,132 @@
+"""Options of how it is trained: adapters, method, steps, precision, optimizer and schedule."""
+
+from dataclasses import dataclass
+
+from .fields import automatic_switch, option
+from .inputs import PRECISIONS
+
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The adapters and the method that trains them."""
+
+    _argument_group_name = "adapters and method"
+
+    method: str = option(
+        "bilora",
+        "bilora (two adapters, flat minima) or lora (one). Runs that differ only here"
+        " see the same data and noise, so the options of the other method may stand.",
+    )
+    rank: int = option(4, "Rank r of the LoRA matrices.")
+    lora_alpha: float | None = option(
+        None, "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8)."
+    )
+    lora_dropout: float = option(0.0, "Dropout in front of the adapters, in [0, 1).")
+    init_lora_weights: str = option(
+        "default",
+        "How A starts: default (kaiming-uniform, as in the paper and PEFT) or gaussian, as in"
+        " diffusers' script. B starts at zero.",
+        choices=("default", "gaussian"),
+    )
+    use_dora: bool = option(False, "Train the primary as a DoRA (magnitude and direction apart).")
+    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
+    rho: float = option(0.05, "Radius of the ball that the auxiliary stays in (Eq. 8).")
+    rho_norm: str = option(
+        "scaled",
+        "Norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
+        " product BA (Eq. 10 to the letter).",
+        choices=("scaled", "unscaled"),
+    )
+    auxiliary_rank: int | None = option(None, "Rank of the auxiliary. Default: the primary's.")
+    auxiliary_alpha: float | None = option(None, "Alpha of the auxiliary. Default: the primary's.")
+    auxiliary_learning_rate: float | None = option(
+        None, "Learning rate of the auxiliary's ascent. Default: the primary's."
+    )
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Steps, loss and precision."""
+
+    _argument_group_name = "steps, loss and precision"
+
+    seed: int | None = option(
+        None, "Seed of everything random: data, noise, adapters, images. Default: 0."
+    )
+    train_batch_size: int = option(1, "Images of one forward pass on one device.")
+    gradient_accumulation_steps: int = option(4, "Forward passes of one optimizer step.")
+    max_train_steps: int | None = option(
+        None, "Optimizer steps in all. Default: 500, unless --num_train_epochs is given."
+    )
+    num_train_epochs: int | None = option(
+        None, "Passes over the data, where --max_train_steps is not given."
+    )
+    max_grad_norm: float = option(1.0, "Norm that the gradients are clipped to.")
+    do_edm_style_training: bool = option(
+        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
+    )
+    snr_gamma: float | None = option(
+        None, "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual."
+    )
+    mixed_precision: str | None = option(
+        None,
+        "Precision of the frozen weights and of the arithmetic. Default: what accelerate launch"
+        " was told (fp16 or bf16); else bf16 on a GPU that has it, fp16 on one that has not, and"
+        " no elsewhere.",
+        choices=PRECISIONS,
+    )
+    gradient_checkpointing: bool | None = automatic_switch(
+        "Compute activations twice to save memory. Default: on for CUDA from 512 pixels on."
+    )
+    allow_tf32: bool = option(False, "Let CUDA multiply fp32 matrices in TF32.")
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xFormers' attention instead of PyTorch's."
+    )
+    local_rank: int = option(
+        -1, "Set by old launchers; accelerate and torchrun say it by the variable LOCAL_RANK."
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer and learning rates."""
+
+    _argument_group_name = "optimizer"
+
+    learning_rate: float = option(2e-4, "Learning rate of the UNet; 1.0 by default for prodigy.")
+    text_encoder_lr: float | None = option(
+        None, "Learning rate of the text encoders. Default: 5e-6; for prodigy --learning_rate."
+    )
+    scale_lr: bool = option(
+        False, "Multiply --learning_rate by batch size, accumulation and processes."
+    )
+    lr_scheduler: str = option("constant", "Course of the learning rate.", choices=SCHEDULERS)
+    lr_warmup_steps: int = option(0, "Steps in which it rises from 0; not for constant.")
+    lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.")
+    lr_power: float = option(1.0, "Power of polynomial.")
+    optimizer: str = option("AdamW", "AdamW or prodigy, in upper or lower case.")
+    use_8bit_adam: bool = option(False, "AdamW with 8-bit state, from bitsandbytes.")
+    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.")
+    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.")
+    adam_epsilon: float = option(1e-8, "Epsilon of AdamW and Prodigy.")
+    adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's adapters.")
+    adam_weight_decay_text_encoder: float = option(
+        1e-3, "Weight decay of the text encoders' adapters."
+    )
+    prodigy_beta3: float | None = option(
+        None, "Beta of Prodigy's step size estimate. Default: the square root of the second beta."
+    )
+    prodigy_decouple: bool = option(True, "Decay weights apart from the gradient, as AdamW does.")
+    prodigy_use_bias_correction: bool = option(True, "Correct Prodigy's averages for their start.")
+    prodigy_safeguard_warmup: bool = option(
+        True, "Keep the learning rate out of Prodigy's estimate while it warms up."
+    )

@@ -1,0 +1,1 @@
+"""Images, captions, the order in which they are visited, and the randomness of each visit."""

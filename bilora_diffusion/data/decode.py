@@ -1,0 +1,92 @@
+"""Image files of every usual kind as upright RGB on white."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    IndexError,
+    KeyError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on files that are damaged, of an unknown kind, or absurdly large."""
+
+_ORIENTATION = 0x0112
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+Opener = Callable[[], AbstractContextManager[Image.Image]]
+
+
+def opener(source: Path | bytes) -> Opener:
+    """How to open the image of a file, or of a file's content."""
+    return lambda: Image.open(source if isinstance(source, Path) else BytesIO(source))
+
+
+def read_rgb(source: Path | bytes) -> Image.Image:
+    """Decode a file, or a file's content, to RGB.
+
+    The EXIF orientation is applied, transparent parts are laid on white, palettes, CMYK and
+    grayscale are converted, and 16-bit grayscale is scaled to 8 bits instead of clipped.
+
+    Raises:
+        One of ``DECODE_ERRORS`` if it can't be decoded.
+    """
+    with opener(source)() as image:
+        image.load()
+        return to_rgb(image)
+
+
+def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
+    """(height, width) after the EXIF orientation; ``whole`` decodes every pixel as a check.
+
+    Raises:
+        One of ``DECODE_ERRORS`` if it can't be read.
+    """
+    with opener(source)() as image:
+        if whole:
+            image.load()
+            _require_known_range(image)
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return image.size if turned else (image.height, image.width)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as upright RGB; see ``read_rgb``."""
+    image = ImageOps.exif_transpose(image)
+    _require_known_range(image)
+    if image.mode in _SIXTEEN_BIT:
+        image = _eight_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        straight = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, straight).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def _require_known_range(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save it with 8 bits")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    # Mode I may hold 8-bit values as well; everything above 255 is 16-bit.
+    if image.mode != "I" or values.max(initial=0) > 255:
+        values = values / 257
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="L")

@@ -1,0 +1,111 @@
+"""A set that the ``datasets`` library reads: a hub id, or a local folder in one of its layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .sources import ImageSet, reason, require_column, require_texts
+
+
+class HubImages(ImageSet):
+    """The images of one split of a set; made by ``open``."""
+
+    def __init__(
+        self,
+        label: str,
+        rows: Any,
+        names: Sequence[str],
+        captions: Sequence[str | None],
+        columns: Sequence[str],
+    ) -> None:
+        super().__init__(label, names, captions, columns)
+        self._rows = rows
+
+    def _source(self, row: int) -> Path | bytes:
+        stored = self._rows[row] or {}
+        if stored.get("bytes") is not None:
+            return stored["bytes"]
+        if stored.get("path") is None:
+            raise ValueError("the row holds no image")
+        return Path(stored["path"])
+
+    @classmethod
+    def open(
+        cls,
+        label: str,
+        location: str,
+        *,
+        image_column: str,
+        caption_column: str | None,
+        config_name: str | None,
+        cache_dir: str | None,
+        split: str,
+    ) -> HubImages:
+        """Load a split and look up its columns; images stay encoded until they are needed.
+
+        Args:
+            label: what the user called the set.
+            location: what ``datasets.load_dataset`` is given: a folder or a hub id.
+
+        Raises:
+            UserError: no such set, configuration, split or column, or the hub is out of reach.
+        """
+        import datasets
+
+        data = _load(label, location, config_name, cache_dir, split)
+        columns = data.column_names
+        require_column(image_column, columns, "--image_column", label)
+        if not isinstance(data.features[image_column], datasets.Image):
+            images = [c for c in columns if isinstance(data.features[c], datasets.Image)]
+            hint = f"set --image_column to {' or '.join(images)}" if images else "use another set"
+            raise UserError(f'column "{image_column}" of {label} holds no images: {hint}.')
+        if not len(data):
+            raise UserError(f'the split "{split}" of {label} is empty: use another set.')
+        rows = data.select_columns(image_column).cast_column(
+            image_column, datasets.Image(decode=False)
+        )[image_column]
+        names = [f"{label}[{i}]" for i in range(len(data))]
+        captions: list[Any] = [None] * len(data)
+        if caption_column is not None:
+            require_column(caption_column, columns, "--caption_column", label)
+            captions = list(data.select_columns(caption_column)[caption_column])
+            require_texts(captions, names, caption_column, label)
+        return cls(label, rows, names, captions, columns)
+
+
+def _load(
+    label: str, location: str, config_name: str | None, cache_dir: str | None, split: str
+) -> Any:
+    import datasets
+    from datasets.data_files import EmptyDatasetError
+
+    try:
+        splits = datasets.load_dataset(location, config_name, cache_dir=cache_dir)
+    except (datasets.exceptions.DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise UserError(
+            f'"{label}" holds no images and nothing else that can be read: put images into it.'
+        ) from error
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(
+            f'the hub has no dataset "{label}" that you may read: check its name, log in with'
+            " `hf auth login` if it is private or gated, or give a local folder."
+        ) from error
+    except (OSError, RuntimeError) as error:  # out of reach, offline, damaged, disk full
+        fix = "check its files" if Path(location).is_dir() else "check the connection"
+        raise UserError(
+            f'the dataset "{label}" could not be loaded ({reason(error)}): {fix}, or give another'
+            " folder."
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f'datasets refuses "{label}" ({reason(error)}): check --dataset and'
+            " --dataset_config_name."
+        ) from error
+    if split not in splits:
+        raise UserError(
+            f'{label} has no split "{split}", only {", ".join(splits)}: give a set that has it.'
+        )
+    return splits[split]
