@@ -1,0 +1,201 @@
+"""``README.md`` of a run folder: a model card with the front matter of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from huggingface_hub import ModelCardData
+
+from .durable import write_text
+from .mini import pipeline_dir
+
+MINI = "mini"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+TITLES = {"lora": "LoRA", "bilora": "Bi-LoRA"}
+_METHODS = {
+    "lora": "Trained as plain LoRA.",
+    "bilora": (
+        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one, kept "
+        "within a ball of radius rho, maximizes it. The file holds the primary adapter alone, so "
+        "it is used like any LoRA file."
+    ),
+}
+Value = str | int | float | bool | None
+
+
+def write_card(
+    folder: Path,
+    *,
+    base_model: str,
+    method: str,
+    dataset: str | None,
+    prompts: Sequence[str],
+    images: Sequence[Path],
+    instance_prompt: str | None = None,
+    settings: Mapping[str, Value] | None = None,
+    results: Mapping[str, Value] | None = None,
+    license: str | None = None,
+    vae: str | None = None,
+    repo_id: str | None = None,
+    weight_name: str = WEIGHTS,
+) -> Path:
+    """Write ``folder/README.md``; only what is given is said.
+
+    Args:
+        folder: the run folder.
+        base_model: hub id, local folder or "mini". Local paths are not written, only their name.
+        method: name of the method, also a tag.
+        dataset: hub id, local folder or "mini"; None leaves it out.
+        prompts: prompt of each image.
+        images: image files inside ``folder``, as many as ``prompts``.
+        instance_prompt: what triggers the style or subject.
+        settings: rows of the method's table, e.g. ``{"rank": 4, "alpha": 8, "rho": 0.05}``.
+        results: rows of the results' table, e.g. ``{"held-out loss": 0.08}``.
+        license: identifier the hub knows, e.g. "openrail++".
+        vae: hub id of the VAE to load with the pipeline.
+        repo_id: hub repository the folder goes to.
+        weight_name: file of the LoRA weights.
+
+    Raises:
+        ValueError: when an image lies outside ``folder``, or there are not as many as prompts.
+    """
+    folder = Path(folder)
+    base, data = _source(base_model), _source(dataset) if dataset else None
+    gallery = [
+        (prompt, quote(path.resolve().relative_to(folder.resolve()).as_posix()))
+        for prompt, path in zip(prompts, map(Path, images), strict=True)
+    ]
+    title = TITLES.get(method, method)
+    meta = _front_matter(base, data, method, gallery, instance_prompt, license)
+    body = [
+        f"# {_name(base)} fine-tuned with {title}",
+        f"{title} weights for {_code(_name(base))}"
+        + (f", trained on {_code(_name(data))}." if data else "."),
+        _METHODS.get(method),
+        *_trigger(instance_prompt),
+        "## Use",
+        _snippet(base, instance_prompt, gallery, vae, repo_id, weight_name),
+        *_table("## Method", {"method": title} | dict(settings or {}) | {"method": title}),
+        *_table("## Results", results or {}),
+        *(["## Images"] if gallery else []),
+        *(f"![{_escape(prompt)}]({url})\n\n{_code(prompt)}" for prompt, url in gallery),
+    ]
+    text = f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+    path = folder / "README.md"
+    write_text(path, text)
+    return path
+
+
+def _source(name: str) -> str:
+    """What may be published of a model's or data set's name: not where it lies on this machine."""
+    if name == MINI or Path(name).resolve() == pipeline_dir():
+        return MINI
+    return name if _is_hub_id(name) else Path(name).name
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _name(source: str) -> str:
+    return "bilora_diffusion's miniature" if source == MINI else source
+
+
+def _front_matter(
+    base: str,
+    data: str | None,
+    method: str,
+    gallery: Sequence[tuple[str, str]],
+    instance_prompt: str | None,
+    license: str | None,
+) -> ModelCardData:
+    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora"]
+    if base != MINI:  # the miniature has SDXL's architecture, but its weights fit nothing else
+        tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        base_model=base if _is_hub_id(base) else None,
+        datasets=[data] if data and _is_hub_id(data) else None,
+        tags=list(dict.fromkeys([*tags, method])),
+        instance_prompt=instance_prompt,
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None,
+    )
+
+
+def _trigger(instance_prompt: str | None) -> list[str]:
+    if not instance_prompt:
+        return []
+    return ["## Trigger words", f"Use {_code(instance_prompt)} in the prompt."]
+
+
+def _snippet(
+    base: str,
+    instance_prompt: str | None,
+    gallery: Sequence[tuple[str, str]],
+    vae: str | None,
+    repo_id: str | None,
+    weight_name: str,
+) -> str:
+    """Python that makes an image with the weights."""
+    prompt = gallery[0][0] if gallery else instance_prompt or "a photo"
+    if base == MINI:
+        imports = [
+            "from bilora_diffusion.mini import pipeline_dir",
+            "from diffusers import DiffusionPipeline",
+        ]
+        load = ["pipeline = DiffusionPipeline.from_pretrained(pipeline_dir())"]
+    else:
+        name = base if _is_hub_id(base) else f"path/to/{base}"
+        kinds = "AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline"
+        imports = ["import torch", f"from diffusers import {kinds}"]
+        load = ["pipeline = DiffusionPipeline.from_pretrained("]
+        if vae:
+            source = _source(vae)
+            source = source if _is_hub_id(source) else f"path/to/{source}"
+            call = f"vae = AutoencoderKL.from_pretrained({source!r}, torch_dtype=torch.float16)"
+            load = [call, *load]
+        extra = ", vae=vae" if vae else ""
+        load += [f"    {name!r}, torch_dtype=torch.float16{extra}", ').to("cuda")']
+    use = [
+        f"pipeline.load_lora_weights({repo_id or '.'!r}, weight_name={weight_name!r})"
+        + ("" if repo_id else "  # this folder"),
+        f"image = pipeline({prompt!r}).images[0]",
+        'image.save("image.png")',
+    ]
+    code = "\n".join([*imports, "", *load, *use])
+    fence = _fence(code, 3)
+    return f"{fence}python\n{code}\n{fence}"
+
+
+def _table(heading: str, rows: Mapping[str, Value]) -> list[str]:
+    given = {key: value for key, value in rows.items() if value is not None}
+    if not given:
+        return []
+    lines = [f"| {_escape(key)} | {_escape(_text(value))} |" for key, value in given.items()]
+    return [heading, "\n".join(["| | |", "|---|---|", *lines])]
+
+
+def _text(value: Value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _escape(text: str) -> str:
+    """One line of text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """One line of text as inline code, whatever backticks it has."""
+    line = " ".join(text.split())
+    fence = _fence(line, 1)
+    pad = " " if line[:1] == "`" or line[-1:] == "`" else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)

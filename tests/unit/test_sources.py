@@ -1,0 +1,401 @@
+"""Images and captions from the miniature, from folders, and through the ``datasets`` library.
+
+The hub is out of reach of the tests: its sets are played by a local folder that ``datasets`` reads
+and by a stand-in for ``load_dataset`` that fails as the real one does.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from bilora_diffusion.data import sources
+from bilora_diffusion.data.decode import read_rgb, to_rgb
+from bilora_diffusion.data.sources import open_images
+from bilora_diffusion.errors import UserError
+
+
+def save(path: Path, color: int = 100, size: tuple[int, int] = (12, 8)) -> None:
+    Image.new("RGB", size, (color, 0, 0)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images alone: c.png, a.jpg, b.webp, and things that are no images."""
+    path = tmp_path / "images"
+    path.mkdir()
+    for number, name in enumerate(["c.png", "a.jpg", "b.webp"]):
+        save(path / name, 60 * number)
+    (path / "notes.txt").write_text("not an image")
+    (path / "._a.jpg").write_bytes(b"left by another system")
+    return path
+
+
+@pytest.fixture
+def captioned(folder: Path) -> Path:
+    rows = [
+        {"file_name": "c.png", "text": "a red c", "number": 1},
+        {"file_name": "a.jpg", "text": None, "number": 2},
+        {"file_name": "b.webp", "text": "  ", "number": 3},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder
+
+
+def refusal(dataset: str | Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        open_images(str(dataset), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert ". " not in message
+    return message
+
+
+def test_the_miniature() -> None:
+    train = open_images("mini", caption_column="prompt")
+    heldout = open_images("mini-heldout", caption_column="prompt")
+    assert len(train) == 23
+    assert len(heldout) >= 100
+    assert not {train.name(i) for i in range(23)} & {heldout.name(i) for i in range(len(heldout))}
+    assert {train.size(i) for i in range(23)} == {(64, 64)}
+    assert all((train.caption(i) or "").startswith("a TOK icon of a") for i in range(23))
+    assert train.columns == ("image", "prompt", "label", "codepoint")
+
+
+def test_images_alone_are_read_in_the_order_of_their_names(folder: Path) -> None:
+    images = open_images(str(folder))
+    assert [images.name(i) for i in range(len(images))] == ["a.jpg", "b.webp", "c.png"]
+    assert [images.caption(i) for i in range(3)] == [None] * 3
+    assert images.columns == ("image",)
+    assert images.size(0) == (8, 12)
+    assert images.image(0).mode == "RGB"
+    assert images.prompts("a TOK") == ["a TOK"] * 3
+
+
+def test_captions_stay_with_their_images(captioned: Path) -> None:
+    images = open_images(str(captioned), caption_column="text")
+    assert [images.name(i) for i in range(3)] == ["c.png", "a.jpg", "b.webp"]
+    assert [images.caption(i) for i in range(3)] == ["a red c", None, None]
+    assert images.prompts("TOK") == ["a red c", "TOK", "TOK"]
+    assert images.columns == ("image", "text", "number")
+    with pytest.raises(UserError, match=r"a\.jpg .*has no caption.*--instance_prompt"):
+        images.prompts(None)
+
+
+def test_captions_stay_with_their_images_when_one_is_skipped(captioned: Path) -> None:
+    (captioned / "c.png").write_bytes(b"broken")
+    (captioned / "metadata.jsonl").write_text(
+        '{"file_name": "c.png", "text": "c"}\n{"file_name": "a.jpg", "text": "a"}\n'
+    )
+    images = open_images(str(captioned), caption_column="text", skip_bad_images=True)
+    assert (len(images), images.name(0), images.caption(0)) == (1, "a.jpg", "a")
+    assert images.size(0) == (8, 12)
+    assert images.skipped == ("c.png: not an image file that Pillow knows",)
+
+
+def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    save(tmp_path / "deep" / "a.png")
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([["file_name", "text"], ["deep/a.png", 'red, "big"\nand wide']])
+    images = open_images(str(tmp_path), caption_column="text")
+    assert images.caption(0) == 'red, "big"\nand wide'
+    assert images.name(0) == "deep/a.png"
+
+
+def test_images_are_read_when_needed(folder: Path) -> None:
+    images = open_images(str(folder))
+    save(folder / "a.jpg", 250)
+    assert images.image(0).getpixel((0, 0))[0] > 240
+    (folder / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"a\.jpg"):
+        images.image(0)
+
+
+def test_a_fingerprint_is_of_content_not_of_place(captioned: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path) -> str:
+        return open_images(str(path), caption_column="text").fingerprint()
+
+    original = fingerprint(captioned)
+    copy = tmp_path / "copy"
+    shutil.copytree(captioned, copy)
+    assert fingerprint(copy) == original
+    text = (copy / "metadata.jsonl").read_text()
+    (copy / "metadata.jsonl").write_text(text.replace("red", "blue"))
+    recaptioned = fingerprint(copy)
+    save(copy / "c.png", 7)
+    assert len({original, recaptioned, fingerprint(copy)}) == 3
+
+
+def test_a_set_can_be_sent_to_a_worker(captioned: Path) -> None:
+    images = open_images(str(captioned), caption_column="text")
+    sent = pickle.loads(pickle.dumps(images))
+    assert sent.caption(0) == images.caption(0)
+    assert sent.image(1).tobytes() == images.image(1).tobytes()
+
+
+def test_of_many_images_only_the_headers_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (folder / "c.png").read_bytes()
+    (folder / "c.png").write_bytes(whole[: len(whole) - 30])
+    assert "c.png" in refusal(folder)
+    monkeypatch.setattr(sources, "FULL_CHECK_LIMIT", 2)
+    images = open_images(str(folder))
+    assert len(images.fingerprint()) == 32
+    with pytest.raises(UserError, match=r"c\.png"):
+        images.image(2)
+
+
+# --- decoding
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (12, 8), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    images = open_images(str(tmp_path))
+    assert images.size(0) == (12, 8)
+    turned = images.image(0)
+    assert turned.size == (8, 12)
+    assert turned.getpixel((7, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
+    if mode == "RGB":  # one color is declared transparent
+        image, options = Image.new("RGB", (4, 4), (9, 9, 9)), {"transparency": (9, 9, 9)}
+    elif mode == "P":
+        image, options = Image.new("P", (4, 4), 3), {"transparency": 3}
+    else:
+        image, options = Image.new("RGBA", (4, 4), (200, 10, 10, 0)).convert(mode), {}
+    image.save(tmp_path / "a.png", **options)
+    assert read_rgb(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_half_transparent_is_half_white() -> None:
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
+    assert to_rgb(image).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = Image.new("RGB", (4, 4), (255, 255, 255))
+    source = image.convert(mode) if mode != "LAB" else Image.new("LAB", (4, 4), (255, 128, 128))
+    converted = to_rgb(source)
+    assert converted.mode == "RGB"
+    assert converted.size == (4, 4)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        red = np.asarray(read_rgb(tmp_path / name))[..., 0]
+        assert red.tolist() == [[0, 100], [200, 255]]
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tif")
+    message = refusal(tmp_path)
+    assert "a.tif" in message
+    assert "8 bits" in message
+
+
+# --- refusals of folders
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (lambda f: (f / "c.png").write_bytes(b"x"), ["c.png", "--skip_bad_images"]),
+        (lambda f: (f / "c.png").write_bytes(b""), ["c.png", "--skip_bad_images"]),
+        (lambda f: write(f, "metadata.jsonl", '{"file_name": "gone.png"}\n'), ['"gone.png"']),
+        (lambda f: write(f, "metadata.jsonl", '{"file_name": "../x.png"}\n'), ["outside"]),
+        (lambda f: write(f, "metadata.jsonl", '{"name": "c.png"}\n'), ["row 1", '"file_name"']),
+        (lambda f: write(f, "metadata.jsonl", '{"file_name": \n'), ["line 1", "not JSON"]),
+        (lambda f: write(f, "metadata.jsonl", "[1]\n"), ["line 1", "not a JSON object"]),
+        (lambda f: write(f, "metadata.jsonl", "\n"), ["metadata.jsonl", "no image"]),
+        (lambda f: (f / "metadata.jsonl").write_bytes(b"\xff\xfe"), ["metadata.jsonl", "UTF-8"]),
+        (lambda f: write(f, "metadata.csv", "file_name,text\nc.png,a,b\n"), ["line 2", "comma"]),
+        (lambda f: write(f, "metadata.csv", "file_name,text\nc.png\n"), ["line 2", "fields"]),
+    ],
+)
+def test_spoiled_folders(folder: Path, spoil: Callable[[Path], Any], parts: list[str]) -> None:
+    spoil(folder)
+    message = refusal(folder)
+    for part in parts:
+        assert part in message
+
+
+def test_two_metadata_files(captioned: Path) -> None:
+    write(captioned, "metadata.csv", "file_name\nc.png\n")
+    assert "both metadata.jsonl and metadata.csv" in refusal(captioned)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"caption_column": "txt"}, ['"txt"', "--caption_column", "image, text, number"]),
+        ({"image_column": "picture"}, ['"picture"', "--image_column"]),
+        ({"caption_column": "number"}, ["c.png", '"number"', "int", "not text"]),
+        ({"caption_column": "image"}, ['"image"', "both"]),
+    ],
+)
+def test_wrong_columns(captioned: Path, options: dict[str, str], parts: list[str]) -> None:
+    message = refusal(captioned, **options)
+    for part in parts:
+        assert part in message
+
+
+def test_a_folder_of_broken_images(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"broken")
+    assert "no readable image" in refusal(folder, skip_bad_images=True)
+
+
+def test_an_empty_folder_and_one_without_images(tmp_path: Path) -> None:
+    assert "holds no images" in refusal(tmp_path)
+    (tmp_path / "notes.txt").write_text("words")
+    assert 'no column "image"' in refusal(tmp_path)
+
+
+def test_paths_that_are_no_folders(tmp_path: Path) -> None:
+    assert "there is no folder" in refusal(tmp_path / "nowhere")
+    (tmp_path / "a.zip").touch()
+    assert "is a file" in refusal(tmp_path / "a.zip")
+
+
+# --- through `datasets`
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """A folder as the hub stores it: Parquet files with images inside, a preview beside them."""
+    images = [Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)]
+    columns = {"picture": images, "prompt": ["zero", "", "two"], "number": [0, 1, 2]}
+    features = datasets.Features(
+        picture=datasets.Image(), prompt=datasets.Value("string"), number=datasets.Value("int64")
+    )
+    table = datasets.Dataset.from_dict(columns, features=features)
+    folder = tmp_path / "hub-set"
+    (folder / "data").mkdir(parents=True)
+    table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    save(folder / "preview.png")
+    return folder
+
+
+def test_a_folder_in_the_layout_of_the_hub(parquet: Path, tmp_path: Path) -> None:
+    images = open_images(
+        str(parquet),
+        image_column="picture",
+        caption_column="prompt",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert len(images) == 3
+    assert [images.caption(i) for i in range(3)] == ["zero", None, "two"]
+    assert [images.size(i) for i in range(3)] == [(8, 10), (8, 11), (8, 12)]
+    assert images.image(2).getpixel((0, 0)) == (120, 0, 0)
+    assert images.columns == ("picture", "prompt", "number")
+    assert images.name(1).endswith("hub-set[1]")
+    sent = pickle.loads(pickle.dumps(images))
+    assert sent.image(2).tobytes() == images.image(2).tobytes()
+    assert len(images.fingerprint()) == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, ['"image"', "--image_column", "picture, prompt, number"]),
+        ({"image_column": "prompt"}, ['"prompt"', "holds no images", "picture"]),
+        ({"image_column": "picture", "caption_column": "text"}, ['"text"', "picture, prompt"]),
+        ({"image_column": "picture", "caption_column": "number"}, ['"number"', "int"]),
+        ({"image_column": "picture", "split": "test"}, ['"test"', "train"]),
+        ({"image_column": "picture", "config_name": "odd"}, ["odd", "--dataset_config_name"]),
+    ],
+)
+def test_wrong_columns_and_splits_of_a_set(
+    parquet: Path, tmp_path: Path, options: dict[str, str], parts: list[str]
+) -> None:
+    message = refusal(parquet, cache_dir=str(tmp_path / "cache"), **options)
+    for part in parts:
+        assert part in message
+
+
+def test_subfolders_are_left_to_datasets(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        save(root / label / f"{label}.png")
+    images = open_images(str(root), cache_dir=str(tmp_path / "cache"))
+    assert len(images) == 2
+    assert images.image(0).size == (12, 8)
+
+
+def test_a_hub_id_goes_to_load_dataset(
+    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = datasets.load_dataset, []
+
+    def load(path: str, name: str | None, *, cache_dir: str) -> Any:
+        asked.append((path, name, cache_dir))
+        return real(str(parquet), cache_dir=cache_dir)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    cache = str(tmp_path / "cache")
+    images = open_images(
+        "someone/icons", image_column="picture", config_name="small", cache_dir=cache
+    )
+    assert asked == [("someone/icons", "small", cache)]
+    assert images.name(0) == "someone/icons[0]"
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist"), ["hf auth login"]),
+        (ConnectionError("Couldn't reach the Hub\nlong story"), ["Couldn't reach", "connection"]),
+        (ValueError("Config name is missing."), ["Config name", "--dataset_config_name"]),
+        (RuntimeError("Dataset scripts are no longer supported"), ["scripts"]),
+    ],
+)
+def test_a_hub_set_that_can_not_be_had(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, parts: list[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    message = refusal("someone/icons")
+    for part in ["someone/icons", *parts]:
+        assert part in message
+
+
+def test_a_row_without_an_image(tmp_path: Path) -> None:
+    features = datasets.Features(image=datasets.Image())
+    rows = {"image": [Image.new("RGB", (8, 8)), None]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    cache = str(tmp_path / "cache")
+    assert "[1]" in refusal(tmp_path, cache_dir=cache)
+    images = open_images(str(tmp_path), cache_dir=cache, skip_bad_images=True)
+    assert (len(images), len(images.skipped)) == (1, 1)
