@@ -1,0 +1,29 @@
+"""LoRA files for diffusers and for readers of kohya's format, and the proof of what is inside them.
+
+from bilora_diffusion.export import save_diffusers, verify
+save_diffusers(folder, {"unet": unet}, base_model="stabilityai/stable-diffusion-xl-base-1.0")
+verify(folder, {"unet": unet})
+
+python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors
+"""
+
+from __future__ import annotations
+
+from .cli import main
+from .layers import COMPONENTS
+from .lorafile import LoraFile, inspect
+from .metadata import training_facts
+from .readback import verify
+from .writer import FILE_NAME, KOHYA_FILE_NAME, save_diffusers
+
+__all__ = [
+    "COMPONENTS",
+    "FILE_NAME",
+    "KOHYA_FILE_NAME",
+    "LoraFile",
+    "inspect",
+    "main",
+    "save_diffusers",
+    "training_facts",
+    "verify",
+]

@@ -1,0 +1,70 @@
+"""Print what is inside a LoRA file.
+
+python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors
+python -m bilora_diffusion.export FILE --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ..errors import run_cli
+from .lorafile import LoraFile, inspect
+from .metadata import ADAPTER_METADATA
+
+_WIDTH = 72  # of a metadata entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 and one sentence for an unreadable file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bilora_diffusion.export", description="Print what is inside a LoRA file."
+    )
+    parser.add_argument("file", help="a .safetensors file in diffusers', kohya's or PEFT's format")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+
+    def show() -> None:
+        contents = inspect(options.file)
+        print(as_json(contents) if options.json else as_table(contents))
+
+    return run_cli(show)
+
+
+def as_json(contents: LoraFile) -> str:
+    """Every field, and `auxiliary`."""
+    return json.dumps({**asdict(contents), "auxiliary": contents.auxiliary}, indent=2)
+
+
+def as_table(contents: LoraFile) -> str:
+    """A page for people; the last lines say whether an auxiliary is inside and why."""
+    lines = [
+        f"file        {contents.path}",
+        f"format      {contents.format}{', DoRA' if contents.dora else ''}",
+        f"adapters    {', '.join(contents.adapters)}",
+        f"parameters  {contents.parameters:,} ({', '.join(contents.dtypes)})",
+    ]
+    if contents.other_tensors:
+        lines.append(f"other       {contents.other_tensors} tensors that are not LoRA's")
+    lines += ["", f"{'model':<16}{'layers':>8}{'rank':>10}{'alpha':>12}"]
+    for model, layers in contents.layers.items():
+        rank = ", ".join(map(str, contents.ranks[model]))
+        alpha = ", ".join(f"{value:g}" for value in contents.alphas.get(model, ())) or "= rank"
+        lines.append(f"{model:<16}{layers:>8}{rank:>10}{alpha:>12}")
+    shown = {key: contents.metadata[key] for key in sorted(contents.metadata)}
+    shown.pop(ADAPTER_METADATA, None)
+    if shown:
+        width = max(map(len, shown))
+        lines += ["", "metadata"]
+        lines += [f"  {key:<{width}}  {_shortened(value)}" for key, value in shown.items()]
+    lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
+    lines += [f"  {sentence}" for sentence in contents.evidence]
+    return "\n".join(lines)
+
+
+def _shortened(value: str) -> str:
+    flat = " ".join(value.split())
+    return flat if len(flat) <= _WIDTH else f"{flat[: _WIDTH - 3]}..."

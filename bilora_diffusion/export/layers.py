@@ -1,0 +1,130 @@
+"""The primary adapter as files hold it, and the names that its layers have there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import PRIMARY, factors, state_dict
+from ..errors import TrainingError, UserError
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+PEFT_PREFIX = "base_model.model."
+_KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+# Readers of kohya files know these four by SDXL's original names only; all others also by
+# diffusers' names.
+_SGM_NAME = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+class Layer(NamedTuple):
+    """One layer's adapter: W + B @ A, then DoRA's magnitude if there is one. fp32, on the CPU."""
+
+    name: str
+    A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
+    B: Tensor  # (m, r) or (m, r, 1, 1); the trained B times s = alpha / rank
+    magnitude: Tensor | None  # (m,) or (1, m, 1, 1)
+
+
+def primary_layers(component: str, model: nn.Module) -> tuple[list[Layer], float]:
+    """The primary adapter with its scale baked into B, and the alpha that it was trained with.
+
+    s * B is formed in fp64 and rounded once, so it is exact where s is a power of two.
+
+    Raises:
+        UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
+        TrainingError: a value is not finite.
+    """
+    found = factors(model, PRIMARY)
+    if not found:
+        raise UserError(f'{component} has no adapter "{PRIMARY}"; leave it out of the export.')
+    kinds = {(factor.A.shape[0], factor.scale) for factor in found}
+    if len(kinds) > 1:
+        raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
+    tensors = state_dict(model, PRIMARY)
+    layers = []
+    for name, _, _, scale in found:
+        A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
+        magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
+        layer = Layer(
+            name.removeprefix(PEFT_PREFIX),
+            _plain(A),
+            _plain(B.double() * scale),
+            None if magnitude is None else _plain(magnitude),
+        )
+        if not all(part.isfinite().all() for part in layer[1:] if part is not None):
+            raise TrainingError(
+                f"The adapter of {component}.{layer.name} is not finite; export a good checkpoint."
+            )
+        layers.append(layer)
+    if tensors:
+        raise UserError(f"{component} trains {next(iter(tensors))}, which LoRA files do not hold.")
+    rank, scale = kinds.pop()
+    return layers, scale * rank
+
+
+def diffusers_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
+    """Tensors under the keys that diffusers reads.
+
+    The UNet has PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers can't
+    read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
+    Transformers leaves them out.
+    """
+    down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+    if component != "unet":
+        down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
+        magnitude = "lora_magnitude_vector.weight"
+    tensors = {}
+    for layer in layers:
+        name = f"{component}.{_file_name(component, layer.name)}"
+        tensors[f"{name}.{down}"] = layer.A
+        tensors[f"{name}.{up}"] = layer.B
+        if layer.magnitude is not None:
+            tensors[f"{name}.{magnitude}"] = layer.magnitude
+    return tensors
+
+
+def kohya_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
+    """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
+
+    diffusers leaves out `dora_scale`, and can't read text encoders with adapters on some of q, k
+    and v alone; other readers can.
+
+    Raises:
+        UserError: two layers would get the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        name = kohya_name(component, layer.name)
+        if f"{name}.alpha" in tensors:
+            raise UserError(f"Two layers of {component} are {name} for kohya; export without it.")
+        tensors[f"{name}.lora_down.weight"] = layer.A
+        tensors[f"{name}.lora_up.weight"] = layer.B
+        tensors[f"{name}.alpha"] = torch.tensor(float(layer.A.shape[0]))
+        if layer.magnitude is not None:
+            ones = [1] * (layer.A.dim() - 1)
+            tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
+    return tensors
+
+
+def kohya_name(component: str, layer: str) -> str:
+    """("unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"."""
+    name = _file_name(component, _SGM_NAME.get(layer, layer))
+    return f"{_KOHYA_PREFIX[component]}_{name}".replace(".", "_")
+
+
+def _file_name(component: str, layer: str) -> str:
+    """Files keep the `text_model.` that Transformers 5 dropped from CLIPTextModel; readers cope."""
+    if component == "unet" or layer.startswith(("text_model.", "text_projection")):
+        return layer
+    return f"text_model.{layer}"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float32).contiguous()

@@ -1,0 +1,218 @@
+"""What is inside a LoRA file of any origin, read from its keys, shapes and metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from ..adapters import AUXILIARY
+from ..errors import UserError
+from .metadata import ADAPTER_METADATA
+
+UNNAMED = "unnamed"
+_KEY = re.compile(
+    r"^(?P<layer>.+?)[._]"
+    r"(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_down|lora_up"
+    r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up"
+    r"|lora_magnitude_vector|dora_scale|alpha)"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?:weight|bias))?$"
+)
+_DOWN = ("lora_A", "lora_embedding_A", "lora_down", "lora.down", "lora_linear_layer.down")
+_MAGNITUDE = ("lora_magnitude_vector", "dora_scale")
+_MODELS = {  # prefix in the file -> model
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "transformer.": "transformer",
+    "unet.": "unet",
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What one file holds. Dictionaries are keyed by model: "unet", "text_encoder", ... or "model".
+
+    Attributes:
+        format: "diffusers", "kohya", "peft" or "unknown".
+        adapters: names found in the keys; ("unnamed",) for a usual file, whose keys have none.
+        layers: how many layers are adapted.
+        ranks: the different ranks.
+        alphas: the different alphas; empty where the file says nothing, which means the rank.
+        parameters: how many numbers the adapters have.
+        evidence: why a second adapter is thought to be inside, one sentence each.
+    """
+
+    path: str
+    format: str
+    adapters: tuple[str, ...]
+    layers: dict[str, int]
+    ranks: dict[str, tuple[int, ...]]
+    alphas: dict[str, tuple[float, ...]]
+    dora: bool
+    dtypes: tuple[str, ...]
+    parameters: int
+    other_tensors: int
+    evidence: tuple[str, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether a second adapter, such as Bi-LoRA's auxiliary, hides in the file."""
+        return bool(self.evidence)
+
+
+class _Entry(NamedTuple):
+    key: str
+    model: str
+    layer: str  # spelt alike for all formats
+    kind: str
+    adapter: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    alpha: float | None
+
+
+def inspect(file: str | Path) -> LoraFile:
+    """Read a LoRA file's header and kohya's alphas; the weights stay on the disk.
+
+    Raises:
+        UserError: the file is missing, a folder, not safetensors, cut short, or holds no LoRA.
+    """
+    path = Path(file)
+    keys, entries, metadata = _read(path)
+    down = [entry for entry in entries if entry.kind in _DOWN]
+    if not down:
+        raise UserError(f"{path} holds no LoRA among its {len(keys)} tensors; name a LoRA file.")
+    config = _adapter_config(path, metadata)
+    ranks: dict[str, set[int]] = defaultdict(set)
+    alphas: dict[str, set[float]] = defaultdict(set)
+    for entry in down:
+        ranks[entry.model].add(entry.shape[0])
+        if "lora_alpha" in config[entry.model]:
+            alphas[entry.model].add(float(config[entry.model]["lora_alpha"]))
+    for entry in entries:
+        if entry.alpha is not None:
+            alphas[entry.model].add(entry.alpha)
+    weights = [entry for entry in entries if entry.kind != "alpha"]
+    return LoraFile(
+        path=str(path),
+        format=_format(keys),
+        adapters=tuple(dict.fromkeys(entry.adapter or UNNAMED for entry in weights)),
+        layers=dict(Counter(model for model, _ in dict.fromkeys((e.model, e.layer) for e in down))),
+        ranks={model: tuple(sorted(values)) for model, values in ranks.items()},
+        alphas={model: tuple(sorted(values)) for model, values in alphas.items()},
+        dora=any(entry.kind in _MAGNITUDE for entry in weights),
+        dtypes=tuple(sorted({entry.dtype for entry in weights})),
+        parameters=sum(math.prod(entry.shape) for entry in weights),
+        other_tensors=len(keys) - len(entries),
+        evidence=tuple(_evidence(keys, weights, metadata, config)),
+        metadata=metadata,
+    )
+
+
+def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
+    """All keys, the entries that are LoRA's, and the metadata."""
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))) or "it has none"
+        raise UserError(f"{path} is a folder; name one of its .safetensors files ({inside}).")
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; check the path.")
+    entries = []
+    try:
+        with safe_open(path, framework="pt") as content:
+            keys = list(content.keys())
+            for key in keys:
+                if match := _KEY.match(key):
+                    part = content.get_slice(key)
+                    is_alpha = match["kind"] == "alpha" and math.prod(part.get_shape()) == 1
+                    alpha = float(content.get_tensor(key)) if is_alpha else None
+                    entries.append(_entry(key, match, part, alpha))
+            return keys, entries, dict(content.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); write or download it again."
+        ) from error
+
+
+def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> _Entry:
+    layer = match["layer"]
+    prefix = next((prefix for prefix in _MODELS if layer.startswith(prefix)), "")
+    layer = layer.removeprefix(prefix).removeprefix("base_model.model.")
+    layer = layer.removeprefix("text_model.").removeprefix("text_model_")
+    return _Entry(
+        key,
+        _MODELS.get(prefix, "model"),
+        layer.replace(".processor", "").replace(".", "_"),
+        match["kind"],
+        match["adapter"],
+        tuple(part.get_shape()),
+        str(part.get_dtype()),
+        alpha,
+    )
+
+
+def _format(keys: list[str]) -> str:
+    starts = {
+        "kohya": tuple(prefix for prefix in _MODELS if prefix.endswith("_")),
+        "diffusers": tuple(prefix for prefix in _MODELS if prefix.endswith(".")),
+        "peft": ("base_model.model.",),
+    }
+    fits = (name for name, start in starts.items() if all(key.startswith(start) for key in keys))
+    return next(fits, "unknown")
+
+
+def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration by model: diffusers' metadata, or the file that PEFT writes beside."""
+    beside = path.with_name("adapter_config.json")
+    has_own_file = path.name.startswith("adapter_model") and beside.is_file()
+    try:
+        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        own = json.loads(beside.read_text()) if has_own_file else {}
+        config: dict[str, dict[str, Any]] = defaultdict(dict, {"model": dict(own)})
+        for key, value in dict(described).items():
+            model, dot, name = key.rpartition(".")
+            config[model if dot else "model"][name] = value
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"The adapter configuration of {path} can't be read ({error}); write the file again."
+        ) from error
+    return config
+
+
+def _evidence(
+    keys: list[str],
+    weights: list[_Entry],
+    metadata: dict[str, str],
+    config: dict[str, dict[str, Any]],
+) -> Iterator[str]:
+    """Every sign of a second adapter: its name, a second pair for a layer, a rank that is off."""
+    if named := [key for key in keys if AUXILIARY in key.lower()]:
+        yield f"{len(named)} keys name an auxiliary, the first is {named[0]}."
+    if len(adapters := dict.fromkeys(entry.adapter or UNNAMED for entry in weights)) > 1:
+        yield f"The keys name several adapters: {', '.join(adapters)}."
+    pairs = Counter((entry.model, entry.layer) for entry in weights if entry.kind in _DOWN)
+    if doubled := [".".join(layer) for layer, count in pairs.items() if count > 1]:
+        yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
+    for entry in weights:
+        own = config[entry.model]
+        uniform = "r" in own and not own.get("rank_pattern")
+        if entry.kind in _DOWN and uniform and entry.shape[0] != own["r"]:
+            yield f"{entry.key} has rank {entry.shape[0]} where the metadata says {own['r']}."
+            break
+    for model, own in config.items():
+        if own and AUXILIARY in model.lower():
+            yield f"The adapter metadata describes {model}."
+    for key, value in metadata.items():
+        if key != ADAPTER_METADATA and "adapter" in key.lower() and AUXILIARY in value.lower():
+            yield f"The metadata entry {key} names an auxiliary."

@@ -1,0 +1,103 @@
+"""Write the primary adapter, and nothing else, as LoRA files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from ..errors import UserError, did_you_mean
+from .layers import COMPONENTS, diffusers_tensors, kohya_tensors, primary_layers
+from .metadata import ADAPTER_METADATA, adapter_metadata, file_metadata, model_hash
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_FILE_NAME = "pytorch_lora_weights_kohya.safetensors"
+
+
+def save_diffusers(
+    folder: str | Path,
+    models: Mapping[str, nn.Module],
+    *,
+    base_model: str,
+    kohya: bool = False,
+    extra_metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the file that `StableDiffusionXLPipeline.load_lora_weights(folder)` reads.
+
+    The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
+    readers which ignore alpha are right too; the alpha of training is in the metadata. Each file
+    appears whole or not at all.
+
+    Args:
+        folder: where `pytorch_lora_weights.safetensors` goes; made if need be.
+        models: what was trained, by name ("unet", "text_encoder", "text_encoder_2"), each with
+            its adapters; only the primary is read.
+        base_model: hub id or folder of the pipeline that was trained.
+        kohya: also write `pytorch_lora_weights_kohya.safetensors` for ComfyUI, web UIs and
+            kohya's scripts.
+        extra_metadata: more text entries, see `training_facts`; they win over the defaults.
+
+    Returns:
+        The path of the diffusers file.
+
+    Raises:
+        UserError: an unknown model name, a model without a primary, a folder that is a file.
+        TrainingError: a value is not finite.
+    """
+    folder = Path(folder)
+    known = ", ".join(COMPONENTS)
+    if not models:
+        raise UserError(f"There is no model to export; give one or more of {known}.")
+    for name in models:
+        if name not in COMPONENTS:
+            hint = did_you_mean(name, COMPONENTS)
+            raise UserError(
+                f'The model name "{name}"{hint} can\'t be exported; use one of {known}.'
+            )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder to export to.")
+    layers, ranks, alphas = {}, {}, {}
+    for name, model in models.items():
+        layers[name], alphas[name] = primary_layers(name, model)
+        ranks[name] = layers[name][0].A.shape[0]
+    metadata = file_metadata(
+        models,
+        ranks=ranks,
+        alphas=alphas,
+        base_model=base_model,
+        name=folder.resolve().name,
+        extra=extra_metadata or {},
+    )
+    tensors: dict[str, Tensor] = {}
+    for_kohya: dict[str, Tensor] = {}
+    for name in models:
+        tensors |= diffusers_tensors(name, layers[name])
+        for_kohya |= kohya_tensors(name, layers[name]) if kohya else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {**metadata, ADAPTER_METADATA: adapter_metadata(models, ranks)}
+    _write(folder / FILE_NAME, tensors, described)
+    if kohya:  # not described: diffusers refuses a file with alphas and a configuration
+        _write(folder / KOHYA_FILE_NAME, for_kohya, metadata)
+    return folder / FILE_NAME
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write aside under a name that no loader matches, sync, rename."""
+    metadata = {**metadata, "sshs_model_hash": model_hash(tensors)}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            file.write(safetensors.torch.save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
