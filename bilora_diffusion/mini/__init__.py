@@ -1,0 +1,31 @@
+"""The embedded miniature: a small, genuine ``StableDiffusionXLPipeline`` and the icons that go with
+it.
+
+Only paths live here, so that importing this package costs nothing. ``README.md`` beside this file
+is the model card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+def pipeline_dir() -> Path:
+    """Folder of the pipeline in diffusers format (float16), for
+    ``StableDiffusionXLPipeline.from_pretrained``.
+    """
+    return _HERE / "pipeline"
+
+
+def train_dir() -> Path:
+    """Folder of the 23 DreamBooth icons (64 x 64 RGB PNG) and their ``metadata.jsonl``."""
+    return _HERE / "train"
+
+
+def heldout_dir() -> Path:
+    """Folder of the 128 held-out icons and their ``metadata.jsonl``; the six subjects of Table 4
+    come first.
+    """
+    return _HERE / "heldout"
