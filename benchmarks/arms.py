@@ -1,0 +1,117 @@
+"""The things that are compared: one method on one copy of a model, ready to take training steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from bilora_diffusion.fused import unfuse
+from shapes import Inputs, Shape
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters, methods
+from bilora_diffusion.methods.base import MethodOptions, Target
+from bilora_diffusion.optim import build_optimizer
+
+MAX_GRAD_NORM = 1.0
+RHO = 0.05
+# The training script's AdamW, made by its own function.
+OPTIMIZER = SimpleNamespace(
+    optimizer="adamw", use_8bit_adam=False, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8
+)
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """A row of the result.
+
+    Args:
+        fused: all active adapters of a layer run as one product, else PEFT's own forward.
+    """
+
+    label: str
+    method: str
+    fused: bool
+
+
+KINDS = {
+    "lora": ArmKind("LoRA", "lora", fused=True),
+    "bilora": ArmKind("Bi-LoRA", "bilora", fused=True),
+    "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
+    "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
+}
+BASELINE = "lora"
+
+
+class Arm:
+    """One method on its own copy of ``base``'s modules; the base weights are shared between arms.
+
+    Args:
+        kind: a key of ``KINDS``.
+        base: the frozen model without adapters.
+        inputs: the batch of every step.
+        amp: dtype for autocast, or None; as the training script runs ``--mixed_precision``.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        shape: Shape,
+        base: nn.Module,
+        inputs: Inputs,
+        amp: torch.dtype | None,
+        seed: int,
+    ) -> None:
+        self.kind, self.shape, self.inputs, self.amp = kind, shape, inputs, amp
+        self.model = share(base)
+        self.method = methods.create(KINDS[kind].method, MethodOptions(rho=RHO))
+        torch.manual_seed(seed)  # every arm starts from the same primary
+        groups = self.method.setup([Target("model", self.model, shape.spec, shape.lr, 1e-2)])
+        if not KINDS[kind].fused:
+            unfuse(self.model)
+        self.optimizer = build_optimizer(OPTIMIZER, groups)
+        self.method.bind(self.optimizer)
+        self.losses: list[float] = []
+
+    @property
+    def layers(self) -> int:
+        """Number of layers with an adapter."""
+        return len(adapters.factors(self.model, adapters.PRIMARY))
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+    def train_step(self) -> Tensor:
+        """One whole step: forward, backward, clip, update with projection, gradients forgotten."""
+        loss = self.method.step(self._forward_backward, self)
+        self.zero_grad()
+        return loss
+
+    def step(self) -> None:
+        """Clip what the method wants clipped, then update; called by the method."""
+        torch.nn.utils.clip_grad_norm_(self.method.clip_parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; called by the method too."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _forward_backward(self) -> Tensor:
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext():
+            loss = self.shape.loss(self.model, self.inputs)
+        loss.backward()
+        return loss.detach()
+
+
+def share(base: nn.Module) -> nn.Module:
+    """A copy of the modules that holds the very same parameters and buffers, so takes no memory."""
+    shared: dict[int, Any] = {id(t): t for t in itertools.chain(base.parameters(), base.buffers())}
+    return copy.deepcopy(base, shared)

@@ -1,0 +1,82 @@
+"""Fair timing: rounds in which all that is compared runs once, rotating order, paired ratios."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+
+MIN_FOR_INTERVAL = 5
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, the accelerator's queue included."""
+    _synchronize(device)
+    started = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleave(
+    work: Sequence[Callable[[int], float]], *, rounds: int, warmup: int
+) -> list[list[float]]:
+    """Times of each work in each round, (len(work), rounds).
+
+    Every round runs each work once, so that a slow phase of the machine meets all of them; the
+    order rotates, so that none always comes first. Garbage is collected between rounds, never
+    within a call.
+
+    Args:
+        work: each takes the number of the round (negative while warming up) and returns its time.
+    """
+    times: list[list[float]] = [[] for _ in work]
+    gc.collect()
+    gc.freeze()  # models need not be walked again
+    gc.disable()
+    try:
+        for number in range(-warmup, rounds):
+            gc.collect()
+            for turn in range(len(work)):
+                index = (number + turn) % len(work)
+                taken = work[index](number)
+                if number >= 0:
+                    times[index].append(taken)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return times
+
+
+def paired_ratio(
+    times: Sequence[float], baseline: Sequence[float]
+) -> tuple[float, tuple[float, float] | None]:
+    """Median of time / baseline over rounds, and its 95 % bootstrap interval.
+
+    The interval is None below five rounds.
+    """
+    ratios = np.asarray(times) / np.asarray(baseline)
+    if len(ratios) < MIN_FOR_INTERVAL:
+        return float(np.median(ratios)), None
+    interval = bootstrap(
+        (ratios,), np.median, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(np.median(ratios)), (float(interval.low), float(interval.high))
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, *, calls: int = 30) -> float:
+    """Median wall time of ``calls`` calls, after three that are not counted."""
+    for _ in range(3):
+        work()
+    return statistics.median(seconds(work, device) for _ in range(calls))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,152 @@
+"""What a step is measured on: a random model, its inputs, its loss, and training's adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from random_models import TEXT_LENGTH, materialize, sdxl_unet, t5_base
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.mini import pipeline_dir
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One workload.
+
+    Args:
+        note: what it is, for the report.
+        build: makes the model; called under any default device.
+        inputs: (model, dtype, device, generator) -> tensors of one batch.
+        loss: (model, inputs) -> scalar.
+        lr: learning rate, so that the adapters grow as they do in training.
+        dtype: precision of the base unless asked otherwise.
+        steps, warmup: measured and unmeasured rounds unless asked otherwise.
+    """
+
+    note: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[Any, torch.dtype, torch.device, torch.Generator], Inputs]
+    loss: Callable[[Any, Inputs], Tensor]
+    spec: AdapterSpec
+    lr: float
+    dtype: str
+    steps: int
+    warmup: int
+
+    def make(self, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
+        """The model with random weights, in training mode, frozen."""
+        model = materialize(self.build, dtype=dtype, device=device, seed=seed)
+        return model.train().requires_grad_(False)
+
+
+def _unet_inputs(
+    batch: int, pixels: int, length: int
+) -> Callable[[UNet2DConditionModel, torch.dtype, torch.device, torch.Generator], Inputs]:
+    """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
+
+    def make(
+        model: UNet2DConditionModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> Inputs:
+        config: Any = model.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+
+        latents = (batch, config.in_channels, pixels // 8, pixels // 8)
+        return {
+            "sample": normal(*latents),
+            "noise": normal(*latents),
+            "timestep": torch.randint(1000, (batch,), generator=generator).to(device),
+            "encoder_hidden_states": normal(batch, length, config.cross_attention_dim),
+            "added_cond_kwargs": {
+                "text_embeds": normal(batch, pooled),
+                "time_ids": torch.tensor([pixels, pixels, 0, 0, pixels, pixels])
+                .expand(batch, 6)
+                .to(device=device, dtype=dtype),
+            },
+        }
+
+    return make
+
+
+def _unet_loss(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Mean squared error of the predicted noise."""
+    arguments = {name: value for name, value in inputs.items() if name != "noise"}
+    predicted = model(**arguments, return_dict=False)[0]
+    return functional.mse_loss(predicted.float(), inputs["noise"].float())
+
+
+def _t5_inputs(
+    model: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    """8 sources of 64 tokens with targets of 8, none of them padding."""
+    del dtype
+
+    def tokens(*size: int) -> Tensor:
+        return torch.randint(2, model.config.vocab_size, size, generator=generator).to(device)
+
+    source = tokens(8, 64)
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": tokens(8, 8)}
+
+
+def _t5_loss(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Mean cross entropy of the target tokens."""
+    return model(**inputs).loss
+
+
+def _mini_unet() -> UNet2DConditionModel:
+    config: Any = UNet2DConditionModel.load_config(pipeline_dir(), subfolder="unet")
+    model = UNet2DConditionModel.from_config(config)
+    assert isinstance(model, UNet2DConditionModel)
+    return model
+
+
+SHAPES = {
+    "mini": Shape(
+        note="UNet of the miniature, rank 4 on attention, batch 4 of 64 px",
+        build=_mini_unet,
+        inputs=_unet_inputs(batch=4, pixels=64, length=32),
+        loss=_unet_loss,
+        spec=AdapterSpec(rank=4, alpha=8, target_modules=ATTENTION),
+        lr=2e-4,
+        dtype="fp32",
+        steps=200,
+        warmup=5,
+    ),
+    "t5-base": Shape(
+        note="T5-base, rank 8 on every linear layer, batch 8 of 64 + 8 tokens",
+        build=t5_base,
+        inputs=_t5_inputs,
+        loss=_t5_loss,
+        spec=AdapterSpec(rank=8, alpha=16),
+        lr=5e-4,
+        dtype="fp32",
+        steps=40,
+        warmup=3,
+    ),
+    "sdxl-unet": Shape(
+        note="UNet of SDXL base 1.0, rank 4 on attention, batch 1 of 128 px",
+        build=sdxl_unet,
+        inputs=_unet_inputs(batch=1, pixels=128, length=TEXT_LENGTH),
+        loss=_unet_loss,
+        spec=AdapterSpec(rank=4, alpha=8, target_modules=ATTENTION),
+        lr=2e-4,
+        dtype="bf16",
+        steps=10,
+        warmup=1,
+    ),
+}

@@ -1,0 +1,249 @@
+"""The only training loop: one optimizer, whole steps on frozen micro-batches, exact resume.
+
+A step of ``fit`` is: draw the step's micro-batches (data, noise and timesteps come from generators
+keyed by seed, step and sample, never from global random state), hand ``method.step`` a closure that
+runs all of them, log, and now and then validate and save. So the result depends neither on how a
+batch is cut into micro-batches or shared among processes, nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import checkpoint
+from .data.seeds import digest_texts, seed_of
+from .errors import TrainingError
+from .methods import Method
+from .optim import build_optimizer, build_scheduler
+from .runlog import RunLog
+from .stepping import ClippedOptimizer, Schedule, refuse_sharding, total_steps
+from .tasks.base import MicroBatch, Task, to_device
+from .trainer_state import adapter_tensors, load_adapter_tensors
+
+
+class Trainer:
+    """A task, a method and their optimizer, prepared by accelerate and able to take steps.
+
+    Args:
+        task: what is trained.
+        method: how; its adapters are attached here.
+        cfg: training configuration.
+        accelerator: made with ``gradient_accumulation_steps=1``: steps are cut here.
+    """
+
+    def __init__(self, task: Task, method: Method, cfg: Any, accelerator: Accelerator) -> None:
+        refuse_sharding(accelerator)
+        self.task, self.method, self.cfg, self.accelerator = task, method, cfg, accelerator
+        self.schedule = Schedule(
+            cfg.train_batch_size,
+            cfg.gradient_accumulation_steps,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        self.num_steps = total_steps(cfg, task.num_samples, self.schedule.step_size)
+        # The adapters' first values depend on the seed alone, whatever was drawn before.
+        torch.manual_seed(seed_of(cfg.seed, "adapters"))
+        raw = build_optimizer(cfg, method.setup(task.targets()))
+        method.bind(raw)
+        self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
+        self.module, self.optimizer = accelerator.prepare(task.module, raw)
+        self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
+        self.step = 0
+
+    def micro_batches(self) -> Iterator[list[MicroBatch]]:
+        """The remaining steps, each as this process's micro-batches."""
+        slots = self.schedule.slots()
+        plan = [(step, part) for step in range(self.step, self.num_steps) for part in slots]
+        stream = iter(self.task.micro_batches(plan, self.schedule.step_size))
+        for _ in range(self.step, self.num_steps):
+            yield [next(stream) for _ in slots]
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """One optimizer step on frozen inputs; returns what is logged about it."""
+        started = time.perf_counter()
+        loss = self.method.step(self._forward_backward(batches), self.clipped)
+        lr = self.lr_scheduler.get_last_lr()[0]
+        if not self.clipped.skipped:
+            self.lr_scheduler.step()
+        self.step += 1
+        return {
+            "loss": float(loss),
+            "lr": lr,
+            "grad_norm": self.clipped.grad_norm,
+            **self.method.metrics(),
+            "skipped": self.clipped.skipped,
+            "digest": self._digest(batches),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+        """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called."""
+        step, device = self.step, self.accelerator.device
+
+        def forward_backward() -> Tensor:
+            # Dropout sees the same random numbers at each call and after each resume.
+            torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))
+            total = torch.zeros((), device=device)
+            for number, batch in enumerate(batches):
+                last = number == len(batches) - 1
+                sync = (
+                    contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
+                )
+                with sync:
+                    losses = self.module(to_device(batch.inputs, device))
+                    self._require_finite(losses, batch)
+                    loss = losses.mean() / len(batches)
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            return self.accelerator.reduce(total, reduction="mean")  # pyright: ignore
+
+        return forward_backward
+
+    def _require_finite(self, losses: Tensor, batch: MicroBatch) -> None:
+        finite = torch.isfinite(losses.detach()).tolist()
+        if not all(finite):
+            bad = [n for n, good in zip(batch.names, finite, strict=True) if not good]
+            raise TrainingError(
+                f"the loss at step {self.step + 1} is not finite for {', '.join(bad)}: lower"
+                " --learning_rate or look at these samples; the last checkpoint is untouched."
+            )
+
+    def _digest(self, batches: Sequence[MicroBatch]) -> str:
+        """Identifies data, noise and timesteps of the whole step, over all processes."""
+        mine = [pair for b in batches for pair in zip(b.slots, b.digests, strict=True)]
+        pairs = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        return digest_texts([text for _, text in sorted(pairs)])
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of this step; only the main process does."""
+        scaler = self.accelerator.scaler
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                folder,
+                self.step,
+                tensors=adapter_tensors(self.task, self.method),
+                optimizer=self._raw_optimizer().state_dict(),
+                scheduler=self.lr_scheduler.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
+                extra={
+                    "config": self.cfg.fingerprint(),
+                    "method": self.method.state_dict(),
+                    "step_size": self.schedule.step_size,
+                    "num_steps": self.num_steps,
+                },
+            )
+            if self.cfg.checkpoints_total_limit is not None:
+                checkpoint.prune(folder, self.cfg.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """Continue exactly where the checkpoint ``path`` was written.
+
+        Raises:
+            UserError: it is damaged, or belongs to a run with another configuration.
+        """
+        saved = checkpoint.load(path)
+        current = {
+            **self.cfg.fingerprint(),
+            "step_size": self.schedule.step_size,
+            "num_steps": self.num_steps,
+        }
+        before = {
+            **saved.extra["config"],
+            **{k: saved.extra[k] for k in ("step_size", "num_steps")},
+        }
+        checkpoint.check_same_run(before, current, ignore=self._may_change())
+        load_adapter_tensors(self.task, self.method, saved.tensors)
+        self._raw_optimizer().load_state_dict(saved.optimizer)
+        self.lr_scheduler.load_state_dict(saved.scheduler)
+        if saved.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+        self.method.load_state_dict(saved.extra["method"])
+        self.step = saved.step
+
+    def _may_change(self) -> set[str]:
+        # How a step is cut and shared does not change its result; nor does a longer run where the
+        # learning rate does not depend on the run's length.
+        free = {"train_batch_size", "gradient_accumulation_steps"}
+        if self.cfg.lr_scheduler in ("constant", "constant_with_warmup"):
+            free |= {"max_train_steps", "num_train_epochs", "num_steps"}
+        return free
+
+    def _raw_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+
+def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
+    """Train to the end: steps, metrics, held-out loss, validation images and checkpoints.
+
+    ``log`` is the main process's record; the other processes have none.
+    """
+    cfg, main = trainer.cfg, log is not None
+    bar = tqdm(
+        total=trainer.num_steps, initial=trainer.step, desc=trainer.method.name, disable=not main
+    )
+    if trainer.step == 0:
+        _heldout(trainer, log)
+    for batches in trainer.micro_batches():
+        values = trainer.train_step(batches)
+        bar.update()
+        bar.set_postfix(_postfix(values))
+        trainer.accelerator.log(
+            {k: v for k, v in values.items() if isinstance(v, float)}, step=trainer.step
+        )
+        if log is not None:
+            log.metric(trainer.step, **values)
+        done = trainer.step == trainer.num_steps
+        if done or _due(trainer.step, cfg.validation_loss_steps):
+            _heldout(trainer, log)
+        if done or _due(trainer.step, _validation_steps(trainer)):
+            _images(trainer, folder)
+        if _due(trainer.step, cfg.checkpointing_steps):
+            if log is not None:
+                log.sync()
+            trainer.save(folder)
+    bar.close()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0  # pyright: ignore[reportOperatorIssue]
+
+
+def _postfix(values: dict[str, Any]) -> dict[str, str]:
+    shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.1e}"}
+    if "auxiliary_norm" in values:
+        shown["aux"] = f"{values['auxiliary_norm']:.4f}"
+    return shown
+
+
+def _validation_steps(trainer: Trainer) -> int:
+    """``--validation_epochs`` in steps."""
+    epoch = -(-trainer.task.num_samples // trainer.schedule.step_size)
+    return trainer.cfg.validation_epochs * epoch
+
+
+def _heldout(trainer: Trainer, log: RunLog | None) -> None:
+    """The loss on the validation set, computed by the main process, written to the log."""
+    if log is not None:
+        values = trainer.task.heldout_loss(trainer.method.evaluating())
+        if values:
+            log.metric(trainer.step, **values)
+            trainer.accelerator.log(values, step=trainer.step)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _images(trainer: Trainer, folder: Path) -> None:
+    if trainer.accelerator.is_main_process:
+        with torch.random.fork_rng():
+            trainer.task.validate(trainer.step, folder, trainer.method.evaluating())
+    trainer.accelerator.wait_for_everyone()

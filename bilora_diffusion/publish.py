@@ -1,0 +1,86 @@
+"""The model card of a finished run, and its way to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from .errors import UserError
+from .model_card import write_card
+
+NOT_UPLOADED = ["checkpoints/*", "logs/*", ".*"]
+
+
+def card(
+    cfg: Any, folder: Path, images: Sequence[Path], repo_id: str | None, results: dict[str, Any]
+) -> Path:
+    """Write the run folder's ``README.md`` from what the run knows."""
+    count = cfg.num_validation_images
+    prompts = [prompt for prompt in cfg.validation_prompts for _ in range(count)]
+    settings = {
+        "method": cfg.method,
+        "rank": cfg.rank,
+        "alpha": cfg.lora_alpha,
+        "learning rate": cfg.learning_rate,
+        "optimizer steps": results["steps"],
+        "seed": cfg.seed,
+    }
+    if cfg.method == "bilora":
+        settings |= {"rho": cfg.rho, "auxiliary rank": cfg.auxiliary_rank or cfg.rank}
+    shown = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
+    return write_card(
+        folder,
+        base_model=cfg.pretrained_model_name_or_path,
+        method=cfg.method,
+        dataset=cfg.dataset_name or cfg.instance_data_dir,
+        prompts=prompts[: len(images)],
+        images=images,
+        instance_prompt=cfg.instance_prompt,
+        settings=settings,
+        results={title: results[key] for title, key in shown.items() if key in results},
+        vae=cfg.pretrained_vae_model_name_or_path,
+        repo_id=repo_id,
+    )
+
+
+def repository(cfg: Any) -> str:
+    """The hub repository of this run; made now, so that a bad token is known before training.
+
+    Raises:
+        UserError: the hub refuses or cannot be reached.
+    """
+    name = cfg.hub_model_id or Path(cfg.output_dir).name
+    try:
+        return create_repo(repo_id=name, exist_ok=True, token=cfg.hub_token).repo_id
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--push_to_hub cannot make the repository '{name}' ({reason}): log in with"
+            " `hf auth login`, give --hub_model_id, or drop --push_to_hub."
+        ) from error
+
+
+def push(folder: Path, repo_id: str, token: str | None) -> None:
+    """Upload the run folder without its checkpoints.
+
+    Raises:
+        UserError: the upload fails; the run folder is whole.
+    """
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=NOT_UPLOADED,
+            token=token,
+        )
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
+            f" ({reason}): upload it with `hf upload {repo_id} {folder}`."
+        ) from error

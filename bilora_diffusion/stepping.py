@@ -1,0 +1,103 @@
+"""What one optimizer step is: which samples, in which pieces, and how the update is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from .errors import UserError
+from .methods import Method
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which slots of which step each process computes, and in how many pieces.
+
+    Args:
+        micro_batch: samples of one forward pass on one process.
+        accumulation: forward passes of one step on one process.
+        processes, rank: how many processes share a step, and which one this is.
+    """
+
+    micro_batch: int
+    accumulation: int
+    processes: int = 1
+    rank: int = 0
+
+    @property
+    def step_size(self) -> int:
+        """Samples of one optimizer step over all processes."""
+        return self.micro_batch * self.accumulation * self.processes
+
+    def slots(self) -> list[tuple[int, ...]]:
+        """This process's micro-batches of any step, as positions within the step's batch."""
+        stride = self.micro_batch * self.processes
+        first = self.micro_batch * self.rank
+        return [
+            tuple(range(first + m * stride, first + m * stride + self.micro_batch))
+            for m in range(self.accumulation)
+        ]
+
+
+class ClippedOptimizer:
+    """What a method steps: clips the gradients that it wants clipped, then updates once.
+
+    ``grad_norm`` is the norm before clipping; ``skipped`` tells whether the gradient scaler left
+    the update out, in which case neither projection nor schedule may move on.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, optimizer: Any, method: Method, max_grad_norm: float
+    ) -> None:
+        self._accelerator, self._optimizer = accelerator, optimizer
+        self._method, self._max_grad_norm = method, max_grad_norm
+        self.grad_norm: float | None = None
+
+    def step(self) -> None:
+        """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
+        norm = self._accelerator.clip_grad_norm_(
+            self._method.clip_parameters(), self._max_grad_norm
+        )
+        self.grad_norm = None if norm is None else float(norm)
+        self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last update was left out by the gradient scaler."""
+        return bool(self._accelerator.optimizer_step_was_skipped)
+
+
+def total_steps(cfg: Any, num_samples: int, step_size: int) -> int:
+    """Optimizer steps of the whole run: ``max_train_steps``, or the epochs rounded up."""
+    if cfg.max_train_steps is not None:
+        return cfg.max_train_steps
+    return cfg.num_train_epochs * -(-num_samples // step_size)
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Refuse engines that shard parameters.
+
+    Raises:
+        UserError: the launcher was set to FSDP, DeepSpeed or Megatron.
+    """
+    whole = (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_NPU,
+        DistributedType.MULTI_XPU,
+        DistributedType.MULTI_MLU,
+    )
+    if accelerator.distributed_type not in whole:
+        raise UserError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which splits parameters"
+            " so that the auxiliary's norm would see only a part of them: launch with"
+            " --multi_gpu (DDP) instead; the adapters fit on every device."
+        )

@@ -1,0 +1,86 @@
+"""The contract between the loop and what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import Target
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Frozen inputs of one forward and backward pass.
+
+    ``inputs`` goes to the task's module as it is; ``slots`` are the positions of its samples in the
+    step's whole batch, ``names`` say which samples they are (for error messages), and ``digests``
+    identify data and noise of each slot, so that two runs can be proven to have seen the same.
+    """
+
+    slots: tuple[int, ...]
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+    inputs: dict[str, Any] = field(repr=False)
+
+
+class Task(Protocol):
+    """A thing that can be trained by ``loop.fit``."""
+
+    module: nn.Module
+    """Holds the trained models as children; ``module(inputs)`` returns one loss per slot, (slots,)."""
+
+    num_samples: int
+    """Samples of one epoch."""
+
+    def targets(self) -> list[Target]:
+        """The models that get adapters, with their learning rates."""
+        ...
+
+    def to_device(self, device: torch.device) -> None:
+        """Move frozen parts that are not in ``module`` and prepare caches."""
+        ...
+
+    def micro_batches(
+        self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
+    ) -> Iterator[MicroBatch]:
+        """MicroBatch objects, one for each (step, slots) of ``schedule``, in order."""
+        ...
+
+    def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
+        """Loss on the validation set over a fixed grid of noise and timesteps; {} without a set."""
+        ...
+
+    def validate(
+        self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
+    ) -> list[Path]:
+        """Write validation samples and return their files."""
+        ...
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the training flag is restored."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a module's inputs, also those inside tuples."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return tuple(move(part) for part in value) if isinstance(value, tuple) else value
+
+    return {name: move(value) for name, value in inputs.items()}

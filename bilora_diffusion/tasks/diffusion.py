@@ -1,0 +1,139 @@
+"""Noise, timesteps and the loss of a denoising model: what SDXL is trained on, as pure functions.
+
+Noise prediction and velocity follow Ho et al. 2020 and Salimans & Ho 2022; min-SNR weights are
+Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM formulation is Section 5 of
+https://arxiv.org/abs/2206.00364 as diffusers' DreamBooth scripts use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A noise schedule with the loss that belongs to it.
+
+    Args:
+        scheduler: DDPM for the standard formulation, Euler or EDM-Euler for the EDM one.
+        kind: "standard", "edm" (EDM loss on a variance-preserving model) or "edm_native".
+        snr_gamma: cap of the signal-to-noise weights, or None for no weights.
+    """
+
+    scheduler: Any
+    kind: str = "standard"
+    snr_gamma: float | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], *, edm: bool = False, snr_gamma: float | None = None
+    ) -> Denoising:
+        """Build from a pipeline's scheduler configuration; its class decides on native EDM.
+
+        Raises:
+            UserError: min-SNR weights together with the EDM formulation, or an unknown target.
+        """
+        native = "EDM" in str(config.get("_class_name", ""))
+        if (edm or native) and snr_gamma is not None:
+            raise UserError(
+                f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
+            )
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"the model predicts '{prediction}', and training knows epsilon and v_prediction:"
+                " choose another base model."
+            )
+        if native:
+            return cls(EDMEulerScheduler.from_config(config), "edm_native")
+        if edm:
+            return cls(EulerDiscreteScheduler.from_config(config), "edm")
+        return cls(DDPMScheduler.from_config(config), "standard", snr_gamma)
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many noise levels the schedule has."""
+        return int(self.scheduler.config["num_train_timesteps"])
+
+    def loss(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        latents: Tensor,
+        noise: Tensor,
+        index: Tensor,
+        weighted: Tensor,
+    ) -> Tensor:
+        """Loss of each sample.
+
+        Args:
+            model: maps (noisy latents, timesteps) to the model's prediction.
+            latents: clean latents, (n, c, h, w).
+            noise: standard normal, like ``latents``.
+            index: noise level of each sample, (n,), in [0, num_timesteps).
+            weighted: True where the min-SNR weight applies, (n,).
+
+        Returns:
+            (n,) in float32.
+        """
+        if self.kind != "standard":
+            return self._edm_loss(model, latents, noise, index)
+        scheduler = self.scheduler
+        noisy = scheduler.add_noise(latents, noise, index)
+        prediction = model(noisy, index).float()
+        velocity = scheduler.config["prediction_type"] == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, index) if velocity else noise
+        loss = _per_sample((prediction - target.float()) ** 2)
+        if self.snr_gamma is None:
+            return loss
+        weights = min_snr_weights(self._snr(index), self.snr_gamma, velocity)
+        return torch.where(weighted, loss * weights, loss)
+
+    def _snr(self, index: Tensor) -> Tensor:
+        alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
+        return alphas / (1 - alphas)
+
+    def _edm_loss(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        latents: Tensor,
+        noise: Tensor,
+        index: Tensor,
+    ) -> Tensor:
+        scheduler = self.scheduler
+        sigma = scheduler.sigmas.to(latents.device)[index].view(-1, 1, 1, 1).float()
+        timesteps = scheduler.timesteps.to(latents.device)[index]
+        clean = latents.float()
+        noisy = clean + sigma * noise.float()
+        if self.kind == "edm_native":
+            prediction = model(scheduler.precondition_inputs(noisy, sigma), timesteps).float()
+            return _per_sample(
+                (scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
+            )
+        prediction = model(noisy / (sigma**2 + 1).sqrt(), timesteps).float()
+        if scheduler.config["prediction_type"] == "epsilon":
+            denoised = noisy - sigma * prediction
+        else:
+            denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
+        return _per_sample(sigma**-2 * (denoised - clean) ** 2)
+
+
+def min_snr_weights(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
+    """Min-SNR-gamma weights, (n,), for noise (or velocity) prediction at ratios ``snr``, (n,).
+
+    min(snr, gamma) / snr, and min(snr, gamma) / (snr + 1) for velocity.
+    Source: Section 3.4 of https://arxiv.org/abs/2303.09556.
+    """
+    capped = snr.clamp(max=gamma)
+    return capped / (snr + 1) if velocity else capped / snr
+
+
+def _per_sample(squares: Tensor) -> Tensor:
+    return squares.flatten(1).mean(dim=1)

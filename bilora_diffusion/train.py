@@ -1,0 +1,196 @@
+"""SDXL DreamBooth from a command line: parse, build, fit, export.
+
+    accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
+    python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from . import checkpoint, publish, runlog
+from .config import DreamBoothConfig, parse
+from .data.sources import open_images
+from .errors import TrainingError, UserError
+from .export import save_diffusers, training_facts, verify
+from .loop import Trainer, fit
+from .methods import MethodOptions, create
+from .tasks.class_images import ensure_class_images
+from .tasks.dreambooth import DreamBooth
+from .tasks.pipeline import load_pipeline, quiet
+from .tasks.visits import VisitStream
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says and leave a run folder.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics are kept.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet()
+    cfg = parse(argv)
+    folder = Path(cfg.output_dir)
+    runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
+    resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
+    accelerator = build_accelerator(cfg)
+    cfg = cfg.for_processes(accelerator.num_processes)
+    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
+    task = build_task(cfg, accelerator)
+    cfg = task.cfg
+    trainer = Trainer(task, create(cfg.method, method_options(cfg)), cfg, accelerator)
+    if resume is not None:
+        trainer.load(resume)
+        logger.info("resuming from %s", resume)
+    log = None
+    if accelerator.is_main_process:
+        log = runlog.RunLog(folder, accelerator.device)
+        log.start(cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None)
+    accelerator.init_trackers("dreambooth-bilora", config=flat(cfg.to_dict()))
+    try:
+        fit(trainer, folder, log)
+        results = finish(cfg, trainer, folder, repo_id)
+        if log is not None:
+            log.finish(**results)
+    except TrainingError as error:
+        if log is not None:
+            log.fail(str(error))
+        raise
+    accelerator.end_training()
+
+
+def build_accelerator(cfg: DreamBoothConfig) -> Accelerator:
+    """accelerate's engine in the wanted precision.
+
+    Raises:
+        UserError: the device can't compute in it.
+    """
+    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
+    project = ProjectConfiguration(
+        project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
+    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=cfg.mixed_precision,
+            log_with=cfg.log_with,
+            project_config=project,
+            kwargs_handlers=[unused],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
+        ) from error
+    if cfg.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
+    """Data first, since it is quick to refuse; then the models; then both on the device."""
+    instance = images(cfg, cfg.dataset_name or cfg.instance_data_dir, cfg.caption_column)
+    validation = None
+    if cfg.validation_dataset:
+        validation = images(cfg, cfg.validation_dataset, cfg.caption_column)
+    pipeline = load_pipeline(
+        cfg.pretrained_model_name_or_path,
+        dtype=DTYPES[accelerator.mixed_precision],
+        revision=cfg.revision,
+        variant=cfg.variant,
+        cache_dir=cfg.cache_dir,
+        vae=cfg.pretrained_vae_model_name_or_path,
+    )
+    cfg = cfg.for_pipeline(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    classes = None
+    if cfg.with_prior_preservation:
+        ensure_class_images(cfg, accelerator)
+        classes = open_images(cfg.class_data_dir, skip_bad_images=cfg.skip_bad_images)
+    task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+    task.to_device(accelerator.device)
+    return task
+
+
+def images(cfg: DreamBoothConfig, dataset: str, caption_column: str | None) -> Any:
+    """An image set with its captions, opened as the configuration says."""
+    return open_images(
+        dataset,
+        image_column=cfg.image_column,
+        caption_column=caption_column,
+        config_name=cfg.dataset_config_name,
+        cache_dir=cfg.cache_dir,
+        skip_bad_images=cfg.skip_bad_images,
+    )
+
+
+def method_options(cfg: DreamBoothConfig) -> MethodOptions:
+    """The method's share of the configuration."""
+    return MethodOptions(
+        rho=cfg.rho,
+        rho_norm=cfg.rho_norm,
+        auxiliary_rank=cfg.auxiliary_rank,
+        auxiliary_alpha=cfg.auxiliary_alpha,
+        auxiliary_learning_rate=cfg.auxiliary_learning_rate,
+    )
+
+
+def finish(
+    cfg: DreamBoothConfig, trainer: Trainer, folder: Path, repo_id: str | None
+) -> dict[str, Any]:
+    """Export the primary, prove it from the file, write the model card; returns the results."""
+    results: dict[str, Any] = {"steps": trainer.step}
+    if trainer.accelerator.is_main_process:
+        task: Any = trainer.task
+        save_diffusers(
+            folder,
+            task.models,
+            base_model=cfg.pretrained_model_name_or_path,
+            kohya=cfg.output_kohya_format,
+            extra_metadata=facts(cfg, task, trainer.step),
+        )
+        results["export"] = verify(folder, task.models)
+        results |= last_heldout(folder)
+        final = folder / "validation" / f"step-{trainer.step}"
+        publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
+        if repo_id is not None:
+            publish.push(folder, repo_id, cfg.hub_token)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def facts(cfg: DreamBoothConfig, task: DreamBooth, steps: int) -> dict[str, str]:
+    """What the exported file says about its training."""
+    return training_facts(
+        method=cfg.method,
+        rho=cfg.rho if cfg.method == "bilora" else None,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        title=Path(cfg.output_dir).resolve().name,
+        resolution=cfg.resolution,
+        prediction_type=task.pipeline.scheduler.config["prediction_type"],
+        steps=steps,
+        seed=cfg.seed,
+    )
+
+
+def last_heldout(folder: Path) -> dict[str, float]:
+    """The newest held-out losses in the folder's metrics, {} if none were measured."""
+    rows = [row for row in runlog.read_metrics(folder) if "heldout_loss" in row]
+    return {k: rows[-1][k] for k in ("heldout_loss", "train_grid_loss")} if rows else {}
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Configuration values that every tracker can show."""
+    return {
+        key: value if isinstance(value, int | float | str | bool) else repr(value)
+        for key, value in values.items()
+    }

@@ -1,0 +1,49 @@
+"""What the tests of whole runs share: training on the miniature as a person would start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scripts.runs import flags
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train_dreambooth_bilora.py"
+
+
+@pytest.fixture
+def train() -> Callable[..., Path]:
+    """``train(folder, method="lora", max_train_steps=2)`` in this process; returns the folder."""
+    from bilora_diffusion.train import main
+
+    def run(folder: Path, **values: Any) -> Path:
+        main(flags(folder, **values))
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The script in a process of its own, optionally behind a launcher."""
+
+    def run(
+        argv: Sequence[str], launcher: Sequence[str] = (), timeout: float = 280
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *launcher, str(SCRIPT), *argv],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+            timeout=timeout,
+        )
+
+    return run

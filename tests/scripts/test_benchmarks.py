@@ -1,0 +1,237 @@
+"""The benchmarks as a user runs them, on their smallest shapes, and the sizes they rest on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a file of the benchmarks, which find each other in their own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_step_cost_prints_a_table_and_json(tmp_path: Path) -> None:
+    file = tmp_path / "mini.json"
+    done = script(
+        "step_cost.py", "--shapes", "mini", "--steps", "5", "--warmup", "1", "--json", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "ratio to LoRA (95 % interval)" in done.stdout
+    assert [
+        line.split("|")[1].strip() for line in lines if line.startswith("| ") and "---" not in line
+    ][1:] == [
+        "LoRA",
+        "Bi-LoRA",
+        "Bi-LoRA, PEFT's two adapters",
+    ]
+    result, printed = json.loads(file.read_text()), json.loads(lines[-1])
+    assert printed["arms"]["lora"]["ratio_to_lora"] == 1.0
+    for row in result["arms"].values():
+        assert len(row["seconds"]) == 5
+        assert row["peak_memory_bytes"] > 2**27
+        low, high = row["ratio_interval_95"]
+        assert low <= row["ratio_to_lora"] <= high
+    assert 0 < result["projection"]["share_of_step"] < 1
+    assert result["device"]["cpu_cores"] >= 1
+    lora, fused, peft = (result["arms"][k] for k in ("lora", "bilora", "bilora-peft"))
+    assert (
+        fused["trained_parameters"] == peft["trained_parameters"] == 2 * lora["trained_parameters"]
+    )
+    # The same training in two ways: what was timed is what was meant.
+    assert fused["last_loss"] == pytest.approx(peft["last_loss"], rel=1e-5)
+    assert fused["last_loss"] < fused["first_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shapes", "t5"], "error: --shapes has 't5' (did you mean \"t5-base\"?)"),
+        (
+            ["--shapes", "mini", "--arms", "bilora"],
+            "error: --arms is bilora; name each arm once, and lora among",
+        ),
+        (["--shapes", "mini", "--steps", "0"], "error: --steps is 0"),
+        (
+            ["--shapes", "mini", "--json", "no/such/folder.json"],
+            "error: --json is no/such/folder.json",
+        ),
+        (["--shape_of_things"], "error: "),
+    ],
+)
+def test_step_cost_refuses(
+    arguments: list[str], sentence: str, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step_cost, errors = load("step_cost"), load("bilora_diffusion.errors")
+    assert errors.run_cli(lambda: step_cost.main(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(sentence)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_failing_arm_is_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_cost, errors = load("step_cost"), load("bilora_diffusion.errors")
+    failed = subprocess.CompletedProcess(
+        [], 1, stdout="", stderr="Traceback\nMemoryError: no room\n"
+    )
+    monkeypatch.setattr(step_cost.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(errors.TrainingError, match=r"arm lora failed .* MemoryError: no room"):
+        step_cost.main(["--shapes", "mini"])
+
+
+def test_rounds_are_fair(load: Any) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Any:
+        return lambda number: (seen.append((name, number)), float(number))[1]
+
+    times = load("measure").interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)
+    assert times == [[0.0, 1.0, 2.0]] * 3  # warming up does not count
+    orders = [
+        "".join(name for name, number in seen if number == wanted) for wanted in (-1, 0, 1, 2)
+    ]
+    assert orders == ["CAB", "ABC", "BCA", "CAB"]
+
+
+def test_the_ratio_is_paired(load: Any) -> None:
+    paired_ratio = load("measure").paired_ratio
+    baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow now and then
+    ratio, interval = paired_ratio([1.1 * value for value in baseline], baseline)
+    assert ratio == pytest.approx(1.1)
+    assert interval == pytest.approx((1.1, 1.1))
+    assert paired_ratio([1.0], [2.0]) == (0.5, None)
+
+
+def test_arms_share_the_base_but_not_the_adapters(load: Any) -> None:
+    arms, linear = load("arms"), torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(linear, torch.nn.BatchNorm1d(3))
+    copy = arms.share(model)
+    assert copy is not model
+    assert copy[0] is not linear
+    assert copy[0].weight is linear.weight
+    assert copy[1].running_mean is model[1].running_mean
+
+
+@pytest.mark.parametrize(
+    ("builder", "parameters"),
+    [
+        ("sdxl_unet", 2_567_463_684),
+        ("sdxl_vae", 83_653_863),
+        ("sdxl_text_encoder", 123_060_480),
+        ("sdxl_text_encoder_2", 694_659_840),
+        ("t5_base", 222_903_552),
+    ],
+)
+def test_the_real_architectures_have_their_published_sizes(
+    builder: str, parameters: int, load: Any
+) -> None:
+    with torch.device("meta"):
+        model = getattr(load("random_models"), builder)()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_random_weights_are_seeded_and_tied(load: Any) -> None:
+    models = load("random_models")
+    build = lambda: models.sdxl_text_encoder("tiny")  # noqa: E731
+    first, same, other = (models.materialize(build, dtype=torch.float32, seed=s) for s in (0, 0, 1))
+    weights = [m.state_dict()["embeddings.token_embedding.weight"] for m in (first, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    ids = torch.tensor([[3, 1, 2]])
+    assert torch.isfinite(first(ids).last_hidden_state).all()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    done = script("make_random_sdxl.py", str(folder), "--size", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert "unet: 1,545,956 parameters" in done.stdout
+    return folder
+
+
+def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tiny, torch_dtype=torch.bfloat16, add_watermarker=False
+    )
+    assert isinstance(pipeline.scheduler, EulerDiscreteScheduler)
+    assert pipeline.vae.config.scaling_factor == 0.13025
+    assert pipeline.unet.dtype == pipeline.text_encoder_2.dtype == torch.bfloat16
+    tokens = pipeline.tokenizer_2("a TOK icon: ☃", padding="max_length", truncation=True).input_ids
+    assert len(tokens) == 77
+    assert tokens[-1] == pipeline.tokenizer_2.pad_token_id == 0
+    assert max(tokens) == pipeline.tokenizer_2.eos_token_id  # where CLIP's text model pools
+    pipeline.set_progress_bar_config(disable=True)
+    output: Any = pipeline(
+        "a TOK icon", num_inference_steps=2, height=64, width=64, output_type="pt"
+    )
+    assert torch.isfinite(output.images).all()
+    assert output.images.float().std() > 0.05
+    assert not list(tiny.parent.glob(".*"))  # nothing is left beside it
+
+
+def test_the_random_pipeline_takes_a_lora_on_every_attention(tiny: Path, load: Any) -> None:
+    models, adapters = load("random_models"), load("bilora_diffusion.adapters")
+    spec = adapters.AdapterSpec(target_modules=load("shapes").ATTENTION)
+    with torch.device("meta"):
+        assert len(adapters.target_layers(models.sdxl_unet(), spec)) == 560
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{tiny}"], "already exists and is not an empty folder"),
+        (["new", "--size", "ful"], "error: --size is 'ful' (did you mean \"full\"?)"),
+        (["new", "--dtype", "int8"], "error: --dtype is 'int8'"),
+    ],
+)
+def test_the_random_pipeline_refuses(
+    arguments: list[str],
+    sentence: str,
+    tiny: Path,
+    load: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, errors = load("make_random_sdxl"), load("bilora_diffusion.errors")
+    before = sorted(tiny.rglob("*"))
+    filled = [argument.format(tiny=tiny) for argument in arguments]
+    assert errors.run_cli(lambda: make.main(filled)) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(tiny.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make, errors = load("make_random_sdxl"), load("bilora_diffusion.errors")
+    monkeypatch.setattr(make.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(errors.UserError, match=r"takes 6\.9 GB and .* has 1\.0 GB free"):
+        make.main([str(tmp_path / "new")])
+    assert list(tmp_path.iterdir()) == []

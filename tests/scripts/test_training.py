@@ -1,0 +1,209 @@
+"""Whole runs on the miniature: every method trains, resumes, pairs and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from bilora_diffusion import runlog
+from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.methods import names
+
+from tests.scripts.runs import difference, weights
+
+Train = Callable[..., Path]
+
+
+def column(folder: Path, key: str) -> list[Any]:
+    return [row[key] for row in runlog.read_metrics(folder) if key in row]
+
+
+@pytest.mark.parametrize("method", names())
+def test_resumed_equals_uninterrupted(train: Train, tmp_path: Path, method: str) -> None:
+    whole = train(tmp_path / "whole", method=method, max_train_steps=4, checkpointing_steps=2)
+    parts = tmp_path / "parts"
+    train(parts, method=method, max_train_steps=2, checkpointing_steps=2)
+    train(
+        parts,
+        method=method,
+        max_train_steps=4,
+        checkpointing_steps=2,
+        resume_from_checkpoint="latest",
+    )
+    assert difference(whole, parts) == 0
+    for key in ("loss", "digest", "grad_norm"):
+        assert column(whole, key) == column(parts, key)
+    steps = [row["step"] for row in runlog.read_metrics(parts)]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_resume_with_another_schedule_is_refused(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "run", checkpointing_steps=2)
+    with pytest.raises(UserError, match="rank"):
+        train(tmp_path / "run", rank=2, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="lr_scheduler"):
+        train(tmp_path / "run", lr_scheduler="cosine", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("method", names())
+def test_micro_batches_do_not_change_the_result(
+    train: Train, tmp_path: Path, method: str
+) -> None:
+    folders = [
+        train(
+            tmp_path / f"{size}",
+            method=method,
+            train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_train_steps=3,
+        )
+        for size in (8, 4, 1)
+    ]
+    assert difference(folders[0], folders[1]) < 1e-6
+    assert difference(folders[0], folders[2]) < 1e-6
+    assert column(folders[0], "digest") == column(folders[2], "digest")
+
+
+def test_arms_are_paired(train: Train, tmp_path: Path) -> None:
+    arms = [train(tmp_path / m, method=m, max_train_steps=3) for m in ("lora", "bilora")]
+    digests = [column(folder, "digest") for folder in arms]
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == 3
+    # The auxiliary starts at zero: the first loss is LoRA's to the bit, later ones are not.
+    losses = [column(folder, "loss") for folder in arms]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][2] != losses[1][2]
+
+
+def test_another_seed_sees_other_inputs(train: Train, tmp_path: Path) -> None:
+    digests = [column(train(tmp_path / str(s), seed=s), "digest") for s in (0, 1)]
+    assert not set(digests[0]) & set(digests[1])
+
+
+def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(
+    train: Train, tmp_path: Path
+) -> None:
+    folder = train(tmp_path / "run", rho=0.01, max_train_steps=4, output_kohya_format=True)
+    assert all(norm <= 0.01 * (1 + 1e-6) for norm in column(folder, "auxiliary_norm"))
+    assert max(column(folder, "auxiliary_norm_before")) > 0.01
+    assert not [key for key in weights(folder) if "auxiliary" in key]
+    record = runlog.read_run(folder)
+    assert record["status"] == "finished"
+    assert record["results"]["export"]["auxiliary_keys"] == 0
+    assert record["results"]["export"]["max_relative_difference"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_dora": True},
+        {"lora_dropout": 0.2},
+        {"mixed_precision": "bf16"},
+        {"do_edm_style_training": True},
+        {"snr_gamma": 5.0},
+        {"gradient_checkpointing": True},
+        {"train_text_encoder": True, "output_kohya_format": True},
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"init_lora_weights": "gaussian", "lora_alpha": 6},
+        {"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "scale_lr": True},
+        {"report_to": "tensorboard"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_options_train_and_resume_exactly(
+    train: Train, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    shared = {"max_train_steps": 3, "checkpointing_steps": 1, **values}
+    whole = train(tmp_path / "whole", **shared)
+    # The same run again from its own middle: bit for bit, whatever the option.
+    again = tmp_path / "again"
+    train(again, **shared)
+    middle = again / "checkpoints" / "step-1"
+    before = weights(again)
+    train(again, **shared, resume_from_checkpoint=middle)
+    assert difference(whole, again) == 0
+    assert all(torch.equal(before[key], value) for key, value in weights(again).items())
+    assert all(torch.isfinite(value).all() for value in weights(whole).values())
+
+
+def test_text_encoder_weights_are_exported(train: Train, tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", train_text_encoder=True, text_encoder_lr=1e-3)
+    heads = {key.split(".")[0] for key in weights(folder)}
+    assert heads == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_prior_preservation_makes_and_uses_class_images(train: Train, tmp_path: Path) -> None:
+    values = {
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a flat icon of a rabbit",
+        "num_class_images": 2,
+        "sample_batch_size": 2,
+    }
+    folder = train(tmp_path / "run", **values)
+    made = sorted((tmp_path / "class").glob("*.png"))
+    assert len(made) == 2
+    times = [file.stat().st_mtime_ns for file in made]
+    free = train(tmp_path / "free", **values, prior_loss_weight=0.0)
+    assert [file.stat().st_mtime_ns for file in made] == times
+    assert column(folder, "loss") != column(free, "loss")
+    plain = train(tmp_path / "plain")
+    assert column(free, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=1e-5)
+
+
+def test_validation_images_and_heldout_loss_do_not_disturb_training(
+    train: Train, tmp_path: Path
+) -> None:
+    quiet = train(tmp_path / "quiet", max_train_steps=3)
+    looked = train(
+        tmp_path / "looked",
+        max_train_steps=3,
+        validation_prompt="a TOK icon of a rabbit",
+        num_validation_images=1,
+        validation_epochs=1,
+        validation_dataset="mini-heldout",
+        validation_loss_steps=2,
+    )
+    assert difference(quiet, looked) == 0
+    assert len(list((looked / "validation").rglob("*.png"))) == 1
+    measured = [r["step"] for r in runlog.read_metrics(looked) if "heldout_loss" in r]
+    assert measured == [0, 2, 3]
+    assert runlog.read_run(looked)["results"]["heldout_loss"] > 0
+
+
+def test_cached_latents_equal_fresh_ones(train: Train, tmp_path: Path) -> None:
+    cached = train(tmp_path / "cached", cache_latents="yes", random_flip=True)
+    fresh = train(tmp_path / "fresh", cache_latents="no", random_flip=True)
+    assert column(cached, "digest") == column(fresh, "digest")
+    assert difference(cached, fresh) < 1e-6
+
+
+def test_a_nonfinite_loss_stops_and_names_the_samples(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step 2 is not finite for .+\.png"):
+        train(
+            tmp_path / "run", max_train_steps=6, learning_rate=1e38, checkpointing_steps=1
+        )
+    record = runlog.read_run(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_own_photos_of_any_shape(train: Train, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, size in enumerate([(90, 70), (64, 64), (50, 120)]):
+        Image.effect_noise(size, 40).convert("RGB").save(photos / f"{number}.jpg")
+    values = {
+        "dataset": photos,
+        "pretrained_model_name_or_path": "mini",
+        "instance_prompt": "a photo of a TOK thing",
+    }
+    folder = train(tmp_path / "run", **values)
+    again = train(tmp_path / "again", **values, dataloader_num_workers=2)
+    assert difference(folder, again) == 0
