@@ -116,7 +116,7 @@ class BiLoRA:
         return self._method.auxiliary_norm()
 
     def clip_parameters(self) -> list[nn.Parameter]:
-        """The parameters to give to gradient clipping: the primary's; the ball bounds the others."""
+        """What gradient clipping should see: the primary; the ball bounds the auxiliary."""
         return self._method.clip_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:

@@ -107,6 +107,8 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list[Image]:
     vae = pipeline.vae
     home = vae.device
     vae.to(latents.device)
-    pixels = vae.decode(LatentSpace.of(vae).decode(latents.to(vae.dtype))).sample
+    scaled = LatentSpace.of(vae).decode(latents.to(vae.dtype))
+    # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
+    pixels = torch.cat([vae.decode(latent[None]).sample.cpu() for latent in scaled])
     vae.to(home)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
             )
 
 
-def _as_matrix(weight: Tensor) -> Tensor:
+def _as_matrix(weight: Any) -> Tensor:
     """(out, ...) -> (out, rest) as a view; in order of strides, so that channels_last works too."""
     if weight.dim() == 2:
         return weight.detach()

@@ -30,8 +30,8 @@ from .targets import (
 def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
     """Add the adapter `name` to every target layer of `model`, in place.
 
-    The first adapter of a model becomes active and the base is frozen; later ones wait for
-    `activate`. Random values come from torch's global generator.
+    The base is frozen. The first adapter of a model becomes active, later ones wait for `activate`.
+    Random values come from torch's global generator.
 
     Raises:
         UserError: no layer matches, a matched layer is of a kind that is not supported, or `name`
@@ -41,6 +41,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
         raise UserError(
             f'The model already has an adapter "{name}"; give the model without adapters.'
         )
+    before = active(model) or (name,)
     targets = target_layers(model, spec)
     config = LoraConfig(
         r=spec.rank,
@@ -63,6 +64,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
             cast(Any, model)._hf_peft_config_loaded = True
     to_full_precision(model, name)
     _reset_magnitudes(model, name)
+    activate(model, before)
 
 
 def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:

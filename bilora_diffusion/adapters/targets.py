@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -54,6 +55,14 @@ class AdapterSpec:
         if self.init not in INITS:
             hint = did_you_mean(self.init, INITS)
             raise UserError(f'init is "{self.init}"{hint}; use one of {", ".join(INITS)}.')
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise UserError(
+                    f"target_modules {self.target_modules!r} is not a regular expression ({error}); "
+                    'use "all-linear", an expression, or a tuple of names.'
+                ) from error
         if not self.target_modules:
             raise UserError(
                 'target_modules is empty; use "all-linear" or the names of some layers.'

@@ -133,8 +133,6 @@ def view(
 
 def _mode(interpolation: str) -> InterpolationMode:
     if interpolation not in INTERPOLATIONS:
-        hint = did_you_mean(interpolation, INTERPOLATIONS)
-        raise UserError(
-            f'unknown interpolation "{interpolation}"{hint}: use one of {", ".join(INTERPOLATIONS)}.'
-        )
+        hint, known = did_you_mean(interpolation, INTERPOLATIONS), ", ".join(INTERPOLATIONS)
+        raise UserError(f'unknown interpolation "{interpolation}"{hint}: use one of {known}.')
     return InterpolationMode(interpolation.replace("_", "-"))

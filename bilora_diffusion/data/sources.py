@@ -215,11 +215,11 @@ def unreadable(name: str, label: str, error: Exception) -> UserError:
 
 
 def reason(error: Exception) -> str:
-    """An error's first line, without the address of a buffer that Pillow likes to name."""
+    """An error's first sentence, without the address of a buffer that Pillow likes to name."""
     text = str(error).strip() or type(error).__name__
     if "cannot identify image file" in text:
         return "not an image file that Pillow knows"
-    return text.splitlines()[0].rstrip(".")
+    return text.splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def _require_folder_or_id(dataset: str, folder: Path) -> None:

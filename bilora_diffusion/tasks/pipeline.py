@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..mini import pipeline_dir
@@ -46,18 +47,17 @@ def load_pipeline(
     # The SDXL autoencoder overflows in half precision, so latents are made and decoded in float32.
     try:
         autoencoder = (
-            AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, cache_dir=cache_dir)
+            AutoencoderKL.from_pretrained(vae, dtype=torch.float32, cache_dir=cache_dir)
             if vae
             else AutoencoderKL.from_pretrained(
-                where, subfolder="vae", torch_dtype=torch.float32, **shared
+                where, subfolder="vae", dtype=torch.float32, **shared
             )
         )
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            where, vae=autoencoder, torch_dtype=dtype, add_watermarker=False, **shared
+            where, vae=autoencoder, dtype=dtype, add_watermarker=False, **shared
         )
-    except (OSError, ValueError, EnvironmentError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(_cannot_load(name, vae, error)) from error
-    pipeline.vae.to(dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         module.requires_grad_(False)
@@ -77,9 +77,10 @@ def _cannot_load(name: str, vae: str | None, error: Exception) -> str:
 
 
 def quiet() -> None:
-    """Keep diffusers' progress bars and notices out of the training output."""
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    """Keep the libraries' loading bars and notices out of the training output."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 @dataclass(frozen=True)

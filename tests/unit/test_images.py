@@ -124,5 +124,5 @@ def test_pixels_span_minus_one_to_one() -> None:
 
 
 def test_an_unknown_interpolation_is_refused() -> None:
-    with pytest.raises(UserError, match='"lancos" .did you mean "lanczos".*'):
+    with pytest.raises(UserError, match=r'"lancos" \(did you mean "lanczos"'):
         apply(picture(8, 8), Plan((0, 0), flipped=False), 8, "lancos")

@@ -1,0 +1,115 @@
+"""Small models of each kind that the methods are used on, and a loss for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
+
+
+class MLP(nn.Module):
+    """Two linear layers around a 1x1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden + self.conv(hidden[..., None, None])[..., 0, 0])
+
+
+def tiny_mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP()
+
+
+def tiny_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    )
+
+
+def tiny_t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=30,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def tiny_clip() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=8,
+        eos_token_id=29,
+    )
+    return CLIPTextModel(config)
+
+
+def _mlp_output(model: nn.Module) -> Tensor:
+    return model(torch.linspace(-1, 1, 24).view(4, 6).to(next(model.parameters()).dtype))
+
+
+def _unet_output(model: nn.Module) -> Tensor:
+    latents = torch.linspace(-1, 1, 2 * 4 * 64).view(2, 4, 8, 8)
+    context = torch.linspace(1, -1, 2 * 3 * 8).view(2, 3, 8)
+    return cast(Any, model)(latents, torch.tensor([3, 700]), context).sample
+
+
+def _t5_output(model: nn.Module) -> Tensor:
+    tokens = torch.arange(1, 13).view(2, 6)
+    return cast(Any, model)(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
+
+
+def _clip_output(model: nn.Module) -> Tensor:
+    return cast(Any, model)(input_ids=torch.arange(1, 13).view(2, 6)).last_hidden_state
+
+
+class Case(NamedTuple):
+    """A model, the layers to adapt, and what it makes of fixed inputs."""
+
+    make: Callable[[], nn.Module]
+    targets: str | tuple[str, ...]
+    output: Callable[[nn.Module], Tensor]
+
+
+CASES = {
+    "mlp": Case(tiny_mlp, ("first", "conv", "last"), _mlp_output),
+    "unet": Case(tiny_unet, UNET_TARGETS, _unet_output),
+    "t5": Case(tiny_t5, "all-linear", _t5_output),
+    "clip": Case(tiny_clip, "all-linear", _clip_output),
+}

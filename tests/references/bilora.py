@@ -1,0 +1,124 @@
+"""Bi-LoRA word for word: full weight matrices, gradients of W by hand, one layer after the other.
+
+Slow and literal on purpose; written from Eqs. 7-10 and Algorithm 1, without the product's code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    """A frozen weight W0 (m, n), bias b (m,), and two adapters with scales s1 and s2."""
+
+    W0: Tensor
+    b: Tensor
+    A1: Tensor
+    B1: Tensor
+    A2: Tensor
+    B2: Tensor
+    s1: float
+    s2: float
+
+    def weight(self) -> Tensor:
+        """Equation 7, with the scales of LoRA."""
+        return self.W0 + self.s1 * (self.B1 @ self.A1) + self.s2 * (self.B2 @ self.A2)
+
+
+def loss_and_weight_gradients(
+    layers: list[Layer], x: Tensor, y: Tensor
+) -> tuple[float, list[Tensor]]:
+    """Mean squared error of layer2(tanh(layer1(x))), and dL/dW of both layers, by the chain rule."""
+    first, second = layers
+    hidden = torch.tanh(x @ first.weight().T + first.b)
+    output = hidden @ second.weight().T + second.b
+    d_output = 2 * (output - y) / y.numel()
+    d_hidden = (d_output @ second.weight()) * (1 - hidden**2)
+    return float(((output - y) ** 2).mean()), [d_hidden.T @ x, d_output.T @ hidden]
+
+
+@dataclass
+class AdamW:
+    """Loshchilov and Hutter's AdamW for one matrix; `ascend` adds the update to the matrix."""
+
+    lr: float
+    weight_decay: float
+    ascend: bool
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    k: int = 0
+    m: Tensor = field(default_factory=lambda: torch.zeros(()))
+    v: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def update(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The new value of the parameter."""
+        if self.ascend:
+            gradient = -gradient
+        self.k += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * gradient
+        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient**2
+        m_hat, v_hat = self.m / (1 - self.beta1**self.k), self.v / (1 - self.beta2**self.k)
+        decayed = parameter - self.lr * self.weight_decay * parameter
+        return decayed - self.lr * m_hat / (v_hat.sqrt() + self.eps)
+
+
+@dataclass
+class SGD:
+    """Plain gradient steps for one matrix."""
+
+    lr: float
+    ascend: bool
+
+    def update(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The new value of the parameter."""
+        return parameter + (self.lr if self.ascend else -self.lr) * gradient
+
+
+def factor_gradients(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
+    """The gradients that stand in Eq. 9, times the scales."""
+    return {
+        "B1": layer.s1 * dW @ layer.A1.T,
+        "A1": layer.s1 * layer.B1.T @ dW,
+        "B2": layer.s2 * dW @ layer.A2.T,
+        "A2": layer.s2 * layer.B2.T @ dW,
+    }
+
+
+def step(
+    layers: list[Layer], rules: list[dict[str, SGD | AdamW]], x: Tensor, y: Tensor
+) -> float:
+    """Line 7 of Algorithm 1, Eq. 9: all four factors move at once, from one gradient of W."""
+    loss, gradients = loss_and_weight_gradients(layers, x, y)
+    for layer, dW, rule in zip(layers, gradients, rules, strict=True):
+        new = {
+            name: rule[name].update(getattr(layer, name), gradient)
+            for name, gradient in factor_gradients(layer, dW).items()
+        }
+        for name, value in new.items():
+            setattr(layer, name, value)
+    return loss
+
+
+def c_norm(layers: list[Layer], scaled: bool) -> float:
+    """c_norm below Eq. 10, every product formed."""
+    total = 0.0
+    for layer in layers:
+        product = (layer.s2 if scaled else 1.0) * (layer.B2 @ layer.A2)
+        total += float((product**2).sum())
+    return math.sqrt(total)
+
+
+def clip(layers: list[Layer], rho: float, scaled: bool) -> float:
+    """Line 8 of Algorithm 1, Eq. 10. Returns the norm before."""
+    c = c_norm(layers, scaled)
+    if c > rho:
+        for layer in layers:
+            layer.B2 = math.sqrt(rho / c) * layer.B2
+            layer.A2 = math.sqrt(rho / c) * layer.A2
+    return c

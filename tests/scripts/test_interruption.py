@@ -1,0 +1,95 @@
+"""A run that is killed again and again, and a run shared by two processes, end as one whole run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bilora_diffusion import checkpoint, runlog
+from tests.scripts.conftest import ROOT, SCRIPT
+from tests.scripts.runs import difference, flags
+
+STEPS, KILLS = 60, 10
+
+
+def steps_logged(folder: Path) -> int:
+    file = folder / runlog.METRICS
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def start(argv: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_at_random(argv: list[str], folder: Path, chance: random.Random) -> bool:
+    """Kill the run some steps (or none) after it went on; True if it was still running."""
+    began = steps_logged(folder)
+    process = start(argv)
+    ahead, patience = chance.randint(0, 9), time.monotonic() + 200
+    while ahead and process.poll() is None and time.monotonic() < patience:
+        # A resumed run first drops the lines after its checkpoint, so the count may fall.
+        began = min(began, steps_logged(folder))
+        if steps_logged(folder) >= began + ahead:
+            break
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.4))
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return alive
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_ten_kills_change_no_bit(train: Callable[..., Path], tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", max_train_steps=STEPS)
+    folder = tmp_path / "killed"
+    argv = flags(
+        folder, max_train_steps=STEPS, checkpointing_steps=2, resume_from_checkpoint="auto"
+    )
+    chance = random.Random(0)
+    kills = sum(kill_at_random(argv, folder, chance) for _ in range(KILLS))
+    assert kills == KILLS
+    assert checkpoint.latest(folder) is not None
+    last = start(argv)
+    assert last.wait(timeout=280) == 0
+    assert len(runlog.read_run(folder)["resumed"]) >= KILLS // 2
+    assert difference(whole, folder) == 0
+    keys = ("step", "loss", "digest", "auxiliary_norm")
+    rows = [[{k: r[k] for k in keys} for r in runlog.read_metrics(f)] for f in (whole, folder)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "bilora"])
+def test_two_processes_agree_with_one(
+    train: Callable[..., Path],
+    script: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    shared = {"method": method, "max_train_steps": 6, "train_batch_size": 1}
+    one = train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    argv = flags(tmp_path / "two", **shared, gradient_accumulation_steps=2)
+    said = script(argv, launcher)
+    assert said.returncode == 0, said.stderr
+    rows = [runlog.read_metrics(folder) for folder in (one, tmp_path / "two")]
+    for a, b in zip(*rows, strict=True):
+        assert a["digest"] == b["digest"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert difference(one, tmp_path / "two") < 1e-5

@@ -1,0 +1,343 @@
+"""adapters: injection, order, state, files and removal, on the kinds of models that people have."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.errors import UserError
+from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
+
+BOTH = (PRIMARY, AUXILIARY)
+
+
+def two_adapters(model: nn.Module, **options: Any) -> nn.Module:
+    adapters.inject(model, AdapterSpec(rank=3, alpha=6, **options), PRIMARY)
+    adapters.inject(model, AdapterSpec(rank=2, alpha=2), AUXILIARY)
+    adapters.activate(model, BOTH)
+    with torch.no_grad():
+        for name in BOTH:
+            for parameter in adapters.parameters(model, name):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"init": "gausian"}, 'did you mean "gaussian"'),
+        ({"target_modules": ()}, "target_modules is empty"),
+    ],
+)
+def test_spec_refuses(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        AdapterSpec(**values)
+
+
+def test_injection_is_silent_and_keeps_the_output() -> None:
+    model, x = tiny_mlp(), torch.randn(4, 6)
+    before = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapters.inject(model, AdapterSpec(), PRIMARY)
+        adapters.inject(model, AdapterSpec(), AUXILIARY)
+    assert adapters.names(model) == BOTH
+    assert adapters.active(model) == (PRIMARY,)
+    adapters.activate(model, BOTH)
+    assert adapters.active(model) == BOTH
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_are_fp32_or_wider(base: torch.dtype, use_dora: bool) -> None:
+    model = two_adapters(tiny_mlp().to(base), use_dora=use_dora)
+    expected = torch.float64 if base == torch.float64 else torch.float32
+    for name in BOTH:
+        assert {p.dtype for p in adapters.parameters(model, name)} == {expected}
+
+
+def test_dora_on_a_bf16_model_starts_at_its_base() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16), torch.randn(9, 64)
+    before = model(x.bfloat16())
+    adapters.inject(model, AdapterSpec(use_dora=True))
+    layer = cast(Any, adapters.layers(model)[0][1])
+    norm = layer.base_layer.weight.float().norm(dim=1)
+    magnitude = layer.lora_magnitude_vector[PRIMARY].weight
+    torch.testing.assert_close(magnitude, norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(x.bfloat16()), before, rtol=1e-2, atol=1e-2)
+
+
+def test_the_init_is_as_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 40), nn.Linear(40, 400))
+    adapters.inject(model, AdapterSpec(rank=8, init="gaussian"), PRIMARY)
+    adapters.inject(model, AdapterSpec(rank=8), AUXILIARY)
+    for name, deviation in ((PRIMARY, 1 / 8), (AUXILIARY, (3 * 400) ** -0.5)):
+        factor = adapters.factors(model, name)[0]
+        assert float(factor.A.std()) == pytest.approx(deviation, rel=0.05)
+        assert not factor.B.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "expected"),
+    [
+        (tiny_mlp, "all-linear", ["first", "conv", "last"]),
+        (tiny_mlp, ("last",), ["last"]),
+        (tiny_mlp, "fir.*", ["first"]),
+        (tiny_unet, ("to_q", "to_out.0"), None),
+        (tiny_unet, ("conv1", "to_k"), None),
+    ],
+)
+def test_targets(
+    make: Callable[[], nn.Module], targets: str | tuple[str, ...], expected: list[str] | None
+) -> None:
+    found = list(adapters.target_layers(make(), AdapterSpec(target_modules=targets)))
+    if expected is None:
+        assert len(found) > 3
+        assert all(name.endswith(tuple(targets)) for name in found)
+    else:
+        assert found == [name for name in expected if name != "conv"]
+
+
+def test_all_linear_leaves_the_output_head_out_as_peft_does() -> None:
+    for model in (tiny_t5(), tiny_clip()):
+        found = adapters.target_layers(model, AdapterSpec())
+        peft = get_peft_model(
+            copy.deepcopy(model), LoraConfig(target_modules="all-linear", task_type=None)
+        )
+        theirs = {n.removeprefix("base_model.model.") for n, _ in adapters.layers(peft)}
+        assert set(found) == theirs
+        assert not any("lm_head" in name for name in found)
+
+
+def test_refused_targets_name_the_layer() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+            self.table = nn.Embedding(5, 8)
+            self.plain = nn.Linear(8, 8)
+
+    for name, word in (
+        ("attention.out_proj", "MultiheadAttention"),
+        ("grouped", "groups"),
+        ("table", "Embedding"),
+    ):
+        with pytest.raises(UserError, match=word):
+            adapters.inject(Odd(), AdapterSpec(target_modules=(name,)))
+    assert list(adapters.target_layers(Odd(), AdapterSpec())) == ["plain"]
+    with pytest.raises(UserError, match=r"matches no layer of Odd; .*plain"):
+        adapters.inject(Odd(), AdapterSpec(target_modules=("to_q",)))
+    with pytest.raises(UserError, match="regular expression"):
+        adapters.inject(Odd(), AdapterSpec(target_modules="to_q("))
+    model = Odd()
+    adapters.inject(model, AdapterSpec())
+    with pytest.raises(UserError, match='already has an adapter "default"'):
+        adapters.inject(model, AdapterSpec())
+
+
+@pytest.mark.parametrize("make", [tiny_mlp, tiny_unet, tiny_t5, tiny_clip])
+def test_only_the_active_adapters_are_trainable(make: Callable[[], nn.Module]) -> None:
+    model = two_adapters(make())
+    own = {id(p) for name in BOTH for p in adapters.parameters(model, name)}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    adapters.activate(model, (AUXILIARY,))
+    own = {id(p) for p in adapters.parameters(model, AUXILIARY)}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    with pytest.raises(UserError, match='no adapter "other"'):
+        adapters.activate(model, ("other",))
+
+
+def test_only_restores_order_flags_and_switches() -> None:
+    model = two_adapters(tiny_mlp(), use_dora=True)
+    next(iter(adapters.parameters(model, PRIMARY))).requires_grad_(False)
+    before = flags(model)
+    with adapters.only(model, (PRIMARY,)):
+        assert adapters.active(model) == (PRIMARY,)
+    with pytest.raises(RuntimeError, match="boom"), adapters.only(model, ()):
+        assert adapters.active(model) == ()
+        raise RuntimeError("boom")
+    assert adapters.active(model) == BOTH
+    assert flags(model) == before
+    for _, layer in adapters.layers(model):
+        layer.enable_adapters(False)
+    before = flags(model)
+    with adapters.only(model, BOTH):
+        assert adapters.active(model) == BOTH
+    assert adapters.active(model) == ()
+    assert flags(model) == before
+
+
+def test_only_gives_the_output_of_these_adapters() -> None:
+    model, x = two_adapters(tiny_mlp()), torch.randn(4, 6)
+    with adapters.only(model, (PRIMARY,)):
+        primary = model(x)
+    with adapters.only(model, ()):
+        base = model(x)
+    assert not torch.allclose(model(x), primary)
+    adapters.delete(model, AUXILIARY)
+    assert adapters.names(model) == adapters.active(model) == (PRIMARY,)
+    assert list(cast(Any, model).peft_config) == [PRIMARY]
+    assert torch.equal(model(x), primary)
+    adapters.merge_primary(model)
+    assert adapters.names(model) == ()
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(model(x), primary)
+    assert not torch.allclose(model(x), base)
+
+
+def test_layers_that_disagree_are_noticed() -> None:
+    model = two_adapters(tiny_mlp())
+    adapters.layers(model)[0][1].set_adapter([PRIMARY])
+    with pytest.raises(UserError, match="disagree"):
+        adapters.active(model)
+
+
+@pytest.mark.parametrize("make", [tiny_mlp, tiny_unet, tiny_t5])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_state_has_pefts_keys_and_comes_back(
+    make: Callable[[], nn.Module], use_dora: bool
+) -> None:
+    model = two_adapters(make(), use_dora=use_dora)
+    for name in BOTH:
+        state = adapters.state_dict(model, name)
+        theirs = get_peft_model_state_dict(model, adapter_name=name)
+        assert state.keys() == theirs.keys()
+        assert all(torch.equal(state[key], theirs[key]) for key in state)
+        with torch.no_grad():
+            for parameter in adapters.parameters(model, name):
+                parameter.zero_()
+        adapters.load_state_dict(model, name, state)
+        again = adapters.state_dict(model, name)
+        assert all(torch.equal(state[key], again[key]) for key in state)
+    assert not any(AUXILIARY in key or PRIMARY in key for key in adapters.state_dict(model, PRIMARY))
+
+
+def test_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    model = two_adapters(tiny_mlp())
+    state = adapters.state_dict(model, PRIMARY)
+    key = next(iter(state))
+    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+    for broken, word in (
+        ({k: v for k, v in zeros.items() if k != key}, "misses"),
+        (zeros | {"other.lora_A.weight": torch.zeros(1)}, "unknown key other"),
+        (zeros | {key: torch.zeros(1, 1)}, "shape"),
+    ):
+        with pytest.raises(UserError, match=word):
+            adapters.load_state_dict(model, PRIMARY, broken)
+    after = adapters.state_dict(model, PRIMARY)
+    assert all(torch.equal(after[k], state[k]) for k in state)
+
+
+def test_factors_share_storage_and_make_the_weight_change() -> None:
+    model = nn.ModuleDict({"unet": two_adapters(tiny_unet()), "text_encoder": tiny_clip()})
+    two_adapters(cast(nn.Module, model["text_encoder"]))
+    for name in BOTH:
+        found = adapters.factors(model, name)
+        layers = adapters.layers(model, name)
+        assert [f.name for f in found] == [path for path, _ in layers]
+        assert {f.name.partition(".")[0] for f in found} == {"unet", "text_encoder"}
+        for factor, (_, layer) in zip(found, layers, strict=True):
+            delta = adapters.weight_delta(layer, name)
+            torch.testing.assert_close(factor.scale * factor.B @ factor.A, delta.flatten(1))
+            assert factor.A.data_ptr() == cast(Tensor, layer.lora_A[name].weight).data_ptr()
+            assert factor.B.data_ptr() == cast(Tensor, layer.lora_B[name].weight).data_ptr()
+        keys = list(adapters.named_parameters(model, name))
+        assert len(keys) == len(set(keys)) == 2 * len(found)
+        assert keys[0].endswith(".lora_A.weight")
+
+
+def test_config_is_json() -> None:
+    model = two_adapters(tiny_mlp())
+    config = json.loads(json.dumps(adapters.lora_config(model, PRIMARY)))
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6, "LORA")
+    assert config["target_modules"] == ["first", "last"]
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_saved_primary_is_a_plain_peft_adapter(tmp_path: Path, use_dora: bool) -> None:
+    model, x = tiny_mlp(), torch.randn(4, 6)
+    fresh = copy.deepcopy(model)
+    two_adapters(model, use_dora=use_dora)
+    adapters.save_pretrained(model, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "out"))
+    with adapters.only(model, (PRIMARY,)):
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_a_peft_model_keeps_its_adapter_as_the_primary(tmp_path: Path) -> None:
+    inner, x = tiny_mlp(), torch.randn(4, 6)
+    fresh = copy.deepcopy(inner)
+    model = get_peft_model(inner, LoraConfig(r=3, lora_alpha=6, target_modules=["first"]))
+    spec = AdapterSpec(rank=3, alpha=6, target_modules=("first",))
+    assert adapters.adopt(model, spec)
+    assert not adapters.adopt(tiny_mlp(), spec)
+    adapters.inject(model, spec, AUXILIARY)
+    adapters.activate(model, BOTH)
+    assert model.active_adapters == list(BOTH)
+    with torch.no_grad():
+        for name in BOTH:
+            for parameter in adapters.parameters(model, name):
+                parameter.normal_()
+    adapters.save_pretrained(model, tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path))
+    with adapters.only(model, (PRIMARY,)):
+        expected = model(x)
+    assert torch.equal(loaded(x), expected)
+    plain = adapters.merge_primary(model)
+    assert plain is inner
+    torch.testing.assert_close(plain(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"rank": 4}, "rank 3"),
+        ({"alpha": 7}, "alpha 6"),
+        ({"use_dora": True}, "use_dora"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_not_adopted(changes: dict[str, Any], word: str) -> None:
+    model = get_peft_model(tiny_mlp(), LoraConfig(r=3, lora_alpha=6, target_modules=["first"]))
+    spec = AdapterSpec(**({"rank": 3, "alpha": 6, "target_modules": ("first",)} | changes))
+    with pytest.raises(UserError, match=word):
+        adapters.adopt(model, spec)
+
+
+def test_gpt2_style_conv1d_is_linear() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model, x = nn.Sequential(Conv1D(5, 6)), torch.randn(4, 6)
+    two_adapters(model)
+    layer = adapters.layers(model)[0][1]
+    deltas = [adapters.weight_delta(layer, name) for name in BOTH]
+    base = cast(Any, layer).base_layer
+    torch.testing.assert_close(model(x), base(x) + x @ (deltas[0] + deltas[1]))
