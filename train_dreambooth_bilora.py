@@ -1,8 +1,9 @@
 """Bi-LoRA and LoRA DreamBooth fine-tuning of Stable Diffusion XL.
 
     accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
-    accelerate launch train_dreambooth_bilora.py --dataset my_photos --instance_prompt "a photo of a TOK dog"
-    python train_dreambooth_bilora.py --config recipes/mini.yaml --output_dir out --max_train_steps 20
+    accelerate launch train_dreambooth_bilora.py --dataset my_photos \\
+        --instance_prompt "a photo of a TOK dog"
+    python train_dreambooth_bilora.py --config recipes/mini.yaml --max_train_steps 20
 
 The last one runs on a CPU in a minute. ``--help`` explains every flag.
 """

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import UserError, did_you_mean
 from .environment import check_environment
-from .locations import BUILT_IN, check_locations
+from .locations import check_locations
+from .resolve import BUILT_IN
 
 OPTIMIZERS = ("adamw", "prodigy")
 

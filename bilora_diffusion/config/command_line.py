@@ -46,7 +46,7 @@ class CommandLine(HfArgumentParser):
         usage: the shortest complete command line.
     """
 
-    def __init__(self, groups: Sequence[type], description: str, usage: str) -> None:
+    def __init__(self, groups: Sequence[Any], description: str, usage: str) -> None:
         super().__init__(
             list(groups),
             description=description,

@@ -52,7 +52,7 @@ class DreamBoothConfig(
 ):
     """Every option of the script, flat. Made by ``parse``, which checks and completes it.
 
-    After ``parse``, ``seed``, ``mixed_precision``, ``lora_alpha`` and ``optimizer`` (in lower case)
+    After ``parse``, ``mixed_precision``, ``lora_alpha`` and ``optimizer`` (in lower case)
     are decided, ``validation_prompts`` holds all prompts, and ``max_train_steps`` is None only
     where epochs count. ``resolution`` and ``gradient_checkpointing`` may be None until
     ``for_pipeline`` says what the model was made for.

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .resolve import MINI, pipeline_folder
-
-BUILT_IN = (MINI, "mini-heldout")
+from .resolve import BUILT_IN, pipeline_folder
 
 
 def check_locations(values: dict[str, Any]) -> None:

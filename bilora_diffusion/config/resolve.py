@@ -14,6 +14,8 @@ from ..errors import UserError
 from .inputs import SDXL_BASE
 
 MINI = "mini"
+HELDOUT = "mini-heldout"
+BUILT_IN = (MINI, HELDOUT)
 ICONS = "linoyts/3d_icon"
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
@@ -40,7 +42,7 @@ class Preset:
 
 PRESETS = {
     ICONS: Preset(),  # Appendix H.3
-    MINI: Preset(caption_column="prompt", validation_dataset="mini-heldout", model=MINI),
+    MINI: Preset(caption_column="prompt", validation_dataset=HELDOUT, model=MINI),
 }
 
 
@@ -56,6 +58,9 @@ def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
             of validation prompts can't be read.
     """
     values = {**values, "optimizer": values["optimizer"].lower()}
+    for name in ("instance_data_dir", "class_data_dir"):
+        if values[name] in BUILT_IN:
+            values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     _apply_preset(values, given)
     _decide_training(values, given)
     values["mixed_precision"] = values["mixed_precision"] or default_precision()
@@ -97,8 +102,6 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
 
 
 def _decide_training(values: dict[str, Any], given: frozenset[str]) -> None:
-    if values["seed"] is None:
-        values["seed"] = 0
     if values["lora_alpha"] is None:
         values["lora_alpha"] = 2.0 * values["rank"]
     if values["num_train_epochs"] is None and values["max_train_steps"] is None:

@@ -59,9 +59,7 @@ class StepOptions:
 
     _argument_group_name = "steps, loss and precision"
 
-    seed: int | None = option(
-        None, "Seed of everything random: data, noise, adapters, images. Default: 0."
-    )
+    seed: int = option(0, "Seed of everything random: data, noise, adapters, images.")
     train_batch_size: int = option(1, "Images of one forward pass on one device.")
     gradient_accumulation_steps: int = option(4, "Forward passes of one optimizer step.")
     max_train_steps: int | None = option(

@@ -62,7 +62,9 @@ def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
         if whole:
             image.load()
             _require_known_range(image)
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        # Pillow's own getexif of a PNG would decode it, for metadata behind the pixels.
+        exif = image.getexif() if whole else Image.Image.getexif(image)
+        turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return image.size if turned else (image.height, image.width)
 
 

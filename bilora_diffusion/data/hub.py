@@ -81,14 +81,15 @@ def _load(
 ) -> Any:
     import datasets
     from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 
     try:
         splits = datasets.load_dataset(location, config_name, cache_dir=cache_dir)
-    except (datasets.exceptions.DataFilesNotFoundError, EmptyDatasetError) as error:
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(
             f'"{label}" holds no images and nothing else that can be read: put images into it.'
         ) from error
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         raise UserError(
             f'the hub has no dataset "{label}" that you may read: check its name, log in with'
             " `hf auth login` if it is private or gated, or give a local folder."
@@ -99,13 +100,12 @@ def _load(
             f'the dataset "{label}" could not be loaded ({reason(error)}): {fix}, or give another'
             " folder."
         ) from error
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, DatasetsError) as error:
         raise UserError(
             f'datasets refuses "{label}" ({reason(error)}): check --dataset and'
             " --dataset_config_name."
         ) from error
     if split not in splits:
-        raise UserError(
-            f'{label} has no split "{split}", only {", ".join(splits)}: give a set that has it.'
-        )
+        known = ", ".join(map(str, splits))
+        raise UserError(f'{label} has no split "{split}", only {known}: give a set that has it.')
     return splits[split]

@@ -8,6 +8,7 @@ the result.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -101,7 +102,8 @@ def apply(image: Image.Image, chosen: Plan, resolution: int, interpolation: str)
     """
     original = (image.height, image.width)
     size = list(resized(original, resolution))
-    pixels = functional.resize(image, size, interpolation=_mode(interpolation))
+    pixels = cast(Any, image)  # torchvision's types know tensors only, its functions more
+    pixels = functional.resize(pixels, size, interpolation=_mode(interpolation))
     if chosen.flipped:
         pixels = functional.horizontal_flip(pixels)
     top, left = chosen.crop_top_left

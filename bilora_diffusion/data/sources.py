@@ -67,12 +67,19 @@ class ImageSet(ABC):
         """Image ``i``: RGB, upright, transparent parts on white. It is read at each call.
 
         Raises:
-            UserError: it has become unreadable since the set was opened.
+            UserError: it has become unreadable, or another size, since the set was opened.
         """
         try:
-            return read_rgb(self._source(self._indices[i]))
+            image = read_rgb(self._source(self._indices[i]))
         except DECODE_ERRORS as error:
             raise unreadable(self.name(i), self.label, error) from error
+        if (image.height, image.width) != self.size(i):
+            raise UserError(
+                f"{self.name(i)} in {self.label} is {image.height} pixels high and {image.width}"
+                f" wide, and was {self.size(i)} when the set was opened: leave the images alone"
+                " during a run."
+            )
+        return image
 
     def prompts(self, instance_prompt: str | None) -> list[str]:
         """The text of every image: its caption, else the instance prompt.

@@ -59,7 +59,6 @@ def training_facts(
 
 def file_metadata(
     models: Mapping[str, nn.Module],
-    *,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     base_model: str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,9 +21,17 @@ TOLERANCE = 1e-5  # relative, per layer; rounding s * B to fp32 makes 6e-8
 
 
 class _Change(NamedTuple):
-    layer: str
-    delta: Tensor  # s * B @ A, (m, n), fp64 on the CPU
-    magnitude: Tensor | None  # DoRA's, (m,)
+    """One layer's change of weight; the product is formed when asked for, as all take gigabytes."""
+
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+    scale: float
+    magnitude: Tensor | None  # DoRA's, (m,) values in any shape
+
+    def delta(self) -> Tensor:
+        """s * B @ A, (m, n), in fp64 on the CPU."""
+        A, B = (side.to("cpu", torch.float64).flatten(1) for side in (self.A, self.B))
+        return self.scale * (B @ A)
 
 
 @dataclass
@@ -35,15 +43,16 @@ class _Difference:
     absolute: float = 0.0
     relative: float = 0.0
 
-    def add(self, component: str, expected: _Change, found: _Change | None) -> None:
+    def add(self, what: str, expected: _Change, found: _Change | None) -> None:
         """Compare one layer; raises TrainingError where the file differs from the model."""
-        what = f"{component}.{expected.layer}"
         if found is None or (expected.magnitude is None) != (found.magnitude is None):
             raise TrainingError(f"{self.file} lacks all or a part of {what}.")
         self.layers += 1
-        self._compare(what, expected.delta, found.delta)
+        self._compare(what, expected.delta(), found.delta())
         if expected.magnitude is not None and found.magnitude is not None:
-            self._compare(f"the magnitude of {what}", expected.magnitude, found.magnitude)
+            sides = (expected.magnitude, found.magnitude)
+            m, n = (side.to("cpu", torch.float64).flatten() for side in sides)
+            self._compare(f"the magnitude of {what}", m, n)
 
     def _compare(self, what: str, expected: Tensor, found: Tensor) -> None:
         if expected.shape != found.shape:
@@ -91,9 +100,9 @@ def verify(
     _load(path, models, others)
     difference = _Difference(path)
     for component, model in models.items():
-        found = {change.layer: change for change in _changes(others[component])}
-        for expected in _changes(model):
-            difference.add(component, expected, found.get(expected.layer))
+        found = _changes(others[component])
+        for layer, expected in _changes(model).items():
+            difference.add(f"{component}.{layer}", expected, found.get(layer))
     report: dict[str, float] = {
         "layers": difference.layers,
         "max_abs_difference": difference.absolute,
@@ -162,9 +171,9 @@ def _compare_kohya(path: Path, models: Mapping[str, nn.Module]) -> _Difference:
     tensors = safetensors.torch.load_file(path)
     difference = _Difference(path)
     for component, model in models.items():
-        for expected in _changes(model):
-            found = _kohya_change(tensors, kohya_name(component, expected.layer))
-            difference.add(component, expected, found)
+        for layer, expected in _changes(model).items():
+            found = _kohya_change(tensors, kohya_name(component, layer))
+            difference.add(f"{component}.{layer}", expected, found)
     return difference
 
 
@@ -174,22 +183,17 @@ def _kohya_change(tensors: dict[str, Tensor], name: str) -> _Change | None:
     alpha = tensors.get(f"{name}.alpha")
     if down is None or up is None or alpha is None:
         return None
-    product = up.double().flatten(1) @ down.double().flatten(1)
-    magnitude = tensors.get(f"{name}.dora_scale")
-    return _Change(
-        name,
-        alpha.item() / down.shape[0] * product,
-        None if magnitude is None else magnitude.double().flatten(),
-    )
+    return _Change(down, up, alpha.item() / down.shape[0], tensors.get(f"{name}.dora_scale"))
 
 
-def _changes(model: nn.Module) -> Iterator[_Change]:
-    tensors = {k: v.to("cpu", torch.float64) for k, v in state_dict(model, PRIMARY).items()}
-    for name, _, _, scale in factors(model, PRIMARY):
-        A, B = (tensors[f"{name}.lora_{side}.weight"].flatten(1) for side in "AB")
-        magnitude = tensors.get(f"{name}.lora_magnitude_vector")
-        yield _Change(
-            name.removeprefix(PEFT_PREFIX),
-            scale * (B @ A),
-            None if magnitude is None else magnitude.flatten(),
+def _changes(model: nn.Module) -> dict[str, _Change]:
+    tensors = state_dict(model, PRIMARY)
+    return {
+        name.removeprefix(PEFT_PREFIX): _Change(
+            tensors[f"{name}.lora_A.weight"],
+            tensors[f"{name}.lora_B.weight"],
+            scale,
+            tensors.get(f"{name}.lora_magnitude_vector"),
         )
+        for name, _, _, scale in factors(model, PRIMARY)
+    }

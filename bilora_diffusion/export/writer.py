@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean
-from .layers import COMPONENTS, diffusers_tensors, kohya_tensors, primary_layers
+from .layers import COMPONENTS, Layer, diffusers_tensors, kohya_tensors, primary_layers
 from .metadata import ADAPTER_METADATA, adapter_metadata, file_metadata, model_hash
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -37,7 +37,7 @@ def save_diffusers(
             its adapters; only the primary is read.
         base_model: hub id or folder of the pipeline that was trained.
         kohya: also write `pytorch_lora_weights_kohya.safetensors` for ComfyUI, web UIs and
-            kohya's scripts.
+            kohya's scripts; without it an older such file is removed, as its weights differ.
         extra_metadata: more text entries, see `training_facts`; they win over the defaults.
 
     Returns:
@@ -48,6 +48,30 @@ def save_diffusers(
         TrainingError: a value is not finite.
     """
     folder = Path(folder)
+    _check(folder, models)
+    layers, alphas = {}, {}
+    for name, model in models.items():
+        layers[name], alphas[name] = primary_layers(name, model)
+    ranks = {name: own[0].A.shape[0] for name, own in layers.items()}
+    label = folder.resolve().name
+    metadata = file_metadata(models, ranks, alphas, base_model, label, extra_metadata or {})
+    described = {**metadata, ADAPTER_METADATA: adapter_metadata(models, ranks)}
+    for_kohya = _tensors(kohya_tensors, layers) if kohya else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KOHYA_FILE_NAME).unlink(missing_ok=True)
+    _write(folder / FILE_NAME, _tensors(diffusers_tensors, layers), described)
+    if kohya:  # not described: diffusers refuses a file with alphas and a configuration
+        _write(folder / KOHYA_FILE_NAME, for_kohya, metadata)
+    return folder / FILE_NAME
+
+
+def _tensors(
+    build: Callable[[str, list[Layer]], dict[str, Tensor]], layers: Mapping[str, list[Layer]]
+) -> dict[str, Tensor]:
+    return {key: value for name, own in layers.items() for key, value in build(name, own).items()}
+
+
+def _check(folder: Path, models: Mapping[str, nn.Module]) -> None:
     known = ", ".join(COMPONENTS)
     if not models:
         raise UserError(f"There is no model to export; give one or more of {known}.")
@@ -59,29 +83,6 @@ def save_diffusers(
             )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder to export to.")
-    layers, ranks, alphas = {}, {}, {}
-    for name, model in models.items():
-        layers[name], alphas[name] = primary_layers(name, model)
-        ranks[name] = layers[name][0].A.shape[0]
-    metadata = file_metadata(
-        models,
-        ranks=ranks,
-        alphas=alphas,
-        base_model=base_model,
-        name=folder.resolve().name,
-        extra=extra_metadata or {},
-    )
-    tensors: dict[str, Tensor] = {}
-    for_kohya: dict[str, Tensor] = {}
-    for name in models:
-        tensors |= diffusers_tensors(name, layers[name])
-        for_kohya |= kohya_tensors(name, layers[name]) if kohya else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {**metadata, ADAPTER_METADATA: adapter_metadata(models, ranks)}
-    _write(folder / FILE_NAME, tensors, described)
-    if kohya:  # not described: diffusers refuses a file with alphas and a configuration
-        _write(folder / KOHYA_FILE_NAME, for_kohya, metadata)
-    return folder / FILE_NAME
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

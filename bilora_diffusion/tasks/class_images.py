@@ -13,7 +13,12 @@ from tqdm.auto import tqdm
 from ..sampling import generate
 from .pipeline import load_pipeline
 
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 

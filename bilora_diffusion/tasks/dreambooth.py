@@ -134,12 +134,11 @@ class DreamBooth:
         if cfg.optimizer.lower() == "prodigy" or not rate:
             # Prodigy estimates one step size and takes the learning rate as a common factor.
             rate = cfg.learning_rate
+        unet, *encoders = self.models.items()
+        text, decay = spec(TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
         return [
-            Target("unet", self.models["unet"], spec(UNET_TARGETS), cfg.learning_rate, cfg.adam_weight_decay)
-        ] + [
-            Target(name, model, spec(TEXT_TARGETS), rate, cfg.adam_weight_decay_text_encoder)
-            for name, model in self.models.items()
-            if name != "unet"
+            Target(*unet, spec(UNET_TARGETS), cfg.learning_rate, cfg.adam_weight_decay),
+            *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
 
     def to_device(self, device: torch.device) -> None:

@@ -113,7 +113,8 @@ class VisitStream:
         """The visit of one slot of one step."""
         order = self._order if kind == "instance" else self._class_order
         images = self.images if kind == "instance" else self.classes
-        assert order is not None and images is not None
+        assert order is not None
+        assert images is not None
         sample = order.sample(step * step_size + slot)
         size = images.size(sample)
         chosen = plan(
@@ -176,7 +177,8 @@ def _cacheable(cfg: Any, sets: Sequence[Any]) -> bool:
         return False
     odd = None
     if not cfg.center_crop:
-        odd = next((s.name(i) for s in sets for i in range(len(s)) if _not_square(s.size(i), cfg)), None)
+        pairs = ((images, i) for images in sets for i in range(len(images)))
+        odd = next((s.name(i) for s, i in pairs if _not_square(s.size(i), cfg)), None)
     if odd is not None and cfg.cache_latents == "yes":
         raise UserError(
             f"--cache_latents yes needs images that are always cropped alike, and '{odd}' is not"

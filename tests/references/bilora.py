@@ -33,7 +33,7 @@ class Layer:
 def loss_and_weight_gradients(
     layers: list[Layer], x: Tensor, y: Tensor
 ) -> tuple[float, list[Tensor]]:
-    """Mean squared error of layer2(tanh(layer1(x))), and dL/dW of both layers, by the chain rule."""
+    """Mean squared error of layer2(tanh(layer1(x))), and dL/dW of both by the chain rule."""
     first, second = layers
     hidden = torch.tanh(x @ first.weight().T + first.b)
     output = hidden @ second.weight().T + second.b
@@ -90,9 +90,7 @@ def factor_gradients(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
     }
 
 
-def step(
-    layers: list[Layer], rules: list[dict[str, SGD | AdamW]], x: Tensor, y: Tensor
-) -> float:
+def step(layers: list[Layer], rules: list[dict[str, SGD | AdamW]], x: Tensor, y: Tensor) -> float:
     """Line 7 of Algorithm 1, Eq. 9: all four factors move at once, from one gradient of W."""
     loss, gradients = loss_and_weight_gradients(layers, x, y)
     for layer, dW, rule in zip(layers, gradients, rules, strict=True):

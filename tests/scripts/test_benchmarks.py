@@ -66,7 +66,7 @@ def test_step_cost_prints_a_table_and_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--shapes", "t5"], "error: --shapes has 't5' (did you mean \"t5-base\"?)"),
+        (["--shapes", "t5base"], "error: --shapes has 't5base' (did you mean \"t5-base\"?)"),
         (
             ["--shapes", "mini", "--arms", "bilora"],
             "error: --arms is bilora; name each arm once, and lora among",

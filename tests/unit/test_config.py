@@ -102,6 +102,7 @@ OTHERWISE = {
     "num_train_epochs",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "seed",
     "learning_rate",
     "text_encoder_lr",
     "lr_warmup_steps",
@@ -303,6 +304,17 @@ def test_local_folders_take_the_place_of_the_hub(tmp_path: Path) -> None:
     assert parse(["--dataset", str(tmp_path), *model]).dataset_name == str(tmp_path)
     cfg = parse(["--instance_data_dir", str(tmp_path), *model])
     assert (cfg.instance_data_dir, cfg.dataset_name) == (str(tmp_path), None)
+
+
+def test_a_folder_called_mini_is_not_the_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--pretrained_model_name_or_path", "mini", "--instance_prompt", "TOK"]
+    cfg = parse(["--instance_data_dir", "mini", *arguments])
+    assert cfg.instance_data_dir == "./mini"
 
 
 def test_the_default_tracker_needs_no_package(monkeypatch: pytest.MonkeyPatch) -> None:

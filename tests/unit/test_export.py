@@ -1,12 +1,10 @@
-"""bilora_diffusion.export on small models: names, scale, metadata, read-back, inspection."""
+"""bilora_diffusion.export on small models: names, scale, metadata, read-back."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -14,83 +12,31 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import (
     FILE_NAME,
     KOHYA_FILE_NAME,
-    inspect,
-    main,
     save_diffusers,
     training_facts,
     verify,
 )
 from bilora_diffusion.export.layers import kohya_name
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-UNET_TARGETS = (*ATTENTION, "conv1", "linear_1", "conv_in", "ff.net.2")
-
-
-def make_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=32,
-    )
-
-
-def make_text_encoder(projection: bool = False) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=8,
-        max_position_embeddings=8,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-
-
-def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Module:
-    """A primary and an auxiliary whose values are all random."""
-    adapters.inject(model, spec, PRIMARY)
-    adapters.inject(model, AdapterSpec(rank=3, target_modules=spec.target_modules), AUXILIARY)
-    adapters.activate(model, (PRIMARY, AUXILIARY))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in (PRIMARY, AUXILIARY):
-            for parameter in adapters.parameters(model, name):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def all_models(**options) -> dict[str, nn.Module]:
-    return {
-        "unet": add_adapters(make_unet(), AdapterSpec(target_modules=UNET_TARGETS, **options), 1),
-        "text_encoder": add_adapters(make_text_encoder(), AdapterSpec(**options), 2),
-        "text_encoder_2": add_adapters(make_text_encoder(True), AdapterSpec(**options), 3),
-    }
+from tests.unit.export_models import (
+    ATTENTION,
+    UNET_TARGETS,
+    add_adapters,
+    all_models,
+    alter,
+    export_all,
+    make_text_encoder,
+    make_unet,
+    read_metadata,
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +51,7 @@ def plain_unet() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "icons"
-    facts = training_facts(
-        method="bilora", rho=0.05, date="2026-01-31", resolution=64, prediction_type="epsilon"
-    )
-    save_diffusers(folder, models, base_model="some/base", kohya=True, extra_metadata=facts)
-    return folder
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as content:
-        return content.metadata()
+    return export_all(tmp_path_factory.mktemp("export") / "icons", models)
 
 
 def test_read_back_equals_the_primary(models, folder) -> None:
@@ -194,16 +130,6 @@ def test_every_linear_layer_of_a_unet_and_a_regular_expression(tmp_path) -> None
         folder = tmp_path / str(number)
         save_diffusers(folder, {"unet": model}, base_model="base", kohya=True)
         assert verify(folder, {"unet": model})["max_abs_difference"] == 0
-
-
-def test_files_have_no_trace_of_the_auxiliary(models, folder) -> None:
-    for file in (FILE_NAME, KOHYA_FILE_NAME):
-        contents = inspect(folder / file)
-        assert not contents.auxiliary
-        assert contents.adapters == ("unnamed",)
-        assert set(contents.ranks.values()) == set(contents.alphas.values()) == {(4,)}
-        assert AUXILIARY.encode() not in (folder / file).read_bytes()
-    assert inspect(folder / FILE_NAME).layers == inspect(folder / KOHYA_FILE_NAME).layers
 
 
 def test_kohya_names(folder) -> None:
@@ -285,6 +211,8 @@ def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_pat
     for _ in range(2):  # the second replaces the first
         save_diffusers(again, models, base_model="b", kohya=True, extra_metadata=metadata)
     assert sorted(p.name for p in again.iterdir()) == sorted((FILE_NAME, KOHYA_FILE_NAME))
+    save_diffusers(again, models, base_model="b", extra_metadata=metadata)
+    assert [p.name for p in again.iterdir()] == [FILE_NAME]  # no kohya file of other weights
     digests = {read_metadata(f / FILE_NAME)["sshs_model_hash"] for f in (again, folder)}
     assert len(digests) == 1
 
@@ -326,14 +254,6 @@ def test_refusals_of_save(models, tmp_path) -> None:
     assert not (tmp_path / "nan").exists()
 
 
-def alter(folder: Path, target: Path, change) -> None:
-    """Copy the diffusers file of `folder` to `target` with its tensors or metadata changed."""
-    tensors, metadata = load_file(folder / FILE_NAME), read_metadata(folder / FILE_NAME)
-    change(tensors, metadata)
-    target.mkdir(exist_ok=True)
-    save_file(tensors, target / FILE_NAME, metadata)
-
-
 def test_verify_finds_what_is_wrong(models, folder, tmp_path) -> None:
     name = next(key for key in load_file(folder / FILE_NAME) if key.endswith("to_q.lora_A.weight"))
 
@@ -372,100 +292,3 @@ def test_verify_finds_a_wrong_kohya_file(models, folder, tmp_path) -> None:
     save_file(tensors, tmp_path / KOHYA_FILE_NAME)
     with pytest.raises(TrainingError, match="differs"):
         verify(tmp_path, models)
-
-
-@pytest.mark.parametrize("way", ["named", "doubled", "rank", "configured", "listed", "kohya"])
-def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None:
-    def change(tensors, metadata) -> None:
-        pairs = {key: value for key, value in tensors.items() if key.startswith("unet.")}
-        for key, value in pairs.items():
-            kind = "lora_A.weight" if "lora_A" in key else "lora_B.weight"
-            if way == "named":
-                tensors[key.replace(".weight", ".auxiliary.weight")] = value.clone()
-            elif way == "doubled":
-                other = {"lora_A.weight": "lora.down.weight", "lora_B.weight": "lora.up.weight"}
-                tensors[key.replace(kind, other[kind])] = value.clone()
-            elif way == "kohya":
-                other = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-                name = key.removeprefix("unet.").removesuffix(f".{kind}").replace(".", "_")
-                tensors[f"lora_unet_{name}.{other[kind]}"] = value.clone()
-            elif way == "rank":
-                tensors[key] = torch.cat([value, value], dim=int(kind == "lora_B.weight"))
-        if way == "configured":
-            config = json.loads(metadata["lora_adapter_metadata"])
-            metadata["lora_adapter_metadata"] = json.dumps({**config, "unet.auxiliary.r": 4})
-        if way == "listed":
-            metadata["adapter_names"] = "default, auxiliary"
-
-    alter(folder, tmp_path, change)
-    contents = inspect(tmp_path / FILE_NAME)
-    assert contents.auxiliary
-    assert main([str(tmp_path / FILE_NAME)]) == 0
-    assert "auxiliary   FOUND" in capsys.readouterr().out
-    assert main([str(tmp_path / FILE_NAME), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["auxiliary"] is True
-
-
-def test_inspect_reads_peft_files(tmp_path) -> None:
-    model = add_adapters(make_text_encoder(), AdapterSpec(rank=2, alpha=6))
-    adapters.save_pretrained(model, tmp_path)
-    contents = inspect(tmp_path / "adapter_model.safetensors")
-    assert (contents.format, contents.auxiliary) == ("peft", False)
-    assert (contents.layers, contents.ranks) == ({"model": 12}, {"model": (2,)})
-    assert contents.alphas == {"model": (6.0,)}
-    assert contents.parameters == sum(p.numel() for p in adapters.parameters(model, PRIMARY))
-
-
-def test_inspect_names_every_adapter_of_a_raw_state(tmp_path) -> None:
-    model = add_adapters(make_unet(), AdapterSpec(target_modules=ATTENTION))
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if "lora" in k}
-    save_file(state, tmp_path / "raw.safetensors")
-    contents = inspect(tmp_path / "raw.safetensors")
-    assert contents.adapters == (PRIMARY, AUXILIARY) or contents.adapters == (AUXILIARY, PRIMARY)
-    assert contents.auxiliary
-    assert contents.format == "unknown"
-    assert contents.ranks == {"model": (3, 4)}
-
-
-def test_table(folder, capsys) -> None:
-    assert main([str(folder / KOHYA_FILE_NAME)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "format      kohya" in lines
-    assert any(line.split() == ["text_encoder", "12", "4", "4"] for line in lines)
-    assert any(line.split() == ["bilora.method", "bilora"] for line in lines)
-    assert lines[-1] == "auxiliary   none"
-    assert max(map(len, lines[1:])) <= 110
-
-
-def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) -> None:
-    whole = (folder / FILE_NAME).read_bytes()
-    (tmp_path / "short.safetensors").write_bytes(whole[:-10])
-    (tmp_path / "header.safetensors").write_bytes(whole[:100])
-    (tmp_path / "text.safetensors").write_text("not a file of weights")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    torch.save({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pickle.bin")
-    metadata = {"lora_adapter_metadata": "{"}
-    save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "json.safetensors", metadata)
-    for name in ("short", "header", "text", "empty", "model", "json", "missing"):
-        check_refusal(tmp_path / f"{name}.safetensors", capsys)
-    check_refusal(tmp_path / "pickle.bin", capsys)
-    check_refusal(tmp_path, capsys)
-
-
-def check_refusal(path: Path, capsys) -> None:
-    assert main([str(path)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert str(path) in captured.err
-
-
-def test_module_runs_as_a_script(folder, tmp_path, monkeypatch, capsys) -> None:
-    for path, code in ((folder / FILE_NAME, 0), (tmp_path / "missing", 2)):
-        monkeypatch.setattr(sys, "argv", ["export", str(path)])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_module("bilora_diffusion.export", run_name="__main__")
-        assert exit.value.code == code
-    assert "auxiliary   none" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""fused: one product for both adapters, the same as PEFT's forward, and PEFT's forward elsewhere."""
+"""fused: one product for both adapters, equal to PEFT's forward, which serves all other states."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from bilora_diffusion.data import sources
@@ -119,7 +120,10 @@ def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
 def test_images_are_read_when_needed(folder: Path) -> None:
     images = open_images(str(folder))
     save(folder / "a.jpg", 250)
-    assert images.image(0).getpixel((0, 0))[0] > 240
+    assert np.asarray(images.image(0))[0, 0, 0] > 240
+    save(folder / "a.jpg", size=(5, 6))
+    with pytest.raises(UserError, match=r"a\.jpg .* 6 pixels high and 5 wide"):
+        images.image(0)
     (folder / "a.jpg").unlink()
     with pytest.raises(UserError, match=r"a\.jpg"):
         images.image(0)
@@ -180,13 +184,14 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
     if mode == "RGB":  # one color is declared transparent
         image, options = Image.new("RGB", (4, 4), (9, 9, 9)), {"transparency": (9, 9, 9)}
     elif mode == "P":
         image, options = Image.new("P", (4, 4), 3), {"transparency": 3}
         image.putpalette([level for level in range(256) for _ in "rgb"])
     else:
-        image, options = Image.new("RGBA", (4, 4), (200, 10, 10, 0)).convert(mode), {}
+        image = Image.new("RGBA", (4, 4), (200, 10, 10, 0)).convert(mode)
     image.save(tmp_path / "a.png", **options)
     assert read_rgb(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
 
@@ -375,7 +380,7 @@ def test_a_hub_id_goes_to_load_dataset(
 @pytest.mark.parametrize(
     ("error", "parts"),
     [
-        (datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist"), ["hf auth login"]),
+        (DatasetNotFoundError("Dataset doesn't exist"), ["hf auth login"]),
         (ConnectionError("Couldn't reach the Hub\nlong story"), ["Couldn't reach", "connection"]),
         (ValueError("Config name is missing."), ["Config name", "--dataset_config_name"]),
         (RuntimeError("Dataset scripts are no longer supported"), ["scripts"]),

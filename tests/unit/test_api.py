@@ -1,0 +1,148 @@
+"""api: attach on the models that people bring, and what comes out."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+
+import bilora_diffusion
+from bilora_diffusion import BiLoRAConfig, adapters, attach
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.errors import UserError
+from tests.contract.models import CASES, tiny_mlp
+
+MLP_TARGETS = ("first", "conv", "last")
+
+
+def test_public_names() -> None:
+    assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
+    assert bilora_diffusion.__version__ == "0.1.0"
+
+
+def test_import_is_light() -> None:
+    heavy = ("diffusers", "gradio", "bitsandbytes", "datasets")
+    code = f"import bilora_diffusion, sys; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+def test_attach_trains_and_saves_a_plain_lora(kind: str, tmp_path: Path) -> None:
+    case = CASES[kind]
+    model = case.make().train()
+    fresh = copy.deepcopy(model)
+    bilora = attach(model, BiLoRAConfig(rank=4, alpha=6, target_modules=case.targets, rho=0.02))
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=1e-2, weight_decay=0.01))
+    bilora.bind(optimizer)
+    assert bilora.auxiliary_norm() == 0
+    for _ in range(3):
+        (case.output(model) - 1).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(bilora.clip_parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert 0 < bilora.auxiliary_norm() <= 0.02 * (1 + 1e-6)
+    with torch.no_grad():
+        perturbed = case.output(model)
+        with bilora.evaluating():
+            expected = case.output(model)
+        assert not torch.equal(perturbed, expected)
+        assert torch.equal(case.output(model), perturbed)
+    bilora.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        saved = {key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
+    assert saved == set(bilora.primary_state_dict())
+    assert not any(AUXILIARY in key for key in saved)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).train()
+    with torch.no_grad():
+        assert torch.equal(case.output(loaded), expected)
+
+
+def test_the_config_reaches_both_adapters() -> None:
+    config = BiLoRAConfig(
+        rank=5,
+        alpha=7,
+        auxiliary_rank=2,
+        auxiliary_alpha=3,
+        auxiliary_learning_rate=0.5,
+        dropout=0.1,
+        init="gaussian",
+        use_dora=True,
+        target_modules=["first"],  # type: ignore[arg-type]
+    )
+    model = tiny_mlp()
+    bilora = attach(model, config)
+    primary, auxiliary = (adapters.lora_config(model, name) for name in (PRIMARY, AUXILIARY))
+    assert [primary[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")] == [
+        5,
+        7,
+        0.1,
+        True,
+    ]
+    assert [auxiliary[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")] == [
+        2,
+        3,
+        0.0,
+        False,
+    ]
+    assert primary["init_lora_weights"] == "gaussian"
+    assert auxiliary["init_lora_weights"] is True
+    assert adapters.active(model) == (PRIMARY, AUXILIARY)
+    groups = bilora.param_groups(lr=0.1, weight_decay=0.3)
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.3), (0.5, 0.0)]
+    assert len(groups[0]["params"]) == 3
+    assert any("magnitude" in key for key in bilora.primary_state_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rho": -1.0}, "rho is -1.0"),
+        ({"rho_norm": "none"}, "rho_norm"),
+        ({"init": "pisa"}, "init"),
+        ({"auxiliary_rank": 0}, "auxiliary_rank"),
+    ],
+)
+def test_bad_configs_are_refused(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        BiLoRAConfig(**values)
+
+
+def test_attach_refuses_a_model_without_matches_and_a_second_time() -> None:
+    with pytest.raises(UserError, match="matches no layer"):
+        attach(nn.Sequential(nn.ReLU()))
+    model = tiny_mlp()
+    attach(model)
+    with pytest.raises(UserError, match='already has an adapter "auxiliary"'):
+        attach(model)
+
+
+def test_a_peft_model_keeps_its_trained_primary(tmp_path: Path) -> None:
+    inner = tiny_mlp()
+    model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules=["first", "last"]))
+    with torch.no_grad():
+        for parameter in adapters.parameters(model, PRIMARY):
+            parameter.normal_()
+    before = adapters.state_dict(model, PRIMARY)
+    bilora = attach(model, BiLoRAConfig())
+    after = bilora.primary_state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    optimizer = torch.optim.SGD(bilora.param_groups(lr=0.1))
+    bilora.bind(optimizer)
+    model(torch.randn(3, 6)).square().mean().backward()
+    optimizer.step()
+    assert bilora.auxiliary_norm() > 0
+    bilora.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_mlp(), str(tmp_path))
+    other = get_peft_model(tiny_mlp(), LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(UserError, match="rank 2 where 8"):
+        attach(other, BiLoRAConfig())
