@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def load_state_dict(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
             value.copy_(tensors[key])
 
 
-def weight_delta(layer: nn.Module, adapter: str) -> Tensor:
+def weight_delta(layer: nn.Module | LoraLayer, adapter: str) -> Tensor:
     """s * B @ A of one PEFT layer, in the weight's shape and the adapter's precision."""
     return cast(Any, layer).get_delta_weight(adapter).detach()
 

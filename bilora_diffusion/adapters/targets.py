@@ -60,7 +60,7 @@ class AdapterSpec:
                 re.compile(self.target_modules)
             except re.error as error:
                 raise UserError(
-                    f"target_modules {self.target_modules!r} is not a regular expression ({error}); "
+                    f"target_modules {self.target_modules!r} is no regular expression ({error}); "
                     'use "all-linear", an expression, or a tuple of names.'
                 ) from error
         if not self.target_modules:

@@ -59,8 +59,8 @@ def tiny_t5() -> nn.Module:
         num_layers=1,
         num_heads=4,
         dropout_rate=0.0,
-        decoder_start_token_id=0,
     )
+    config.decoder_start_token_id = 0  # pyright: ignore[reportAttributeAccessIssue]
     return T5ForConditionalGeneration(config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -58,6 +58,10 @@ def states(model: nn.Module) -> list[Tensor]:
     ]
 
 
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [cast(Tensor, p.grad) for p in adapters.parameters(model, AUXILIARY)]
+
+
 def test_every_step_is_projected_and_logged() -> None:
     method, groups, model = made()
     assert method.metrics() == {}
@@ -100,7 +104,7 @@ def test_a_step_skipped_by_the_gradient_scaler_is_not_projected() -> None:
                 parameter.fill_(1.0)
         scaler.scale((model(torch.ones(7, 6).double()) - 1).square().mean()).backward()
         if bad:
-            auxiliary[0].grad.fill_(float("inf"))
+            cast(Tensor, auxiliary[0].grad).fill_(float("inf"))
         before = states(model)
         scaler.step(optimizer)
         scaler.update()
@@ -191,9 +195,9 @@ def test_an_optimizer_without_maximize_ascends_all_the_same() -> None:
         method.bind(optimizer)
         for k in range(4):
             backward(model, k)
-            gradients = [p.grad.clone() for p in adapters.parameters(model, AUXILIARY)]
+            gradients = [g.clone() for g in gradients_of(model)]
             optimizer.step()
-            after = [p.grad for p in adapters.parameters(model, AUXILIARY)]
+            after = gradients_of(model)
             assert all(torch.equal(a, b) for a, b in zip(gradients, after, strict=True))
             optimizer.zero_grad()
         found.append(states(model))

@@ -1,4 +1,4 @@
-"""`python -m bilora_diffusion.export`: what it finds in good, foreign, tampered and broken files."""
+"""`python -m bilora_diffusion.export`: what it finds in good, foreign, altered and broken files."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def adapted(
     alphas: tuple[float, float] = (6, 3),
     active: tuple[str, ...] = BOTH,
     **options: Any,
-) -> nn.Module:
+) -> nn.Sequential:
     """`base` with two filled adapters on layer "0"."""
     model = nn.Sequential(base)
     for name, rank, alpha in zip(BOTH, ranks, alphas, strict=True):

@@ -1,0 +1,92 @@
+"""adapters: the shape of an adapter, and which layers it goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.errors import UserError
+from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"init": "gausian"}, 'did you mean "gaussian"'),
+        ({"target_modules": ()}, "target_modules is empty"),
+    ],
+)
+def test_spec_refuses(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        AdapterSpec(**values)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "expected"),
+    [
+        (tiny_mlp, "all-linear", ["first", "conv", "last"]),
+        (tiny_mlp, ("last",), ["last"]),
+        (tiny_mlp, "fir.*", ["first"]),
+        (tiny_unet, ("to_q", "to_out.0"), None),
+        (tiny_unet, ("conv1", "to_k"), None),
+    ],
+)
+def test_targets(
+    make: Callable[[], nn.Module], targets: str | tuple[str, ...], expected: list[str] | None
+) -> None:
+    found = list(adapters.target_layers(make(), AdapterSpec(target_modules=targets)))
+    if expected is None:
+        assert len(found) > 3
+        assert all(name.endswith(tuple(targets)) for name in found)
+    else:
+        assert found == [name for name in expected if name != "conv"]
+
+
+def test_all_linear_leaves_the_output_head_out_as_peft_does() -> None:
+    for model in (tiny_t5(), tiny_clip()):
+        found = adapters.target_layers(model, AdapterSpec())
+        peft = get_peft_model(
+            copy.deepcopy(model), LoraConfig(target_modules="all-linear", task_type=None)
+        )
+        theirs = {n.removeprefix("base_model.model.") for n, _ in adapters.layers(peft)}
+        assert set(found) == theirs
+        assert not any("lm_head" in name for name in found)
+
+
+def test_refused_targets_name_the_layer() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+            self.table = nn.Embedding(5, 8)
+            self.plain = nn.Linear(8, 8)
+
+    for name, word in (
+        ("attention.out_proj", "MultiheadAttention"),
+        ("grouped", "groups"),
+        ("table", "Embedding"),
+    ):
+        with pytest.raises(UserError, match=word):
+            adapters.inject(Odd(), AdapterSpec(target_modules=(name,)))
+    assert list(adapters.target_layers(Odd(), AdapterSpec())) == ["plain"]
+    with pytest.raises(UserError, match=r"matches no layer of Odd; .*plain"):
+        adapters.inject(Odd(), AdapterSpec(target_modules=("to_q",)))
+    with pytest.raises(UserError, match="regular expression"):
+        adapters.inject(Odd(), AdapterSpec(target_modules="to_q("))
+    model = Odd()
+    adapters.inject(model, AdapterSpec())
+    with pytest.raises(UserError, match='already has an adapter "default"'):
+        adapters.inject(model, AdapterSpec())
