@@ -72,9 +72,12 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> Path:
         part for o in options.split(",") if o for part in (f"--{o.split('=')[0]}", o.split("=")[1])
     ]
     train.main(
-        ["--config", str(RECIPE), "--method", method, "--seed", str(seed), *flags]
-        + ["--max_train_steps", str(args.steps), "--validation_loss_steps", str(args.every)]
-        + ["--num_validation_images", "0", "--output_dir", str(folder), "--overwrite_output_dir"]
+        [
+            *("--config", str(RECIPE), "--method", method, "--seed", str(seed), *flags),
+            *("--max_train_steps", str(args.steps), "--validation_loss_steps", str(args.every)),
+            *("--num_validation_images", "0", "--output_dir", str(folder)),
+            "--overwrite_output_dir",
+        ]
     )
     return folder
 

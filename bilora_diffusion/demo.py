@@ -49,8 +49,11 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
         train.main(
-            ["--config", str(recipe), "--method", method, "--seed", str(seed)]
-            + ["--output_dir", str(folder / method), "--overwrite_output_dir", *flags]
+            [
+                *("--config", str(recipe), "--method", method, "--seed", str(seed)),
+                *("--output_dir", str(folder / method), "--overwrite_output_dir"),
+                *flags,
+            ]
         )
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"

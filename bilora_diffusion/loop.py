@@ -96,9 +96,7 @@ class Trainer:
             total = torch.zeros((), device=device)
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
-                sync = (
-                    contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
-                )
+                sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
                 with sync:
                     losses = self.module(to_device(batch.inputs, device))
                     self._require_finite(losses, batch)

@@ -46,7 +46,7 @@ def generate(
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        latents = sampler(
+        output: Any = sampler(
             prompt_embeds=positive.sequence[rows].to(device, dtype),
             pooled_prompt_embeds=positive.pooled[rows].to(device, dtype),
             negative_prompt_embeds=negative.sequence[rows].to(device, dtype),
@@ -57,8 +57,8 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             output_type="latent",
-        ).images
-        images += decode(pipeline, latents)
+        )
+        images += decode(pipeline, output.images)
     return images
 
 

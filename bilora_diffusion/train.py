@@ -1,7 +1,7 @@
 """SDXL DreamBooth from a command line: parse, build, fit, export.
 
-    accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
-    python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
+accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
+python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from . import checkpoint, publish, runlog
 from .config import DreamBoothConfig, parse
-from .data.sources import open_images
+from .data.sources import ImageSet, open_images
 from .errors import TrainingError, UserError
 from .export import save_diffusers, training_facts, verify
 from .loop import Trainer, fit
@@ -99,10 +99,11 @@ def build_accelerator(cfg: DreamBoothConfig) -> Accelerator:
 
 def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data first, since it is quick to refuse; then the models; then both on the device."""
-    instance = images(cfg, cfg.dataset_name or cfg.instance_data_dir, cfg.caption_column)
+    source = str(cfg.dataset_name or cfg.instance_data_dir)
+    instance = images(cfg, source, cfg.dataset_config_name)
     validation = None
     if cfg.validation_dataset:
-        validation = images(cfg, cfg.validation_dataset, cfg.caption_column)
+        validation = images(cfg, cfg.validation_dataset)
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
         dtype=DTYPES[accelerator.mixed_precision],
@@ -115,22 +116,25 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     classes = None
     if cfg.with_prior_preservation:
         ensure_class_images(cfg, accelerator)
-        classes = open_images(cfg.class_data_dir, skip_bad_images=cfg.skip_bad_images)
+        classes = open_images(str(cfg.class_data_dir), skip_bad_images=cfg.skip_bad_images)
     task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
     task.to_device(accelerator.device)
     return task
 
 
-def images(cfg: DreamBoothConfig, dataset: str, caption_column: str | None) -> Any:
+def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) -> ImageSet:
     """An image set with its captions, opened as the configuration says."""
-    return open_images(
+    opened = open_images(
         dataset,
         image_column=cfg.image_column,
-        caption_column=caption_column,
-        config_name=cfg.dataset_config_name,
+        caption_column=cfg.caption_column,
+        config_name=config_name,
         cache_dir=cfg.cache_dir,
         skip_bad_images=cfg.skip_bad_images,
     )
+    for reason in opened.skipped:
+        logger.warning("left out: %s", reason)
+    return opened
 
 
 def method_options(cfg: DreamBoothConfig) -> MethodOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -82,7 +83,8 @@ class TextToImage(nn.Module):
         self.text_encoder = CLIPTextModel(text)
         self.text_encoder_2 = CLIPTextModelWithProjection(text)
         levels, time_width = len(settings.unet_channels), 32
-        self.unet = UNet2DConditionModel(
+        make: Any = UNet2DConditionModel  # its annotations know tuples of one only
+        self.unet = make(
             sample_size=SIZE // 8,
             in_channels=settings.latent_channels,
             out_channels=settings.latent_channels,

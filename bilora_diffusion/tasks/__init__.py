@@ -1,1 +1,1 @@
-"""What is trained: a task brings frozen models, data and a loss; the loop and the method do the rest."""
+"""What is trained: a task brings models, data and a loss; loop and method do the rest."""

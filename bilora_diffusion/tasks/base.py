@@ -32,11 +32,15 @@ class MicroBatch:
 class Task(Protocol):
     """A thing that can be trained by ``loop.fit``."""
 
-    module: nn.Module
-    """Holds the trained models as children; ``module(inputs)`` returns one loss per slot, (slots,)."""
+    @property
+    def module(self) -> nn.Module:
+        """Holds the trained models as children; ``module(inputs)`` gives one loss per slot."""
+        ...
 
-    num_samples: int
-    """Samples of one epoch."""
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        ...
 
     def targets(self) -> list[Target]:
         """The models that get adapters, with their learning rates."""

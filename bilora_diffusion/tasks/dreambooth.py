@@ -100,9 +100,7 @@ class DreamBooth:
             edm=cfg.do_edm_style_training,
             snr_gamma=cfg.snr_gamma,
         )
-        trained = (
-            [pipeline.text_encoder, pipeline.text_encoder_2] if cfg.train_text_encoder else []
-        )
+        trained = [pipeline.text_encoder, pipeline.text_encoder_2] if cfg.train_text_encoder else []
         weight = cfg.prior_loss_weight if cfg.with_prior_preservation else None
         self.module = DreamBoothModule(pipeline.unet, trained, denoising, weight)
         if cfg.gradient_checkpointing:

@@ -57,9 +57,7 @@ class Visit:
         if self.loaded is not None:
             return self.loaded
         mode = self.cfg.image_interpolation_mode
-        return apply(
-            self.images.image(self.sample), self.plan, self.cfg.resolution, mode
-        ).pixels
+        return apply(self.images.image(self.sample), self.plan, self.cfg.resolution, mode).pixels
 
     def digest(self, noise: str) -> str:
         """Identifies this visit's data together with its noise."""
@@ -77,18 +75,21 @@ class VisitStream:
 
     def __init__(self, cfg: Any, images: Any, classes: Any | None = None) -> None:
         self.cfg, self.images, self.classes = cfg, images, classes
+        self._texts = images.prompts(cfg.instance_prompt)
         self._order = SampleOrder(len(images), cfg.seed, cfg.repeats)
         # Class images have a stream of their own, so that all of them are seen however few the
         # instance images are.
         self._class_order = (
-            SampleOrder(len(classes), cfg.seed, purpose="class order") if classes else None
+            SampleOrder(min(len(classes), cfg.num_class_images), cfg.seed, purpose="class order")
+            if classes
+            else None
         )
         self.num_samples = len(self._order)
         self.cacheable = _cacheable(cfg, [s for s in (images, classes) if s is not None])
 
     def caption(self, sample: int) -> str:
         """The image's own caption, or the instance prompt where it has none."""
-        return self.images.caption(sample) or self.cfg.instance_prompt
+        return self._texts[sample]
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
@@ -154,7 +155,7 @@ class _Visits(Dataset):
 
 def centered_visits(images: Any, cfg: Any) -> Iterator[Visit]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
-    for sample in range(len(images)):
+    for sample, caption in enumerate(images.prompts(cfg.instance_prompt)):
         size = images.size(sample)
         chosen = plan(
             size,
@@ -163,7 +164,6 @@ def centered_visits(images: Any, cfg: Any) -> Iterator[Visit]:
             random_flip=False,
             generator=generator("grid"),
         )
-        caption = images.caption(sample) or cfg.instance_prompt
         yield Visit(images, cfg, "grid", sample, 0, chosen, size, caption)
 
 
@@ -190,5 +190,3 @@ def _cacheable(cfg: Any, sets: Sequence[Any]) -> bool:
 
 def _not_square(size: tuple[int, int], cfg: Any) -> bool:
     return resized(size, cfg.resolution) != (cfg.resolution, cfg.resolution)
-
-

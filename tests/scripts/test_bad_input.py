@@ -37,7 +37,7 @@ CASES: list[Case] = [
     ("empty folder", {"dataset": "{tmp}/empty", "instance_prompt": "x"}, "empty"),
     ("damaged image", {"dataset": "{tmp}/damaged", "instance_prompt": "x"}, "broken.png"),
     ("missing image", {"dataset": "{tmp}/listed", "caption_column": "text"}, "gone.png"),
-    ("no such column", {"dataset": "{tmp}/listed", "caption_column": "prompt"}, "text"),
+    ("no such column", {"dataset": "{tmp}/captioned", "caption_column": "prompt"}, "text"),
     ("no image column", {"image_column": "picture"}, "picture"),
     ("no such model", {"pretrained_model_name_or_path": "{tmp}/empty"}, "empty"),
     ("unknown hub model", {"pretrained_model_name_or_path": "no/such-model"}, "no/such-model"),
@@ -48,7 +48,7 @@ CASES: list[Case] = [
     ("missing recipe", {"config": "{tmp}/none.yaml"}, "none.yaml"),
     ("recipe key", {"config": "{tmp}/typo.yaml"}, "learning_rate"),
     ("caching random crops", {"dataset": "{tmp}/wide", "cache_latents": "yes"}, "center_crop"),
-    ("resume of nothing", {"resume_from_checkpoint": "latest"}, "latest"),
+    ("resume of nothing", {"resume_from_checkpoint": "latest"}, "no checkpoint"),
     ("resume of a file", {"resume_from_checkpoint": "{tmp}/typo.yaml"}, "typo.yaml"),
     ("output is a file", {"output_dir": "{tmp}/typo.yaml"}, "typo.yaml"),
 ]
@@ -58,13 +58,15 @@ CASES: list[Case] = [
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders and files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "damaged", "listed", "wide"):
+    for name in ("empty", "damaged", "listed", "captioned", "wide"):
         (folder / name).mkdir()
     Image.new("RGB", (64, 64)).save(folder / "damaged" / "fine.png")
     content = (folder / "damaged" / "fine.png").read_bytes()
     (folder / "damaged" / "broken.png").write_bytes(content[: len(content) // 2])
-    Image.new("RGB", (64, 64)).save(folder / "listed" / "here.png")
     rows = ['{"file_name": "here.png", "text": "a"}', '{"file_name": "gone.png", "text": "b"}']
+    for name in ("listed", "captioned"):
+        Image.new("RGB", (64, 64)).save(folder / name / "here.png")
+    (folder / "captioned" / "metadata.jsonl").write_text(rows[0] + "\n")
     (folder / "listed" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     Image.new("RGB", (128, 64)).save(folder / "wide" / "wide.png")
     (folder / "typo.yaml").write_text("dataset: mini\nlearning_rat: 0.1\n")

@@ -13,7 +13,6 @@ from PIL import Image
 from bilora_diffusion import runlog
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.methods import names
-
 from tests.scripts.runs import difference, weights
 
 Train = Callable[..., Path]
@@ -51,9 +50,7 @@ def test_resume_with_another_schedule_is_refused(train: Train, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", names())
-def test_micro_batches_do_not_change_the_result(
-    train: Train, tmp_path: Path, method: str
-) -> None:
+def test_micro_batches_do_not_change_the_result(train: Train, tmp_path: Path, method: str) -> None:
     folders = [
         train(
             tmp_path / f"{size}",
@@ -85,9 +82,7 @@ def test_another_seed_sees_other_inputs(train: Train, tmp_path: Path) -> None:
     assert not set(digests[0]) & set(digests[1])
 
 
-def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(
-    train: Train, tmp_path: Path
-) -> None:
+def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(train: Train, tmp_path: Path) -> None:
     folder = train(tmp_path / "run", rho=0.01, max_train_steps=4, output_kohya_format=True)
     assert all(norm <= 0.01 * (1 + 1e-6) for norm in column(folder, "auxiliary_norm"))
     assert max(column(folder, "auxiliary_norm_before")) > 0.01
@@ -186,9 +181,7 @@ def test_cached_latents_equal_fresh_ones(train: Train, tmp_path: Path) -> None:
 
 def test_a_nonfinite_loss_stops_and_names_the_samples(train: Train, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 2 is not finite for .+\.png"):
-        train(
-            tmp_path / "run", max_train_steps=6, learning_rate=1e38, checkpointing_steps=1
-        )
+        train(tmp_path / "run", max_train_steps=6, learning_rate=1e38, checkpointing_steps=1)
     record = runlog.read_run(tmp_path / "run")
     assert record["status"] == "failed"
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]

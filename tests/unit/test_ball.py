@@ -176,5 +176,5 @@ def test_convolutions_count_with_their_true_weight_change(
 def test_large_groups_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = random_factors([(6, 5, 2)] * 7, [1.5] * 7, [torch.float32] * 7, seed=4)
     whole = float(ball.frobenius_norm(factors))
-    monkeypatch.setattr(ball, "_STACK_ELEMENTS", 50)
+    monkeypatch.setitem(ball._STACK_ELEMENTS, "cpu", 50)
     assert float(ball.frobenius_norm(factors)) == pytest.approx(whole, rel=1e-12)

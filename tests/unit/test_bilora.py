@@ -154,7 +154,7 @@ def test_the_two_adapters_pull_in_opposite_directions() -> None:
 
 def weight_change(layer: Any, scaled: bool) -> Tensor:
     """s B2 A2 of a linear or convolution layer, formed in float64."""
-    A, B = (f[AUXILIARY].weight.double() for f in (layer.lora_A, layer.lora_B))
+    A, B = (f[AUXILIARY].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
     change = torch.einsum(
         "mr,rnk->mnk", B.flatten(1), A.flatten(2) if A.dim() > 2 else A[..., None]
     )

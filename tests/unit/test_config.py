@@ -15,84 +15,10 @@ from bilora_diffusion.config import resolve as resolve_module
 from bilora_diffusion.config.inputs import INTERPOLATIONS, SDXL_BASE
 from bilora_diffusion.data.images import INTERPOLATIONS as KNOWN_INTERPOLATIONS
 from bilora_diffusion.errors import UserError
+from tests.references.diffusers_flags import DEFAULTS as REFERENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Every flag of diffusers' train_dreambooth_lora_sdxl.py with its default there.
-REFERENCE = {
-    "pretrained_model_name_or_path": None,
-    "pretrained_vae_model_name_or_path": None,
-    "revision": None,
-    "variant": None,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "instance_data_dir": None,
-    "cache_dir": None,
-    "image_column": "image",
-    "caption_column": None,
-    "repeats": 1,
-    "class_data_dir": None,
-    "instance_prompt": None,
-    "class_prompt": None,
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 50,
-    "do_edm_style_training": False,
-    "with_prior_preservation": False,
-    "prior_loss_weight": 1.0,
-    "num_class_images": 100,
-    "output_dir": "lora-dreambooth-model",
-    "output_kohya_format": False,
-    "seed": None,
-    "resolution": 1024,
-    "center_crop": False,
-    "random_flip": False,
-    "train_text_encoder": False,
-    "train_batch_size": 4,
-    "sample_batch_size": 4,
-    "num_train_epochs": 1,
-    "max_train_steps": None,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 1e-4,
-    "text_encoder_lr": 5e-6,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "snr_gamma": None,
-    "lr_warmup_steps": 500,
-    "lr_num_cycles": 1,
-    "lr_power": 1.0,
-    "dataloader_num_workers": 0,
-    "optimizer": "AdamW",
-    "use_8bit_adam": False,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "prodigy_beta3": None,
-    "prodigy_decouple": True,
-    "adam_weight_decay": 1e-4,
-    "adam_weight_decay_text_encoder": 1e-3,
-    "adam_epsilon": 1e-8,
-    "prodigy_use_bias_correction": True,
-    "prodigy_safeguard_warmup": True,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "allow_tf32": False,
-    "report_to": "tensorboard",
-    "mixed_precision": None,
-    "prior_generation_precision": None,
-    "local_rank": -1,
-    "enable_xformers_memory_efficient_attention": False,
-    "rank": 4,
-    "lora_dropout": 0.0,
-    "use_dora": False,
-    "image_interpolation_mode": "lanczos",
-}
 # Defaults that differ: Table A8, or decided later from the model, the device or the data set.
 OTHERWISE = {
     "pretrained_model_name_or_path",
@@ -122,16 +48,6 @@ def device(monkeypatch: pytest.MonkeyPatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     return pretend
-
-
-@pytest.fixture
-def recipe(tmp_path: Path):
-    def write(text: str) -> str:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return str(path)
-
-    return write
 
 
 def test_every_flag_of_the_reference_is_there_with_its_default() -> None:
@@ -325,27 +241,6 @@ def test_the_default_tracker_needs_no_package(monkeypatch: pytest.MonkeyPatch) -
     assert parse(["--dataset", "mini"]).log_with == "tensorboard"
 
 
-def test_a_recipe_gives_values_and_flags_win(recipe) -> None:
-    path = recipe(
-        "dataset: mini\nlearning_rate: 1e-3\nrank: 8\ncache_latents: no\ncenter-crop: true\n"
-        "auxiliary_rank: null\nvalidation_prompts: [a lion, a frog]\nprodigy_decouple: yes\n"
-    )
-    cfg = parse(["--config", path, "--rank", "16"])
-    assert (cfg.dataset_name, cfg.learning_rate, cfg.rank) == ("mini", 1e-3, 16)
-    assert (cfg.cache_latents, cfg.center_crop, cfg.auxiliary_rank) == ("no", True, None)
-    assert cfg.validation_prompts == ["a lion", "a frog"]
-    assert cfg.lora_alpha == 32
-
-
-def test_a_flag_replaces_its_alternative_in_the_recipe(recipe, tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "a.png").touch()
-    path = recipe("dataset: mini\nmax_train_steps: 9\ninstance_prompt: TOK\n")
-    cfg = parse(["--config", path, "--instance_data_dir", str(folder), "--num_train_epochs", "2"])
-    assert (cfg.dataset_name, cfg.max_train_steps, cfg.num_train_epochs) == (None, None, 2)
-
-
 def test_the_record_is_json_without_the_token(tmp_path: Path) -> None:
     cfg = parse(["--dataset", "mini", "--push_to_hub", "--hub_token", "hf_secret"])
     assert cfg.hub_token == "hf_secret"
@@ -389,20 +284,6 @@ def test_parsing_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
-
-
-@pytest.mark.parametrize("name", ["mini", "sdxl_3d_icon"])
-def test_recipes_are_complete(device, name: str) -> None:
-    cfg = parse(["--config", str(ROOT / "recipes" / f"{name}.yaml")])
-    assert cfg.resolution is not None
-    assert cfg.validation_prompts
-
-
-def test_the_icons_recipe_is_the_command_of_one_flag(device) -> None:
-    written_out = parse(["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]).fingerprint()
-    short = parse(["--dataset", "linoyts/3d_icon"]).fingerprint()
-    explicit = {"auxiliary_rank": 4, "auxiliary_learning_rate": 2e-4}
-    assert written_out == {**short, **explicit}
 
 
 def test_a_launcher_that_says_fp8_is_refused(device, monkeypatch: pytest.MonkeyPatch) -> None:

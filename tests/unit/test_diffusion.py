@@ -31,7 +31,9 @@ def alphas() -> Tensor:
 
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 4, 2, 2, generator=generator), torch.randn(3, 4, 2, 2, generator=generator)
+    return torch.randn(3, 4, 2, 2, generator=generator), torch.randn(
+        3, 4, 2, 2, generator=generator
+    )
 
 
 def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:

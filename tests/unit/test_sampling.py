@@ -61,9 +61,7 @@ def test_sampling_leaves_the_global_generator_alone(pipeline: Any) -> None:
 
 def test_latent_scaling_is_inverted_with_and_without_statistics() -> None:
     latents = torch.randn(2, 4, 3, 3)
-    statistics = LatentSpace(
-        0.5, torch.randn(1, 4, 1, 1), torch.rand(1, 4, 1, 1) + 0.5
-    )
+    statistics = LatentSpace(0.5, torch.randn(1, 4, 1, 1), torch.rand(1, 4, 1, 1) + 0.5)
     for space in (LatentSpace(0.18215), statistics):
         assert torch.allclose(space.decode(space.encode(latents)), latents, atol=1e-5)
 
