@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,12 +83,11 @@ def project_(factors: Sequence[Factors], rho: float, scaled: bool = True) -> Pro
 def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
     """Sums over layers: of ||s B A||^2; and of bounds on what goes into rounding errors, squared.
 
-    magnitude: (s sum_k |b_k| |a_k|)^2 >= ||s |B| |A| ||^2, with b_k, a_k the columns of B and rows
-    of A. relative: the same times (5 u)^2, where u is the unit roundoff of the factors' dtype: two
-    factors rounded, and
-        the multiplier rounded in each, with room for the products of errors.
-    absolute: (s v (sqrt(r n) |B| + sqrt(m r) |A|))^2, where v is half the smallest number of the
-    dtype.
+    - magnitude: (s sum_k |b_k| |a_k|)^2 >= ||s |B| |A| ||^2, b_k a column of B, a_k a row of A.
+    - relative: the same times (5 u)^2, where u is the unit roundoff of the factors' dtype: both
+      factors rounded, the multiplier in each too, with room for the products of these errors.
+    - absolute: (s v (sqrt(r n) |B| + sqrt(m r) |A|))^2, where v is half the smallest number of the
+      dtype: what rounding adds where numbers are subnormal, as small B are in fp16.
     """
     if not factors:
         raise ValueError("There are no factors to measure.")
@@ -98,16 +97,13 @@ def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
         r, n, m = stack_A.shape[1], stack_A.shape[2], stack_B.shape[1]
         gram_A, gram_B = stack_A @ stack_A.mT, stack_B.mT @ stack_B
         diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
-        rounding, least = (
-            torch.finfo(dtype).eps / 2,
-            torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2,
-        )
+        rounding = torch.finfo(dtype).eps / 2
+        least = torch.finfo(dtype).smallest_normal * rounding
         norm = (gram_A * gram_B).sum() * scale**2
         magnitude = (diagonal_A * diagonal_B).sqrt().sum(1).square().sum() * scale**2
         norm_A, norm_B = diagonal_A.sum(1).sqrt(), diagonal_B.sum(1).sqrt()
-        absolute = (math.sqrt(r * n) * norm_B + math.sqrt(m * r) * norm_A).square().sum() * (
-            scale * least
-        ) ** 2
+        absolute = (math.sqrt(r * n) * norm_B + math.sqrt(m * r) * norm_A).square().sum()
+        absolute = absolute * (scale * least) ** 2
         for i, value in enumerate((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute)):
             total[i] += value.to(device)
     return _Sums(*total)
@@ -129,8 +125,8 @@ def _stacks(
         for start in range(0, len(group), at_once):
             chunk = group[start : start + at_once]
             yield (
-                torch.stack([f.A for f in chunk]).to(wide),
-                torch.stack([f.B for f in chunk]).to(wide),
+                torch.stack([_whole(f.A) for f in chunk]).to(wide),
+                torch.stack([_whole(f.B) for f in chunk]).to(wide),
                 first.scale if scaled else 1.0,
                 first.A.dtype,
             )
@@ -139,13 +135,23 @@ def _stacks(
 def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for f in factors:
-        groups.setdefault((f.A.dtype, f.A.device), []).extend((f.A, f.B))
+        groups.setdefault((f.A.dtype, f.A.device), []).extend((_local(f.A), _local(f.B)))
     for (dtype, device), tensors in groups.items():
         if dtype in (torch.float32, torch.float64):
             torch._foreach_mul_(tensors, factor.to(device=device, dtype=dtype))
         else:  # the multiplier itself must not be rounded to the narrow dtype
             for tensor in tensors:
                 tensor.copy_(tensor.float() * factor.to(device=device, dtype=torch.float32))
+
+
+def _whole(tensor: Any) -> Tensor:
+    """All of a tensor that FSDP2 has split over processes (a DTensor)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's share of it, to be changed in place."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -85,7 +85,7 @@ def _fused_class(kind: type) -> type | None:
     if kind is lora.Linear:
         return FusedLinear
     if kind.__module__.startswith("peft.") and kind.__name__ in _QUANTIZED:
-        return type(f"Fused{kind.__name__}", (_Fused, kind), {})
+        return type(f"Fused{kind.__name__}", (_Fused, kind), {"__module__": __name__})
     return None
 
 

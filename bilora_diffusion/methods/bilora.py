@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -132,7 +133,8 @@ class BiLoRA(Method):
         self._last = self.project()
 
     def _negate(self, *_: Any) -> None:
-        own = (p for target in self.targets for p in adapters.parameters(target.model, AUXILIARY))
+        holders = (holder for _, layer in self._layers for holder in (layer.lora_A, layer.lora_B))
+        own = (cast(Tensor, holder[AUXILIARY].weight) for holder in holders)
         if gradients := [p.grad for p in own if p.grad is not None]:
             torch._foreach_neg_(gradients)
 

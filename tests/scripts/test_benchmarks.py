@@ -30,35 +30,38 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_step_cost_prints_a_table_and_json(tmp_path: Path) -> None:
-    file = tmp_path / "mini.json"
-    done = script(
-        "step_cost.py", "--shapes", "mini", "--steps", "5", "--warmup", "1", "--json", str(file)
-    )
+def test_step_cost_prints_a_table_and_json() -> None:
+    done = script("step_cost.py", "--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "ratio to LoRA (95 % interval)" in done.stdout
-    assert [
-        line.split("|")[1].strip() for line in lines if line.startswith("| ") and "---" not in line
-    ][1:] == [
-        "LoRA",
-        "Bi-LoRA",
-        "Bi-LoRA, PEFT's two adapters",
-    ]
-    result, printed = json.loads(file.read_text()), json.loads(lines[-1])
-    assert printed["arms"]["lora"]["ratio_to_lora"] == 1.0
+    assert lines[2] == "| | step, median | ratio to LoRA (95 % interval) | peak memory |"
+    assert [line.split("|")[1].strip() for line in lines[4:6]] == ["LoRA", "Bi-LoRA"]
+    result = json.loads(lines[-1])
+    assert result["layers"] == 56
+    assert result["device"]["cpu_cores"] >= 1
+    for row in result["arms"].values():
+        assert row["peak_memory_bytes"] > 2**27
+        assert f"{row['peak_memory_bytes'] / 2**30:.2f} GiB |" in done.stdout
+
+
+def test_both_forwards_of_bilora_are_the_same_training(
+    tmp_path: Path, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mini.json"
+    settings = ["--shapes", "mini", "--steps", "5", "--warmup", "1", "--skip_memory"]
+    load("step_cost").main([*settings, "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]
+    assert "not measured |" in capsys.readouterr().out
     for row in result["arms"].values():
         assert len(row["seconds"]) == 5
-        assert row["peak_memory_bytes"] > 2**27
         low, high = row["ratio_interval_95"]
         assert low <= row["ratio_to_lora"] <= high
+    lora, fused, peft = result["arms"].values()
+    assert lora["ratio_to_lora"] == 1.0
+    assert fused["trained_parameters"] == peft["trained_parameters"]
+    assert fused["trained_parameters"] == 2 * lora["trained_parameters"]
     assert 0 < result["projection"]["share_of_step"] < 1
-    assert result["device"]["cpu_cores"] >= 1
-    lora, fused, peft = (result["arms"][k] for k in ("lora", "bilora", "bilora-peft"))
-    assert (
-        fused["trained_parameters"] == peft["trained_parameters"] == 2 * lora["trained_parameters"]
-    )
-    # The same training in two ways: what was timed is what was meant.
     assert fused["last_loss"] == pytest.approx(peft["last_loss"], rel=1e-5)
     assert fused["last_loss"] < fused["first_loss"]
 

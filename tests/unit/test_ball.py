@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from bilora_diffusion import adapters, ball
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec, Factors
@@ -108,6 +112,16 @@ def test_bound_holds_where_columns_cancel(dtype: torch.dtype, cancel: float) -> 
         assert true_norm(factors) <= rho * (1 + 1e-6)
 
 
+def test_bound_holds_for_subnormal_fp16() -> None:
+    """0.85 of three smallest numbers is rounded to three: the other factor must give way."""
+    smallest = 2.0**-24
+    B = torch.full((16, 1), 3 * smallest, dtype=torch.float16)
+    factors = [Factors("0", torch.ones(1, 1, dtype=torch.float16), B, 1.0)]
+    rho = 0.72 * true_norm(factors)
+    ball.project_(factors, rho)
+    assert true_norm(factors) <= rho * (1 + 1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "low"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
 def test_projection_reaches_the_sphere(dtype: torch.dtype, low: float) -> None:
     factors = random_factors([(30, 20, 4)] * 3 + [(8, 50, 2)], [2.0] * 4, [dtype] * 4, seed=1)
@@ -178,3 +192,26 @@ def test_large_groups_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     whole = float(ball.frobenius_norm(factors))
     monkeypatch.setitem(ball._STACK_ELEMENTS, "cpu", 50)
     assert float(ball.frobenius_norm(factors)) == pytest.approx(whole, rel=1e-12)
+
+
+def test_factors_split_over_processes_are_measured_whole() -> None:
+    """FSDP2's DTensors, here over one process; nothing else about them is special."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        factors = random_factors([(6, 5, 2)] * 3, [1.5] * 3, [torch.float32] * 3, seed=5)
+        split = [
+            f._replace(
+                A=distribute_tensor(f.A.clone(), mesh, [Shard(0)]),
+                B=distribute_tensor(f.B.clone(), mesh),
+            )
+            for f in factors
+        ]
+        assert float(ball.frobenius_norm(split)) == float(ball.frobenius_norm(factors))
+        ball.project_(split, 0.05)
+        ball.project_(factors, 0.05)
+        for a, b in zip(split, factors, strict=True):
+            assert torch.equal(cast(Any, a.A).full_tensor(), b.A)
+            assert torch.equal(cast(Any, a.B).full_tensor(), b.B)
+    finally:
+        dist.destroy_process_group()
