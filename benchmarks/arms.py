@@ -22,7 +22,12 @@ MAX_GRAD_NORM = 1.0
 RHO = 0.05
 # The training script's AdamW, made by its own function.
 OPTIMIZER = SimpleNamespace(
-    optimizer="adamw", use_8bit_adam=False, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8
+    optimizer="adamw",
+    use_8bit_adam=False,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    adam_epsilon=1e-8,
+    mixed_precision="bf16",  # not fp16, which takes another kernel
 )
 
 

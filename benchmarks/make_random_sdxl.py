@@ -1,7 +1,7 @@
 """Write a full-size Stable Diffusion XL pipeline with random weights, to train on real shapes.
 
     python benchmarks/make_random_sdxl.py random_sdxl               # 6.9 GB, half a minute
-    python benchmarks/make_random_sdxl.py random_tiny --size tiny   # the same form, 3.8 MB
+    python benchmarks/make_random_sdxl.py random_tiny --size tiny   # the same form, 10 MB
     python train_dreambooth_bilora.py --pretrained_model_name_or_path random_sdxl --dataset mini \\
         --resolution 128 --max_train_steps 2 --output_dir out
 

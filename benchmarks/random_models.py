@@ -84,7 +84,6 @@ _VAE_COMMON: dict[str, Any] = {
 # The two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14.
 TEXT_ENCODER: dict[str, dict[str, Any]] = {
     "full": {
-        "vocab_size": 49408,
         "hidden_size": 768,
         "intermediate_size": 3072,
         "projection_dim": 768,
@@ -92,7 +91,6 @@ TEXT_ENCODER: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
     },
     "tiny": {
-        "vocab_size": 4096,
         "hidden_size": 32,
         "intermediate_size": 64,
         "projection_dim": 32,
@@ -102,7 +100,6 @@ TEXT_ENCODER: dict[str, dict[str, Any]] = {
 }
 TEXT_ENCODER_2: dict[str, dict[str, Any]] = {
     "full": {
-        "vocab_size": 49408,
         "hidden_size": 1280,
         "intermediate_size": 5120,
         "projection_dim": 1280,
@@ -113,6 +110,7 @@ TEXT_ENCODER_2: dict[str, dict[str, Any]] = {
 }
 # SDXL's files say that the end of text is 2: transformers then pools at the highest token id.
 _TEXT_COMMON: dict[str, Any] = {
+    "vocab_size": 49408,
     "max_position_embeddings": TEXT_LENGTH,
     "bos_token_id": 0,
     "eos_token_id": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,4 +101,23 @@ def refuse_sharding(accelerator: Accelerator) -> None:
             f"accelerate is set to {accelerator.distributed_type.value}, which splits parameters"
             " so that the auxiliary's norm would see only a part of them: launch with"
             " --multi_gpu (DDP) instead; the adapters fit on every device."
+        )
+
+
+def refuse_lone_process() -> None:
+    """Refuse a launch that asked for several CPU processes and started one.
+
+    ``accelerate launch --cpu --num_processes N`` sets a meeting point for N processes, but starts
+    one only (accelerate 1.15 without ``--mpirun_hostfile``), which would train on a smaller batch.
+
+    Raises:
+        UserError: this is such a process.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if on_cpu and "MASTER_ADDR" in os.environ and not any(name in os.environ for name in ranks):
+        raise UserError(
+            "accelerate launch --cpu starts one process whatever --num_processes says: launch"
+            " several with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+            " train_dreambooth_bilora.py ..., or leave --num_processes out."
         )

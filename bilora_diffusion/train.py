@@ -23,6 +23,7 @@ from .errors import TrainingError, UserError
 from .export import save_diffusers, training_facts, verify
 from .loop import Trainer, fit
 from .methods import MethodOptions, create
+from .stepping import refuse_lone_process
 from .tasks.class_images import ensure_class_images
 from .tasks.dreambooth import DreamBooth
 from .tasks.pipeline import load_pipeline, quiet
@@ -77,6 +78,7 @@ def build_accelerator(cfg: DreamBoothConfig) -> Accelerator:
     Raises:
         UserError: the device can't compute in it.
     """
+    refuse_lone_process()
     unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
     project = ProjectConfiguration(
         project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))

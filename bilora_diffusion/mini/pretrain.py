@@ -1,13 +1,12 @@
-"""Make the miniature from nothing: icons, VAE, tokenizer, text encoders and UNet, pipeline,
-figures.
+"""Make the miniature from nothing: icons, VAE, tokenizer, text encoders, UNet, and figures.
 
-    python -m bilora_diffusion.mini.pretrain --output_dir mini_out python -m
-    bilora_diffusion.mini.pretrain --output_dir quick --vae_steps 20 --unet_steps 20   # does it
-    run?
+    python -m bilora_diffusion.mini.pretrain --output_dir mini_out
+    python -m bilora_diffusion.mini.pretrain --output_dir quick --vae_steps 20 --unet_steps 20
 
-The first line is what made the shipped weights: about 75 minutes on two CPU cores. Killed and
-started again with the same arguments it continues at its last checkpoint, at most three minutes
-back. Everything that takes part in the result is a function of ``--seed``.
+The first line is what made the shipped weights: about 75 minutes on two CPU cores; the second only
+shows that every stage runs. Killed and started again with the same arguments it continues at its
+last checkpoint, at most three minutes back. Everything that takes part in the result is a function
+of ``--seed``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from tests.scripts.runs import flags
 
@@ -23,6 +24,8 @@ def train() -> Callable[..., Path]:
     from bilora_diffusion.train import main
 
     def run(folder: Path, **values: Any) -> Path:
+        # accelerate keeps one precision for a whole process; each run here is to choose its own.
+        AcceleratorState._reset_state()
         main(flags(folder, **values))
         return folder
 

@@ -80,11 +80,13 @@ def test_two_processes_agree_with_one(
     train: Callable[..., Path],
     script: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     method: str,
 ) -> None:
     shared = {"method": method, "max_train_steps": 6, "train_batch_size": 1}
     one = train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     argv = flags(tmp_path / "two", **shared, gradient_accumulation_steps=2)
     said = script(argv, launcher)
     assert said.returncode == 0, said.stderr
@@ -93,3 +95,13 @@ def test_two_processes_agree_with_one(
         assert a["digest"] == b["digest"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     assert difference(one, tmp_path / "two") < 1e-5
+
+
+def test_a_launch_that_starts_too_few_processes_is_refused(
+    script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    said = script(flags(tmp_path / "two"), launcher)
+    assert said.returncode != 0
+    assert "error: accelerate launch --cpu starts one process" in said.stderr
+    assert not (tmp_path / "two").exists()
