@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bilora_diffusion.fused import unfuse
 from shapes import Inputs, Shape
 from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
+from bilora_diffusion.fused import unfuse
 from bilora_diffusion.methods.base import MethodOptions, Target
 from bilora_diffusion.optim import build_optimizer
 
