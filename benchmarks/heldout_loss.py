@@ -29,7 +29,7 @@ KEYS = ("heldout_loss", "train_grid_loss")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid of arms and seeds; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arms", nargs="+", default=["lora", "bilora", "bilora:rho=1"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)

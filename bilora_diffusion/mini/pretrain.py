@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -42,7 +43,7 @@ from bilora_diffusion.mini.vae import VaeSettings, encode_all, psnr, train_vae
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line; the defaults are what made the shipped weights."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -128,7 +129,7 @@ def save_pipeline(
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=model.unet,
-        scheduler=sampler(),
+        scheduler=cast(Any, sampler()),
         force_zeros_for_empty_prompt=False,  # the empty prompt was trained, zeros were not
         add_watermarker=False,
     )
@@ -148,7 +149,7 @@ def measure(
             mean, _ = encode_all(vae, getattr(icon_set, style)[indices])
             ids = tokenize(tokenizer, [form.format(label=icon_set.icons[i].label) for i in indices])
             figures[f"noise_error_{name}_{style}"] = prediction_error(
-                model, mean * vae.config.scaling_factor, ids
+                model, mean * cast(Any, vae.config).scaling_factor, ids
             )
     for name, part in (("vae", vae), ("unet", model.unet), ("text_encoder", model.text_encoder)):
         figures[f"{name}_parameters"] = sum(parameter.numel() for parameter in part.parameters())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -76,9 +76,9 @@ class TextToImage(nn.Module):
             num_attention_heads=4,
             projection_dim=settings.text_width,
             max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=cast(Any, tokenizer).bos_token_id,
+            eos_token_id=cast(Any, tokenizer).eos_token_id,
+            pad_token_id=cast(Any, tokenizer).pad_token_id,
         )
         self.text_encoder = CLIPTextModel(text)
         self.text_encoder_2 = CLIPTextModelWithProjection(text)
@@ -205,7 +205,7 @@ def train_text2image(
     """
     torch.manual_seed(seed)  # the initial weights
     model = TextToImage(settings, tokenizer)
-    scheduler = noise_scheduler()
+    scheduler: Any = noise_scheduler()
     signal = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weights = signal.clamp(max=MIN_SNR_GAMMA) / signal
 
@@ -243,7 +243,8 @@ def prediction_error(
         clean: (n, 8, 8, 8) scaled latents.
         token_ids: (n, 32).
     """
-    scheduler, total = noise_scheduler(), 0.0
+    scheduler: Any = noise_scheduler()
+    total = 0.0
     for timestep in range(25, 1000, 100):
         noise = torch.randn(clean.shape, generator=trainer.generator_for("evaluation", 0, timestep))
         steps = torch.full((len(clean),), timestep)

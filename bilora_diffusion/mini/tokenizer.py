@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any, cast
 
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
@@ -79,4 +80,4 @@ def _make(rules: list[tuple[str, str]]) -> CLIPTokenizer:
         END,
     ]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(rules), model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=cast(Any, rules), model_max_length=LENGTH)

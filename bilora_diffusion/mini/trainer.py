@@ -92,7 +92,8 @@ class Run:
             group["lr"] = learning_rate_at(self.step, self.plan)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - ema_decay_at(self.step, self.plan))
+            weight = 1 - ema_decay_at(self.step, self.plan)
+            torch._foreach_lerp_(self.ema, [p.data for p in self.parameters], weight)
         self.step += 1
 
     def save(self, path: Path) -> None:
