@@ -6,6 +6,7 @@ python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_d
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -47,7 +48,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
-    cfg = cfg.for_processes(accelerator.num_processes)
+    run(cfg.for_processes(accelerator.num_processes), accelerator, folder, resume)
+    # DDP's reducer must be gone before the process group is taken down: the other way round, its
+    # end waits for the group's thread while that thread waits for the interpreter.
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+
+
+def run(cfg: DreamBoothConfig, accelerator: Accelerator, folder: Path, resume: Path | None) -> None:
+    """Build, train and finish; nothing of it is alive when this returns.
+
+    Raises:
+        TrainingError: training could not go on; ``run.json`` says why.
+    """
     repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     task = build_task(cfg, accelerator)
     cfg = task.cfg
@@ -63,13 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         fit(trainer, folder, log)
         results = finish(cfg, trainer, folder, repo_id)
-        if log is not None:
-            log.finish(**results)
     except TrainingError as error:
         if log is not None:
             log.fail(str(error))
         raise
-    accelerator.end_training()
+    if log is not None:
+        log.finish(**results)
 
 
 def build_accelerator(cfg: DreamBoothConfig) -> Accelerator:
