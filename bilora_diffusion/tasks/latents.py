@@ -62,9 +62,6 @@ class LatentCache:
         self.space = encoder.space
         self._known: dict[tuple[Any, ...], Posterior] = {}
 
-    def __contains__(self, key: tuple[Any, ...]) -> bool:
-        return key in self._known
-
     def __call__(
         self,
         keys: Sequence[tuple[Any, ...]],
