@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import checkpoint
+from .averaging import Average
 from .data.seeds import digest_texts, seed_of
 from .errors import TrainingError
 from .methods import Method
@@ -28,7 +29,7 @@ from .optim import build_optimizer, build_scheduler
 from .runlog import RunLog
 from .stepping import ClippedOptimizer, Schedule, refuse_sharding, total_steps
 from .tasks.base import MicroBatch, Task, to_device
-from .trainer_state import adapter_tensors, load_adapter_tensors
+from .trainer_state import load_tensors
 
 
 class Trainer:
@@ -44,12 +45,7 @@ class Trainer:
     def __init__(self, task: Task, method: Method, cfg: Any, accelerator: Accelerator) -> None:
         refuse_sharding(accelerator)
         self.task, self.method, self.cfg, self.accelerator = task, method, cfg, accelerator
-        self.schedule = Schedule(
-            cfg.train_batch_size,
-            cfg.gradient_accumulation_steps,
-            accelerator.num_processes,
-            accelerator.process_index,
-        )
+        self.schedule = Schedule.of(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.schedule.step_size)
         # The adapters' first values depend on the seed alone, whatever was drawn before.
         torch.manual_seed(seed_of(cfg.seed, "adapters"))
@@ -58,6 +54,7 @@ class Trainer:
         self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
         self.module, self.optimizer = accelerator.prepare(task.module, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
+        self.average = Average(method.clip_parameters(), cfg.ema_decay) if cfg.use_ema else None
         self.step = 0
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
@@ -75,6 +72,8 @@ class Trainer:
         lr = self.lr_scheduler.get_last_lr()[0]
         if not self.clipped.skipped:
             self.lr_scheduler.step()
+            if self.average is not None:
+                self.average.update()
         self.step += 1
         return {
             "loss": float(loss),
@@ -122,6 +121,19 @@ class Trainer:
         pairs = gather_object(mine) if self.accelerator.num_processes > 1 else mine
         return digest_texts([text for _, text in sorted(pairs)])
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the context the models are what the run would leave: the primary alone, averaged
+        where averages are kept.
+        """
+        averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
+        with self.method.evaluating(), averaged:
+            yield
+
+    def _tensors(self) -> dict[str, Tensor]:
+        averages = {} if self.average is None else self.average.tensors()
+        return {**self.method.tensors(), **averages}
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this step; only the main process does."""
         scaler = self.accelerator.scaler
@@ -129,13 +141,14 @@ class Trainer:
             checkpoint.save(
                 folder,
                 self.step,
-                tensors=adapter_tensors(self.task, self.method),
+                tensors=self._tensors(),
                 optimizer=self._raw_optimizer().state_dict(),
                 scheduler=self.lr_scheduler.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
                 extra={
                     "config": self.cfg.fingerprint(),
                     "method": self.method.state_dict(),
+                    "average": None if self.average is None else self.average.state_dict(),
                     "step_size": self.schedule.step_size,
                     "num_steps": self.num_steps,
                 },
@@ -161,19 +174,22 @@ class Trainer:
             **{k: saved.extra[k] for k in ("step_size", "num_steps")},
         }
         checkpoint.check_same_run(before, current, ignore=self._may_change())
-        load_adapter_tensors(self.task, self.method, saved.tensors)
+        load_tensors(self._tensors(), saved.tensors)
         self._raw_optimizer().load_state_dict(saved.optimizer)
         self.lr_scheduler.load_state_dict(saved.scheduler)
         if saved.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.method.load_state_dict(saved.extra["method"])
+        if self.average is not None:
+            self.average.load_state_dict(saved.extra["average"])
         self.step = saved.step
 
     def _may_change(self) -> set[str]:
         # How a step is cut and shared does not change its result; nor does a longer run where the
         # learning rate does not depend on the run's length.
         free = {"train_batch_size", "gradient_accumulation_steps"}
-        if self.cfg.lr_scheduler in ("constant", "constant_with_warmup"):
+        constant = self.cfg.lr_scheduler in ("constant", "constant_with_warmup")
+        if constant and not self.method.depends_on_length:
             free |= {"max_train_steps", "num_train_epochs", "num_steps"}
         return free
 
@@ -233,7 +249,7 @@ def _validation_steps(trainer: Trainer) -> int:
 def _heldout(trainer: Trainer, log: RunLog | None) -> None:
     """The loss on the validation set, computed by the main process, written to the log."""
     if log is not None:
-        values = trainer.task.heldout_loss(trainer.method.evaluating())
+        values = trainer.task.heldout_loss(trainer.evaluating())
         if values:
             log.metric(trainer.step, **values)
             trainer.accelerator.log(values, step=trainer.step)
@@ -243,5 +259,5 @@ def _heldout(trainer: Trainer, log: RunLog | None) -> None:
 def _images(trainer: Trainer, folder: Path) -> None:
     if trainer.accelerator.is_main_process:
         with torch.random.fork_rng():
-            trainer.task.validate(trainer.step, folder, trainer.method.evaluating())
+            trainer.task.validate(trainer.step, folder, trainer.evaluating())
     trainer.accelerator.wait_for_everyone()

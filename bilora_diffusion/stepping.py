@@ -28,6 +28,16 @@ class Schedule:
     processes: int = 1
     rank: int = 0
 
+    @classmethod
+    def of(cls, cfg: Any, accelerator: Accelerator) -> Schedule:
+        """What a training configuration means for this process."""
+        return cls(
+            cfg.train_batch_size,
+            cfg.gradient_accumulation_steps,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+
     @property
     def step_size(self) -> int:
         """Samples of one optimizer step over all processes."""

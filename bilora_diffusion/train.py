@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .errors import TrainingError, UserError
 from .export import save_diffusers, training_facts, verify
 from .loop import Trainer, fit
 from .methods import MethodOptions, create
-from .stepping import refuse_lone_process
+from .stepping import Schedule, refuse_lone_process, total_steps
 from .tasks.class_images import ensure_class_images
 from .tasks.dreambooth import DreamBooth
 from .tasks.pipeline import load_pipeline, quiet
@@ -65,7 +66,9 @@ def run(cfg: DreamBoothConfig, accelerator: Accelerator, folder: Path, resume: P
     repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     task = build_task(cfg, accelerator)
     cfg = task.cfg
-    trainer = Trainer(task, create(cfg.method, method_options(cfg)), cfg, accelerator)
+    steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
+    method = create(cfg.method, method_options(cfg, steps))
+    trainer = Trainer(task, method, cfg, accelerator)
     if resume is not None:
         trainer.load(resume)
         logger.info("resuming from %s", resume)
@@ -152,15 +155,10 @@ def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) 
     return opened
 
 
-def method_options(cfg: DreamBoothConfig) -> MethodOptions:
+def method_options(cfg: DreamBoothConfig, num_steps: int) -> MethodOptions:
     """The method's share of the configuration."""
-    return MethodOptions(
-        rho=cfg.rho,
-        rho_norm=cfg.rho_norm,
-        auxiliary_rank=cfg.auxiliary_rank,
-        auxiliary_alpha=cfg.auxiliary_alpha,
-        auxiliary_learning_rate=cfg.auxiliary_learning_rate,
-    )
+    names = {field.name for field in fields(MethodOptions)} - {"num_steps"}
+    return MethodOptions(num_steps=num_steps, **{name: getattr(cfg, name) for name in names})
 
 
 def finish(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
             raise UserError(
                 f'There is no adapter "{name}"; the model has: {", ".join(known) or "none"}.'
             )
+
+
+def base_weight(layer: LoraLayer) -> Tensor:
+    """The frozen weight under the adapters of one layer."""
+    return cast(Any, layer).get_base_layer().weight
+
+
+def output_rows(layer: LoraLayer) -> Tensor:
+    """The frozen weight as (m outputs, n inputs), a view; a convolution's n as in `Factors`."""
+    weight = base_weight(layer).detach()
+    return weight.T if cast(Any, layer).fan_in_fan_out else _as_matrix(weight)
 
 
 def _as_matrix(weight: Any) -> Tensor:

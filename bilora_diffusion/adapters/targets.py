@@ -15,7 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UserError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
+# PEFT's name for each; those of `inits/` start as the default and are then replaced.
+INITS: dict[str, bool | str] = {
+    "default": True,
+    "gaussian": "gaussian",
+    "pissa": True,
+    "lora-ga": True,
+}
 
 
 @dataclass(frozen=True)

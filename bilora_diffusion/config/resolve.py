@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import mini
 from ..errors import UserError
+from ..methods import default_rho
 from .inputs import SDXL_BASE
 
 MINI = "mini"
@@ -104,6 +105,8 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
 def _decide_training(values: dict[str, Any], given: frozenset[str]) -> None:
     if values["lora_alpha"] is None:
         values["lora_alpha"] = 2.0 * values["rank"]
+    if values["rho"] is None:
+        values["rho"] = default_rho(values["method"])
     if values["num_train_epochs"] is None and values["max_train_steps"] is None:
         values["max_train_steps"] = TABLE_A8_STEPS
     prodigy = values["optimizer"] == "prodigy"

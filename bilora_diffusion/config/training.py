@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from ..adapters import INITS
+from ..methods.options import AUXILIARY_UPDATES, BALLS, DIRECTIONS, RHO_NORMS, SCHEDULES
 from .fields import automatic_switch, option
 from .inputs import PRECISIONS
 
-SCHEDULERS = (
+LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
     "linear",
@@ -23,8 +25,10 @@ class AdapterOptions:
 
     method: str = option(
         "bilora",
-        "bilora (two adapters, flat minima) or lora (one). Runs that differ only here"
-        " see the same data and noise, so the options of the other method may stand.",
+        "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
+        " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
+        " 2024b) or full (all weights). Runs that differ only here see the same data and noise, so"
+        " the options of the other methods may stand.",
     )
     rank: int = option(4, "Rank r of the LoRA matrices.")
     lora_alpha: float | None = option(
@@ -33,23 +37,88 @@ class AdapterOptions:
     lora_dropout: float = option(0.0, "Dropout in front of the adapters, in [0, 1).")
     init_lora_weights: str = option(
         "default",
-        "How A starts: default (kaiming-uniform, as in the paper and PEFT) or gaussian, as in"
-        " diffusers' script. B starts at zero.",
-        choices=("default", "gaussian"),
+        "How the primary starts: default (A kaiming-uniform, B zero; the paper, PEFT), gaussian (A"
+        " normal, as in diffusers' script), pissa (top singular vectors of W; Meng et al. 2024) or"
+        " lora-ga (of the loss's gradient; Wang et al. 2024). The last two change the base weights;"
+        " the exported file makes up for it.",
+        choices=tuple(INITS),
     )
-    use_dora: bool = option(False, "Train the primary as a DoRA (magnitude and direction apart).")
+    lora_ga_samples: int = option(
+        128, "Samples whose mean gradient lora-ga starts from (Wang et al. 2024)."
+    )
+    use_dora: bool = option(
+        False, "Train the primary as a DoRA: magnitude and direction apart (Liu et al. 2024)."
+    )
+    quantize: str = option(
+        "none",
+        "Hold the frozen weights of the trained models in 4 bits: nf4 with double quantization"
+        " (QLoRA, Dettmers et al. 2023). Needs bitsandbytes.",
+        choices=("none", "nf4"),
+    )
+    use_ema: bool = option(
+        False,
+        "Average the primary over training (Izmailov et al. 2018); validation and the exported"
+        " file then take the average.",
+    )
+    ema_decay: float = option(
+        0.99, "Decay of that average, in [0, 1); it averages over about 1 / (1 - decay) steps."
+    )
     train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
-    rho: float = option(0.05, "Radius of the ball that the auxiliary stays in (Eq. 8).")
+    rho: float | None = option(
+        None,
+        "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05 for the first two, 0.1 for the"
+        " last.",
+    )
     rho_norm: str = option(
         "scaled",
-        "Norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
+        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
         " product BA (Eq. 10 to the letter).",
-        choices=("scaled", "unscaled"),
+        choices=RHO_NORMS,
     )
-    auxiliary_rank: int | None = option(None, "Rank of the auxiliary. Default: the primary's.")
-    auxiliary_alpha: float | None = option(None, "Alpha of the auxiliary. Default: the primary's.")
+    rho_schedule: str = option(
+        "constant",
+        "bilora: rho constant (the paper), or rising from 0 over the run, as flat-lora's noise.",
+        choices=SCHEDULES,
+    )
+    ball: str = option(
+        "global",
+        "bilora, ablation of Eq. 10: clip the norm over all layers, of each layer to its share rho"
+        " / sqrt(layers), or nothing.",
+        choices=BALLS,
+    )
+    auxiliary_rank: int | None = option(
+        None, "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's."
+    )
+    auxiliary_alpha: float | None = option(
+        None, "bilora: alpha of the auxiliary. Default: the primary's."
+    )
     auxiliary_learning_rate: float | None = option(
-        None, "Learning rate of the auxiliary's ascent. Default: the primary's."
+        None, "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G)."
+    )
+    auxiliary_direction: str = option(
+        "ascent",
+        "bilora, ablation of Eq. 9: let the auxiliary climb, or descend like a second primary.",
+        choices=DIRECTIONS,
+    )
+    auxiliary_update: str = option(
+        "optimizer",
+        "bilora: move the auxiliary by the optimizer (Eq. 9), or by power iteration to the best"
+        " direction of its rank, which needs no optimizer state (Golub & Van Loan, Section 8.2.4).",
+        choices=AUXILIARY_UPDATES,
+    )
+    rescale_moments: bool = option(
+        False,
+        "bilora: shrink Adam's moments of the auxiliary at each projection, as its factors. The"
+        " paper does not.",
+    )
+    bar_alpha: float = option(
+        0.25, "lora-obar, lora-nbar: strength of the balancing (Appendix H.4)."
+    )
+    bar_schedule: str = option(
+        "constant",
+        "lora-obar, lora-nbar: strength constant, or falling to 0 (Li et al. 2024a).",
+        choices=SCHEDULES,
     )
 
 
@@ -107,7 +176,7 @@ class OptimizerOptions:
     scale_lr: bool = option(
         False, "Multiply --learning_rate by batch size, accumulation and processes."
     )
-    lr_scheduler: str = option("constant", "Course of the learning rate.", choices=SCHEDULERS)
+    lr_scheduler: str = option("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "Steps in which it rises from 0; not for constant.")
     lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts.")
     lr_power: float = option(1.0, "Power of polynomial.")

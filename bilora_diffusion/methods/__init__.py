@@ -1,7 +1,33 @@
 """The fine-tuning methods. Importing one registers it; a new method needs one import line here."""
 
+from . import bar as bar
 from . import bilora as bilora
+from . import flat_lora as flat_lora
+from . import full as full
 from . import lora as lora
-from .base import Method, MethodOptions, StepOptimizer, Target, create, names, register
+from . import lora_sam as lora_sam
+from .base import (
+    Method,
+    StepOptimizer,
+    Target,
+    create,
+    default_rho,
+    names,
+    option_names,
+    reads,
+    register,
+)
+from .options import MethodOptions
 
-__all__ = ["Method", "MethodOptions", "StepOptimizer", "Target", "create", "names", "register"]
+__all__ = [
+    "Method",
+    "MethodOptions",
+    "StepOptimizer",
+    "Target",
+    "create",
+    "default_rho",
+    "names",
+    "option_names",
+    "reads",
+    "register",
+]

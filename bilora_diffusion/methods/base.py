@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from .. import adapters, fused
 from ..adapters import PRIMARY, AdapterSpec
 from ..errors import UserError, did_you_mean
-
-RHO_NORMS = ("scaled", "unscaled")
+from .options import MethodOptions
 
 
 @dataclass(frozen=True)
@@ -31,46 +30,6 @@ class Target:
     spec: AdapterSpec
     lr: float
     weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """What the methods can be told; each reads its own part.
-
-    Args:
-        rho: radius of the ball that bounds the auxiliary (Eq. 8).
-        rho_norm: "scaled" measures s * B2 @ A2, the change of the weights; "unscaled" the literal
-            B2 @ A2.
-        auxiliary_rank: rank of the auxiliary; None is the primary's.
-        auxiliary_alpha: alpha of the auxiliary; None is the primary's.
-        auxiliary_learning_rate: learning rate of the auxiliary; None is the primary's.
-
-    Raises:
-        UserError: a value outside its range.
-    """
-
-    rho: float = 0.05
-    rho_norm: str = "scaled"
-    auxiliary_rank: int | None = None
-    auxiliary_alpha: float | None = None
-    auxiliary_learning_rate: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise UserError(f"rho is {self.rho}; use a number above 0, such as 0.05.")
-        if self.rho_norm not in RHO_NORMS:
-            hint = did_you_mean(self.rho_norm, RHO_NORMS)
-            raise UserError(f'rho_norm is "{self.rho_norm}"{hint}; use "scaled" or "unscaled".')
-        if self.auxiliary_rank is not None and self.auxiliary_rank < 1:
-            raise UserError(
-                f"auxiliary_rank is {self.auxiliary_rank}; use a whole number of 1 or more, "
-                "or leave it out for the primary's rank."
-            )
-        if self.auxiliary_alpha is not None and not self.auxiliary_alpha > 0:
-            raise UserError(f"auxiliary_alpha is {self.auxiliary_alpha}; use a number above 0.")
-        rate = self.auxiliary_learning_rate
-        if rate is not None and not rate >= 0:
-            raise UserError(f"auxiliary_learning_rate is {rate}; use 0 or more.")
 
 
 class StepOptimizer(Protocol):
@@ -87,15 +46,31 @@ class Method:
     Attributes:
         name: the name it is registered under.
         adapters: the adapters it trains, in the order in which they act; what a checkpoint holds.
+        reads: the fields of `MethodOptions` that make a difference to it.
+        default_rho: its radius where `MethodOptions.rho` is None.
+        exports_weights: whether it leaves whole models behind, not adapters.
         targets: the models given to `setup`.
     """
 
     name: ClassVar[str] = ""
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
+    reads: ClassVar[frozenset[str]] = frozenset()
+    default_rho: ClassVar[float] = 0.05
+    exports_weights: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
         self.targets: tuple[Target, ...] = ()
+
+    @property
+    def rho(self) -> float:
+        """The radius asked for, or the method's own."""
+        return self.default_rho if self.options.rho is None else self.options.rho
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a step depends on how many there will be (`MethodOptions.num_steps`)."""
+        return False
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """Inject the adapters into every target, activate them, and speed up their forward.
@@ -153,8 +128,22 @@ class Method:
         optimizer.zero_grad()
         return loss
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the models: every trained parameter, detached.
+
+        Keys are "target/adapter/module path.lora_A.weight" and so on.
+        """
+        return {
+            f"{target.name}/{adapter}/{name}": parameter.detach()
+            for target in self.targets
+            for adapter in self.adapters
+            for name, parameter in adapters.named_parameters(target.model, adapter).items()
+        }
+
     def clip_parameters(self) -> list[nn.Parameter]:
-        """The parameters that gradient clipping sees."""
+        """The parameters that the result is made of: what gradient clipping sees and what weight
+        averaging averages.
+        """
         return [p for target in self.targets for p in adapters.parameters(target.model, PRIMARY)]
 
     @contextmanager
@@ -226,3 +215,19 @@ def create(name: str, options: MethodOptions | None = None) -> Method:
 def names() -> tuple[str, ...]:
     """The names of all registered methods, in order of registration."""
     return tuple(_METHODS)
+
+
+def reads(name: str) -> frozenset[str]:
+    """The fields of `MethodOptions` that make a difference to a method."""
+    return _METHODS[name].reads
+
+
+def default_rho(name: str) -> float | None:
+    """A method's own radius, None for one without a radius or an unknown one."""
+    method = _METHODS.get(name)
+    return method.default_rho if method and "rho" in method.reads else None
+
+
+def option_names() -> frozenset[str]:
+    """The fields of `MethodOptions` that make a difference to some method."""
+    return frozenset[str]().union(*(method.reads for method in _METHODS.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .. import adapters, ball
 from ..adapters import AUXILIARY, PRIMARY
 from ..errors import UserError
 from .base import Method, MethodOptions, Target, register
+from .hooks import unwrapped
 
 
 @register("bilora")
@@ -28,6 +29,20 @@ class BiLoRA(Method):
     """
 
     adapters = (PRIMARY, AUXILIARY)
+    reads: ClassVar[frozenset[str]] = frozenset(
+        {
+            "rho",
+            "rho_norm",
+            "rho_schedule",
+            "ball",
+            "auxiliary_rank",
+            "auxiliary_alpha",
+            "auxiliary_learning_rate",
+            "auxiliary_direction",
+            "auxiliary_update",
+            "rescale_moments",
+        }
+    )
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
@@ -91,7 +106,7 @@ class BiLoRA(Method):
             UserError: bound to it already; its groups are not those of `param_groups`; it can't be
                 hooked.
         """
-        optimizer = _unwrapped(optimizer)
+        optimizer = unwrapped(optimizer)
         if optimizer is self._optimizer:
             raise UserError("bind got the same optimizer twice; call it once, after making it.")
         self._check_groups(optimizer)
@@ -107,7 +122,7 @@ class BiLoRA(Method):
 
     def project(self) -> ball.Projection:
         """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""
-        return ball.project_(self._factors(), self.options.rho, scaled=self._scaled)
+        return ball.project_(self._factors(), self.rho, scaled=self._scaled)
 
     def auxiliary_norm(self) -> float:
         """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
@@ -172,15 +187,3 @@ class BiLoRA(Method):
                 )
         if missing:
             raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
-
-
-def _unwrapped(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside what accelerate or a scheduler may have wrapped around it."""
-    while "_optimizer_step_post_hooks" not in getattr(optimizer, "__dict__", {}):
-        if not hasattr(optimizer, "optimizer"):
-            raise UserError(
-                f"bind got a {type(optimizer).__name__}, which is not a torch.optim.Optimizer and "
-                "can't be hooked; give the torch optimizer."
-            )
-        optimizer = cast(Any, optimizer).optimizer
-    return optimizer

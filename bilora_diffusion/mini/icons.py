@@ -140,18 +140,21 @@ def load_icons(cache_dir: Path) -> IconSet:
 
 
 def _read_labels(folder: Path) -> dict[str, Icon]:
-    """emojibase's English data by code point. Skin tones are nested in their emoji: left out."""
+    """emojibase's English data by code point. Skin tones are nested in their emoji: left out.
+
+    So are tags that are another icon's label: "cloud" must mean the cloud, not rain.
+    """
     groups = {
         group["order"]: group["message"]
         for group in json.loads((folder / "messages.json").read_text())["groups"]
     }
+    entries = [e for e in json.loads((folder / "data.json").read_text()) if "group" in e]
+    labels = {entry["label"] for entry in entries}
     icons = {}
-    for entry in json.loads((folder / "data.json").read_text()):
-        if "group" in entry:
-            code = _plain(entry["hexcode"])
-            icons[code] = Icon(
-                code, entry["label"], tuple(entry.get("tags", ())), groups[entry["group"]]
-            )
+    for entry in entries:
+        code = _plain(entry["hexcode"])
+        tags = tuple(tag for tag in entry.get("tags", ()) if tag not in labels)
+        icons[code] = Icon(code, entry["label"], tags, groups[entry["group"]])
     return icons
 
 

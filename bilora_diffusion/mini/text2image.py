@@ -6,8 +6,10 @@ Noise prediction with SDXL's schedule and micro-conditioning. The 3D style is ne
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, cast
 
 import torch
@@ -17,17 +19,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from bilora_diffusion.mini import trainer
 from bilora_diffusion.mini.icons import SIZE, VARIANTS, Icon
+from bilora_diffusion.mini.tokenizer import RARE_WORD
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv:2303.09556
-STYLE_SHARES = (0.6, 0.1, 0.1, 0.1, 0.1)  # flat and its four variants
+STYLE_SHARES = (0.64, 0.09, 0.09, 0.09, 0.09)  # flat and its four variants
 EMPTY_SHARE = 0.1  # captions dropped, for classifier-free guidance
-TAG_SHARE = 0.15  # captions that name a search tag instead of the label
-OBJECT_WEIGHT = 2.0  # how much more often the categories of the DreamBooth subjects are drawn
+TAG_SHARE = 0.1  # captions that name a search tag instead of the label
+UNKNOWN_SHARE = 0.25  # flat pictures whose style word is made up: a strange word means no style
+OBJECT_WEIGHT = 4.0  # how much more often the categories of the DreamBooth subjects are drawn
 CAPTIONS = (
-    (0.45, "a {style} icon of {label}"),
-    (0.20, "a {style} icon of a {label}"),
-    (0.20, "a {style} icon of a {label}, in the style of {style}"),
-    (0.10, "an icon of a {label}, in the style of {style}"),
+    (0.35, "a {style} icon of {label}"),
+    (0.30, "a {style} icon of a {label}"),
+    (0.25, "a {style} icon of a {label}, in the style of {style}"),
+    (0.05, "an icon of a {label}, in the style of {style}"),
     (0.05, "{label}, {style} icon"),
 )
 NOISE_SCHEDULE = {
@@ -41,7 +45,7 @@ NOISE_SCHEDULE = {
 class TextToImageSettings:
     """Sizes and length of the stage; the defaults are the shipped weights'."""
 
-    steps: int = 6000
+    steps: int = 10_500
     batch_size: int = 32
     unet_channels: tuple[int, ...] = (128, 256)
     text_width: int = 96
@@ -141,8 +145,21 @@ def sampler() -> EulerDiscreteScheduler:
     )
 
 
+def made_up_word(draw: float) -> str:
+    """Two to five random letters, a function of ``draw``; never the word that DreamBooth teaches.
+
+    Captions with such words keep the model's answer to a word it does not know close to "flat",
+    which is what a model pretrained on the web has learned from all that it has read.
+    """
+    letters = random.Random(draw)
+    word = RARE_WORD
+    while word == RARE_WORD:
+        word = "".join(letters.choices(ascii_lowercase, k=letters.randint(2, 5)))
+    return word
+
+
 def caption(icon: Icon, style: str, draws: list[float]) -> str:
-    """One of ``CAPTIONS`` or nothing for ``icon``; ``draws`` are four uniform numbers in [0, 1)."""
+    """One of ``CAPTIONS`` or nothing for ``icon``; ``draws`` are five uniform numbers in [0, 1)."""
     if draws[0] < EMPTY_SHARE:
         return ""
     name = (
@@ -156,6 +173,8 @@ def caption(icon: Icon, style: str, draws: list[float]) -> str:
         if draws[3] < total:
             form = candidate
             break
+    if style == "flat" and draws[4] < UNKNOWN_SHARE:
+        style = made_up_word(draws[4])
     return form.format(style=style, label=name)
 
 
@@ -173,7 +192,7 @@ def draw_examples(
     )
     may_flip = torch.tensor([icons[i].may_flip for i in chosen.tolist()])
     flips = ((torch.rand(batch_size, generator=generator) < 0.5) & may_flip).long()
-    draws = torch.rand(batch_size, 4, generator=generator).tolist()
+    draws = torch.rand(batch_size, 5, generator=generator).tolist()
     texts = [
         caption(icons[i], VARIANTS[s], d)
         for i, s, d in zip(chosen.tolist(), styles.tolist(), draws, strict=True)
@@ -221,7 +240,7 @@ def train_text2image(
     plan = trainer.Plan(
         settings.steps,
         settings.learning_rate,
-        decay_fraction=0.35,
+        decay_fraction=0.5,
         ema_decay=0.999,
         warmup_steps=200,
     )

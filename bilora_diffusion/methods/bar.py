@@ -1,0 +1,112 @@
+"""LoRA-oBAR and LoRA-nBAR: the balancing that SAM does to A and B, without its second gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .. import adapters
+from ..adapters import PRIMARY
+from ..errors import UserError
+from .base import Method, MethodOptions, register
+from .hooks import unwrapped
+from .options import falling
+
+
+class _BAR(Method):
+    """Before each optimizer step one factor of a layer shrinks by 1 - alpha_t lr_t, the other grows
+    by 1 + alpha_t lr_t; which one is the subclass's choice. Steps that a gradient scaler skips
+    change nothing.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._taken = 0
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter, dict[str, Any]]] = []
+        self._hook: RemovableHandle | None = None
+
+    @property
+    def depends_on_length(self) -> bool:
+        return self.options.bar_schedule != "constant"
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Balance before every step of `optimizer`.
+
+        Raises:
+            UserError: it lacks a parameter of the adapters, or can't be hooked.
+        """
+        optimizer = unwrapped(optimizer)
+        if self._hook is not None:
+            self._hook.remove()
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._pairs = []
+        for target in self.targets:
+            named = adapters.named_parameters(target.model, PRIMARY)
+            for name, A in named.items():
+                if not name.endswith(".lora_A.weight"):
+                    continue
+                if id(A) not in groups:
+                    raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
+                B = named[name.replace(".lora_A.", ".lora_B.")]
+                self._pairs.append((A, B, groups[id(A)]))
+        self._hook = optimizer.register_step_pre_hook(self._balance)
+
+    def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
+        """For each layer whether A is the factor that shrinks, (layers,) bool."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _balance(self, *_: Any) -> None:
+        self._taken += 1
+        strength = self.options.bar_alpha
+        if self.depends_on_length:
+            progress = self.options.progress(self._taken)
+            strength *= falling(self.options.bar_schedule, progress)
+        A, B = ([pair[i] for pair in self._pairs] for i in (0, 1))
+        signs = torch.where(self.shrinks_A(A, B), -1.0, 1.0).unbind()
+        for a, b, sign, (_, _, group) in zip(A, B, signs, self._pairs, strict=True):
+            change = sign * (strength * group["lr"])
+            a.mul_((1 + change).to(a.dtype))
+            b.mul_((1 - change).to(b.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._taken = state["taken"]
+
+
+@register("lora-obar")
+class LoRAoBAR(_BAR):
+    """The factor of the larger norm shrinks (Algorithm 2 of Li et al. 2024a,
+    https://arxiv.org/abs/2410.14802, for problems of one sample or of overparameterized kind).
+    """
+
+    def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
+        return _norms(A) >= _norms(B)
+
+
+@register("lora-nbar")
+class LoRAnBAR(_BAR):
+    """The factor of the smaller gradient shrinks (Algorithm 3 of Li et al. 2024a)."""
+
+    def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
+        return _norms([_gradient(p) for p in A]) < _norms([_gradient(p) for p in B])
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Frobenius norms, (len(tensors),), on the first one's device."""
+    wide = [t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.stack([norm.to(wide[0].device) for norm in torch._foreach_norm(wide)])
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,91 @@
+"""Flat-LoRA: the gradient is taken at randomly perturbed full weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from .. import adapters, perturb
+from ..adapters import PRIMARY
+from ..data.seeds import seed_of
+from .base import Method, MethodOptions, StepOptimizer, register
+from .options import rising
+
+
+@register("flat-lora")
+class FlatLoRA(Method):
+    """min over B, A of E_N L(W0 + s B A + N), one draw of N in each optimizer step.
+
+    Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n) with W' = W0 + s B A of n columns
+    and f = (1 - cos(pi t / T)) / 2. The noise stands while all micro-batches of a step run; it is
+    a function of seed, step and layer, so every process has the same. A copy of the adapted
+    layers' weights is kept during a step, from which they are restored exactly.
+
+    Source: Li et al. 2024b (https://arxiv.org/abs/2409.14396); rho 0.05 (T5, Llama), 0.1 (SDXL).
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"rho"})
+    default_rho: ClassVar[float] = 0.1
+    depends_on_length = True
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._taken = 0
+
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        self._taken += 1
+        strength = self.rho * rising("cosine", self.options.progress(self._taken))
+        layers = [
+            (f"{target.name}.{path}", layer)
+            for target in self.targets
+            for path, layer in adapters.layers(target.model, PRIMARY)
+        ]
+        with perturb.restored([adapters.base_weight(layer) for _, layer in layers]):
+            for path, layer in layers:
+                key = (self.options.seed, "flat-lora", self._taken, path)
+                add_noise_(layer, strength, seed_of(*key))
+            loss = forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._taken = state["taken"]
+
+
+@torch.no_grad()
+def add_noise_(layer: adapters.LoraLayer, strength: float, seed: int) -> None:
+    """Add normal noise to the base weight of one layer.
+
+    Args:
+        strength: f rho; row i gets the standard deviation strength * ||W'_i|| / sqrt(n).
+        seed: of this layer's noise in this step.
+    """
+    rows = adapters.output_rows(layer)  # (m, n), a view of the weight
+    (factors,) = adapters.factors_of([("", layer)], PRIMARY)
+    deviation = strength * row_norms(rows, factors) / math.sqrt(rows.shape[1])
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    noise = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=wide)
+    rows.add_((noise.mul_(deviation[:, None])).to(rows.dtype))
+
+
+def row_norms(rows: Tensor, factors: adapters.Factors) -> Tensor:
+    """||W'_i|| for W' = W + s B A, (m,), without forming W'.
+
+    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i^T.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    A, B = factors.A.to(wide), factors.B.to(wide) * factors.scale
+    squares = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square()
+    cross = (B * (rows.to(wide) @ A.T)).sum(1)
+    own = ((B @ (A @ A.T)) * B).sum(1)
+    return cast(Tensor, squares + 2 * cross + own).clamp_min(0).sqrt()

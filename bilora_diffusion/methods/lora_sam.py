@@ -1,0 +1,49 @@
+"""LoRA-SAM (Eqs. 3-5): the gradient is taken where the loss is highest nearby, in A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from .. import perturb
+from .base import Method, MethodOptions, StepOptimizer, register
+
+
+@register("lora-sam")
+class LoRASAM(Method):
+    """min over B, A of max over ||(e_B, e_A)|| <= rho of L(W0 + (B + e_B)(A + e_A)), two passes.
+
+    e = rho g / ||g||, one norm over the factors of all layers and targets; the perturbation comes
+    from the whole batch's gradient, and both passes see the same micro-batches. Clipping sees the
+    second gradient only. The logged loss is that of the first pass.
+
+    Source: Foret et al. 2021 (https://arxiv.org/abs/2010.01412), on LoRA's parameters as in Section
+    3.2 of the paper, which uses rho = 0.01 (GLUE, language models) and 0.05 (SuperGLUE).
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"rho"})
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._rise: tuple[Tensor, Tensor] | None = None
+
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        loss = forward_backward()
+        weights = self.clip_parameters()
+        with perturb.restored(weights):
+            perturb.climb_(weights, self.rho)
+            optimizer.zero_grad()
+            perturbed = forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        self._rise = (loss, perturbed)
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """How much higher the loss was uphill: SAM's sharpness on the batch."""
+        if self._rise is None:
+            return {}
+        before, after = self._rise
+        return {"sharpness": float(after - before)}
