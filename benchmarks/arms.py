@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.fused import unfuse
-from bilora_diffusion.methods.base import MethodOptions, Target
+from bilora_diffusion.methods import MethodOptions, Target
+from bilora_diffusion.model_card import TITLES
 from bilora_diffusion.optim import build_optimizer
 
 MAX_GRAD_NORM = 1.0
-RHO = 0.05
+SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
 # The training script's AdamW, made by its own function.
 OPTIMIZER = SimpleNamespace(
     optimizer="adamw",
@@ -37,16 +38,22 @@ class ArmKind:
 
     Args:
         fused: all active adapters of a layer run as one product, else PEFT's own forward.
+        options: of the method, where they are not its defaults.
     """
 
     label: str
     method: str
     fused: bool
+    options: dict[str, Any] = field(default_factory=dict)
 
 
+METHODS = tuple(name for name in methods.names() if not methods.create(name).exports_weights)
+"""What `--methods all` means: every method that trains adapters. `full` is run by name only."""
 KINDS = {
-    "lora": ArmKind("LoRA", "lora", fused=True),
-    "bilora": ArmKind("Bi-LoRA", "bilora", fused=True),
+    **{name: ArmKind(TITLES.get(name, name), name, fused=True) for name in methods.names()},
+    "bilora-power": ArmKind(
+        "Bi-LoRA, power iteration", "bilora", fused=True, options={"auxiliary_update": "power"}
+    ),
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
 }
@@ -54,7 +61,8 @@ BASELINE = "lora"
 
 
 class Arm:
-    """One method on its own copy of ``base``'s modules; the base weights are shared between arms.
+    """One method on its own copy of ``base``'s modules; the base weights are shared between arms,
+    but for full fine-tuning, which gets its own.
 
     Args:
         kind: a key of ``KINDS``.
@@ -73,8 +81,9 @@ class Arm:
         seed: int,
     ) -> None:
         self.kind, self.shape, self.inputs, self.amp = kind, shape, inputs, amp
-        self.model = share(base)
-        self.method = methods.create(KINDS[kind].method, MethodOptions(rho=RHO))
+        options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
+        self.method = methods.create(KINDS[kind].method, options)
+        self.model = copy.deepcopy(base) if self.method.exports_weights else share(base)
         torch.manual_seed(seed)  # every arm starts from the same primary
         groups = self.method.setup([Target("model", self.model, shape.spec, shape.lr, 1e-2)])
         if not KINDS[kind].fused:

@@ -1,7 +1,8 @@
-"""What a training step costs: LoRA, Bi-LoRA in one fused product, Bi-LoRA as PEFT's two adapters.
+"""What a training step costs: the methods side by side, as in the paper's Table 7.
 
     python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
-    python benchmarks/step_cost.py --shapes t5-base --json t5.json
+    python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json
+    python benchmarks/step_cost.py --shapes mini --arms lora,bilora,bilora-peft,bilora-power
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
     python benchmarks/step_cost.py --shapes sdxl-unet --dtype fp32   # 11 GB; for CPUs without bf16
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from arms import BASELINE, KINDS, Arm
+from arms import BASELINE, KINDS, METHODS, Arm
 from measure import interleave, median_seconds, paired_ratio, seconds
 from shapes import SHAPES
 
@@ -147,18 +148,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['shapes']}: {result['note']}; {result['dtype']}, {result['layers']} layers",
         "",
-        "| | step, median | ratio to LoRA (95 % interval) | peak memory |",
+        "| method | memory (GB) | time (s) | relative to LoRA (95 % interval) |",
         "|---|---|---|---|",
     ]
     for row in result["arms"].values():
         interval = row["ratio_interval_95"]
         spread = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
         peak = row["peak_memory_bytes"]
-        memory = "not measured" if peak is None else f"{peak / 2**30:.2f} GiB"
+        memory = "not measured" if peak is None else f"{peak / 1e9:.2f}"
         ratio = f"{row['ratio_to_lora']:.3f}{spread}"
-        lines.append(
-            f"| {row['label']} | {_duration(row['median_seconds'])} | {ratio} | {memory} |"
-        )
+        lines.append(f"| {row['label']} | {memory} | {row['median_seconds']:.3f} | {ratio} |")
     if projection := result["projection"]:
         share = f"{100 * projection['share_of_step']:.2f} % of the step"
         lines += ["", f"Projection: {_duration(projection['median_seconds'])}, {share}."]
@@ -188,13 +187,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         UserError: an unknown shape, arm, dtype or device, a number out of range, no folder for
             the JSON file.
     """
-    parser = _Parser(description="Time of a training step of LoRA and Bi-LoRA, side by side.")
+    parser = _Parser(description="Time and memory of a training step, the methods side by side.")
     parser.add_argument("--shapes", required=True, help=", ".join(SHAPES))
     parser.add_argument("--steps", type=int, help="measured rounds")
     parser.add_argument("--warmup", type=int, help="rounds before them")
     parser.add_argument("--dtype", help="of the base weights: bf16 (under autocast) or fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"some of {','.join(KINDS)}")
+    parser.add_argument(
+        "--methods", help=f"instead of --arms: all ({','.join(METHODS)}), or some of them"
+    )
     parser.add_argument(
         "--json", type=Path, help="also write the result, with every time, to this file"
     )
@@ -207,6 +209,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.arms = args.arms.split(",")
+    if args.methods:
+        wanted = METHODS if args.methods == "all" else tuple(args.methods.split(","))
+        args.arms = [BASELINE, *(name for name in wanted if name != BASELINE)]
     _choice("--shapes", args.shapes, SHAPES)
     shape = SHAPES[args.shapes]
     args.dtype = args.dtype or shape.dtype

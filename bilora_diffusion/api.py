@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adapters
+from . import adapters, inits
 from .adapters import PRIMARY, AdapterSpec
+from .errors import UserError
+from .inits.gradients import collecting
 from .methods.base import MethodOptions, Target
 from .methods.bilora import BiLoRA as _Method
 
@@ -33,7 +36,9 @@ class BiLoRAConfig:
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
         dropout: dropout on the primary's input.
-        init: the primary's init, "default" or "gaussian".
+        init: the primary's init: "default", "gaussian", "pissa", or "lora-ga", which needs
+            `BiLoRA.initialise`. The last two change the base weights in memory; what is saved is
+            made for the unchanged ones.
         use_dora: make the primary a DoRA adapter.
 
     Raises:
@@ -89,6 +94,40 @@ class BiLoRA:
         self._target = Target("model", model, config.spec(), lr=0.0)
         self._method = _Method(config.options())
         self._method.setup([self._target])
+        self._initialised = not config.spec().changes_base
+        if not self._initialised and not inits.needs_gradient(config.init):
+            self._start(None)
+
+    def initialise(self, forward_backward: Callable[[], object]) -> None:
+        """Start the primary from the gradient of your loss, for init "lora-ga"; before training.
+
+        The adapters are off meanwhile. The gradients of the base weights are added up on the CPU,
+        one layer at a time, and are never in `.grad` afterwards.
+
+        Args:
+            forward_backward: runs the model and `backward()` on some samples of the training data,
+                as often as it likes; Wang et al. 2024 take 128 samples. The scale of the loss plays
+                no part.
+
+        Raises:
+            UserError: the init is another one, the primary has been started already, or no
+                gradient came.
+            TrainingError: the gradient is not finite.
+        """
+        if not inits.needs_gradient(self.config.init):
+            raise UserError(
+                f'init is "{self.config.init}", which needs no gradient; leave initialise out.'
+            )
+        if self._initialised:
+            raise UserError("initialise was called already; attach to a new model to start anew.")
+        with collecting(self.model) as gradients:
+            forward_backward()
+        self._start(gradients)
+
+    def _start(self, gradients: dict[str, Tensor] | None) -> None:
+        inits.compute(self.model, self.config.spec(), gradients)
+        adapters.start_from_initial(self.model)
+        self._initialised = True
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for a torch optimizer: the primary descends, the auxiliary ascends.
@@ -96,7 +135,15 @@ class BiLoRA:
         Args:
             lr: the learning rate of the primary, and of the auxiliary if the config names none.
             weight_decay: of the primary; the auxiliary has none.
+
+        Raises:
+            UserError: the init needs a gradient and `initialise` was not called.
         """
+        if not self._initialised:
+            raise UserError(
+                f'init "{self.config.init}" starts from a gradient; call '
+                "initialise(forward_backward) before param_groups."
+            )
         return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
 
     def bind(self, optimizer: Optimizer) -> None:
@@ -120,11 +167,18 @@ class BiLoRA:
         return self._method.clip_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """The trained LoRA under PEFT's keys; nothing of the auxiliary."""
-        return adapters.state_dict(self.model, PRIMARY)
+        """The trained LoRA under PEFT's keys; nothing of the auxiliary.
+
+        It is made for the base weights that the model came with. Of an init that changed these it
+        has twice the rank and needs twice the alpha, see `adapters.portable_state_dict`.
+        """
+        return adapters.portable_state_dict(self.model, PRIMARY)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the primary as a plain PEFT LoRA adapter that `PeftModel.from_pretrained` loads."""
+        """Write the primary as a plain PEFT LoRA adapter that `PeftModel.from_pretrained` loads.
+
+        It fits the base weights that the model came with, whatever the init made of them.
+        """
         adapters.save_pretrained(self.model, folder)
 
 

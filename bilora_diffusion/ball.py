@@ -23,10 +23,14 @@ _STACK_ELEMENTS_ELSEWHERE = 2**24
 
 
 class Projection(NamedTuple):
-    """The norm before and after a projection: 0-d float64 tensors on the factors' device."""
+    """The norm before and after a projection: 0-d float64 tensors on the factors' device.
+
+    `factor` is what every A and B was multiplied by, 1 inside the ball.
+    """
 
     before: Tensor
     after: Tensor
+    factor: Tensor
 
 
 class _Sums(NamedTuple):
@@ -55,7 +59,9 @@ def frobenius_norm(factors: Sequence[Factors], scaled: bool = True) -> Tensor:
 
 
 @torch.no_grad()
-def project_(factors: Sequence[Factors], rho: float, scaled: bool = True) -> Projection:
+def project_(
+    factors: Sequence[Factors], rho: float, scaled: bool = True, onto: bool = False
+) -> Projection:
     """Equation 10, in place: if the norm c exceeds rho, multiply every A and B by sqrt(rho / c).
 
     Inside the ball nothing changes, to the bit. Outside, c is taken with an upper bound on what the
@@ -65,6 +71,7 @@ def project_(factors: Sequence[Factors], rho: float, scaled: bool = True) -> Pro
     Args:
         factors: as in `frobenius_norm`.
         rho: the radius, in units of the weights if `scaled`.
+        onto: put what lies inside the ball on its surface too, unless it is zero.
 
     Raises:
         ValueError: no factors.
@@ -75,9 +82,9 @@ def project_(factors: Sequence[Factors], rho: float, scaled: bool = True) -> Pro
     a = (sums.norm.clamp_min(0) + 8 * torch.finfo(before.dtype).eps * sums.magnitude).sqrt()
     b, d = sums.relative.sqrt(), sums.absolute.sqrt()
     root = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
-    factor = torch.where(before > rho, root, 1.0)
+    factor = torch.where(before > (0 if onto else rho), root, 1.0)
     _multiply_(factors, factor)
-    return Projection(before, before * factor * factor)
+    return Projection(before, before * factor * factor, factor)
 
 
 def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:

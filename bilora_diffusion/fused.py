@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,21 @@ _QUANTIZED = (
 class _Fused:
     """Comes before a PEFT linear layer's class; the layer's state is untouched."""
 
+    quantized: ClassVar[bool] = False
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = None if args or kwargs else _plain_adapters(self, x)
         if active is None:
+            if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
+                # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
+                # which is up to 0.4 % off; its float layer takes them in fp32.
+                with torch.autocast(x.device.type, enabled=False):
+                    return super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = self.base_layer
         ordinary = type(base) is nn.Linear
-        if ordinary and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        known = ordinary or self.quantized
+        if known and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapters
         result = base(x)
         down, up, scale = _side_by_side(self, active, result.dtype)
@@ -85,7 +93,8 @@ def _fused_class(kind: type) -> type | None:
     if kind is lora.Linear:
         return FusedLinear
     if kind.__module__.startswith("peft.") and kind.__name__ in _QUANTIZED:
-        return type(f"Fused{kind.__name__}", (_Fused, kind), {"__module__": __name__})
+        own = {"__module__": __name__, "quantized": True}
+        return type(f"Fused{kind.__name__}", (_Fused, kind), own)
     return None
 
 

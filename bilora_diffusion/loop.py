@@ -20,10 +20,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from . import adapters, checkpoint
 from .averaging import Average
 from .data.seeds import digest_texts, seed_of
 from .errors import TrainingError
+from .inits.gradients import initialise
 from .methods import Method
 from .optim import build_optimizer, build_scheduler
 from .runlog import RunLog
@@ -54,8 +55,22 @@ class Trainer:
         self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
         self.module, self.optimizer = accelerator.prepare(task.module, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
-        self.average = Average(method.clip_parameters(), cfg.ema_decay) if cfg.use_ema else None
+        self.average = self._new_average()
         self.step = 0
+
+    def _new_average(self) -> Average | None:
+        cfg = self.cfg
+        return Average(self.method.clip_parameters(), cfg.ema_decay) if cfg.use_ema else None
+
+    def initialise(self) -> None:
+        """Start the primaries as ``init_lora_weights`` says, where that depends on weights or
+        gradients; once, before the first step of a run that `load` does not continue.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite.
+        """
+        if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
+            self.average = self._new_average()  # of the values that training starts from
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
         """The remaining steps, each as this process's micro-batches."""
@@ -121,13 +136,16 @@ class Trainer:
         pairs = gather_object(mine) if self.accelerator.num_processes > 1 else mine
         return digest_texts([text for _, text in sorted(pairs)])
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context what is trained holds its average, where averages are kept."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the context the models are what the run would leave: the primary alone, averaged
         where averages are kept.
         """
-        averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
-        with self.method.evaluating(), averaged:
+        with self.method.evaluating(), self.averaged():
             yield
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -158,7 +176,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        """Continue exactly where the checkpoint ``path`` was written.
+        """Continue exactly where the checkpoint ``path`` was written; once, on a new trainer.
 
         Raises:
             UserError: it is damaged, or belongs to a run with another configuration.
@@ -175,6 +193,8 @@ class Trainer:
         }
         checkpoint.check_same_run(before, current, ignore=self._may_change())
         load_tensors(self._tensors(), saved.tensors)
+        for target in self.method.targets:
+            adapters.subtract_initial(target.model)
         self._raw_optimizer().load_state_dict(saved.optimizer)
         self.lr_scheduler.load_state_dict(saved.scheduler)
         if saved.scaler is not None and self.accelerator.scaler is not None:
@@ -202,31 +222,36 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
 
     ``log`` is the main process's record; the other processes have none.
     """
-    cfg, main = trainer.cfg, log is not None
-    bar = tqdm(
-        total=trainer.num_steps, initial=trainer.step, desc=trainer.method.name, disable=not main
-    )
     if trainer.step == 0:
+        trainer.initialise()
         _heldout(trainer, log)
-    for batches in trainer.micro_batches():
-        values = trainer.train_step(batches)
-        bar.update()
-        bar.set_postfix(_postfix(values))
-        trainer.accelerator.log(
-            {k: v for k, v in values.items() if isinstance(v, float)}, step=trainer.step
-        )
+    bar = tqdm(
+        total=trainer.num_steps, initial=trainer.step, desc=trainer.method.name, disable=log is None
+    )
+    with bar:  # closed on an error too, whose sentence then has a line of its own
+        for batches in trainer.micro_batches():
+            values = trainer.train_step(batches)
+            bar.update()
+            bar.set_postfix(_postfix(values))
+            _after_step(trainer, values, folder, log)
+
+
+def _after_step(trainer: Trainer, values: dict[str, Any], folder: Path, log: RunLog | None) -> None:
+    """Write down what a step gave, and whatever falls due after it."""
+    cfg = trainer.cfg
+    numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+    trainer.accelerator.log(numbers, step=trainer.step)
+    if log is not None:
+        log.metric(trainer.step, **values)
+    done = trainer.step == trainer.num_steps
+    if done or _due(trainer.step, cfg.validation_loss_steps):
+        _heldout(trainer, log)
+    if done or _due(trainer.step, _validation_steps(trainer)):
+        _images(trainer, folder)
+    if _due(trainer.step, cfg.checkpointing_steps):
         if log is not None:
-            log.metric(trainer.step, **values)
-        done = trainer.step == trainer.num_steps
-        if done or _due(trainer.step, cfg.validation_loss_steps):
-            _heldout(trainer, log)
-        if done or _due(trainer.step, _validation_steps(trainer)):
-            _images(trainer, folder)
-        if _due(trainer.step, cfg.checkpointing_steps):
-            if log is not None:
-                log.sync()
-            trainer.save(folder)
-    bar.close()
+            log.sync()
+        trainer.save(folder)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -14,14 +14,30 @@ from .mini import pipeline_dir
 
 MINI = "mini"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-TITLES = {"lora": "LoRA", "bilora": "Bi-LoRA"}
+ADAPTER_FILE = "The file holds the primary adapter alone, so it is used like any LoRA file."
+TITLES = {
+    "full": "Full FT",
+    "lora": "LoRA",
+    "bilora": "Bi-LoRA",
+    "lora-sam": "LoRA-SAM",
+    "lora-obar": "LoRA-oBAR",
+    "lora-nbar": "LoRA-nBAR",
+    "flat-lora": "Flat-LoRA",
+}
 _METHODS = {
+    "full": "All weights were trained; the folder holds whole models instead of an adapter.",
     "lora": "Trained as plain LoRA.",
     "bilora": (
         "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one, kept "
-        "within a ball of radius rho, maximizes it. The file holds the primary adapter alone, so "
-        "it is used like any LoRA file."
+        f"within a ball of radius rho, maximizes it. {ADAPTER_FILE}"
     ),
+    "lora-sam": (
+        "Trained with SAM on the adapter: each gradient is taken where the loss is highest within "
+        "rho of the adapter's factors."
+    ),
+    "lora-obar": "Trained as LoRA with factors balanced by their norms at each step (oBAR).",
+    "lora-nbar": "Trained as LoRA with factors balanced by their gradients at each step (nBAR).",
+    "flat-lora": "Trained as LoRA on base weights that random noise of strength rho disturbs.",
 }
 Value = str | int | float | bool | None
 
@@ -41,6 +57,7 @@ def write_card(
     vae: str | None = None,
     repo_id: str | None = None,
     weight_name: str = WEIGHTS,
+    whole_models: Sequence[str] = (),
 ) -> Path:
     """Write ``folder/README.md``; only what is given is said.
 
@@ -58,6 +75,7 @@ def write_card(
         vae: hub id of the VAE to load with the pipeline.
         repo_id: hub repository the folder goes to.
         weight_name: file of the LoRA weights.
+        whole_models: names of the folder's whole models, where it holds these and no adapter.
 
     Raises:
         ValueError: when an image lies outside ``folder``, or there are not as many as prompts.
@@ -69,7 +87,8 @@ def write_card(
         for prompt, path in zip(prompts, map(Path, images), strict=True)
     ]
     title = TITLES.get(method, method)
-    meta = _front_matter(base, data, method, gallery, instance_prompt, license)
+    kind = ["full-fine-tuning"] if whole_models else ["lora", "template:sd-lora"]
+    meta = _front_matter(base, data, [*kind, method], gallery, instance_prompt, license)
     body = [
         f"# {_name(base)} fine-tuned with {title}",
         f"{title} weights for {_code(_name(base))}"
@@ -77,7 +96,7 @@ def write_card(
         _METHODS.get(method),
         *_trigger(instance_prompt),
         "## Use",
-        _snippet(base, instance_prompt, gallery, vae, repo_id, weight_name),
+        _snippet(base, instance_prompt, gallery, vae, _use(repo_id, weight_name, whole_models)),
         *_table("## Method", {"method": title} | dict(settings or {}) | {"method": title}),
         *_table("## Results", results or {}),
         *(["## Images"] if gallery else []),
@@ -107,12 +126,12 @@ def _name(source: str) -> str:
 def _front_matter(
     base: str,
     data: str | None,
-    method: str,
+    kinds: Sequence[str],
     gallery: Sequence[tuple[str, str]],
     instance_prompt: str | None,
     license: str | None,
 ) -> ModelCardData:
-    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora"]
+    tags = ["text-to-image", "diffusers", *kinds[:-1]]
     if base != MINI:  # the miniature has SDXL's architecture, but its weights fit nothing else
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
     return ModelCardData(
@@ -120,7 +139,7 @@ def _front_matter(
         library_name="diffusers",
         base_model=base if _is_hub_id(base) else None,
         datasets=[data] if data and _is_hub_id(data) else None,
-        tags=list(dict.fromkeys([*tags, method])),
+        tags=list(dict.fromkeys([*tags, *kinds])),
         instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None,
     )
@@ -137,8 +156,7 @@ def _snippet(
     instance_prompt: str | None,
     gallery: Sequence[tuple[str, str]],
     vae: str | None,
-    repo_id: str | None,
-    weight_name: str,
+    use: Sequence[str],
 ) -> str:
     """Python that makes an image with the weights."""
     prompt = gallery[0][0] if gallery else instance_prompt or "a photo"
@@ -161,14 +179,25 @@ def _snippet(
         extra = ", vae=vae" if vae else ""
         load += [f"    {name!r}, torch_dtype=torch.float16{extra}", ').to("cuda")']
     use = [
-        f"pipeline.load_lora_weights({repo_id or '.'!r}, weight_name={weight_name!r})"
-        + ("" if repo_id else "  # this folder"),
+        *use,
         f"image = pipeline({prompt!r}).images[0]",
         'image.save("image.png")',
     ]
     code = "\n".join([*imports, "", *load, *use])
     fence = _fence(code, 3)
     return f"{fence}python\n{code}\n{fence}"
+
+
+def _use(repo_id: str | None, weight_name: str, whole_models: Sequence[str]) -> list[str]:
+    """Python that puts the weights into a loaded pipeline."""
+    here, note = repo_id or ".", "" if repo_id else "  # this folder"
+    if not whole_models:
+        return [f"pipeline.load_lora_weights({here!r}, weight_name={weight_name!r}){note}"]
+    return [
+        f"pipeline.{name} = type(pipeline.{name}).from_pretrained({here!r}, subfolder={name!r})"
+        f".to(pipeline.device, pipeline.dtype){note}"
+        for name in whole_models
+    ]
 
 
 def _table(heading: str, rows: Mapping[str, Value]) -> list[str]:

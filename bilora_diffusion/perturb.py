@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -22,6 +22,19 @@ def restored(weights: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for weight, value in zip(weights, kept, strict=True):
                 weight.copy_(value)
+
+
+@contextmanager
+def replaced(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within the context the weights hold `values`; their own are not touched, so not rounded."""
+    own = [weight.data for weight in weights]
+    try:
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
+        yield
+    finally:
+        for weight, value in zip(weights, own, strict=True):
+            weight.data = value
 
 
 @torch.no_grad()

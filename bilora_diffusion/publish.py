@@ -9,7 +9,9 @@ from typing import Any
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .adapters import CHANGE_BASE
 from .errors import UserError
+from .methods import MethodOptions, reads
 from .model_card import write_card
 
 NOT_UPLOADED = ["checkpoints/*", "logs/*", ".*"]
@@ -21,16 +23,24 @@ def card(
     """Write the run folder's ``README.md`` from what the run knows."""
     count = cfg.num_validation_images
     prompts = [prompt for prompt in cfg.validation_prompts for _ in range(count)]
-    settings = {
-        "method": cfg.method,
+    full = cfg.method == "full"
+    adapter = {
         "rank": cfg.rank,
         "alpha": cfg.lora_alpha,
+        "init": None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
+        "rank of the file": 2 * cfg.rank if cfg.init_lora_weights in CHANGE_BASE else None,
+        "quantized base": None if cfg.quantize == "none" else cfg.quantize,
+    }
+    settings = {
+        "method": cfg.method,
+        **({} if full else adapter),
         "learning rate": cfg.learning_rate,
         "optimizer steps": results["steps"],
         "seed": cfg.seed,
     }
-    if cfg.method == "bilora":
-        settings |= {"rho": cfg.rho, "auxiliary rank": cfg.auxiliary_rank or cfg.rank}
+    settings |= method_settings(cfg)
+    if cfg.use_ema:
+        settings["weight averaging, decay"] = cfg.ema_decay
     shown = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
     return write_card(
         folder,
@@ -44,7 +54,20 @@ def card(
         results={title: results[key] for title, key in shown.items() if key in results},
         vae=cfg.pretrained_vae_model_name_or_path,
         repo_id=repo_id,
+        whole_models=results["export"] if full else (),
     )
+
+
+def method_settings(cfg: Any) -> dict[str, Any]:
+    """What was set of the method's own options: its radius, and what is not as usual."""
+    usual, own = MethodOptions(), {}
+    for name in sorted(reads(cfg.method)):
+        value = getattr(cfg, name)
+        if name == "rho" or value != getattr(usual, name):
+            own[name.replace("_", " ")] = value
+    if cfg.method == "bilora":
+        own["auxiliary rank"] = cfg.auxiliary_rank or cfg.rank
+    return own
 
 
 def repository(cfg: Any) -> str:

@@ -42,6 +42,7 @@ RESULTS = (
     "adapter_config.json",
 )
 BESIDES = ("validation", "logs", "README.md")  # what else a run leaves, and a fresh start deletes
+WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2")  # what full fine-tuning leaves
 HEARTBEAT_SECONDS = 15.0
 
 
@@ -175,7 +176,8 @@ class RunLog:
         """Delete an earlier run; its ``run.json`` goes last, so that a crash leaves it known."""
         if not _holds_run(self.folder):
             return
-        for name in (*BESIDES, *RESULTS, RUN):
+        whole = WHOLE_MODELS if _trained_whole(self.folder) else ()
+        for name in (*BESIDES, *whole, *RESULTS, RUN):
             path = self.folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -235,6 +237,24 @@ def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
             f"{folder} holds another run than checkpoint {found}: give another --output_dir, or a "
             f"checkpoint in {folder / checkpoint.CHECKPOINTS}"
         )
+
+
+def refuse_foreign_models(folder: Path) -> None:
+    """Refuse a folder in which full fine-tuning would replace models that are not its own.
+
+    Raises:
+        UserError: it holds such models.
+    """
+    for name in WHOLE_MODELS:
+        if (folder / name).exists() and not _trained_whole(folder):
+            raise UserError(
+                f"{folder / name} exists and is not of a run of full fine-tuning, which would "
+                "replace it: give another --output_dir"
+            )
+
+
+def _trained_whole(folder: Path) -> bool:
+    return (folder / RUN).exists() and read_run(folder).get("method") == "full"
 
 
 def _holds_run(folder: Path) -> bool:

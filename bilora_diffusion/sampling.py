@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL.Image import Image
 
+from .tasks.base import precision
 from .tasks.pipeline import LatentSpace
 from .tasks.prompts import PromptEmbedding, encode, tokenize
 
@@ -41,7 +42,7 @@ def generate(
         embed(pipeline, prompts),
         embed_negative(pipeline, len(prompts)),
     )
-    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    device, dtype = pipeline.unet.device, precision(pipeline.unet)
     sampler = _sampler(pipeline)
     images: list[Image] = []
     for start in range(0, len(prompts), batch):

@@ -22,9 +22,10 @@ from . import checkpoint, publish, runlog
 from .config import DreamBoothConfig, parse
 from .data.sources import ImageSet, open_images
 from .errors import TrainingError, UserError
-from .export import save_diffusers, training_facts, verify
+from .export import save_diffusers, save_models, training_facts, verify
 from .loop import Trainer, fit
 from .methods import MethodOptions, create
+from .quantize import quantize_nf4
 from .stepping import Schedule, refuse_lone_process, total_steps
 from .tasks.class_images import ensure_class_images
 from .tasks.dreambooth import DreamBooth
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(argv)
     folder = Path(cfg.output_dir)
     runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
+    if cfg.method == "full":
+        runlog.refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
     run(cfg.for_processes(accelerator.num_processes), accelerator, folder, resume)
@@ -124,7 +127,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         validation = images(cfg, cfg.validation_dataset)
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
-        dtype=DTYPES[accelerator.mixed_precision],
+        dtype=weights_dtypes(cfg, accelerator.mixed_precision),
         revision=cfg.revision,
         variant=cfg.variant,
         cache_dir=cfg.cache_dir,
@@ -136,8 +139,27 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         ensure_class_images(cfg, accelerator)
         classes = open_images(str(cfg.class_data_dir), skip_bad_images=cfg.skip_bad_images)
     task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+    if cfg.quantize == "nf4":
+        dtype = DTYPES[accelerator.mixed_precision]
+        for name, model in task.models.items():
+            count = quantize_nf4(model, dtype, device=accelerator.device)
+            logger.info("%s: the weights of %d layers are held in 4 bits", name, count)
     task.to_device(accelerator.device)
     return task
+
+
+def weights_dtypes(cfg: DreamBoothConfig, precision: str) -> dict[str, torch.dtype]:
+    """The dtype of each part of the pipeline, "default" for the rest.
+
+    Frozen weights need no more than the arithmetic has; trained ones are kept in fp32, since bf16
+    would lose small updates.
+    """
+    dtypes = {"default": DTYPES[precision]}
+    if cfg.method == "full":
+        dtypes["unet"] = torch.float32
+        if cfg.train_text_encoder:
+            dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2"), torch.float32)
+    return dtypes
 
 
 def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) -> ImageSet:
@@ -167,15 +189,8 @@ def finish(
     """Export the primary, prove it from the file, write the model card; returns the results."""
     results: dict[str, Any] = {"steps": trainer.step}
     if trainer.accelerator.is_main_process:
-        task: Any = trainer.task
-        save_diffusers(
-            folder,
-            task.models,
-            base_model=cfg.pretrained_model_name_or_path,
-            kohya=cfg.output_kohya_format,
-            extra_metadata=facts(cfg, task, trainer.step),
-        )
-        results["export"] = verify(folder, task.models)
+        with trainer.averaged():
+            results["export"] = export(cfg, trainer, folder)
         results |= last_heldout(folder)
         final = folder / "validation" / f"step-{trainer.step}"
         publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
@@ -185,17 +200,33 @@ def finish(
     return results
 
 
+def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Write what was trained, as it is now, and read it back; returns what that showed."""
+    task: Any = trainer.task
+    if trainer.method.exports_weights:
+        return save_models(folder, task.models)
+    save_diffusers(
+        folder,
+        task.models,
+        base_model=cfg.pretrained_model_name_or_path,
+        kohya=cfg.output_kohya_format,
+        extra_metadata=facts(cfg, task, trainer.step),
+    )
+    return verify(folder, task.models)
+
+
 def facts(cfg: DreamBoothConfig, task: DreamBooth, steps: int) -> dict[str, str]:
     """What the exported file says about its training."""
     return training_facts(
         method=cfg.method,
-        rho=cfg.rho if cfg.method == "bilora" else None,
+        rho=cfg.rho,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         title=Path(cfg.output_dir).resolve().name,
         resolution=cfg.resolution,
         prediction_type=task.pipeline.scheduler.config["prediction_type"],
         steps=steps,
         seed=cfg.seed,
+        init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
     )
 
 

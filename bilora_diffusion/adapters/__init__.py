@@ -10,25 +10,45 @@ from peft.tuners.lora import LoraLayer
 
 from .access import (
     AUXILIARY,
+    INITIAL,
     PRIMARY,
     Factors,
     base_weight,
     factors,
     factors_of,
+    gradients_of,
     layers,
     named_parameters,
     names,
     output_rows,
     parameters,
 )
+from .initial import (
+    base_rows,
+    keep_initial,
+    refuse_foreign_initial,
+    rows,
+    set_initial,
+    start_from_initial,
+    subtract_initial,
+)
 from .injection import adopt, delete, inject, merge_primary, to_full_precision
-from .saving import load_state_dict, lora_config, save_pretrained, state_dict, weight_delta
+from .saving import (
+    load_state_dict,
+    lora_config,
+    portable_state_dict,
+    save_pretrained,
+    state_dict,
+    weight_delta,
+)
 from .switching import activate, active, only
-from .targets import ALL_LINEAR, INITS, AdapterSpec, target_layers
+from .targets import ALL_LINEAR, CHANGE_BASE, INITS, AdapterSpec, target_layers
 
 __all__ = [
     "ALL_LINEAR",
     "AUXILIARY",
+    "CHANGE_BASE",
+    "INITIAL",
     "INITS",
     "PRIMARY",
     "AdapterSpec",
@@ -37,11 +57,14 @@ __all__ = [
     "activate",
     "active",
     "adopt",
+    "base_rows",
     "base_weight",
     "delete",
     "factors",
     "factors_of",
+    "gradients_of",
     "inject",
+    "keep_initial",
     "layers",
     "load_state_dict",
     "lora_config",
@@ -51,8 +74,14 @@ __all__ = [
     "only",
     "output_rows",
     "parameters",
+    "portable_state_dict",
+    "refuse_foreign_initial",
+    "rows",
     "save_pretrained",
+    "set_initial",
+    "start_from_initial",
     "state_dict",
+    "subtract_initial",
     "target_layers",
     "to_full_precision",
     "weight_delta",

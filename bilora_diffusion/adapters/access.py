@@ -12,6 +12,8 @@ from ..errors import UserError
 
 PRIMARY = "default"
 AUXILIARY = "auxiliary"
+INITIAL = "initial"
+"""First values of a primary that were taken out of the base weights; never acts, never trained."""
 
 
 class Factors(NamedTuple):
@@ -55,6 +57,17 @@ def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Fac
     ]
 
 
+def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors] | None:
+    """The gradients of A and B of these layers, as `factors_of`; None if one has none."""
+    gradients = []
+    for path, layer in found:
+        A, B = layer.lora_A[adapter].weight.grad, layer.lora_B[adapter].weight.grad
+        if A is None or B is None:
+            return None
+        gradients.append(Factors(path, _as_matrix(A), _as_matrix(B), float(layer.scaling[adapter])))
+    return gradients
+
+
 def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters (A, B, DoRA's magnitude) of `model` (or several).
 
@@ -84,15 +97,22 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
             )
 
 
-def base_weight(layer: LoraLayer) -> Tensor:
+def base_weight(layer: LoraLayer) -> nn.Parameter:
     """The frozen weight under the adapters of one layer."""
     return cast(Any, layer).get_base_layer().weight
 
 
-def output_rows(layer: LoraLayer) -> Tensor:
-    """The frozen weight as (m outputs, n inputs), a view; a convolution's n as in `Factors`."""
-    weight = base_weight(layer).detach()
-    return weight.T if cast(Any, layer).fan_in_fan_out else _as_matrix(weight)
+def output_rows(layer: LoraLayer, weight: Tensor | None = None) -> Tensor:
+    """The frozen weight, or a tensor like it, as (m outputs, n inputs), a view; a convolution's n
+    as in `Factors`.
+
+    Raises:
+        UserError: the weight is quantized.
+    """
+    weight = base_weight(layer).detach() if weight is None else weight
+    if not weight.is_floating_point():
+        raise UserError("The base weights are quantized and have no rows; load them unquantized.")
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else _as_matrix(weight)
 
 
 def _as_matrix(weight: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from .access import PRIMARY, check_known, layers, names
+from .access import INITIAL, PRIMARY, base_weight, check_known, layers, names
 from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import (
@@ -74,11 +74,17 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
         False if the model has no adapter of that name.
 
     Raises:
-        UserError: it has one of another shape, or on other layers.
+        UserError: it has one of another shape, or on other layers, or `spec` asks for first values
+            that would replace its own.
     """
     found = dict(layers(model, name))
     if not found:
         return False
+    if spec.changes_base:
+        raise UserError(
+            f'The model\'s adapter "{name}" has its own values, which init "{spec.init}" would '
+            'replace; use init "default" or give the model without adapters.'
+        )
     config = cast(Any, model).peft_config[name]
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     pairs: dict[str, tuple[Any, Any]] = {
@@ -111,13 +117,13 @@ def to_full_precision(model: nn.Module, name: str) -> None:
 def _reset_magnitudes(model: nn.Module, name: str) -> None:
     """Take DoRA's first magnitudes in fp32.
 
-    PEFT takes them in the base's precision, but divides by norms in fp32: a bf16 model would start
-    up to 0.4 % beside its base.
+    PEFT takes them in the base's precision (of 4-bit weights, in that which they compute in), but
+    divides by norms in fp32: a bf16 model would start up to 0.4 % beside its base.
     """
     for _, layer in layers(model, name):
-        if name in layer.lora_magnitude_vector and base_of(layer).weight.dtype in (
-            torch.bfloat16,
-            torch.float16,
+        if name in layer.lora_magnitude_vector and base_of(layer).weight.dtype not in (
+            torch.float32,
+            torch.float64,
         ):
             cast(Any, layer.lora_magnitude_vector[name]).update_layer(
                 base_layer=base_of(layer),
@@ -132,8 +138,17 @@ def merge_primary(model: nn.Module) -> nn.Module:
 
     Returns:
         The plain model: what a `PeftModel` holds, otherwise `model` itself.
+
+    Raises:
+        UserError: base weights are quantized; nothing is changed then.
     """
     root = plain_model(model)
+    for path, layer in layers(root):
+        if not base_weight(layer).is_floating_point():
+            raise UserError(
+                f"The weight of {path} is quantized, and the sum would be rounded to its few bits "
+                "once more; save the adapter and merge it into the model without quantization."
+            )
     for path, layer in layers(root):
         cast(Any, layer).merge(adapter_names=[PRIMARY])
         parent, _, child = path.rpartition(".")
@@ -146,8 +161,17 @@ def merge_primary(model: nn.Module) -> nn.Module:
 
 
 def delete(model: nn.Module, adapter: str) -> None:
-    """Take one of several adapters out of `model` (or several)."""
+    """Take one of several adapters out of `model` (or several).
+
+    Raises:
+        UserError: no layer has it, or the base weights would no longer be known without it.
+    """
     check_known(model, [adapter])
+    if adapter == INITIAL:
+        raise UserError(
+            f'The adapter "{INITIAL}" says what was taken out of the base weights, without which '
+            "the primary can't be exported; keep it, or take all adapters out by merge_primary."
+        )
     remaining = [name for name in active(model) if name != adapter]
     activate(model, remaining)
     for module in model.modules():

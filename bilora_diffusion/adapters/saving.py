@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .access import PRIMARY, named_parameters
+from .access import INITIAL, PRIMARY, layers, named_parameters
 
 PEFT_PREFIX = "base_model.model."
 
@@ -49,6 +49,20 @@ def load_state_dict(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
             value.copy_(tensors[key])
 
 
+def portable_state_dict(model: nn.Module, adapter: str = PRIMARY) -> dict[str, Tensor]:
+    """The adapter's tensors as they act on the base weights that the model came with.
+
+    Where the primary's first values A0, B0 were taken out of the base weights, W' = W - s B0 A0,
+    what it adds to W is s (B A - B0 A0) = s [B, -B0] [A; A0], of twice the rank; elsewhere this is
+    `state_dict`. DoRA's magnitude is the same for both, as W' + s B A is its direction.
+    """
+    tensors = state_dict(model, adapter)
+    for key, first in state_dict(model, INITIAL).items() if adapter == PRIMARY else ():
+        down = key.endswith("lora_A.weight")
+        tensors[key] = torch.cat((tensors[key], first if down else -first), dim=0 if down else 1)
+    return tensors
+
+
 def weight_delta(layer: nn.Module | LoraLayer, adapter: str) -> Tensor:
     """s * B @ A of one PEFT layer, in the weight's shape and the adapter's precision."""
     return cast(Any, layer).get_delta_weight(adapter).detach()
@@ -61,14 +75,19 @@ def lora_config(model: nn.Module, adapter: str) -> dict[str, Any]:
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY) -> None:
-    """Write one adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""
+    """Write one adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
+
+    It is written as it acts on the base weights that the model came with (`portable_state_dict`).
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value.cpu()
-        for key, value in state_dict(model, adapter).items()
+        for key, value in portable_state_dict(model, adapter).items()
     }
     config = LoraConfig(**cast(Any, model).peft_config[adapter].to_dict())
+    if adapter == PRIMARY and layers(model, INITIAL):
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.inference_mode = True
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))

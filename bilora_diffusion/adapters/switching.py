@@ -11,16 +11,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import UserError
-from .access import check_known, layers
+from .access import INITIAL, check_known, layers
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     """Make exactly these adapters act, in this order, and nothing else trainable; or several.
 
     Raises:
-        UserError: an adapter that no layer has.
+        UserError: an adapter that no layer has, or that never acts.
     """
-    check_known(model, names)
+    _check(model, names)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -54,9 +54,9 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     Afterwards the order of the adapters and what is trainable are as they were.
 
     Raises:
-        UserError: an adapter that no layer has.
+        UserError: an adapter that no layer has, or that never acts.
     """
-    check_known(model, names)
+    _check(model, names)
     before = [
         (layer, list(layer.active_adapters), layer.disable_adapters) for _, layer in layers(model)
     ]
@@ -75,3 +75,12 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
                 layer.enable_adapters(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _check(model: nn.Module, names: Sequence[str]) -> None:
+    check_known(model, names)
+    if INITIAL in names:
+        raise UserError(
+            f'The adapter "{INITIAL}" is what was taken out of the base weights, and would be '
+            "counted twice if it acted; leave it out."
+        )

@@ -22,6 +22,7 @@ INITS: dict[str, bool | str] = {
     "pissa": True,
     "lora-ga": True,
 }
+CHANGE_BASE = ("pissa", "lora-ga")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class AdapterSpec:
         rank: inner size r of A (r, n) and B (m, r).
         alpha: numerator of the scale s = alpha / rank.
         dropout: probability of dropping an input of A, in training mode.
-        init: "default" (A kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1 / rank,
-            B zero).
+        init: "default" (A kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / rank, B
+            zero), or one that `inits/` puts in the place of the default: "pissa", "lora-ga".
         use_dora: learn the magnitude of each output separately (DoRA).
         target_modules: "all-linear" (every linear layer but the output head), a regular expression
             for full module names, or a tuple of names or name endings such as ("to_q", "to_out.0").
@@ -73,6 +74,11 @@ class AdapterSpec:
             raise UserError(
                 'target_modules is empty; use "all-linear" or the names of some layers.'
             )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the init takes the adapter's first values out of the base weights."""
+        return self.init in CHANGE_BASE
 
 
 def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .. import combinations
 from ..errors import UserError, did_you_mean
 from .environment import check_environment
 from .locations import check_locations
@@ -16,6 +17,7 @@ OPTIMIZERS = ("adamw", "prodigy")
 AT_LEAST_ONE = (
     "rank",
     "auxiliary_rank",
+    "lora_ga_samples",
     "train_batch_size",
     "gradient_accumulation_steps",
     "max_train_steps",
@@ -35,6 +37,7 @@ AT_LEAST_ZERO = (
     "lr_warmup_steps",
     "dataloader_num_workers",
     "prior_loss_weight",
+    "bar_alpha",
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
 )
@@ -52,6 +55,7 @@ ABOVE_ZERO = (
 )
 BELOW_ONE = (
     "lora_dropout",
+    "ema_decay",
     "adam_beta1",
     "adam_beta2",
     "prodigy_beta3",
@@ -76,6 +80,12 @@ NEEDS = {
     "adam_weight_decay_text_encoder": ENCODERS,
     "hub_token": PUSH,
     "hub_model_id": PUSH,
+    "ema_decay": ("use_ema", True, "add --use_ema or drop it"),
+    "lora_ga_samples": (
+        "init_lora_weights",
+        "lora-ga",
+        "use --init_lora_weights lora-ga or drop it",
+    ),
     "use_8bit_adam": ("optimizer", "adamw", "use --optimizer AdamW or drop --use_8bit_adam"),
     "lr_num_cycles": (
         "lr_scheduler",
@@ -105,6 +115,7 @@ def check(values: dict[str, Any], given: frozenset[str], defaults: dict[str, Any
         changed = name in given and values[name] != defaults[name]
         if changed and values[other] != wanted:
             raise UserError(f"{_said(name, values)} has no effect here: {fix}.")
+    combinations.check(values)
     _check_training(values, given)
     check_locations(values)
     check_environment(values)
@@ -178,10 +189,6 @@ def _check_sources(values: dict[str, Any]) -> None:
 
 
 def _check_training(values: dict[str, Any], given: frozenset[str]) -> None:
-    if values["do_edm_style_training"] and values["snr_gamma"] is not None:
-        raise UserError(
-            f"{_said('snr_gamma', values)} is not defined for --do_edm_style_training: drop one."
-        )
     if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
         raise UserError(
             f"{_said('lr_warmup_steps', values)} has no effect on a constant learning rate: use"

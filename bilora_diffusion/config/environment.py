@@ -30,6 +30,9 @@ def check_environment(values: dict[str, Any]) -> None:
     _check_tracker(values)
     if values["use_8bit_adam"]:
         _require_package("bitsandbytes", "--use_8bit_adam")
+    if values["quantize"] == "nf4":
+        # older versions quantize on CUDA only
+        _require_package("bitsandbytes", "--quantize nf4", 'pip install "bitsandbytes>=0.50"')
     if values["optimizer"] == "prodigy":
         _require_package("prodigyopt", "--optimizer prodigy")
     _check_device(values)
@@ -75,6 +78,7 @@ def _check_device(values: dict[str, Any]) -> None:
             raise UserError(f"{flag} needs CUDA, and the device is {device}: drop it.")
 
 
-def _require_package(package: str, flag: str) -> None:
+def _require_package(package: str, flag: str, install: str | None = None) -> None:
     if not is_installed(package):
-        raise UserError(f"{flag} needs a package that is missing: run `pip install {package}`.")
+        command = install or f"pip install {package}"
+        raise UserError(f"{flag} needs a package that is missing: run `{command}`.")

@@ -14,6 +14,7 @@ from .layers import COMPONENTS
 from .lorafile import LoraFile, inspect
 from .metadata import training_facts
 from .readback import verify
+from .weights import save_models
 from .writer import FILE_NAME, KOHYA_FILE_NAME, save_diffusers
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "inspect",
     "main",
     "save_diffusers",
+    "save_models",
     "training_facts",
     "verify",
 ]

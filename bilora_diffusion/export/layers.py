@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import PRIMARY, factors, state_dict
+from ..adapters import PRIMARY, factors, portable_state_dict
 from ..errors import TrainingError, UserError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -35,7 +35,9 @@ class Layer(NamedTuple):
 def primary_layers(component: str, model: nn.Module) -> tuple[list[Layer], float]:
     """The primary adapter with its scale baked into B, and the alpha that it was trained with.
 
-    s * B is formed in fp64 and rounded once, so it is exact where s is a power of two.
+    It is the adapter for the base weights that the model came with: where an init took s * B0 @ A0
+    out of them, A is [A; A0] and B is s * [B, -B0], of twice the rank. s * B is formed in fp64 and
+    rounded once, so it is exact where s is a power of two.
 
     Raises:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
@@ -47,7 +49,7 @@ def primary_layers(component: str, model: nn.Module) -> tuple[list[Layer], float
     kinds = {(factor.A.shape[0], factor.scale) for factor in found}
     if len(kinds) > 1:
         raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
-    tensors = state_dict(model, PRIMARY)
+    tensors = portable_state_dict(model, PRIMARY)
     layers = []
     for name, _, _, scale in found:
         A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..adapters import PRIMARY, layers, lora_config
+from ..adapters import PRIMARY, factors, layers, lora_config
 from ..errors import UserError
 
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -77,6 +77,7 @@ def file_metadata(
             )
         if not isinstance(value, str):
             raise UserError(f'extra_metadata sets "{key}" to {value!r}; turn it into text.')
+    trained = {part: factors(model, PRIMARY)[0].A.shape[0] for part, model in models.items()}
     rank = str(next(iter(ranks.values()))) if len(set(ranks.values())) == 1 else "Dynamic"
     real = _is_sdxl(models)
     return {
@@ -92,6 +93,7 @@ def file_metadata(
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "bilora.original_alpha": json.dumps(dict(alphas)),
+        **({} if trained == dict(ranks) else {"bilora.original_rank": json.dumps(trained)}),
         **extra,
     }
 

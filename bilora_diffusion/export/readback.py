@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapters import PRIMARY, factors, names, state_dict
+from ..adapters import INITIAL, PRIMARY, Factors, factors, names, state_dict
 from ..errors import TrainingError, UserError
 from .layers import PEFT_PREFIX, kohya_name
 from .lorafile import inspect
@@ -21,17 +21,18 @@ TOLERANCE = 1e-5  # relative, per layer; rounding s * B to fp32 makes 6e-8
 
 
 class _Change(NamedTuple):
-    """One layer's change of weight; the product is formed when asked for, as all take gigabytes."""
+    """One layer's change of weight; products are formed when asked for, as all take gigabytes."""
 
-    A: Tensor  # (r, n)
-    B: Tensor  # (m, r)
-    scale: float
+    parts: tuple[Factors, ...]  # the adapter and, with -s, what the init took out of the weight
     magnitude: Tensor | None  # DoRA's, (m,) values in any shape
 
-    def delta(self) -> Tensor:
-        """s * B @ A, (m, n), in fp64 on the CPU."""
-        A, B = (side.to("cpu", torch.float64).flatten(1) for side in (self.A, self.B))
-        return self.scale * (B @ A)
+    def deltas(self) -> list[Tensor]:
+        """s * B @ A of each part, (m, n), in fp64 on the CPU."""
+        made = []
+        for part in self.parts:
+            A, B = (side.to("cpu", torch.float64).flatten(1) for side in (part.A, part.B))
+            made.append(part.scale * (B @ A))
+        return made
 
 
 @dataclass
@@ -48,23 +49,29 @@ class _Difference:
         if found is None or (expected.magnitude is None) != (found.magnitude is None):
             raise TrainingError(f"{self.file} lacks all or a part of {what}.")
         self.layers += 1
-        self._compare(what, expected.delta(), found.delta())
+        parts = expected.deltas()
+        # Parts that nearly cancel are rounded each on its own.
+        size = sum(part.norm().item() for part in parts)
+        self._compare(what, _total(parts), _total(found.deltas()), size)
         if expected.magnitude is not None and found.magnitude is not None:
             sides = (expected.magnitude, found.magnitude)
             m, n = (side.to("cpu", torch.float64).flatten() for side in sides)
-            self._compare(f"the magnitude of {what}", m, n)
+            self._compare(f"the magnitude of {what}", m, n, m.norm().item())
 
-    def _compare(self, what: str, expected: Tensor, found: Tensor) -> None:
+    def _compare(self, what: str, expected: Tensor, found: Tensor, size: float) -> None:
         if expected.shape != found.shape:
             shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
             raise TrainingError(f"{self.file} has {what} in the shape {shapes}.")
         gap = found - expected
-        floor = torch.finfo(torch.float64).tiny
-        relative = gap.norm().item() / max(expected.norm().item(), floor)
+        relative = gap.norm().item() / max(size, torch.finfo(torch.float64).tiny)
         if not relative <= TOLERANCE:
             raise TrainingError(f"{self.file} differs in {what} from the model, by {relative:.1e}.")
         self.absolute = max(self.absolute, gap.abs().max().item())
         self.relative = max(self.relative, relative)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
 
 
 def verify(
@@ -183,17 +190,22 @@ def _kohya_change(tensors: dict[str, Tensor], name: str) -> _Change | None:
     alpha = tensors.get(f"{name}.alpha")
     if down is None or up is None or alpha is None:
         return None
-    return _Change(down, up, alpha.item() / down.shape[0], tensors.get(f"{name}.dora_scale"))
+    own = Factors(name, down, up, alpha.item() / down.shape[0])
+    return _Change((own,), tensors.get(f"{name}.dora_scale"))
 
 
 def _changes(model: nn.Module) -> dict[str, _Change]:
-    tensors = state_dict(model, PRIMARY)
-    return {
-        name.removeprefix(PEFT_PREFIX): _Change(
-            tensors[f"{name}.lora_A.weight"],
-            tensors[f"{name}.lora_B.weight"],
-            scale,
-            tensors.get(f"{name}.lora_magnitude_vector"),
-        )
-        for name, _, _, scale in factors(model, PRIMARY)
-    }
+    tensors, taken = state_dict(model, PRIMARY), state_dict(model, INITIAL)
+
+    def part(source: dict[str, Tensor], name: str, scale: float) -> Factors:
+        A, B = (source[f"{name}.lora_{side}.weight"] for side in "AB")
+        return Factors(name, A, B, scale)
+
+    changes = {}
+    for name, _, _, scale in factors(model, PRIMARY):
+        parts = [part(tensors, name, scale)]
+        if f"{name}.lora_A.weight" in taken:
+            parts.append(part(taken, name, -scale))
+        magnitude = tensors.get(f"{name}.lora_magnitude_vector")
+        changes[name.removeprefix(PEFT_PREFIX)] = _Change(tuple(parts), magnitude)
+    return changes

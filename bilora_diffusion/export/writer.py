@@ -28,8 +28,9 @@ def save_diffusers(
     """Write the file that `StableDiffusionXLPipeline.load_lora_weights(folder)` reads.
 
     The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
-    readers which ignore alpha are right too; the alpha of training is in the metadata. Each file
-    appears whole or not at all.
+    readers which ignore alpha are right too; the alpha of training is in the metadata. Where the
+    init changed the base weights, the file fits the unchanged ones: it has twice the rank of
+    training, which is in the metadata too. Each file appears whole or not at all.
 
     Args:
         folder: where `pytorch_lora_weights.safetensors` goes; made if need be.

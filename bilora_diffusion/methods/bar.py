@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ class _BAR(Method):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
+    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"bar_alpha": 0.0})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
@@ -72,9 +74,9 @@ class _BAR(Method):
         A, B = ([pair[i] for pair in self._pairs] for i in (0, 1))
         signs = torch.where(self.shrinks_A(A, B), -1.0, 1.0).unbind()
         for a, b, sign, (_, _, group) in zip(A, B, signs, self._pairs, strict=True):
-            change = sign * (strength * group["lr"])
-            a.mul_((1 + change).to(a.dtype))
-            b.mul_((1 - change).to(b.dtype))
+            change = sign.to(a.dtype) * (strength * group["lr"])
+            a.mul_(1 + change)
+            b.mul_(1 - change)
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self._taken}

@@ -7,16 +7,17 @@ the closure once (LoRA, Bi-LoRA) or several times; the same inputs come each tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import adapters, fused
-from ..adapters import PRIMARY, AdapterSpec
+from .. import adapters, fused, inits
+from ..adapters import INITIAL, PRIMARY, AdapterSpec
 from ..errors import UserError, did_you_mean
 from .options import MethodOptions
 
@@ -49,6 +50,7 @@ class Method:
         reads: the fields of `MethodOptions` that make a difference to it.
         default_rho: its radius where `MethodOptions.rho` is None.
         exports_weights: whether it leaves whole models behind, not adapters.
+        limit: options under which it trains as plain LoRA does, None if there are none.
         targets: the models given to `setup`.
     """
 
@@ -57,6 +59,7 @@ class Method:
     reads: ClassVar[frozenset[str]] = frozenset()
     default_rho: ClassVar[float] = 0.05
     exports_weights: ClassVar[bool] = False
+    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
@@ -90,6 +93,7 @@ class Method:
                 adapters.inject(target.model, target.spec, PRIMARY)
         self.inject_others()
         for target in self.targets:
+            inits.prepare(target.model, target.spec)
             adapters.activate(target.model, self.adapters)
             fused.fuse(target.model)
         return self.param_groups(self.targets)
@@ -129,14 +133,15 @@ class Method:
         return loss
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the models: every trained parameter, detached.
+        """What a checkpoint holds of the models: every trained parameter, and what was taken out of
+        the base weights; detached.
 
         Keys are "target/adapter/module path.lora_A.weight" and so on.
         """
         return {
             f"{target.name}/{adapter}/{name}": parameter.detach()
             for target in self.targets
-            for adapter in self.adapters
+            for adapter in (*self.adapters, INITIAL)
             for name, parameter in adapters.named_parameters(target.model, adapter).items()
         }
 

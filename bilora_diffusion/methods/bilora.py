@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import adapters, ball
 from ..adapters import AUXILIARY, PRIMARY
 from ..errors import UserError
+from . import ascent
 from .base import Method, MethodOptions, Target, register
 from .hooks import unwrapped
+from .options import rising
 
 
 @register("bilora")
@@ -25,7 +29,8 @@ class BiLoRA(Method):
     The total norm runs over the layers of all targets. The auxiliary's group of the optimizer has
     `maximize=True` and no weight decay; the projection follows every optimizer step that is taken
     (not one that a gradient scaler skips). Gradient clipping sees the primary only: the ball bounds
-    the auxiliary.
+    the auxiliary. What `MethodOptions` can change of this are ablations; their defaults are the
+    paper's.
     """
 
     adapters = (PRIMARY, AUXILIARY)
@@ -43,6 +48,7 @@ class BiLoRA(Method):
             "rescale_moments",
         }
     )
+    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"auxiliary_learning_rate": 0.0})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
@@ -50,6 +56,11 @@ class BiLoRA(Method):
         self._optimizer: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
         self._last: ball.Projection | None = None
+        self._taken = 0
+
+    @property
+    def depends_on_length(self) -> bool:
+        return self.options.rho_schedule != "constant"
 
     def inject_others(self) -> None:
         # W = W0 + B1 A1 + B2 A2 (Eq. 7). B2 starts at zero; whatever the primary's init, A2 is
@@ -69,6 +80,14 @@ class BiLoRA(Method):
             for target in self.targets
             for path, layer in adapters.layers(target.model, AUXILIARY)
         ]
+        if self._power:
+            for name, A, B, _ in self._factors():
+                if A.shape[0] > min(A.shape[1], B.shape[0]):
+                    raise UserError(
+                        f"{name} is {B.shape[0]} x {A.shape[1]}, too small for power iteration at "
+                        f"rank {A.shape[0]}; lower auxiliary_rank or take it out of the targets."
+                    )
+            ascent.orthonormalize_rows_(self._factors())
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
@@ -79,7 +98,7 @@ class BiLoRA(Method):
                     "params": adapters.parameters(target.model, AUXILIARY),
                     "lr": self._auxiliary_lr(target, targets[0]),
                     "weight_decay": 0.0,
-                    "maximize": True,
+                    "maximize": self._climbs,
                     "name": f"{target.name}.{AUXILIARY}",
                 }
             )
@@ -113,7 +132,9 @@ class BiLoRA(Method):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if "maximize" not in optimizer.defaults:
+        if self._power:
+            self._hooks.append(optimizer.register_step_pre_hook(self._power_step))
+        elif self._climbs and "maximize" not in optimizer.defaults:
             self._hooks.append(optimizer.register_step_pre_hook(self._refuse_closure))
             self._hooks.append(optimizer.register_step_pre_hook(self._negate))
             self._hooks.append(optimizer.register_step_post_hook(self._negate))
@@ -122,11 +143,33 @@ class BiLoRA(Method):
 
     def project(self) -> ball.Projection:
         """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""
-        return ball.project_(self._factors(), self.rho, scaled=self._scaled)
+        rho, scaled = self._radius(), self._scaled
+        factors = self._factors()
+        if self.options.ball == "none":
+            norm = ball.frobenius_norm(factors, scaled=scaled)
+            return ball.Projection(norm, norm, torch.ones_like(norm))
+        if self.options.ball == "global":
+            last = ball.project_(factors, rho, scaled, onto=self._power)
+            self._rescale(self._layers, last.factor)
+            return last
+        share = rho / math.sqrt(len(factors))
+        each = []
+        for layer, own in zip(self._layers, factors, strict=True):
+            each.append(ball.project_([own], share, scaled, onto=self._power))
+            self._rescale([layer], each[-1].factor)
+        before, after, factor = (torch.stack(column) for column in zip(*each, strict=True))
+        return ball.Projection(before.norm(), after.norm(), factor.amin())
 
     def auxiliary_norm(self) -> float:
         """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
         return float(ball.frobenius_norm(self._factors(), scaled=self._scaled))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._taken = state["taken"]
 
     def metrics(self) -> dict[str, float]:
         """The auxiliary's norm before and after the last projection."""
@@ -144,12 +187,47 @@ class BiLoRA(Method):
     def _factors(self) -> list[adapters.Factors]:
         return adapters.factors_of(self._layers, AUXILIARY)
 
+    @property
+    def _climbs(self) -> bool:
+        return self.options.auxiliary_direction == "ascent"
+
+    @property
+    def _power(self) -> bool:
+        return self.options.auxiliary_update == "power"
+
+    def _radius(self) -> float:
+        """rho of the step that is being taken."""
+        if not self.depends_on_length:
+            return self.rho
+        progress = self.options.progress(max(1, self._taken))
+        return self.rho * rising(self.options.rho_schedule, progress)
+
     def _after_step(self, *_: Any) -> None:
+        self._taken += 1
         self._last = self.project()
 
+    def _power_step(self, *_: Any) -> None:
+        gradients = adapters.gradients_of(self._layers, AUXILIARY)
+        if gradients is not None:
+            sign = 1.0 if self._climbs else -1.0
+            ascent.power_step_(self._factors(), gradients, half=self._taken, sign=sign)
+        for parameter in self._parameters(self._layers):
+            parameter.grad = None  # the optimizer passes over what has no gradient, and keeps none
+
+    def _rescale(self, found: Sequence[tuple[str, adapters.LoraLayer]], factor: Tensor) -> None:
+        if self.options.rescale_moments and self._optimizer is not None:
+            ascent.rescale_moments_(self._optimizer, self._parameters(found), factor)
+
+    @staticmethod
+    def _parameters(found: Sequence[tuple[str, adapters.LoraLayer]]) -> list[nn.Parameter]:
+        return [
+            cast(nn.Parameter, holder[AUXILIARY].weight)
+            for _, layer in found
+            for holder in (layer.lora_A, layer.lora_B)
+        ]
+
     def _negate(self, *_: Any) -> None:
-        holders = (holder for _, layer in self._layers for holder in (layer.lora_A, layer.lora_B))
-        own = (cast(Tensor, holder[AUXILIARY].weight) for holder in holders)
+        own = self._parameters(self._layers)
         if gradients := [p.grad for p in own if p.grad is not None]:
             torch._foreach_neg_(gradients)
 
@@ -174,7 +252,7 @@ class BiLoRA(Method):
             missing -= held
             ascends = bool(group.get("maximize", False))
             if held & auxiliary and (
-                held - auxiliary or not ascends or group.get("weight_decay", 0) != 0
+                held - auxiliary or ascends != self._climbs or group.get("weight_decay", 0) != 0
             ):
                 raise UserError(
                     f"The auxiliary's group has maximize={ascends}, "

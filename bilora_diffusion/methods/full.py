@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ class FullFineTuning(Method):
 
     adapters: ClassVar[tuple[str, ...]] = ()
     exports_weights: ClassVar[bool] = True
+    limit: ClassVar[Mapping[str, Any] | None] = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         self.targets = tuple(targets)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class LoRASAM(Method):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
+    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)

@@ -1,9 +1,10 @@
 """Make the miniature from nothing: icons, VAE, tokenizer, text encoders, UNet, and figures.
 
     python -m bilora_diffusion.mini.pretrain --output_dir mini_out
-    python -m bilora_diffusion.mini.pretrain --output_dir quick --vae_steps 20 --unet_steps 20
+    python -m bilora_diffusion.mini.pretrain --output_dir quick \\
+        --vae_steps 20 --unet_steps 20 --settle_steps 5
 
-The first line is what made the shipped weights: about 75 minutes on two CPU cores; the second only
+The first line is what made the shipped weights: about two hours on two CPU cores; the second only
 shows that every stage runs. Killed and started again with the same arguments it continues at its
 last checkpoint, at most three minutes back. Everything that takes part in the result is a function
 of ``--seed``.
@@ -30,6 +31,7 @@ from bilora_diffusion.mini import icons as icon_module
 from bilora_diffusion.mini.icons import DREAMBOOTH_PROMPT, VARIANTS, IconSet
 from bilora_diffusion.mini.text2image import (
     Latents,
+    SettleSettings,
     TextToImage,
     TextToImageSettings,
     prediction_error,
@@ -61,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--vae_steps", type=int, default=VaeSettings.steps)
     parser.add_argument("--unet_steps", type=int, default=TextToImageSettings.steps)
+    parser.add_argument("--settle_steps", type=int, default=SettleSettings.steps)
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -187,8 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{RARE_WORD!r} occurs in a caption, so it cannot stand for a new style")
 
     settings = TextToImageSettings(steps=arguments.unet_steps)
+    settle = SettleSettings(steps=arguments.settle_steps)
     model, unet_seconds = train_text2image(
-        icon_set.icons, latents, tokenizer, settings, seed, output, autocast
+        icon_set.icons, latents, tokenizer, settings, seed, output, autocast, settle=settle
     )
     figures = measure(vae, model, tokenizer, icon_set)
     save_pipeline(output / "pipeline", vae, model, tokenizer)
@@ -197,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": seed,
         "vae_steps": vae_settings.steps,
         "unet_steps": settings.steps,
+        "settle_steps": settle.steps,
         "vae_seconds_per_step": vae_seconds,
         "unet_seconds_per_step": unet_seconds,
         "minutes_of_this_call": (time.monotonic() - started) / 60,

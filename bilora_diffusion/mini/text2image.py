@@ -7,6 +7,7 @@ Noise prediction with SDXL's schedule and micro-conditioning. The 3D style is ne
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
@@ -52,6 +53,17 @@ class TextToImageSettings:
     text_layers: int = 3
     latent_channels: int = 8
     learning_rate: float = 7e-4
+
+
+@dataclass(frozen=True)
+class SettleSettings:
+    """A second, shorter stage without mirror images.
+
+    Mirrored icons teach shapes sooner, but the model then draws what faces left and right at once.
+    """
+
+    steps: int = 3000
+    learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -179,18 +191,23 @@ def caption(icon: Icon, style: str, draws: list[float]) -> str:
 
 
 def draw_examples(
-    icons: tuple[Icon, ...], latents: Latents, seed: int, step: int, batch_size: int
+    icons: tuple[Icon, ...],
+    latents: Latents,
+    seed: int,
+    step: int,
+    batch_size: int,
+    mirrored: bool = True,
 ) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """One step's inputs: scaled clean latents, captions, noise, timesteps (one in each of
     ``batch_size`` equal strata).
     """
-    generator = trainer.generator_for("text2image", seed, step)
+    generator = trainer.generator_for("text2image" if mirrored else "settle", seed, step)
     weights = torch.tensor([OBJECT_WEIGHT if icon.is_object else 1.0 for icon in icons])
     chosen = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
     styles = torch.multinomial(
         torch.tensor(STYLE_SHARES), batch_size, replacement=True, generator=generator
     )
-    may_flip = torch.tensor([icons[i].may_flip for i in chosen.tolist()])
+    may_flip = torch.tensor([mirrored and icons[i].may_flip for i in chosen.tolist()])
     flips = ((torch.rand(batch_size, generator=generator) < 0.5) & may_flip).long()
     draws = torch.rand(batch_size, 5, generator=generator).tolist()
     texts = [
@@ -218,24 +235,20 @@ def train_text2image(
     folder: Path,
     autocast: torch.dtype | None = None,
     stop_after: int | None = None,
+    settle: SettleSettings = SettleSettings(),
 ) -> tuple[TextToImage, float]:
-    """Train from scratch or from ``folder/text2image.safetensors``; return (averaged model, seconds
-    per step).
+    """Train from scratch or from the checkpoints in ``folder``; return (averaged model, seconds per
+    step of the last stage). ``stop_after`` ends within the first stage.
     """
     torch.manual_seed(seed)  # the initial weights
     model = TextToImage(settings, tokenizer)
-    scheduler: Any = noise_scheduler()
-    signal = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = signal.clamp(max=MIN_SNR_GAMMA) / signal
 
-    def loss_at(step: int) -> Tensor:
-        clean, texts, noise, timesteps = draw_examples(
-            icons, latents, seed, step, settings.batch_size
-        )
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            predicted = model(noisy, timesteps, tokenize(tokenizer, texts)).float()
-        return ((predicted - noise).square().mean(dim=(1, 2, 3)) * weights[timesteps]).mean()
+    def stage(mirrored: bool) -> Callable[[int], Tensor]:
+        def loss_at(step: int) -> Tensor:
+            drawn = draw_examples(icons, latents, seed, step, settings.batch_size, mirrored)
+            return weighted_loss(model, tokenizer, drawn, autocast)
+
+        return loss_at
 
     plan = trainer.Plan(
         settings.steps,
@@ -244,11 +257,37 @@ def train_text2image(
         ema_decay=0.999,
         warmup_steps=200,
     )
-    identity = {"stage": "text2image", "seed": seed, **vars(settings)}
-    seconds = trainer.fit(
-        model, loss_at, plan, folder / "text2image.safetensors", identity, stop_after
-    )
+    identity: dict[str, object] = {"stage": "text2image", "seed": seed, **vars(settings)}
+    first, second = (folder / f"{name}.safetensors" for name in ("text2image", "settle"))
+    seconds = trainer.fit(model, stage(True), plan, first, identity, stop_after)
+    if stop_after is None and settle.steps:
+        identity = {**identity, "stage": "settle", "settle": vars(settle)}
+        plan = trainer.Plan(
+            settle.steps,
+            settle.learning_rate,
+            decay_fraction=0.8,
+            ema_decay=0.999,
+            warmup_steps=100,
+        )
+        seconds = trainer.fit(model, stage(False), plan, second, identity)
     return model, seconds
+
+
+def weighted_loss(
+    model: TextToImage,
+    tokenizer: CLIPTokenizer,
+    drawn: tuple[Tensor, list[str], Tensor, Tensor],
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """Mean min-SNR-weighted error of the predicted noise on what ``draw_examples`` gave, 0-d."""
+    clean, texts, noise, timesteps = drawn
+    scheduler: Any = noise_scheduler()
+    signal = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weights = signal.clamp(max=MIN_SNR_GAMMA) / signal
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        predicted = model(noisy, timesteps, tokenize(tokenizer, texts)).float()
+    return ((predicted - noise).square().mean(dim=(1, 2, 3)) * weights[timesteps]).mean()
 
 
 @torch.no_grad()

@@ -79,6 +79,13 @@ def inference(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+def precision(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in: of its first floating-point weight, since 4-bit weights
+    are held as integers.
+    """
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Move the tensors of a module's inputs, also those inside tuples."""
 

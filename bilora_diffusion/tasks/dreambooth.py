@@ -14,7 +14,7 @@ from ..adapters import AdapterSpec
 from ..data.seeds import digest, generator
 from ..methods import Target
 from ..sampling import embed, embed_negative, generate, zeroed_if_told
-from .base import MicroBatch, inference
+from .base import MicroBatch, inference, precision
 from .diffusion import Denoising
 from .heldout import GridLoss
 from .latents import Encoder, LatentCache
@@ -59,7 +59,7 @@ class DreamBoothModule(nn.Module):
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per row, (n,), in float32."""
         text = self.embed(inputs)
-        dtype = next(self.unet.parameters()).dtype
+        dtype = precision(self.unet)
         conditions = {
             "text_embeds": text.pooled.to(dtype),
             "time_ids": inputs["time_ids"].to(dtype),

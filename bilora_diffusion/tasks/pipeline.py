@@ -25,7 +25,7 @@ def resolve(name: str) -> str:
 def load_pipeline(
     name: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | dict[str, torch.dtype],
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
@@ -35,6 +35,7 @@ def load_pipeline(
 
     Args:
         name: folder, hub id, or ``mini``.
+        dtype: of all parts, or of each by name with "default" for the rest.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
 
     Raises:

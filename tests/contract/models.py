@@ -64,6 +64,22 @@ def tiny_t5() -> nn.Module:
     return T5ForConditionalGeneration(config)
 
 
+def tiny_llm() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    return LlamaForCausalLM(config)
+
+
 def tiny_clip() -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -80,36 +96,54 @@ def tiny_clip() -> nn.Module:
     return CLIPTextModel(config)
 
 
-def _mlp_output(model: nn.Module) -> Tensor:
-    return model(torch.linspace(-1, 1, 24).view(4, 6).to(next(model.parameters()).dtype))
+ROWS = 4
+"""Samples of the fixed batch."""
 
 
-def _unet_output(model: nn.Module) -> Tensor:
-    latents = torch.linspace(-1, 1, 2 * 4 * 64).view(2, 4, 8, 8)
-    context = torch.linspace(1, -1, 2 * 3 * 8).view(2, 3, 8)
-    return cast(Any, model)(latents, torch.tensor([3, 700]), context).sample
+def _mlp_output(model: nn.Module, rows: slice) -> Tensor:
+    inputs = torch.linspace(-1, 1, ROWS * 6).view(ROWS, 6)[rows]
+    return model(inputs.to(next(p for p in model.parameters() if p.is_floating_point()).dtype))
 
 
-def _t5_output(model: nn.Module) -> Tensor:
-    tokens = torch.arange(1, 13).view(2, 6)
+def _unet_output(model: nn.Module, rows: slice) -> Tensor:
+    latents = torch.linspace(-1, 1, ROWS * 4 * 64).view(ROWS, 4, 8, 8)[rows]
+    context = torch.linspace(1, -1, ROWS * 3 * 8).view(ROWS, 3, 8)[rows]
+    return cast(Any, model)(latents, torch.tensor([3, 700, 20, 950])[rows], context).sample
+
+
+def _tokens(rows: slice) -> Tensor:
+    return torch.arange(1, 1 + ROWS * 6).view(ROWS, 6)[rows]
+
+
+def _t5_output(model: nn.Module, rows: slice) -> Tensor:
+    tokens = _tokens(rows)
     return cast(Any, model)(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
 
 
-def _clip_output(model: nn.Module) -> Tensor:
-    return cast(Any, model)(input_ids=torch.arange(1, 13).view(2, 6)).last_hidden_state
+def _llm_output(model: nn.Module, rows: slice) -> Tensor:
+    return cast(Any, model)(input_ids=_tokens(rows)).logits
+
+
+def _clip_output(model: nn.Module, rows: slice) -> Tensor:
+    return cast(Any, model)(input_ids=_tokens(rows)).last_hidden_state
 
 
 class Case(NamedTuple):
-    """A model, the layers to adapt, and what it makes of fixed inputs."""
+    """A model, the layers to adapt, and what it makes of a fixed batch of ``ROWS``."""
 
     make: Callable[[], nn.Module]
     targets: str | tuple[str, ...]
-    output: Callable[[nn.Module], Tensor]
+    rows_output: Callable[[nn.Module, slice], Tensor]
+
+    def output(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
+        """The outputs for these rows of the batch."""
+        return self.rows_output(model, rows)
 
 
 CASES = {
     "mlp": Case(tiny_mlp, ("first", "conv", "last"), _mlp_output),
     "unet": Case(tiny_unet, UNET_TARGETS, _unet_output),
     "t5": Case(tiny_t5, "all-linear", _t5_output),
+    "llm": Case(tiny_llm, "all-linear", _llm_output),
     "clip": Case(tiny_clip, "all-linear", _clip_output),
 }

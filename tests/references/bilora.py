@@ -120,3 +120,55 @@ def clip(layers: list[Layer], rho: float, scaled: bool) -> float:
             layer.B2 = math.sqrt(rho / c) * layer.B2
             layer.A2 = math.sqrt(rho / c) * layer.A2
     return c
+
+
+def clip_each(layers: list[Layer], rho: float) -> None:
+    """The ablation of Eq. 10 in which each layer has the ball of radius rho / sqrt(layers)."""
+    for layer in layers:
+        clip([layer], rho / math.sqrt(len(layers)), scaled=True)
+
+
+def clip_and_rescale(layers: list[Layer], rules: list[dict[str, SGD | AdamW]], rho: float) -> None:
+    """Eq. 10, and Adam's moments of the auxiliary shrunk as its factors."""
+    c = clip(layers, rho, scaled=True)
+    f = min(1.0, math.sqrt(rho / c))
+    for rule in rules:
+        for name in ("A2", "B2"):
+            moments = rule[name]
+            assert isinstance(moments, AdamW)
+            moments.m, moments.v = moments.m * f, moments.v * f**2
+
+
+@dataclass
+class Power:
+    """Block power iteration on full matrices; ``E`` stands in the place of s2 B2 A2.
+
+    Args:
+        rows: orthonormal rows (r, n) of each layer to start from.
+        rho: the norm of all E together.
+        sign: 1 climbs, -1 descends.
+    """
+
+    rows: list[Tensor]
+    rho: float
+    sign: float = 1.0
+    k: int = 0
+    columns: list[Tensor] = field(default_factory=list)
+
+    def update(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The perturbations that follow from the gradients of W."""
+        if self.k % 2 == 0:
+            found = [g @ P.T @ P for g, P in zip(gradients, self.rows, strict=True)]
+            self.columns = [
+                torch.linalg.svd(g @ P.T, full_matrices=False)[0]
+                for g, P in zip(gradients, self.rows, strict=True)
+            ]
+        else:
+            found = [Q @ Q.T @ g for g, Q in zip(gradients, self.columns, strict=True)]
+            self.rows = [
+                torch.linalg.svd(Q.T @ g, full_matrices=False)[2]
+                for g, Q in zip(gradients, self.columns, strict=True)
+            ]
+        self.k += 1
+        length = math.sqrt(sum(float((E**2).sum()) for E in found))
+        return [self.sign * self.rho / length * E for E in found]

@@ -29,8 +29,9 @@ def flags(folder: Path, **values: Any) -> list[str]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The exported weights of a run."""
-    return load_file(folder / "pytorch_lora_weights.safetensors")
+    """The exported weights of a run: of the adapter, or of the whole UNet."""
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    return load_file(whole if whole.exists() else folder / "pytorch_lora_weights.safetensors")
 
 
 def difference(a: Path, b: Path) -> float:

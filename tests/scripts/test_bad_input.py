@@ -44,6 +44,8 @@ CASES: list[Case] = [
     ("prior without folder", {"with_prior_preservation": True}, "class_data_dir"),
     ("class without prior", {"class_prompt": "an icon"}, "with_prior_preservation"),
     ("edm with snr", {"do_edm_style_training": True, "snr_gamma": 5}, "snr_gamma"),
+    ("training 4-bit weights", {"method": "full", "quantize": "nf4"}, "4-bit weights"),
+    ("noise on 4-bit weights", {"method": "flat-lora", "quantize": "nf4"}, "--method flat-lora"),
     ("fp16 on a cpu", {"mixed_precision": "fp16"}, "fp16"),
     ("missing recipe", {"config": "{tmp}/none.yaml"}, "none.yaml"),
     ("recipe key", {"config": "{tmp}/typo.yaml"}, "learning_rate"),

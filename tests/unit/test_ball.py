@@ -155,7 +155,7 @@ def test_zero_factors_and_no_factors() -> None:
     factors = [Factors("0", torch.randn(2, 3), torch.zeros(4, 2), 1.0)]
     kept = factors[0].A.clone()
     assert float(ball.frobenius_norm(factors)) == 0
-    assert [float(value) for value in ball.project_(factors, 0.1)] == [0, 0]
+    assert [float(value) for value in ball.project_(factors, 0.1)] == [0, 0, 1]
     assert torch.equal(factors[0].A, kept)
     for call in (ball.frobenius_norm, lambda factors: ball.project_(factors, 1.0)):
         with pytest.raises(ValueError, match="no factors"):

@@ -53,7 +53,7 @@ def use_device(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         # what argparse sees
         ([*MINI, "--rnk", "4"], ['"--rnk"', 'did you mean "--rank"']),
         ([*MINI, "--learning-rat=1"], ['"--learning-rat"', '"--learning_rate"']),
-        ([*MINI, "--quantize", "nf4"], ['unknown flag "--quantize"']),
+        ([*MINI, "--quantize", "nf8"], ['"nf8"', 'did you mean "nf4"']),
         ([*MINI, "stray"], ['"stray"', "flag"]),
         ([*MINI, "--rank", "four"], ["--rank", "'four'", "whole number"]),
         ([*MINI, "--rank", "4.5"], ["--rank", "'4.5'", "whole number"]),
@@ -63,12 +63,13 @@ def use_device(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         ([*MINI, "--mixed_precision", "fp8"], ["--mixed_precision", '"fp8"', "bf16"]),
         ([*MINI, "--cache_latents", "maybe"], ["--cache_latents", '"maybe"', "auto"]),
         ([*MINI, "--rho_norm", "scalde"], ['"scalde"', 'did you mean "scaled"']),
-        ([*MINI, "--init_lora_weights", "pissa"], ['"pissa"', "gaussian"]),
+        ([*MINI, "--init_lora_weights", "pisa"], ['"pisa"', 'did you mean "pissa"']),
+        ([*MINI, "--lora_ga_samples", "8"], ["--lora_ga_samples 8", "--init_lora_weights lora-ga"]),
         ([*MINI, "--lr_scheduler", "cosin"], ['"cosin"', 'did you mean "cosine"']),
         ([*MINI, "--image_interpolation_mode", "lancos"], ['"lancos"', '"lanczos"']),
         # names and ranges
         ([*MINI, "--method", "bilra"], ["--method", '"bilra"', 'did you mean "bilora"']),
-        ([*MINI, "--method", "lora-sam"], ['"lora-sam"', "use one of"]),
+        ([*MINI, "--method", "sam"], ['"sam"', "use one of"]),
         ([*MINI, "--optimizer", "adam"], ['"adam"', 'did you mean "adamw"']),
         ([*MINI, "--rho", "0"], ["--rho is 0.0", "above 0", "--method lora"]),
         ([*MINI, "--rho=-1"], ["--rho is -1.0"]),
@@ -144,6 +145,7 @@ def use_device(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         # the machine
         (PRODIGY, ["prodigyopt", "pip install"]),
         ([*MINI, "--use_8bit_adam"], ["--use_8bit_adam", "pip install bitsandbytes"]),
+        ([*MINI, "--quantize", "nf4"], ["--quantize nf4", 'pip install "bitsandbytes']),
         ([*MINI, "--report_to", "wandb"], ["--report_to wandb", "pip install wandb"]),
         ([*MINI, "--report_to", "tensorbord"], ['"tensorbord"', '"tensorboard"']),
         ([*MINI, "--enable_xformers_memory_efficient_attention"], ["pip install xformers"]),

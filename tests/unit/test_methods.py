@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,20 @@ from torch import Tensor
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import Method, MethodOptions, Target, base, create, names, register
+from bilora_diffusion.methods import (
+    Method,
+    MethodOptions,
+    Target,
+    base,
+    create,
+    default_rho,
+    names,
+    option_names,
+    reads,
+    register,
+)
 from bilora_diffusion.methods.bilora import BiLoRA
+from bilora_diffusion.methods.options import falling, rising
 from tests.contract.models import CASES, tiny_mlp
 
 
@@ -53,6 +66,12 @@ def test_all_methods_start_from_the_same_primary_and_the_auxiliary_is_seeded() -
         ({"auxiliary_rank": 0}, "auxiliary_rank is 0"),
         ({"auxiliary_alpha": -1.0}, "auxiliary_alpha is -1.0"),
         ({"auxiliary_learning_rate": -0.1}, "auxiliary_learning_rate is -0.1"),
+        ({"ball": "globe"}, 'did you mean "global"'),
+        ({"auxiliary_direction": "up"}, "use one of ascent, descent"),
+        ({"auxiliary_update": "powers"}, 'did you mean "power"'),
+        ({"rho_schedule": "cosin"}, 'did you mean "cosine"'),
+        ({"bar_schedule": "none"}, "use one of constant, linear, cosine"),
+        ({"bar_alpha": -1.0}, "bar_alpha is -1.0"),
     ],
 )
 def test_options_refuse(values: dict[str, Any], word: str) -> None:
@@ -70,6 +89,26 @@ def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
     register("other")(cast(type[Method], type("Other", (Method,), {})))
     assert names()[-1] == create("other").name == "other"
+
+
+def test_the_registry_tells_what_a_method_reads() -> None:
+    fields = {field.name for field in dataclasses.fields(MethodOptions)}
+    assert option_names() <= fields
+    assert reads("lora") == frozenset()
+    assert "rho" in reads("bilora") & reads("lora-sam") & reads("flat-lora")
+    assert default_rho("bilora") == 0.05
+    assert default_rho("flat-lora") == 0.1
+    assert default_rho("lora") is None
+    assert default_rho("nothing") is None
+
+
+def test_schedules() -> None:
+    options = MethodOptions(num_steps=4)
+    assert [options.progress(step) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1, 1]
+    assert [rising("linear", t) for t in (0, 0.25, 1)] == [0, 0.25, 1]
+    assert [rising("cosine", t) for t in (0, 0.5, 1)] == pytest.approx([0, 0.5, 1])
+    assert rising("constant", 0.1) == falling("constant", 0.1) == 1
+    assert falling("linear", 0.25) == 0.75
 
 
 def test_the_groups_of_several_targets() -> None:

@@ -1,0 +1,184 @@
+"""Gradients of the base weights: what LoRA-GA starts from, one layer on the device at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters import INITIAL
+from ..data.seeds import seed_of
+from ..errors import TrainingError
+from . import compute, needs_gradient
+
+if TYPE_CHECKING:
+    from ..methods import Target
+    from ..tasks.base import Task
+
+FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+"""What the loss is multiplied by where weights are fp16, until no gradient overflows."""
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the context backward passes add up the gradients of the base weights.
+
+    The adapters are off, so these are the gradients of the model as it came. Each goes to the CPU
+    as soon as it is there, and `.grad` is freed: the device never holds more than one layer's, the
+    CPU holds all of them in fp32. Afterwards everything requires the gradients that it required.
+
+    Yields:
+        By module path, the sum over all backward passes so far, in the weight's shape, fp32 or
+        wider.
+    """
+    found = adapters.layers(model, INITIAL)
+    sums: dict[str, Tensor] = {}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = []
+    try:
+        with adapters.only(model, ()):
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for path, layer in found:
+                weight = adapters.base_weight(layer).requires_grad_(True)
+                hooks.append(weight.register_post_accumulate_grad_hook(_adder(sums, path)))
+            yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _adder(sums: dict[str, Tensor], path: str) -> Callable[[Tensor], None]:
+    def add(weight: Tensor) -> None:
+        gradient = cast(Tensor, weight.grad).detach()
+        weight.grad = None
+        moved = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32))
+        if path in sums:
+            sums[path].add_(moved)
+        else:
+            sums[path] = moved
+
+    return add
+
+
+def initialise(task: Task, targets: Sequence[Target], cfg: Any, accelerator: Any) -> bool:
+    """Give the primaries of a task's models the first values that their init asks for.
+
+    Every process computes all of it; then the values of the first are given to the others, so that
+    they agree to the bit whatever the device does in parallel.
+
+    Args:
+        task: what is trained, prepared by `accelerator`.
+        targets: its models after `Method.setup`.
+        cfg: for `seed`, `train_batch_size` and `lora_ga_samples`.
+        accelerator: the engine.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        UserError: the loss reaches no layer of a model.
+        TrainingError: a loss or a gradient is not finite.
+    """
+    wanted = [target for target in targets if adapters.layers(target.model, INITIAL)]
+    gradients: Mapping[str, Mapping[str, Tensor]] = {}
+    if any(needs_gradient(target.spec.init) for target in wanted):
+        gradients = mean_gradients(
+            task,
+            {target.name: target.model for target in wanted},
+            samples=cfg.lora_ga_samples,
+            micro_batch=cfg.train_batch_size,
+            seed=cfg.seed,
+            device=accelerator.device,
+        )
+    for target in wanted:
+        seed = seed_of(cfg.seed, target.name)
+        compute(target.model, target.spec, gradients.get(target.name), seed)
+        if accelerator.num_processes > 1:
+            for parameter in adapters.parameters(target.model, INITIAL):
+                torch.distributed.broadcast(parameter.detach(), src=0)
+        adapters.start_from_initial(target.model)
+    return bool(wanted)
+
+
+def mean_gradients(
+    task: Task,
+    models: Mapping[str, nn.Module],
+    *,
+    samples: int,
+    micro_batch: int,
+    seed: int,
+    device: torch.device,
+) -> dict[str, dict[str, Tensor]]:
+    """The mean gradient of a task's own loss over some samples, at the base weights.
+
+    The samples are those of a step that no run reaches, so that training sees the data that it
+    would see without; they depend neither on `micro_batch` nor on how many processes there are.
+
+    Args:
+        task: gives samples, noise and loss; its module runs as in training.
+        models: the adapted models by name.
+        samples: how many; Wang et al. 2024 take 128.
+        micro_batch: samples of one forward pass.
+        seed: of dropout in the models themselves.
+        device: where the inputs go.
+
+    Returns:
+        By model and by module path, in the weight's shape, fp32 or wider, on the CPU. A layer that
+        the loss does not reach is missing.
+
+    Raises:
+        TrainingError: a loss or a gradient is not finite.
+    """
+    logger.info("lora-ga: the mean gradient of %d samples", samples)
+    half = any(
+        adapters.base_weight(layer).dtype == torch.float16
+        for model in models.values()
+        for _, layer in adapters.layers(model, INITIAL)
+    )
+    for scale in FP16_SCALES if half else (1.0,):
+        with contextlib.ExitStack() as stack:
+            sums = {n: stack.enter_context(collecting(m)) for n, m in models.items()}
+            for losses in _losses(task, samples, micro_batch, seed, device):
+                (losses.sum() * (scale / samples)).backward()
+        bad = [f"{name}.{path}" for name, own in sums.items() for path in _not_finite(own)]
+        if not bad:
+            return {n: {p: g.div_(scale) for p, g in own.items()} for n, own in sums.items()}
+    raise TrainingError(
+        f"the gradient of {bad[0]} is not finite, so lora-ga can't start from it: use"
+        " --mixed_precision bf16 or no, or another --init_lora_weights."
+    )
+
+
+def _losses(
+    task: Task, samples: int, micro_batch: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """The loss of each of the samples, (micro_batch,) at a time."""
+    from ..tasks.base import to_device
+
+    step = task.num_samples << 32  # a whole number of epochs, beyond every run
+    slots = range(samples)
+    plan = [(step, tuple(slots[i : i + micro_batch])) for i in range(0, samples, micro_batch)]
+    on_cuda = device.type == "cuda"
+    for batch in task.micro_batches(plan, samples):
+        with torch.random.fork_rng(devices=[device] if on_cuda else []):
+            torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
+            losses = task.module(to_device(batch.inputs, device))
+        if not bool(torch.isfinite(losses.detach()).all()):
+            raise TrainingError(
+                f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"
+                " look at these samples or use --init_lora_weights default."
+            )
+        yield losses
+
+
+def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
+    return [path for path, value in sums.items() if not bool(torch.isfinite(value).all())]

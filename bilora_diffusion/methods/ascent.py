@@ -1,0 +1,106 @@
+"""Other ways to move Bi-LoRA's auxiliary than the optimizer's, and what follows a projection.
+
+**Power iteration.** For the gradient G of a weight, with G = U S V^T, the perturbation of rank r
+and norm rho that raises the loss most to first order is rho U_r S_r V_r^T / ||S_r||_F; over several
+layers the same with one norm over all. Block power iteration (Golub & Van Loan, Matrix
+Computations, Section 8.2.4) finds the singular vectors from products with G and G^T, and these are
+what a backward pass leaves: with E = s B A the factors' gradients are g_B = s G A^T and
+g_A = s B^T G. So a step takes one of two halves in turn, each the best answer to G within the
+subspace that is kept:
+
+    A has orthonormal rows:     B <- G A^T,  then B A = Q (R A), Q orthonormal
+    B has orthonormal columns:  A <- B^T G,  then B A = (B L) P, P orthonormal
+
+Against a fixed G the gain <G, E> never falls from one step to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..adapters import Factors
+
+
+@torch.no_grad()
+def orthonormalize_rows_(factors: Sequence[Factors]) -> None:
+    """Replace each A by an orthonormal basis of its rows: where power iteration starts.
+
+    Args:
+        factors: A (r, n), B (m, r) with r <= n.
+    """
+    for group in _same_shape(range(len(factors)), factors):
+        basis, _ = _qr(torch.stack([factors[i].A for i in group]).mT)
+        for i, rows in zip(group, basis.mT, strict=True):
+            factors[i].A.copy_(rows)
+
+
+@torch.no_grad()
+def power_step_(
+    factors: Sequence[Factors], gradients: Sequence[Factors], half: int, sign: float
+) -> None:
+    """One half of block power iteration, in place; the product's length is left to a projection.
+
+    Args:
+        factors: A (r, n), B (m, r) of each layer; by turns A's rows and B's columns are orthonormal
+            up to one factor that is common to all layers.
+        gradients: of the same, in the same form.
+        half: even, B becomes G A^T; odd, A becomes B^T G.
+        sign: 1 climbs, -1 descends.
+    """
+    for group in _same_shape(range(len(factors)), factors):
+        scale = factors[group[0]].scale
+        A, B = (torch.stack([getattr(factors[i], name) for i in group]) for name in "AB")
+        wide = torch.promote_types(A.dtype, torch.float32)
+        A, B = A.to(wide), B.to(wide)
+        # s B A = G A^T A needs B = G A^T / s = g_B / s^2; likewise for A. So layers of different
+        # scales keep the proportions of their gradients.
+        if half % 2 == 0:
+            new = torch.stack([gradients[i].B for i in group]).to(wide) * (sign / scale**2)
+            B, rest = _qr(new)
+            A = rest @ A
+        else:
+            new = torch.stack([gradients[i].A for i in group]).to(wide) * (sign / scale**2)
+            basis, rest = _qr(new.mT)
+            A, B = basis.mT, B @ rest.mT
+        for i, a, b in zip(group, A, B, strict=True):
+            factors[i].A.copy_(a)
+            factors[i].B.copy_(b)
+
+
+@torch.no_grad()
+def rescale_moments_(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], factor: Tensor
+) -> None:
+    """Shrink Adam's moments as the projection shrank the factors: exp_avg by f, exp_avg_sq by f^2.
+
+    Otherwise the second moment remembers the larger gradients that it saw before the projections,
+    and the auxiliary's steps become small.
+
+    Args:
+        parameters: those that were multiplied.
+        factor: f, 0-d.
+    """
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg" in state:
+            state["exp_avg"].mul_(factor.to(state["exp_avg"]))
+            state["exp_avg_sq"].mul_((factor * factor).to(state["exp_avg_sq"]))
+
+
+def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R of (L, m, r) in float32 or better, r <= m."""
+    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    return torch.linalg.qr(wide)
+
+
+def _same_shape(indices: Sequence[int], factors: Sequence[Factors]) -> Iterator[list[int]]:
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i in indices:
+        f = factors[i]
+        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale)
+        groups.setdefault(key, []).append(i)
+    yield from groups.values()

@@ -1,0 +1,93 @@
+"""The words of ``--over``, ``--set`` and the arms file, read, or refused for their form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bilora_diffusion.errors import UserError
+
+SEED = "seed"
+OWN = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+Values = Mapping[str, Any]
+
+
+def settings(words: Sequence[str], flag: str) -> dict[str, str]:
+    """``name=value`` words as a mapping.
+
+    Raises:
+        UserError: one is not of that form, comes twice, or is the sweep's own business.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not (name and equals and value.strip()):
+            raise UserError(f'{flag} has "{word}": write name=value.')
+        if name in OWN:
+            raise UserError(f'{flag} has "{name}", which the sweep decides: leave it out.')
+        if name in found:
+            raise UserError(f'{flag} gives "{name}" twice: keep one.')
+        found[name] = value
+    return found
+
+
+def axes(words: Sequence[str]) -> dict[str, list[str]]:
+    """``--over`` words: ``name=v1,v2`` or ``name=a..b`` (whole numbers, b included).
+
+    Raises:
+        UserError: a word that is neither, or a value that comes twice.
+    """
+    found: dict[str, list[str]] = {}
+    for name, text in settings(words, "--over").items():
+        values: list[str] = []
+        for part in (part.strip() for part in text.split(",")):
+            ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", part)
+            span = range(int(ends[1]), int(ends[2]) + 1) if ends else ()
+            if not part or (ends and not span):
+                raise UserError(f'--over has "{name}={text}": write v1,v2 or a..b with a <= b.')
+            values += map(str, span) if ends else [part]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise UserError(f'--over has {twice} twice in "{name}={text}": keep one.')
+        found[name] = values
+    return found
+
+
+def load_arms(path: Path) -> dict[str, dict[str, Any]]:
+    """An arms file: a mapping from label to a mapping of options.
+
+    Raises:
+        UserError: it can't be read, or holds something else.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f'--arms "{path}" is not a readable YAML file: correct it.') from error
+    if not isinstance(loaded, dict) or not loaded:
+        raise UserError(
+            f'--arms "{path}" holds no arms: write lines like "lora: {{method: lora}}".'
+        )
+    arms: dict[str, dict[str, Any]] = {}
+    for label, options in loaded.items():
+        options = {} if options is None else options
+        scalar = isinstance(options, dict) and all(
+            isinstance(value, bool | int | float | str) for value in options.values()
+        )
+        if not scalar:
+            raise UserError(
+                f'--arms "{path}": "{label}" is not a mapping of options to single values: write it'
+                f' like "{label}: {{method: lora}}".'
+            )
+        named = {str(name).replace("-", "_"): value for name, value in options.items()}
+        if wrong := [name for name in named if name in (SEED, *OWN)]:
+            raise UserError(
+                f'--arms "{path}": "{label}" sets {wrong[0]}, which is the same for all arms: leave'
+                " it out, and give seeds by --over seed=0..4."
+            )
+        arms[str(label)] = named
+    return arms

@@ -1,0 +1,217 @@
+"""Running cells one after another, each in a process of its own, so that any of them may die.
+
+A cell's output goes to ``<folder>.log``. The log is locked while any process of the cell lives, so
+a sweep that finds a cell still running (its own sweep was killed) waits for it instead of starting
+it a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from bilora_diffusion import checkpoint, runlog
+from bilora_diffusion.durable import dump_json, write_text
+from bilora_diffusion.errors import UserError
+
+from .grid import Cell
+from .provenance import without_paths
+
+SCHEMA_VERSION = 1
+RECORD = "sweep.json"
+LAUNCHER = "accelerate.commands.launch"
+PATIENCE_SECONDS = 30.0
+"""How long a cell that is told to end may take before it is killed."""
+_EXCEPTION = re.compile(r"(?:\[\w+\]: *)?[\w.]*(?:Error|Exception|Exit)\b.*")
+_SENTENCE = re.compile(r"(?:.*\])?error: (.+)")  # also behind a progress bar that was cut short
+_OF_LAUNCHER = ("subprocess.CalledProcessError", "torch.distributed.elastic")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        cell: name of the run folder.
+        arm: label of its arm.
+        seed: its seed.
+        status: finished, failed, or waiting.
+        exit_code: of a failed one; negative for a signal.
+        error: last line of what a failed one said, without machine paths.
+    """
+
+    cell: str
+    arm: str
+    seed: int
+    status: str
+    exit_code: int | None = None
+    error: str | None = None
+
+
+def state(folder: Path) -> str:
+    """What a run folder holds: finished, checkpoint (can be continued), begun, or new."""
+    with contextlib.suppress(UserError):
+        if runlog.read_run(folder)["status"] == "finished":
+            return "finished"
+    if checkpoint.latest(folder) is not None:
+        return "checkpoint"
+    return "begun" if folder.exists() else "new"
+
+
+@dataclass
+class Runner:
+    """Runs cells and keeps ``<runs_dir>/sweep.json``, the record of what became of each.
+
+    Args:
+        script: the training script.
+        recipe: its ``--config``.
+        runs_dir: folder of the run folders; must exist.
+        launch: more arguments for accelerate launch.
+    """
+
+    script: Path
+    recipe: Path
+    runs_dir: Path
+    launch: Sequence[str] = ()
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def command(self, cell: Cell) -> list[str]:
+        """The command line that starts a cell, or continues it from its newest checkpoint."""
+        folder = self.runs_dir / cell.name
+        resume = state(folder) == "checkpoint"
+        return [
+            *(sys.executable, "-m", LAUNCHER, *self.launch, str(self.script)),
+            *("--config", str(self.recipe), *cell.flags, "--output_dir", str(folder)),
+            *(("--resume_from_checkpoint", "auto") if resume else ("--overwrite_output_dir",)),
+        ]
+
+    def run_all(self, cells: Sequence[Cell]) -> list[Outcome]:
+        """Run what is not finished; a cell that fails does not keep the others from running.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the running cell has been ended.
+        """
+        done = {c.name for c in cells if state(self.runs_dir / c.name) == "finished"}
+        for cell in cells:
+            status = "finished" if cell.name in done else "waiting"
+            self.outcomes[cell.name] = Outcome(cell.name, cell.arm, cell.seed, status)
+        self._record()
+        # Cells that were there already took no time, and say nothing about how long one takes.
+        bar = tqdm(total=len(cells), initial=len(done), desc="cells", unit="cell", smoothing=0)
+        with bar, _sigterm_as_interrupt():
+            for cell in (cell for cell in cells if cell.name not in done):
+                bar.set_postfix_str(cell.name)
+                outcome = self.run(cell)
+                self.outcomes[cell.name] = outcome
+                self._record()
+                bar.update()
+                if outcome.status == "failed":
+                    bar.write(f"{cell.name} failed: {outcome.error}", file=sys.stderr)
+        return list(self.outcomes.values())
+
+    def run(self, cell: Cell) -> Outcome:
+        """Run one cell to its end, however it ends."""
+        folder = self.runs_dir / cell.name
+        with open(f"{folder}.log", "ab") as log:
+            _lock(log, cell.name)
+            if state(folder) == "finished":  # by the process that held the lock
+                return Outcome(cell.name, cell.arm, cell.seed, "finished")
+            if state(folder) != "checkpoint":
+                log.truncate(0)
+            began = log.seek(0, os.SEEK_END)
+            code = _run_to_end(self.command(cell), log)
+        if state(folder) == "finished":
+            return Outcome(cell.name, cell.arm, cell.seed, "finished")
+        said = Path(f"{folder}.log").read_bytes()[began:].decode("utf-8", errors="replace")
+        code, error = explain(code, said)
+        return Outcome(cell.name, cell.arm, cell.seed, "failed", code, error)
+
+    def _record(self) -> None:
+        record: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "cells": [asdict(outcome) for outcome in self.outcomes.values()],
+        }
+        write_text(self.runs_dir / RECORD, dump_json(record))
+
+
+def explain(code: int, said: str) -> tuple[int, str]:
+    """The exit code of the training process, and one line why it failed.
+
+    Args:
+        code: the launcher's exit code.
+        said: the cell's output. A single process of accelerate launch ends with the launcher's own
+            traceback, which is passed over but for the script's exit code, which it names.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if lines and lines[-1].startswith(_OF_LAUNCHER[0]):
+        status = re.search(r"non-zero exit status (\d+)", lines[-1])
+        if killed := re.search(r"died with <Signals\.(\w+): (\d+)>", lines[-1]):
+            return -int(killed[2]), f"killed by {killed[1]}"
+        code = int(status[1]) if status else code
+        tracebacks = [n for n, line in enumerate(lines) if line.startswith("Traceback")]
+        lines = lines[: tracebacks[-1] if tracebacks else -1]
+    own = [line for line in lines if not line.startswith(_OF_LAUNCHER)]
+    errors = [found[1] for line in own if (found := _SENTENCE.fullmatch(line))]
+    raised = [line for line in own if _EXCEPTION.fullmatch(line)]
+    if not errors and not raised and code < 0:
+        return code, f"killed by signal {-code}"
+    return code, without_paths((errors or raised or own or ["it said nothing"])[-1])
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one line for a shell."""
+    return shlex.join(command)
+
+
+def _lock(log: IO[bytes], name: str) -> None:
+    """Lock the log until the last process that writes to it ends; wait while another has it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tqdm.write(f"waiting for {name}, which another sweep has left running", file=sys.stderr)
+        fcntl.flock(log, fcntl.LOCK_EX)
+    except OSError:
+        return  # a file system without locks
+
+
+def _run_to_end(command: Sequence[str], log: IO[bytes]) -> int:
+    """Run a command in a process group of its own; end the whole group if this is interrupted."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(PATIENCE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):  # also what the launcher has left behind
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Within the context SIGTERM ends the sweep as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

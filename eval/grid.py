@@ -1,0 +1,284 @@
+"""What a sweep compares: axes and named arms to cells, each checked before anything runs.
+
+An arm is a set of options; a cell is an arm with a seed. Arms whose runs would be the same (an
+option that their method does not read, a value that is the default) are one arm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from bilora_diffusion import methods
+from bilora_diffusion.errors import UserError, did_you_mean
+
+from .axes import SEED, Values, settings
+from .provenance import ROOT, without_paths
+
+HELDOUT = "heldout_loss"
+MEASURED = ("validation_dataset", "validation_loss_steps")
+"""Options that don't touch what is learned, but decide what there is to compare."""
+PARSERS = {"train_dreambooth_bilora.py": "bilora_diffusion.config"}
+"""Training script -> the module whose ``parse`` reads its command line."""
+DEFAULT_PARSER = "bilora_diffusion.config"
+TRUE = ("true", "yes", "on", "1")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Args:
+        label: its name.
+        values: option -> value, without those that its method does not read.
+        also: other labels that turned out to be the same run.
+    """
+
+    label: str
+    values: Values
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        name: of its run folder: the arm, the seed, and a digest of what is run.
+        arm: label of its arm.
+        seed: of data, noise and initialization.
+        flags: for the training script, beside the recipe and the run folder.
+    """
+
+    name: str
+    arm: str
+    seed: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All arms, all seeds, and a cell for each pair: seed by seed, so that pairs complete early."""
+
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+    def control(self, wanted: str | None) -> Arm:
+        """The arm that the others are compared with.
+
+        Args:
+            wanted: a label, or options that one arm alone has (``method=lora``); None for the
+                first arm.
+
+        Raises:
+            UserError: no arm, or several, fit.
+        """
+        if wanted is None:
+            return self.arms[0]
+        for arm in self.arms:
+            if wanted in (arm.label, *arm.also):
+                return arm
+        labels = [arm.label for arm in self.arms]
+        fits: list[Arm] = []
+        if "=" in wanted:
+            pairs = settings(re.split(r"[,\s]+", wanted.strip()), "--control").items()
+            fits = [a for a in self.arms if all(_same(a.values.get(k), v) for k, v in pairs)]
+            fits = [a for a in fits if len(a.values) == len(pairs)] or fits
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            found = ", ".join(f'"{arm.label}"' for arm in fits)
+            raise UserError(f'--control "{wanted}" fits {found}: give the label of one.')
+        raise UserError(
+            f'--control "{wanted}" is none of the arms{did_you_mean(wanted, labels)}: use one of '
+            + ", ".join(f'"{label}"' for label in labels)
+            + "."
+        )
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script, and how its command line is read.
+
+    Args:
+        path: the file.
+        parse: its own parser: arguments -> a checked configuration.
+        booleans: names of its options that are true or false.
+    """
+
+    path: Path
+    parse: Callable[[Sequence[str]], Any]
+    booleans: frozenset[str]
+
+
+def open_script(name: str) -> Script:
+    """A training script by its name in the repository, or by its path.
+
+    A script that is not listed in ``PARSERS`` must take the options of the DreamBooth script.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = next((p for p in (ROOT / name, Path(name)) if p.is_file()), None)
+    if path is None:
+        raise UserError(
+            f'there is no script "{name}"{did_you_mean(name, PARSERS)}: correct --script.'
+        )
+    parse = importlib.import_module(PARSERS.get(path.name, DEFAULT_PARSER)).parse
+    hints = get_type_hints(get_type_hints(parse)["return"])
+    booleans = frozenset(option for option, hint in hints.items() if hint in (bool, bool | None))
+    return Script(path.resolve(), parse, booleans)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns axes and arms into a grid.
+
+    Args:
+        recipe: YAML file of options that all cells share.
+        script: what is run.
+        shared: options of all cells; those of an arm win.
+        launch: arguments of accelerate launch; several processes make another run.
+        metric: what the arms are compared by.
+    """
+
+    recipe: Path
+    script: Script
+    shared: Values = dataclasses.field(default_factory=dict)
+    launch: Sequence[str] = ()
+    metric: str = HELDOUT
+
+    def grid(self, over: Mapping[str, Sequence[str]], arms: Mapping[str, Values]) -> Grid:
+        """The arms times the axes times the seeds, each cell checked.
+
+        Raises:
+            UserError: a cell that the script would refuse, or an option given in two places.
+        """
+        over, shared = dict(over), dict(self.shared)
+        if both := [n for n in over if n in shared or any(n in a for a in arms.values())]:
+            raise UserError(f'"{both[0]}" is an axis of --over and set elsewhere too: keep one.')
+        given = over.pop(SEED, None) or ([shared[SEED]] if SEED in shared else None)
+        seeds = None if given is None else tuple(map(_whole, given))
+        merged = self._merge(self._combinations(over, arms), None if seeds is None else seeds[0])
+        if seeds is None:
+            seeds = (int(self._read(merged[0].label, merged[0].values, None)[0].seed),)
+        cells = tuple(self._cell(arm, seed) for seed in seeds for arm in merged)
+        return Grid(merged, seeds, cells)
+
+    def _combinations(
+        self, over: Mapping[str, Sequence[str]], arms: Mapping[str, Values]
+    ) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+        """(label of the named arm, its values and those of the axes, names of the axes)."""
+        points = [
+            dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())
+        ]
+        named = arms or {"": {}}
+        return [(n, {**v, **point}, tuple(over)) for n, v in named.items() for point in points]
+
+    def _merge(
+        self, combinations: Sequence[tuple[str, dict[str, Any], tuple[str, ...]]], seed: int | None
+    ) -> tuple[Arm, ...]:
+        found: dict[str, Arm] = {}
+        for base, values, names in combinations:
+            spoken = ", ".join([base] if base else [f"{n}={values[n]}" for n in names])
+            config, _ = self._read(spoken or self.recipe.stem, values, seed)
+            unread = unread_options(config)
+            kept = {name: value for name, value in values.items() if name not in unread}
+            parts = [f"{name}={without_paths(str(kept[name]))}" for name in names if name in kept]
+            label = ", ".join(([base] if base else []) + parts) or self.recipe.stem
+            key = _digest({**self._identity(config), SEED: None})
+            if key not in found:
+                taken = sum(arm.label.split(" #")[0] == label for arm in found.values())
+                found[key] = Arm(f"{label} #{taken + 1}" if taken else label, kept)
+            elif label not in (found[key].label, *found[key].also):
+                same = found[key]
+                found[key] = dataclasses.replace(same, also=(*same.also, label))
+        return tuple(found.values())
+
+    def _read(self, label: str, values: Values, seed: int | None) -> tuple[Any, tuple[str, ...]]:
+        """The configuration of an arm with a seed, as the script will see it, and its flags."""
+        merged = {**self.shared, **values, **({} if seed is None else {SEED: seed})}
+        flags = to_flags(merged, self.script.booleans)
+        own = ("--output_dir=run", "--overwrite_output_dir")
+        try:
+            config = self.script.parse(["--config", str(self.recipe), *flags, *own])
+        except UserError as error:
+            raise UserError(f'in the arm "{label}": {error}') from None
+        if self.metric == HELDOUT and getattr(config, "validation_dataset", "") is None:
+            raise UserError(
+                f'the arm "{label}" would have no {HELDOUT}: add --set validation_dataset=..., or'
+                " compare by another --metric."
+            )
+        return config, flags
+
+    def _cell(self, arm: Arm, seed: int) -> Cell:
+        config, flags = self._read(arm.label, arm.values, seed)
+        slug = re.sub(r"[^a-z0-9.]+", "-", arm.label.lower()).strip("-.")[:60] or "arm"
+        name = f"{slug}-seed{seed}-{_digest(self._identity(config))}"
+        return Cell(name, arm.label, seed, flags)
+
+    def _identity(self, config: Any) -> dict[str, Any]:
+        """What decides the run's result: options that are not at their default and are read.
+
+        The recipe's options are among them, so a finished run is not taken for that of an edited
+        recipe; defaults are not, so that a new option of the script renames no run.
+        """
+        values = {**config.fingerprint(), **{n: config.to_dict().get(n) for n in MEASURED}}
+        for field in dataclasses.fields(config):
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            if field.name in values and values[field.name] == default:
+                del values[field.name]
+        for name in unread_options(config):
+            values.pop(name, None)
+        own = {"script": self.script.path.name, "launch": list(self.launch)}
+        return {**values, **(own if self.launch or own["script"] not in PARSERS else {})}
+
+
+def unread_options(config: Any) -> frozenset[str]:
+    """Options of other methods, which the method of ``config`` does not read."""
+    return methods.option_names() - methods.reads(config.method)
+
+
+def to_flags(values: Values, booleans: frozenset[str]) -> tuple[str, ...]:
+    """Options as flags: ``--name=value``, or ``--name`` for what is true.
+
+    What is false is said too, since a recipe may say true.
+    """
+    flags = []
+    for name, value in values.items():
+        if name in booleans and str(value).lower() in TRUE:
+            flags.append(f"--{name}")
+        elif isinstance(value, bool) and name not in booleans:
+            # YAML reads a bare yes or no as a boolean; here the option wants the word.
+            flags.append(f"--{name}={'yes' if value else 'no'}")
+        else:
+            flags.append(f"--{name}={value}")
+    return tuple(flags)
+
+
+def _same(value: Any, text: str) -> bool:
+    return str(value).lower() == text.lower()
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(
+            f'seed is "{text}": give whole numbers, for example --over seed=0..4.'
+        ) from error
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,69 @@
+"""Where a result comes from: the command, and the versions, commit and machine of its runs.
+
+Results are shared and published, so a path of one machine never enters them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s'\"<>|:,;()\[\]]+/)*([^\s'\"<>|:,;()\[\]/]+)/?")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made a result.
+
+    Args:
+        command: the command line, absolute paths shortened to names.
+        versions: of Python and the packages that trained.
+        commit: of the code that trained; None outside a checkout.
+        uncommitted_changes: whether that code differed from the commit.
+        device: the machine that trained.
+        differing: which of the above are not the same in all runs; the first run's are given.
+    """
+
+    command: str
+    versions: dict[str, Any]
+    commit: str | None
+    uncommitted_changes: bool | None
+    device: dict[str, Any]
+    differing: list[str]
+
+
+def without_paths(text: str) -> str:
+    """``text`` with each absolute path cut to its place in this repository, or to its last name."""
+    for root in (ROOT, Path.cwd()):
+        if root != Path(root.anchor):
+            text = text.replace(f"{root}/", "")
+    return _ABSOLUTE.sub(r"\1", text)
+
+
+def command_line(module: str, argv: Sequence[str]) -> str:
+    """``python -m MODULE ARGV`` as a person would write it, without machine paths."""
+    return f"python -m {module} {shlex.join(without_paths(word) for word in argv)}"
+
+
+def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance:
+    """The provenance of a result of several runs.
+
+    Args:
+        command: see :func:`command_line`.
+        records: their ``run.json``, at least one.
+    """
+    keys = ("versions", "commit", "uncommitted_changes", "device")
+    first = {key: records[0].get(key) for key in keys}
+    return Provenance(
+        command=command,
+        versions=first["versions"] or {},
+        commit=first["commit"],
+        uncommitted_changes=first["uncommitted_changes"],
+        device=first["device"] or {},
+        differing=[key for key in keys if any(r.get(key) != first[key] for r in records)],
+    )

@@ -1,0 +1,117 @@
+"""A sweep as one picture: the difference of each arm to the control, and the metric over steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .sweep_result import ArmResult, SweepResult
+from .sweep_table import Scale
+
+MARKERS = "osD^vP"
+STYLES = ("-", "--", ":", "-.")
+
+
+def plot(result: SweepResult, picture: Path) -> None:
+    """Write the picture.
+
+    Left: the paired difference of the last measurement with its interval, one line per arm.
+    Right: mean over seeds with a band of one standard error. Both panels give an arm one color;
+    its name stands at the left and in the legend.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = _looks(result, matplotlib.colormaps["tab10"])
+    height = max(3.6, 0.34 * len(result.arms) + 1.6)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
+    scale = Scale.of(result)
+    _differences(left, result, looks, scale)
+    _curves(right, result, looks, scale)
+    handles, labels = right.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _looks(result: SweepResult, colors: Any) -> dict[str, dict[str, Any]]:
+    """Color, marker and line of each arm; the control is black, and no two arms look alike."""
+    looks: dict[str, dict[str, Any]] = {}
+    others = [arm.label for arm in result.arms if arm.label != result.control]
+    for number, label in enumerate(others):
+        turn = number // 10
+        looks[label] = {
+            "color": colors(number % 10),
+            "marker": MARKERS[turn % len(MARKERS)],
+            "ls": STYLES[turn % len(STYLES)],
+        }
+    return looks | {result.control: {"color": "black", "marker": ".", "ls": "-"}}
+
+
+def _differences(axis: Any, result: SweepResult, looks: Any, scale: Scale) -> None:
+    axis.axvline(0, color="black", lw=0.8)
+    for row, arm in enumerate(result.arms):
+        difference = arm.final.difference
+        if difference is None:
+            # Beside the zero line and not on it: there is no difference to show.
+            axis.annotate(
+                _why_none(arm, result),
+                (0, row),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color="gray",
+            )
+            continue
+        center, low = scale.factor * difference.mean, difference.interval
+        if low is not None:
+            axis.plot(
+                [scale.factor * low.low, scale.factor * low.high],
+                [row, row],
+                color=looks[arm.label]["color"],
+                lw=2,
+            )
+        axis.plot(center, row, marker=looks[arm.label]["marker"], color=looks[arm.label]["color"])
+    axis.set_yticks(range(len(result.arms)), [arm.label for arm in result.arms], fontsize=8)
+    for tick, arm in zip(axis.get_yticklabels(), result.arms, strict=True):
+        tick.set_color(looks[arm.label]["color"])
+    axis.set_ylim(len(result.arms) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    side = "right" if result.higher_is_better else "left"
+    axis.set_xlabel(f"difference of {result.metric}{scale.suffix}; {side} is better")
+    axis.set_title(f"final, minus {result.control}: mean and 95 % interval", fontsize=9)
+
+
+def _why_none(arm: ArmResult, result: SweepResult) -> str:
+    if arm.label == result.control:
+        return "control"
+    if not arm.seeds:
+        return "missing"
+    return "not paired" if arm.paired is False else "n/a"
+
+
+def _curves(axis: Any, result: SweepResult, looks: Any, scale: Scale) -> None:
+    for arm in result.arms:
+        if not arm.curve:
+            continue
+        steps = [point.step for point in arm.curve]
+        means = [scale.factor * point.mean for point in arm.curve]
+        errors = [scale.factor * point.error for point in arm.curve]
+        axis.plot(steps, means, ms=3, lw=1.2, label=arm.label, **looks[arm.label])
+        axis.fill_between(
+            steps,
+            [m - e for m, e in zip(means, errors, strict=True)],
+            [m + e for m, e in zip(means, errors, strict=True)],
+            color=looks[arm.label]["color"],
+            alpha=0.1,
+            lw=0,
+        )
+    axis.grid(alpha=0.3)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel(f"{result.metric}{scale.suffix}")
+    axis.set_title("over training: mean and standard error over seeds", fontsize=9)

@@ -1,0 +1,181 @@
+"""A method on a small model, with an option of its adapters, ready to take steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bilora_diffusion import adapters, combinations, inits
+from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.inits.gradients import collecting
+from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
+from bilora_diffusion.quantize import quantize_nf4
+from tests.contract.models import CASES, ROWS
+
+STEPS = 3
+SPECS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "pissa": {"init": "pissa"},
+    "lora-ga": {"init": "lora-ga"},
+    "dora": {"use_dora": True},
+    "nf4": {},
+}
+"""The options of the adapter that every method is combined with, unless the table refuses it."""
+FLAGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "pissa": {"init_lora_weights": "pissa"},
+    "lora-ga": {"init_lora_weights": "lora-ga"},
+    "dora": {"use_dora": True},
+    "nf4": {"quantize": "nf4"},
+}
+"""The same as the command line says them."""
+MAIN_KINDS = ("unet", "t5", "llm")
+
+
+def combos() -> list[tuple[str, str, str]]:
+    """(method, option, kind of model): everything that is allowed."""
+    plain = [(name, "default", kind) for name in names() for kind in CASES]
+    others = [
+        (name, option, kind)
+        for name in names()
+        for option in SPECS
+        for kind in MAIN_KINDS
+        if option != "default" and allowed(name, option)
+    ]
+    return plain + others
+
+
+def allowed(name: str, option: str) -> bool:
+    """Whether the table of combinations lets this pair through."""
+    return combinations.refused({"method": name, **FLAGS[option]}) is None
+
+
+class Run:
+    """A method on a model with its optimizer; the batch of each step is the same.
+
+    Args:
+        pieces: micro-batches of a step.
+        spoil: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        option: str,
+        kind: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        lr: float = 1e-2,
+        optimizer: str = "AdamW",
+        pieces: int = 1,
+        spoil: tuple[int, ...] | None = None,
+    ) -> None:
+        self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
+        self.model = self.case.make().train()
+        self.original = copy.deepcopy(self.model)
+        if option == "nf4":
+            quantize_nf4(self.model, torch.float32, skip=())
+        self.method: Method = create(name, MethodOptions(num_steps=10, **(options or {})))
+        spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[option])
+        torch.manual_seed(3)
+        groups = self.method.setup([Target("model", self.model, spec, lr, 0.01)])
+        self.spec = spec
+        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, optimizer)(groups)
+        self.method.bind(self.optimizer)
+        self.forward_model: nn.Module = self.model
+        self.rows = slice(0, ROWS)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if spoil else None
+        self.taken = 0
+
+    def initialise(self) -> Run:
+        """What comes before the first step of a fresh run."""
+        if self.spec.changes_base and not self.method.exports_weights:
+            with collecting(self.model) as gradients:
+                self._loss(self.rows).backward()
+            inits.compute(self.model, self.spec, gradients)
+            adapters.start_from_initial(self.model)
+        return self
+
+    def resume(self, saved: dict[str, Any]) -> Run:
+        """What comes instead on a run that is continued."""
+        for key, tensor in self.method.tensors().items():
+            tensor.copy_(saved["tensors"][key])
+        adapters.subtract_initial(self.model)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.method.load_state_dict(saved["method"])
+        self.taken = saved["taken"]
+        return self
+
+    def checkpoint(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {
+                "tensors": self.method.tensors(),
+                "optimizer": self.optimizer.state_dict(),
+                "method": self.method.state_dict(),
+                "taken": self.taken,
+            }
+        )
+
+    def share(self) -> Run:
+        """Let DDP average the gradients of two processes, each with half of the rows."""
+        rank = torch.distributed.get_rank()
+        self.forward_model = DistributedDataParallel(self.model)
+        self.rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+        return self
+
+    def train(self, steps: int = STEPS) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            losses.append(float(self.method.step(self._forward_backward, self)))
+            self.taken += 1
+        return losses
+
+    def step(self) -> None:
+        """Clip what the method wants clipped, then update; called by the method."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.method.clip_parameters(), 1.0)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, rows: slice) -> Tensor:
+        return (self.case.output(self.forward_model, rows) - 1).square().mean()
+
+    def _forward_backward(self) -> Tensor:
+        first, count = self.rows.start, (self.rows.stop - self.rows.start) // self.pieces
+        total = torch.zeros(())
+        for piece in range(self.pieces):
+            start = first + piece * count
+            loss = self._loss(slice(start, start + count)) / self.pieces
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total += loss.detach()
+        if self.spoil and self.taken in self.spoil:
+            for parameter in self.method.clip_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in self.method.tensors().items()}
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Everything in the model that is not an adapter's, under the names of a plain model."""
+        return {
+            name.replace("base_layer.", ""): parameter.detach().clone()
+            for name, parameter in self.model.named_parameters()
+            if "lora_" not in name
+        }
+
+
+Start = Callable[..., Run]

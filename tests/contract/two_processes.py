@@ -1,0 +1,29 @@
+"""Train every method in two processes on the CPU: torchrun --nproc_per_node 2 THIS_FILE FOLDER."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.contract.harness import MAIN_KINDS, Run, allowed, combos
+
+
+def main(folder: Path) -> None:
+    """Write ``method-option-kind.pt``, the tensors after three steps, from the first process."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for name, option, kind in combos():
+        if kind in MAIN_KINDS and allowed(name, option):
+            run = Run(name, option, kind).initialise().share()
+            run.train()
+            if torch.distributed.get_rank() == 0:
+                torch.save(run.tensors(), folder / f"{name}-{option}-{kind}.pt")
+            del run
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

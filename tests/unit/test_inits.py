@@ -1,0 +1,230 @@
+"""inits: PiSSA and LoRA-GA against PEFT, whole decompositions and a literal reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bilora_diffusion import adapters, inits
+from bilora_diffusion.adapters import CHANGE_BASE, INITIAL, PRIMARY, AdapterSpec
+from bilora_diffusion.inits import pissa as pissa_module
+from bilora_diffusion.inits.gradients import collecting
+from bilora_diffusion.inits.lora_ga import lora_ga
+from bilora_diffusion.inits.pissa import pissa
+from tests.references import lora_ga as reference
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def assert_same_components(rows: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to the sign of each row, which a singular value decomposition leaves open."""
+    signs = (rows * expected).sum(1).sign()
+    torch.testing.assert_close(signs[:, None] * rows, expected, rtol=tolerance, atol=tolerance)
+
+
+def weight_of(model: nn.Module, index: int = 0) -> Tensor:
+    """The weight of one layer of a sequence, without adapters."""
+    return cast(Any, model)[index].weight.detach()
+
+
+def start(model: nn.Module, spec: AdapterSpec, gradients: dict[str, Tensor] | None = None) -> None:
+    """What a method and a fresh run do about the init, without a method."""
+    adapters.inject(model, spec)
+    inits.prepare(model, spec)
+    inits.compute(model, spec, gradients)
+    adapters.start_from_initial(model)
+
+
+def test_the_registry_holds_what_the_adapters_leave_to_it() -> None:
+    assert tuple(inits.INITS) == CHANGE_BASE
+    assert set(CHANGE_BASE) < set(adapters.INITS)
+    assert [inits.needs_gradient(name) for name in adapters.INITS] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 12), lambda: Conv1D(12, 9)])
+def test_pissa_is_pefts_up_to_signs(make) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    weight = weight_of(model).clone()
+    own = nn.Sequential(make())
+    with torch.no_grad():
+        weight_of(own).copy_(weight)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["0"],
+        init_lora_weights="pissa",
+        fan_in_fan_out=isinstance(model[0], Conv1D),
+    )
+    inject_adapter_in_model(config, model)
+    start(own, AdapterSpec(rank=3, alpha=5, init="pissa", target_modules=("0",)))
+    (theirs,), (ours,) = (adapters.factors(m, PRIMARY) for m in (model, own))
+    assert_same_components(ours.A, theirs.A)
+    assert_same_components(ours.B.T, theirs.B.T)
+    (pair,) = zip(adapters.layers(model), adapters.layers(own), strict=True)
+    left, right = (adapters.base_weight(layer) for _, layer in pair)
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    share=st.floats(0, 1),
+    scale=st.floats(0.1, 8),
+    seed=st.integers(0, 99),
+)
+def test_pissa_is_the_best_approximation_of_its_rank(shape, share, scale, seed) -> None:
+    weight, rank = random(*shape, seed=seed), 1 + int(share * (min(shape) - 1))
+    A, B = pissa(weight, rank, scale)
+    assert A.shape == (rank, shape[1])
+    assert B.shape == (shape[0], rank)
+    rest = torch.linalg.svdvals(weight)[rank:]
+    distance = (weight - scale * B @ A).norm()  # Eckart-Young
+    torch.testing.assert_close(distance, rest.norm(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))  # the singular value, half on each
+
+
+def test_pissa_of_a_large_weight_is_close_repeatable_and_quiet(monkeypatch) -> None:
+    U, V = (torch.linalg.qr(random(60, 60, seed=s))[0] for s in (1, 2))
+    weight = U * torch.logspace(0, -3, 60, dtype=torch.float64) @ V.T
+    exact = pissa(weight, 4, 2.0)
+    monkeypatch.setattr(pissa_module, "EXACT_UP_TO", 59)
+    before = torch.random.get_rng_state()
+    first, second = pissa(weight, 4, 2.0, seed=3), pissa(weight, 4, 2.0, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_components(first[0], exact[0])
+    assert_same_components(first[1].T, exact[1].T)
+
+
+@pytest.mark.parametrize("shape", [(16, 30), (30, 16), (20, 20)])
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_lora_ga_has_the_papers_components_and_size(shape, rank) -> None:
+    U, V = (torch.linalg.qr(random(n, 16, seed=n))[0] for n in shape)
+    gradient = U * torch.logspace(0, -4, 16, dtype=torch.float64) @ V.T
+    A, B = lora_ga(gradient, rank)
+    c = shape[0] ** 0.25 / math.sqrt(16)
+    eye = torch.eye(rank, dtype=torch.float64)
+    torch.testing.assert_close(A @ A.T, c**2 * eye)
+    torch.testing.assert_close(B.T @ B, c**2 * eye)
+    # B spans other components of the columns than those that A spans of the rows.
+    assert float((B.T @ gradient @ A.T).abs().max()) < 1e-6
+    expected = reference.initial_factors(gradient, rank)
+    assert_same_components(A, expected[0], 1e-4)
+    assert_same_components(B.T, expected[1].T, 1e-4)
+    for scaled in (1e-9 * gradient, 1e9 * gradient):
+        again = lora_ga(scaled, rank)
+        torch.testing.assert_close(again, (A, B), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [lambda W: pissa(W, 3, 2.0), lambda W: lora_ga(W, 3)])
+def test_rounding_of_the_input_turns_no_sign(make) -> None:
+    U, V = (torch.linalg.qr(random(12, 12, seed=s))[0] for s in (1, 2))
+    matrix = U * torch.logspace(0, -4, 12, dtype=torch.float64) @ V.T
+    exact = make(matrix)
+    for seed in range(20):
+        noisy = make(matrix + 1e-9 * random(12, 12, seed=seed))
+        torch.testing.assert_close(noisy, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_ga_is_repeatable_and_quiet() -> None:
+    gradient = random(20, 30).float()
+    before = torch.random.get_rng_state()
+    first, second = lora_ga(gradient, 4, seed=5), lora_ga(gradient, 4, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(lora_ga(gradient, 4, seed=6)[0], first[0])
+
+
+def test_lora_ga_is_the_reference_from_the_loss_on() -> None:
+    W1, W2 = random(10, 12, seed=1), random(9, 10, seed=2)
+    x, y = random(6, 12, seed=3), random(6, 9, seed=4)
+    model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.Tanh(), nn.Linear(10, 9, bias=False))
+    model.double()
+    with torch.no_grad():
+        weight_of(model, 0).copy_(W1)
+        weight_of(model, 2).copy_(W2)
+    spec = AdapterSpec(rank=2, alpha=3, init="lora-ga", target_modules=("0", "2"))
+    adapters.inject(model, spec)
+    inits.prepare(model, spec)
+    with collecting(model) as gradients:
+        for i in range(0, 6, 2):  # cut into three passes
+            ((model(x[i : i + 2]) - y[i : i + 2]).square().sum() / 6).backward()
+    expected = reference.mean_gradients(W1, W2, x, y)
+    for (_, gradient), literal in zip(sorted(gradients.items()), expected, strict=True):
+        torch.testing.assert_close(gradient, literal)
+    inits.compute(model, spec, gradients)
+    adapters.start_from_initial(model)
+    layers = adapters.layers(model)
+    for (_, layer), own, G, W in zip(
+        layers, adapters.factors(model, PRIMARY), expected, (W1, W2), strict=True
+    ):
+        A0, B0 = reference.initial_factors(G, 2)
+        assert_same_components(own.A, A0, 1e-6)
+        assert_same_components(own.B.T, B0.T, 1e-6)
+        literal = reference.initial_weight(W, own.A, own.B, alpha=3)
+        torch.testing.assert_close(adapters.base_weight(layer).detach(), literal)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("init", CHANGE_BASE)
+def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init) -> None:
+    torch.manual_seed(0)
+    model = cast(Any, nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))).to(memory_format=layout)
+    x, weight = torch.randn(2, 3, 6, 6), weight_of(model).clone()
+    before, gradient = model(x), torch.randn(8, 3, 3, 3)
+    spec = AdapterSpec(rank=2, alpha=3, init=init, use_dora=use_dora, target_modules=("0",))
+    start(model, spec, {"0": gradient})
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    (_, layer), *_ = adapters.layers(model)
+    change = adapters.weight_delta(layer, INITIAL)
+    torch.testing.assert_close(adapters.base_weight(layer) + change, weight)
+    if init == "pissa":
+        rest = torch.linalg.svdvals(weight.flatten(1))[2:]
+        torch.testing.assert_close((weight - change).norm(), rest.norm())
+    else:
+        V = torch.linalg.svd(gradient.flatten(1), full_matrices=False)[2][:2]
+        A = layer.lora_A[INITIAL].weight.detach().flatten(1)  # pyright: ignore
+        assert_same_components(A / A.norm(dim=1, keepdim=True), V, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_base_moves_by_one_rounding(dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48)).to(dtype)
+    weight = weight_of(model).float()
+    start(model, AdapterSpec(rank=4, init="pissa", target_modules=("0",)))
+    (_, layer), *_ = adapters.layers(model)
+    rest = adapters.base_weight(layer).float()
+    exact = weight.double() - adapters.weight_delta(layer, INITIAL).double()
+    error = (rest - exact).abs() / exact.abs()
+    half_ulp = torch.finfo(dtype).eps / 2
+    assert float(error.max()) <= half_ulp * 1.001
+    assert float(error.square().mean().sqrt()) < half_ulp / 2
+    assert {p.dtype for p in adapters.parameters(model, INITIAL)} == {torch.float32}
+
+
+def test_a_zero_weight_keeps_the_default_init() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    nn.init.zeros_(weight_of(model))
+    spec = AdapterSpec(rank=2, init="pissa", target_modules=("0",))
+    torch.manual_seed(1)
+    start(model, spec)
+    default = nn.Sequential(nn.Linear(6, 6))
+    torch.manual_seed(1)
+    adapters.inject(default, AdapterSpec(rank=2, target_modules=("0",)))
+    (own,), (usual,) = (adapters.factors(m, PRIMARY) for m in (model, default))
+    assert torch.equal(own.A, usual.A)
+    assert not own.B.any()
