@@ -53,6 +53,7 @@ class Trainer:
         raw = build_optimizer(cfg, method.setup(task.targets()))
         method.bind(raw)
         self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
+        task.module.train()  # loaded models come in evaluation mode, in which some never checkpoint
         self.module, self.optimizer = accelerator.prepare(task.module, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
         self.average = self._new_average()

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from . import adapters
 from .errors import UserError
 
-# The two ends of a diffusers UNet's transformers, through which all that these compute passes: on
-# the miniature they make a quarter of the error of the predicted noise with 7 % of the weights.
-# In SDXL they are 1 % of the weights.
-KEPT = ("proj_in", "proj_out")
+# The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
+# the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
+# make two fifths of the error of the predicted noise with an eighth of the linear layers' weights.
+# In SDXL they are 1.3 % of these: the UNet takes 1.86 GB with them, 1.82 without, and 5.13 in bf16.
+KEPT = ("proj_in", "proj_out", "add_embedding")
 
 
 def quantize_nf4(

@@ -71,9 +71,10 @@ class _BAR(Method):
         if self.depends_on_length:
             progress = self.options.progress(self._taken)
             strength *= falling(self.options.bar_schedule, progress)
-        A, B = ([pair[i] for pair in self._pairs] for i in (0, 1))
+        A = [a for a, _, _ in self._pairs]
+        B = [b for _, b, _ in self._pairs]
         signs = torch.where(self.shrinks_A(A, B), -1.0, 1.0).unbind()
-        for a, b, sign, (_, _, group) in zip(A, B, signs, self._pairs, strict=True):
+        for sign, (a, b, group) in zip(signs, self._pairs, strict=True):
             change = sign.to(a.dtype) * (strength * group["lr"])
             a.mul_(1 + change)
             b.mul_(1 - change)

@@ -33,12 +33,15 @@ class FlatLoRA(Method):
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
     default_rho: ClassVar[float] = 0.1
-    depends_on_length = True
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self._taken = 0
         self._buffers: list[Tensor] = []
+
+    @property
+    def depends_on_length(self) -> bool:
+        return True
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         self._taken += 1

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from bilora_diffusion.methods import names
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -34,14 +36,25 @@ def test_step_cost_prints_a_table_and_json() -> None:
     done = script("step_cost.py", "--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[2] == "| | step, median | ratio to LoRA (95 % interval) | peak memory |"
+    assert lines[2] == "| method | memory (GB) | time (s) | relative to LoRA (95 % interval) |"
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["LoRA", "Bi-LoRA"]
     result = json.loads(lines[-1])
     assert result["layers"] == 56
     assert result["device"]["cpu_cores"] >= 1
     for row in result["arms"].values():
         assert row["peak_memory_bytes"] > 2**27
-        assert f"{row['peak_memory_bytes'] / 2**30:.2f} GiB |" in done.stdout
+        assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in done.stdout
+
+
+def test_every_adapter_method_has_its_step_measured() -> None:
+    done = script(
+        *("step_cost.py", "--shapes", "mini", "--methods", "all"),
+        *("--steps", "2", "--warmup", "0", "--skip_memory"),
+    )
+    assert done.returncode == 0, done.stderr
+    arms = json.loads(done.stdout.splitlines()[-1])["arms"]
+    assert list(arms)[0] == "lora"
+    assert set(arms) == {name for name in names() if name != "full"}
 
 
 def test_both_forwards_of_bilora_are_the_same_training(

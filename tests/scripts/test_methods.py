@@ -43,16 +43,30 @@ def allowed(method: str, option: str) -> bool:
 PAIRS = [(method, option) for method in names() for option in OPTIONS if allowed(method, option)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "option"), PAIRS)
-def test_the_recipe_trains_and_resumes_exactly(
-    train: Train, tmp_path: Path, method: str, option: str
-) -> None:
-    shared = {
+def recipe(method: str, option: str) -> dict[str, Any]:
+    return {
         **{"config": RECIPE, "method": method, "validation_loss_steps": 0},
-        **{"max_train_steps": 3, "checkpointing_steps": 2, "learning_rate": RATE},
+        **{"checkpointing_steps": 2, "learning_rate": RATE},
         **OPTIONS[option],
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "option"), PAIRS)
+def test_the_recipe_trains(train: Train, tmp_path: Path, method: str, option: str) -> None:
+    folder = train(
+        tmp_path / "run", **recipe(method, option), max_train_steps=1, train_batch_size=1
+    )
+    assert all(value.isfinite().all() for value in weights(folder).values())
+    assert runlog.read_run(folder)["results"]["export"]
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [(m, o) for m, o in PAIRS if o == "default" or (m == "bilora" and "-" in o)],
+)
+def test_it_resumes_exactly(train: Train, tmp_path: Path, method: str, option: str) -> None:
+    shared = {**recipe(method, option), "max_train_steps": 3, "train_batch_size": 1}
     whole = train(tmp_path / "whole", **shared)
     parts = tmp_path / "parts"
     shutil.copytree(whole, parts)
@@ -64,8 +78,6 @@ def test_the_recipe_trains_and_resumes_exactly(
     for key in ("loss", "digest", "grad_norm"):
         assert column(whole, key) == column(parts, key)
     assert [row["step"] for row in runlog.read_metrics(parts)] == [1, 2, 3]
-    assert all(value.isfinite().all() for value in weights(whole).values())
-    assert runlog.read_run(whole)["results"]["export"]
 
 
 @pytest.mark.parametrize("method", names())
@@ -76,13 +88,13 @@ def test_micro_batches_do_not_change_the_result(train: Train, tmp_path: Path, me
             method=method,
             train_batch_size=size,
             gradient_accumulation_steps=8 // size,
-            max_train_steps=3,
+            max_train_steps=2,
             learning_rate=5e-5,  # Adam turns rounding into a share of the rate
         )
         for size in (8, 4, 1)
     ]
     # Of full fine-tuning's 17 million gradients some are so small that rounding turns their sign.
-    bound = 2 * 3 * 5e-5 if method == "full" else 1e-6
+    bound = 2 * 2 * 5e-5 if method == "full" else 1e-6
     assert difference(folders[0], folders[1]) < bound
     assert difference(folders[0], folders[2]) < bound
     assert column(folders[0], "digest") == column(folders[2], "digest")

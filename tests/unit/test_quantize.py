@@ -123,7 +123,7 @@ def test_what_is_left_alone() -> None:
     for model, names in ((t5, ("wo", "lm_head")), (unet, KEPT)):
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                assert is_quantized(module) == (path.rpartition(".")[2] not in names), path
+                assert is_quantized(module) == (not set(names) & set(path.split("."))), path
     model = nn.ModuleDict({"a": linear(), "b": linear(), "c": nn.MultiheadAttention(8, 2)})
     assert quantize_nf4(model, torch.float32, skip=("b.0",)) == 1
     assert [path for path, m in model.named_modules() if is_quantized(m)] == ["a.0"]
@@ -320,7 +320,7 @@ def test_the_layers_that_are_kept_are_worth_it() -> None:
         model = copy.deepcopy(unet)
         quantize_nf4(model, torch.float32, skip=skip)
         errors.append(float((predict(model) - exact).norm() / exact.norm()))
-    assert errors[1] < 0.8 * errors[0] < 0.03
+    assert errors[1] < 0.7 * errors[0] < 0.03
     weights = {n: m.weight.numel() for n, m in unet.named_modules() if type(m) is nn.Linear}
-    kept = sum(count for name, count in weights.items() if name.endswith(KEPT))
-    assert kept / sum(weights.values()) < 0.08
+    kept = sum(count for name, count in weights.items() if set(KEPT) & set(name.split(".")))
+    assert kept / sum(weights.values()) < 0.13
