@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0, or 2 after a sentence that says what to mend."""
 
     def train() -> None:
+        from bilora_diffusion.stepping import start_missing_processes
+
+        start_missing_processes()
         from bilora_diffusion.train import main as train_dreambooth
 
         train_dreambooth(argv)

@@ -26,7 +26,7 @@ from .export import save_diffusers, save_models, training_facts, verify
 from .loop import Trainer, fit
 from .methods import MethodOptions, create
 from .quantize import quantize_nf4
-from .stepping import Schedule, refuse_lone_process, total_steps
+from .stepping import Schedule, total_steps
 from .tasks.class_images import ensure_class_images
 from .tasks.dreambooth import DreamBooth
 from .tasks.pipeline import load_pipeline, quiet
@@ -97,7 +97,6 @@ def build_accelerator(cfg: DreamBoothConfig) -> Accelerator:
     Raises:
         UserError: the device can't compute in it.
     """
-    refuse_lone_process()
     unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
     project = ProjectConfiguration(
         project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))

@@ -53,7 +53,7 @@ def test_every_adapter_method_has_its_step_measured() -> None:
     )
     assert done.returncode == 0, done.stderr
     arms = json.loads(done.stdout.splitlines()[-1])["arms"]
-    assert list(arms)[0] == "lora"
+    assert next(iter(arms)) == "lora"
     assert set(arms) == {name for name in names() if name != "full"}
 
 
