@@ -16,7 +16,7 @@ def main(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     for name, option, kind in combos():
         if kind in MAIN_KINDS and allowed(name, option):
-            run = Run(name, option, kind).initialise().share()
+            run = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise().share()
             run.train()
             if torch.distributed.get_rank() == 0:
                 torch.save(run.tensors(), folder / f"{name}-{option}-{kind}.pt")
