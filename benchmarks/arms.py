@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.fused import unfuse
 from bilora_diffusion.methods import MethodOptions, Target
-from bilora_diffusion.model_card import TITLES
 from bilora_diffusion.optim import build_optimizer
 
 MAX_GRAD_NORM = 1.0
@@ -47,10 +46,10 @@ class ArmKind:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-METHODS = tuple(name for name in methods.names() if not methods.create(name).exports_weights)
+METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
 """What `--methods all` means: every method that trains adapters. `full` is run by name only."""
 KINDS = {
-    **{name: ArmKind(TITLES.get(name, name), name, fused=True) for name in methods.names()},
+    **{name: ArmKind(methods.get(name).title, name, fused=True) for name in methods.names()},
     "bilora-power": ArmKind(
         "Bi-LoRA, power iteration", "bilora", fused=True, options={"auxiliary_update": "power"}
     ),

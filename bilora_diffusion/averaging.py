@@ -14,6 +14,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from .perturb import restored
+
 
 class Average:
     """diffusers' `EMAModel` over a list of parameters.
@@ -36,16 +38,11 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the parameters hold their average; then what they held before."""
-        with torch.no_grad():
-            held = [parameter.detach().clone() for parameter in self.parameters]
-            for parameter, average in zip(self.parameters, self._ema.shadow_params, strict=True):
-                parameter.copy_(average)
-        try:
-            yield
-        finally:
+        with restored(self.parameters):
             with torch.no_grad():
-                for parameter, value in zip(self.parameters, held, strict=True):
-                    parameter.copy_(value)
+                for own, average in zip(self.parameters, self._ema.shadow_params, strict=True):
+                    own.copy_(average)
+            yield
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages, by "average/number"."""

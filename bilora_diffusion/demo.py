@@ -20,11 +20,16 @@ from PIL.Image import Image
 from . import runlog, train
 from .data.sources import open_images
 from .errors import TrainingError, UserError, run_cli
+from .methods import get
 from .sampling import generate
 from .tasks.pipeline import MINI, load_pipeline
 
 METHODS = ("lora", "bilora")
-TITLES = {"base": "base model", "lora": "LoRA", "bilora": "Bi-LoRA", "truth": "ground truth"}
+TITLES = {
+    "base": "base model",
+    **{name: get(name).title for name in METHODS},
+    "truth": "ground truth",
+}
 SUBJECTS = 6
 """The subjects of the paper's Table 4 stand first among the held-out icons."""
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mini.yaml"

@@ -9,36 +9,12 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
+from . import methods
 from .durable import write_text
 from .mini import pipeline_dir
 
 MINI = "mini"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-ADAPTER_FILE = "The file holds the primary adapter alone, so it is used like any LoRA file."
-TITLES = {
-    "full": "Full FT",
-    "lora": "LoRA",
-    "bilora": "Bi-LoRA",
-    "lora-sam": "LoRA-SAM",
-    "lora-obar": "LoRA-oBAR",
-    "lora-nbar": "LoRA-nBAR",
-    "flat-lora": "Flat-LoRA",
-}
-_METHODS = {
-    "full": "All weights were trained; the folder holds whole models instead of an adapter.",
-    "lora": "Trained as plain LoRA.",
-    "bilora": (
-        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one, kept "
-        f"within a ball of radius rho, maximizes it. {ADAPTER_FILE}"
-    ),
-    "lora-sam": (
-        "Trained with SAM on the adapter: each gradient is taken where the loss is highest within "
-        "rho of the adapter's factors."
-    ),
-    "lora-obar": "Trained as LoRA with factors balanced by their norms at each step (oBAR).",
-    "lora-nbar": "Trained as LoRA with factors balanced by their gradients at each step (nBAR).",
-    "flat-lora": "Trained as LoRA on base weights that random noise of strength rho disturbs.",
-}
 Value = str | int | float | bool | None
 
 
@@ -86,14 +62,15 @@ def write_card(
         (prompt, quote(path.resolve().relative_to(folder.resolve()).as_posix()))
         for prompt, path in zip(prompts, map(Path, images), strict=True)
     ]
-    title = TITLES.get(method, method)
+    trained = methods.get(method)
+    title = trained.title
     kind = ["full-fine-tuning"] if whole_models else ["lora", "template:sd-lora"]
     meta = _front_matter(base, data, [*kind, method], gallery, instance_prompt, license)
     body = [
         f"# {_name(base)} fine-tuned with {title}",
         f"{title} weights for {_code(_name(base))}"
         + (f", trained on {_code(_name(data))}." if data else "."),
-        _METHODS.get(method),
+        trained.summary,
         *_trigger(instance_prompt),
         "## Use",
         _snippet(base, instance_prompt, gallery, vae, _use(repo_id, weight_name, whole_models)),

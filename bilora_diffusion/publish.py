@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .adapters import CHANGE_BASE
 from .errors import UserError
-from .methods import MethodOptions, reads
+from .methods import MethodOptions, get
 from .model_card import write_card
 
 NOT_UPLOADED = ["checkpoints/*", "logs/*", ".*"]
@@ -23,7 +23,7 @@ def card(
     """Write the run folder's ``README.md`` from what the run knows."""
     count = cfg.num_validation_images
     prompts = [prompt for prompt in cfg.validation_prompts for _ in range(count)]
-    full = cfg.method == "full"
+    full = get(cfg.method).exports_weights
     adapter = {
         "rank": cfg.rank,
         "alpha": cfg.lora_alpha,
@@ -61,11 +61,11 @@ def card(
 def method_settings(cfg: Any) -> dict[str, Any]:
     """What was set of the method's own options: its radius, and what is not as usual."""
     usual, own = MethodOptions(), {}
-    for name in sorted(reads(cfg.method)):
+    for name in sorted(get(cfg.method).reads):
         value = getattr(cfg, name)
         if name == "rho" or value != getattr(usual, name):
             own[name.replace("_", " ")] = value
-    if cfg.method == "bilora":
+    if "auxiliary_rank" in get(cfg.method).reads:
         own["auxiliary rank"] = cfg.auxiliary_rank or cfg.rank
     return own
 

@@ -25,6 +25,7 @@ import torch
 from . import checkpoint, provenance
 from .durable import dump_json, strict_json, sync, write_text
 from .errors import UserError
+from .methods import get
 from .model_card import write_card
 
 __all__ = ["RunLog", "guard", "read_metrics", "read_run", "write_card"]
@@ -254,7 +255,7 @@ def refuse_foreign_models(folder: Path) -> None:
 
 
 def _trained_whole(folder: Path) -> bool:
-    return (folder / RUN).exists() and read_run(folder).get("method") == "full"
+    return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
 
 
 def _holds_run(folder: Path) -> bool:

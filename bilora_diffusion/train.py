@@ -24,7 +24,7 @@ from .data.sources import ImageSet, open_images
 from .errors import TrainingError, UserError
 from .export import save_diffusers, save_models, training_facts, verify
 from .loop import Trainer, fit
-from .methods import MethodOptions, create
+from .methods import MethodOptions, create, get
 from .quantize import quantize_nf4
 from .stepping import Schedule, total_steps
 from .tasks.class_images import ensure_class_images
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(argv)
     folder = Path(cfg.output_dir)
     runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
-    if cfg.method == "full":
+    if get(cfg.method).exports_weights:
         runlog.refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
@@ -154,7 +154,7 @@ def weights_dtypes(cfg: DreamBoothConfig, precision: str) -> dict[str, torch.dty
     would lose small updates.
     """
     dtypes = {"default": DTYPES[precision]}
-    if cfg.method == "full":
+    if get(cfg.method).exports_weights:
         dtypes["unet"] = torch.float32
         if cfg.train_text_encoder:
             dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2"), torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -102,17 +103,27 @@ def base_weight(layer: LoraLayer) -> nn.Parameter:
     return cast(Any, layer).get_base_layer().weight
 
 
-def output_rows(layer: LoraLayer, weight: Tensor | None = None) -> Tensor:
-    """The frozen weight, or a tensor like it, as (m outputs, n inputs), a view; a convolution's n
-    as in `Factors`.
+def rows(layer: LoraLayer, values: Tensor) -> Tensor:
+    """Values in the weight's shape as (m outputs, n inputs), n in the order of `A.flatten(1)`."""
+    return values.T if getattr(layer, "fan_in_fan_out", False) else values.flatten(1)
+
+
+def from_rows(layer: LoraLayer, values: Tensor) -> Tensor:
+    """The reverse of `rows`: (m outputs, n inputs) in the shape of the weight."""
+    turned = values.T if getattr(layer, "fan_in_fan_out", False) else values
+    return turned.reshape(base_weight(layer).shape)
+
+
+def base_rows(layer: LoraLayer) -> Tensor:
+    """The base weight as `rows`, in fp32 or wider; a copy where need be.
 
     Raises:
         UserError: the weight is quantized.
     """
-    weight = base_weight(layer).detach() if weight is None else weight
+    weight = base_weight(layer).detach()
     if not weight.is_floating_point():
         raise UserError("The base weights are quantized and have no rows; load them unquantized.")
-    return weight.T if getattr(layer, "fan_in_fan_out", False) else _as_matrix(weight)
+    return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 def _as_matrix(weight: Any) -> Tensor:

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, base_weight, layers, names
+from .access import INITIAL, PRIMARY, base_weight, from_rows, layers, names
 from .injection import inject
 from .targets import AdapterSpec
 
@@ -45,17 +45,6 @@ def refuse_foreign_initial(model: nn.Module) -> None:
             f'The model already has an adapter "{INITIAL}", a name that is needed for the first '
             "values of the primary; give the model without it."
         )
-
-
-def rows(layer: LoraLayer, values: Tensor) -> Tensor:
-    """Values in the weight's shape as (m outputs, n inputs), n in the order of `A.flatten(1)`."""
-    return values.T if getattr(layer, "fan_in_fan_out", False) else values.flatten(1)
-
-
-def base_rows(layer: LoraLayer) -> Tensor:
-    """The base weight as `rows`, in fp32 or wider; a copy where need be."""
-    weight = base_weight(layer).detach()
-    return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 @torch.no_grad()
@@ -100,6 +89,4 @@ def subtract_initial(model: nn.Module) -> None:
         A, B = (cast(Tensor, side[INITIAL].weight) for side in (layer.lora_A, layer.lora_B))
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         change = B.flatten(1).to(wide) @ A.flatten(1).to(wide) * layer.scaling[INITIAL]
-        if getattr(layer, "fan_in_fan_out", False):
-            change = change.T
-        weight.copy_(weight.to(wide) - change.reshape(weight.shape))
+        weight.copy_(weight.to(wide) - from_rows(layer, change))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -59,5 +58,5 @@ def _compare(name: str, folder: Path, model: nn.Module) -> dict[str, Any]:
         largest = max(largest, float((parameters[key] - stored[key]).abs().max()))
     if largest > 0:
         raise TrainingError(f"{name} differs from its file by {largest}.")
-    weights = sum(p.numel() for p in torch.nn.ParameterList(model.parameters()))
+    weights = sum(p.numel() for p in model.parameters())
     return {"weights": weights, "readback_difference": largest}

@@ -32,7 +32,7 @@ def orthonormalize_rows_(factors: Sequence[Factors]) -> None:
     Args:
         factors: A (r, n), B (m, r) with r <= n.
     """
-    for group in _same_shape(range(len(factors)), factors):
+    for group in _same_shape(factors):
         basis, _ = _qr(torch.stack([factors[i].A for i in group]).mT)
         for i, rows in zip(group, basis.mT, strict=True):
             factors[i].A.copy_(rows)
@@ -51,7 +51,7 @@ def power_step_(
         half: even, B becomes G A^T; odd, A becomes B^T G.
         sign: 1 climbs, -1 descends.
     """
-    for group in _same_shape(range(len(factors)), factors):
+    for group in _same_shape(factors):
         scale = factors[group[0]].scale
         A, B = (torch.stack([getattr(factors[i], name) for i in group]) for name in "AB")
         wide = torch.promote_types(A.dtype, torch.float32)
@@ -97,10 +97,9 @@ def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(wide)
 
 
-def _same_shape(indices: Sequence[int], factors: Sequence[Factors]) -> Iterator[list[int]]:
+def _same_shape(factors: Sequence[Factors]) -> Iterator[list[int]]:
     groups: dict[tuple[object, ...], list[int]] = {}
-    for i in indices:
-        f = factors[i]
+    for i, f in enumerate(factors):
         key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale)
         groups.setdefault(key, []).append(i)
     yield from groups.values()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .. import adapters
 from ..adapters import PRIMARY
 from ..errors import UserError
-from .base import Method, MethodOptions, register
+from .base import Counting, MethodOptions, register
 from .hooks import unwrapped
 from .options import falling
 
 
-class _BAR(Method):
+class _BAR(Counting, ABC):
     """Before each optimizer step one factor of a layer shrinks by 1 - alpha_t lr_t, the other grows
     by 1 + alpha_t lr_t; which one is the subclass's choice. Steps that a gradient scaler skips
     change nothing.
@@ -30,7 +30,6 @@ class _BAR(Method):
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
-        self._taken = 0
         self._pairs: list[tuple[nn.Parameter, nn.Parameter, dict[str, Any]]] = []
         self._hook: RemovableHandle | None = None
 
@@ -49,27 +48,23 @@ class _BAR(Method):
             self._hook.remove()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._pairs = []
-        for target in self.targets:
-            named = adapters.named_parameters(target.model, PRIMARY)
-            for name, A in named.items():
-                if not name.endswith(".lora_A.weight"):
-                    continue
-                if id(A) not in groups:
-                    raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
-                B = named[name.replace(".lora_A.", ".lora_B.")]
-                self._pairs.append((A, B, groups[id(A)]))
+        for name, layer in self.layers():
+            A, B = (cast(nn.Parameter, h[PRIMARY].weight) for h in (layer.lora_A, layer.lora_B))
+            if id(A) not in groups:
+                raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
+            self._pairs.append((A, B, groups[id(A)]))
         self._hook = optimizer.register_step_pre_hook(self._balance)
 
+    @abstractmethod
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         """For each layer whether A is the factor that shrinks, (layers,) bool."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def _balance(self, *_: Any) -> None:
-        self._taken += 1
+        self.taken += 1
         strength = self.options.bar_alpha
         if self.depends_on_length:
-            progress = self.options.progress(self._taken)
+            progress = self.options.progress(self.taken)
             strength *= falling(self.options.bar_schedule, progress)
         A = [a for a, _, _ in self._pairs]
         B = [b for _, b, _ in self._pairs]
@@ -79,19 +74,15 @@ class _BAR(Method):
             a.mul_(1 + change)
             b.mul_(1 - change)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self._taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._taken = state["taken"]
-
 
 @register("lora-obar")
 class LoRAoBAR(_BAR):
     """The factor of the larger norm shrinks (Algorithm 2 of Li et al. 2024a,
     https://arxiv.org/abs/2410.14802, for problems of one sample or of overparameterized kind).
     """
+
+    title = "LoRA-oBAR"
+    summary = "Trained as LoRA with factors balanced by their norms at each step (oBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         return _norms(A) >= _norms(B)
@@ -100,6 +91,9 @@ class LoRAoBAR(_BAR):
 @register("lora-nbar")
 class LoRAnBAR(_BAR):
     """The factor of the smaller gradient shrinks (Algorithm 3 of Li et al. 2024a)."""
+
+    title = "LoRA-nBAR"
+    summary = "Trained as LoRA with factors balanced by their gradients at each step (nBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         return _norms([_gradient(p) for p in A]) < _norms([_gradient(p) for p in B])

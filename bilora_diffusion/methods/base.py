@@ -46,6 +46,8 @@ class Method:
 
     Attributes:
         name: the name it is registered under.
+        title: its name in tables and model cards.
+        summary: a sentence or two about it, for model cards.
         adapters: the adapters it trains, in the order in which they act; what a checkpoint holds.
         reads: the fields of `MethodOptions` that make a difference to it.
         default_rho: its radius where `MethodOptions.rho` is None.
@@ -55,6 +57,8 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
     reads: ClassVar[frozenset[str]] = frozenset()
     default_rho: ClassVar[float] = 0.05
@@ -74,6 +78,14 @@ class Method:
     def depends_on_length(self) -> bool:
         """Whether a step depends on how many there will be (`MethodOptions.num_steps`)."""
         return False
+
+    def layers(self, adapter: str = PRIMARY) -> list[tuple[str, adapters.LoraLayer]]:
+        """("target.module path", layer) of each layer of all targets that has the adapter."""
+        return [
+            (f"{target.name}.{path}", layer)
+            for target in self.targets
+            for path, layer in adapters.layers(target.model, adapter)
+        ]
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """Inject the adapters into every target, activate them, and speed up their forward.
@@ -182,6 +194,21 @@ class Method:
             )
 
 
+class Counting(Method):
+    """A method whose steps depend on how many were taken; a resume goes on counting."""
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self.taken = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.taken = state["taken"]
+
+
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
@@ -199,6 +226,7 @@ def register(name: str) -> Callable[[M], M]:
                 f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
             )
         cls.name = name
+        cls.title = cls.__dict__.get("title") or name
         _METHODS[name] = cls
         return cls
 
@@ -211,10 +239,19 @@ def create(name: str, options: MethodOptions | None = None) -> Method:
     Raises:
         UserError: no such method.
     """
+    return get(name)(options)
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        UserError: no such method.
+    """
     if name not in _METHODS:
         hint = did_you_mean(name, _METHODS)
         raise UserError(f'method is "{name}"{hint}; use one of {", ".join(names())}.')
-    return _METHODS[name](options)
+    return _METHODS[name]
 
 
 def names() -> tuple[str, ...]:

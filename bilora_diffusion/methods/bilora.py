@@ -17,13 +17,13 @@ from .. import adapters, ball
 from ..adapters import AUXILIARY, PRIMARY
 from ..errors import UserError
 from . import ascent
-from .base import Method, MethodOptions, Target, register
+from .base import Counting, MethodOptions, Target, register
 from .hooks import unwrapped
 from .options import rising
 
 
 @register("bilora")
-class BiLoRA(Method):
+class BiLoRA(Counting):
     """min over B1, A1, max over ||B2 A2||_F <= rho of L(W0 + B1 A1 + B2 A2)  (Eqs. 7 and 8).
 
     The total norm runs over the layers of all targets. The auxiliary's group of the optimizer has
@@ -32,6 +32,13 @@ class BiLoRA(Method):
     the auxiliary. What `MethodOptions` can change of this are ablations; their defaults are the
     paper's.
     """
+
+    title = "Bi-LoRA"
+    summary = (
+        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one, kept "
+        "within a ball of radius rho, maximizes it. The file holds the primary adapter alone, so "
+        "it is used like any LoRA file."
+    )
 
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(
@@ -56,7 +63,6 @@ class BiLoRA(Method):
         self._optimizer: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
         self._last: ball.Projection | None = None
-        self._taken = 0
 
     @property
     def depends_on_length(self) -> bool:
@@ -75,11 +81,7 @@ class BiLoRA(Method):
                 use_dora=False,
             )
             adapters.inject(target.model, auxiliary, AUXILIARY)
-        self._layers = [
-            (f"{target.name}.{path}", layer)
-            for target in self.targets
-            for path, layer in adapters.layers(target.model, AUXILIARY)
-        ]
+        self._layers = self.layers(AUXILIARY)
         if self._power:
             for name, A, B, _ in self._factors():
                 if A.shape[0] > min(A.shape[1], B.shape[0]):
@@ -164,13 +166,6 @@ class BiLoRA(Method):
         """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
         return float(ball.frobenius_norm(self._factors(), scaled=self._scaled))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self._taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._taken = state["taken"]
-
     def metrics(self) -> dict[str, float]:
         """The auxiliary's norm before and after the last projection."""
         if self._last is None:
@@ -199,18 +194,18 @@ class BiLoRA(Method):
         """rho of the step that is being taken."""
         if not self.depends_on_length:
             return self.rho
-        progress = self.options.progress(max(1, self._taken))
+        progress = self.options.progress(max(1, self.taken))
         return self.rho * rising(self.options.rho_schedule, progress)
 
     def _after_step(self, *_: Any) -> None:
-        self._taken += 1
+        self.taken += 1
         self._last = self.project()
 
     def _power_step(self, *_: Any) -> None:
         gradients = adapters.gradients_of(self._layers, AUXILIARY)
         if gradients is not None:
             sign = 1.0 if self._climbs else -1.0
-            ascent.power_step_(self._factors(), gradients, half=self._taken, sign=sign)
+            ascent.power_step_(self._factors(), gradients, half=self.taken, sign=sign)
         for parameter in self._parameters(self._layers):
             parameter.grad = None  # the optimizer passes over what has no gradient, and keeps none
 

@@ -26,6 +26,9 @@ class FullFineTuning(Method):
     refuses where the device has less.
     """
 
+    title = "Full FT"
+    summary = "All weights were trained; the folder holds whole models instead of an adapter."
+
     adapters: ClassVar[tuple[str, ...]] = ()
     exports_weights: ClassVar[bool] = True
     limit: ClassVar[Mapping[str, Any] | None] = None

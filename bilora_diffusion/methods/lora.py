@@ -8,3 +8,6 @@ from .base import Method, register
 @register("lora")
 class LoRA(Method):
     """What `Method` does by default."""
+
+    title = "LoRA"
+    summary = "Trained as plain LoRA."

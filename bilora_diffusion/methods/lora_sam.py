@@ -24,6 +24,12 @@ class LoRASAM(Method):
     3.2 of the paper, which uses rho = 0.01 (GLUE, language models) and 0.05 (SuperGLUE).
     """
 
+    title = "LoRA-SAM"
+    summary = (
+        "Trained with SAM on the adapter: each gradient is taken where the loss is highest within "
+        "rho of the adapter's factors."
+    )
+
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
 

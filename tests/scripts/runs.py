@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from bilora_diffusion import runlog
+
 
 def flags(folder: Path, **values: Any) -> list[str]:
     """A short run on the miniature without held-out loss and images; True is a bare flag."""
@@ -32,6 +34,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The exported weights of a run: of the adapter, or of the whole UNet."""
     whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
     return load_file(whole if whole.exists() else folder / "pytorch_lora_weights.safetensors")
+
+
+def column(folder: Path, key: str) -> list[Any]:
+    """One value of the run's metrics, at each step that has it."""
+    return [row[key] for row in runlog.read_metrics(folder) if key in row]
 
 
 def difference(a: Path, b: Path) -> float:

@@ -15,7 +15,7 @@ from bilora_diffusion import combinations, runlog
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.mini import pipeline_dir
-from tests.scripts.runs import difference, weights
+from tests.scripts.runs import column, difference, weights
 
 Train = Callable[..., Path]
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "mini.yaml"
@@ -30,10 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ema": {"use_ema": True, "ema_decay": 0.9},
     "pissa-dora-ema": {"init_lora_weights": "pissa", "use_dora": True, "use_ema": True},
 }
-
-
-def column(folder: Path, key: str) -> list[Any]:
-    return [row[key] for row in runlog.read_metrics(folder) if key in row]
 
 
 def allowed(method: str, option: str) -> bool:

@@ -12,13 +12,9 @@ from PIL import Image
 
 from bilora_diffusion import runlog
 from bilora_diffusion.errors import TrainingError, UserError
-from tests.scripts.runs import difference, weights
+from tests.scripts.runs import column, difference, weights
 
 Train = Callable[..., Path]
-
-
-def column(folder: Path, key: str) -> list[Any]:
-    return [row[key] for row in runlog.read_metrics(folder) if key in row]
 
 
 def test_resume_with_another_schedule_is_refused(train: Train, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import Method, MethodOptions, Target, create
 from tests.references import baselines as reference
 from tests.references.bilora import SGD, AdamW
+from tests.unit.test_bilora import batch, two_layers
 
 STEPS = 20
 OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
@@ -29,8 +30,7 @@ class Run:
     def __init__(
         self, name: str, options: MethodOptions, kind: str, lr: float, decay: float = 0.0
     ) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+        self.model: Any = two_layers()
         self.method: Method = create(name, options)
         torch.manual_seed(1)
         groups = self.method.setup([Target("model", self.model, SPEC, lr, decay)])
@@ -54,12 +54,6 @@ class Run:
 
     def primary(self) -> dict[str, Tensor]:
         return adapters.state_dict(self.model, PRIMARY)
-
-
-def batch(k: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 + k)
-    x = torch.randn(7, 6, dtype=torch.float64, generator=generator)
-    return x, torch.randn(7, 5, dtype=torch.float64, generator=generator)
 
 
 def naive(run: Run) -> list[reference.Layer]:
@@ -160,8 +154,8 @@ def test_full(kind: str, lr: float, decay: float) -> None:
     empty = torch.zeros(0)
     layers = [
         reference.Layer(
-            cast(Any, run.model[i]).weight.detach().clone(),
-            cast(Any, run.model[i]).bias.detach().clone(),
+            run.model[i].weight.detach().clone(),
+            run.model[i].bias.detach().clone(),
             empty,
             empty,
             1.0,
@@ -171,7 +165,7 @@ def test_full(kind: str, lr: float, decay: float) -> None:
     expected = [reference.full(layers, rule, *batch(k)) for k in range(STEPS)]
     torch.testing.assert_close(run.train(), expected, rtol=1e-10, atol=1e-10)
     for layer, i in zip(layers, (0, 2), strict=True):
-        module = cast(Any, run.model[i])
+        module = run.model[i]
         torch.testing.assert_close(module.weight.detach(), layer.W0, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(module.bias.detach(), layer.b, rtol=1e-10, atol=1e-10)
 

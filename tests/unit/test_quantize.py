@@ -268,7 +268,7 @@ def test_what_can_not_be_done_is_refused() -> None:
         adapters.merge_primary(model)
     assert adapters.names(model) == BOTH
     with pytest.raises(UserError, match="quantized and have no rows"):
-        adapters.output_rows(adapters.layers(model, PRIMARY)[0][1])
+        adapters.base_rows(adapters.layers(model, PRIMARY)[0][1])
     with pytest.raises(UserError, match="has the adapters default"):
         quantize_nf4(model, torch.float32)
     with pytest.raises(UserError, match="no linear layer"):
