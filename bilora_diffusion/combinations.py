@@ -105,6 +105,12 @@ REFUSED: tuple[Refusal, ...] = (
         method="full",
         output_kohya_format=True,
     ),
+    _entry(
+        "there are no factors whose course could be recorded",
+        "drop `--log_dynamics` or use another method",
+        method="full",
+        log_dynamics=True,
+    ),
     # precision and loss
     _entry(
         "the gradients of its two passes would have to be unscaled twice by one loss scaler",

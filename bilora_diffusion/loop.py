@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from . import adapters, checkpoint
 from .averaging import Average
 from .data.seeds import digest_texts, seed_of
+from .dynamics import Dynamics
 from .errors import TrainingError
 from .inits.gradients import initialise
 from .methods import Method
@@ -51,13 +52,14 @@ class Trainer:
         # The adapters' first values depend on the seed alone, whatever was drawn before.
         torch.manual_seed(seed_of(cfg.seed, "adapters"))
         raw = build_optimizer(cfg, method.setup(task.targets()))
+        self.step = 0
+        self.dynamics = Dynamics.of(self, raw)  # its hook sees the gradients before the method's
         method.bind(raw)
         self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
         task.module.train()  # loaded models come in evaluation mode, in which some never checkpoint
         self.module, self.optimizer = accelerator.prepare(task.module, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
         self.average = self._new_average()
-        self.step = 0
 
     def _new_average(self) -> Average | None:
         cfg = self.cfg
@@ -98,6 +100,7 @@ class Trainer:
             **self.method.metrics(),
             "skipped": self.clipped.skipped,
             "digest": self._digest(batches),
+            **({} if self.dynamics is None else self.dynamics.values()),
             "seconds": time.perf_counter() - started,
         }
 
@@ -225,6 +228,7 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
     """
     if trainer.step == 0:
         trainer.initialise()
+        _snapshot(trainer, folder)
         _heldout(trainer, log)
     bar = tqdm(
         total=trainer.num_steps, initial=trainer.step, desc=trainer.method.name, disable=log is None
@@ -244,6 +248,7 @@ def _after_step(trainer: Trainer, values: dict[str, Any], folder: Path, log: Run
     trainer.accelerator.log(numbers, step=trainer.step)
     if log is not None:
         log.metric(trainer.step, **values)
+    _snapshot(trainer, folder)
     done = trainer.step == trainer.num_steps
     if done or _due(trainer.step, cfg.validation_loss_steps):
         _heldout(trainer, log)
@@ -253,6 +258,11 @@ def _after_step(trainer: Trainer, values: dict[str, Any], folder: Path, log: Run
         if log is not None:
             log.sync()
         trainer.save(folder)
+
+
+def _snapshot(trainer: Trainer, folder: Path) -> None:
+    if trainer.dynamics is not None:
+        trainer.dynamics.write(folder)
 
 
 def _due(step: int, every: int | None) -> bool:

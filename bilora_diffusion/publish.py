@@ -14,7 +14,7 @@ from .errors import UserError
 from .methods import MethodOptions, get
 from .model_card import write_card
 
-NOT_UPLOADED = ["checkpoints/*", "logs/*", ".*"]
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "logs/*", ".*"]
 
 
 def card(

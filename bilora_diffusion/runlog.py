@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from . import checkpoint, provenance
+from . import checkpoint, provenance, snapshots
 from .durable import dump_json, strict_json, sync, write_text
 from .errors import UserError
 from .methods import get
@@ -42,7 +42,8 @@ RESULTS = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
-BESIDES = ("validation", "logs", "README.md")  # what else a run leaves, and a fresh start deletes
+# What else a run leaves, and a fresh start deletes.
+BESIDES = ("validation", "logs", "README.md", snapshots.FOLDER)
 WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2")  # what full fine-tuning leaves
 HEARTBEAT_SECONDS = 15.0
 
@@ -70,8 +71,8 @@ class RunLog:
         """Open the record.
 
         A fresh start (``resume_step`` None) deletes what an earlier run left here, which
-        :func:`guard` must have allowed. Otherwise lines of steps after ``resume_step`` go, and the
-        time spent before counts on.
+        :func:`guard` must have allowed. Otherwise lines and snapshots of steps after
+        ``resume_step`` go, and the time spent before counts on.
 
         Args:
             config: JSON-able; secrets in it are not written.
@@ -190,6 +191,7 @@ class RunLog:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_text(self.folder / METRICS, text)
         sync(self.folder)
+        snapshots.truncate(self.folder, step)
 
 
 def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:

@@ -29,6 +29,7 @@ AT_LEAST_ONE = (
     "checkpointing_steps",
     "checkpoints_total_limit",
     "lr_num_cycles",
+    "dynamics_steps",
 )
 AT_LEAST_ZERO = (
     "seed",
@@ -80,6 +81,7 @@ NEEDS = {
     "adam_weight_decay_text_encoder": ENCODERS,
     "hub_token": PUSH,
     "hub_model_id": PUSH,
+    "dynamics_steps": ("log_dynamics", True, "add --log_dynamics or drop it"),
     "ema_decay": ("use_ema", True, "add --use_ema or drop it"),
     "lora_ga_samples": (
         "init_lora_weights",

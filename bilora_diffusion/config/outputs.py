@@ -51,6 +51,14 @@ class OutputOptions:
         None,
         "Continue a run: latest, auto (latest if there is one), or a checkpoint's name or folder.",
     )
+    log_dynamics: bool = option(
+        False,
+        "Record how the adapters move, for python -m eval.dynamics (Figs. 2, A2, A4): the factors"
+        " themselves, lora-sam's terms of Eq. 5, bilora's subspaces and ascent gain.",
+    )
+    dynamics_steps: int | None = option(
+        None, "Record them every so many steps. Default: about 40 times in all."
+    )
     logging_dir: str = option("logs", "Folder of the trackers' logs, within the run folder.")
     report_to: str = option(
         "tensorboard",

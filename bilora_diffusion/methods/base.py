@@ -41,6 +41,14 @@ class StepOptimizer(Protocol):
     def zero_grad(self) -> Any: ...
 
 
+class Observer(Protocol):
+    """What records a step's inner life (`bilora_diffusion.dynamics`)."""
+
+    def perturbed(self) -> None:
+        """The primaries hold A + e_A and B + e_B, and their `.grad` holds e."""
+        ...
+
+
 class Method:
     """A way to fine-tune adapters; plain LoRA, where a method does not override it.
 
@@ -54,6 +62,7 @@ class Method:
         exports_weights: whether it leaves whole models behind, not adapters.
         limit: options under which it trains as plain LoRA does, None if there are none.
         targets: the models given to `setup`.
+        observer: is told of what happens within a step, where somebody wants to know.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +77,7 @@ class Method:
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
         self.targets: tuple[Target, ...] = ()
+        self.observer: Observer | None = None
 
     @property
     def rho(self) -> float:

@@ -42,6 +42,8 @@ class LoRASAM(Method):
         weights = self.clip_parameters()
         with perturb.restored(weights):
             perturb.climb_(weights, self.rho)
+            if self.observer is not None:
+                self.observer.perturbed()
             optimizer.zero_grad()
             perturbed = forward_backward()
         optimizer.step()

@@ -1,0 +1,186 @@
+"""One run's dynamics as curves: what was recorded, and cosines to the final weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bilora_diffusion import runlog, snapshots
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
+from bilora_diffusion.dynamics import FIRST_ORDER, TERMS, inner_products, totals
+from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.snapshots import Snapshot
+
+ALL = "all"
+QUANTITIES = ("A", "B", "factors", "product")
+"""What a cosine is taken of: A, B, both, or B A; of the chosen layers as one vector."""
+NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
+CROSS = "auxiliary_to_primary"
+LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
+
+
+@dataclass(frozen=True)
+class Course:
+    """Curves of one run over some layers.
+
+    Args:
+        values: name -> step -> value, None where it is not defined. Cosines are called
+            "primary/A", "auxiliary/product", "auxiliary_to_primary/product" and so on.
+        layer_ratios: step -> ratio of Figure 2b of each layer, None where it is not defined; of
+            LoRA-SAM.
+        chance: mean of max(r1, r2) / d over the layers, for column and for row spaces: the overlap
+            of random subspaces; {} without an auxiliary.
+    """
+
+    values: dict[str, dict[int, float | None]]
+    layer_ratios: dict[int, list[float | None]]
+    chance: dict[str, float]
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps."""
+        return sorted({step for curve in self.values.values() for step in curve})
+
+
+def layer_names(folder: Path) -> list[str]:
+    """The layers of a recorded run.
+
+    Raises:
+        UserError: it was not recorded, or a snapshot is damaged.
+    """
+    return snapshots.read(_files(folder)[-1]).names
+
+
+def _files(folder: Path) -> list[Path]:
+    files = list(snapshots.steps(folder).values())
+    if len(files) < 2:
+        found = "one snapshot only" if files else "no dynamics"
+        raise UserError(f"{folder} has {found}: train to the end with --log_dynamics.")
+    return files
+
+
+def choose(names: Sequence[str], layer: str) -> list[int]:
+    """The positions of the layers that ``--layer`` means.
+
+    Raises:
+        UserError: no such layer.
+    """
+    if layer == ALL:
+        return list(range(len(names)))
+    if layer not in names:
+        hint = did_you_mean(layer, names)
+        raise UserError(
+            f'--layer is "{layer}"{hint}: use all, or one of {len(names)} layers such as'
+            f" {names[0]} and {names[-1]}."
+        )
+    return [names.index(layer)]
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """About ``count`` of the layers, evenly spaced, the first and the last among them."""
+    if len(names) <= count:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
+
+
+def read(folder: Path, wanted: Sequence[str]) -> dict[str, Course]:
+    """The courses of a run, one for each choice of layers.
+
+    Args:
+        folder: run folder.
+        wanted: "all" or names of layers.
+
+    Raises:
+        UserError: it was not recorded, a layer is unknown, or a snapshot is damaged.
+    """
+    files = _files(folder)
+    final = snapshots.read(files[-1])
+    places = {layer: choose(final.names, layer) for layer in wanted}
+    curves: dict[str, dict[str, dict[int, float | None]]] = {layer: {} for layer in wanted}
+    ratios: dict[str, dict[int, list[float | None]]] = {layer: {} for layer in wanted}
+    for file in files:
+        snapshot = final if file == files[-1] else snapshots.read(file)
+        if snapshot.names != final.names:
+            raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
+        for layer, where in places.items():
+            own = totals({name: values[where] for name, values in snapshot.layers.items()})
+            own |= _cosines(snapshot, final, where)
+            for name, value in own.items():
+                curves[layer].setdefault(name, {})[snapshot.step] = value
+            if FIRST_ORDER in snapshot.layers:
+                ratios[layer][snapshot.step] = _ratios(snapshot, where)
+    for row in runlog.read_metrics(folder):
+        for name in LOGGED:
+            if name in row:
+                for own in curves.values():
+                    own.setdefault(name, {})[row["step"]] = row[name]
+    return {
+        layer: Course(curves[layer], ratios[layer], _chance(final, where))
+        for layer, where in places.items()
+    }
+
+
+def _ratios(snapshot: Snapshot, where: Sequence[int]) -> list[float | None]:
+    quotients = (snapshot.layers[FIRST_ORDER] / snapshot.layers[TERMS[-1]])[where]
+    return [value if math.isfinite(value) else None for value in quotients.tolist()]
+
+
+def _cosines(now: Snapshot, final: Snapshot, where: Sequence[int]) -> dict[str, float | None]:
+    """Of each adapter with its own final weights, and of the auxiliary with the primary's."""
+    pairs = {NAMES[a]: (now.factors[a], final.factors[a]) for a in now.factors}
+    if AUXILIARY in now.factors:
+        pairs[CROSS] = (now.factors[AUXILIARY], final.factors[PRIMARY])
+    return {
+        f"{name}/{quantity}": value
+        for name, (one, other) in pairs.items()
+        for quantity, value in cosines([one[i] for i in where], [other[i] for i in where]).items()
+    }
+
+
+def cosines(one: Sequence[Factors], other: Sequence[Factors]) -> dict[str, float | None]:
+    """Cosine of two adapters by each of ``QUANTITIES``, all layers as one vector.
+
+    None where one of them is zero; for A, B and factors also where the ranks differ.
+    """
+    found: dict[str, float | None] = dict.fromkeys(QUANTITIES)
+    if all(f.A.shape == g.A.shape for f, g in zip(one, other, strict=True)):
+        dots = {side: _dots(one, other, side) for side in "AB"}
+        for side, (inner, left, right) in dots.items():
+            found[side] = _cosine(inner, left, right)
+        found["factors"] = _cosine(*(a + b for a, b in zip(dots["A"], dots["B"], strict=True)))
+    found["product"] = _cosine(
+        *(float(inner_products(*pair).sum()) for pair in ((one, other), (one, one), (other, other)))
+    )
+    return found
+
+
+def _dots(one: Sequence[Factors], other: Sequence[Factors], side: str) -> list[float]:
+    left, right = (
+        torch.cat([_side(f, side).double().flatten() for f in own]) for own in (one, other)
+    )
+    return [float(left @ right), float(left @ left), float(right @ right)]
+
+
+def _side(factors: Factors, side: str) -> Tensor:
+    return factors.A if side == "A" else factors.B
+
+
+def _cosine(inner: float, left: float, right: float) -> float | None:
+    length = math.sqrt(max(left, 0.0) * max(right, 0.0))
+    return inner / length if length > 0 else None
+
+
+def _chance(final: Snapshot, where: Sequence[int]) -> dict[str, float]:
+    if AUXILIARY not in final.factors:
+        return {}
+    pairs = [(final.factors[PRIMARY][i], final.factors[AUXILIARY][i]) for i in where]
+    sides: Mapping[str, list[float]] = {
+        "columns": [min(1.0, max(f.B.shape[1], g.B.shape[1]) / f.B.shape[0]) for f, g in pairs],
+        "rows": [min(1.0, max(f.A.shape[0], g.A.shape[0]) / f.A.shape[1]) for f, g in pairs],
+    }
+    return {side: sum(values) / len(values) for side, values in sides.items()}

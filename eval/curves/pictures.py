@@ -1,0 +1,72 @@
+"""Lines with bands, and the file they go to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .bands import Curve
+
+DPI = 120
+PANEL = (4.0, 3.2)
+"""Inches of one panel."""
+
+
+@contextmanager
+def canvas(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Any]:
+    """A grid of axes, (rows, columns) also for one row; the picture is written at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (PANEL[0] * columns, PANEL[1] * rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **options
+    )
+    try:
+        yield axes
+        figure.savefig(path, dpi=DPI)
+    finally:
+        plt.close(figure)
+
+
+def line(axis: Any, curve: Curve, color: Any, label: str | None = None, **style: Any) -> None:
+    """A curve with a band of one standard error; undefined points are gaps."""
+    means = [math.nan if value is None else value for value in curve.mean]
+    errors = [math.nan if value is None else value for value in curve.error]
+    axis.plot(curve.steps, means, color=color, label=label, **{"lw": 1.4, **style})
+    if any(error > 0 for error in errors):
+        axis.fill_between(
+            curve.steps,
+            [m - e for m, e in zip(means, errors, strict=True)],
+            [m + e for m, e in zip(means, errors, strict=True)],
+            color=color,
+            alpha=0.15,
+            lw=0,
+        )
+
+
+def finish(axis: Any, title: str, ylabel: str = "", legend: bool = True) -> None:
+    """Title, grid and labels of a panel over steps."""
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("optimizer step", fontsize=8)
+    axis.set_ylabel(ylabel, fontsize=8)
+    axis.tick_params(which="both", labelsize=7)
+    axis.yaxis.get_offset_text().set_fontsize(7)
+    axis.grid(alpha=0.3)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, frameon=False)
+
+
+def wrapped(text: str, most: int = 44) -> str:
+    """A long dotted name on two lines."""
+    if len(text) <= most:
+        return text
+    dots = [i for i, letter in enumerate(text) if letter in ". "]
+    middle = min(dots, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
+    return f"{text[: middle + 1].rstrip()}\n{text[middle + 1 :]}"

@@ -1,0 +1,204 @@
+"""Recorded runs on the miniature, killed and shared; and the two command lines that read them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bilora_diffusion import runlog, snapshots
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from eval import dynamics, generalization
+from tests.scripts.runs import column, difference, flags
+from tests.unit import recorded_runs
+
+Train = Callable[..., Path]
+SHORT: dict[str, Any] = {
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "log_dynamics": True,
+    "dynamics_steps": 1,
+}
+
+
+def files(folder: Path) -> dict[int, bytes]:
+    return {step: path.read_bytes() for step, path in snapshots.steps(folder).items()}
+
+
+def test_the_record_changes_nothing_and_a_resume_takes_it_anew(
+    train: Train, tmp_path: Path
+) -> None:
+    shared = {**SHORT, "method": "lora-sam", "max_train_steps": 4, "checkpointing_steps": 2}
+    whole = train(tmp_path / "whole", **shared)
+    off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
+    assert difference(whole, off) == 0
+    for key in ("loss", "digest", "grad_norm", "sharpness"):
+        assert column(whole, key) == column(off, key)
+    assert not (off / "dynamics").exists()
+    assert column(off, "dynamics") == []
+
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step-4")
+    assert list(files(parts)) == [0, 1, 2, 3, 4]
+    for step in (3, 4):  # what a kill may leave; it has to be taken anew
+        snapshots.steps(parts)[step].write_bytes(b"torn")
+    train(parts, **shared, resume_from_checkpoint="latest")
+    assert files(parts) == files(whole)
+    assert column(parts, "dynamics") == column(whole, "dynamics")
+    assert len(column(whole, "dynamics")) == 4
+
+    again = train(parts, **{**shared, "max_train_steps": 1}, overwrite_output_dir=True)
+    assert list(files(again)) == [0, 1]
+
+
+def test_snapshots_are_of_what_was_trained_and_not_of_its_average(
+    train: Train, tmp_path: Path
+) -> None:
+    options = {"init_lora_weights": "pissa", "use_dora": True, "use_ema": True}
+    run = train(tmp_path / "run", **SHORT, **options, max_train_steps=2, checkpointing_steps=2)
+    saved = load_file(run / "checkpoints" / "step-2" / "adapters.safetensors")
+    last = snapshots.read(snapshots.steps(run)[2])
+    assert set(last.factors) == {PRIMARY, AUXILIARY}
+    for adapter, own in last.factors.items():
+        for f in own:
+            target, path = f.name.split(".", 1)
+            key = f"{target}/{adapter}/{path}"
+            assert torch.equal(f.A, saved[f"{key}.lora_A.weight"].flatten(1))
+            assert torch.equal(f.B, saved[f"{key}.lora_B.weight"].flatten(1))
+    first, second = column(run, "dynamics")
+    assert first["ascent_gain"] == 0  # B2 is zero
+    assert second["ascent_gain"] != 0
+    assert 0 < second["column_overlap"] < 1
+    assert second["norm_auxiliary"] == pytest.approx(column(run, "auxiliary_norm")[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora-sam", "bilora"])
+def test_two_processes_record_what_one_does(
+    train: Train,
+    script: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    shared = {**SHORT, "method": method, "max_train_steps": 3, "optimizer": "AdamW"}
+    one = train(tmp_path / "one", **{**shared, "gradient_accumulation_steps": 2})
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    argv = flags(tmp_path / "two", **shared)
+    said = script(argv, ["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    assert said.returncode == 0, said.stderr
+    assert list(files(one)) == list(files(tmp_path / "two")) == [0, 1, 2, 3]
+    for a, b in zip(column(one, "dynamics"), column(tmp_path / "two", "dynamics"), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            close = None if value is None else pytest.approx(value, rel=1e-2, abs=1e-7)
+            assert b[key] == close
+
+
+def test_recorded_runs_become_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        str(recorded_runs.make(tmp_path / f"{method}{seed}", method, seed))
+        for method in ("bilora", "lora-sam", "lora")
+        for seed in range(2)
+    ]
+    out = tmp_path / "out"
+    assert dynamics.main([*runs, "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((out / "dynamics.json").read_text())
+    assert record["runs"] == ["Bi-LoRA", "LoRA-SAM", "LoRA"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*record["figures"], "dynamics.json", "dynamics.md"]
+    )
+    report = (out / "dynamics.md").read_text()
+    assert report in said
+    assert str(tmp_path) not in report + (out / "dynamics.json").read_text()
+    layer = ["--layer", "unet.up.to_out", "--group", f"mine={runs[0]}"]
+    assert dynamics.main([*layer, "--output_dir", str(out)]) == 0
+    assert "layer `unet.up.to_out`" in (out / "dynamics.md").read_text()
+
+
+def test_losses_become_figures(tmp_path: Path) -> None:
+    curve = {0: (0.1, 0.1), 5: (0.08, 0.09), 10: (0.06, 0.1)}
+    runs = [
+        str(recorded_runs.make(tmp_path / f"{method}{seed}", method, seed, losses=curve))
+        for method in ("bilora", "lora")
+        for seed in range(2)
+    ]
+    out = tmp_path / "out"
+    assert generalization.main([*runs, "--output_dir", str(out)]) == 0
+    record = json.loads((out / "generalization.json").read_text())
+    assert record["groups"][0]["final_heldout"]["difference"]["mean"] == 0
+    assert (out / record["figures"][0]).stat().st_size > 10_000
+    assert str(tmp_path) not in (out / "generalization.md").read_text()
+
+
+BAD: list[tuple[str, list[str], str]] = [
+    ("both", [], "no runs are given"),
+    ("both", ["{runs}/nothing"], "is not a run folder"),
+    ("both", ["{a}", "{runs}/../runs/a"], "is given twice"),
+    ("both", ["--group", "x"], '--group "x" names no runs: write LABEL=RUN,RUN'),
+    ("both", ["--group", "x={a},"], "names no runs"),
+    ("both", ["--group", "x={a},{sam}"], "mixes bilora and lora-sam"),
+    ("both", ["{a}", "--output_dir", "{runs}/a/run.json"], "is no folder that can be written"),
+    ("both", ["{a}", "--layr", "all"], 'unexpected "--layr"'),
+    ("dynamics", ["{bare}"], "bare has no dynamics: train to the end with --log_dynamics"),
+    ("dynamics", ["{once}"], "once has one snapshot only"),
+    ("dynamics", ["{a}", "--layer", "unet.down.to_k1"], '(did you mean "unet.down.to_k"?)'),
+    ("dynamics", ["{a}", "{late}"], 'the runs of "Bi-LoRA" have no recorded step in common'),
+    ("dynamics", ["{torn}"], "step-5.safetensors is damaged"),
+    ("generalization", ["{a}"], "0 measurements of heldout_loss"),
+    ("generalization", ["{bare}", "--control", "LORA"], '--control is "LORA"'),
+]
+CASES = [
+    (module, words, sentence)
+    for which, words, sentence in BAD
+    for module in (dynamics, generalization)
+    if which == "both" or module.__name__.endswith(which)
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs") / "runs"
+    root.mkdir()
+    recorded_runs.make(root / "a", steps=(0, 2, 4))
+    recorded_runs.make(root / "late", seed=1, steps=(1, 3, 5))
+    recorded_runs.make(root / "sam", "lora-sam", steps=(0, 2, 4))
+    recorded_runs.make(root / "bare", "lora", steps=())
+    recorded_runs.make(root / "once", "lora", steps=(4,))
+    torn = recorded_runs.make(root / "torn", steps=(0, 5, 6))
+    path = snapshots.steps(torn)[5]
+    path.write_bytes(path.read_bytes()[:-40])
+    return root
+
+
+@pytest.mark.parametrize(("module", "words", "sentence"), CASES)
+def test_bad_input_is_one_sentence(
+    module: Any,
+    words: list[str],
+    sentence: str,
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = {path.name: str(path) for path in runs.iterdir()}
+    given = [word.format(runs=runs, **names) for word in words]
+    if "--output_dir" not in given:
+        given += ["--output_dir", str(tmp_path / "out")]
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    assert module.main(given) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert sentence in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+    assert runlog.read_run(runs / "a")["status"] == "finished"
