@@ -24,21 +24,23 @@ class Shape:
     """One workload.
 
     Args:
-        note: what it is, for the report.
+        note: what it is, for the report; "{batch}" stands for the number of samples.
         build: makes the model; called under any default device.
-        inputs: (model, dtype, device, generator) -> tensors of one batch.
+        inputs: (model, samples, dtype, device, generator) -> tensors of one batch.
         loss: (model, inputs) -> scalar.
         lr: learning rate, so that the adapters grow as they do in training.
+        batch: samples of a step unless asked otherwise.
         dtype: precision of the base unless asked otherwise.
         steps, warmup: measured and unmeasured rounds unless asked otherwise.
     """
 
     note: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[Any, torch.dtype, torch.device, torch.Generator], Inputs]
+    inputs: Callable[[Any, int, torch.dtype, torch.device, torch.Generator], Inputs]
     loss: Callable[[Any, Inputs], Tensor]
     spec: AdapterSpec
     lr: float
+    batch: int
     dtype: str
     steps: int
     warmup: int
@@ -50,12 +52,13 @@ class Shape:
 
 
 def _unet_inputs(
-    batch: int, pixels: int, length: int
-) -> Callable[[UNet2DConditionModel, torch.dtype, torch.device, torch.Generator], Inputs]:
+    pixels: int, length: int
+) -> Callable[[UNet2DConditionModel, int, torch.dtype, torch.device, torch.Generator], Inputs]:
     """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
 
     def make(
         model: UNet2DConditionModel,
+        batch: int,
         dtype: torch.dtype,
         device: torch.device,
         generator: torch.Generator,
@@ -91,16 +94,16 @@ def _unet_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _t5_inputs(
-    model: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    model: Any, batch: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
-    """8 sources of 128 tokens with targets of 8, none of them padding; the paper allows 256."""
+    """Sources of 128 tokens with targets of 8, none of them padding; the paper allows 256."""
     del dtype
 
     def tokens(*size: int) -> Tensor:
         return torch.randint(2, model.config.vocab_size, size, generator=generator).to(device)
 
-    source = tokens(8, 128)
-    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": tokens(8, 8)}
+    source, target = tokens(batch, 128), tokens(batch, 8)
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": target}
 
 
 def _t5_loss(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -117,34 +120,37 @@ def _mini_unet() -> UNet2DConditionModel:
 
 SHAPES = {
     "mini": Shape(
-        note="UNet of the miniature, rank 4 on attention, batch 4 of 64 px",
+        note="UNet of the miniature, rank 4 on attention, batch {batch} of 64 px",
         build=_mini_unet,
-        inputs=_unet_inputs(batch=4, pixels=64, length=32),
+        inputs=_unet_inputs(pixels=64, length=32),
         loss=_unet_loss,
         spec=AdapterSpec(rank=4, alpha=8, target_modules=ATTENTION),
         lr=2e-4,
+        batch=4,
         dtype="fp32",
         steps=200,
         warmup=5,
     ),
     "t5-base": Shape(
-        note="T5-base, rank 8 on every linear layer, batch 8 of 128 + 8 tokens",
+        note="T5-base, rank 8 on every linear layer, batch {batch} of 128 + 8 tokens",
         build=t5_base,
         inputs=_t5_inputs,
         loss=_t5_loss,
         spec=AdapterSpec(rank=8, alpha=16),
         lr=5e-4,
+        batch=8,
         dtype="fp32",
         steps=40,
         warmup=3,
     ),
     "sdxl-unet": Shape(
-        note="UNet of SDXL base 1.0, rank 4 on attention, batch 1 of 128 px",
+        note="UNet of SDXL base 1.0, rank 4 on attention, batch {batch} of 128 px",
         build=sdxl_unet,
-        inputs=_unet_inputs(batch=1, pixels=128, length=TEXT_LENGTH),
+        inputs=_unet_inputs(pixels=128, length=TEXT_LENGTH),
         loss=_unet_loss,
         spec=AdapterSpec(rank=4, alpha=8, target_modules=ATTENTION),
         lr=2e-4,
+        batch=1,
         dtype="bf16",
         steps=10,
         warmup=1,

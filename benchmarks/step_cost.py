@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
     python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json
+    python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
     python benchmarks/step_cost.py --shapes mini --arms lora,bilora,bilora-peft,bilora-power
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
     python benchmarks/step_cost.py --shapes sdxl-unet --dtype fp32   # 11 GB; for CPUs without bf16
@@ -62,7 +63,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     commit, changed = provenance.commit()
     return {
         "shapes": args.shapes,
-        "note": SHAPES[args.shapes].note,
+        "note": SHAPES[args.shapes].note.format(batch=args.batch),
+        "batch": args.batch,
         "dtype": args.dtype,
         "layers": arms[0].layers,
         "steps": args.steps,
@@ -80,7 +82,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def _make_arms(args: argparse.Namespace, kinds: Sequence[str]) -> list[Arm]:
     shape, dtype, device = SHAPES[args.shapes], DTYPES[args.dtype], torch.device(args.device)
     base = shape.make(dtype, device, args.seed)
-    inputs = shape.inputs(base, dtype, device, torch.Generator().manual_seed(args.seed))
+    generator = torch.Generator().manual_seed(args.seed)
+    inputs = shape.inputs(base, args.batch, dtype, device, generator)
     amp = None if dtype == torch.float32 else dtype
     return [Arm(kind, shape, base, inputs, amp, args.seed) for kind in kinds]
 
@@ -126,7 +129,7 @@ def _memory_of(kind: str, args: argparse.Namespace) -> int:
         "--dtype",
         args.dtype,
     ]
-    command += ["--device", args.device, "--seed", str(args.seed)]
+    command += ["--device", args.device, "--seed", str(args.seed), "--batch", str(args.batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -191,6 +194,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", required=True, help=", ".join(SHAPES))
     parser.add_argument("--steps", type=int, help="measured rounds")
     parser.add_argument("--warmup", type=int, help="rounds before them")
+    parser.add_argument("--batch", type=int, help="samples of a step; default: the shapes' own")
     parser.add_argument("--dtype", help="of the base weights: bf16 (under autocast) or fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"some of {','.join(KINDS)}")
@@ -217,6 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.dtype = args.dtype or shape.dtype
     args.steps = shape.steps if args.steps is None else args.steps
     args.warmup = shape.warmup if args.warmup is None else args.warmup
+    args.batch = shape.batch if args.batch is None else args.batch
     _check(args)
     return args
 
@@ -233,6 +238,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--steps is {args.steps} and --warmup {args.warmup}; use at least 1 and 0."
         )
+    if args.batch < 1:
+        raise UserError(f"--batch is {args.batch}; use at least 1.")
     if args.device not in ("cpu", "cuda") or (
         args.device == "cuda" and not torch.cuda.is_available()
     ):

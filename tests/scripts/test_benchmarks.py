@@ -88,6 +88,7 @@ def test_both_forwards_of_bilora_are_the_same_training(
             "error: --arms is bilora; name each arm once, and lora among",
         ),
         (["--shapes", "mini", "--steps", "0"], "error: --steps is 0"),
+        (["--shapes", "mini", "--batch", "0"], "error: --batch is 0"),
         (
             ["--shapes", "mini", "--json", "no/such/folder.json"],
             "error: --json is no/such/folder.json",
