@@ -1,0 +1,1 @@
+"""CLIP scores of adapters: images from a prompt set, what a scorer makes of them, and a report."""

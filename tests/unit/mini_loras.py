@@ -1,0 +1,65 @@
+"""LoRA files for the miniature with weights that are random or do nothing, without training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY, AdapterSpec
+from bilora_diffusion.export import FILE_NAME, save_diffusers, training_facts
+from eval.scores.adapters import Adapter, parse
+
+TARGETS = {
+    "unet": ("to_q", "to_v"),
+    "text_encoder": ("q_proj", "v_proj"),
+    "text_encoder_2": ("q_proj", "v_proj"),
+}
+
+
+def write_lora(
+    folder: Path,
+    pipeline: Any,
+    *,
+    size: float = 0.3,
+    seed: int = 0,
+    components: tuple[str, ...] = ("unet",),
+    method: str = "lora",
+    kohya: bool = False,
+) -> Path:
+    """Export a LoRA of rank 2 for the pipeline's models; B is drawn with deviation ``size``."""
+    models = {name: copy.deepcopy(getattr(pipeline, name)) for name in components}
+    generator = torch.Generator().manual_seed(seed)
+    for name, model in models.items():
+        adapters.inject(model, AdapterSpec(rank=2, alpha=4, target_modules=TARGETS[name]), PRIMARY)
+        with torch.no_grad():
+            for key, parameter in adapters.named_parameters(model, PRIMARY).items():
+                scale = size if "lora_B" in key else 0.1
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    facts = training_facts(method=method, date="2026-01-31")
+    save_diffusers(folder, models, base_model="mini", kohya=kohya, extra_metadata=facts)
+    return folder / FILE_NAME
+
+
+def one(argument: str | Path) -> Adapter:
+    """The adapter that a single argument names."""
+    return parse([str(argument)])[0]
+
+
+def rewrite(
+    source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, str]], Any]
+) -> Path:
+    """Copy a LoRA file with its tensors or metadata changed."""
+    tensors = load_file(source)
+    with safe_open(source, framework="pt") as content:
+        metadata = dict(content.metadata())
+    change(tensors, metadata)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target, metadata)
+    return target

@@ -1,0 +1,142 @@
+"""Prompt sets: what is shipped, files of the user's own, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.mini import heldout_dir, pipeline_dir, train_dir
+from eval.scores.prompts import Prompt, read, shipped
+
+PAPER = (
+    "Fluffy Rabbit",
+    "Curly Cloud",
+    "Roaring Lion",
+    "Dripping Water Drop",
+    "Hopping Frog",
+    "Smiling Sun",
+)
+
+
+def labels(folder: Path) -> dict[str, str]:
+    """Label -> file name of the miniature's icons."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["label"]: row["file_name"] for row in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def icons() -> list[Prompt]:
+    return read("3d_icon")
+
+
+def test_the_icons_are_200_of_one_form(icons: list[Prompt]) -> None:
+    assert len({prompt.text for prompt in icons}) == len(icons) == 200
+    assert len({str(prompt.instance).lower() for prompt in icons}) == 200
+    for prompt in icons:
+        assert prompt.text == f"a ToK icon of a {prompt.instance}, in the style of ToK"
+        assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
+        assert not prompt.general
+    assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
+
+
+def test_no_icon_was_trained_on(icons: list[Prompt]) -> None:
+    asked = {str(prompt.instance).lower() for prompt in icons}
+    assert asked.isdisjoint(labels(train_dir()))
+
+
+def test_each_held_out_icon_is_asked_for_once_and_is_its_reference(icons: list[Prompt]) -> None:
+    heldout = labels(heldout_dir())
+    found = {p.reference.name: str(p.instance).lower() for p in icons if p.reference is not None}
+    assert set(found) == set(heldout.values())
+    named = {label: file for label, file in heldout.items() if found[file] == label.lower()}
+    assert set(heldout) - set(named) == {"rabbit", "cloud", "lion", "droplet", "frog", "sun"}
+    for prompt in icons[:128]:
+        assert prompt.reference is not None
+        with Image.open(prompt.reference) as image:
+            assert image.size == (64, 64)
+    assert [p.reference for p in icons[128:]] == [None] * 72
+    subjects = [heldout[name] for name in ("rabbit", "cloud", "lion", "droplet", "frog", "sun")]
+    assert [p.reference.name for p in icons[:6] if p.reference] == subjects
+
+
+def test_the_miniature_reads_every_prompt_whole_and_in_either_case(icons: list[Prompt]) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer")
+    for prompt in [*icons, *read("general")]:
+        ids = tokenizer(prompt.text).input_ids
+        assert len(ids) <= 32
+        assert ids == tokenizer(prompt.text.lower()).input_ids
+
+
+def test_general_prompts_ask_for_nothing_that_was_trained(icons: list[Prompt]) -> None:
+    prompts = read("general")
+    assert len({prompt.text for prompt in prompts}) == len(prompts) == 24
+    assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in prompts)
+    asked = {str(prompt.instance) for prompt in prompts}
+    assert asked.isdisjoint(labels(train_dir()))
+    assert asked.isdisjoint(str(prompt.instance).lower() for prompt in icons)
+
+
+def test_both_sets_are_known_by_name() -> None:
+    assert shipped() == ("3d_icon", "general")
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "my.txt"
+    file.write_bytes("\ufeff# mine\r\n\r\n a photo of a café \r\nan owl\n".encode())
+    assert read(file) == [Prompt("a photo of a café", "café"), Prompt("an owl")]
+    assert read(str(file)) == read(file)
+
+
+def test_a_csv_has_columns(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")
+    file = tmp_path / "my.csv"
+    file.write_text(
+        "id,prompt,caption,instance,reference\n"
+        '1,"an owl, at night","a line,\nbroken",Night Owl,pictures/owl.png\n'
+        "2,a photo of a cat,cat,,\n",
+        encoding="utf-8",
+    )
+    owl, cat = read(file)
+    assert owl == Prompt("an owl, at night", "Night Owl", tmp_path / "pictures" / "owl.png")
+    assert cat == Prompt("a photo of a cat", "cat")
+    assert [prompt.text for prompt in read(file, "caption")] == ["a line,\nbroken", "cat"]
+
+
+REFUSED = {
+    "empty.txt": (b"\n# nothing\n", None, "holds no prompt"),
+    "latin.txt": ("a cat\na café\n".encode("latin-1"), None, "line 2 .* is not UTF-8"),
+    "zero.txt": (b"a cat\na\0b\n", None, "line 2 .* zero byte"),
+    "twice.txt": (b"a cat\n\na dog\na cat\n", None, 'lines 1 and 4 .* "a cat"'),
+    "column.txt": (b"a cat\n", "caption", 'no column "caption"'),
+    "empty.csv": (b"", None, "is empty: write a header"),
+    "header.csv": (b"prompt\n", None, "holds no prompt"),
+    "column.csv": (b"promt,id\na cat,1\n", None, r'"prompt" \(did you mean "promt"\?\).*promt, id'),
+    "fields.csv": (b"prompt,id\na cat, black,1\n", None, "line 2 .* 2 fields"),
+    "blank.csv": (b"prompt,id\n,1\n", None, 'line 2 .* has no "prompt"'),
+    "twice.csv": (b"prompt\na cat\na cat\n", None, "lines 2 and 3"),
+    "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, 'line 2 .* "cat.png".* not there'),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_file_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
+    content, column, message = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / name, column)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'"3d_icons" \(did you mean "3d_icon"\?\)'):
+        read("3d_icons")
+    with pytest.raises(UserError, match=r"no file .*gone\.csv"):
+        read(tmp_path / "gone.csv")
+    with pytest.raises(UserError, match="is a folder"):
+        read(tmp_path)
