@@ -1,0 +1,70 @@
+"""The miniature's scorer: a small CLIP of open_clip's classes for the pictures that it draws.
+
+Image-text similarity, and captions by retrieval from a bank. ``scorer/README.md`` is its card. Its
+scores carry ``NAME`` and are never set beside those of the paper, which used other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+from torch import Tensor, nn
+
+from bilora_diffusion.errors import UserError
+
+NAME = "mini-CLIP"
+CAPTIONS_FILE = "captions.txt"
+_HERE = Path(__file__).resolve().parent
+
+
+def scorer_dir() -> Path:
+    """Folder of the shipped scorer, in the form of open_clip's ``local-dir:`` models."""
+    return _HERE / "scorer"
+
+
+def load(
+    folder: Path | None = None,
+) -> tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[Sequence[str]], Tensor]]:
+    """Load a scorer from ``folder`` (default: the shipped one) by open_clip's own factory.
+
+    Returns:
+        model: ``open_clip.model.CLIP``, float32, on the CPU, in eval mode.
+        preprocess: PIL image -> (3, 64, 64) float32.
+        tokenize: n strings -> (n, 32) int64; what is longer is cut.
+
+    Raises:
+        UserError: open_clip is missing, or a file of the folder is.
+    """
+    folder = folder or scorer_dir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: it is a part of the scorer {NAME}")
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(
+            f"the scorer {NAME} needs open_clip, which is not installed: "
+            "pip install open_clip_torch"
+        ) from error
+    source = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(source)
+    tokenize = open_clip.get_tokenizer(source)
+    return model.eval(), cast(Any, preprocess), cast(Any, tokenize)
+
+
+def captions(folder: Path | None = None) -> list[str]:
+    """The bank for captioning by retrieval: each label in the 3D form, then each in the flat one.
+
+    Returns:
+        About 3,100 captions, among them "a ToK icon of a rabbit, in the style of ToK".
+
+    Raises:
+        UserError: the file is missing.
+    """
+    path = (folder or scorer_dir()) / CAPTIONS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it is the bank of captions of the scorer {NAME}")
+    return path.read_text(encoding="utf-8").splitlines()
