@@ -1,0 +1,1 @@
+"""How flat the minimum of a run is: the parts of ``python -m eval.landscape``."""

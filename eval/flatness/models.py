@@ -1,0 +1,283 @@
+"""A run as a point of the landscape: its model, its weights by space, and its loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.config import DreamBoothConfig
+from bilora_diffusion.data.sources import ImageSet
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import FILE_NAME, inspect
+from bilora_diffusion.runlog import WHOLE_MODELS
+from bilora_diffusion.tasks.dreambooth import DreamBooth
+from bilora_diffusion.tasks.heldout import LEVELS, GridLoss
+from bilora_diffusion.tasks.pipeline import load_pipeline
+from bilora_diffusion.tasks.visits import VisitStream
+from bilora_diffusion.train import images
+
+from .subjects import Subject
+from .weights import Weight
+
+SPACES = ("lora", "full")
+FULL_WEIGHTS = ("all", "adapted")
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which images and noise levels the loss is a mean over, and on what device.
+
+    Args:
+        split: "train" or "heldout".
+        max_images: the first so many of the set; 0 for all.
+        levels: noise levels, 1 to 10, evenly chosen from those of the held-out loss.
+        device: of the model.
+    """
+
+    split: str
+    max_images: int
+    levels: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded point: ``spaces`` has the weights of each space asked for that it has."""
+
+    spaces: dict[str, list[Weight]]
+    loss: Grid
+
+
+class Grid(GridLoss):
+    """The grid loss of some images at some of its noise levels, as terms that add up to the mean.
+
+    Noise, levels and batches are those of the held-out loss in training. With all images and
+    levels it equals ``train_grid_loss`` or ``heldout_loss`` of the run's log.
+    """
+
+    def __init__(self, task: Any, chosen: Any, levels: int) -> None:
+        super().__init__(task, SimpleNamespace(images=chosen), First(chosen, 0))
+        self.images = self._sets["train_grid_loss"]
+        total = task.module.denoising.num_timesteps
+        picked = [LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
+        self.levels = [total * (2 * k + 1) // (2 * LEVELS) - total // 40 for k in picked]
+
+    def terms(self) -> Iterator[Tensor]:
+        """One term per batch of images and noise level; their sum is the mean over both."""
+        batch = max(1, 2**18 // self._task.cfg.resolution**2)
+        count = len(self.images) * len(self.levels)
+        for start in range(0, len(self.images), batch):
+            chunk = self.images[start : start + batch]
+            for level in self.levels:
+                yield self._losses(chunk, level).sum() / count
+
+
+class First:
+    """The first images of a set."""
+
+    def __init__(self, whole: Any, count: int) -> None:
+        self._whole, self._count = whole, count
+
+    def prompts(self, instance_prompt: str | None) -> list[str]:
+        """The texts of these images."""
+        return self._whole.prompts(instance_prompt)[: self._count]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
+    """The images that the loss is measured on.
+
+    Raises:
+        UserError: they are gone, or the run had no held-out images.
+    """
+    if split == "train":
+        source = str(config.dataset_name or config.instance_data_dir)
+        return images(config, source, config.dataset_config_name)
+    if not config.validation_dataset:
+        raise UserError(
+            f"the run in {config.output_dir} had no held-out images: take --split train, or give"
+            " runs with --validation_dataset."
+        )
+    return images(config, config.validation_dataset)
+
+
+def open_device(name: str) -> torch.device:
+    """A device by name, "auto" for the GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'--device "{name}" is not here ({reason}): take cpu or auto.') from error
+    return device
+
+
+def load(
+    subject: Subject, chosen: ImageSet, sample: Sample, spaces: Sequence[str], full_weights: str
+) -> Model:
+    """Load the base in float32, put the run's weights on it, and set up loss and spaces.
+
+    The adapter alone acts. Of a quantized run the base is taken unquantized; class images of prior
+    preservation are left out of the loss.
+
+    Args:
+        subject: the point.
+        chosen: its images, see :func:`open_set`.
+        sample: what the loss is a mean over.
+        spaces: of ``SPACES``; "lora" is left out where there is no adapter.
+        full_weights: "all" or "adapted".
+
+    Raises:
+        UserError: base model or export can't be loaded.
+    """
+    config = _plain(subject.config)
+    pipeline: Any = load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype=torch.float32,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path,
+    )
+    task = DreamBooth(config, pipeline, VisitStream(config, chosen))
+    if subject.kind == "whole":
+        _load_whole(subject, pipeline)
+    elif subject.kind == "adapter":
+        _load_adapter(subject, task, pipeline)
+    task.module.requires_grad_(False)
+    task.module.eval()
+    task.to_device(open_device(sample.device))
+    wanted: Any = First(chosen, sample.max_images) if sample.max_images else chosen
+    found = {}
+    if "lora" in spaces and subject.has_factors:
+        found["lora"] = factor_weights(task.models)
+    if "full" in spaces:
+        found["full"] = full_space(task, full_weights)
+    return Model(found, Grid(task, wanted, sample.levels))
+
+
+def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
+    return replace(
+        config,
+        mixed_precision="no",
+        quantize="none",
+        gradient_checkpointing=False,
+        enable_xformers_memory_efficient_attention=False,
+        with_prior_preservation=False,
+        validation_prompts=[],
+        cache_latents="no",
+        dataloader_num_workers=0,
+    )
+
+
+def _load_adapter(subject: Subject, task: DreamBooth, pipeline: Any) -> None:
+    try:
+        pipeline.load_lora_weights(
+            str(subject.folder),
+            weight_name=FILE_NAME,
+            adapter_name=PRIMARY,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{subject.folder / FILE_NAME} does not fit the base model ({reason}): export the run"
+            " again."
+        ) from error
+    for name, model in task.models.items():
+        _undo_baked_scale(subject, name, model)
+
+
+@torch.no_grad()
+def _undo_baked_scale(subject: Subject, name: str, model: nn.Module) -> None:
+    """Divide B by the scale s that the export multiplied into it, and let the layer apply s.
+
+    Radii in the space of A and B are then those of training. Files without the original alpha keep
+    their own factors.
+    """
+    inside = inspect(subject.folder / FILE_NAME)
+    alphas = json.loads(inside.metadata.get("bilora.original_alpha", "{}"))
+    ranks = json.loads(inside.metadata.get("bilora.original_rank", "{}"))
+    for _, layer in adapters.layers(model, PRIMARY):
+        if name not in alphas:
+            continue
+        up: Any = layer.lora_B[PRIMARY].weight
+        scale = alphas[name] / ranks.get(name, layer.r[PRIMARY])
+        up.div_(scale / layer.scaling[PRIMARY])
+        layer.scaling[PRIMARY] = scale
+
+
+def _load_whole(subject: Subject, pipeline: Any) -> None:
+    for name in WHOLE_MODELS:
+        folder = subject.folder / name
+        if not folder.is_dir():
+            continue
+        model = getattr(pipeline, name)
+        try:
+            trained = type(model).from_pretrained(folder, local_files_only=True)
+            model.load_state_dict(trained.state_dict())
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder} can't be loaded ({reason}): run it again.") from error
+
+
+def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
+    """A and B of every layer's primary.
+
+    The filters are the rows of A and the columns of B, so one pair is one term b a^T of B A. Then
+    the direction does not depend on how a term's size is shared among its two vectors. A layer that
+    was not trained has B = 0, which stays 0; DoRA's magnitudes are left out.
+    """
+    found = []
+    for name, model in models.items():
+        for path, layer in adapters.layers(model, PRIMARY):
+            down, up = (cast(Tensor, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
+            found.append(Weight(f"{name}.{path}.lora_A", down, 0))
+            found.append(Weight(f"{name}.{path}.lora_B", up, 1))
+    return found
+
+
+def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
+    """The weights of the trained models without the adapters; a filter is an output's weights.
+
+    Args:
+        task: its models, with or without adapters.
+        full_weights: "all" weight matrices and convolutions of the models, or only those that the
+            adapters sit on. Biases and norms are left out, as in Li et al. 2018.
+    """
+    found = []
+    for target in task.targets():
+        model, own = target.model, dict[str, Tensor]()
+        if full_weights == "adapted":
+            layers = adapters.target_layers(model, target.spec)
+            own |= {
+                path: cast(Tensor, getattr(layer, "base_layer", layer).weight)
+                for path, layer in layers.items()
+            }
+        else:
+            own |= {
+                path.replace(".base_layer", "").removesuffix(".weight"): parameter
+                for path, parameter in model.named_parameters()
+                if parameter.dim() > 1 and ".lora_" not in path
+            }
+        found += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
+    return found
