@@ -1,0 +1,242 @@
+"""Small random models of the classes that score and caption, as folders on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bilora_diffusion.mini import pipeline_dir
+
+SIZE = 32
+PATCH = 8
+WIDTH = 32
+HEADS = 2
+DIMENSION = 24
+CONTEXT = 32
+VOCABULARY = 4115  # of the miniature's tokenizer; its end token is the last
+START, END = 4113, 4114
+
+VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 16}
+TEXT = {
+    "context_length": CONTEXT,
+    "vocab_size": VOCABULARY,
+    "width": WIDTH,
+    "heads": HEADS,
+    "layers": 2,
+    "hf_tokenizer_name": "mini",
+}
+
+
+def pictures(count: int, size: int | None = SIZE, seed: int = 0) -> list[Image.Image]:
+    """Random images with large and small structure; of random width and height without a size."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        width, height = (size, size) if size else random.integers(33, 90, 2).tolist()
+        smooth = np.asarray(
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        )
+        noise = random.integers(-30, 31, smooth.shape)
+        made.append(Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)))
+    return made
+
+
+def sentences(count: int) -> list[str]:
+    """Distinct texts of different lengths."""
+    things = ["rabbit", "cloud", "lion", "droplet", "frog", "sun", "red car"]
+    styles = ["", ", in the style of TOK", " on a table", " with a very long tail and two hats"]
+    return [f"a ToK icon of {n} {things[n % 7]}{styles[n % 4]}" for n in range(count)]
+
+
+def shake(model: nn.Module, seed: int, scale: float = 0.2) -> None:
+    """Weights so large that embeddings differ between images and between texts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.eval()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """The miniature's tokenizer beside whatever the folder holds."""
+    shutil.copytree(pipeline_dir() / "tokenizer", folder, dirs_exist_ok=True)
+
+
+def save_open_clip(
+    folder: Path, state: dict[str, Tensor], preprocess: dict[str, Any] | None = None, **model: Any
+) -> Path:
+    """A folder of open_clip: configuration, weights and tokenizer."""
+    folder.mkdir(parents=True)
+    config = {"model_cfg": open_clip_config(**model), "preprocess_cfg": preprocess or {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(
+        {key: value.contiguous() for key, value in state.items()},
+        folder / "open_clip_model.safetensors",
+    )
+    save_tokenizer(folder)
+    return folder
+
+
+def open_clip_config(**changes: Any) -> dict[str, Any]:
+    """The configuration of a small CLIP."""
+    return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
+
+
+def coca_config() -> dict[str, Any]:
+    """The configuration of a small CoCa, shaped as open_clip's own ones."""
+    pooled = {"attentional_pool": True, "attn_pooler_heads": HEADS, "output_tokens": True}
+    decoder = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
+    return open_clip_config(
+        embed_dim=WIDTH,  # the decoder works in this width
+        vision_cfg=VISION | pooled,
+        text_cfg=TEXT | {"embed_cls": True, "output_tokens": True},
+        multimodal_cfg=decoder | {"heads": HEADS, "layers": 2, "attn_pooler_heads": HEADS},
+        custom_text=True,
+    )
+
+
+def make_hf_clip(activation: str = "quick_gelu", seed: int = 0) -> Any:
+    """A random ``CLIPModel`` of transformers with the miniature's vocabulary."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
+    shared |= {"num_attention_heads": HEADS, "hidden_act": activation, "projection_dim": DIMENSION}
+    config = CLIPConfig(
+        text_config=shared
+        | {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": CONTEXT,
+            "bos_token_id": START,
+            "eos_token_id": END,
+            "pad_token_id": END,
+        },
+        vision_config=shared | {"image_size": SIZE, "patch_size": PATCH},
+        projection_dim=DIMENSION,
+    )
+    model = CLIPModel(config)
+    shake(model, seed)
+    return model
+
+
+def save_hf_clip(folder: Path, model: Any) -> Path:
+    """A folder of transformers: configuration, weights, tokenizer and image processor."""
+    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+
+    processor = CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
+        CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer"),
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def to_open_clip(model: Any) -> dict[str, Tensor]:
+    """The weights of a ``CLIPModel`` under open_clip's names."""
+    theirs = model.state_dict()
+    state = {
+        "logit_scale": theirs["logit_scale"],
+        "positional_embedding": theirs["text_model.embeddings.position_embedding.weight"],
+        "token_embedding.weight": theirs["text_model.embeddings.token_embedding.weight"],
+        "text_projection": theirs["text_projection.weight"].T,
+        "visual.proj": theirs["visual_projection.weight"].T,
+        "visual.class_embedding": theirs["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": theirs["vision_model.embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": theirs["vision_model.embeddings.position_embedding.weight"],
+    }
+    norms = {
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+    }
+    for ours, name in norms.items():
+        for part in ("weight", "bias"):
+            state[f"{ours}.{part}"] = theirs[f"{name}.{part}"]
+    for ours, name in (("", "text_model"), ("visual.", "vision_model")):
+        for layer in range(2):
+            source = f"{name}.encoder.layers.{layer}"
+            state |= _block(theirs, source, f"{ours}transformer.resblocks.{layer}")
+    return state
+
+
+def _block(theirs: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    state = {}
+    for part in ("weight", "bias"):
+        joined = [theirs[f"{source}.self_attn.{name}_proj.{part}"] for name in "qkv"]
+        state[f"{target}.attn.in_proj_{part}"] = torch.cat(joined)
+        for ours, name in {
+            "attn.out_proj": "self_attn.out_proj",
+            "ln_1": "layer_norm1",
+            "ln_2": "layer_norm2",
+            "mlp.c_fc": "mlp.fc1",
+            "mlp.c_proj": "mlp.fc2",
+        }.items():
+            state[f"{target}.{ours}.{part}"] = theirs[f"{source}.{name}.{part}"]
+    return state
+
+
+def save_coca(folder: Path, seed: int = 0) -> Path:
+    """A folder of open_clip with a random CoCa."""
+    import open_clip
+
+    torch.manual_seed(seed)
+    config = coca_config()
+    model = open_clip.CoCa(**{key: config[key] for key in config if key != "custom_text"})
+    model.text_decoder.text_projection.data.zero_()  # open_clip leaves it as the memory was
+    shake(model, seed)
+    return save_open_clip(folder, model.state_dict(), **config)
+
+
+def save_blip(folder: Path, seed: int = 0, **text: Any) -> Path:
+    """A folder of transformers with a random BLIP and a vocabulary of letters.
+
+    Args:
+        text: more entries of the text model's configuration.
+    """
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(40))]
+    words += ["[DEC]", "[ENC]"]
+    torch.manual_seed(seed)
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
+    shared |= {"num_attention_heads": HEADS}
+    special = {"bos_token_id": 45, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
+    config = BlipConfig(
+        text_config=shared | special | {"vocab_size": 47, "encoder_hidden_size": WIDTH} | text,
+        vision_config=shared | {"image_size": SIZE, "patch_size": PATCH},
+    )
+    model = BlipForConditionalGeneration(config)
+    shake(model, seed, scale=0.3)
+    model.save_pretrained(folder)
+    processor = BlipProcessor(
+        BlipImageProcessor(size={"height": SIZE, "width": SIZE}),
+        BertTokenizer(vocab={word: n for n, word in enumerate(words)}),
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def put_on_hub(repository: str, folder: Path, commit: str) -> None:
+    """Fill huggingface_hub's cache as a download of ``folder`` would; the tests are offline."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, root / "snapshots" / commit, dirs_exist_ok=True)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
