@@ -1,7 +1,12 @@
-"""A sweep as one picture: the difference of each arm to the control, and the metric over steps."""
+"""A sweep as one picture: the difference of each arm to the control, and the metric over steps.
+
+An arm that went far astray (it diverged, say) would leave no room to tell the others apart, so it
+stands at the edge, with its value.
+"""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,8 @@ from .sweep_table import Scale
 
 MARKERS = "osD^vP"
 STYLES = ("-", "--", ":", "-.")
+ASTRAY = 30.0
+"""An arm is off the scale when its difference is so many times the median arm's."""
 
 
 def plot(result: SweepResult, picture: Path) -> None:
@@ -28,13 +35,23 @@ def plot(result: SweepResult, picture: Path) -> None:
     height = max(3.6, 0.34 * len(result.arms) + 1.6)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     scale = Scale.of(result)
-    _differences(left, result, looks, scale)
-    _curves(right, result, looks, scale)
+    off = astray(result)
+    _differences(left, result, looks, scale, off)
+    _curves(right, result, looks, scale, off)
     handles, labels = right.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def astray(result: SweepResult) -> frozenset[str]:
+    """Labels of the arms whose difference is too large to be drawn beside the others."""
+    sizes = {
+        arm.label: abs(arm.final.difference.mean) for arm in result.arms if arm.final.difference
+    }
+    usual = statistics.median(sizes.values()) if sizes else 0.0
+    return frozenset(label for label, size in sizes.items() if usual and size > ASTRAY * usual)
 
 
 def _looks(result: SweepResult, colors: Any) -> dict[str, dict[str, Any]]:
@@ -51,10 +68,15 @@ def _looks(result: SweepResult, colors: Any) -> dict[str, dict[str, Any]]:
     return looks | {result.control: {"color": "black", "marker": ".", "ls": "-"}}
 
 
-def _differences(axis: Any, result: SweepResult, looks: Any, scale: Scale) -> None:
+def _differences(
+    axis: Any, result: SweepResult, looks: Any, scale: Scale, off: frozenset[str]
+) -> None:
     axis.axvline(0, color="black", lw=0.8)
     for row, arm in enumerate(result.arms):
         difference = arm.final.difference
+        if difference is not None and arm.label in off:
+            _at_the_edge(axis, row, scale.factor * difference.mean, looks[arm.label]["color"])
+            continue
         if difference is None:
             # Beside the zero line and not on it: there is no difference to show.
             axis.annotate(
@@ -86,6 +108,21 @@ def _differences(axis: Any, result: SweepResult, looks: Any, scale: Scale) -> No
     axis.set_title(f"final, minus {result.control}: mean and 95 % interval", fontsize=9)
 
 
+def _at_the_edge(axis: Any, row: int, value: float, color: Any) -> None:
+    right = value > 0
+    axis.annotate(
+        f"{value:+.3g} \u2192" if right else f"\u2190 {value:+.3g}",
+        (1.0 if right else 0.0, row),
+        xycoords=axis.get_yaxis_transform(),
+        xytext=(-4 if right else 4, 0),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="center",
+        fontsize=8,
+        color=color,
+    )
+
+
 def _why_none(arm: ArmResult, result: SweepResult) -> str:
     if arm.label == result.control:
         return "control"
@@ -94,8 +131,10 @@ def _why_none(arm: ArmResult, result: SweepResult) -> str:
     return "not paired" if arm.paired is False else "n/a"
 
 
-def _curves(axis: Any, result: SweepResult, looks: Any, scale: Scale) -> None:
-    for arm in result.arms:
+def _curves(axis: Any, result: SweepResult, looks: Any, scale: Scale, off: frozenset[str]) -> None:
+    for arm in sorted(result.arms, key=lambda arm: arm.label in off):
+        if arm.label in off:  # drawn, but the others set the axis
+            axis.autoscale(False)
         if not arm.curve:
             continue
         steps = [point.step for point in arm.curve]

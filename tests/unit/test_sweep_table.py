@@ -238,3 +238,14 @@ def test_twelve_arms_are_drawn(tmp_path: Path) -> None:
     looks = [str(look) for look in sweep_plot._looks(found, lambda number: number).values()]
     assert len(set(looks)) == 12
     assert "With 11 intervals in a column" in sweep_table.to_markdown(found)
+
+
+def test_an_arm_that_diverged_does_not_hide_the_others(tmp_path: Path) -> None:
+    def runs(final: float) -> dict[int, list[tuple[float, float]]]:
+        return {seed: [(0.12, 0.1), (final + seed / 1000, 0.05)] for seed in range(3)}
+
+    arms = {"LoRA": 0.08, "near": 0.081, "nearer": 0.0795, "far": 1.3}
+    found = result(tmp_path, {label: runs(final) for label, final in arms.items()})
+    assert sweep_plot.astray(found) == {"far"}
+    sweep_plot.plot(found, tmp_path / "sweep.png")
+    assert sweep_plot.astray(result(tmp_path / "alone", {"LoRA": runs(0.08)})) == frozenset()
