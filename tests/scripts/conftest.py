@@ -50,3 +50,27 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def scored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of two steps as `make demo` leaves them, under ``demo``."""
+    from bilora_diffusion.train import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("lora", "bilora"):
+        AcceleratorState._reset_state()
+        # a rate at which two steps change the images visibly
+        main(flags(folder / "demo" / method, method=method, learning_rate=3e-2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags for a small random scorer and captioner of the real classes."""
+    from tests.unit import clip_models
+
+    folder = tmp_path_factory.mktemp("models")
+    clip = clip_models.save_hf_clip(folder / "clip", clip_models.make_hf_clip())
+    blip = clip_models.save_blip(folder / "blip")
+    return ["--scorer", f"hf:{clip}", "--captioner", f"blip:{blip}"]

@@ -1,0 +1,300 @@
+"""Folders under the viewer's root: found, checked, and never left."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import readers, viewer
+from app.catalog import DEPTH, Catalog
+from bilora_diffusion.errors import UserError
+from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(folder: Path, **changes: Any) -> Path:
+    """A run folder's record, as training leaves it."""
+    record: dict[str, Any] = {
+        "schema_version": 1,
+        "config": {"pretrained_model_name_or_path": "mini"},
+        "method": "lora",
+        "seed": 0,
+        "status": "finished",
+        "results": {},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(record | changes), encoding="utf-8")
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    return folder
+
+
+def make_scores(folder: Path, **image: Any) -> Path:
+    """A score folder with one image."""
+    row: dict[str, Any] = {"adapter": 0, "prompt": 0, "seed": 0, "file": "images/0.png"}
+    folder.mkdir(parents=True, exist_ok=True)
+    ScoresResult(
+        scorer=ModelEntry("mini-CLIP", "embedded", "mini"),
+        captioner=None,
+        sampling={},
+        seeds=[0],
+        prompt_set="test",
+        adapters=[AdapterEntry("lora", "run", "lora", "lora", "0", "images")],
+        prompts=[PromptEntry("a prompt")],
+        images=[ImageScore(**(row | image))],
+        summaries=[],
+        comparisons=[],
+    ).write(folder)
+    return folder
+
+
+def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
+    """A result with one figure."""
+    record: dict[str, Any] = {"schema_version": 1, "kind": kind, "figures": ["loss.png"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{kind}.json").write_text(json.dumps(record | changes), encoding="utf-8")
+    (folder / "loss.png").touch()
+    return folder
+
+
+def test_finds_what_is_there_by_path(tmp_path: Path) -> None:
+    make_run(tmp_path / "b" / "lora")
+    make_run(tmp_path / "a", method="bilora", status="running")
+    make_scores(tmp_path / "scores")
+    make_figures(tmp_path / "flat", "landscape")
+    make_figures(tmp_path / "sweep", "sweep", figures=None)
+    catalog = Catalog(tmp_path)
+    assert [(run.path, run.method, run.status) for run in catalog.runs()] == [
+        ("a", "bilora", "running"),
+        ("b/lora", "lora", "finished"),
+    ]
+    assert catalog.runs()[0].base_model == "mini"
+    assert catalog.runs()[1].weights == "b/lora/pytorch_lora_weights.safetensors"
+    (scores,) = catalog.scores()
+    assert (scores.path, scores.file("images/0.png")) == ("scores", "scores/images/0.png")
+    assert [(found.kind, found.figures) for found in catalog.figures()] == [
+        ("landscape", ["flat/loss.png"])
+    ]
+    assert [row.path for row in catalog.broken()] == ["sweep"]
+
+
+def test_a_sweep_has_its_one_figure_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"schema_version": 1}', encoding="utf-8")
+    (tmp_path / "sweep.png").touch()
+    (found,) = Catalog(tmp_path).figures()
+    assert (found.path, found.name, found.figures) == (".", tmp_path.name, ["sweep.png"])
+
+
+def test_the_root_itself_can_be_a_run(tmp_path: Path) -> None:
+    (run,) = Catalog(make_run(tmp_path / "lora")).runs()
+    assert (run.path, run.name) == (".", "lora")
+    assert run.weights == "pytorch_lora_weights.safetensors"
+
+
+def test_looks_no_deeper_than_said_and_not_into_checkpoints(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*"abcdefgh"[:DEPTH])
+    make_run(deep)
+    make_run(deep / "x")
+    for name in ("checkpoints", ".hidden", "site-packages"):
+        make_run(tmp_path / name / "run")
+    make_run(tmp_path / "env" / "run")
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    assert [run.path for run in Catalog(tmp_path).runs()] == ["a/b/c/d/e/f"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("run.json", "{", "run.json is damaged"),
+        ("run.json", "[]", "run.json is damaged"),
+        ("run.json", "[" * 100_000, "RecursionError"),
+        ("run.json", '{"schema_version": 1, "method": "lora"}', "has no status"),
+        ("run.json", b"\xff\xfe", "run.json is damaged"),
+        ("scores.json", "{}", "scores.json is damaged"),
+        ("scores.json", '{"schema_version": 1, "kind": "clip_scores"}', "scores.json is damaged"),
+        ("scores.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
+        ("landscape.json", "nonsense", "landscape.json is damaged"),
+        ("landscape.json", "[]", "landscape.json is damaged"),
+        ("dynamics.json", '{"schema_version": 1, "kind": "landscape"}', "'landscape'"),
+        ("dynamics.json", '{"schema_version": 1, "figures": ["../x.png"]}', "is damaged"),
+        ("generalization.json", '{"schema_version": 1, "figures": ["x.png"]}', "names x.png"),
+    ],
+)
+def test_a_broken_folder_is_named_and_the_rest_is_shown(
+    tmp_path: Path, file: str, text: str | bytes, words: str
+) -> None:
+    make_run(tmp_path / "good")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    catalog = Catalog(tmp_path)
+    assert [run.path for run in catalog.runs()] == ["good"]
+    (broken,) = catalog.broken()
+    assert broken.path == "bad"
+    assert words in broken.reason
+    assert str(tmp_path) not in broken.reason
+
+
+@pytest.mark.parametrize(
+    "image",
+    [{"adapter": 5}, {"adapter": -1}, {"prompt": "0"}, {"i2t": "high"}, {"file": 3}, {"seed": "a"}],
+)
+def test_scores_that_do_not_fit_together_are_broken(tmp_path: Path, image: dict[str, Any]) -> None:
+    make_scores(tmp_path, **image)
+    catalog = Catalog(tmp_path)
+    assert catalog.scores() == []
+    assert "scores.json is damaged" in catalog.broken()[0].reason
+
+
+def test_a_folder_that_can_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "good")
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:  # stands for missing rights, which root always has
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    catalog = Catalog(tmp_path)
+    assert [run.path for run in catalog.runs()] == ["good"]
+    assert [row.path for row in catalog.broken()] == ["locked"]
+
+
+def test_refresh_sees_what_is_new_changed_and_gone(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    catalog = Catalog(tmp_path)
+    make_run(tmp_path / "b")
+    make_run(tmp_path / "a", status="running ")  # another size, so another stamp
+    assert [run.path for run in catalog.runs()] == ["a"]
+    catalog.refresh()
+    assert [(run.path, run.status) for run in catalog.runs()] == [
+        ("a", "running "),
+        ("b", "finished"),
+    ]
+    (tmp_path / "a" / "run.json").unlink()
+    catalog.refresh()
+    assert [run.path for run in catalog.runs()] == ["b"]
+
+
+def test_files_that_have_not_changed_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "a")
+    catalog = Catalog(tmp_path)
+    monkeypatch.setattr(readers, "run", lambda path: pytest.fail(f"{path} was read again"))
+    catalog.refresh()
+    assert [run.path for run in catalog.runs()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "path", ["../x", "a/../../x", "/etc/passwd", "..", "a/..", "a\\..\\..\\x", "a\0b", "//etc"]
+)
+def test_paths_out_of_the_root_are_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match="below the root"):
+        Catalog(tmp_path).resolve(path)
+
+
+def test_paths_below_the_root_are_resolved(tmp_path: Path) -> None:
+    catalog = Catalog(make_run(tmp_path / "root"))
+    assert catalog.resolve("run.json") == (tmp_path / "root" / "run.json").resolve()
+    assert catalog.resolve(".") == catalog.root
+    assert catalog.resolve("not/there").parent.parent == catalog.root
+
+
+def test_links_out_of_the_root_are_refused(tmp_path: Path) -> None:
+    outside = make_run(tmp_path / "outside")
+    root = tmp_path / "root"
+    inside = make_run(root / "inside")
+    (root / "folder").symlink_to(outside, target_is_directory=True)
+    (root / "file.json").symlink_to(outside / "run.json")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "kept").symlink_to(inside, target_is_directory=True)
+    catalog = Catalog(root)
+    for path in ("folder", "folder/run.json", "file.json"):
+        with pytest.raises(UserError, match="leads out of the root"):
+            catalog.resolve(path)
+    assert catalog.resolve("kept/run.json") == inside.resolve() / "run.json"
+    assert [run.path for run in catalog.runs()] == ["inside"]
+    assert [row.path for row in catalog.broken()] == ["folder"]
+
+
+def test_a_linked_record_out_of_the_root_is_not_read(tmp_path: Path) -> None:
+    outside = make_run(tmp_path / "outside")
+    run = tmp_path / "root" / "run"
+    run.mkdir(parents=True)
+    (run / "run.json").symlink_to(outside / "run.json")
+    catalog = Catalog(tmp_path / "root")
+    assert catalog.runs() == []
+    assert "leads out of the root" in catalog.broken()[0].reason
+
+
+def test_a_root_that_is_itself_a_link_is_followed(tmp_path: Path) -> None:
+    make_run(tmp_path / "real" / "lora")
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    catalog = Catalog(tmp_path / "link")
+    assert [run.path for run in catalog.runs()] == ["lora"]
+    assert catalog.resolve("lora/run.json").is_file()
+
+
+def test_a_bad_root_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path / "none", "there is no folder"), (tmp_path / "file", "a file")):
+        assert viewer.main([str(path)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert str(path) in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "0"], "--port 0"),
+        (["--port", "70000"], "--port 70000"),
+        (["--port", "many"], "--port"),
+        (["--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
+        (["--prot", "7861"], 'did you mean "--port"'),
+    ],
+)
+def test_a_bad_address_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert viewer.main([str(tmp_path), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_taken_port_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert viewer.main([str(tmp_path), "--port", str(port)]) == 2
+    assert f"127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_without_gradio_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)  # importing it now raises ImportError
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    assert viewer.main([str(tmp_path), "--port", str(port)]) == 2
+    assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err
+
+
+def test_core_and_catalog_do_without_gradio() -> None:
+    code = (
+        "import sys, app.catalog, app.compare_data, app.viewer; sys.exit('gradio' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
