@@ -9,6 +9,8 @@ WORKERS ?= 2
 # More arguments for pip and pytest, for instance PYTEST_ARGS="-k bilora -x".
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# "no" leaves out the tests that drive a browser.
+BROWSER ?= yes
 
 # The first interpreter that is new enough and can make virtual environments.
 ifndef PYTHON
@@ -19,6 +21,11 @@ endif
 
 # One file, one process: what a test file prepares is prepared once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+ifeq ($(BROWSER),no)
+PYTEST += --ignore=tests/browser
+else
+BROWSER_READY := $(VENV)/.browser
+endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -30,10 +37,10 @@ help:  ## list these commands
 demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what they make, into demo/
 	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
 
-test: lint  ## all checks: ruff, pyright, every test
+test: lint $(BROWSER_READY)  ## all checks: ruff, pyright, every test
 	$(PYTEST) $(PYTEST_ARGS)
 
-fast: $(VENV)/.installed-dev  ## the tests that take less than about 20 seconds each
+fast: $(VENV)/.installed-dev $(BROWSER_READY)  ## the tests that take less than about 20 seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
@@ -60,9 +67,20 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/.created
-	$(BIN)/python -m pip install $(PIP_ARGS) -e .
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[app]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+# The viewer's tests drive a real browser. Debian's is installed where there is none and this user may.
+$(VENV)/.browser: | $(VENV)/.created
+	@for browser in chromium chromium-browser google-chrome; do \
+		command -v "$$browser" >/dev/null && exit 0; done; \
+	echo "installing Debian's chromium for the viewer's tests"; \
+	sudo=""; test "$$(id -u)" = 0 || sudo="sudo -n"; \
+	{ $$sudo apt-get update -q && $$sudo apt-get install -y -q --no-install-recommends chromium; } || { \
+		echo "error: the viewer's tests need chromium, and it could not be installed; install it and try again, or leave them out: make test BROWSER=no" >&2; \
+		exit 1; }
+	@touch $@

@@ -1,0 +1,282 @@
+"""What lies under the viewer's root: run folders, score folders and figures. No widgets here.
+
+    catalog = Catalog(Path("demo"))
+    catalog.runs(), catalog.scores(), catalog.figures(), catalog.broken()
+    catalog.resolve("lora/metrics.jsonl")        # refuses whatever leads out of the root
+
+All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
+by what :meth:`Catalog.resolve` returns for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.runlog import RUN
+from eval.scores.schema import FILE as SCORES
+from eval.scores.schema import ScoresResult
+
+from . import readers
+from .readers import FIGURES
+
+DEPTH = 6
+"""How deep below the root folders are looked at."""
+SKIPPED = frozenset(
+    {"checkpoints", "images", "validation", "logs", "unet", "text_encoder", "text_encoder_2"}
+    | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
+)
+"""Folders that hold no run or result of their own; hidden ones are skipped as well."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RunItem:
+    """A run folder.
+
+    Args:
+        path: of the folder.
+        name: what lists and legends show; unique.
+        record: ``run.json``, its method, status and config checked.
+        weights: file of the exported LoRA, or the folder of whole models; None while there is none.
+    """
+
+    path: str
+    name: str
+    record: dict[str, Any]
+    weights: str | None
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self.record["method"]
+
+    @property
+    def status(self) -> str:
+        """ "running", "finished" or "failed"."""
+        return self.record["status"]
+
+    @property
+    def base_model(self) -> str | None:
+        """The model it was trained on: folder, hub id, or ``mini``."""
+        return self.record["config"].get("pretrained_model_name_or_path")
+
+
+@dataclass(frozen=True)
+class ScoresItem:
+    """A folder with ``scores.json``; the files of its images are relative to ``path``."""
+
+    path: str
+    name: str
+    result: ScoresResult
+
+    def file(self, name: str) -> str:
+        """A file of this folder, relative to the root, for :meth:`Catalog.resolve`."""
+        return str(PurePosixPath(self.path) / name)
+
+
+@dataclass(frozen=True)
+class FigureItem:
+    """A result with figures.
+
+    Args:
+        path: of its folder.
+        name: what lists show; unique within a kind.
+        kind: "landscape", "dynamics", "generalization" or "sweep".
+        record: the JSON.
+        figures: its PNG files, relative to the root.
+    """
+
+    path: str
+    name: str
+    kind: str
+    record: dict[str, Any]
+    figures: list[str]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A folder that can't be shown, and why, in one sentence."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class _Scan:
+    runs: list[RunItem] = field(default_factory=list)
+    scores: list[ScoresItem] = field(default_factory=list)
+    figures: list[FigureItem] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+
+
+class Catalog:
+    """The folders under a root, as they were at the last :meth:`refresh`.
+
+    Args:
+        root: an existing folder.
+
+    Raises:
+        UserError: ``root`` is no folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        root = Path(root)
+        if not root.exists():
+            raise UserError(f"there is no folder {root}: give the folder that holds your runs")
+        if not root.is_dir():
+            raise UserError(f"{root} is a file: give the folder that holds your runs")
+        self.root = root.resolve()
+        self._lock = threading.Lock()
+        self._read: dict[tuple[str, str], tuple[tuple[int, int], Any]] = {}
+        self._scan = _Scan()
+        self.refresh()
+
+    @property
+    def name(self) -> str:
+        """Name of the root, without its place on the machine."""
+        return self.root.name or "/"
+
+    def runs(self) -> list[RunItem]:
+        """Run folders, by path."""
+        return list(self._scan.runs)
+
+    def scores(self) -> list[ScoresItem]:
+        """Score folders, by path."""
+        return list(self._scan.scores)
+
+    def figures(self) -> list[FigureItem]:
+        """Results with figures, by path."""
+        return list(self._scan.figures)
+
+    def broken(self) -> list[Broken]:
+        """What is not shown, by path."""
+        return list(self._scan.broken)
+
+    def resolve(self, relative: str) -> Path:
+        """The file or folder that ``relative`` names.
+
+        Args:
+            relative: POSIX path below the root; need not exist.
+
+        Raises:
+            UserError: it is absolute, contains ``..``, or a link in it leads out of the root.
+        """
+        parts = PurePosixPath(relative)
+        if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
+            raise UserError(f"{relative!r} is no path below the root: give a relative one")
+        try:
+            found = (self.root / parts).resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise UserError(f"{relative!r} can't be followed: give another path") from error
+        if not found.is_relative_to(self.root):
+            raise UserError(f"{relative!r} leads out of the root: copy it into the root instead")
+        return found
+
+    def refresh(self) -> None:
+        """Look at the root again; files that have not changed are not read again."""
+        with self._lock:
+            scan = _Scan()
+            for folder, names in self._folders(scan):
+                self._look(folder, names, scan)
+            self._scan = scan
+
+    def _folders(self, scan: _Scan) -> Iterator[tuple[str, set[str]]]:
+        """Folders below the root and the names of the files in each, by path."""
+        waiting = [(".", 0)]
+        while waiting:
+            folder, depth = waiting.pop()
+            try:
+                with os.scandir(self.root / folder) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except OSError as error:
+                scan.broken.append(Broken(folder, f"it can't be read ({error.strerror})"))
+                continue
+            below = []
+            for entry in entries:
+                path = str(PurePosixPath(folder) / entry.name)
+                if entry.name in SKIPPED or entry.name.startswith("."):
+                    continue
+                if entry.is_symlink() and Path(entry.path).is_dir():
+                    self._report_link(path, scan)
+                elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
+                    below.append((path, depth + 1))
+            names = {entry.name for entry in entries}
+            if "pyvenv.cfg" not in names:
+                waiting += reversed(below)
+                yield folder, names
+
+    def _report_link(self, path: str, scan: _Scan) -> None:
+        # Links that stay inside are shown where they lead to; following them could go in circles.
+        try:
+            self.resolve(path)
+        except UserError:
+            reason = "it is a link out of the root: copy it, or give its own folder as the root"
+            scan.broken.append(Broken(path, reason))
+
+    def _look(self, folder: str, names: set[str], scan: _Scan) -> None:
+        shown = self.name if folder == "." else folder
+        if RUN in names:
+            record = self._one(folder, RUN, readers.run, scan)
+            if record is not None:
+                scan.runs.append(RunItem(folder, shown, record, self._weights(folder, names)))
+        if SCORES in names:
+            result = self._one(folder, SCORES, readers.scores, scan)
+            if result is not None:
+                scan.scores.append(ScoresItem(folder, shown, result))
+        for file, kind in FIGURES.items():
+            if file in names:
+                record = self._one(folder, file, readers.figures, scan)
+                if record is not None:
+                    pictures = self._pictures(folder, file, record, names, scan)
+                    scan.figures.append(FigureItem(folder, shown, kind, record, pictures))
+
+    def _one(
+        self, folder: str, file: str, read: Callable[[Path], Item], scan: _Scan
+    ) -> Item | None:
+        """What ``read`` returns for a file, or None and a line among the broken ones."""
+        path = self.root / folder / file
+        try:
+            path = self.resolve(str(PurePosixPath(folder) / file))
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            kept = self._read.get((folder, file))
+            if kept is None or kept[0] != stamp:
+                # The reader gets the folder's own name for the file, so that messages have it too.
+                kept = (stamp, read(self.root / folder / file))
+                self._read[folder, file] = kept
+            return kept[1]
+        except UserError as error:
+            reason = " ".join(str(error).split())
+        except OSError as error:
+            reason = f"{file} can't be read ({error.strerror})"
+        except Exception as error:
+            # One damaged folder never hides the good ones, whatever is in it.
+            reason = f"{file} is damaged ({type(error).__name__})"
+        reason = reason.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
+        scan.broken.append(Broken(folder, reason))
+        return None
+
+    def _weights(self, folder: str, names: set[str]) -> str | None:
+        for name in readers.WEIGHTS:
+            if name in names:
+                return str(PurePosixPath(folder) / name)
+        return None
+
+    def _pictures(
+        self, folder: str, file: str, record: dict[str, Any], names: set[str], scan: _Scan
+    ) -> list[str]:
+        listed = record.get("figures")
+        if listed is None:  # sweep.json names none: its one figure is beside it
+            listed = [name for name in [file.replace(".json", ".png")] if name in names]
+        missing = [name for name in listed if name not in names]
+        if missing:
+            reason = f"{file} names {missing[0]}, which is not there: make the result again"
+            scan.broken.append(Broken(folder, reason))
+        return [str(PurePosixPath(folder) / name) for name in listed if name in names]

@@ -1,0 +1,292 @@
+"""The Compare tab: images of several adapters side by side, a slider over one pair, scores.
+
+What is shown is computed in ``compare_data`` and written in ``compare_html``; here are the widgets
+and the way from one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+from eval.scores.schema import METRICS, ScoresResult
+
+from . import compare_data as data
+from . import compare_html, pictures
+from .catalog import Catalog, ScoresItem
+from .compare_data import View
+
+NO_SCORES = """
+<section class="empty"><h2>No scored images yet</h2>
+<p>Draw and score images of your runs, then press Refresh:</p>
+<p><code>python -m eval.clip_scores RUN RUN --output_dir FOLDER</code></p></section>
+"""
+PICK = """
+element.addEventListener('click', (event) => {
+  const row = event.target.closest('[data-prompt]');
+  if (row) trigger('select', { prompt: Number(row.dataset.prompt) });
+});
+let top = 0;
+element.addEventListener('scroll', (event) => { top = event.target.scrollTop; }, true);
+watch('value', () => {
+  const list = element.querySelector('.prompts');
+  if (!list) return;
+  list.scrollTop = top;
+  const row = list.querySelector('[aria-current]');
+  if (!row) return;
+  const above = row.offsetTop - list.offsetTop;
+  if (above < list.scrollTop || above + row.offsetHeight > list.scrollTop + list.clientHeight)
+    list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
+});
+"""
+"""Reports a click on a row, and keeps the chosen row in sight."""
+ADDRESS = """
+(query) => {
+  if (!query) return '';
+  const here = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
+  for (const key of ['scores', 'a', 'b', 'also', 'prompt', 'seed', 'metric', 'order', 'words'])
+    here.delete(key);
+  for (const [key, value] of view) here.set(key, value);
+  const address = window.location.pathname + '?' + here.toString();
+  window.history.replaceState(null, '', address);
+  return window.location.origin + window.location.pathname + query;
+}
+"""
+"""Puts the view into the browser's address, beside what else is there (``__theme``)."""
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
+"""One after the other, so that the last choice is the one that stays on the screen."""
+
+
+class _Tab:
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self._widgets()
+        self._events()
+
+    def _widgets(self) -> None:
+        self.prompt = gr.State(0)
+        self.empty = gr.HTML(visible=False, apply_default_css=False)
+        with gr.Column(visible=False) as self.body, gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
+                self._choice()
+            with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
+                with gr.Row(elem_id="compare-steps"):
+                    self.previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
+                    self.place = gr.HTML(elem_id="compare-place", apply_default_css=False)
+                    self.next = gr.Button("Next →", elem_id="compare-next", size="sm")
+                self.title = gr.HTML(elem_id="compare-prompt", apply_default_css=False)
+                self.cards = gr.HTML(elem_id="compare-cards", apply_default_css=False)
+                self.slider = gr.ImageSlider(
+                    elem_id="compare-slider",
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    max_height=420,
+                )
+                self.query = gr.Textbox(visible=False)
+                self.link = gr.Textbox(
+                    label="Link to this view",
+                    elem_id="compare-link",
+                    interactive=False,
+                    buttons=["copy"],
+                    max_lines=1,
+                )
+
+    def _choice(self) -> None:
+        self.scores = gr.Dropdown(label="Scores", elem_id="compare-scores")
+        with gr.Row():
+            self.a = gr.Dropdown(label="A", elem_id="compare-a", min_width=120)
+            self.b = gr.Dropdown(label="B", elem_id="compare-b", min_width=120)
+        self.also = gr.Dropdown(label="Also show", multiselect=True, elem_id="compare-also")
+        with gr.Row():
+            self.seed = gr.Dropdown(label="Seed", elem_id="compare-seed", min_width=90)
+            self.metric = gr.Dropdown(label="Score", elem_id="compare-metric", min_width=120)
+        self.order = gr.Dropdown(
+            [(text, key) for key, text in data.ORDERS.items()],
+            value="gain",
+            label="Sort by the change from A to B",
+            elem_id="compare-order",
+        )
+        self.words = gr.Textbox(
+            label="Filter", placeholder="words of the prompt", elem_id="compare-words"
+        )
+        self.list = gr.HTML(elem_id="compare-list", js_on_load=PICK, apply_default_css=False)
+
+    def _events(self) -> None:
+        choice = [self.scores, self.a, self.b, self.also, self.seed, self.metric]
+        choice += [self.order, self.words, self.prompt]
+        shown = [self.title, self.place, self.list, self.cards, self.slider, self.query]
+        widgets = [self.empty, self.body, *choice]
+        gr.on(None, self.open, inputs=[], outputs=[*widgets, *shown], **ORDERED)
+        self.scores.input(self.change_scores, self.scores, [*widgets, *shown], **ORDERED)
+        chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
+        gr.on(
+            [*(widget.input for widget in chosen), self.words.change],
+            self.show,
+            choice,
+            [self.prompt, *shown],
+            trigger_mode="always_last",
+            **ORDERED,
+        )
+        self.list.select(self.pick, choice, [self.prompt, *shown], **ORDERED)
+        for button, by in ((self.previous, -1), (self.next, 1)):
+            button.click(
+                lambda *values, by=by: self.step(by, *values),
+                choice,
+                [self.prompt, *shown],
+                trigger_mode="multiple",
+                **ORDERED,
+            )
+        self.query.change(None, self.query, self.link, js=ADDRESS)
+
+    def open(self, request: gr.Request) -> list[Any]:
+        """Fill the tab when the page is loaded, by the link's query if there is one."""
+        return self._opened(dict(request.query_params))
+
+    def change_scores(self, path: str) -> list[Any]:
+        """Another score folder."""
+        return self._opened({"scores": path})
+
+    def _opened(self, query: dict[str, str]) -> list[Any]:
+        items = {item.path: item for item in self.catalog.scores() if item.result.images}
+        if not items:
+            nothing = [gr.skip()] * 15
+            return [gr.update(value=NO_SCORES, visible=True), gr.update(visible=False), *nothing]
+        asked = query.get("scores")
+        item = items.get(asked or "") or next(iter(items.values()))
+        if asked and asked not in items:
+            gr.Warning(f'The link names the scores "{asked}", which are not there.')
+            query = {}
+        view, missing = data.opened(query, item.path, item.result)
+        for sentence in missing:
+            gr.Warning(sentence)
+        return [gr.update(visible=False), gr.update(visible=True), *self._set(view, items)]
+
+    def _set(self, view: View, items: dict[str, ScoresItem]) -> list[Any]:
+        item = items[view.scores]
+        names = [(adapter.label, at) for at, adapter in enumerate(item.result.adapters)]
+        scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
+        return [
+            gr.update(
+                choices=[(item.name, path) for path, item in items.items()],
+                value=view.scores,
+                visible=len(items) > 1,
+            ),
+            gr.update(choices=names, value=view.a),
+            gr.update(choices=names, value=view.b),
+            gr.update(choices=names, value=list(view.also), visible=len(names) > 2),
+            gr.update(choices=[(str(seed), seed) for seed in item.result.seeds], value=view.seed),
+            gr.update(choices=scores, value=view.metric),
+            view.order,
+            view.words,
+            *self._shown(view, item),
+        ]
+
+    def show(self, *values: Any) -> list[Any]:
+        """What the widgets choose; nothing while the page is being filled."""
+        if not values[0]:
+            return [gr.skip()] * 7
+        view, item = self._view(*values)
+        return self._shown(view, item)
+
+    def pick(self, event: gr.EventData, *values: Any) -> list[Any]:
+        """A prompt of the list."""
+        view, item = self._view(*values)
+        prompt = event._data["prompt"]
+        if not isinstance(prompt, int) or not 0 <= prompt < len(item.result.prompts):
+            raise gr.Error("There is no such prompt.")
+        return self._shown(replace(view, prompt=prompt), item)
+
+    def step(self, by: int, *values: Any) -> list[Any]:
+        """The next or the previous prompt of the list."""
+        view, item = self._view(*values)
+        prompt = data.neighbour(_listed(view, item.result), view.prompt, by)
+        return self._shown(replace(view, prompt=prompt), item)
+
+    def _view(self, *values: Any) -> tuple[View, ScoresItem]:
+        scores, a, b, also, seed, metric, order, words, prompt = values
+        for item in self.catalog.scores():
+            if item.path == scores and prompt < len(item.result.prompts):
+                view = View(scores, a, b, tuple(also or ()), prompt, seed, metric, order)
+                return replace(view, words=words or ""), item
+        raise gr.Error("These scores have gone or changed: press Refresh.")
+
+    def _shown(self, view: View, item: ScoresItem) -> list[Any]:
+        """Prompt, title, place, list, cards, slider and query."""
+        result, listed = item.result, _listed(view, item.result)
+        pictures_of = {at: self._picture(item, view, at) for at in view.adapters}
+        labels = [adapter.label for adapter in result.adapters]
+        order = [row.prompt for row in listed]
+        place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
+        text = compare_html.heading(result.prompts[view.prompt].text)
+        return [
+            view.prompt,
+            text,
+            place,
+            compare_html.prompt_list(
+                listed, view.prompt, view.metric, labels[view.a], labels[view.b]
+            ),
+            compare_html.cards(result, self._cards(item, view, pictures_of)),
+            _pair(pictures_of[view.a], pictures_of[view.b], labels[view.a], labels[view.b]),
+            data.link(view, result),
+        ]
+
+    def _picture(self, item: ScoresItem, view: View, adapter: int) -> Image.Image | None:
+        image = data.find(item.result, adapter, view.prompt, view.seed)
+        if image is None:
+            return None
+        try:
+            return pictures.read(self.catalog.resolve(item.file(image.file)))
+        except UserError as error:
+            gr.Warning(str(error))
+            return None
+
+    def _cards(
+        self, item: ScoresItem, view: View, found: dict[int, Image.Image | None]
+    ) -> list[compare_html.Card]:
+        shown = []
+        for at, picture in found.items():
+            image = data.find(item.result, at, view.prompt, view.seed)
+            role = "A" if at == view.a else "B" if at == view.b else ""
+            near = self._other(pictures.nearest, item, image.nearest_image if image else None)
+            address = pictures.data_uri(picture) if picture else None
+            label = item.result.adapters[at].label
+            shown.append(compare_html.Card(label, address, image, near, role))
+        reference = item.result.prompts[view.prompt].reference
+        truth = self._other(pictures.truth, item, reference)
+        if truth:
+            lines = ["the held-out picture that the prompt describes"]
+            shown.append(compare_html.Card("ground truth", truth, lines=lines))
+        return shown
+
+    def _other(self, find: Any, item: ScoresItem, name: str | None) -> str | None:
+        try:
+            picture = find(self.catalog, item.path, name)
+        except UserError:  # the card still names it
+            return None
+        return pictures.data_uri(picture) if picture else None
+
+
+def _listed(view: View, result: ScoresResult) -> list[data.Row]:
+    found = data.rows(result, view.a, view.b, view.metric)
+    return data.arranged(found, view.metric, view.order, view.words)
+
+
+def _pair(a: Image.Image | None, b: Image.Image | None, left: str, right: str) -> Any:
+    """The slider's two pictures, of one size."""
+    if a is None or b is None:
+        return gr.update(value=None, visible=False)
+    a = pictures.fitted(a, 384)
+    b = pictures.fitted(b, 384).resize(a.size, Image.Resampling.LANCZOS)
+    return gr.update(value=(a, b), label=f"A {left}  |  B {right}", visible=True)
+
+
+def build(catalog: Catalog) -> None:
+    """Build the tab inside the current ``gr.Tab``."""
+    _Tab(catalog)

@@ -1,0 +1,118 @@
+"""The Compare tab's own HTML: the list of prompts and the cards. Strings only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from eval.scores.schema import METRICS, ImageScore, ScoresResult
+
+from .compare_data import Row, best, scores_of, times_100
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture and what is known of it.
+
+    Args:
+        title: its adapter's label, or what it is.
+        picture: ``data:`` address; None where there is none.
+        image: its record, for scores and caption.
+        nearest: ``data:`` address of the training picture that is most like it.
+        role: "A" or "B" for the pair.
+    """
+
+    title: str
+    picture: str | None
+    image: ImageScore | None = None
+    nearest: str | None = None
+    role: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+def heading(prompt: str) -> str:
+    """The prompt whose images are shown."""
+    return f"<h3>{escape(prompt)}</h3>"
+
+
+def prompt_list(listed: Sequence[Row], chosen: int, metric: str, a: str, b: str) -> str:
+    """The prompts with their scores; a row is a button that carries its position."""
+    if not listed:
+        return '<p class="quiet">No prompt contains these words.</p>'
+    rows = "".join(_row(row, row.prompt == chosen, metric) for row in listed)
+    return (
+        '<div class="prompts-head"><span>Prompt</span>'
+        f'<span title="{escape(a)}">A</span><span title="{escape(b)}">B</span><span>B − A</span>'
+        f'</div><div class="prompts">{rows}</div>'
+    )
+
+
+def _row(row: Row, chosen: bool, metric: str) -> str:
+    change = "–" if row.change is None else f"{100 * row.change:+.2f}"
+    known = METRICS.get(metric)
+    sign = -1 if known is not None and known.higher_is_better is False else 1
+    tone = (
+        "even"
+        if row.change is None or change.strip("+-0.") == ""
+        else "up"
+        if sign * row.change > 0
+        else "down"
+    )
+    current = ' aria-current="true"' if chosen else ""
+    return (
+        f'<button type="button" class="prompt" data-prompt="{row.prompt}"{current}>'
+        f'<span title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
+        f'<span>{times_100(row.b)}</span><span class="{tone}">{change}</span></button>'
+    )
+
+
+def cards(result: ScoresResult, shown: Sequence[Card]) -> str:
+    """The pictures side by side with their scores."""
+    leaders = best(result, [card.image for card in shown if card.image is not None])
+    body = "".join(_card(result, card, leaders) for card in shown)
+    return f'<div class="cards">{body}</div>{legend(result)}'
+
+
+def _card(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
+    role = f'<span class="role">{card.role}</span>' if card.role else ""
+    picture = (
+        f'<img src="{card.picture}" alt="{escape(card.title)}">'
+        if card.picture
+        else '<div class="absent">no image</div>'
+    )
+    text = f'<figure class="card"><div class="name">{role}{escape(card.title)}</div>{picture}'
+    text += "".join(f'<p class="quiet">{escape(line)}</p>' for line in card.lines)
+    return text + (_facts(result, card, leaders) if card.image else "") + "</figure>"
+
+
+def _facts(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
+    image = card.image
+    assert image is not None
+    rows = ""
+    for name, value in scores_of(result, image).items():
+        mark = ' class="best"' if leaders.get(name) == value else ""
+        title = f'title="{escape(METRICS[name].explanation)}"'
+        rows += f"<tr{mark}><th {title}>{METRICS[name].title}</th><td>{times_100(value)}</td></tr>"
+    text = f'<table class="scores">{rows}</table>'
+    text += f'<p class="quiet">by {escape(result.scorer.name)}</p>'
+    if image.caption:
+        text += f'<p class="caption">“{escape(image.caption)}”</p>'
+    if image.nearest_image:
+        thumbnail = f'<img src="{card.nearest}" alt="">' if card.nearest else ""
+        text += (
+            f'<div class="nearest">{thumbnail}<span>nearest training image<br>'
+            f"{escape(image.nearest_image)} · {times_100(image.nearest)}</span></div>"
+        )
+    return text
+
+
+def legend(result: ScoresResult) -> str:
+    """Whose scores these are."""
+    text = f"Scores are cosines × 100 by {escape(result.scorer.name)}."
+    if result.captioner is not None:
+        text += f" Captions by {escape(result.captioner.name)}."
+    for model in (result.scorer, result.captioner):
+        if model is not None and model.note:
+            text += f" {escape(model.note)}"
+    return f'<p class="quiet legend">{text}</p>'

@@ -1,0 +1,212 @@
+"""The Generate tab: one prompt, two adapters, the same noise."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+
+from . import pictures
+from .catalog import Catalog
+from .drawing import BASE, Work, checked, drawable, sides
+from .models import Models
+
+PROMPT = "a ToK icon of a rabbit, in the style of ToK"
+IDLE_SECONDS = 0.2
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def build(catalog: Catalog, device: str | None = None) -> None:
+    """Build the tab inside the current ``gr.Tab``."""
+    _Tab(catalog, Models(device))
+
+
+class _Tab:
+    def __init__(self, catalog: Catalog, models: Models) -> None:
+        self.catalog = catalog
+        self.models = models
+        self.running: dict[str | None, Work] = {}
+        self._widgets()
+        self._events()
+
+    def _widgets(self) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
+                with gr.Row():
+                    self.a = gr.Dropdown(label="A", elem_id="generate-a", min_width=120)
+                    self.b = gr.Dropdown(label="B", elem_id="generate-b", min_width=120)
+                with gr.Row():
+                    self.seed = gr.Number(
+                        0,
+                        label="Seed",
+                        precision=0,
+                        elem_id="generate-seed",
+                        min_width=90,
+                    )
+                    self.steps = gr.Number(
+                        25,
+                        label="Steps",
+                        precision=0,
+                        elem_id="generate-steps",
+                        min_width=90,
+                    )
+                self.guidance = gr.Slider(
+                    1, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
+                )
+                self.scale = gr.Slider(
+                    0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
+                )
+                with gr.Row():
+                    self.go = gr.Button("Generate", variant="primary", elem_id="generate-go")
+                    self.cancel = gr.Button("Cancel", elem_id="generate-cancel")
+            with gr.Column(scale=5, min_width=300):
+                self.status = gr.HTML(elem_id="generate-status", apply_default_css=False)
+                self.cards = gr.HTML(elem_id="generate-cards", apply_default_css=False)
+                self.slider = gr.ImageSlider(
+                    elem_id="generate-slider",
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    max_height=420,
+                    visible=False,
+                )
+
+    def _events(self) -> None:
+        gr.on(None, self.choices, inputs=[], outputs=[self.a, self.b, self.status], **QUIET)
+        asked = [self.prompt, self.a, self.b, self.seed, self.steps, self.guidance, self.scale]
+        shown = [self.status, self.cards, self.slider]
+        event = gr.on(
+            [self.go.click, self.prompt.submit],
+            self.generate,
+            inputs=asked,
+            outputs=shown,
+            show_progress="minimal",
+            show_progress_on=self.status,
+            concurrency_limit=1,
+            concurrency_id="pipeline",
+            api_visibility="private",
+        )
+        # `cancels` takes waiting requests out of the queue; `stop` ends the work itself.
+        self.cancel.click(
+            self.stop,
+            inputs=[],
+            outputs=self.status,
+            cancels=[event],
+            queue=False,
+            **QUIET,
+        )
+
+    def choices(self) -> list[Any]:
+        """Fill the two lists when the page is loaded; plain LoRA first, as the control."""
+        runs = [run for run in self.catalog.runs() if drawable(run)]
+        runs.sort(key=lambda run: run.method != "lora")
+        named = [("base model", BASE), *((run.name, run.path) for run in runs)]
+        paths = [run.path for run in runs]
+        a, b = [*paths, BASE, BASE][:2] if len(paths) > 1 else (BASE, [*paths, BASE][0])
+        note = "" if runs else message("No run with exported weights yet: only the base model.")
+        return [gr.update(choices=named, value=a), gr.update(choices=named, value=b), note]
+
+    def generate(
+        self,
+        prompt: str,
+        a: str,
+        b: str,
+        seed: float | None,
+        steps: float | None,
+        guidance: float,
+        scale: float,
+        request: gr.Request,
+    ) -> Iterator[Any]:
+        """Draw both sides; yields the state of the work as it goes on."""
+        try:
+            drawing = checked(prompt, seed, steps, guidance, scale)
+            base, chosen, size = sides(self.catalog, a, b)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        work = Work(chosen, base, replace(drawing, size=size), f"{self.catalog.root}/")
+        self.running[request.session_hash] = work
+        threading.Thread(target=work.run, args=(self.models,), daemon=True).start()
+        try:
+            yield from _followed(work)
+        finally:  # also when the browser has gone
+            work.stop.set()
+            if self.running.get(request.session_hash) is work:
+                del self.running[request.session_hash]
+
+    def stop(self, request: gr.Request) -> str:
+        """End what this browser asked for."""
+        work = self.running.get(request.session_hash)
+        if work is not None:
+            work.stop.set()
+        return message("Cancelled.")
+
+
+def message(text: str) -> str:
+    """A line of the status."""
+    return f'<p class="quiet">{escape(text)}</p>'
+
+
+def _followed(work: Work) -> Iterator[Any]:
+    """What the page shows while the work goes on: status, cards, slider."""
+    images: list[Image.Image] = []
+    position = step = 0
+    while True:
+        try:
+            kind, value = work.news.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            # Yielding is what lets Gradio notice that a browser has gone.
+            yield _progress(work, position, step), gr.skip(), gr.skip()
+            continue
+        if kind == "error":
+            yield "", gr.skip(), gr.skip()
+            raise gr.Error(value, print_exception=False)
+        if kind == "end":
+            yield message(value), _cards(work, images), _pair(work, images)
+            return
+        if kind == "begun":
+            position, step = value, 0
+        elif kind == "step":
+            position, step = value
+        elif kind == "image":
+            images.append(value)
+        cards = _cards(work, images) if kind in ("begun", "image") else gr.skip()
+        yield _progress(work, position, step), cards, gr.skip()
+
+
+def _progress(work: Work, position: int, step: int) -> str:
+    steps = work.request.steps
+    label = escape(work.sides[position][0])
+    done, whole = position * steps + step, len(work.sides) * steps
+    what = f"step {step} of {steps}" if step else "getting ready"
+    return f'<p class="quiet">{label}: {what}</p><progress value="{done}" max="{whole}"></progress>'
+
+
+def _cards(work: Work, images: list[Image.Image]) -> str:
+    text = ""
+    for position, (label, _) in enumerate(work.sides):
+        role = f'<span class="role">{"AB"[position]}</span>'
+        picture = '<div class="absent"></div>'
+        if position < len(images):
+            address = pictures.data_uri(images[position])
+            picture = f'<img src="{address}" alt="{escape(label)}">'
+        text += (
+            f'<figure class="card"><div class="name">{role}{escape(label)}</div>{picture}</figure>'
+        )
+    return f'<div class="cards">{text}</div>'
+
+
+def _pair(work: Work, images: list[Image.Image]) -> Any:
+    if len(images) < 2:
+        return gr.update(value=None, visible=False)
+    a, b = (pictures.fitted(image, 384) for image in images)
+    return gr.update(value=(a, b), label=" | ".join(label for label, _ in work.sides), visible=True)

@@ -1,0 +1,199 @@
+"""The loaded pipeline, and generation that shows its progress and can be stopped.
+
+One pipeline is in memory at a time and one image is made at a time; others wait for the lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL.Image import Image
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.sampling import generate
+from bilora_diffusion.tasks.pipeline import MINI, load_pipeline, quiet
+from eval.scores import adapters
+
+MAX_STEPS, MAX_SEED = 200, 2**32 - 1
+
+
+class Stopped(Exception):
+    """Generation was stopped by whoever asked for it."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as a run's config names it."""
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    vae: str | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Base:
+        """The base model of a run."""
+        return cls(
+            config.get("pretrained_model_name_or_path") or MINI,
+            config.get("revision"),
+            config.get("variant"),
+            config.get("cache_dir"),
+            config.get("pretrained_vae_model_name_or_path"),
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn.
+
+    Args:
+        prompt, seed, steps, guidance_scale: as in diffusers.
+        scale: of the adapter.
+        size: side in pixels; None for the model's own.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    scale: float
+    size: int | None = None
+
+
+class Models:
+    """Keeps one pipeline loaded.
+
+    Args:
+        device: such as "cuda:1"; None for a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = _device(device)
+        self._lock = threading.Lock()
+        self._base: Base | None = None
+        self._pipeline: Any = None
+
+    def draw(
+        self,
+        base: Base,
+        adapter: Path | None,
+        request: Request,
+        *,
+        stop: threading.Event,
+        on_step: Callable[[int], None],
+    ) -> Image:
+        """One image.
+
+        Args:
+            base: loaded when it is not.
+            adapter: run folder; None for the base model alone.
+            stop: when set, work ends before the next step.
+            on_step: called with the number of each step, from 1, before it is taken.
+
+        Raises:
+            Stopped: ``stop`` was set.
+            UserError: the base model is not on this machine, or the adapter does not fit it.
+        """
+        while not self._lock.acquire(timeout=0.1):
+            if stop.is_set():
+                raise Stopped
+        try:
+            pipeline = self._load(base)
+            arguments = ["base" if adapter is None else str(adapter)]
+            (parsed,) = adapters.parse(arguments)
+            with (
+                adapters.applied(pipeline, parsed, request.scale),
+                _watched(pipeline.unet, stop, on_step),
+            ):
+                return generate(
+                    pipeline,
+                    [request.prompt],
+                    [request.seed],
+                    size=request.size or side(pipeline),
+                    steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                )[0]
+        finally:
+            self._lock.release()
+
+    def _load(self, base: Base) -> Any:
+        if self._base != base:
+            self._base = self._pipeline = None  # frees the memory before the next one takes it
+            quiet()
+            half = torch.float16 if self.device.type == "cuda" else torch.float32
+            pipeline = load_pipeline(
+                local(base),
+                dtype=torch.float32 if base.name == MINI else half,
+                variant=base.variant,
+                vae=local(Base(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
+            )
+            self._pipeline, self._base = pipeline.to(self.device), base
+        return self._pipeline
+
+
+def local(base: Base) -> str:
+    """The folder of a base model: the viewer itself downloads nothing.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
+    if base.name == MINI or Path(base.name).exists():
+        return base.name
+    try:
+        return snapshot_download(
+            base.name, revision=base.revision, cache_dir=base.cache_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        raise UserError(
+            f'the base model "{base.name}" is not on this machine: download it with'
+            f" hf download {base.name}, or put its folder there"
+        ) from error
+
+
+def side(pipeline: Any) -> int:
+    """Side of the images that a pipeline makes by itself, in pixels."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device "{name}" is not on this machine: give cpu or cuda') from error
+    return device
+
+
+@contextmanager
+def _watched(
+    unet: torch.nn.Module, stop: threading.Event, on_step: Callable[[int], None]
+) -> Iterator[None]:
+    """Count the denoiser's calls, one a step, and end the sampling when told to."""
+    taken = 0
+
+    def before(*_: Any) -> None:
+        nonlocal taken
+        if stop.is_set():
+            raise Stopped
+        taken += 1
+        on_step(taken)
+
+    handle = unet.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()

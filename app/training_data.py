@@ -1,0 +1,225 @@
+"""What training curves are drawn from: a run's metrics as they grow, and its state. No widgets.
+
+rows = Reader().read(folder)              # only what was added since the last call is read
+smooth(series(rows, "loss"), window=25)
+radius(record, last_step=120)             # rho over the steps
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bilora_diffusion import runlog
+from bilora_diffusion.methods.options import rising
+
+Row = Mapping[str, Any]
+Points = list[tuple[int, float]]
+"""(step, value), by step."""
+
+STALE_SECONDS = 180.0
+"""A running run that wrote nothing for so long has probably been killed."""
+RADIUS_POINTS = 101
+RECENT_STEPS = 50
+
+
+@dataclass
+class _Kept:
+    identity: tuple[int, int] = (0, 0)  # of the file: a resumed run puts another in its place
+    stamp: tuple[int, int] = (-1, -1)  # size and time of change at the last reading
+    offset: int = 0  # behind the last whole line
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Reader:
+    """Reads ``metrics.jsonl`` of runs again and again, for all users at once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, _Kept] = {}
+        self._lock = threading.Lock()
+
+    def read(self, folder: Path) -> list[dict[str, Any]]:
+        """The lines so far, a torn last one left out; empty without the file.
+
+        Raises:
+            UserError: a line is no metrics line, or the file can't be read.
+        """
+        path = Path(folder) / runlog.METRICS
+        with self._lock:
+            try:
+                status = path.stat()
+            except OSError:  # it is not there yet, or the sentence is read_metrics' own
+                self._kept.pop(path, None)
+                return runlog.read_metrics(folder)
+            kept = self._kept.setdefault(path, _Kept())
+            identity = (status.st_dev, status.st_ino)
+            stamp = (status.st_size, status.st_mtime_ns)
+            if identity != kept.identity or status.st_size < kept.offset:
+                kept = self._kept[path] = _Kept(identity)
+            if stamp != kept.stamp:
+                try:
+                    added, length = _lines(path, kept.offset)
+                except (OSError, ValueError, KeyError, TypeError):
+                    del self._kept[path]
+                    return runlog.read_metrics(folder)  # says what is wrong with which line
+                kept.rows = kept.rows + added  # a new list: others may be reading the old one
+                kept.offset += length
+                kept.stamp = stamp
+            return kept.rows
+
+
+def _lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from ``offset`` on, and how many bytes they take."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    rows = [json.loads(line) for line in data.split(b"\n")[:-1]]
+    for row in rows:
+        int(row["step"])
+    return rows, len(data)
+
+
+def series(rows: Sequence[Row], key: str) -> Points:
+    """A metric over the steps; rows without it, or with null for a non-finite number, left out."""
+    found = []
+    for row in rows:
+        value = row.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((int(row["step"]), float(value)))
+    return found
+
+
+def smooth(points: Points, window: int) -> Points:
+    """The mean of each value and up to ``window - 1`` values before it."""
+    if not points:
+        return []
+    values = np.asarray([value for _, value in points], dtype=np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - max(1, window), 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
+
+
+def thin(points: Points, limit: int = 400) -> Points:
+    """At most about ``limit`` points: the lowest and the highest of equal stretches of steps.
+
+    The first and the last point stay, so a curve keeps its length and its peaks.
+    """
+    if len(points) <= limit:
+        return points
+    kept = {0, len(points) - 1}
+    values = np.asarray([value for _, value in points])
+    for stretch in np.array_split(np.arange(len(points)), limit // 2):
+        kept.add(int(stretch[values[stretch].argmin()]))
+        kept.add(int(stretch[values[stretch].argmax()]))
+    return [points[at] for at in sorted(kept)]
+
+
+def radius(record: Row, last_step: int) -> Points:
+    """rho of the ball over steps 1 to ``last_step``, in the units in which the norm is logged.
+
+    The logged norm is that of ``rho_norm`` (scaled by alpha/r or bare), and rho bounds just that,
+    so the line needs no conversion. Empty for a method without a ball, and for a rho schedule whose
+    length ``run.json`` does not tell.
+
+    Args:
+        record: ``run.json``.
+    """
+    config = record["config"]
+    rho = config.get("rho")
+    bare = config.get("ball") == "none"  # the ablation whose norm nothing bounds
+    if record["method"] != "bilora" or not isinstance(rho, int | float) or bare or last_step < 1:
+        return []
+    schedule = config.get("rho_schedule", "constant")
+    if schedule == "constant":
+        return [(step, float(rho)) for step in sorted({1, last_step})]
+    total = total_steps(record)
+    if total is None:
+        return []
+    steps = sorted({round(at) for at in np.linspace(1, last_step, RADIUS_POINTS)})
+    return [(step, rho * rising(schedule, min(1.0, step / total))) for step in steps]
+
+
+def total_steps(record: Row) -> int | None:
+    """How many steps the run is to take; None where only the number of epochs is known."""
+    total = record["config"].get("max_train_steps")
+    if total is None:
+        total = (record.get("results") or {}).get("steps")
+    return total if isinstance(total, int) else None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Args:
+        status: "running", "finished", "failed" or "stale".
+        reason: why it failed, in one sentence, or what a stale run means; "" otherwise.
+        steps, total: steps done and to do; ``total`` None where it is not known.
+        wall_seconds: spent so far, over all resumes.
+        left_seconds: of a running run, by its recent steps; None where it can't be told.
+        peak_memory_bytes: of the accelerator, or of the process on a CPU.
+    """
+
+    status: str
+    reason: str
+    steps: int
+    total: int | None
+    wall_seconds: float
+    left_seconds: float | None
+    peak_memory_bytes: int
+
+
+def progress(
+    record: Row, rows: Sequence[Row], last_written: float, now: float | None = None
+) -> Progress:
+    """Where a run stands.
+
+    Args:
+        record: ``run.json``.
+        rows: of ``metrics.jsonl``.
+        last_written: when either file was last changed, in seconds as ``time.time`` counts.
+        now: by default ``time.time()``.
+    """
+    silent = max(0.0, (time.time() if now is None else now) - last_written)
+    taken = [row for row in rows if row.get("seconds") is not None]
+    recent = [float(row["seconds"]) for row in taken[-RECENT_STEPS:]]
+    usual = statistics.median(recent) if recent else 0.0
+    steps = max((int(row["step"]) for row in rows), default=0)
+    total = total_steps(record)
+    status, reason = record["status"], str(record.get("error") or "")
+    if status == "running" and silent > max(STALE_SECONDS, 10 * usual):
+        status = "stale"
+        reason = f"it has written nothing for {duration(silent)}: it was probably killed"
+    left = None
+    if status == "running" and total is not None and recent:
+        left = max(0, total - steps) * usual
+    wall = float(record.get("wall_seconds") or 0.0)
+    memory = int(record.get("peak_memory_bytes") or 0)
+    return Progress(status, reason, steps, total, wall, left, memory)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "45 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory(count: int) -> str:
+    """Bytes as "786 MiB" or "17.2 GiB"."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

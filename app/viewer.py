@@ -1,0 +1,128 @@
+"""Look at runs and results in a browser.
+
+    python -m app.viewer                       # finds run and result folders below this folder
+    python -m app.viewer demo --port 7861
+    python -m app.viewer demo --host 0.0.0.0   # other machines may look, too
+
+Reads the files below ROOT and serves nothing else. No telemetry, nothing from the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bilora_diffusion.errors import UserError, run_cli
+from eval.sweep import Parser
+
+PORT = 7860
+LOCAL = "127.0.0.1"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until interrupted.
+
+    Returns:
+        The exit code: 0, or 2 after a sentence that says what to mend.
+    """
+    try:
+        return run_cli(lambda: serve(_parser().read(argv)))
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parser() -> Parser:
+    described = (__doc__ or "").split("\n\n")
+    parser = Parser(
+        prog="python -m app.viewer",
+        description=described[0],
+        epilog="\n\n".join(described[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "root", nargs="?", type=Path, default=Path("."), metavar="ROOT", help="default: this folder"
+    )
+    parser.add_argument("--host", default=LOCAL, help=f"address to listen on; default: {LOCAL}")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
+    parser.add_argument("--device", help="that generates images, such as cuda:1; default: the best")
+    return parser
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Check the arguments, find the folders, and serve.
+
+    Raises:
+        UserError: bad input, or Gradio is not installed.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    from .catalog import Catalog
+
+    catalog = Catalog(args.root)
+    check_address(args.host, args.port)
+    with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
+        be_private(Path(cache))
+        frame = _frame()
+        frame.launch(catalog, host=args.host, port=args.port, device=args.device)
+
+
+def be_private(cache: Path) -> None:
+    """Keep Gradio off the network, and its cache apart from that of other programs.
+
+    Gradio serves every file of its cache, and by default shares it among all programs of a machine.
+    It reads these variables when it is imported.
+    """
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        GRADIO_SHARE="False",
+        GRADIO_TEMP_DIR=str(cache / "files"),
+        GRADIO_EXAMPLES_CACHE=str(cache / "examples"),
+        GRADIO_ALLOWED_PATHS="",
+        GRADIO_SSR_MODE="False",
+        GRADIO_MCP_SERVER="False",
+    )
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that can't be listened on.
+
+    Raises:
+        UserError: the port is out of range or taken, or the host is none of this machine.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port} is no port: give one from 1 to 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+    except socket.gaierror as error:
+        raise UserError(f"--host {host} is no address of this machine: give {LOCAL}") from error
+    except PermissionError as error:
+        raise UserError(f"--port {port} needs more rights: give one above 1023") from error
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} can't be listened on ({error.strerror}): give another --port"
+        ) from error
+
+
+def _frame():
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "the viewer needs Gradio: install it with pip install 'bilora-diffusion[app]'"
+        ) from error
+    from . import frame
+
+    return frame
+
+
+if __name__ == "__main__":
+    sys.exit(main())

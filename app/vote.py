@@ -1,0 +1,257 @@
+"""The tab "Vote": which of two images is better, without knowing which adapter made which.
+
+Nothing that the browser gets tells the sides apart: the images come without names and without the
+parameters in their PNG files, and the adapters of a ballot stay on the server. The result is shown
+on request only and put away at the next vote, since it would tell which side has just won.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import json
+import random
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from bilora_diffusion.errors import UserError
+
+from .booth import ANY, Booth, Polls
+from .catalog import Catalog
+from .voting import Ballot, Tally
+
+SHORTCUTS = {"1": "vote-left", "2": "vote-right", "0": "vote-tie"}
+EMPTY = """
+<section class="empty">
+  <h2>Nothing to vote on yet</h2>
+  <p>A vote needs images of two adapters from the same prompts and seeds. Make and score them:</p>
+  <ol>
+    <li><code>python -m eval.clip_scores RUN_A RUN_B --output_dir scores</code></li>
+    <li>press Refresh</li>
+  </ol>
+</section>
+"""
+KEYS = """
+if (!window.biloraVoteKeys) {
+    window.biloraVoteKeys = SHORTCUTS;
+    document.addEventListener("keydown", (event) => {
+        if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
+        const typing = "input, textarea, select, [contenteditable=true]";
+        if (event.target instanceof Element && event.target.closest(typing)) return;
+        const button = document.getElementById(window.biloraVoteKeys[event.key]);
+        if (!button || button.offsetParent === null) return;
+        event.preventDefault();
+        button.click();
+    });
+}
+""".replace("SHORTCUTS", json.dumps(SHORTCUTS))
+BALLOT_CSS = """
+div { display: grid; grid-template-columns: 1fr 1fr; gap: 0.75rem; margin-top: 0.75rem; }
+img { width: 100%; max-height: 70vh; object-fit: contain; border-radius: var(--radius-md);
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
+"""
+TABLE_CSS = """
+table, thead, tbody, tr, th, td { border: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 0.4rem 0.75rem 0.4rem 0; vertical-align: top; }
+tr { border-bottom: 1px solid var(--border-color-primary); }
+.note { margin: 0.5rem 0; color: var(--body-text-color-subdued); }
+"""
+Update = dict[Any, Any]
+
+
+def build(catalog: Catalog, rng: random.Random | None = None) -> None:
+    """Build the tab inside the current ``gr.Tab``.
+
+    Args:
+        rng: of pairs and sides; by default the system's.
+    """
+    page = _Page(Polls(catalog, rng or random.SystemRandom()))
+    page.connect()
+
+
+class _Page:
+    """The widgets, and what happens when they are used."""
+
+    def __init__(self, polls: Polls) -> None:
+        self.polls = polls
+        self.voter = gr.BrowserState("", storage_key="bilora-voter", secret="bilora-voter")
+        self.booth = gr.State(None)
+        self.notice = gr.HTML(visible=False, elem_id="vote-notice")
+        with gr.Column(visible=False, elem_id="vote-setup") as self.setup:
+            with gr.Row():
+                self.scores = gr.Dropdown([], label="Score folder", elem_id="vote-scores")
+                self.pair = gr.Dropdown(
+                    [("any pair", ANY)], value=ANY, label="Adapters", elem_id="vote-pair"
+                )
+            self.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
+        with gr.Column(visible=False, elem_id="vote-booth") as self.stage:
+            self.ballot = gr.HTML(elem_id="vote-ballot", css_template=BALLOT_CSS)
+            with gr.Row():
+                self.buttons = {
+                    "left": _button("Left", "vote-left", "primary"),
+                    "tie": _button("Tie", "vote-tie", "secondary"),
+                    "right": _button("Right", "vote-right", "primary"),
+                }
+            self.standing = gr.HTML(elem_id="vote-standing", js_on_load=KEYS)
+        with gr.Row(visible=False) as self.below:
+            small: dict[str, Any] = {"size": "sm", "min_width": 140}
+            self.stop = gr.Button(
+                "Choose other adapters", visible=False, elem_id="vote-stop", **small
+            )
+            self.show = gr.Button("Show the result so far", elem_id="vote-show", **small)
+            self.export = gr.Button("Votes as CSV", elem_id="vote-export", **small)
+        self.file = gr.DownloadButton("votes.csv", visible="hidden", elem_id="vote-file")
+        self.result = gr.HTML(elem_id="vote-result", css_template=TABLE_CSS, visible=False)
+        # The browser sends the token of the ballot that it shows, so that a second click on it that
+        # is still on its way when the next one is drawn is not taken for a vote on the next.
+        self.token = gr.Textbox(visible=False)
+
+    def connect(self) -> None:
+        """Attach what happens to the widgets."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        booth = [self.booth, self.voter, self.setup, self.stage, self.stop]
+        booth += [self.notice, self.result]
+        booth += [self.ballot, self.standing, self.token]
+        setup = [self.notice, self.setup, self.below, self.scores]
+        gr.on(None, self._load, [], setup, **quiet)
+        self.scores.change(self._pairs, [self.scores], [self.pair], **quiet)
+        self.start.click(self._begin, [self.scores, self.pair, self.voter], booth, **quiet)
+        for choice, button in self.buttons.items():
+            cast = functools.partial(self._cast, choice)
+            button.click(cast, [self.token, self.booth, self.voter], booth, **quiet)
+        self.stop.click(lambda: {self.booth: None, **self._choosing()}, [], booth, **quiet)
+        self.show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **quiet)
+        self.export.click(self._export, [], [self.file, self.notice], **quiet).success(
+            None, js="() => { document.getElementById('vote-file').click(); }"
+        )
+
+    def _load(self) -> Update:
+        items = self.polls.items()
+        if not items:
+            return {self.notice: _shown(EMPTY)}
+        choices = [(item.name, item.path) for item in items]
+        return {
+            self.notice: _shown(""),
+            self.setup: gr.update(visible=True),
+            self.below: gr.update(visible=True),
+            self.scores: gr.update(choices=choices, value=items[0].path),
+        }
+
+    def _pairs(self, path: str | None) -> Any:
+        return gr.update(choices=self.polls.pairs(path), value=ANY)
+
+    def _begin(self, path: str | None, pair: str, voter: str) -> Update:
+        # The browser keeps the voter's name, so what it sends may be anything.
+        known = isinstance(voter, str) and re.fullmatch("[0-9a-f]{16}", voter)
+        voter = voter if known else secrets.token_hex(8)
+        return self._or_notice(
+            lambda: {self.voter: voter, **self._voting(self.polls.open(path, pair, voter), voter)}
+        )
+
+    def _cast(self, choice: str, token: str, booth: Booth | None, voter: str) -> Update:
+        if booth is None or token != booth.ballot.token:
+            return {self.notice: gr.skip()}
+        return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice, voter), voter))
+
+    def _report(self, path: str | None, pair: str) -> Update:
+        return self._or_notice(
+            lambda: {
+                self.result: _shown(table(*self.polls.result(path, pair))),
+                self.notice: _shown(""),
+            }
+        )
+
+    def _export(self) -> Update:
+        folder = Path(self.file.GRADIO_CACHE)
+        return self._or_notice(
+            lambda: {self.file: str(self.polls.export(folder)), self.notice: _shown("")}
+        )
+
+    def _or_notice(self, act: Callable[[], Update]) -> Update:
+        try:
+            return act()
+        except (UserError, OSError) as error:
+            text = html.escape(" ".join(str(error).split()))
+            return {self.notice: _shown(f'<section class="broken"><b>{text}</b></section>')}
+
+    def _choosing(self) -> Update:
+        return {
+            self.setup: gr.update(visible=True),
+            **{part: gr.update(visible=False) for part in (self.stage, self.stop)},
+            **{part: _shown("") for part in (self.notice, self.result)},
+        }
+
+    def _voting(self, booth: Booth, voter: str) -> Update:
+        return {
+            self.booth: booth,
+            self.setup: gr.update(visible=False),
+            **{part: gr.update(visible=True) for part in (self.stage, self.stop)},
+            **{part: _shown("") for part in (self.notice, self.result)},
+            self.ballot: ballot(booth.ballot, *self.polls.images(booth.ballot)),
+            self.standing: standing(*self.polls.done(booth, voter)),
+            self.token: booth.ballot.token,
+        }
+
+
+def ballot(shown: Ballot, left: bytes, right: bytes) -> str:
+    """A ballot as HTML.
+
+    The images (PNG) are in it, so that both sides and the prompt change at once: a vote while one
+    of two images was still on its way would be about two ballots.
+    """
+    sides = "".join(
+        f'<img id="vote-image-{side}" alt="{side} image"'
+        f' src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        for side, image in (("left", left), ("right", right))
+    )
+    return (
+        f'<p data-ballot="{shown.token}">Which is the better image of</p>'
+        f"<h3>{html.escape(shown.prompt)}</h3><div>{sides}</div>"
+    )
+
+
+def standing(done: int, total: int) -> str:
+    """How far a voter has come, as HTML."""
+    if done < total:
+        return f"<p>{done} of {total} pairs voted on. Keys: 1 left, 0 tie, 2 right.</p>"
+    return f"<p><b>All {total} pairs voted on, thank you.</b> You may go on: they come again.</p>"
+
+
+def table(rows: Sequence[Tally], voters: int) -> str:
+    """Win rates, as HTML."""
+    if not rows:
+        return "<p>No votes yet.</p>"
+    head = "<th>Adapters</th><th>Won, tied, lost</th><th>Win rate</th><th>Of decided votes</th>"
+    people = "1 voter" if voters == 1 else f"{voters} voters"
+    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f'<p class="note">Votes of {people}. The win rate counts a tie as half; in brackets is the'
+        " 95 % interval of the share won among the votes that were no tie (Wilson).</p>"
+    )
+
+
+def _cells(row: Tally) -> str:
+    found, decided = row.interval, row.decided_rate
+    share = "–" if decided is None else f"{100 * decided:.0f} %"
+    if found is not None:
+        share += f" ({100 * found.low:.0f}–{100 * found.high:.0f})"
+    names = f"<b>{html.escape(row.adapter.label)}</b> over {html.escape(row.other.label)}"
+    counts = f"{row.wins}, {row.ties}, {row.losses}"
+    return f"<td>{names}</td><td>{counts}</td><td>{100 * row.rate:.0f} %</td><td>{share}</td>"
+
+
+def _shown(text: str) -> Any:
+    """HTML that takes no place while it is empty."""
+    return gr.update(value=text, visible=bool(text))
+
+
+def _button(text: str, name: str, variant: Any) -> gr.Button:
+    return gr.Button(text, elem_id=name, variant=variant, min_width=80)

@@ -1,0 +1,95 @@
+"""Real folders for the viewer: two short runs on the miniature and the scores of their images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from PIL.Image import Image
+
+from bilora_diffusion import train
+from bilora_diffusion.sampling import generate
+from bilora_diffusion.tasks.pipeline import load_pipeline
+from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from tests.scripts.runs import flags
+
+METHODS = ("lora", "bilora")
+SUBJECTS = {"rabbit": "1f407.png", "cloud": "2601.png", "lion": "1f981.png", "frog": "1f438.png"}
+SEEDS = (0, 1)
+NEAREST = "1fa96.png"
+"""A training picture of the miniature."""
+
+
+def make_runs(root: Path) -> None:
+    """Train ``root/lora`` and ``root/bilora`` for two steps, coarsely enough to see it."""
+    for method in METHODS:
+        AcceleratorState._reset_state()
+        values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {}
+        train.main(flags(root / method, method=method, learning_rate=0.02, **values))
+
+
+def make_scores(root: Path) -> ScoresResult:
+    """Write ``root/scores``: images of both runs and measurements of them.
+
+    The scorer is another part with tests of its own, so brightness and contrast stand in for it.
+    """
+    folder, pipeline = root / "scores", load_pipeline("mini", dtype=torch.float32)
+    jobs = [(prompt, seed) for prompt in range(len(SUBJECTS)) for seed in SEEDS]
+    texts = [f"a ToK icon of a {name}, in the style of ToK" for name in SUBJECTS]
+    rows = []
+    for adapter, method in enumerate(METHODS):
+        pipeline.load_lora_weights(str(root / method))
+        drawn = generate(
+            pipeline,
+            [texts[prompt] for prompt, _ in jobs],
+            [seed for _, seed in jobs],
+            size=64,
+            steps=6,
+            guidance_scale=4.0,
+        )
+        pipeline.unload_lora_weights()
+        for (prompt, seed), image in zip(jobs, drawn, strict=True):
+            file = f"images/{method}/seed-{seed}/{prompt:03}.png"
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            image.save(folder / file)
+            rows.append(_score(adapter, prompt, seed, file, image))
+    result = ScoresResult(
+        scorer=ModelEntry("test-CLIP", "embedded", "brightness", note="For tests only."),
+        captioner=ModelEntry("test-captioner", "retrieval", "brightness"),
+        sampling={"base_model": "mini", "size": 64, "steps": 6, "guidance_scale": 4.0, "scale": 1},
+        seeds=list(SEEDS),
+        prompt_set="test",
+        adapters=[
+            AdapterEntry(method, "run", method, method, "0" * 8, f"images/{method}")
+            for method in METHODS
+        ],
+        prompts=[
+            PromptEntry(text, name, reference)
+            for text, (name, reference) in zip(texts, SUBJECTS.items(), strict=True)
+        ],
+        images=rows,
+        summaries=[],
+        comparisons=[],
+    )
+    result.write(folder)
+    return result
+
+
+def _score(adapter: int, prompt: int, seed: int, file: str, image: Image) -> ImageScore:
+    pixels = np.asarray(image, dtype=float) / 255
+    brightness, contrast = float(pixels.mean()), float(pixels.std())
+    return ImageScore(
+        adapter,
+        prompt,
+        seed,
+        file,
+        i2t=brightness,
+        t2t=contrast,
+        caption=f"an icon of brightness {brightness:.1f}",
+        truth=1 - brightness,
+        nearest=contrast / 2,
+        nearest_image=NEAREST,
+    )

@@ -1,0 +1,194 @@
+"""The Compare tab in a browser: choosing, sorting, the slider, the keyboard, the link."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from app.compare_data import arranged, rows, times_100
+from eval.scores.schema import ScoresResult
+from tests.browser.conftest import Viewer, Visit
+
+CARD = "#compare-cards figure.card"
+CHOSEN = "#compare-list button.prompt[aria-current]"
+
+
+@pytest.fixture(scope="session")
+def result(full_root: Path) -> ScoresResult:
+    """The scores that are shown."""
+    return ScoresResult.read(full_root / "scores")
+
+
+def opened(page: Page, viewer: Viewer, query: str = "") -> Page:
+    """The tab with its images."""
+    page.goto(viewer.url + "/" + query)
+    page.locator(f"{CARD} img").first.wait_for()
+    return page
+
+
+def pictures(page: Page) -> list[str | None]:
+    """Addresses of the big pictures."""
+    return [image.get_attribute("src") for image in page.locator(f"{CARD} > img").all()]
+
+
+def choose(page: Page, name: str, option: str) -> None:
+    """Pick an option of a drop-down list."""
+    page.locator(f"#compare-{name} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def listed(page: Page) -> list[str]:
+    """Names of the prompts, from the top."""
+    names = page.locator("#compare-list button.prompt span:first-child")
+    return [text.strip() for text in names.all_inner_texts()]
+
+
+def expected(result: ScoresResult, order: str, metric: str = "i2t") -> list[str]:
+    """The names as the data has them."""
+    return [row.name for row in arranged(rows(result, 0, 1, metric), metric, order)]
+
+
+def test_images_side_by_side_with_scores(
+    page: Page, viewer: Viewer, result: ScoresResult, shot: Callable[[Page, str], Path]
+) -> None:
+    opened(page, viewer)
+    cards = page.locator(CARD)
+    expect(cards).to_have_count(3)  # two adapters and the held-out picture
+    expect(cards.locator(".name")).to_have_text(["Alora", "Bbilora", "ground truth"])
+    assert len(set(pictures(page))) == 3
+    first = arranged(rows(result, 0, 1, "i2t"), "i2t", "gain")[0].prompt
+    for adapter in (0, 1):
+        image = next(
+            image
+            for image in result.images
+            if (image.adapter, image.prompt, image.seed) == (adapter, first, 0)
+        )
+        card = cards.nth(adapter)
+        expect(card.locator("tr", has_text="CLIP I2T").locator("td")).to_have_text(
+            times_100(image.i2t)
+        )
+        expect(card).to_contain_text("by test-CLIP")
+        expect(card.locator(".caption")).to_contain_text(image.caption or "?")
+        expect(card.locator(".nearest")).to_contain_text(f"1fa96.png · {times_100(image.nearest)}")
+        assert card.locator(".nearest img").evaluate("image => image.naturalWidth") > 0
+    assert cards.first.locator("> img").evaluate("image => image.naturalWidth") == 256
+    page.wait_for_timeout(300)
+    shot(page, "compare-desktop")
+
+
+def test_sorting_filtering_and_choosing(page: Page, viewer: Viewer, result: ScoresResult) -> None:
+    opened(page, viewer)
+    assert listed(page) == expected(result, "gain")
+    for order, label in (("loss", "Largest loss first"), ("name", "By name")):
+        choose(page, "order", label)
+        expect(page.locator("#compare-list button.prompt").first).to_contain_text(
+            expected(result, order)[0]
+        )
+        assert listed(page) == expected(result, order)
+    before = pictures(page)
+    page.locator("#compare-list button.prompt", has_text="rabbit").click()
+    expect(page.locator("#compare-prompt")).to_contain_text("rabbit")
+    expect(page.locator(CHOSEN)).to_contain_text("rabbit")
+    expect(page.locator(f"{CARD} > img").first).not_to_have_attribute("src", before[0] or "")
+    before = pictures(page)
+    choose(page, "seed", "1")
+    expect(page.locator(f"{CARD} > img").first).not_to_have_attribute("src", before[0] or "")
+    assert pictures(page)[2] == before[2]  # the held-out picture has no seed
+    page.locator("#compare-words textarea, #compare-words input").fill("LION")
+    expect(page.locator("#compare-list button.prompt")).to_have_count(1)
+    page.locator("#compare-words textarea, #compare-words input").fill("zebra")
+    expect(page.locator("#compare-list")).to_contain_text("No prompt contains these words")
+
+
+def test_an_adapter_beside_itself_changes_nothing(page: Page, viewer: Viewer) -> None:
+    opened(page, viewer)
+    choose(page, "b", "lora")
+    changes = page.locator("#compare-list button.prompt span:last-child")
+    expect(changes).to_have_text(["+0.00"] * 4)
+    expect(page.locator(CARD)).to_have_count(2)  # itself once, and the held-out picture
+
+
+def test_the_slider_can_be_dragged(page: Page, viewer: Viewer) -> None:
+    opened(page, viewer)
+    slider = page.locator("#compare-slider")
+    expect(slider.locator("img")).to_have_count(2)
+    sources = [image.get_attribute("src") for image in slider.locator("img").all()]
+    assert sources[0] != sources[1]
+    slider.scroll_into_view_if_needed()
+    handle = slider.locator(".outer").first
+    start = handle.bounding_box()
+    assert start is not None
+    x, y = start["x"] + start["width"] / 2, start["y"] + start["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 90, y, steps=6)
+    page.mouse.up()
+    moved = handle.bounding_box()
+    assert moved is not None
+    assert moved["x"] == pytest.approx(start["x"] - 90, abs=15)
+
+
+def test_buttons_and_keys_step_through_the_list(
+    page: Page, viewer: Viewer, result: ScoresResult
+) -> None:
+    opened(page, viewer)
+    order, place = expected(result, "gain"), page.locator("#compare-place")
+    expect(place).to_have_text("1 of 4")
+    page.locator("#compare-next").click()
+    expect(place).to_have_text("2 of 4")
+    for key, at in (("ArrowRight", 3), ("j", 4), ("j", 4), ("k", 3), ("ArrowLeft", 2)):
+        page.keyboard.press(key)
+        expect(place).to_have_text(f"{at} of 4")
+        expect(page.locator(CHOSEN)).to_contain_text(order[at - 1])
+        page.wait_for_timeout(150)
+    page.locator("#compare-previous").click()
+    expect(place).to_have_text("1 of 4")
+    expect(page.locator("#compare-prompt")).to_contain_text(order[0])
+
+
+def test_keys_in_a_field_or_in_another_tab_are_left_alone(page: Page, viewer: Viewer) -> None:
+    opened(page, viewer)
+    field = page.locator("#compare-words textarea, #compare-words input")
+    field.click()
+    page.keyboard.type("jk")
+    page.keyboard.press("ArrowLeft")
+    expect(field).to_have_value("jk")
+    field.fill("")
+    expect(page.locator("#compare-place")).to_have_text("1 of 4")
+    page.get_by_role("tab", name="Training").click()
+    page.locator("#frame-title").click()
+    page.keyboard.press("j")
+    page.wait_for_timeout(500)
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.locator("#compare-place")).to_have_text("1 of 4")
+
+
+def test_a_link_reopens_the_same_view(visit: Callable[..., Visit], viewer: Viewer) -> None:
+    page = opened(visit().page, viewer)
+    choose(page, "a", "bilora")
+    choose(page, "b", "lora")
+    choose(page, "seed", "1")
+    page.locator("#compare-list button.prompt", has_text="frog").click()
+    expect(page.locator("#compare-prompt")).to_contain_text("frog")
+    link = page.locator("#compare-link textarea, #compare-link input")
+    expect(link).to_have_value(re.compile("a=bilora.*b=lora.*frog.*seed=1"))
+    address = link.input_value()
+    assert address.startswith(viewer.url)
+    assert "prompt=" in page.url  # the browser's own address follows
+    other = visit().page
+    other.goto(address)
+    expect(other.locator("#compare-prompt")).to_contain_text("frog")
+    expect(other.locator(f"{CARD} .name").first).to_have_text("Abilora")
+    for at, source in enumerate(pictures(page)):
+        expect(other.locator(f"{CARD} > img").nth(at)).to_have_attribute("src", source or "")
+    expect(other.locator("#compare-seed input")).to_have_value("1")
+
+
+def test_a_link_to_what_is_gone_says_so(page: Page, viewer: Viewer) -> None:
+    opened(page, viewer, "?scores=scores&a=lora-9&prompt=nothing")
+    expect(page.get_by_text("lora-9")).to_be_visible()
+    expect(page.locator("#compare-place")).to_have_text("1 of 4")

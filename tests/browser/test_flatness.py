@@ -1,0 +1,113 @@
+"""The tabs that this file shares in an empty root, then a real landscape result in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import Viewer, Visit
+from tests.browser.test_vote import choose
+
+FIGURES = ("landscape_directions.png", "landscape_plane.png")
+REPORT = """# Loss landscape
+
+![the plane](landscape_plane.png)
+![elsewhere](http://example.com/pixel.png)
+
+| run | SAM sharpness | top eigenvalue |
+| --- | ---: | ---: |
+| lora | 0.12 | 3.4 |
+
+<script>window.ranReport = true</script>
+"""
+
+
+def make_landscape(folder: Path) -> None:
+    """A result as ``python -m eval.landscape`` leaves it."""
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    folder.mkdir()
+    for number, name in enumerate(FIGURES, start=1):
+        figure = Figure(figsize=(6, 4))
+        axes = figure.add_subplot(title=f"Loss landscape {number}")
+        along = [at / 20 for at in range(-20, 21)]
+        axes.plot(along, [number * at * at for at in along], label="lora")
+        axes.legend()
+        figure.savefig(folder / name)
+    record = {"schema_version": 1, "kind": "landscape", "runs": ["lora"], "figures": list(FIGURES)}
+    (folder / "landscape.json").write_text(json.dumps({**record, "provenance": {}}))
+    (folder / "landscape.md").write_text(REPORT)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Viewer]) -> Viewer:
+    """A viewer of an empty root."""
+    return start(tmp_path_factory.mktemp("empty"))
+
+
+def test_an_empty_root_says_what_to_run(
+    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+) -> None:
+    page = visit(phone=True).open(studio.url)
+    for tab, command in (
+        ("Vote", "python -m eval.clip_scores"),
+        ("Training", "train_dreambooth_bilora.py"),
+        ("Flatness", "python -m eval.landscape RUN RUN"),
+    ):
+        choose(page, tab)
+        notice = page.locator(f"#{tab.lower()}-notice")
+        expect(notice).to_be_visible()
+        expect(notice).to_contain_text(command)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    shot(page, "flatness-empty-phone")
+    assert not (studio.root / "votes.sqlite").exists()
+
+
+def test_figures_and_report(
+    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+) -> None:
+    make_landscape(studio.root / "landscape")
+    look = visit()
+    page = look.open(studio.url)
+    page.evaluate("window.isOld = true")
+    page.locator("#frame-refresh").click()
+    page.wait_for_function("() => !window.isOld")
+    page.get_by_role("tab", name="Flatness").click()
+    images = page.locator("#flatness-figures img")
+    expect(images).to_have_count(2)
+    for place, name in enumerate(("landscape directions", "landscape plane")):
+        expect(images.nth(place)).to_have_attribute("alt", name)
+        page.wait_for_function(
+            "place => document.querySelectorAll('#flatness-figures img')[place].naturalWidth > 0",
+            arg=place,
+        )
+        size = images.nth(place).evaluate("image => [image.naturalWidth, image.naturalHeight]")
+        assert size == [600, 400], "as it is in the file"
+    report = page.locator("#flatness-report")
+    expect(report).to_contain_text("SAM sharpness")
+    expect(report.locator("table")).to_be_visible()
+    assert report.locator("img").count() == 0
+    assert not page.evaluate("Boolean(window.ranReport)")
+    assert all(url.startswith((studio.url, "data:", "blob:")) for url in look.requests)
+    shot(page, "flatness")
+
+
+def test_a_lost_figure_is_named_and_the_other_shown(
+    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+) -> None:
+    folder = studio.root / "landscape"
+    if not folder.exists():
+        make_landscape(folder)
+    (folder / FIGURES[1]).write_bytes(b"no picture")
+    page = visit(phone=True, dark=True).open(studio.url)
+    choose(page, "Flatness")
+    expect(page.locator("#flatness-figures img")).to_have_count(1)
+    expect(page.locator("#flatness-report")).to_contain_text("landscape_plane.png can't be read")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    shot(page, "flatness-phone-dark")

@@ -1,0 +1,112 @@
+"""The Generate tab in a browser: progress, cancel, several users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import Viewer, Visit
+
+PICTURE = "#generate-cards figure.card > img"
+
+
+@pytest.fixture
+def enter(visit: Callable[..., Visit], viewer: Viewer) -> Callable[[], Page]:
+    """A new visitor at the tab, with few steps chosen."""
+
+    def go() -> Page:
+        page = visit().open(viewer.url, "Generate")
+        expect(page.locator("#generate-a input")).to_have_value("lora")
+        number(page, "steps", 3)
+        return page
+
+    return go
+
+
+def number(page: Page, name: str, value: int) -> None:
+    """Fill a field."""
+    field = page.locator(f"#generate-{name} input")
+    field.fill(str(value))
+    field.blur()
+
+
+def finish(page: Page) -> list[str]:
+    """Wait for both images; their addresses."""
+    expect(page.locator("#generate-status")).to_contain_text("Done.", timeout=120_000)
+    expect(page.locator(PICTURE)).to_have_count(2)
+    return [image.get_attribute("src") or "" for image in page.locator(PICTURE).all()]
+
+
+def test_two_images_from_the_same_noise(
+    enter: Callable[[], Page], shot: Callable[[Page, str], Path]
+) -> None:
+    page = enter()
+    page.locator("#generate-go").click()
+    expect(page.locator("#generate-status progress")).to_be_visible()
+    first = finish(page)
+    expect(page.locator("#generate-cards .name")).to_have_text(["Alora", "Bbilora"])
+    expect(page.locator("#generate-slider img")).to_have_count(2)
+    shot(page, "generate-desktop")
+    assert first[0] != first[1]
+    page.locator("#generate-b input").click()
+    page.get_by_role("option", name="lora", exact=True).click()
+    page.locator("#generate-go").click()
+    expect(page.locator(PICTURE)).to_have_count(0)
+    again = finish(page)
+    assert again == [first[0], first[0]]  # the same adapter, noise and settings
+
+
+def test_cancel_ends_the_work_and_the_next_one_runs(enter: Callable[[], Page]) -> None:
+    page = enter()
+    number(page, "steps", 200)
+    page.locator("#generate-go").click()
+    expect(page.locator("#generate-status")).to_contain_text("step 2 of 200")
+    page.locator("#generate-cancel").click()
+    expect(page.locator("#generate-status")).to_contain_text("Cancelled.")
+    expect(page.locator("#generate-status progress")).to_have_count(0)
+    number(page, "steps", 2)
+    page.locator("#generate-go").click()
+    assert len(finish(page)) == 2  # 400 steps would take minutes
+
+
+def test_a_visitor_who_leaves_does_not_hold_up_the_next(enter: Callable[[], Page]) -> None:
+    page = enter()
+    number(page, "steps", 200)
+    page.locator("#generate-go").click()
+    expect(page.locator("#generate-status")).to_contain_text("step 2 of 200")
+    page.close()
+    other = enter()
+    other.locator("#generate-go").click()
+    assert len(finish(other)) == 2
+
+
+def test_two_browsers_at_once(enter: Callable[[], Page]) -> None:
+    pages = [enter(), enter()]
+    number(pages[1], "seed", 1)
+    for page in pages:
+        page.locator("#generate-go").click()
+    one, other = (finish(page) for page in pages)
+    assert not set(one) & set(other)
+    alone = enter()
+    number(alone, "seed", 1)
+    alone.locator("#generate-go").click()
+    assert finish(alone) == other
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("steps", 0, "steps is 0"), ("seed", -1, "seed is -1"), ("prompt", "", "prompt is empty")],
+)
+def test_bad_values_are_refused(
+    enter: Callable[[], Page], field: str, value: object, words: str
+) -> None:
+    page = enter()
+    box = page.locator(f"#generate-{field} input, #generate-{field} textarea")
+    box.fill(str(value))
+    box.blur()
+    page.locator("#generate-go").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text(words)
+    expect(page.locator(PICTURE)).to_have_count(0)

@@ -1,0 +1,205 @@
+"""The viewer's frame in a browser and by plain requests: what it serves, and what it refuses."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Viewer, Visit
+
+TABS = ("Compare", "Generate", "Vote", "Training", "Flatness")
+SECRET = "nobody may read this"
+CONTENTS = (SECRET, "root:x:", "schema_version", "[project]")
+"""Words of the files that are asked for below."""
+
+
+@pytest.fixture(scope="module")
+def odd_root(tmp_path_factory: pytest.TempPathFactory, full_root: Path) -> Path:
+    """Good runs, a broken one, links out of the root, and a secret beside it."""
+    place = tmp_path_factory.mktemp("odd")
+    (place / "secret.txt").write_text(SECRET, encoding="utf-8")
+    root = place / "root"
+    root.mkdir()
+    for name in ("lora", "scores"):
+        _copy(full_root / name, root / name)
+    (root / "broken").mkdir()
+    (root / "broken" / "run.json").write_text("{", encoding="utf-8")
+    (root / "link.txt").symlink_to(place / "secret.txt")
+    (root / "link").symlink_to(place, target_is_directory=True)
+    # An image that leads out of the root: the secret must not get into the page by it.
+    stolen = next((root / "scores" / "images" / "lora" / "seed-0").glob("*.png"))
+    stolen.unlink()
+    stolen.symlink_to(place / "secret.txt")
+    return root
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and "checkpoints" not in path.parts:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, copy)
+
+
+@pytest.fixture(scope="module")
+def odd(odd_root: Path, start: Callable[..., Viewer]) -> Viewer:
+    """A viewer of it."""
+    return start(odd_root)
+
+
+def get(viewer: Viewer, path: str, method: str = "GET", body: str | None = None) -> tuple[int, str]:
+    """Status and text of a request whose path is sent as it is."""
+    address = urlsplit(viewer.url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def test_files_are_refused_by_every_route(odd: Viewer) -> None:
+    root, passwd = odd.root, Path("/etc/passwd")
+    repository = Path(__file__).resolve().parents[2]
+    asked = [
+        passwd,
+        root.parent / "secret.txt",
+        f"{root}/../secret.txt",
+        f"{root}/link.txt",
+        f"{root}/link/secret.txt",
+        root / "lora" / "run.json",  # not even the root's own files by their path
+        "pyproject.toml",
+        repository / "pyproject.toml",
+        "../../../../../../../etc/passwd",
+        "file:///etc/passwd",
+    ]
+    routes = {
+        "/gradio_api/file=": asked,
+        "/file=": asked[:4],
+        "/static/": asked[-2:],
+        "/assets/": asked[-2:],
+    }
+    for route, paths in routes.items():
+        for path in paths:
+            for text in dict.fromkeys((str(path), quote(str(path), safe=""))):
+                status, body = get(odd, route + text)
+                assert 400 <= status < 500, (status, route, text)
+                assert not any(
+                    word in body for word in (SECRET, "root:x:", "schema_version", "[project]")
+                )
+
+
+def test_routes_that_reach_out_or_take_files_are_closed(odd: Viewer) -> None:
+    for path in (
+        "/gradio_api/file=http://example.com/",
+        "/gradio_api/file=https://example.com/",
+        "/gradio_api/proxy=http://example.com/",
+        "/gradio_api/monitoring/summary",
+        "/monitoring",
+    ):
+        assert get(odd, path)[0] == 403, path
+    assert get(odd, "/gradio_api/upload", "POST", "")[0] == 403
+
+
+def test_the_page_tells_no_place_and_no_name_of_the_machine(odd: Viewer) -> None:
+    page, config = get(odd, "/")[1], get(odd, "/config")[1]
+    for text in (page, config):
+        assert str(odd.root) not in text
+        assert str(Path.home()) not in text
+    assert json.loads(config)["analytics_enabled"] is False
+
+
+def test_a_broken_run_and_links_are_named_and_the_rest_is_shown(
+    odd: Viewer, visit: Callable[..., Visit], shot: Callable[..., Path]
+) -> None:
+    page = visit().open(odd.url)
+    notice = page.locator("#frame-notice")
+    expect(notice).to_contain_text("2 folders are not shown")
+    expect(notice).to_contain_text("broken run.json is damaged")
+    expect(notice).to_contain_text("link it is a link out of the root")
+    expect(page.locator("#frame-title")).to_contain_text("1 run, 1 score folder")
+    expect(page.locator("#compare-cards figure.card")).to_have_count(3)
+    shot(page, "broken-run")
+
+
+def test_an_image_that_leads_out_of_the_root_is_not_shown(
+    odd: Viewer, visit: Callable[..., Visit]
+) -> None:
+    page = visit().open(f"{odd.url}/?scores=scores&a=lora&b=bilora&seed=0&order=list")
+    page.locator("#compare-list button.prompt").first.click()
+    card = page.locator("#compare-cards figure.card").first
+    expect(card.locator(".absent")).to_have_text("no image")
+    expect(page.locator("#compare-slider img")).to_have_count(0)
+
+
+def test_an_empty_root_says_what_to_run(
+    tmp_path: Path, start: Callable[..., Viewer], visit: Callable[..., Visit], shot: Callable
+) -> None:
+    viewer = start(tmp_path)
+    page = visit().open(viewer.url)
+    notice = page.locator("#frame-notice")
+    for command in ("make demo", "python -m eval.clip_scores", "python -m app.viewer"):
+        expect(notice).to_contain_text(command)
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+        expect(page.get_by_test_id("toast-body")).to_have_count(0)
+    shot(page, "empty-root")
+    # A run that has come meanwhile is there after Refresh.
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "run.json").write_text("{", encoding="utf-8")
+    page.locator("#frame-refresh").click()
+    expect(page.locator("#frame-notice")).to_contain_text("1 folder is not shown")
+
+
+def test_nothing_is_asked_of_others(viewer: Viewer, visit: Callable[..., Visit]) -> None:
+    visitor = visit()
+    refused: list[str] = []
+    visitor.page.on("console", lambda message: refused.append(message.text))
+    page = visitor.open(viewer.url)
+    page.locator("#compare-cards img").first.wait_for()
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)
+    own = ("data:", "blob:", viewer.url)
+    assert [address for address in visitor.requests if not address.startswith(own)] == []
+    assert len(visitor.requests) > 10
+    assert [text for text in refused if "Content Security Policy" in text] == []
+
+
+def test_a_phone_and_the_dark(
+    viewer: Viewer, visit: Callable[..., Visit], shot: Callable[..., Path]
+) -> None:
+    for name, phone, query in (
+        ("phone", True, ""),
+        ("phone-dark", True, "/?__theme=dark"),
+        ("dark", False, "/?__theme=dark"),
+    ):
+        page = visit(phone=phone).open(viewer.url + query)
+        page.locator("#compare-cards img").first.wait_for()
+        for tab in TABS:
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(600)
+            widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+            assert widths[0] <= widths[1], (name, tab, widths)
+            expect(page.get_by_test_id("toast-body")).to_have_count(0)
+            shot(page, f"{tab.lower()}-{name}")
+        ink = page.locator("#frame-title h1").evaluate("element => getComputedStyle(element).color")
+        light = sum(int(part) for part in ink[4:-1].split(",")) > 3 * 128
+        assert light is ("dark" in name), ink
+
+
+def test_it_listens_on_this_machine_alone(viewer: Viewer) -> None:
+    port = urlsplit(viewer.url).port
+    listening = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    own = {line.split()[1] for line in listening if line.split()[3] == "0A"}
+    assert f"0100007F:{port:04X}" in own
+    assert f"00000000:{port:04X}" not in own

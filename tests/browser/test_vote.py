@@ -1,0 +1,303 @@
+"""The blind vote in a real browser: ten votes, nothing that tells the sides apart, and the CSV."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw, PngImagePlugin
+from playwright.sync_api import Locator, Page, expect
+
+from app.ballots import COLUMNS, FILE, Votes
+from app.voting import Tally, Vote, tallies
+from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from tests.browser.conftest import Viewer, Visit
+
+LABELS = ("quagga-run", "zebra-run")
+"""Words that stand nowhere else in the page."""
+PROMPTS = ("a rabbit", "a cloud", "a lion", "a frog")
+SEEDS = (0, 1)
+PAIRS = len(PROMPTS) * len(SEEDS)
+KEYS = {"1": "left", "2": "right", "0": "tie"}
+VOTES = ("1", "left", "0", "right", "2", "tie", "1", "left", "2", "0")
+"""Ten votes by keyboard and mouse."""
+
+
+LISTEN = """
+window.heard = [];
+const ask = window.fetch;
+window.fetch = async (...request) => {
+    const answer = await ask(...request);
+    const reader = answer.clone().body?.pipeThrough(new TextDecoderStream()).getReader();
+    const listen = async () => {
+        for (let part = await reader.read(); !part.done; part = await reader.read())
+            window.heard.push(part.value);
+    };
+    if (reader) listen().catch(() => {});
+    return answer;
+};
+"""
+"""Keeps what the server answers, its streams of events too, which the browser itself forgets."""
+
+
+def picture(adapter: int, prompt: int, seed: int) -> Image.Image:
+    """An image that only this adapter makes: its colour tells it."""
+    image = Image.new("RGB", (64, 64), ("white", "ivory")[adapter])
+    draw = ImageDraw.Draw(image)
+    box = (8 + 4 * prompt, 8 + 8 * seed, 40 + 4 * prompt, 40 + 8 * seed)
+    draw.ellipse(box, fill=("teal", "orange")[adapter])
+    return image
+
+
+def make_scores(folder: Path) -> None:
+    """A score folder of two adapters; as in real ones, folders and PNG texts name the adapter."""
+    rows = []
+    for adapter, label in enumerate(LABELS):
+        for prompt in range(len(PROMPTS)):
+            for seed in SEEDS:
+                file = f"images/{label}/seed-{seed}/{prompt:03}-{label}.png"
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                written = PngImagePlugin.PngInfo()
+                written.add_text("parameters", f'{{"adapter": "{label}"}}')
+                picture(adapter, prompt, seed).save(folder / file, pnginfo=written)
+                rows.append(ImageScore(adapter, prompt, seed, file, i2t=0.2, t2t=0.3))
+    ScoresResult(
+        scorer=ModelEntry("test", "embedded", "test"),
+        captioner=None,
+        sampling={},
+        seeds=list(SEEDS),
+        prompt_set="test",
+        adapters=[AdapterEntry(n, "run", n, None, f"digest {n}", f"images/{n}") for n in LABELS],
+        prompts=[PromptEntry(text) for text in PROMPTS],
+        images=rows,
+        summaries=[],
+        comparisons=[],
+    ).write(folder)
+
+
+@pytest.fixture(scope="module")
+def polls(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Viewer]) -> Viewer:
+    """A viewer of one score folder."""
+    root = tmp_path_factory.mktemp("polls")
+    make_scores(root / "scores")
+    return start(root)
+
+
+@pytest.fixture(autouse=True)
+def no_votes_yet(polls: Viewer) -> None:
+    """Each test begins without votes."""
+    for name in (FILE, f"{FILE}-wal", f"{FILE}-shm"):
+        (polls.root / name).unlink(missing_ok=True)
+
+
+def begin(page: Page) -> Locator:
+    """Start voting; returns the panel, which then shows a ballot."""
+    page.locator("#vote-start").click()
+    booth = page.locator("#vote-booth")
+    expect(booth.locator("[data-ballot]")).to_be_visible()
+    return booth
+
+
+def cast(page: Page, how: str) -> None:
+    """Vote once, by a key or by a button's name, and wait for the next ballot."""
+    shown = page.locator("#vote-booth [data-ballot]").get_attribute("data-ballot")
+    if how in KEYS:
+        page.keyboard.press(how)
+    else:
+        page.locator(f"#vote-{how}").click()
+    expect(page.locator(f"#vote-booth [data-ballot]:not([data-ballot='{shown}'])")).to_be_visible()
+
+
+def download(page: Page) -> list[dict[str, str]]:
+    """The rows of the CSV file."""
+    with page.expect_download() as found:
+        page.locator("#vote-export").click()
+    assert found.value.suggested_filename == "votes.csv"
+    with Path(found.value.path()).open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        assert tuple(reader.fieldnames or ()) == COLUMNS
+        return list(reader)
+
+
+def one_tally(votes: list[Vote]) -> Tally:
+    (found,) = tallies(votes)
+    return found
+
+
+def test_ten_votes(
+    polls: Viewer, page: Page, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+) -> None:
+    addresses: list[str] = []
+    page.add_init_script(LISTEN)
+    Visit(page).open(polls.url, "Vote")
+    expect(page.locator("#vote-start")).to_be_visible()
+    wait_for_lists(page)
+    page.evaluate("window.heard = []")
+    page.on("response", lambda answer: addresses.append(answer.url.split("?")[0]))
+    booth = begin(page)
+    shot(page, "vote")
+    for number, how in enumerate(VOTES, start=1):
+        html = page.locator("#vote-booth").evaluate("element => element.outerHTML")
+        assert not [word for word in LABELS if word in html]
+        if number <= PAIRS:
+            expect(booth.locator("#vote-standing")).to_contain_text(f"{number - 1} of {PAIRS}")
+        cast(page, how)
+    expect(booth.locator("#vote-standing")).to_contain_text(f"All {PAIRS} pairs voted on")
+    require_blind("".join(page.evaluate("window.heard")), addresses)
+
+    rows = download(page)
+    assert [row["choice"] for row in rows] == [KEYS.get(how, how) for how in VOTES]
+    assert len({(row["prompt"], row["seed"]) for row in rows[:PAIRS]}) == PAIRS, "no pair twice"
+    assert len({row["session"] for row in rows}) == 1
+    for row in rows:
+        assert sorted((row["adapter left"], row["adapter right"])) == sorted(LABELS)
+        assert row["winner"] == row.get(f"adapter {row['choice']}", "")
+        assert row["score folder"] == "scores"
+
+    page.locator("#vote-show").click()
+    result = page.locator("#vote-result")
+    expect(result).to_contain_text(f"{LABELS[0]} over {LABELS[1]}")
+    wins, losses = (sum(row["winner"] == label for row in rows) for label in LABELS)
+    assert wins + losses == 7
+    expect(result).to_contain_text(f"{wins}, 3, {losses}")
+    expect(result).to_contain_text(f"{10 * (wins + 1.5):.0f} %")
+    interval = one_tally(Votes(polls.root / FILE).read()).interval
+    assert interval is not None
+    expect(result).to_contain_text(f"({100 * interval.low:.0f}–{100 * interval.high:.0f})")
+    shot(page, "vote-result")
+    cast(page, "tie")
+    expect(result).to_be_hidden()  # it would tell which side has just won
+
+
+def wait_for_lists(page: Page) -> None:
+    """Wait until all tabs have got the names for their lists, which come before any ballot."""
+    count, before = 0, -1
+    while not count or count != before:
+        page.wait_for_timeout(4000)
+        heard = "".join(page.evaluate("window.heard"))
+        count, before = sum(heard.count(word) for word in LABELS), count
+
+
+def require_blind(heard: str, addresses: list[str]) -> None:
+    """Nothing that the server sent names an adapter: neither events, nor images, nor addresses."""
+    for word in LABELS:
+        found = heard.find(word)
+        assert found < 0, heard[max(0, found - 500) : found + 200]
+        assert not [address for address in addresses if word in address]
+    images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", heard)
+    assert len(images) >= 2 * len(VOTES), "the events with the ballots were read"
+    for encoded in images:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            assert not image.info, "no text in the file"
+            assert max(image.size) > 64, "enlarged"
+
+
+def test_each_side_shows_its_adapters_image(polls: Viewer, visit: Callable[..., Visit]) -> None:
+    page = visit().open(polls.url, "Vote")
+    begin(page)
+    colors: list[tuple[str, str]] = []
+    for _ in range(4):
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('#vote-booth img')].every(i => i.complete)"
+        )
+        sides = [corner(page.locator(f"#vote-image-{side}")) for side in ("left", "right")]
+        colors.append((sides[0], sides[1]))
+        cast(page, "left")
+    names = {"255,255,255": LABELS[0], "255,255,240": LABELS[1]}  # white and ivory
+    seen = [(names[left], names[right]) for left, right in colors]
+    kept = [(v.left.label, v.right.label) for v in Votes(polls.root / FILE).read()]
+    assert seen == kept
+
+
+def corner(image: Locator) -> str:
+    """The colour of an image's corner as the browser drew it."""
+    return image.evaluate(
+        """(image) => {
+            const canvas = document.createElement("canvas");
+            canvas.width = canvas.height = 4;
+            canvas.getContext("2d").drawImage(image, 0, 0, 4, 4, 0, 0, 4, 4);
+            const [r, g, b] = canvas.getContext("2d").getImageData(0, 0, 1, 1).data;
+            return `${r},${g},${b}`;
+        }"""
+    )
+
+
+def test_two_voters_at_once(polls: Viewer, visit: Callable[..., Visit]) -> None:
+    one, two = visit().open(polls.url, "Vote"), visit().open(polls.url, "Vote")
+    for page in (one, two):
+        begin(page)
+    for how in ("left", "tie"):
+        cast(one, how)
+        cast(two, "right")
+    cast(two, "right")
+    expect(one.locator("#vote-standing")).to_contain_text(f"2 of {PAIRS}")
+    expect(two.locator("#vote-standing")).to_contain_text(f"3 of {PAIRS}")
+    votes = Votes(polls.root / FILE).read()
+    assert sorted(Counter(vote.session for vote in votes).values()) == [2, 3]
+    one.reload()  # the same browser is the same voter
+    one.get_by_role("tab", name="Vote").click()
+    begin(one)
+    expect(one.locator("#vote-standing")).to_contain_text(f"2 of {PAIRS}")
+
+
+def test_a_second_click_is_no_second_vote(polls: Viewer, visit: Callable[..., Visit]) -> None:
+    page = visit().open(polls.url, "Vote")
+    begin(page)
+    page.evaluate("() => { for (const s of ['left', 'right', 'left'])"
+                  " document.getElementById(`vote-${s}`).click(); }")  # fmt: skip
+    expect(page.locator("#vote-standing")).to_contain_text(f"1 of {PAIRS}")
+    page.locator("#vote-show").click()
+    expect(page.locator("#vote-result")).to_contain_text("Votes of 1 voter")
+    assert len(Votes(polls.root / FILE).read()) == 1
+
+
+def test_where_votes_cant_be_kept(
+    polls: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+) -> None:
+    (polls.root / FILE).mkdir()
+    try:
+        page = visit(phone=True, dark=True).open(polls.url)
+        choose(page, "Vote")
+        page.locator("#vote-start").click()
+        notice = page.locator("#vote-notice")
+        expect(notice).to_contain_text("votes.sqlite can't be written")
+        expect(notice).to_contain_text("a root folder that you may write to")
+        assert "Traceback" not in page.content()
+        assert str(polls.root) not in page.content()
+        shot(page, "vote-refused-phone-dark")
+    finally:
+        (polls.root / FILE).rmdir()
+
+
+def choose(page: Page, tab: str) -> None:
+    """Open a tab where they don't all fit: the others are in a menu."""
+    found = page.get_by_role("tab", name=tab)
+    if not found.is_visible():
+        page.locator(".overflow-menu > button").click()
+        found = page.locator(".overflow-dropdown").get_by_text(tab)
+    found.click()
+
+
+def test_on_a_phone(
+    polls: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+) -> None:
+    look = visit(phone=True)
+    page = look.open(polls.url)
+    choose(page, "Vote")
+    page.locator("#vote-pair input").click()
+    page.get_by_role("option", name=re.compile("quagga-run and zebra-run")).click()
+    begin(page)
+    boxes: list[Any] = [page.locator(f"#vote-image-{s}").bounding_box() for s in ("left", "right")]
+    assert boxes[0]["y"] == boxes[1]["y"], "side by side"
+    assert all(box["width"] > 120 for box in boxes)
+    cast(page, "right")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert all(url.startswith((polls.url, "data:", "blob:")) for url in look.requests)
+    shot(page, "vote-phone")
