@@ -69,6 +69,8 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
     for method in METHODS:
         print(f"  {TITLES[method]:8} {folder / method}")
     print(f"Images of six icons that no run has seen: {picture}")
+    print(f"\nScore both: python -m eval.clip_scores {' '.join(str(folder / m) for m in METHODS)}")
+    print(f"Look at them: python -m app.viewer {folder}")
 
 
 def require_paired(folders: Sequence[Path]) -> int:
