@@ -201,7 +201,14 @@ def train_small(stage: str, folder: Path, stop_after: int | None = None) -> dict
             torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.ones(shape), 1.0
         )
         text2image.train_text2image(
-            icon_set.icons, latents, small_tokenizer(), settings, 3, folder, stop_after=stop_after
+            icon_set.icons,
+            latents,
+            small_tokenizer(),
+            settings,
+            3,
+            folder,
+            stop_after=stop_after,
+            settle=text2image.SettleSettings(steps=2),
         )
     return load_file(folder / f"{stage}.safetensors")
 
