@@ -39,6 +39,7 @@ def choose(page: Page, name: str, option: str) -> None:
     """Pick an option of a drop-down list."""
     page.locator(f"#compare-{name} input").click()
     page.get_by_role("option", name=option, exact=True).click()
+    expect(page.get_by_role("option")).to_have_count(0)  # the list fades away
 
 
 def listed(page: Page) -> list[str]:
