@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.tasks.pipeline import MINI
 
@@ -28,8 +30,8 @@ class Work:
         request: what is drawn.
         place: the root's place on the machine, which no message shows.
         stop: ends the work before its next step.
-        news: ("begun", position), ("step", (position, number)), ("image", image), and at last
-            ("end", sentence) or ("error", sentence).
+        news: ("wait", number before), ("begun", position), ("step", (position, number)),
+            ("image", image), and at last "end", "stopped" or "error" with a sentence.
     """
 
     sides: list[tuple[str, Path | None]]
@@ -40,29 +42,30 @@ class Work:
     news: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
 
     def run(self, models: Models) -> None:
-        """Draw each side; report steps, images, and how it ended."""
+        """Wait for a turn and draw each side; report the course and how it ended."""
         try:
-            for position, (_, adapter) in enumerate(self.sides):
-                self.news.put(("begun", position))
-                image = models.draw(
-                    self.base,
-                    adapter,
-                    self.request,
-                    stop=self.stop,
-                    on_step=lambda step, position=position: self.news.put(
-                        ("step", (position, step))
-                    ),
-                )
-                self.news.put(("image", image))
+            with models.turn(self.stop, lambda ahead: self.news.put(("wait", ahead))):
+                for position in range(len(self.sides)):
+                    self.news.put(("image", self._draw(models, position)))
             self.news.put(("end", "Done."))
         except Stopped:
-            self.news.put(("end", "Cancelled."))
+            self.news.put(("stopped", "Cancelled."))
         except UserError as error:
             self.news.put(("error", str(error).replace(self.place, "")))
         except Exception as error:
             # The page has to hear of it; the traceback goes to the terminal.
             self.news.put(("error", f"The images could not be made ({type(error).__name__})."))
             raise
+
+    def _draw(self, models: Models, position: int) -> Image:
+        self.news.put(("begun", position))
+        return models.draw(
+            self.base,
+            self.sides[position][1],
+            self.request,
+            stop=self.stop,
+            on_step=lambda step: self.news.put(("step", (position, step))),
+        )
 
 
 def sides(

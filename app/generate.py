@@ -21,6 +21,8 @@ from .models import Models
 
 PROMPT = "a ToK icon of a rabbit, in the style of ToK"
 IDLE_SECONDS = 0.2
+VISITORS = 16
+"""Those who may stand in line with their place shown; Gradio's own queue holds the others."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -85,26 +87,20 @@ class _Tab:
         gr.on(None, self.choices, inputs=[], outputs=[self.a, self.b, self.status], **QUIET)
         asked = [self.prompt, self.a, self.b, self.seed, self.steps, self.guidance, self.scale]
         shown = [self.status, self.cards, self.slider]
-        event = gr.on(
+        # No `cancels` of Gradio's here: it leaves the next event in error now and then. The work
+        # ends by itself when it is stopped, waiting in line or drawing.
+        gr.on(
             [self.go.click, self.prompt.submit],
             self.generate,
             inputs=asked,
             outputs=shown,
             show_progress="minimal",
             show_progress_on=self.status,
-            concurrency_limit=1,
-            concurrency_id="pipeline",
+            trigger_mode="multiple",
+            concurrency_limit=VISITORS,
             api_visibility="private",
         )
-        # `cancels` takes waiting requests out of the queue; `stop` ends the work itself.
-        self.cancel.click(
-            self.stop,
-            inputs=[],
-            outputs=self.status,
-            cancels=[event],
-            queue=False,
-            **QUIET,
-        )
+        self.cancel.click(self.stop, inputs=[], outputs=[], queue=False, **QUIET)
 
     def choices(self) -> list[Any]:
         """Fill the two lists when the page is loaded; plain LoRA first, as the control."""
@@ -134,6 +130,7 @@ class _Tab:
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         work = Work(chosen, base, replace(drawing, size=size), f"{self.catalog.root}/")
+        self.stop(request)  # who presses Generate again wants the new one
         self.running[request.session_hash] = work
         threading.Thread(target=work.run, args=(self.models,), daemon=True).start()
         try:
@@ -143,12 +140,11 @@ class _Tab:
             if self.running.get(request.session_hash) is work:
                 del self.running[request.session_hash]
 
-    def stop(self, request: gr.Request) -> str:
+    def stop(self, request: gr.Request) -> None:
         """End what this browser asked for."""
         work = self.running.get(request.session_hash)
         if work is not None:
             work.stop.set()
-        return message("Cancelled.")
 
 
 def message(text: str) -> str:
@@ -159,13 +155,13 @@ def message(text: str) -> str:
 def _followed(work: Work) -> Iterator[Any]:
     """What the page shows while the work goes on: status, cards, slider."""
     images: list[Image.Image] = []
-    position = step = 0
+    position = step = ahead = 0
     while True:
         try:
             kind, value = work.news.get(timeout=IDLE_SECONDS)
         except queue.Empty:
             # Yielding is what lets Gradio notice that a browser has gone.
-            yield _progress(work, position, step), gr.skip(), gr.skip()
+            yield _progress(work, position, step, ahead), gr.skip(), gr.skip()
             continue
         if kind == "error":
             yield "", gr.skip(), gr.skip()
@@ -173,17 +169,24 @@ def _followed(work: Work) -> Iterator[Any]:
         if kind == "end":
             yield message(value), _cards(work, images), _pair(work, images)
             return
-        if kind == "begun":
-            position, step = value, 0
+        if kind == "stopped":
+            yield message(value), gr.skip(), gr.skip()
+            return
+        if kind == "wait":
+            ahead = value
+        elif kind == "begun":
+            position, step, ahead = value, 0, 0
         elif kind == "step":
             position, step = value
         elif kind == "image":
             images.append(value)
         cards = _cards(work, images) if kind in ("begun", "image") else gr.skip()
-        yield _progress(work, position, step), cards, gr.skip()
+        yield _progress(work, position, step, ahead), cards, gr.skip()
 
 
-def _progress(work: Work, position: int, step: int) -> str:
+def _progress(work: Work, position: int, step: int, ahead: int) -> str:
+    if ahead:
+        return message(f"Waiting: {ahead} before you.")
     steps = work.request.steps
     label = escape(work.sides[position][0])
     done, whole = position * steps + step, len(work.sides) * steps

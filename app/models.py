@@ -1,11 +1,12 @@
 """The loaded pipeline, and generation that shows its progress and can be stopped.
 
-One pipeline is in memory at a time and one image is made at a time; others wait for the lock.
+One pipeline is in memory at a time, and whoever draws with it has waited in line for a turn.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,9 +82,39 @@ class Models:
 
     def __init__(self, device: str | None = None) -> None:
         self.device = _device(device)
-        self._lock = threading.Lock()
+        self._line: deque[object] = deque()
+        self._moved = threading.Condition()
         self._base: Base | None = None
         self._pipeline: Any = None
+
+    @contextmanager
+    def turn(self, stop: threading.Event, on_wait: Callable[[int], None]) -> Iterator[None]:
+        """Wait in line for the pipeline, first come, first served, and have it within.
+
+        Args:
+            stop: leaves the line.
+            on_wait: called with the number of those before, whenever it changes.
+
+        Raises:
+            Stopped: ``stop`` was set.
+        """
+        ticket, told = object(), 0
+        with self._moved:
+            self._line.append(ticket)
+        try:
+            with self._moved:
+                while ahead := self._line.index(ticket):
+                    if stop.is_set():
+                        raise Stopped
+                    if ahead != told:
+                        told = ahead
+                        on_wait(ahead)
+                    self._moved.wait(0.1)
+            yield
+        finally:
+            with self._moved:
+                self._line.remove(ticket)
+                self._moved.notify_all()
 
     def draw(
         self,
@@ -94,7 +125,7 @@ class Models:
         stop: threading.Event,
         on_step: Callable[[int], None],
     ) -> Image:
-        """One image.
+        """One image; to be called within :meth:`turn`.
 
         Args:
             base: loaded when it is not.
@@ -106,27 +137,20 @@ class Models:
             Stopped: ``stop`` was set.
             UserError: the base model is not on this machine, or the adapter does not fit it.
         """
-        while not self._lock.acquire(timeout=0.1):
-            if stop.is_set():
-                raise Stopped
-        try:
-            pipeline = self._load(base)
-            arguments = ["base" if adapter is None else str(adapter)]
-            (parsed,) = adapters.parse(arguments)
-            with (
-                adapters.applied(pipeline, parsed, request.scale),
-                _watched(pipeline.unet, stop, on_step),
-            ):
-                return generate(
-                    pipeline,
-                    [request.prompt],
-                    [request.seed],
-                    size=request.size or side(pipeline),
-                    steps=request.steps,
-                    guidance_scale=request.guidance_scale,
-                )[0]
-        finally:
-            self._lock.release()
+        pipeline = self._load(base)
+        (parsed,) = adapters.parse(["base" if adapter is None else str(adapter)])
+        with (
+            adapters.applied(pipeline, parsed, request.scale),
+            _watched(pipeline.unet, stop, on_step),
+        ):
+            return generate(
+                pipeline,
+                [request.prompt],
+                [request.seed],
+                size=request.size or side(pipeline),
+                steps=request.steps,
+                guidance_scale=request.guidance_scale,
+            )[0]
 
     def _load(self, base: Base) -> Any:
         if self._base != base:

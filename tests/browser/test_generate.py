@@ -86,6 +86,20 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_next(enter: Callable[[], Page
     assert len(finish(other)) == 2
 
 
+def test_who_waits_is_told_and_can_cancel(enter: Callable[[], Page]) -> None:
+    first, second = enter(), enter()
+    number(first, "steps", 200)
+    first.locator("#generate-go").click()
+    expect(first.locator("#generate-status")).to_contain_text(UNDER_WAY)
+    second.locator("#generate-go").click()
+    expect(second.locator("#generate-status")).to_contain_text("Waiting: 1 before you.")
+    second.locator("#generate-cancel").click()
+    expect(second.locator("#generate-status")).to_contain_text("Cancelled.")
+    expect(first.locator("#generate-status")).to_contain_text(UNDER_WAY)
+    first.locator("#generate-cancel").click()
+    expect(first.locator("#generate-status")).to_contain_text("Cancelled.")
+
+
 def test_two_browsers_at_once(enter: Callable[[], Page]) -> None:
     pages = [enter(), enter()]
     number(pages[1], "seed", 1)

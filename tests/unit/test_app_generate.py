@@ -54,11 +54,23 @@ def test_a_stop_ends_the_work_at_the_next_step_and_frees_the_pipeline(models: Mo
     assert models._pipeline is loaded  # and the pipeline stays
 
 
-def test_who_waits_can_be_stopped_as_well(models: Models) -> None:
-    stop = threading.Event()
-    stop.set()
-    with models._lock, pytest.raises(Stopped):
-        models.draw(Base("mini"), None, REQUEST, stop=stop, on_step=lambda step: None)
+def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Models) -> None:
+    works = [Work([("one", None)], Base("mini"), REQUEST, "/place/") for _ in range(3)]
+    threads = []
+    with models.turn(threading.Event(), lambda ahead: None):
+        for number, work in enumerate(works, start=1):
+            threads.append(threading.Thread(target=work.run, args=(models,)))
+            threads[-1].start()
+            assert work.news.get(timeout=10) == ("wait", number)
+        works[0].stop.set()
+        assert works[0].news.get(timeout=10) == ("stopped", "Cancelled.")
+        for number, work in enumerate(works[1:], start=1):
+            assert work.news.get(timeout=10) == ("wait", number)
+    for thread in threads:
+        thread.join(60)
+    for work in works[1:]:
+        news = [work.news.get_nowait() for _ in range(work.news.qsize())]
+        assert news[-1] == ("end", "Done.")
 
 
 def test_work_reports_its_course(models: Models) -> None:
