@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bilora_diffusion.errors import UserError, run_cli
-from eval.sweep import Parser
+from eval.command import Parser
 
 PORT = 7860
 LOCAL = "127.0.0.1"
@@ -37,14 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    described = (__doc__ or "").split("\n\n")
-    parser = Parser(
-        prog="python -m app.viewer",
-        description=described[0],
-        epilog="\n\n".join(described[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("app.viewer", __doc__)
     parser.add_argument(
         "root", nargs="?", type=Path, default=Path("."), metavar="ROOT", help="default: this folder"
     )

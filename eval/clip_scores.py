@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_diffusion.durable import write_text
-from bilora_diffusion.errors import UserError, run_cli
+from bilora_diffusion.errors import UserError
 
+from .command import Parser, open_folder, run
 from .provenance import command_line, without_paths
-from .sweep import INTERRUPTED, Parser
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from accelerate import PartialState
@@ -60,25 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _start_missing_processes(words)
         score(args, command_line("eval.clip_scores", [_without_path(word) for word in words]))
 
-    try:
-        return run_cli(work)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped.", file=sys.stderr)
-        return INTERRUPTED
+    return run(work)
 
 
 def _parser() -> Parser:
     from .scores.plan import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 
     described = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
-    parts = described.split("\n\n")
-    parser = Parser(
-        prog="python -m eval.clip_scores",
-        description=parts[0],
-        epilog="\n\n".join(parts[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("eval.clip_scores", described)
     add = parser.add_argument
     add("adapters", nargs="*", metavar="ADAPTER", help="default: the demo's two runs and base")
     add("--prompts", default="3d_icon", help="shipped set, text file, or CSV file")
@@ -129,7 +118,7 @@ def score(args: argparse.Namespace, command: str) -> None:
     state = PartialState(cpu="cpu" in (args.device, device_type()))  # else one CPU process is seen
     device = _device(args.device) or str(state.device)
     models = _load_models(plan, device) if state.is_main_process else None
-    _make(args.output_dir)
+    open_folder(args.output_dir)
     store = Store(args.output_dir / IMAGES, plan.sampling)
     wanted = list(dict.fromkeys([*plan.jobs().values(), *plan.references().values()]))
     if state.is_main_process:
@@ -206,16 +195,6 @@ def _said(plan: Plan, images: int, missing: int) -> str:
             f" {len(plan.seeds)} seeds; {missing} of {images} images are to be made.",
         ]
     )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} is no folder that can be written ({error.strerror}): give"
-            " another."
-        ) from error
 
 
 def _without_path(word: str) -> str:

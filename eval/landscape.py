@@ -25,16 +25,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bilora_diffusion.durable import write_text
-from bilora_diffusion.errors import run_cli
 from bilora_diffusion.tasks.heldout import LEVELS
 from bilora_diffusion.tasks.pipeline import quiet
 
+from .command import Parser, run
 from .flatness import measure, models, plan, plot, report
 from .flatness.groups import summarize
 from .flatness.result import LandscapeResult, RunResult
 from .flatness.store import Store
 from .provenance import command_line, of_runs
-from .sweep import INTERRUPTED, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,22 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     command = command_line("eval.landscape", words)
-    try:
-        return run_cli(lambda: landscape(_parser().read(words), command))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped.", file=sys.stderr)
-        return INTERRUPTED
+    return run(lambda: landscape(_parser().read(words), command))
 
 
 def _parser() -> Parser:
-    described = (__doc__ or "").split("\n\n")
-    parser = Parser(
-        prog="python -m eval.landscape",
-        description=described[0],
-        epilog="\n\n".join(described[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("eval.landscape", __doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help='run folders, or "base" for the model before')
     add("--group", action="append", default=[], metavar="LABEL=RUN,RUN", help="may be repeated")

@@ -24,37 +24,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from bilora_diffusion.durable import write_text
-from bilora_diffusion.errors import UserError, did_you_mean, run_cli
+from bilora_diffusion.errors import UserError
 
 from . import axes, cells, sweep_plot, sweep_result, sweep_table
+from .command import Parser, open_folder, run
 from .grid import HELDOUT, Grid, Planner, open_script
 from .provenance import command_line
-
-INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """Complaints are one sentence, with a hint for an unknown flag."""
-
-    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments.
-
-        Raises:
-            UserError: an unknown flag, or a missing or malformed value.
-        """
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            hint = did_you_mean(unknown[0], flags)
-            raise UserError(f'unexpected "{unknown[0]}"{hint}: --help lists all flags.')
-        return args
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into a ``UserError``."""
-        raise UserError(f"{message}: --help lists all flags.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,28 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         it was interrupted.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    failed = False
-
-    def work() -> None:
-        nonlocal failed
-        failed = not sweep(_parser().read(words), command_line("eval.sweep", words))
-
-    try:
-        return run_cli(work) or int(failed)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped.", file=sys.stderr)
-        return INTERRUPTED
+    command = command_line("eval.sweep", words)
+    return run(lambda: int(not sweep(_parser().read(words), command)))
 
 
 def _parser() -> Parser:
-    described = (__doc__ or "").split("\n\n")
-    parser = Parser(
-        prog="python -m eval.sweep",
-        description=described[0],
-        epilog="\n\n".join(described[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("eval.sweep", __doc__)
     parser.add_argument("recipe", type=Path, help="YAML file of options that all cells share")
     parser.add_argument(
         "--over",
@@ -149,8 +110,8 @@ def sweep(args: argparse.Namespace, command: str) -> bool:
             print(f"\n{cell.name} ({cells.state(args.runs_dir / cell.name)})")
             print(cells.shown(runner.command(cell)))
         return True
-    for folder in (args.runs_dir, args.output_dir):  # before the first cell and not after the last
-        _make(folder)
+    open_folder(args.runs_dir, "--runs_dir")
+    open_folder(args.output_dir)  # before the first cell and not after the last
     outcomes = runner.run_all(grid.cells)
     result = sweep_result.compare(
         grid,
@@ -183,18 +144,6 @@ def _plan(grid: Grid, control: str) -> str:
         also = f" (the same run: {', '.join(arm.also)})" if arm.also else ""
         lines.append(f"  {arm.label}{note}{also}")
     return "\n".join(lines)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{folder} is no folder that can be written ({error.strerror}): give another."
-        ) from error
 
 
 def _report_failures(outcomes: Sequence[cells.Outcome], runs_dir: Path) -> bool:

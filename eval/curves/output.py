@@ -1,26 +1,72 @@
-"""The folder that an evaluation writes to."""
+"""What the commands that read recorded runs have in common: arguments, files, exit codes."""
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.durable import write_text
+from bilora_diffusion.errors import run_cli
+
+from ..command import Parser, open_folder
+from ..provenance import command_line
+from . import groups
 
 
-def open_folder(folder: Path) -> Path:
-    """Make the output folder, before anything is computed.
+@dataclass(frozen=True)
+class Reading:
+    """A command that reads groups of runs, sums them up, and draws.
 
-    Raises:
-        UserError: it is a file or can't be written.
+    Args:
+        name: of the module in ``eval``, and of the files.
+        described: the module's docstring.
+        flag: one more argument, and what ``add_argument`` takes for it.
+        measure: the result of the groups, the arguments and the command line; a dataclass with
+            ``figures`` and ``to_json``.
+        draw: writes the figures of a result to a folder, and returns their names.
+        to_markdown: the report of a result.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{folder} is no folder that can be written ({error.strerror}): give another"
-            " --output_dir."
-        ) from error
-    return folder
+
+    name: str
+    described: str | None
+    flag: tuple[str, dict[str, Any]]
+    measure: Callable[[list[groups.Group], Namespace, str], Any]
+    draw: Callable[[Any, Path], list[str]]
+    to_markdown: Callable[[Any], str]
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Read, measure, draw and write.
+
+        Returns:
+            The exit code: 0, or 2 after a sentence that says what to mend.
+        """
+        words = sys.argv[1:] if argv is None else list(argv)
+
+        def work() -> None:
+            args = self._parser().read(words)
+            found = groups.gather(args.runs, args.group)
+            folder = open_folder(args.output_dir)
+            self._write(self.measure(found, args, command_line(f"eval.{self.name}", words)), folder)
+
+        return run_cli(work)
+
+    def _parser(self) -> Parser:
+        parser = Parser(f"eval.{self.name}", self.described)
+        groups.add_arguments(parser)
+        flag, options = self.flag
+        parser.add_argument(flag, **options)
+        parser.add_argument("--output_dir", type=Path, default=Path("results") / self.name)
+        return parser
+
+    def _write(self, result: Any, folder: Path) -> None:
+        """Write all files and print the report."""
+        drawn = replace(result, figures=self.draw(result, folder))
+        report = self.to_markdown(drawn)
+        files = [f"{self.name}.json", f"{self.name}.md"]
+        for file, text in zip(files, (drawn.to_json(), report), strict=True):
+            write_text(folder / file, text)
+        print(f"{report}\nwritten: {folder}/{', '.join([*files, *drawn.figures])}")

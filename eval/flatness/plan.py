@@ -6,7 +6,6 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.config import DreamBoothConfig
@@ -14,6 +13,7 @@ from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.tasks.heldout import LEVELS
 
+from ..command import open_folder
 from . import subjects
 from .models import FULL_WEIGHTS, SPACES, SPLITS, Sample, open_device, open_set
 from .profile import coordinates
@@ -67,7 +67,7 @@ def make(args: Namespace) -> Plan:
     sample = Sample(args.split, args.max_images, args.levels, str(device))
     images = _open_all(found, args.split)
     subjects.check_comparable(found, [own.fingerprint() for own in images])
-    make_folder(args.output_dir)
+    open_folder(args.output_dir)
     count = len(images[0])
     radii = {"lora": args.radius, "full": args.full_radius}
     settings = Settings(
@@ -88,24 +88,6 @@ def make(args: Namespace) -> Plan:
         seed=args.seed,
     )
     return Plan(found, images, sample, settings, control, _with_grid(found, args))
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder now and not after the last run.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{folder} is no folder that can be written ({error.strerror}): give another"
-            " --output_dir."
-        ) from error
 
 
 def _check(args: Namespace) -> list[str]:
