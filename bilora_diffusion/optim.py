@@ -56,7 +56,7 @@ def build_scheduler(cfg: Any, optimizer: torch.optim.Optimizer, steps: int) -> A
     return get_scheduler(
         cfg.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=cfg.lr_warmup_steps,
+        num_warmup_steps=cfg.warmup_steps(steps),
         num_training_steps=steps,
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,

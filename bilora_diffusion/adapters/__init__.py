@@ -24,6 +24,7 @@ from .access import (
     names,
     parameters,
     rows,
+    whole,
 )
 from .initial import (
     keep_initial,
@@ -85,4 +86,5 @@ __all__ = [
     "target_layers",
     "to_full_precision",
     "weight_delta",
+    "whole",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -82,6 +82,23 @@ def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
                 for leaf, parameter in holder[adapter].named_parameters():
                     found[f"{path}.{kind}.{leaf}"] = parameter
     return found
+
+
+def whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Parameters of the modules that are trained whole beside the adapter, by path; or several."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in model.named_modules():
+        configs = module.__dict__.get("peft_config")
+        config = configs.get(adapter) if isinstance(configs, dict) else None
+        for key, parameter in module.named_parameters(path) if config is not None else ():
+            if within(key, config.modules_to_save or ()):
+                found.setdefault(id(parameter), (key, parameter))
+    return dict(found.values())
+
+
+def within(path: str, modules: Collection[str]) -> bool:
+    """Whether a path leads through a module of one of these names."""
+    return any(f".{name}." in f".{path}." for name in modules)
 
 
 def parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:

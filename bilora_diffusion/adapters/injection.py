@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, base_weight, check_known, layers, names
+from .access import INITIAL, PRIMARY, base_weight, check_known, layers, names, whole
 from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import (
@@ -43,13 +43,14 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
         )
     before = active(model) or (name,)
     targets = target_layers(model, spec)
+    by_path = spec.target_modules == ALL_LINEAR or bool(spec.modules_to_save)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=cast(int, int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha),
         lora_dropout=spec.dropout,
         init_lora_weights=cast(Any, INITS[spec.init]),
         use_dora=spec.use_dora,
-        target_modules=list(targets) if spec.target_modules == ALL_LINEAR else peft_targets(spec),
+        target_modules=list(targets) if by_path else peft_targets(spec),
         base_model_name_or_path=getattr(model, "name_or_path", None),
         fan_in_fan_out=any(isinstance(base_of(layer), Conv1D) for layer in targets.values()),
     )
@@ -64,7 +65,21 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
             cast(Any, model)._hf_peft_config_loaded = True
     to_full_precision(model, name)
     _reset_magnitudes(model, name)
+    _mark_whole(model, spec, name)
     activate(model, before)
+
+
+def _mark_whole(model: nn.Module, spec: AdapterSpec, name: str) -> None:
+    """Note in the adapter's configuration what is trained whole beside it, in fp32.
+
+    PEFT would put a copy beside each such module; there is only one head here, so it is trained
+    where it stands, and saved under the keys that PEFT reads.
+    """
+    if not spec.modules_to_save:
+        return
+    cast(Any, model).peft_config[name].modules_to_save = list(spec.modules_to_save)
+    for parameter in whole(model, name).values():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:

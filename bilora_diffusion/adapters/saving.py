@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, layers, named_parameters
+from .access import INITIAL, PRIMARY, layers, named_parameters, whole
 
 PEFT_PREFIX = "base_model.model."
 
@@ -82,15 +82,19 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value.cpu()
-        for key, value in portable_state_dict(model, adapter).items()
+        _in_peft(key): value.cpu() for key, value in portable_state_dict(model, adapter).items()
     }
+    tensors |= {_in_peft(key): value.detach().cpu() for key, value in whole(model, adapter).items()}
     config = LoraConfig(**cast(Any, model).peft_config[adapter].to_dict())
     if adapter == PRIMARY and layers(model, INITIAL):
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.inference_mode = True
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _in_peft(key: str) -> str:
+    return key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key
 
 
 def _peft_key(key: str) -> str:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import UserError
-from .access import INITIAL, check_known, layers
+from .access import INITIAL, PRIMARY, check_known, layers, whole
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
@@ -29,6 +29,8 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
             module.set_adapter(list(names))
         elif isinstance(module, BaseTuner):
             module.active_adapter = list(names)
+    for parameter in whole(model, PRIMARY).values():
+        parameter.requires_grad_(PRIMARY in names)
 
 
 def active(model: nn.Module) -> tuple[str, ...]:

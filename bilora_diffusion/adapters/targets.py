@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, did_you_mean
+from .access import within
 
 ALL_LINEAR = "all-linear"
 # PEFT's name for each; those of `inits/` start as the default and are then replaced.
@@ -38,6 +39,8 @@ class AdapterSpec:
         use_dora: learn the magnitude of each output separately (DoRA).
         target_modules: "all-linear" (every linear layer but the output head), a regular expression
             for full module names, or a tuple of names or name endings such as ("to_q", "to_out.0").
+        modules_to_save: names of modules that are trained whole beside the adapter and saved with
+            it, such as a classifier's new head; no adapter goes on them.
 
     Raises:
         UserError: a value outside its range.
@@ -49,6 +52,7 @@ class AdapterSpec:
     init: str = "default"
     use_dora: bool = False
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -103,6 +107,7 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
             for key, module in modules.items()
             if check_target_module_exists(config, key)
         }
+    found = {k: m for k, m in found.items() if not within(k, spec.modules_to_save)}
     if not found:
         linear = [key for key, module in modules.items() if _is_linear(module)]
         shown = ", ".join(linear[:5]) or "none"

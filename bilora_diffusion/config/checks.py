@@ -9,9 +9,8 @@ from typing import Any
 from .. import combinations
 from ..errors import UserError, did_you_mean
 from .environment import check_environment
-from .locations import check_locations
-from .resolve import BUILT_IN
 
+Check = Callable[[dict[str, Any], frozenset[str]], None]
 OPTIMIZERS = ("adamw", "prodigy")
 
 AT_LEAST_ONE = (
@@ -99,31 +98,40 @@ NEEDS = {
 """Options without effect unless another has a certain value: they are refused, not ignored."""
 
 
-def check(values: dict[str, Any], given: frozenset[str], defaults: dict[str, Any]) -> None:
+def check(
+    values: dict[str, Any],
+    given: frozenset[str],
+    defaults: dict[str, Any],
+    *,
+    inputs: Check,
+    results: Check,
+) -> None:
     """Refuse what can't be honoured.
 
     Args:
         values: every option, completed by ``resolve``.
         given: names of the options that the user gave.
         defaults: every option as it is when not given.
+        inputs: a script's own check of what it is given to train on.
+        results: its own check of validation and locations.
 
     Raises:
         UserError: one sentence with the value and the fix.
     """
     _check_names(values)
     _check_ranges(values)
-    _check_sources(values)
+    inputs(values, given)
     for name, (other, wanted, fix) in NEEDS.items():
         changed = name in given and values[name] != defaults[name]
         if changed and values[other] != wanted:
-            raise UserError(f"{_said(name, values)} has no effect here: {fix}.")
+            raise UserError(f"{said(name, values)} has no effect here: {fix}.")
     combinations.check(values)
-    _check_training(values, given)
-    check_locations(values)
+    _check_training(values)
+    results(values, given)
     check_environment(values)
 
 
-def _said(name: str, values: dict[str, Any]) -> str:
+def said(name: str, values: dict[str, Any]) -> str:
     """The option as the user wrote it, without a secret."""
     value = values[name]
     if value is True or name == "hub_token":
@@ -149,80 +157,29 @@ def _check_ranges(values: dict[str, Any]) -> None:
     )
     for names, holds, fix in rules:
         for name in names:
-            value = values[name]
+            value = values.get(name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 plain = "; for plain LoRA use --method lora" if name == "rho" else ""
                 raise UserError(f"--{name} is {value}: {fix}{plain}.")
-    side = values["resolution"]
-    if side is not None and (side < 8 or side % 8):
-        near = max(8, round(side / 8) * 8)
-        raise UserError(f"--resolution is {side}: give a multiple of 8, such as {near}.")
 
 
-def _check_sources(values: dict[str, Any]) -> None:
-    name, folder = values["dataset_name"], values["instance_data_dir"]
-    if not name and not folder:
-        raise UserError(
-            "no images are given: add --dataset with a hub id, a folder or mini, or"
-            " --instance_data_dir with a folder."
-        )
-    if name and folder:
-        raise UserError(f'--dataset "{name}" and --instance_data_dir "{folder}": give only one.')
-    if values["dataset_config_name"] and (folder or name in BUILT_IN):
-        raise UserError(
-            f"{_said('dataset_config_name', values)} has no effect on {folder or name}: drop it."
-        )
-    if values["caption_column"] is None and not values["instance_prompt"]:
-        raise UserError(
-            f'"{name or folder}" has no prompt: add --instance_prompt, for example "a photo of TOK'
-            ' dog", or --caption_column.'
-        )
-    if values["caption_column"] is not None and values["caption_column"] == values["image_column"]:
-        raise UserError(
-            f'"{values["image_column"]}" is both --image_column and --caption_column: change one.'
-        )
-    if values["with_prior_preservation"]:
-        for needed, example in (("class_data_dir", "class_images"), ("class_prompt", '"a dog"')):
-            if not values[needed]:
-                raise UserError(
-                    f"--with_prior_preservation needs --{needed}: add it, for example"
-                    f" --{needed} {example}."
-                )
-
-
-def _check_training(values: dict[str, Any], given: frozenset[str]) -> None:
+def _check_training(values: dict[str, Any]) -> None:
     if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
         raise UserError(
-            f"{_said('lr_warmup_steps', values)} has no effect on a constant learning rate: use"
+            f"{said('lr_warmup_steps', values)} has no effect on a constant learning rate: use"
             " --lr_scheduler constant_with_warmup or drop it."
         )
     if values["optimizer"] == "prodigy":
         for name in ("text_encoder_lr", "auxiliary_learning_rate"):
-            if values[name] not in (None, values["learning_rate"]):
+            if values.get(name) not in (None, values["learning_rate"]):
                 raise UserError(
-                    f"{_said(name, values)} differs from --learning_rate"
+                    f"{said(name, values)} differs from --learning_rate"
                     f" {values['learning_rate']}, and prodigy has one rate for all: drop it."
                 )
-    _check_validation(values, given)
     if not values["output_dir"]:
         raise UserError('--output_dir is "": name the folder of the run.')
     if values["overwrite_output_dir"] and values["resume_from_checkpoint"]:
         raise UserError(
-            f"{_said('resume_from_checkpoint', values)} continues what --overwrite_output_dir"
+            f"{said('resume_from_checkpoint', values)} continues what --overwrite_output_dir"
             " deletes: drop one."
-        )
-
-
-def _check_validation(values: dict[str, Any], given: frozenset[str]) -> None:
-    silent = not values["validation_prompts"] and values["num_validation_images"] > 0
-    for name in ("num_validation_images", "validation_epochs"):
-        if name in given and silent:
-            raise UserError(
-                f"{_said(name, values)} has no effect without a prompt: add --validation_prompt or"
-                " drop it."
-            )
-    if values["validation_loss_steps"] and not values["validation_dataset"]:
-        raise UserError(
-            f"{_said('validation_loss_steps', values)} has no effect without held-out images: add"
-            " --validation_dataset or drop it."
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from .checks import check
 from .command_line import CommandLine
-from .inputs import DataOptions, ModelOptions, PriorOptions
+from .dreambooth_checks import check_inputs, check_results
+from .inputs import DataOptions, DiffusionOptions, ModelOptions, PriorOptions
 from .outputs import OutputOptions, ValidationOptions
 from .resolve import default_checkpointing, resolve
+from .run_config import RunConfig
 from .training import AdapterOptions, OptimizerOptions, StepOptions
 
 GROUPS = (
@@ -20,6 +22,7 @@ GROUPS = (
     AdapterOptions,
     StepOptions,
     OptimizerOptions,
+    DiffusionOptions,
     PriorOptions,
     ValidationOptions,
     OutputOptions,
@@ -46,9 +49,11 @@ class DreamBoothConfig(
     AdapterOptions,
     StepOptions,
     OptimizerOptions,
+    DiffusionOptions,
     PriorOptions,
     ValidationOptions,
     OutputOptions,
+    RunConfig,
 ):
     """Every option of the script, flat. Made by ``parse``, which checks and completes it.
 
@@ -58,10 +63,8 @@ class DreamBoothConfig(
     ``for_pipeline`` says what the model was made for.
     """
 
-    @property
-    def log_with(self) -> str | None:
-        """The tracker for ``Accelerator(log_with=...)``."""
-        return None if self.report_to == "none" else self.report_to
+    groups: ClassVar[tuple[Any, ...]] = GROUPS
+    without_influence: ClassVar[frozenset[str]] = WITHOUT_INFLUENCE
 
     def for_pipeline(self, side: int) -> DreamBoothConfig:
         """Decide what depends on the model: resolution, and gradient checkpointing with it.
@@ -76,23 +79,6 @@ class DreamBoothConfig(
         return dataclasses.replace(
             self, resolution=resolution, gradient_checkpointing=checkpointing
         )
-
-    def for_processes(self, count: int) -> DreamBoothConfig:
-        """Carry out ``--scale_lr`` for a run on ``count`` processes; call it once."""
-        if not self.scale_lr:
-            return self
-        factor = self.gradient_accumulation_steps * self.train_batch_size * count
-        return dataclasses.replace(self, learning_rate=self.learning_rate * factor)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All options as JSON values; the hub token is left out."""
-        names = [field.name for group in GROUPS for field in fields(group)]
-        values = dataclasses.asdict(self)
-        return {name: values[name] for name in names if name != "hub_token"}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The options that decide what is learned: a resumed run must have the same."""
-        return {k: v for k, v in self.to_dict().items() if k not in WITHOUT_INFLUENCE}
 
 
 def parse(argv: Sequence[str] | None = None) -> DreamBoothConfig:
@@ -115,6 +101,6 @@ def parse(argv: Sequence[str] | None = None) -> DreamBoothConfig:
     )
     values, given = line.read(argv, ALTERNATIVES)
     values = resolve(values, given)
-    check(values, given, line.defaults())
+    check(values, given, line.defaults(), inputs=check_inputs, results=check_results)
     config = DreamBoothConfig(**values)
     return config if config.resolution is None else config.for_pipeline(config.resolution)

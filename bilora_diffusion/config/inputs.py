@@ -1,11 +1,10 @@
-"""Options of what goes in: the base model, the images, the class images of prior preservation."""
+"""Options of what is trained on: the pipeline, the images, the class images, the loss."""
 
 from dataclasses import dataclass
 
 from .fields import option
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-PRECISIONS = ("no", "fp16", "bf16")
 INTERPOLATIONS = (
     "lanczos",
     "bicubic",
@@ -115,4 +114,28 @@ class PriorOptions:
         "Precision in which class images are generated. Default: fp16 on an accelerator, else"
         " fp32.",
         choices=("no", "fp32", "fp16", "bf16"),
+    )
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """What only image models have: text encoders, noise levels, their attention."""
+
+    _argument_group_name = "text encoders and loss"
+
+    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
+    text_encoder_lr: float | None = option(
+        None, "Learning rate of the text encoders. Default: 5e-6; for prodigy --learning_rate."
+    )
+    adam_weight_decay_text_encoder: float = option(
+        1e-3, "Weight decay of the text encoders' adapters."
+    )
+    do_edm_style_training: bool = option(
+        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
+    )
+    snr_gamma: float | None = option(
+        None, "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual."
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xFormers' attention instead of PyTorch's."
     )

@@ -58,13 +58,17 @@ def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         UserError: accelerate was launched in a precision that training does not have, or the file
             of validation prompts can't be read.
     """
-    values = {**values, "optimizer": values["optimizer"].lower()}
+    values = dict(values)
     for name in ("instance_data_dir", "class_data_dir"):
         if values[name] in BUILT_IN:
             values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     _apply_preset(values, given)
-    _decide_training(values, given)
-    values["mixed_precision"] = values["mixed_precision"] or default_precision()
+    if values["num_train_epochs"] is None and values["max_train_steps"] is None:
+        values["max_train_steps"] = TABLE_A8_STEPS
+    values = resolve_training(values, given)
+    if values["train_text_encoder"] and values["text_encoder_lr"] is None:
+        prodigy = values["optimizer"] == "prodigy"
+        values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
     if (
         values["pretrained_vae_model_name_or_path"] is None
         and values["pretrained_model_name_or_path"] == SDXL_BASE
@@ -73,6 +77,23 @@ def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         values["pretrained_vae_model_name_or_path"] = FP16_FIX
     if values["resolution"] is None:
         values["resolution"] = pipeline_side(values["pretrained_model_name_or_path"])
+    return values
+
+
+def resolve_training(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
+    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision.
+
+    Raises:
+        UserError: accelerate was launched in a precision that training does not have.
+    """
+    values = {**values, "optimizer": values["optimizer"].lower()}
+    if values["lora_alpha"] is None:
+        values["lora_alpha"] = 2.0 * values["rank"]
+    if values["rho"] is None:
+        values["rho"] = default_rho(values["method"])
+    if values["optimizer"] == "prodigy" and "learning_rate" not in given:
+        values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
+    values["mixed_precision"] = values["mixed_precision"] or default_precision()
     if "report_to" not in given and not is_installed(values["report_to"]):
         values["report_to"] = "none"
     return values
@@ -100,20 +121,6 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
             values["pretrained_model_name_or_path"] = preset.model
     if values["validation_dataset"] == "none":
         values["validation_dataset"] = None
-
-
-def _decide_training(values: dict[str, Any], given: frozenset[str]) -> None:
-    if values["lora_alpha"] is None:
-        values["lora_alpha"] = 2.0 * values["rank"]
-    if values["rho"] is None:
-        values["rho"] = default_rho(values["method"])
-    if values["num_train_epochs"] is None and values["max_train_steps"] is None:
-        values["max_train_steps"] = TABLE_A8_STEPS
-    prodigy = values["optimizer"] == "prodigy"
-    if prodigy and "learning_rate" not in given:
-        values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
-    if values["train_text_encoder"] and values["text_encoder_lr"] is None:
-        values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
 
 
 def _prompts(given: list[str]) -> list[str]:

@@ -1,12 +1,12 @@
-"""Options of how it is trained: adapters, method, steps, precision, optimizer and schedule."""
+"""Options of how any model is trained: adapters, method, steps, precision, optimizer, schedule."""
 
 from dataclasses import dataclass
 
 from ..adapters import INITS
 from ..methods.options import AUXILIARY_UPDATES, BALLS, DIRECTIONS, RHO_NORMS, SCHEDULES
 from .fields import automatic_switch, option
-from .inputs import PRECISIONS
 
+PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -63,7 +63,6 @@ class AdapterOptions:
     ema_decay: float = option(
         0.99, "Decay of that average, in [0, 1); it averages over about 1 / (1 - decay) steps."
     )
-    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
     rho: float | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
@@ -124,9 +123,9 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Steps, loss and precision."""
+    """Steps and precision."""
 
-    _argument_group_name = "steps, loss and precision"
+    _argument_group_name = "steps and precision"
 
     seed: int = option(0, "Seed of everything random: data, noise, adapters, images.")
     train_batch_size: int = option(1, "Images of one forward pass on one device.")
@@ -138,12 +137,6 @@ class StepOptions:
         None, "Passes over the data, where --max_train_steps is not given."
     )
     max_grad_norm: float = option(1.0, "Norm that the gradients are clipped to.")
-    do_edm_style_training: bool = option(
-        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
-    )
-    snr_gamma: float | None = option(
-        None, "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual."
-    )
     mixed_precision: str | None = option(
         None,
         "Precision of the frozen weights and of the arithmetic. Default: what accelerate launch"
@@ -155,9 +148,6 @@ class StepOptions:
         "Compute activations twice to save memory. Default: on for CUDA from 512 pixels on."
     )
     allow_tf32: bool = option(False, "Let CUDA multiply fp32 matrices in TF32.")
-    enable_xformers_memory_efficient_attention: bool = option(
-        False, "Use xFormers' attention instead of PyTorch's."
-    )
     local_rank: int = option(
         -1, "Set by old launchers; accelerate and torchrun say it by the variable LOCAL_RANK."
     )
@@ -169,10 +159,7 @@ class OptimizerOptions:
 
     _argument_group_name = "optimizer"
 
-    learning_rate: float = option(2e-4, "Learning rate of the UNet; 1.0 by default for prodigy.")
-    text_encoder_lr: float | None = option(
-        None, "Learning rate of the text encoders. Default: 5e-6; for prodigy --learning_rate."
-    )
+    learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.")
     scale_lr: bool = option(
         False, "Multiply --learning_rate by batch size, accumulation and processes."
     )
@@ -185,10 +172,7 @@ class OptimizerOptions:
     adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.")
     adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.")
     adam_epsilon: float = option(1e-8, "Epsilon of AdamW and Prodigy.")
-    adam_weight_decay: float = option(1e-4, "Weight decay of the UNet's adapters.")
-    adam_weight_decay_text_encoder: float = option(
-        1e-3, "Weight decay of the text encoders' adapters."
-    )
+    adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.")
     prodigy_beta3: float | None = option(
         None, "Beta of Prodigy's step size estimate. Default: the square root of the second beta."
     )

@@ -127,7 +127,7 @@ class Method:
         """The optimizer's parameter groups, for the rates and decays of `targets`."""
         return [
             {
-                "params": adapters.parameters(target.model, PRIMARY),
+                "params": trained(target.model),
                 "lr": target.lr,
                 "weight_decay": target.weight_decay,
                 "name": target.name,
@@ -160,18 +160,24 @@ class Method:
 
         Keys are "target/adapter/module path.lora_A.weight" and so on.
         """
-        return {
+        factors = {
             f"{target.name}/{adapter}/{name}": parameter.detach()
             for target in self.targets
             for adapter in (*self.adapters, INITIAL)
             for name, parameter in adapters.named_parameters(target.model, adapter).items()
         }
+        heads = {
+            f"{target.name}/whole/{name}": parameter.detach()
+            for target in self.targets
+            for name, parameter in adapters.whole(target.model, PRIMARY).items()
+        }
+        return factors | heads
 
     def clip_parameters(self) -> list[nn.Parameter]:
         """The parameters that the result is made of: what gradient clipping sees and what weight
         averaging averages.
         """
-        return [p for target in self.targets for p in adapters.parameters(target.model, PRIMARY)]
+        return [p for target in self.targets for p in trained(target.model)]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -202,6 +208,14 @@ class Method:
                 f"keeps {sorted(self.state_dict())}; resume with the method that the run was "
                 "started with."
             )
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """What the result consists of: the primary's parameters, then modules that are trained whole
+    beside it (`AdapterSpec.modules_to_save`).
+    """
+    head = adapters.whole(model, PRIMARY).values()
+    return [*adapters.parameters(model, PRIMARY), *head]
 
 
 class Counting(Method):

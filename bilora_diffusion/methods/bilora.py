@@ -17,7 +17,7 @@ from .. import adapters, ball
 from ..adapters import AUXILIARY, PRIMARY
 from ..errors import UserError
 from . import ascent
-from .base import Counting, MethodOptions, Target, register
+from .base import Counting, MethodOptions, Target, register, trained
 from .hooks import unwrapped
 from .options import rising
 
@@ -239,7 +239,7 @@ class BiLoRA(Counting):
     def _check_groups(self, optimizer: Optimizer) -> None:
         models = [target.model for target in self.targets]
         auxiliary = {id(p) for model in models for p in adapters.parameters(model, AUXILIARY)}
-        primary = {id(p) for model in models for p in adapters.parameters(model, PRIMARY)}
+        primary = {id(p) for model in models for p in trained(model)}
         fix = "make the optimizer from param_groups() as it is."
         missing = auxiliary | primary
         for group in optimizer.param_groups:

@@ -104,12 +104,12 @@ def load_text_model(
         name_or_path, "configuration", lambda: _auto("Config").from_pretrained(source, **common)
     )
     kind = kind_of(config, name_or_path, task_type)
-    arguments: dict[str, Any] = {**common, "dtype": dtype}
+    arguments: dict[str, Any] = {**common, "dtype": dtype, "config": config}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if kind == "classification" and labels is not None:
-        arguments["id2label"] = dict(enumerate(labels))
-        arguments["label2id"] = {label: number for number, label in enumerate(labels)}
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
         arguments["ignore_mismatched_sizes"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
