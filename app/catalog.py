@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.runlog import RUN
-from eval.scores.schema import FILE as SCORES
+from eval.records import SCORES
 from eval.scores.schema import ScoresResult
 
 from . import readers
@@ -226,8 +226,8 @@ class Catalog:
             record = self._one(folder, RUN, readers.run, scan)
             if record is not None:
                 scan.runs.append(RunItem(folder, shown, record, self._weights(folder, names)))
-        if SCORES in names:
-            result = self._one(folder, SCORES, readers.scores, scan)
+        if SCORES.file in names:
+            result = self._one(folder, SCORES.file, readers.scores, scan)
             if result is not None:
                 scan.scores.append(ScoresItem(folder, shown, result))
         for file, kind in FIGURES.items():
@@ -235,7 +235,8 @@ class Catalog:
                 record = self._one(folder, file, readers.figures, scan)
                 if record is not None:
                     pictures = self._pictures(folder, file, record, names, scan)
-                    scan.figures.append(FigureItem(folder, shown, kind, record, pictures))
+                    item = FigureItem(folder, shown, kind.module, record, pictures)
+                    scan.figures.append(item)
 
     def _one(
         self, folder: str, file: str, read: Callable[[Path], Item], scan: _Scan

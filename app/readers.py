@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import runlog
 from bilora_diffusion.errors import UserError
-from eval.scores.schema import METRICS, ScoresResult
+from eval.records import DYNAMICS, GENERALIZATION, LANDSCAPE, SCORES, SWEEP
+from eval.scores.schema import ScoresResult
 
-FIGURES = {f"{kind}.json": kind for kind in ("landscape", "dynamics", "generalization", "sweep")}
-"""Result files with figures, and their kinds."""
-FIGURES_VERSION = 1
+FIGURES = {kind.file: kind for kind in (LANDSCAPE, DYNAMICS, GENERALIZATION, SWEEP)}
+"""Result files with figures."""
 WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "adapter_model.safetensors")
 """What a run exports: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
@@ -31,27 +30,12 @@ def run(path: Path) -> dict[str, Any]:
 
 
 def scores(path: Path) -> ScoresResult:
-    """``scores.json``, its positions and scores checked.
+    """``scores.json``.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    result = ScoresResult.read(path.parent)
-    again = f"{path.name} is damaged: run python -m eval.clip_scores again"
-    for entry in (*result.adapters, *result.prompts):
-        text = getattr(entry, "label", None) or getattr(entry, "text", None)
-        if not isinstance(text, str):
-            raise UserError(again)
-    for row in result.images:
-        positions = ((row.adapter, result.adapters), (row.prompt, result.prompts))
-        if not all(isinstance(at, int) and 0 <= at < len(rows) for at, rows in positions):
-            raise UserError(again)
-        values = [getattr(row, metric, None) for metric in METRICS]
-        if not all(value is None or isinstance(value, int | float) for value in values):
-            raise UserError(again)
-        if not isinstance(row.file, str) or not isinstance(row.seed, int):
-            raise UserError(again)
-    return result
+    return SCORES.read(ScoresResult, path.parent)
 
 
 def figures(path: Path) -> dict[str, Any]:
@@ -61,22 +45,10 @@ def figures(path: Path) -> dict[str, Any]:
         UserError: it is damaged or of another version.
     """
     kind = FIGURES[path.name]
-    again = f"run python -m eval.{kind} again"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path.name} is damaged: {again}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path.name} is damaged: {again}")
-    version = record.get("schema_version")
-    if version != FIGURES_VERSION or record.get("kind", kind) != kind:
-        raise UserError(
-            f"{path.name} is {record.get('kind')!r} of schema version {version!r}, not {kind!r} of"
-            f" {FIGURES_VERSION}: {again}"
-        )
+    record = kind.load(path.parent)
     pictures = record.get("figures", [])
     if not isinstance(pictures, list) or not all(_plain(name) for name in pictures):
-        raise UserError(f"{path.name} is damaged: {again}")
+        raise kind.damaged(path.parent)
     return record
 
 

@@ -31,6 +31,7 @@ from bilora_diffusion.errors import UserError
 
 from .command import Parser, open_folder, run
 from .provenance import command_line, without_paths
+from .records import SCORES
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from accelerate import PartialState
@@ -180,7 +181,7 @@ def write(result: ScoresResult, plan: Plan, folder: Path, rows: int) -> None:
     result = replace(result, figures=figures)
     write_text(folder / "scores.csv", report.to_csv(result))
     write_text(folder / "report.md", report.to_markdown(result))
-    result.write(folder)
+    SCORES.write(result, folder)
     print("\n".join(["", *result.notes, report.table(result), "", *report.verdicts(result)]))
     print(f"\nwritten: {folder}/report.md, scores.json, scores.csv, {', '.join(figures)}")
 

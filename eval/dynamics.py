@@ -19,9 +19,10 @@ from .curves import dynamics_plots, dynamics_report
 from .curves.courses import ALL
 from .curves.dynamics_result import measure
 from .curves.output import Reading
+from .records import DYNAMICS
 
 main = Reading(
-    "dynamics",
+    DYNAMICS,
     __doc__,
     ("--layer", {"default": ALL, "metavar": "NAME", "help": "one layer's name, or all"}),
     lambda found, args, command: measure(found, args.layer, command),

@@ -18,9 +18,10 @@ import sys
 from .curves import generalization_plot, generalization_report
 from .curves.generalization_result import compare
 from .curves.output import Reading
+from .records import GENERALIZATION
 
 main = Reading(
-    "generalization",
+    GENERALIZATION,
     __doc__,
     ("--control", {"help": "label of the group to compare with; default: LoRA, or the first"}),
     lambda found, args, command: compare(found, args.control, command),

@@ -34,6 +34,7 @@ from .flatness.groups import summarize
 from .flatness.result import LandscapeResult, RunResult
 from .flatness.store import Store
 from .provenance import command_line, of_runs
+from .records import LANDSCAPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,12 +102,13 @@ def landscape(args: argparse.Namespace, command: str) -> None:
         control=planned.control,
         groups=summarize(entries, planned.control),
         entries=entries,
+        figures=[],
         provenance=asdict(made),
     )
     result = replace(result, figures=plot.draw(result, args.output_dir))
     text = report.to_markdown(result, made)
     write_text(args.output_dir / "landscape.md", text)
-    result.write(args.output_dir)
+    LANDSCAPE.write(result, args.output_dir)
     files = ", ".join(["landscape.json", "landscape.md", *result.figures])
     print(f"{text}\nwritten to {args.output_dir}: {files}")
 

@@ -32,6 +32,7 @@ from . import axes, cells, sweep_plot, sweep_result, sweep_table
 from .command import Parser, open_folder, run
 from .grid import HELDOUT, Grid, Planner, open_script
 from .provenance import command_line
+from .records import SWEEP
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +131,7 @@ def sweep(args: argparse.Namespace, command: str) -> bool:
 def write(result: sweep_result.SweepResult, folder: Path) -> None:
     """Write the four files and print the table."""
     table = sweep_table.to_markdown(result)
-    write_text(folder / "sweep.json", result.to_json())
+    SWEEP.write(result, folder)
     write_text(folder / "sweep.csv", sweep_table.to_csv(result))
     write_text(folder / "sweep.md", table)
     sweep_plot.plot(result, folder / "sweep.png")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import runlog
-from bilora_diffusion.durable import dump_json, strict_json
 
 from .cells import Outcome
 from .grid import Arm, Grid
@@ -23,8 +22,6 @@ from .statistics import (
     paired_difference,
     reached_training_loss,
 )
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,8 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The whole result; ``sweep.json`` is this as JSON."""
+    """The whole result; ``sweep.json`` is this as JSON, with its version."""
 
-    schema_version: int
     recipe: str
     metric: str
     higher_is_better: bool
@@ -123,10 +119,6 @@ class SweepResult:
     arms: list[ArmResult]
     cells: list[CellResult]
     provenance: Provenance | None
-
-    def to_json(self) -> str:
-        """Strict JSON, a number that is not finite as null."""
-        return dump_json(strict_json(asdict(self))[0])
 
 
 def equal_training(runs: Mapping[str, Mapping[int, Run]]) -> EqualTraining | None:
@@ -243,7 +235,6 @@ def compare(
     comparison = _Comparison(runs, control, higher_is_better, pairs, equal_training(comparable))
     records = [runlog.read_run(runs_dir / outcome.cell) for outcome in finished]
     return SweepResult(
-        schema_version=SCHEMA_VERSION,
         recipe=recipe.name,
         metric=metric,
         higher_is_better=higher_is_better,

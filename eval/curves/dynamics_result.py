@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from bilora_diffusion.adapters import AUXILIARY
-from bilora_diffusion.durable import dump_json, strict_json
 from bilora_diffusion.dynamics import GAIN, NORMS, RATIO
 from bilora_diffusion.methods import get
 
@@ -20,8 +19,6 @@ from .courses import CROSS, Course
 from .dynamics_claims import NEGLIGIBLE, judge
 from .groups import Group, RunFolder
 
-SCHEMA_VERSION = 1
-KIND = "dynamics"
 LEVEL = 0.9
 """The cosine to the final weights at which they count as settled."""
 SMALL_MULTIPLES = 4
@@ -90,11 +87,6 @@ class DynamicsResult:
     notes: list[str]
     figures: list[str]
     provenance: Provenance
-
-    def to_json(self) -> str:
-        """Strict JSON."""
-        head = {"schema_version": SCHEMA_VERSION, "kind": KIND}
-        return dump_json(strict_json({**head, **asdict(self)})[0])
 
 
 def measure(groups: Sequence[Group], layer: str, command: str) -> DynamicsResult:

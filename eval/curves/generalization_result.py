@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from bilora_diffusion.durable import dump_json, strict_json
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from ..provenance import Provenance, of_runs
@@ -18,8 +17,6 @@ from .claims import Claim
 from .generalization_claims import judge
 from .groups import Group
 
-SCHEMA_VERSION = 1
-KIND = "generalization"
 HELDOUT = "heldout_loss"
 
 
@@ -84,11 +81,6 @@ class GeneralizationResult:
     notes: list[str]
     figures: list[str]
     provenance: Provenance
-
-    def to_json(self) -> str:
-        """Strict JSON."""
-        head = {"schema_version": SCHEMA_VERSION, "kind": KIND}
-        return dump_json(strict_json({**head, **asdict(self)})[0])
 
 
 def compare(groups: Sequence[Group], control: str | None, command: str) -> GeneralizationResult:

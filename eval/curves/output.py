@@ -14,6 +14,7 @@ from bilora_diffusion.errors import run_cli
 
 from ..command import Parser, open_folder
 from ..provenance import command_line
+from ..records import Format
 from . import groups
 
 
@@ -22,16 +23,16 @@ class Reading:
     """A command that reads groups of runs, sums them up, and draws.
 
     Args:
-        name: of the module in ``eval``, and of the files.
+        format: of the result.
         described: the module's docstring.
         flag: one more argument, and what ``add_argument`` takes for it.
         measure: the result of the groups, the arguments and the command line; a dataclass with
-            ``figures`` and ``to_json``.
+            ``figures``.
         draw: writes the figures of a result to a folder, and returns their names.
         to_markdown: the report of a result.
     """
 
-    name: str
+    format: Format
     described: str | None
     flag: tuple[str, dict[str, Any]]
     measure: Callable[[list[groups.Group], Namespace, str], Any]
@@ -50,23 +51,26 @@ class Reading:
             args = self._parser().read(words)
             found = groups.gather(args.runs, args.group)
             folder = open_folder(args.output_dir)
-            self._write(self.measure(found, args, command_line(f"eval.{self.name}", words)), folder)
+            self._write(
+                self.measure(found, args, command_line(f"eval.{self.format.module}", words)), folder
+            )
 
         return run_cli(work)
 
     def _parser(self) -> Parser:
-        parser = Parser(f"eval.{self.name}", self.described)
+        parser = Parser(f"eval.{self.format.module}", self.described)
         groups.add_arguments(parser)
         flag, options = self.flag
         parser.add_argument(flag, **options)
-        parser.add_argument("--output_dir", type=Path, default=Path("results") / self.name)
+        parser.add_argument("--output_dir", type=Path, default=Path("results") / self.format.module)
         return parser
 
     def _write(self, result: Any, folder: Path) -> None:
         """Write all files and print the report."""
         drawn = replace(result, figures=self.draw(result, folder))
         report = self.to_markdown(drawn)
-        files = [f"{self.name}.json", f"{self.name}.md"]
-        for file, text in zip(files, (drawn.to_json(), report), strict=True):
-            write_text(folder / file, text)
-        print(f"{report}\nwritten: {folder}/{', '.join([*files, *drawn.figures])}")
+        markdown = f"{self.format.module}.md"
+        self.format.write(drawn, folder)
+        write_text(folder / markdown, report)
+        names = ", ".join([self.format.file, markdown, *drawn.figures])
+        print(f"{report}\nwritten: {folder}/{names}")

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bilora_diffusion.durable import dump_json, strict_json, write_text
-from bilora_diffusion.errors import UserError
-
 from ..statistics import Interval, Paired
-
-SCHEMA_VERSION = 1
-KIND = "landscape"
-FILE = "landscape.json"
 
 
 @dataclass(frozen=True)
@@ -165,79 +156,8 @@ class LandscapeResult:
     control: str
     groups: list[GroupResult]
     entries: list[RunResult]
-    figures: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Write ``landscape.json`` in one piece; a number that is not finite becomes null."""
-        record, _ = strict_json({"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)})
-        write_text(folder / FILE, dump_json(record))
-
-    @classmethod
-    def read(cls, folder: Path) -> LandscapeResult:
-        """The result in a folder.
-
-        Raises:
-            UserError: there is none, it is damaged, or another version wrote it.
-        """
-        path = Path(folder) / FILE
-        again = "run python -m eval.landscape again"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version, kind = record["schema_version"], record["kind"]
-        except OSError as error:
-            raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {again}") from error
-        if version != SCHEMA_VERSION or kind != KIND:
-            raise UserError(
-                f"{path} is {kind!r} of schema version {version!r}, not {KIND!r} of"
-                f" {SCHEMA_VERSION}: {again}"
-            )
-        try:
-            return _typed(cls, record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {again}") from error
-
-
-def _typed(cls: type[LandscapeResult], record: dict[str, Any]) -> LandscapeResult:
-    values = {entry.name: record[entry.name] for entry in fields(cls)}
-    return cls(
-        **values
-        | {
-            "settings": Settings(**values["settings"]),
-            "groups": [_group(row) for row in values["groups"]],
-            "entries": [
-                RunResult(**row | {"spaces": _each(SpaceResult, row["spaces"])})
-                for row in values["entries"]
-            ],
-        }
-    )
-
-
-def _each(kind: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kind(**row) for name, row in rows.items()}
-
-
-def _group(row: dict[str, Any]) -> GroupResult:
-    spaces = {
-        name: GroupSpace(
-            **own | {key: _summary(own[key]) for key in ("rise", "sharpness", "eigenvalue")}
-        )
-        for name, own in row["spaces"].items()
-    }
-    return GroupResult(**row | {"loss": _summary(row["loss"]), "spaces": spaces})
-
-
-def _summary(row: dict[str, Any]) -> Summary:
-    difference = row["difference"]
-    if difference is not None:
-        difference = Paired(**difference | {"interval": _interval(difference["interval"])})
-    return Summary(row["mean"], _interval(row["interval"]), difference)
-
-
-def _interval(row: dict[str, Any] | None) -> Interval | None:
-    return None if row is None else Interval(**row)
+    figures: list[str]
+    provenance: dict[str, Any]
 
 
 def numbers(values: Sequence[float | None]) -> list[float]:

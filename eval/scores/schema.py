@@ -1,27 +1,18 @@
 """What a comparison by CLIP scores leaves: ``scores.json``, typed and versioned.
 
-    result = ScoresResult.read(folder)          # refuses another version in one sentence
-    result.write(folder)
+    SCORES.write(result, folder)
+    result = SCORES.read(ScoresResult, folder)  # refuses another version in one sentence
 
 Every score is raw: a cosine in [-1, 1]. Reports and the viewer show it times 100.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from bilora_diffusion.durable import dump_json, strict_json, write_text
-from bilora_diffusion.errors import UserError
-
 from ..statistics import Interval
-
-SCHEMA_VERSION = 1
-KIND = "clip_scores"
-FILE = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -207,75 +198,14 @@ class ScoresResult:
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def write(self, folder: Path) -> None:
-        """Write ``scores.json`` in one piece."""
-        record, _ = strict_json({"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)})
-        write_text(folder / FILE, dump_json(record))
-
-    @classmethod
-    def read(cls, folder: Path) -> ScoresResult:
-        """The result in a folder.
-
-        Raises:
-            UserError: there is none, it is damaged, or another version wrote it.
-        """
-        path = Path(folder) / FILE
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version = record["schema_version"]
-        except OSError as error:
-            raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: run python -m eval.clip_scores again") from error
-        if version != SCHEMA_VERSION or record.get("kind") != KIND:
-            raise UserError(
-                f"{path} is {record.get('kind')!r} of schema version {version!r}, not {KIND!r} of"
-                f" {SCHEMA_VERSION}: run python -m eval.clip_scores again"
-            )
-        try:
-            return _typed(cls, record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: run python -m eval.clip_scores again") from error
-
-
-def _typed(cls: type[ScoresResult], record: dict[str, Any]) -> ScoresResult:
-    values = {
-        entry.name: record[entry.name]
-        for entry in fields(cls)
-        if entry.name in record or entry.default_factory is MISSING
-    }
-    captioner = values["captioner"]
-    result = cls(
-        **values
-        | {
-            "scorer": ModelEntry(**values["scorer"]),
-            "captioner": None if captioner is None else ModelEntry(**captioner),
-            "adapters": [AdapterEntry(**row) for row in values["adapters"]],
-            "prompts": [PromptEntry(**row) for row in values["prompts"]],
-            "images": [ImageScore(**row) for row in values["images"]],
-            "summaries": [Summary(**_intervals(row)) for row in values["summaries"]],
-            "comparisons": [Comparison(**_intervals(row)) for row in values["comparisons"]],
-        }
-    )
-    _check(result)
-    return result
-
-
-def _check(result: ScoresResult) -> None:
-    """Raise ValueError or TypeError for a position that is not there and an unknown score."""
-    adapters = [image.adapter for image in result.images]
-    adapters += [row.adapter for row in result.summaries]
-    adapters += [at for row in result.comparisons for at in (row.adapter, row.control)]
-    prompts = [image.prompt for image in result.images]
-    for positions, there in ((adapters, result.adapters), (prompts, result.prompts)):
-        if not all(0 <= position < len(there) for position in positions):
-            raise ValueError("a position is out of range")
-    if not {row.metric for row in [*result.summaries, *result.comparisons]} <= METRICS.keys():
-        raise ValueError("a score is unknown")
-
-
-def _intervals(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: Interval(**value) if key.endswith("interval") and value is not None else value
-        for key, value in row.items()
-    }
+    def __post_init__(self) -> None:
+        """Refuse a position that is not there and an unknown score."""
+        adapters = [image.adapter for image in self.images]
+        adapters += [row.adapter for row in self.summaries]
+        adapters += [at for row in self.comparisons for at in (row.adapter, row.control)]
+        prompts = [image.prompt for image in self.images]
+        for positions, there in ((adapters, self.adapters), (prompts, self.prompts)):
+            if not all(0 <= position < len(there) for position in positions):
+                raise ValueError("a position is out of range")
+        if not {row.metric for row in [*self.summaries, *self.comparisons]} <= METRICS.keys():
+            raise ValueError("a score is unknown")

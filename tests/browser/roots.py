@@ -13,6 +13,7 @@ from PIL.Image import Image
 from bilora_diffusion import train
 from bilora_diffusion.sampling import generate
 from bilora_diffusion.tasks.pipeline import load_pipeline
+from eval.records import SCORES
 from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
 from tests.scripts.runs import flags
 
@@ -74,7 +75,7 @@ def make_scores(root: Path) -> ScoresResult:
         summaries=[],
         comparisons=[],
     )
-    result.write(folder)
+    SCORES.write(result, folder)
     return result
 
 

@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.compare_data import arranged, rows, times_100
+from eval.records import SCORES
 from eval.scores.schema import ScoresResult
 from tests.browser.conftest import Viewer, Visit
 
@@ -20,7 +21,7 @@ CHOSEN = "#compare-list button.prompt[aria-current]"
 @pytest.fixture(scope="session")
 def result(full_root: Path) -> ScoresResult:
     """The scores that are shown."""
-    return ScoresResult.read(full_root / "scores")
+    return SCORES.read(ScoresResult, full_root / "scores")
 
 
 def opened(page: Page, viewer: Viewer, query: str = "") -> Page:

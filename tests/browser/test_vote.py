@@ -17,6 +17,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from app.ballots import COLUMNS, FILE, Votes
 from app.voting import Tally, Vote, tallies
+from eval.records import SCORES
 from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
 from tests.browser.conftest import Viewer, Visit
 
@@ -68,7 +69,7 @@ def make_scores(folder: Path) -> None:
                 written.add_text("parameters", f'{{"adapter": "{label}"}}')
                 picture(adapter, prompt, seed).save(folder / file, pnginfo=written)
                 rows.append(ImageScore(adapter, prompt, seed, file, i2t=0.2, t2t=0.3))
-    ScoresResult(
+    made = ScoresResult(
         scorer=ModelEntry("test", "embedded", "test"),
         captioner=None,
         sampling={},
@@ -79,7 +80,8 @@ def make_scores(folder: Path) -> None:
         images=rows,
         summaries=[],
         comparisons=[],
-    ).write(folder)
+    )
+    SCORES.write(made, folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,7 @@ def test_arms_share_the_base_but_not_the_adapters(load: Any) -> None:
         ("sdxl_text_encoder", 123_060_480),
         ("sdxl_text_encoder_2", 694_659_840),
         ("t5_base", 222_903_552),
+        ("llama_7b", 6_738_415_616),
     ],
 )
 def test_the_real_architectures_have_their_published_sizes(
@@ -166,6 +169,42 @@ def test_the_real_architectures_have_their_published_sizes(
     with torch.device("meta"):
         model = getattr(load("random_models"), builder)()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_the_layers_of_llama_are_those_of_the_whole_model(load: Any) -> None:
+    models = load("random_models")
+    with torch.device("meta"):
+        whole, two = models.llama_7b(), models.llama_7b("layers")
+    own = {name: p.shape for name, p in two.model.layers.named_parameters()}
+    layers = {name: p.shape for name, p in whole.model.layers[:2].named_parameters()}
+    assert own == layers
+    assert sum(p.numel() for p in two.parameters()) == 2 * 202_383_360 + 2 * 2048 * 4096 + 4096
+
+
+def test_both_forwards_of_bilora_are_the_same_training_of_llama(
+    load: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step_cost, name = load("step_cost"), "llama-7b-layer"
+    narrow = partial(load("random_models").llama_7b, "tiny")
+    monkeypatch.setitem(step_cost.SHAPES, name, replace(step_cost.SHAPES[name], build=narrow))
+    step_cost.main(["--shapes", name, "--steps", "5", "--warmup", "1", "--skip_memory"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["layers"] == 14  # two layers of seven; the output head has none
+    _, fused, peft = result["arms"].values()
+    assert fused["last_loss"] == pytest.approx(peft["last_loss"], rel=1e-5)
+    assert fused["last_loss"] < fused["first_loss"]
+
+
+def test_rotary_frequencies_are_computed_in_fp32(load: Any) -> None:
+    models = load("random_models")
+    build = partial(models.llama_7b, "tiny")
+    made = models.materialize(build, dtype=torch.bfloat16)
+    assert made.lm_head.weight.dtype == torch.bfloat16
+    for frequencies in ("inv_freq", "original_inv_freq"):
+        expected = getattr(build().model.rotary_emb, frequencies)
+        torch.testing.assert_close(getattr(made.model.rotary_emb, frequencies), expected)
 
 
 def test_random_weights_are_seeded_and_tied(load: Any) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.durable import TEMPORARY
 from eval import clip_scores
+from eval.records import SCORES
 from eval.scores.schema import ScoresResult
 from tests.scripts.conftest import ROOT
 
@@ -48,7 +49,7 @@ def words(output: Path, prompts: Path, *more: str, steps: int = 2, seeds: str = 
 def run(*argv: str) -> ScoresResult:
     """Score in this process and read the result."""
     assert clip_scores.main(argv) == 0
-    return ScoresResult.read(Path(argv[argv.index("--output_dir") + 1]))
+    return SCORES.read(ScoresResult, Path(argv[argv.index("--output_dir") + 1]))
 
 
 def pictures(folder: Path) -> dict[str, int]:
@@ -270,4 +271,6 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert shared.returncode == 0, errors
     assert said.count("written: ") == 1
     assert len(pictures(two)) == 15
-    assert largest_difference(ScoresResult.read(two), ScoresResult.read(whole)) <= 1e-6
+    assert (
+        largest_difference(SCORES.read(ScoresResult, two), SCORES.read(ScoresResult, whole)) <= 1e-6
+    )

@@ -21,6 +21,7 @@ from eval.flatness import models, profile, subjects
 from eval.flatness.models import Sample
 from eval.flatness.result import LandscapeResult
 from eval.flatness.weights import evaluate
+from eval.records import LANDSCAPE
 from tests.scripts.conftest import ROOT
 from tests.scripts.runs import flags
 
@@ -70,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def look(runs: Path, out: Path, *words: str) -> LandscapeResult:
     arguments = [str(runs / word) if (runs / word).is_dir() else word for word in words]
     assert landscape.main([*arguments, "--output_dir", str(out)]) == 0
-    return LandscapeResult.read(out)
+    return LANDSCAPE.read(LandscapeResult, out)
 
 
 def test_several_runs_in_one_figure(runs: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from app import readers, viewer
 from app.catalog import DEPTH, Catalog
 from bilora_diffusion.errors import UserError
+from eval.records import SCORES
 from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +37,10 @@ def make_run(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def make_scores(folder: Path, **image: Any) -> Path:
+def make_scores(folder: Path) -> Path:
     """A score folder with one image."""
-    row: dict[str, Any] = {"adapter": 0, "prompt": 0, "seed": 0, "file": "images/0.png"}
     folder.mkdir(parents=True, exist_ok=True)
-    ScoresResult(
+    made = ScoresResult(
         scorer=ModelEntry("mini-CLIP", "embedded", "mini"),
         captioner=None,
         sampling={},
@@ -48,10 +48,11 @@ def make_scores(folder: Path, **image: Any) -> Path:
         prompt_set="test",
         adapters=[AdapterEntry("lora", "run", "lora", "lora", "0", "images")],
         prompts=[PromptEntry("a prompt")],
-        images=[ImageScore(**(row | image))],
+        images=[ImageScore(0, 0, 0, "images/0.png")],
         summaries=[],
         comparisons=[],
-    ).write(folder)
+    )
+    SCORES.write(made, folder)
     return folder
 
 
@@ -123,8 +124,12 @@ def test_looks_no_deeper_than_said_and_not_into_checkpoints(tmp_path: Path) -> N
         ("landscape.json", "nonsense", "landscape.json is damaged"),
         ("landscape.json", "[]", "landscape.json is damaged"),
         ("dynamics.json", '{"schema_version": 1, "kind": "landscape"}', "'landscape'"),
-        ("dynamics.json", '{"schema_version": 1, "figures": ["../x.png"]}', "is damaged"),
-        ("generalization.json", '{"schema_version": 1, "figures": ["x.png"]}', "names x.png"),
+        (
+            "dynamics.json",
+            '{"schema_version": 1, "kind": "dynamics", "figures": ["../x.png"]}',
+            "is damaged",
+        ),
+        ("sweep.json", '{"schema_version": 1, "figures": ["x.png"]}', "names x.png"),
     ],
 )
 def test_a_broken_folder_is_named_and_the_rest_is_shown(
@@ -147,7 +152,10 @@ def test_a_broken_folder_is_named_and_the_rest_is_shown(
     [{"adapter": 5}, {"adapter": -1}, {"prompt": "0"}, {"i2t": "high"}, {"file": 3}, {"seed": "a"}],
 )
 def test_scores_that_do_not_fit_together_are_broken(tmp_path: Path, image: dict[str, Any]) -> None:
-    make_scores(tmp_path, **image)
+    file = make_scores(tmp_path) / SCORES.file
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["images"][0] |= image
+    file.write_text(json.dumps(record), encoding="utf-8")
     catalog = Catalog(tmp_path)
     assert catalog.scores() == []
     assert "scores.json is damaged" in catalog.broken()[0].reason

@@ -18,6 +18,7 @@ from eval.curves import claims, courses, dynamics_plots, dynamics_report, groups
 from eval.curves.bands import Curve, Estimate, common_steps, curve, settles
 from eval.curves.dynamics_plots import _positive
 from eval.curves.dynamics_result import DynamicsResult, measure
+from eval.records import DYNAMICS
 from eval.statistics import Interval
 from tests.unit import recorded_runs
 
@@ -196,7 +197,7 @@ def test_the_claims_follow_the_data(tmp_path: Path) -> None:
 
 def test_the_json_is_strict_and_the_figures_are_drawn(tmp_path: Path) -> None:
     result = judged(tmp_path, AUXILIARY, (100.0, 2e4, 3e4))
-    record = json.loads(result.to_json(), parse_constant=pytest.fail)
+    record = json.loads(DYNAMICS.text(result), parse_constant=pytest.fail)
     assert (record["kind"], record["schema_version"]) == ("dynamics", 1)
     assert record["runs"] == ["Bi-LoRA", "LoRA-SAM"]
     assert record["provenance"]["command"] == "python -m eval.dynamics"

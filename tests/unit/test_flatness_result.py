@@ -17,6 +17,7 @@ from eval.flatness.profile import coordinates
 from eval.flatness.result import LandscapeResult, RunResult, Settings, SpaceResult
 from eval.flatness.store import Store
 from eval.provenance import of_runs
+from eval.records import LANDSCAPE
 
 POSITIONS = coordinates(1.0, 5)
 
@@ -62,7 +63,7 @@ def result() -> LandscapeResult:
         seed=0,
     )
     runs = [one.label for one in entries]
-    return LandscapeResult(runs, settings, "LoRA", summarize(entries, "LoRA"), entries)
+    return LandscapeResult(runs, settings, "LoRA", summarize(entries, "LoRA"), entries, [], {})
 
 
 def test_groups_are_means_over_runs_and_differences_over_seeds(result: LandscapeResult) -> None:
@@ -110,16 +111,16 @@ def test_a_loss_that_is_not_finite_is_left_open(result: LandscapeResult, tmp_pat
 
 def test_what_is_written_is_read_back(result: LandscapeResult, tmp_path: Path) -> None:
     found = replace(result, figures=["landscape.png"], provenance={"command": "x"})
-    found.write(tmp_path)
-    assert LandscapeResult.read(tmp_path) == found
+    LANDSCAPE.write(found, tmp_path)
+    assert LANDSCAPE.read(LandscapeResult, tmp_path) == found
 
 
 def test_damaged_results_are_refused_in_one_sentence(
     result: LandscapeResult, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="holds no landscape"):
-        LandscapeResult.read(tmp_path)
-    result.write(tmp_path)
+        LANDSCAPE.read(LandscapeResult, tmp_path)
+    LANDSCAPE.write(result, tmp_path)
     file = tmp_path / "landscape.json"
     record = json.loads(file.read_text())
     for change, said in (
@@ -129,10 +130,10 @@ def test_damaged_results_are_refused_in_one_sentence(
     ):
         file.write_text(json.dumps(record | change))
         with pytest.raises(UserError, match=said):
-            LandscapeResult.read(tmp_path)
+            LANDSCAPE.read(LandscapeResult, tmp_path)
     file.write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        LandscapeResult.read(tmp_path)
+        LANDSCAPE.read(LandscapeResult, tmp_path)
 
 
 def test_the_report_has_a_row_per_group_and_space(result: LandscapeResult) -> None:

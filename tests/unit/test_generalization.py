@@ -11,6 +11,7 @@ import pytest
 from bilora_diffusion.errors import UserError
 from eval.curves import generalization_plot, generalization_report, groups
 from eval.curves.generalization_result import GeneralizationResult, compare
+from eval.records import GENERALIZATION
 from eval.statistics import bootstrap_interval
 from tests.unit import recorded_runs
 
@@ -127,7 +128,7 @@ def test_runs_of_other_data_are_not_paired(tmp_path: Path) -> None:
 def test_the_json_is_strict_and_the_figure_is_drawn(
     result: GeneralizationResult, tmp_path: Path
 ) -> None:
-    record = json.loads(result.to_json(), parse_constant=pytest.fail)
+    record = json.loads(GENERALIZATION.text(result), parse_constant=pytest.fail)
     assert (record["kind"], record["schema_version"]) == ("generalization", 1)
     assert record["runs"] == ["Bi-LoRA", "LoRA"]
     assert generalization_plot.draw(result, tmp_path) == ["generalization.png"]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.errors import UserError
-from eval.scores.schema import FILE, KIND, SCHEMA_VERSION, ScoresResult
+from eval.records import SCORES
+from eval.scores.schema import ScoresResult
 from eval.statistics import Interval
 from tests.unit.score_results import EMBEDDED, result
 
@@ -29,29 +30,29 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
         figures=["grid.png"],
         notes=["Of the demo."],
     )
-    made.write(tmp_path)
-    read = ScoresResult.read(tmp_path)
+    SCORES.write(made, tmp_path)
+    read = SCORES.read(ScoresResult, tmp_path)
     assert read == made
     assert isinstance(read.comparisons[0].interval, Interval)
-    record = json.loads((tmp_path / FILE).read_text())
-    assert record["schema_version"] == SCHEMA_VERSION
-    assert record["kind"] == KIND
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    record = json.loads((tmp_path / SCORES.file).read_text())
+    assert record["schema_version"] == SCORES.version
+    assert record["kind"] == SCORES.kind
+    assert [path.name for path in tmp_path.iterdir()] == [SCORES.file]
 
 
 def test_a_result_without_captions_comes_back(tmp_path: Path) -> None:
     made = some(scorer=EMBEDDED, captioner=None)
-    made.write(tmp_path)
-    assert ScoresResult.read(tmp_path) == made
+    SCORES.write(made, tmp_path)
+    assert SCORES.read(ScoresResult, tmp_path) == made
 
 
 def test_what_has_a_default_may_be_absent(tmp_path: Path) -> None:
-    some().write(tmp_path)
-    record = json.loads((tmp_path / FILE).read_text())
+    SCORES.write(some(), tmp_path)
+    record = json.loads((tmp_path / SCORES.file).read_text())
     for name in ("diversity", "figures", "notes"):
         del record[name]
-    (tmp_path / FILE).write_text(json.dumps(record | {"a later field": 1}))
-    assert ScoresResult.read(tmp_path) == some()
+    (tmp_path / SCORES.file).write_text(json.dumps(record | {"a later field": 1}))
+    assert SCORES.read(ScoresResult, tmp_path) == some()
 
 
 def damage(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -86,8 +87,8 @@ def damage(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
 def test_anything_else_is_refused_in_one_sentence(
     spoil: Callable[[Path], Any], sentence: str, tmp_path: Path
 ) -> None:
-    some().write(tmp_path)
-    spoil(tmp_path / FILE)
+    SCORES.write(some(), tmp_path)
+    spoil(tmp_path / SCORES.file)
     with pytest.raises(UserError, match=sentence) as refused:
-        ScoresResult.read(tmp_path)
+        SCORES.read(ScoresResult, tmp_path)
     assert "\n" not in str(refused.value)

@@ -16,6 +16,7 @@ from bilora_diffusion.errors import UserError
 from eval import provenance, sweep_plot, sweep_table
 from eval.cells import Outcome
 from eval.grid import Arm, Grid
+from eval.records import SWEEP
 from eval.sweep_result import SweepResult, compare
 
 HOME = "/" + "home"  # put together here, as no file may name such a folder
@@ -195,7 +196,7 @@ def test_csv_and_json_are_whole(tmp_path: Path) -> None:
     assert [row["arm"] for row in rows] == ["lora", "bilora"]
     assert float(rows[1]["final_difference"]) == pytest.approx(-0.015)
     assert rows[0]["final_difference"] == ""
-    record = json.loads(found.to_json())
+    record = json.loads(SWEEP.text(found))
     assert record["schema_version"] == 1
     assert record["arms"][1]["final"]["difference"]["better"] == 2
     assert record["provenance"]["commit"] == "0123456789abcdef"
@@ -209,7 +210,7 @@ def test_no_machine_path_gets_into_a_result(tmp_path: Path) -> None:
     )
     assert command == "python -m eval.sweep recipes/mini.yaml --set 'dataset=my icons'"
     found = result(tmp_path / "runs", TWO, command=command)
-    texts = [found.to_json(), sweep_table.to_csv(found), sweep_table.to_markdown(found)]
+    texts = [SWEEP.text(found), sweep_table.to_csv(found), sweep_table.to_markdown(found)]
     assert not any(str(tmp_path) in text for text in texts)
     assert provenance.without_paths(f"no {HOME}/me/a.png: look") == "no a.png: look"
     assert provenance.without_paths("1 s/step, https://a.b/c, runs/x and/or") == (
