@@ -4,7 +4,7 @@ A model is built without memory (on PyTorch's ``meta`` device), given memory in 
 and filled. Matrices and kernels get normal values of standard deviation 1/sqrt(fan-in), so that
 activations stay of order one and finite in bfloat16 through all 70 transformer blocks;
 normalization weights are 1, biases 0, embeddings have deviation 0.02.
-Sizes of SDXL base 1.0 are those of its published ``config.json`` files.
+Sizes of SDXL base 1.0 and Llama 2 are those of their published ``config.json`` files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -28,6 +30,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Random values that are drawn once and repeated; a prime, so that rows of a matrix differ.
 BLOCK = 1_000_003
 TEXT_LENGTH = 77
+ROTARY = ("inv_freq", "original_inv_freq")  # frequencies of rotary position embeddings
 
 UNET: dict[str, dict[str, Any]] = {
     "full": {
@@ -117,6 +120,25 @@ _TEXT_COMMON: dict[str, Any] = {
     "pad_token_id": 1,
 }
 
+# Llama 2 7B; "layers" is two of its decoder layers, between a vocabulary that weighs little.
+LLAMA: dict[str, dict[str, Any]] = {
+    "full": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+    },
+}
+LLAMA["layers"] = {**LLAMA["full"], "num_hidden_layers": 2, "vocab_size": 2048}
+
 
 def sdxl_unet(size: str = "full") -> UNet2DConditionModel:
     """The UNet of SDXL base 1.0 (2.57 B parameters); ``tiny`` has the same form."""
@@ -159,6 +181,18 @@ def t5_base() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
+def llama_7b(size: str = "full") -> LlamaForCausalLM:
+    """Llama 2 7B (6.74 B parameters); ``layers`` and ``tiny`` are two layers, wide and narrow."""
+    config = LlamaConfig(
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        use_cache=False,  # as in training: nothing is generated
+        **LLAMA[size],
+    )
+    return LlamaForCausalLM(config)
+
+
 def materialize(
     build: Callable[[], Model],
     *,
@@ -178,14 +212,28 @@ def materialize(
         tie()  # to_empty gave each use of a shared matrix its own memory
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(BLOCK, generator=generator).to(device=device, dtype=dtype)
+    _recompute_rotary(model, device)
     for module in model.modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             _fill(module, parameter_name, parameter.data, block)
         for buffer_name, buffer in module.named_buffers(recurse=False):
+            if buffer_name in ROTARY:
+                continue
             if buffer_name != "position_ids":
                 raise RuntimeError(f"unknown buffer {buffer_name} in {type(module).__name__}")
             buffer.copy_(torch.arange(buffer.numel(), device=buffer.device).view_as(buffer))
     return model
+
+
+def _recompute_rotary(model: nn.Module, device: torch.device | str) -> None:
+    """Give rotary embeddings the frequencies that their configuration implies, in fp32.
+
+    They are no weights: Transformers computes them, and leaves them out of a model's precision.
+    """
+    for name, module in list(model.named_modules()):
+        if hasattr(module, ROTARY[0]):
+            fresh: Any = type(module)
+            model.set_submodule(name, fresh(module.config).to(device))
 
 
 def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:

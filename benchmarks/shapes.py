@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from random_models import TEXT_LENGTH, materialize, sdxl_unet, t5_base
+from random_models import TEXT_LENGTH, llama_7b, materialize, sdxl_unet, t5_base
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -106,7 +106,16 @@ def _t5_inputs(
     return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": target}
 
 
-def _t5_loss(model: nn.Module, inputs: Inputs) -> Tensor:
+def _llama_inputs(
+    model: Any, batch: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    """Sequences of 256 tokens, all of them targets; the paper allows 1,024 (256 for Llama 3.1)."""
+    del dtype
+    tokens = torch.randint(model.config.vocab_size, (batch, 256), generator=generator).to(device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def _text_loss(model: nn.Module, inputs: Inputs) -> Tensor:
     """Mean cross entropy of the target tokens."""
     return model(**inputs).loss
 
@@ -135,13 +144,26 @@ SHAPES = {
         note="T5-base, rank 8 on every linear layer, batch {batch} of 128 + 8 tokens",
         build=t5_base,
         inputs=_t5_inputs,
-        loss=_t5_loss,
+        loss=_text_loss,
         spec=AdapterSpec(rank=8, alpha=16),
         lr=5e-4,
         batch=8,
         dtype="fp32",
         steps=40,
         warmup=3,
+    ),
+    "llama-7b-layer": Shape(
+        note="Llama 2 7B, 2 of its 32 layers, rank 8 on every linear layer, batch {batch} of 256"
+        " tokens",
+        build=lambda: llama_7b("layers"),
+        inputs=_llama_inputs,
+        loss=_text_loss,
+        spec=AdapterSpec(rank=8, alpha=16),
+        lr=5e-4,
+        batch=2,
+        dtype="fp32",
+        steps=12,
+        warmup=2,
     ),
     "sdxl-unet": Shape(
         note="UNet of SDXL base 1.0, rank 4 on attention, batch {batch} of 128 px",

@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
     python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json
     python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
+    python benchmarks/step_cost.py --shapes llama-7b-layer --methods all   # fp32, 5 GB
     python benchmarks/step_cost.py --shapes mini --arms lora,bilora,bilora-peft,bilora-power
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
     python benchmarks/step_cost.py --shapes sdxl-unet --dtype fp32   # 11 GB; for CPUs without bf16
