@@ -1,0 +1,1 @@
+"""Text sets: the catalog of tasks, local files, tokenization with its cache, packing, metrics."""
