@@ -136,7 +136,7 @@ def encode(
         UserError: no examples, a length that the model does not allow, or an example that can't be
             tokenized; the message names it.
     """
-    import datasets
+    from datasets import config
 
     if kind not in KINDS:
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind}")
@@ -150,7 +150,7 @@ def encode(
         require_eos(tokenizer)
     work = _Tokenize(tokenizer, kind, name, template, max_length, max_target_length)
     fingerprint = digest_texts([*work.key(), *map(repr, examples)])
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "bilora_text"
+    folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(num_workers or 1, len(examples))
     with quiet_datasets():

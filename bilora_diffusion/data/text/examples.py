@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ...errors import UserError, did_you_mean
 from ..seeds import generator, seed_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def with_labels(examples: Sequence[Example], words: Sequence[str], name: str) ->
     return labelled
 
 
-def subset(examples: Sequence[Example], size: int | None, seed: int, purpose: str) -> list[Example]:
-    """``size`` examples drawn by (seed, purpose), in their own order; all if there are no more."""
+def subset(examples: Sequence[T], size: int | None, seed: int, purpose: str) -> list[T]:
+    """``size`` of the examples, drawn by (seed, purpose) and in their own order; or all of them."""
     if size is None or size >= len(examples):
         return list(examples)
     import torch
