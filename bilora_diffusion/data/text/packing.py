@@ -11,16 +11,17 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...errors import UserError
 from ..seeds import digest_texts
+from .collate import collate
 from .encode import Encoded
 from .tokenizing import IGNORED
 
 ATTENTION = ("sdpa", "eager")
 """Attention that takes a mask of four dimensions as it is."""
-
-RECURRENT = ("mamba", "rwkv", "recurrent", "xlstm", "jamba", "bamba", "zamba", "hybrid", "plamo")
-"""Parts of the names of model types that carry a state from token to token."""
 
 
 def pack(encoded: Encoded, max_length: int) -> Encoded:
@@ -104,38 +105,78 @@ def _packed(encoded: Encoded, rows: Sequence[Sequence[int]]) -> Iterator[dict[st
 
 
 def require_packable(model: Any, max_length: int) -> None:
-    """Refuse a model that would let packed examples see each other, or count their positions wrong.
+    """Refuse a model whose packed examples would not be what they are alone.
+
+    Configurations don't tell which models carry a state from token to token, so a few tokens are
+    put through the model: packed behind two different neighbours, and alone.
 
     Args:
-        model: a Transformers model for causal language modelling.
+        model: a Transformers model for causal language modelling, with or without adapters.
         max_length: tokens of a packed row.
 
     Raises:
-        UserError: it keeps a state from token to token, takes no positions, sees a window that is
-            shorter than a row, or its attention takes no mask of four dimensions.
+        UserError: it takes no positions, sees a window that is shorter than a row, has attention
+            that takes no mask of four dimensions, or mixes packed examples.
     """
-    config = model.config
-    name = str(config.model_type)
-    layers = set(getattr(config, "layer_types", None) or ())
-    stateful = any(part in name for part in RECURRENT) or any(
-        "linear" in kind or "recurrent" in kind or "mamba" in kind for kind in layers
-    )
-    forward = getattr(model, "get_base_model", lambda: model)().forward
-    why = ""
-    if stateful:
-        why = "carries a state from one token to the next, across the border of two examples"
-    elif "position_ids" not in inspect.signature(forward).parameters:
-        why = "takes no position_ids, so that positions would run on from one example to the next"
-    elif config._attn_implementation not in ATTENTION:
+    config = model.config.get_text_config()
+    whole = getattr(model, "get_base_model", lambda: model)()
+    if "position_ids" not in inspect.signature(whole.forward).parameters:
+        raise _unsuitable(
+            config, "takes no position_ids, so positions would run on from one example to the next"
+        )
+    if config._attn_implementation not in ATTENTION:
         raise UserError(
             f'--packing needs the attention "sdpa" or "eager", and the model has'
             f' "{config._attn_implementation}": give --attn_implementation sdpa.'
         )
-    for window in () if why else _windows(config):
+    for window in _windows(config):
         if window < max_length:
-            why = f"looks back only {window} tokens, fewer than a packed row of {max_length}"
-    if why:
-        raise UserError(f"--packing does not suit the model type {name}, which {why}: drop it.")
+            raise _unsuitable(
+                config, f"looks back only {window} tokens, fewer than a packed row of {max_length}"
+            )
+    try:
+        alone, packed, other = _probe(model)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise _unsuitable(
+            config, f"takes no mask of four dimensions ({str(error).splitlines()[0]:.80})"
+        ) from error
+    scale = float(alone.abs().max())
+    if float((packed - other).abs().max()) > 1e-6 * scale:
+        raise _unsuitable(config, "lets a token see the example before its own")
+    if float((packed - alone).abs().max()) > 0.05 * scale:  # loose, for weights in half precision
+        raise _unsuitable(config, "counts the positions of packed examples wrong")
+
+
+def _unsuitable(config: Any, why: str) -> UserError:
+    return UserError(
+        f"--packing does not suit the model type {config.model_type}, which {why}: drop it."
+    )
+
+
+def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of three tokens: alone, and behind two neighbours that differ in their tokens."""
+    most = model.config.get_text_config().vocab_size - 1
+    asked = [min(token, most) for token in (5, 3, 4)]
+    neighbours = [[], [min(token, most) for token in (2, 6, 7, 8)], [1, 0, 1, 0]]
+    device, training = next(model.parameters()).device, model.training
+    found = []
+    model.eval()
+    try:
+        for neighbour in neighbours:
+            lengths = [len(part) for part in (neighbour, asked) if part]
+            row = {
+                "input_ids": neighbour + asked,
+                "labels": neighbour + asked,
+                "position_ids": [place for length in lengths for place in range(length)],
+                "segment_ids": [n for n, length in enumerate(lengths) for _ in range(length)],
+            }
+            batch = collate([row], "causal", 0)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+            with torch.no_grad():
+                found.append(model(**inputs).logits[0, -len(asked) :].float())
+    finally:
+        model.train(training)
+    return found[0], found[1], found[2]
 
 
 def _windows(config: Any) -> list[int]:
