@@ -211,7 +211,8 @@ def _csv(path: Path) -> Rows:
                 )
             rows.append((where, row))
     except csv.Error as error:
-        raise UserError(f"line {reader.line_num} of {path.name}: {error}; correct it.") from error
+        line = reader.reader.line_num
+        raise UserError(f"line {line} of {path.name}: {error}; correct its quotes.") from error
     return rows
 
 
