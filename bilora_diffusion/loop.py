@@ -230,6 +230,8 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         trainer.initialise()
         _snapshot(trainer, folder)
         _heldout(trainer, log)
+        if trainer.cfg.eval_on_start:
+            _validate(trainer, folder, log)
     bar = tqdm(
         total=trainer.num_steps, initial=trainer.step, desc=trainer.method.name, disable=log is None
     )
@@ -253,7 +255,7 @@ def _after_step(trainer: Trainer, values: dict[str, Any], folder: Path, log: Run
     if done or _due(trainer.step, cfg.validation_loss_steps):
         _heldout(trainer, log)
     if done or _due(trainer.step, _validation_steps(trainer)):
-        _images(trainer, folder)
+        _validate(trainer, folder, log)
     if _due(trainer.step, cfg.checkpointing_steps):
         if log is not None:
             log.sync()
@@ -276,8 +278,10 @@ def _postfix(values: dict[str, Any]) -> dict[str, str]:
     return shown
 
 
-def _validation_steps(trainer: Trainer) -> int:
-    """``--validation_epochs`` in steps."""
+def _validation_steps(trainer: Trainer) -> int | None:
+    """``--validation_epochs`` in steps; None where only the end is validated."""
+    if trainer.cfg.validation_epochs is None:
+        return None
     epoch = -(-trainer.task.num_samples // trainer.schedule.step_size)
     return trainer.cfg.validation_epochs * epoch
 
@@ -285,15 +289,20 @@ def _validation_steps(trainer: Trainer) -> int:
 def _heldout(trainer: Trainer, log: RunLog | None) -> None:
     """The loss on the validation set, computed by the main process, written to the log."""
     if log is not None:
-        values = trainer.task.heldout_loss(trainer.evaluating())
-        if values:
-            log.metric(trainer.step, **values)
-            trainer.accelerator.log(values, step=trainer.step)
+        _measured(trainer, log, trainer.task.heldout_loss(trainer.evaluating()))
     trainer.accelerator.wait_for_everyone()
 
 
-def _images(trainer: Trainer, folder: Path) -> None:
-    if trainer.accelerator.is_main_process:
+def _validate(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
+    """Images or answers of the validation set, made by the main process."""
+    if log is not None:
         with torch.random.fork_rng():
-            trainer.task.validate(trainer.step, folder, trainer.evaluating())
+            values = trainer.task.validate(trainer.step, folder, trainer.evaluating())
+        _measured(trainer, log, values)
     trainer.accelerator.wait_for_everyone()
+
+
+def _measured(trainer: Trainer, log: RunLog, values: dict[str, float]) -> None:
+    if values:
+        log.metric(trainer.step, **values)
+        trainer.accelerator.log(values, step=trainer.step)

@@ -57,7 +57,7 @@ def write_card(
         ValueError: when an image lies outside ``folder``, or there are not as many as prompts.
     """
     folder = Path(folder)
-    base, data = _source(base_model), _source(dataset) if dataset else None
+    base, data = source(base_model), source(dataset) if dataset else None
     gallery = [
         (prompt, quote(path.resolve().relative_to(folder.resolve()).as_posix()))
         for prompt, path in zip(prompts, map(Path, images), strict=True)
@@ -68,16 +68,16 @@ def write_card(
     meta = _front_matter(base, data, [*kind, method], gallery, instance_prompt, license)
     body = [
         f"# {_name(base)} fine-tuned with {title}",
-        f"{title} weights for {_code(_name(base))}"
-        + (f", trained on {_code(_name(data))}." if data else "."),
+        f"{title} weights for {code(_name(base))}"
+        + (f", trained on {code(_name(data))}." if data else "."),
         trained.summary,
         *_trigger(instance_prompt),
         "## Use",
         _snippet(base, instance_prompt, gallery, vae, _use(repo_id, weight_name, whole_models)),
-        *_table("## Method", {"method": title} | dict(settings or {}) | {"method": title}),
-        *_table("## Results", results or {}),
+        *table("## Method", {"method": title} | dict(settings or {}) | {"method": title}),
+        *table("## Results", results or {}),
         *(["## Images"] if gallery else []),
-        *(f"![{_escape(prompt)}]({url})\n\n{_code(prompt)}" for prompt, url in gallery),
+        *(f"![{_escape(prompt)}]({url})\n\n{code(prompt)}" for prompt, url in gallery),
     ]
     text = f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
     path = folder / "README.md"
@@ -85,14 +85,15 @@ def write_card(
     return path
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
     """What may be published of a model's or data set's name: not where it lies on this machine."""
     if name == MINI or Path(name).resolve() == pipeline_dir():
         return MINI
-    return name if _is_hub_id(name) else Path(name).name
+    return name if is_hub_id(name) else Path(name).name
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one on the hub and is no folder here."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
@@ -114,8 +115,8 @@ def _front_matter(
     return ModelCardData(
         license=license,
         library_name="diffusers",
-        base_model=base if _is_hub_id(base) else None,
-        datasets=[data] if data and _is_hub_id(data) else None,
+        base_model=base if is_hub_id(base) else None,
+        datasets=[data] if data and is_hub_id(data) else None,
         tags=list(dict.fromkeys([*tags, *kinds])),
         instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in gallery] or None,
@@ -125,7 +126,7 @@ def _front_matter(
 def _trigger(instance_prompt: str | None) -> list[str]:
     if not instance_prompt:
         return []
-    return ["## Trigger words", f"Use {_code(instance_prompt)} in the prompt."]
+    return ["## Trigger words", f"Use {code(instance_prompt)} in the prompt."]
 
 
 def _snippet(
@@ -144,14 +145,14 @@ def _snippet(
         ]
         load = ["pipeline = DiffusionPipeline.from_pretrained(pipeline_dir())"]
     else:
-        name = base if _is_hub_id(base) else f"path/to/{base}"
+        name = base if is_hub_id(base) else f"path/to/{base}"
         kinds = "AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline"
         imports = ["import torch", f"from diffusers import {kinds}"]
         load = ["pipeline = DiffusionPipeline.from_pretrained("]
         if vae:
-            source = _source(vae)
-            source = source if _is_hub_id(source) else f"path/to/{source}"
-            call = f"vae = AutoencoderKL.from_pretrained({source!r}, torch_dtype=torch.float16)"
+            shown = source(vae)
+            shown = shown if is_hub_id(shown) else f"path/to/{shown}"
+            call = f"vae = AutoencoderKL.from_pretrained({shown!r}, torch_dtype=torch.float16)"
             load = [call, *load]
         extra = ", vae=vae" if vae else ""
         load += [f"    {name!r}, torch_dtype=torch.float16{extra}", ').to("cuda")']
@@ -160,9 +161,7 @@ def _snippet(
         f"image = pipeline({prompt!r}).images[0]",
         'image.save("image.png")',
     ]
-    code = "\n".join([*imports, "", *load, *use])
-    fence = _fence(code, 3)
-    return f"{fence}python\n{code}\n{fence}"
+    return python_block([*imports, "", *load, *use])
 
 
 def _use(repo_id: str | None, weight_name: str, whole_models: Sequence[str]) -> list[str]:
@@ -177,7 +176,8 @@ def _use(repo_id: str | None, weight_name: str, whole_models: Sequence[str]) -> 
     ]
 
 
-def _table(heading: str, rows: Mapping[str, Value]) -> list[str]:
+def table(heading: str, rows: Mapping[str, Value]) -> list[str]:
+    """A heading and a table of two columns; [] where there is nothing to say."""
     given = {key: value for key, value in rows.items() if value is not None}
     if not given:
         return []
@@ -194,14 +194,22 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """One line of text as inline code, whatever backticks it has."""
     line = " ".join(text.split())
-    fence = _fence(line, 1)
+    marks = fence(line, 1)
     pad = " " if line[:1] == "`" or line[-1:] == "`" else ""
-    return f"{fence}{pad}{line}{pad}{fence}"
+    return f"{marks}{pad}{line}{pad}{marks}"
 
 
-def _fence(text: str, least: int) -> str:
+def python_block(lines: Sequence[str]) -> str:
+    """Lines of Python as a block, whatever backticks they have."""
+    text = "\n".join(lines)
+    marks = fence(text, 3)
+    return f"{marks}python\n{text}\n{marks}"
+
+
+def fence(text: str, least: int) -> str:
+    """Backticks that the text does not hold, at least so many."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return "`" * max(least, longest + 1)

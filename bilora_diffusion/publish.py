@@ -24,23 +24,6 @@ def card(
     count = cfg.num_validation_images
     prompts = [prompt for prompt in cfg.validation_prompts for _ in range(count)]
     full = get(cfg.method).exports_weights
-    adapter = {
-        "rank": cfg.rank,
-        "alpha": cfg.lora_alpha,
-        "init": None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
-        "rank of the file": 2 * cfg.rank if cfg.init_lora_weights in CHANGE_BASE else None,
-        "quantized base": None if cfg.quantize == "none" else cfg.quantize,
-    }
-    settings = {
-        "method": cfg.method,
-        **({} if full else adapter),
-        "learning rate": cfg.learning_rate,
-        "optimizer steps": results["steps"],
-        "seed": cfg.seed,
-    }
-    settings |= method_settings(cfg)
-    if cfg.use_ema:
-        settings["weight averaging, decay"] = cfg.ema_decay
     shown = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
     return write_card(
         folder,
@@ -50,12 +33,32 @@ def card(
         prompts=prompts[: len(images)],
         images=images,
         instance_prompt=cfg.instance_prompt,
-        settings=settings,
+        settings=run_settings(cfg, results["steps"]),
         results={title: results[key] for title, key in shown.items() if key in results},
         vae=cfg.pretrained_vae_model_name_or_path,
         repo_id=repo_id,
         whole_models=results["export"] if full else (),
     )
+
+
+def run_settings(cfg: Any, steps: int) -> dict[str, Any]:
+    """What a model card says of how the run was made; None where there is nothing to say."""
+    adapter = {
+        "rank": cfg.rank,
+        "alpha": cfg.lora_alpha,
+        "init": None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
+        "rank of the file": 2 * cfg.rank if cfg.init_lora_weights in CHANGE_BASE else None,
+        "quantized base": None if cfg.quantize == "none" else cfg.quantize,
+    }
+    return {
+        "method": cfg.method,
+        **({} if get(cfg.method).exports_weights else adapter),
+        "learning rate": cfg.learning_rate,
+        "optimizer steps": steps,
+        "seed": cfg.seed,
+        **method_settings(cfg),
+        **({"weight averaging, decay": cfg.ema_decay} if cfg.use_ema else {}),
+    }
 
 
 def method_settings(cfg: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ RESULTS = (
 )
 # What else a run leaves, and a fresh start deletes.
 BESIDES = ("validation", "logs", "README.md", snapshots.FOLDER)
-WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2")  # what full fine-tuning leaves
+WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
 HEARTBEAT_SECONDS = 15.0
 
 
@@ -66,7 +66,12 @@ class RunLog:
         self._before = 0.0
 
     def start(
-        self, config: Mapping[str, Any], method: str, seed: int | None, resume_step: int | None
+        self,
+        config: Mapping[str, Any],
+        method: str,
+        seed: int | None,
+        resume_step: int | None,
+        num_steps: int | None = None,
     ) -> None:
         """Open the record.
 
@@ -79,6 +84,7 @@ class RunLog:
             method: name of the method.
             seed: of data, noise and initialization.
             resume_step: step of the checkpoint that is continued.
+            num_steps: optimizer steps of the whole run.
 
         Raises:
             UserError: when the earlier record is damaged, or the folder is a file.
@@ -100,6 +106,7 @@ class RunLog:
             "config": {key: value for key, value in config.items() if key not in SECRETS},
             "method": method,
             "seed": seed,
+            "num_steps": num_steps,
             "versions": provenance.versions(),
             "commit": commit,
             "uncommitted_changes": differs,

@@ -6,115 +6,29 @@ python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_d
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from . import checkpoint, publish, runlog
+from . import publish, running
 from .config import DreamBoothConfig, parse
 from .data.sources import ImageSet, open_images
-from .errors import TrainingError, UserError
 from .export import save_diffusers, save_models, training_facts, verify
-from .loop import Trainer, fit
-from .methods import MethodOptions, create, get
+from .loop import Trainer
+from .methods import get
 from .quantize import quantize_nf4
-from .stepping import Schedule, total_steps
+from .running import DTYPES, Script
 from .tasks.class_images import ensure_class_images
 from .tasks.dreambooth import DreamBooth
-from .tasks.pipeline import load_pipeline, quiet
+from .tasks.pipeline import load_pipeline
 from .tasks.visits import VisitStream
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says and leave a run folder.
-
-    Raises:
-        UserError: bad input; nothing was written.
-        TrainingError: training could not go on; checkpoints and metrics are kept.
-    """
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    quiet()
-    cfg = parse(argv)
-    folder = Path(cfg.output_dir)
-    runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
-    if get(cfg.method).exports_weights:
-        runlog.refuse_foreign_models(folder)
-    resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
-    accelerator = build_accelerator(cfg)
-    run(cfg.for_processes(accelerator.num_processes), accelerator, folder, resume)
-    # DDP's reducer must be gone before the process group is taken down: the other way round, its
-    # end waits for the group's thread while that thread waits for the interpreter.
-    accelerator.free_memory()
-    gc.collect()
-    accelerator.end_training()
-
-
-def run(cfg: DreamBoothConfig, accelerator: Accelerator, folder: Path, resume: Path | None) -> None:
-    """Build, train and finish; nothing of it is alive when this returns.
-
-    Raises:
-        TrainingError: training could not go on; ``run.json`` says why.
-    """
-    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
-    task = build_task(cfg, accelerator)
-    cfg = task.cfg
-    steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = create(cfg.method, method_options(cfg, steps))
-    trainer = Trainer(task, method, cfg, accelerator)
-    if resume is not None:
-        trainer.load(resume)
-        logger.info("resuming from %s", resume)
-    log = None
-    if accelerator.is_main_process:
-        log = runlog.RunLog(folder, accelerator.device)
-        log.start(cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None)
-    accelerator.init_trackers("dreambooth-bilora", config=flat(cfg.to_dict()))
-    try:
-        fit(trainer, folder, log)
-        results = finish(cfg, trainer, folder, repo_id)
-    except TrainingError as error:
-        if log is not None:
-            log.fail(str(error))
-        raise
-    if log is not None:
-        log.finish(**results)
-
-
-def build_accelerator(cfg: DreamBoothConfig) -> Accelerator:
-    """accelerate's engine in the wanted precision.
-
-    Raises:
-        UserError: the device can't compute in it.
-    """
-    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
-    project = ProjectConfiguration(
-        project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
-    )
-    try:
-        accelerator = Accelerator(
-            mixed_precision=cfg.mixed_precision,
-            log_with=cfg.log_with,
-            project_config=project,
-            kwargs_handlers=[unused],
-        )
-    except ValueError as error:
-        raise UserError(
-            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
-        ) from error
-    if cfg.allow_tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
 
 
 def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
@@ -176,29 +90,6 @@ def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) 
     return opened
 
 
-def method_options(cfg: DreamBoothConfig, num_steps: int) -> MethodOptions:
-    """The method's share of the configuration."""
-    names = {field.name for field in fields(MethodOptions)} - {"num_steps"}
-    return MethodOptions(num_steps=num_steps, **{name: getattr(cfg, name) for name in names})
-
-
-def finish(
-    cfg: DreamBoothConfig, trainer: Trainer, folder: Path, repo_id: str | None
-) -> dict[str, Any]:
-    """Export the primary, prove it from the file, write the model card; returns the results."""
-    results: dict[str, Any] = {"steps": trainer.step}
-    if trainer.accelerator.is_main_process:
-        with trainer.averaged():
-            results["export"] = export(cfg, trainer, folder)
-        results |= last_heldout(folder)
-        final = folder / "validation" / f"step-{trainer.step}"
-        publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
-        if repo_id is not None:
-            publish.push(folder, repo_id, cfg.hub_token)
-    trainer.accelerator.wait_for_everyone()
-    return results
-
-
 def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Write what was trained, as it is now, and read it back; returns what that showed."""
     task: Any = trainer.task
@@ -229,15 +120,20 @@ def facts(cfg: DreamBoothConfig, task: DreamBooth, steps: int) -> dict[str, str]
     )
 
 
-def last_heldout(folder: Path) -> dict[str, float]:
-    """The newest held-out losses in the folder's metrics, {} if none were measured."""
-    rows = [row for row in runlog.read_metrics(folder) if "heldout_loss" in row]
-    return {k: rows[-1][k] for k in ("heldout_loss", "train_grid_loss")} if rows else {}
+def card(cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
+    """Write the model card, with the last validation images."""
+    final = folder / "validation" / f"step-{results['steps']}"
+    publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
 
 
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Configuration values that every tracker can show."""
-    return {
-        key: value if isinstance(value, int | float | str | bool) else repr(value)
-        for key, value in values.items()
-    }
+DREAMBOOTH = Script("dreambooth-bilora", parse, build_task, export, card)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says and leave a run folder.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics are kept.
+    """
+    running.main(DREAMBOOTH, argv)

@@ -37,6 +37,7 @@ from .injection import adopt, delete, inject, merge_primary, to_full_precision
 from .saving import (
     load_state_dict,
     lora_config,
+    peft_path,
     portable_state_dict,
     save_pretrained,
     state_dict,
@@ -75,6 +76,7 @@ __all__ = [
     "names",
     "only",
     "parameters",
+    "peft_path",
     "portable_state_dict",
     "refuse_foreign_initial",
     "rows",

@@ -82,9 +82,10 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        _in_peft(key): value.cpu() for key, value in portable_state_dict(model, adapter).items()
+        peft_path(key): value.cpu() for key, value in portable_state_dict(model, adapter).items()
     }
-    tensors |= {_in_peft(key): value.detach().cpu() for key, value in whole(model, adapter).items()}
+    heads = whole(model, adapter).items()
+    tensors |= {peft_path(key): value.detach().cpu() for key, value in heads}
     config = LoraConfig(**cast(Any, model).peft_config[adapter].to_dict())
     if adapter == PRIMARY and layers(model, INITIAL):
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
@@ -93,7 +94,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
     config.save_pretrained(str(folder))
 
 
-def _in_peft(key: str) -> str:
+def peft_path(key: str) -> str:
+    """A parameter's key in the file of an adapter."""
     return key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key
 
 

@@ -1,5 +1,6 @@
-"""The command line of the DreamBooth script as one frozen configuration."""
+"""The command lines of the training scripts as frozen configurations."""
 
 from .dreambooth import DreamBoothConfig, parse
+from .text import TextConfig, parse_text
 
-__all__ = ["DreamBoothConfig", "parse"]
+__all__ = ["DreamBoothConfig", "TextConfig", "parse", "parse_text"]

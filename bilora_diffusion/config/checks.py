@@ -29,8 +29,16 @@ AT_LEAST_ONE = (
     "checkpoints_total_limit",
     "lr_num_cycles",
     "dynamics_steps",
+    "max_length",
+    "max_target_length",
+    "max_train_samples",
+    "max_eval_samples",
+    "preprocessing_num_workers",
+    "eval_batch_size",
+    "generation_max_new_tokens",
 )
 AT_LEAST_ZERO = (
+    "max_predictions",
     "seed",
     "num_validation_images",
     "validation_loss_steps",
@@ -56,6 +64,7 @@ ABOVE_ZERO = (
 BELOW_ONE = (
     "lora_dropout",
     "ema_decay",
+    "warmup_ratio",
     "adam_beta1",
     "adam_beta2",
     "prodigy_beta3",

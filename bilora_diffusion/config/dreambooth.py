@@ -11,7 +11,7 @@ from .checks import check
 from .command_line import CommandLine
 from .dreambooth_checks import check_inputs, check_results
 from .inputs import DataOptions, DiffusionOptions, ModelOptions, PriorOptions
-from .outputs import OutputOptions, ValidationOptions
+from .outputs import ImageOutputOptions, ValidationOptions
 from .resolve import default_checkpointing, resolve
 from .run_config import RunConfig
 from .training import AdapterOptions, OptimizerOptions, StepOptions
@@ -25,7 +25,7 @@ GROUPS = (
     DiffusionOptions,
     PriorOptions,
     ValidationOptions,
-    OutputOptions,
+    ImageOutputOptions,
 )
 
 ALTERNATIVES = (
@@ -36,7 +36,7 @@ ALTERNATIVES = (
 
 WITHOUT_INFLUENCE = frozenset(
     name
-    for group in (ValidationOptions, OutputOptions)
+    for group in (ValidationOptions, ImageOutputOptions)
     for name in (field.name for field in fields(group))
 ) | {"cache_dir", "dataloader_num_workers", "local_rank", "sample_batch_size"}
 """Options that a resumed run may change freely: they do not touch what is learned."""
@@ -52,7 +52,7 @@ class DreamBoothConfig(
     DiffusionOptions,
     PriorOptions,
     ValidationOptions,
-    OutputOptions,
+    ImageOutputOptions,
     RunConfig,
 ):
     """Every option of the script, flat. Made by ``parse``, which checks and completes it.

@@ -71,7 +71,7 @@ def _check_device(values: dict[str, Any]) -> None:
         raise UserError("--mixed_precision bf16 does not work on MPS: use fp16 or no.")
     if precision == "fp16" and device == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU, and this is a CPU: use bf16 or no.")
-    if values["enable_xformers_memory_efficient_attention"]:
+    if values.get("enable_xformers_memory_efficient_attention"):
         flag = "--enable_xformers_memory_efficient_attention"
         _require_package("xformers", flag)
         if device != "cuda":

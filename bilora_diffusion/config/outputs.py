@@ -42,9 +42,6 @@ class OutputOptions:
 
     output_dir: str = option("lora-dreambooth-model", "Folder of the run.")
     overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
-    output_kohya_format: bool = option(
-        False, "Write the LoRA under kohya's keys too, for ComfyUI and others."
-    )
     checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints.")
     resume_from_checkpoint: str | None = option(
@@ -70,4 +67,23 @@ class OutputOptions:
     hub_model_id: str | None = option(None, "Repository to upload to. Default: the folder's name.")
     config: str | None = option(
         None, "YAML file of options by their names here; options on the command line win."
+    )
+
+
+@dataclass(frozen=True)
+class ImageOutputOptions(OutputOptions):
+    """The run folder, trackers and the hub."""
+
+    output_kohya_format: bool = option(
+        False, "Write the LoRA under kohya's keys too, for ComfyUI and others."
+    )
+
+
+@dataclass(frozen=True)
+class TextOutputOptions(OutputOptions):
+    """The run folder, trackers and the hub."""
+
+    output_dir: str = option("lora-text-model", "Folder of the run.")
+    checkpointing_steps: int = option(
+        500, "Save a checkpoint every so many steps.", aliases=["--save_steps"]
     )

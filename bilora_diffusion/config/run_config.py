@@ -19,6 +19,9 @@ class RunConfig:
     groups: ClassVar[tuple[Any, ...]]
     without_influence: ClassVar[frozenset[str]]
 
+    train_text_encoder: bool = False  # what only some scripts have as an option
+    eval_on_start: bool = False
+
     report_to: str
     scale_lr: bool
     learning_rate: float

@@ -13,6 +13,7 @@ from .cli import main
 from .layers import COMPONENTS
 from .lorafile import LoraFile, inspect
 from .metadata import training_facts
+from .peft_folder import save_adapter, verify_adapter
 from .readback import verify
 from .weights import save_models
 from .writer import FILE_NAME, KOHYA_FILE_NAME, save_diffusers
@@ -24,8 +25,10 @@ __all__ = [
     "LoraFile",
     "inspect",
     "main",
+    "save_adapter",
     "save_diffusers",
     "save_models",
     "training_facts",
     "verify",
+    "verify_adapter",
 ]

@@ -57,13 +57,15 @@ class Task(Protocol):
         ...
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Loss on the validation set over a fixed grid of noise and timesteps; {} without a set."""
+        """``heldout_loss`` and whatever else comes with it, free of chance; {} without a set."""
         ...
 
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
-    ) -> list[Path]:
-        """Write validation samples and return their files."""
+    ) -> dict[str, float]:
+        """Write validation samples under ``validation/step-N``; returns what they measure, if
+        anything.
+        """
         ...
 
 

@@ -207,12 +207,12 @@ class DreamBooth:
 
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
-    ) -> list[Path]:
-        """Images of each validation prompt, as PNG under ``validation/step-N``."""
+    ) -> dict[str, float]:
+        """Images of each validation prompt, as PNG under ``validation/step-N``; {} is measured."""
         count = self.cfg.num_validation_images
         prompts = [p for p in self.sampling_prompts for _ in range(count)]
         if not prompts:
-            return []
+            return {}
         seeds = [self.cfg.seed + i for _ in self.sampling_prompts for i in range(count)]
         with evaluating, inference(self.module):
             images = generate(
@@ -228,7 +228,7 @@ class DreamBooth:
         files = [target / f"{number:03d}.png" for number in range(len(images))]
         for image, file in zip(images, files, strict=True):
             image.save(file)
-        return files
+        return {}
 
     def _sampling_embeddings(
         self, prompts: Sequence[str]

@@ -25,6 +25,11 @@ from ..errors import UserError
 KINDS = ("seq2seq", "causal", "classification")
 CLASS_HEADS = ("classifier", "score")
 """Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
+AUTO_CLASSES = {
+    "seq2seq": "ModelForSeq2SeqLM",
+    "causal": "ModelForCausalLM",
+    "classification": "ModelForSequenceClassification",
+}
 
 
 class Packaged(NamedTuple):
@@ -63,6 +68,97 @@ class TextModel:
         return None if found is None else int(found) - offset
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """A model whose configuration has been read, and whose weights have not.
+
+    Args:
+        name: as the user gave it, for messages.
+        location: what ``from_pretrained`` takes.
+        arguments: what it takes beside.
+        config: the model's configuration.
+        kind: which kind of model it is.
+    """
+
+    name: str
+    location: str
+    arguments: dict[str, Any]
+    config: Any
+    kind: str
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        tokenizer_name: str | None = None,
+        attn_implementation: str | None = None,
+        labels: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> TextModel:
+        """Model and tokenizer; see ``load_text_model``."""
+        tokenizer = self._tokenizer(tokenizer_name)
+        arguments = {**self.arguments, "config": self.config, "dtype": dtype}
+        if attn_implementation is not None:
+            arguments["attn_implementation"] = attn_implementation
+        if self.kind == "classification" and labels is not None:
+            self.config.id2label = dict(enumerate(labels))
+            self.config.label2id = {label: number for number, label in enumerate(labels)}
+            arguments["ignore_mismatched_sizes"] = True
+        loader = _auto(AUTO_CLASSES[self.kind])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "head"))
+            model = _reading(
+                self.name, "weights", lambda: loader.from_pretrained(self.location, **arguments)
+            )
+        if "gguf_file" in self.arguments:
+            model = _without_quantization(model, dtype)
+        _settle_padding(model, tokenizer)
+        return TextModel(model.eval(), tokenizer, self.kind)
+
+    def _tokenizer(self, other: str | None) -> Any:
+        location, arguments = self.location, self.arguments
+        if other is not None:
+            location = locate(other)
+            arguments = {
+                k: v for k, v in arguments.items() if k in ("cache_dir", "trust_remote_code")
+            }
+        loader = _auto("Tokenizer")
+        return _reading(
+            other or self.name, "tokenizer", lambda: loader.from_pretrained(location, **arguments)
+        )
+
+
+def open_text_model(
+    name_or_path: str,
+    task_type: str = "auto",
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> TextSource:
+    """Find a model and read its configuration; see ``load_text_model``.
+
+    Raises:
+        UserError: it can't be found or read, or is of another kind.
+    """
+    location = locate(name_or_path)
+    given = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file(location),
+    }
+    arguments = {key: value for key, value in given.items() if value}
+    config = _reading(
+        name_or_path,
+        "configuration",
+        lambda: _auto("Config").from_pretrained(location, **arguments),
+    )
+    return TextSource(
+        name_or_path, location, arguments, config, kind_of(config, name_or_path, task_type)
+    )
+
+
 def load_text_model(
     name_or_path: str,
     task_type: str = "auto",
@@ -94,49 +190,20 @@ def load_text_model(
         UserError: it can't be found or read, is of another kind, or needs a package or code that is
             not there.
     """
-    source = locate(name_or_path)
-    common = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    common = {key: value for key, value in common.items() if value}
-    gguf = gguf_file(source)
-    if gguf is not None:
-        common["gguf_file"] = gguf
-    config = _reading(
-        name_or_path, "configuration", lambda: _auto("Config").from_pretrained(source, **common)
+    source = open_text_model(
+        name_or_path,
+        task_type,
+        revision=revision,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
     )
-    kind = kind_of(config, name_or_path, task_type)
-    arguments: dict[str, Any] = {**common, "dtype": dtype, "config": config}
-    if attn_implementation is not None:
-        arguments["attn_implementation"] = attn_implementation
-    if kind == "classification" and labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-        arguments["ignore_mismatched_sizes"] = True
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "head"))
-        loader = _auto(AUTO_CLASSES[kind])
-        model = _reading(
-            name_or_path, "weights", lambda: loader.from_pretrained(source, **arguments)
-        )
-    if gguf is not None:
-        model = _without_quantization(model, dtype)
-    elsewhere = {key: value for key, value in common.items() if key != "gguf_file"}
-    tokenizer = _reading(
-        tokenizer_name or name_or_path,
-        "tokenizer",
-        lambda: _auto("Tokenizer").from_pretrained(
-            *((tokenizer_name,) if tokenizer_name else (source,)),
-            **(elsewhere if tokenizer_name else common),
-        ),
+    return source.load(
+        dtype=dtype,
+        tokenizer_name=tokenizer_name,
+        attn_implementation=attn_implementation,
+        labels=labels,
+        seed=seed,
     )
-    _settle_padding(model, tokenizer)
-    return TextModel(model.eval(), tokenizer, kind)
-
-
-AUTO_CLASSES = {
-    "seq2seq": "ModelForSeq2SeqLM",
-    "causal": "ModelForCausalLM",
-    "classification": "ModelForSequenceClassification",
-}
 
 
 def locate(name_or_path: str) -> str:

@@ -1,0 +1,171 @@
+"""What every training script does around the loop: engine, record, end; and how it fails.
+
+A script is its parser and three functions; ``main`` does the rest, so that all scripts have the
+same run folder, the same resume and the same way of stopping.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from . import checkpoint, publish, runlog
+from .errors import TrainingError, UserError
+from .loop import Trainer, fit
+from .methods import MethodOptions, create, get
+from .stepping import Schedule, total_steps
+from .tasks.base import Task
+from .tasks.pipeline import quiet
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script.
+
+    Args:
+        project: its name for trackers.
+        parse: arguments -> a checked configuration.
+        build_task: configuration, accelerator -> the task, whose ``cfg`` is the completed one.
+        export: writes what was trained into the run folder and reads it back; returns what that
+            showed.
+        card: configuration, folder, results, hub repository or None -> writes ``README.md``.
+    """
+
+    project: str
+    parse: Callable[[Sequence[str] | None], Any]
+    build_task: Callable[[Any, Accelerator], Task]
+    export: Callable[[Any, Trainer, Path], dict[str, Any]]
+    card: Callable[[Any, Path, dict[str, Any], str | None], None]
+
+
+def main(script: Script, argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says and leave a run folder.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics are kept.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet()
+    cfg = script.parse(argv)
+    folder = Path(cfg.output_dir)
+    runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
+    if get(cfg.method).exports_weights:
+        runlog.refuse_foreign_models(folder)
+    resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
+    accelerator = build_accelerator(cfg)
+    _run(script, cfg.for_processes(accelerator.num_processes), accelerator, folder, resume)
+    # DDP's reducer must be gone before the process group is taken down: the other way round, its
+    # end waits for the group's thread while that thread waits for the interpreter.
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+
+
+def _run(
+    script: Script, cfg: Any, accelerator: Accelerator, folder: Path, resume: Path | None
+) -> None:
+    """Build, train and finish; nothing of it is alive when this returns."""
+    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
+    task: Any = script.build_task(cfg, accelerator)
+    cfg = task.cfg
+    steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
+    method = create(cfg.method, method_options(cfg, steps))
+    trainer = Trainer(task, method, cfg, accelerator)
+    if resume is not None:
+        trainer.load(resume)
+        logger.info("resuming from %s", resume)
+    log = None
+    if accelerator.is_main_process:
+        log = runlog.RunLog(folder, accelerator.device)
+        log.start(
+            cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None, num_steps=steps
+        )
+    accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
+    try:
+        fit(trainer, folder, log)
+        results = _finish(script, cfg, trainer, folder, repo_id)
+    except TrainingError as error:
+        if log is not None:
+            log.fail(str(error))
+        raise
+    if log is not None:
+        log.finish(**results)
+
+
+def build_accelerator(cfg: Any) -> Accelerator:
+    """accelerate's engine in the wanted precision.
+
+    Raises:
+        UserError: the device can't compute in it.
+    """
+    # A text encoder's last layers may be left out of the loss.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
+    project = ProjectConfiguration(
+        project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
+    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=cfg.mixed_precision,
+            log_with=cfg.log_with,
+            project_config=project,
+            kwargs_handlers=[unused],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
+        ) from error
+    if cfg.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def method_options(cfg: Any, num_steps: int) -> MethodOptions:
+    """The method's share of the configuration."""
+    names = {field.name for field in fields(MethodOptions)} - {"num_steps"}
+    return MethodOptions(num_steps=num_steps, **{name: getattr(cfg, name) for name in names})
+
+
+def _finish(
+    script: Script, cfg: Any, trainer: Trainer, folder: Path, repo_id: str | None
+) -> dict[str, Any]:
+    """Export the primary, prove it from the file, write the model card; returns the results."""
+    results: dict[str, Any] = {"steps": trainer.step}
+    if trainer.accelerator.is_main_process:
+        with trainer.averaged():
+            results["export"] = script.export(cfg, trainer, folder)
+        results |= last_measured(folder)
+        script.card(cfg, folder, results, repo_id)
+        if repo_id is not None:
+            publish.push(folder, repo_id, cfg.hub_token)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def last_measured(folder: Path) -> dict[str, float]:
+    """The newest of each held-out loss and metric in the folder's record, {} without any."""
+    return {
+        key: value
+        for row in runlog.read_metrics(folder)
+        for key, value in row.items()
+        if key.startswith("heldout_") or key == "train_grid_loss"
+    }
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Configuration values that every tracker can show."""
+    return {
+        key: value if isinstance(value, int | float | str | bool) else repr(value)
+        for key, value in values.items()
+    }

@@ -1,0 +1,34 @@
+"""Bi-LoRA and LoRA fine-tuning of T5, causal language models and text classifiers.
+
+    accelerate launch train_text_bilora.py --config recipes/t5_base/mrpc.yaml
+    accelerate launch train_text_bilora.py --model_name_or_path meta-llama/Llama-3.1-8B \\
+        --train_file answers.jsonl --mixed_precision bf16 --gradient_checkpointing
+    python train_text_bilora.py --config recipes/rotten_tomatoes.yaml --max_train_steps 20
+
+The last one runs on a CPU in a minute. ``--help`` explains every flag.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from bilora_diffusion.errors import run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code: 0, or 2 after a sentence that says what to mend."""
+
+    def train() -> None:
+        from bilora_diffusion.stepping import start_missing_processes
+
+        start_missing_processes()
+        from bilora_diffusion.train_text import main as train_text
+
+        train_text(argv)
+
+    return run_cli(train)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
