@@ -19,12 +19,14 @@ from . import compare_data as data
 from . import compare_html, pictures
 from .catalog import Catalog, ScoresItem
 from .compare_data import View
+from .slider import pair, slider
 
 NO_SCORES = """
 <section class="empty"><h2>No scored images yet</h2>
 <p>Draw and score images of your runs, then press Refresh:</p>
 <p><code>python -m eval.clip_scores RUN RUN --output_dir FOLDER</code></p></section>
 """
+UNSCORED = "no image has a score"
 PICK = """
 element.addEventListener('click', (event) => {
   const row = event.target.closest('[data-prompt]');
@@ -81,14 +83,7 @@ class _Tab:
                     self.next = gr.Button("Next →", elem_id="compare-next", size="sm")
                 self.title = gr.HTML(elem_id="compare-prompt", apply_default_css=False)
                 self.cards = gr.HTML(elem_id="compare-cards", apply_default_css=False)
-                self.slider = gr.ImageSlider(
-                    elem_id="compare-slider",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    max_height=420,
-                )
+                self.slider = slider("compare-slider")
                 self.query = gr.Textbox(visible=False)
                 self.link = gr.Textbox(
                     label="Link to this view",
@@ -154,14 +149,16 @@ class _Tab:
         return self._opened({"scores": path})
 
     def _opened(self, query: dict[str, str]) -> list[Any]:
-        items = {item.path: item for item in self.catalog.scores() if item.result.images}
+        there = {item.path: item for item in self.catalog.scores()}
+        items = {path: item for path, item in there.items() if item.result.images}
         if not items:
             nothing = [gr.skip()] * 15
             return [gr.update(value=NO_SCORES, visible=True), gr.update(visible=False), *nothing]
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
         if asked and asked not in items:
-            gr.Warning(f'The link names the scores "{asked}", which are not there.')
+            what = "have no images" if asked in there else "are not there"
+            gr.Warning(f'The link names the scores "{asked}", which {what}.')
             query = {}
         view, missing = data.opened(query, item.path, item.result)
         for sentence in missing:
@@ -172,6 +169,7 @@ class _Tab:
         item = items[view.scores]
         names = [(adapter.label, at) for at, adapter in enumerate(item.result.adapters)]
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
+        scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
         return [
             gr.update(
                 choices=[(item.name, path) for path, item in items.items()],
@@ -233,7 +231,11 @@ class _Tab:
                 listed, view.prompt, view.metric, labels[view.a], labels[view.b]
             ),
             compare_html.cards(result, self._cards(item, view, pictures_of)),
-            _pair(pictures_of[view.a], pictures_of[view.b], labels[view.a], labels[view.b]),
+            pair(
+                pictures_of[view.a],
+                pictures_of[view.b],
+                f"A {labels[view.a]}  |  B {labels[view.b]}",
+            ),
             data.link(view, result),
         ]
 
@@ -276,15 +278,6 @@ class _Tab:
 def _listed(view: View, result: ScoresResult) -> list[data.Row]:
     found = data.rows(result, view.a, view.b, view.metric)
     return data.arranged(found, view.metric, view.order, view.words)
-
-
-def _pair(a: Image.Image | None, b: Image.Image | None, left: str, right: str) -> Any:
-    """The slider's two pictures, of one size."""
-    if a is None or b is None:
-        return gr.update(value=None, visible=False)
-    a = pictures.fitted(a, 384)
-    b = pictures.fitted(b, 384).resize(a.size, Image.Resampling.LANCZOS)
-    return gr.update(value=(a, b), label=f"A {left}  |  B {right}", visible=True)
 
 
 def build(catalog: Catalog) -> None:

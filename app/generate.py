@@ -18,6 +18,7 @@ from . import pictures
 from .catalog import Catalog
 from .drawing import BASE, Work, checked, drawable, sides
 from .models import Models
+from .slider import pair, slider
 
 PROMPT = "a ToK icon of a rabbit, in the style of ToK"
 IDLE_SECONDS = 0.2
@@ -73,15 +74,7 @@ class _Tab:
             with gr.Column(scale=5, min_width=300):
                 self.status = gr.HTML(elem_id="generate-status", apply_default_css=False)
                 self.cards = gr.HTML(elem_id="generate-cards", apply_default_css=False)
-                self.slider = gr.ImageSlider(
-                    elem_id="generate-slider",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    max_height=420,
-                    visible=False,
-                )
+                self.slider = slider("generate-slider")
 
     def _events(self) -> None:
         gr.on(None, self.choices, inputs=[], outputs=[self.a, self.b, self.status], **QUIET)
@@ -167,7 +160,11 @@ def _followed(work: Work) -> Iterator[Any]:
             yield "", gr.skip(), gr.skip()
             raise gr.Error(value, print_exception=False)
         if kind == "end":
-            yield message(value), _cards(work, images), _pair(work, images)
+            yield (
+                message(value),
+                _cards(work, images),
+                pair(images[0], images[1], " | ".join(label for label, _ in work.sides)),
+            )
             return
         if kind == "stopped":
             yield message(value), gr.skip(), gr.skip()
@@ -206,10 +203,3 @@ def _cards(work: Work, images: list[Image.Image]) -> str:
             f'<figure class="card"><div class="name">{role}{escape(label)}</div>{picture}</figure>'
         )
     return f'<div class="cards">{text}</div>'
-
-
-def _pair(work: Work, images: list[Image.Image]) -> Any:
-    if len(images) < 2:
-        return gr.update(value=None, visible=False)
-    a, b = (pictures.fitted(image, 384) for image in images)
-    return gr.update(value=(a, b), label=" | ".join(label for label, _ in work.sides), visible=True)

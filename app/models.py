@@ -21,6 +21,7 @@ from PIL.Image import Image
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.sampling import generate
 from bilora_diffusion.tasks.pipeline import MINI, load_pipeline, quiet
+from eval.command import open_device
 from eval.scores import adapters
 
 MAX_STEPS, MAX_SEED = 200, 2**32 - 1
@@ -81,7 +82,7 @@ class Models:
     """
 
     def __init__(self, device: str | None = None) -> None:
-        self.device = _device(device)
+        self.device = open_device(device)
         self._line: deque[object] = deque()
         self._moved = threading.Condition()
         self._base: Base | None = None
@@ -189,17 +190,6 @@ def local(base: Base) -> str:
 def side(pipeline: Any) -> int:
     """Side of the images that a pipeline makes by itself, in pixels."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device "{name}" is not on this machine: give cpu or cuda') from error
-    return device
 
 
 @contextmanager

@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_diffusion.durable import write_text
-from bilora_diffusion.errors import UserError
 
-from .command import Parser, open_folder, run
-from .provenance import command_line, without_paths
+from .command import Parser, open_device, open_folder, run
+from .provenance import command_line
 from .records import SCORES
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -44,7 +43,6 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 DEFAULT_SEEDS = "0,1"
 IMAGES = "images"
-SCHEMES = ("open_clip", "hf", "blip", "coca")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().read(words)
         if argv is None:
             _start_missing_processes(words)
-        score(args, command_line("eval.clip_scores", [_without_path(word) for word in words]))
+        score(args, command_line("eval.clip_scores", words))
 
     return run(work)
 
 
 def _parser() -> Parser:
+    from .scores import captioners, scorers
     from .scores.plan import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 
     described = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
@@ -77,8 +76,10 @@ def _parser() -> Parser:
     add("--max_prompts", type=int, help="take only the first of each set")
     add("--seeds", default=DEFAULT_SEEDS, help=f"such as 0,1 or 0..3; default: {DEFAULT_SEEDS}")
     add("--base_model", help="hub id, folder or mini; default: what the runs were trained on")
-    add("--scorer", help="embedded, open_clip:MODEL/TAG, open_clip:FOLDER or hf:ID_OR_FOLDER")
-    add("--captioner", help="embedded, blip:ID_OR_FOLDER or coca:MODEL/TAG")
+    add("--scorer", help=scorers.FORMS)
+    add("--scorer_revision", help="branch, tag or commit of a hub id after hf:")
+    add("--captioner", help=captioners.FORMS)
+    add("--captioner_revision", help="branch, tag or commit of a hub id after blip:")
     add("--skip_captions", action="store_true", help="no captions and no T2T")
     add("--control", metavar="LABEL", help="compare with this; default: the first but base")
     add("--output_dir", type=Path, default=Path("scores"))
@@ -117,8 +118,8 @@ def score(args: argparse.Namespace, command: str) -> None:
 
     plan = plans.make(args)
     state = PartialState(cpu="cpu" in (args.device, device_type()))  # else one CPU process is seen
-    device = _device(args.device) or str(state.device)
-    models = _load_models(plan, device) if state.is_main_process else None
+    device = str(state.device if args.device is None else open_device(args.device))
+    models = _load_models(plan, args, device) if state.is_main_process else None
     open_folder(args.output_dir)
     store = Store(args.output_dir / IMAGES, plan.sampling)
     wanted = list(dict.fromkeys([*plan.jobs().values(), *plan.references().values()]))
@@ -136,25 +137,18 @@ def score(args: argparse.Namespace, command: str) -> None:
         print(f"images made: {made}, in {args.output_dir / IMAGES}")
 
 
-def _device(name: str | None) -> str | None:
-    import torch
-
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device "{name}" is not there: use cpu, or leave it out.') from error
-    return name
-
-
-def _load_models(plan: Plan, device: str) -> tuple[Scorer, Captioner | None]:
+def _load_models(
+    plan: Plan, args: argparse.Namespace, device: str
+) -> tuple[Scorer, Captioner | None]:
     from .scores import captioners, scorers
 
-    scorer = scorers.load(plan.scorer, device=device)
+    scorer = scorers.load(plan.scorer, revision=args.scorer_revision, device=device)
     if plan.captioner is None:
         return scorer, None
-    return scorer, captioners.load(plan.captioner, scorer=scorer, device=device)
+    captioner = captioners.load(
+        plan.captioner, scorer=scorer, revision=args.captioner_revision, device=device
+    )
+    return scorer, captioner
 
 
 def _generate(
@@ -196,12 +190,6 @@ def _said(plan: Plan, images: int, missing: int) -> str:
             f" {len(plan.seeds)} seeds; {missing} of {images} images are to be made.",
         ]
     )
-
-
-def _without_path(word: str) -> str:
-    """``hf:FOLDER`` and the like without the way to the folder, which a path alone loses later."""
-    scheme, colon, source = word.partition(":")
-    return f"{scheme}:{without_paths(source)}" if colon and scheme in SCHEMES else word
 
 
 def _start_missing_processes(words: Sequence[str]) -> None:

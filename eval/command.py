@@ -1,4 +1,4 @@
-"""What the commands of this package share: a parser, exit codes, and the folder that is written to.
+"""What the commands of this package share: a parser, exit codes, output folder and device.
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
@@ -11,9 +11,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from bilora_diffusion.errors import UserError, did_you_mean, run_cli
+
+if TYPE_CHECKING:
+    import torch
 
 INTERRUPTED = 130
 
@@ -95,3 +98,21 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
             f"{folder} is no folder that can be written ({error.strerror}): give another {flag}."
         ) from error
     return folder
+
+
+def open_device(name: str | None) -> torch.device:
+    """The ``--device``; by default a GPU where there is one.
+
+    Raises:
+        UserError: it is not there.
+    """
+    import torch  # here, so that --help does not wait for it
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f'--device "{name}" is not there: use cpu, or leave it out.') from error
+    return device

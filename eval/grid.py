@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import itertools
 import json
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from bilora_diffusion import methods
+from bilora_diffusion import config, methods
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from .axes import SEED, Values, settings
@@ -26,9 +25,8 @@ from .provenance import ROOT, without_paths
 HELDOUT = "heldout_loss"
 MEASURED = ("validation_dataset", "validation_loss_steps")
 """Options that don't touch what is learned, but decide what there is to compare."""
-PARSERS = {"train_dreambooth_bilora.py": "bilora_diffusion.config"}
-"""Training script -> the module whose ``parse`` reads its command line."""
-DEFAULT_PARSER = "bilora_diffusion.config"
+PARSERS = {"train_dreambooth_bilora.py": config.parse, "train_text_bilora.py": config.parse_text}
+"""Training script -> what reads its command line."""
 TRUE = ("true", "yes", "on", "1")
 
 
@@ -133,7 +131,7 @@ def open_script(name: str) -> Script:
         raise UserError(
             f'there is no script "{name}"{did_you_mean(name, PARSERS)}: correct --script.'
         )
-    parse = importlib.import_module(PARSERS.get(path.name, DEFAULT_PARSER)).parse
+    parse = PARSERS.get(path.name, config.parse)
     hints = get_type_hints(get_type_hints(parse)["return"])
     booleans = frozenset(option for option, hint in hints.items() if hint in (bool, bool | None))
     return Script(path.resolve(), parse, booleans)

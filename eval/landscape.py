@@ -33,6 +33,7 @@ from .flatness import measure, models, plan, plot, report
 from .flatness.groups import summarize
 from .flatness.result import LandscapeResult, RunResult
 from .flatness.store import Store
+from .groups import add_arguments
 from .provenance import command_line, of_runs
 from .records import LANDSCAPE
 
@@ -50,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser("eval.landscape", __doc__)
+    add_arguments(parser, 'run folders, or "base" for the model before')
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help='run folders, or "base" for the model before')
-    add("--group", action="append", default=[], metavar="LABEL=RUN,RUN", help="may be repeated")
     add("--control", help="the group to compare with; default: the first")
     add("--space", default="lora,full", help="lora, full, or both with a comma")
     add("--full_weights", default="all", help="all weights of the trained models, or adapted ones")

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_ABSOLUTE = re.compile(r"(?<![\w./:~-])~?/(?:[^\s'\"<>|:,;()\[\]]+/)*([^\s'\"<>|:,;()\[\]/]+)/?")
+_SCHEMES = ("open_clip", "hf", "blip", "coca")
+"""Of models in a folder (``hf:FOLDER``); another word before a colon may begin an address."""
+_START = "|".join([r"(?<![\w./:~-])", *(rf"(?<=\b{scheme}:)" for scheme in _SCHEMES)])
+_ABSOLUTE = re.compile(rf"(?:{_START})~?/(?:[^\s'\"<>|:,;()\[\]]+/)*([^\s'\"<>|:,;()\[\]/]+)/?")
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,18 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.mean(values)), error
 
 
+def columns(
+    rows: Sequence[Sequence[float | None]],
+) -> tuple[list[float | None], list[float | None]]:
+    """Mean and standard error of each column of (rows, columns); None where a value is missing."""
+    found: list[tuple[float | None, float | None]] = []
+    for column in zip(*rows, strict=True):
+        whole = [value for value in column if value is not None]
+        both = mean_and_error(whole) if len(whole) == len(column) else None
+        found.append(both or (None, None))
+    return [middle for middle, _ in found], [error for _, error in found]
+
+
 def mean(values: Sequence[float]) -> float | None:
     """Arithmetic mean; None without values."""
     return float(np.mean(values)) if len(values) else None

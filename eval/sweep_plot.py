@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from .figures import canvas
 from .sweep_result import ArmResult, SweepResult
 from .sweep_table import Scale
 
@@ -28,21 +29,16 @@ def plot(result: SweepResult, picture: Path) -> None:
     """
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     looks = _looks(result, matplotlib.colormaps["tab10"])
     height = max(3.6, 0.34 * len(result.arms) + 1.6)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     scale = Scale.of(result)
     off = astray(result)
-    _differences(left, result, looks, scale, off)
-    _curves(right, result, looks, scale, off)
-    handles, labels = right.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    with canvas(picture, 1, 2, figsize=(12, height)) as (figure, ((left, right),)):
+        _differences(left, result, looks, scale, off)
+        _curves(right, result, looks, scale, off)
+        handles, labels = right.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
 
 
 def astray(result: SweepResult) -> frozenset[str]:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from .markdown import escaped, table
 from .runs import TRAINING
 from .statistics import Interval, Paired
 from .sweep_result import ArmResult, Summary, SweepResult
@@ -99,10 +100,9 @@ def to_markdown(result: SweepResult) -> str:
     for title in titles:
         head += [title, "difference"]
     head += [f"final {TRAINING}", "s per step"]
-    lines = [_introduction(result, scale), "", _line(head), "|" + "---|" * len(head)]
-    lines += [_line(_cells(arm, result, scale)) for arm in result.arms]
-    notes = _notes(result)
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+    rows = table(head, [_cells(arm, result, scale) for arm in result.arms])
+    notes = [f"- {note}" for note in _notes(result)]
+    return "\n".join([_introduction(result, scale), "", rows, "", *notes, ""])
 
 
 def _introduction(result: SweepResult, scale: Scale) -> str:
@@ -110,14 +110,14 @@ def _introduction(result: SweepResult, scale: Scale) -> str:
     count = len(result.seeds)
     return (
         f"`{result.metric}`{scale.suffix} of {result.recipe}, {better} is better: mean over"
-        f" {count} seed{'s' if count > 1 else ''}. Difference: to {_escaped(result.control)},"
+        f" {count} seed{'s' if count > 1 else ''}. Difference: to {escaped(result.control)},"
         " paired by seed, with its 95 % interval (bootstrap, BCa, 9999 resamples) and the number"
         " of seeds in which the arm is better."
     )
 
 
 def _cells(arm: ArmResult, result: SweepResult, scale: Scale) -> list[str]:
-    label, total = _escaped(arm.label), len(arm.seeds) + len(arm.missing)
+    label, total = arm.label, len(arm.seeds) + len(arm.missing)
     label = f"{label} (control)" if arm.label == result.control else label
     if not arm.seeds:
         return [label, f"0/{total}", *["missing"] * 8]
@@ -140,7 +140,7 @@ def _notes(result: SweepResult) -> list[str]:
     if result.equal_training is not None:
         notes.append(
             "Equal training loss is the lowest that all paired runs reach; it is set by"
-            f" {_escaped(result.equal_training.set_by)}."
+            f" {escaped(result.equal_training.set_by)}."
         )
     others = sum(arm.final.difference is not None for arm in result.arms)
     if others > 2:
@@ -152,12 +152,12 @@ def _notes(result: SweepResult) -> list[str]:
     for arm in result.arms:
         if arm.paired is False:
             notes.append(
-                f"{_escaped(arm.label)} has not the control's inputs at each step (by their"
+                f"{escaped(arm.label)} has not the control's inputs at each step (by their"
                 " digests), so it can't be paired."
             )
         if arm.also:
-            same = ", ".join(map(_escaped, arm.also))
-            notes.append(f"{same}: the same run as {_escaped(arm.label)}, trained once.")
+            same = ", ".join(map(escaped, arm.also))
+            notes.append(f"{same}: the same run as {escaped(arm.label)}, trained once.")
     for cell in result.cells:
         if cell.status != "finished":
             why = f" (exit code {cell.exit_code}): {cell.error}" if cell.error else ""
@@ -179,11 +179,3 @@ def _origin(result: SweepResult) -> list[str]:
         what = ", ".join(name.replace("_", " ") for name in made.differing)
         notes.append(f"The runs differ in {json.dumps(what)}; the first run's is given.")
     return notes
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,11 @@ from .visits import centered_visits
 
 LEVELS = 10
 """Noise levels of the grid, evenly spaced over the schedule (25, 125, ... 925 of 1,000)."""
+
+
+def grid_levels(total: int) -> list[int]:
+    """The noise levels of the grid, for a schedule of ``total`` timesteps."""
+    return [total * (2 * k + 1) // (2 * LEVELS) - total // 40 for k in range(LEVELS)]
 
 
 class Conditioned(Protocol):
@@ -53,19 +58,21 @@ class GridLoss:
         train: the training images, measured on the same grid so that two runs can be compared at
             equal training loss.
         validation: held-out images.
+
+    ``sets`` has the images of both by the name of their loss.
     """
 
     def __init__(self, task: Conditioned, train: Any, validation: Any) -> None:
-        self._task = task
+        self.task = task
         encoder = Encoder(task.pipeline.vae, task.device)
-        self._sets = {
+        self.sets = {
             "heldout_loss": self._load(encoder, validation),
             "train_grid_loss": self._load(encoder, train.images),
         }
 
     def _load(self, encoder: Encoder, images: Any) -> list[GridImage]:
         grid = []
-        for visit in centered_visits(images, self._task.cfg):
+        for visit in centered_visits(images, self.task.cfg):
             (posterior,) = encoder([visit.pixels()], [visit.name])
             latent = encoder.space.encode(posterior.mean[None])[0]
             grid.append(GridImage(visit.name, latent, visit.caption, visit.time_ids))
@@ -73,22 +80,28 @@ class GridLoss:
 
     def __call__(self) -> dict[str, float]:
         """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels."""
-        with inference(self._task.module):
+        with inference(self.task.module):
             return {
-                name: float(self.per_image(images).mean()) for name, images in self._sets.items()
+                name: float(self.per_image(images).mean()) for name, images in self.sets.items()
             }
 
     def per_image(self, images: Sequence[GridImage]) -> Tensor:
         """Loss of each image averaged over the noise levels, (images,)."""
-        total = self._task.module.denoising.num_timesteps
-        levels = [total * (2 * k + 1) // (2 * LEVELS) - total // 40 for k in range(LEVELS)]
-        batch = max(1, 2**18 // self._task.cfg.resolution**2)
-        chunks = [images[i : i + batch] for i in range(0, len(images), batch)]
-        return torch.cat(
-            [torch.stack([self._losses(chunk, t) for t in levels]).mean(0) for chunk in chunks]
-        )
+        levels = grid_levels(self.task.module.denoising.num_timesteps)
+        means = [
+            torch.stack([self.losses(chunk, level) for level in levels]).mean(0)
+            for chunk in self.batches(images)
+        ]
+        return torch.cat(means)
 
-    def _losses(self, images: Sequence[GridImage], level: int) -> Tensor:
+    def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
+        """As many images at a time as the memory is sure to hold."""
+        batch = max(1, 2**18 // self.task.cfg.resolution**2)
+        for start in range(0, len(images), batch):
+            yield images[start : start + batch]
+
+    def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
+        """Loss of each image at one noise level, (images,), on the CPU."""
         latents = torch.stack([image.latent for image in images])
         noise = torch.stack(
             [
@@ -102,6 +115,6 @@ class GridLoss:
             "index": torch.full((len(images),), level),
             "instance": torch.ones(len(images), dtype=torch.bool),
             "time_ids": torch.tensor([image.time_ids for image in images], dtype=torch.float32),
-            **self._task.condition([image.caption for image in images]),
+            **self.task.condition([image.caption for image in images]),
         }
-        return self._task.module.sample_losses(to_device(inputs, self._task.device)).cpu()
+        return self.task.module.sample_losses(to_device(inputs, self.task.device)).cpu()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bilora_diffusion.errors import UserError
 
-from ..statistics import Interval, bootstrap_interval, mean, mean_and_error
+from ..statistics import Interval, bootstrap_interval, columns, mean
 
 Values = Sequence[float | None]
 
@@ -69,15 +69,7 @@ def curve(steps: Sequence[int], runs: Sequence[Mapping[int, float | None]]) -> C
     Args:
         runs: step -> value of each seed.
     """
-    means: list[float | None] = []
-    errors: list[float | None] = []
-    for step in steps:
-        values = [run.get(step) for run in runs]
-        whole = [value for value in values if value is not None]
-        found = mean_and_error(whole) if len(whole) == len(values) else None
-        means.append(found[0] if found else None)
-        errors.append(found[1] if found else None)
-    return Curve(list(steps), means, errors)
+    return Curve(list(steps), *columns([[run.get(step) for step in steps] for run in runs]))
 
 
 def settles(steps: Sequence[int], values: Values, level: float) -> float | None:

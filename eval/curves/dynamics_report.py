@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bilora_diffusion.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, ROWS
 
+from ..markdown import table
 from .bands import Estimate
 from .claims import bullets, shown
 from .courses import ALL, CROSS
@@ -24,14 +25,14 @@ def to_markdown(result: DynamicsResult) -> str:
         f' recorded weights, which they reach by definition; "settled" is the step from which on a'
         f" cosine stays at {result.level:g} or above.",
         "",
-        *_settled(result.groups),
+        _settled(result.groups),
     ]
     sam = [group for group in result.groups if FIRST_ORDER in group.curves]
     if sam:
-        lines += ["", "## LoRA-SAM: terms of Eq. 5", "", *_ratios(sam)]
+        lines += ["", "## LoRA-SAM: terms of Eq. 5", "", _ratios(sam)]
     dual = [group for group in result.groups if COSINE in group.curves]
     if dual:
-        lines += ["", "## Primary and auxiliary", "", *_overlaps(dual)]
+        lines += ["", "## Primary and auxiliary", "", _overlaps(dual)]
     if result.claims:
         lines += ["", "## The paper's claims", "", *bullets(result.claims)]
     for name in result.figures:
@@ -41,7 +42,7 @@ def to_markdown(result: DynamicsResult) -> str:
     return "\n".join([*lines, "", f"Command: `{result.provenance.command}`", ""])
 
 
-def _settled(groups: Sequence[GroupDynamics]) -> list[str]:
+def _settled(groups: Sequence[GroupDynamics]) -> str:
     titles = ["B A", "A and B", "A", "B"]
     rows = [["run", "seeds", "adapter", *(f"{title} settled" for title in titles), "A at start"]]
     for group in groups:
@@ -49,23 +50,23 @@ def _settled(groups: Sequence[GroupDynamics]) -> list[str]:
             if f"{who}/product" in group.settles:
                 own = [shown(group.settles[f"{who}/{name}"]) for name in SETTLED]
                 start = shown(group.start[f"{who}/A"], ".2f")
-                head = [_cell(group.label), str(len(group.seeds)), who]
+                head = [group.label, str(len(group.seeds)), who]
                 rows.append([*head, *(f"{text} of {group.steps}" for text in own), start])
-    return _table(rows)
+    return table(rows[0], rows[1:])
 
 
-def _ratios(groups: Sequence[GroupDynamics]) -> list[str]:
+def _ratios(groups: Sequence[GroupDynamics]) -> str:
     head = ["run", "ratio, lowest step", "median step", "highest step"]
     rows = [[*head, "median single layer", "layers above 10000"]]
     for group in groups:
         own = [group.statistics[f"ratio_{name}"] for name in ("lowest", "median", "highest")]
         own.append(group.statistics["layer_ratio"])
         above = shown(group.statistics["layers_above"], ".0%")
-        rows.append([_cell(group.label), *(shown(value) for value in own), above])
-    return _table(rows)
+        rows.append([group.label, *(shown(value) for value in own), above])
+    return table(rows[0], rows[1:])
 
 
-def _overlaps(groups: Sequence[GroupDynamics]) -> list[str]:
+def _overlaps(groups: Sequence[GroupDynamics]) -> str:
     head = ["run", "Col(B) overlap (random)", "Row(A) overlap (random)", "cosine of B A"]
     rows = [[*head, "largest cosine to the primary's final", "ascent gain, mean over steps"]]
     for group in groups:
@@ -73,20 +74,11 @@ def _overlaps(groups: Sequence[GroupDynamics]) -> list[str]:
         sides = ((COLUMNS, "columns"), (ROWS, "rows"))
         rows.append(
             [
-                _cell(group.label),
+                group.label,
                 *(f"{shown(found[f'final_{n}'])} ({group.chance[s]:.3g})" for n, s in sides),
                 shown(found[f"final_{COSINE}"]),
                 shown(found[f"largest_{CROSS}/product"]),
                 shown(found.get(f"mean_{GAIN}", Estimate(None, None, {}))),
             ]
         )
-    return _table(rows)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|" + "---|" * len(rows[0]), *body]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
+    return table(rows[0], rows[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..markdown import escaped, table
 from ..statistics import Paired
 from ..sweep_result import Summary
 from .claims import bullets, interval_shown, shown
@@ -17,28 +18,26 @@ def to_markdown(result: GeneralizationResult) -> str:
     at = f" ({SCALE * equal.training_loss:.2f})" if equal else ""
     titles = ("train", "held-out", "gap", "lowest held-out", f"held-out at equal training loss{at}")
     head = ["run", "seeds", *titles, "step of the lowest"]
-    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    rows += [f"| {' | '.join(_cells(group))} |" for group in result.groups]
     lines = [
         "# Generalization",
         "",
         f"Losses x {SCALE}, mean over seeds; below each, the difference to"
-        f" {_escaped(result.control)} paired by seed, with its 95 % interval (bootstrap) and the"
+        f" {escaped(result.control)} paired by seed, with its 95 % interval (bootstrap) and the"
         " number of seeds in which it is lower.",
         "",
-        *rows,
+        table(head, [_cells(group) for group in result.groups]),
     ]
     if result.claims:
         lines += ["", "## The paper's claims", "", *bullets(result.claims)]
     for name in result.figures:
         lines += ["", f"![{name.removesuffix('.png')}]({name})"]
-    lines += ["", *(f"- {_escaped(note)}" for note in result.notes)]
+    lines += ["", *(f"- {escaped(note)}" for note in result.notes)]
     return "\n".join([*lines, "", f"Command: `{result.provenance.command}`", ""])
 
 
 def _cells(group: GroupGeneralization) -> list[str]:
     own = [_summary(getattr(group, name)) for name in COLUMNS]
-    return [_escaped(group.label), str(len(group.seeds)), *own, shown(group.lowest_at)]
+    return [group.label, str(len(group.seeds)), *own, shown(group.lowest_at)]
 
 
 def _summary(summary: Summary) -> str:
@@ -52,7 +51,3 @@ def _difference(difference: Paired) -> str:
         interval = type(interval)(SCALE * interval.low, SCALE * interval.high)
     said = f"{SCALE * difference.mean:+.2f} {interval_shown(interval, '+.2f')}"
     return f"{said}, {difference.better}/{difference.seeds}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", r"\|")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 
+from ..groups import control
 from ..provenance import Provenance, of_runs
 from ..runs import TRAINING, Run, paired, read
 from ..statistics import Paired, at_training_loss, paired_difference
@@ -83,17 +84,17 @@ class GeneralizationResult:
     provenance: Provenance
 
 
-def compare(groups: Sequence[Group], control: str | None, command: str) -> GeneralizationResult:
+def compare(groups: Sequence[Group], wanted: str | None, command: str) -> GeneralizationResult:
     """Read the groups' run folders and compare them with the control, paired by seed.
 
     Args:
-        control: its label; None for the first group of plain LoRA, or the first of all.
+        wanted: the control's label; None for the first group of plain LoRA, or the first of all.
         command: for the provenance.
 
     Raises:
         UserError: no such control, a run without held-out loss, or a group without common steps.
     """
-    base = _control(groups, control)
+    base = _control(groups, wanted)
     losses = {g.label: {s: _read(r.folder) for s, r in g.runs.items()} for g in groups}
     runs = {label: {s: one.run for s, one in own.items()} for label, own in losses.items()}
     pairs = {
@@ -120,13 +121,7 @@ def compare(groups: Sequence[Group], control: str | None, command: str) -> Gener
 def _control(groups: Sequence[Group], wanted: str | None) -> Group:
     if wanted is None:
         return next((group for group in groups if group.method == "lora"), groups[0])
-    labels = [group.label for group in groups]
-    if wanted not in labels:
-        raise UserError(
-            f'--control is "{wanted}"{did_you_mean(wanted, labels)}: use one of'
-            f" {', '.join(labels)}."
-        )
-    return groups[labels.index(wanted)]
+    return groups[control([group.label for group in groups], wanted)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from bilora_diffusion import runlog
 from bilora_diffusion.config.dreambooth import WITHOUT_INFLUENCE
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import get, option_names
+
+from ..groups import read_groups
 
 STANDS_FOR = {
     "auxiliary_learning_rate": "learning_rate",
@@ -73,18 +74,6 @@ class Group:
         return self.runs[min(self.runs)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which runs: what `gather` takes."""
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--group",
-        action="append",
-        default=[],
-        metavar="LABEL=RUN,RUN",
-        help="runs that stand together under a name; can be given several times",
-    )
-
-
 def gather(folders: Sequence[str], groups: Sequence[str]) -> list[Group]:
     """The groups that a command line means.
 
@@ -97,7 +86,7 @@ def gather(folders: Sequence[str], groups: Sequence[str]) -> list[Group]:
         UserError: no run, a folder that is none or comes twice, a malformed group, one that mixes
             methods, or two runs of one seed in a group.
     """
-    named = [_named(word) for word in groups]
+    named = read_groups(groups)
     if not folders and not named:
         raise UserError("no runs are given: name run folders, or use --group LABEL=RUN,RUN.")
     seen: dict[Path, str] = {}
@@ -113,14 +102,6 @@ def gather(folders: Sequence[str], groups: Sequence[str]) -> list[Group]:
         if labels.count(label) > 1:
             raise UserError(f'two groups are called "{label}": give one another name by --group.')
     return found
-
-
-def _named(word: str) -> tuple[str, list[str]]:
-    label, equals, rest = word.partition("=")
-    folders = [folder.strip() for folder in rest.split(",")]
-    if not (equals and label.strip() and all(folders)):
-        raise UserError(f'--group "{word}" names no runs: write LABEL=RUN,RUN.')
-    return label.strip(), folders
 
 
 def _open(word: str) -> RunFolder:

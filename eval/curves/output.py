@@ -13,6 +13,7 @@ from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import run_cli
 
 from ..command import Parser, open_folder
+from ..groups import add_arguments
 from ..provenance import command_line
 from ..records import Format
 from . import groups
@@ -59,7 +60,7 @@ class Reading:
 
     def _parser(self) -> Parser:
         parser = Parser(f"eval.{self.format.module}", self.described)
-        groups.add_arguments(parser)
+        add_arguments(parser)
         flag, options = self.flag
         parser.add_argument(flag, **options)
         parser.add_argument("--output_dir", type=Path, default=Path("results") / self.format.module)

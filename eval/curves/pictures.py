@@ -1,4 +1,4 @@
-"""Lines with bands, and the file they go to."""
+"""Panels of lines with bands."""
 
 from __future__ import annotations
 
@@ -8,30 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import figures
 from .bands import Curve
 
-DPI = 120
 PANEL = (4.0, 3.2)
 """Inches of one panel."""
 
 
 @contextmanager
 def canvas(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Any]:
-    """A grid of axes, (rows, columns) also for one row; the picture is written at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """The axes of a grid of panels; see ``figures.canvas``."""
     size = (PANEL[0] * columns, PANEL[1] * rows)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, **options
-    )
-    try:
+    with figures.canvas(path, rows, columns, figsize=size, **options) as (_, axes):
         yield axes
-        figure.savefig(path, dpi=DPI)
-    finally:
-        plt.close(figure)
 
 
 def line(axis: Any, curve: Curve, color: Any, label: str | None = None, **style: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..statistics import bootstrap_interval, mean, mean_and_error, paired_difference
+from ..statistics import bootstrap_interval, columns, mean, paired_difference
 from .result import GroupResult, GroupSpace, RunResult, Summary, numbers
 
 Figure = Callable[[RunResult], float | None]
@@ -36,10 +36,10 @@ def _group(
     spaces = {}
     for space in dict.fromkeys(name for run in runs for name in run.spaces):
         own = [run for run in runs if space in run.spaces]
-        means = [_column_means(run.spaces[space].profiles) for run in own]
-        profile, band = _spread(means if len(own) > 1 else own[0].spaces[space].profiles)
+        means = [columns(run.spaces[space].profiles)[0] for run in own]
+        profile, band = columns(means if len(own) > 1 else own[0].spaces[space].profiles)
         rises = [] if is_control else _rises_above(own, control, space)
-        difference, difference_band = _spread(rises) if rises else (None, None)
+        difference, difference_band = columns(rises) if rises else (None, None)
         figures = {name: summary(of(space, name)) for name in ("rise", "sharpness", "eigenvalue")}
         spaces[space] = GroupSpace(profile, band, difference, difference_band, **figures)
     return GroupResult(
@@ -75,23 +75,6 @@ def _rises_above(
 
 
 def _rise(profiles: Sequence[Sequence[float | None]]) -> list[float | None]:
-    means = _column_means(profiles)
+    means = columns(profiles)[0]
     middle = means[len(means) // 2]
     return [None if v is None or middle is None else v - middle for v in means]
-
-
-def _spread(
-    rows: Sequence[Sequence[float | None]],
-) -> tuple[list[float | None], list[float | None]]:
-    """Mean and standard error of each column."""
-    middle: list[float | None] = []
-    band: list[float | None] = []
-    for column in zip(*rows, strict=True):
-        found = None if None in column else mean_and_error(numbers(column))
-        middle.append(found[0] if found else None)
-        band.append(found[1] if found else None)
-    return middle, band
-
-
-def _column_means(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    return [None if None in column else mean(numbers(column)) for column in zip(*rows, strict=True)]

@@ -20,7 +20,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.runlog import WHOLE_MODELS
 from bilora_diffusion.tasks.dreambooth import DreamBooth
-from bilora_diffusion.tasks.heldout import LEVELS, GridLoss
+from bilora_diffusion.tasks.heldout import LEVELS, GridLoss, grid_levels
 from bilora_diffusion.tasks.pipeline import load_pipeline
 from bilora_diffusion.tasks.visits import VisitStream
 from bilora_diffusion.train import images
@@ -67,19 +67,16 @@ class Grid(GridLoss):
 
     def __init__(self, task: Any, chosen: Any, levels: int) -> None:
         super().__init__(task, SimpleNamespace(images=chosen), First(chosen, 0))
-        self.images = self._sets["train_grid_loss"]
-        total = task.module.denoising.num_timesteps
-        picked = [LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
-        self.levels = [total * (2 * k + 1) // (2 * LEVELS) - total // 40 for k in picked]
+        self.images = self.sets["train_grid_loss"]
+        known = grid_levels(task.module.denoising.num_timesteps)
+        self.levels = [known[LEVELS * (2 * k + 1) // (2 * levels)] for k in range(levels)]
 
     def terms(self) -> Iterator[Tensor]:
         """One term per batch of images and noise level; their sum is the mean over both."""
-        batch = max(1, 2**18 // self._task.cfg.resolution**2)
         count = len(self.images) * len(self.levels)
-        for start in range(0, len(self.images), batch):
-            chunk = self.images[start : start + batch]
+        for chunk in self.batches(self.images):
             for level in self.levels:
-                yield self._losses(chunk, level).sum() / count
+                yield self.losses(chunk, level).sum() / count
 
 
 class First:
@@ -111,23 +108,6 @@ def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
             " runs with --validation_dataset."
         )
     return images(config, config.validation_dataset)
-
-
-def open_device(name: str) -> torch.device:
-    """A device by name, "auto" for the GPU where there is one.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f'--device "{name}" is not here ({reason}): take cpu or auto.') from error
-    return device
 
 
 def load(
@@ -164,7 +144,7 @@ def load(
         _load_adapter(subject, task, pipeline)
     task.module.requires_grad_(False)
     task.module.eval()
-    task.to_device(open_device(sample.device))
+    task.to_device(torch.device(sample.device))
     wanted: Any = First(chosen, sample.max_images) if sample.max_images else chosen
     found = {}
     if "lora" in spaces and subject.has_factors:

@@ -13,9 +13,10 @@ from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.tasks.heldout import LEVELS
 
-from ..command import open_folder
+from ..command import open_device, open_folder
+from ..groups import control
 from . import subjects
-from .models import FULL_WEIGHTS, SPACES, SPLITS, Sample, open_device, open_set
+from .models import FULL_WEIGHTS, SPACES, SPLITS, Sample, open_set
 from .profile import coordinates
 from .result import Settings
 from .subjects import BASE, Subject
@@ -62,9 +63,10 @@ def make(args: Namespace) -> Plan:
     spaces = _check(args)
     found = subjects.read(args.runs, args.group)
     _check_spaces(found, spaces)
-    control = _control(found, args.control)
-    device = open_device(args.device)
-    sample = Sample(args.split, args.max_images, args.levels, str(device))
+    labels = list(dict.fromkeys(subject.group for subject in found))
+    chosen = 0 if args.control is None else control(labels, args.control)
+    device = str(open_device(None if args.device == "auto" else args.device))
+    sample = Sample(args.split, args.max_images, args.levels, device)
     images = _open_all(found, args.split)
     subjects.check_comparable(found, [own.fingerprint() for own in images])
     open_folder(args.output_dir)
@@ -87,7 +89,7 @@ def make(args: Namespace) -> Plan:
         levels=args.levels,
         seed=args.seed,
     )
-    return Plan(found, images, sample, settings, control, _with_grid(found, args))
+    return Plan(found, images, sample, settings, labels[chosen], _with_grid(found, args))
 
 
 def _check(args: Namespace) -> list[str]:
@@ -129,16 +131,6 @@ def _check_spaces(found: Sequence[Subject], spaces: Sequence[str]) -> None:
         if not subject.has_factors and "full" not in spaces:
             what = "the base model" if subject.kind == BASE else f"{subject.folder}"
             raise UserError(f"{what} has no adapter: take --space full, or leave it out.")
-
-
-def _control(found: Sequence[Subject], wanted: str | None) -> str:
-    groups = list(dict.fromkeys(subject.group for subject in found))
-    if wanted is None:
-        return groups[0]
-    if wanted not in groups:
-        hint = did_you_mean(wanted, groups)
-        raise UserError(f'--control "{wanted}"{hint} is no group: take {" or ".join(groups)}.')
-    return wanted
 
 
 def _open_all(found: Sequence[Subject], split: str) -> list[ImageSet]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..markdown import escaped, table
 from ..provenance import Provenance
 from ..statistics import Interval, Paired
 from .result import GroupResult, LandscapeResult, Summary
@@ -20,7 +21,7 @@ def to_markdown(result: LandscapeResult, made: Provenance | None) -> str:
     """The tables, one per space, and notes."""
     lines = ["# Flatness", "", _introduction(result), ""]
     for space in result.settings.spaces:
-        lines += [f"## {_title(result, space)}", "", *_table(result, space), ""]
+        lines += [f"## {_title(result, space)}", "", _table(result, space), ""]
     lines += [f"![{name}]({name})" for name in result.figures]
     lines += ["", *(f"- {note}" for note in _notes(result, made)), ""]
     return "\n".join(lines)
@@ -38,28 +39,25 @@ def _introduction(result: LandscapeResult) -> str:
     return (
         f"Mean {kind} loss of {s.images} images at {s.levels} noise levels each, with the same"
         " noise for every run. Lower is flatter. Each figure is a mean over runs with its 95 %"
-        f" interval, and its difference to {_escaped(result.control)}, paired by seed, with its"
+        f" interval, and its difference to {escaped(result.control)}, paired by seed, with its"
         " 95 % interval (bootstrap, BCa, 9999 resamples) and the number of seeds in which it is"
         " lower."
     )
 
 
-def _table(result: LandscapeResult, space: str) -> list[str]:
+def _table(result: LandscapeResult, space: str) -> str:
     names = [n for n in FIGURES if n != "eigenvalue" or result.settings.eigenvalue]
     head = ["group", "runs", "loss"]
     for name in names:
         head += [FIGURES[name], "difference"]
-    lines = [_line(head), "|" + "---|" * len(head)]
-    for group in result.groups:
-        if space in group.spaces:
-            lines.append(_line(_row(group, space, names, result.control)))
-    return lines
+    groups = [group for group in result.groups if space in group.spaces]
+    return table(head, [_row(group, space, names, result.control) for group in groups])
 
 
 def _row(group: GroupResult, space: str, names: Sequence[str], control: str) -> list[str]:
-    label = _escaped(group.label)
     is_control = group.label == control
-    row = [f"{label} (control)" if is_control else label, str(len(group.runs)), _mean(group.loss)]
+    label = f"{group.label} (control)" if is_control else group.label
+    row = [label, str(len(group.runs)), _mean(group.loss)]
     for name in names:
         summary: Summary = getattr(group.spaces[space], name)
         row += [_mean(summary), "" if is_control else _difference(summary.difference)]
@@ -125,11 +123,3 @@ def _radii(result: LandscapeResult) -> str:
     return " and ".join(
         f"{own[-1]:g} ({space})" for space, own in result.settings.positions.items()
     )
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -14,6 +14,8 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.tasks.pipeline import resolve
 
+from ..groups import read_groups
+
 BASE = "base"
 LOSS_OPTIONS = (
     "resolution",
@@ -67,13 +69,8 @@ def read(arguments: Sequence[str], groups: Sequence[str]) -> list[Subject]:
     Raises:
         UserError: no run, a folder without export, a group with two runs of one seed.
     """
-    named = [(None, word) for word in arguments]
-    for group in groups:
-        label, equals, runs = group.partition("=")
-        words = [word for word in runs.split(",") if word]
-        if not label or not equals or not words:
-            raise UserError(f'--group "{group}" is not LABEL=RUN,RUN: name a label and its runs.')
-        named += [(label, word) for word in words]
+    named: list[tuple[str | None, str]] = [(None, word) for word in arguments]
+    named += [(label, word) for label, words in read_groups(groups) for word in words]
     runs = [_run(Path(word), label) for label, word in named if word != BASE]
     if not runs:
         what = "the base model alone has no training images" if named else "no run was given"

@@ -41,7 +41,7 @@ class Adapter:
         digest: of the weights, 64 hexadecimal digits; "" for the base model.
         weights: LoRA file, or the folder of whole models; None for the base model.
         base_model: what it was trained on, where known.
-        slug: a folder name of its own.
+        slug: a folder name, the same for the same weights whatever their label.
     """
 
     label: str
@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str]) -> list[Adapter]:
             digest=source.digest,
             weights=source.weights,
             base_model=source.base_model,
-            slug=slug(label, source.digest),
+            slug=slug(_family(source), source.digest),
         )
         for label, (_, argument), source in zip(labels, pairs, sources, strict=True)
     ]
@@ -124,6 +124,11 @@ def _title(source: Source) -> str:
         return source.name
     known = source.method in methods.names()
     return methods.get(source.method).title if known else source.method
+
+
+def _family(source: Source) -> str:
+    """What the weights are, whatever they are called: a name may change and its images stay."""
+    return _title(source) if source.method or source.kind == BASE else source.kind
 
 
 def require_one_base(adapters: Sequence[Adapter], given: str | None = None) -> str:

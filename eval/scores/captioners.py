@@ -11,6 +11,7 @@ mean the defaults below. Nothing is sampled, so an image always gets the same ca
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -130,7 +131,25 @@ class Retrieval:
         return [self._bank[index] for index in cosine.argmax(dim=1).tolist()]
 
 
-class Blip:
+class _BatchedCaptioner(ABC):
+    """Batches; a subclass captions one."""
+
+    def __init__(self, entry: ModelEntry, device: str, batch: int) -> None:
+        self.entry = entry
+        self._device = device
+        self._batch = batch
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        captions: list[str] = []
+        for part in in_batches(images, self._batch):
+            captions += self._captions([image.convert("RGB") for image in part])
+        return captions
+
+    @abstractmethod
+    def _captions(self, images: Sequence[Image.Image]) -> list[str]: ...
+
+
+class Blip(_BatchedCaptioner):
     """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
 
     Args:
@@ -149,31 +168,23 @@ class Blip:
     ) -> None:
         from transformers import GenerationConfig
 
-        self.entry = entry
+        super().__init__(entry, device, batch)
         self._model = model
         self._processor = processor
-        self._device = device
-        self._batch = batch
         # A checkpoint's own generation settings would make captions of two models incomparable.
         model.text_decoder.generation_config = GenerationConfig(
             do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
         )
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        captions: list[str] = []
-        for part in in_batches(images, self._batch):
-            rgb = [image.convert("RGB") for image in part]
-            pixels = self._processor.image_processor(images=rgb, return_tensors="pt")
-            tokens = self._model.generate(pixels["pixel_values"].to(self._device))
-            # the first token is the start, which not every BLIP tokenizer knows as special
-            decoded = self._processor.tokenizer.batch_decode(
-                tokens[:, 1:], skip_special_tokens=True
-            )
-            captions.extend(caption.strip() for caption in decoded)
-        return captions
+    def _captions(self, images: Sequence[Image.Image]) -> list[str]:
+        pixels = self._processor.image_processor(images=list(images), return_tensors="pt")
+        tokens = self._model.generate(pixels["pixel_values"].to(self._device))
+        # the first token is the start, which not every BLIP tokenizer knows as special
+        decoded = self._processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        return [caption.strip() for caption in decoded]
 
 
-class Coca:
+class Coca(_BatchedCaptioner):
     """CoCa of open_clip by greedy search, see :func:`greedy`.
 
     Args:
@@ -192,23 +203,18 @@ class Coca:
         device: str = "cpu",
         batch: int = 16,
     ) -> None:
-        self.entry = entry
+        super().__init__(entry, device, batch)
         self._model = model
         self._preprocess = preprocess
         self._tokenize = tokenize
-        self._device = device
-        self._batch = batch
         hf = getattr(tokenize, "tokenizer", None)  # open_clip's wrapper of a hub tokenizer
         self._start = int(tokenize.sot_token_id if hf is None else hf.bos_token_id)
         self._end = int(tokenize.eot_token_id if hf is None else hf.eos_token_id)
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        captions: list[str] = []
-        for part in in_batches(images, self._batch):
-            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in part])
-            rows = greedy(self._model, pixels.to(self._device), self._start, self._end)
-            captions.extend(self._decode(row) for row in rows.tolist())
-        return captions
+    def _captions(self, images: Sequence[Image.Image]) -> list[str]:
+        pixels = torch.stack([self._preprocess(image) for image in images])
+        rows = greedy(self._model, pixels.to(self._device), self._start, self._end)
+        return [self._decode(row) for row in rows.tolist()]
 
     def _decode(self, row: list[int]) -> str:
         words = [token for token in row[: row.index(self._end)] if token != self._start]

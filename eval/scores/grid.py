@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from .plots import pyplot, save
+from ..figures import canvas
 from .schema import ScoresResult
 
 FILE = "grid.png"
@@ -42,25 +42,18 @@ def draw(
     }
     heads = [entry.label for entry in result.adapters]
     shown = any(prompt in truths for prompt in prompts)
-    plt = pyplot()
     columns = len(heads) + shown
-    figure, axes = plt.subplots(
-        len(prompts),
-        columns,
-        figsize=(1.5 * columns + 1.2, 1.5 * len(prompts) + 0.4),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, prompt in zip(axes, prompts, strict=True):
-        entry = result.prompts[prompt]
-        line[0].set_ylabel(_wrapped(entry.instance or entry.text), fontsize=8)
-        for adapter, axis in enumerate(line[: len(heads)]):
-            _show(axis, _opened(files.get((prompt, adapter))))
-        if shown:
-            _show(line[-1], truths.get(prompt))
-    for axis, head in zip(axes[0], [*heads, TRUTH] if shown else heads, strict=True):
-        axis.set_title(_wrapped(head), fontsize=9)
-    save(figure, folder / FILE)
+    size = (1.5 * columns + 1.2, 1.5 * len(prompts) + 0.4)
+    with canvas(folder / FILE, len(prompts), columns, figsize=size) as (_, axes):
+        for line, prompt in zip(axes, prompts, strict=True):
+            entry = result.prompts[prompt]
+            line[0].set_ylabel(_wrapped(entry.instance or entry.text), fontsize=8)
+            for adapter, axis in enumerate(line[: len(heads)]):
+                _show(axis, _opened(files.get((prompt, adapter))))
+            if shown:
+                _show(line[-1], truths.get(prompt))
+        for axis, head in zip(axes[0], [*heads, TRUTH] if shown else heads, strict=True):
+            axis.set_title(_wrapped(head), fontsize=9)
     return [FILE]
 
 

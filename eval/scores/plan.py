@@ -13,9 +13,10 @@ from pathlib import Path
 from bilora_diffusion import mini, runlog
 from bilora_diffusion.config.resolve import MINI, default_precision, pipeline_side
 from bilora_diffusion.data.sources import ImageSet
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.tasks.pipeline import load_pipeline, resolve
 
+from ..groups import control
 from . import adapters as adapter_files
 from . import captioners, trained_on
 from . import prompts as prompt_sets
@@ -198,6 +199,8 @@ def _models(args: Namespace, base: str) -> tuple[str, str | None]:
     scorer = args.scorer or (EMBEDDED if small else GENERAL_SCORER)
     captioner = args.captioner or (EMBEDDED if small else GENERAL_CAPTIONER)
     if args.skip_captions:
+        if args.captioner_revision is not None:
+            raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
         captioner = None
     for flag, name, general in (
         ("--scorer", scorer, GENERAL_SCORER),
@@ -222,14 +225,8 @@ def _prompts(args: Namespace) -> list[Prompt]:
 
 
 def _control(columns: Sequence[Adapter], given: str | None) -> int | None:
-    labels = [entry.label for entry in columns]
     if given is not None:
-        if given not in labels:
-            raise UserError(
-                f'--control "{given}" is no adapter\'s label{did_you_mean(given, labels)}: use one'
-                f" of {', '.join(labels)}."
-            )
-        return labels.index(given)
+        return control([entry.label for entry in columns], given)
     return next((i for i, entry in enumerate(columns) if entry.kind != BASE), None)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.durable import TEMPORARY
-
+from ..figures import canvas
 from . import compare
 from .schema import METRICS, Comparison, ScoresResult
 
@@ -43,19 +41,15 @@ def differences(result: ScoresResult, picture: Path) -> bool:
     metrics = [name for name in SHOWN if any(metric == name for _, metric in found)]
     if not found:
         return False
-    plt = pyplot()
     size = (4.2 * len(metrics), 2.9 * len(adapters) + 0.3)
-    figure, axes = plt.subplots(
-        len(adapters), len(metrics), figsize=size, squeeze=False, layout="constrained"
-    )
-    for line, adapter in zip(axes, adapters, strict=True):
-        for axis, metric in zip(line, metrics, strict=True):
-            if (adapter, metric) in found:
-                _sorted_differences(axis, result, found[adapter, metric])
-            else:
-                axis.set_axis_off()
-    figure.suptitle(f"paired by prompt, cosine x 100 ({result.scorer.name})", fontsize=10)
-    save(figure, picture)
+    with canvas(picture, len(adapters), len(metrics), figsize=size) as (figure, axes):
+        for line, adapter in zip(axes, adapters, strict=True):
+            for axis, metric in zip(line, metrics, strict=True):
+                if (adapter, metric) in found:
+                    _sorted_differences(axis, result, found[adapter, metric])
+                else:
+                    axis.set_axis_off()
+        figure.suptitle(f"paired by prompt, cosine x 100 ({result.scorer.name})", fontsize=10)
     return True
 
 
@@ -90,43 +84,22 @@ def memorization(result: ScoresResult, picture: Path) -> bool:
             likeness.setdefault(image.adapter, []).append(100 * image.nearest)
     if not likeness:
         return False
-    plt = pyplot()
     import numpy as np
 
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     everything = [value for values in likeness.values() for value in values]
     bins = min(BINS, 4 + len(everything) // 10)  # few images would stand in bins of their own
-    edges = np.histogram_bin_edges(everything, bins=bins)
-    for adapter, values in sorted(likeness.items()):
-        label = f"{_shortened(result.adapters[adapter].label)} (mean {np.mean(values):.2f})"
-        color = f"C{adapter}"
-        axis.hist(values, bins=edges.tolist(), histtype="step", lw=1.6, label=label, color=color)
-        axis.axvline(float(np.mean(values)), color=color, lw=1, ls=":")
-    axis.set_xlabel(f"cosine x 100 to the nearest training picture ({result.scorer.name})")
-    axis.set_ylabel("images")
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize=8, frameon=False)
-    save(figure, picture)
+    edges = np.histogram_bin_edges(everything, bins=bins).tolist()
+    with canvas(picture, figsize=(6.4, 3.6)) as (_, ((axis,),)):
+        for adapter, values in sorted(likeness.items()):
+            label = f"{_shortened(result.adapters[adapter].label)} (mean {np.mean(values):.2f})"
+            color = f"C{adapter}"
+            axis.hist(values, bins=edges, histtype="step", lw=1.6, label=label, color=color)
+            axis.axvline(float(np.mean(values)), color=color, lw=1, ls=":")
+        axis.set_xlabel(f"cosine x 100 to the nearest training picture ({result.scorer.name})")
+        axis.set_ylabel("images")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8, frameon=False)
     return True
-
-
-def save(figure: Any, picture: Path) -> None:
-    """Write a figure in one piece and close it."""
-    plt = pyplot()
-    aside = picture.with_name(TEMPORARY + picture.name)
-    figure.savefig(aside, dpi=120)
-    plt.close(figure)
-    os.replace(aside, picture)
-
-
-def pyplot() -> Any:
-    """matplotlib for files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _shortened(label: str, limit: int = 40) -> str:

@@ -21,7 +21,6 @@ CHUNK = "parameters"
 VERSIONS = "versions"
 """The one entry that informs and determines nothing."""
 _DAMAGED = (OSError, SyntaxError, ValueError, struct.error)
-_READ = 2**20
 
 
 def write(path: Path, image: Image.Image, parameters: Mapping[str, Any]) -> None:
@@ -88,6 +87,5 @@ def base_digest(base_model: str) -> str | None:
         if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
             state.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
-                while block := file.read(_READ):
-                    state.update(block)
+                hashlib.file_digest(file, lambda: state)  # goes on with it
     return state.hexdigest()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -194,3 +197,23 @@ def test_a_link_to_what_is_gone_says_so(page: Page, viewer: Viewer) -> None:
     opened(page, viewer, "?scores=scores&a=lora-9&prompt=nothing")
     expect(page.get_by_text("lora-9")).to_be_visible()
     expect(page.locator("#compare-place")).to_have_text("1 of 4")
+
+
+def test_images_without_scores_are_shown_and_it_is_said(
+    page: Page, start: Callable[..., Viewer], full_root: Path, result: ScoresResult, tmp_path: Path
+) -> None:
+    bare: dict[str, Any] = dict.fromkeys(("i2t", "t2t", "truth", "nearest", "drift"))
+    shutil.copytree(full_root / "scores", tmp_path / "bare")
+    images = [replace(image, **bare) for image in result.images]
+    SCORES.write(replace(result, images=images), tmp_path / "bare")
+    (tmp_path / "empty").mkdir()
+    SCORES.write(replace(result, images=[]), tmp_path / "empty")
+    viewer = start(tmp_path)
+    opened(page, viewer)
+    expect(page.locator("#compare-metric input")).to_have_value("no image has a score")
+    choose(page, "seed", "1")
+    page.locator("#compare-next").click()
+    expect(page.locator("#compare-place")).to_have_text("2 of 4")
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
+    opened(page, viewer, "?scores=empty")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("which have no images")

@@ -140,6 +140,9 @@ def test_two_runs_and_the_base_model_from_start_to_end(
     assert "0 of 36 images are to be made" in capsys.readouterr().out
     assert pictures(output) == before
     assert (output / "scores.json").read_bytes() == first
+    run(f"Mine={argv[0]}", *argv[1:])  # another name is no other image
+    assert "0 of 36 images are to be made" in capsys.readouterr().out
+    assert pictures(output) == before
 
 
 def test_order_and_batch_change_no_score(

@@ -216,6 +216,9 @@ def test_no_machine_path_gets_into_a_result(tmp_path: Path) -> None:
     assert provenance.without_paths("1 s/step, https://a.b/c, runs/x and/or") == (
         "1 s/step, https://a.b/c, runs/x and/or"
     )
+    assert provenance.without_paths(f"--scorer=hf:{HOME}/me/clip blip:a/b") == (
+        "--scorer=hf:clip blip:a/b"
+    )
 
 
 def test_runs_of_other_commits_are_told(tmp_path: Path) -> None:
