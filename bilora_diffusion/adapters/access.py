@@ -90,8 +90,10 @@ def whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     for path, module in model.named_modules():
         configs = module.__dict__.get("peft_config")
         config = configs.get(adapter) if isinstance(configs, dict) else None
-        for key, parameter in module.named_parameters(path) if config is not None else ():
-            if within(key, config.modules_to_save or ()):
+        if config is None or not config.modules_to_save:
+            continue
+        for key, parameter in module.named_parameters(path):
+            if within(key, config.modules_to_save):
                 found.setdefault(id(parameter), (key, parameter))
     return dict(found.values())
 
