@@ -1,0 +1,1 @@
+"""What `python -m eval.text_scores` is made of."""

@@ -1,0 +1,141 @@
+"""The benchmarks of the paper's Table 3 and how each is set, and any other task of the harness.
+
+The paper says where its numbers come from and not with which prompts. For the Llama 3.1 half it
+names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
+examples, DROP and BBH with 3, all without a chain of thought, and HumanEval with none; these are
+the defaults. GSM8K, HumanEval and MT-Bench get no examples and the template that the run was
+trained with, as LoRA-GA (Wang et al. 2024, https://arxiv.org/abs/2407.05000) did on the same data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bilora_diffusion.data.text.templates import TEMPLATES
+from bilora_diffusion.errors import UserError, did_you_mean
+
+from .schema import PERCENT, POINTS
+
+HARNESS, HUMANEVAL, MTBENCH, HELDOUT = "harness", "humaneval", "mtbench", "heldout"
+OF_RUN, NONE = "run", "none"
+GIVEN_TEMPLATES = (OF_RUN, NONE, *TEMPLATES)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is asked.
+
+    Args:
+        name: as asked for.
+        title: for tables.
+        engine: what scores it.
+        task: the harness's name for it.
+        num_fewshot: examples in the prompt; None is the task's own number.
+        metric: the harness's "metric,filter"; None is the task's first.
+        template: around each prompt: "run" is that of training, "none" the bare prompt.
+        unit: of its value.
+        generation: overrides the task's arguments of generation.
+    """
+
+    name: str
+    title: str
+    engine: str = HARNESS
+    task: str = ""
+    num_fewshot: int | None = None
+    metric: str | None = None
+    template: str = NONE
+    unit: str = PERCENT
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+PAPER: Mapping[str, Benchmark] = {
+    entry.name: entry
+    for entry in (
+        Benchmark(
+            "gsm8k",
+            "GSM8K",
+            task="gsm8k",
+            num_fewshot=0,
+            metric="exact_match,flexible-extract",
+            template=OF_RUN,
+            generation={"max_gen_toks": 512},
+        ),
+        Benchmark("mmlu", "MMLU", task="mmlu", num_fewshot=5, metric="acc,none"),
+        Benchmark("drop", "DROP", task="drop", num_fewshot=3, metric="em,none"),
+        Benchmark("bbh", "BBH", task="bbh_fewshot", num_fewshot=3, metric="exact_match,none"),
+        Benchmark("humaneval", "HumanEval", HUMANEVAL, metric="pass@1", template=OF_RUN),
+        Benchmark("mtbench", "MT-Bench", MTBENCH, metric="score", template=OF_RUN, unit=POINTS),
+        Benchmark("heldout", "held-out", HELDOUT),
+    )
+}
+
+
+def choose(
+    names: str, known: Sequence[str], num_fewshot: Sequence[str], template: str | None
+) -> list[Benchmark]:
+    """The benchmarks that a command line names.
+
+    Args:
+        names: comma-separated.
+        known: the harness's tasks and groups; asked only where a name is none of ``PAPER``.
+        num_fewshot: "N" for all that take examples, or "NAME=N".
+        template: for all benchmarks that are asked by text; None leaves each its own.
+
+    Raises:
+        UserError: an unknown or repeated name, or a bad number of examples.
+    """
+    words = [word.strip() for word in names.split(",") if word.strip()]
+    if not words:
+        raise UserError(f"--benchmarks names none: give some of {', '.join(PAPER)}.")
+    if repeated := [word for word in words if words.count(word) > 1]:
+        raise UserError(f'--benchmarks names "{repeated[0]}" twice: keep one.')
+    chosen = [_one(word, known) for word in words]
+    shots = _fewshot(num_fewshot, chosen)
+    return [
+        replace(
+            entry,
+            num_fewshot=shots.get(entry.name, entry.num_fewshot),
+            template=template or entry.template,
+        )
+        for entry in chosen
+    ]
+
+
+def harness_tasks(names: str) -> list[str]:
+    """What the names are to the harness; empty where none is asked by it."""
+    words = [word.strip() for word in names.split(",") if word.strip()]
+    return [
+        PAPER[word].task if word in PAPER else word
+        for word in words
+        if word not in PAPER or PAPER[word].engine == HARNESS
+    ]
+
+
+def _one(word: str, known: Sequence[str]) -> Benchmark:
+    if word in PAPER:
+        return PAPER[word]
+    if word not in known:
+        raise UserError(
+            f'there is no benchmark "{word}"{did_you_mean(word, [*PAPER, *known])}: give'
+            f" {', '.join(PAPER)}, a task of lm-evaluation-harness, or one of your own by"
+            " --include_path."
+        )
+    return Benchmark(word, word, task=word)
+
+
+def _fewshot(words: Sequence[str], chosen: Sequence[Benchmark]) -> dict[str, int]:
+    takers = [entry.name for entry in chosen if entry.engine == HARNESS]
+    found: dict[str, int] = {}
+    for word in words:
+        name, equals, number = word.rpartition("=")
+        if not number.isdecimal():
+            raise UserError(f'--num_fewshot "{word}" is no number of examples: write N, or NAME=N.')
+        if equals and name not in takers:
+            raise UserError(
+                f'--num_fewshot "{word}" names no benchmark that takes examples'
+                f"{did_you_mean(name, takers)}: use one of {', '.join(takers) or 'the harness'}."
+            )
+        found |= dict.fromkeys([name] if equals else takers, int(number))
+    return found

@@ -1,0 +1,259 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, asked of a model that is loaded already.
+
+Nothing is downloaded for a task whose data set is local. See
+https://github.com/EleutherAI/lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.data.seeds import digest_texts
+from bilora_diffusion.data.text.examples import Example
+from bilora_diffusion.data.text.templates import context_text, settle_template
+from bilora_diffusion.errors import UserError
+
+from .benchmarks import NONE, Benchmark
+from .models import Loaded
+from .schema import Item, Measured
+
+INVALID = "[invalid]"
+"""What the harness's filters give where they find no answer."""
+FOLDERS = ("gsm8k", "mmlu", "drop", "bbh")
+"""Of the harness, where the paper's benchmarks are."""
+FEWSHOT_SEED = 1234
+SHOWN = 200
+
+
+def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
+    """The harness's own tasks and those of further folders.
+
+    Args:
+        tasks: that are to be found; only if one is not among the paper's and those of the folders,
+            the harness's thousands of files are read too, which takes ten seconds.
+        include_path: the folders.
+
+    Raises:
+        UserError: the package is missing, or a folder.
+    """
+    for folder in include_path:
+        if not folder.is_dir():
+            raise UserError(f'--include_path "{folder}" is no folder: give one with task YAMLs.')
+    try:
+        import lm_eval.tasks as shipped
+    except ImportError as error:
+        raise UserError(
+            'the package lm_eval is missing: run `pip install "lm_eval[hf]>=0.4.13,<0.5"`.'
+        ) from error
+    root = Path(shipped.__file__).parent
+    few = [*(root / name for name in FOLDERS), *include_path]
+    found = shipped.TaskManager(include_path=list(few), include_defaults=False)
+    if set(tasks) <= set(found.all_tasks):
+        return found
+    return shipped.TaskManager(include_path=list(include_path))
+
+
+def digest(include_path: Sequence[Path]) -> str:
+    """Identifies all files of folders with tasks."""
+    files = sorted(path for folder in include_path for path in folder.rglob("*") if path.is_file())
+    parts = []
+    for path in files:
+        with path.open("rb") as file:
+            parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+    return digest_texts(parts)
+
+
+def require_task(found: Any, benchmark: Benchmark) -> None:
+    """Refuse what is no task or group, before anything is loaded.
+
+    Raises:
+        UserError: it is a tag, a bundle of tasks without a figure of its own.
+    """
+    if benchmark.task in found.all_tags:
+        members = ", ".join(sorted(found.task_index[benchmark.task].tags)[:5])
+        raise UserError(
+            f'"{benchmark.task}" is a tag of the harness, which has no score of its own: name some'
+            f" of its tasks ({members}, ...)."
+        )
+
+
+def measure(
+    loaded: Loaded,
+    benchmark: Benchmark,
+    found: Any,
+    *,
+    template: str,
+    limit: int | None,
+    batch_size: int,
+) -> Measured:
+    """Ask and score.
+
+    Args:
+        found: see :func:`manager`.
+        template: around each prompt; "none" for the bare prompt.
+        limit: the first so many items of each task; None for all.
+
+    Raises:
+        UserError: the task's data can't be had, it runs code, or its number of examples is fixed.
+    """
+    from lm_eval.evaluator import evaluate
+
+    tasks = _tasks(found, benchmark)
+    _check_name(tasks, benchmark)
+    _set(tasks["tasks"], benchmark)
+    with _quiet():
+        result = evaluate(
+            _model(loaded, template, batch_size),
+            tasks,
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=template != NONE,
+            fewshot_as_multiturn=False,
+        )
+    return _measured(dict(result or {}), benchmark)
+
+
+def _tasks(found: Any, benchmark: Benchmark) -> dict[str, Any]:
+    try:
+        with _quiet():
+            return found.load([benchmark.task])
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(
+            f'the data of "{benchmark.name}" can\'t be had ({reason}): load it once with a'
+            " connection to the hub, or give a task of your own by --include_path."
+        ) from error
+
+
+def _check_name(tasks: Mapping[str, Any], benchmark: Benchmark) -> None:
+    unsafe = [name for name, task in tasks["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise UserError(
+            f"{unsafe[0]} of the harness would run code that the model writes, without a sandbox:"
+            " use --benchmarks humaneval."
+        )
+
+
+def _set(tasks: Mapping[str, Any], benchmark: Benchmark) -> None:
+    for name, task in tasks.items():
+        own = task.get_config("num_fewshot")
+        if benchmark.num_fewshot is not None and benchmark.num_fewshot != own:
+            if own == 0:
+                raise UserError(
+                    f"the prompts of {name} take 0 further examples, not"
+                    f" {benchmark.num_fewshot}: leave --num_fewshot out for it."
+                )
+            task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        if benchmark.generation and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value=dict(benchmark.generation), update=True)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+
+
+def _model(loaded: Loaded, template: str, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class Templated(HFLM):
+        """Prompts under the template that the run was trained with."""
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            """One prompt; the harness puts its examples into it."""
+            if not add_generation_prompt:
+                raise UserError(
+                    "this task begins the model's answer itself: use --template none for it."
+                )
+            turns = tuple((turn["role"], turn["content"]) for turn in chat_history)
+            example = Example("", "", turns=(*turns, ("assistant", "")))
+            settled = settle_template(template, loaded.tokenizer)
+            return context_text(example, loaded.tokenizer, settled)
+
+    with _quiet():
+        # the decorated base is taken for an abstract one
+        made: Any = Templated
+        return made(
+            pretrained=loaded.model,
+            tokenizer=loaded.tokenizer,
+            backend="seq2seq" if loaded.kind == "seq2seq" else "causal",
+            batch_size=batch_size,
+        )
+
+
+def _measured(result: dict[str, Any], benchmark: Benchmark) -> Measured:
+    figures = {
+        name: float(value)
+        for name, value in result["results"][benchmark.task].items()
+        if "," in name and "_stderr," not in name and isinstance(value, int | float)
+    }
+    if not figures:
+        raise UserError(
+            f'"{benchmark.name}" has no score of its own in the harness: name its tasks.'
+        )
+    metric = benchmark.metric or next(iter(figures))
+    if metric not in figures:
+        raise UserError(
+            f'"{benchmark.name}" gives no {metric} ({", ".join(figures)}): another version of the'
+            " harness is installed."
+        )
+    name, _, chosen = metric.partition(",")
+    items = [
+        _item(task, sample, name)
+        for task, samples in result["samples"].items()
+        for sample in samples
+        if sample["filter"] == chosen
+    ]
+    value = figures.pop(metric)
+    shots = sorted({int(number) for number in result["n-shot"].values()})
+    details = {
+        "metric": metric,
+        "num_fewshot": shots[0] if len(shots) == 1 else shots,
+        "versions": {k: v for k, v in result["versions"].items() if v is not None},
+        "higher_is_better": _direction(result, name),
+    }
+    return Measured(value, items, figures, details)
+
+
+def _direction(result: Mapping[str, Any], metric: str) -> bool:
+    told = [of_task.get(metric) for of_task in result["higher_is_better"].values()]
+    return False not in told
+
+
+def _item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
+    score = sample.get(metric)
+    answers = sample["filtered_resps"]
+    answer = answers[0] if answers else ""
+    while isinstance(answer, list) and answer:
+        answer = answer[0]
+    text = str(answer)
+    written = all(isinstance(response, str) for response in answers)
+    return Item(
+        id=f"{task}/{sample['doc_id']}",
+        score=float(score) if isinstance(score, int | float) else None,
+        parsed=not written or bool(text.strip() and text != INVALID),
+        answer=text[:SHOWN] if written else _likeliest(answers),
+    )
+
+
+def _likeliest(answers: Sequence[Any]) -> str:
+    """The number of the choice that the model finds likeliest."""
+    values = [answer[0] if isinstance(answer, list | tuple) else answer for answer in answers]
+    return str(max(range(len(values)), key=lambda i: float(values[i])))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness warns of what is meant here, such as a model that is loaded already."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,173 @@
+"""What is scored, ready to be asked: a base model with its adapter on, and the proof that it acts.
+
+with Bases(device, dtype).ready(subject) as loaded: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.quantize import quantize_nf4
+from bilora_diffusion.tasks.text_models import CLASS_HEADS, TextModel, load_text_model
+
+from .subjects import ADAPTER, WHOLE_MODEL, Base, Subject
+
+PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode on its device.
+
+    Args:
+        model: with the adapter on, if there is one.
+        kind: "causal" or "seq2seq".
+        max_tokens: that its positions allow; None for T5 and its kin.
+        effect: largest change of a probe's logits by the adapter; None without an adapter.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    device: torch.device
+    max_tokens: int | None
+    effect: float | None
+
+
+class Bases:
+    """Loads base models, one at a time, and puts adapters on and off.
+
+    Args:
+        device: where they compute.
+        dtype: of the weights.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._key: Base | None = None
+        self._base: TextModel | None = None
+
+    @contextmanager
+    def ready(self, subject: Subject) -> Iterator[Loaded]:
+        """A subject's model; the base model is bare again afterwards.
+
+        Raises:
+            UserError: something can't be loaded, does not fit, or has no effect.
+        """
+        base = self._load(_base_of(subject))
+        if subject.kind == "classification" or base.kind == "classification":
+            raise UserError(
+                f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
+            )
+        plain = Loaded(base.model, base.tokenizer, base.kind, self._device, base.max_tokens, None)
+        if subject.folder is None or not (subject.folder / ADAPTER).is_file():
+            yield plain
+            return
+        adapted = put_on(base, subject.folder)
+        try:
+            effect = _effect(adapted, base, self._device)
+            _require_effect(adapted, effect, subject)
+            yield replace(plain, model=adapted, effect=effect)
+        finally:
+            base.model.zero_grad()
+            adapted.unload()
+
+    def _load(self, wanted: Base) -> TextModel:
+        if self._base is None or self._key != wanted:
+            self._base = None  # never two at a time
+            self._base, self._key = load_base(wanted, self._device, self._dtype), wanted
+        return self._base
+
+
+def _base_of(subject: Subject) -> Base:
+    whole = None if subject.folder is None else subject.folder / WHOLE_MODEL
+    if whole is not None and whole.is_dir():
+        return replace(subject.base, name=str(whole), revision=None, quantize="none")
+    return subject.base
+
+
+def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> TextModel:
+    """A base model on its device, in 4 bits where training had it so.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    found = load_text_model(
+        wanted.name,
+        wanted.task_type,
+        dtype=dtype,
+        revision=wanted.revision,
+        cache_dir=wanted.cache_dir,
+        tokenizer_name=wanted.tokenizer_name,
+        attn_implementation=wanted.attn_implementation,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+    if wanted.quantize == "nf4":
+        quantize_nf4(found.model, dtype, skip=CLASS_HEADS, device=device)
+    found.model.to(device)
+    return found
+
+
+def put_on(base: TextModel, folder: Path) -> Any:
+    """The base model with a PEFT adapter, which has arrived whole.
+
+    Raises:
+        UserError: it is damaged, or belongs to another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        written = load_file(folder / ADAPTER)
+        adapted = PeftModel.from_pretrained(base.model, str(folder))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(
+            f"the adapter in {folder} can't be put on its base model ({reason}): give the model it"
+            " was trained on by --model_name_or_path."
+        ) from error
+    held = get_peft_model_state_dict(adapted)
+    astray = [
+        name
+        for name, tensor in written.items()
+        if name not in held or not torch.equal(held[name].cpu().to(tensor.dtype), tensor)
+    ]
+    if astray or len(held) != len(written):
+        raise UserError(
+            f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"
+            f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): give"
+            " the model it was trained on by --model_name_or_path."
+        )
+    return adapted.eval()
+
+
+def _effect(adapted: Any, base: TextModel, device: torch.device) -> float:
+    """Largest difference of the probe's logits with the adapter and without."""
+    inputs = {"input_ids": torch.tensor([base.tokenizer(PROBE)["input_ids"]], device=device)}
+    if base.kind == "seq2seq":
+        start = base.model.config.decoder_start_token_id
+        inputs["decoder_input_ids"] = torch.tensor([[start]], device=device)
+    with torch.inference_mode():
+        with_it = adapted(**inputs).logits
+        with adapted.disable_adapter():
+            without = adapted(**inputs).logits
+    return float((with_it.float() - without.float()).abs().max())
+
+
+def _require_effect(adapted: Any, effect: float, subject: Subject) -> None:
+    from peft import get_peft_model_state_dict
+
+    ups = [v for k, v in get_peft_model_state_dict(adapted).items() if "lora_B" in k]
+    if effect == 0 and any(bool(up.any()) for up in ups):
+        raise UserError(
+            f"the adapter of {subject.source} changes nothing in the model although its weights are"
+            " not zero: check that it belongs to this model."
+        )
