@@ -51,6 +51,8 @@ WITHOUT_INFLUENCE = frozenset(
 """Options that a resumed run may change freely: they do not touch what is learned."""
 EPOCHS = 3
 WARMUP_RATIO = 0.03  # Tables A4 to A7
+RHO = {"bilora": 0.05, "lora-sam": 0.01, "flat-lora": 0.05}
+"""Radii on GLUE (Appendix H.1) and of Li et al. 2024b on T5 and Llama."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
     Raises:
         UserError: accelerate was launched in a precision that training does not have.
     """
+    if values["rho"] is None:
+        values = {**values, "rho": RHO.get(values["method"])}
     values = resolve_training(values, given)
     if values["num_train_epochs"] is None and values["max_train_steps"] is None:
         values["num_train_epochs"] = EPOCHS

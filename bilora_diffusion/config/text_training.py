@@ -15,6 +15,11 @@ class TextAdapterOptions(AdapterOptions):
     lora_alpha: float | None = option(
         None, "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (16)."
     )
+    rho: float | None = option(
+        None,
+        "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, 0.01 and 0.05.",
+    )
     target_modules: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
         metadata={
