@@ -1,0 +1,168 @@
+"""What the trainers would get silently wrong, refused in one sentence each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
+from transformers.utils import is_sagemaker_mp_enabled
+
+from .. import adapters
+from ..api import BiLoRA
+from ..errors import UserError
+from ..methods.hooks import unwrapped
+
+_WHOLE_PARAMETERS = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_HPU,
+)
+"""Engines under which every process holds every parameter, so that the ball's norm sees all."""
+
+_OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+"""Optimizers that keep or project weights of their own, of which the ball knows nothing."""
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse a trainer under which Bi-LoRA would be wrong.
+
+    Raises:
+        UserError: an engine that shards or replaces parameters, an optimizer that can't be used,
+            `model_init`, or no trainer of Transformers at all.
+    """
+    if not isinstance(trainer, Trainer):
+        raise UserError(
+            f"use_bilora got a {type(trainer).__name__}; give a Trainer of Transformers or TRL, or "
+            "see attach for a loop of your own."
+        )
+    if hasattr(trainer, "bilora"):
+        raise UserError("use_bilora was called for this trainer already; call it once.")
+    engine = engine_name(trainer)
+    if engine is not None:
+        raise UserError(
+            f"The trainer runs on {engine}, which shards or replaces the parameters, so the norm "
+            "of the auxiliary would be of a part of it; train on one GPU or with DDP (torchrun)."
+        )
+    if trainer.model_init is not None:
+        raise UserError(
+            "The trainer makes its model by model_init, so adapters would be lost when training "
+            "starts; give it model=..."
+        )
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if name.startswith(_OTHER_WEIGHTS) or name.endswith("layerwise"):
+        raise UserError(
+            f'optim is "{name}", which keeps weights of its own that the projection onto the ball '
+            'would miss; use an AdamW, such as optim="adamw_torch".'
+        )
+
+
+def engine_name(trainer: Any) -> str | None:
+    """The engine of a trainer if it is one that does not work, else None."""
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
+        return "FSDP"
+    if trainer.is_distributed_loading_by_transformers:
+        return "a sharded model (distributed_config)"
+    if is_sagemaker_mp_enabled():
+        return "SageMaker model parallelism"
+    kind = trainer.accelerator.distributed_type
+    return None if kind in _WHOLE_PARAMETERS else str(kind.value)
+
+
+def check_model(trainer: Any, bilora: BiLoRA) -> None:
+    """Refuse a trainer that would train another model than the one with the adapters.
+
+    Raises:
+        UserError: it would, or it would pass by the adapter of the output layer.
+    """
+    if trainer.model is not bilora.model:
+        around = isinstance(trainer.model, PeftModel)
+        fix = (
+            "leave peft_config out, the adapters are on the model already"
+            if around
+            else "give the trainer the model that you gave to attach"
+        )
+        raise UserError(
+            f"The trainer's model is a {type(trainer.model).__name__}, not the "
+            f"{type(bilora.model).__name__} that attach was called for; {fix}."
+        )
+    fused_head = any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
+    getter = getattr(trainer.model, "get_output_embeddings", None)
+    if fused_head and callable(getter) and isinstance(getter(), adapters.LoraLayer):
+        raise UserError(
+            "target_modules names the output layer, whose weight TRL's trainers read past the "
+            'adapter; take it out of target_modules ("all-linear" leaves it out).'
+        )
+
+
+def check_trainable(bilora: BiLoRA) -> None:
+    """Refuse parameters that somebody has unfrozen, and adapters that can't hold small updates.
+
+    Raises:
+        UserError: there are such; or the init needs a gradient and `initialise` was not called.
+    """
+    own = [p for group in bilora.param_groups(lr=0.0) for p in group["params"]]
+    held = {id(p) for p in own}
+    for name, parameter in bilora.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise UserError(
+                f"{name} is trainable, but only the adapters would be trained and saved; freeze "
+                "it by requires_grad_(False)."
+            )
+    for parameter in own:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"The adapters are in {parameter.dtype}, in which small updates are lost (a full "
+                "evaluation in half precision casts them); train before it, or attach anew."
+            )
+
+
+def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
+    """Refuse an optimizer that does not climb on the auxiliary and project it.
+
+    Raises:
+        UserError: it was not made from `bilora.param_groups`, or is not the one that was bound.
+    """
+    bilora._method._check_groups(unwrapped(optimizer))
+    if not is_bound(optimizer, bilora):
+        raise UserError(
+            "The optimizer that trains is not the one that was bound, so the auxiliary would leave "
+            "the ball; let the trainer make the optimizer, or give it by optimizers=(..., None)."
+        )
+
+
+def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
+    """Whether the auxiliary is projected after the steps of this optimizer."""
+    return bilora._method._optimizer is unwrapped(optimizer)
+
+
+def check_class(kind: Any) -> type[Optimizer]:
+    """The class of optimizer that a trainer names.
+
+    Raises:
+        UserError: it makes its own parameter groups.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise UserError(
+            f"optimizer_cls_and_kwargs names {kind!r}, which makes parameter groups of its own; "
+            "give a subclass of torch.optim.Optimizer."
+        )
+    return kind
+
+
+def narrow(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter is in less than fp32."""
+    return any(
+        p.dtype not in (torch.float32, torch.float64) for p in adapters.parameters(model, adapter)
+    )

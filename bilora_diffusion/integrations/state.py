@@ -1,0 +1,118 @@
+"""What a trainer's checkpoint holds beside the primary: `bilora_state.safetensors`.
+
+The folder's `adapter_model.safetensors` is the primary alone. This file has the primary and the
+auxiliary as they are trained, in a name that no loader of models looks for, and the settings that
+they belong to as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import adapters
+from ..adapters import INITIAL, PRIMARY
+from ..api import BiLoRA
+from ..checkpoint import check_same_run
+from ..durable import TEMPORARY, sync
+from ..errors import UserError
+from ..state_codec import separate
+from ..trainer_state import load_tensors
+
+STATE = "bilora_state.safetensors"
+BESIDE = ("optimizer.pt", "scheduler.pt")
+"""The trainer's own files without which it would go on with a fresh optimizer and not say so."""
+
+_WEIGHTS = "adapter_model.safetensors"
+_VERSION = 1
+
+
+def write(folder: Path, bilora: BiLoRA) -> None:
+    """Write the adapters and the method's state into a checkpoint that holds the primary."""
+    settings = {
+        "schema_version": _VERSION,
+        "config": asdict(bilora.config),
+        "method": bilora._method.state_dict(),
+    }
+    aside = folder / f"{TEMPORARY}{STATE}"
+    metadata = {"format": "pt", "bilora": json.dumps(settings)}
+    save_file(separate(bilora._method.tensors().items()), aside, metadata=metadata)
+    # safetensors makes files that only their owner can read: use the rights of the others.
+    shutil.copymode(folder / "adapter_config.json", aside)
+    sync(aside)
+    os.replace(aside, folder / STATE)
+
+
+def restore(folder: Path, bilora: BiLoRA) -> None:
+    """Put a checkpoint's adapters and method state back.
+
+    Raises:
+        UserError: a file is missing or damaged, or the checkpoint is of other settings.
+    """
+    for name in (STATE, *BESIDE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}, so training can't go on from it exactly; resume from a "
+                "checkpoint that was written with use_bilora and save_only_model=False."
+            )
+    settings, tensors = _read(folder / STATE)
+    check_same_run(settings["config"], json.loads(json.dumps(asdict(bilora.config))))
+    current = bilora._method.tensors()
+    for name, value in current.items():
+        if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), tensors.get(name, value[:0])):
+            raise UserError(
+                f'init "{bilora.config.init}" has started the primary elsewhere than in {folder}, '
+                "so the base weights differ; start it from the same model (and samples)."
+            )
+    load_tensors(current, tensors)
+    bilora._method.load_state_dict(settings["method"])
+
+
+def load_primary(folder: Path, bilora: BiLoRA) -> None:
+    """Put the primary of a folder back, which `bilora.save_pretrained` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not fit.
+    """
+    try:
+        saved = load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder / _WEIGHTS} can't be read ({error}); keep it in place."
+        ) from error
+    own = adapters.state_dict(bilora.model, PRIMARY)
+    heads = adapters.whole(bilora.model, PRIMARY)
+    if missing := sorted({adapters.peft_path(key) for key in (*own, *heads)} - saved.keys()):
+        raise UserError(f"{folder / _WEIGHTS} lacks {missing[0]}; it is of another model.")
+    # of an init that changed the base weights the file has [B, -B0] and [A; A0]: the first part
+    parts = {
+        key: saved[adapters.peft_path(key)][tuple(slice(size) for size in value.shape)]
+        for key, value in own.items()
+    }
+    adapters.load_state_dict(bilora.model, PRIMARY, parts)
+    load_tensors(heads, {key: saved[adapters.peft_path(key)] for key in heads})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {})["bilora"])
+        if settings["schema_version"] != _VERSION:
+            raise UserError(
+                f"{path} has schema version {settings['schema_version']!r}, but this version of "
+                f"bilora_diffusion reads {_VERSION}; resume with the version that wrote it."
+            )
+        return settings, load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is truncated or altered; resume from another checkpoint."
+        ) from error

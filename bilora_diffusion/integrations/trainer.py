@@ -1,0 +1,204 @@
+"""Transformers' `Trainer`, and what is made of it, with Bi-LoRA in the places where it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import TrainingArguments
+
+from .. import adapters
+from ..adapters import AUXILIARY, PRIMARY
+from ..api import BiLoRA, BiLoRAConfig, attach
+from ..errors import UserError
+from . import checks, state
+
+
+def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
+    """Have a trainer of Transformers or TRL train Bi-LoRA; to be called once, before `train`.
+
+    The trainer's own settings hold: `learning_rate` and `weight_decay` are the primary's, the
+    auxiliary has the same rate (or the config's) and no decay, both follow the schedule.
+    `max_grad_norm` and the logged `grad_norm` are of the primary alone, as the ball bounds the
+    auxiliary. Evaluation and prediction, `generate` included, see the primary alone, and so does
+    everything after `train`, such as `merge_and_unload`. A callback of your own that runs the model
+    in the middle of training should do so within `bilora.evaluating()`.
+
+    What the trainer saves is a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary
+    in `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
+
+    Args:
+        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or a subclass of yours.
+        bilora: what to put on the trainer's model; or, where the adapters have to be there before
+            the trainer (quantized models, an optimizer of your own), what `attach` returned.
+
+    Returns:
+        The handle: `auxiliary_norm`, `evaluating`, `save_pretrained`, and `initialise`, which init
+        "lora-ga" needs before `train`.
+
+    Raises:
+        UserError: DeepSpeed, FSDP or another engine that shards parameters; `model_init`; a model
+            that is not the one with the adapters; an optimizer that can't climb on the auxiliary.
+    """
+    checks.check_trainer(trainer)
+    _check_version(type(trainer))
+    if not isinstance(bilora, BiLoRA):
+        bilora = attach(cast(nn.Module, trainer.model), bilora)
+    checks.check_model(trainer, bilora)
+    for name in (PRIMARY, AUXILIARY):
+        if checks.narrow(bilora.model, name):  # TRL rounds those of a quantized model to bf16
+            adapters.to_full_precision(bilora.model, name)
+    trainer.__class__ = _with_bilora(type(trainer))
+    cast(WithBiLoRA, trainer).bilora = bilora
+    trainer.add_callback(_Watch(bilora))
+    return bilora
+
+
+class WithBiLoRA(Trainer):
+    """Comes before a trainer's own class; `use_bilora` puts it there."""
+
+    bilora: BiLoRA
+    _alone: bool = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        checks.check_trainable(self.bilora)
+        self._alone = False
+        adapters.activate(self.bilora.model, (PRIMARY, AUXILIARY))
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            adapters.activate(self.bilora.model, (PRIMARY,))
+            self._alone = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Two groups from `learning_rate` and `weight_decay`; an optimizer that was given is
+        checked instead.
+        """
+        if self.optimizer is None:
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, self.bilora.model)
+            )
+            groups = self.bilora.param_groups(
+                lr=options.get("lr", self.args.learning_rate), weight_decay=self.args.weight_decay
+            )
+            self.optimizer = checks.check_class(kind)(groups, **options)
+        if not checks.is_bound(self.optimizer, self.bilora):
+            self.bilora.bind(self.optimizer)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.accelerator.clip_grad_norm_(
+            self.bilora.clip_parameters(), self.args.max_grad_norm
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is not None:
+            return grad_norm
+        return self.accelerator.clip_grad_norm_(self.bilora.clip_parameters(), float("inf"))
+
+    @contextmanager
+    def _primary_alone(self) -> Iterator[None]:
+        if self._alone:
+            yield
+            return
+        self._alone = True
+        try:
+            with self.bilora.evaluating():
+                yield
+        finally:
+            self._alone = False
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._primary_alone():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._primary_alone():
+            return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._primary_alone():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._primary_alone():
+            return super().prediction_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self.bilora._method.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        self.bilora.save_pretrained(folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            cast(Any, tokenizer).save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state.write(Path(output_dir), self.bilora)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state.restore(Path(resume_from_checkpoint), self.bilora)
+
+    def _load_best_model(self) -> None:
+        state.load_primary(Path(cast(str, self.state.best_model_checkpoint)), self.bilora)
+
+
+class _Watch(TrainerCallback):
+    """Sees to it that the optimizer that trains is the one that climbs and projects."""
+
+    def __init__(self, bilora: BiLoRA) -> None:
+        self.bilora = bilora
+        self.taken = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        checks.check_optimizer(kwargs["optimizer"], self.bilora)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        self.taken = self.bilora._method.taken
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        if self.bilora._method.taken == self.taken and not skipped:
+            raise UserError(
+                f"{type(kwargs['optimizer']).__name__} took a step after which the auxiliary was "
+                "not projected; use an optimizer of torch.optim."
+            )
+
+
+@cache
+def _with_bilora(kind: type[Trainer]) -> type[Trainer]:
+    return type(f"BiLoRA{kind.__name__}", (WithBiLoRA, kind), {"__module__": __name__})
+
+
+def _check_version(kind: type[Trainer]) -> None:
+    """Refuse a Transformers that would pass by what `WithBiLoRA` does otherwise."""
+    own = [name for name, value in vars(WithBiLoRA).items() if callable(value)]
+    for name in own:
+        if name != "_primary_alone" and not hasattr(kind, name):
+            raise UserError(
+                f"The trainer of Transformers {transformers.__version__} has no {name}, where "
+                "Bi-LoRA comes in; install Transformers 5.24."
+            )
