@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from bilora_diffusion.data.text import catalog, sources
-from bilora_diffusion.data.text.catalog import TextTask
 from bilora_diffusion.data.text.sources import held_out, open_task
+from bilora_diffusion.data.text.task import TextTask
 from bilora_diffusion.errors import UserError
 
 # Rows as the hub's sets have them; each with T5's input and target.

@@ -11,6 +11,8 @@ from torch import Tensor
 from .tokenizing import IGNORED
 
 PADDING_SEGMENT = -1
+HIDDEN = torch.finfo(torch.bfloat16).min
+"""Added to the score of a token that must not be seen; finite as bfloat16 and as float32."""
 
 
 def collate(
@@ -64,12 +66,13 @@ def block_mask(segments: Tensor) -> Tensor:
         segments: (batch, width), the segment of each token.
 
     Returns:
-        (batch, 1, width, width), rows are queries: 0, or the lowest float32 where it must not look.
+        (batch, 1, width, width), rows are queries: 0, or ``HIDDEN`` where it must not look;
+        float32. A model in half precision outside of autocast wants it in its own type.
     """
     width = segments.shape[1]
     same = segments[:, None, :, None] == segments[:, None, None, :]
     seen = same & torch.ones(width, width, dtype=torch.bool).tril()
-    return torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
+    return torch.zeros(seen.shape).masked_fill_(~seen, HIDDEN)
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], key: str, value: int, multiple: int) -> Tensor:

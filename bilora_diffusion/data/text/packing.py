@@ -171,6 +171,7 @@ def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
                 "segment_ids": [n for n, length in enumerate(lengths) for _ in range(length)],
             }
             batch = collate([row], "causal", 0)
+            batch["attention_mask"] = batch["attention_mask"].to(model.dtype)
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
             with torch.no_grad():
                 found.append(model(**inputs).logits[0, -len(asked) :].float())

@@ -7,11 +7,11 @@ from typing import Any
 from ...errors import UserError
 from ..seeds import digest_texts
 from ..sources import reason
-from .catalog import TextTask
 from .encode import quiet_datasets
 from .examples import Example, subset
 from .files import open_file
 from .packages import read_rows
+from .task import TextTask
 
 __all__ = ["open_file", "open_task"]
 
