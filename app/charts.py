@@ -83,22 +83,22 @@ def loss_curves(runs: Sequence[Shown], window: int) -> Curves:
 
 def heldout_curves(runs: Sequence[Shown], window: int) -> Curves:
     """Held-out loss, and faint the loss on the training set on the same grid."""
-    curves: Curves = {}
-    for run in runs:
-        training = series(run.rows, "train_grid_loss")
-        curves[f"{run.name}, training set"] = (run.color + FAINT, training)
-        curves[run.name] = (run.color, series(run.rows, "heldout_loss"))
-    return curves
+    return _over(runs, "train_grid_loss", "training set", "heldout_loss")
 
 
 def norm_curves(runs: Sequence[Shown], window: int) -> Curves:
     """The auxiliary's norm after projection, faint before it, and rho."""
+    norms = _over(runs, "auxiliary_norm_before", "before projection", "auxiliary_norm")
+    return norms | radius_curves(runs)
+
+
+def _over(runs: Sequence[Shown], behind: str, what: str, key: str) -> Curves:
+    """One key of the log over another, which is faint and called ``what``."""
     curves: Curves = {}
     for run in runs:
-        before = series(run.rows, "auxiliary_norm_before")
-        curves[f"{run.name}, before projection"] = (run.color + FAINT, before)
-        curves[run.name] = (run.color, series(run.rows, "auxiliary_norm"))
-    return curves | radius_curves(runs)
+        curves[f"{run.name}, {what}"] = (run.color + FAINT, series(run.rows, behind))
+        curves[run.name] = (run.color, series(run.rows, key))
+    return curves
 
 
 def radius_curves(runs: Sequence[Shown]) -> Curves:

@@ -92,7 +92,7 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may make the same folder now
     except OSError as error:
         raise UserError(
             f"{folder} is no folder that can be written ({error.strerror}): give another {flag}."

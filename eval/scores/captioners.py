@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from PIL import Image
@@ -22,6 +22,8 @@ from torch import Tensor
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from . import open_clip_loading, pretrained, scorers
+from .open_clip_loading import OpenClipParts
+from .pretrained import TransformersParts
 from .schema import ModelEntry
 from .scorers import Scorer, in_batches
 
@@ -153,26 +155,18 @@ class Blip(_BatchedCaptioner):
     """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
 
     Args:
-        model: ``BlipForConditionalGeneration``, eval mode, on ``device``.
-        processor: its ``BlipProcessor``.
+        parts: ``BlipForConditionalGeneration``, eval mode, on ``device``, and its processor.
     """
 
     def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        *,
-        entry: ModelEntry,
-        device: str = "cpu",
-        batch: int = 16,
+        self, parts: TransformersParts, entry: ModelEntry, device: str = "cpu", batch: int = 16
     ) -> None:
         from transformers import GenerationConfig
 
         super().__init__(entry, device, batch)
-        self._model = model
-        self._processor = processor
+        self._model, self._processor = parts.model, parts.processor
         # A checkpoint's own generation settings would make captions of two models incomparable.
-        model.text_decoder.generation_config = GenerationConfig(
+        self._model.text_decoder.generation_config = GenerationConfig(
             do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
         )
 
@@ -188,25 +182,15 @@ class Coca(_BatchedCaptioner):
     """CoCa of open_clip by greedy search, see :func:`greedy`.
 
     Args:
-        model: ``CoCa``, eval mode, on ``device``.
-        preprocess: RGB image -> (3, h, w).
-        tokenize: its tokenizer, of open_clip.
+        parts: ``CoCa``, eval mode, on ``device``, and what belongs to it.
     """
 
     def __init__(
-        self,
-        model: Any,
-        preprocess: Any,
-        tokenize: Any,
-        *,
-        entry: ModelEntry,
-        device: str = "cpu",
-        batch: int = 16,
+        self, parts: OpenClipParts, entry: ModelEntry, device: str = "cpu", batch: int = 16
     ) -> None:
         super().__init__(entry, device, batch)
-        self._model = model
-        self._preprocess = preprocess
-        self._tokenize = tokenize
+        self._model, self._preprocess = parts.model, parts.preprocess
+        self._tokenize = tokenize = cast(Any, parts.tokenize)
         hf = getattr(tokenize, "tokenizer", None)  # open_clip's wrapper of a hub tokenizer
         self._start = int(tokenize.sot_token_id if hf is None else hf.bos_token_id)
         self._end = int(tokenize.eot_token_id if hf is None else hf.eos_token_id)
@@ -284,7 +268,7 @@ def _blip(source: str, revision: str | None, device: str, batch: int) -> Caption
     )
     note = f"Beam search with {BEAMS} beams."
     entry = ModelEntry(f"blip:{parts.source}", "blip", parts.source, parts.revision, note)
-    return Blip(parts.model, parts.processor, entry=entry, device=device, batch=batch)
+    return Blip(parts, entry, device, batch)
 
 
 def _coca(source: str, device: str, batch: int) -> Captioner:
@@ -299,6 +283,4 @@ def _coca(source: str, device: str, batch: int) -> Captioner:
         )
     note = f"Greedy search. {parts.note}".strip()
     entry = ModelEntry(f"coca:{parts.source}", "coca", parts.architecture, parts.revision, note)
-    return Coca(
-        parts.model, parts.preprocess, parts.tokenize, entry=entry, device=device, batch=batch
-    )
+    return Coca(parts, entry, device, batch)

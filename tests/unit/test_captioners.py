@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +152,10 @@ def test_coca_words_are_decoded_by_its_tokenizer(names: dict[str, str], coca: An
     mine: Any = captioners.load(names["coca"])
     rabbit = mine._tokenize(["a red rabbit"])[0].tolist()
     assert mine._decode([*rabbit, START, 0, 0]) == "a red rabbit"
-    other = captioners.Coca(coca, None, get_tokenizer("coca_ViT-B-32"), entry=mine.entry)
+    parts: Any = SimpleNamespace(
+        model=coca, preprocess=None, tokenize=get_tokenizer("coca_ViT-B-32")
+    )
+    other = captioners.Coca(parts, mine.entry)
     row = other._tokenize(["a red rabbit , in snow"])[0].tolist()
     assert other._decode(row) == "a red rabbit , in snow"
 
