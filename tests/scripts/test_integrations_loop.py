@@ -147,12 +147,14 @@ def test_bilora_is_the_same_through_a_trainer(
     bilora = attach(model, BiLoRAConfig(rank=4, alpha=8, rho=ours.rho))
     for adapter in (PRIMARY, AUXILIARY):
         own = adapters.state_dict(model, adapter)
-        assert all(torch.equal(ours.first[adapter][key], value) for key, value in own.items())
+        first = ours.first[adapter]
+        assert all(torch.equal(first[key], value) for key, value in own.items())
     kinds: dict[str, Any] = {
         "Trainer": (Trainer, TrainingArguments),
         "SFTTrainer": (SFTTrainer, SFTConfig),
     }
-    trainer = ours.trainer(*kinds[name], model)
+    kind, args = kinds[name]
+    trainer = ours.trainer(kind, args, model)
     use_bilora(trainer, bilora)
     trainer.train()
     assert losses(trainer) == pytest.approx(ours.losses, abs=1e-5)
