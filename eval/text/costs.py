@@ -22,7 +22,7 @@ def gradient_steps(method: str) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 2))
-        trained = methods.create(method)
+        trained = methods.create(method, methods.MethodOptions(num_steps=1))
         spec = AdapterSpec(rank=1, alpha=1, target_modules=("0",))
         optimizer = torch.optim.SGD(trained.setup([Target("toy", model, spec, 1e-3)]))
         trained.bind(optimizer)

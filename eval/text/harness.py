@@ -120,7 +120,7 @@ def measure(
 
 def _tasks(found: Any, benchmark: Benchmark) -> dict[str, Any]:
     try:
-        with _quiet():
+        with _quiet(), _uncounted():
             return found.load([benchmark.task])
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:240]
@@ -226,18 +226,20 @@ def _direction(result: Mapping[str, Any], metric: str) -> bool:
 
 
 def _item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
-    score = sample.get(metric)
-    answers = sample["filtered_resps"]
-    answer = answers[0] if answers else ""
-    while isinstance(answer, list) and answer:
-        answer = answer[0]
-    text = str(answer)
-    written = all(isinstance(response, str) for response in answers)
+    score, answers = sample.get(metric), sample["filtered_resps"]
+    parsed, answer = True, ""
+    if all(isinstance(one, str) for one in answers):
+        answer = answers[0] if answers else ""
+        parsed = bool(answer.strip()) and answer != INVALID
+        if not parsed:
+            answer = str(sample["resps"][0][0])
+    else:
+        answer = _likeliest(answers)
     return Item(
         id=f"{task}/{sample['doc_id']}",
         score=float(score) if isinstance(score, int | float) else None,
-        parsed=not written or bool(text.strip() and text != INVALID),
-        answer=text[:SHOWN] if written else _likeliest(answers),
+        parsed=parsed,
+        answer=answer[:SHOWN],
     )
 
 
@@ -245,6 +247,19 @@ def _likeliest(answers: Sequence[Any]) -> str:
     """The number of the choice that the model finds likeliest."""
     values = [answer[0] if isinstance(answer, list | tuple) else answer for answer in answers]
     return str(max(range(len(values)), key=lambda i: float(values[i])))
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """``datasets`` tells a server of every set that it opens, local files included."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 @contextmanager

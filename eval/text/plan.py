@@ -10,11 +10,20 @@ from typing import Any
 
 import torch
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, did_you_mean
 
 from ..command import open_device
 from . import benchmarks, harness, humaneval, judge, mtbench, subjects
-from .benchmarks import HARNESS, HELDOUT, HUMANEVAL, MTBENCH, NONE, OF_RUN, Benchmark
+from .benchmarks import (
+    GIVEN_TEMPLATES,
+    HARNESS,
+    HELDOUT,
+    HUMANEVAL,
+    MTBENCH,
+    NONE,
+    OF_RUN,
+    Benchmark,
+)
 from .generate import Decoding
 from .judge import Judge
 from .mtbench import Question
@@ -116,6 +125,11 @@ def make(args: argparse.Namespace) -> Plan:
         if value is not None and not value > 0:
             raise UserError(f"--{name} is {value}: give a number above 0, or leave it out.")
     _check_sampling(args)
+    if args.template not in (None, *GIVEN_TEMPLATES):
+        raise UserError(
+            f'--template "{args.template}"{did_you_mean(args.template, GIVEN_TEMPLATES)} is none:'
+            f" give one of {', '.join(GIVEN_TEMPLATES)}."
+        )
     words = [word.strip() for word in args.benchmarks.split(",")]
     tasks = benchmarks.harness_tasks(args.benchmarks)
     manager = harness.manager(tasks, args.include_path) if tasks else None

