@@ -151,10 +151,8 @@ def radius(record: Row, last_step: int) -> Points:
 
 
 def total_steps(record: Row) -> int | None:
-    """How many steps the run is to take; None where only the number of epochs is known."""
-    total = record["config"].get("max_train_steps")
-    if total is None:
-        total = (record.get("results") or {}).get("steps")
+    """How many steps the run is to take; None in an old record of a run that counts epochs."""
+    total = record.get("num_steps") or record["config"].get("max_train_steps")
     return total if isinstance(total, int) else None
 
 

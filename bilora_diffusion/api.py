@@ -35,6 +35,8 @@ class BiLoRAConfig:
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
+        modules_to_save: names of modules that are trained whole beside the primary and saved with
+            it, such as ("classifier",) for a classifier's new head.
         dropout: dropout on the primary's input.
         init: the primary's init: "default", "gaussian", "pissa", or "lora-ga", which needs
             `BiLoRA.initialise`. The last two change the base weights in memory; what is saved is
@@ -53,6 +55,7 @@ class BiLoRAConfig:
     rho_norm: str = "scaled"
     auxiliary_learning_rate: float | None = None
     target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
+    modules_to_save: tuple[str, ...] = ()
     dropout: float = 0.0
     init: str = "default"
     use_dora: bool = False
@@ -60,6 +63,7 @@ class BiLoRAConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         self.spec()
         self.options()
 
@@ -72,6 +76,7 @@ class BiLoRAConfig:
             init=self.init,
             use_dora=self.use_dora,
             target_modules=self.target_modules,
+            modules_to_save=self.modules_to_save,
         )
 
     def options(self) -> MethodOptions:

@@ -118,7 +118,7 @@ def check_trainable(bilora: BiLoRA) -> None:
         if parameter.requires_grad and id(parameter) not in held:
             raise UserError(
                 f"{name} is trainable, but only the adapters would be trained and saved; freeze "
-                "it by requires_grad_(False)."
+                "it by requires_grad_(False), or name its module in modules_to_save."
             )
     for parameter in own:
         if parameter.dtype not in (torch.float32, torch.float64):

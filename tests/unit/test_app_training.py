@@ -218,7 +218,7 @@ def test_total_steps() -> None:
     assert total_steps(record()) == 100
     epochs = record(max_train_steps=None)
     assert total_steps(epochs) is None
-    assert total_steps({**epochs, "results": {"steps": 60}}) == 60
+    assert total_steps({**epochs, "num_steps": 60}) == 60
 
 
 def test_progress_of_a_running_run() -> None:

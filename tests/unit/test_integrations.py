@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
@@ -265,3 +265,21 @@ def test_the_places_where_bilora_comes_in_exist() -> None:
 
     with pytest.raises(UserError, match="has no train"):
         integration._check_version(object)  # type: ignore[arg-type]
+
+
+def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path: Path) -> None:
+    config = replace(CONFIG, modules_to_save=("score",))
+    torch.manual_seed(0)
+    llm = tiny_llm()
+    model = AutoModelForSequenceClassification.from_config(llm.config)
+    before = model.score.weight.detach().clone()
+    examples = [{"input_ids": row["input_ids"], "labels": n % 2} for n, row in enumerate(rows())]
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=examples)  # pyright: ignore
+    bilora = use_bilora(trainer, config)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not torch.equal(model.score.weight, before)
+    assert not any("score" in name for name, _ in adapters.layers(model))
+    stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    torch.testing.assert_close(stored["base_model.model.score.weight"], model.score.weight.detach())
+    assert bilora.auxiliary_norm() <= config.rho * (1 + 1e-6)

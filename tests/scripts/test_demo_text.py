@@ -1,0 +1,34 @@
+"""The text demo on the real SmolLM2, cut to two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bilora_diffusion.demo_text import main
+
+FLAGS = (
+    *("--max_train_steps", "2", "--max_train_samples", "8", "--train_batch_size", "1"),
+    *("--max_eval_samples", "2", "--max_predictions", "1", "--generation_max_new_tokens", "8"),
+)
+
+
+@pytest.mark.slow
+def test_it_trains_and_shows_answers_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    assert main(["--output_dir", str(folder), *FLAGS]) == 0
+    said = capsys.readouterr().out
+    for part in ("Problem:", "Before:", "After:", "Wanted:", "####", "Held-out loss per token"):
+        assert part in said
+    assert (folder / "adapter_model.safetensors").exists()
+    for step in (0, 2):
+        assert (folder / "validation" / f"step-{step}" / "predictions.jsonl").exists()
+
+
+def test_bad_flags_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output_dir", str(tmp_path / "demo"), "--rho", "0"]) == 2
+    assert "--rho" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
