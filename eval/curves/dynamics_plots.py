@@ -11,7 +11,7 @@ from bilora_diffusion.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO,
 from .bands import Curve
 from .courses import ALL, CROSS
 from .dynamics_result import DynamicsResult, GroupDynamics, LayerCurves
-from .pictures import canvas, finish, line, wrapped
+from .pictures import canvas, finish, legend_below, line, wrapped
 
 TERM_LOOKS = {
     TERMS[0]: (r"$\|B\epsilon_A\|_F$", "tab:red"),
@@ -114,7 +114,6 @@ def _convergence(groups: Sequence[GroupDynamics], layer: str, path: Path) -> Non
         panels = list(axes.flat)
         for axis in panels[len(groups) :]:
             axis.set_axis_off()
-        shown: dict[str, Any] = {}
         for axis, group in zip(panels, groups, strict=False):
             for role, (said, color) in ROLES.items():
                 for quantity, (_, style) in STYLES.items():
@@ -125,15 +124,7 @@ def _convergence(groups: Sequence[GroupDynamics], layer: str, path: Path) -> Non
             axis.axhline(0, color="black", lw=0.6)
             title = f"{group.label}\n{_rates(group)}{_where(layer)}"
             finish(axis, title, "cosine", legend=False)
-            shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        panels[0].figure.legend(
-            shown.values(),
-            shown,
-            loc="outside lower center",
-            ncols=len(shown) if columns > 2 else 2,
-            fontsize=8,
-            frameon=False,
-        )
+        legend_below(panels, ncols=5 if columns > 2 else 2)
 
 
 def _rates(group: GroupDynamics) -> str:
@@ -173,7 +164,9 @@ def _auxiliary(groups: Sequence[GroupDynamics], layer: str, path: Path) -> None:
         norm.set_yscale("log")
         cosine.axhline(0, color="black", lw=0.6)
         gain.axhline(0, color="black", lw=0.6)
-        finish(overlap, f"mean squared cosine of principal angles, {_where(layer)}", "overlap")
-        finish(cosine, "cosine of B1 A1 and B2 A2", "cosine")
+        legend_below((cosine, overlap), ncols=2)
+        title = f"mean squared cosine of principal angles, {_where(layer)}"
+        finish(overlap, title, "overlap", legend=False)
+        finish(cosine, "cosine of B1 A1 and B2 A2", "cosine", legend=False)
         finish(gain, r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$", "loss")
         finish(norm, r"$\|s_2 B_2 A_2\|_F$ of all layers against rho", "norm")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,3 +59,18 @@ def wrapped(text: str, most: int = 44) -> str:
     dots = [i for i, letter in enumerate(text) if letter in ". "]
     middle = min(dots, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
     return f"{text[: middle + 1].rstrip()}\n{text[middle + 1 :]}"
+
+
+def legend_below(axes: Sequence[Any], ncols: int) -> None:
+    """One legend under the whole figure, for what these axes have labels for."""
+    shown: dict[str, Any] = {}
+    for axis in axes:
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axes[0].figure.legend(
+        shown.values(),
+        shown,
+        loc="outside lower center",
+        ncols=ncols,
+        fontsize=8,
+        frameon=False,
+    )
