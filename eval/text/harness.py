@@ -252,14 +252,14 @@ def _likeliest(answers: Sequence[Any]) -> str:
 @contextmanager
 def _uncounted() -> Iterator[None]:
     """``datasets`` tells a server of every set that it opens, local files included."""
-    import datasets
+    from datasets import config
 
-    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 @contextmanager
