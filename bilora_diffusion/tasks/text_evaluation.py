@@ -14,6 +14,7 @@ from ..data.text.collate import collate
 from ..data.text.encode import Encoded, generation_prompt
 from ..data.text.metrics import score
 from ..durable import write_text
+from ..errors import UserError
 from .base import inference, to_device
 from .text_models import TextModel
 
@@ -35,12 +36,16 @@ class Evaluation:
         loaded: the model, its tokenizer and kind.
         module: the model with its loss.
         data: with a validation set.
+
+    Raises:
+        UserError: answers may be longer than the model allows.
     """
 
     def __init__(self, cfg: Any, loaded: TextModel, module: TextModule, data: TextData) -> None:
         assert data.validation is not None
         self.cfg, self.loaded, self.module, self.data = cfg, loaded, module, data
         self.rows: Encoded = data.validation
+        self.new_tokens = 0 if loaded.kind == "classification" else _new_tokens(cfg, loaded)
 
     def measure(self) -> dict[str, float]:
         """``heldout_loss``: the mean over all target tokens; and a classifier's metrics."""
@@ -122,18 +127,21 @@ class Evaluation:
     def _prompt(self, number: int) -> list[int]:
         if self.loaded.kind == "seq2seq":
             return self.rows.row(number)["input_ids"]
-        example = self.rows.example(number)
-        return generation_prompt(example, self.loaded.tokenizer, self.cfg.template)
+        example, limit = self.rows.example(number), self.loaded.max_tokens
+        room = None if limit is None else limit - self.new_tokens
+        return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
 
     def _answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.loaded.tokenizer
-        ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
+        left = self.loaded.kind == "causal"  # so that all answers start at one place
+        ids, mask = _padded(prompts, tokenizer.pad_token_id, left)
         model: Any = self.loaded.model
         given = {"input_ids": ids, "attention_mask": mask}
         made = model.generate(
             **to_device(given, model.device),
-            max_new_tokens=self._new_tokens,
+            max_new_tokens=self.new_tokens,
             do_sample=False,
+            num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
         )
         if self.loaded.kind == "causal":
@@ -141,12 +149,24 @@ class Evaluation:
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    @property
-    def _new_tokens(self) -> int:
-        if self.cfg.generation_max_new_tokens is not None:
-            return self.cfg.generation_max_new_tokens
-        seq2seq = self.loaded.kind == "seq2seq"
-        return self.cfg.max_target_length if seq2seq else CAUSAL_NEW_TOKENS
+
+def _new_tokens(cfg: Any, loaded: TextModel) -> int:
+    """Most tokens of a generated answer.
+
+    Raises:
+        UserError: the model has not so many positions, or none left for a prompt.
+    """
+    wanted, limit = cfg.generation_max_new_tokens, loaded.max_tokens
+    if wanted is None and loaded.kind == "seq2seq":
+        return cfg.max_target_length
+    if wanted is None:
+        return CAUSAL_NEW_TOKENS if limit is None else min(CAUSAL_NEW_TOKENS, limit // 2)
+    if limit is not None and wanted >= limit:
+        raise UserError(
+            f"--generation_max_new_tokens {wanted} leaves no room for a prompt in the {limit}"
+            f" tokens that the model allows: give {limit // 2} or less."
+        )
+    return wanted
 
 
 def _chunks(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -154,12 +174,13 @@ def _chunks(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(numbers[start : start + size])
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (batch, width); on the left, so that all answers start at one place."""
+def _padded(prompts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (batch, width), padded on one side."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+        start = width - len(prompt) if left else 0
+        ids[row, start : start + len(prompt)] = torch.as_tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
     return ids, mask
