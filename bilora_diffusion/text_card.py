@@ -11,7 +11,8 @@ from . import methods
 from .durable import write_text
 from .model_card import code, is_hub_id, python_block, source, table
 from .publish import run_settings
-from .tasks.text_models import AUTO_CLASSES, PACKAGED
+from .tasks.text_models import AUTO_CLASSES
+from .tasks.text_places import PACKAGED
 
 PIPELINE_TAGS = {
     "seq2seq": "text2text-generation",

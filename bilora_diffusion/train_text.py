@@ -24,7 +24,7 @@ from .methods import get
 from .quantize import quantize_nf4
 from .running import DTYPES, Script
 from .tasks.text import NAME, TextTask
-from .tasks.text_models import CLASS_HEADS, open_text_model
+from .tasks.text_models import open_text_model
 from .tasks.text_rows import encode_rows, open_rows
 from .text_card import write_text_card
 
@@ -67,7 +67,7 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         count = quantize_nf4(
             loaded.model,
             DTYPES[accelerator.mixed_precision],
-            skip=CLASS_HEADS,
+            skip=loaded.whole_modules,
             device=accelerator.device,
         )
         logger.info("the weights of %d layers are held in 4 bits", count)

