@@ -23,6 +23,10 @@ def check_inputs(values: dict[str, Any], given: frozenset[str]) -> None:
             " google-t5/t5-base or smollm2."
         )
     _check_sources(values)
+    if None not in (values["warmup_ratio"], values["lr_warmup_steps"]):
+        raise UserError(
+            f"{said('warmup_ratio', values)} and {said('lr_warmup_steps', values)}: give only one."
+        )
     if values["warmup_ratio"] and values["lr_scheduler"] == "constant":
         raise UserError(
             f"{said('warmup_ratio', values)} has no effect on a constant learning rate: use"

@@ -50,11 +50,6 @@ def open_rows(cfg: Any) -> Rows:
         UserError: they can't be found or read, or don't suit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
-    if cfg.task_type == "classification" and not rows.label_words:
-        raise UserError(
-            f"{rows.name} has free answers, and --task_type classification needs classes: use a"
-            " causal or seq2seq model."
-        )
     held = rows.validation
     return replace(
         rows,
@@ -65,6 +60,11 @@ def open_rows(cfg: Any) -> Rows:
 
 def _task_rows(cfg: Any) -> Rows:
     task = catalog.get(cfg.task)
+    if cfg.task_type == "classification" and not task.label_words:
+        raise UserError(
+            f"{task.name} has free answers, and --task_type classification needs classes: use a"
+            " causal or seq2seq model."
+        )
     train, held = (
         open_task(task, split, kind=cfg.task_type, cache_dir=cfg.cache_dir, seed=DRAW)
         for split in ("train", "validation")
