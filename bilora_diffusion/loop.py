@@ -9,6 +9,7 @@ batch is cut into micro-batches or shared among processes, nor on where a run wa
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import adapters, checkpoint
+from . import adapters, checkpoint, sharding
 from .averaging import Average
 from .data.seeds import digest_texts, seed_of
 from .dynamics import Dynamics
@@ -29,7 +30,7 @@ from .inits.gradients import initialise
 from .methods import Method
 from .optim import build_optimizer, build_scheduler
 from .runlog import RunLog
-from .stepping import ClippedOptimizer, Schedule, refuse_sharding, total_steps
+from .stepping import ClippedOptimizer, Schedule, total_steps
 from .tasks.base import MicroBatch, Task, to_device
 from .trainer_state import load_tensors
 
@@ -45,7 +46,6 @@ class Trainer:
     """
 
     def __init__(self, task: Task, method: Method, cfg: Any, accelerator: Accelerator) -> None:
-        refuse_sharding(accelerator)
         self.task, self.method, self.cfg, self.accelerator = task, method, cfg, accelerator
         self.schedule = Schedule.of(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.schedule.step_size)
@@ -57,7 +57,8 @@ class Trainer:
         method.bind(raw)
         self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
         task.module.train()  # loaded models come in evaluation mode, in which some never checkpoint
-        self.module, self.optimizer = accelerator.prepare(task.module, raw)
+        models = [target.model for target in method.targets]
+        self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
         self.average = self._new_average()
 
@@ -114,13 +115,13 @@ class Trainer:
             total = torch.zeros((), device=device)
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
-                sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
-                with sync:
+                with sharding.accumulating(self.accelerator, self.module, last):
                     losses = self.module(to_device(batch.inputs, device))
                     self._require_finite(losses, batch)
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total += loss.detach()
+            sharding.average_gradients(self.accelerator, self.optimizer)
             return self.accelerator.reduce(total, reduction="mean")  # pyright: ignore
 
         return forward_backward
@@ -287,22 +288,27 @@ def _validation_steps(trainer: Trainer) -> int | None:
 
 
 def _heldout(trainer: Trainer, log: RunLog | None) -> None:
-    """The loss on the validation set, computed by the main process, written to the log."""
-    if log is not None:
+    """The loss on the validation set, written to the log by the main process, which computes it;
+    where weights are split, every process does.
+    """
+    if log is not None or trainer.accelerator.is_fsdp2:
         _measured(trainer, log, trainer.task.heldout_loss(trainer.evaluating()))
     trainer.accelerator.wait_for_everyone()
 
 
 def _validate(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
-    """Images or answers of the validation set, made by the main process."""
-    if log is not None:
-        with torch.random.fork_rng():
-            values = trainer.task.validate(trainer.step, folder, trainer.evaluating())
+    """Images or answers of the validation set, made by the main process; where weights are split,
+    every process makes them, and what the others write is dropped.
+    """
+    if log is not None or trainer.accelerator.is_fsdp2:
+        with torch.random.fork_rng(), tempfile.TemporaryDirectory() as aside:
+            kept = folder if log is not None else Path(aside)
+            values = trainer.task.validate(trainer.step, kept, trainer.evaluating())
         _measured(trainer, log, values)
     trainer.accelerator.wait_for_everyone()
 
 
-def _measured(trainer: Trainer, log: RunLog, values: dict[str, float]) -> None:
-    if values:
+def _measured(trainer: Trainer, log: RunLog | None, values: dict[str, float]) -> None:
+    if values and log is not None:
         log.metric(trainer.step, **values)
         trainer.accelerator.log(values, step=trainer.step)

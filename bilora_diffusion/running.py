@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from . import checkpoint, publish, runlog
+from . import checkpoint, engines, publish, runlog
+from .config import TextConfig
 from .errors import TrainingError, UserError
 from .loop import Trainer, fit
 from .methods import MethodOptions, create, get
@@ -108,7 +109,7 @@ def build_accelerator(cfg: Any) -> Accelerator:
     """accelerate's engine in the wanted precision.
 
     Raises:
-        UserError: the device can't compute in it.
+        UserError: the device can't compute in it, or the engine can't train what is asked for.
     """
     # A text encoder's last layers may be left out of the loss.
     unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
@@ -126,6 +127,7 @@ def build_accelerator(cfg: Any) -> Accelerator:
         raise UserError(
             f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
         ) from error
+    engines.check(cfg, accelerator, images=not isinstance(cfg, TextConfig))
     if cfg.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from .errors import UserError
 from .methods import Method
@@ -92,28 +91,6 @@ def total_steps(cfg: Any, num_samples: int, step_size: int) -> int:
     if cfg.max_train_steps is not None:
         return cfg.max_train_steps
     return cfg.num_train_epochs * -(-num_samples // step_size)
-
-
-def refuse_sharding(accelerator: Accelerator) -> None:
-    """Refuse engines that shard parameters.
-
-    Raises:
-        UserError: the launcher was set to FSDP, DeepSpeed or Megatron.
-    """
-    whole = (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-        DistributedType.MULTI_NPU,
-        DistributedType.MULTI_XPU,
-        DistributedType.MULTI_MLU,
-    )
-    if accelerator.distributed_type not in whole:
-        raise UserError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which splits parameters"
-            " so that the auxiliary's norm would see only a part of them: launch with"
-            " --multi_gpu (DDP) instead; the adapters fit on every device."
-        )
 
 
 def start_missing_processes() -> None:
