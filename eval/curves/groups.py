@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import runlog
-from bilora_diffusion.config.dreambooth import WITHOUT_INFLUENCE
+from bilora_diffusion.config import DreamBoothConfig, TextConfig
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import get, option_names
 
@@ -50,7 +50,9 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """The options that made a difference to what was learned, but for the seed."""
         unread = option_names() - get(self.method).reads
-        names = set(self.record["config"]) - WITHOUT_INFLUENCE - unread - {"seed", "method"}
+        config = self.record["config"]
+        script = TextConfig if "model_name_or_path" in config else DreamBoothConfig
+        names = set(config) - script.without_influence - unread - {"seed", "method"}
         return {name: self.option(name) for name in sorted(names)}
 
 
