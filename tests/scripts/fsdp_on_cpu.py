@@ -1,0 +1,72 @@
+"""Runs of train_text_bilora.py under FSDP2 on CPU processes, one after another; for torchrun.
+
+    fsdp_on_cpu.py COMMAND_LINES.json    # [[flag, ...], ...]
+
+accelerate 1.15 makes the plugin from ACCELERATE_USE_FSDP, but keeps DDP on CPUs. Here its state is
+told FSDP as it is for every other device; all the rest is accelerate's and torch's own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def allow_fsdp_on_cpus() -> None:
+    """From now on accelerate gives CPUs the engine that it was launched with."""
+    original = AcceleratorState.__init__
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self.mixed_precision != "no":
+                plugin.set_mixed_precision(self.mixed_precision)
+            self.fsdp_plugin = plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialise
+
+
+def report_shares() -> None:
+    """From now on every run says how much of its frozen weights this process keeps."""
+    from bilora_diffusion import sharding
+
+    original = sharding.prepare
+
+    def prepare(accelerator: Any, module: Any, *args: Any) -> Any:
+        made = original(accelerator, module, *args)
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        kept = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen)
+        print(f"kept {kept} of {sum(p.numel() for p in frozen)}", flush=True)
+        return made
+
+    sharding.prepare = prepare
+
+
+def run(argv: list[str]) -> None:
+    """One run, with an engine of its own in a process group that stays."""
+    from bilora_diffusion.train_text import main
+
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    main(argv)
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_cpus()
+    report_shares()
+    end, Accelerator.end_training = Accelerator.end_training, lambda self: None
+    for command_line in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        run(command_line)
+    end(Accelerator())

@@ -1,0 +1,210 @@
+"""FSDP2 on two processes gives what one process gives: losses, norms, weights, files, answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bilora_diffusion import runlog
+from tests.unit.text_builders import (
+    SAVERS,
+    exported,
+    rows_for,
+    text_difference,
+    text_flags,
+    train_text,
+    write_rows,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train_text_bilora.py"
+ENGINE = {
+    "ACCELERATE_USE_CPU": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "OMP_NUM_THREADS": "1",
+}
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fsdp")]
+
+CASES: dict[str, dict[str, Any]] = {
+    "causal-bilora": {"use_ema": True, "checkpointing_steps": 3, "max_grad_norm": 0.01},
+    "seq2seq-bilora": {"checkpointing_steps": 3},
+    "classification-bilora": {},
+    "causal-lora-sam": {"gradient_checkpointing": True},
+    "causal-lora-nbar": {"use_dora": True},
+    "causal-lora": {"mixed_precision": "bf16"},
+}
+"""Flags of the runs, by kind of model and method."""
+
+
+class Setting(NamedTuple):
+    """Folders of models, rows and runs, and what the two processes printed."""
+
+    folder: Path
+    said: str
+
+    def run(self, name: str, processes: str) -> Path:
+        return self.folder / processes / name
+
+
+def options(folder: Path, name: str, processes: int) -> dict[str, Any]:
+    """Flags of one case; a step is of eight rows on any number of processes."""
+    kind, _, method = name.partition("-")
+    return {
+        "model_name_or_path": folder / kind,
+        "task_type": kind,
+        "method": method,
+        "train_file": folder / f"{kind}.jsonl",
+        "validation_file": folder / f"{kind}-heldout.jsonl",
+        "max_train_steps": 6,
+        "validation_loss_steps": 2,
+        "max_new_tokens": 4,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 4 // processes,
+        **CASES[name],
+    }
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Every case on one process and, under FSDP2, on two; and a resumed run on two."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    for kind, save in SAVERS.items():
+        save(folder / kind)
+        write_rows(folder / f"{kind}.jsonl", rows_for(kind, 24))
+        write_rows(folder / f"{kind}-heldout.jsonl", rows_for(kind, 5, first=40))
+    lines = [text_flags(folder / "two" / name, **options(folder, name, 2)) for name in CASES]
+    resumed = options(folder, "causal-bilora", 2) | {
+        "resume_from_checkpoint": folder / "two" / "causal-bilora" / "checkpoints" / "step-3"
+    }
+    lines.append(text_flags(folder / "two" / "resumed", **resumed))
+    said = launch(folder / "lines.json", lines)
+    assert said.returncode == 0, said.stderr
+    for name in CASES:
+        train_text(folder / "one" / name, **options(folder, name, 1))
+    return Setting(folder, said.stdout)
+
+
+def launch(file: Path, lines: list[list[str]]) -> subprocess.CompletedProcess[str]:
+    """Run these command lines on two processes, under FSDP2 as accelerate has it."""
+    file.write_text(json.dumps([[str(word) for word in line] for line in lines]))
+    return torchrun(ROOT / "tests" / "scripts" / "fsdp_on_cpu.py", [str(file)])
+
+
+def torchrun(program: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """Start a program on two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(program), *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **ENGINE},
+        check=False,
+        timeout=900,
+    )
+
+
+def test_frozen_weights_are_split(setting: Setting) -> None:
+    """Each process keeps half of an untied model, and of T5 all that is not its tied embedding."""
+    shares = [int(a) / int(b) for a, b in re.findall(r"kept (\d+) of (\d+)", setting.said)]
+    assert len(shares) == 2 * (len(CASES) + 1)
+    assert max(shares) < 0.62
+    assert min(shares) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_agree_with_one(setting: Setting, name: str) -> None:
+    """Data, losses, norms before and after projection, gradient norm, held-out loss, metrics."""
+    one, two = (setting.run(name, processes) for processes in ("one", "two"))
+    close = 1e-5 if "mixed_precision" not in CASES[name] else 2e-3
+    rows = [runlog.read_metrics(folder) for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1]) > 6
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds", "time"}:
+            if isinstance(a[key], float):
+                assert a[key] == pytest.approx(b[key], abs=close), key
+            else:
+                assert a[key] == b[key], key
+    assert text_difference(one, two) < close
+
+
+@pytest.mark.parametrize("name", ["causal-bilora", "seq2seq-bilora"])
+def test_answers_are_the_same(setting: Setting, name: str) -> None:
+    answers = [
+        (setting.run(name, n) / "validation" / "step-6" / "predictions.jsonl").read_text()
+        for n in ("one", "two")
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 5
+
+
+@pytest.mark.parametrize("name", ["causal-bilora", "seq2seq-bilora"])
+def test_checkpoints_hold_whole_tensors(setting: Setting, name: str) -> None:
+    """Adapters, averages and moments, with the same names and shapes as from one process."""
+    for file in ("adapters.safetensors", "optimizer.safetensors"):
+        one, two = (
+            load_file(setting.run(name, n) / "checkpoints" / "step-6" / file)
+            for n in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_is_exact(setting: Setting) -> None:
+    whole, resumed = (setting.run(name, "two") for name in ("causal-bilora", "resumed"))
+    assert text_difference(whole, resumed) == 0
+    losses = [
+        [row["loss"] for row in runlog.read_metrics(folder) if "loss" in row][-3:]
+        for folder in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_one_process_goes_on_where_two_stopped(setting: Setting) -> None:
+    flags = options(setting.folder, "causal-bilora", 1) | {
+        "resume_from_checkpoint": setting.run("causal-bilora", "two") / "checkpoints" / "step-3"
+    }
+    folder = train_text(setting.folder / "one" / "resumed", **flags)
+    assert text_difference(folder, setting.run("causal-bilora", "two")) < 1e-5
+
+
+def test_only_the_main_process_writes(setting: Setting) -> None:
+    """The file holds the primary alone, and a run's folder nothing that one process leaves not."""
+    for name in ("causal-bilora", "seq2seq-bilora"):
+        one, two = (
+            sorted(str(p.relative_to(f)) for p in f.rglob("*"))
+            for f in (setting.run(name, "one"), setting.run(name, "two"))
+        )
+        assert one == two
+        assert not any("auxiliary" in key for key in exported(setting.run(name, "two")))
+
+
+def test_refusals_come_before_anything_is_written(setting: Setting) -> None:
+    values = options(setting.folder, "causal-bilora", 2) | {"method": "full"}
+    out = setting.folder / "refused"
+    said = launch(setting.folder / "refused.json", [text_flags(out, **values)])
+    assert said.returncode != 0
+    assert "--method full under FSDP2 is refused, since" in said.stderr
+    assert not out.exists()
+
+
+def test_the_script_says_that_cpus_split_nothing(setting: Setting) -> None:
+    """As accelerate is: the script itself, without the help of these tests."""
+    out = setting.folder / "on-cpus"
+    said = torchrun(SCRIPT, text_flags(out, **options(setting.folder, "causal-bilora", 2)))
+    assert said.returncode != 0
+    assert said.stderr.count("error: FSDP on CPUs is refused, since accelerate would split") == 1
+    assert not out.exists()
