@@ -131,10 +131,15 @@ class TextSource:
             arguments = {
                 k: v for k, v in arguments.items() if k in ("cache_dir", "trust_remote_code")
             }
-        loader = _auto("Tokenizer")
-        return _reading(
-            other or self.name, "tokenizer", lambda: loader.from_pretrained(location, **arguments)
-        )
+        name, loader = other or self.name, _auto("Tokenizer")
+        made = _reading(name, "tokenizer", lambda: loader.from_pretrained(location, **arguments))
+        # Without its files Transformers makes an empty one of some types, and says nothing.
+        if not set(made.get_vocab()) - set(made.all_special_tokens):
+            raise UserError(
+                f'the tokenizer of "{name}" knows no words: add its files, or give another with'
+                " --tokenizer_name."
+            )
+        return made
 
 
 def open_text_model(
