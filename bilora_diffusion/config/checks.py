@@ -39,6 +39,7 @@ AT_LEAST_ONE = (
 )
 AT_LEAST_ZERO = (
     "max_predictions",
+    "eval_train_samples",
     "seed",
     "num_validation_images",
     "validation_loss_steps",

@@ -90,7 +90,10 @@ def check_results(values: dict[str, Any], given: frozenset[str]) -> None:
     """
     if values["task"] or values["validation_file"]:
         return
-    for name in ("validation_loss_steps", "validation_epochs", "eval_on_start", "max_predictions"):
+    for name in (
+        *("validation_loss_steps", "validation_epochs", "eval_on_start"),
+        *("eval_train_samples", "max_predictions"),
+    ):
         if name in given and values[name]:
             raise UserError(
                 f"{said(name, values)} has no effect without held-out rows: add --validation_file"

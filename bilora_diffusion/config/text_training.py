@@ -85,6 +85,9 @@ class EvaluationOptions:
         "Measure the held-out loss every so many steps; 0: at the start and the end only.",
         aliases=["--eval_steps"],
     )
+    eval_train_samples: int = option(
+        0, "Measure the loss on so many training rows too, for python -m eval.generalization."
+    )
     validation_epochs: int | None = option(
         None,
         "Let the model answer the held-out rows every so many epochs. Default: at the end only.",

@@ -32,7 +32,7 @@ class Evaluation:
     on the batch size beyond rounding.
 
     Args:
-        cfg: ``eval_batch_size``, ``max_predictions``, ``generation_max_new_tokens`` and lengths.
+        cfg: the options of evaluation, and lengths.
         loaded: the model, its tokenizer and kind.
         module: the model with its loss.
         data: with a validation set.
@@ -48,21 +48,30 @@ class Evaluation:
         self.new_tokens = 0 if loaded.kind == "classification" else _new_tokens(cfg, loaded)
 
     def measure(self) -> dict[str, float]:
-        """``heldout_loss``: the mean over all target tokens; and a classifier's metrics."""
-        total = 0.0
-        classes: dict[int, int] = {}
-        with inference(self.module):
-            for numbers, inputs in self._batches(self.rows):
-                logits = self.module.logits(inputs)
-                total += float(self.module.losses(logits, inputs["labels"]).double().sum())
-                if self.loaded.kind == "classification":
-                    classes.update(zip(numbers, logits.argmax(-1).tolist(), strict=True))
-        found = {PREFIX + "loss": total / sum(self.rows.target_tokens)}
+        """``heldout_loss``: the mean over all target tokens; a classifier's metrics; and
+        ``train_grid_loss``, the same on the first ``eval_train_samples`` training rows.
+        """
+        loss, classes = self._measure(self.rows, len(self.rows))
+        found = {PREFIX + "loss": loss}
         if classes:
             words = self.data.label_words
             predictions = [words[classes[i]] for i in range(len(self.rows))]
             found |= self._scores(predictions, range(len(self.rows)))
+        if self.cfg.eval_train_samples:
+            count = min(len(self.data.train), self.cfg.eval_train_samples)
+            found["train_grid_loss"], _ = self._measure(self.data.train, count)
         return found
+
+    def _measure(self, rows: Encoded, count: int) -> tuple[float, dict[int, int]]:
+        """Mean loss per target token of the first ``count`` rows, and a classifier's choices."""
+        total, classes = 0.0, {}
+        with inference(self.module):
+            for numbers, inputs in self._batches(rows, count):
+                logits = self.module.logits(inputs)
+                total += float(self.module.losses(logits, inputs["labels"]).double().sum())
+                if self.loaded.kind == "classification":
+                    classes.update(zip(numbers, logits.argmax(-1).tolist(), strict=True))
+        return total / sum(rows.target_tokens[:count]), classes
 
     def answer(self, folder: Path) -> dict[str, float]:
         """Let the model answer, greedily; returns metrics of the answers.
@@ -102,8 +111,8 @@ class Evaluation:
         )
         return {PREFIX + name: value for name, value in found.items()}
 
-    def _batches(self, rows: Encoded) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        order = sorted(range(len(rows)), key=lambda i: -rows.lengths[i])
+    def _batches(self, rows: Encoded, count: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        order = sorted(range(count), key=lambda i: -rows.lengths[i])
         device = next(self.module.parameters()).device
         for numbers in _chunks(order, self.cfg.eval_batch_size):
             batch = collate(

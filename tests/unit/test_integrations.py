@@ -273,7 +273,8 @@ def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path: Path) -> Non
     llm = tiny_llm()
     model = AutoModelForSequenceClassification.from_config(llm.config)
     before = model.score.weight.detach().clone()
-    examples = [{"input_ids": row["input_ids"], "labels": n % 2} for n, row in enumerate(rows())]
+    tokens = rows()["input_ids"]
+    examples = [{"input_ids": ids, "labels": n % 2} for n, ids in enumerate(tokens)]
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=examples)  # pyright: ignore
     bilora = use_bilora(trainer, config)
     trainer.train()

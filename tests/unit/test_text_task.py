@@ -198,3 +198,14 @@ def test_half_precision_losses_are_summed_in_float32() -> None:
         logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
     )
     torch.testing.assert_close(losses, each.sum(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_on_training_rows_is_measured_when_asked_for(tmp_path: Path, kind: str) -> None:
+    task = task_of(tmp_path, kind, eval_train_samples=5)
+    evaluation = task.evaluation
+    assert evaluation is not None
+    batch = collate([task.data.train.row(i) for i in range(5)], kind, 0)
+    with torch.no_grad():
+        theirs = task.loaded.model(**batch).loss
+    assert evaluation.measure()["train_grid_loss"] == pytest.approx(float(theirs), abs=1e-6)
