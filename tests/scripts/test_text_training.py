@@ -50,16 +50,16 @@ def test_a_small_t5_learns_64_answers_by_heart(tmp_path: Path) -> None:
         model_name_or_path=save_t5(tmp_path / "t5", d_model=64, d_ff=128, d_kv=16),
         train_file=file,
         validation_file=file,
-        max_train_steps=250,
+        max_train_steps=400,
         train_batch_size=32,
         rank=32,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         max_target_length=8,
         eval_on_start=True,
     )
     assert column(folder, "heldout_exact_match") == [0.0, 1.0]
     assert column(folder, "heldout_loss")[-1] < 0.05
-    answers = (folder / "validation" / "step-250" / "predictions.jsonl").read_text().splitlines()
+    answers = (folder / "validation" / "step-400" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["prediction"] for line in answers] == [row["answer"] for row in rows]
 
 
@@ -130,8 +130,9 @@ def test_dynamics_are_recorded(tmp_path: Path, method: str) -> None:
     folder = train_text(tmp_path / "run", **given, dynamics_steps=1)
     assert len(list(folder.rglob("*.safetensors"))) == 1 + 3  # the adapter, and steps 0, 1 and 2
     key = {"bilora": "ascent_gain", "lora-sam": "norm_BeA"}[method]
-    assert all(value is not None for value in column(folder, key))
-    assert len(column(folder, key)) == 2
+    recorded = [row[key] for row in column(folder, "dynamics") if key in row]
+    assert len(recorded) == 2
+    assert all(value is not None for value in recorded)
 
 
 def test_the_average_is_exported_and_both_are_kept(tmp_path: Path) -> None:
