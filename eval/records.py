@@ -100,6 +100,7 @@ GENERALIZATION = Format("generalization", "generalization.json", "generalization
 LANDSCAPE = Format("landscape", "landscape.json", "landscape")
 SCORES = Format("clip_scores", "scores.json", "clip_scores")
 SWEEP = Format("sweep", "sweep.json", None)
+TEXT_SCORES = Format("text_scores", "text_scores.json", "text_scores")
 
 
 def typed(kind: Any, value: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 from bilora_diffusion.data.seeds import digest_texts
 from bilora_diffusion.durable import dump_json, strict_json, write_text
 
-from .schema import Measured, measured_of
+from ..records import typed
+from .schema import Measured
 
 FOLDER = "pieces"
 
@@ -38,7 +39,7 @@ class Store:
             record = json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8"))
             if record["identity"] != identity(about):
                 return None
-            return measured_of(record["measured"])
+            return typed(Measured, record["measured"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -8,21 +8,14 @@ Shares are in [0, 1] and points are as they are; reports show shares times 100.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.durable import dump_json, strict_json, write_text
-from bilora_diffusion.errors import UserError
-
+from ..records import TEXT_SCORES
 from ..statistics import Interval
 
-SCHEMA_VERSION = 1
-KIND = "text_scores"
-FILE = "text_scores.json"
 PERCENT, POINTS = "%", "points"
-_AGAIN = "run python -m eval.text_scores again"
 
 
 @dataclass(frozen=True)
@@ -170,10 +163,16 @@ class TextScores:
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for score in self.scores:
+            if not (0 <= score.run < len(self.runs)) or not (
+                0 <= score.benchmark < len(self.benchmarks)
+            ):
+                raise ValueError("a position is out of range")
+
     def write(self, folder: Path) -> None:
         """Write ``text_scores.json`` in one piece."""
-        record, _ = strict_json({"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)})
-        write_text(folder / FILE, dump_json(record))
+        TEXT_SCORES.write(self, folder)
 
     @classmethod
     def read(cls, folder: Path) -> TextScores:
@@ -182,58 +181,4 @@ class TextScores:
         Raises:
             UserError: there is none, it is damaged, or another version wrote it.
         """
-        path = Path(folder) / FILE
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version = record.pop("schema_version")
-            kind = record.pop("kind")
-        except OSError as error:
-            raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {_AGAIN}") from error
-        if version != SCHEMA_VERSION or kind != KIND:
-            raise UserError(
-                f"{path} is {kind!r} of schema version {version!r}, not {KIND!r} of"
-                f" {SCHEMA_VERSION}: {_AGAIN}"
-            )
-        try:
-            return _typed(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {_AGAIN}") from error
-
-
-def measured_of(record: dict[str, Any]) -> Measured:
-    """What ``asdict`` made of a ``Measured``.
-
-    Raises:
-        KeyError, TypeError: it is not one.
-    """
-    values: dict[str, Any] = {**record, "items": [Item(**item) for item in record["items"]]}
-    return Measured(**values)
-
-
-def _typed(record: dict[str, Any]) -> TextScores:
-    found = TextScores(
-        **record
-        | {
-            "runs": [RunEntry(**row) for row in record["runs"]],
-            "benchmarks": [BenchmarkEntry(**row) for row in record["benchmarks"]],
-            "scores": [
-                Score(**row | {"measured": measured_of(row["measured"])})
-                for row in record["scores"]
-            ],
-            "summaries": [Summary(**row) for row in record["summaries"]],
-            "comparisons": [
-                Comparison(**row | {"interval": _interval(row["interval"])})
-                for row in record["comparisons"]
-            ],
-        }
-    )
-    for score in found.scores:
-        if not (0 <= score.run < len(found.runs) and 0 <= score.benchmark < len(found.benchmarks)):
-            raise ValueError("a position is out of range")
-    return found
-
-
-def _interval(record: dict[str, float] | None) -> Interval | None:
-    return None if record is None else Interval(**record)
+        return TEXT_SCORES.read(cls, folder)
