@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters
+from .adapters.access import within
 from .errors import UserError
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
@@ -97,7 +98,7 @@ def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[st
     # A layer that stands in two places comes twice. Of a subclass one can't know how its weight is
     # used: nn.MultiheadAttention reads that of its last layer and never calls it.
     for path, module in model.named_modules(remove_duplicate=False):
-        spared = module is head or any(f".{name}." in f".{path}." for name in names)
+        spared = module is head or within(path, names)
         if path and type(module) is nn.Linear and not spared:
             yield path, module
 

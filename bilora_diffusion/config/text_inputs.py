@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..tasks.text_models import KINDS
+from ..data.text.examples import KINDS
+from ..data.text.templates import TEMPLATES
 from .fields import option
-
-TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
 
 @dataclass(frozen=True)

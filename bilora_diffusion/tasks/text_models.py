@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..data.seeds import seed_of
+from ..data.text.examples import KINDS
 from ..errors import UserError
 from .text_places import gguf_file, locate
 
-KINDS = ("seq2seq", "causal", "classification")
 CLASS_HEADS = ("classifier", "score")
 """Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.quantize import quantize_nf4
-from bilora_diffusion.tasks.text_models import CLASS_HEADS, TextModel, load_text_model
+from bilora_diffusion.tasks.text_models import TextModel, load_text_model
 
 from .subjects import ADAPTER, WHOLE_MODEL, Base, Subject
 
@@ -112,7 +112,7 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> TextMod
         trust_remote_code=wanted.trust_remote_code,
     )
     if wanted.quantize == "nf4":
-        quantize_nf4(found.model, dtype, skip=CLASS_HEADS, device=device)
+        quantize_nf4(found.model, dtype, skip=found.whole_modules, device=device)
     found.model.to(device)
     return found
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ..seeds import digest_texts
-from .examples import Example
+from .examples import KINDS, Example
 from .table import INPUT_COLUMNS, Tokenize, features_of, table
 from .templates import settle_template
 from .tokenizing import generation_prompt, require_eos
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoded", "encode", "generation_prompt"]
 
-KINDS = ("seq2seq", "causal", "classification")
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids", "segment_ids")
 WRITE_ROWS = 1000
 NO_LIMIT = 10**9
