@@ -58,6 +58,8 @@ def run(argv: list[str]) -> None:
     from bilora_diffusion.train_text import main
 
     if AcceleratorState._shared_state:
+        # Later processes would find the folder that the first has begun: a launch starts together.
+        PartialState().wait_for_everyone()
         AcceleratorState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     main(argv)
