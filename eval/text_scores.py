@@ -2,13 +2,15 @@
 
     python -m eval.text_scores runs/lora runs/bilora base --benchmarks gsm8k,mmlu
     python -m eval.text_scores runs/*-cola-* runs/*-mrpc-* --benchmarks heldout    # Tables 1 and 2
+    python -m eval.text_scores runs/*-rte-* base --benchmarks heldout,heldout_loss
     python -m eval.text_scores runs/bilora --benchmarks humaneval --allow_code_execution
     python -m eval.text_scores adapter base --model_name_or_path meta-llama/Llama-3.1-8B \\
         --benchmarks mmlu,drop,bbh --limit 20                                      # a trial
     python -m eval.text_scores runs/lora runs/bilora --benchmarks mtbench \\
         --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
 
-A run is a run folder or a folder with a PEFT adapter; `base` is the model without one. Runs of one
+A run is a run folder or a folder with a PEFT adapter; `base` is the model without one, and among
+recorded figures (heldout) what the runs measured before their first step. Runs of one
 method that differ in the seed only are one row. What is finished is kept, so that the same command
 goes on where it was interrupted. Writes text_scores.json, text_scores.csv and report.md.
 

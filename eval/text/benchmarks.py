@@ -3,8 +3,10 @@
 The paper says where its numbers come from and not with which prompts. For the Llama 3.1 half it
 names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
 examples, DROP and BBH with 3, all without a chain of thought, and HumanEval with none; these are
-the defaults. GSM8K, HumanEval and MT-Bench get no examples and the template that the run was
-trained with, as LoRA-GA (Wang et al. 2024, https://arxiv.org/abs/2407.05000) did on the same data.
+the defaults. Prompts and matching are the harness's; INSTRUCTEVAL's own code takes any answer that
+begins with the label, and leaves out DROP's questions with several answers. GSM8K, HumanEval and
+MT-Bench get no examples and the template that the run was trained with, as LoRA-GA (Wang et al.
+2024, https://arxiv.org/abs/2407.05000) did on the same data.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from bilora_diffusion.errors import UserError, did_you_mean
 from .schema import PERCENT, POINTS
 
 HARNESS, HUMANEVAL, MTBENCH, HELDOUT = "harness", "humaneval", "mtbench", "heldout"
+HELDOUT_LOSS = "heldout_loss"
 OF_RUN, NONE = "run", "none"
 GIVEN_TEMPLATES = (OF_RUN, NONE, *TEMPLATES)
 
@@ -67,7 +70,8 @@ PAPER: Mapping[str, Benchmark] = {
         Benchmark("bbh", "BBH", task="bbh_fewshot", num_fewshot=3, metric="exact_match,none"),
         Benchmark("humaneval", "HumanEval", HUMANEVAL, metric="pass@1", template=OF_RUN),
         Benchmark("mtbench", "MT-Bench", MTBENCH, metric="score", template=OF_RUN, unit=POINTS),
-        Benchmark("heldout", "held-out", HELDOUT),
+        Benchmark(HELDOUT, "held-out", HELDOUT),
+        Benchmark(HELDOUT_LOSS, "held-out loss", HELDOUT),
     )
 }
 

@@ -95,7 +95,7 @@ def measure(
 
     Args:
         found: see :func:`manager`.
-        template: around each prompt; "none" for the bare prompt.
+        template: around each prompt; "none" for the bare prompt. T5 and its kin have none.
         limit: the first so many items of each task; None for all.
 
     Raises:
@@ -106,6 +106,8 @@ def measure(
     tasks = _tasks(found, benchmark)
     _check_name(tasks, benchmark)
     _set(tasks["tasks"], benchmark)
+    if loaded.kind == "seq2seq":  # as in training, which shows them the bare prompt
+        template = NONE
     with _quiet():
         result = evaluate(
             _model(loaded, template, batch_size),

@@ -32,7 +32,7 @@ def run(plan: Plan, folder: Path, command: str) -> TextScores:
     Raises:
         UserError: something can't be loaded or asked; what was measured is kept.
     """
-    recorded = heldout.columns(plan.subjects) if plan.heldout else []
+    recorded = heldout.columns(plan.subjects, plan.heldout) if plan.heldout else []
     entries = [subject.entry() for subject in plan.subjects]
     control = compare.settle_control(entries, plan.args.control)
     columns = [column for column, _ in recorded]

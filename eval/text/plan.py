@@ -43,7 +43,7 @@ class Plan:
     Args:
         subjects: what is scored.
         chosen: by what; the recorded figures are apart.
-        heldout: whether recorded figures are asked for.
+        heldout: which recorded figures are asked for.
         manager: the harness's task manager; None where no task of it is asked.
         problems, sandbox: of HumanEval.
         questions, judge: of MT-Bench.
@@ -53,7 +53,7 @@ class Plan:
     args: argparse.Namespace
     subjects: list[Subject]
     chosen: list[Benchmark]
-    heldout: bool
+    heldout: list[str]
     manager: Any
     problems: list[humaneval.Problem]
     sandbox: Sandbox | None
@@ -130,7 +130,6 @@ def make(args: argparse.Namespace) -> Plan:
             f'--template "{args.template}"{did_you_mean(args.template, GIVEN_TEMPLATES)} is none:'
             f" give one of {', '.join(GIVEN_TEMPLATES)}."
         )
-    words = [word.strip() for word in args.benchmarks.split(",")]
     tasks = benchmarks.harness_tasks(args.benchmarks)
     manager = harness.manager(tasks, args.include_path) if tasks else None
     known = list(manager.all_tasks) if manager else []
@@ -138,9 +137,9 @@ def make(args: argparse.Namespace) -> Plan:
     for entry in chosen:
         if entry.engine == HARNESS:
             harness.require_task(manager, entry)
-    found = subjects.gather(args, only_heldout=set(words) == {HELDOUT})
-    device = open_device(args.device)
     engines = {entry.engine for entry in chosen}
+    found = subjects.gather(args, only_heldout=engines == {HELDOUT})
+    device = open_device(args.device)
     if engines - {HELDOUT}:
         _require_writers(found)
     mt_judge = questions = problems = sandbox = None
@@ -154,7 +153,7 @@ def make(args: argparse.Namespace) -> Plan:
         args=args,
         subjects=found,
         chosen=[entry for entry in chosen if entry.engine != HELDOUT],
-        heldout=HELDOUT in engines,
+        heldout=[entry.name for entry in chosen if entry.engine == HELDOUT],
         manager=manager,
         problems=problems or [],
         sandbox=sandbox,

@@ -34,7 +34,7 @@ def table(result: TextScores) -> str:
     names = compare.rows(result.runs)
     trained = {run.group for run in result.runs if run.kind != compare.BASE}
     best = [_best(result, benchmark, trained) for benchmark in range(len(result.benchmarks))]
-    averaged = _can_average(result)
+    averaged, measured = _can_average(result), any(run.peak_memory for run in result.runs)
     body = []
     for name in names:
         cells = []
@@ -45,8 +45,10 @@ def table(result: TextScores) -> str:
             cells.append(f"**{text}**" if bold else text)
         if averaged:
             cells.append(_average(result, [shown.get((name, b)) for b in range(len(best))]))
-        body.append([name, _cost(result, name), *cells])
-    head = ["method", "cost", *(_head(column) for column in result.benchmarks)]
+        memory = [_memory(result, name)] if measured else []
+        body.append([name, _cost(result, name), *memory, *cells])
+    head = ["method", "cost", *(["peak memory"] if measured else [])]
+    head += [_head(column) for column in result.benchmarks]
     return markdown.table([*head, "avg."] if averaged else head, body)
 
 
@@ -54,7 +56,8 @@ def legend() -> str:
     """What the cells are."""
     return (
         "Mean ± standard error over seeds; without ± there is one run. Percentages, but for points"
-        " and losses. Cost: gradient steps per training iteration. The best trained row in bold."
+        " and losses. Cost: gradient steps per training iteration. Peak memory: the most that a run"
+        " took to train, on a CPU by its process. The best trained row in bold."
     )
 
 
@@ -67,7 +70,18 @@ def to_csv(result: TextScores) -> str:
     """One row per run and benchmark, unrounded."""
     text = io.StringIO()
     heads = ["run", "group", "kind", "method", "seed", "training_set", "base_model", "quantize"]
-    names = [*heads, "cost", "benchmark", "metric", "unit", "value", "items", "unparsed", "others"]
+    names = [
+        *heads,
+        "cost",
+        "peak_memory",
+        "benchmark",
+        "metric",
+        "unit",
+        "value",
+        "items",
+        "unparsed",
+        "others",
+    ]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(_csv_row(result, score) for score in result.scores)
@@ -87,6 +101,7 @@ def _csv_row(result: TextScores, score: Score) -> dict[str, object]:
         "base_model": run.base_model,
         "quantize": run.quantize,
         "cost": run.cost,
+        "peak_memory": run.peak_memory,
         "benchmark": column.name,
         "metric": column.metric,
         "unit": column.unit,
@@ -135,6 +150,11 @@ def _cost(result: TextScores, group: str) -> str:
     costs = {run.cost for run in result.runs if run.group == group}
     known = costs - {None}
     return f"×{known.pop()}" if len(known) == 1 and len(costs) == 1 else "–"
+
+
+def _memory(result: TextScores, group: str) -> str:
+    peak = max(run.peak_memory or 0 for run in result.runs if run.group == group)
+    return f"{peak / 2**30:.2f} GiB" if peak else "–"
 
 
 def _differences(result: TextScores) -> list[str]:

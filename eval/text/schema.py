@@ -73,6 +73,7 @@ class RunEntry:
         digest: of the weights; "" for the base model.
         base_model: without machine paths.
         quantize: "nf4" or "none".
+        peak_memory: bytes, of training, where known: the accelerator's, on a CPU the process's.
     """
 
     name: str
@@ -86,6 +87,7 @@ class RunEntry:
     digest: str
     base_model: str
     quantize: str
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class Subject:
         group: the row of the table that it belongs to.
         kind: "base", "run" or "adapter".
         source: the argument, without machine paths.
-        folder: of the adapter or the run; None for the base model.
+        folder: of the adapter or the run; None for the base model, or that of a run which
+            recorded what the base model gave before the first step.
         base: the model under it.
         template: that it was trained with.
         digest: of the weights, 32 hexadecimal digits; "" for the base model.
@@ -91,6 +92,7 @@ class Subject:
             digest=self.digest,
             base_model=without_paths(self.base.name),
             quantize=self.base.quantize,
+            peak_memory=self.record.get("peak_memory_bytes") or None,
         )
 
 
@@ -99,7 +101,8 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[Subject]:
 
     Args:
         args: runs, group, model_name_or_path, quantize, task_type, tokenizer_name, revision.
-        only_heldout: runs of different training sets then share a row, as they do in Table 1.
+        only_heldout: runs of different training sets then share a row, as they do in Table 1, and
+            the base model is what the runs of each seed measured before their first step.
 
     Raises:
         UserError: nothing to score, a folder that is neither, or no word on the base model.
@@ -113,7 +116,8 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[Subject]:
     first = found[0] if found else None
     found += [_of_adapter(Path(word), first, args) for word in others]
     if BASE in words:
-        found.append(_bare(found, args))
+        bare = _bare(found, args)
+        found += _before_training(bare, found) if only_heldout else [bare]
     return _named(found)
 
 
@@ -248,6 +252,23 @@ def _bare(found: Sequence[Subject], args: argparse.Namespace) -> Subject:
     base = found[0].base if found else _told(Base(args.model_name_or_path), args)
     template = found[0].template if found else "auto"
     return Subject(BASE, BASE, BASE, BASE, None, base, template, "", {})
+
+
+def _before_training(bare: Subject, found: Sequence[Subject]) -> list[Subject]:
+    """The base model once per training set and seed: a new head, for one, differs by the seed."""
+    runs: dict[tuple[str, int], Subject] = {}
+    for subject in found:
+        if subject.kind == RUN:
+            runs.setdefault((training_set(subject.record), subject.record["seed"]), subject)
+    return [
+        replace(
+            bare,
+            name=f"{BASE}-seed{seed}",
+            folder=run.folder,
+            record={"seed": seed, "config": run.record["config"]},
+        )
+        for (_, seed), run in runs.items()
+    ] or [bare]
 
 
 def _named(found: Sequence[Subject]) -> list[Subject]:

@@ -25,10 +25,12 @@ def arguments(*runs: Path | str, **values: Any) -> argparse.Namespace:
 
 def make_run(folder: Path, method: str = "lora", seed: int = 0, **values: Any) -> Path:
     """A run folder without weights that can be read."""
-    figures = values.pop("figures", {"heldout_accuracy": 0.5})
+    figures, before = values.pop("figures", {"heldout_accuracy": 0.5}), values.pop("before", {})
     log = RunLog(folder)
     config = {"model_name_or_path": "owner/base", "task": "cola", "task_type": "causal"} | values
     log.start(config | {"method": method, "seed": seed}, method, seed, None)
+    if before:
+        log.metric(0, **before)
     log.metric(1, loss=1.0, heldout_loss=3.0)
     log.metric(2, **{"heldout_loss": 2.0} | figures)
     log.finish()
@@ -175,19 +177,45 @@ def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
         make_run(tmp_path / "b", "bilora", figures={"heldout_matthews": 0.6}),
         make_run(tmp_path / "c", task="notes", figures={}),
     ]
-    found = heldout.columns(subjects.gather(arguments(*runs), True))
+    found = heldout.columns(subjects.gather(arguments(*runs), True), ["heldout"])
     assert [(c.title, c.unit, c.higher_is_better) for c, _ in found] == [
         ("cola Matthews", PERCENT, True),
-        ("notes loss", POINTS, False),
+        ("notes held-out loss", POINTS, False),
     ]
     assert {k: m.value for k, m in found[0][1].items()} == {0: 0.4, 1: 0.6}
     assert {k: m.value for k, m in found[1][1].items()} == {2: 2.0}
+    losses = heldout.columns(subjects.gather(arguments(*runs), True), ["heldout_loss"])
+    assert [c.title for c, _ in losses] == ["cola held-out loss", "notes held-out loss"]
+
+
+def test_the_base_model_is_what_the_runs_of_each_seed_met(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{method}{seed}", method, seed, before={"heldout_loss": 4.0 + seed})
+        for method in ("lora", "bilora")
+        for seed in (0, 1)
+    ]
+    found = subjects.gather(arguments(*runs, "base"), only_heldout=True)
+    entries = [subject.entry() for subject in found]
+    assert [(e.name, e.group, e.kind, e.seed, e.method, e.cost) for e in entries[4:]] == [
+        ("base-seed0", "base", "base", 0, None, None),
+        ("base-seed1", "base", "base", 1, None, None),
+    ]
+    assert all(e.peak_memory for e in entries[:4])
+    assert {e.peak_memory for e in entries[4:]} == {None}
+    (accuracy_column, accuracy), (_, loss) = heldout.columns(found, ["heldout", "heldout_loss"])
+    assert accuracy_column.title == "accuracy"
+    assert set(accuracy) == {0, 1, 2, 3}  # not measured before the first step
+    assert {k: (m.value, m.details["step"]) for k, m in loss.items() if k > 3} == {
+        4: (4.0, 0),
+        5: (5.0, 0),
+    }
 
 
 def test_what_recorded_nothing_is_refused(tmp_path: Path) -> None:
     silent = make_run(tmp_path / "silent")
     (silent / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="recorded no held-out figure"):
-        heldout.columns(subjects.gather(arguments(silent), True))
+        heldout.columns(subjects.gather(arguments(silent), True), ["heldout"])
+    bare = subjects.gather(arguments("base", model_name_or_path="x"), True)
     with pytest.raises(UserError, match="base has no recorded figures"):
-        heldout.columns(subjects.gather(arguments("base", model_name_or_path="x"), True))
+        heldout.columns(bare, ["heldout"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,22 @@ def test_of_losses_the_lower_is_better() -> None:
     assert "bilora is better than lora: -1.0000 [-1.0000, -1.0000]" in report.sentences(found)[0]
 
 
+def test_the_most_memory_that_a_run_of_the_row_took() -> None:
+    found = result({"base": {0: [0.0]}, "lora": {0: [1.0], 1: [0.0]}})
+    assert "peak memory" not in report.table(found)
+    peaks = (None, 2**30, 3 * 2**29)
+    runs = [replace(run, peak_memory=peak) for run, peak in zip(found.runs, peaks, strict=True)]
+    lines = report.table(replace(found, runs=runs)).splitlines()
+    assert lines[0].startswith("| method | cost | peak memory | Bench")
+    assert lines[2].startswith("| base | – | – |")
+    assert lines[3].startswith("| lora | ×1 | 1.50 GiB |")
+
+
 def test_the_csv_has_a_row_per_run_and_benchmark() -> None:
     lines = report.to_csv(result({"lora": {0: [0, 1, -1]}, "bilora": {0: [1, 1, 1]}})).splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("run,group,kind,method,seed,")
-    assert lines[1] == 'lora-0,lora,run,lora,0,,m,none,1,b,"acc,none",%,0.0,3,1,'
+    assert lines[1] == 'lora-0,lora,run,lora,0,,m,none,1,,b,"acc,none",%,0.0,3,1,'
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
