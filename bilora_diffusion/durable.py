@@ -31,6 +31,16 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def readable_as(pattern: Path, *paths: Path) -> None:
+    """Give files the permissions of one that was written by ``open``.
+
+    safetensors 0.8 makes its files readable by their owner alone, whatever the umask
+    (https://github.com/safetensors/safetensors/issues/782), and an adapter is made to be shared.
+    """
+    for path in paths:
+        shutil.copymode(pattern, path)
+
+
 def discard(path: Path) -> None:
     """Delete a file or a folder so that a crash never leaves half of it under its own name."""
     doomed = path

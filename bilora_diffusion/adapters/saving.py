@@ -8,9 +8,11 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..durable import readable_as
 from ..errors import UserError
 from .access import INITIAL, PRIMARY, layers, named_parameters, whole
 
@@ -90,8 +92,10 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
     if adapter == PRIMARY and layers(model, INITIAL):
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.inference_mode = True
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    save_file(tensors, weights, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+    readable_as(folder / CONFIG_NAME, weights)
 
 
 def peft_path(key: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from safetensors.torch import load_file
 from torch import nn
 
+from ..durable import readable_as
 from ..errors import TrainingError
 
 
@@ -34,6 +35,7 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         aside = Path(folder) / f".{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         cast(Any, model).save_pretrained(aside, safe_serialization=True)
+        readable_as(aside / "config.json", *aside.glob("*.safetensors"))
         report[name] = _compare(name, aside, model)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)

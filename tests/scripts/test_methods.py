@@ -117,6 +117,7 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(train: Train, tmp_path: Path)
     report = runlog.read_run(folder)["results"]["export"]["unet"]
     assert report == {"weights": 17317128, "readback_difference": 0.0}
     assert "subfolder='unet'" in (folder / "README.md").read_text()
+    assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1
 
 
 def test_full_fine_tuning_does_not_replace_foreign_models(train: Train, tmp_path: Path) -> None:

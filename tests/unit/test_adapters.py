@@ -212,6 +212,9 @@ def test_saved_primary_is_a_plain_peft_adapter(tmp_path: Path, use_dora: bool) -
         "adapter_model.safetensors",
         "adapter_config.json",
     }
+    (tmp_path / "plain").touch()
+    modes = {file.stat().st_mode for file in [tmp_path / "plain", *(tmp_path / "out").iterdir()]}
+    assert len(modes) == 1  # others may read it as they may any file
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "out"))
     with adapters.only(model, (PRIMARY,)):
         torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
