@@ -103,7 +103,7 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
     assert effects[-1] is None
     assert all(effect > 0 for effect in effects[:-1])
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "| method | cost | toy_choice | toy_text | avg. |" in report
+    assert "| method | cost | peak memory | toy_choice | toy_text | avg. |" in report
     assert str(tmp_path) not in report + (out / "text_scores.json").read_text(encoding="utf-8")
     assert len((out / "text_scores.csv").read_text().splitlines()) == 11
 
