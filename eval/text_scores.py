@@ -100,8 +100,11 @@ def score(args: argparse.Namespace, command: str) -> None:
         KeyboardInterrupt: Ctrl-C; what was measured is kept.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from bilora_diffusion.tasks.pipeline import quiet
+
     from .text import measure, plan
 
+    quiet()
     planned = plan.make(args)
     open_folder(args.output_dir)
     write(measure.run(planned, args.output_dir, command), args.output_dir)
