@@ -5,9 +5,10 @@
         --output_dir results/generalization
     python -m eval.generalization --group "LoRA=runs/a,runs/b" --group "rho 1=runs/c,runs/d"
 
-The runs have to be trained with --validation_dataset and --validation_loss_steps (recipes/mini.yaml
-does both). Runs of one method and setting that differ in the seed are repeats; differences to the
-control are paired by seed.
+Runs that make images have to be trained with --validation_dataset and --validation_loss_steps
+(recipes/mini.yaml does both), runs on text with --validation_loss_steps and --eval_train_samples.
+Runs of one method and setting that differ in the seed are repeats; differences to the control are
+paired by seed.
 Writes ``generalization.json``, ``generalization.md`` and ``generalization.png``.
 """
 

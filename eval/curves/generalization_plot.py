@@ -20,8 +20,8 @@ def draw(result: GeneralizationResult, folder: Path) -> list[str]:
     others = [group.label for group in result.groups if group.label != result.control]
     looks = {label: colors(i % 10) for i, label in enumerate(others)} | {result.control: "black"}
     panels = (
-        ("training", "loss on the training images", "train_grid_loss"),
-        ("heldout", "loss on held-out images", "heldout_loss"),
+        ("training", "loss on what is trained on", "train_grid_loss"),
+        ("heldout", "loss on held-out data", "heldout_loss"),
         ("gap", "gap: held-out minus training loss", "gap"),
     )
     with canvas(folder / FILE, 2 if others else 1, 3) as axes:

@@ -223,9 +223,11 @@ def _lowest_at(losses: Losses) -> float:
 def _notes(
     groups: Sequence[Group], results: Sequence[GroupGeneralization], level: EqualTraining | None
 ) -> list[str]:
+    text = all(run.is_text for group in groups for run in group.runs.values())
+    how, on = ("in the same way", "rows") if text else ("on one grid of noise levels", "images")
     notes = [
-        f"Both losses are measured on one grid of noise levels: `{HELDOUT}` on held-out images,"
-        f" `{TRAINING}` on those that were trained on."
+        f"Both losses are measured {how}: `{HELDOUT}` on held-out {on}, `{TRAINING}` on those that"
+        " were trained on."
     ]
     if level is not None:
         notes.append(

@@ -47,11 +47,16 @@ class RunFolder:
         value = config.get(name)
         return config.get(STANDS_FOR[name]) if value is None and name in STANDS_FOR else value
 
+    @property
+    def is_text(self) -> bool:
+        """Whether train_text_bilora.py made it."""
+        return "model_name_or_path" in self.record["config"]
+
     def settings(self) -> dict[str, Any]:
         """The options that made a difference to what was learned, but for the seed."""
         unread = option_names() - get(self.method).reads
         config = self.record["config"]
-        script = TextConfig if "model_name_or_path" in config else DreamBoothConfig
+        script = TextConfig if self.is_text else DreamBoothConfig
         names = set(config) - script.without_influence - unread - {"seed", "method"}
         return {name: self.option(name) for name in sorted(names)}
 

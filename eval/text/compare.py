@@ -19,7 +19,7 @@ SEEDS, ITEMS = "seeds", "items"
 def rows(runs: Sequence[RunEntry]) -> list[str]:
     """The groups in their order, the base model first."""
     found = list(dict.fromkeys(run.group for run in runs))
-    bare = [run.group for run in runs if run.kind == BASE]
+    bare = dict.fromkeys(run.group for run in runs if run.kind == BASE)
     return [*bare, *(group for group in found if group not in bare)]
 
 

@@ -19,6 +19,7 @@ PREFIX, LOSS = "heldout_", "heldout_loss"
 TITLES = {
     "matthews": "Matthews",
     "exact_match": "exact match",
+    "answer_match": "answer match",
     "f1": "F1",
     "loss": "held-out loss",
 }

@@ -125,6 +125,20 @@ def test_runs_of_other_data_are_not_paired(tmp_path: Path) -> None:
     assert any("saw other data or noise" in note for note in result.notes)
 
 
+def test_notes_speak_of_what_was_trained_on(result: GeneralizationResult, tmp_path: Path) -> None:
+    assert "held-out images" in result.notes[0]
+    text = recorded_runs.make(
+        tmp_path / "text",
+        "lora",
+        steps=STEPS[1:],
+        losses=losses("lora", 0),
+        config={"model_name_or_path": "smollm2"},
+    )
+    found = compare(groups.gather([str(text)], []), None, "x")
+    assert "held-out rows" in found.notes[0]
+    assert "noise" not in found.notes[0]
+
+
 def test_the_json_is_strict_and_the_figure_is_drawn(
     result: GeneralizationResult, tmp_path: Path
 ) -> None:

@@ -119,6 +119,12 @@ def test_of_losses_the_lower_is_better() -> None:
     assert "bilora is better than lora: -1.0000 [-1.0000, -1.0000]" in report.sentences(found)[0]
 
 
+def test_the_base_model_of_several_seeds_is_one_row() -> None:
+    found = result({"base": {0: [0.0], 1: [1.0]}, "lora": {0: [1.0], 1: [1.0]}}, POINTS)
+    assert [s.group for s in found.summaries] == ["base", "lora"]
+    assert [(c.group, c.pairs, c.mean) for c in found.comparisons] == [("base", 2, -0.5)]
+
+
 def test_the_most_memory_that_a_run_of_the_row_took() -> None:
     found = result({"base": {0: [0.0]}, "lora": {0: [1.0], 1: [0.0]}})
     assert "peak memory" not in report.table(found)
