@@ -131,4 +131,4 @@ def test_every_linear_layer_and_convolution_survives_both_formats(base, tmp_path
         loaded = copied(base)
         loaded.load_lora_weights(tmp_path, weight_name=name)
         assert len(adapters.layers(loaded.unet)) == len(layers)
-        assert np.array_equal(draw(loaded), expected)
+        assert np.abs(draw(loaded) - expected).max() < 1e-5

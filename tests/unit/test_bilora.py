@@ -118,12 +118,15 @@ def trained(name: str, options: MethodOptions, kind: str) -> tuple[list[float], 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_without_an_auxiliary_step_it_is_lora(kind: str) -> None:
-    """Auxiliary learning rate 0, rho large: B2 stays zero, and the trajectory is LoRA's."""
+    """Auxiliary learning rate 0, rho large: B2 stays zero, and the trajectory is LoRA's.
+
+    Up to rounding: some processors' products add up in an order that depends on the rank.
+    """
     options = MethodOptions(rho=1e9, auxiliary_learning_rate=0.0)
     losses, state = trained("bilora", options, kind)
     lora_losses, lora_state = trained("lora", MethodOptions(), kind)
-    assert losses == lora_losses
-    assert all(torch.equal(state[key], lora_state[key]) for key in lora_state)
+    torch.testing.assert_close(losses, lora_losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, lora_state, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
