@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from .. import adapters
 from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
 from ..checkpoint import check_same_run
-from ..durable import TEMPORARY, sync
+from ..durable import TEMPORARY, readable_as, sync
 from ..errors import UserError
 from ..state_codec import separate
 from ..trainer_state import load_tensors
@@ -46,8 +45,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
     aside = folder / f"{TEMPORARY}{STATE}"
     metadata = {"format": "pt", "bilora": json.dumps(settings)}
     save_file(separate(bilora._method.tensors().items()), aside, metadata=metadata)
-    # safetensors makes files that only their owner can read: use the rights of the others.
-    shutil.copymode(folder / "adapter_config.json", aside)
+    readable_as(folder / "adapter_config.json", aside)
     sync(aside)
     os.replace(aside, folder / STATE)
 

@@ -68,7 +68,7 @@ def answers(
 
 
 def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:
-    if loaded.kind == "causal" and template != NONE:
+    if loaded.shown(template) != NONE:
         return generation_prompt(Example(text, ""), loaded.tokenizer, template)
     ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])
     causal_end = loaded.kind == "causal" and ids[-1:] == [loaded.tokenizer.eos_token_id]

@@ -106,8 +106,7 @@ def measure(
     tasks = _tasks(found, benchmark)
     _check_name(tasks, benchmark)
     _set(tasks["tasks"], benchmark)
-    if loaded.kind == "seq2seq":  # as in training, which shows them the bare prompt
-        template = NONE
+    template = loaded.shown(template)
     with _quiet():
         result = evaluate(
             _model(loaded, template, batch_size),

@@ -19,6 +19,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.quantize import quantize_nf4
 from bilora_diffusion.tasks.text_models import TextModel, load_text_model
 
+from .benchmarks import NONE
 from .subjects import ADAPTER, WHOLE_MODEL, Base, Subject
 
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
@@ -41,6 +42,10 @@ class Loaded:
     device: torch.device
     max_tokens: int | None
     effect: float | None
+
+    def shown(self, template: str) -> str:
+        """The template that is really used: T5 and its kin get the bare prompt, as in training."""
+        return template if self.kind == "causal" else NONE
 
 
 class Bases:

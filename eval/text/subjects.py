@@ -160,7 +160,7 @@ def _grouped(
 
 def _of_run(run: groups.RunFolder, label: str, args: argparse.Namespace) -> Subject:
     config, folder = run.record["config"], run.folder
-    if "model_name_or_path" not in config:
+    if not run.is_text:
         raise UserError(
             f"{folder} is a run that makes images: score it by {SCORER_OF_IMAGES} {folder}."
         )
