@@ -193,6 +193,11 @@ def _steps(root: Path) -> dict[int, Path]:
     return found
 
 
+def steps(folder: Path) -> list[int]:
+    """The steps of which run ``folder`` holds checkpoints, in order."""
+    return sorted(_steps(Path(folder) / CHECKPOINTS))
+
+
 def _found(path: Path) -> Path:
     """``path``, or where it is while it is being replaced."""
     if path.exists() or not path.name:

@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from . import adapters, checkpoint, sharding
+from . import adapters, checkpoint, sharding, trackers
 from .averaging import Average
+from .console import Bar
 from .data.seeds import digest_texts, seed_of
 from .dynamics import Dynamics
 from .errors import TrainingError
@@ -227,24 +227,25 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
 
     ``log`` is the main process's record; the other processes have none.
     """
-    if trainer.step == 0:
-        trainer.initialise()
-        _snapshot(trainer, folder)
-        _heldout(trainer, log)
-        if trainer.cfg.eval_on_start:
-            _validate(trainer, folder, log)
-    bar = tqdm(
-        total=trainer.num_steps, initial=trainer.step, desc=trainer.method.name, disable=log is None
-    )
-    with bar:  # closed on an error too, whose sentence then has a line of its own
+    doing = None if log is None else log.doing
+    # The bar is closed on an error too, whose sentence then has a line of its own.
+    with Bar(trainer.num_steps, trainer.step, trainer.method.name, doing) as bar:
+        if trainer.step == 0:
+            with bar.waiting_for("starting values"):
+                trainer.initialise()
+            _snapshot(trainer, folder)
+            _heldout(trainer, log, bar)
+            if trainer.cfg.eval_on_start:
+                _validate(trainer, folder, log, bar)
         for batches in trainer.micro_batches():
             values = trainer.train_step(batches)
-            bar.update()
-            bar.set_postfix(_postfix(values))
-            _after_step(trainer, values, folder, log)
+            bar.step(values)
+            _after_step(trainer, values, folder, log, bar)
 
 
-def _after_step(trainer: Trainer, values: dict[str, Any], folder: Path, log: RunLog | None) -> None:
+def _after_step(
+    trainer: Trainer, values: dict[str, Any], folder: Path, log: RunLog | None, bar: Bar
+) -> None:
     """Write down what a step gave, and whatever falls due after it."""
     cfg = trainer.cfg
     numbers = {k: v for k, v in values.items() if isinstance(v, float)}
@@ -254,9 +255,9 @@ def _after_step(trainer: Trainer, values: dict[str, Any], folder: Path, log: Run
     _snapshot(trainer, folder)
     done = trainer.step == trainer.num_steps
     if done or _due(trainer.step, cfg.validation_loss_steps):
-        _heldout(trainer, log)
+        _heldout(trainer, log, bar)
     if done or _due(trainer.step, _validation_steps(trainer)):
-        _validate(trainer, folder, log)
+        _validate(trainer, folder, log, bar)
     if _due(trainer.step, cfg.checkpointing_steps):
         if log is not None:
             log.sync()
@@ -272,13 +273,6 @@ def _due(step: int, every: int | None) -> bool:
     return bool(every) and step % every == 0  # pyright: ignore[reportOperatorIssue]
 
 
-def _postfix(values: dict[str, Any]) -> dict[str, str]:
-    shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.1e}"}
-    if "auxiliary_norm" in values:
-        shown["aux"] = f"{values['auxiliary_norm']:.4f}"
-    return shown
-
-
 def _validation_steps(trainer: Trainer) -> int | None:
     """``--validation_epochs`` in steps; None where only the end is validated."""
     if trainer.cfg.validation_epochs is None:
@@ -287,23 +281,31 @@ def _validation_steps(trainer: Trainer) -> int | None:
     return trainer.cfg.validation_epochs * epoch
 
 
-def _heldout(trainer: Trainer, log: RunLog | None) -> None:
+def _heldout(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
     """The loss on the validation set, written to the log by the main process, which computes it;
     where weights are split, every process does.
     """
     if log is not None or trainer.accelerator.is_fsdp2:
-        _measured(trainer, log, trainer.task.heldout_loss(trainer.evaluating()))
+        with bar.waiting_for("held-out loss"):
+            values = trainer.task.heldout_loss(trainer.evaluating())
+        _measured(trainer, log, values)
     trainer.accelerator.wait_for_everyone()
 
 
-def _validate(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
+def _validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
     """Images or answers of the validation set, made by the main process; where weights are split,
     every process makes them, and what the others write is dropped.
     """
     if log is not None or trainer.accelerator.is_fsdp2:
-        with torch.random.fork_rng(), tempfile.TemporaryDirectory() as aside:
+        with (
+            bar.waiting_for("validation"),
+            torch.random.fork_rng(),
+            tempfile.TemporaryDirectory() as aside,
+        ):
             kept = folder if log is not None else Path(aside)
             values = trainer.task.validate(trainer.step, kept, trainer.evaluating())
+            if log is not None:
+                trackers.log_images(trainer, kept)
         _measured(trainer, log, values)
     trainer.accelerator.wait_for_everyone()
 

@@ -21,8 +21,6 @@ def card(
     cfg: Any, folder: Path, images: Sequence[Path], repo_id: str | None, results: dict[str, Any]
 ) -> Path:
     """Write the run folder's ``README.md`` from what the run knows."""
-    count = cfg.num_validation_images
-    prompts = [prompt for prompt in cfg.validation_prompts for _ in range(count)]
     full = get(cfg.method).exports_weights
     shown = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
     return write_card(
@@ -30,7 +28,7 @@ def card(
         base_model=cfg.pretrained_model_name_or_path,
         method=cfg.method,
         dataset=cfg.dataset_name or cfg.instance_data_dir,
-        prompts=prompts[: len(images)],
+        prompts=cfg.sampled_prompts[: len(images)],
         images=images,
         instance_prompt=cfg.instance_prompt,
         settings=run_settings(cfg, results["steps"]),

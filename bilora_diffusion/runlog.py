@@ -25,6 +25,7 @@ import torch
 from . import checkpoint, provenance, snapshots
 from .durable import dump_json, strict_json, sync, write_text
 from .errors import UserError
+from .lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
 from .methods import get
 from .model_card import write_card
 
@@ -37,8 +38,8 @@ SECRETS = frozenset({"hub_token"})
 RESULTS = (
     METRICS,
     checkpoint.CHECKPOINTS,
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights_kohya.safetensors",
+    FILE_NAME,
+    KOHYA_FILE_NAME_BEFORE,
     "adapter_model.safetensors",
     "adapter_config.json",
 )
@@ -116,6 +117,8 @@ class RunLog:
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "status": "running",
+            "doing": "starting",
+            "doing_since": now,
             "results": {},
         }
         self._before = self._run["wall_seconds"]
@@ -142,6 +145,15 @@ class RunLog:
         self._metrics.write(text.encode("ascii"))  # unbuffered: one system call for one line
         if time.monotonic() - self._written > HEARTBEAT_SECONDS:
             self._write()
+
+    def doing(self, what: str) -> None:
+        """Write down what the run does from now on, such as "held-out loss".
+
+        So others can tell a run that is busy with something long from one that hangs.
+        """
+        self._run["doing"] = what
+        self._run["doing_since"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write()
 
     def sync(self) -> None:
         """Flush the record to the disk; call it before a checkpoint is saved.
@@ -186,7 +198,7 @@ class RunLog:
         if not _holds_run(self.folder):
             return
         whole = WHOLE_MODELS if _trained_whole(self.folder) else ()
-        for name in (*BESIDES, *whole, *RESULTS, RUN):
+        for name in (*BESIDES, *whole, *RESULTS, kohya_file_name(self.folder), RUN):
             path = self.folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -268,7 +280,7 @@ def _trained_whole(folder: Path) -> bool:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (RUN, *RESULTS))
+    return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from . import checkpoint, engines, publish, runlog
+from . import checkpoint, console, engines, publish, runlog
 from .config import TextConfig
 from .errors import TrainingError, UserError
 from .loop import Trainer, fit
@@ -41,6 +41,8 @@ class Script:
         export: writes what was trained into the run folder and reads it back; returns what that
             showed.
         card: configuration, folder, results, hub repository or None -> writes ``README.md``.
+        scores: the module that scores its runs.
+        files: what a file of the run folder is for -> its name, to be told at the end.
     """
 
     project: str
@@ -48,6 +50,8 @@ class Script:
     build_task: Callable[[Any, Accelerator], Task]
     export: Callable[[Any, Trainer, Path], dict[str, Any]]
     card: Callable[[Any, Path, dict[str, Any], str | None], None]
+    scores: str
+    files: Callable[[Path], dict[str, str]]
 
 
 def main(script: Script, argv: Sequence[str] | None = None) -> None:
@@ -93,6 +97,7 @@ def _run(
         log.start(
             cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None, num_steps=steps
         )
+        logger.info(console.opening(trainer, folder))
     accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
     try:
         fit(trainer, folder, log)
@@ -103,6 +108,7 @@ def _run(
         raise
     if log is not None:
         log.finish(**results)
+        logger.info(closing(script, folder))
 
 
 def build_accelerator(cfg: Any) -> Accelerator:
@@ -153,6 +159,14 @@ def _finish(
             publish.push(folder, repo_id, cfg.hub_token)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def closing(script: Script, folder: Path) -> str:
+    """The last thing that a run says."""
+    record, rows = runlog.read_run(folder), runlog.read_metrics(folder)
+    return console.closing(
+        folder, script.files(folder), rows, record["wall_seconds"], script.scores
+    )
 
 
 def last_measured(folder: Path) -> dict[str, float]:

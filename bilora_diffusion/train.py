@@ -18,7 +18,14 @@ from accelerate import Accelerator
 from . import publish, running
 from .config import DreamBoothConfig, parse
 from .data.sources import ImageSet, open_images
-from .export import save_diffusers, save_models, training_facts, verify
+from .export import (
+    FILE_NAME,
+    kohya_file_name,
+    save_diffusers,
+    save_models,
+    training_facts,
+    verify,
+)
 from .loop import Trainer
 from .methods import get
 from .quantize import quantize_nf4
@@ -126,7 +133,18 @@ def card(cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: 
     publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
 
 
-DREAMBOOTH = Script("dreambooth-bilora", parse, build_task, export, card)
+def files(folder: Path) -> dict[str, str]:
+    """What the files that a run leaves are for."""
+    return {
+        "for diffusers": FILE_NAME,
+        "for ComfyUI, A1111": kohya_file_name(folder),
+        "UNet": "unet",
+        "model card": "README.md",
+        "images": "validation",
+    }
+
+
+DREAMBOOTH = Script("dreambooth-bilora", parse, build_task, export, card, "eval.clip_scores", files)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

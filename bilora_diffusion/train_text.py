@@ -92,7 +92,17 @@ def card(cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | 
     write_text_card(cfg, folder, results, repo_id)
 
 
-TEXT = Script("text-bilora", parse_text, build_task, export, card)
+def files(folder: Path) -> dict[str, str]:
+    """What the files that a run leaves are for."""
+    return {
+        "adapter": "adapter_model.safetensors",
+        "model": NAME,
+        "model card": "README.md",
+        "answers": "validation",
+    }
+
+
+TEXT = Script("text-bilora", parse_text, build_task, export, card, "eval.text_scores", files)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -66,6 +66,12 @@ class DreamBoothConfig(
     groups: ClassVar[tuple[Any, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = WITHOUT_INFLUENCE
 
+    @property
+    def sampled_prompts(self) -> list[str]:
+        """The prompt of each validation image, in their order."""
+        count = self.num_validation_images
+        return [prompt for prompt in self.validation_prompts for _ in range(count)]
+
     def for_pipeline(self, side: int) -> DreamBoothConfig:
         """Decide what depends on the model: resolution, and gradient checkpointing with it.
 

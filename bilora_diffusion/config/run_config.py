@@ -30,6 +30,11 @@ class RunConfig:
     lr_warmup_steps: int | None
 
     @property
+    def sampled_prompts(self) -> list[str]:
+        """The prompt of each validation image, in their order; none for text."""
+        return []
+
+    @property
     def log_with(self) -> str | None:
         """The tracker for ``Accelerator(log_with=...)``."""
         return None if self.report_to == "none" else self.report_to

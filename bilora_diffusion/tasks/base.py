@@ -42,6 +42,10 @@ class Task(Protocol):
         """Samples of one epoch."""
         ...
 
+    def data_summary(self) -> str:
+        """What it is trained on, in a few words, such as "23 images at 1024 px"."""
+        ...
+
     def targets(self) -> list[Target]:
         """The models that get adapters, with their learning rates."""
         ...

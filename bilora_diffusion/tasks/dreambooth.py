@@ -114,6 +114,12 @@ class DreamBooth:
         if trained:
             self.models |= {"text_encoder": trained[0], "text_encoder_2": trained[1]}
 
+    def data_summary(self) -> str:
+        """What it is trained on, in a few words."""
+        classes = self.stream.classes
+        prior = f" and {len(classes)} class images" if classes else ""
+        return f"{len(self.stream.images)} images{prior} at {self.cfg.resolution} px"
+
     def targets(self) -> list[Target]:
         """Attention projections of the UNet, and of the text encoders where they are trained."""
         cfg = self.cfg
@@ -209,10 +215,10 @@ class DreamBooth:
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
         """Images of each validation prompt, as PNG under ``validation/step-N``; {} is measured."""
-        count = self.cfg.num_validation_images
-        prompts = [p for p in self.sampling_prompts for _ in range(count)]
+        prompts = self.cfg.sampled_prompts
         if not prompts:
             return {}
+        count = self.cfg.num_validation_images
         seeds = [self.cfg.seed + i for _ in self.sampling_prompts for i in range(count)]
         with evaluating, inference(self.module):
             images = generate(

@@ -112,6 +112,10 @@ class TextTask:
         self.num_samples = len(data.train)
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
 
+    def data_summary(self) -> str:
+        """What it is trained on, in a few words."""
+        return f"{self.num_samples:,} rows of at most {self.cfg.max_length} tokens"
+
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""
         cfg = self.cfg
