@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     from .scores import captioners, scorers
-    from .scores.plan import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
+    from .scores.plan import DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 
     described = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
     parser = Parser("eval.clip_scores", described)
     add = parser.add_argument
-    add("adapters", nargs="*", metavar="ADAPTER", help="default: the demo's two runs and base")
+    add("runs", nargs="*", metavar="ADAPTER", help="default: the demo's two runs and base")
     add("--prompts", default="3d_icon", help="shipped set, text file, or CSV file")
     add("--prompt_column", help="of the CSV file")
     add("--general_prompts", default="general", help='for drift; "none" leaves drift out')
@@ -82,7 +82,7 @@ def _parser() -> Parser:
     add("--captioner_revision", help="branch, tag or commit of a hub id after blip:")
     add("--skip_captions", action="store_true", help="no captions and no T2T")
     add("--control", metavar="LABEL", help="compare with this; default: the first but base")
-    add("--output_dir", type=Path, default=Path("scores"))
+    parser.add_output("scores", DEMO)
     add("--num_inference_steps", type=int, default=25)
     add("--guidance_scale", type=float, help="default: 4 for the miniature, else 5")
     add("--resolution", type=int, help="pixels a side; default: the pipeline's own")

@@ -8,17 +8,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from bilora_diffusion.errors import UserError, did_you_mean, run_cli
+from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
+
+from .groups import read_groups
+from .records import FIGURES, SCORES, TEXT_SCORES
 
 if TYPE_CHECKING:
     import torch
-
-INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +30,8 @@ class Parser(argparse.ArgumentParser):
         module: what ``python -m`` is given.
         described: the module's docstring; all but its first paragraph stands below the flags.
     """
+
+    _output: tuple[str, Path] | None = None
 
     def __init__(self, module: str, described: str | None) -> None:
         summary, _, rest = (described or "").partition("\n\n")
@@ -39,8 +43,19 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_output(self, name: str, otherwise: Path = Path()) -> None:
+        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs.
+
+        Args:
+            otherwise: stands for that folder where no run is named.
+        """
+        self._output = name, otherwise
+        self.add_argument(
+            "--output_dir", type=Path, help=f"default: {name}, in the folder that holds the runs"
+        )
+
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments.
+        """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out.
 
         Raises:
             UserError: an unknown flag, or a missing or malformed value.
@@ -50,11 +65,59 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             hint = did_you_mean(unknown[0], flags)
             raise UserError(f'unexpected "{unknown[0]}"{hint}: --help lists all flags.')
+        if getattr(args, "runs", None):
+            args.runs = _runs_alone(args.runs)
+        if self._output is not None and args.output_dir is None:
+            groups = [run for _, runs in read_groups(getattr(args, "group", [])) for run in runs]
+            named = [*(getattr(args, "runs", None) or []), *groups]
+            args.output_dir = folder_of(named, self._output[1]) / self._output[0]
         return args
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
         raise UserError(f"{message}: --help lists all flags.")
+
+
+def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
+    """The folder that holds all of some runs, where their results are put and the viewer looks.
+
+    Args:
+        runs: run folders or files in them, also as LABEL=RUN; what is no path that exists, such as
+            ``base`` or a name on the hub, is passed over.
+        otherwise: without any.
+    """
+    found = [path for word in runs for path in (_path(word),) if path is not None]
+    parents = [(path.parent if path.is_file() else path).absolute().parent for path in found]
+    if not parents:
+        return otherwise
+    common = Path(os.path.commonpath(parents))
+    here = Path.cwd()
+    return common.relative_to(here) if common.is_relative_to(here) else common
+
+
+def _path(word: str) -> Path | None:
+    for text in (word, word.partition("=")[2]):
+        if text and Path(text).exists():
+            return Path(os.path.normpath(text))
+    return None
+
+
+def _runs_alone(words: Sequence[str]) -> list[str]:
+    """The words without logs and folders of results, which are named in one line."""
+    from bilora_diffusion.runlog import RUN  # here, so that --help does not wait for torch
+
+    files = {file.file for file in (*FIGURES, SCORES, TEXT_SCORES)}
+
+    def other(word: str) -> bool:
+        path = Path(word)
+        if path.is_file():
+            return path.suffix == ".log" or path.name in files
+        return not (path / RUN).exists() and any((path / file).is_file() for file in files)
+
+    left = [word for word in words if other(word)]
+    if left:
+        print(f"left out, since they are no runs: {', '.join(left)}", file=sys.stderr)
+    return [word for word in words if word not in left]
 
 
 def run(work: Callable[[], int | None]) -> int:
@@ -70,13 +133,13 @@ def run(work: Callable[[], int | None]) -> int:
 
     def kept() -> None:
         nonlocal code
-        code = work()
+        try:
+            code = work()
+        except KeyboardInterrupt:
+            said = "interrupted: the same command goes on where this one stopped."
+            raise Interrupted(said) from None
 
-    try:
-        return run_cli(kept) or code or 0
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped.", file=sys.stderr)
-        return INTERRUPTED
+    return run_cli(kept) or code or 0
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:

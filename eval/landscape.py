@@ -76,7 +76,7 @@ def _parser() -> Parser:
     add("--levels", type=int, default=4, help=f"noise levels of the loss, 1 to {LEVELS}")
     add("--seed", type=int, default=0, help="of directions and starts")
     add("--device", default="auto", help="cpu, cuda, or auto")
-    add("--output_dir", type=Path, default=Path("results/landscape"))
+    parser.add_output("landscape")
     return parser
 
 

@@ -101,6 +101,8 @@ LANDSCAPE = Format("landscape", "landscape.json", "landscape")
 SCORES = Format("clip_scores", "scores.json", "clip_scores")
 SWEEP = Format("sweep", "sweep.json", None)
 TEXT_SCORES = Format("text_scores", "text_scores.json", "text_scores")
+FIGURES = (LANDSCAPE, DYNAMICS, GENERALIZATION, SWEEP)
+"""Results with figures and a report."""
 
 
 def typed(kind: Any, value: Any) -> Any:

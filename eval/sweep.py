@@ -68,7 +68,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--higher_is_better", action="store_true", help="of the metric, such as accuracy"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("results/sweep"))
+    parser.add_argument("--output_dir", type=Path, help="default: sweep, in --runs_dir")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/sweep"))
     parser.add_argument(
         "--launch",
@@ -112,7 +112,7 @@ def sweep(args: argparse.Namespace, command: str) -> bool:
             print(cells.shown(runner.command(cell)))
         return True
     open_folder(args.runs_dir, "--runs_dir")
-    open_folder(args.output_dir)  # before the first cell and not after the last
+    output = open_folder(args.output_dir or args.runs_dir / "sweep")  # before the first cell
     outcomes = runner.run_all(grid.cells)
     result = sweep_result.compare(
         grid,
@@ -124,7 +124,7 @@ def sweep(args: argparse.Namespace, command: str) -> bool:
         recipe=args.recipe,
         command=command,
     )
-    write(result, args.output_dir)
+    write(result, output)
     return _report_failures(outcomes, args.runs_dir)
 
 

@@ -55,7 +55,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--benchmarks", required=True, metavar="A,B", help="see below")
     add("--control", metavar="ROW", help="compare with this row; default: LoRA, or the first")
-    add("--output_dir", type=Path, default=Path("results/text_scores"))
+    parser.add_output("text_scores")
     add("--model_name_or_path", help="base model; default: what the runs were trained on")
     add("--tokenizer_name", help="default: that of training")
     add("--revision", help="branch, tag or commit of the base model on the hub")

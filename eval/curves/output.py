@@ -63,7 +63,7 @@ class Reading:
         add_arguments(parser)
         flag, options = self.flag
         parser.add_argument(flag, **options)
-        parser.add_argument("--output_dir", type=Path, default=Path("results") / self.format.module)
+        parser.add_output(self.format.module)
         return parser
 
     def _write(self, result: Any, folder: Path) -> None:

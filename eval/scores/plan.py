@@ -109,8 +109,8 @@ def make(args: Namespace) -> Plan:
     """
     _check_numbers(args)
     seeds = read_seeds(args.seeds)
-    given = args.adapters or _demo()
-    notes = [] if args.adapters else [_demo_note()]
+    given = args.runs or _demo()
+    notes = [] if args.runs else [_demo_note()]
     columns = adapter_files.parse(given)
     base = _base_model(columns, args.base_model)
     scorer, captioner = _models(args, base)
