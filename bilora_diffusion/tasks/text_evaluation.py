@@ -88,7 +88,7 @@ class Evaluation:
         lines = [
             json.dumps(
                 {
-                    "prompt": self.rows.example(i).prompt,
+                    "prompt": self.rows.example(i).question,
                     "prediction": texts[i],
                     "reference": self.rows.example(i).answer,
                 },

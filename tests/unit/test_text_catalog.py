@@ -210,7 +210,8 @@ def test_glue_lies_where_the_hub_has_it() -> None:
 )
 def test_instruction_sets(name: str, row: dict[str, Any], prompt: str, answer: str) -> None:
     example = catalog.get(name).example(row, "causal", "row 1")
-    assert (example.prompt, example.answer, example.label) == (prompt, answer, None)
+    assert (example.question, example.answer, example.label) == (prompt, answer, None)
+    assert example.input == row.get("input", "")
 
 
 def test_unknown_tasks_are_refused_with_the_nearest_name() -> None:

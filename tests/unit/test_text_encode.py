@@ -95,11 +95,36 @@ def test_only_the_answer_and_its_eos_have_a_loss(template: str) -> None:
         == {
             "chat": "<|im_start|>user\nwhat is red<|im_end|>\n"
             "<|im_start|>assistant\nthe apple<|im_end|>",
-            "alpaca": "Below is an instruction. Write the response that carries it out.\n\n"
-            "### Instruction:\nwhat is red\n\n### Response:\nthe apple<|im_end|>",
+            "alpaca": "Below is an instruction that describes a task. Write a response that"
+            " appropriately completes the request.\n\n"
+            "### Instruction:\nwhat is red\n\n### Response:the apple<|im_end|>",
             "plain": "what is red\nthe apple<|im_end|>",
         }[template]
     )
+
+
+def test_alpaca_gives_the_input_a_section_and_others_a_paragraph() -> None:
+    tokenizer = chat_tokenizer()
+    example = Example("Add {these}.", "red", input="one, two")
+
+    def text(template: str, **more: Any) -> str:
+        asked = dataclasses.replace(example, **more)
+        row = encoded([asked], tokenizer, template=template).row(0)
+        prompt = generation_prompt(asked, tokenizer, template)
+        assert row["input_ids"][: len(prompt)] == prompt
+        return tokenizer.decode(prompt)
+
+    assert text("alpaca") == (
+        "Below is an instruction that describes a task, paired with an input that provides further"
+        " context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd {these}.\n\n### Input:\none, two\n\n### Response:"
+    )
+    assert text("alpaca", input=" ") == (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n### Instruction:\nAdd {these}.\n\n### Response:"
+    )
+    assert text("plain") == "Add {these}.\n\none, two\n"
+    assert "user\nAdd {these}.\n\none, two<|im_end|>" in text("chat")
 
 
 @pytest.mark.parametrize("name", ["small", "smollm2"])

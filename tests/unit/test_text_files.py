@@ -64,13 +64,16 @@ def test_conversations(suffix: str, tmp_path: Path) -> None:
         ({"input": "i", "output": "o"}, ("i", "o")),
         ({"instruction": "i", "input": "", "output": "o"}, ("i", "o")),
         ({"instruction": "i", "input": "j", "output": "o"}, ("i\n\nj", "o")),
+        ({"instruction": "i", "input": None, "output": "o"}, ("i", "o")),
+        ({"instruction": "i", "context": "j", "response": "o"}, ("i\n\nj", "o")),
     ],
 )
 def test_columns_are_found_by_name(
     row: dict[str, Any], expected: tuple[str, str], tmp_path: Path
 ) -> None:
     (found,) = open_file(write(tmp_path, ".jsonl", [row]))
-    assert (found.prompt, found.answer) == expected
+    assert (found.question, found.answer) == expected
+    assert found.input == (row.get("input", row.get("context")) or "") * ("instruction" in row)
 
 
 def test_named_columns_go_before_usual_ones(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -25,6 +26,7 @@ class Example:
         label: the class number where there are classes.
         pair: the second sentence, for a classifier.
         turns: (role, content) of a conversation that is more than one question and its answer.
+        input: what the prompt is about, where a set keeps the two apart as Alpaca's does, or "".
     """
 
     prompt: str
@@ -32,10 +34,16 @@ class Example:
     label: int | None = None
     pair: str | None = None
     turns: tuple[tuple[str, str], ...] = ()
+    input: str = ""
+
+    @property
+    def question(self) -> str:
+        """The prompt, and its input after a blank line."""
+        return f"{self.prompt}\n\n{self.input}" if self.input.strip() else self.prompt
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation up to the assistant's last turn, as chat templates take it."""
-        turns = self.turns or (("user", self.prompt), ("assistant", self.answer))
+        turns = self.turns or (("user", self.question), ("assistant", self.answer))
         while turns[-1][0] != "assistant":
             turns = turns[:-1]
         return [{"role": role, "content": content} for role, content in turns]
@@ -65,7 +73,7 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
     """The different answers, sorted (numbers by value): the classes of a file that names none."""
     words = {example.answer for example in examples}
-    numeric = all(word.lstrip("-").isdecimal() for word in words)
+    numeric = all(re.fullmatch(r"-?\d{1,18}", word) for word in words)
     return tuple(sorted(words, key=(lambda word: (int(word), word)) if numeric else None))
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...text_file import csv_rows, is_file, is_text, json_lines, parse_json, quoted, read_text
 from .examples import Example, from_turns
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
 CONVERSATION = "messages"
+INSTRUCTION = "instruction"
+CONTEXTS = ("input", "context")
+"""What Alpaca and Dolly call that which an instruction is about."""
+MOST_BYTES = 2_000_000_000
 Rows = list[tuple[str, dict[str, Any]]]
 """Each row with what to call it in messages."""
 
@@ -30,7 +32,8 @@ def open_file(
             or a Parquet file; text is UTF-8.
         input_column: the column of what goes in, or of conversations: lists of objects with "role"
             and "content". None or "auto": "messages", else the first of ``INPUTS`` that the file
-            has; of a file with "instruction" and "input", both.
+            has; a file with "instruction" and "input" or "context" gives both, and the second may
+            be missing, null or blank.
         target_column: the column of answers; None or "auto": the first of ``TARGETS``. Not needed
             for conversations.
 
@@ -42,32 +45,35 @@ def open_file(
     if not rows:
         raise UserError(f"{path.name} has no rows: give a file that has some.")
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    inputs = _input_columns(path, columns, input_column)
-    if any(isinstance(row.get(inputs[0]), list) for _, row in rows):
-        return [from_turns(_turns(row, inputs[0], where), where) for where, row in rows]
+    column, context = _input_columns(path, columns, input_column)
+    if any(isinstance(row.get(column), list) for _, row in rows):
+        return [from_turns(_turns(row, column, where), where) for where, row in rows]
     target = _column(path, columns, target_column, TARGETS, "--target_column")
     return [
         Example(
-            _joined([_text(row, column, where, columns) for column in inputs]),
+            _text(row, column, where, columns),
             _text(row, target, where, columns, numbers=True),
+            input=_text(row, context, where, columns) if row.get(context) is not None else "",
         )
         for where, row in rows
     ]
 
 
-def _input_columns(path: Path, columns: Sequence[str], wanted: str | None) -> list[str]:
+def _input_columns(path: Path, columns: Sequence[str], wanted: str | None) -> tuple[str, str]:
+    """The column of what goes in, and that of what it is about ("" if there is none)."""
     if wanted in (None, "auto"):
         if CONVERSATION in columns:
-            return [CONVERSATION]
-        if {"instruction", "input"} <= set(columns):
-            return ["instruction", "input"]
-    return [_column(path, columns, wanted, INPUTS, "--input_column")]
+            return CONVERSATION, ""
+        context = next((name for name in CONTEXTS if name in columns), "")
+        if context and INSTRUCTION in columns:
+            return INSTRUCTION, context
+    return _column(path, columns, wanted, INPUTS, "--input_column"), ""
 
 
 def _column(
     path: Path, columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str
 ) -> str:
-    known = ", ".join(map(str, columns))
+    known = _listed(columns)
     if wanted not in (None, "auto"):
         if wanted not in columns:
             raise UserError(
@@ -83,8 +89,9 @@ def _column(
     return found
 
 
-def _joined(parts: list[str]) -> str:
-    return "\n\n".join([parts[0], *(part for part in parts[1:] if part.strip())])
+def _listed(columns: Sequence[str]) -> str:
+    shown = [quoted(column).strip('"') for column in columns[:20]]
+    return ", ".join([*shown, *(["..."] if len(columns) > 20 else [])])
 
 
 def _text(
@@ -98,9 +105,9 @@ def _text(
     if not isinstance(value, str):
         raise UserError(
             f'"{column}" of {where} is {_kind(value)}, not text: correct the row, or name another'
-            f" column of {', '.join(map(str, columns))}."
+            f" column of {_listed(columns)}."
         )
-    return value
+    return _require_text(value, f'"{column}" of {where}')
 
 
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, str]]:
@@ -116,7 +123,18 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
             raise UserError(
                 f'turn {number} of {where} has no "role" and "content" that are text: correct it.'
             )
+        for part in parts:
+            _require_text(part, f"turn {number} of {where}")
     return [(turn["role"], turn["content"]) for turn in turns]
+
+
+def _require_text(value: str, where: str) -> str:
+    if not is_text(value):
+        raise UserError(
+            f"{where} holds half a character (a lone surrogate, {quoted(value)}): write the text"
+            " anew, in UTF-8."
+        )
+    return value
 
 
 def _kind(value: object) -> str:
@@ -133,46 +151,20 @@ def _kind(value: object) -> str:
 def _rows(path: Path) -> Rows:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f'"{path}" is none of {", ".join(SUFFIXES)}: convert it to one of them.')
-    if not path.is_file():
-        raise UserError(f'there is no file "{path}": correct the path.')
+    if not is_file(path):
+        raise UserError(f'there is no file "{path}" that can be read: correct the path.')
     reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     return reader[path.suffix.lower()](path)
 
 
-def _decoded(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        UserError: it is not UTF-8; it names the first line that is not.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): correct its rights.") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"line {line} of {path.name} is not UTF-8 (byte {error.object[error.start]:#04x}): save"
-            " the whole file as UTF-8."
-        ) from error
-    return text
-
-
 def _jsonl(path: Path) -> Rows:
-    rows: Rows = []
-    # Only "\n" ends a line: `splitlines` would cut strings at other separators.
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
-        if line.strip():
-            where = f"line {number} of {path.name}"
-            rows.append((where, _object(_parsed(line, where), where)))
-    return rows
+    lines = json_lines(read_text(path, path.name, MOST_BYTES), path.name)
+    return [(where, _object(row, where)) for where, row in lines]
 
 
 def _json(path: Path) -> Rows:
-    text = _decoded(path)
-    content = _parsed(text, path.name) if text.strip() else []
+    text = read_text(path, path.name, MOST_BYTES)
+    content = parse_json(text, path.name) if text.strip() else []
     if not isinstance(content, list):
         raise UserError(
             f"{path.name} holds {_kind(content)}, not a list of objects: put [ and ] around its"
@@ -182,16 +174,6 @@ def _json(path: Path) -> Rows:
     return [(where, _object(row, where)) for where, row in zip(places, content, strict=True)]
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON ({error.msg} at line {error.lineno}, column {error.colno}):"
-            " correct it, and name files with one object a line .jsonl."
-        ) from error
-
-
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where} is {_kind(value)}, not a JSON object: correct or drop it.")
@@ -199,21 +181,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Rows:
-    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
-    rows: Rows = []
-    try:
-        for row in reader:
-            where = f"line {reader.line_num} of {path.name}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where} does not have {len(reader.fieldnames or ())} fields as its header"
-                    " has: quote fields that contain a comma or a line break."
-                )
-            rows.append((where, row))
-    except csv.Error as error:
-        line = reader.reader.line_num
-        raise UserError(f"line {line} of {path.name}: {error}; correct its quotes.") from error
-    return rows
+    return list(csv_rows(read_text(path, path.name, MOST_BYTES), path.name))
 
 
 def _parquet(path: Path) -> Rows:
@@ -221,10 +189,17 @@ def _parquet(path: Path) -> Rows:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path.name} can't be read as Parquet ({str(error).splitlines()[0]}): save it anew."
-        ) from error
-    names = (f"row {number} of {path.name}" for number in range(1, table.num_rows + 1))
-    return list(zip(names, table.to_pylist(), strict=True))
+        rows = parquet.read_table(path).to_pylist()
+    # Damaged pages, texts that are not UTF-8, dates that Python does not have, two columns of one
+    # name: Arrow has an exception for each, and derives most of them from Python's.
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{path.name} can't be read as Parquet ({reason}): save it anew.") from e
+    return [(f"row {number} of {path.name}", row) for number, row in enumerate(rows, start=1)]

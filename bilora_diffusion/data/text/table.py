@@ -19,10 +19,10 @@ from .tokenizing import (
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = "1"
+FORMAT = "2"
 """Raise it when tokenization changes, so that older caches are not taken."""
 
-INPUT_COLUMNS = ("prompt", "answer", "label", "pair", "turns", "number")
+INPUT_COLUMNS = ("prompt", "answer", "label", "pair", "turns", "input", "number")
 
 
 def table(examples: Sequence[Example]) -> datasets.Dataset:
@@ -31,13 +31,14 @@ def table(examples: Sequence[Example]) -> datasets.Dataset:
     import pyarrow
 
     text, number = pyarrow.string(), pyarrow.int64()
-    types = (text, text, number, text, pyarrow.list_(pyarrow.list_(text)), number)
+    types = (text, text, number, text, pyarrow.list_(pyarrow.list_(text)), text, number)
     values = (
         [example.prompt for example in examples],
         [example.answer for example in examples],
         [example.label for example in examples],
         [example.pair for example in examples],
         [example.turns for example in examples],
+        [example.input for example in examples],
         range(len(examples)),
     )
     arrays = [pyarrow.array(v, kind) for v, kind in zip(values, types, strict=True)]
@@ -87,8 +88,8 @@ class Tokenize:
         columns = [batch[name] for name in INPUT_COLUMNS]
         kept = [row for row in zip(*columns, strict=True) if row[1].strip()]
         examples = [
-            Example(prompt, answer, label, pair, tuple((role, text) for role, text in turns))
-            for prompt, answer, label, pair, turns, _ in kept
+            Example(prompt, answer, label, pair, tuple((role, text) for role, text in turns), more)
+            for prompt, answer, label, pair, turns, more, _ in kept
         ]
         numbers = [row[-1] for row in kept]
         rows = self._rows(examples, numbers) if examples else []

@@ -24,7 +24,7 @@ class TextTask:
             split are held out: always the same ones.
         holdout: how many.
         group: column whose equal values stay on one side of that border.
-        extra: column that is added to the prompt, after a blank line, where it is not blank.
+        extra: column of what the prompt is about, where that is kept apart; it may be blank.
         first, second: the sentences that a classifier is given; None: the prompt alone.
         label_words: the answers, by class number; empty where answers are free text.
         metrics: names of ``metrics.METRICS``; empty where no figure but the loss means anything.
@@ -68,9 +68,7 @@ class TextTask:
             return Example(self._fill(self.first, row, where), answer, label, pair)
         prompt = self._fill(self.prompt, row, where)
         extra = _text(row, self.extra, where) if self.extra else ""
-        if extra.strip():
-            prompt = f"{prompt}\n\n{extra}"
-        return Example(prompt, answer, label)
+        return Example(prompt, answer, label, input=extra)
 
     def _fill(self, template: str, row: Mapping[str, Any], where: str) -> str:
         return template.format_map(_Texts(row, where))

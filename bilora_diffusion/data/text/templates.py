@@ -1,4 +1,4 @@
-"""How a causal language model is shown a question: chat, Alpaca's headings, or plain text.
+"""How a causal language model is shown a question: chat, Alpaca's prompt, or plain text.
 
 A row is cut in two. The *context* is the text up to the last answer; it is tokenized in one go,
 exactly as it will be before generation. The *answer* is tokenized on its own, so no token can grow
@@ -16,9 +16,18 @@ from .examples import Example
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 ALPACA = (
-    "Below is an instruction. Write the response that carries it out.\n\n"
-    "### Instruction:\n{prompt}\n\n### Response:\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further"
+    " context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+"""What Stanford Alpaca was trained on, to the letter: the answer follows the colon at once.
+
+Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,15 +84,17 @@ def context_text(example: Example, tokenizer: Any, template: str, where: str = "
     """
     if template == "chat":
         return _chat(example.messages()[:-1], tokenizer, where, prompting=True)
+    if template == "alpaca" and not example.turns and example.input.strip():
+        return ALPACA_INPUT.format(instruction=example.prompt, input=example.input)
     prompt = _single_prompt(example, where)
     if template == "alpaca":
-        return ALPACA.format(prompt=prompt)
+        return ALPACA.format(instruction=prompt)
     return f"{prompt}\n" if prompt else ""
 
 
 def _single_prompt(example: Example, where: str) -> str:
     if not example.turns:
-        return example.prompt
+        return example.question
     roles = [message["role"] for message in example.messages()]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise UserError(

@@ -28,7 +28,7 @@ def seq2seq_rows(
     examples: Sequence[Example], tokenizer: Any, max_length: int, max_target_length: int
 ) -> list[Row]:
     """Input and target, each ended by the tokenizer's EOS and cut at the end before it."""
-    inputs = _ids(tokenizer, [example.prompt for example in examples])
+    inputs = _ids(tokenizer, [example.question for example in examples])
     targets = _ids(tokenizer, [example.answer for example in examples], target=True)
     eos, special = tokenizer.eos_token_id, set(tokenizer.all_special_ids)
     rows = []
@@ -58,10 +58,10 @@ def classification_rows(
                 " labels, or --task_type causal or seq2seq."
             )
         pair = () if example.pair is None else (example.pair,)
-        whole = tokenizer(example.prompt, *pair, verbose=False)
+        whole = tokenizer(example.question, *pair, verbose=False)
         cut = len(whole["input_ids"]) > max_length
         if cut:
-            whole = tokenizer(example.prompt, *pair, truncation=True, max_length=max_length)
+            whole = tokenizer(example.question, *pair, truncation=True, max_length=max_length)
         kinds = whole.get("token_type_ids")
         rows.append(Row(whole["input_ids"], example.label, cut, kinds))
     return rows
