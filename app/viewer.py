@@ -10,6 +10,7 @@ Reads the files below ROOT and serves nothing else. No telemetry, nothing from t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -30,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after a sentence that says what to mend.
     """
-    try:
-        return run_cli(lambda: serve(_parser().read(argv)))
-    except KeyboardInterrupt:
-        return 0
+
+    def work() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
+            serve(_parser().read(argv))
+
+    return run_cli(work)
 
 
 def _parser() -> Parser:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+LONGEST = 300  # characters of an unexpected exception's message that are shown
+TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
 
 
 class UserError(ValueError):
@@ -16,28 +23,98 @@ class TrainingError(RuntimeError):
     """Training or export can't go on (a non-finite loss, a file that does not match the model)."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work. The message says what is saved and how to go on.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The hint for an unknown `word`: `' (did you mean "bilora"?)'`, or `''`."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a distributed run that speaks, or the only one."""
+    return all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK"))
+
+
 def run_cli(main: Callable[[], None]) -> int:
-    """Run a script's `main` and turn the two errors above into one sentence.
+    """Run a script's `main` and say in one sentence what ended it.
 
     Args:
         main: the script; called without arguments.
 
     Returns:
-        The exit code: 0, or 2 after a `UserError` or `TrainingError`. The sentence goes to stderr,
-            and only from
-        the main process of a distributed run. Every other exception passes through with its
-        traceback.
+        The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and
+        the signal's number (130 for Ctrl-C) after an interruption; 1 after any other exception,
+        whose trace is in the file that the sentence names. With ``BILORA_TRACEBACK=1`` it is
+        printed too. The sentence goes to stderr; of an error that all processes of a distributed
+        run meet, only the main one tells.
     """
     try:
         main()
     except (UserError, TrainingError) as error:
-        if all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK")):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        _say(str(error), only_main=True)
+        return _ended(error, 2)
+    except KeyboardInterrupt as stop:
+        if is_main_process():
+            print(str(stop) or "interrupted", file=sys.stderr)
+        return _ended(stop, 128 + getattr(stop, "number", signal.SIGINT))
+    except Exception as error:
+        from . import room
+
+        if room.is_full(error):
+            _say(room.sentence(error))
+            return _ended(error, 2)
+        trace = getattr(error, TRACE, None) or keep_trace(error, Path(tempfile.gettempdir()))
+        _say(f"{unexpected(error)}; the trace is in {trace}")
+        return _ended(error, 1)
     return 0
+
+
+def unexpected(error: BaseException) -> str:
+    """An exception that nobody foresaw, as the start of a sentence."""
+    said = " ".join(str(error).split())
+    shown = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+    return f"unexpected {type(error).__name__}" + (f": {shown}" if shown else "")
+
+
+def keep_trace(error: BaseException, folder: Path) -> Path | None:
+    """Write an exception's trace to a file of its own in ``folder``; `run_cli` then names it.
+
+    Returns:
+        The file; None where it can't be written.
+    """
+    rank = os.environ.get("RANK", "0")
+    name = "error.txt" if rank == "0" else f"error-{rank}.txt"
+    text = "".join(traceback.format_exception(error))
+    try:
+        if folder == Path(tempfile.gettempdir()):
+            handle, path = tempfile.mkstemp(prefix="bilora-", suffix=f"-{name}")
+            os.close(handle)
+        else:
+            path = folder / name
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return None
+    setattr(error, TRACE, Path(path))
+    return Path(path)
+
+
+def _say(sentence: str, only_main: bool = False) -> None:
+    if is_main_process() or not only_main:
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _ended(error: BaseException, code: int) -> int:
+    if os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    return code

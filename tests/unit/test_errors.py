@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import errno
+import signal
+import tempfile
+from pathlib import Path
 
-from bilora_diffusion.errors import TrainingError, UserError, did_you_mean, run_cli
+import pytest
+from safetensors import SafetensorError
+
+from bilora_diffusion.errors import Interrupted, TrainingError, UserError, did_you_mean, run_cli
 
 
 def test_hint_names_the_nearest() -> None:
@@ -25,10 +31,55 @@ def test_run_cli_says_one_sentence(
     assert (out, err) == ("", "error: rho is 0; use more.\n")
 
 
-def test_run_cli_passes_success_and_other_errors() -> None:
+def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_cli(lambda: None) == 0
-    with pytest.raises(ZeroDivisionError):
-        run_cli(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
+    (file,) = tmp_path.iterdir()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "ZeroDivisionError" in err
+    assert str(file) in err
+    assert "run_cli(lambda: 1 / 0)" in file.read_text()
+    monkeypatch.setenv("BILORA_TRACEBACK", "1")
+    assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt(), 130), (Interrupted("saved: go on with x", signal.SIGTERM), 143)],
+)
+def test_an_interruption_is_one_sentence_and_the_signals_exit_code(
+    stop: KeyboardInterrupt, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise stop
+
+    assert run_cli(main) == code
+    assert capsys.readouterr().err == f"{str(stop) or 'interrupted'}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "some/file"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(
+    error: Exception, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def main() -> None:
+        raise RuntimeError("while writing") from error
+
+    assert run_cli(main) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "full" in err
+    assert "make room" in err
 
 
 @pytest.mark.parametrize(
