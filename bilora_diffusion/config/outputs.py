@@ -75,7 +75,9 @@ class ImageOutputOptions(OutputOptions):
     """The run folder, trackers and the hub."""
 
     output_kohya_format: bool = option(
-        False, "Write the LoRA under kohya's keys too, for ComfyUI and others."
+        True,
+        "Write the LoRA under kohya's keys too, for ComfyUI, A1111 and others, which read nothing"
+        " else; the file is named after the run.",
     )
 
 

@@ -70,6 +70,8 @@ def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         prodigy = values["optimizer"] == "prodigy"
         values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
     if (
+    if values["method"] == "full" and "output_kohya_format" not in given:
+        values["output_kohya_format"] = False  # kohya's format is for adapters
         values["pretrained_vae_model_name_or_path"] is None
         and values["pretrained_model_name_or_path"] == SDXL_BASE
         and values["mixed_precision"] == "fp16"

@@ -9,6 +9,7 @@ python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors
 
 from __future__ import annotations
 
+from ..lora_names import FILE_NAME, kohya_file_name
 from .cli import main
 from .layers import COMPONENTS
 from .lorafile import LoraFile, inspect
@@ -16,14 +17,14 @@ from .metadata import training_facts
 from .peft_folder import save_adapter, verify_adapter
 from .readback import verify
 from .weights import save_models
-from .writer import FILE_NAME, KOHYA_FILE_NAME, save_diffusers
+from .writer import save_diffusers
 
 __all__ = [
     "COMPONENTS",
     "FILE_NAME",
-    "KOHYA_FILE_NAME",
     "LoraFile",
     "inspect",
+    "kohya_file_name",
     "main",
     "save_adapter",
     "save_diffusers",

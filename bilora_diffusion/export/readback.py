@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..adapters import INITIAL, PRIMARY, Factors, factors, names, state_dict
 from ..errors import TrainingError, UserError
+from ..lora_names import FILE_NAME, kohya_file_name
 from .layers import PEFT_PREFIX, kohya_name
 from .lorafile import inspect
-from .writer import FILE_NAME, KOHYA_FILE_NAME
 
 TOLERANCE = 1e-5  # relative, per layer; rounding s * B to fp32 makes 6e-8
 
@@ -101,7 +101,7 @@ def verify(
             more than 1e-5 of its norm.
         UserError: a file can't be read, or `fresh` lacks a model or makes one with adapters.
     """
-    path, kohya = Path(folder) / FILE_NAME, Path(folder) / KOHYA_FILE_NAME
+    path, kohya = Path(folder) / FILE_NAME, Path(folder) / kohya_file_name(folder)
     _check_contents(path, models)
     others = fresh() if fresh else untrained(models)
     _load(path, models, others)

@@ -10,11 +10,9 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean
+from ..lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
 from .layers import COMPONENTS, Layer, diffusers_tensors, kohya_tensors, primary_layers
 from .metadata import ADAPTER_METADATA, adapter_metadata, file_metadata, model_hash
-
-FILE_NAME = "pytorch_lora_weights.safetensors"
-KOHYA_FILE_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
 def save_diffusers(
@@ -37,8 +35,9 @@ def save_diffusers(
         models: what was trained, by name ("unet", "text_encoder", "text_encoder_2"), each with
             its adapters; only the primary is read.
         base_model: hub id or folder of the pipeline that was trained.
-        kohya: also write `pytorch_lora_weights_kohya.safetensors` for ComfyUI, web UIs and
-            kohya's scripts; without it an older such file is removed, as its weights differ.
+        kohya: also write a file that is named after the folder (`kohya_file_name`) for ComfyUI, web
+            UIs and kohya's scripts; without it an older such file is removed, as its weights
+            differ.
         extra_metadata: more text entries, see `training_facts`; they win over the defaults.
 
     Returns:
@@ -54,15 +53,17 @@ def save_diffusers(
     for name, model in models.items():
         layers[name], alphas[name] = primary_layers(name, model)
     ranks = {name: own[0].A.shape[0] for name, own in layers.items()}
-    label = folder.resolve().name
+    kohya_file = folder / kohya_file_name(folder)
+    label = kohya_file.stem
     metadata = file_metadata(models, ranks, alphas, base_model, label, extra_metadata or {})
     described = {**metadata, ADAPTER_METADATA: adapter_metadata(models, ranks)}
     for_kohya = _tensors(kohya_tensors, layers) if kohya else {}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / KOHYA_FILE_NAME).unlink(missing_ok=True)
+    for older in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
+        older.unlink(missing_ok=True)
     _write(folder / FILE_NAME, _tensors(diffusers_tensors, layers), described)
     if kohya:  # not described: diffusers refuses a file with alphas and a configuration
-        _write(folder / KOHYA_FILE_NAME, for_kohya, metadata)
+        _write(kohya_file, for_kohya, metadata)
     return folder / FILE_NAME
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from bilora_diffusion import adapters, mini
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.export import FILE_NAME, KOHYA_FILE_NAME, inspect, save_diffusers, verify
+from bilora_diffusion.export import FILE_NAME, inspect, kohya_file_name, save_diffusers, verify
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -97,7 +97,7 @@ def test_images_from_file_equal_those_from_memory(base, tmp_path: Path, alpha, d
     assert np.abs(draw(trained) - expected).max() > 0.01  # here the auxiliary acts too
     if not dora:  # diffusers drops dora_scale from kohya files
         loaded.unload_lora_weights()
-        loaded.load_lora_weights(tmp_path, weight_name=KOHYA_FILE_NAME)
+        loaded.load_lora_weights(tmp_path, weight_name=kohya_file_name(tmp_path))
         difference = np.abs(draw(loaded) - expected).max()
         assert difference == 0 if alpha == 8 else difference < TOLERANCE
 
@@ -127,7 +127,7 @@ def test_every_linear_layer_and_convolution_survives_both_formats(base, tmp_path
             parameter.add_(torch.randn_like(parameter), alpha=0.01)
     save_diffusers(tmp_path, {"unet": trained.unet}, base_model="mini", kohya=True)
     expected = draw(trained)
-    for name in (FILE_NAME, KOHYA_FILE_NAME):
+    for name in (FILE_NAME, kohya_file_name(tmp_path)):
         loaded = copied(base)
         loaded.load_lora_weights(tmp_path, weight_name=name)
         assert len(adapters.layers(loaded.unet)) == len(layers)

@@ -13,6 +13,7 @@ from PIL import Image
 from bilora_diffusion import runlog
 from bilora_diffusion.errors import TrainingError, UserError
 from tests.scripts.runs import column, difference, weights
+from bilora_diffusion.export import inspect
 
 Train = Callable[..., Path]
 
@@ -42,7 +43,7 @@ def test_another_seed_sees_other_inputs(train: Train, tmp_path: Path) -> None:
 
 
 def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(train: Train, tmp_path: Path) -> None:
-    folder = train(tmp_path / "run", rho=0.01, max_train_steps=4, output_kohya_format=True)
+    folder = train(tmp_path / "run", rho=0.01, max_train_steps=4)
     assert all(norm <= 0.01 * (1 + 1e-6) for norm in column(folder, "auxiliary_norm"))
     assert max(column(folder, "auxiliary_norm_before")) > 0.01
     assert not [key for key in weights(folder) if "auxiliary" in key]
@@ -51,6 +52,8 @@ def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(train: Train, tmp_p
     assert record["results"]["export"]["auxiliary_keys"] == 0
     assert record["results"]["export"]["max_relative_difference"] < 1e-6
 
+    assert record["results"]["export"]["kohya_max_relative_difference"] < 1e-6
+    assert inspect(folder / "run.safetensors").format == "kohya"
 
 @pytest.mark.parametrize(
     "values",
@@ -61,7 +64,7 @@ def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(train: Train, tmp_p
         {"do_edm_style_training": True},
         {"snr_gamma": 5.0},
         {"gradient_checkpointing": True},
-        {"train_text_encoder": True, "output_kohya_format": True},
+        {"train_text_encoder": True, "no_output_kohya_format": True},
         {"optimizer": "prodigy", "learning_rate": 1.0},
         {"init_lora_weights": "gaussian", "lora_alpha": 6},
         {"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},

@@ -79,6 +79,16 @@ def test_defaults_are_table_a8(device) -> None:
     assert cfg.seed == 0
 
 
+def test_kohyas_file_is_written_unless_told_otherwise() -> None:
+    def wanted(*arguments: str) -> bool:
+        return parse(["--dataset", "mini", *arguments]).output_kohya_format
+
+    assert wanted()
+    assert wanted("--output_kohya_format")  # as in diffusers' script
+    assert not wanted("--no_output_kohya_format")
+    assert not wanted("--method", "full")  # which leaves whole models
+
+
 def test_mini_alone_is_enough(device) -> None:
     cfg = parse(["--dataset", "mini"])
     assert cfg.pretrained_model_name_or_path == "mini"

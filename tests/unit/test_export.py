@@ -20,7 +20,7 @@ from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import (
     FILE_NAME,
-    KOHYA_FILE_NAME,
+    kohya_file_name,
     save_diffusers,
     training_facts,
     verify,
@@ -110,7 +110,8 @@ def test_dora_of_all_models_reads_back(tmp_path) -> None:
     models = all_models(rank=2, alpha=3, use_dora=True)
     save_diffusers(tmp_path, models, base_model="base", kohya=True)
     assert verify(tmp_path, models)["max_relative_difference"] < 2e-7
-    scales = {k: v for k, v in load_file(tmp_path / KOHYA_FILE_NAME).items() if "dora_scale" in k}
+    file = tmp_path / kohya_file_name(tmp_path)
+    scales = {k: v for k, v in load_file(file).items() if "dora_scale" in k}
     assert scales["lora_unet_conv_in.dora_scale"].shape == (8, 1, 1, 1)
     assert scales["lora_te1_text_model_encoder_layers_0_mlp_fc1.dora_scale"].shape == (16, 1)
 
@@ -133,7 +134,7 @@ def test_every_linear_layer_of_a_unet_and_a_regular_expression(tmp_path) -> None
 
 
 def test_kohya_names(folder) -> None:
-    keys = load_file(folder / KOHYA_FILE_NAME)
+    keys = load_file(folder / "icons.safetensors")
     for name in (
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0",
         "lora_unet_down_blocks_0_resnets_0_conv1",
@@ -148,8 +149,27 @@ def test_kohya_names(folder) -> None:
     assert kohya_name("unet", "conv_in") == "lora_unet_conv_in"
 
 
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("runs/icons", "icons.safetensors"),
+        ("runs/icons/", "icons.safetensors"),
+        ("/", "lora.safetensors"),
+        ("runs/.hidden", "hidden.safetensors"),  # the hub's upload leaves out names with a dot
+        ("a<lora:b:1>, c", "a_lora_b_1__ c.safetensors"),
+        ("pytorch_lora_weights", "pytorch_lora_weights-kohya.safetensors"),
+        ("my_pytorch_lora_weights", "my_pytorch_lora_weights-kohya.safetensors"),
+        ("Adapter_Model", "Adapter_Model-kohya.safetensors"),
+        ("\udcff", "_.safetensors"),
+        ("ü" * 120, f"{'ü' * 90}.safetensors"),
+    ],
+)
+def test_kohyas_file_is_named_after_the_run(folder, expected) -> None:
+    assert kohya_file_name(folder) == expected
+
+
 def test_metadata(models, folder) -> None:
-    plain, kohya = (read_metadata(folder / file) for file in (FILE_NAME, KOHYA_FILE_NAME))
+    plain, kohya = (read_metadata(folder / file) for file in (FILE_NAME, "icons.safetensors"))
     expected = {
         "format": "pt",
         "ss_base_model_version": "sdxl_custom",
@@ -188,7 +208,7 @@ def test_the_real_sdxl_is_named(tmp_path) -> None:
 
 
 def test_hash_is_that_of_the_bytes_after_the_header(folder) -> None:
-    for file in (FILE_NAME, KOHYA_FILE_NAME):
+    for file in (FILE_NAME, "icons.safetensors"):
         content = (folder / file).read_bytes()
         body = content[8 + int.from_bytes(content[:8], "little") :]
         stored = read_metadata(folder / file)["sshs_model_hash"]
@@ -210,7 +230,7 @@ def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_pat
     metadata = training_facts(method="bilora", rho=0.05)
     for _ in range(2):  # the second replaces the first
         save_diffusers(again, models, base_model="b", kohya=True, extra_metadata=metadata)
-    assert sorted(p.name for p in again.iterdir()) == sorted((FILE_NAME, KOHYA_FILE_NAME))
+    assert sorted(p.name for p in again.iterdir()) == sorted((FILE_NAME, "icons.safetensors"))
     save_diffusers(again, models, base_model="b", extra_metadata=metadata)
     assert [p.name for p in again.iterdir()] == [FILE_NAME]  # no kohya file of other weights
     digests = {read_metadata(f / FILE_NAME)["sshs_model_hash"] for f in (again, folder)}
@@ -287,8 +307,9 @@ def test_verify_finds_what_is_wrong(models, folder, tmp_path) -> None:
 
 def test_verify_finds_a_wrong_kohya_file(models, folder, tmp_path) -> None:
     save_diffusers(tmp_path, models, base_model="base", kohya=True)
-    tensors = load_file(tmp_path / KOHYA_FILE_NAME)
+    file = tmp_path / kohya_file_name(tmp_path)
+    tensors = load_file(file)
     tensors["lora_unet_time_embed_0.alpha"] += 1
-    save_file(tensors, tmp_path / KOHYA_FILE_NAME)
+    save_file(tensors, file)
     with pytest.raises(TrainingError, match="differs"):
         verify(tmp_path, models)

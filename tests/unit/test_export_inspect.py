@@ -14,7 +14,7 @@ from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.export import FILE_NAME, KOHYA_FILE_NAME, inspect, main
+from bilora_diffusion.export import FILE_NAME, inspect, main
 from tests.unit.export_models import (
     ATTENTION,
     add_adapters,
@@ -37,13 +37,13 @@ def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactor
 
 
 def test_files_have_no_trace_of_the_auxiliary(models, folder) -> None:
-    for file in (FILE_NAME, KOHYA_FILE_NAME):
+    for file in (FILE_NAME, "icons.safetensors"):
         contents = inspect(folder / file)
         assert not contents.auxiliary
         assert contents.adapters == ("unnamed",)
         assert set(contents.ranks.values()) == set(contents.alphas.values()) == {(4,)}
         assert AUXILIARY.encode() not in (folder / file).read_bytes()
-    assert inspect(folder / FILE_NAME).layers == inspect(folder / KOHYA_FILE_NAME).layers
+    assert inspect(folder / FILE_NAME).layers == inspect(folder / "icons.safetensors").layers
 
 
 @pytest.mark.parametrize("way", ["named", "doubled", "rank", "configured", "listed", "kohya"])
@@ -100,7 +100,7 @@ def test_inspect_names_every_adapter_of_a_raw_state(tmp_path) -> None:
 
 
 def test_table(folder, capsys) -> None:
-    assert main([str(folder / KOHYA_FILE_NAME)]) == 0
+    assert main([str(folder / "icons.safetensors")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "format      kohya" in lines
     assert any(line.split() == ["text_encoder", "12", "4", "4"] for line in lines)

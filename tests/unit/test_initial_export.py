@@ -17,7 +17,7 @@ from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import CHANGE_BASE, INITIAL, PRIMARY
 from bilora_diffusion.averaging import Average
 from bilora_diffusion.errors import TrainingError
-from bilora_diffusion.export import FILE_NAME, KOHYA_FILE_NAME, inspect, save_diffusers, verify
+from bilora_diffusion.export import FILE_NAME, inspect, kohya_file_name, save_diffusers, verify
 from tests.contract.models import CASES
 from tests.unit.export_models import ATTENTION, make_text_encoder, make_unet, read_metadata
 
@@ -98,7 +98,7 @@ def test_a_diffusers_file_gives_the_same_outputs(init, use_dora, tmp_path: Path)
     contents = inspect(tmp_path / FILE_NAME)
     assert contents.ranks == contents.alphas == {"unet": (4,), "text_encoder": (4,)}
     assert not contents.evidence
-    for file in (FILE_NAME, KOHYA_FILE_NAME):
+    for file in (FILE_NAME, kohya_file_name(tmp_path)):
         metadata = read_metadata(tmp_path / file)
         assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "4"
         assert json.loads(metadata["bilora.original_rank"]) == {"unet": 2, "text_encoder": 2}

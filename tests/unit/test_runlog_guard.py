@@ -37,7 +37,14 @@ def test_guard_lets_new_folders_and_foreign_files_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "metrics.jsonl", "pytorch_lora_weights.safetensors", "checkpoints/step-1"]
+    "name",
+    [
+        "run.json",
+        "metrics.jsonl",
+        "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors",  # of versions before files were named after runs
+        "checkpoints/step-1",
+    ],
 )
 def test_guard_refuses_another_run(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -50,6 +57,12 @@ def test_guard_refuses_another_run(tmp_path: Path, name: str) -> None:
         guard(tmp_path, None, False)
     guard(tmp_path, None, True)
     assert files(tmp_path) == before
+
+
+def test_guard_refuses_a_file_that_is_named_after_the_run(tmp_path: Path) -> None:
+    (tmp_path / f"{tmp_path.name}.safetensors").write_text("x")
+    with pytest.raises(UserError, match="give another --output_dir"):
+        guard(tmp_path, None, False)
 
 
 def test_guard_refuses_files(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_the_scale_multiplies_the_adapter(pipeline: Any, files: Path, runs: Path
 
 def test_kohyas_format_gives_the_same_images(pipeline: Any, files: Path) -> None:
     pictures = []
-    for name in ("pytorch_lora_weights", "pytorch_lora_weights_kohya"):
+    for name in ("pytorch_lora_weights", "unet"):
         with applied(pipeline, one(files / "unet" / f"{name}.safetensors")):
             pictures.append(picture(pipeline))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1

@@ -1,0 +1,41 @@
+"""What the LoRA files of a run are called: diffusers' by its fixed name, kohya's after the run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
+"""Of kohya's file in folders of versions that did not name it after the run."""
+
+_LONGEST = 180  # bytes of a name without its ending; file systems take 255 with all endings
+# What Windows has in no file name, and what ends a name in A1111's <lora:name:1>.
+_UNSAFE = re.compile(r'[<>:"/\\|?*,\x00-\x1f\x7f]')
+_TAKEN = ("adapter_model", "model", "diffusion_pytorch_model")
+
+
+def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
+    """The name of kohya's file for a run: that of its folder, "runs/icons" -> "icons.safetensors".
+
+    It is safe in any file system and in a web UI's prompt. A name that PEFT or diffusers give to
+    files of their own, or that diffusers would load for its own by the ending, ends in "-kohya".
+
+    Args:
+        folder: the run folder, which need not exist.
+        step: of the checkpoint that the file is made from; by default it is the end of the run.
+    """
+    text = Path(folder).resolve().name.encode("utf-8", "replace").decode("utf-8")
+    stem = _UNSAFE.sub("_", text).strip(" .") or "lora"
+    stem = stem.encode("utf-8")[:_LONGEST].decode("utf-8", "ignore")
+    if step is not None:
+        return f"{stem}-step-{step}.safetensors"
+    name = f"{stem}.safetensors"
+    if name.lower().endswith(FILE_NAME) or stem.lower() in _TAKEN:
+        name = f"{stem}-kohya.safetensors"
+    return name
+
+
+def kohya_file_names(folder: str | Path) -> tuple[str, ...]:
+    """Every name under which kohya's file of a run may lie in its folder."""
+    return (kohya_file_name(folder), KOHYA_FILE_NAME_BEFORE)
