@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import PRIMARY
+from ..adapters import PRIMARY, LoraLayer
 from ..errors import UserError
 from .base import Counting, MethodOptions, register
 from .hooks import unwrapped
@@ -21,8 +21,9 @@ from .options import falling
 
 class _BAR(Counting, ABC):
     """Before each optimizer step one factor of a layer shrinks by 1 - alpha_t lr_t, the other grows
-    by 1 + alpha_t lr_t; which one is the subclass's choice. Steps that a gradient scaler skips
-    change nothing.
+    by 1 + alpha_t lr_t, with the rate that this step has; which one is the subclass's choice.
+    Steps that a gradient scaler skips change nothing, nor does a step without a layer's gradient
+    change that layer.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
@@ -30,7 +31,7 @@ class _BAR(Counting, ABC):
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
-        self._pairs: list[tuple[nn.Parameter, nn.Parameter, dict[str, Any]]] = []
+        self._layers: list[tuple[str, LoraLayer]] = []
         self._hook: RemovableHandle | None = None
 
     @property
@@ -46,13 +47,11 @@ class _BAR(Counting, ABC):
         optimizer = unwrapped(optimizer)
         if self._hook is not None:
             self._hook.remove()
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self._pairs = []
-        for name, layer in self.layers():
-            A, B = (cast(nn.Parameter, h[PRIMARY].weight) for h in (layer.lora_A, layer.lora_B))
-            if id(A) not in groups:
+        self._layers = self.layers()
+        rates = _rates(optimizer)
+        for name, layer in self._layers:
+            if any(id(factor) not in rates for factor in _factors(layer)):
                 raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
-            self._pairs.append((A, B, groups[id(A)]))
         self._hook = optimizer.register_step_pre_hook(self._balance)
 
     @abstractmethod
@@ -60,17 +59,22 @@ class _BAR(Counting, ABC):
         """For each layer whether A is the factor that shrinks, (layers,) bool."""
 
     @torch.no_grad()
-    def _balance(self, *_: Any) -> None:
+    def _balance(self, optimizer: Optimizer, *_: Any) -> None:
         self.taken += 1
         strength = self.options.bar_alpha
         if self.depends_on_length:
             progress = self.options.progress(self.taken)
             strength *= falling(self.options.bar_schedule, progress)
-        A = [a for a, _, _ in self._pairs]
-        B = [b for _, b, _ in self._pairs]
-        signs = torch.where(self.shrinks_A(A, B), -1.0, 1.0).unbind()
-        for sign, (a, b, group) in zip(signs, self._pairs, strict=True):
-            change = sign.to(a.dtype) * (strength * group["lr"])
+        # A layer without a gradient is one that no step moves: SAM's would not balance it either.
+        pairs = [_factors(layer) for _, layer in self._layers]
+        pairs = [(a, b) for a, b in pairs if a.grad is not None and b.grad is not None]
+        if not pairs:
+            return
+        rates = _rates(optimizer)
+        shrinks = self.shrinks_A([a for a, _ in pairs], [b for _, b in pairs])
+        signs = torch.where(shrinks, -1.0, 1.0).unbind()
+        for sign, (a, b) in zip(signs, pairs, strict=True):
+            change = sign.to(a.dtype) * (strength * rates[id(a)])
             a.mul_(1 + change)
             b.mul_(1 - change)
 
@@ -96,7 +100,21 @@ class LoRAnBAR(_BAR):
     summary = "Trained as LoRA with factors balanced by their gradients at each step (nBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
-        return _norms([_gradient(p) for p in A]) < _norms([_gradient(p) for p in B])
+        return _norms(_gradients(A)) < _norms(_gradients(B))
+
+
+def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    A, B = (cast(nn.Parameter, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
+    return A, B
+
+
+def _rates(optimizer: Optimizer) -> dict[int, float]:
+    """The learning rate now of each parameter, by its id; Prodigy's is its estimate d times lr."""
+    return {
+        id(parameter): group["lr"] * group.get("d", 1.0)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -105,5 +123,5 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.to(wide[0].device) for norm in torch._foreach_norm(wide)])
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [cast(Tensor, parameter.grad) for parameter in parameters]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -40,7 +40,6 @@ class FlatLoRA(Counting):
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self._layers: list[tuple[str, adapters.LoraLayer]] = []
-        self._weights: list[nn.Parameter] = []
         self._buffers: list[Tensor] = []
 
     @property
@@ -49,7 +48,8 @@ class FlatLoRA(Counting):
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         self.taken += 1
-        with perturb.replaced(self._weights, self._noisy_weights()):
+        weights = [adapters.base_weight(layer) for _, layer in self._layers]
+        with perturb.replaced(weights, self._noisy_weights(weights)):
             loss = forward_backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -57,11 +57,10 @@ class FlatLoRA(Counting):
 
     def inject_others(self) -> None:
         self._layers = self.layers()
-        self._weights = [adapters.base_weight(layer) for _, layer in self._layers]
 
-    def _noisy_weights(self) -> list[Tensor]:
+    def _noisy_weights(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
         if not self._buffers:  # kept from step to step: fresh memory costs time too
-            self._buffers = [torch.empty_like(w, requires_grad=False) for w in self._weights]
+            self._buffers = [torch.empty_like(w, requires_grad=False) for w in weights]
         strength = self.rho * rising("cosine", self.options.progress(self.taken))
 
         def make(index: int) -> None:
@@ -70,7 +69,7 @@ class FlatLoRA(Counting):
             noisy_weight(layer, strength, seed, out=self._buffers[index])
 
         # torch draws normal numbers on one CPU thread; layers are independent, so they share all.
-        threads = torch.get_num_threads() if self._weights[0].device.type == "cpu" else 1
+        threads = torch.get_num_threads() if weights[0].device.type == "cpu" else 1
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(make, range(len(self._layers))))
         return self._buffers

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
@@ -28,19 +32,25 @@ class Run:
     """A method in float64 on two layers, with its optimizer and the same batches for all."""
 
     def __init__(
-        self, name: str, options: MethodOptions, kind: str, lr: float, decay: float = 0.0
+        self,
+        name: str,
+        options: MethodOptions,
+        kind: str,
+        lr: float,
+        decay: float = 0.0,
+        spec: AdapterSpec = SPEC,
     ) -> None:
         self.model: Any = two_layers()
         self.method: Method = create(name, options)
         torch.manual_seed(1)
-        groups = self.method.setup([Target("model", self.model, SPEC, lr, decay)])
+        groups = self.method.setup([Target("model", self.model, spec, lr, decay)])
         self.optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(groups)
         self.method.bind(self.optimizer)
         self.passes = 0
 
-    def train(self, steps: int = STEPS) -> list[float]:
+    def train(self, steps: int = STEPS, first: int = 0) -> list[float]:
         losses = []
-        for k in range(steps):
+        for k in range(first, first + steps):
             x, y = batch(k)
 
             def forward_backward(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -124,6 +134,69 @@ def test_bar(kind: str, lr: float, decay: float, name: str, schedule: str) -> No
         return reference.bar(layers, rule, *batch(k), strength=alpha, lr=lr, kind=name)
 
     follow(run, step)
+
+
+@pytest.mark.parametrize("way", ["prepared", "resumed"])
+@pytest.mark.parametrize("name", ["oBAR", "nBAR"])
+def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(
+    name: str, way: str
+) -> None:
+    """accelerate's `prepare` and a resume put new dictionaries into `param_groups`."""
+    strength, lr = 2.0, 0.1
+    run = Run(f"lora-{name}".lower(), MethodOptions(bar_alpha=strength), "SGD", lr)
+
+    def warm_up() -> LambdaLR:
+        return LambdaLR(run.optimizer, lambda k: min(1.0, k / (STEPS // 2)))
+
+    schedule, groups = warm_up(), list(run.optimizer.param_groups)
+    if way == "prepared":
+        Accelerator(cpu=True).prepare(run.optimizer)
+    layers, rule = naive(run), rules("SGD", lr, 0.0)
+    for k in range(STEPS):
+        if way == "resumed" and k == STEPS // 4:
+            saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+            position, state = schedule.state_dict(), run.method.state_dict()
+            run = Run(run.method.name, run.method.options, "SGD", lr)
+            run.model.load_state_dict(saved[0])
+            schedule, groups = warm_up(), list(run.optimizer.param_groups)
+            run.optimizer.load_state_dict(saved[1])
+            schedule.load_state_dict(position)
+            run.method.load_state_dict(state)
+        rate = lr * min(1.0, k / (STEPS // 2))
+        for each in rule:
+            each["A"].lr = each["B"].lr = rate
+        reference.bar(layers, rule, *batch(k), strength=strength, lr=rate, kind=name)
+        run.train(1, first=k)
+        schedule.step()
+    assert all(a is not b for a, b in zip(groups, run.optimizer.param_groups, strict=True))
+    same_factors(run, layers)
+
+
+@pytest.mark.parametrize("name", ["lora-sam", "lora-obar", "lora-nbar", "flat-lora", "bilora"])
+def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name: str) -> None:
+    """The output does not reach the last layer (SDXL's text encoders have such a one)."""
+    options = MethodOptions(rho=0.3, bar_alpha=2.0, num_steps=STEPS)
+    run = Run(name, options, "AdamW", 0.05, 0.01)
+    only = replace(SPEC, target_modules=("0",))
+    without = Run(name, options, "AdamW", 0.05, 0.01, spec=only)
+    for key, own in without.method.tensors().items():
+        own.copy_(run.method.tensors()[key])
+    last = {key: v.clone() for key, v in run.primary().items() if key.startswith("2.")}
+    losses = []
+    for each in (run, without):
+        first: Any = each.model[:2]
+
+        def forward_backward(first: Any = first) -> Tensor:
+            loss = (first(batch(0)[0]) - 1).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        losses.append(
+            [float(each.method.step(forward_backward, each.optimizer)) for _ in range(STEPS)]
+        )
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    assert all(torch.equal(run.primary()[key], value) for key, value in last.items())
 
 
 @pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
