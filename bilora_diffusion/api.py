@@ -13,10 +13,17 @@ from torch.optim import Optimizer
 
 from . import adapters, inits
 from .adapters import PRIMARY, AdapterSpec
+from .config import limits
 from .errors import UserError
 from .inits.gradients import collecting
 from .methods.base import MethodOptions, Target
 from .methods.bilora import BiLoRA as _Method
+
+_NUMBERS = {
+    **{"rank": "rank", "lora_alpha": "alpha", "rho": "rho", "lora_dropout": "dropout"},
+    **{name: name for name in ("auxiliary_rank", "auxiliary_alpha", "auxiliary_learning_rate")},
+}
+"""Option of the command line -> its name here."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class BiLoRAConfig:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        for name, own in _NUMBERS.items():
+            limits.check_one(name, getattr(self, own), own)
         self.spec()
         self.options()
 

@@ -30,7 +30,7 @@ from .inits.gradients import initialise
 from .methods import Method
 from .optim import build_optimizer, build_scheduler
 from .runlog import RunLog
-from .stepping import ClippedOptimizer, Schedule, total_steps
+from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
 from .tasks.base import MicroBatch, Task, to_device
 from .trainer_state import load_tensors
 
@@ -79,7 +79,7 @@ class Trainer:
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
         """The remaining steps, each as this process's micro-batches."""
         slots = self.schedule.slots()
-        plan = [(step, part) for step in range(self.step, self.num_steps) for part in slots]
+        plan = Remaining(self.step, self.num_steps, slots)
         stream = iter(self.task.micro_batches(plan, self.schedule.step_size))
         for _ in range(self.step, self.num_steps):
             yield [next(stream) for _ in slots]

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bilora_diffusion.config.recipe import read_options
 from bilora_diffusion.errors import UserError
 
 SEED = "seed"
+MOST_VALUES = 10_000
 OWN = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 Values = Mapping[str, Any]
 
@@ -46,10 +46,15 @@ def axes(words: Sequence[str]) -> dict[str, list[str]]:
     for name, text in settings(words, "--over").items():
         values: list[str] = []
         for part in (part.strip() for part in text.split(",")):
-            ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", part)
+            ends = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})", part)
             span = range(int(ends[1]), int(ends[2]) + 1) if ends else ()
             if not part or (ends and not span):
                 raise UserError(f'--over has "{name}={text}": write v1,v2 or a..b with a <= b.')
+            if len(span) > MOST_VALUES:
+                raise UserError(
+                    f'--over has "{name}={text}", which is {len(span)} runs or more: give at most'
+                    f" {MOST_VALUES} values."
+                )
             values += map(str, span) if ends else [part]
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
@@ -64,10 +69,7 @@ def load_arms(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: it can't be read, or holds something else.
     """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f'--arms "{path}" is not a readable YAML file: correct it.') from error
+    loaded = read_options(path, f'the arms file "{path}"', "--arms")
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(
             f'--arms "{path}" holds no arms: write lines like "lora: {{method: lora}}".'
@@ -76,7 +78,7 @@ def load_arms(path: Path) -> dict[str, dict[str, Any]]:
     for label, options in loaded.items():
         options = {} if options is None else options
         scalar = isinstance(options, dict) and all(
-            isinstance(value, bool | int | float | str) for value in options.values()
+            isinstance(value, bool | str) for value in options.values()
         )
         if not scalar:
             raise UserError(

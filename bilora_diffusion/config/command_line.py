@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from transformers import HfArgumentParser
-
 from ..errors import UserError, did_you_mean
+from . import limits
+from .fields import NO_TRUTH, add_flags
+from .recipe import read_options
 
 UNSET = object()
 
@@ -37,7 +37,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
             action.option_strings = strings
 
 
-class CommandLine(HfArgumentParser):
+class CommandLine(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, and that tells given values from defaults.
 
     Args:
@@ -48,12 +48,13 @@ class CommandLine(HfArgumentParser):
 
     def __init__(self, groups: Sequence[Any], description: str, usage: str) -> None:
         super().__init__(
-            list(groups),
             description=description,
             usage=usage,
             allow_abbrev=False,
             formatter_class=Help,
         )
+        for group in groups:
+            add_flags(self, group)
         self._fields = [field for group in groups for field in dataclasses.fields(group)]
 
     def read(
@@ -67,7 +68,8 @@ class CommandLine(HfArgumentParser):
                 line, it overrules its partner in the recipe.
 
         Raises:
-            UserError: an unknown option, a value of the wrong type, a recipe that can't be read.
+            UserError: an unknown option, a value of the wrong type or beyond all range, a recipe
+                that can't be read.
         """
         flags = self._explicit(argv)
         recipe = self._recipe(Path(flags["config"])) if flags.get("config") else {}
@@ -75,6 +77,7 @@ class CommandLine(HfArgumentParser):
             if one in flags and other not in flags:
                 recipe.pop(other, None)
         given = {**recipe, **flags}
+        limits.check({**self.defaults(), **given})
         return {**self.defaults(), **given}, frozenset(given)
 
     def defaults(self) -> dict[str, Any]:
@@ -110,16 +113,7 @@ class CommandLine(HfArgumentParser):
         }
 
     def _recipe(self, path: Path) -> dict[str, Any]:
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f'there is no recipe "{path}": correct --config.') from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'the recipe "{path}" is not a text file: correct --config.') from error
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            line = f" in line {where.line + 1}" if where else ""
-            raise UserError(f'the recipe "{path}" is not valid YAML{line}: correct it.') from error
+        loaded = read_options(path, f'the recipe "{path}"', "--config")
         if not isinstance(loaded, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
         try:
@@ -147,7 +141,8 @@ class CommandLine(HfArgumentParser):
         if value is None and field.default is None:
             return UNSET
         if (isinstance(value, list) and not takes_list) or not all(map(_is_scalar, items)):
-            raise UserError(f'"{name}" is {value!r}: give a single value.')
+            shown = _short(str(value).replace("'", ""))
+            raise UserError(f'"{name}" is {shown}: give a single value.')
         texts = [_as_argument(item) for item in items]
         if takes_list:
             return texts
@@ -157,7 +152,7 @@ class CommandLine(HfArgumentParser):
         if action.choices is not None and value not in action.choices:
             name, choices = action.option_strings[0], [str(choice) for choice in action.choices]
             raise UserError(
-                f'{name} is "{value}"{did_you_mean(str(value), choices)}:'
+                f'{name} is "{_short(str(value))}"{did_you_mean(str(value), choices)}:'
                 f" use one of {', '.join(choices)}."
             )
 
@@ -170,17 +165,23 @@ class CommandLine(HfArgumentParser):
         wrong = re.match(r"invalid (int|float) value: (.*)", complaint, flags=re.DOTALL)
         if wrong is not None:
             kind = "a whole number" if wrong[1] == "int" else "a number"
-            raise UserError(f"{flag} is {wrong[2]}: give {kind}.")
-        truth = re.match(r"Truthy value expected: got (.*) but", complaint)
+            raise UserError(f"{flag} is {_short(wrong[2])}: give {kind}.")
+        truth = re.match(rf"{NO_TRUTH}(.*)", complaint, flags=re.DOTALL)
         if truth is not None:
-            raise UserError(f'{flag} is "{truth[1]}": give True or False, or the flag alone.')
+            raise UserError(
+                f'{flag} is "{_short(truth[1])}": give True or False, or the flag alone.'
+            )
         raise UserError(f"{flag} has no value: put one after it.")
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
+    return isinstance(value, bool | str)
 
 
 def _as_argument(value: Any) -> str:
-    # YAML reads a bare yes or no as a boolean, and some options have just these words as values.
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _short(text: str) -> str:
+    """What a sentence can repeat of a value."""
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} letters)"

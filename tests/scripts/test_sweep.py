@@ -105,7 +105,8 @@ def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(recipe: Path)
 
     # One more arm, whose weights leave the range of numbers at the first step.
     arms = recipe.parent / "arms.yaml"
-    arms.write_text("method=lora: {method: lora}\nhot: {method: lora, learning_rate: 1e38}\n")
+    hot = "{method: lora, learning_rate: 1e4, lora_alpha: 1e6, adam_weight_decay: 1e4}"
+    arms.write_text(f"method=lora: {{method: lora}}\nhot: {hot}\n")
     hot = start(recipe, "--arms", str(arms), "--over", "seed=0", "--control", "method=lora")
     said, errors = hot.communicate()
     assert hot.returncode == 1, errors
@@ -123,7 +124,7 @@ def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(recipe: Path)
         (["--over", "method=lora,bilora", "--control", "method=full"], "is none of the arms"),
         (["--ovr", "seed=0"], 'unexpected "--ovr" (did you mean "--over"?)'),
         (["--script", "train.py"], 'there is no script "train.py"'),
-        (["--arms", "nowhere.yaml"], '--arms "nowhere.yaml" is not a readable YAML file'),
+        (["--arms", "nowhere.yaml"], 'the arms file "nowhere.yaml" does not exist'),
         (["--metric"], "expected one argument"),
     ],
 )

@@ -218,7 +218,9 @@ def test_a_nonfinite_loss_names_the_rows(
         tmp_path / "run",
         model_name_or_path=material / "causal",
         train_file=material / "causal.jsonl",
-        learning_rate=1e30,
+        learning_rate=1e4,
+        lora_alpha=1e6,
+        weight_decay=1e4,
         lr_scheduler="constant",
         max_train_steps=6,
     )

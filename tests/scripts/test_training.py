@@ -16,6 +16,8 @@ from tests.scripts.runs import column, difference, weights
 from bilora_diffusion.export import inspect
 
 Train = Callable[..., Path]
+DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "adam_weight_decay": 1e4}
+"""Takes the weights out of the range of numbers within one step."""
 
 
 def test_resume_with_another_schedule_is_refused(train: Train, tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_cached_latents_equal_fresh_ones(train: Train, tmp_path: Path) -> None:
 
 def test_a_nonfinite_loss_stops_and_names_the_samples(train: Train, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 2 is not finite for .+\.png"):
-        train(tmp_path / "run", max_train_steps=6, learning_rate=1e30, checkpointing_steps=1)
+        train(tmp_path / "run", max_train_steps=6, checkpointing_steps=1, **DIVERGING)
     record = runlog.read_run(tmp_path / "run")
     assert record["status"] == "failed"
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]

@@ -212,7 +212,8 @@ def test_arms_are_read_from_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[", "is not a readable YAML file"),
+        ("[", "is not valid YAML in line 1"),
+        ("lora: {rank: 1, rank: 2}", "twice"),
         ("", "holds no arms"),
         ("lora: fast", '"lora" is not a mapping'),
         ("lora: {rank: [2, 4]}", '"lora" is not a mapping of options to single values'),
@@ -224,7 +225,7 @@ def test_a_bad_arms_file_is_refused(text: str, sentence: str, tmp_path: Path) ->
     (tmp_path / "arms.yaml").write_text(text)
     with pytest.raises(UserError, match=sentence):
         axes.load_arms(tmp_path / "arms.yaml")
-    with pytest.raises(UserError, match="is not a readable YAML file"):
+    with pytest.raises(UserError, match=r"none.yaml\" does not exist: correct --arms"):
         axes.load_arms(tmp_path / "none.yaml")
 
 

@@ -1,0 +1,134 @@
+"""A YAML file of options, read so that a value is the text that stands there.
+
+YAML 1.1 makes numbers of ``1:30`` and ``010``, a date of ``2024-01-01`` and a truth of ``on``. Here
+every value is what is written, as on the command line, and the option's own type decides what it
+means; only ``true``, ``false`` and ``null`` (or nothing) are more than text. Anchors, tags and
+repeated keys are refused, since an option has no use for them.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+
+MOST_BYTES = 200_000
+MOST_LEVELS = 10
+MOST_LETTERS = 200
+"""Of a key: an option of a recipe, or the label of an arm."""
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+def read_options(path: Path, what: str, flag: str) -> Any:
+    """The content of a YAML file: mappings, lists, texts, True, False and None.
+
+    Args:
+        path: the file.
+        what: it in the user's words, for messages.
+        flag: the option that names it.
+
+    Raises:
+        UserError: no regular file, too large, no text, no YAML, or YAML that is more than options.
+    """
+    text = _text(path, what, flag)
+    try:
+        events = yaml.parse(text, Loader=yaml.BaseLoader)
+        return _document(events)
+    except _Unfit as error:
+        raise UserError(f"{what} {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{what} is not valid YAML{line}: correct it.") from error
+    except (ValueError, OverflowError) as error:  # an escape or a version beyond all range
+        raise UserError(f"{what} is not valid YAML ({error}): correct it.") from error
+
+
+def _text(path: Path, what: str, flag: str) -> str:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a device has no end, and a pipe may have no start
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise UserError(f"{what} is not a text file but {kind}: correct {flag}.")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(
+                f"{what} is larger than {MOST_BYTES // 1000} kB, and options never are: correct"
+                f" {flag}."
+            )
+        return content.decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{what} does not exist: correct {flag}.") from error
+    except UserError:  # which is a ValueError
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} is not a text file: correct {flag}.") from error
+
+
+class _Unfit(Exception):
+    """The end of a sentence about a file."""
+
+
+def _document(events: Iterator[Any]) -> Any:
+    next(events)  # the start of the stream
+    if isinstance(next(events), yaml.StreamEndEvent):
+        return None
+    value = _value(next(events), events, 0)
+    next(events)  # the end of the document
+    if not isinstance(next(events), yaml.StreamEndEvent):
+        raise _Unfit('holds several documents: leave out the lines "---"')
+    return value
+
+
+def _value(event: Any, events: Iterator[Any], level: int) -> Any:
+    line = event.start_mark.line + 1
+    if event.anchor is not None or getattr(event, "tag", None) is not None:
+        raise _Unfit(
+            f"uses an anchor, an alias or a tag in line {line}: write the value out, or put a text"
+            " that starts with &, * or ! in quotes"
+        )
+    if level > MOST_LEVELS:
+        raise _Unfit(f"is nested more than {MOST_LEVELS} levels deep in line {line}: flatten it")
+    if isinstance(event, yaml.ScalarEvent):
+        return _scalar(event)
+    if isinstance(event, yaml.SequenceStartEvent):
+        values = []
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            values.append(_value(item, events, level + 1))
+        return values
+    return _mapping(events, level)
+
+
+def _mapping(events: Iterator[Any], level: int) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        line = event.start_mark.line + 1
+        if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag:
+            raise _Unfit(f"has a key in line {line} that is no plain text: name an option")
+        key = _readable(event.value, line)
+        if len(key) > MOST_LETTERS:
+            raise _Unfit(f"has a key of {len(key)} letters in line {line}: name an option")
+        if key in values:
+            raise _Unfit(f'gives "{key}" twice, in lines {lines[key]} and {line}: keep one')
+        lines[key] = line
+        values[key] = _value(next(events), events, level + 1)
+    return values
+
+
+def _scalar(event: Any) -> str | bool | None:
+    if event.style is None and event.value in _WORDS:
+        return _WORDS[event.value]
+    return _readable(event.value, event.start_mark.line + 1)
+
+
+def _readable(text: str, line: int) -> str:
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _Unfit(f"has an escaped character in line {line} that is no text: leave it out")
+    return text
