@@ -25,8 +25,12 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` (UTF-8): readers and crashes see the old content or the new."""
     aside = path.with_name(TEMPORARY + path.name)
-    aside.write_bytes(text.encode("utf-8"))
-    sync(aside)
+    try:
+        aside.write_bytes(text.encode("utf-8"))
+        sync(aside)
+    except OSError:
+        aside.unlink(missing_ok=True)  # half of it would only take room on a full disk
+        raise
     os.replace(aside, path)
     sync(path.parent)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from . import checkpoint
+from . import checkpoint, runlog
 from .errors import Interrupted, is_main_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -88,6 +88,8 @@ def farewell(
         argv: what the script was called with; None for the process's own command line.
         cfg: the run's configuration.
     """
+    if step == num_steps and runlog.read_run(folder).get("status") == "finished":
+        return Interrupted(f"interrupted when the run in {folder} had already finished", number)
     saved = checkpoint.latest(folder)
     value = "auto" if saved is None else "latest"
     kept = "nothing was saved yet" if saved is None else f"{saved} is saved"

@@ -27,6 +27,7 @@ from .data.seeds import digest_texts, seed_of
 from .dynamics import Dynamics
 from .errors import TrainingError
 from .inits.gradients import initialise
+from .interruption import Interruption
 from .methods import Method
 from .optim import build_optimizer, build_scheduler
 from .runlog import RunLog
@@ -61,6 +62,9 @@ class Trainer:
         self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
         self.average = self._new_average()
+        # Several processes stop together, which they can't before they share a first step.
+        self.interruption = Interruption(patient=accelerator.num_processes > 1)
+        self._agreed: int | None = None
 
     def _new_average(self) -> Average | None:
         cfg = self.cfg
@@ -138,8 +142,16 @@ class Trainer:
     def _digest(self, batches: Sequence[MicroBatch]) -> str:
         """Identifies data, noise and timesteps of the whole step, over all processes."""
         mine = [pair for b in batches for pair in zip(b.slots, b.digests, strict=True)]
-        pairs = gather_object(mine) if self.accelerator.num_processes > 1 else mine
-        return digest_texts([text for _, text in sorted(pairs)])
+        if self.accelerator.num_processes > 1:
+            # A signal may reach each process in another step: it goes along with the digests.
+            shared = gather_object([(mine, self.interruption.number)])
+            mine = [pair for own, _ in shared for pair in own]
+            self._agreed = next((number for _, number in shared if number), None)
+        return digest_texts([text for _, text in sorted(mine)])
+
+    def asked_to_stop(self) -> int | None:
+        """The signal that ends the run after this step, the same on every process."""
+        return self._agreed if self.accelerator.num_processes > 1 else self.interruption.number
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within the context what is trained holds its average, where averages are kept."""
@@ -176,7 +188,7 @@ class Trainer:
                     "num_steps": self.num_steps,
                 },
             )
-            if self.cfg.checkpoints_total_limit is not None:
+            if self.cfg.checkpoints_total_limit:
                 checkpoint.prune(folder, self.cfg.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -225,7 +237,10 @@ class Trainer:
 def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
     """Train to the end: steps, metrics, held-out loss, validation images and checkpoints.
 
-    ``log`` is the main process's record; the other processes have none.
+    An interruption ends it earlier, after a step that is saved.
+
+    Args:
+        log: the main process's record; the other processes have none.
     """
     doing = None if log is None else log.doing
     # The bar is closed on an error too, whose sentence then has a line of its own.
@@ -237,16 +252,18 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             _heldout(trainer, log, bar)
             if trainer.cfg.eval_on_start:
                 _validate(trainer, folder, log, bar)
+        trainer.interruption.patient = True
         for batches in trainer.micro_batches():
             values = trainer.train_step(batches)
             bar.step(values)
-            _after_step(trainer, values, folder, log, bar)
+            if _after_step(trainer, values, folder, log, bar):
+                return
 
 
 def _after_step(
     trainer: Trainer, values: dict[str, Any], folder: Path, log: RunLog | None, bar: Bar
-) -> None:
-    """Write down what a step gave, and whatever falls due after it."""
+) -> bool:
+    """Write down what a step gave, and whatever falls due after it; True if the run stops here."""
     cfg = trainer.cfg
     numbers = {k: v for k, v in values.items() if isinstance(v, float)}
     trainer.accelerator.log(numbers, step=trainer.step)
@@ -258,10 +275,12 @@ def _after_step(
         _heldout(trainer, log, bar)
     if done or _due(trainer.step, _validation_steps(trainer)):
         _validate(trainer, folder, log, bar)
-    if _due(trainer.step, cfg.checkpointing_steps):
+    stops = trainer.asked_to_stop() is not None
+    if stops or _due(trainer.step, cfg.checkpointing_steps):
         if log is not None:
             log.sync()
         trainer.save(folder)
+    return stops
 
 
 def _snapshot(trainer: Trainer, folder: Path) -> None:

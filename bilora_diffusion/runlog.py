@@ -142,7 +142,9 @@ class RunLog:
         else:
             del line["nonfinite"]
         text = json.dumps(line, allow_nan=False, separators=(", ", ": ")) + "\n"
-        self._metrics.write(text.encode("ascii"))  # unbuffered: one system call for one line
+        data = text.encode("ascii")  # unbuffered: one system call for one line
+        while data:  # a disk that is nearly full takes a part of it, and refuses the rest
+            data = data[self._metrics.write(data) :]
         if time.monotonic() - self._written > HEARTBEAT_SECONDS:
             self._write()
 
@@ -177,6 +179,10 @@ class RunLog:
         """Close the record as "failed", with one sentence why."""
         self._run["error"] = reason
         self._close("failed")
+
+    def interrupt(self) -> None:
+        """Close the record as "interrupted": it goes on with the next resume."""
+        self._close("interrupted")
 
     def _close(self, status: str) -> None:
         self._run["status"] = status

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from . import checkpoint, console, engines, publish, runlog
+from . import checkpoint, console, engines, failing, publish, room, runlog
 from .config import TextConfig
-from .errors import TrainingError, UserError
+from .errors import UserError
+from .interruption import farewell
 from .loop import Trainer, fit
 from .methods import MethodOptions, create, get
 from .stepping import Schedule, total_steps
@@ -54,34 +56,45 @@ class Script:
     files: Callable[[Path], dict[str, str]]
 
 
-def main(script: Script, argv: Sequence[str] | None = None) -> None:
+def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) -> None:
     """Train as the command line says and leave a run folder.
+
+    Args:
+        config: what the command line was read to, if it was read already.
 
     Raises:
         UserError: bad input; nothing was written.
         TrainingError: training could not go on; checkpoints and metrics are kept.
+        Interrupted: a signal ended it; it says how to go on.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
-    cfg = script.parse(argv)
+    cfg = script.parse(argv) if config is None else config
     folder = Path(cfg.output_dir)
     runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
     if get(cfg.method).exports_weights:
         runlog.refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
-    _run(script, cfg.for_processes(accelerator.num_processes), accelerator, folder, resume)
+    cfg = cfg.for_processes(accelerator.num_processes)
+    stopped = _run(script, cfg, accelerator, folder, resume)
     # DDP's reducer must be gone before the process group is taken down: the other way round, its
     # end waits for the group's thread while that thread waits for the interpreter.
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
+    if stopped is not None:
+        raise farewell(folder, *stopped, argv, cfg)
 
 
 def _run(
     script: Script, cfg: Any, accelerator: Accelerator, folder: Path, resume: Path | None
-) -> None:
-    """Build, train and finish; nothing of it is alive when this returns."""
+) -> tuple[int, int, int] | None:
+    """Build, train and finish; nothing of it is alive when this returns.
+
+    Returns:
+        None, or what stopped it: the signal's number, the steps taken, and of the whole run.
+    """
     repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     task: Any = script.build_task(cfg, accelerator)
     cfg = task.cfg
@@ -98,17 +111,22 @@ def _run(
             cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None, num_steps=steps
         )
         logger.info(console.opening(trainer, folder))
-    accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
+        room.warn(trainer, folder)
     try:
-        fit(trainer, folder, log)
-        results = _finish(script, cfg, trainer, folder, repo_id)
-    except TrainingError as error:
-        if log is not None:
-            log.fail(str(error))
-        raise
+        with trainer.interruption, failing.recorded(log, folder, trainer):
+            accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
+            fit(trainer, folder, log)
+            if trainer.step < steps:
+                raise KeyboardInterrupt
+            results = _finish(script, cfg, trainer, folder, repo_id)
+    except KeyboardInterrupt:
+        number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT
+        return number, trainer.step, steps
     if log is not None:
         log.finish(**results)
         logger.info(closing(script, folder))
+    late = trainer.interruption.number  # too late to stop the run, but not what comes after it
+    return None if late is None else (late, steps, steps)
 
 
 def build_accelerator(cfg: Any) -> Accelerator:
