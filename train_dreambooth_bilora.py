@@ -13,19 +13,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from bilora_diffusion.config import parse
 from bilora_diffusion.errors import run_cli
+from bilora_diffusion.launching import start_missing_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0, or 2 after a sentence that says what to mend."""
 
     def train() -> None:
-        from bilora_diffusion.stepping import start_missing_processes
-
         start_missing_processes()
+        config = parse(argv)  # before torch is imported, so that a typo is answered at once
         from bilora_diffusion.train import main as train_dreambooth
 
-        train_dreambooth(argv)
+        train_dreambooth(argv, config)
 
     return run_cli(train)
 

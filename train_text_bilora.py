@@ -13,19 +13,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from bilora_diffusion.config import parse_text
 from bilora_diffusion.errors import run_cli
+from bilora_diffusion.launching import start_missing_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0, or 2 after a sentence that says what to mend."""
 
     def train() -> None:
-        from bilora_diffusion.stepping import start_missing_processes
-
         start_missing_processes()
+        config = parse_text(argv)  # before torch is imported, so that a typo is answered at once
         from bilora_diffusion.train_text import main as train_text
 
-        train_text(argv)
+        train_text(argv, config)
 
     return run_cli(train)
 

@@ -1,13 +1,28 @@
 """Bi-LoRA: fine-tuning that seeks flat minima at the price of plain LoRA."""
 
 import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import BiLoRAConfig, attach
 
 # PEFT imports bitsandbytes where it is installed, and that asks, on CPUs with bf16 units, for a
 # package that only speeds up 4-bit inference: its line would stand before every sentence of ours.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from .api import BiLoRAConfig, attach  # noqa: E402
-
 __version__ = "0.1.0"
 
 __all__ = ["BiLoRAConfig", "__version__", "attach"]
+
+
+def __getattr__(name: str) -> Any:
+    # The API needs torch and PEFT, seconds that a script's --help has no use for.
+    if name in ("BiLoRAConfig", "attach"):
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -147,11 +147,15 @@ def files(folder: Path) -> dict[str, str]:
 DREAMBOOTH = Script("dreambooth-bilora", parse, build_task, export, card, "eval.clip_scores", files)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, config: DreamBoothConfig | None = None) -> None:
     """Train as the command line says and leave a run folder.
+
+    Args:
+        argv: the command line; None for that of the process.
+        config: what it was read to, if it was read already.
 
     Raises:
         UserError: bad input; nothing was written.
         TrainingError: training could not go on; checkpoints and metrics are kept.
     """
-    running.main(DREAMBOOTH, argv)
+    running.main(DREAMBOOTH, argv, config)

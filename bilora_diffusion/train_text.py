@@ -105,11 +105,15 @@ def files(folder: Path) -> dict[str, str]:
 TEXT = Script("text-bilora", parse_text, build_task, export, card, "eval.text_scores", files)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, config: TextConfig | None = None) -> None:
     """Train as the command line says and leave a run folder.
+
+    Args:
+        argv: the command line; None for that of the process.
+        config: what it was read to, if it was read already.
 
     Raises:
         UserError: bad input; nothing was written.
         TrainingError: training could not go on; checkpoints and metrics are kept.
     """
-    running.main(TEXT, argv)
+    running.main(TEXT, argv, config)

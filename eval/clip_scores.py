@@ -194,7 +194,7 @@ def _said(plan: Plan, images: int, missing: int) -> str:
 
 def _start_missing_processes(words: Sequence[str]) -> None:
     # The helper starts again what sys.argv says, and a module has to be named as one.
-    from bilora_diffusion.stepping import start_missing_processes
+    from bilora_diffusion.launching import start_missing_processes
 
     told, sys.argv = sys.argv, ["-m", "eval.clip_scores", *words]
     try:

@@ -8,6 +8,7 @@ base layer does: bf16 would lose small updates.
 
 from peft.tuners.lora import LoraLayer
 
+from ..choices import ALL_LINEAR, INITS
 from .access import (
     AUXILIARY,
     INITIAL,
@@ -44,7 +45,7 @@ from .saving import (
     weight_delta,
 )
 from .switching import activate, active, only
-from .targets import ALL_LINEAR, CHANGE_BASE, INITS, AdapterSpec, target_layers
+from .targets import CHANGE_BASE, AdapterSpec, target_layers
 
 __all__ = [
     "ALL_LINEAR",

@@ -18,7 +18,6 @@ from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import (
     ALL_LINEAR,
-    INITS,
     AdapterSpec,
     base_of,
     peft_targets,
@@ -48,7 +47,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
         r=spec.rank,
         lora_alpha=cast(int, int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha),
         lora_dropout=spec.dropout,
-        init_lora_weights=cast(Any, INITS[spec.init]),
+        # those of `inits/` start as the default and are then replaced
+        init_lora_weights="gaussian" if spec.init == "gaussian" else True,
         use_dora=spec.use_dora,
         target_modules=list(targets) if by_path else peft_targets(spec),
         base_model_name_or_path=getattr(model, "name_or_path", None),

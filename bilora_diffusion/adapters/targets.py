@@ -12,17 +12,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..choices import ALL_LINEAR, INITS
 from ..errors import UserError, did_you_mean
 from .access import within
 
-ALL_LINEAR = "all-linear"
-# PEFT's name for each; those of `inits/` start as the default and are then replaced.
-INITS: dict[str, bool | str] = {
-    "default": True,
-    "gaussian": "gaussian",
-    "pissa": True,
-    "lora-ga": True,
-}
 CHANGE_BASE = ("pissa", "lora-ga")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from .. import mini
 from ..errors import UserError
-from ..methods import default_rho
 from .inputs import SDXL_BASE
 
 MINI = "mini"
@@ -92,6 +91,8 @@ def resolve_training(values: dict[str, Any], given: frozenset[str]) -> dict[str,
     if values["lora_alpha"] is None:
         values["lora_alpha"] = 2.0 * values["rank"]
     if values["rho"] is None:
+        from ..methods import default_rho  # here, so that --help does not wait for torch
+
         values["rho"] = default_rho(values["method"])
     if values["optimizer"] == "prodigy" and "learning_rate" not in given:
         values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from ..adapters import ALL_LINEAR
+from ..choices import ALL_LINEAR
 from .checks import check
 from .command_line import CommandLine
 from .outputs import TextOutputOptions

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..data.text.examples import KINDS
-from ..data.text.templates import TEMPLATES
+from ..choices import KINDS, TEMPLATES
 from .fields import option
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..adapters import ALL_LINEAR
+from ..choices import ALL_LINEAR
 from .fields import option
 from .training import LR_SCHEDULERS, AdapterOptions, OptimizerOptions, StepOptions
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..adapters import INITS
-from ..methods.options import AUXILIARY_UPDATES, BALLS, DIRECTIONS, RHO_NORMS, SCHEDULES
+from ..choices import AUXILIARY_UPDATES, BALLS, DIRECTIONS, INITS, RHO_NORMS, SCHEDULES
 from .fields import automatic_switch, option
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -41,7 +40,7 @@ class AdapterOptions:
         " normal, as in diffusers' script), pissa (top singular vectors of W; Meng et al. 2024) or"
         " lora-ga (of the loss's gradient; Wang et al. 2024). The last two change the base weights;"
         " the exported file makes up for it.",
-        choices=tuple(INITS),
+        choices=INITS,
     )
     lora_ga_samples: int = option(
         128, "Samples whose mean gradient lora-ga starts from (Wang et al. 2024)."

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..choices import AUXILIARY_UPDATES, BALLS, DIRECTIONS, RHO_NORMS, SCHEDULES
 from ..errors import UserError, did_you_mean
-
-RHO_NORMS = ("scaled", "unscaled")
-BALLS = ("global", "per-layer", "none")
-DIRECTIONS = ("ascent", "descent")
-SCHEDULES = ("constant", "linear", "cosine")
-AUXILIARY_UPDATES = ("optimizer", "power")
 
 _CHOICES = {
     "rho_norm": RHO_NORMS,

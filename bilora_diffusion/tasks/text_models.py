@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..choices import KINDS
 from ..data.seeds import seed_of
-from ..data.text.examples import KINDS
 from ..errors import UserError
 from .text_places import gguf_file, locate
 

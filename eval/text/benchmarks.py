@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bilora_diffusion.data.text.templates import TEMPLATES
+from bilora_diffusion.choices import TEMPLATES
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from .schema import PERCENT, POINTS

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...choices import KINDS
 from ...errors import UserError
 from ..seeds import digest_texts
-from .examples import KINDS, Example
+from .examples import Example
 from .table import INPUT_COLUMNS, Tokenize, features_of, table
 from .templates import settle_template
 from .tokenizing import generation_prompt, require_eos

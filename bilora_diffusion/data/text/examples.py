@@ -12,9 +12,6 @@ from ..seeds import generator, seed_of
 
 T = TypeVar("T")
 
-KINDS = ("seq2seq", "causal", "classification")
-"""The kinds of model that examples are for."""
-
 
 @dataclass(frozen=True)
 class Example:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...choices import TEMPLATES
 from ...errors import UserError
 from .examples import Example
 
-TEMPLATES = ("auto", "chat", "alpaca", "plain")
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"

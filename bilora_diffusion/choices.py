@@ -1,0 +1,18 @@
+"""The words that options may be, for command lines and for the code that does what they say.
+
+They stand here because a command line is read before torch and PEFT are imported.
+"""
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the output head."""
+INITS = ("default", "gaussian", "pissa", "lora-ga")
+"""First values of the primary."""
+RHO_NORMS = ("scaled", "unscaled")
+BALLS = ("global", "per-layer", "none")
+DIRECTIONS = ("ascent", "descent")
+SCHEDULES = ("constant", "linear", "cosine")
+AUXILIARY_UPDATES = ("optimizer", "power")
+KINDS = ("seq2seq", "causal", "classification")
+"""The kinds of model that text is for."""
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
+"""How a causal language model is shown a question."""
