@@ -57,7 +57,11 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     classes = None
     if cfg.with_prior_preservation:
         ensure_class_images(cfg, accelerator)
-        classes = open_images(str(cfg.class_data_dir), skip_bad_images=cfg.skip_bad_images)
+        classes = open_images(
+            str(cfg.class_data_dir), caption_column="none", skip_bad_images=cfg.skip_bad_images
+        )
+        for line in classes.remarks():
+            logger.warning("%s", line)
     task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
     if cfg.quantize == "nf4":
         dtype = DTYPES[accelerator.mixed_precision]
@@ -92,8 +96,8 @@ def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) 
         cache_dir=cfg.cache_dir,
         skip_bad_images=cfg.skip_bad_images,
     )
-    for reason in opened.skipped:
-        logger.warning("left out: %s", reason)
+    for line in opened.remarks():
+        logger.warning("%s", line)
     return opened
 
 

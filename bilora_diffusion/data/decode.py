@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import struct
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from io import BytesIO
@@ -11,17 +15,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..text_file import is_file
+
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+"""What telephones write; Pillow reads it where the package pillow-heif is installed."""
 
 DECODE_ERRORS = (
     OSError,
     EOFError,
     ValueError,
     SyntaxError,
-    IndexError,
-    KeyError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    zlib.error,
     struct.error,
     Image.DecompressionBombError,
 )
@@ -33,9 +46,35 @@ _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 Opener = Callable[[], AbstractContextManager[Image.Image]]
 
 
+@functools.cache
+def reads_heif() -> bool:
+    """Whether HEIC files can be read."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def image_suffixes() -> frozenset[str]:
+    """What the names of images that can be read end in, in lower case."""
+    return IMAGE_SUFFIXES | HEIF_SUFFIXES if reads_heif() else IMAGE_SUFFIXES
+
+
+@functools.cache
+def _register_heif() -> None:
+    if reads_heif():
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
 def opener(source: Path | bytes) -> Opener:
     """How to open the image of a file, or of a file's content."""
-    return lambda: Image.open(source if isinstance(source, Path) else BytesIO(source))
+
+    def opened() -> AbstractContextManager[Image.Image]:
+        _register_heif()
+        if isinstance(source, bytes):
+            return Image.open(BytesIO(source))
+        if source.exists() and not is_file(source):  # a pipe would keep everyone waiting
+            raise OSError("it is no regular file")
+        return Image.open(source)
+
+    return opened
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .decode import IMAGE_SUFFIXES
-from .sources import ImageSet, require_column, require_texts
+from ..text_file import csv_rows, is_file, is_folder, is_text, json_lines, quoted, read_text
+from .listing import METADATA, Listing
+from .sources import NO_CAPTIONS, ImageSet, require_column, require_texts
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+TEXT = "text"
+"""The column of the captions that lie beside the images."""
+MOST_BYTES = 500_000_000
 
 
 class FolderImages(ImageSet):
@@ -35,102 +35,89 @@ class FolderImages(ImageSet):
 
     @classmethod
     def open(
-        cls, label: str, folder: Path, image_column: str, caption_column: str | None
+        cls, label: str, listing: Listing, image_column: str, caption_column: str | None
     ) -> FolderImages:
-        """Read a folder. With a metadata file, the images are those it lists, in its order.
+        """Read a folder. With a metadata file, the images are those it lists, in its order, and
+        their captions are in its columns; without, the captions are the ``.txt`` files beside them.
 
         Raises:
-            UserError: a column is missing, a row is malformed or names a file that is not there.
+            UserError: a column is missing, a row is malformed or names a file that is not there, or
+                a caption is no text.
         """
-        found = [folder / name for name in METADATA if (folder / name).is_file()]
-        if len(found) > 1:
-            raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
-        rows = _rows(found[0]) if found else [{"file_name": f.name} for f in image_files(folder)]
-        if not rows:
-            raise UserError(f"{found[0] if found else label} lists no image: add some.")
-        files = [_file(folder, row, number, found) for number, row in enumerate(rows, start=1)]
-        extra = [key for key in dict.fromkeys(k for row in rows for k in row) if key != "file_name"]
-        columns = ["image", *extra]
         require_column(image_column, ["image"], "--image_column", label)
-        names = [str(row["file_name"]) for row in rows]
-        captions: list[Any] = [None] * len(rows)
-        if caption_column is not None:
-            require_column(caption_column, columns, "--caption_column", label)
-            captions = [row.get(caption_column) for row in rows]
-            require_texts(captions, names, caption_column, label)
-        return cls(label, files, names, captions, columns)
+        beside = not listing.metadata and caption_column != NO_CAPTIONS and listing.has_captions()
+        if listing.metadata:
+            images = cls(label, *_listed(label, listing, caption_column))
+        else:
+            images = cls(label, *_alone(label, listing, caption_column, beside))
+        images.left_out = tuple(listing.left_out(images._files, captioned=beside))
+        if beside:
+            images.caption_source = "the .txt files beside them"
+        return images
 
 
-def has_own_images(folder: Path) -> bool:
-    """Whether ``folder`` is a plain folder of images: with a metadata file, or images alone.
-
-    Images beside Parquet or Arrow files are no data (a preview, say): the tables are.
-    """
-    if any((folder / name).is_file() for name in METADATA):
-        return True
-    tables = any(path.suffix in (".parquet", ".arrow") for path in folder.rglob("*"))
-    return not tables and bool(image_files(folder))
+Content = tuple[list[Path], list[str], list[Any], list[str]]
+"""Files, names and captions, one per image, and the columns of the set."""
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images directly in ``folder``, hidden files left out, sorted by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-    )
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read as UTF-8 text ({error}): save it anew.") from error
-    if path.suffix == ".csv":
-        return list(_csv_rows(path, text))
-    return list(_json_rows(path, text))
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        if None in row or None in row.values():
+def _alone(label: str, listing: Listing, column: str | None, beside: bool) -> Content:
+    files, columns = listing.images, ["image", TEXT] if beside else ["image"]
+    if column not in (None, NO_CAPTIONS):
+        require_column(column, columns, "--caption_column", label)
+    names = [path.name for path in files]
+    for name in names:
+        if not is_text(name):
             raise UserError(
-                f"line {reader.line_num} of {path} does not have {len(reader.fieldnames or ())}"
-                " fields as its header has: quote fields that contain a comma."
+                f"the name {quoted(name)} of an image in {label} is no text: rename it."
             )
-        yield row
+    captions = listing.captions(files) if beside else [None] * len(files)
+    return files, names, captions, columns
 
 
-def _json_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"line {number} of {path} is not JSON ({error.msg}): write one object a line."
-            ) from error
+def _listed(label: str, listing: Listing, column: str | None) -> Content:
+    if len(listing.metadata) > 1:
+        raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
+    metadata = listing.metadata[0]
+    rows = list(_rows(metadata))
+    if not rows:
+        raise UserError(f"{metadata} lists no image: add some.")
+    files = [_file(listing.folder, row, where) for where, row in rows]
+    extra = dict.fromkeys(key for _, row in rows for key in row)
+    columns = ["image", *(key for key in extra if key != "file_name")]
+    names = [str(row["file_name"]) for _, row in rows]
+    captions: list[Any] = [None] * len(rows)
+    if column is not None and (column != NO_CAPTIONS or column in columns):
+        require_column(column, columns, "--caption_column", label)
+        captions = [row.get(column) for _, row in rows]
+        require_texts(captions, names, column, label)
+    return files, names, captions, columns
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = str(path)
+    text = read_text(path, name, MOST_BYTES)
+    for where, row in (csv_rows if path.suffix == ".csv" else json_lines)(text, name):
         if not isinstance(row, dict):
-            raise UserError(
-                f"line {number} of {path} is not a JSON object: write one object a line."
-            )
-        yield row
+            raise UserError(f"{where} is not a JSON object: write one object a line.")
+        yield where, row
 
 
-def _file(folder: Path, row: dict[str, Any], number: int, found: Sequence[Path]) -> Path:
-    where = f"row {number} of {found[0]}" if found else str(folder)
+def _file(folder: Path, row: dict[str, Any], where: str) -> Path:
     name = row.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(f'{where} has no "file_name": name the image that it describes.')
+    shown = quoted(name)
+    if "\0" in name or not is_text(name):
+        raise UserError(f"{where} names {shown}, which no file can be called: correct it.")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f'{where} names "{name}" outside of its folder: move the image into it.')
-    if not path.is_file():
-        raise UserError(
-            f'{where} names "{name}", which is not there: add the file or drop the row.'
-        )
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle, or a name that is too long
+        inside = True
+    if not inside:
+        raise UserError(f"{where} names {shown} outside of its folder: move the image into it.")
+    if is_folder(path):
+        raise UserError(f"{where} names {shown}, which is a folder: name each of its images.")
+    if not is_file(path):
+        raise UserError(f"{where} names {shown}, which is not there: add the file or drop the row.")
     return path

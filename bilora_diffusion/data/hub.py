@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .sources import ImageSet, reason, require_column, require_texts
+from .listing import Listing
+from .sources import NO_CAPTIONS, ImageSet, reason, require_column, require_texts
 
 
 class HubImages(ImageSet):
@@ -36,7 +37,7 @@ class HubImages(ImageSet):
     def open(
         cls,
         label: str,
-        location: str,
+        location: str | Listing,
         *,
         image_column: str,
         caption_column: str | None,
@@ -48,14 +49,16 @@ class HubImages(ImageSet):
 
         Args:
             label: what the user called the set.
-            location: what ``datasets.load_dataset`` is given: a folder or a hub id.
+            location: what ``datasets.load_dataset`` is given: a folder, listed, or a hub id.
 
         Raises:
             UserError: no such set, configuration, split or column, or the hub is out of reach.
         """
         import datasets
 
-        data = _load(label, location, config_name, cache_dir, split)
+        # Else datasets may take the captions beside images in subfolders for the data.
+        beside = isinstance(location, Listing) and config_name is None and location.has_captions()
+        data = _load(label, location, config_name, cache_dir, split, images_only=beside)
         columns = data.column_names
         require_column(image_column, columns, "--image_column", label)
         if not isinstance(data.features[image_column], datasets.Image):
@@ -69,22 +72,48 @@ class HubImages(ImageSet):
         )[image_column]
         names = [f"{label}[{i}]" for i in range(len(data))]
         captions: list[Any] = [None] * len(data)
-        if caption_column is not None:
+        if caption_column is not None and (caption_column != NO_CAPTIONS or NO_CAPTIONS in columns):
             require_column(caption_column, columns, "--caption_column", label)
             captions = list(data.select_columns(caption_column)[caption_column])
             require_texts(captions, names, caption_column, label)
-        return cls(label, rows, names, captions, columns)
+        elif caption_column is None and beside and isinstance(location, Listing):
+            captions = _captions(location, [row.get("path") for row in rows])
+        images = cls(label, rows, names, captions, columns)
+        if isinstance(location, Listing):
+            images.left_out = tuple(location.unreadable())
+        if caption_column is None and beside:
+            images.caption_source = "the .txt files beside them"
+        return images
+
+
+def _captions(listing: Listing, files: Sequence[str | None]) -> list[str | None]:
+    """The texts beside the files, whose paths ``datasets`` has made absolute."""
+    root = listing.folder.resolve()
+    paths = [Path(file or root) for file in files]
+    inside = [p.relative_to(root) if p.is_relative_to(root) else p for p in paths]
+    return listing.captions([listing.folder / path for path in inside])
 
 
 def _load(
-    label: str, location: str, config_name: str | None, cache_dir: str | None, split: str
+    label: str,
+    location: str | Listing,
+    config_name: str | None,
+    cache_dir: str | None,
+    split: str,
+    *,
+    images_only: bool,
 ) -> Any:
     import datasets
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 
+    local = isinstance(location, Listing)
+    place = str(location.folder) if isinstance(location, Listing) else location
     try:
-        splits = datasets.load_dataset(location, config_name, cache_dir=cache_dir)
+        if images_only:
+            splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache_dir)
+        else:
+            splits = datasets.load_dataset(place, config_name, cache_dir=cache_dir)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(
             f'"{label}" holds no images and nothing else that can be read: put images into it.'
@@ -95,12 +124,12 @@ def _load(
             " `hf auth login` if it is private or gated, or give a local folder."
         ) from error
     except (OSError, RuntimeError) as error:  # out of reach, offline, damaged, disk full
-        fix = "check its files" if Path(location).is_dir() else "check the connection"
+        fix = "check its files" if local else "check the connection"
         raise UserError(
             f'the dataset "{label}" could not be loaded ({reason(error)}): {fix}, or give another'
             " folder."
         ) from error
-    except (ValueError, DatasetsError) as error:
+    except (ValueError, TypeError, LookupError, DatasetsError) as error:
         raise UserError(
             f'datasets refuses "{label}" ({reason(error)}): check --dataset and'
             " --dataset_config_name."

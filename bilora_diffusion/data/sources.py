@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,17 @@ from PIL import Image
 
 from .. import mini
 from ..errors import UserError
+from ..text_file import is_file, is_folder, is_text, quoted
 from .decode import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000
 """Up to this many images are decoded whole when opened; of more, only the headers are read."""
+
+MOST_ELONGATED = 64
+"""Times a side may be longer than the other: resizing makes of it what memory can't hold."""
+
+NO_CAPTIONS = "none"
+"""The ``--caption_column`` of one who wants no captions, wherever they lie."""
 
 BUILT_IN = {"mini": mini.train_dir, "mini-heldout": mini.heldout_dir}
 
@@ -27,6 +35,11 @@ class ImageSet(ABC):
         names: one per image, for messages and logs.
         captions: one per image; None or blank means that it has none.
         columns: the columns the set offers, ``image_column`` among them.
+
+    Attributes:
+        skipped: the unreadable images that were left out, each with the reason.
+        left_out: what else lies in the folder and is not read, in a few words a kind.
+        caption_source: where captions come from that nobody named, or None.
     """
 
     def __init__(
@@ -38,6 +51,8 @@ class ImageSet(ABC):
     ) -> None:
         self.label, self.columns = label, tuple(columns)
         self.skipped: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
+        self.caption_source: str | None = None
         self._names = list(names)
         self._captions = [text if text and text.strip() else None for text in captions]
         self._indices = list(range(len(self._names)))
@@ -98,6 +113,20 @@ class ImageSet(ABC):
             texts.append(text)
         return texts
 
+    def remarks(self) -> list[str]:
+        """What should be known of the set and would surprise, a line each."""
+        lines = []
+        if self.caption_source:
+            count = sum(self.caption(i) is not None for i in range(len(self)))
+            others = "" if count == len(self) else ", the others get --instance_prompt"
+            lines.append(
+                f"captions of {self.label}: {count} of {len(self)} images have theirs from"
+                f" {self.caption_source}{others} (--caption_column {NO_CAPTIONS} reads none)"
+            )
+        if self.left_out:
+            lines.append(f"left out of {self.label}: {', '.join(self.left_out)}")
+        return lines + [f"left out of {self.label}: {reason}" for reason in self.skipped]
+
     def fingerprint(self) -> str:
         """Identifies the content: names, captions and image files; not where they lie.
 
@@ -124,7 +153,7 @@ class ImageSet(ABC):
         good, sizes, skipped = [], [], []
         for row, name in enumerate(self._names):
             try:
-                sizes.append(upright_size(self._source(row), whole=whole))
+                sizes.append(_sensible(upright_size(self._source(row), whole=whole)))
                 good.append(row)
             except DECODE_ERRORS as error:
                 if not skip_bad_images:
@@ -154,28 +183,36 @@ def open_images(
             ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any layout that
             ``datasets`` reads; or the id of a set on the hub.
         image_column: where the images are; a folder's own images are in column "image".
-        caption_column: where their captions are, or None to have none.
+        caption_column: where their captions are; "none" to have none; None for those of the
+            ``.txt`` files beside the images of a folder without metadata.
         config_name, cache_dir, split: as for ``datasets.load_dataset``.
         skip_bad_images: leave unreadable images out and list them in ``skipped``.
 
     Raises:
         UserError: no such set, column, split or image; the message names it and the fix.
     """
-    from .folder import FolderImages, has_own_images
+    from .folder import FolderImages
     from .hub import HubImages
+    from .listing import look
 
     if caption_column == image_column:
         raise UserError(
             f'"{image_column}" can\'t be both --image_column and --caption_column: change one.'
         )
-    folder = BUILT_IN[dataset]() if dataset in BUILT_IN else Path(dataset).expanduser()
-    if folder.is_dir() and config_name is None and has_own_images(folder):
-        images: ImageSet = FolderImages.open(dataset, folder, image_column, caption_column)
+    folder = BUILT_IN[dataset]() if dataset in BUILT_IN else Path(os.path.expanduser(dataset))
+    listing = look(folder) if is_folder(folder) else None
+    if listing and config_name is None and listing.is_plain:
+        images: ImageSet = FolderImages.open(dataset, listing, image_column, caption_column)
     else:
         _require_folder_or_id(dataset, folder)
+        if listing and listing.is_unreadable:
+            raise UserError(
+                f'"{dataset}" holds no images that can be read, but'
+                f" {' and '.join(listing.unreadable())}: make them readable."
+            )
         images = HubImages.open(
             dataset,
-            str(folder) if folder.is_dir() else dataset,
+            listing or dataset,
             image_column=image_column,
             caption_column=caption_column,
             config_name=config_name,
@@ -194,8 +231,8 @@ def require_column(column: str, columns: Sequence[str], flag: str, label: str) -
     """
     if column not in columns:
         raise UserError(
-            f'{label} has no column "{column}": set {flag} to one of its columns'
-            f" ({', '.join(columns)})."
+            f"{label} has no column {quoted(column)}: set {flag} to one of its columns"
+            f" ({', '.join(quoted(name).strip(chr(34)) for name in columns)})."
         )
 
 
@@ -210,6 +247,11 @@ def require_texts(values: Sequence[object], names: Sequence[str], column: str, l
             raise UserError(
                 f'the caption of {name} in {label}, column "{column}", is a {type(value).__name__}'
                 " and not text: set --caption_column to a column of texts."
+            )
+        if value and ("\0" in value or not is_text(value)):
+            raise UserError(
+                f"the caption of {name} in {label}, {quoted(value)}, holds a NUL or half a"
+                " character (a lone surrogate): write it anew, in UTF-8."
             )
 
 
@@ -229,9 +271,18 @@ def reason(error: Exception) -> str:
     return text.splitlines()[0].split(". ")[0].rstrip(".")
 
 
+def _sensible(size: tuple[int, int]) -> tuple[int, int]:
+    if max(size) > MOST_ELONGATED * min(size):
+        raise ValueError(
+            f"it is {size[1]} pixels wide and {size[0]} high, more than {MOST_ELONGATED} to 1;"
+            " cut it"
+        )
+    return size
+
+
 def _require_folder_or_id(dataset: str, folder: Path) -> None:
-    if folder.is_file():
+    if is_file(folder):
         raise UserError(f'"{dataset}" is a file: give the folder that holds the images.')
     looks_like_path = dataset.startswith((".", "/", "~")) or "\\" in dataset
-    if not folder.exists() and (looks_like_path or dataset.count("/") > 1):
+    if not is_folder(folder) and (looks_like_path or dataset.count("/") > 1):
         raise UserError(f'there is no folder "{dataset}": correct the path, or give a hub id.')

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..data.listing import look
 from ..sampling import generate
 from .pipeline import load_pipeline
 
@@ -19,7 +20,6 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
@@ -30,7 +30,7 @@ def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
     """
     folder = Path(cfg.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    present = sum(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+    present = len(look(folder).images)
     # Nobody may count after another process has begun to write.
     accelerator.wait_for_everyone()
     missing = list(range(present, cfg.num_class_images))

@@ -170,7 +170,7 @@ def write(folder: Path, name: str, text: str) -> None:
         (lambda f: (f / "c.png").write_bytes(b""), ["c.png", "--skip_bad_images"]),
         (lambda f: write(f, "metadata.jsonl", '{"file_name": "gone.png"}\n'), ['"gone.png"']),
         (lambda f: write(f, "metadata.jsonl", '{"file_name": "../x.png"}\n'), ["outside"]),
-        (lambda f: write(f, "metadata.jsonl", '{"name": "c.png"}\n'), ["row 1", '"file_name"']),
+        (lambda f: write(f, "metadata.jsonl", '{"name": "c.png"}\n'), ["line 1", '"file_name"']),
         (lambda f: write(f, "metadata.jsonl", '{"file_name": \n'), ["line 1", "not JSON"]),
         (lambda f: write(f, "metadata.jsonl", "[1]\n"), ["line 1", "not a JSON object"]),
         (lambda f: write(f, "metadata.jsonl", "\n"), ["metadata.jsonl", "no image"]),

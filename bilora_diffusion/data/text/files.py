@@ -123,7 +123,7 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
             raise UserError(
                 f'turn {number} of {where} has no "role" and "content" that are text: correct it.'
             )
-        for part in parts:
+        for part in map(str, parts):
             _require_text(part, f"turn {number} of {where}")
     return [(turn["role"], turn["content"]) for turn in turns]
 
