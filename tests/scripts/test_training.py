@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bilora_diffusion import runlog
 from bilora_diffusion.errors import TrainingError, UserError
-from tests.scripts.runs import column, difference, weights
 from bilora_diffusion.export import inspect
+from tests.scripts.runs import column, difference, weights
 
 Train = Callable[..., Path]
 DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "adam_weight_decay": 1e4}
@@ -53,9 +54,9 @@ def test_the_auxiliary_stays_in_its_ball_and_out_of_the_file(train: Train, tmp_p
     assert record["status"] == "finished"
     assert record["results"]["export"]["auxiliary_keys"] == 0
     assert record["results"]["export"]["max_relative_difference"] < 1e-6
-
     assert record["results"]["export"]["kohya_max_relative_difference"] < 1e-6
     assert inspect(folder / "run.safetensors").format == "kohya"
+
 
 @pytest.mark.parametrize(
     "values",
@@ -117,12 +118,19 @@ def test_prior_preservation_makes_and_uses_class_images(train: Train, tmp_path: 
 
 
 def test_validation_images_and_heldout_loss_do_not_disturb_training(
-    train: Train, tmp_path: Path
+    train: Train,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     quiet = train(tmp_path / "quiet", max_train_steps=3)
+    caplog.clear()
+    caplog.set_level("INFO", logger="bilora_diffusion")
     looked = train(
         tmp_path / "looked",
         max_train_steps=3,
+        checkpointing_steps=2,
+        report_to="tensorboard",
         validation_prompt="a TOK icon of a rabbit",
         num_validation_images=1,
         validation_epochs=1,
@@ -134,6 +142,24 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     measured = [r["step"] for r in runlog.read_metrics(looked) if "heldout_loss" in r]
     assert measured == [0, 2, 3]
     assert runlog.read_run(looked)["results"]["heldout_loss"] > 0
+
+    opening = next(r.message for r in caplog.records if str(looked) in r.message)
+    for fact in ("23 images at 64 px", "3 steps of 4", "rank 4 on 56 layers", "fp32"):
+        assert fact in opening
+    bar = capsys.readouterr().err
+    assert "held-out loss" in bar
+    assert "validation" in bar
+    closing = caplog.records[-1].message
+    losses = [r["heldout_loss"] for r in runlog.read_metrics(looked) if "heldout_loss" in r]
+    assert f"{losses[0]:.4f} at step 0" in closing
+    assert f"{losses[-1]:.4f} at step 3" in closing
+    assert str(looked / "pytorch_lora_weights.safetensors") in closing
+    assert f"python -m app.viewer {tmp_path}" in closing
+    assert f"python -m eval.clip_scores {looked} base" in closing
+
+    events = EventAccumulator(str(looked / "logs" / "dreambooth-bilora")).Reload()
+    (shown,) = events.Images("validation")
+    assert (shown.step, shown.width, shown.height) == (3, 64, 64)
 
 
 def test_cached_latents_equal_fresh_ones(train: Train, tmp_path: Path) -> None:
