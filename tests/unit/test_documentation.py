@@ -1,0 +1,184 @@
+"""Every command in README and docs is understood by what it calls, and every Python block runs.
+
+Bash expands the commands as a reader's shell would, with functions in the place of the programs,
+which write down the arguments that they got; these go through the parsers of the real commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(
+    r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for |\$SWEEP)[^`]*)`"
+)
+PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit")
+END = "\x1e"
+BASH = shutil.which("bash") or "bash"
+
+
+class Understood(BaseException):
+    """A parser has taken all of its arguments."""
+
+
+def scripts(page: Path) -> Iterator[str]:
+    """The bash blocks of a page, and the commands within its sentences."""
+    text = page.read_text(encoding="utf-8").replace(".venv/bin/", "")
+    blocks = [
+        body for language, body in BLOCK.findall(text) if language in ("bash", "sh", "console")
+    ]
+    yield from blocks
+    variables = "\n".join(re.findall(r"^[A-Z]+=.*$", "\n".join(blocks), re.MULTILINE))
+    for command in INLINE.findall(BLOCK.sub("", text)):
+        # An ellipsis stands for whatever else a reader wants.
+        yield f"{variables}\n{' '.join(command.replace(' ...', '').split())}"
+
+
+def commands(page: Path, folder: Path) -> list[list[str]]:
+    """What a reader's shell would start."""
+    record = folder / "started"
+    functions = "".join(
+        f"{name}() {{ printf '%s\\0' {name} \"$@\" >> {shlex.quote(str(record))};"
+        f" printf '{END}' >> {shlex.quote(str(record))}; }}\n"
+        for name in PROGRAMS
+    )
+    record.touch()
+    for script in scripts(page):
+        run = subprocess.run(
+            [BASH, "-e", "-c", functions + script],
+            cwd=folder,
+            env={"PATH": "/nonexistent"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, f"{page.name}: {script}\n{run.stderr}"
+    return [words.split("\0")[:-1] for words in record.read_text().split(END)[:-1]]
+
+
+def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the real parser read one command."""
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets)
+    elif program == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[(.*?)\]", " ".join(rest)))))
+        assert rest[0] == "install"
+        assert extras <= set(project["optional-dependencies"])
+    elif program == "pre-commit":
+        assert (ROOT / ".pre-commit-config.yaml").is_file()
+    elif program == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        assert rest[0] == "launch"
+        launch = launch_command_parser().parse_args(rest[1:])
+        check_script(launch.training_script, launch.training_script_args, monkeypatch)
+    elif rest[0] == "-m":
+        check_module(importlib.import_module(rest[1]), rest[2:], monkeypatch)
+    else:
+        check_script(rest[0], rest[1:], monkeypatch)
+
+
+def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script: those that train also check what their options mean together."""
+    from bilora_diffusion.config import parse, parse_text
+
+    training = {"train_dreambooth_bilora.py": parse, "train_text_bilora.py": parse_text}
+    if name in training:
+        training[name](argv)
+        return
+    assert (ROOT / name).is_file()
+    monkeypatch.syspath_prepend(ROOT / Path(name).parent)
+    check_module(importlib.import_module(Path(name).stem), argv, monkeypatch)
+
+
+def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command: stop it as soon as its parser is content."""
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known, unknown = original(self, *args, **kwargs)
+        if not unknown:
+            raise Understood
+        return known, unknown
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+        with pytest.raises(Understood):
+            module.main(argv)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "my_photos" / "1.png")
+    for name in ("answers.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "eval").symlink_to(ROOT / "eval")
+    monkeypatch.chdir(tmp_path)
+    found = commands(page, tmp_path)
+    for words in found:
+        check(words, monkeypatch)
+    if page.name in ("README.md", "paper.md", "measure.md", "text.md"):
+        assert len(found) > 3  # the pages that are made of commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_loop_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (
+        body
+        for language, body in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+        if language == "python"
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12))
+    names: dict[str, Any] = {"model": model, "torch": torch}
+    exec(compile(code, "README.md", "exec"), names)
+    bilora, optimizer = names["bilora"], names["optimizer"]
+    inputs = torch.randn(4, 12)
+    losses = []
+    for _ in range(20):
+        loss = (model(inputs) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert 0 < bilora.auxiliary_norm() <= 0.05 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_every_page_compiles(page: Path) -> None:
+    for language, body in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            compile(body, page.name, "exec")
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
