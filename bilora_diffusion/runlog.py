@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -22,30 +21,35 @@ from typing import Any, BinaryIO
 
 import torch
 
-from . import checkpoint, provenance, snapshots
+from . import provenance, snapshots
 from .durable import dump_json, strict_json, sync, write_text
 from .errors import UserError
-from .lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
-from .methods import get
-from .model_card import write_card
-
-__all__ = ["RunLog", "guard", "read_metrics", "read_run", "write_card"]
-
-SCHEMA_VERSION = 1
-RUN, METRICS = "run.json", "metrics.jsonl"
-SECRETS = frozenset({"hub_token"})
-# By these a folder is known to hold a run.
-RESULTS = (
+from .run_folder import (
+    ERROR,
     METRICS,
-    checkpoint.CHECKPOINTS,
-    FILE_NAME,
-    KOHYA_FILE_NAME_BEFORE,
-    "adapter_model.safetensors",
-    "adapter_config.json",
+    RUN,
+    SCHEMA_VERSION,
+    WHOLE_MODELS,
+    clear,
+    guard,
+    read_metrics,
+    read_run,
+    refuse_foreign_models,
+    wrote_card,
 )
-# What else a run leaves, and a fresh start deletes.
-BESIDES = ("validation", "logs", "README.md", snapshots.FOLDER)
-WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
+
+__all__ = [
+    "METRICS",
+    "RUN",
+    "WHOLE_MODELS",
+    "RunLog",
+    "guard",
+    "read_metrics",
+    "read_run",
+    "refuse_foreign_models",
+]
+
+SECRETS = frozenset({"hub_token"})
 HEARTBEAT_SECONDS = 15.0
 
 
@@ -95,9 +99,10 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier: dict[str, Any] = {}
         if resume_step is None:
-            self._clear()
+            clear(self.folder)
         else:
             earlier = read_run(self.folder) if (self.folder / RUN).exists() else {}
+            (self.folder / ERROR).unlink(missing_ok=True)  # of an attempt that is made good
             self._truncate(resume_step)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         commit, differs = provenance.commit()
@@ -117,6 +122,7 @@ class RunLog:
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "status": "running",
+            "card": wrote_card(earlier),
             "doing": "starting",
             "doing_since": now,
             "results": {},
@@ -180,6 +186,11 @@ class RunLog:
         self._run["error"] = reason
         self._close("failed")
 
+    def writes_card(self) -> None:
+        """Write down that the folder's ``README.md`` is the run's own, before it is written."""
+        self._run["card"] = True
+        self._write()
+
     def interrupt(self) -> None:
         """Close the record as "interrupted": it goes on with the next resume."""
         self._close("interrupted")
@@ -199,141 +210,9 @@ class RunLog:
         record, _ = strict_json(self._run)
         write_text(self.folder / RUN, dump_json(record))
 
-    def _clear(self) -> None:
-        """Delete an earlier run; its ``run.json`` goes last, so that a crash leaves it known."""
-        if not _holds_run(self.folder):
-            return
-        whole = WHOLE_MODELS if _trained_whole(self.folder) else ()
-        for name in (*BESIDES, *whole, *RESULTS, kohya_file_name(self.folder), RUN):
-            path = self.folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.exists():
-                path.unlink()
-
     def _truncate(self, step: int) -> None:
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
-
-
-def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be used, before anything is loaded or trained.
-
-    Args:
-        folder: ``--output_dir``; need not exist. Nothing in it is changed.
-        resume: ``--resume_from_checkpoint`` as given, or the checkpoint it was resolved to.
-        overwrite: ``--overwrite_output_dir``.
-
-    Raises:
-        UserError: when ``folder`` is a file or cannot be written, or holds a run that is neither
-            resumed nor to be overwritten.
-    """
-    folder = Path(folder)
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{existing} is a file: give a folder as --output_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} is not writable: give another --output_dir")
-    if resume is not None and overwrite:
-        raise UserError(
-            "--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of "
-            "the two"
-        )
-    if overwrite or not _holds_run(folder):
-        return
-    if resume is None:
-        raise UserError(
-            f"{folder} holds another run: give another --output_dir, continue it with "
-            "--resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
-        )
-    if resume == "auto" and checkpoint.latest(folder) is None:
-        # Starting afresh is right after a kill before the first checkpoint, not after a whole run.
-        if not (folder / RUN).exists() or read_run(folder).get("status") == "finished":
-            raise UserError(
-                f"{folder} holds a finished run without a checkpoint: give another --output_dir, "
-                "or delete it with --overwrite_output_dir"
-            )
-        return
-    found = checkpoint.resolve(folder, resume)
-    if found is not None and folder.resolve() not in found.resolve().parents:
-        raise UserError(
-            f"{folder} holds another run than checkpoint {found}: give another --output_dir, or a "
-            f"checkpoint in {folder / checkpoint.CHECKPOINTS}"
-        )
-
-
-def refuse_foreign_models(folder: Path) -> None:
-    """Refuse a folder in which full fine-tuning would replace models that are not its own.
-
-    Raises:
-        UserError: it holds such models.
-    """
-    for name in WHOLE_MODELS:
-        if (folder / name).exists() and not _trained_whole(folder):
-            raise UserError(
-                f"{folder / name} exists and is not of a run of full fine-tuning, which would "
-                "replace it: give another --output_dir"
-            )
-
-
-def _trained_whole(folder: Path) -> bool:
-    return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
-
-    Raises:
-        UserError: when another line is no JSON object with a step.
-    """
-    path = Path(folder) / METRICS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    found = []
-    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
-        try:
-            values = json.loads(line)
-            int(values["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"line {number} of {path} is not a metrics line: delete it, or start a new run"
-            ) from error
-        found.append(values)
-    return found
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run folder.
-
-    Raises:
-        UserError: when there is none, or it is damaged or of an unknown schema version.
-    """
-    path = Path(folder) / RUN
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["schema_version"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete it, or give another run folder") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version!r}, but this version of bilora_diffusion reads "
-            f"{SCHEMA_VERSION}: read it with the version that wrote it"
-        )
-    return record

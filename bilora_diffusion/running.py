@@ -118,6 +118,8 @@ def _run(
             fit(trainer, folder, log)
             if trainer.step < steps:
                 raise KeyboardInterrupt
+            if log is not None:
+                log.writes_card()
             results = _finish(script, cfg, trainer, folder, repo_id)
     except KeyboardInterrupt:
         number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT

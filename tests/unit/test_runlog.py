@@ -190,6 +190,7 @@ def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"mine")
     start(tmp_path).finish()
     assert (tmp_path / "README.md").read_text() == "mine"  # there was no run yet
+    (tmp_path / "README.md").write_text("the finished run's card")
     save(tmp_path, 1)
     (tmp_path / "validation").mkdir()
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"old")

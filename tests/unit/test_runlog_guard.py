@@ -41,15 +41,31 @@ def test_guard_lets_new_folders_and_foreign_files_be(tmp_path: Path) -> None:
     [
         "run.json",
         "metrics.jsonl",
+        "README.md",
+        "validation/mine.png",
+        "logs/events",
+        "adapter_config.json",
         "pytorch_lora_weights.safetensors",
         "pytorch_lora_weights_kohya.safetensors",  # of versions before files were named after runs
+        "run.safetensors",
         "checkpoints/step-1",
     ],
 )
-def test_guard_refuses_another_run(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
+def test_guard_refuses_what_no_run_has_written(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    path = folder / name
+    path.parent.mkdir(parents=True)
     path.write_text("{}")
+    before = files(folder)
+    first = folder / Path(name).parts[0]
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=rf"{first} was not written by a run.*--output_dir"):
+            guard(folder, None, overwrite)
+    assert files(folder) == before
+
+
+def test_guard_refuses_another_run(tmp_path: Path) -> None:
+    start(tmp_path)
     before = files(tmp_path)
     with pytest.raises(
         UserError, match=f"^{tmp_path} holds another run: give another --output_dir"
@@ -59,10 +75,34 @@ def test_guard_refuses_another_run(tmp_path: Path, name: str) -> None:
     assert files(tmp_path) == before
 
 
-def test_guard_refuses_a_file_that_is_named_after_the_run(tmp_path: Path) -> None:
-    (tmp_path / f"{tmp_path.name}.safetensors").write_text("x")
-    with pytest.raises(UserError, match="give another --output_dir"):
-        guard(tmp_path, None, False)
+def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    save(tmp_path, 5)
+    card = tmp_path / "README.md"
+    card.write_text("mine")
+    for resume, overwrite in (("latest", False), (None, True)):
+        with pytest.raises(UserError, match=rf"^{card} was not written by a run"):
+            guard(tmp_path, resume, overwrite)
+    start(tmp_path).fail("x")  # without the guard it is left alone
+    assert card.read_text() == "mine"
+    log.writes_card()
+    card.write_text("the run's")
+    save(tmp_path, 5)
+    guard(tmp_path, "latest", False)
+    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=5)  # its mark stays
+    guard(tmp_path, "latest", False)
+    guard(tmp_path, None, True)
+    start(tmp_path)
+    assert not card.exists()
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["/", "/etc", "/usr", "/usr/share/run", "/proc/run", "/home", "/tmp", str(Path.home())],
+)
+def test_guard_refuses_folders_of_the_system(folder: str) -> None:
+    with pytest.raises(UserError, match=f"^--output_dir {folder} is .*give a new folder"):
+        guard(Path(folder), None, False)
 
 
 def test_guard_refuses_files(tmp_path: Path) -> None:
