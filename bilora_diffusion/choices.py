@@ -1,4 +1,4 @@
-"""The words that options may be, for command lines and for the code that does what they say.
+"""What options may be, for command lines and for the code that does what they say.
 
 They stand here because a command line is read before torch and PEFT are imported.
 """
@@ -16,3 +16,5 @@ KINDS = ("seq2seq", "causal", "classification")
 """The kinds of model that text is for."""
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 """How a causal language model is shown a question."""
+NOISE_LEVELS = 10
+"""Of the held-out grid, evenly spaced over the schedule (25, 125, ... 925 of 1,000)."""

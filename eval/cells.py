@@ -22,7 +22,6 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from bilora_diffusion import checkpoint, runlog
 from bilora_diffusion.durable import dump_json, write_text
 from bilora_diffusion.errors import UserError
 
@@ -62,6 +61,8 @@ class Outcome:
 
 def state(folder: Path) -> str:
     """What a run folder holds: finished, checkpoint (can be continued), begun, or new."""
+    from bilora_diffusion import checkpoint, runlog  # here, so that --help does not wait for torch
+
     with contextlib.suppress(UserError):
         if runlog.read_run(folder)["status"] == "finished":
             return "finished"

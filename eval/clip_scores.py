@@ -31,6 +31,14 @@ from bilora_diffusion.durable import write_text
 from .command import Parser, open_device, open_folder, run
 from .provenance import command_line
 from .records import SCORES
+from .scores.names import (
+    CAPTIONERS,
+    DEMO,
+    GENERAL_CAPTIONER,
+    GENERAL_SCORER,
+    PRECISIONS,
+    SCORERS,
+)
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from accelerate import PartialState
@@ -63,9 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    from .scores import captioners, scorers
-    from .scores.plan import DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
-
     described = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
     parser = Parser("eval.clip_scores", described)
     add = parser.add_argument
@@ -76,9 +81,9 @@ def _parser() -> Parser:
     add("--max_prompts", type=int, help="take only the first of each set")
     add("--seeds", default=DEFAULT_SEEDS, help=f"such as 0,1 or 0..3; default: {DEFAULT_SEEDS}")
     add("--base_model", help="hub id, folder or mini; default: what the runs were trained on")
-    add("--scorer", help=scorers.FORMS)
+    add("--scorer", help=SCORERS)
     add("--scorer_revision", help="branch, tag or commit of a hub id after hf:")
-    add("--captioner", help=captioners.FORMS)
+    add("--captioner", help=CAPTIONERS)
     add("--captioner_revision", help="branch, tag or commit of a hub id after blip:")
     add("--skip_captions", action="store_true", help="no captions and no T2T")
     add("--control", metavar="LABEL", help="compare with this; default: the first but base")

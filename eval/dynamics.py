@@ -15,19 +15,27 @@ from __future__ import annotations
 
 import sys
 
-from .curves import dynamics_plots, dynamics_report
-from .curves.courses import ALL
-from .curves.dynamics_result import measure
-from .curves.output import Reading
+from .curves.output import Reading, Work
 from .records import DYNAMICS
+
+
+def _work() -> Work:
+    from .curves import dynamics_plots, dynamics_report
+    from .curves.courses import ALL
+    from .curves.dynamics_result import measure
+
+    return Work(
+        lambda found, args, command: measure(found, args.layer or ALL, command),
+        dynamics_plots.draw,
+        dynamics_report.to_markdown,
+    )
+
 
 main = Reading(
     DYNAMICS,
     __doc__,
-    ("--layer", {"default": ALL, "metavar": "NAME", "help": "one layer's name, or all"}),
-    lambda found, args, command: measure(found, args.layer, command),
-    dynamics_plots.draw,
-    dynamics_report.to_markdown,
+    ("--layer", {"metavar": "NAME", "help": "one layer's name, or all; default: all"}),
+    _work,
 ).main
 
 if __name__ == "__main__":

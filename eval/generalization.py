@@ -16,18 +16,26 @@ from __future__ import annotations
 
 import sys
 
-from .curves import generalization_plot, generalization_report
-from .curves.generalization_result import compare
-from .curves.output import Reading
+from .curves.output import Reading, Work
 from .records import GENERALIZATION
+
+
+def _work() -> Work:
+    from .curves import generalization_plot, generalization_report
+    from .curves.generalization_result import compare
+
+    return Work(
+        lambda found, args, command: compare(found, args.control, command),
+        generalization_plot.draw,
+        generalization_report.to_markdown,
+    )
+
 
 main = Reading(
     GENERALIZATION,
     __doc__,
     ("--control", {"help": "label of the group to compare with; default: LoRA, or the first"}),
-    lambda found, args, command: compare(found, args.control, command),
-    generalization_plot.draw,
-    generalization_report.to_markdown,
+    _work,
 ).main
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from bilora_diffusion import config, methods
+from bilora_diffusion import config
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from .axes import SEED, Values, settings
@@ -244,6 +244,8 @@ class Planner:
 
 def unread_options(config: Any) -> frozenset[str]:
     """Options of other methods, which the method of ``config`` does not read."""
+    from bilora_diffusion import methods  # here, so that --help does not wait for torch
+
     return methods.option_names() - methods.reads(config.method)
 
 

@@ -21,21 +21,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.durable import write_text
-from bilora_diffusion.tasks.heldout import LEVELS
-from bilora_diffusion.tasks.pipeline import quiet
 
 from .command import Parser, run
-from .flatness import measure, models, plan, plot, report
-from .flatness.groups import summarize
-from .flatness.result import LandscapeResult, RunResult
-from .flatness.store import Store
 from .groups import add_arguments
 from .provenance import command_line, of_runs
 from .records import LANDSCAPE
+
+if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from .flatness.plan import Plan
+    from .flatness.result import RunResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def _parser() -> Parser:
     add("--eigenvalue", action="store_true", help="also the top eigenvalue of the Hessian")
     add("--split", default="train", help="images of the loss: train or heldout")
     add("--max_images", type=int, default=8, help="the first so many of them; 0 for all")
-    add("--levels", type=int, default=4, help=f"noise levels of the loss, 1 to {LEVELS}")
+    add("--levels", type=int, default=4, help=f"noise levels of the loss, 1 to {NOISE_LEVELS}")
     add("--seed", type=int, default=0, help="of directions and starts")
     add("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_output("landscape")
@@ -91,6 +91,12 @@ def landscape(args: argparse.Namespace, command: str) -> None:
         UserError: bad input; nothing was measured.
         KeyboardInterrupt: Ctrl-C; what was measured is kept.
     """
+    from bilora_diffusion.tasks.pipeline import quiet
+
+    from .flatness import plan, plot, report
+    from .flatness.groups import summarize
+    from .flatness.result import LandscapeResult
+
     quiet()
     planned = plan.make(args)
     entries = measure_all(planned, args.output_dir)
@@ -113,8 +119,11 @@ def landscape(args: argparse.Namespace, command: str) -> None:
     print(f"{text}\nwritten to {args.output_dir}: {files}")
 
 
-def measure_all(planned: plan.Plan, folder: Path) -> list[RunResult]:
+def measure_all(planned: Plan, folder: Path) -> list[RunResult]:
     """Measure every run, one model in memory at a time; what is in ``folder`` already is kept."""
+    from .flatness import measure, models
+    from .flatness.store import Store
+
     costs = [
         sum(
             part.cost

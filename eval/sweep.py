@@ -24,15 +24,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import UserError
 
-from . import axes, cells, sweep_plot, sweep_result, sweep_table
+from . import axes, cells
 from .command import Parser, open_folder, run
 from .grid import HELDOUT, Grid, Planner, open_script
 from .provenance import command_line
 from .records import SWEEP
+
+if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for torch
+    from .sweep_result import SweepResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +118,8 @@ def sweep(args: argparse.Namespace, command: str) -> bool:
     open_folder(args.runs_dir, "--runs_dir")
     output = open_folder(args.output_dir or args.runs_dir / "sweep")  # before the first cell
     outcomes = runner.run_all(grid.cells)
+    from . import sweep_result
+
     result = sweep_result.compare(
         grid,
         outcomes,
@@ -128,8 +134,10 @@ def sweep(args: argparse.Namespace, command: str) -> bool:
     return _report_failures(outcomes, args.runs_dir)
 
 
-def write(result: sweep_result.SweepResult, folder: Path) -> None:
+def write(result: SweepResult, folder: Path) -> None:
     """Write the four files and print the table."""
+    from . import sweep_plot, sweep_table
+
     table = sweep_table.to_markdown(result)
     SWEEP.write(result, folder)
     write_text(folder / "sweep.csv", sweep_table.to_csv(result))

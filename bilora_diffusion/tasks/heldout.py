@@ -9,18 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..choices import NOISE_LEVELS
 from ..data.seeds import generator
 from .base import inference, to_device
 from .latents import Encoder
 from .visits import centered_visits
 
-LEVELS = 10
-"""Noise levels of the grid, evenly spaced over the schedule (25, 125, ... 925 of 1,000)."""
-
 
 def grid_levels(total: int) -> list[int]:
     """The noise levels of the grid, for a schedule of ``total`` timesteps."""
-    return [total * (2 * k + 1) // (2 * LEVELS) - total // 40 for k in range(LEVELS)]
+    levels = range(NOISE_LEVELS)
+    return [total * (2 * k + 1) // (2 * NOISE_LEVELS) - total // 40 for k in levels]
 
 
 class Conditioned(Protocol):

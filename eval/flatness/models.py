@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.config import DreamBoothConfig
 from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.runlog import WHOLE_MODELS
 from bilora_diffusion.tasks.dreambooth import DreamBooth
-from bilora_diffusion.tasks.heldout import LEVELS, GridLoss, grid_levels
+from bilora_diffusion.tasks.heldout import GridLoss, grid_levels
 from bilora_diffusion.tasks.pipeline import load_pipeline
 from bilora_diffusion.tasks.visits import VisitStream
 from bilora_diffusion.train import images
@@ -69,7 +70,7 @@ class Grid(GridLoss):
         super().__init__(task, SimpleNamespace(images=chosen), First(chosen, 0))
         self.images = self.sets["train_grid_loss"]
         known = grid_levels(task.module.denoising.num_timesteps)
-        self.levels = [known[LEVELS * (2 * k + 1) // (2 * levels)] for k in range(levels)]
+        self.levels = [known[NOISE_LEVELS * (2 * k + 1) // (2 * levels)] for k in range(levels)]
 
     def terms(self) -> Iterator[Tensor]:
         """One term per batch of images and noise level; their sum is the mean over both."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.config import DreamBoothConfig
 from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.tasks.heldout import LEVELS
 
 from ..command import open_device, open_folder
 from ..groups import control
@@ -114,8 +114,8 @@ def _check(args: Namespace) -> list[str]:
     ):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} is {getattr(args, flag)}: take {least} or more.")
-    if not 1 <= args.levels <= LEVELS:
-        raise UserError(f"--levels is {args.levels}: take a number from 1 to {LEVELS}.")
+    if not 1 <= args.levels <= NOISE_LEVELS:
+        raise UserError(f"--levels is {args.levels}: take a number from 1 to {NOISE_LEVELS}.")
     spaces = list(dict.fromkeys(word for word in args.space.split(",") if word))
     named = [("space", word, SPACES) for word in spaces or [args.space]]
     named += [("full_weights", args.full_weights, FULL_WEIGHTS), ("split", args.split, SPLITS)]

@@ -22,18 +22,11 @@ from torch import Tensor
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from . import open_clip_loading, pretrained, scorers
+from .names import CAPTIONERS, DEFAULT_CAPTIONERS
 from .open_clip_loading import OpenClipParts
 from .pretrained import TransformersParts
 from .schema import ModelEntry
 from .scorers import Scorer, in_batches
-
-FORMS = "embedded, blip:ID_OR_FOLDER, coca:MODEL/TAG or coca:FOLDER"
-"""The names that :func:`load` takes, for help texts."""
-
-DEFAULTS = {
-    "blip": "Salesforce/blip-image-captioning-large",
-    "coca": "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k",
-}
 
 MIN_TOKENS = 5
 """Shortest caption, with the start token (open_clip's default; BLIP's authors use the same)."""
@@ -82,11 +75,11 @@ def load(
     if batch < 1:
         raise UserError(f"a batch of {batch} holds nothing: give 1 or more.")
     scheme, colon, source = name.partition(":")
-    schemes = ("embedded", *DEFAULTS)
+    schemes = ("embedded", *DEFAULT_CAPTIONERS)
     if scheme not in schemes or (scheme == "embedded" and colon):
         hint = "" if scheme in schemes else did_you_mean(scheme, schemes)
-        raise UserError(f'captioner "{name}" is unknown{hint}: give {FORMS}.')
-    source = source if colon else DEFAULTS.get(scheme, "")
+        raise UserError(f'captioner "{name}" is unknown{hint}: give {CAPTIONERS}.')
+    source = source if colon else DEFAULT_CAPTIONERS.get(scheme, "")
     if scheme == "blip":
         return _blip(source, revision, device, batch)
     if revision is not None:

@@ -18,19 +18,16 @@ from bilora_diffusion.tasks.pipeline import load_pipeline, resolve
 
 from ..groups import control
 from . import adapters as adapter_files
-from . import captioners, trained_on
 from . import prompts as prompt_sets
+from . import trained_on
 from .adapters import Adapter
+from .names import DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 from .prompts import Prompt
 from .store import Job, Sampling, jobs
 
 BASE, EMBEDDED, NONE = "base", "embedded", "none"
-DEMO = Path("demo")
 DEMO_METHODS = ("lora", "bilora")
-GENERAL_SCORER = "open_clip:ViT-L-14/openai"
-GENERAL_CAPTIONER = f"blip:{captioners.DEFAULTS['blip']}"
 MINI_GUIDANCE, SDXL_GUIDANCE = 4.0, 5.0
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Key = tuple[int, int, int]
 """Adapter and prompt by position, and seed."""

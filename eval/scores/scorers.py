@@ -22,11 +22,10 @@ from torch.nn.functional import normalize
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from . import open_clip_loading, pretrained
+from .names import SCORERS
 from .schema import ModelEntry
 
 SCHEMES = ("embedded", "open_clip", "hf")
-FORMS = "embedded, open_clip:MODEL/TAG, open_clip:FOLDER or hf:ID_OR_FOLDER"
-"""The names that :func:`load` takes, for help texts."""
 
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
 
@@ -80,7 +79,7 @@ def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: 
     scheme, colon, source = name.partition(":")
     if scheme not in SCHEMES or (scheme == "embedded") == bool(colon):
         hint = "" if scheme in SCHEMES else did_you_mean(scheme, SCHEMES)
-        raise UserError(f'scorer "{name}" is unknown{hint}: give {FORMS}.')
+        raise UserError(f'scorer "{name}" is unknown{hint}: give {SCORERS}.')
     if scheme == "hf":
         return _from_transformers(source, revision, device, batch)
     if revision is not None:

@@ -15,6 +15,7 @@ from PIL import Image
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
 from eval.scores import captioners, scorers
+from eval.scores.names import DEFAULT_CAPTIONERS
 from tests.unit.clip_models import (
     END,
     START,
@@ -174,10 +175,10 @@ def test_entries_name_model_and_revision(names: dict[str, str]) -> None:
 
 def test_the_default_blip_is_read_from_the_hub(names: dict[str, str]) -> None:
     folder, commit = folder_of(names["blip"]), "89abcdef" * 5
-    put_on_hub(captioners.DEFAULTS["blip"], folder, commit)  # the small one in the real one's place
-    for name in ("blip", f"blip:{captioners.DEFAULTS['blip']}"):
+    put_on_hub(DEFAULT_CAPTIONERS["blip"], folder, commit)  # the small one in the real one's place
+    for name in ("blip", f"blip:{DEFAULT_CAPTIONERS['blip']}"):
         captioner = captioners.load(name, revision="main")
-        assert captioner.entry.model == captioners.DEFAULTS["blip"]
+        assert captioner.entry.model == DEFAULT_CAPTIONERS["blip"]
         assert captioner.entry.revision == commit
     assert captioner(pictures(2)) == captioners.load(names["blip"])(pictures(2))
 
@@ -185,7 +186,7 @@ def test_the_default_blip_is_read_from_the_hub(names: dict[str, str]) -> None:
 def test_the_default_coca_exists() -> None:
     import open_clip
 
-    architecture, _, tag = captioners.DEFAULTS["coca"].partition("/")
+    architecture, _, tag = DEFAULT_CAPTIONERS["coca"].partition("/")
     assert open_clip.is_pretrained_cfg(architecture, tag)
 
 

@@ -17,6 +17,15 @@ import bilora_diffusion
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 MAX_LINES = 350
+HEAVY = {
+    *("torch", "transformers", "peft", "diffusers", "accelerate"),
+    *("datasets", "gradio", "matplotlib", "scipy"),
+}
+COMMANDS = (
+    *("train_dreambooth_bilora.py", "train_text_bilora.py"),
+    *("eval.clip_scores", "eval.dynamics", "eval.generalization", "eval.landscape"),
+    *("eval.sweep", "eval.text_scores", "app.viewer"),
+)
 # Folders that exist on one machine only. Each name is put together here, so as not to find itself.
 MACHINE_PATHS = re.compile(
     r"(?<![\w.~$}-])/(?:" + "|".join(["work", "root", "tmp", "home", "farm"]) + r")/[\w.]"
@@ -78,15 +87,42 @@ def test_the_dependencies_are_ranges() -> None:
         assert "@" not in requirement
 
 
-def test_the_import_is_light() -> None:
-    code = "import sys, bilora_diffusion; print(*sys.modules)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+def answer(*argv: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
+    """What a command in a process of its own says, and which packages it has imported by then."""
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "run = runpy.run_path if sys.argv[0].endswith('.py') else runpy.run_module\n"
+        "try:\n"
+        "    run(sys.argv[0], run_name='__main__')\n"
+        "finally:\n"
+        "    sys.__stdout__.write('\\n' + ' '.join(sys.modules))\n"
     )
-    loaded = set(run.stdout.split())
+    run = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    loaded = {name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
+    return loaded, run
+
+
+def test_the_import_is_light() -> None:
+    loaded, run = answer("bilora_diffusion.errors")
+    assert run.returncode == 0
     assert "bilora_diffusion" in loaded
-    # not bitsandbytes: where it is installed, PEFT imports it
-    assert loaded.isdisjoint({"diffusers", "gradio", "datasets", "matplotlib"})
+    assert loaded.isdisjoint({*HEAVY, "numpy", "yaml"})
+    assert {"attach", "BiLoRAConfig"} <= set(dir(bilora_diffusion))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
+    command: str,
+) -> None:
+    loaded, run = answer(command, "--help")
+    assert (run.returncode, run.stdout[:6]) == (0, "usage:"), run.stderr
+    assert loaded.isdisjoint(HEAVY)
+    loaded, run = answer(command, "--no_such_flag")
+    assert (run.returncode, run.stderr[:7]) == (2, "error: ")
+    assert loaded.isdisjoint(HEAVY)
 
 
 def test_no_file_names_a_folder_of_one_machine() -> None:
