@@ -33,7 +33,11 @@ from .optim import build_optimizer, build_scheduler
 from .runlog import RunLog
 from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
 from .tasks.base import MicroBatch, Task, to_device
-from .trainer_state import load_tensors
+from .trainer_state import described, load_tensors
+
+
+SPOILT_STEPS = 10
+"""So many steps in a row without a finite loss are left out in fp16; then the run ends."""
 
 
 class Trainer:
@@ -192,6 +196,7 @@ class Trainer:
                 checkpoint.prune(folder, self.cfg.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
+                    "result": described(self.method),
     def load(self, path: Path) -> None:
         """Continue exactly where the checkpoint ``path`` was written; once, on a new trainer.
 

@@ -14,7 +14,8 @@ from .errors import UserError
 from .methods import MethodOptions, get
 from .model_card import write_card
 
-NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "logs/*", ".*"]
+# Of exports, diffusers would load one by its name where no file is named.
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", ".*"]
 
 
 def card(

@@ -32,7 +32,8 @@ RESULTS = (
 )
 # What else a run leaves, and a fresh start deletes.
 CARD, ERROR = "README.md", "error.txt"
-BESIDES = ("validation", "logs", snapshots.FOLDER, ERROR)
+EXPORTS = "exports"  # adapters of checkpoints
+BESIDES = ("validation", "logs", EXPORTS, snapshots.FOLDER, ERROR)
 WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
 # Folders of the system, in which nobody keeps runs, but for the places named after them.
 SYSTEM = (

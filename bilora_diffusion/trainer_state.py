@@ -1,13 +1,17 @@
-"""Putting a checkpoint's tensors back into the models."""
+"""Putting a checkpoint's tensors back, and what an export must know of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import adapters
+from .adapters import PRIMARY
 from .errors import UserError
+from .methods import Method
 
 
 @torch.no_grad()
@@ -31,3 +35,27 @@ def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> 
             )
     for name, parameter in current.items():
         parameter.copy_(saved[name])
+
+
+def described(method: Method) -> dict[str, Any]:
+    """What an export must know of a checkpoint beside its tensors, as JSON can hold it.
+
+    Returns:
+        "adapters", PEFT's configuration of each target's primary, and "averaged", the keys in
+        `Method.tensors` of what an average is kept of, in its order; {} where whole models are
+        trained.
+    """
+    if method.exports_weights:
+        return {}
+    models = {target.name: target.model for target in method.targets}
+    return {
+        "adapters": {name: adapters.lora_config(model, PRIMARY) for name, model in models.items()},
+        "averaged": [
+            key
+            for name, model in models.items()
+            for key in (
+                *(f"{name}/{PRIMARY}/{p}" for p in adapters.named_parameters(model, PRIMARY)),
+                *(f"{name}/whole/{p}" for p in adapters.whole(model, PRIMARY)),
+            )
+        ],
+    }

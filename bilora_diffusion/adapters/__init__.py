@@ -38,11 +38,15 @@ from .injection import adopt, delete, inject, merge_primary, to_full_precision
 from .saving import (
     load_state_dict,
     lora_config,
+    peft_key,
     peft_path,
+    portable,
     portable_state_dict,
     save_pretrained,
     state_dict,
+    twice_the_rank,
     weight_delta,
+    write_pretrained,
 )
 from .switching import activate, active, only
 from .targets import CHANGE_BASE, AdapterSpec, target_layers
@@ -77,7 +81,9 @@ __all__ = [
     "names",
     "only",
     "parameters",
+    "peft_key",
     "peft_path",
+    "portable",
     "portable_state_dict",
     "refuse_foreign_initial",
     "rows",
@@ -88,6 +94,8 @@ __all__ = [
     "subtract_initial",
     "target_layers",
     "to_full_precision",
+    "twice_the_rank",
     "weight_delta",
     "whole",
+    "write_pretrained",
 ]

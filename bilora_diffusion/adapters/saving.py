@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ PEFT_PREFIX = "base_model.model."
 def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys ("...lora_A.weight"): contiguous copies."""
     return {
-        _peft_key(key): value.detach().clone(memory_format=torch.contiguous_format)
+        peft_key(key): value.detach().clone(memory_format=torch.contiguous_format)
         for key, value in named_parameters(model, adapter).items()
     }
 
@@ -33,7 +34,7 @@ def load_state_dict(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
     Raises:
         UserError: a key is missing or unknown, or a shape differs; nothing is changed then.
     """
-    own = {_peft_key(key): value for key, value in named_parameters(model, adapter).items()}
+    own = {peft_key(key): value for key, value in named_parameters(model, adapter).items()}
     for key in own.keys() ^ tensors.keys():
         kind = "misses" if key in own else "has the unknown"
         raise UserError(
@@ -58,11 +59,17 @@ def portable_state_dict(model: nn.Module, adapter: str = PRIMARY) -> dict[str, T
     what it adds to W is s (B A - B0 A0) = s [B, -B0] [A; A0], of twice the rank; elsewhere this is
     `state_dict`. DoRA's magnitude is the same for both, as W' + s B A is its direction.
     """
-    tensors = state_dict(model, adapter)
-    for key, first in state_dict(model, INITIAL).items() if adapter == PRIMARY else ():
+    initial = state_dict(model, INITIAL) if adapter == PRIMARY else {}
+    return portable(state_dict(model, adapter), initial)
+
+
+def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`portable_state_dict` of tensors under PEFT's keys: a primary's, and what was taken out."""
+    joined = dict(tensors)
+    for key, first in initial.items():
         down = key.endswith("lora_A.weight")
-        tensors[key] = torch.cat((tensors[key], first if down else -first), dim=0 if down else 1)
-    return tensors
+        joined[key] = torch.cat((joined[key], first if down else -first), dim=0 if down else 1)
+    return joined
 
 
 def weight_delta(layer: nn.Module | LoraLayer, adapter: str) -> Tensor:
@@ -81,20 +88,39 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
 
     It is written as it acts on the base weights that the model came with (`portable_state_dict`).
     """
+    tensors = {**portable_state_dict(model, adapter), **whole(model, adapter)}
+    config = cast(Any, model).peft_config[adapter].to_dict()
+    if adapter == PRIMARY and layers(model, INITIAL):
+        config = twice_the_rank(config)
+    write_pretrained(folder, tensors, config)
+
+
+def twice_the_rank(config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration of what `portable` joined: twice the rank at the same scale."""
+    return {**config, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
+
+
+def write_pretrained(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter's files as PEFT does.
+
+    Args:
+        folder: made if need be.
+        tensors: by PEFT's keys, with or without its prefix.
+        config: fields of PEFT's `LoraConfig`.
+        metadata: entries of the file of weights beside `format`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        peft_path(key): value.cpu() for key, value in portable_state_dict(model, adapter).items()
-    }
-    heads = whole(model, adapter).items()
-    tensors |= {peft_path(key): value.detach().cpu() for key, value in heads}
-    config = LoraConfig(**cast(Any, model).peft_config[adapter].to_dict())
-    if adapter == PRIMARY and layers(model, INITIAL):
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-    config.inference_mode = True
+    held = {peft_path(key): _plain(value) for key, value in tensors.items()}
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    save_file(tensors, weights, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    save_file(held, weights, metadata={**(metadata or {}), "format": "pt"})
+    described = LoraConfig(**{**config, "inference_mode": True})
+    described.save_pretrained(str(folder))
     readable_as(folder / CONFIG_NAME, weights)
 
 
@@ -103,8 +129,14 @@ def peft_path(key: str) -> str:
     return key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key
 
 
-def _peft_key(key: str) -> str:
+def peft_key(key: str) -> str:
+    """A parameter's key in PEFT's state dict."""
     return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+
+
+def _plain(value: Tensor) -> Tensor:
+    """A copy on the CPU, since safetensors refuses tensors that share their memory."""
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _jsonable(value: Any) -> Any:

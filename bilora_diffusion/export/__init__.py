@@ -4,13 +4,14 @@ from bilora_diffusion.export import save_diffusers, verify
 save_diffusers(folder, {"unet": unet}, base_model="stabilityai/stable-diffusion-xl-base-1.0")
 verify(folder, {"unet": unet})
 
-python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors
+python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors --to kohya
 """
 
 from __future__ import annotations
 
 from ..lora_names import FILE_NAME, kohya_file_name
 from .cli import main
+from .convert import convert
 from .layers import COMPONENTS
 from .lorafile import LoraFile, inspect
 from .metadata import training_facts
@@ -23,6 +24,7 @@ __all__ = [
     "COMPONENTS",
     "FILE_NAME",
     "LoraFile",
+    "convert",
     "inspect",
     "kohya_file_name",
     "main",

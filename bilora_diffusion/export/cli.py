@@ -1,7 +1,9 @@
-"""Print what is inside a LoRA file.
+"""Print what is inside a LoRA file, convert it, or export a checkpoint of a run.
 
-python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors
+python -m bilora_diffusion.export runs/demo
 python -m bilora_diffusion.export FILE --json
+python -m bilora_diffusion.export RUN_OR_FILE --to kohya --output icons.safetensors
+python -m bilora_diffusion.export runs/demo --step 100 [--to kohya]
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from ..errors import run_cli
+from ..errors import UserError, run_cli
+from .convert import FORMATS, convert, lora_files
 from .lorafile import LoraFile, inspect
 from .metadata import ADAPTER_METADATA
 
@@ -21,17 +25,45 @@ _WIDTH = 72  # of a metadata entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 and one sentence for an unreadable file."""
     parser = argparse.ArgumentParser(
-        prog="python -m bilora_diffusion.export", description="Print what is inside a LoRA file."
+        prog="python -m bilora_diffusion.export",
+        description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
     )
-    parser.add_argument("file", help="a .safetensors file in diffusers', kohya's or PEFT's format")
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_FILE",
+        help="a .safetensors file in diffusers', kohya's or PEFT's format, a folder of PEFT, or a"
+        " run folder",
+    )
+    parser.add_argument("--to", choices=FORMATS, help="convert it; kohya is for ComfyUI and A1111")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="take the run's checkpoint of this step; without --to, in the formats of its end",
+    )
+    parser.add_argument(
+        "--output",
+        help="the file or folder to write, which must not exist; by default beside the source, or"
+        " RUN/exports/step-N",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
+    return run_cli(lambda: _run(options))
 
-    def show() -> None:
-        contents = inspect(options.file)
-        print(as_json(contents) if options.json else as_table(contents))
 
-    return run_cli(show)
+def _run(options: argparse.Namespace) -> None:
+    if options.step is not None:
+        from .checkpoints import export_checkpoint
+
+        made = export_checkpoint(options.source, options.step, options.to, options.output)
+        print("\n".join(map(str, made)))
+    elif options.to is not None:
+        print(convert(options.source, options.to, options.output))
+    elif options.output is not None:
+        raise UserError(f"--output {options.output} says where, not what; add --to or --step.")
+    else:
+        for file in lora_files(Path(options.source)):
+            contents = inspect(file)
+            print(as_json(contents) if options.json else as_table(contents))
 
 
 def as_json(contents: LoraFile) -> str:

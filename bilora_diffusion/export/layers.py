@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import PRIMARY, factors, portable_state_dict
+from ..adapters import PRIMARY, factors, lora_config, portable_state_dict
 from ..errors import TrainingError, UserError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -24,7 +26,7 @@ _SGM_NAME = {
 
 
 class Layer(NamedTuple):
-    """One layer's adapter: W + B @ A, then DoRA's magnitude if there is one. fp32, on the CPU."""
+    """One layer's adapter: W + B @ A, then DoRA's magnitude if there is one; on the CPU."""
 
     name: str
     A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
@@ -32,12 +34,32 @@ class Layer(NamedTuple):
     magnitude: Tensor | None  # (m,) or (1, m, 1, 1)
 
 
-def primary_layers(component: str, model: nn.Module) -> tuple[list[Layer], float]:
-    """The primary adapter with its scale baked into B, and the alpha that it was trained with.
+@dataclass(frozen=True)
+class Part:
+    """What a file is to hold of one model, and how it was trained.
 
-    It is the adapter for the base weights that the model came with: where an init took s * B0 @ A0
-    out of them, A is [A; A0] and B is s * [B, -B0], of twice the rank. s * B is formed in fp64 and
-    rounded once, so it is exact where s is a power of two.
+    Attributes:
+        layers: the primary, for the base weights that the model came with.
+        rank, alpha: those of training; None where they are not known.
+        targets: names or name endings of the layers.
+    """
+
+    layers: list[Layer]
+    rank: int | None
+    alpha: float | None
+    targets: list[str]
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+
+    @property
+    def file_rank(self) -> int | None:
+        """The rank of all layers in the file; None where they differ."""
+        ranks = {layer.A.shape[0] for layer in self.layers}
+        return ranks.pop() if len(ranks) == 1 else None
+
+
+def primary_part(component: str, model: nn.Module) -> Part:
+    """A model's primary for files.
 
     Raises:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
@@ -49,9 +71,34 @@ def primary_layers(component: str, model: nn.Module) -> tuple[list[Layer], float
     kinds = {(factor.A.shape[0], factor.scale) for factor in found}
     if len(kinds) > 1:
         raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
-    tensors = portable_state_dict(model, PRIMARY)
-    layers = []
-    for name, _, _, scale in found:
+    config = lora_config(model, PRIMARY)
+    if not isinstance(config["target_modules"], list):
+        # a regular expression for this version's module names
+        config["target_modules"] = [factor.name for factor in found]
+    return part_of(component, portable_state_dict(model, PRIMARY), config, kinds.pop()[1])
+
+
+def part_of(
+    component: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], scale: float
+) -> Part:
+    """An adapter's tensors with the scale s = alpha / rank baked into B.
+
+    Where an init took s * B0 @ A0 out of the base weights, A is [A; A0] and B is s * [B, -B0], of
+    twice the rank. s * B is formed in fp64 and rounded once, so it is exact where s is a power of
+    two.
+
+    Args:
+        component: the model's name.
+        tensors: as `portable_state_dict` makes them.
+        config: PEFT's configuration of the adapter as it was trained.
+        scale: s.
+
+    Raises:
+        UserError: it trains biases.
+        TrainingError: a value is not finite.
+    """
+    tensors, made = dict(tensors), []
+    for name in [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]:
         A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
         magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
         layer = Layer(
@@ -64,11 +111,17 @@ def primary_layers(component: str, model: nn.Module) -> tuple[list[Layer], float
             raise TrainingError(
                 f"The adapter of {component}.{layer.name} is not finite; export a good checkpoint."
             )
-        layers.append(layer)
+        made.append(layer)
     if tensors:
         raise UserError(f"{component} trains {next(iter(tensors))}, which LoRA files do not hold.")
-    rank, scale = kinds.pop()
-    return layers, scale * rank
+    return Part(
+        made,
+        config["r"],
+        scale * config["r"],
+        list(config["target_modules"]),
+        config["use_dora"],
+        config["fan_in_fan_out"],
+    )
 
 
 def diffusers_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:

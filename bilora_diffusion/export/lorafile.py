@@ -18,16 +18,16 @@ from ..errors import UserError
 from .metadata import ADAPTER_METADATA
 
 UNNAMED = "unnamed"
-_KEY = re.compile(
+KEY = re.compile(
     r"^(?P<layer>.+?)[._]"
     r"(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_down|lora_up"
     r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up"
     r"|lora_magnitude_vector|dora_scale|alpha)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?:weight|bias))?$"
 )
-_DOWN = ("lora_A", "lora_embedding_A", "lora_down", "lora.down", "lora_linear_layer.down")
-_MAGNITUDE = ("lora_magnitude_vector", "dora_scale")
-_MODELS = {  # prefix in the file -> model
+DOWN = ("lora_A", "lora_embedding_A", "lora_down", "lora.down", "lora_linear_layer.down")
+MAGNITUDE = ("lora_magnitude_vector", "dora_scale")
+MODELS = {  # prefix in the file -> model
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
     "transformer.": "transformer",
@@ -91,10 +91,10 @@ def inspect(file: str | Path) -> LoraFile:
     """
     path = Path(file)
     keys, entries, metadata = _read(path)
-    down = [entry for entry in entries if entry.kind in _DOWN]
+    down = [entry for entry in entries if entry.kind in DOWN]
     if not down:
         raise UserError(f"{path} holds no LoRA among its {len(keys)} tensors; name a LoRA file.")
-    config = _adapter_config(path, metadata)
+    config = adapter_config(path, metadata)
     ranks: dict[str, set[int]] = defaultdict(set)
     alphas: dict[str, set[float]] = defaultdict(set)
     for entry in down:
@@ -112,7 +112,7 @@ def inspect(file: str | Path) -> LoraFile:
         layers=dict(Counter(model for model, _ in dict.fromkeys((e.model, e.layer) for e in down))),
         ranks={model: tuple(sorted(values)) for model, values in ranks.items()},
         alphas={model: tuple(sorted(values)) for model, values in alphas.items()},
-        dora=any(entry.kind in _MAGNITUDE for entry in weights),
+        dora=any(entry.kind in MAGNITUDE for entry in weights),
         dtypes=tuple(sorted({entry.dtype for entry in weights})),
         parameters=sum(math.prod(entry.shape) for entry in weights),
         other_tensors=len(keys) - len(entries),
@@ -133,7 +133,7 @@ def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
         with safe_open(path, framework="pt") as content:
             keys = list(content.keys())
             for key in keys:
-                if match := _KEY.match(key):
+                if match := KEY.match(key):
                     part = content.get_slice(key)
                     is_alpha = match["kind"] == "alpha" and math.prod(part.get_shape()) == 1
                     alpha = float(content.get_tensor(key)) if is_alpha else None
@@ -147,12 +147,12 @@ def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
 
 def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> _Entry:
     layer = match["layer"]
-    prefix = next((prefix for prefix in _MODELS if layer.startswith(prefix)), "")
+    prefix = next((prefix for prefix in MODELS if layer.startswith(prefix)), "")
     layer = layer.removeprefix(prefix).removeprefix("base_model.model.")
     layer = layer.removeprefix("text_model.").removeprefix("text_model_")
     return _Entry(
         key,
-        _MODELS.get(prefix, "model"),
+        MODELS.get(prefix, "model"),
         layer.replace(".processor", "").replace(".", "_"),
         match["kind"],
         match["adapter"],
@@ -164,15 +164,15 @@ def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> _E
 
 def _format(keys: list[str]) -> str:
     starts = {
-        "kohya": tuple(prefix for prefix in _MODELS if prefix.endswith("_")),
-        "diffusers": tuple(prefix for prefix in _MODELS if prefix.endswith(".")),
+        "kohya": tuple(prefix for prefix in MODELS if prefix.endswith("_")),
+        "diffusers": tuple(prefix for prefix in MODELS if prefix.endswith(".")),
         "peft": ("base_model.model.",),
     }
     fits = (name for name, start in starts.items() if all(key.startswith(start) for key in keys))
     return next(fits, "unknown")
 
 
-def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+def adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's configuration by model: diffusers' metadata, or the file that PEFT writes beside."""
     beside = path.with_name("adapter_config.json")
     has_own_file = path.name.startswith("adapter_model") and beside.is_file()
@@ -201,13 +201,13 @@ def _evidence(
         yield f"{len(named)} keys name an auxiliary, the first is {named[0]}."
     if len(adapters := dict.fromkeys(entry.adapter or UNNAMED for entry in weights)) > 1:
         yield f"The keys name several adapters: {', '.join(adapters)}."
-    pairs = Counter((entry.model, entry.layer) for entry in weights if entry.kind in _DOWN)
+    pairs = Counter((entry.model, entry.layer) for entry in weights if entry.kind in DOWN)
     if doubled := [".".join(layer) for layer, count in pairs.items() if count > 1]:
         yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
     for entry in weights:
         own = config[entry.model]
         uniform = "r" in own and not own.get("rank_pattern")
-        if entry.kind in _DOWN and uniform and entry.shape[0] != own["r"]:
+        if entry.kind in DOWN and uniform and entry.shape[0] != own["r"]:
             yield f"{entry.key} has rank {entry.shape[0]} where the metadata says {own['r']}."
             break
     for model, own in config.items():

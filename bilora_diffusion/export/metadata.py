@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..adapters import PRIMARY, factors, layers, lora_config
 from ..errors import UserError
+from .layers import Part
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 _RESERVED = ("format", ADAPTER_METADATA, "sshs_model_hash", "ss_network_dim", "ss_network_alpha")
@@ -22,6 +23,10 @@ _SDXL_WIDTH = {
     "text_encoder": ("hidden_size", 768),
     "text_encoder_2": ("hidden_size", 1280),
 }
+# The layers that read so many numbers.
+_READS_WIDTH = {"unet": ("attn2.to_k", "attn2.to_v")} | dict.fromkeys(
+    ("text_encoder", "text_encoder_2"), ("q_proj", "k_proj", "v_proj")
+)
 
 
 def training_facts(
@@ -57,15 +62,41 @@ def training_facts(
     return {key: str(value) for key, value in entries.items() if value is not None}
 
 
+def run_facts(
+    config: Mapping[str, Any], steps: int, prediction_type: str | None = None
+) -> dict[str, str]:
+    """`training_facts` of a run, today.
+
+    Args:
+        config: the run's options, as `run.json` has them.
+        steps: taken by the weights that are exported.
+        prediction_type: the scheduler's.
+    """
+    init = config["init_lora_weights"]
+    return training_facts(
+        method=config["method"],
+        rho=config["rho"],
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        title=Path(config["output_dir"]).resolve().name,
+        resolution=config["resolution"],
+        prediction_type=prediction_type,
+        steps=steps,
+        seed=config["seed"],
+        init=None if init == "default" else init,
+    )
+
+
 def file_metadata(
-    models: Mapping[str, nn.Module],
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-    base_model: str,
-    name: str,
-    extra: Mapping[str, str],
+    parts: Mapping[str, Part], real: bool, base_model: str, name: str, extra: Mapping[str, str]
 ) -> dict[str, str]:
     """The entries that both formats share; "modelspec" is Stability AI's ModelSpec 1.0.0.
+
+    Args:
+        parts: what the file holds, by model.
+        real: whether it is for SDXL itself.
+        base_model: hub id or folder of the pipeline.
+        name: what the file is called, without its ending.
+        extra: more entries; they win over the others.
 
     Raises:
         UserError: `extra` sets an entry that describes the tensors, or a value that is not text.
@@ -77,9 +108,12 @@ def file_metadata(
             )
         if not isinstance(value, str):
             raise UserError(f'extra_metadata sets "{key}" to {value!r}; turn it into text.')
-    trained = {part: factors(model, PRIMARY)[0].A.shape[0] for part, model in models.items()}
-    rank = str(next(iter(ranks.values()))) if len(set(ranks.values())) == 1 else "Dynamic"
-    real = _is_sdxl(models)
+    ranks = {component: part.file_rank for component, part in parts.items()}
+    trained = {component: part.rank for component, part in parts.items()}
+    alphas = {component: part.alpha for component, part in parts.items()}
+    uniform = len(set(ranks.values())) == 1 and None not in ranks.values()
+    rank = str(next(iter(ranks.values()))) if uniform else "Dynamic"
+    known = None not in trained.values()
     return {
         "format": "pt",
         "ss_base_model_version": "sdxl_base_v1-0" if real else "sdxl_custom",
@@ -92,34 +126,30 @@ def file_metadata(
         "modelspec.architecture": f"stable-diffusion-xl-{'v1-base' if real else 'custom'}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        "bilora.original_alpha": json.dumps(dict(alphas)),
-        **({} if trained == dict(ranks) else {"bilora.original_rank": json.dumps(trained)}),
+        **({"bilora.original_alpha": json.dumps(alphas)} if known else {}),
+        **({"bilora.original_rank": json.dumps(trained)} if known and trained != ranks else {}),
         **extra,
     }
 
 
-def adapter_metadata(models: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> str:
+def adapter_metadata(parts: Mapping[str, Part]) -> str:
     """PEFT's configuration of each primary as JSON, with keys prefixed by the model, for diffusers.
 
     Only long-standing fields are given, as PEFT refuses unknown ones. Alpha is the rank because B
     has the scale. Dropout is 0: diffusers adds UNet layers in training mode, where it would act.
     """
     entries: dict[str, Any] = {}
-    for component, model in models.items():
-        config = lora_config(model, PRIMARY)
-        targets = config["target_modules"]
-        if not isinstance(targets, list):  # a regular expression for this version's module names
-            targets = [name for name, _ in layers(model, PRIMARY)]
+    for component, part in parts.items():
         own = {
             "peft_type": "LORA",
-            "r": ranks[component],
-            "lora_alpha": ranks[component],
+            "r": part.file_rank,
+            "lora_alpha": part.file_rank,
             "lora_dropout": 0.0,
-            "target_modules": targets,
-            "use_dora": config["use_dora"],
+            "target_modules": part.targets,
+            "use_dora": part.use_dora,
             "use_rslora": False,
             "bias": "none",
-            "fan_in_fan_out": config["fan_in_fan_out"],
+            "fan_in_fan_out": part.fan_in_fan_out,
             "init_lora_weights": True,
             "inference_mode": True,
         }
@@ -137,9 +167,21 @@ def model_hash(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(memoryview(content)[header:]).hexdigest()
 
 
-def _is_sdxl(models: Mapping[str, nn.Module]) -> bool:
+def are_sdxl(models: Mapping[str, nn.Module]) -> bool:
+    """Whether all of these are as wide as SDXL's."""
     widths = {name: _SDXL_WIDTH[name] for name in models}
     return all(
         getattr(getattr(models[name], "config", None), field, None) == width
         for name, (field, width) in widths.items()
     )
+
+
+def look_like_sdxl(parts: Mapping[str, Part]) -> bool:
+    """Whether the layers of all parts that tell read what SDXL's read; False where none tells."""
+    widths = {
+        layer.A.shape[1] == _SDXL_WIDTH[component][1]
+        for component, part in parts.items()
+        for layer in part.layers
+        if layer.name.endswith(_READS_WIDTH[component])
+    }
+    return widths == {True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,24 @@ def save_adapter(folder: str | Path, model: nn.Module, *, base_model: str, kind:
     Raises:
         TrainingError: a value is not finite.
     """
-    folder = Path(folder)
+
+    def write(aside: Path) -> None:
+        adapters.save_pretrained(model, aside)
+
+    return place_adapter(Path(folder), write, base_model=base_model, kind=kind)
+
+
+def place_adapter(
+    folder: Path, write: Callable[[Path], None], *, base_model: str, kind: str
+) -> Path:
+    """`save_adapter` of what `write` puts into a folder.
+
+    Raises:
+        TrainingError: a value is not finite.
+    """
     aside = folder / ".adapter.partial"
     shutil.rmtree(aside, ignore_errors=True)
-    adapters.save_pretrained(model, aside)
+    write(aside)
     for key, value in load_file(aside / WEIGHTS).items():
         if not bool(torch.isfinite(value).all()):
             raise TrainingError(f"{key} is not finite, so nothing is exported: take a checkpoint.")

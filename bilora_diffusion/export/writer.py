@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean
 from ..lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
-from .layers import COMPONENTS, Layer, diffusers_tensors, kohya_tensors, primary_layers
-from .metadata import ADAPTER_METADATA, adapter_metadata, file_metadata, model_hash
+from .layers import COMPONENTS, Layer, Part, diffusers_tensors, kohya_tensors, primary_part
+from .metadata import ADAPTER_METADATA, adapter_metadata, are_sdxl, file_metadata, model_hash
+
+Content = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def save_diffusers(
@@ -49,28 +51,42 @@ def save_diffusers(
     """
     folder = Path(folder)
     _check(folder, models)
-    layers, alphas = {}, {}
-    for name, model in models.items():
-        layers[name], alphas[name] = primary_layers(name, model)
-    ranks = {name: own[0].A.shape[0] for name, own in layers.items()}
+    parts = {name: primary_part(name, model) for name, model in models.items()}
     kohya_file = folder / kohya_file_name(folder)
-    label = kohya_file.stem
-    metadata = file_metadata(models, ranks, alphas, base_model, label, extra_metadata or {})
-    described = {**metadata, ADAPTER_METADATA: adapter_metadata(models, ranks)}
-    for_kohya = _tensors(kohya_tensors, layers) if kohya else {}
+    real = are_sdxl(models)
+    metadata = file_metadata(parts, real, base_model, kohya_file.stem, extra_metadata or {})
+    files = {folder / FILE_NAME: diffusers_content(parts, metadata)}
+    if kohya:
+        files[kohya_file] = kohya_content(parts, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     for older in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
         older.unlink(missing_ok=True)
-    _write(folder / FILE_NAME, _tensors(diffusers_tensors, layers), described)
-    if kohya:  # not described: diffusers refuses a file with alphas and a configuration
-        _write(kohya_file, for_kohya, metadata)
+    for path, (tensors, entries) in files.items():
+        write_file(path, tensors, entries)
     return folder / FILE_NAME
 
 
+def diffusers_content(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> Content:
+    """Tensors and metadata of diffusers' file."""
+    entries = dict(metadata)
+    if all(part.file_rank is not None for part in parts.values()):  # else diffusers reads shapes
+        entries[ADAPTER_METADATA] = adapter_metadata(parts)
+    return _tensors(diffusers_tensors, parts), entries
+
+
+def kohya_content(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> Content:
+    """Tensors and metadata of kohya's file, of which diffusers refuses one with PEFT's entry."""
+    return _tensors(kohya_tensors, parts), dict(metadata)
+
+
 def _tensors(
-    build: Callable[[str, list[Layer]], dict[str, Tensor]], layers: Mapping[str, list[Layer]]
+    build: Callable[[str, list[Layer]], dict[str, Tensor]], parts: Mapping[str, Part]
 ) -> dict[str, Tensor]:
-    return {key: value for name, own in layers.items() for key, value in build(name, own).items()}
+    return {
+        key: value
+        for name, part in parts.items()
+        for key, value in build(name, part.layers).items()
+    }
 
 
 def _check(folder: Path, models: Mapping[str, nn.Module]) -> None:
@@ -87,15 +103,22 @@ def _check(folder: Path, models: Mapping[str, nn.Module]) -> None:
         raise UserError(f"{folder} is a file; name a folder to export to.")
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write aside under a name that no loader matches, sync, rename."""
-    metadata = {**metadata, "sshs_model_hash": model_hash(tensors)}
+def write_file(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write aside under a name that no loader matches, check what is there, sync, rename."""
+    entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(aside, "wb") as file:
-            file.write(safetensors.torch.save(tensors, metadata))
+            file.write(safetensors.torch.save(tensors, entries))
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,0 +1,263 @@
+"""LoRA files from one format into another, each read back and compared before it gets its name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import adapters
+from ..durable import sync
+from ..errors import TrainingError, UserError
+from ..lora_names import FILE_NAME, kohya_file_name
+from .layers import COMPONENTS, Layer, Part
+from .metadata import ADAPTER_METADATA, file_metadata, look_like_sdxl
+from .peft_folder import CONFIG, WEIGHTS
+from .reader import COMPONENT, Contents, read
+from .writer import diffusers_content, kohya_content, write_file
+
+FORMATS = ("diffusers", "kohya", "peft")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TOLERANCE = 1e-6  # relative, of each layer's product
+_OWN = (  # metadata that follows from the tensors or from the new file's name
+    *("format", ADAPTER_METADATA, COMPONENT, "sshs_model_hash", "sshs_legacy_hash"),
+    *("ss_network_dim", "ss_network_alpha", "ss_output_name"),
+)
+_TELLS_SDXL = ("ss_base_model_version", "modelspec.architecture")
+
+
+def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
+    """Write a LoRA file in another format; neither it nor another file is replaced.
+
+    Args:
+        source: a LoRA file, a folder that PEFT wrote, or a run folder.
+        to: "diffusers", "kohya" or "peft".
+        output: a .safetensors file, or a folder for a file of the usual name in it; for PEFT, whose
+            format is a folder, that folder, with one in it for each model where there are several.
+            By default it lies beside the source.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: the source can't be read or has no place in the format, or the output exists.
+        TrainingError: what was written differs from the source.
+    """
+    files = lora_files(Path(source))
+    contents = joined([read(file) for file in files])
+    stem = _stem(files[0])
+    if output is None:
+        return write(contents, to, _beside(Path(source), files[0], to), stem)
+    return write(contents, to, Path(output), stem)
+
+
+def lora_files(source: Path) -> list[Path]:
+    """The files that a path stands for: itself, a run's, or those of PEFT's folders in it.
+
+    Raises:
+        UserError: a folder without any, or one with whole models.
+    """
+    if not source.is_dir():
+        return [source]
+    for name in (FILE_NAME, WEIGHTS):
+        if (source / name).is_file():
+            return [source / name]
+    if several := [f for c in COMPONENTS if (f := source / c / WEIGHTS).is_file()]:
+        return several
+    inside = sorted(path.name for path in source.glob("*.safetensors"))
+    if len(inside) == 1:
+        return [source / inside[0]]
+    raise UserError(
+        f"{source} is a folder without {FILE_NAME} or {WEIGHTS}; name one of its .safetensors files"
+        f" ({', '.join(inside) or 'it has none'})."
+    )
+
+
+def joined(several: list[Contents]) -> Contents:
+    """One content of PEFT's folders, each of which holds one model."""
+    parts = {name: part for contents in several for name, part in contents.parts.items()}
+    return Contents(parts, several[0].metadata, several[0].base_model)
+
+
+def _beside(source: Path, file: Path, to: str) -> Path:
+    """A name of its own beside the source."""
+    folder = source if source.is_dir() else source.parent
+    if to == "kohya" and file.name == FILE_NAME:
+        return folder / kohya_file_name(folder)
+    stem = _stem(file)
+    return folder / (f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors")
+
+
+def _stem(file: Path) -> str:
+    """What a LoRA is called: its folder where the file has the name that all have."""
+    named = file.parent if file.name in (FILE_NAME, WEIGHTS) else file.with_suffix("")
+    return Path(kohya_file_name(named)).stem
+
+
+def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
+    """Write what a file is to hold.
+
+    Args:
+        contents: read from a file or a checkpoint.
+        to: the format.
+        place: a file, or a folder for one of the usual name; for PEFT always a folder.
+        stem: what kohya's file is called in a folder.
+
+    Raises:
+        UserError: a model has no place in the format, or the output exists.
+        TrainingError: what was written differs.
+    """
+    if to == "peft":
+        return _write_peft(contents, place)
+    if odd := [name for name in contents.parts if name not in COMPONENTS]:
+        what = "a model that PEFT names" if odd[0] == "model" else f'"{odd[0]}"'
+        base = f" ({contents.base_model})" if contents.base_model else ""
+        raise UserError(
+            f"The adapter is for {what}{base}, and files in {to}'s format are written for SDXL's"
+            " UNet and text encoders only; use --to peft."
+        )
+    path = place
+    if place.suffix in _PICKLES:
+        raise UserError(f"{place} would be a pickle; name a .safetensors file or a folder.")
+    if place.suffix != ".safetensors" or place.is_dir():
+        path = place / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
+    _refuse_existing(path)
+    metadata = _metadata(contents, path.stem)
+    build = diffusers_content if to == "diffusers" else kohya_content
+    tensors, entries = build(contents.parts, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, tensors, entries, functools.partial(_check_file, contents.parts))
+    return path
+
+
+def _metadata(contents: Contents, name: str) -> dict[str, str]:
+    kept = {key: value for key, value in contents.metadata.items() if key not in _OWN}
+    real = look_like_sdxl(contents.parts)
+    entries = file_metadata(contents.parts, real, contents.base_model, name, kept)
+    if not real:  # a file for another model must not claim to be SDXL's
+        for key in _TELLS_SDXL:
+            if key not in kept:
+                del entries[key]
+    return {key: value for key, value in entries.items() if value or key in kept}
+
+
+def _write_peft(contents: Contents, place: Path) -> Path:
+    if place.suffix == ".safetensors" or place.is_file():
+        raise UserError(f"{place} is a file, and PEFT's format is a folder; name a folder.")
+    parts = contents.parts
+    several = len(parts) > 1
+    folders = {name: place / name if several else place for name in parts}
+    for folder in folders.values():
+        for name in (WEIGHTS, CONFIG):
+            _refuse_existing(folder / name)
+    for component, folder in folders.items():
+        aside = folder / ".adapter.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        tensors, config = _for_peft(component, parts[component], contents.base_model)
+        kept = {k: v for k, v in contents.metadata.items() if k not in _OWN}
+        kept |= {COMPONENT: component} if component in COMPONENTS else {}
+        try:
+            adapters.write_pretrained(aside, tensors, config, kept)
+            _check_file({component: parts[component]}, aside / WEIGHTS)
+            for name in (WEIGHTS, CONFIG):  # without the configuration, PEFT loads none
+                sync(aside / name)
+                os.replace(aside / name, folder / name)
+            sync(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return place
+
+
+def _for_peft(component: str, part: Part, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration; alpha is the rank of each layer, as B holds the scale."""
+    layers = [layer._replace(name=_module(component, layer.name)) for layer in part.layers]
+    ranks = {layer.name: layer.A.shape[0] for layer in layers}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    odd = {name: rank for name, rank in ranks.items() if rank != usual}
+    tensors = {}
+    for name, A, B, magnitude in layers:
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        if magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = magnitude
+    config = {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": odd,
+        "alpha_pattern": odd,
+        "target_modules": list(ranks),
+        "use_dora": part.use_dora,
+        "fan_in_fan_out": part.fan_in_fan_out,
+        "base_model_name_or_path": base or None,
+    }
+    return tensors, config
+
+
+def _module(component: str, name: str) -> str:
+    """A layer's name in the installed version of Transformers, which PEFT's format follows."""
+    if component not in ("text_encoder", "text_encoder_2"):
+        return name
+    plain = name.removeprefix("text_model.")
+    inner = _has_inner_model(component == "text_encoder_2")
+    return f"text_model.{plain}" if inner and not plain.startswith("text_projection") else plain
+
+
+@functools.cache
+def _has_inner_model(projection: bool) -> bool:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(num_hidden_layers=0)
+    with torch.device("meta"):
+        made = CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+    return any(name == "text_model" for name, _ in made.named_children())
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists; name another --output, or delete it.")
+
+
+def _check_file(parts: Mapping[str, Part], path: Path) -> None:
+    """Compare what a file holds with what it was to hold, layer by layer.
+
+    Raises:
+        TrainingError: a layer is missing or too many, or s * B @ A or DoRA's magnitude differs by
+            more than 1e-6 of its norm.
+    """
+    found = read(path).parts
+    for component, part in parts.items():
+        own = {_plain_name(layer): layer for layer in part.layers}
+        back = {_plain_name(layer): layer for layer in found[component].layers}
+        if odd := sorted(own.keys() ^ back.keys()):
+            raise TrainingError(f"{path} and its source do not agree on {component}.{odd[0]}.")
+        for name, layer in own.items():
+            if (gap := _difference(layer, back[name])) > TOLERANCE:
+                raise TrainingError(f"{path} differs in {component}.{name} by {gap:.1e}.")
+    if found.keys() != parts.keys():
+        raise TrainingError(f"{path} holds {', '.join(found)}, not {', '.join(parts)}.")
+
+
+def _plain_name(layer: Layer) -> str:
+    return layer.name.removeprefix("text_model.")
+
+
+def _difference(one: Layer, other: Layer) -> float:
+    """The relative difference of the products, or of the magnitudes where that is larger."""
+    pairs = [(_product(one), _product(other))]
+    if one.magnitude is not None and other.magnitude is not None:
+        pairs.append((one.magnitude.double().flatten(), other.magnitude.double().flatten()))
+    if (one.magnitude is None) != (other.magnitude is None) or pairs[0][0].shape != pairs[0][
+        1
+    ].shape:
+        return float("inf")
+    gaps = [(a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny) for a, b in pairs]
+    return max(map(float, gaps))
+
+
+def _product(layer: Layer) -> Tensor:
+    return layer.B.double().flatten(1) @ layer.A.double().flatten(1)
