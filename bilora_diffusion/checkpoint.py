@@ -14,11 +14,12 @@ name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,17 +158,40 @@ def load(path: Path) -> Checkpoint:
     path = _found(Path(path))
     fix = _instead(path)
     verify(path, FILES, fix)
-    try:
+    with unaltered(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         # Cloned, since load_file returns views of the mapped file.
         adapters = {name: tensor.clone() for name, tensor in load_file(path / ADAPTERS).items()}
         inner = {name: tensor.clone() for name, tensor in load_file(path / OPTIMIZER).items()}
         parts = {name: decode(state[name], inner) for name in _PARTS}
+        for name, part in parts.items():
+            if not (isinstance(part, dict) or (part is None and name == "scaler")):
+                raise TypeError(f"{name} is a {type(part).__name__}")
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise TypeError(f"the step is {state['step']!r}")
         return Checkpoint(step=state["step"], tensors=adapters, **parts)
+
+
+@contextlib.contextmanager
+def unaltered(path: Path) -> Iterator[None]:
+    """Within the context, what a checkpoint holds is taken to be what `save` has written.
+
+    Raises:
+        UserError: it turns out not to be.
+    """
+    try:
+        yield
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}): {fix}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path} was altered: {fix}") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error.strerror}): {_instead(path)}"
+        ) from error
+    except (
+        *(SafetensorError, ValueError, LookupError, TypeError, AttributeError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
+        raise UserError(f"checkpoint {path} was altered: {_instead(path)}") from error
 
 
 def _instead(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Bar:
 
     def step(self, values: Mapping[str, Any]) -> None:
         """One more step, with what was logged about it."""
-        if values["loss"] is not None:
+        if math.isfinite(values["loss"]):  # in fp16 a step without one is left out
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * values["loss"]
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         shown = {"loss": f"{self._mean / self._weight:.4f}"} if self._weight else {}

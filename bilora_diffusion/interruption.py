@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
 """Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
 TOKEN = "$HF_TOKEN"
+CommandLine = tuple[list[str], int]
 
 
 class Interruption:
@@ -77,7 +77,7 @@ class Interruption:
 
 
 def farewell(
-    folder: Path, number: int, step: int, num_steps: int, argv: Sequence[str] | None, cfg: Any
+    folder: Path, number: int, step: int, num_steps: int, typed: CommandLine | None, cfg: Any
 ) -> Interrupted:
     """What an interrupted run says at its end.
 
@@ -85,7 +85,7 @@ def farewell(
         folder: the run folder.
         number: of the signal.
         step, num_steps: optimizer steps taken, and of the whole run.
-        argv: what the script was called with; None for the process's own command line.
+        typed: the command that started it; None for a call from Python.
         cfg: the run's configuration.
     """
     if step == num_steps and runlog.read_run(folder).get("status") == "finished":
@@ -94,16 +94,17 @@ def farewell(
     value = "auto" if saved is None else "latest"
     kept = "nothing was saved yet" if saved is None else f"{saved} is saved"
     how = f"the same arguments and --resume_from_checkpoint {value}"
-    if argv is None:
-        line, count = command_line(sys.orig_argv, sys.argv[1:])
-        words = resuming(line, count, value, cfg.overwrite_output_dir)
+    if typed is not None:
+        words = resuming(*typed, value, cfg.overwrite_output_dir)
         how = shlex.join(words).replace(f"'{TOKEN}'", f'"{TOKEN}"')
     said = f"interrupted at step {step} of {num_steps}, {kept}: go on with\n\n    {how}\n"
     return Interrupted(said, number)
 
 
-def command_line(own: Sequence[str], arguments: Sequence[str]) -> tuple[list[str], int]:
+def command_line(own: Sequence[str], arguments: Sequence[str]) -> CommandLine:
     """The command that was typed: the process's own, or that of the launcher that started it.
+
+    Ask at the start: Ctrl-C may end a launcher before what it launched.
 
     A launcher's command line (accelerate launch, torchrun, timeout) ends with the script's
     arguments; the outermost such ancestor is what was typed.

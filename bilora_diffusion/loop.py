@@ -9,6 +9,7 @@ batch is cut into micro-batches or shared among processes, nor on where a run wa
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,6 @@ from .runlog import RunLog
 from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
 from .tasks.base import MicroBatch, Task, to_device
 from .trainer_state import described, load_tensors
-
 
 SPOILT_STEPS = 10
 """So many steps in a row without a finite loss are left out in fp16; then the run ends."""
@@ -69,6 +69,7 @@ class Trainer:
         # Several processes stop together, which they can't before they share a first step.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._agreed: int | None = None
+        self._spoilt = 0  # steps in a row whose loss was not finite
 
     def _new_average(self) -> Average | None:
         cfg = self.cfg
@@ -102,8 +103,10 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
         self.step += 1
+        value = float(loss)
+        self._spoilt = 0 if math.isfinite(value) else self._spoilt + 1
         return {
-            "loss": float(loss),
+            "loss": value,
             "lr": lr,
             "grad_norm": self.clipped.grad_norm,
             **self.method.metrics(),
@@ -136,7 +139,9 @@ class Trainer:
 
     def _require_finite(self, losses: Tensor, batch: MicroBatch) -> None:
         finite = torch.isfinite(losses.detach()).tolist()
-        if not all(finite):
+        # A gradient scaler leaves such a step out, and tries the next one with a smaller scale.
+        skips = self.accelerator.scaler is not None and self._spoilt < SPOILT_STEPS
+        if not all(finite) and not skips:
             bad = [n for n, good in zip(batch.names, finite, strict=True) if not good]
             raise TrainingError(
                 f"the loss at step {self.step + 1} is not finite for {', '.join(bad)}: lower"
@@ -190,13 +195,13 @@ class Trainer:
                     "average": None if self.average is None else self.average.state_dict(),
                     "step_size": self.schedule.step_size,
                     "num_steps": self.num_steps,
+                    "result": described(self.method),
                 },
             )
             if self.cfg.checkpoints_total_limit:
                 checkpoint.prune(folder, self.cfg.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
-                    "result": described(self.method),
     def load(self, path: Path) -> None:
         """Continue exactly where the checkpoint ``path`` was written; once, on a new trainer.
 
@@ -204,6 +209,10 @@ class Trainer:
             UserError: it is damaged, or belongs to a run with another configuration.
         """
         saved = checkpoint.load(path)
+        with checkpoint.unaltered(path):
+            self._restore(saved)
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
         current = {
             **self.cfg.fingerprint(),
             "step_size": self.schedule.step_size,
@@ -213,7 +222,9 @@ class Trainer:
             **saved.extra["config"],
             **{k: saved.extra[k] for k in ("step_size", "num_steps")},
         }
-        checkpoint.check_same_run(before, current, ignore=self._may_change())
+        # Checkpoints of earlier versions hold options that count for less today.
+        free = self._may_change() | self.cfg.without_influence
+        checkpoint.check_same_run(before, current, ignore=free)
         load_tensors(self._tensors(), saved.tensors)
         for target in self.method.targets:
             adapters.subtract_initial(target.model)

@@ -23,14 +23,16 @@ def card(
 ) -> Path:
     """Write the run folder's ``README.md`` from what the run knows."""
     full = get(cfg.method).exports_weights
+    prompts = cfg.sampled_prompts
+    known = len(prompts) == len(images)  # else they are of an earlier setting of a resumed run
     shown = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
     return write_card(
         folder,
         base_model=cfg.pretrained_model_name_or_path,
         method=cfg.method,
         dataset=cfg.dataset_name or cfg.instance_data_dir,
-        prompts=cfg.sampled_prompts[: len(images)],
-        images=images,
+        prompts=prompts if known else (),
+        images=images if known else (),
         instance_prompt=cfg.instance_prompt,
         settings=run_settings(cfg, results["steps"]),
         results={title: results[key] for title, key in shown.items() if key in results},

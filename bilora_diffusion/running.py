@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,10 +19,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from . import checkpoint, console, engines, failing, publish, room, runlog
+from . import checkpoint, console, engines, failing, interruption, publish, room, runlog
 from .config import TextConfig
 from .errors import UserError
-from .interruption import farewell
 from .loop import Trainer, fit
 from .methods import MethodOptions, create, get
 from .stepping import Schedule, total_steps
@@ -67,6 +67,8 @@ def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) 
         TrainingError: training could not go on; checkpoints and metrics are kept.
         Interrupted: a signal ended it; it says how to go on.
     """
+    called = argv is not None
+    typed = None if called else interruption.command_line(sys.orig_argv, sys.argv[1:])
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
     cfg = script.parse(argv) if config is None else config
@@ -84,7 +86,7 @@ def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) 
     gc.collect()
     accelerator.end_training()
     if stopped is not None:
-        raise farewell(folder, *stopped, argv, cfg)
+        raise interruption.farewell(folder, *stopped, typed, cfg)
 
 
 def _run(

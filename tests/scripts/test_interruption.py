@@ -1,4 +1,4 @@
-"""A run that is killed again and again, and a run shared by two processes, end as one whole run."""
+"""Runs that are killed or interrupted, and those shared by two processes, end as one whole run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 from bilora_diffusion import checkpoint, runlog
 from tests.scripts.conftest import ROOT, SCRIPT
 from tests.scripts.runs import difference, flags
+from tests.scripts.test_text_training import material
+from tests.unit.text_builders import text_difference, text_flags
 
 STEPS, KILLS = 60, 10
 
@@ -71,6 +73,78 @@ def test_ten_kills_change_no_bit(train: Callable[..., Path], tmp_path: Path) -> 
     assert difference(whole, folder) == 0
     keys = ("step", "loss", "digest", "auxiliary_norm")
     rows = [[{k: r[k] for k in keys} for r in runlog.read_metrics(f)] for f in (whole, folder)]
+    assert rows[0] == rows[1]
+
+
+def interrupt(command: list[str], folder: Path, number: signal.Signals, ahead: int) -> str:
+    """Start a run as in a terminal, send it a signal after some steps; what it says at its end."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, which Ctrl-C reaches as a whole
+        # Tests may be started in the background, where a shell makes jobs ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    patience = time.monotonic() + 280
+    while steps_logged(folder) < ahead and process.poll() is None and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1]
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=280)[1]
+    launched = "accelerate.commands.launch" in command  # ends as it likes
+    assert launched or process.returncode == 128 + number, said
+    while runlog.read_run(folder)["status"] == "running" and time.monotonic() < patience:
+        time.sleep(0.1)  # a launcher may end before what it launched
+    assert runlog.read_run(folder)["status"] == "interrupted", said
+    assert checkpoint.latest(folder) is not None
+    return said
+
+
+TEXT_SCRIPT = ROOT / "train_text_bilora.py"
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("image", signal.SIGINT),
+        ("image", signal.SIGTERM),
+        ("text", signal.SIGINT),
+        ("processes", signal.SIGINT),
+    ],
+)
+def test_the_printed_command_ends_as_the_whole_run(
+    kind: str,
+    number: signal.Signals,
+    tmp_path: Path,
+) -> None:
+    chance = random.Random(f"{kind} {number}")
+    whole, folder = tmp_path / "whole", tmp_path / "it's interrupted"
+    if kind == "text":
+        shared = {**material(tmp_path, "causal"), "max_train_steps": 600}
+        script, argv = TEXT_SCRIPT, text_flags
+    else:
+        shared = {"max_train_steps": 12, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+        script, argv = SCRIPT, flags
+    launcher = LAUNCH if kind == "processes" else []
+    start = [sys.executable, *launcher, str(script)]
+    subprocess.run([*start, *argv(whole, **shared)], cwd=ROOT, check=True, capture_output=True)
+    command = [*start, *argv(folder, **shared), "--overwrite_output_dir"]
+    said = interrupt(command, folder, number, chance.randint(1, shared["max_train_steps"] // 2))
+    (printed,) = [line for line in said.splitlines() if "--resume_from_checkpoint latest" in line]
+    assert ("accelerate" in printed) == (kind == "processes")
+    subprocess.run(printed, shell=True, cwd=ROOT, check=True, capture_output=True)
+    assert (text_difference if kind == "text" else difference)(whole, folder) == 0
+    rows = [
+        [{k: r[k] for k in ("step", "loss", "digest") if k in r} for r in runlog.read_metrics(f)]
+        for f in (whole, folder)
+    ]
     assert rows[0] == rows[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bilora_diffusion import runlog
+from bilora_diffusion import runlog, running
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import inspect
+from bilora_diffusion.loop import SPOILT_STEPS
+from bilora_diffusion.tasks.dreambooth import DreamBoothModule
 from tests.scripts.runs import column, difference, weights
 
 Train = Callable[..., Path]
@@ -84,7 +87,7 @@ def test_options_train_and_resume_exactly(
     # The same run again from its own middle: bit for bit, whatever the option.
     again = tmp_path / "again"
     train(again, **shared)
-    middle = again / "checkpoints" / "step-1"
+    middle = again / "checkpoints" / "step-2"
     before = weights(again)
     train(again, **shared, resume_from_checkpoint=middle)
     assert difference(whole, again) == 0
@@ -175,6 +178,52 @@ def test_a_nonfinite_loss_stops_and_names_the_samples(train: Train, tmp_path: Pa
     record = runlog.read_run(tmp_path / "run")
     assert record["status"] == "failed"
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_in_fp16_steps_without_a_finite_loss_are_left_out(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
+
+    def with_scaler(cfg: Any) -> Any:
+        accelerator = build(cfg)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return accelerator
+
+    def forward(self: Any, inputs: Any) -> torch.Tensor:
+        calls.append(len(calls))
+        return whole(self, inputs) * (float("nan") if calls[-1] in spoilt else 1)
+
+    build, whole = running.build_accelerator, DreamBoothModule.forward
+    monkeypatch.setattr(running, "build_accelerator", with_scaler)
+    monkeypatch.setattr(DreamBoothModule, "forward", forward)
+    shared = {"gradient_accumulation_steps": 1, "max_train_steps": 14}
+    calls: list[int] = []
+    spoilt = {1, 2, 4}
+    folder = train(tmp_path / "some", **shared)
+    assert [row["step"] - 1 for row in runlog.read_metrics(folder) if row["skipped"]] == [1, 2, 4]
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
+    calls.clear()
+    spoilt = set(range(2, 100))
+    with pytest.raises(TrainingError, match=f"step {2 + SPOILT_STEPS + 1} is not finite"):
+        train(tmp_path / "all", **shared)
+    assert runlog.read_run(tmp_path / "all")["status"] == "failed"
+
+
+def test_a_run_goes_on_on_a_smaller_card(train: Train, tmp_path: Path) -> None:
+    """With checkpointing and without kept latents, and without the images of before."""
+    shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon"}
+    whole = train(tmp_path / "whole", **shared, num_validation_images=1)
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    changed = {"gradient_checkpointing": True, "cache_latents": "no", "allow_tf32": True}
+    for step in ("step-1", "latest"):  # also when nothing is left to train
+        train(parts, **shared, **changed, num_validation_images=0, resume_from_checkpoint=step)
+        assert runlog.read_run(parts)["status"] == "finished"
+        assert column(whole, "digest") == column(parts, "digest")
+        assert difference(whole, parts) < 1e-6
+        card = (parts / "README.md").read_text()
+        assert "validation/" not in card
 
 
 def test_own_photos_of_any_shape(train: Train, tmp_path: Path) -> None:

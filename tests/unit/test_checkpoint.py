@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
-from bilora_diffusion import checkpoint
+from bilora_diffusion import checkpoint, digests
 from bilora_diffusion.checkpoint import Checkpoint, load, resolve
+from bilora_diffusion.errors import UserError
 from tests.unit.checkpoints import same, save
 
 DTYPES = (
@@ -69,6 +71,7 @@ values = st.recursive(
     max_leaves=12,
 )
 states = st.dictionaries(st.text(max_size=5), values, max_size=4)
+empty: dict[str, Any] = {"optimizer": {}, "scheduler": {}, "scaler": None, "extra": {}}
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=9)
 
 
@@ -89,6 +92,56 @@ def test_whatever_is_saved_comes_back_exactly(step: int, **parts: Any) -> None:
     assert all(same(found.tensors[name], value) for name, value in parts["tensors"].items())
     for name in ("optimizer", "scheduler", "scaler", "extra"):
         assert same(getattr(found, name), parts[name]), name
+
+
+atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+kinds = st.sampled_from(["tensor", "tuple", "float", "dict", "OrderedDict", "Counter", "odd"])
+anything = st.recursive(
+    atoms,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        | st.fixed_dictionaries({"$": st.tuples(kinds, inner) | inner})
+    ),
+    max_leaves=10,
+)
+PARTS = ("step", "optimizer", "scheduler", "scaler", "extra")
+deep = st.integers(1, 3000).map(lambda depth: b"[" * depth + b"]" * depth)
+written = (
+    st.binary(max_size=50)
+    | deep
+    | anything.map(json.dumps).map(str.encode)
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(PARTS, anything))
+    .map(lambda changes: json.dumps({**STATE, **changes}))
+    .map(str.encode)
+)
+STATE = {"step": 3, "optimizer": {}, "scheduler": {}, "scaler": None, "extra": {}}
+
+
+@settings(max_examples=300)
+@given(written)
+def test_whatever_the_state_file_holds_it_is_read_or_refused_in_a_sentence(data: bytes) -> None:
+    """Sealed anew, so that it is not refused for its digest alone."""
+    with TemporaryDirectory() as folder:
+        path = checkpoint.save(Path(folder), 3, tensors={}, **empty)
+        (path / "state.json").write_bytes(data)
+        digests.seal(path, checkpoint.FILES)
+        try:
+            found = load(path)
+        except UserError:
+            return
+    assert type(found.step) is int
+    assert all(isinstance(part, dict) for part in (found.optimizer, found.scheduler, found.extra))
+    assert found.scaler is None or isinstance(found.scaler, dict)
+
+
+@pytest.mark.parametrize(("part", "value"), [("step", "3"), ("optimizer", []), ("extra", None)])
+def test_other_types_in_the_state_file_are_refused(tmp_path: Path, part: str, value: Any) -> None:
+    path = checkpoint.save(tmp_path, 3, tensors={}, **empty)
+    (path / "state.json").write_text(json.dumps({**STATE, part: value}))
+    digests.seal(path, checkpoint.FILES)
+    with pytest.raises(UserError, match="step-3 was altered: delete step-3"):
+        load(path)
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
