@@ -138,7 +138,7 @@ class Polls:
         for item in self._catalog.scores():
             if item.path == path:
                 return item
-        raise UserError(f"there is no score folder {path!r} any more: press Refresh")
+        raise UserError(f"there is no score folder {path!r} any more: choose another")
 
     def _choices(self, path: str, labels: tuple[str, str] | None) -> Sequence[Pairing]:
         return pairings(path, self._item(path).result, labels)

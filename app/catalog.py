@@ -10,8 +10,10 @@ by what :meth:`Catalog.resolve` returns for it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,7 @@ from eval.scores.schema import ScoresResult
 
 from . import readers
 from .readers import FIGURES
+from .runs import RunItem, named
 
 DEPTH = 6
 """How deep below the root folders are looked at."""
@@ -33,39 +36,9 @@ SKIPPED = frozenset(
 )
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
+FRESH_SECONDS = 2.0
+"""So long a look at the root serves all visitors."""
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class RunItem:
-    """A run folder.
-
-    Args:
-        path: of the folder.
-        name: what lists and legends show; unique.
-        record: ``run.json``, its method, status and config checked.
-        weights: file of the exported LoRA, or the folder of whole models; None while there is none.
-    """
-
-    path: str
-    name: str
-    record: dict[str, Any]
-    weights: str | None
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.record["method"]
-
-    @property
-    def status(self) -> str:
-        """ "running", "finished" or "failed"."""
-        return self.record["status"]
-
-    @property
-    def base_model(self) -> str | None:
-        """The model it was trained on: folder, hub id, or ``mini``."""
-        return self.record["config"].get("pretrained_model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -88,9 +61,10 @@ class FigureItem:
     Args:
         path: of its folder.
         name: what lists show; unique within a kind.
-        kind: "landscape", "dynamics", "generalization" or "sweep".
+        kind: "landscape", "dynamics", "generalization", "sweep" or "text_scores".
         record: the JSON.
         figures: its PNG files, relative to the root.
+        report: its Markdown file, relative to the root.
     """
 
     path: str
@@ -98,6 +72,7 @@ class FigureItem:
     kind: str
     record: dict[str, Any]
     figures: list[str]
+    report: str
 
 
 @dataclass(frozen=True)
@@ -114,6 +89,7 @@ class _Scan:
     scores: list[ScoresItem] = field(default_factory=list)
     figures: list[FigureItem] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
+    files: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Catalog:
@@ -121,27 +97,51 @@ class Catalog:
 
     Args:
         root: an existing folder.
+        public: whether others than this machine's user may see :meth:`place`.
 
     Raises:
         UserError: ``root`` is no folder.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, public: bool = False) -> None:
         root = Path(root)
         if not root.exists():
             raise UserError(f"there is no folder {root}: give the folder that holds your runs")
         if not root.is_dir():
             raise UserError(f"{root} is a file: give the folder that holds your runs")
-        self.root = root.resolve()
+        self.root, self._public = root.resolve(), public
         self._lock = threading.Lock()
         self._read: dict[tuple[str, str], tuple[tuple[int, int], Any]] = {}
-        self._scan = _Scan()
+        self._scan, self._looked = _Scan(), 0.0
         self.refresh()
 
     @property
     def name(self) -> str:
         """Name of the root, without its place on the machine."""
         return self.root.name or "/"
+
+    def place(self, path: str = ".") -> str:
+        """What a command started in this process' folder calls a path below the root.
+
+        Where others may see it, a root that lies elsewhere is called by its name alone.
+        """
+        root, here = self.root, Path.cwd()
+        shown = root.relative_to(here) if root.is_relative_to(here) else root
+        if self._public and shown.is_absolute():
+            shown = Path(self.name)
+        return str(PurePosixPath(shown.as_posix()) / path)
+
+    def sign(self, kind: str) -> str:
+        """Changes whenever there is something else among the "runs", "scores" or "figures".
+
+        A run that goes on counts as the same until its status, weights or images change.
+        """
+        if kind == "runs":
+            parts = [(r.path, r.name, r.status, r.weights, r.steps) for r in self._scan.runs]
+        else:
+            files = {SCORES.file} if kind == "scores" else FIGURES.keys()
+            parts = sorted((at, read[0]) for at, read in self._read.items() if at[1] in files)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def runs(self) -> list[RunItem]:
         """Run folders, by path."""
@@ -179,13 +179,20 @@ class Catalog:
             raise UserError(f"{relative!r} leads out of the root: copy it into the root instead")
         return found
 
+    def look(self) -> None:
+        """:meth:`refresh`, unless that was a moment ago."""
+        if time.monotonic() - self._looked > FRESH_SECONDS:
+            self.refresh()
+
     def refresh(self) -> None:
         """Look at the root again; files that have not changed are not read again."""
         with self._lock:
             scan = _Scan()
             for folder, names in self._folders(scan):
                 self._look(folder, names, scan)
-            self._scan = scan
+            scan.runs = named(scan.runs)
+            self._read = {at: read for at, read in self._read.items() if at in scan.files}
+            self._scan, self._looked = scan, time.monotonic()
 
     def _folders(self, scan: _Scan) -> Iterator[tuple[str, set[str]]]:
         """Folders below the root and the names of the files in each, by path."""
@@ -225,7 +232,9 @@ class Catalog:
         if RUN in names:
             record = self._one(folder, RUN, readers.run, scan)
             if record is not None:
-                scan.runs.append(RunItem(folder, shown, record, self._weights(folder, names)))
+                steps = readers.steps(self.root / folder)
+                item = RunItem(folder, shown, record, self._weights(folder, names), steps)
+                scan.runs.append(item)
         if SCORES.file in names:
             result = self._one(folder, SCORES.file, readers.scores, scan)
             if result is not None:
@@ -235,7 +244,8 @@ class Catalog:
                 record = self._one(folder, file, readers.figures, scan)
                 if record is not None:
                     pictures = self._pictures(folder, file, record, names, scan)
-                    item = FigureItem(folder, shown, kind.module, record, pictures)
+                    report = str(PurePosixPath(folder) / readers.report(kind))
+                    item = FigureItem(folder, shown, kind.module, record, pictures, report)
                     scan.figures.append(item)
 
     def _one(
@@ -243,6 +253,7 @@ class Catalog:
     ) -> Item | None:
         """What ``read`` returns for a file, or None and a line among the broken ones."""
         path = self.root / folder / file
+        scan.files.add((folder, file))
         try:
             path = self.resolve(str(PurePosixPath(folder) / file))
             status = path.stat()

@@ -1,47 +1,37 @@
-"""The training curves: which there are, and what a plot of them is drawn from. No widgets here."""
+"""Which training curves there are, drawn for the chosen runs. No widgets here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
-import pandas as pd
+from bilora_diffusion.data.text.metrics import METRICS
 
-from .training_data import Points, Progress, radius, series, smooth, thin
-
-COLORS = {
-    "teal": "#0d9488",
-    "orange": "#f97316",
-    "indigo": "#6366f1",
-    "pink": "#db2777",
-    "green": "#65a30d",
-    "blue": "#0ea5e9",
-    "brown": "#a16207",
-    "purple": "#9333ea",
-}
-"""Of runs; readable on white and on near black."""
-FAINT, RADIUS = ", faint", ", ρ"
-"""Ends of the names of a run's two other lines: what lies behind its curve, and rho."""
-PALETTE = {
-    **{name + FAINT: f"{color}77" for name, color in COLORS.items()},
-    **COLORS,
-    **{name + RADIUS: "#94a3b899" for name in COLORS},
-}
-"""Line -> colour; what comes later is drawn over what comes before."""
-Curves = dict[str, tuple[str, Points]]
-"""What a tooltip says of a curve -> its line in the palette, and its points."""
+from .plot import COLORS, Line, plot
+from .runs import CONTROL, RunItem
+from .training_data import Points, Progress, radius, series, smooth
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A chosen run as it is now; ``color`` is a name in :data:`COLORS`."""
+    """A chosen run as it is now; ``color`` is a place in :data:`COLORS`."""
 
-    name: str
-    color: str
-    record: dict[str, Any]
+    run: RunItem
+    color: int
     rows: list[dict[str, Any]]
     state: Progress
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.run.name
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is the control, which others are often drawn upon."""
+        return self.run.method == CONTROL
 
 
 @dataclass(frozen=True)
@@ -49,121 +39,126 @@ class Failed:
     """A chosen run that can't be read, and why."""
 
     name: str
-    color: str
+    color: int
     reason: str
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A plot.
+def draw(runs: Sequence[Shown], window: int) -> str:
+    """All plots as HTML, those of images and of text apart.
 
     Args:
-        name: of its element in the page.
-        symbol: of the vertical axis.
-        caption: what its lines are.
-        curves: from the runs and the window of the running mean.
+        window: of the running mean, in steps.
     """
+    kinds = {"Runs on images": [run for run in runs if not run.run.is_text]}
+    kinds["Runs on text"] = [run for run in runs if run.run.is_text]
+    kinds = {heading: own for heading, own in kinds.items() if own}
+    text = ""
+    for heading, own in kinds.items():
+        text += f"<h3>{escape(heading)}</h3>" if len(kinds) > 1 else ""
+        text += f'<div class="plots">{_plots(own, window)}</div>'
+    return text
 
-    name: str
-    title: str
-    symbol: str
-    caption: str
-    curves: Callable[[Sequence[Shown], int], Curves]
+
+def _plots(runs: Sequence[Shown], window: int) -> str:
+    what = "Below zero: better than LoRA of the same seed."
+    suffix = "-text" if runs[0].run.is_text else ""
+    held = "Faint: on the training set."
+    drawn = [
+        plot(
+            "loss" + suffix, "Training loss", "Running mean; faint: each step.", loss(runs, window)
+        ),
+        plot(
+            *("loss-difference" + suffix, "Training loss, difference to LoRA", what),
+            differences(runs, "loss", window),
+            zero=True,
+        ),
+        plot(
+            "heldout" + suffix, "Held-out loss", held, over(runs, "heldout_loss", "train_grid_loss")
+        ),
+        plot(
+            *("heldout-difference" + suffix, "Held-out loss, difference to LoRA", what),
+            differences(runs, "heldout_loss"),
+            zero=True,
+        ),
+        *(
+            plot(f"{name}{suffix}", name.replace("_", " "), "On held-out rows.", over(runs, name))
+            for name in METRICS
+        ),
+        plot(
+            *("norm" + suffix, "Norm of the auxiliary, ‖B₂A₂‖"),
+            "After the projection; faint: before it. Grey: the radius ρ.",
+            [*over(runs, "auxiliary_norm", "auxiliary_norm_before"), *radii(runs)],
+        ),
+        plot("rate" + suffix, "Learning rate", "Of the primary adapter.", rates(runs)),
+    ]
+    return "".join(drawn)
 
 
-def loss_curves(runs: Sequence[Shown], window: int) -> Curves:
+def loss(runs: Sequence[Shown], window: int) -> list[Line]:
     """Training loss: each step's faint, the running mean over it."""
-    curves: Curves = {}
+    lines = []
     for run in runs:
         raw = series(run.rows, "loss")
-        curves[f"{run.name}, each step"] = (run.color + FAINT, raw)
-        curves[run.name] = (run.color, smooth(raw, window))
-    return curves
+        lines += [Line(run.name, raw, run.color, faint=True)]
+        lines += [Line(run.name, smooth(raw, window), run.color, wide=run.wide)]
+    return lines
 
 
-def heldout_curves(runs: Sequence[Shown], window: int) -> Curves:
-    """Held-out loss, and faint the loss on the training set on the same grid."""
-    return _over(runs, "train_grid_loss", "training set", "heldout_loss")
+def over(runs: Sequence[Shown], key: str, behind: str | None = None) -> list[Line]:
+    """One key of the log, and another faint behind it."""
+    lines = [Line(run.name, series(run.rows, key), run.color, wide=run.wide) for run in runs]
+    if behind:
+        lines += [Line(run.name, series(run.rows, behind), run.color, faint=True) for run in runs]
+    return lines
 
 
-def norm_curves(runs: Sequence[Shown], window: int) -> Curves:
-    """The auxiliary's norm after projection, faint before it, and rho."""
-    norms = _over(runs, "auxiliary_norm_before", "before projection", "auxiliary_norm")
-    return norms | radius_curves(runs)
-
-
-def _over(runs: Sequence[Shown], behind: str, what: str, key: str) -> Curves:
-    """One key of the log over another, which is faint and called ``what``."""
-    curves: Curves = {}
+def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
+    """Each run minus plain LoRA of the same seed, step by step: paired runs see the same noise."""
+    controls = {run.run.seed: run for run in reversed(runs) if run.run.method == CONTROL}
+    lines = []
     for run in runs:
-        curves[f"{run.name}, {what}"] = (run.color + FAINT, series(run.rows, behind))
-        curves[run.name] = (run.color, series(run.rows, key))
-    return curves
+        control = controls.get(run.run.seed)
+        if control is None or control is run:
+            continue
+        other = dict(series(control.rows, key))
+        points = [(at, value - other[at]) for at, value in series(run.rows, key) if at in other]
+        lines.append(Line(run.name, smooth(points, window), run.color))
+    return lines
 
 
-def radius_curves(runs: Sequence[Shown]) -> Curves:
+def radii(runs: Sequence[Shown]) -> list[Line]:
     """rho: one line for all runs with the same constant one, one a run where it is scheduled."""
-    curves: Curves = {}
+    lines: dict[str, Points] = {}
     for run in runs:
-        line = radius(run.record, run.state.steps)
+        line = radius(run.run.record, run.state.steps)
         if not line:
             continue
-        constant = run.record["config"].get("rho_schedule", "constant") == "constant"
+        constant = run.run.record["config"].get("rho_schedule", "constant") == "constant"
         name = f"ρ = {line[0][1]:g}" if constant else f"ρ of {run.name}"
-        known = curves.get(name)
-        if known is None or known[1][-1][0] < line[-1][0]:  # as long as the longest run
-            curves[name] = (run.color + RADIUS, line)
-    return curves
+        if name not in lines or lines[name][-1][0] < line[-1][0]:  # as long as the longest run
+            lines[name] = line
+    return [Line(name, points, None) for name, points in lines.items()]
 
 
-def rate_curves(runs: Sequence[Shown], window: int) -> Curves:
-    """The primary's learning rate."""
-    return {run.name: (run.color, series(run.rows, "lr")) for run in runs}
+def rates(runs: Sequence[Shown]) -> list[Line]:
+    """The primary's learning rate; one line where all runs have the same."""
+    lines = over(runs, "lr")
+    if len(lines) > 1 and all(line.points == lines[0].points for line in lines):
+        return [Line("all runs", lines[0].points, None)]
+    return lines
 
 
-CHARTS = (
-    Chart("loss", "Training loss", "loss", "Faint: each step. Line: running mean.", loss_curves),
-    Chart("heldout", "Held-out loss", "loss", "Faint: on the training set.", heldout_curves),
-    Chart(
-        *("norm", "Norm of the auxiliary", "‖B₂A₂‖"),
-        "Faint: before the projection. Line: after it. Grey: the radius ρ.",
-        norm_curves,
-    ),
-    Chart("rate", "Learning rate", "lr", "Of the primary adapter.", rate_curves),
-)
-
-
-def frame(curves: Curves) -> pd.DataFrame | None:
-    """Curves as a table of step, value, line and run; None where there is nothing to draw.
-
-    Every line of the palette has an empty row first. So a plot knows all of them from the start:
-    Gradio 6.31 may show old data, or other colours, when lines or colours change later.
-    """
-    drawn = {name: (line, thin(points)) for name, (line, points) in curves.items() if points}
-    rows = [
-        (step, value, line, name)
-        for name, (line, points) in drawn.items()
-        for step, value in points
-    ]
-    if not rows:
-        return None
-    order = {line: place for place, line in enumerate(PALETTE)}
-    rows.sort(key=lambda row: order[row[2]])
-    empty = [(None, None, line, "") for line in PALETTE]
-    return pd.DataFrame([*empty, *rows], columns=["step", "value", "line", "run"])
-
-
-def colors_of(chosen: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """The name of a colour for each of up to eight chosen runs, all different.
+def colors_of(chosen: Sequence[str], known: Sequence[str]) -> dict[str, int]:
+    """The place of a colour for each of up to eight chosen runs, all different.
 
     A run keeps its colour whatever else is chosen, except where two would have the same one.
 
     Args:
         known: all runs there are.
     """
-    free, found = list(COLORS), {}
+    free, found = list(range(len(COLORS))), {}
     for path in chosen[: len(COLORS)]:
-        own = list(COLORS)[known.index(path) % len(COLORS)] if path in known else free[0]
+        own = known.index(path) % len(COLORS) if path in known else free[0]
         found[path] = own if own in free else free[0]
         free.remove(found[path])
     return found

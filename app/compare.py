@@ -1,4 +1,4 @@
-"""The Compare tab: images of several adapters side by side, a slider over one pair, scores.
+"""The Compare tab: validation images, then scored images side by side and a slider over a pair.
 
 What is shown is computed in ``compare_data`` and written in ``compare_html``; here are the widgets
 and the way from one to the other.
@@ -6,8 +6,11 @@ and the way from one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
 from PIL import Image
@@ -15,17 +18,12 @@ from PIL import Image
 from bilora_diffusion.errors import UserError
 from eval.scores.schema import METRICS, ScoresResult
 
+from . import commands, compare_html, pictures, validation
 from . import compare_data as data
-from . import compare_html, pictures
 from .catalog import Catalog, ScoresItem
 from .compare_data import View
-from .slider import pair, slider
+from .slider import pair
 
-NO_SCORES = """
-<section class="empty"><h2>No scored images yet</h2>
-<p>Draw and score images of your runs, then press Refresh:</p>
-<p><code>python -m eval.clip_scores RUN RUN --output_dir FOLDER</code></p></section>
-"""
 UNSCORED = "no image has a score"
 PICK = """
 element.addEventListener('click', (event) => {
@@ -65,14 +63,15 @@ ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_li
 
 
 class _Tab:
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, page: gr.Blocks, signs: Sequence[Any]) -> None:
         self.catalog = catalog
         self._widgets()
-        self._events()
+        self._events(page, signs)
 
     def _widgets(self) -> None:
         self.prompt = gr.State(0)
         self.empty = gr.HTML(visible=False, apply_default_css=False)
+        self.means = gr.HTML(elem_id="compare-means", apply_default_css=False, visible=False)
         with gr.Column(visible=False) as self.body, gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
                 self._choice()
@@ -83,7 +82,7 @@ class _Tab:
                     self.next = gr.Button("Next →", elem_id="compare-next", size="sm")
                 self.title = gr.HTML(elem_id="compare-prompt", apply_default_css=False)
                 self.cards = gr.HTML(elem_id="compare-cards", apply_default_css=False)
-                self.slider = slider("compare-slider")
+                self.slider = gr.HTML(elem_id="compare-slider", apply_default_css=False)
                 self.query = gr.Textbox(visible=False)
                 self.link = gr.Textbox(
                     label="Link to this view",
@@ -113,12 +112,14 @@ class _Tab:
         )
         self.list = gr.HTML(elem_id="compare-list", js_on_load=PICK, apply_default_css=False)
 
-    def _events(self) -> None:
+    def _events(self, page: gr.Blocks, signs: Sequence[Any]) -> None:
         choice = [self.scores, self.a, self.b, self.also, self.seed, self.metric]
         choice += [self.order, self.words, self.prompt]
         shown = [self.title, self.place, self.list, self.cards, self.slider, self.query]
+        shown += [self.means]
         widgets = [self.empty, self.body, *choice]
-        gr.on(None, self.open, inputs=[], outputs=[*widgets, *shown], **ORDERED)
+        page.load(self.open, inputs=[], outputs=[*widgets, *shown], **ORDERED)
+        gr.on(signs, self.again, self.query, [*widgets, *shown], **ORDERED)
         self.scores.input(self.change_scores, self.scores, [*widgets, *shown], **ORDERED)
         chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
         gr.on(
@@ -144,24 +145,30 @@ class _Tab:
         """Fill the tab when the page is loaded, by the link's query if there is one."""
         return self._opened(dict(request.query_params))
 
+    def again(self, query: str) -> list[Any]:
+        """The same view where the folders have changed; the first one where there was none."""
+        return self._opened(dict(parse_qsl(query.removeprefix("?"))), quiet=True)
+
     def change_scores(self, path: str) -> list[Any]:
         """Another score folder."""
         return self._opened({"scores": path})
 
-    def _opened(self, query: dict[str, str]) -> list[Any]:
+    def _opened(self, query: dict[str, str], quiet: bool = False) -> list[Any]:
         there = {item.path: item for item in self.catalog.scores()}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
-            nothing = [gr.skip()] * 15
-            return [gr.update(value=NO_SCORES, visible=True), gr.update(visible=False), *nothing]
+            there = bool(commands.measurable(self.catalog, "clip_scores"))
+            text = commands.empty("No scored images yet", self._measure()) if there else ""
+            nothing = [gr.skip()] * 16
+            return [gr.update(value=text, visible=there), gr.update(visible=False), *nothing]
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
-        if asked and asked not in items:
+        if asked and asked not in items and not quiet:
             what = "have no images" if asked in there else "are not there"
             gr.Warning(f'The link names the scores "{asked}", which {what}.')
             query = {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in missing:
+        for sentence in [] if quiet else missing:
             gr.Warning(sentence)
         return [gr.update(visible=False), gr.update(visible=True), *self._set(view, items)]
 
@@ -189,7 +196,7 @@ class _Tab:
     def show(self, *values: Any) -> list[Any]:
         """What the widgets choose; nothing while the page is being filled."""
         if not values[0]:
-            return [gr.skip()] * 7
+            return [gr.skip()] * 8
         view, item = self._view(*values)
         return self._shown(view, item)
 
@@ -213,10 +220,10 @@ class _Tab:
             if item.path == scores and prompt < len(item.result.prompts):
                 view = View(scores, a, b, tuple(also or ()), prompt, seed, metric, order)
                 return replace(view, words=words or ""), item
-        raise gr.Error("These scores have gone or changed: press Refresh.")
+        raise gr.Error("These scores have gone or changed: load the page again.")
 
     def _shown(self, view: View, item: ScoresItem) -> list[Any]:
-        """Prompt, title, place, list, cards, slider and query."""
+        """Prompt, title, place, list, cards, slider, query and means."""
         result, listed = item.result, _listed(view, item.result)
         pictures_of = {at: self._picture(item, view, at) for at in view.adapters}
         labels = [adapter.label for adapter in result.adapters]
@@ -231,13 +238,14 @@ class _Tab:
                 listed, view.prompt, view.metric, labels[view.a], labels[view.b]
             ),
             compare_html.cards(result, self._cards(item, view, pictures_of)),
-            pair(
-                pictures_of[view.a],
-                pictures_of[view.b],
-                f"A {labels[view.a]}  |  B {labels[view.b]}",
-            ),
+            pair(pictures_of[view.a], pictures_of[view.b], (labels[view.a], labels[view.b])),
             data.link(view, result),
+            gr.update(value=_means(view, item), visible=True),
         ]
+
+    def _measure(self) -> tuple[str, str]:
+        what = "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
+        return commands.measure(self.catalog, "clip_scores", what)
 
     def _picture(self, item: ScoresItem, view: View, adapter: int) -> Image.Image | None:
         image = data.find(item.result, adapter, view.prompt, view.seed)
@@ -280,6 +288,16 @@ def _listed(view: View, result: ScoresResult) -> list[data.Row]:
     return data.arranged(found, view.metric, view.order, view.words)
 
 
-def build(catalog: Catalog) -> None:
-    """Build the tab inside the current ``gr.Tab``."""
-    _Tab(catalog)
+def _means(view: View, item: ScoresItem) -> str:
+    where = f'<h3 id="scores">Scored images</h3><p class="quiet">{escape(item.name)}</p>'
+    return where + compare_html.summary(item.result, view.a, view.b)
+
+
+def build(catalog: Catalog, page: gr.Blocks, runs: Sequence[Any], scores: Sequence[Any]) -> None:
+    """Build the tab inside the current ``gr.Tab``.
+
+    Args:
+        runs, scores: events at which there may be others.
+    """
+    validation.build(catalog, runs)
+    _Tab(catalog, page, scores)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from math import sqrt
+from statistics import fmean, stdev
 from urllib.parse import urlencode
 
-from eval.scores.schema import METRICS, ImageScore, ScoresResult
+from scipy import stats
+
+from eval.scores.schema import METRICS, Comparison, ImageScore, ScoresResult
 
 ORDERS = {
     "gain": "Largest gain first",
@@ -57,7 +60,9 @@ class View:
 class Row:
     """A prompt in the list; scores are means over the seeds that both adapters have.
 
-    ``name`` is what the prompt names, where the prompt set says, else its text.
+    Args:
+        name: what the prompt names, where the prompt set says, else its text.
+        certain: whether the 95 % interval (Student's t over the seeds) of the change leaves out 0.
     """
 
     prompt: int
@@ -65,6 +70,7 @@ class Row:
     text: str
     a: float | None
     b: float | None
+    certain: bool = False
 
     @property
     def change(self) -> float | None:
@@ -103,9 +109,27 @@ def rows(result: ScoresResult, a: int, b: int, metric: str) -> list[Row]:
             for scores in (one, other)
         ]
         entry = result.prompts[prompt]
-        return Row(prompt, entry.instance or entry.text, entry.text, *means)
+        differences = [other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())]
+        name = entry.instance or entry.text
+        return Row(prompt, name, entry.text, *means, certain=_leaves_out_zero(differences))
 
     return [row(prompt) for prompt in sorted({image.prompt for image in result.images})]
+
+
+def _leaves_out_zero(differences: Sequence[float]) -> bool:
+    count = len(differences)
+    if count < 2:
+        return False
+    half = stats.t.ppf(0.975, count - 1) * stdev(differences) / sqrt(count)
+    return bool(abs(fmean(differences)) > half)
+
+
+def comparison(result: ScoresResult, a: int, b: int, metric: str) -> Comparison | None:
+    """Adapter b minus adapter a over all prompts, where the scoring compared the two."""
+    for row in result.comparisons:
+        if row.metric == metric and (row.control, row.adapter) == (a, b):
+            return row
+    return None
 
 
 def arranged(found: Sequence[Row], metric: str, order: str, words: str = "") -> list[Row]:

@@ -8,7 +8,8 @@ from html import escape
 
 from eval.scores.schema import METRICS, ImageScore, ScoresResult
 
-from .compare_data import Row, best, scores_of, times_100
+from . import pictures
+from .compare_data import Row, best, comparison, scores_of, times_100
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,58 @@ def prompt_list(listed: Sequence[Row], chosen: int, metric: str, a: str, b: str)
 
 def _row(row: Row, chosen: bool, metric: str) -> str:
     change = "–" if row.change is None else f"{100 * row.change:+.2f}"
-    known = METRICS.get(metric)
-    sign = -1 if known is not None and known.higher_is_better is False else 1
-    tone = (
-        "even"
-        if row.change is None or change.strip("+-0.") == ""
-        else "up"
-        if sign * row.change > 0
-        else "down"
-    )
+    tone = _tone(metric, row.change, row.certain)
     current = ' aria-current="true"' if chosen else ""
     return (
         f'<button type="button" class="prompt" data-prompt="{row.prompt}"{current}>'
         f'<span title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
         f'<span>{times_100(row.b)}</span><span class="{tone}">{change}</span></button>'
     )
+
+
+def _tone(metric: str, change: float | None, certain: bool) -> str:
+    """Better, worse, or neither: what chance alone explains has no colour."""
+    known = METRICS.get(metric)
+    if change is None or not certain or known is None or known.higher_is_better is None:
+        return "even"
+    return "up" if (change > 0) == known.higher_is_better else "down"
+
+
+def summary(result: ScoresResult, a: int, b: int) -> str:
+    """Each score's mean over the prompts, and the difference of the pair with its interval."""
+    means = {(row.metric, row.adapter): row.mean for row in result.summaries}
+    shown = [name for name in METRICS if any(metric == name for metric, _ in means)]
+    if not shown:
+        return ""
+    labels = [adapter.label for adapter in result.adapters]
+    head = "".join(f"<th>{escape(label)}</th>" for label in labels)
+    body = ""
+    for name in shown:
+        values = "".join(
+            f"<td>{times_100(means.get((name, at)))}</td>" for at in range(len(labels))
+        )
+        title = f'title="{escape(METRICS[name].explanation)}"'
+        body += f"<tr><th {title}>{METRICS[name].title}</th>{values}"
+        body += f"{_difference(result, a, b, name)}</tr>"
+    return (
+        '<div class="scroll"><table class="means"><thead><tr><th>mean over prompts</th>'
+        f"{head}<th>{escape(labels[b])} − {escape(labels[a])}, 95 % interval</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _difference(result: ScoresResult, a: int, b: int, metric: str) -> str:
+    found, sign = comparison(result, a, b, metric), 1
+    if found is None:
+        found, sign = comparison(result, b, a, metric), -1
+    if found is None:
+        return "<td>–</td>"
+    text, certain = f"{100 * sign * found.mean:+.2f}", False
+    if found.interval is not None:
+        low, high = sorted((sign * found.interval.low, sign * found.interval.high))
+        text += f" ({100 * low:+.2f} to {100 * high:+.2f})"
+        certain = low > 0 or high < 0
+    return f'<td class="{_tone(metric, sign * found.mean, certain)}">{text}</td>'
 
 
 def cards(result: ScoresResult, shown: Sequence[Card]) -> str:
@@ -76,11 +114,7 @@ def cards(result: ScoresResult, shown: Sequence[Card]) -> str:
 
 def _card(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
     role = f'<span class="role">{card.role}</span>' if card.role else ""
-    picture = (
-        f'<img src="{card.picture}" alt="{escape(card.title)}">'
-        if card.picture
-        else '<div class="absent">no image</div>'
-    )
+    picture = pictures.tag(card.picture, card.title) or '<div class="absent">no image</div>'
     text = f'<figure class="card"><div class="name">{role}{escape(card.title)}</div>{picture}'
     text += "".join(f'<p class="quiet">{escape(line)}</p>' for line in card.lines)
     return text + (_facts(result, card, leaders) if card.image else "") + "</figure>"
@@ -112,6 +146,10 @@ def legend(result: ScoresResult) -> str:
     text = f"Scores are cosines × 100 by {escape(result.scorer.name)}."
     if result.captioner is not None:
         text += f" Captions by {escape(result.captioner.name)}."
+    text += (
+        " A difference is green or red where its 95 % interval (over the seeds; in the table of"
+        " means, over the prompts) leaves out zero."
+    )
     for model in (result.scorer, result.captioner):
         if model is not None and model.note:
             text += f" {escape(model.note)}"

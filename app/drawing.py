@@ -13,8 +13,9 @@ from PIL.Image import Image
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.tasks.pipeline import MINI
 
-from .catalog import Catalog, RunItem
+from .catalog import Catalog
 from .models import MAX_SEED, MAX_STEPS, Base, Models, Request, Stopped
+from .runs import RunItem
 
 BASE = ""
 """Stands for the base model among the paths of runs."""
@@ -84,7 +85,7 @@ def sides(
     chosen: list[RunItem | None] = []
     for path in (a, b):
         if path != BASE and path not in runs:
-            raise UserError(f'the run "{path}" has gone: press Refresh')
+            raise UserError(f'the run "{path}" has gone: choose another')
         chosen.append(runs.get(path))
     bases = list(dict.fromkeys(Base.of(run.record["config"]) for run in chosen if run))
     if len(bases) > 1:

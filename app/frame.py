@@ -1,9 +1,8 @@
 """The page around the tabs: title, what was found, notices, and how it is served.
 
-A tab is a module with ``build(catalog)``, called inside its ``gr.Tab``. The page's layout is made
-once, when the viewer starts, so a tab fills its lists when a page is loaded, by
-``gr.on(None, fill, inputs=[], outputs=[...])``. "Refresh" looks at the root again and loads the
-page anew.
+A tab is a module with ``build(catalog, ...)``, called inside its ``gr.Tab``. The page's layout is
+made once, when the viewer starts, so a tab fills its lists when a page is loaded, and again when
+there is something new under the root, at which is looked at every load and every few seconds.
 """
 
 from __future__ import annotations
@@ -16,28 +15,17 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from . import compare, flatness, generate, training, vote
+from . import compare, generate, results, training, vote
 from .catalog import Catalog
 from .guard import Guard
 
 HERE = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
+RESCAN_SECONDS = 5.0
 LISTED = 8
 """Broken folders that are named in the notice; the others are counted."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-EMPTY = """
-<section class="empty">
-  <h2>Nothing to show yet</h2>
-  <p>The folder <b>{name}</b> holds no runs and no results. Make some, then press Refresh:</p>
-  <ol>
-    <li><code>make demo</code> trains LoRA and Bi-LoRA on the miniature</li>
-    <li><code>python -m eval.clip_scores</code> draws and scores images of both</li>
-    <li><code>python -m app.viewer</code> from the same folder shows them here</li>
-  </ol>
-  <p>Runs elsewhere? Give their folder: <code>python -m app.viewer FOLDER</code></p>
-</section>
-"""
 
 
 def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
@@ -47,35 +35,38 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         catalog: what there is to show.
         device: of the Generate tab; None for the best.
     """
-    tabs: dict[str, Callable[[], None]] = {
-        "Compare": lambda: compare.build(catalog),
-        "Generate": lambda: generate.build(catalog, device),
-        "Vote": lambda: vote.build(catalog),
-        "Training": lambda: training.build(catalog),
-        "Flatness": lambda: flatness.build(catalog),
-    }
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
-        with gr.Row(elem_id="frame-head"):
-            heading = gr.HTML(elem_id="frame-title", apply_default_css=False, scale=1)
-            refresh = gr.Button("Refresh", elem_id="frame-refresh", size="sm", scale=0)
+        heading = gr.HTML(elem_id="frame-title", apply_default_css=False)
         notice = gr.HTML(elem_id="frame-notice", apply_default_css=False, visible=False)
+        kinds = ("runs", "scores", "figures")
+        seen = {kind: gr.Textbox(catalog.sign(kind), visible=False) for kind in kinds}
+        runs, scores, figures = ([page.load, seen[kind].change] for kind in kinds)
+        tabs: dict[str, Callable[[], None]] = {
+            "Compare": lambda: compare.build(catalog, page, runs, scores[1:]),
+            "Generate": lambda: generate.build(catalog, runs, device),
+            "Vote": lambda: vote.build(catalog, scores),
+            "Training": lambda: training.build(catalog, runs),
+            "Results": lambda: results.build(catalog, figures),
+        }
         with gr.Tabs(elem_id="frame-tabs", overflow_behavior="wrap"):
             for name, fill in tabs.items():
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                     fill()
+
+        def look() -> list[Any]:
+            catalog.look()
+            return [title(catalog), _notice(catalog), *(catalog.sign(kind) for kind in seen)]
+
         gr.on(
-            None,
-            lambda: (title(catalog), _notice(catalog)),
+            [page.load, gr.Timer(RESCAN_SECONDS).tick],
+            look,
             inputs=[],
-            outputs=[heading, notice],
+            outputs=[heading, notice, *seen.values()],
             show_progress="hidden",
             api_visibility="private",
         )
-        refresh.click(
-            catalog.refresh, [], [], show_progress="hidden", api_visibility="private"
-        ).then(None, js="() => window.location.reload()")
     return page
 
 
@@ -84,18 +75,16 @@ def title(catalog: Catalog) -> str:
     counts = (
         (len(catalog.runs()), "run", "runs"),
         (len(catalog.scores()), "score folder", "score folders"),
-        (len(catalog.figures()), "figure result", "figure results"),
+        (len(catalog.figures()), "result", "results"),
     )
     found = ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in counts)
     return f"<h1>{TITLE}</h1><p><b>{html.escape(catalog.name)}</b> · {found}</p>"
 
 
 def notices(catalog: Catalog) -> str:
-    """What to run in an empty root, and which folders are broken."""
+    """Which folders are broken."""
     broken = catalog.broken()
     text = ""
-    if not (catalog.runs() or catalog.scores() or catalog.figures()):
-        text += EMPTY.format(name=html.escape(catalog.name))
     if broken:
         rows = "".join(
             f"<li><code>{html.escape(row.path)}</code> {html.escape(row.reason)}</li>"
@@ -113,9 +102,33 @@ def _notice(catalog: Catalog) -> Any:
     return gr.update(value=text, visible=bool(text))
 
 
+def _theme() -> gr.themes.Base:
+    """Gradio's own, with text and buttons of a contrast of at least 4.5 in light and dark."""
+    strong, stronger = "#0f766e", "#115e59"
+    theme = gr.themes.Default(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONO
+    )
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        block_info_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_300",
+        button_primary_background_fill=strong,
+        button_primary_background_fill_dark=strong,
+        button_primary_background_fill_hover=stronger,
+        button_primary_background_fill_hover_dark=stronger,
+        color_accent=strong,
+        link_text_color=strong,
+        link_text_color_dark="#2dd4bf",
+    )
+
+
 def _head() -> str:
     """Style and script as they are: in `css` Gradio would change the weight of the rules."""
-    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "keyboard.js"))
+    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     return f"<style>{style}</style><script>{script}</script>"
 
 
@@ -126,9 +139,6 @@ def launch(catalog: Catalog, *, host: str, port: int, device: str | None) -> Non
         KeyboardInterrupt: Ctrl-C.
     """
     page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
-    theme = gr.themes.Default(
-        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONO
-    )
     page.launch(
         server_name=host,
         server_port=port,
@@ -144,7 +154,7 @@ def launch(catalog: Catalog, *, host: str, port: int, device: str | None) -> Non
         allowed_paths=[],
         max_file_size="1kb",
         app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-        theme=theme,
+        theme=_theme(),
         head=_head(),
     )
     where = f"[{host}]" if ":" in host else host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -14,11 +14,13 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 
-from . import pictures
+from . import commands, pictures
 from .catalog import Catalog
 from .drawing import BASE, Work, checked, drawable, sides
 from .models import Models
-from .slider import pair, slider
+from .runs import ordered
+from .runs import pair as first_pair
+from .slider import pair
 
 PROMPT = "a ToK icon of a rabbit, in the style of ToK"
 IDLE_SECONDS = 0.2
@@ -27,20 +29,25 @@ VISITORS = 16
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def build(catalog: Catalog, device: str | None = None) -> None:
-    """Build the tab inside the current ``gr.Tab``."""
-    _Tab(catalog, Models(device))
+def build(catalog: Catalog, signs: Sequence[Any], device: str | None = None) -> None:
+    """Build the tab inside the current ``gr.Tab``.
+
+    Args:
+        signs: events at which there may be other runs.
+    """
+    _Tab(catalog, Models(device), signs)
 
 
 class _Tab:
-    def __init__(self, catalog: Catalog, models: Models) -> None:
+    def __init__(self, catalog: Catalog, models: Models, signs: Sequence[Any]) -> None:
         self.catalog = catalog
         self.models = models
         self.running: dict[str | None, Work] = {}
         self._widgets()
-        self._events()
+        self._events(signs)
 
     def _widgets(self) -> None:
+        self.empty = gr.HTML(visible=False, apply_default_css=False, elem_id="generate-empty")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
@@ -74,10 +81,10 @@ class _Tab:
             with gr.Column(scale=5, min_width=300):
                 self.status = gr.HTML(elem_id="generate-status", apply_default_css=False)
                 self.cards = gr.HTML(elem_id="generate-cards", apply_default_css=False)
-                self.slider = slider("generate-slider")
+                self.slider = gr.HTML(elem_id="generate-slider", apply_default_css=False)
 
-    def _events(self) -> None:
-        gr.on(None, self.choices, inputs=[], outputs=[self.a, self.b, self.status], **QUIET)
+    def _events(self, signs: Sequence[Any]) -> None:
+        gr.on(signs, self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
         asked = [self.prompt, self.a, self.b, self.seed, self.steps, self.guidance, self.scale]
         shown = [self.status, self.cards, self.slider]
         # No `cancels` of Gradio's here: it leaves the next event in error now and then. The work
@@ -95,14 +102,16 @@ class _Tab:
         )
         self.cancel.click(self.stop, inputs=[], outputs=[], queue=False, **QUIET)
 
-    def choices(self) -> list[Any]:
-        """Fill the two lists when the page is loaded; plain LoRA first, as the control."""
-        runs = [run for run in self.catalog.runs() if drawable(run)]
-        runs.sort(key=lambda run: run.method != "lora")
+    def choices(self, a: str | None, b: str | None) -> list[Any]:
+        """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
+        runs = ordered([run for run in self.catalog.runs() if drawable(run)])
         named = [("base model", BASE), *((run.name, run.path) for run in runs)]
-        paths = [run.path for run in runs]
-        a, b = [*paths, BASE, BASE][:2] if len(paths) > 1 else (BASE, [*paths, BASE][0])
-        note = "" if runs else message("No run with exported weights yet: only the base model.")
+        first = [BASE, BASE, *(run.path for run in first_pair(runs))][-2:]
+        there = {path for _, path in named}
+        kept = a in there and b in there and {a, b} != {BASE}
+        a, b = (a, b) if kept else first
+        text = "" if runs else commands.empty("No trained run yet", commands.demo(self.catalog))
+        note = gr.update(value=text, visible=bool(text))
         return [gr.update(choices=named, value=a), gr.update(choices=named, value=b), note]
 
     def generate(
@@ -163,7 +172,7 @@ def _followed(work: Work) -> Iterator[Any]:
             yield (
                 message(value),
                 _cards(work, images),
-                pair(images[0], images[1], " | ".join(label for label, _ in work.sides)),
+                pair(images[0], images[1], (work.sides[0][0], work.sides[1][0])),
             )
             return
         if kind == "stopped":
@@ -198,7 +207,7 @@ def _cards(work: Work, images: list[Image.Image]) -> str:
         picture = '<div class="absent"></div>'
         if position < len(images):
             address = pictures.data_uri(images[position])
-            picture = f'<img src="{address}" alt="{escape(label)}">'
+            picture = pictures.tag(address, label)
         text += (
             f'<figure class="card"><div class="name">{role}{escape(label)}</div>{picture}</figure>'
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -47,6 +49,29 @@ def data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     shown.save(buffer, "WEBP", quality=92, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def address(path: Path) -> str | None:
+    """A picture's file as a ``data:`` address; None when it is not there or can't be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return _address(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=512)
+def _address(path: Path, changed: int, size: int) -> str | None:
+    picture = read(path)
+    return data_uri(picture) if picture else None
+
+
+def tag(address: str | None, label: str) -> str:
+    """A picture that a click or the Enter key enlarges, as HTML; "" without one."""
+    if address is None:
+        return ""
+    label = escape(label)
+    return f'<img src="{address}" alt="{label}" class="zoom" tabindex="0" role="button">'
 
 
 def named(catalog: Catalog, folder: str, name: str | None, package: Path) -> Image.Image | None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from bilora_diffusion import runlog
 from bilora_diffusion.errors import UserError
-from eval.records import DYNAMICS, GENERALIZATION, LANDSCAPE, SCORES, SWEEP
+from eval.records import FIGURES as KINDS
+from eval.records import SCORES, SWEEP, TEXT_SCORES, Format
 from eval.scores.schema import ScoresResult
 
-FIGURES = {kind.file: kind for kind in (LANDSCAPE, DYNAMICS, GENERALIZATION, SWEEP)}
-"""Result files with figures."""
+FIGURES = {kind.file: kind for kind in (*KINDS, TEXT_SCORES)}
+"""Result files with a report, and most with figures."""
 WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "adapter_model.safetensors")
 """What a run exports: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
@@ -29,6 +30,13 @@ def run(path: Path) -> dict[str, Any]:
     return record
 
 
+def steps(folder: Path) -> tuple[int, ...]:
+    """The steps at which a run made validation images, in order."""
+    found = (folder / "validation").glob("step-*/000.png")
+    names = [path.parent.name.removeprefix("step-") for path in found]
+    return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+
 def scores(path: Path) -> ScoresResult:
     """``scores.json``.
 
@@ -38,18 +46,25 @@ def scores(path: Path) -> ScoresResult:
     return SCORES.read(ScoresResult, path.parent)
 
 
-def figures(path: Path) -> dict[str, Any]:
-    """The JSON of a result with figures.
+def figures(path: Path) -> dict[str, Any] | None:
+    """The JSON of a result with figures; None for a sweep's own list of its cells.
 
     Raises:
         UserError: it is damaged or of another version.
     """
     kind = FIGURES[path.name]
     record = kind.load(path.parent)
+    if kind is SWEEP and "cells" in record and "arms" not in record:
+        return None
     pictures = record.get("figures", [])
     if not isinstance(pictures, list) or not all(_plain(name) for name in pictures):
         raise kind.damaged(path.parent)
     return record
+
+
+def report(kind: Format) -> str:
+    """Name of the report beside a result's JSON."""
+    return "report.md" if kind is TEXT_SCORES else f"{kind.module}.md"
 
 
 def _plain(name: object) -> bool:

@@ -1,10 +1,12 @@
-"""A slider over two pictures, of which it shows one left and the other right of its handle."""
+"""Two pictures in one place, of which a handle shows one to its left and the other to its right.
+
+The handle is the browser's own range input, so that mouse, finger and arrow keys move it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from html import escape
 
-import gradio as gr
 from PIL import Image
 
 from . import pictures
@@ -13,24 +15,17 @@ SMALLEST = 384
 """Smaller pictures are enlarged to this side, in pixels."""
 
 
-def slider(name: str) -> gr.ImageSlider:
-    """The widget, which is hidden until it has two pictures; ``name`` is its element's."""
-    return gr.ImageSlider(
-        elem_id=name,
-        type="pil",
-        format="png",
-        interactive=False,
-        buttons=["fullscreen"],
-        max_height=420,
-        visible=False,
-    )
-
-
-def pair(a: Image.Image | None, b: Image.Image | None, label: str) -> Any:
-    """What shows two pictures in it, brought to the size of the first; hides it without both."""
+def pair(a: Image.Image | None, b: Image.Image | None, labels: tuple[str, str]) -> str:
+    """Two pictures as HTML, brought to the size of the first; "" without both."""
     if a is None or b is None:
-        return gr.update(value=None, visible=False)
+        return ""
     a, b = (pictures.fitted(picture, SMALLEST) for picture in (a, b))
-    return gr.update(
-        value=(a, b.resize(a.size, Image.Resampling.LANCZOS)), label=label, visible=True
+    b = b.resize(a.size, Image.Resampling.LANCZOS)
+    under, over = (pictures.data_uri(picture) for picture in (a, b))
+    left, right = (escape(label) for label in labels)
+    return (
+        f'<figure class="pair"><div><img src="{under}" alt="{left}">'
+        f'<img class="over" src="{over}" alt="{right}">'
+        f'<input type="range" min="0" max="100" value="50" aria-label="{left} | {right}"></div>'
+        f"<figcaption><span>A {left}</span><span>B {right}</span></figcaption></figure>"
     )

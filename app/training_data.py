@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ Points = list[tuple[int, float]]
 """(step, value), by step."""
 
 STALE_SECONDS = 180.0
-"""A running run that wrote nothing for so long has probably been killed."""
+"""A running run that wrote nothing for so long between two steps has probably been killed."""
+BUSY_SECONDS = 3600.0
+"""The same of one that said that it does something else than steps, such as validation images."""
+TRAINING = "training"
 RADIUS_POINTS = 101
 RECENT_STEPS = 50
 
@@ -161,8 +165,9 @@ class Progress:
     """Where a run stands.
 
     Args:
-        status: "running", "finished", "failed" or "stale".
-        reason: why it failed, in one sentence, or what a stale run means; "" otherwise.
+        status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
+            is busy with something else than steps, what that is, such as "validation images".
+        reason: why it failed, in one sentence, or what a stalled run means; "" otherwise.
         steps, total: steps done and to do; ``total`` None where it is not known.
         wall_seconds: spent so far, over all resumes.
         left_seconds: of a running run, by its recent steps; None where it can't be told.
@@ -189,22 +194,37 @@ def progress(
         last_written: when either file was last changed, in seconds as ``time.time`` counts.
         now: by default ``time.time()``.
     """
-    silent = max(0.0, (time.time() if now is None else now) - last_written)
+    now = time.time() if now is None else now
+    silent = max(0.0, now - last_written)
     taken = [row for row in rows if row.get("seconds") is not None]
     recent = [float(row["seconds"]) for row in taken[-RECENT_STEPS:]]
     usual = statistics.median(recent) if recent else 0.0
     steps = max((int(row["step"]) for row in rows), default=0)
     total = total_steps(record)
     status, reason = record["status"], str(record.get("error") or "")
-    if status == "running" and silent > max(STALE_SECONDS, 10 * usual):
-        status = "stale"
+    doing = str(record.get("doing") or TRAINING)
+    patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
+    running = status == "running"
+    if running and silent > max(patience, 10 * usual):
+        running, status = False, "stalled"
         reason = f"it has written nothing for {duration(silent)}: it was probably killed"
+    elif running and doing != TRAINING:
+        status, since = doing, _seconds(record.get("doing_since"))
+        reason = f"since {duration(max(0.0, now - since))}" if since is not None else ""
     left = None
-    if status == "running" and total is not None and recent:
+    if running and total is not None and recent:
         left = max(0, total - steps) * usual
     wall = float(record.get("wall_seconds") or 0.0)
     memory = int(record.get("peak_memory_bytes") or 0)
     return Progress(status, reason, steps, total, wall, left, memory)
+
+
+def _seconds(moment: Any) -> float | None:
+    """A time of the record as ``time.time`` counts; None where it is none."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except (TypeError, ValueError):
+        return None
 
 
 def duration(seconds: float) -> str:

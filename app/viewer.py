@@ -59,7 +59,7 @@ def serve(args: argparse.Namespace) -> None:
     """
     from .catalog import Catalog
 
-    catalog = Catalog(args.root)
+    catalog = Catalog(args.root, public=args.host not in (LOCAL, "localhost", "::1"))
     check_address(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
         be_private(Path(cache))

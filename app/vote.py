@@ -22,21 +22,12 @@ import gradio as gr
 
 from bilora_diffusion.errors import UserError
 
+from . import commands
 from .booth import ANY, Booth, Polls
 from .catalog import Catalog
 from .voting import Ballot, Tally
 
 SHORTCUTS = {"1": "vote-left", "2": "vote-right", "0": "vote-tie"}
-EMPTY = """
-<section class="empty">
-  <h2>Nothing to vote on yet</h2>
-  <p>A vote needs images of two adapters from the same prompts and seeds. Make and score them:</p>
-  <ol>
-    <li><code>python -m eval.clip_scores RUN_A RUN_B --output_dir scores</code></li>
-    <li>press Refresh</li>
-  </ol>
-</section>
-"""
 KEYS = """
 if (!window.biloraVoteKeys) {
     window.biloraVoteKeys = SHORTCUTS;
@@ -66,24 +57,25 @@ tr { border-bottom: 1px solid var(--border-color-primary); }
 Update = dict[Any, Any]
 
 
-def build(catalog: Catalog, rng: random.Random | None = None) -> None:
+def build(catalog: Catalog, signs: Sequence[Any], rng: random.Random | None = None) -> None:
     """Build the tab inside the current ``gr.Tab``.
 
     Args:
+        signs: events at which there may be other scores.
         rng: of pairs and sides; by default the system's.
     """
-    page = _Page(Polls(catalog, rng or random.SystemRandom()))
-    page.connect()
+    page = _Page(catalog, Polls(catalog, rng or random.SystemRandom()))
+    page.connect(signs)
 
 
 class _Page:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, polls: Polls) -> None:
-        self.polls = polls
+    def __init__(self, catalog: Catalog, polls: Polls) -> None:
+        self.catalog, self.polls = catalog, polls
         self.voter = gr.BrowserState("", storage_key="bilora-voter", secret="bilora-voter")
         self.booth = gr.State(None)
-        self.notice = gr.HTML(visible=False, elem_id="vote-notice")
+        self.notice = gr.HTML(visible=False, elem_id="vote-notice", apply_default_css=False)
         with gr.Column(visible=False, elem_id="vote-setup") as self.setup:
             with gr.Row():
                 self.scores = gr.Dropdown([], label="Score folder", elem_id="vote-scores")
@@ -113,14 +105,14 @@ class _Page:
         # is still on its way when the next one is drawn is not taken for a vote on the next.
         self.token = gr.Textbox(visible=False)
 
-    def connect(self) -> None:
+    def connect(self, signs: Sequence[Any]) -> None:
         """Attach what happens to the widgets."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         booth = [self.booth, self.voter, self.setup, self.stage, self.stop]
         booth += [self.notice, self.result]
         booth += [self.ballot, self.standing, self.token]
         setup = [self.notice, self.setup, self.below, self.scores]
-        gr.on(None, self._load, [], setup, **quiet)
+        gr.on(signs, self._load, [self.booth, self.scores], setup, **quiet)
         self.scores.change(self._pairs, [self.scores], [self.pair], **quiet)
         self.start.click(self._begin, [self.scores, self.pair, self.voter], booth, **quiet)
         for choice, button in self.buttons.items():
@@ -132,16 +124,19 @@ class _Page:
             None, js="() => { document.getElementById('vote-file').click(); }"
         )
 
-    def _load(self) -> Update:
+    def _load(self, booth: Booth | None, chosen: str | None) -> Update:
         items = self.polls.items()
         if not items:
-            return {self.notice: _shown(EMPTY)}
+            what = "A vote needs images of two runs from the same prompts and seeds:"
+            measure = commands.measure(self.catalog, "clip_scores", what)
+            return {self.notice: _shown(commands.empty("Nothing to vote on yet", measure))}
         choices = [(item.name, item.path) for item in items]
+        paths = [item.path for item in items]
         return {
             self.notice: _shown(""),
-            self.setup: gr.update(visible=True),
+            self.setup: gr.update(visible=booth is None),
             self.below: gr.update(visible=True),
-            self.scores: gr.update(choices=choices, value=items[0].path),
+            self.scores: gr.update(choices=choices, value=chosen if chosen in paths else paths[0]),
         }
 
     def _pairs(self, path: str | None) -> Any:
@@ -232,7 +227,8 @@ def table(rows: Sequence[Tally], voters: int) -> str:
     people = "1 voter" if voters == 1 else f"{voters} voters"
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
     return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        "</div>"
         f'<p class="note">Votes of {people}. The win rate counts a tie as half; in brackets is the'
         " 95 % interval of the share won among the votes that were no tie (Wilson).</p>"
     )

@@ -33,6 +33,8 @@ TITLES = {
 SUBJECTS = 6
 """The subjects of the paper's Table 4 stand first among the held-out icons."""
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mini.yaml"
+HALF_WAY = ("--validation_epochs", "17")
+"""Images at half of the recipe's steps and at their end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +59,8 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
             [
                 *("--config", str(recipe), "--method", method, "--seed", str(seed)),
                 *("--output_dir", str(folder / method), "--overwrite_output_dir"),
-                *flags,
+                *(("--eval_on_start",) if method == METHODS[0] else ()),  # the base's, once
+                *(*HALF_WAY, *flags),
             ]
         )
     steps = require_paired([folder / method for method in METHODS])

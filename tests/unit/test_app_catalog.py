@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from app import readers, viewer
+from app import commands, readers, validation, viewer
 from app.catalog import DEPTH, Catalog
+from app.runs import ordered, pair
 from bilora_diffusion.errors import UserError
 from eval.records import SCORES
 from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
@@ -95,8 +99,99 @@ def test_a_sweep_has_its_one_figure_beside_it(tmp_path: Path) -> None:
 
 def test_the_root_itself_can_be_a_run(tmp_path: Path) -> None:
     (run,) = Catalog(make_run(tmp_path / "lora")).runs()
-    assert (run.path, run.name) == (".", "lora")
+    assert (run.path, run.name) == (".", "LoRA, seed 0")
     assert run.weights == "pytorch_lora_weights.safetensors"
+
+
+def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(
+    tmp_path: Path,
+) -> None:
+    def names() -> dict[str, str]:
+        return {run.path: run.name for run in Catalog(tmp_path).runs()}
+
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", method="bilora", config={"rho": 0.05})
+    assert names() == {"a": "LoRA, seed 0", "b": "Bi-LoRA, seed 0"}
+    make_run(tmp_path / "c", method="bilora", config={"rho": 1.0})
+    make_run(tmp_path / "d")
+    make_run(tmp_path / "e", method="of the future", seed=3)
+    assert names() == {
+        "a": "LoRA, seed 0 (a)",
+        "b": "Bi-LoRA, ρ 0.05, seed 0",
+        "c": "Bi-LoRA, ρ 1, seed 0",
+        "d": "LoRA, seed 0 (d)",
+        "e": "of the future, seed 3",
+    }
+
+
+def test_the_first_pair_is_of_one_seed_and_of_one_folder(tmp_path: Path) -> None:
+    for path, method, seed in (
+        ("x/lora", "lora", 1),
+        ("x/sam", "lora-sam", 1),
+        ("y/bilora", "bilora", 1),
+        ("x/bilora", "bilora", 1),
+        ("x/bilora-0", "bilora", 0),
+    ):
+        make_run(tmp_path / path, method=method, seed=seed)
+    runs = Catalog(tmp_path).runs()
+    assert [run.path for run in pair(runs)] == ["x/lora", "x/bilora"]
+    assert len(pair(runs[:1])) == 1
+
+
+def test_what_is_new_is_seen(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "lora", status="running")
+    image = run / "validation" / "step-50" / "000.png"
+    catalog, kinds = Catalog(tmp_path), ("runs", "scores", "figures")
+
+    def after(change: Callable[[], object]) -> set[str]:
+        before = {kind: catalog.sign(kind) for kind in kinds}
+        change()
+        catalog.refresh()
+        return {kind for kind in kinds if catalog.sign(kind) != before[kind]}
+
+    assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
+    assert after(lambda: (image.parent.mkdir(parents=True), image.touch())) == {"runs"}
+    assert catalog.runs()[0].steps == (50,)
+    assert after(lambda: make_scores(tmp_path / "scores")) == {"scores"}
+    assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
+
+
+def test_commands_have_the_paths_that_a_shell_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "my runs"
+    for method in ("lora", "bilora"):
+        make_run(root / method, method=method)
+    monkeypatch.chdir(tmp_path)
+    _, command = commands.measure(Catalog(root), "clip_scores", "")
+    assert command == "python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'"
+    monkeypatch.chdir(root)
+    assert Catalog(root).place("lora") == "lora"
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/elsewhere"))
+    assert Catalog(root).place("lora") == f"{root}/lora"
+    assert Catalog(root, public=True).place("lora") == "my runs/lora"
+
+
+def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) -> None:
+    config = {"validation_prompts": ["a rabbit", "<b>"], "num_validation_images": 1}
+    for method, steps in (("lora", (0, 50)), ("bilora", (50, 100))):
+        run = make_run(tmp_path / method, method=method, config=config)
+        for step in steps:
+            for number in range(2):
+                file = run / "validation" / f"step-{step}" / f"{number:03d}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (step, number, 0)).save(file)
+    catalog = Catalog(tmp_path)
+    runs = ordered(validation.with_images(catalog))
+    assert validation.common_steps(runs) == [50, 100]
+    table = validation.table(catalog, runs, 50)
+    assert table.count("<section") == 2
+    assert table.count("<img") == 6
+    assert "<b>" not in table
+    columns = re.findall("<figcaption>([^<]*)", table)[:3]
+    assert columns == ["base model", "LoRA, seed 0", "Bi-LoRA, seed 0"]
+    assert validation.table(catalog, runs, 100).count("none at step 100") == 2
 
 
 def test_looks_no_deeper_than_said_and_not_into_checkpoints(tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from app.compare_data import (
     rows,
     times_100,
 )
-from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from eval.scores.schema import (
+    AdapterEntry,
+    Comparison,
+    ImageScore,
+    ModelEntry,
+    PromptEntry,
+    ScoresResult,
+    Summary,
+)
+from eval.statistics import Interval
 
 LABELS = ("lora", "bilora", "base, plain")
 # prompt -> seed -> i2t of the first and the second adapter
@@ -179,6 +188,38 @@ def test_html_holds_scores_and_no_foreign_markup(result: ScoresResult) -> None:
     assert "mini-CLIP" in cards
     assert "+1.00" in text
     assert text.count("aria-current") == 1
+
+
+def test_a_difference_that_chance_explains_has_no_colour(result: ScoresResult) -> None:
+    def tone(*gains: float) -> str:
+        images = [
+            ImageScore(adapter, 0, seed, "x.png", i2t=0.3 + adapter * gain)
+            for seed, gain in enumerate(gains)
+            for adapter in (0, 1)
+        ]
+        listed = rows(replace(result, images=images, seeds=list(range(len(gains)))), 0, 1, "i2t")
+        html = compare_html.prompt_list(listed, 0, "i2t", "a", "b")
+        return html.split('class="')[-1].split('"')[0]
+
+    assert tone(0.5) == "even", "one seed says nothing"
+    assert tone(0.1, -0.09, 0.1) == "even"
+    assert tone(0.1, 0.11, 0.09) == "up"
+    assert tone(-0.1, -0.11, -0.09) == "down"
+
+
+def test_means_with_the_difference_of_the_pair(result: ScoresResult) -> None:
+    def made(low: float, high: float) -> str:
+        found = Comparison("i2t", 1, 0, 0.02, Interval(low, high), 1, 0, 0, 1.0, None)
+        means = [Summary(at, "i2t", 0.3 + 0.02 * at, None, 3) for at in (0, 1)]
+        both = replace(result, summaries=means, comparisons=[found])
+        return compare_html.summary(both, 0, 1) + compare_html.summary(both, 1, 0)
+
+    html = made(0.01, 0.03)
+    assert '<td class="up">+2.00 (+1.00 to +3.00)</td>' in html
+    assert '<td class="down">-2.00 (-3.00 to -1.00)</td>' in html
+    assert html.count('class="even"') == 0
+    assert made(-0.01, 0.05).count('class="even"') == 2
+    assert compare_html.summary(result, 0, 1) == ""
 
 
 def test_small_pictures_are_enlarged_and_large_ones_reduced() -> None:

@@ -94,11 +94,11 @@ def test_work_tells_what_is_wrong_without_places(models: Models, tmp_path: Path)
 def test_two_choices_become_a_base_and_folders(tmp_path: Path) -> None:
     config = {"pretrained_model_name_or_path": "mini", "resolution": 64}
     make_run(tmp_path / "a", config=config)
-    make_run(tmp_path / "b", config={"pretrained_model_name_or_path": "owner/other"})
+    make_run(tmp_path / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
     catalog = Catalog(tmp_path)
     base, chosen, size = sides(catalog, "a", BASE)
     assert (base, size) == (Base("mini"), 64)
-    assert chosen == [("a", (tmp_path / "a").resolve()), ("base model", None)]
+    assert chosen == [("LoRA, seed 0", (tmp_path / "a").resolve()), ("base model", None)]
     with pytest.raises(UserError, match="different base models, mini and owner/other"):
         sides(catalog, "a", "b")
     with pytest.raises(UserError, match='the run "c" has gone'):

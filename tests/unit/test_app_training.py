@@ -12,20 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.charts import (
-    CHARTS,
-    COLORS,
-    FAINT,
-    PALETTE,
-    Shown,
-    colors_of,
-    frame,
-    heldout_curves,
-    loss_curves,
-    norm_curves,
-    radius_curves,
-)
+from app.charts import Shown, colors_of, differences, draw, over, radii, rates
+from app.charts import loss as loss_lines
+from app.plot import COLORS, Line, limits, plot, ticks
+from app.runs import RunItem
 from app.training_data import (
+    BUSY_SECONDS,
     STALE_SECONDS,
     Reader,
     duration,
@@ -56,9 +48,12 @@ def rows(*losses: float | None, first: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def shown(name: str, found: list[dict[str, Any]], run: dict[str, Any] | None = None) -> Shown:
+def shown(
+    name: str, found: list[dict[str, Any]], run: dict[str, Any] | None = None, color: int = 0
+) -> Shown:
     run = run or record()
-    return Shown(name, "teal", run, found, progress(run, found, 0.0, 0.0))
+    item = RunItem(name, name, run, None)
+    return Shown(item, color, found, progress(run, found, 0.0, 0.0))
 
 
 def write(folder: Path, text: str, mode: str = "a") -> None:
@@ -209,9 +204,8 @@ def test_where_there_is_no_line(run: dict[str, Any]) -> None:
 
 def test_nothing_is_drawn_before_the_first_step() -> None:
     assert radius(record(), 0) == []
-    for chart in CHARTS:
-        assert frame(chart.curves([], 5)) is None
-        assert frame(chart.curves([shown("a", [])], 5)) is None
+    assert draw([], 5) == ""
+    assert "<path" not in draw([shown("a", [])], 5)
 
 
 def test_total_steps() -> None:
@@ -230,16 +224,28 @@ def test_progress_of_a_running_run() -> None:
     assert (state.wall_seconds, state.peak_memory_bytes) == (21.5, 2**30)
 
 
-def test_a_run_without_a_heartbeat_is_stale() -> None:
+def test_a_run_without_a_heartbeat_is_stalled() -> None:
     found = rows(0.1, 0.1)
     assert progress(record(), found, 0.0, STALE_SECONDS - 1).status == "running"
     stale = progress(record(), found, 0.0, STALE_SECONDS + 1)
-    assert stale.status == "stale"
+    assert stale.status == "stalled"
     assert "nothing for 3 min 1 s" in stale.reason
     assert stale.left_seconds is None
     slow = [{"step": 1, "seconds": 60.0}]
     assert progress(record(), slow, 0.0, STALE_SECONDS + 1).status == "running", "a step takes long"
     assert progress(record(status="finished"), found, 0.0, 1e9).status == "finished"
+
+
+def test_validating_is_told_from_stalled() -> None:
+    busy = {**record(), "doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
+    state = progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
+    assert (state.status, state.reason) == ("validation images", "since 3 min 1 s")
+    assert state.left_seconds is not None
+    assert progress(busy, rows(0.1), 0.0, 2 * BUSY_SECONDS).status == "stalled"
+    assert progress({**busy, "doing": "training"}, rows(0.1), 0.0, 1.0).status == "running"
+    assert progress({**busy, "doing_since": None}, rows(0.1), 0.0, 1.0).reason == ""
+    gone = {**busy, "status": "interrupted"}
+    assert progress(gone, rows(0.1), 0.0, 1e9).status == "interrupted"
 
 
 def test_a_failed_run_says_why() -> None:
@@ -258,40 +264,76 @@ def test_the_record_of_a_real_run(tmp_path: Path) -> None:
     state = progress(run, found, os.path.getmtime(tmp_path / "run.json"))
     assert (state.status, state.steps, state.total) == ("finished", 2, 2)
     assert state.peak_memory_bytes > 0
-    curves = norm_curves([Shown("x", "teal", run, found, state)], 5)
-    assert {name: points for name, (_, points) in curves.items()} == {
-        "x, before projection": [(1, 0.2), (2, 0.1)],
-        "x": [(1, 0.05), (2, 0.05)],
-        "ρ = 0.05": [(1, 0.05), (2, 0.05)],
-    }
+    runs = [shown("x", found, run)]
+    assert [line.points for line in over(runs, "auxiliary_norm", "auxiliary_norm_before")] == [
+        [(1, 0.05), (2, 0.05)],
+        [(1, 0.2), (2, 0.1)],
+    ]
+    assert radii(runs) == [Line("ρ = 0.05", [(1, 0.05), (2, 0.05)], None)]
 
 
 def test_loss_is_faint_below_its_running_mean() -> None:
-    curves = loss_curves([shown("a", rows(1.0, 0.0)), shown("b", rows(2.0))], window=2)
-    assert list(curves) == ["a, each step", "a", "b, each step", "b"]
-    assert curves["a, each step"] == ("teal" + FAINT, [(1, 1.0), (2, 0.0)])
-    assert curves["a"] == ("teal", [(1, 1.0), (2, 0.5)])
+    assert loss_lines([shown("a", rows(1.0, 0.0))], window=2) == [
+        Line("a", [(1, 1.0), (2, 0.0)], 0, faint=True),
+        Line("a", [(1, 1.0), (2, 0.5)], 0),
+    ]
+
+
+def test_differences_are_to_lora_of_the_same_seed_at_common_steps() -> None:
+    lora, other_seed = record("lora"), record("lora") | {"seed": 1}
+    runs = [
+        shown("lora", rows(1.0, 0.5, 0.25), lora),
+        shown("lora 1", rows(9.0, 9.0), other_seed, 1),
+        shown("ours", rows(0.75, 0.75), None, 2),
+    ]
+    assert differences(runs, "loss") == [Line("ours", [(1, -0.25), (2, 0.25)], 2)]
+    assert differences(runs[1:], "loss") == []
+
+
+def test_equal_rates_are_one_line() -> None:
+    one = [{"step": 1, "lr": 0.5}]
+    assert rates([shown("a", one), shown("b", one)]) == [Line("all runs", [(1, 0.5)], None)]
+    other = [{"step": 1, "lr": 0.1}]
+    assert len(rates([shown("a", one), shown("b", other)])) == 2
+
+
+def test_text_and_images_have_their_own_plots() -> None:
+    text = record(model_name_or_path="t5")
+    found = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]
+    both = draw([shown("a", found), shown("b", found, text)], 5)
+    assert 'id="training-loss"' in both
+    assert 'id="training-loss-text"' in both
+    assert 'id="training-accuracy-text"' in both
+    assert "Runs on text" in both
+    assert "Runs on text" not in draw([shown("b", found, text)], 5)
+
+
+def test_a_plot_names_its_lines_and_holds_no_foreign_markup() -> None:
+    evil = "<b>"
+    html = plot("x", evil, evil, [Line(evil, [(0, 1.0), (4, 0.5)], 3)], zero=True)
+    assert evil not in html
+    assert 'class="of-3"' in html
+    assert "&lt;b&gt; ends at 0.5" in html
+    assert plot("x", "t", "c", [Line("a", [], 0)]) == ""
+
+
+def test_the_axis_of_a_plot() -> None:
+    assert ticks(0, 200) == [0, 50, 100, 150, 200]
+    assert ticks(0.061, 0.119) == [0.08, 0.1]
+    assert limits([0.5, 0.5]) == (0.475, 0.525)
+    low, high = limits([1.0, 2.0], zero=True)
+    assert low < 0 < 2 < high
+    assert limits([*[1.0] * 99, 2.0, 500.0])[1] < 10
 
 
 def test_one_line_for_equal_radii_as_long_as_the_longest_run() -> None:
     short, long = rows(1.0, 1.0), rows(*[1.0] * 9)
     rising = record(rho_schedule="linear")
-    found = radius_curves(
+    found = radii(
         [shown("a", short), shown("b", long), shown("c", short), shown("d", short, rising)]
     )
-    assert list(found) == ["ρ = 0.05", "ρ of d"]
-    assert found["ρ = 0.05"][1] == [(1, 0.05), (9, 0.05)]
-
-
-def test_the_table_of_a_plot() -> None:
-    found = [{"step": 0, "heldout_loss": 0.3}, {"step": 5, "train_grid_loss": 0.2}]
-    table = frame(heldout_curves([shown("a", found)], 5))
-    assert table is not None
-    rows = table.to_dict("split")["data"]
-    known, drawn = rows[: len(PALETTE)], rows[len(PALETTE) :]
-    assert [row[2] for row in known] == list(PALETTE)
-    assert all(math.isnan(row[1]) for row in known)
-    assert drawn == [[5, 0.2, "teal, faint", "a, training set"], [0, 0.3, "teal", "a"]]
+    assert [line.name for line in found] == ["ρ = 0.05", "ρ of d"]
+    assert found[0].points == [(1, 0.05), (9, 0.05)]
 
 
 def test_a_run_keeps_its_colour() -> None:

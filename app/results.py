@@ -1,8 +1,9 @@
-"""The tab "Flatness": figures and reports of loss landscapes, dynamics and generalization."""
+"""The tab "Results": figures and reports of landscapes, dynamics, sweeps and scores of texts."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 
+from . import commands
 from .catalog import Catalog, FigureItem
 
 TITLES = {
@@ -18,57 +20,67 @@ TITLES = {
     "dynamics": "Training dynamics",
     "generalization": "Generalization",
     "sweep": "Sweep",
+    "text_scores": "Text scores",
 }
 """Kinds of results in the order in which the list has them."""
 REPORT_BYTES = 1_000_000
-EMPTY = """
-<section class="empty">
-  <h2>No figures yet</h2>
-  <p>Measure how flat the minima of your runs are, then press Refresh:</p>
-  <ol>
-    <li><code>python -m eval.landscape RUN RUN --output_dir landscape</code>: loss around the
-      weights, sharpness and top eigenvalue</li>
-    <li><code>python -m eval.dynamics RUN RUN --output_dir dynamics</code>: what the adapters did,
-      of runs trained with <code>--log_dynamics</code></li>
-    <li><code>python -m eval.generalization RUN RUN --output_dir generalization</code>: training and
-      held-out loss over time</li>
-  </ol>
-</section>
-"""
 _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>", re.IGNORECASE)
 Update = dict[Any, Any]
 
 
-def build(catalog: Catalog) -> None:
-    """Build the tab inside the current ``gr.Tab``."""
-    notice = gr.HTML(visible=False, elem_id="flatness-notice")
-    with gr.Column(visible=False) as body:
-        chosen = gr.Dropdown([], label="Result", elem_id="flatness-result")
+def build(catalog: Catalog, signs: Sequence[Any]) -> None:
+    """Build the tab inside the current ``gr.Tab``.
 
-    def load() -> Update:
+    Args:
+        signs: events at which there may be other results.
+    """
+    notice = gr.HTML(visible=False, elem_id="results-notice", apply_default_css=False)
+    with gr.Column(visible=False) as body:
+        chosen = gr.Dropdown([], label="Result", elem_id="results-result")
+
+    def load(now: str | None) -> Update:
         results = listed(catalog)
         if not results:
-            return {notice: gr.update(value=EMPTY, visible=True)}
+            return {notice: gr.update(value=_empty(catalog), visible=True)}
         choices = [
             (f"{TITLES.get(item.kind, item.kind)}: {item.name}", _key(item)) for item in results
         ]
+        keys = [key for _, key in choices]
         return {
+            notice: gr.update(visible=False),
             body: gr.update(visible=True),
-            chosen: gr.update(choices=choices, value=_key(results[0])),
+            chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
 
-    gr.on(None, load, [], [notice, body, chosen], show_progress="hidden", api_visibility="private")
+    shown = [notice, body, chosen]
+    gr.on(signs, load, [chosen], shown, show_progress="hidden", api_visibility="private")
 
-    @gr.render(inputs=[chosen], show_progress="hidden")
+    @gr.render([chosen], triggers=[chosen.change, *signs[1:]], show_progress="hidden")
     def show(key: str | None) -> None:
         item = next((item for item in catalog.figures() if _key(item) == key), None)
         if item is not None:
             _show(catalog, item)
 
 
+def _empty(catalog: Catalog) -> str:
+    runs = catalog.runs()
+    steps = [("generalization", "Training and held-out loss over time, of runs that measured it:")]
+    if any(run.is_text for run in runs):
+        steps = [*steps, ("text_scores", "Scores of text runs by what they recorded:")]
+    if commands.measurable(catalog, "landscape") or not runs:
+        steps = [("landscape", "How flat the minima are that runs end in:"), *steps]
+    if commands.measurable(catalog, "dynamics"):
+        steps = [*steps, ("dynamics", "How the adapters moved, of runs with --log_dynamics:")]
+    flags = {"text_scores": ("--benchmarks", "heldout")}
+    return commands.empty(
+        "No results yet",
+        *(commands.measure(catalog, name, what, *flags.get(name, ())) for name, what in steps),
+    )
+
+
 def _show(catalog: Catalog, item: FigureItem) -> None:
     images, lost = pictures(catalog, item)
-    with gr.Row(elem_id="flatness-figures"):
+    with gr.Row(elem_id="results-figures"):
         for image, name in images:
             gr.Image(
                 image,
@@ -79,7 +91,7 @@ def _show(catalog: Catalog, item: FigureItem) -> None:
                 buttons=["download", "fullscreen"],
                 min_width=320,
             )
-    gr.Markdown("\n\n".join([*lost, text(catalog, item)]), elem_id="flatness-report")
+    gr.Markdown("\n\n".join([*lost, text(catalog, item)]), elem_id="results-report")
 
 
 def listed(catalog: Catalog) -> list[FigureItem]:
@@ -103,12 +115,12 @@ def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image
 
 def text(catalog: Catalog, item: FigureItem) -> str:
     """The report of a result, its pictures left out, since they stand above it."""
-    path = str(PurePosixPath(item.path) / f"{item.kind}.md")
     try:
-        with catalog.resolve(path).open(encoding="utf-8", errors="replace") as file:
+        with catalog.resolve(item.report).open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
-        return f"The report {item.kind}.md can't be read: run `python -m eval.{item.kind}` again."
+        name = PurePosixPath(item.report).name
+        return f"The report {name} can't be read: run `python -m eval.{item.kind}` again."
     return _PICTURE.sub("", report)
 
 

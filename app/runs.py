@@ -1,0 +1,131 @@
+"""A run as the viewer's lists have it: its name by method and seed, and which two are looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from bilora_diffusion import methods
+from bilora_diffusion.errors import UserError
+
+CONTROL, OURS = "lora", "bilora"
+"""The pair that is shown before anything is chosen."""
+
+
+@dataclass(frozen=True)
+class RunItem:
+    """A run folder.
+
+    Args:
+        path: of the folder.
+        name: what lists and legends show, such as "Bi-LoRA, seed 0"; unique.
+        record: ``run.json``, its method, status and config checked.
+        weights: file of the exported LoRA, or the folder of whole models; None while there is none.
+        steps: at which validation images were made, in order.
+    """
+
+    path: str
+    name: str
+    record: dict[str, Any]
+    weights: str | None
+    steps: tuple[int, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self.record["method"]
+
+    @property
+    def title(self) -> str:
+        """The method's title."""
+        return title(self.method)
+
+    @property
+    def seed(self) -> Any:
+        """A whole number, where the record has one."""
+        return self.record.get("seed")
+
+    @property
+    def status(self) -> str:
+        """ "running", "finished", "interrupted" or "failed"."""
+        return self.record["status"]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it trains a language model."""
+        return "model_name_or_path" in self.record["config"]
+
+    @property
+    def base_model(self) -> str | None:
+        """The model it was trained on: folder, hub id, or ``mini``."""
+        config = self.record["config"]
+        return config.get("pretrained_model_name_or_path") or config.get("model_name_or_path")
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each validation image, in their order."""
+        config = self.record["config"]
+        prompts, count = config.get("validation_prompts"), config.get("num_validation_images")
+        if not isinstance(prompts, list) or not isinstance(count, int):
+            return []
+        return [str(prompt) for prompt in prompts for _ in range(count)]
+
+    def image(self, step: int, number: int) -> str:
+        """A validation image, relative to the root."""
+        return str(PurePosixPath(self.path) / "validation" / f"step-{step}" / f"{number:03d}.png")
+
+
+def title(method: str) -> str:
+    """A method's title; its name where this version does not know it."""
+    try:
+        return methods.get(method).title
+    except UserError:
+        return method
+
+
+def named(runs: Sequence[RunItem]) -> list[RunItem]:
+    """The runs, named by method and seed, by rho where it tells runs of one method apart, and by
+    the folder where two would still be called alike.
+
+    Args:
+        runs: the names they have are their folders'.
+    """
+
+    def rho(run: RunItem) -> str:
+        value = run.record["config"].get("rho")
+        others = [other for other in runs if other.method == run.method]
+        if not isinstance(value, int | float) or not any(
+            other.record["config"].get("rho") != value for other in others
+        ):
+            return ""
+        return f", ρ {value:g}"
+
+    names = [f"{run.title}{rho(run)}, seed {run.seed}" for run in runs]
+    count = Counter(names)
+    return [
+        replace(run, name=name if count[name] == 1 else f"{name} ({run.name})")
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
+    """The runs as they are listed: plain LoRA first, as the control, then by method and seed."""
+    return sorted(runs, key=lambda run: (run.method != CONTROL, run.method, str(run.seed)))
+
+
+def pair(runs: Sequence[RunItem]) -> list[RunItem]:
+    """LoRA and Bi-LoRA of one seed, best in one folder; else the first two runs there are."""
+    controls = [run for run in ordered(runs) if run.method == CONTROL]
+    ours = [run for run in ordered(runs) if run.method == OURS]
+    couples = [(a, b) for a in controls for b in ours if a.seed == b.seed]
+    if not couples:
+        return ordered(runs)[:2]
+
+    def apart(couple: tuple[RunItem, RunItem]) -> bool:
+        a, b = couple
+        return PurePosixPath(a.path).parent != PurePosixPath(b.path).parent
+
+    return list(min(couples, key=apart))

@@ -1,0 +1,159 @@
+"""The Compare tab's upper part: validation images of runs side by side, over the steps.
+
+It needs no scores: training leaves the images. The base model's column is a run's images of step 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from bilora_diffusion.errors import UserError
+
+from . import commands, pictures
+from .catalog import Catalog
+from .runs import RunItem, ordered, pair
+
+COLUMNS = 6
+"""Runs that fit side by side."""
+STEPS_JS = """
+element.addEventListener('input', (event) => {
+  const steps = JSON.parse(event.target.dataset.steps), step = steps[event.target.value];
+  event.target.setAttribute('aria-valuetext', `step ${step}`);
+  element.querySelector('output').textContent = `step ${step}`;
+  trigger('select', { step });
+});
+"""
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def build(catalog: Catalog, signs: Sequence[Any]) -> None:
+    """Build the part inside the current ``gr.Tab``.
+
+    Args:
+        signs: events at which there may be other runs.
+    """
+    empty = gr.HTML(visible=False, apply_default_css=False, elem_id="validation-empty")
+    with gr.Column(visible=False, elem_id="validation") as body:
+        with gr.Row(equal_height=True):
+            chosen = gr.Dropdown(
+                [],
+                label="Runs",
+                multiselect=True,
+                max_choices=COLUMNS,
+                elem_id="validation-runs",
+                scale=2,
+                min_width=300,
+            )
+            slider = gr.HTML(
+                elem_id="validation-step",
+                js_on_load=STEPS_JS,
+                apply_default_css=False,
+                min_width=200,
+            )
+        images = gr.HTML(elem_id="validation-images", apply_default_css=False)
+    step = gr.State(None)
+    shown = [slider, images]
+
+    def fill(paths: list[str], at: int | None) -> list[Any]:
+        runs = ordered(with_images(catalog))
+        if not runs:
+            text = _empty(catalog) if not catalog.scores() else ""
+            hidden = gr.update(visible=False)
+            return [gr.update(value=text, visible=bool(text)), hidden, *[gr.skip()] * 3]
+        there = {run.path for run in runs}
+        paths = [path for path in paths if path in there] or [run.path for run in pair(runs)]
+        choices = [(run.name, run.path) for run in runs]
+        return [
+            gr.update(visible=False),
+            gr.update(visible=True),
+            gr.update(choices=choices, value=paths),
+            *show(paths, at),
+        ]
+
+    def show(paths: list[str], at: int | None) -> list[Any]:
+        runs = {run.path: run for run in with_images(catalog)}
+        wanted = [runs[path] for path in paths if path in runs]
+        steps = common_steps(wanted)
+        at = at if at in steps else (steps or [0])[-1]
+        return [range_of(steps, at), table(catalog, wanted, at)]
+
+    def move(paths: list[str], event: gr.EventData) -> tuple[Any, Any]:
+        at = event._data["step"]
+        return at, show(paths, at if isinstance(at, int) else None)[1]
+
+    gr.on(signs, fill, [chosen, step], [empty, body, chosen, *shown], **QUIET)
+    chosen.input(show, [chosen, step], shown, **QUIET)
+    slider.select(move, [chosen], [step, images], trigger_mode="always_last", **QUIET)
+
+
+def with_images(catalog: Catalog) -> list[RunItem]:
+    """Runs that have validation images."""
+    return [run for run in catalog.runs() if run.steps]
+
+
+def _empty(catalog: Catalog) -> str:
+    if catalog.runs():
+        what = "Let a run make images while it trains:"
+        command = commands.train(catalog, "--validation_prompt", "a photo of TOK")[1]
+        return commands.empty("No validation images yet", (what, command))
+    return commands.empty("No images yet", commands.demo(catalog), commands.train(catalog))
+
+
+def common_steps(runs: Sequence[RunItem]) -> list[int]:
+    """Steps after the start at which any of the runs has images; only the start where none has."""
+    steps = sorted({step for run in runs for step in run.steps})
+    return [step for step in steps if step] or steps
+
+
+def range_of(steps: Sequence[int], at: int) -> str:
+    """The slider over the steps, as HTML."""
+    if not steps:
+        return ""
+    hidden = " hidden" if len(steps) == 1 else ""
+    return (
+        f'<label class="steps"><span>Images at <output>step {at}</output></span>'
+        f'<input type="range" min="0" max="{len(steps) - 1}" value="{list(steps).index(at)}"'
+        f' aria-label="step" aria-valuetext="step {at}" data-steps="{json.dumps(list(steps))}"'
+        f"{hidden}></label>"
+    )
+
+
+def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
+    """One block for each prompt, with the images of the base model and each run, as HTML."""
+    base = next((run for run in runs if 0 in run.steps), None) if at else None
+    columns = [("base model", base, 0)] if base else []
+    columns += [(run.name, run, at) for run in runs]
+    blocks = ""
+    for prompt, place in dict.fromkeys(key for run in runs for key in _keys(run)):
+        cells = "".join(
+            _cell(catalog, name, run, step, (prompt, place)) for name, run, step in columns if run
+        )
+        which = f" ({place + 1})" if place else ""
+        blocks += (
+            f'<section class="subject"><h4>{escape(prompt)}{which}</h4>'
+            f'<div class="row" style="--columns: {len(columns)}">{cells}</div></section>'
+        )
+    return f'<div class="subjects" style="--columns: {len(columns)}">{blocks}</div>'
+
+
+def _keys(run: RunItem) -> list[tuple[str, int]]:
+    """The prompt of each image, and how many images of it come before."""
+    prompts = run.prompts
+    return [(prompt, prompts[:number].count(prompt)) for number, prompt in enumerate(prompts)]
+
+
+def _cell(catalog: Catalog, name: str, run: RunItem, step: int, key: tuple[str, int]) -> str:
+    address, keys = None, _keys(run)
+    if key in keys:
+        try:
+            address = pictures.address(catalog.resolve(run.image(step, keys.index(key))))
+        except UserError:  # a link out of the root
+            address = None
+    label = f"{name}: {key[0]}"
+    picture = pictures.tag(address, label) or f'<div class="absent">none at step {step}</div>'
+    return f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"
