@@ -24,6 +24,9 @@ class ValidationOptions:
         " get 1 each by default.",
     )
     validation_epochs: int = option(25, "Generate them every so many epochs.")
+    eval_on_start: bool = option(
+        False, "Let the untrained model make them, too: the viewer's column of the base model."
+    )
     validation_dataset: str | None = option(
         None,
         "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
