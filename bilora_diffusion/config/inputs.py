@@ -58,8 +58,9 @@ class DataOptions:
     image_column: str = option("image", "Column that holds the images.")
     caption_column: str | None = option(
         None,
-        "Column that holds the captions. Images without one, or all of them if no column is"
-        " given, get --instance_prompt.",
+        "Column that holds the captions; none reads none. Default: in a folder without metadata,"
+        " the .txt file of the same name beside each image. Images without a caption get"
+        " --instance_prompt.",
     )
     instance_prompt: str | None = option(
         None,
@@ -125,7 +126,7 @@ class DiffusionOptions:
 
     train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
     text_encoder_lr: float | None = option(
-        None, "Learning rate of the text encoders. Default: 5e-6; for prodigy --learning_rate."
+        None, "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate."
     )
     adam_weight_decay_text_encoder: float = option(
         1e-3, "Weight decay of the text encoders' adapters."
@@ -135,6 +136,13 @@ class DiffusionOptions:
     )
     snr_gamma: float | None = option(
         None, "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual."
+    )
+    snr_weighting: str = option(
+        "published",
+        "--snr_gamma for models that predict velocity: min(snr, gamma) / (snr + 1), as Section 3.4"
+        " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
+        " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
+        choices=("published", "diffusers"),
     )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xFormers' attention instead of PyTorch's."

@@ -26,15 +26,22 @@ class Denoising:
         scheduler: DDPM for the standard formulation, Euler or EDM-Euler for the EDM one.
         kind: "standard", "edm" (EDM loss on a variance-preserving model) or "edm_native".
         snr_gamma: cap of the signal-to-noise weights, or None for no weights.
+        snr_weighting: "published" or "diffusers", which differ for velocity.
     """
 
     scheduler: Any
     kind: str = "standard"
     snr_gamma: float | None = None
+    snr_weighting: str = "published"
 
     @classmethod
     def from_config(
-        cls, config: dict[str, Any], *, edm: bool = False, snr_gamma: float | None = None
+        cls,
+        config: dict[str, Any],
+        *,
+        edm: bool = False,
+        snr_gamma: float | None = None,
+        snr_weighting: str = "published",
     ) -> Denoising:
         """Build from a pipeline's scheduler configuration; its class decides on native EDM.
 
@@ -56,7 +63,7 @@ class Denoising:
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         if edm:
             return cls(EulerDiscreteScheduler.from_config(config), "edm")
-        return cls(DDPMScheduler.from_config(config), "standard", snr_gamma)
+        return cls(DDPMScheduler.from_config(config), "standard", snr_gamma, snr_weighting)
 
     @property
     def num_timesteps(self) -> int:
@@ -93,7 +100,8 @@ class Denoising:
         loss = _per_sample((prediction - target.float()) ** 2)
         if self.snr_gamma is None:
             return loss
-        weights = min_snr_weights(self._snr(index), self.snr_gamma, velocity)
+        floored = self.snr_weighting == "diffusers"
+        weights = min_snr_weights(self._snr(index), self.snr_gamma, velocity, floored)
         return torch.where(weighted, loss * weights, loss)
 
     def _snr(self, index: Tensor) -> Tensor:
@@ -125,14 +133,17 @@ class Denoising:
         return _per_sample(sigma**-2 * (denoised - clean) ** 2)
 
 
-def min_snr_weights(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
+def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:
     """Min-SNR-gamma weights, (n,), for noise (or velocity) prediction at ratios ``snr``, (n,).
 
-    min(snr, gamma) / snr, and min(snr, gamma) / (snr + 1) for velocity.
-    Source: Section 3.4 of https://arxiv.org/abs/2303.09556.
+    min(snr, gamma) / snr, and min(snr, gamma) / (snr + 1) for velocity: either way, min(snr, gamma)
+    times the error of the clean image (Section 3.4 of https://arxiv.org/abs/2303.09556). With
+    ``floored`` velocity gets min(snr, gamma) / snr + 1, as in diffusers' DreamBooth scripts.
     """
-    capped = snr.clamp(max=gamma)
-    return capped / (snr + 1) if velocity else capped / snr
+    if velocity and not floored:
+        return snr.clamp(max=gamma) / (snr + 1)
+    weights = (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also at a ratio of 0
+    return weights + 1 if velocity else weights
 
 
 def _per_sample(squares: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ class DreamBooth:
             dict(pipeline.scheduler.config),
             edm=cfg.do_edm_style_training,
             snr_gamma=cfg.snr_gamma,
+            snr_weighting=cfg.snr_weighting,
         )
         trained = [pipeline.text_encoder, pipeline.text_encoder_2] if cfg.train_text_encoder else []
         weight = cfg.prior_loss_weight if cfg.with_prior_preservation else None

@@ -42,9 +42,12 @@ def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
-def test_standard_loss_is_the_formula(prediction: str, gamma: float | None) -> None:
+@pytest.mark.parametrize("weighting", ["published", "diffusers"])
+def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weighting: str) -> None:
     latents, noise = batch()
-    denoising = Denoising.from_config({**CONFIG, "prediction_type": prediction}, snr_gamma=gamma)
+    denoising = Denoising.from_config(
+        {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
+    )
     weighted = torch.tensor([True, True, False])
     loss = denoising.loss(predict, latents, noise, INDEX, weighted)
     for row, t in enumerate(INDEX.tolist()):
@@ -53,10 +56,47 @@ def test_standard_loss_is_the_formula(prediction: str, gamma: float | None) -> N
         noisy = a.sqrt() * x + (1 - a).sqrt() * e
         target = e if prediction == "epsilon" else a.sqrt() * e - (1 - a).sqrt() * x
         expected = ((torch.tanh(noisy) * (1 + t / 1000) - target) ** 2).mean()
-        if gamma is not None and weighted[row]:
+        if gamma is not None and weighted[row]:  # class images have no weight, as in diffusers
             snr = a / (1 - a)
-            expected = expected * min(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
+            if prediction == "epsilon":
+                expected = expected * min(snr, gamma) / snr
+            elif weighting == "published":
+                expected = expected * min(snr, gamma) / (snr + 1)
+            else:
+                expected = expected * (min(snr, gamma) / snr + 1)
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_published_weight_is_one_of_the_clean_image_whatever_is_predicted(
+    prediction: str,
+) -> None:
+    """Why it is the default: min(snr, gamma) times the error of the image that is meant."""
+    latents, noise = batch()
+    a = alphas()[INDEX].float().view(-1, 1, 1, 1)
+
+    def meant(noisy: Tensor) -> Tensor:
+        return torch.tanh(noisy)
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        if prediction == "epsilon":
+            return (noisy - a.sqrt() * meant(noisy)) / (1 - a).sqrt()
+        return (a.sqrt() * noisy - meant(noisy)) / (1 - a).sqrt()
+
+    config = {**CONFIG, "prediction_type": prediction}
+    loss = Denoising.from_config(config, snr_gamma=5.0).loss(
+        predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool)
+    )
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    errors = ((meant(noisy) - latents) ** 2).flatten(1).mean(1)
+    snr = (a / (1 - a)).flatten()
+    torch.testing.assert_close(loss, snr.clamp(max=5.0) * errors, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("floored", "expected"), [(False, 0.0), (True, 2.0)])
+def test_a_last_level_of_pure_noise_has_a_weight(floored: bool, expected: float) -> None:
+    """Models of zero terminal signal (arXiv 2305.08891), where diffusers' script divides by 0."""
+    assert min_snr_weights(torch.zeros(1), 5.0, True, floored).tolist() == [expected]
 
 
 def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
