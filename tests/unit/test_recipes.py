@@ -60,5 +60,11 @@ def test_recipes_are_complete(name: str) -> None:
 def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
     written_out = parse(["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]).fingerprint()
     short = parse(["--dataset", "linoyts/3d_icon"]).fingerprint()
-    explicit = {"auxiliary_rank": 4, "auxiliary_learning_rate": 2e-4}
+    explicit = {"auxiliary_rank": 4}
     assert written_out == {**short, **explicit}
+
+
+def test_one_flag_moves_both_rates_of_a_recipe() -> None:
+    recipe = ["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]
+    cfg = parse([*recipe, "--learning_rate", "1e-3"])
+    assert (cfg.learning_rate, cfg.auxiliary_learning_rate) == (1e-3, None)  # None: the primary's
