@@ -1,8 +1,7 @@
 """Which options don't go together, why, and what to use instead: the one table of them.
 
-The command line refuses what stands here, the contract tests leave it out, and README.md shows it:
-
-    python -m bilora_diffusion.combinations    # prints the README's table
+The command line refuses what stands here, the contract tests leave it out, and docs/options.md
+shows it (``python -m docs.make``).
 
 An option that the chosen method does not read stands without complaint, so that runs which differ
 only in ``--method`` can share a recipe.
@@ -196,14 +195,12 @@ def check(values: Mapping[str, Any]) -> None:
         raise UserError(entry.sentence(values))
 
 
-def markdown() -> str:
-    """The table as README.md shows it, without a last newline."""
-    rows = [("options together", "why they are refused", "instead")]
-    for entry in REFUSED:
-        options = ", ".join(_shown(option, wanted) for option, wanted in entry.when)
-        rows.append((options, entry.reason, entry.instead))
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join((head, "|---|---|---|", *body))
+def rows() -> list[tuple[str, str, str]]:
+    """Options together in Markdown, why they are refused, and what to do instead."""
+    return [
+        (", ".join(_shown(*pair) for pair in entry.when), entry.reason, entry.instead)
+        for entry in REFUSED
+    ]
 
 
 def _among(value: Any, wanted: Values) -> bool:
@@ -221,7 +218,3 @@ def _shown(option: str, wanted: Values) -> str:
         return f"`--{option}` above {wanted.limit:g}"
     first, *others = wanted
     return " or ".join((f"`{_said(option, first)}`", *(f"`{value}`" for value in others)))
-
-
-if __name__ == "__main__":
-    print(markdown())

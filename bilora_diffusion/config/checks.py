@@ -9,6 +9,7 @@ from typing import Any
 from .. import combinations
 from ..errors import UserError, did_you_mean
 from .environment import check_environment
+from .notes import remarks, said, set_aside
 
 Check = Callable[[dict[str, Any], frozenset[str]], None]
 OPTIMIZERS = ("adamw", "prodigy")
@@ -26,7 +27,6 @@ AT_LEAST_ONE = (
     "sample_batch_size",
     "validation_epochs",
     "checkpointing_steps",
-    "checkpoints_total_limit",
     "lr_num_cycles",
     "dynamics_steps",
     "max_length",
@@ -38,6 +38,7 @@ AT_LEAST_ONE = (
     "generation_max_new_tokens",
 )
 AT_LEAST_ZERO = (
+    "checkpoints_total_limit",
     "max_predictions",
     "eval_train_samples",
     "seed",
@@ -71,42 +72,6 @@ BELOW_ONE = (
     "prodigy_beta3",
 )
 
-PRIOR = ("with_prior_preservation", True, "add --with_prior_preservation or drop it")
-PRODIGY = ("optimizer", "prodigy", "add --optimizer prodigy or drop it")
-ENCODERS = ("train_text_encoder", True, "add --train_text_encoder or drop it")
-PUSH = ("push_to_hub", True, "add --push_to_hub or drop it")
-
-NEEDS = {
-    "class_data_dir": PRIOR,
-    "class_prompt": PRIOR,
-    "num_class_images": PRIOR,
-    "prior_loss_weight": PRIOR,
-    "prior_generation_precision": PRIOR,
-    "prodigy_beta3": PRODIGY,
-    "prodigy_decouple": PRODIGY,
-    "prodigy_use_bias_correction": PRODIGY,
-    "prodigy_safeguard_warmup": PRODIGY,
-    "text_encoder_lr": ENCODERS,
-    "adam_weight_decay_text_encoder": ENCODERS,
-    "hub_token": PUSH,
-    "hub_model_id": PUSH,
-    "dynamics_steps": ("log_dynamics", True, "add --log_dynamics or drop it"),
-    "ema_decay": ("use_ema", True, "add --use_ema or drop it"),
-    "lora_ga_samples": (
-        "init_lora_weights",
-        "lora-ga",
-        "use --init_lora_weights lora-ga or drop it",
-    ),
-    "use_8bit_adam": ("optimizer", "adamw", "use --optimizer AdamW or drop --use_8bit_adam"),
-    "lr_num_cycles": (
-        "lr_scheduler",
-        "cosine_with_restarts",
-        "use --lr_scheduler cosine_with_restarts or drop it",
-    ),
-    "lr_power": ("lr_scheduler", "polynomial", "use --lr_scheduler polynomial or drop it"),
-}
-"""Options without effect unless another has a certain value: they are refused, not ignored."""
-
 
 def check(
     values: dict[str, Any],
@@ -114,39 +79,34 @@ def check(
     defaults: dict[str, Any],
     *,
     inputs: Check,
-    results: Check,
-) -> None:
-    """Refuse what can't be honoured.
+    locations: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Refuse what can't be honoured, and set aside what has no effect.
 
     Args:
         values: every option, completed by ``resolve``.
         given: names of the options that the user gave.
         defaults: every option as it is when not given.
         inputs: a script's own check of what it is given to train on.
-        results: its own check of validation and locations.
+        locations: its own check of the folders and ids that are named.
+
+    Returns:
+        The values that hold, and what is to be said about them.
 
     Raises:
         UserError: one sentence with the value and the fix.
     """
     _check_names(values)
     _check_ranges(values)
+    values, notes = set_aside(values, given, defaults)
+    notes += remarks(values, given)
     inputs(values, given)
-    for name, (other, wanted, fix) in NEEDS.items():
-        changed = name in given and values[name] != defaults[name]
-        if changed and values[other] != wanted:
-            raise UserError(f"{said(name, values)} has no effect here: {fix}.")
     combinations.check(values)
     _check_training(values)
-    results(values, given)
+    if locations is not None:
+        locations(values)
     check_environment(values)
-
-
-def said(name: str, values: dict[str, Any]) -> str:
-    """The option as the user wrote it, without a secret."""
-    value = values[name]
-    if value is True or name == "hub_token":
-        return f"--{name}"
-    return f'--{name} "{value}"' if isinstance(value, str) else f"--{name} {value}"
+    return values, notes
 
 
 def _check_names(values: dict[str, Any]) -> None:
@@ -174,18 +134,12 @@ def _check_ranges(values: dict[str, Any]) -> None:
 
 
 def _check_training(values: dict[str, Any]) -> None:
-    if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
+    rate = values["auxiliary_learning_rate"]
+    if values["optimizer"] == "prodigy" and rate not in (None, values["learning_rate"]):
         raise UserError(
-            f"{said('lr_warmup_steps', values)} has no effect on a constant learning rate: use"
-            " --lr_scheduler constant_with_warmup or drop it."
+            f"{said('auxiliary_learning_rate', values)} differs from --learning_rate"
+            f" {values['learning_rate']}, and prodigy has one rate for all: drop it."
         )
-    if values["optimizer"] == "prodigy":
-        for name in ("text_encoder_lr", "auxiliary_learning_rate"):
-            if values.get(name) not in (None, values["learning_rate"]):
-                raise UserError(
-                    f"{said(name, values)} differs from --learning_rate"
-                    f" {values['learning_rate']}, and prodigy has one rate for all: drop it."
-                )
     if not values["output_dir"]:
         raise UserError('--output_dir is "": name the folder of the run.')
     if values["overwrite_output_dir"] and values["resume_from_checkpoint"]:

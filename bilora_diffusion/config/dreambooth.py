@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 from .checks import check
 from .command_line import CommandLine
-from .dreambooth_checks import check_inputs, check_results
+from .dreambooth_checks import check_inputs
 from .inputs import DataOptions, DiffusionOptions, ModelOptions, PriorOptions
+from .locations import check_locations
+from .notes import tell
 from .outputs import ImageOutputOptions, ValidationOptions
 from .resolve import default_checkpointing, resolve
 from .run_config import RunConfig
@@ -38,8 +40,13 @@ WITHOUT_INFLUENCE = frozenset(
     name
     for group in (ValidationOptions, ImageOutputOptions)
     for name in (field.name for field in fields(group))
-) | {"cache_dir", "dataloader_num_workers", "local_rank", "sample_batch_size"}
-"""Options that a resumed run may change freely: they do not touch what is learned."""
+) | {
+    *("cache_dir", "dataloader_num_workers", "local_rank", "sample_batch_size"),
+    *("cache_latents", "gradient_checkpointing", "allow_tf32"),
+    "enable_xformers_memory_efficient_attention",
+}
+"""Options that a resumed run may change freely: they do not touch what is learned, or only in the
+last digits, as another card does."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,9 @@ def parse(argv: Sequence[str] | None = None) -> DreamBoothConfig:
     )
     values, given = line.read(argv, ALTERNATIVES)
     values = resolve(values, given)
-    check(values, given, line.defaults(), inputs=check_inputs, results=check_results)
+    values, notes = check(
+        values, given, line.defaults(), inputs=check_inputs, locations=check_locations
+    )
+    tell(notes)
     config = DreamBoothConfig(**values)
     return config if config.resolution is None else config.for_pipeline(config.resolution)

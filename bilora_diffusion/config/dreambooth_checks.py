@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .checks import said
-from .locations import check_locations
-from .resolve import BUILT_IN
+from ..text_file import is_folder
 
 
 def check_inputs(values: dict[str, Any], given: frozenset[str]) -> None:
@@ -34,19 +33,24 @@ def _check_sources(values: dict[str, Any]) -> None:
         )
     if name and folder:
         raise UserError(f'--dataset "{name}" and --instance_data_dir "{folder}": give only one.')
-    if values["dataset_config_name"] and (folder or name in BUILT_IN):
-        raise UserError(
-            f"{said('dataset_config_name', values)} has no effect on {folder or name}: drop it."
-        )
-    if values["caption_column"] is None and not values["instance_prompt"]:
+    bare = values["caption_column"] is None and not values["instance_prompt"]
+    if bare and not _has_captions(name or folder):
         raise UserError(
             f'"{name or folder}" has no prompt: add --instance_prompt, for example "a photo of TOK'
-            ' dog", or --caption_column.'
+            ' dog", --caption_column, or a .txt file with its caption beside each image.'
         )
     if values["caption_column"] is not None and values["caption_column"] == values["image_column"]:
         raise UserError(
             f'"{values["image_column"]}" is both --image_column and --caption_column: change one.'
         )
+
+
+def _has_captions(place: str) -> bool:
+    """Whether a folder has captions beside images; an image without is found when it is opened."""
+    from ..data.listing import look
+
+    folder = Path(place).expanduser()
+    return is_folder(folder) and look(folder).has_captions()
 
 
 def _check_prior(values: dict[str, Any]) -> None:
@@ -56,24 +60,3 @@ def _check_prior(values: dict[str, Any]) -> None:
                 f"--with_prior_preservation needs --{needed}: add it, for example"
                 f" --{needed} {example}."
             )
-
-
-def check_results(values: dict[str, Any], given: frozenset[str]) -> None:
-    """Refuse validation options without effect, and folders and ids that can't exist.
-
-    Raises:
-        UserError: one sentence with the value and the fix.
-    """
-    silent = not values["validation_prompts"] and values["num_validation_images"] > 0
-    for name in ("num_validation_images", "validation_epochs"):
-        if name in given and silent:
-            raise UserError(
-                f"{said(name, values)} has no effect without a prompt: add --validation_prompt or"
-                " drop it."
-            )
-    if values["validation_loss_steps"] and not values["validation_dataset"]:
-        raise UserError(
-            f"{said('validation_loss_steps', values)} has no effect without held-out images: add"
-            " --validation_dataset or drop it."
-        )
-    check_locations(values)

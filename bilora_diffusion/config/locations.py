@@ -48,10 +48,6 @@ def _check_model(values: dict[str, Any]) -> None:
             f'--{flag} "{model}" is no Stable Diffusion XL pipeline in diffusers format (it has no'
             f" {missing[0]}): give one, for example mini."
         )
-    if values["revision"] is not None:
-        raise UserError(
-            f'--revision "{values["revision"]}" has no effect on a local model: drop it.'
-        )
     variant = values["variant"]
     if variant is not None and not any((folder / "unet").glob(f"*.{variant}*.safetensors")):
         raise UserError(f'--variant "{variant}" is not among the files of "{model}": drop it.')

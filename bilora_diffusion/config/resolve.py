@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import mini
 from ..errors import UserError
+from ..text_file import is_file, read_text
 from .inputs import SDXL_BASE
 
 MINI = "mini"
@@ -22,8 +23,11 @@ SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
 """The six subjects of the paper's Table 4; they are in no training set."""
 
 TABLE_A8_STEPS = 500
+BATCH = ("train_batch_size", "gradient_accumulation_steps")
+"""Whoever gives one of them means a step of that many images, whatever the default of the other."""
 TEXT_ENCODER_LR = 5e-6
 CHECKPOINTING_FROM = 512
+MOST_PROMPT_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,18 @@ def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         if values[name] in BUILT_IN:
             values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     _apply_preset(values, given)
+    for one, other in (BATCH, BATCH[::-1]):
+        if one in given and other not in given:
+            values[other] = 1
     if values["num_train_epochs"] is None and values["max_train_steps"] is None:
         values["max_train_steps"] = TABLE_A8_STEPS
+    if values["method"] == "full" and "output_kohya_format" not in given:
+        values["output_kohya_format"] = False  # kohya's format is for adapters
     values = resolve_training(values, given)
     if values["train_text_encoder"] and values["text_encoder_lr"] is None:
         prodigy = values["optimizer"] == "prodigy"
         values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
     if (
-    if values["method"] == "full" and "output_kohya_format" not in given:
-        values["output_kohya_format"] = False  # kohya's format is for adapters
         values["pretrained_vae_model_name_or_path"] is None
         and values["pretrained_model_name_or_path"] == SDXL_BASE
         and values["mixed_precision"] == "fp16"
@@ -127,14 +134,10 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
 
 
 def _prompts(given: list[str]) -> list[str]:
-    if len(given) != 1 or not Path(given[0]).is_file():
+    if len(given) != 1 or not is_file(Path(given[0])):
         return list(given)
-    try:
-        lines = Path(given[0]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f'--validation_prompts "{given[0]}" is not a text file: give one prompt on each line.'
-        ) from error
+    text = read_text(Path(given[0]), f'--validation_prompts "{given[0]}"', MOST_PROMPT_BYTES)
+    lines = text.splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(

@@ -40,11 +40,17 @@ class RunConfig:
         return None if self.report_to == "none" else self.report_to
 
     def for_processes(self, count: int) -> Self:
-        """Carry out ``--scale_lr`` for a run on ``count`` processes; call it once."""
+        """Carry out ``--scale_lr`` for a run on ``count`` processes; call it once.
+
+        The auxiliary's own rate keeps its ratio to the primary's; that of text encoders stays.
+        """
         if not self.scale_lr:
             return self
         factor = self.gradient_accumulation_steps * self.train_batch_size * count
-        return dataclasses.replace(self, learning_rate=self.learning_rate * factor)  # pyright: ignore
+        names = ("learning_rate", "auxiliary_learning_rate")
+        rates = {name: getattr(self, name) for name in names}
+        scaled = {name: rate * factor for name, rate in rates.items() if rate is not None}
+        return dataclasses.replace(self, **scaled)  # pyright: ignore[reportArgumentType]
 
     def warmup_steps(self, num_steps: int) -> int:
         """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from ..choices import ALL_LINEAR
 from .checks import check
 from .command_line import CommandLine
+from .notes import tell
 from .outputs import TextOutputOptions
 from .resolve import resolve_training
 from .run_config import RunConfig
-from .text_checks import check_inputs, check_results
+from .text_checks import check_inputs
 from .text_inputs import TextDataOptions, TextModelOptions
 from .text_training import (
     EvaluationOptions,
@@ -41,6 +42,7 @@ WITHOUT_INFLUENCE = frozenset(
     for group in (EvaluationOptions, TextOutputOptions)
     for name in (field.name for field in fields(group))
 ) | {
+    *("allow_tf32", "attn_implementation", "gradient_checkpointing"),
     "cache_dir",
     "local_rank",
     "max_eval_samples",
@@ -48,7 +50,8 @@ WITHOUT_INFLUENCE = frozenset(
     "preprocessing_num_workers",
     "validation_file",
 }
-"""Options that a resumed run may change freely: they do not touch what is learned."""
+"""Options that a resumed run may change freely: they do not touch what is learned, or only in the
+last digits, as another card does."""
 EPOCHS = 3
 WARMUP_RATIO = 0.03  # Tables A4 to A7
 RHO = {"bilora": 0.05, "lora-sam": 0.01, "flat-lora": 0.05}
@@ -108,7 +111,8 @@ def parse_text(argv: Sequence[str] | None = None) -> TextConfig:
     )
     values, given = line.read(argv, ALTERNATIVES)
     values = resolve(values, given)
-    check(values, given, line.defaults(), inputs=check_inputs, results=check_results)
+    values, notes = check(values, given, line.defaults(), inputs=check_inputs)
+    tell(notes)
     return TextConfig(**values)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .checks import said
+from ..text_file import is_file
+from .notes import said
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -26,11 +27,6 @@ def check_inputs(values: dict[str, Any], given: frozenset[str]) -> None:
     if None not in (values["warmup_ratio"], values["lr_warmup_steps"]):
         raise UserError(
             f"{said('warmup_ratio', values)} and {said('lr_warmup_steps', values)}: give only one."
-        )
-    if values["warmup_ratio"] and values["lr_scheduler"] == "constant":
-        raise UserError(
-            f"{said('warmup_ratio', values)} has no effect on a constant learning rate: use"
-            " --lr_scheduler constant_with_warmup or drop it."
         )
     if values["packing"] and values["task_type"] in ("seq2seq", "classification"):
         raise UserError(
@@ -76,26 +72,9 @@ def _check_file(name: str, value: str) -> None:
         raise UserError(f'--{name} "{value}" is a folder: give a file.')
     if not path.exists():
         raise UserError(f'--{name} "{value}" does not exist: correct the path.')
+    if not is_file(path):
+        raise UserError(f'--{name} "{value}" is a device or a pipe: give a regular file.')
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f'--{name} "{value}" is of no known kind: give a file ending in {", ".join(SUFFIXES)}.'
         )
-
-
-def check_results(values: dict[str, Any], given: frozenset[str]) -> None:
-    """Refuse evaluation options without effect.
-
-    Raises:
-        UserError: one sentence with the value and the fix.
-    """
-    if values["task"] or values["validation_file"]:
-        return
-    for name in (
-        *("validation_loss_steps", "validation_epochs", "eval_on_start"),
-        *("eval_train_samples", "max_predictions"),
-    ):
-        if name in given and values[name]:
-            raise UserError(
-                f"{said(name, values)} has no effect without held-out rows: add --validation_file"
-                " or drop it."
-            )

@@ -127,13 +127,21 @@ class StepOptions:
     _argument_group_name = "steps and precision"
 
     seed: int = option(0, "Seed of everything random: data, noise, adapters, images.")
-    train_batch_size: int = option(1, "Images of one forward pass on one device.")
-    gradient_accumulation_steps: int = option(4, "Forward passes of one optimizer step.")
+    train_batch_size: int = option(
+        1,
+        "Images of one forward pass on one device; 1 too where only"
+        " --gradient_accumulation_steps is given.",
+    )
+    gradient_accumulation_steps: int = option(
+        4, "Forward passes of one optimizer step; 1 where only --train_batch_size is given."
+    )
     max_train_steps: int | None = option(
         None, "Optimizer steps in all. Default: 500, unless --num_train_epochs is given."
     )
     num_train_epochs: int | None = option(
-        None, "Passes over the data, where --max_train_steps is not given."
+        None,
+        "Passes over the images, or over the class images where these are more; not beside"
+        " --max_train_steps.",
     )
     max_grad_norm: float = option(1.0, "Norm that the gradients are clipped to.")
     mixed_precision: str | None = option(
@@ -160,7 +168,9 @@ class OptimizerOptions:
 
     learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.")
     scale_lr: bool = option(
-        False, "Multiply --learning_rate by batch size, accumulation and processes."
+        False,
+        "Multiply --learning_rate, and --auxiliary_learning_rate where it is given, by batch size,"
+        " accumulation and processes; --text_encoder_lr stays.",
     )
     lr_scheduler: str = option("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "Steps in which it rises from 0; not for constant.")

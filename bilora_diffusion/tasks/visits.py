@@ -84,7 +84,8 @@ class VisitStream:
             if classes
             else None
         )
-        self.num_samples = len(self._order)
+        # The pass over the larger set is an epoch, as in diffusers' script.
+        self.num_samples = max(len(self._order), len(self._class_order or ()))
         self.cacheable = _cacheable(cfg, [s for s in (images, classes) if s is not None])
 
     def caption(self, sample: int) -> str:

@@ -1,6 +1,11 @@
-"""Every flag of diffusers' train_dreambooth_lora_sdxl.py (0.42) with its default there."""
+"""The flags of diffusers' train_dreambooth_lora_sdxl.py (0.42), their defaults and meaning."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 DEFAULTS: dict[str, object] = {
     "pretrained_model_name_or_path": None,
@@ -76,3 +81,87 @@ DEFAULTS: dict[str, object] = {
     "use_dora": False,
     "image_interpolation_mode": "lanczos",
 }
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """How a command line trains.
+
+    Args:
+        batch: images of one optimizer step, over all processes.
+        steps: optimizer steps of the run.
+        epochs: passes over the data that are begun.
+        alpha: of the adapters.
+        rate, text_encoder_rate: learning rates, before their course; None for a frozen encoder.
+        warmup: steps in which the rate rises.
+        course: the factor on the rate at each step.
+    """
+
+    batch: int
+    steps: int
+    epochs: int
+    alpha: float
+    rate: float
+    text_encoder_rate: float | None
+    warmup: int
+    course: tuple[float, ...]
+
+
+def refuses(values: Mapping[str, Any]) -> bool:
+    """Whether that script ends with an error (of what the tests draw)."""
+    lacks = None in (values["class_data_dir"], values["class_prompt"])
+    both = values["do_edm_style_training"] and values["snr_gamma"] is not None
+    return both or (values["with_prior_preservation"] and lacks)
+
+
+def meaning(values: Mapping[str, Any], images: int, class_images: int, processes: int) -> Meaning:
+    """What that script does with these values of all flags, and ``lora_alpha`` where it had it.
+
+    Args:
+        values: by the names of the flags.
+        images: instance images.
+        class_images: files in the class folder.
+        processes: that train together.
+    """
+    length = images * values["repeats"]
+    if values["with_prior_preservation"]:
+        length = max(length, min(class_images, values["num_class_images"]))
+    batches = math.ceil(math.ceil(length / values["train_batch_size"]) / processes)
+    updates = math.ceil(batches / values["gradient_accumulation_steps"])
+    steps = values["max_train_steps"]
+    if steps is None:
+        steps = values["num_train_epochs"] * updates
+    batch = values["train_batch_size"] * values["gradient_accumulation_steps"] * processes
+    rate = values["learning_rate"] * (batch if values["scale_lr"] else 1)
+    prodigy = values["optimizer"].lower() == "prodigy"
+    text_encoder_rate = None
+    if values["train_text_encoder"]:
+        text_encoder_rate = rate if prodigy else values["text_encoder_lr"]
+    warmup = 0 if values["lr_scheduler"] == "constant" else values["lr_warmup_steps"]
+    return Meaning(
+        batch,
+        steps,
+        math.ceil(steps / updates),
+        values.get("lora_alpha", values["rank"]),
+        rate,
+        text_encoder_rate,
+        warmup,
+        tuple(_factor(values, step, warmup, steps) for step in range(steps)),
+    )
+
+
+def _factor(values: Mapping[str, Any], step: int, warmup: int, steps: int) -> float:
+    kind = values["lr_scheduler"]
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind in ("constant", "constant_with_warmup"):
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    if kind == "linear":
+        return 1 - done
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if kind == "cosine_with_restarts":
+        return 0.5 * (1 + math.cos(math.pi * (done * values["lr_num_cycles"] % 1)))
+    end = 1e-7 / (1.0 if values["optimizer"].lower() == "prodigy" else 1e-3)
+    return (1 - end) * (1 - done) ** values["lr_power"] + end

@@ -42,7 +42,6 @@ CASES: list[Case] = [
     ("no such model", {"pretrained_model_name_or_path": "{tmp}/empty"}, "empty"),
     ("unknown hub model", {"pretrained_model_name_or_path": "no/such-model"}, "no/such-model"),
     ("prior without folder", {"with_prior_preservation": True}, "class_data_dir"),
-    ("class without prior", {"class_prompt": "an icon"}, "with_prior_preservation"),
     ("edm with snr", {"do_edm_style_training": True, "snr_gamma": 5}, "snr_gamma"),
     ("training 4-bit weights", {"method": "full", "quantize": "nf4"}, "4-bit weights"),
     ("noise on 4-bit weights", {"method": "flat-lora", "quantize": "nf4"}, "--method flat-lora"),

@@ -76,7 +76,6 @@ CASES: list[Case] = [
     ("packing, said", T5, {"packing": True, "task_type": "seq2seq"}, ("--packing", "seq2seq")),
     ("packing grouped", LLAMA, {"packing": True, "group_by_length": True}, ("--group_by_length",)),
     ("no chat template", LLAMA, {"template": "chat"}, ("no chat template", "alpaca")),
-    ("constant warm-up", LLAMA, {"warmup_ratio": 0.1, "lr_scheduler": "constant"}, ("0.1",)),
     ("warm-up ratio", LLAMA, {"warmup_ratio": 1.5}, ("--warmup_ratio is 1.5",)),
     ("warm-up twice", LLAMA, {"warmup_ratio": 0.1, "lr_warmup_steps": 1}, ("lr_warmup_steps",)),
     ("unknown target", LLAMA, {"target_modules": "to_q"}, ("to_q", "q_proj")),
@@ -84,15 +83,6 @@ CASES: list[Case] = [
     ("unknown method", LLAMA, {"method": "bilroa"}, ('did you mean "bilora"',)),
     ("full in 4 bits", LLAMA, {"method": "full", "quantize": "nf4"}, ("4-bit weights",)),
     ("attention", LLAMA, {"attn_implementation": "fast"}, ("fast",)),
-    *(
-        (f"{name} without rows", LLAMA, {name: value}, (name, "--validation_file"))
-        for name, value in (
-            ("validation_loss_steps", 1),
-            ("validation_epochs", 1),
-            ("eval_on_start", True),
-            ("max_predictions", 2),
-        )
-    ),
 ]
 
 

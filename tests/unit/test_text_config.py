@@ -103,8 +103,6 @@ def test_what_does_not_touch_learning_may_change() -> None:
         (("--max_length", "0"), "--max_length is 0"),
         (("--warmup_ratio", "1.5"), "--warmup_ratio is 1.5"),
         (("--warmup_ratio", "-0.1"), "--warmup_ratio is -0.1"),
-        (("--warmup_ratio", "0.1", "--lr_scheduler", "constant"), "constant_with_warmup"),
-        (("--lr_warmup_steps", "3", "--lr_scheduler", "constant"), "constant_with_warmup"),
         (("--packing", "--group_by_length"), "--group_by_length"),
         (("--packing", "--task_type", "seq2seq"), "--packing"),
         (("--packing", "--task_type", "classification"), "--packing"),
@@ -118,14 +116,38 @@ def test_what_does_not_touch_learning_may_change() -> None:
         (("--template", "chatml"), "chat, alpaca, plain"),
         (("--resolution", "64"), "unknown flag"),
         (("--quantize", "nf4", "--method", "full"), "4-bit"),
-        (("--ema_decay", "0.5"), "--use_ema"),
-        (("--dynamics_steps", "5"), "--log_dynamics"),
     ],
 )
 def test_refusals(argv: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError) as caught:
         parsed(*argv)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("--warmup_ratio", "0.1", "--lr_scheduler", "constant"), "constant_with_warmup"),
+        (("--lr_warmup_steps", "3", "--lr_scheduler", "constant"), "constant_with_warmup"),
+        (("--ema_decay", "0.5"), "--use_ema"),
+        (("--dynamics_steps", "5"), "--log_dynamics"),
+        (("--rank", "4"), "--lora_alpha 8"),
+    ],
+)
+def test_what_has_no_effect_is_told(
+    argv: tuple[str, ...], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = parsed(*argv)
+    (record,) = caplog.records
+    assert f"{argv[0]} {argv[1]}" in record.getMessage()
+    assert named in record.getMessage()
+    assert cfg.warmup_steps(100) == (0 if "constant" in argv else 3)
+
+
+def test_accumulation_leaves_the_batch_alone() -> None:
+    """Unlike the DreamBooth script, this one has Transformers' default of 8 rows."""
+    cfg = parsed("--gradient_accumulation_steps", "4")
+    assert (cfg.train_batch_size, cfg.gradient_accumulation_steps) == (8, 4)
 
 
 def test_an_unknown_task_gets_a_suggestion() -> None:
