@@ -45,8 +45,10 @@ class OutputOptions:
 
     output_dir: str = option("lora-dreambooth-model", "Folder of the run.")
     overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
-    checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
-    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints.")
+    checkpointing_steps: int = option(
+        100, "Save a checkpoint every so many steps; Ctrl-C and SIGTERM save one, too."
+    )
+    checkpoints_total_limit: int = option(2, "Keep the newest so many checkpoints; 0 keeps all.")
     resume_from_checkpoint: str | None = option(
         None,
         "Continue a run: latest, auto (latest if there is one), or a checkpoint's name or folder.",
@@ -90,5 +92,7 @@ class TextOutputOptions(OutputOptions):
 
     output_dir: str = option("lora-text-model", "Folder of the run.")
     checkpointing_steps: int = option(
-        500, "Save a checkpoint every so many steps.", aliases=["--save_steps"]
+        100,
+        "Save a checkpoint every so many steps; Ctrl-C and SIGTERM save one, too.",
+        aliases=["--save_steps"],
     )
