@@ -24,15 +24,44 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` (UTF-8): readers and crashes see the old content or the new."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: readers and crashes see the old content or the new."""
     aside = path.with_name(TEMPORARY + path.name)
     try:
-        aside.write_bytes(text.encode("utf-8"))
+        aside.write_bytes(data)
         sync(aside)
     except OSError:
         aside.unlink(missing_ok=True)  # half of it would only take room on a full disk
         raise
     os.replace(aside, path)
     sync(path.parent)
+
+
+def overwrite_text(path: Path, text: str) -> None:
+    """Write ``text`` over what ``path`` holds, where a full disk has no room for a second file.
+
+    Raises:
+        OSError: the disk has no room for this either; the file is as it was.
+    """
+    before = path.read_bytes()
+    with open(path, "r+b", buffering=0) as file:
+        try:
+            _write_all(file, text.encode("utf-8"))
+        except OSError:
+            file.seek(0)
+            _write_all(file, before)
+            raise
+        os.fsync(file.fileno())
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    size = len(data)
+    while data:
+        data = data[file.write(data) :]
+    file.truncate(size)
 
 
 def readable_as(pattern: Path, *paths: Path) -> None:

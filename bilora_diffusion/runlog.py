@@ -11,6 +11,7 @@ written at once, so that a kill leaves at most one torn last line, which readers
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from . import provenance, snapshots
-from .durable import dump_json, strict_json, sync, write_text
+from .durable import dump_json, overwrite_text, strict_json, sync, write_text
 from .errors import UserError
 from .run_folder import (
     ERROR,
@@ -197,10 +198,21 @@ class RunLog:
 
     def _close(self, status: str) -> None:
         self._run["status"] = status
-        self.sync()
+        try:
+            self.sync()
+        except OSError:  # a full disk
+            self._write_over()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+    def _write_over(self) -> None:
+        """Write the record where it stands; without the reason if that takes more room."""
+        for left_out in ((), ("error",)):
+            run = {key: value for key, value in self._run.items() if key not in left_out}
+            with contextlib.suppress(OSError):
+                overwrite_text(self.folder / RUN, dump_json(strict_json(run)[0]))
+                return
 
     def _write(self) -> None:
         self._written = time.monotonic()

@@ -13,7 +13,6 @@ which is 23 MB for SDXL's 560 layers at rank 4, and twice as much with an auxili
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .adapters import Factors
-from .durable import TEMPORARY, discard, remove_leftovers, sync
+from .durable import discard, remove_leftovers, sync, write_bytes
 from .errors import TrainingError, UserError
 
 FOLDER = "dynamics"
@@ -76,13 +75,9 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
         )
     }
     path = Path(folder) / FOLDER / f"step-{snapshot.step}.safetensors"
-    aside = path.with_name(TEMPORARY + path.name)
     try:
         path.parent.mkdir(exist_ok=True)
-        aside.write_bytes(save(tensors, metadata))
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
+        write_bytes(path, save(tensors, metadata))
     except OSError as error:
         raise TrainingError(
             f"{path} could not be written ({error.strerror}): make room for it and resume, or go on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bilora_diffusion import runlog, running
+from bilora_diffusion import loop, runlog, running
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import inspect
-from bilora_diffusion.loop import SPOILT_STEPS
 from bilora_diffusion.tasks.dreambooth import DreamBoothModule
 from tests.scripts.runs import column, difference, weights
 
@@ -194,7 +194,12 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
         calls.append(len(calls))
         return whole(self, inputs) * (float("nan") if calls[-1] in spoilt else 1)
 
+    def optimizer(cfg: Any, groups: Any) -> torch.optim.Optimizer:
+        return build_optimizer(dataclasses.replace(cfg, mixed_precision="fp16"), groups)
+
     build, whole = running.build_accelerator, DreamBoothModule.forward
+    build_optimizer = loop.build_optimizer
+    monkeypatch.setattr(loop, "build_optimizer", optimizer)
     monkeypatch.setattr(running, "build_accelerator", with_scaler)
     monkeypatch.setattr(DreamBoothModule, "forward", forward)
     shared = {"gradient_accumulation_steps": 1, "max_train_steps": 14}
@@ -205,7 +210,7 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
     assert all(torch.isfinite(value).all() for value in weights(folder).values())
     calls.clear()
     spoilt = set(range(2, 100))
-    with pytest.raises(TrainingError, match=f"step {2 + SPOILT_STEPS + 1} is not finite"):
+    with pytest.raises(TrainingError, match=f"step {2 + loop.SPOILT_STEPS + 1} is not finite"):
         train(tmp_path / "all", **shared)
     assert runlog.read_run(tmp_path / "all")["status"] == "failed"
 
