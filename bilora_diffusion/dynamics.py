@@ -80,19 +80,13 @@ class Dynamics:
     def perturbed(self) -> None:
         """LoRA-SAM says: the weights hold A + e_A and B + e_B, and their ``.grad`` holds e."""
         if self.due(self._trainer.step + 1):
-            changes = adapters.gradients_of(self._layers, PRIMARY)
-            if changes is not None:
-                self._figures |= perturbation_norms(
-                    self._factors(PRIMARY), snapshots.to_cpu(changes)
-                )
+            moved = self._factors(PRIMARY)
+            self._figures |= perturbation_norms(moved, self._gradients(PRIMARY, moved))
 
     def _before_step(self, *_: Any) -> None:
         if self.due(self._trainer.step + 1):
-            gradients = adapters.gradients_of(self._layers, AUXILIARY)
-            if gradients is not None:
-                self._figures[GAIN] = ascent_gain(
-                    self._factors(AUXILIARY), snapshots.to_cpu(gradients)
-                )
+            factors = self._factors(AUXILIARY)
+            self._figures[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
 
     def values(self) -> dict[str, Any]:
         """For the line of the step just taken: totals over layers, {} when nothing is due."""
@@ -121,6 +115,16 @@ class Dynamics:
 
     def _factors(self, adapter: str) -> list[Factors]:
         return snapshots.to_cpu(adapters.factors_of(self._layers, adapter))
+
+    def _gradients(self, adapter: str, factors: Sequence[Factors]) -> list[Factors]:
+        """The gradients of these factors; zero on a layer that the loss does not reach."""
+        found = adapters.gradients_of(self._layers, adapter)
+        return snapshots.to_cpu(
+            [
+                f._replace(A=torch.zeros_like(f.A), B=torch.zeros_like(f.B)) if g is None else g
+                for f, g in zip(factors, found, strict=True)
+            ]
+        )
 
 
 def inner_products(one: Sequence[Factors], other: Sequence[Factors]) -> Tensor:

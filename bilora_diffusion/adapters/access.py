@@ -58,14 +58,14 @@ def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Fac
     ]
 
 
-def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors] | None:
-    """The gradients of A and B of these layers, as `factors_of`; None if one has none."""
-    gradients = []
+def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors | None]:
+    """The gradients of A and B of these layers, as `factors_of`; None for a layer that has none."""
+    gradients: list[Factors | None] = []
     for path, layer in found:
         A, B = layer.lora_A[adapter].weight.grad, layer.lora_B[adapter].weight.grad
-        if A is None or B is None:
-            return None
-        gradients.append(Factors(path, _as_matrix(A), _as_matrix(B), float(layer.scaling[adapter])))
+        missing = A is None or B is None
+        scale = float(layer.scaling[adapter])
+        gradients.append(None if missing else Factors(path, _as_matrix(A), _as_matrix(B), scale))
     return gradients
 
 

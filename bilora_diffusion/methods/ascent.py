@@ -12,6 +12,12 @@ subspace that is kept:
     B has orthonormal columns:  A <- B^T G,  then B A = (B L) P, P orthonormal
 
 Against a fixed G the gain <G, E> never falls from one step to the next.
+
+A layer without a gradient (an expert of a mixture that no row chose, a layer behind the one whose
+output is read) keeps its E and its turn: it takes the same half when it next has a gradient. So its
+E answers the last gradient that it had, and is zero if it never had one. For that E to keep its
+proportion to the others', which come in units of the gradient, the multiplier of the last
+projection is taken out of all factors first: by it the orthonormal ones are longer than they were.
 """
 
 from __future__ import annotations
@@ -40,35 +46,51 @@ def orthonormalize_rows_(factors: Sequence[Factors]) -> None:
 
 @torch.no_grad()
 def power_step_(
-    factors: Sequence[Factors], gradients: Sequence[Factors], half: int, sign: float
-) -> None:
+    factors: Sequence[Factors],
+    gradients: Sequence[Factors | None],
+    halves: Sequence[int],
+    sign: float,
+) -> list[int]:
     """One half of block power iteration, in place; the product's length is left to a projection.
 
     Args:
-        factors: A (r, n), B (m, r) of each layer; by turns A's rows and B's columns are orthonormal
-            up to one factor that is common to all layers.
-        gradients: of the same, in the same form.
-        half: even, B becomes G A^T; odd, A becomes B^T G.
+        factors: A (r, n), B (m, r) of each layer; A's rows (half 0) or B's columns (half 1) are
+            orthonormal up to one factor, which both A and B of the layer were multiplied by.
+        gradients: of the same, in the same form; None for a layer that has none.
+        halves: whose turn it is on each layer: 0, B becomes G A^T; 1, A becomes B^T G.
         sign: 1 climbs, -1 descends.
+
+    Returns:
+        Whose turn is next, on each layer.
     """
-    for group in _same_shape(factors):
-        scale = factors[group[0]].scale
+    following = list(halves)
+    states = [(half, g is None) for half, g in zip(halves, gradients, strict=True)]
+    for group in _same_shape(factors, states):
+        first = group[0]
+        scale, half = factors[first].scale, halves[first]
         A, B = (torch.stack([getattr(factors[i], name) for i in group]) for name in "AB")
         wide = torch.promote_types(A.dtype, torch.float32)
         A, B = A.to(wide), B.to(wide)
-        # s B A = G A^T A needs B = G A^T / s = g_B / s^2; likewise for A. So layers of different
-        # scales keep the proportions of their gradients.
-        if half % 2 == 0:
-            new = torch.stack([gradients[i].B for i in group]).to(wide) * (sign / scale**2)
-            B, rest = _qr(new)
-            A = rest @ A
-        else:
-            new = torch.stack([gradients[i].A for i in group]).to(wide) * (sign / scale**2)
-            basis, rest = _qr(new.mT)
-            A, B = basis.mT, B @ rest.mT
+        # r orthonormal rows or columns have the norm sqrt(r).
+        length = torch.linalg.matrix_norm(A if half == 0 else B, keepdim=True) / A.shape[1] ** 0.5
+        A, B = A / length, B / length
+        if gradients[first] is not None:
+            # s B A = G A^T A needs B = G A^T / s = g_B / s^2; likewise for A. So layers of
+            # different scales keep the proportions of their gradients.
+            name = "B" if half == 0 else "A"
+            new = torch.stack([getattr(gradients[i], name) for i in group]).to(wide)
+            new = new * (sign / scale**2) / length
+            if half == 0:
+                B, rest = _qr(new)
+                A = rest @ A
+            else:
+                basis, rest = _qr(new.mT)
+                A, B = basis.mT, B @ rest.mT
         for i, a, b in zip(group, A, B, strict=True):
             factors[i].A.copy_(a)
             factors[i].B.copy_(b)
+            following[i] = half if gradients[i] is None else 1 - half
+    return following
 
 
 @torch.no_grad()
@@ -97,9 +119,12 @@ def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(wide)
 
 
-def _same_shape(factors: Sequence[Factors]) -> Iterator[list[int]]:
+def _same_shape(
+    factors: Sequence[Factors], others: Sequence[object] | None = None
+) -> Iterator[list[int]]:
+    """The positions of layers of one shape, for which `others` are equal too."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, f in enumerate(factors):
-        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale)
+        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale, others and others[i])
         groups.setdefault(key, []).append(i)
     yield from groups.values()

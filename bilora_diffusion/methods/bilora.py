@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import adapters, ball
 from ..adapters import AUXILIARY, PRIMARY
 from ..errors import UserError
-from . import ascent
+from . import ascent, rounding
 from .base import Counting, MethodOptions, Target, register, trained
 from .hooks import unwrapped
 from .options import rising
@@ -63,6 +63,8 @@ class BiLoRA(Counting):
         self._optimizer: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
         self._last: ball.Projection | None = None
+        self._halves: list[int] = []  # of a power iteration: whose turn it is on each layer
+        self._probe = rounding.Probe()
 
     @property
     def depends_on_length(self) -> bool:
@@ -90,6 +92,7 @@ class BiLoRA(Counting):
                         f"rank {A.shape[0]}; lower auxiliary_rank or take it out of the targets."
                     )
             ascent.orthonormalize_rows_(self._factors())
+            self._halves = [0] * len(self._layers)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
@@ -167,13 +170,26 @@ class BiLoRA(Counting):
         return float(ball.frobenius_norm(self._factors(), scaled=self._scaled))
 
     def metrics(self) -> dict[str, float]:
-        """The auxiliary's norm before and after the last projection."""
+        """The auxiliary's norm before and after the last projection; in bf16 or fp16, now and then,
+        what rounding leaves of its effect (`rounding`).
+        """
         if self._last is None:
             return {}
-        return {
+        norms = {
             "auxiliary_norm_before": float(self._last.before),
             "auxiliary_norm": float(self._last.after),
         }
+        effect = self._probe.read(self.rho)
+        return norms if effect is None else {**norms, "auxiliary_effect": effect}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "halves": list(self._halves)} if self._power else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._halves = list(state.get("halves", ()))
+        self._probe.arm(self._layers, self.taken)
 
     @property
     def _scaled(self) -> bool:
@@ -200,12 +216,12 @@ class BiLoRA(Counting):
     def _after_step(self, *_: Any) -> None:
         self.taken += 1
         self._last = self.project()
+        self._probe.arm(self._layers, self.taken)
 
     def _power_step(self, *_: Any) -> None:
         gradients = adapters.gradients_of(self._layers, AUXILIARY)
-        if gradients is not None:
-            sign = 1.0 if self._climbs else -1.0
-            ascent.power_step_(self._factors(), gradients, half=self.taken, sign=sign)
+        sign = 1.0 if self._climbs else -1.0
+        self._halves = ascent.power_step_(self._factors(), gradients, self._halves, sign)
         for parameter in self._parameters(self._layers):
             parameter.grad = None  # the optimizer passes over what has no gradient, and keeps none
 

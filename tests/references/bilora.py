@@ -6,6 +6,7 @@ Slow and literal on purpose; written from Eqs. 7-10 and Algorithm 1, without the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -143,6 +144,8 @@ def clip_and_rescale(layers: list[Layer], rules: list[dict[str, SGD | AdamW]], r
 class Power:
     """Block power iteration on full matrices; ``E`` stands in the place of s2 B2 A2.
 
+    A layer without a gradient keeps what its last gradient gave, and its turn.
+
     Args:
         rows: orthonormal rows (r, n) of each layer to start from.
         rho: the norm of all E together.
@@ -152,23 +155,25 @@ class Power:
     rows: list[Tensor]
     rho: float
     sign: float = 1.0
-    k: int = 0
-    columns: list[Tensor] = field(default_factory=list)
 
-    def update(self, gradients: list[Tensor]) -> list[Tensor]:
+    def __post_init__(self) -> None:
+        self.columns = [torch.zeros(())] * len(self.rows)
+        self.found = [torch.zeros((), dtype=torch.float64)] * len(self.rows)
+        self.taken = [0] * len(self.rows)
+
+    def update(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """The perturbations that follow from the gradients of W."""
-        if self.k % 2 == 0:
-            found = [g @ P.T @ P for g, P in zip(gradients, self.rows, strict=True)]
-            self.columns = [
-                torch.linalg.svd(g @ P.T, full_matrices=False)[0]
-                for g, P in zip(gradients, self.rows, strict=True)
-            ]
-        else:
-            found = [Q @ Q.T @ g for g, Q in zip(gradients, self.columns, strict=True)]
-            self.rows = [
-                torch.linalg.svd(Q.T @ g, full_matrices=False)[2]
-                for g, Q in zip(gradients, self.columns, strict=True)
-            ]
-        self.k += 1
-        length = math.sqrt(sum(float((E**2).sum()) for E in found))
-        return [self.sign * self.rho / length * E for E in found]
+        for i, g in enumerate(gradients):
+            if g is None:
+                continue
+            if self.taken[i] % 2 == 0:
+                P = self.rows[i]
+                self.found[i] = g @ P.T @ P
+                self.columns[i] = torch.linalg.svd(g @ P.T, full_matrices=False)[0]
+            else:
+                Q = self.columns[i]
+                self.found[i] = Q @ Q.T @ g
+                self.rows[i] = torch.linalg.svd(Q.T @ g, full_matrices=False)[2]
+            self.taken[i] += 1
+        length = math.sqrt(sum(float((E**2).sum()) for E in self.found))
+        return [self.sign * self.rho / length * E for E in self.found]

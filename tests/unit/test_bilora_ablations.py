@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import Method, MethodOptions, Target, create
+from bilora_diffusion.tasks.prompts import encode
+from tests.contract.models import tiny_clip
 from tests.references import bilora as reference
 from tests.unit.test_bilora import batch, naive_copy, run, two_layers
 
@@ -78,8 +81,19 @@ def test_20_steps_follow_the_naive_reference(options: dict[str, Any]) -> None:
     same(model, layers)
 
 
-@pytest.mark.parametrize("direction", ["ascent", "descent"])
-def test_power_iteration_follows_its_reference(direction: str) -> None:
+@pytest.mark.parametrize(
+    ("direction", "missing"),
+    [
+        ("ascent", {}),
+        ("descent", {}),
+        ("ascent", {0: {1}, 3: {1}, 4: {1}, 7: {0}, 8: {1}}),
+        ("descent", {k: {1} for k in range(STEPS)}),
+    ],
+)
+def test_power_iteration_follows_its_reference(
+    direction: str, missing: dict[int, set[int]]
+) -> None:
+    """`missing` are the layers that have no gradient, by step."""
     model, method, groups = started(auxiliary_update="power", auxiliary_direction=direction)
     layers = naive_copy(model)
     power = reference.Power(
@@ -90,19 +104,86 @@ def test_power_iteration_follows_its_reference(direction: str) -> None:
         torch.testing.assert_close(layer.A2 @ layer.A2.T, eye, rtol=0, atol=1e-12)
         layer.W0, layer.s2 = layer.W0.clone(), 0.0
     base = [layer.W0.clone() for layer in layers]
-    rule, losses = rules(), []
+    rule, losses, auxiliary = rules(), [], []
     for k in range(STEPS):
-        loss, gradients = reference.loss_and_weight_gradients(layers, *batch(k))
+        without = missing.get(k, set())
+        loss, found = reference.loss_and_weight_gradients(layers, *batch(k))
+        gradients = [None if i in without else dW for i, dW in enumerate(found)]
         losses.append(loss)
         for layer, dW, own in zip(layers, gradients, rule, strict=True):
-            parts = reference.factor_gradients(layer, dW)
-            new = {n: own[n].update(getattr(layer, n), parts[n]) for n in ("B1", "A1")}
-            layer.B1, layer.A1 = new["B1"], new["A1"]
-        for layer, W, E in zip(layers, base, power.update(gradients), strict=True):
+            if dW is not None:
+                parts = reference.factor_gradients(layer, dW)
+                new = {n: own[n].update(getattr(layer, n), parts[n]) for n in ("B1", "A1")}
+                layer.B1, layer.A1 = new["B1"], new["A1"]
+        auxiliary = power.update(gradients)
+        for layer, W, E in zip(layers, base, auxiliary, strict=True):
             layer.W0 = W + E  # E takes the place of s2 B2 A2
-    found = run(method, model, groups, "AdamW", STEPS)
+    found = train_without(missing, method, model, groups)
     torch.testing.assert_close(found, losses, rtol=1e-10, atol=1e-10)
+    for f, E in zip(adapters.factors(model, AUXILIARY), auxiliary, strict=True):
+        product = f.scale * f.B @ f.A
+        torch.testing.assert_close(product, E.expand_as(product), rtol=1e-10, atol=1e-10)
     assert method.metrics()["auxiliary_norm"] == pytest.approx(RHO, rel=1e-6)
+
+
+def train_without(
+    missing: dict[int, set[int]], method: Method, model: Any, groups: list[dict[str, Any]]
+) -> list[float]:
+    optimizer = torch.optim.AdamW(groups)
+    method.bind(optimizer)
+    losses = []
+    for k in range(STEPS):
+
+        def forward_backward(k: int = k) -> Tensor:
+            x, y = batch(k)
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            for i in missing.get(k, ()):
+                for parameter in model[(0, 2)[i]].parameters():
+                    parameter.grad = None
+            return loss.detach()
+
+        losses.append(float(method.step(forward_backward, optimizer)))
+    return losses
+
+
+def test_power_iteration_moves_what_sdxl_reads_of_its_text_encoders() -> None:
+    """SDXL reads the last but one hidden state, so the last layer never has a gradient."""
+    first = cast(Any, tiny_clip())
+    torch.manual_seed(1)
+    second = CLIPTextModelWithProjection(first.config)
+    method = create("bilora", MethodOptions(rho=RHO, auxiliary_update="power"))
+    spec = AdapterSpec(rank=3)
+    targets = [Target(n, m, spec, LR) for n, m in (("one", first), ("two", second))]
+    optimizer = torch.optim.AdamW(method.setup(targets))
+    method.bind(optimizer)
+    ids = torch.arange(1, 13).view(2, 6)
+
+    def forward_backward() -> Tensor:
+        read = encode((first, second), (ids, ids))
+        loss = read.sequence.square().mean() + (read.pooled - 1).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(4):
+        method.step(forward_backward, optimizer)
+    moved = {f.name: bool(f.B.any()) for t in targets for f in factors_named(t)}
+    still = {name for name, moves in moved.items() if not moves}
+    assert still == {name for name in moved if name.startswith("one.encoder.layers.1.")}
+    assert method.metrics()["auxiliary_norm"] == pytest.approx(RHO, rel=1e-6)
+    # each half was taken twice where there is a gradient: A is the one that is orthonormal
+    for f in (f for target in targets for f in factors_named(target) if moved[f.name]):
+        gram = f.A @ f.A.T
+        eye = torch.eye(3) * gram[0, 0]
+        torch.testing.assert_close(gram, eye, rtol=1e-4, atol=1e-5 * float(gram[0, 0]))
+    saved = method.state_dict()
+    method.load_state_dict(saved)
+    assert method.state_dict() == saved
+
+
+def factors_named(target: Target) -> list[adapters.Factors]:
+    own = adapters.factors(target.model, AUXILIARY)
+    return [f._replace(name=f"{target.name}.{f.name.removeprefix('text_model.')}") for f in own]
 
 
 class FixedGradient(nn.Module):
