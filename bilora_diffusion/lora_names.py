@@ -1,10 +1,23 @@
-"""What the LoRA files of a run are called: diffusers' by its fixed name, kohya's after the run."""
+"""What LoRA files and the adapters in them are called; importing this costs nothing.
+
+The files of a run: diffusers' by its fixed name, kohya's after the run.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+PRIMARY = "default"
+AUXILIARY = "auxiliary"
+INITIAL = "initial"
+"""First values of a primary that were taken out of the base weights; never acts, never trained."""
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+FORMATS = ("diffusers", "kohya", "peft")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""The two files of PEFT's folder."""
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""Under which diffusers keeps PEFT's configurations in a file."""
 FILE_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
 """Of kohya's file in folders of versions that did not name it after the run."""

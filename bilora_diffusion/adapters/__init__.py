@@ -9,10 +9,8 @@ base layer does: bf16 would lose small updates.
 from peft.tuners.lora import LoraLayer
 
 from ..choices import ALL_LINEAR, INITS
+from ..lora_names import AUXILIARY, INITIAL, PRIMARY
 from .access import (
-    AUXILIARY,
-    INITIAL,
-    PRIMARY,
     Factors,
     base_rows,
     base_weight,

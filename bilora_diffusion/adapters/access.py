@@ -11,11 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-PRIMARY = "default"
-AUXILIARY = "auxiliary"
-INITIAL = "initial"
-"""First values of a primary that were taken out of the base weights; never acts, never trained."""
-
 
 class Factors(NamedTuple):
     """The two matrices of one adapter on one layer, as views of the parameters."""

@@ -16,7 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, base_weight, from_rows, layers, names
+from ..lora_names import INITIAL, PRIMARY
+from .access import base_weight, from_rows, layers, names
 from .injection import inject
 from .targets import AdapterSpec
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, base_weight, check_known, layers, names, whole
+from ..lora_names import INITIAL, PRIMARY
+from .access import base_weight, check_known, layers, names, whole
 from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import (

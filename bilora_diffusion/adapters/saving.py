@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..durable import readable_as
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, layers, named_parameters, whole
+from ..lora_names import INITIAL, PRIMARY
+from .access import layers, named_parameters, whole
 
 PEFT_PREFIX = "base_model.model."
 

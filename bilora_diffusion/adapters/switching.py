@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import UserError
-from .access import INITIAL, PRIMARY, check_known, layers, whole
+from ..lora_names import INITIAL, PRIMARY
+from .access import check_known, layers, whole
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:

@@ -9,16 +9,31 @@ python -m bilora_diffusion.export runs/demo/pytorch_lora_weights.safetensors --t
 
 from __future__ import annotations
 
-from ..lora_names import FILE_NAME, kohya_file_name
-from .cli import main
-from .convert import convert
-from .layers import COMPONENTS
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..lora_names import COMPONENTS, FILE_NAME, kohya_file_name
 from .lorafile import LoraFile, inspect
-from .metadata import training_facts
-from .peft_folder import save_adapter, verify_adapter
-from .readback import verify
-from .weights import save_models
-from .writer import save_diffusers
+
+if TYPE_CHECKING:
+    from .cli import main
+    from .conversion import convert
+    from .metadata import training_facts
+    from .peft_folder import save_adapter, verify_adapter
+    from .readback import verify
+    from .weights import save_models
+    from .writer import save_diffusers
+
+_HOMES = {  # of what needs torch, which a look inside a file does not
+    "convert": "conversion",
+    "main": "cli",
+    "save_adapter": "peft_folder",
+    "save_diffusers": "writer",
+    "save_models": "weights",
+    "training_facts": "metadata",
+    "verify": "readback",
+    "verify_adapter": "peft_folder",
+}
 
 __all__ = [
     "COMPONENTS",
@@ -35,3 +50,9 @@ __all__ = [
     "verify",
     "verify_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,12 +15,12 @@ from torch import Tensor
 from .. import adapters, checkpoint, run_folder
 from ..adapters import INITIAL, PRIMARY, peft_key
 from ..errors import TrainingError, UserError
-from ..lora_names import kohya_file_name
+from ..lora_names import CONFIG, WEIGHTS, kohya_file_name
 from ..methods import get
-from .convert import write
+from .conversion import write
 from .layers import part_of
 from .metadata import run_facts
-from .peft_folder import CONFIG, WEIGHTS, place_adapter
+from .peft_folder import place_adapter
 from .reader import Contents
 
 

@@ -15,9 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError, run_cli
-from .convert import FORMATS, convert, lora_files
-from .lorafile import LoraFile, inspect
-from .metadata import ADAPTER_METADATA
+from ..lora_names import ADAPTER_METADATA, FORMATS
+from .lorafile import LoraFile, inspect, lora_files
 
 _WIDTH = 72  # of a metadata entry
 
@@ -57,6 +56,8 @@ def _run(options: argparse.Namespace) -> None:
         made = export_checkpoint(options.source, options.step, options.to, options.output)
         print("\n".join(map(str, made)))
     elif options.to is not None:
+        from .conversion import convert  # here, so that to look inside a file needs no torch
+
         print(convert(options.source, options.to, options.output))
     elif options.output is not None:
         raise UserError(f"--output {options.output} says where, not what; add --to or --step.")

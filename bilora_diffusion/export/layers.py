@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import PRIMARY, factors, lora_config, portable_state_dict
 from ..errors import TrainingError, UserError
+from ..lora_names import PRIMARY
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # Readers of kohya files know these four by SDXL's original names only; all others also by
@@ -65,6 +64,9 @@ def primary_part(component: str, model: nn.Module) -> Part:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
         TrainingError: a value is not finite.
     """
+    # here, so that files are converted without PEFT
+    from ..adapters import factors, lora_config, portable_state_dict
+
     found = factors(model, PRIMARY)
     if not found:
         raise UserError(f'{component} has no adapter "{PRIMARY}"; leave it out of the export.')

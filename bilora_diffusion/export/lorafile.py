@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ..adapters import AUXILIARY
 from ..errors import UserError
-from .metadata import ADAPTER_METADATA
+from ..lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
 
 UNNAMED = "unnamed"
 KEY = re.compile(
@@ -70,6 +69,28 @@ class LoraFile:
     def auxiliary(self) -> bool:
         """Whether a second adapter, such as Bi-LoRA's auxiliary, hides in the file."""
         return bool(self.evidence)
+
+
+def lora_files(source: Path) -> list[Path]:
+    """The files that a path stands for: itself, a run's, or those of PEFT's folders in it.
+
+    Raises:
+        UserError: a folder without any, or one with whole models.
+    """
+    if not source.is_dir():
+        return [source]
+    for name in (FILE_NAME, WEIGHTS):
+        if (source / name).is_file():
+            return [source / name]
+    if several := [f for c in COMPONENTS if (f := source / c / WEIGHTS).is_file()]:
+        return several
+    inside = sorted(path.name for path in source.glob("*.safetensors"))
+    if len(inside) == 1:
+        return [source / inside[0]]
+    raise UserError(
+        f"{source} is a folder without {FILE_NAME} or {WEIGHTS}; name one of its .safetensors files"
+        f" ({', '.join(inside) or 'it has none'})."
+    )
 
 
 class _Entry(NamedTuple):
@@ -130,19 +151,27 @@ def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
         raise UserError(f"There is no file {path}; check the path.")
     entries = []
     try:
-        with safe_open(path, framework="pt") as content:
+        with safe_open(path, framework="numpy") as content:
             keys = list(content.keys())
             for key in keys:
                 if match := KEY.match(key):
                     part = content.get_slice(key)
                     is_alpha = match["kind"] == "alpha" and math.prod(part.get_shape()) == 1
-                    alpha = float(content.get_tensor(key)) if is_alpha else None
+                    alpha = _number(path, content, key) if is_alpha else None
                     entries.append(_entry(key, match, part, alpha))
             return keys, entries, dict(content.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); write or download it again."
         ) from error
+
+
+def _number(path: Path, content: Any, key: str) -> float:
+    """A tensor of one element; torch is imported only for types that numpy lacks."""
+    if content.get_slice(key).get_dtype() in ("F16", "F32", "F64", "I64", "I32"):
+        return content.get_tensor(key).item()
+    with safe_open(path, framework="pt") as same:
+        return same.get_tensor(key).item()
 
 
 def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> _Entry:

@@ -13,9 +13,9 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..lora_names import ADAPTER_METADATA
 from .layers import Part
 
-ADAPTER_METADATA = "lora_adapter_metadata"
 _RESERVED = ("format", ADAPTER_METADATA, "sshs_model_hash", "ss_network_dim", "ss_network_alpha")
 # What marks SDXL itself: a file for a smaller pipeline of its kind must not be offered to it.
 _SDXL_WIDTH = {

@@ -17,8 +17,8 @@ from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
 from ..durable import dump_json, sync
 from ..errors import TrainingError
+from ..lora_names import CONFIG, WEIGHTS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 """PEFT's names for the kinds of model."""
 

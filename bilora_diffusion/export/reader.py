@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..lora_names import COMPONENTS
 from .kohya_names import unet_names, with_dots
-from .layers import COMPONENTS, Layer, Part
+from .layers import Layer, Part
 from .lorafile import DOWN, KEY, MAGNITUDE, MODELS, LoraFile, adapter_config, inspect
 
 COMPONENT = "bilora.component"

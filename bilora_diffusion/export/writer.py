@@ -10,9 +10,15 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean
-from ..lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
-from .layers import COMPONENTS, Layer, Part, diffusers_tensors, kohya_tensors, primary_part
-from .metadata import ADAPTER_METADATA, adapter_metadata, are_sdxl, file_metadata, model_hash
+from ..lora_names import (
+    ADAPTER_METADATA,
+    COMPONENTS,
+    FILE_NAME,
+    KOHYA_FILE_NAME_BEFORE,
+    kohya_file_name,
+)
+from .layers import Layer, Part, diffusers_tensors, kohya_tensors, primary_part
+from .metadata import adapter_metadata, are_sdxl, file_metadata, model_hash
 
 Content = tuple[dict[str, Tensor], dict[str, str]]
 

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import adapters
 from ..durable import sync
 from ..errors import TrainingError, UserError
-from ..lora_names import FILE_NAME, kohya_file_name
-from .layers import COMPONENTS, Layer, Part
-from .metadata import ADAPTER_METADATA, file_metadata, look_like_sdxl
-from .peft_folder import CONFIG, WEIGHTS
+from ..lora_names import ADAPTER_METADATA, COMPONENTS, CONFIG, FILE_NAME, WEIGHTS, kohya_file_name
+from .layers import Layer, Part
+from .lorafile import lora_files
+from .metadata import file_metadata, look_like_sdxl
 from .reader import COMPONENT, Contents, read
 from .writer import diffusers_content, kohya_content, write_file
 
-FORMATS = ("diffusers", "kohya", "peft")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TOLERANCE = 1e-6  # relative, of each layer's product
 _OWN = (  # metadata that follows from the tensors or from the new file's name
@@ -55,28 +53,6 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
     if output is None:
         return write(contents, to, _beside(Path(source), files[0], to), stem)
     return write(contents, to, Path(output), stem)
-
-
-def lora_files(source: Path) -> list[Path]:
-    """The files that a path stands for: itself, a run's, or those of PEFT's folders in it.
-
-    Raises:
-        UserError: a folder without any, or one with whole models.
-    """
-    if not source.is_dir():
-        return [source]
-    for name in (FILE_NAME, WEIGHTS):
-        if (source / name).is_file():
-            return [source / name]
-    if several := [f for c in COMPONENTS if (f := source / c / WEIGHTS).is_file()]:
-        return several
-    inside = sorted(path.name for path in source.glob("*.safetensors"))
-    if len(inside) == 1:
-        return [source / inside[0]]
-    raise UserError(
-        f"{source} is a folder without {FILE_NAME} or {WEIGHTS}; name one of its .safetensors files"
-        f" ({', '.join(inside) or 'it has none'})."
-    )
 
 
 def joined(several: list[Contents]) -> Contents:
@@ -152,6 +128,8 @@ def _write_peft(contents: Contents, place: Path) -> Path:
         raise UserError(f"{place} is a file, and PEFT's format is a folder; name a folder.")
     parts = contents.parts
     several = len(parts) > 1
+    from .. import adapters  # here, so that the other formats do not wait for PEFT
+
     folders = {name: place / name if several else place for name in parts}
     for folder in folders.values():
         for name in (WEIGHTS, CONFIG):
