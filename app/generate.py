@@ -22,7 +22,7 @@ from .runs import ordered
 from .runs import pair as first_pair
 from .slider import pair
 
-PROMPT = "a ToK icon of a rabbit, in the style of ToK"
+PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 IDLE_SECONDS = 0.2
 VISITORS = 16
 """Those who may stand in line with their place shown; Gradio's own queue holds the others."""

@@ -99,7 +99,7 @@ def draw_grid(folder: Path, picture: Path, seed: int = 0) -> None:
     """Rows: base, LoRA, Bi-LoRA, ground truth; columns: the subjects of Table 4, same noise."""
     heldout = open_images("mini-heldout", caption_column="label")
     labels = [str(heldout.caption(i)) for i in range(SUBJECTS)]
-    prompts = [f"a ToK icon of a {label}, in the style of ToK" for label in labels]
+    prompts = [f"a TOK icon of a {label}, in the style of TOK" for label in labels]
     pipeline = load_pipeline(MINI, dtype=torch.float32)
     rows = {"base": images(pipeline, prompts, seed)}
     for method in METHODS:

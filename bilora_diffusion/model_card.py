@@ -11,10 +11,22 @@ from huggingface_hub import ModelCardData
 
 from . import methods
 from .durable import write_text
+from .lora_names import FILE_NAME
 from .mini import pipeline_dir
 
 MINI = "mini"
-WEIGHTS = "pytorch_lora_weights.safetensors"
+# Read in the sources: ComfyUI's weight_decompose (comfy/weight_adapter/base.py; the axis since its
+# pull request 7727 of April 2025, the norm still so when pull request 15458 of August 2026 proposed
+# to change it), Forge's copy of both (pull request 2856) and, beside it, A1111's
+# apply_weight_decompose.
+DORA = """\
+These weights are DoRA's, whose scales programs read differently:
+
+- diffusers reads {diffusers} as it was trained; of {kohya} it leaves out the scales.
+- ComfyUI from 0.3.30 (April 2025) and Forge from May 2025 come close: they divide by the norms of
+  the base weights instead of the changed ones.
+- A1111, and ComfyUI and Forge before, take the scales along the wrong axis, which spoils the
+  images: use another program, or train without `--use_dora`."""
 Value = str | int | float | bool | None
 
 
@@ -32,7 +44,9 @@ def write_card(
     license: str | None = None,
     vae: str | None = None,
     repo_id: str | None = None,
-    weight_name: str = WEIGHTS,
+    weight_name: str = FILE_NAME,
+    kohya_name: str | None = None,
+    dora: bool = False,
     whole_models: Sequence[str] = (),
 ) -> Path:
     """Write ``folder/README.md``; only what is given is said.
@@ -50,7 +64,9 @@ def write_card(
         license: identifier the hub knows, e.g. "openrail++".
         vae: hub id of the VAE to load with the pipeline.
         repo_id: hub repository the folder goes to.
-        weight_name: file of the LoRA weights.
+        weight_name: file of the LoRA weights for diffusers.
+        kohya_name: that for ComfyUI and web UIs, None where there is none.
+        dora: whether the weights are DoRA's.
         whole_models: names of the folder's whole models, where it holds these and no adapter.
 
     Raises:
@@ -74,6 +90,7 @@ def write_card(
         *_trigger(instance_prompt),
         "## Use",
         _snippet(base, instance_prompt, gallery, vae, _use(repo_id, weight_name, whole_models)),
+        *([] if whole_models else _other_programs(base, weight_name, kohya_name, dora)),
         *table("## Method", {"method": title} | dict(settings or {}) | {"method": title}),
         *table("## Results", results or {}),
         *(["## Images"] if gallery else []),
@@ -140,10 +157,13 @@ def _snippet(
     prompt = gallery[0][0] if gallery else instance_prompt or "a photo"
     if base == MINI:
         imports = [
+            "import torch",
             "from bilora_diffusion.mini import pipeline_dir",
             "from diffusers import DiffusionPipeline",
         ]
-        load = ["pipeline = DiffusionPipeline.from_pretrained(pipeline_dir())"]
+        # Its files are in half precision, in which Transformers would load the text encoders and
+        # diffusers not the UNet.
+        load = ["pipeline = DiffusionPipeline.from_pretrained(pipeline_dir(), dtype=torch.float32)"]
     else:
         name = base if is_hub_id(base) else f"path/to/{base}"
         kinds = "AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline"
@@ -152,16 +172,40 @@ def _snippet(
         if vae:
             shown = source(vae)
             shown = shown if is_hub_id(shown) else f"path/to/{shown}"
-            call = f"vae = AutoencoderKL.from_pretrained({shown!r}, torch_dtype=torch.float16)"
+            call = f"vae = AutoencoderKL.from_pretrained({shown!r}, dtype=torch.float16)"
             load = [call, *load]
         extra = ", vae=vae" if vae else ""
-        load += [f"    {name!r}, torch_dtype=torch.float16{extra}", ').to("cuda")']
+        load += [f"    {name!r}, dtype=torch.float16{extra}", ').to("cuda")']
     use = [
         *use,
         f"image = pipeline({prompt!r}).images[0]",
         'image.save("image.png")',
     ]
     return python_block([*imports, "", *load, *use])
+
+
+def _other_programs(base: str, weight_name: str, kohya_name: str | None, dora: bool) -> list[str]:
+    """Where to put which file in ComfyUI and web UIs, and how strong it acts."""
+    if base == MINI:
+        file = f"; {code(kohya_name)} shows what a file for them looks like" if kohya_name else ""
+        return [f"ComfyUI and A1111 don't know the miniature{file}."]
+    if kohya_name is None:
+        return [
+            f"ComfyUI and A1111 find nothing in {code(weight_name)}; `python -m"
+            " bilora_diffusion.export . --to kohya`, in this folder, writes the file for them."
+        ]
+    name = Path(kohya_name).stem
+    text = [
+        f"In **ComfyUI**, put {code(kohya_name)} into `models/loras`, and choose it in a *Load"
+        " LoRA* node, with a strength of 1.0 for model and clip.",
+        f"In **A1111** or **Forge**, put {code(kohya_name)} into `models/Lora`, and write"
+        f" {code(f'<lora:{name}:1>')} into the prompt.",
+        f"A strength of 1 is what was trained; less, such as 0.7, leaves more of the base model."
+        f" {code(weight_name)} is for diffusers: the other programs find nothing in it.",
+    ]
+    return ["\n".join(f"- {line}" for line in text)] + (
+        [DORA.format(diffusers=code(weight_name), kohya=code(kohya_name))] if dora else []
+    )
 
 
 def _use(repo_id: str | None, weight_name: str, whole_models: Sequence[str]) -> list[str]:

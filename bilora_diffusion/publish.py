@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .adapters import CHANGE_BASE
 from .errors import UserError
+from .lora_names import kohya_file_name
 from .methods import MethodOptions, get
 from .model_card import write_card
 
@@ -38,6 +39,8 @@ def card(
         results={title: results[key] for title, key in shown.items() if key in results},
         vae=cfg.pretrained_vae_model_name_or_path,
         repo_id=repo_id,
+        kohya_name=kohya_file_name(folder) if cfg.output_kohya_format else None,
+        dora=cfg.use_dora,
         whole_models=results["export"] if full else (),
     )
 
@@ -49,6 +52,7 @@ def run_settings(cfg: Any, steps: int) -> dict[str, Any]:
         "alpha": cfg.lora_alpha,
         "init": None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
         "rank of the file": 2 * cfg.rank if cfg.init_lora_weights in CHANGE_BASE else None,
+        "DoRA": "yes" if cfg.use_dora else None,
         "quantized base": None if cfg.quantize == "none" else cfg.quantize,
     }
     return {

@@ -254,6 +254,11 @@ def remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
 def tell(notes: Sequence[str]) -> None:
     """Log each note as a warning, in the main process only."""
     if os.environ.get("RANK", "0") == "0":
+    if values["use_dora"] and values.get("output_kohya_format"):
+        notes.append(
+            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
+            " from version 0.3.30 on, and not by A1111, as the model card says in full."
+        )
         for note in notes:
             logger.warning("%s", note)
 

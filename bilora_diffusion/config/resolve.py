@@ -36,7 +36,7 @@ class Preset:
 
     instance_prompt: str = "a TOK icon, in the style of TOK"
     validation_prompts: tuple[str, ...] = tuple(
-        f"a ToK icon of a {subject}, in the style of ToK" for subject in SUBJECTS
+        f"a TOK icon of a {subject}, in the style of TOK" for subject in SUBJECTS
     )
     num_validation_images: int = 1
     caption_column: str | None = None

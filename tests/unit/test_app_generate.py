@@ -17,7 +17,7 @@ from bilora_diffusion.sampling import generate
 from bilora_diffusion.tasks.pipeline import load_pipeline
 from tests.unit.test_app_catalog import make_run
 
-PROMPT = "a ToK icon of a rabbit, in the style of ToK"
+PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
 
 

@@ -52,7 +52,7 @@ def test_defaults_are_table_a8(device) -> None:
     assert (cfg.pretrained_model_name_or_path, cfg.resolution) == (SDXL_BASE, 1024)
     assert cfg.instance_prompt == "a TOK icon, in the style of TOK"
     assert cfg.caption_column is None
-    assert cfg.validation_prompts[0] == "a ToK icon of a rabbit, in the style of ToK"
+    assert cfg.validation_prompts[0] == "a TOK icon of a rabbit, in the style of TOK"
     assert len(cfg.validation_prompts) == 6
     assert cfg.seed == 0
 
@@ -65,6 +65,14 @@ def test_kohyas_file_is_written_unless_told_otherwise() -> None:
     assert wanted("--output_kohya_format")  # as in diffusers' script
     assert not wanted("--no_output_kohya_format")
     assert not wanted("--method", "full")  # which leaves whole models
+
+
+def test_dora_beside_kohyas_file_is_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    parse(["--dataset", "mini", "--use_dora"])
+    assert [line for line in caplog.messages if "0.3.30" in line and "A1111" in line]
+    caplog.clear()
+    parse(["--dataset", "mini", "--use_dora", "--no_output_kohya_format"])
+    assert not [line for line in caplog.messages if "A1111" in line]
 
 
 def test_mini_alone_is_enough(device) -> None:

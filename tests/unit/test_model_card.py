@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from bilora_diffusion.export import save_models
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.model_card import write_card
+from tests.unit.mini_loras import write_lora
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -41,7 +48,7 @@ def test_a_full_card(tmp_path: Path) -> None:
     images = [tmp_path / "validation" / f"step 500-{i}.png" for i in range(2)]
     found = card(
         tmp_path,
-        prompts=["a ToK icon of a frog: green", 'a "ToK" icon'],
+        prompts=["a TOK icon of a frog: green", 'a "TOK" icon'],
         images=images,
         instance_prompt="a TOK icon, in the style of TOK",
         settings={"method": "bilora", "rank": 4, "alpha": 8.0, "rho": 0.05, "auxiliary rank": None},
@@ -66,10 +73,10 @@ def test_a_full_card(tmp_path: Path) -> None:
         "instance_prompt": "a TOK icon, in the style of TOK",
         "widget": [
             {
-                "text": "a ToK icon of a frog: green",
+                "text": "a TOK icon of a frog: green",
                 "output": {"url": "validation/step%20500-0.png"},
             },
-            {"text": 'a "ToK" icon', "output": {"url": "validation/step%20500-1.png"}},
+            {"text": 'a "TOK" icon', "output": {"url": "validation/step%20500-1.png"}},
         ],
     }
     text = found.text
@@ -80,7 +87,7 @@ def test_a_full_card(tmp_path: Path) -> None:
     assert rows in text
     assert "auxiliary rank" not in text
     assert "| held-out loss | 0.0812346 |\n| steps | 500 |" in text
-    assert "![a ToK icon of a frog: green](validation/step%20500-0.png)" in text
+    assert "![a TOK icon of a frog: green](validation/step%20500-0.png)" in text
     snippet = code(text)
     assert (
         'load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")'
@@ -88,7 +95,77 @@ def test_a_full_card(tmp_path: Path) -> None:
     )
     assert "AutoencoderKL.from_pretrained('madebyollin/sdxl-vae-fp16-fix'" in snippet
     assert "vae=vae" in snippet
-    assert "image = pipeline('a ToK icon of a frog: green').images[0]" in snippet
+    assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
+
+
+def run(snippet: str, **replaced: str) -> None:
+    """Run a card's code on the miniature and the CPU, with two steps instead of fifty."""
+    for old, new in {'"cuda"': '"cpu"', ").images": ", num_inference_steps=2).images"}.items():
+        snippet = snippet.replace(old, new)
+    for old, new in replaced.values():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*torch_dtype.*")
+        exec(snippet, {})  # the card's own code
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LoRA for the miniature in both formats."""
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_dir(), dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("icons")
+    write_lora(folder, pipeline, components=("unet", "text_encoder"), kohya=True)
+    return folder
+
+
+def test_the_code_for_the_miniature_runs(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(weights)  # "this folder"
+    run(code(card(tmp_path, base_model="mini", dataset="mini", instance_prompt="an icon").text))
+    with Image.open(weights / "image.png") as image:
+        assert image.size == (64, 64)
+        assert np.asarray(image).std() > 1
+
+
+@pytest.mark.parametrize("vae", [None, "madebyollin/sdxl-vae-fp16-fix"])
+def test_the_code_for_sdxl_runs_in_its_precision(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vae: str | None
+) -> None:
+    monkeypatch.chdir(weights)
+    (weights / "image.png").unlink(missing_ok=True)
+    places = {SDXL: str(pipeline_dir())} | ({vae: str(pipeline_dir() / "vae")} if vae else {})
+    snippet = code(card(tmp_path, vae=vae).text)
+    assert snippet.count("dtype=torch.float16") == len(places)
+    run(snippet, **{name: (repr(name), repr(new)) for name, new in places.items()})
+    with Image.open(weights / "image.png") as image:
+        assert np.asarray(image).std() > 1  # neither black nor grey
+
+
+def test_the_code_for_whole_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_dir(), dtype=torch.float32)
+    parts = ("unet", "text_encoder")
+    save_models(tmp_path, {name: getattr(pipeline, name) for name in parts})
+    monkeypatch.chdir(tmp_path)
+    run(code(card(tmp_path, base_model="mini", method="full", whole_models=parts).text))
+    assert (tmp_path / "image.png").exists()
+
+
+def test_where_to_put_which_file(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"kohya_name": "my icons.safetensors"}
+    text = card(tmp_path, **names).text
+    for said in ("`my icons.safetensors` into `models/loras`", "`<lora:my icons:1>`"):
+        assert said in text
+    assert "DoRA" not in text
+    dora = card(tmp_path, **names, dora=True).text
+    assert "0.3.30" in dora
+    assert "A1111" in dora
+    assert "--to kohya" in card(tmp_path).text  # where the run wrote none
+    whole = card(tmp_path, method="full", whole_models=["unet"]).text
+    assert "ComfyUI" not in whole
+    mini = card(tmp_path, base_model="mini", **names).text
+    assert "models/loras" not in mini  # nothing but this package knows the miniature
 
 
 def test_only_what_is_given_is_said(tmp_path: Path) -> None:
@@ -107,7 +184,7 @@ def test_the_miniature(tmp_path: Path, base: str) -> None:
     assert "base_model" not in data
     assert "datasets" not in data
     assert "stable-diffusion-xl" not in data["tags"]
-    assert "from_pretrained(pipeline_dir())" in code(found.text)
+    assert "from_pretrained(pipeline_dir(), dtype=torch.float32)" in code(found.text)
     assert "trained on `bilora_diffusion's miniature`" in found.text
     assert str(pipeline_dir()) not in found.content
 

@@ -38,7 +38,7 @@ def test_the_icons_are_200_of_one_form(icons: list[Prompt]) -> None:
     assert len({prompt.text for prompt in icons}) == len(icons) == 200
     assert len({str(prompt.instance).lower() for prompt in icons}) == 200
     for prompt in icons:
-        assert prompt.text == f"a ToK icon of a {prompt.instance}, in the style of ToK"
+        assert prompt.text == f"a TOK icon of a {prompt.instance}, in the style of TOK"
         assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
         assert not prompt.general
     assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
