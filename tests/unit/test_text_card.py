@@ -1,4 +1,4 @@
-"""The model card of a text run: front matter the hub reads, code that is Python, no local paths."""
+"""The model card of a text run: front matter the hub reads, code that runs, no local paths."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.config import parse_text
+from bilora_diffusion.export import save_adapter
+from bilora_diffusion.tasks.text_models import load_text_model
 from bilora_diffusion.text_card import write_text_card
+from tests.unit.text_builders import SAVERS, rows_for, train_text, write_rows
 
 TAGS = {
     "seq2seq": "text2text-generation",
@@ -72,6 +78,44 @@ def test_a_whole_models_card(tmp_path: Path, kind: str) -> None:
     snippet = code(found.text)
     assert 'subfolder="model"' in snippet
     assert "PeftModel" not in snippet
+
+
+@pytest.mark.parametrize("method", ["bilora", "full"])
+@pytest.mark.parametrize("kind", sorted(TAGS))
+def test_the_code_runs_on_what_a_run_left(tmp_path: Path, kind: str, method: str) -> None:
+    base = SAVERS[kind](tmp_path / "my-base")
+    run = train_text(
+        tmp_path / "run",
+        model_name_or_path=base,
+        train_file=write_rows(tmp_path / "rows.jsonl", rows_for(kind, 8)),
+        template="plain",
+        max_train_steps=1,
+        method=method,
+    )
+    snippet = code((run / "README.md").read_text())
+    for old, new in (("path/to/this/folder", run), ("path/to/my-base", base)):
+        assert (old in snippet) == (method == "bilora" or new == run)
+        snippet = snippet.replace(old, str(new))
+    names: dict[str, Any] = {}
+    exec(snippet, names)  # the card's own code
+    model, tokenizer = names["model"].eval(), names["tokenizer"]
+    inputs = dict(tokenizer("hello there", return_tensors="pt"))
+    if kind == "seq2seq":
+        inputs["decoder_input_ids"] = torch.tensor([[0]])
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("name", ["minilm"])
+def test_the_code_for_a_packaged_base_runs(tmp_path: Path, name: str) -> None:
+    labels = tuple(LABELS["classification"])
+    model = load_text_model(name, "classification", labels=labels).model
+    spec = AdapterSpec(rank=2, alpha=4, modules_to_save=("classifier",))
+    adapters.inject(model, spec, adapters.PRIMARY)
+    save_adapter(tmp_path, model, base_model=name, kind="classification")
+    snippet = code(card(tmp_path, "classification", model=name).text)
+    names: dict[str, Any] = {}
+    exec(snippet.replace("path/to/this/folder", str(tmp_path)), names)
+    assert names["model"].peft_config["default"].r == 2
 
 
 def test_the_repository_is_where_it_is_loaded_from(tmp_path: Path) -> None:
