@@ -16,6 +16,7 @@ from ..errors import UserError, did_you_mean
 from . import limits
 from .fields import NO_TRUTH, add_flags
 from .recipe import read_options
+from .texts import check_texts
 
 UNSET = object()
 
@@ -77,6 +78,7 @@ class CommandLine(argparse.ArgumentParser):
             if one in flags and other not in flags:
                 recipe.pop(other, None)
         given = {**recipe, **flags}
+        check_texts(given)
         limits.check({**self.defaults(), **given})
         return {**self.defaults(), **given}, frozenset(given)
 
