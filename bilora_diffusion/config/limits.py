@@ -133,15 +133,16 @@ def check_one(name: str, value: Any, shown: str) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UserError(f"{shown} is {value!r:.80}: give a number.")
+    number: Any = value
     most, reason = LIMITS[name]
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{shown} is {value}: give a finite number.")
-    if abs(value) > most:
-        long = isinstance(value, int) and abs(value) >= 10**30
-        text = f"a number of {len(str(abs(value)))} digits" if long else value
-        fix = f"at most {most}, since {reason}" if value > 0 else "0 or more"
+    if abs(number) > most:
+        long = isinstance(number, int) and abs(number) >= 10**30
+        text = f"a number of {len(str(abs(number)))} digits" if long else value
+        fix = f"at most {most}, since {reason}" if number > 0 else "0 or more"
         raise UserError(f"{shown} is {text}: give {fix}.")
-    if 0 < abs(value) < SMALLEST:
+    if 0 < abs(number) < SMALLEST:
         raise UserError(
             f"{shown} is {value}, which is 0 in 32-bit arithmetic: give a larger number, or 0."
         )

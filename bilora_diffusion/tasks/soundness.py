@@ -1,0 +1,141 @@
+"""What makes a model unfit to be trained although its files are there; for images and text alike.
+
+Libraries fill in what is missing and only warn, or fail in the first step. Here each fault is one
+sentence that names the model, the part and what to do, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERTER = "https://huggingface.co/spaces/safetensors/convert"
+
+
+def reading(what: str, fix: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives; a failure of any kind becomes a sentence.
+
+    Args:
+        what: a part of a model in the user's words.
+        fix: what to do, without a period.
+        load: reads files that others wrote, with libraries that check little.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        return load()
+    except UserError:
+        raise
+    except Exception as error:  # damaged files end anywhere in the libraries
+        if isinstance(error, OSError) and "`safetensors`" in str(error):
+            raise UserError(pickled(what)) from error
+        raise UserError(f"{what} can't be read ({reason(error)}): {fix}.") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error's message, short and in one line."""
+    text = " ".join(str(error).split())
+    if text.startswith("You set `ignore_mismatched_sizes`"):
+        text = "its weights are of other shapes than its config.json says"
+    text = text.partition(". If you want to")[0]
+    return text[:240].rstrip(".: ") or type(error).__name__
+
+
+def pickled(what: str, found: str = "") -> str:
+    """The sentence about weights that are no safetensors."""
+    return (
+        f"{what} can't be read, since there are no safetensors{found}, and reading a pickle can run"
+        f" code: convert it, for example by {CONVERTER}, or by save_pretrained where you trust it."
+    )
+
+
+def require_safetensors(what: str, folder: Path) -> None:
+    """Refuse a folder whose weights are pickles, by their names or by its index of files.
+
+    Raises:
+        UserError: it has no safetensors, but has pickles.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if any(name.endswith(".safetensors") for name in names):
+        pickles = []
+    for path in folder.glob("*.safetensors.index*.json"):
+        listed = reading(what, "download or write it again", lambda path=path: _listed(path))
+        pickles += [name for name in listed if not name.endswith(".safetensors")]
+    if pickles:
+        raise UserError(pickled(what, f" but {pickles[0]}"))
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index of parts names."""
+    return [
+        str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    ]
+
+
+def require_whole(what: str, missing: Iterable[str]) -> None:
+    """Refuse weights that lack some, which libraries would leave empty or draw at random.
+
+    Raises:
+        UserError: there are missing keys.
+    """
+    lacking = sorted(missing)
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(
+            f"{what} lacks weights ({lacking[0]}{more}): download or write it again, or give"
+            " another model."
+        )
+
+
+def require_finite(what: str, model: nn.Module) -> None:
+    """Refuse weights that are not finite; takes 0.1 s a gigabyte.
+
+    Raises:
+        UserError: a weight is infinite or no number.
+    """
+    for name, weight in model.named_parameters():
+        if weight.numel() and weight.is_floating_point():
+            ends = weight.detach().aminmax()
+            if not (ends.min.isfinite() and ends.max.isfinite()):
+                raise UserError(
+                    f"{what} holds weights that are not finite ({name}): download or write it"
+                    " again, or give another model."
+                )
+
+
+def require_words(what: str, tokenizer: Any, rows: int | None, fix: str) -> None:
+    """Refuse a tokenizer that does not fit its model.
+
+    Args:
+        what: the tokenizer in the user's words.
+        tokenizer: of Transformers.
+        rows: how many tokens the model has embeddings for; None where it can't be told.
+        fix: what to do, without a period.
+
+    Raises:
+        UserError: it knows no words, or makes numbers that the model does not know.
+    """
+    vocabulary = tokenizer.get_vocab()
+    # Without its files Transformers makes an empty one of some types, and says nothing; that of T5
+    # knows the mark of a space.
+    if not {word for word in vocabulary if word != "▁"} - set(tokenizer.all_special_tokens):
+        raise UserError(f"{what} knows no words: {fix}.")
+    if rows is None:
+        return
+    # Added tokens that nothing uses, as some models have, do no harm.
+    used = set(vocabulary) - set(tokenizer.get_added_vocab())
+    used |= {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} & set(vocabulary)
+    largest = max((vocabulary[word] for word in used), default=0)
+    if largest >= rows:
+        raise UserError(
+            f"{what} has numbers up to {largest}, and the model knows {rows} tokens only: {fix}."
+        )
