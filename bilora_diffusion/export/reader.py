@@ -194,8 +194,8 @@ def _scale(name: str, A: Tensor, roles: Mapping[str, Tensor], config: dict[str, 
         return 1.0
     from peft.utils.other import get_pattern_key
 
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(patterns.keys(), name), config["lora_alpha"]))
+    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

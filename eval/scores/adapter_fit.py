@@ -31,7 +31,8 @@ def require_fit(pipeline: Any, file: Path) -> None:
     if contents.dora and contents.format == "kohya":
         raise UserError(
             f"{file} is DoRA in kohya's format, of which diffusers leaves out the magnitudes: give"
-            " the file in diffusers' format."
+            " the file in diffusers' format (python -m bilora_diffusion.export FILE --to"
+            " diffusers writes it)."
         )
     try:
         tensors, *_ = pipeline.lora_state_dict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bilora_diffusion.export import save_models
+from bilora_diffusion.export import FILE_NAME, kohya_file_name, save_models
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.model_card import write_card
+from bilora_diffusion.publish import NOT_UPLOADED
 from tests.unit.mini_loras import write_lora
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -98,11 +101,11 @@ def test_a_full_card(tmp_path: Path) -> None:
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
 
 
-def run(snippet: str, **replaced: str) -> None:
+def run(snippet: str, replaced: Mapping[str, str] | None = None) -> None:
     """Run a card's code on the miniature and the CPU, with two steps instead of fifty."""
     for old, new in {'"cuda"': '"cpu"', ").images": ", num_inference_steps=2).images"}.items():
         snippet = snippet.replace(old, new)
-    for old, new in replaced.values():
+    for old, new in (replaced or {}).items():
         assert old in snippet
         snippet = snippet.replace(old, new)
     with warnings.catch_warnings():
@@ -138,7 +141,7 @@ def test_the_code_for_sdxl_runs_in_its_precision(
     places = {SDXL: str(pipeline_dir())} | ({vae: str(pipeline_dir() / "vae")} if vae else {})
     snippet = code(card(tmp_path, vae=vae).text)
     assert snippet.count("dtype=torch.float16") == len(places)
-    run(snippet, **{name: (repr(name), repr(new)) for name, new in places.items()})
+    run(snippet, {repr(name): repr(new) for name, new in places.items()})
     with Image.open(weights / "image.png") as image:
         assert np.asarray(image).std() > 1  # neither black nor grey
 
@@ -150,6 +153,13 @@ def test_the_code_for_whole_models_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     run(code(card(tmp_path, base_model="mini", method="full", whole_models=parts).text))
     assert (tmp_path / "image.png").exists()
+
+
+def test_the_upload_has_both_files_and_no_other_of_their_name(weights: Path) -> None:
+    export = "exports/step-100/pytorch_lora_weights.safetensors"  # diffusers might take it instead
+    files = [*(path.name for path in weights.glob("*.safetensors")), export, "checkpoints/a"]
+    uploaded = set(filter_repo_objects(files, ignore_patterns=NOT_UPLOADED))
+    assert uploaded == {FILE_NAME, kohya_file_name(weights)}
 
 
 def test_where_to_put_which_file(tmp_path: Path) -> None:
