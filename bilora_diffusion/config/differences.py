@@ -53,6 +53,10 @@ DIFFERENCES: tuple[Difference, ...] = (
         "Also `--dataset`; also a folder, or `mini`. `linoyts/3d_icon` and `mini` bring the"
         " paper's prompts along.",
     ),
+    _entry(
+        "caption_column",
+        "Read from a folder's metadata too; there passed over with `--instance_data_dir`.",
+    ),
     _entry("instance_data_dir", "Captions that lie in the folder are read."),
     _entry("instance_prompt", "Not required where images have captions or the set has a prompt."),
     _entry("class_data_dir", "Images that lack are made at `--resolution`."),
@@ -62,6 +66,10 @@ DIFFERENCES: tuple[Difference, ...] = (
         "validation_epochs",
         "Images after every 25th epoch and at the end; there after the first, and then every"
         " so many.",
+    ),
+    _entry(
+        "output_dir",
+        "A run that stands there is not replaced, unless `--overwrite_output_dir` says so.",
     ),
     _entry(
         "output_kohya_format",

@@ -171,6 +171,12 @@ IDLE: tuple[Idle, ...] = (
         "drop it",
     ),
     Idle(
+        ("image_column",),
+        lambda values: bool(values.get("instance_data_dir")),
+        "on a folder, whose images are files",
+        "drop it",
+    ),
+    Idle(
         ("revision",),
         _local_model,
         "on a local model",
@@ -248,17 +254,17 @@ def remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
     warm = values["lr_warmup_steps"] or values.get("warmup_ratio")
     if values["lr_scheduler"] == "constant_with_warmup" and not warm:
         notes.append("--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.")
+    if values["use_dora"] and values.get("output_kohya_format"):
+        notes.append(
+            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
+            " from version 0.3.30 on, and not by A1111, as the model card says in full."
+        )
     return notes
 
 
 def tell(notes: Sequence[str]) -> None:
     """Log each note as a warning, in the main process only."""
     if os.environ.get("RANK", "0") == "0":
-    if values["use_dora"] and values.get("output_kohya_format"):
-        notes.append(
-            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
-            " from version 0.3.30 on, and not by A1111, as the model card says in full."
-        )
         for note in notes:
             logger.warning("%s", note)
 

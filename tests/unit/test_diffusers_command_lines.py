@@ -27,6 +27,8 @@ from tests.references.diffusers_flags import DEFAULTS, Meaning, meaning, refuses
 
 # What is drawn for a flag; True is the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
+    "dataset_config_name": ("default",),
+    "image_column": ("image", "picture"),
     "repeats": (1, 3, 10),
     "class_data_dir": ("class-images",),
     "class_prompt": ("a photo of a dog",),
@@ -93,7 +95,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 ALWAYS = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
 ASIDE = {
     *("pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
-    *("dataset_name", "dataset_config_name", "image_column", "caption_column"),
+    *("dataset_name", "caption_column"),
     *("resume_from_checkpoint", "push_to_hub", "hub_token"),
 }
 IMAGES, CLASS_IMAGES = 5, 200

@@ -144,6 +144,19 @@ def test_what_has_no_effect_is_told(
     assert cfg.warmup_steps(100) == (0 if "constant" in argv else 3)
 
 
+def test_an_evaluation_without_rows_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    words = ["--model_name_or_path", "smollm2", "--train_file", str(tmp_path / "rows.jsonl")]
+    idle = ["--eval_steps", "5", "--validation_epochs", "1", "--eval_on_start"]
+    idle += ["--eval_train_samples", "3", "--max_predictions", "2"]
+    assert parse_text([*words, *idle]) == parse_text(words)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 5
+    assert all("--validation_file" in message for message in messages)
+
+
 def test_accumulation_leaves_the_batch_alone() -> None:
     """Unlike the DreamBooth script, this one has Transformers' default of 8 rows."""
     cfg = parsed("--gradient_accumulation_steps", "4")
