@@ -9,8 +9,9 @@ them. Then it is multiplied to each total norm rho, one pass is made, and for ea
 that the auxiliary makes to the layer's bf16 output is compared with s2 B2 A2 x in fp32:
 
 - changed: share of the outputs that are not equal with and without the auxiliary;
-- cosine: of the change made and the change wanted; 1 is all of the effect, the rest is rounding;
-- kept: <made, wanted> / ||wanted||^2, which is near 1 where rounding does not favour a side;
+- cosine: of the change made and the change wanted; 1 is nothing but the effect, 0 rounding alone;
+- kept: <made, wanted> / ||wanted||^2, the share that survives. The base's outputs lie on bf16's
+  grid and small changes fall back to it, but where the primary's part has moved them off it;
 - relative: ||wanted|| / ||output||, for comparison with bf16's unit roundoff of 2^-9 = 0.002.
 
 The network's output is compared in the same way, with the change that the same weights make when

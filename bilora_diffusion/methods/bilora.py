@@ -175,12 +175,11 @@ class BiLoRA(Counting):
         """
         if self._last is None:
             return {}
-        norms = {
+        return {
             "auxiliary_norm_before": float(self._last.before),
             "auxiliary_norm": float(self._last.after),
+            **self._probe.read(self.rho),
         }
-        effect = self._probe.read(self.rho)
-        return norms if effect is None else {**norms, "auxiliary_effect": effect}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

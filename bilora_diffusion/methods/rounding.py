@@ -1,15 +1,18 @@
 """What rounding leaves of the auxiliary: the change that it makes to outputs, and the one wanted.
 
 A bf16 number has 8 significant bits. A change of an output that is far smaller than its last bit
-leaves most outputs as they are and moves a few by a whole bit: right on average, but mostly noise.
-The cosine between the change made and the change wanted says how much of it is the latter: 1 is
-all, 0 is none. In fp32 it is 1 for every radius that is used, so nothing is measured there.
+leaves most outputs as they are and moves a few by a whole bit. Two figures say what comes of it:
+
+    kept    <made, wanted> / ||wanted||^2            the share of the effect that survives
+    cosine  <made, wanted> / (||made|| ||wanted||)   1: nothing but the effect, 0: rounding alone
+
+A low cosine with much kept is an effect that is right on average and noisy in each output. In fp32
+both are 1 for every radius that is used, so nothing is measured there.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -47,6 +50,11 @@ class Effect(NamedTuple):
         length = torch.linalg.vector_norm(made) * whole
         return torch.where((length == 0) & (whole > 0), 0.0, (made @ wanted) / length)
 
+    def products(self) -> Tensor:
+        """<made, wanted> and ||wanted||^2, (2,); what is kept is the ratio of their sums."""
+        wanted = self.wanted.flatten()
+        return torch.stack([self.made.flatten() @ wanted, wanted @ wanted])
+
 
 @torch.no_grad()
 def effect(layer: Any, x: Tensor) -> Effect:
@@ -80,7 +88,7 @@ class Probe:
 
     def __init__(self) -> None:
         self._hooks: dict[int, RemovableHandle] = {}
-        self._cosines: list[Tensor] = []
+        self._seen: list[Tensor] = []
         self._precision = ""
         self._warned = False
 
@@ -94,26 +102,32 @@ class Probe:
         chosen: list[Any] = [layers[i * len(layers) // count][1] for i in range(count)]
         self._hooks = {id(layer): layer.register_forward_pre_hook(self._look) for layer in chosen}
 
-    def read(self, rho: float) -> float | None:
-        """The mean cosine over the layers seen since the last call, None without any; waits for the
-        device. The first that is low is warned of.
+    def read(self, rho: float) -> dict[str, float]:
+        """For the log: what is kept of the effect over the layers seen since the last call, and the
+        mean of their cosines; {} without any. Waits for the device. The first low cosine is warned
+        of.
         """
-        cosines, self._cosines = self._cosines, []
-        known = [value for value in map(float, cosines) if not math.isnan(value)]
-        if not known:
-            return None
-        mean = sum(known) / len(known)
-        if mean < LOW and not self._warned:
+        seen, self._seen = self._seen, []
+        if not seen:
+            return {}
+        figures = torch.stack([figure.double().cpu() for figure in seen])
+        figures = figures[~figures[:, 0].isnan()]  # layers on which nothing is wanted
+        if not len(figures):
+            return {}
+        cosine, (made, wanted) = float(figures[:, 0].mean()), figures[:, 1:].sum(0).tolist()
+        kept = made / wanted
+        if cosine < LOW and not self._warned:
             self._warned = True
             logger.warning(
-                "in %s what the auxiliary changes is mostly lost in rounding: the change of the "
-                "layers' outputs has a cosine of %.2f to the one that rho %g should make; use a "
-                "larger --rho, or --mixed_precision no",
+                "in %s rounding hides what the auxiliary does to a layer's outputs: %.0f %% of the "
+                "change that rho %g should make is kept, with a cosine of %.2f; use a larger --rho,"
+                " or --mixed_precision no, for more of it",
                 self._precision,
-                mean,
+                100 * kept,
                 rho,
+                cosine,
             )
-        return mean
+        return {"auxiliary_effect": kept, "auxiliary_cosine": cosine}
 
     def _look(self, layer: Any, args: tuple[Any, ...]) -> None:
         inactive = layer.disable_adapters or AUXILIARY not in layer.active_adapters
@@ -125,7 +139,7 @@ class Probe:
         x = args[0].detach()
         seen = effect(layer, x[:1] if x.dim() > 2 else x[:ROWS])
         if seen.dtype in NARROW:
-            self._cosines.append(seen.cosine())
+            self._seen.append(torch.cat([seen.cosine()[None], seen.products()]))
             self._precision = NARROW[seen.dtype]
 
 

@@ -14,7 +14,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, AdapterSpec
 from bilora_diffusion.methods import MethodOptions, Target, create, rounding
 
-KEY = "auxiliary_effect"
+KEY, KEPT = "auxiliary_cosine", "auxiliary_effect"
 
 
 class Run:
@@ -55,14 +55,25 @@ class Run:
 def test_a_small_radius_is_lost_in_bf16_and_a_large_one_is_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    seen = {rho: [line.get(KEY) for line in Run(rho).train(6)] for rho in (1e-4, 3.0)}
+    lines = {rho: Run(rho).train(6) for rho in (1e-4, 3.0)}
+    seen = {rho: [line.get(KEY) for line in own] for rho, own in lines.items()}
     for values in seen.values():  # the passes after 1, 2 and 4 steps, never the first
         assert [value is None for value in values] == [True, False, False, True, False, True]
     assert max(value for value in seen[1e-4] if value is not None) < 0.3
     assert min(value for value in seen[3.0] if value is not None) > 0.95
+    assert [line[KEPT] for line in lines[3.0] if KEPT in line] == pytest.approx([1] * 3, abs=0.05)
     (record,) = caplog.records  # one line, of the small radius
+    assert f"{100 * lines[1e-4][1][KEPT]:.0f} %" in record.getMessage()
     for word in ("bf16", f"{seen[1e-4][1]:.2f}", "rho 0.0001", "--rho", "--mixed_precision no"):
         assert word in record.getMessage()
+
+
+def test_a_change_below_half_of_the_last_bit_is_gone_where_nothing_else_moves_the_output() -> None:
+    """The base's outputs lie on bf16's grid, and the primary is still zero."""
+    run = Run(1e-4)
+    for group in run.optimizer.param_groups:
+        group["lr"] *= group["maximize"]
+    assert run.train(2)[1][KEPT] < 0.2
 
 
 def test_in_fp32_nothing_is_lost_and_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -81,7 +92,9 @@ def test_looking_changes_no_bit(spec: dict[str, Any], monkeypatch: pytest.Monkey
     assert any(KEY in line for line in lines)
     monkeypatch.setattr(rounding.Probe, "arm", lambda *_: None)
     blind = Run(0.05, **spec)
-    assert blind.train(5) == [{k: v for k, v in line.items() if k != KEY} for line in lines]
+    assert blind.train(5) == [
+        {k: v for k, v in line.items() if k not in (KEY, KEPT)} for line in lines
+    ]
     own, other = looking.method.tensors(), blind.method.tensors()
     assert all(torch.equal(value, other[name]) for name, value in own.items())
 
@@ -114,3 +127,5 @@ def test_the_effect_of_a_layer_against_its_definition() -> None:
     assert torch.equal(seen.made, made)
     expected = nn.functional.cosine_similarity(seen.made.flatten(), seen.wanted.flatten(), dim=0)
     torch.testing.assert_close(seen.cosine(), expected)
+    made, wanted = seen.made.flatten(), seen.wanted.flatten()
+    torch.testing.assert_close(seen.products(), torch.stack([made @ wanted, wanted @ wanted]))
