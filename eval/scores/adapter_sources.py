@@ -68,6 +68,11 @@ def find(argument: str) -> Source:
             f'"{argument}" is no run folder, LoRA file or hub id (owner/name)'
             f"{did_you_mean(argument, [BASE])}: correct it."
         )
+    owner = Path(parts[0])
+    if owner.is_dir():  # a folder of ours, not an account: the hub is not asked
+        near = [f"{owner.name}/{found.name}" for found in owner.iterdir() if found.is_dir()]
+        hint = did_you_mean(repository, near)
+        raise UserError(f'there is no run folder and no file "{argument}"{hint}: correct the path.')
     return _hub(repository, weight_name or None)
 
 
@@ -129,6 +134,8 @@ def _hub(repository: str, weight_name: str | None) -> Source:
     from huggingface_hub import HfApi, ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+    # Its retries are told in a hundred lines, and what came of them in the one below.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     shown = repository if weight_name is None else f"{repository}:{weight_name}"
     if weight_name is not None and not weight_name.endswith(".safetensors"):
         raise UserError(f'"{shown}" names no .safetensors file: only such files are read.')

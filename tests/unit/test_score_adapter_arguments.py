@@ -117,6 +117,17 @@ def test_a_bad_argument_is_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "bilora").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    with pytest.raises(UserError, match=r'"runs/bilroa" \(did you mean "runs/bilora"\?\)'):
+        one("runs/bilroa")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_label_that_is_given_twice_is_refused(files: Path) -> None:
     with pytest.raises(UserError, match='label "A" is given twice'):
         parse(["A=base", f"A={files / 'unet'}"])
