@@ -53,7 +53,6 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
                 elem_id="validation-step",
                 js_on_load=STEPS_JS,
                 apply_default_css=False,
-                min_width=200,
             )
         images = gr.HTML(elem_id="validation-images", apply_default_css=False)
     step = gr.State(None)

@@ -111,6 +111,15 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """The files of a folder in another one, without checkpoints."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and "checkpoints" not in path.parts:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, copy)
+
+
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Viewer]]:
     """``start(root, *arguments)`` runs a viewer until the tests end."""

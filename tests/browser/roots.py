@@ -25,11 +25,15 @@ NEAREST = "1fa96.png"
 
 
 def make_runs(root: Path) -> None:
-    """Train ``root/lora`` and ``root/bilora`` for two steps, coarsely enough to see it."""
+    """Train ``root/lora`` and ``root/bilora`` for two steps, coarsely enough to see it.
+
+    Both leave validation images of the end, and LoRA those of the base model.
+    """
     for method in METHODS:
         AcceleratorState._reset_state()
-        values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {}
-        train.main(flags(root / method, method=method, learning_rate=0.02, **values))
+        values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {"eval_on_start": True}
+        values |= {"learning_rate": 0.02, "num_validation_images": 1}
+        train.main(flags(root / method, method=method, **values))
 
 
 def make_scores(root: Path) -> ScoresResult:

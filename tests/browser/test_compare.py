@@ -1,4 +1,4 @@
-"""The Compare tab in a browser: choosing, sorting, the slider, the keyboard, the link."""
+"""The Compare tab in a browser: validation images, scores, the slider, the keyboard, the link."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect
 from app.compare_data import arranged, rows, times_100
 from eval.records import SCORES
 from eval.scores.schema import ScoresResult
-from tests.browser.conftest import Viewer, Visit
+from tests.browser.conftest import Viewer, Visit, link_tree
 
 CARD = "#compare-cards figure.card"
 CHOSEN = "#compare-list button.prompt[aria-current]"
@@ -81,7 +81,6 @@ def test_images_side_by_side_with_scores(
         expect(card.locator(".nearest")).to_contain_text(f"1fa96.png · {times_100(image.nearest)}")
         assert card.locator(".nearest img").evaluate("image => image.naturalWidth") > 0
     assert cards.first.locator("> img").evaluate("image => image.naturalWidth") == 256
-    page.wait_for_timeout(300)
     shot(page, "compare-desktop")
 
 
@@ -117,24 +116,86 @@ def test_an_adapter_beside_itself_changes_nothing(page: Page, viewer: Viewer) ->
     expect(page.locator(CARD)).to_have_count(2)  # itself once, and the held-out picture
 
 
-def test_the_slider_can_be_dragged(page: Page, viewer: Viewer) -> None:
+def test_the_slider_goes_by_mouse_and_keyboard(page: Page, viewer: Viewer) -> None:
     opened(page, viewer)
-    slider = page.locator("#compare-slider")
-    expect(slider.locator("img")).to_have_count(2)
+    slider = page.locator("#compare-slider figure.pair")
     sources = [image.get_attribute("src") for image in slider.locator("img").all()]
-    assert sources[0] != sources[1]
-    slider.scroll_into_view_if_needed()
-    handle = slider.locator(".outer").first
-    start = handle.bounding_box()
-    assert start is not None
-    x, y = start["x"] + start["width"] / 2, start["y"] + start["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x - 90, y, steps=6)
-    page.mouse.up()
-    moved = handle.bounding_box()
-    assert moved is not None
-    assert moved["x"] == pytest.approx(start["x"] - 90, abs=15)
+    assert len(set(sources)) == 2
+    handle, clip = slider.locator("input"), slider.locator("img.over")
+    assert handle.get_attribute("aria-label") == "lora | bilora"
+    read = "image => getComputedStyle(image).clipPath"
+    handle.scroll_into_view_if_needed()
+    box = slider.locator("> div").bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + box["height"] / 2)
+    shown = float(re.findall(r"([0-9.]+)%", clip.evaluate(read))[-1])
+    assert shown == pytest.approx(25, abs=3)
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    assert float(re.findall(r"([0-9.]+)%", clip.evaluate(read))[-1]) == shown + 1
+    style = "element => getComputedStyle(element).outlineStyle"
+    assert slider.locator("> div").evaluate(style) == "solid", "it can be seen where the keys go"
+    expect(page.locator("#compare-place")).to_have_text("1 of 4")  # the keys were the slider's
+
+
+def test_images_are_enlarged_by_mouse_and_keyboard(page: Page, viewer: Viewer) -> None:
+    opened(page, viewer)
+    images, zoom = page.locator("img.zoom"), page.locator("dialog#zoom")
+    images.first.click()
+    expect(zoom).to_be_visible()
+    expect(zoom.locator("img")).to_have_attribute("src", images.first.get_attribute("src") or "")
+    page.keyboard.press("ArrowRight")
+    expect(zoom.locator("p")).to_have_text(images.nth(1).get_attribute("alt") or "")
+    page.keyboard.press("Escape")
+    expect(zoom).to_be_hidden()
+    images.nth(2).focus()
+    page.keyboard.press("Enter")
+    expect(zoom.locator("p")).to_have_text(images.nth(2).get_attribute("alt") or "")
+    zoom.get_by_role("button", name="Close").click()
+    expect(zoom).to_be_hidden()
+    expect(images.nth(2)).to_be_focused()
+
+
+def test_runs_side_by_side_before_any_scoring_then_their_scores(
+    visit: Callable[..., Visit],
+    start: Callable[..., Viewer],
+    full_root: Path,
+    tmp_path: Path,
+    shot: Callable[[Page, str], Path],
+) -> None:
+    for name in ("lora", "bilora"):
+        link_tree(full_root / name, tmp_path / name)
+    shown = tmp_path / "lora" / "validation"
+    shutil.copytree(shown / "step-0", shown / "step-1")  # as if the first step had changed nothing
+    page = visit().open(start(tmp_path).url)
+    subjects = page.locator("#validation-images section.subject")
+    expect(subjects).to_have_count(6)
+    names = ["base model", "LoRA, seed 0", "Bi-LoRA, seed 0"]
+    for at in range(6):
+        expect(subjects.nth(at).locator("figcaption")).to_have_text(names)
+        assert (
+            len({image.get_attribute("src") for image in subjects.nth(at).locator("img").all()})
+            == 3
+        )
+    expect(subjects.first.locator("h4")).to_contain_text("icon of a rabbit")
+    expect(page.locator("#validation-step output")).to_have_text("step 2")
+    page.locator("#validation-step input").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#validation-step output")).to_have_text("step 1")
+    expect(subjects.first.locator(".absent")).to_have_text("none at step 1")  # of Bi-LoRA
+    base, lora = (image.get_attribute("src") for image in subjects.first.locator("img").all())
+    assert base == lora
+    command = f"python -m eval.clip_scores {tmp_path}/lora {tmp_path}/bilora"
+    expect(page.locator("#tab-compare .command code")).to_have_text(command)
+    shot(page, "before-scoring")
+    page.evaluate("window.notReloaded = true")
+    link_tree(full_root / "scores", tmp_path / "aside")
+    (tmp_path / "aside").rename(tmp_path / "scores")
+    expect(page.locator(CARD)).to_have_count(3)
+    expect(page.locator("#compare-means")).to_contain_text("Scored images")
+    expect(subjects).to_have_count(6)
+    expect(page.locator("#validation-step output")).to_have_text("step 1")
+    assert page.evaluate("window.notReloaded")
 
 
 def test_buttons_and_keys_step_through_the_list(
@@ -149,7 +210,6 @@ def test_buttons_and_keys_step_through_the_list(
         page.keyboard.press(key)
         expect(place).to_have_text(f"{at} of 4")
         expect(page.locator(CHOSEN)).to_contain_text(order[at - 1])
-        page.wait_for_timeout(150)
     page.locator("#compare-previous").click()
     expect(place).to_have_text("1 of 4")
     expect(page.locator("#compare-prompt")).to_contain_text(order[0])
@@ -167,7 +227,6 @@ def test_keys_in_a_field_or_in_another_tab_are_left_alone(page: Page, viewer: Vi
     page.get_by_role("tab", name="Training").click()
     page.locator("#frame-title").click()
     page.keyboard.press("j")
-    page.wait_for_timeout(500)
     page.get_by_role("tab", name="Compare").click()
     expect(page.locator("#compare-place")).to_have_text("1 of 4")
 

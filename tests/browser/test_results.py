@@ -1,4 +1,4 @@
-"""The tabs that this file shares in an empty root, then a real landscape result in it."""
+"""The tab "Results": a landscape that comes while the page is open, a lost figure, text scores."""
 
 from __future__ import annotations
 
@@ -51,51 +51,30 @@ def studio(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Viewer
     return start(tmp_path_factory.mktemp("empty"))
 
 
-def test_an_empty_root_says_what_to_run(
-    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
-) -> None:
-    page = visit(phone=True).open(studio.url)
-    for tab, command in (
-        ("Vote", "python -m eval.clip_scores"),
-        ("Training", "train_dreambooth_bilora.py"),
-        ("Flatness", "python -m eval.landscape RUN RUN"),
-    ):
-        choose(page, tab)
-        notice = page.locator(f"#{tab.lower()}-notice")
-        expect(notice).to_be_visible()
-        expect(notice).to_contain_text(command)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    shot(page, "flatness-empty-phone")
-    assert not (studio.root / "votes.sqlite").exists()
-
-
 def test_figures_and_report(
     studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
 ) -> None:
-    make_landscape(studio.root / "landscape")
     look = visit()
-    page = look.open(studio.url)
-    page.evaluate("window.isOld = true")
-    page.locator("#frame-refresh").click()
-    page.wait_for_function("() => !window.isOld")
-    page.get_by_role("tab", name="Flatness").click()
-    images = page.locator("#flatness-figures img")
+    page = look.open(studio.url, "Results")
+    expect(page.locator("#results-notice")).to_contain_text("python -m eval.landscape")
+    make_landscape(studio.root / "landscape")
+    images = page.locator("#results-figures img")
     expect(images).to_have_count(2)
     for place, name in enumerate(("landscape directions", "landscape plane")):
         expect(images.nth(place)).to_have_attribute("alt", name)
         page.wait_for_function(
-            "place => document.querySelectorAll('#flatness-figures img')[place].naturalWidth > 0",
+            "place => document.querySelectorAll('#results-figures img')[place].naturalWidth > 0",
             arg=place,
         )
         size = images.nth(place).evaluate("image => [image.naturalWidth, image.naturalHeight]")
         assert size == [600, 400], "as it is in the file"
-    report = page.locator("#flatness-report")
+    report = page.locator("#results-report")
     expect(report).to_contain_text("SAM sharpness")
     expect(report.locator("table")).to_be_visible()
     assert report.locator("img").count() == 0
     assert not page.evaluate("Boolean(window.ranReport)")
     assert all(url.startswith((studio.url, "data:", "blob:")) for url in look.requests)
-    shot(page, "flatness")
+    shot(page, "results")
 
 
 def test_a_lost_figure_is_named_and_the_other_shown(
@@ -106,8 +85,21 @@ def test_a_lost_figure_is_named_and_the_other_shown(
         make_landscape(folder)
     (folder / FIGURES[1]).write_bytes(b"no picture")
     page = visit(phone=True, dark=True).open(studio.url)
-    choose(page, "Flatness")
-    expect(page.locator("#flatness-figures img")).to_have_count(1)
-    expect(page.locator("#flatness-report")).to_contain_text("landscape_plane.png can't be read")
+    choose(page, "Results")
+    expect(page.locator("#results-figures img")).to_have_count(1)
+    expect(page.locator("#results-report")).to_contain_text("landscape_plane.png can't be read")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    shot(page, "flatness-phone-dark")
+    shot(page, "results-phone-dark")
+
+
+def test_text_scores_are_shown_by_their_report(studio: Viewer, visit: Callable[..., Visit]) -> None:
+    folder = studio.root / "text_scores"
+    folder.mkdir()
+    (folder / "text_scores.json").write_text('{"schema_version": 1, "kind": "text_scores"}')
+    wide = "| a | " + "very wide " * 30 + "|\n| --- | --- |\n| gsm8k | 12.5 |\n"
+    (folder / "report.md").write_text("# Scores of texts\n\n" + wide)
+    page = visit(phone=True).open(studio.url, "Results")
+    page.locator("#results-result input").click()
+    page.get_by_role("option", name="Text scores: text_scores").click()
+    expect(page.locator("#results-report")).to_contain_text("gsm8k")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from app.charts import COLORS
 from bilora_diffusion.runlog import RunLog
 from tests.browser.conftest import Viewer, Visit
 from tests.browser.test_vote import choose
@@ -24,8 +23,11 @@ CONFIG: dict[str, Any] = {
     "rho_norm": "scaled",
     "max_train_steps": STEPS,
 }
-LINES = {"loss": 4, "heldout": 4, "norm": 3, "rate": 2}
-"""Charts and how many lines they have: one or two a run, and rho."""
+LINES = {
+    **{"loss": 4, "loss-difference": 2, "heldout": 4, "heldout-difference": 2},
+    **{"norm": 3, "rate": 2},
+}
+"""Charts and how many lines they have: one or two a run, zero, and rho."""
 
 
 def begin(folder: Path, method: str) -> RunLog:
@@ -74,40 +76,13 @@ def studio(live: RunLog, start: Callable[..., Viewer]) -> Viewer:
 
 def card(page: Page, name: str) -> Locator:
     """The card of a run."""
-    named = page.locator("b", has_text=re.compile(f"^{name}$"))
+    named = page.locator("b", has_text=re.compile(f"^{name}, seed 0$"))
     return page.locator("#training-cards li", has=named)
 
 
-def drawn(page: Page, chart: str) -> list[str]:
-    """The paths of a plot's lines, in screen units, when they have come to rest."""
-    expect(page.locator(f"#training-{chart} svg")).to_be_visible()
-    lines = page.locator(f"#training-{chart} .mark-line path")
-    read = "paths => paths.map(path => path.getAttribute('d'))"
-    found, before = [], None
-    while found != before:
-        found, before = [line for line in lines.evaluate_all(read) if line], found
-        page.wait_for_timeout(500)
-    return found
-
-
-def strokes(page: Page, chart: str) -> list[str]:
-    """The colours of a plot's lines."""
-    drawn(page, chart)
-    return page.locator(f"#training-{chart} .mark-line path").evaluate_all(
-        "lines => lines.filter(x => x.getAttribute('d')).map(x => x.getAttribute('stroke'))"
-    )
-
-
-def wait_for_change(page: Page, chart: str, before: list[str]) -> None:
-    """Wait until a plot has other lines."""
-    page.wait_for_function(
-        """([id, before]) => {
-            const lines = [...document.querySelectorAll(`#${id} .mark-line path`)];
-            const now = lines.map(line => line.getAttribute("d")).filter(Boolean);
-            return now.length && now.join() !== before.join();
-        }""",
-        arg=[f"training-{chart}", before],
-    )
+def lines(page: Page, chart: str) -> Locator:
+    """The lines of a plot."""
+    return page.locator(f"#training-{chart} svg path")
 
 
 def test_curves_on_a_phone_in_the_dark(
@@ -117,15 +92,18 @@ def test_curves_on_a_phone_in_the_dark(
     page = look.open(studio.url)
     expect(page.locator("#frame-notice")).to_contain_text("broken")
     choose(page, "Training")
-    expect(card(page, "lora")).to_contain_text(f"200 of {STEPS} steps")
-    expect(card(page, "lora")).to_contain_text("finished")
+    expect(card(page, "LoRA")).to_contain_text(f"200 of {STEPS} steps")
+    expect(card(page, "LoRA")).to_contain_text("finished")
     for chart, count in LINES.items():
-        lines = drawn(page, chart)
-        assert len(lines) == count
-        assert "NaN" not in "".join(lines)
-        box = page.locator(f"#training-{chart} svg").bounding_box()
+        expect(lines(page, chart)).to_have_count(count)
+        box = page.locator(f"#training-{chart} .area").bounding_box()
         assert box is not None
-        assert 200 < box["width"] <= 360
+        assert 150 < box["width"] <= 360
+        for name in page.locator(f"#training-{chart} .names span").all():
+            place = name.bounding_box()
+            assert place is not None
+            assert place["x"] + place["width"] <= 360
+    assert "NaN" not in page.locator("#training-plots").inner_html()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert all(url.startswith((studio.url, "data:", "blob:")) for url in look.requests)
     shot(page, "training-phone-dark")
@@ -136,12 +114,13 @@ def test_a_run_that_goes_on_is_followed(
 ) -> None:
     live.sync()  # the heartbeat
     page = visit().open(studio.url, "Training")
-    mine = card(page, "bilora")
+    mine = card(page, "Bi-LoRA")
     expect(mine).to_contain_text(f"100 of {STEPS} steps")
     expect(mine).to_contain_text("running")
     expect(mine).to_contain_text("ρ 0.05")
     page.evaluate("window.notReloaded = true")
-    before = {chart: drawn(page, chart) for chart in LINES}
+    expect(page.locator("#training-heldout-difference .names")).to_have_text("Bi-LoRA, seed 0")
+    before = lines(page, "loss").last.get_attribute("d")
 
     def train() -> None:
         for at in range(101, 201):
@@ -152,13 +131,18 @@ def test_a_run_that_goes_on_is_followed(
     writer.start()
     expect(mine).to_contain_text(f"200 of {STEPS} steps")
     writer.join()
-    for chart in LINES:
-        wait_for_change(page, chart, before[chart])
-    both = [COLORS["teal"], COLORS["orange"]]  # by path: bilora, lora
-    assert strokes(page, "loss") == [*(f"{color}77" for color in both), *both]
-    assert strokes(page, "norm")[:2] == [f"{both[0]}77", both[0]]
+    expect(lines(page, "loss").last).not_to_have_attribute("d", before or "")
+    colors = [lines(page, "loss").nth(at).get_attribute("class") for at in range(4)]
+    assert colors == ["of-1 faint", "of-0 faint", "of-1 wide", "of-0"]  # by path: bilora, lora
+    for chart in ("heldout-difference", "norm"):  # a run keeps its colour
+        expect(page.locator(f"#training-{chart} .names", has_text="Bi-LoRA")).to_be_visible()
+        expect(page.locator(f"#training-{chart} .names .of-0")).to_have_text("Bi-LoRA, seed 0")
     shot(page, "training")
 
+    live.doing("validation images")
+    expect(mine.locator(".state")).to_have_text("validation images")
+    live.doing("training")
+    expect(mine.locator(".state")).to_have_text("running")
     with (live.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 201, "lo')  # a kill leaves a torn line
     live.fail("the loss at step 201 is not finite: lower --learning_rate")
@@ -171,11 +155,10 @@ def test_a_run_that_goes_on_is_followed(
 def test_runs_are_chosen(studio: Viewer, visit: Callable[..., Visit]) -> None:
     page = visit().open(studio.url, "Training")
     expect(page.locator("#training-cards li")).to_have_count(2)
-    expect(page.locator("#training-norm svg")).to_be_visible()
-    before = drawn(page, "loss")
-    names = page.locator("#training-cards b").all_inner_texts()
-    page.get_by_role("button", name=f"Remove {names.index('bilora')}").click()
+    expect(page.locator("#training-norm")).to_be_visible()
+    page.get_by_role("button", name="Remove 1").click()  # LoRA stands first
     expect(page.locator("#training-cards li")).to_have_count(1)
-    expect(page.locator("#training-norm")).to_be_hidden()  # LoRA has no auxiliary
-    wait_for_change(page, "loss", before)
-    assert strokes(page, "loss") == [COLORS["orange"] + "77", COLORS["orange"]]
+    for chart in ("norm", "loss-difference", "heldout-difference"):
+        expect(page.locator(f"#training-{chart}")).to_have_count(0)
+    expect(page.locator("#training-loss .names")).to_have_text("LoRA, seed 0")
+    expect(lines(page, "loss").first).to_have_class("of-1 faint")

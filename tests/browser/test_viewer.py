@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -12,9 +12,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import Viewer, Visit
+from tests.browser.conftest import Viewer, Visit, link_tree
 
-TABS = ("Compare", "Generate", "Vote", "Training", "Flatness")
 SECRET = "nobody may read this"
 CONTENTS = (SECRET, "root:x:", "schema_version", "[project]")
 """Words of the files that are asked for below."""
@@ -28,7 +27,7 @@ def odd_root(tmp_path_factory: pytest.TempPathFactory, full_root: Path) -> Path:
     root = place / "root"
     root.mkdir()
     for name in ("lora", "scores"):
-        _copy(full_root / name, root / name)
+        link_tree(full_root / name, root / name)
     (root / "broken").mkdir()
     (root / "broken" / "run.json").write_text("{", encoding="utf-8")
     (root / "link.txt").symlink_to(place / "secret.txt")
@@ -38,14 +37,6 @@ def odd_root(tmp_path_factory: pytest.TempPathFactory, full_root: Path) -> Path:
     stolen.unlink()
     stolen.symlink_to(place / "secret.txt")
     return root
-
-
-def _copy(source: Path, target: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        if path.is_file() and "checkpoints" not in path.parts:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, copy)
 
 
 @pytest.fixture(scope="module")
@@ -140,24 +131,43 @@ def test_an_image_that_leads_out_of_the_root_is_not_shown(
     expect(page.locator("#compare-slider img")).to_have_count(0)
 
 
-def test_an_empty_root_says_what_to_run(
+def test_an_empty_root_says_what_to_run_and_shows_what_comes(
     tmp_path: Path, start: Callable[..., Viewer], visit: Callable[..., Visit], shot: Callable
 ) -> None:
     viewer = start(tmp_path)
-    page = visit().open(viewer.url)
-    notice = page.locator("#frame-notice")
-    for command in ("make demo", "python -m eval.clip_scores", "python -m app.viewer"):
-        expect(notice).to_contain_text(command)
-    for tab in TABS:
+    page = visit(phone=True).open(viewer.url)
+    for tab, command in (
+        ("Compare", f"python -m bilora_diffusion.demo --output_dir {tmp_path}"),
+        ("Generate", f"python -m bilora_diffusion.demo --output_dir {tmp_path}"),
+        ("Vote", f"python -m eval.clip_scores {tmp_path}/lora {tmp_path}/bilora"),
+        ("Training", "accelerate launch train_dreambooth_bilora.py"),
+        ("Results", f"python -m eval.landscape {tmp_path}/lora {tmp_path}/bilora"),
+    ):
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(200)
+        notice = page.locator(f"#tab-{tab.lower()} section.empty")
+        expect(notice).to_contain_text(command)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
         expect(page.get_by_test_id("toast-body")).to_have_count(0)
     shot(page, "empty-root")
-    # A run that has come meanwhile is there after Refresh.
+    assert not (tmp_path / "votes.sqlite").exists()
+    page.evaluate("window.notReloaded = true")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "run.json").write_text("{", encoding="utf-8")
-    page.locator("#frame-refresh").click()
     expect(page.locator("#frame-notice")).to_contain_text("1 folder is not shown")
+    assert page.evaluate("window.notReloaded")
+
+
+def test_the_tab_is_in_the_address(viewer: Viewer, visit: Callable[..., Visit]) -> None:
+    page = visit().open(f"{viewer.url}/?tab=training")
+    chosen = page.locator("#frame-tabs [role=tab][aria-selected=true]")
+    expect(chosen).to_have_text("Training")
+    page.get_by_role("tab", name="Vote").click()
+    expect(page).to_have_url(re.compile("tab=vote"))
+    page.go_back()
+    expect(chosen).to_have_text("Training")
+    expect(page).to_have_url(re.compile("tab=training"))
+    page.go_forward()
+    expect(chosen).to_have_text("Vote")
 
 
 def test_nothing_is_asked_of_others(viewer: Viewer, visit: Callable[..., Visit]) -> None:
@@ -166,35 +176,70 @@ def test_nothing_is_asked_of_others(viewer: Viewer, visit: Callable[..., Visit])
     visitor.page.on("console", lambda message: refused.append(message.text))
     page = visitor.open(viewer.url)
     page.locator("#compare-cards img").first.wait_for()
-    for tab in TABS:
+    for tab, there in FILLED.items():
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(500)
+        expect(page.locator(there).first).to_be_visible()
     own = ("data:", "blob:", viewer.url)
     assert [address for address in visitor.requests if not address.startswith(own)] == []
     assert len(visitor.requests) > 10
     assert [text for text in refused if "Content Security Policy" in text] == []
 
 
-def test_a_phone_and_the_dark(
-    viewer: Viewer, visit: Callable[..., Visit], shot: Callable[..., Path]
+CONTRAST = """() => {
+  const parts = (color) => color.match(/[0-9.]+/g).map(Number);
+  const channel = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) =>
+    0.2126 * channel(r / 255) + 0.7152 * channel(g / 255) + 0.0722 * channel(b / 255);
+  const over = ([r, g, b, a = 1], below) => [r, g, b].map((x, at) => a * x + (1 - a) * below[at]);
+  const behind = (element) => {
+    if (!element) return [255, 255, 255];
+    const own = parts(getComputedStyle(element).backgroundColor);
+    return own.length < 4 || own[3] === 1 ? own : over(own, behind(element.parentElement));
+  };
+  const low = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const text = texts.currentNode.textContent.trim(), element = texts.currentNode.parentElement;
+    if (!text || element.closest("script, style, :disabled")) continue;
+    if (!element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    const back = behind(element), ink = over(parts(getComputedStyle(element).color), back);
+    const [dark, bright] = [light(ink), light(back)].sort((a, b) => a - b);
+    const ratio = (bright + 0.05) / (dark + 0.05);
+    if (ratio < 4.5) low.push(`${ratio.toFixed(2)}: ${text.slice(0, 40)} (${element.className})`);
+  }
+  return low;
+}"""
+"""Visible text whose contrast with what lies behind it is below WCAG's 4.5."""
+FILLED = {
+    "Compare": "#compare-cards figure.card img",
+    "Generate": "#generate-a input",
+    "Vote": "#vote-start",
+    "Training": "#training-plots figure.plot",
+    "Results": "#tab-results section.empty",
+}
+"""What is there when a tab has been filled."""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("phone", [False, True])
+def test_every_tab_is_readable_and_fits(
+    viewer: Viewer,
+    visit: Callable[..., Visit],
+    shot: Callable[..., Path],
+    phone: bool,
+    dark: bool,
 ) -> None:
-    for name, phone, query in (
-        ("phone", True, ""),
-        ("phone-dark", True, "/?__theme=dark"),
-        ("dark", False, "/?__theme=dark"),
-    ):
-        page = visit(phone=phone).open(viewer.url + query)
-        page.locator("#compare-cards img").first.wait_for()
-        for tab in TABS:
-            page.get_by_role("tab", name=tab).click()
-            page.wait_for_timeout(600)
-            widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-            assert widths[0] <= widths[1], (name, tab, widths)
-            expect(page.get_by_test_id("toast-body")).to_have_count(0)
-            shot(page, f"{tab.lower()}-{name}")
-        ink = page.locator("#frame-title h1").evaluate("element => getComputedStyle(element).color")
-        light = sum(int(part) for part in ink[4:-1].split(",")) > 3 * 128
-        assert light is ("dark" in name), ink
+    page = visit(phone=phone, dark=dark).open(viewer.url)
+    for tab, there in FILLED.items():
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(there).first).to_be_visible()
+        widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        assert widths[0] <= widths[1], (tab, widths)
+        assert page.evaluate(CONTRAST) == [], tab
+        expect(page.get_by_test_id("toast-body")).to_have_count(0)
+        shot(page, f"{tab.lower()}{'-phone' * phone}{'-dark' * dark}")
+    ink = page.locator("#frame-title h1").evaluate("element => getComputedStyle(element).color")
+    assert (sum(int(part) for part in ink[4:-1].split(",")) > 3 * 128) == dark, ink
 
 
 def test_it_listens_on_this_machine_alone(viewer: Viewer) -> None:
