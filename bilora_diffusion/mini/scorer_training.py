@@ -230,7 +230,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = ScorerSettings(steps=arguments.steps, batch_size=arguments.batch_size)
     vae = cast(
         AutoencoderKL,
-        AutoencoderKL.from_pretrained(pipeline_dir() / "vae", torch_dtype=torch.float),
+        AutoencoderKL.from_pretrained(pipeline_dir() / "vae", dtype=torch.float),
     )
     path = output / f"pictures-{arguments.seed}.npz"
     pictures = gather_pictures(icon_set, train + heldout, vae, path, arguments.seed)

@@ -37,7 +37,7 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """The script in a process of its own, optionally behind a launcher."""
 
     def run(
-        argv: Sequence[str], launcher: Sequence[str] = (), timeout: float = 280
+        argv: Sequence[str], launcher: Sequence[str] = (), timeout: float = 840
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *launcher, str(SCRIPT), *argv],

@@ -231,7 +231,7 @@ def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        tiny, torch_dtype=torch.bfloat16, add_watermarker=False
+        tiny, dtype=torch.bfloat16, add_watermarker=False
     )
     assert isinstance(pipeline.scheduler, EulerDiscreteScheduler)
     assert pipeline.vae.config.scaling_factor == 0.13025

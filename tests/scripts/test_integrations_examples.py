@@ -44,7 +44,7 @@ def start(name: str, *argv: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
-        timeout=280,
+        timeout=840,
     )
 
 

@@ -228,7 +228,7 @@ def test_the_script_itself_exits_with_2(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
         check=False,
-        timeout=280,
+        timeout=840,
     )
     assert said.returncode == 2
     assert said.stderr.startswith("error: ")

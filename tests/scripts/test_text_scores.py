@@ -90,7 +90,7 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stderr
     found = TextScores.read(out)

@@ -187,7 +187,7 @@ def test_the_ball_over_two_processes(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=250,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr

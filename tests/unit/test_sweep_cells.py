@@ -27,7 +27,7 @@ folder.mkdir(exist_ok=True)
 (folder / "pid").write_text("running")
 print("hello", " ".join(sys.argv[1:]), flush=True)
 if "--sleep" in sys.argv:
-    time.sleep(60)
+    time.sleep(600)
 if "--wait" in sys.argv:
     while not (folder.parent / "go").exists():
         time.sleep(0.01)
@@ -102,14 +102,16 @@ def test_the_states_of_a_folder(tmp_path: Path) -> None:
 
 
 def until(file: Path) -> None:
-    patience = time.monotonic() + 250  # a busy machine may take long to start a process
+    patience = time.monotonic() + 500  # a busy machine may take long to start a process
     while not file.exists() and time.monotonic() < patience:
         time.sleep(0.01)
     assert file.exists()
 
 
-def sweep_process(runner: Runner, *flags: str) -> subprocess.Popen[bytes]:
-    """The runner with one cell, in a process of its own."""
+def sweep_process(
+    runner: Runner, *flags: str, sigint: signal.Handlers = signal.SIG_DFL
+) -> subprocess.Popen[bytes]:
+    """The runner with one cell, in a process of its own, whatever the tests themselves ignore."""
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -126,13 +128,22 @@ def sweep_process(runner: Runner, *flags: str) -> subprocess.Popen[bytes]:
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),
     )
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_cell_too(runner: Runner, end: signal.Signals) -> None:
-    process = sweep_process(runner, "--sleep")
+@pytest.mark.parametrize(
+    ("end", "sigint"),
+    [
+        (signal.SIGINT, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
+    ],
+)
+def test_an_interrupt_ends_the_cell_too(
+    runner: Runner, end: signal.Signals, sigint: signal.Handlers
+) -> None:
+    process = sweep_process(runner, "--sleep", sigint=sigint)
     until(runner.runs_dir / "a" / "pid")
     process.send_signal(end)
     process.communicate()
@@ -142,7 +153,6 @@ def test_an_interrupt_ends_the_cell_too(runner: Runner, end: signal.Signals) -> 
     assert cells.state(runner.runs_dir / "a") == "begun"
 
 
-@pytest.mark.timeout(600)
 def test_a_cell_that_outlived_its_sweep_is_waited_for(runner: Runner) -> None:
     first = sweep_process(runner, "--wait")
     until(runner.runs_dir / "a" / "pid")
