@@ -61,11 +61,11 @@ def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Models) -> Non
         for number, work in enumerate(works, start=1):
             threads.append(threading.Thread(target=work.run, args=(models,)))
             threads[-1].start()
-            assert work.news.get(timeout=10) == ("wait", number)
+            assert work.news.get(timeout=120) == ("wait", number)
         works[0].stop.set()
-        assert works[0].news.get(timeout=10) == ("stopped", "Cancelled.")
+        assert works[0].news.get(timeout=120) == ("stopped", "Cancelled.")
         for number, work in enumerate(works[1:], start=1):
-            assert work.news.get(timeout=10) == ("wait", number)
+            assert work.news.get(timeout=120) == ("wait", number)
     for thread in threads:
         thread.join(60)
     for work in works[1:]:
