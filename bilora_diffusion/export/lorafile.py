@@ -113,6 +113,8 @@ def inspect(file: str | Path) -> LoraFile:
     path = Path(file)
     keys, entries, metadata = _read(path)
     down = [entry for entry in entries if entry.kind in DOWN]
+    if flat := [entry.key for entry in down if not entry.shape]:
+        raise UserError(f"{path} has a number where {flat[0]} should be a matrix; write it again.")
     if not down:
         raise UserError(f"{path} holds no LoRA among its {len(keys)} tensors; name a LoRA file.")
     config = adapter_config(path, metadata)
@@ -121,7 +123,7 @@ def inspect(file: str | Path) -> LoraFile:
     for entry in down:
         ranks[entry.model].add(entry.shape[0])
         if "lora_alpha" in config[entry.model]:
-            alphas[entry.model].add(float(config[entry.model]["lora_alpha"]))
+            alphas[entry.model].add(_alpha(path, config[entry.model]["lora_alpha"]))
     for entry in entries:
         if entry.alpha is not None:
             alphas[entry.model].add(entry.alpha)
@@ -160,7 +162,10 @@ def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
                     alpha = _number(path, content, key) if is_alpha else None
                     entries.append(_entry(key, match, part, alpha))
             return keys, entries, dict(content.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except UserError:
+        raise
+    # All but the first two: types of numbers that torch lacks.
+    except (SafetensorError, OSError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); write or download it again."
         ) from error
@@ -169,9 +174,18 @@ def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
 def _number(path: Path, content: Any, key: str) -> float:
     """A tensor of one element; torch is imported only for types that numpy lacks."""
     if content.get_slice(key).get_dtype() in ("F16", "F32", "F64", "I64", "I32"):
-        return content.get_tensor(key).item()
+        return _alpha(path, content.get_tensor(key).item())
     with safe_open(path, framework="pt") as same:
-        return same.get_tensor(key).item()
+        return _alpha(path, same.get_tensor(key).item())
+
+
+def _alpha(path: Path, value: Any) -> float:
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{path} has an alpha that is no number ({error}); write it again."
+        ) from error
 
 
 def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> _Entry:
@@ -209,10 +223,12 @@ def adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, 
         described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
         own = json.loads(beside.read_text()) if has_own_file else {}
         config: dict[str, dict[str, Any]] = defaultdict(dict, {"model": dict(own)})
-        for key, value in dict(described).items():
+        if not isinstance(described, dict):
+            raise TypeError("it is no mapping")
+        for key, value in described.items():
             model, dot, name = key.rpartition(".")
             config[model if dot else "model"][name] = value
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise UserError(
             f"The adapter configuration of {path} can't be read ({error}); write the file again."
         ) from error
