@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters import AUXILIARY, LoraLayer
+from ..errors import is_main_process
 
 LAYERS = 8
 """How many layers are looked at, evenly spaced."""
@@ -116,7 +117,7 @@ class Probe:
             return {}
         cosine, (made, wanted) = float(figures[:, 0].mean()), figures[:, 1:].sum(0).tolist()
         kept = made / wanted
-        if cosine < LOW and not self._warned:
+        if cosine < LOW and not self._warned and is_main_process():
             self._warned = True
             logger.warning(
                 "in %s rounding hides what the auxiliary does to a layer's outputs: %.0f %% of the "
