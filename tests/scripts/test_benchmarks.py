@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -291,3 +292,20 @@ def test_a_disk_that_is_too_small_is_refused(
     with pytest.raises(errors.UserError, match=r"takes 6\.9 GB and .* has 1\.0 GB free"):
         make.main([str(tmp_path / "new")])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_bf16_rounding_tells_small_radii_from_large_ones(tmp_path: Path) -> None:
+    done = script(
+        *("bf16_rounding.py", "--shapes", "mini", "--rho", "0.01", "20", "--train_steps", "1"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "mini.json").read_text())
+    assert (tmp_path / "mini.md").read_text() == done.stdout
+    small, large = ({k: statistics.median(v) for k, v in at.items()} for at in result["by_layer"])
+    assert result["layers"] == 56
+    for figure, limit in (("changed", 0.5), ("cosine", 0.5), ("kept", 0.95)):
+        assert small[figure] < limit < large[figure]
+    assert large["relative"] == pytest.approx(2000 * small["relative"], rel=0.2)
+    assert result["network"][0]["cosine"] < result["network"][1]["cosine"]
