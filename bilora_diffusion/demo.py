@@ -20,6 +20,7 @@ from PIL.Image import Image
 from . import runlog, train
 from .data.sources import open_images
 from .errors import TrainingError, UserError, run_cli
+from .interruption import ends_in
 from .methods import get
 from .sampling import generate
 from .tasks.pipeline import MINI, load_pipeline
@@ -44,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of both runs")
     args, flags = parser.parse_known_args(argv)
-    return run_cli(lambda: demo(args.output_dir, args.seed, args.config, flags))
+
+    def work() -> None:
+        with ends_in("interrupted: the same command starts the demo anew"):
+            demo(args.output_dir, args.seed, args.config, flags)
+
+    return run_cli(work)
 
 
 def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:

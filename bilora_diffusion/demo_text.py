@@ -18,6 +18,7 @@ from typing import Any
 
 from . import runlog, train_text
 from .errors import run_cli
+from .interruption import ends_in
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "gsm_symbolic.yaml"
 SHORT = ("--max_eval_samples", "16", "--max_predictions", "6", "--eval_on_start")
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("demo-text"))
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the run")
     args, flags = parser.parse_known_args(argv)
-    return run_cli(lambda: demo(args.output_dir, args.config, flags))
+
+    def work() -> None:
+        with ends_in("interrupted: the same command starts the demo anew"):
+            demo(args.output_dir, args.config, flags)
+
+    return run_cli(work)
 
 
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:

@@ -6,12 +6,13 @@ at once. Before the first step there is nothing to save, so that the first one d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,6 +75,15 @@ class Interruption:
             if is_main_process():  # not by print, which may itself have been interrupted
                 line = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
                 os.write(2, line.encode())
+
+
+@contextlib.contextmanager
+def ends_in(said: str) -> Iterator[None]:
+    """Within the context an interruption says ``said``, whatever ran says of itself."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(said, getattr(stop, "number", signal.SIGINT)) from None
 
 
 def farewell(

@@ -15,11 +15,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from tqdm import tqdm
 
 from bilora_diffusion.durable import dump_json, write_text
@@ -199,10 +201,23 @@ def _run_to_end(command: Sequence[str], log: IO[bytes]) -> int:
         raise
 
 
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
+    gone = (ProcessLookupError, psutil.Error)
+    with contextlib.suppress(*gone, subprocess.TimeoutExpired, KeyboardInterrupt):
+        launched = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(PATIENCE_SECONDS)
+        # The launcher ends at once, what it launched after a step and a checkpoint.
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while any(map(_alive, launched)) and time.monotonic() < patience:
+            time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):  # also what the launcher has left behind
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from ..data.images import Plan, apply, plan, resized
 from ..data.order import SampleOrder
 from ..data.seeds import digest_texts, generator
 from ..errors import UserError
+from ..interruption import SIGNALS
 
 Slots = tuple[int, tuple[int, ...]]
 MAX_CACHED = 2000
@@ -108,6 +110,7 @@ class VisitStream:
             batch_size=None,
             shuffle=False,
             num_workers=0 if lazy else self.cfg.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
         )
         yield from zip(schedule, loader, strict=True)
 
@@ -128,6 +131,12 @@ class VisitStream:
         )
         caption = self.caption(sample) if kind == "instance" else self.cfg.class_prompt
         return Visit(images, self.cfg, kind, sample, slot, chosen, size, caption)
+
+
+def ignore_signals(_: int) -> None:
+    """In a process that reads images: Ctrl-C reaches it too, and the run's own process ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Visits(Dataset):

@@ -6,10 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from bilora_diffusion import interruption
+from bilora_diffusion import demo, interruption
+from bilora_diffusion.errors import Interrupted
 from bilora_diffusion.interruption import Interruption, command_line, resuming
 
 
@@ -70,6 +72,20 @@ def test_outside_of_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_demo_ends_and_says_what_the_same_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        trained.append(None)
+        raise Interrupted("go on with something else", signal.SIGTERM)
+
+    trained: list[None] = []
+    monkeypatch.setattr(demo.train, "main", interrupted)
+    assert demo.main(["--output_dir", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert len(trained) == 1
+    assert "the same command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
