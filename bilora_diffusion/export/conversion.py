@@ -49,10 +49,10 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
     """
     files = lora_files(Path(source))
     contents = joined([read(file) for file in files])
-    stem = _stem(files[0])
-    if output is None:
-        return write(contents, to, _beside(Path(source), files[0], to), stem)
-    return write(contents, to, Path(output), stem)
+    source, file = Path(source), files[0]
+    stem = _stem(source / WEIGHTS if len(files) > 1 else file)
+    place = _beside(source, file, to, stem) if output is None else Path(output)
+    return write(contents, to, place, stem)
 
 
 def joined(several: list[Contents]) -> Contents:
@@ -61,12 +61,11 @@ def joined(several: list[Contents]) -> Contents:
     return Contents(parts, several[0].metadata, several[0].base_model)
 
 
-def _beside(source: Path, file: Path, to: str) -> Path:
+def _beside(source: Path, file: Path, to: str, stem: str) -> Path:
     """A name of its own beside the source."""
     folder = source if source.is_dir() else source.parent
     if to == "kohya" and file.name == FILE_NAME:
         return folder / kohya_file_name(folder)
-    stem = _stem(file)
     return folder / (f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors")
 
 
@@ -226,16 +225,23 @@ def _plain_name(layer: Layer) -> str:
 
 def _difference(one: Layer, other: Layer) -> float:
     """The relative difference of the products, or of the magnitudes where that is larger."""
-    pairs = [(_product(one), _product(other))]
-    if one.magnitude is not None and other.magnitude is not None:
-        pairs.append((one.magnitude.double().flatten(), other.magnitude.double().flatten()))
-    if (one.magnitude is None) != (other.magnitude is None) or pairs[0][0].shape != pairs[0][
-        1
-    ].shape:
+    fit = one.A.shape[1:].numel() == other.A.shape[1:].numel() and len(one.B) == len(other.B)
+    if (one.magnitude is None) != (other.magnitude is None) or not fit:
         return float("inf")
-    gaps = [(a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny) for a, b in pairs]
-    return max(map(float, gaps))
+    (B, A), (C, D) = _factors(one), _factors(other)
+    # Factors whose product nearly cancels (an init's that was hardly trained) leave rounding alone.
+    size = max(_norm(B, A), 1e-7 * float(B.norm() * A.norm()))
+    gaps = [(_norm(torch.cat((B, -C), 1), torch.cat((A, D))), size)]
+    if one.magnitude is not None and other.magnitude is not None:
+        m, n = (side.double().flatten() for side in (one.magnitude, other.magnitude))
+        gaps.append((float((m - n).norm()), float(m.norm())))
+    return max(gap / max(size, torch.finfo(torch.float64).tiny) for gap, size in gaps)
 
 
-def _product(layer: Layer) -> Tensor:
-    return layer.B.double().flatten(1) @ layer.A.double().flatten(1)
+def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
+    return layer.B.double().flatten(1), layer.A.double().flatten(1)
+
+
+def _norm(B: Tensor, A: Tensor) -> float:
+    """||B @ A||_F of (m, r) and (r, n) without the product: R_B @ R_A^T has the same."""
+    return float((torch.linalg.qr(B, "r").R @ torch.linalg.qr(A.T, "r").R.T).norm())

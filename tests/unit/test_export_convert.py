@@ -67,6 +67,7 @@ def test_around_all_formats(folder: Path, tmp_path: Path) -> None:
     peft = convert(kohya, "peft", tmp_path / "peft")
     assert {p.name for p in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
     assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
+    assert convert(peft, "kohya").name == "peft-kohya.safetensors"
     one = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
     assert set(inspect(one).layers) == {"text_encoder_2"}  # PEFT's keys do not say which
     metadata = inspect(tmp_path / "a.safetensors").metadata
