@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.mini import heldout_dir
+from bilora_diffusion.text_file import is_file, is_folder
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 GENERAL = "general"
@@ -65,7 +66,10 @@ def read(source: str | Path, column: str | None = None) -> list[Prompt]:
     path = FOLDER / f"{name}.txt" if is_shipped else Path(source).expanduser()
     lines = _lines(path, name)
     if path.suffix.lower() == ".csv":
-        rows = list(_csv_prompts(path, lines, column or "prompt"))
+        try:
+            rows = list(_csv_prompts(path, lines, column or "prompt"))
+        except csv.Error as error:
+            raise UserError(f"{name} is no CSV ({error}): correct its quotes.") from error
     elif column is not None:
         raise UserError(
             f'{name} is not a CSV and has no column "{column}": drop the column, or give a CSV.'
@@ -80,9 +84,11 @@ def read(source: str | Path, column: str | None = None) -> list[Prompt]:
 
 
 def _lines(path: Path, name: str) -> list[str]:
-    if path.is_dir():
+    if is_folder(path):
         raise UserError(f"{name} is a folder: name a text file or a CSV with prompts.")
     try:
+        if path.exists() and not is_file(path):
+            raise UserError(f"{name} is a device or a pipe: name a text file or a CSV.")
         data = path.read_bytes()
     except FileNotFoundError as error:
         known = shipped()

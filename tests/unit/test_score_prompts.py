@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,7 @@ REFUSED = {
     "zero.txt": (b"a cat\na\0b\n", None, "line 2 .* zero byte"),
     "twice.txt": (b"a cat\n\na dog\na cat\n", None, 'lines 1 and 4 .* "a cat"'),
     "column.txt": (b"a cat\n", "caption", 'no column "caption"'),
+    "large.csv": (b"prompt\n" + b"x" * 200_000, None, "field larger than field limit"),
     "empty.csv": (b"", None, "is empty: write a header"),
     "header.csv": (b"prompt\n", None, "holds no prompt"),
     "column.csv": (b"promt,id\na cat,1\n", None, r'"prompt" \(did you mean "promt"\?\).*promt, id'),
@@ -140,3 +142,8 @@ def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "gone.csv")
     with pytest.raises(UserError, match="is a folder"):
         read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="a pipe"):
+        read(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="name too long"):
+        read("x" * 300)

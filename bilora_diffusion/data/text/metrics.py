@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
 from ...errors import UserError, did_you_mean
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+
+MOST_DIGITS = 1000
 
 
 def score(
@@ -68,8 +71,10 @@ def answer_after(text: str, marker: str | None) -> str | None:
     numbers = NUMBER.findall(line)
     words = re.sub(r"[\s$€£%.,]", "", NUMBER.sub("", line))
     if len(numbers) == 1 and not words:
-        value = Decimal(numbers[0].replace(",", "")).normalize()
-        return f"{value + 0:f}"  # no exponent, and no negative zero
+        with suppress(ArithmeticError):  # an exponent beyond all range: the line as it stands
+            value = Decimal(numbers[0].replace(",", "")).normalize()
+            if abs(value.adjusted()) < MOST_DIGITS:
+                return f"{value + 0:f}"  # no exponent, and no negative zero
     return line.rstrip(".")
 
 
