@@ -157,7 +157,8 @@ def test_runs_are_chosen(studio: Viewer, visit: Callable[..., Visit]) -> None:
     page = visit().open(studio.url, "Training")
     expect(page.locator("#training-cards li")).to_have_count(2)
     expect(page.locator("#training-norm")).to_be_visible()
-    page.get_by_role("button", name="Remove 1").click()  # LoRA stands first
+    token = page.locator("#training-runs .token", has_text="Bi-LoRA")
+    token.get_by_role("button").click()
     expect(page.locator("#training-cards li")).to_have_count(1)
     for chart in ("norm", "loss-difference", "heldout-difference"):
         expect(page.locator(f"#training-{chart}")).to_have_count(0)
