@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,11 @@ def require_paired(folders: Sequence[Path]) -> int:
         [row["digest"] for row in runlog.read_metrics(folder) if "digest" in row]
         for folder in folders
     ]
-    for step, seen in enumerate(zip(*digests, strict=True), start=1):
+    for step, seen in enumerate(zip_longest(*digests), start=1):
         if len(set(seen)) != 1:
             raise TrainingError(
                 f"the runs {', '.join(map(str, folders))} saw different inputs at step {step}:"
-                " train them with the same seed, data and batch size."
+                " train them with the same seed, data, batch size and number of steps."
             )
     return len(digests[0])
 

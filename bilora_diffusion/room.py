@@ -74,7 +74,7 @@ def needs(trainer: Any) -> int:
     """Bytes that a run still writes, roughly: checkpoints, exported file, images, snapshots.
 
     Args:
-        trainer: a `loop.Trainer`, at its present step.
+        trainer: a `trainer.Trainer`, at its present step.
     """
     cfg, method = trainer.cfg, trainer.method
     ahead = trainer.num_steps - trainer.step

@@ -22,11 +22,12 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from . import checkpoint, console, engines, failing, interruption, publish, room, runlog
 from .config import TextConfig
 from .errors import UserError
-from .loop import Trainer, fit
+from .loop import fit
 from .methods import MethodOptions, create, get
 from .stepping import Schedule, total_steps
 from .tasks.base import Task
 from .tasks.pipeline import quiet
+from .trainer import Trainer
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)

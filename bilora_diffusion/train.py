@@ -26,7 +26,6 @@ from .export import (
     training_facts,
     verify,
 )
-from .loop import Trainer
 from .methods import get
 from .quantize import quantize_nf4
 from .running import DTYPES, Script
@@ -34,6 +33,7 @@ from .tasks.class_images import ensure_class_images
 from .tasks.dreambooth import DreamBooth
 from .tasks.pipeline import load_pipeline
 from .tasks.visits import VisitStream
+from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from . import running
 from .config import TextConfig, parse_text
 from .errors import UserError
 from .export import save_adapter, save_models, verify_adapter
-from .loop import Trainer
 from .methods import get
 from .quantize import quantize_nf4
 from .running import DTYPES, Script
@@ -27,6 +26,7 @@ from .tasks.text import NAME, TextTask
 from .tasks.text_models import open_text_model
 from .tasks.text_rows import encode_rows, open_rows
 from .text_card import write_text_card
+from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from bilora_diffusion.data.order import SampleOrder
 from bilora_diffusion.data.seeds import seed_of
 from bilora_diffusion.data.text.collate import collate
 from bilora_diffusion.integrations import use_bilora
-from bilora_diffusion.loop import Trainer as Loop
 from bilora_diffusion.loop import fit
 from bilora_diffusion.methods import create
 from bilora_diffusion.running import method_options
 from bilora_diffusion.train_text import build_task
+from bilora_diffusion.trainer import Trainer as Loop
 from tests.unit.trainers import losses, settings, tiny_llm
 
 pytest.importorskip("trl")

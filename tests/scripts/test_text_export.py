@@ -20,8 +20,8 @@ from transformers import (
 
 from bilora_diffusion import runlog, running, train_text
 from bilora_diffusion.data.text.collate import collate
-from bilora_diffusion.loop import Trainer
 from bilora_diffusion.tasks.base import inference
+from bilora_diffusion.trainer import Trainer
 from tests.unit.text_builders import (
     KINDS,
     SAVERS,

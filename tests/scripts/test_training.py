@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bilora_diffusion import loop, runlog, running
+from bilora_diffusion import runlog, running, trainer
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import inspect
 from bilora_diffusion.tasks.dreambooth import DreamBoothModule
@@ -198,8 +198,8 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
         return build_optimizer(dataclasses.replace(cfg, mixed_precision="fp16"), groups)
 
     build, whole = running.build_accelerator, DreamBoothModule.forward
-    build_optimizer = loop.build_optimizer
-    monkeypatch.setattr(loop, "build_optimizer", optimizer)
+    build_optimizer = trainer.build_optimizer
+    monkeypatch.setattr(trainer, "build_optimizer", optimizer)
     monkeypatch.setattr(running, "build_accelerator", with_scaler)
     monkeypatch.setattr(DreamBoothModule, "forward", forward)
     shared = {"gradient_accumulation_steps": 1, "max_train_steps": 14}
@@ -210,7 +210,7 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
     assert all(torch.isfinite(value).all() for value in weights(folder).values())
     calls.clear()
     spoilt = set(range(2, 100))
-    with pytest.raises(TrainingError, match=f"step {2 + loop.SPOILT_STEPS + 1} is not finite"):
+    with pytest.raises(TrainingError, match=f"step {2 + trainer.SPOILT_STEPS + 1} is not finite"):
         train(tmp_path / "all", **shared)
     assert runlog.read_run(tmp_path / "all")["status"] == "failed"
 
