@@ -145,9 +145,9 @@ class _Tab:
         """Fill the tab when the page is loaded, by the link's query if there is one."""
         return self._opened(dict(request.query_params))
 
-    def again(self, query: str) -> list[Any]:
+    def again(self, query: str | None) -> list[Any]:
         """The same view where the folders have changed; the first one where there was none."""
-        return self._opened(dict(parse_qsl(query.removeprefix("?"))), quiet=True)
+        return self._opened(dict(parse_qsl((query or "").removeprefix("?"))), quiet=True)
 
     def change_scores(self, path: str) -> list[Any]:
         """Another score folder."""
