@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion import runlog
+from bilora_diffusion.durations import duration
 from bilora_diffusion.errors import UserError
 
 from . import commands, readers
@@ -17,7 +18,7 @@ from .catalog import Catalog
 from .charts import Failed, Shown, colors_of, draw
 from .plot import COLORS
 from .runs import RunItem, ordered
-from .training_data import Reader, duration, memory, progress, radius
+from .training_data import Reader, memory, progress, radius
 
 TICK_SECONDS = 3.0
 CHOSEN = 4

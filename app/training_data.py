@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bilora_diffusion import runlog
+from bilora_diffusion.durations import duration
 from bilora_diffusion.methods.options import rising
 
 Row = Mapping[str, Any]
@@ -225,17 +226,6 @@ def _seconds(moment: Any) -> float | None:
         return datetime.fromisoformat(moment).timestamp()
     except (TypeError, ValueError):
         return None
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "45 s", "3 min 20 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def memory(count: int) -> str:

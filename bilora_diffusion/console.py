@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from . import checkpoint, provenance
+from .durations import duration
 
 SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
 ARITHMETIC = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -149,15 +150,6 @@ def _course(losses: Mapping[int, float]) -> tuple[str, int]:
     if best == last:
         return f"{course}, the lowest measured", best
     return f"{course}, lowest {losses[best]:.4f} at step {best}", best
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "48 s", "3 min 12 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _quoted(path: Path) -> str:

@@ -66,13 +66,6 @@ def test_a_loss_that_was_not_finite_is_no_lowest(tmp_path: Path) -> None:
     assert "0.1000 at step 2, the lowest measured" in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(59.4, "59 s"), (192, "3 min 12 s"), (7500, "2 h 5 min")]
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert console.duration(seconds) == said
-
-
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights & Biases, of which only what makes an image is called."""
