@@ -107,7 +107,7 @@ class DreamBooth:
         if cfg.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
             for encoder in trained:
-                encoder.gradient_checkpointing_enable()
+                encoder.activation_checkpointing_enable()
         if cfg.enable_xformers_memory_efficient_attention:
             pipeline.unet.enable_xformers_memory_efficient_attention()
         self.num_samples = stream.num_samples

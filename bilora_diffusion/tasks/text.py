@@ -106,8 +106,8 @@ class TextTask:
         self.models: dict[str, nn.Module] = {NAME: loaded.model}
         if cfg.gradient_checkpointing:
             # Reentrant checkpoints need inputs that require gradients, which frozen ones don't.
-            loaded.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
+            loaded.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
             )
         self.num_samples = len(data.train)
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None

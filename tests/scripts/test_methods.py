@@ -85,12 +85,14 @@ def test_micro_batches_do_not_change_the_result(train: Train, tmp_path: Path, me
             train_batch_size=size,
             gradient_accumulation_steps=8 // size,
             max_train_steps=2,
-            learning_rate=5e-5,  # Adam turns rounding into a share of the rate
+            learning_rate=5e-5,
         )
         for size in (8, 4, 1)
     ]
-    # Of full fine-tuning's 17 million gradients some are so small that rounding turns their sign.
-    bound = 2 * 2 * 5e-5 if method == "full" else 1e-6
+    # Adam turns rounding into a share of the rate, up to 1.1e-6 on some processors; other inputs or
+    # noise would change a weight by whole rates. Of full fine-tuning's 17 million gradients some
+    # are so small that rounding turns their sign.
+    bound = 2 * 2 * 5e-5 if method == "full" else 2e-6
     assert difference(folders[0], folders[1]) < bound
     assert difference(folders[0], folders[2]) < bound
     assert column(folders[0], "digest") == column(folders[2], "digest")
