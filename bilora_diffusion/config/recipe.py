@@ -8,7 +8,6 @@ repeated keys are refused, since an option has no use for them.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..text_file import read_text
 
 MOST_BYTES = 200_000
 MOST_LEVELS = 10
@@ -35,7 +35,7 @@ def read_options(path: Path, what: str, flag: str) -> Any:
     Raises:
         UserError: no regular file, too large, no text, no YAML, or YAML that is more than options.
     """
-    text = _text(path, what, flag)
+    text = read_text(path, f"{what} of {flag}", MOST_BYTES)
     try:
         events = yaml.parse(text, Loader=yaml.BaseLoader)
         return _document(events)
@@ -47,28 +47,6 @@ def read_options(path: Path, what: str, flag: str) -> Any:
         raise UserError(f"{what} is not valid YAML{line}: correct it.") from error
     except (ValueError, OverflowError) as error:  # an escape or a version beyond all range
         raise UserError(f"{what} is not valid YAML ({error}): correct it.") from error
-
-
-def _text(path: Path, what: str, flag: str) -> str:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a device has no end, and a pipe may have no start
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise UserError(f"{what} is not a text file but {kind}: correct {flag}.")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise UserError(
-                f"{what} is larger than {MOST_BYTES // 1000} kB, and options never are: correct"
-                f" {flag}."
-            )
-        return content.decode("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{what} does not exist: correct {flag}.") from error
-    except UserError:  # which is a ValueError
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} is not a text file: correct {flag}.") from error
 
 
 class _Unfit(Exception):

@@ -47,7 +47,7 @@ def test_a_value_is_the_text_that_stands_there(tmp_path: Path) -> None:
         (BOMB, ["anchor", "write the value out"]),
         ("a: " + "[" * 100_000, ["levels deep"]),
         ("- " * 1000, ["levels deep"]),
-        ("x" * (MOST_BYTES + 1), ["larger than 200 kB", "--config"]),
+        ("x" * (MOST_BYTES + 1), ["larger than 0.2 MB", "--config"]),
         ("rank: 4\n---\nrank: 8", ["several documents"]),
         (r'instance_prompt: "a\0b"', ["line 1", "no text"]),
         (r'instance_prompt: "\ud800"', ["line 1", "no text"]),
@@ -68,7 +68,7 @@ def test_what_is_no_recipe_is_a_sentence(tmp_path: Path, text: str, parts: list[
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", str(tmp_path / "pipe")):
-        with pytest.raises(UserError, match="no regular file: correct --config"):
+        with pytest.raises(UserError, match="of --config is no regular file"):
             parse(["--config", path])
 
 

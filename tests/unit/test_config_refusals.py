@@ -175,8 +175,8 @@ def test_bad_recipes(tmp_path: Path, text: str, parts: list[str]) -> None:
 
 def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00rank")
-    assert "not a text file" in refusal(["--config", str(tmp_path / "recipe.yaml")])
-    assert "not a text file" in refusal(["--config", str(tmp_path)])
+    assert "not UTF-8" in refusal(["--config", str(tmp_path / "recipe.yaml")])
+    assert "of --config is a folder" in refusal(["--config", str(tmp_path)])
 
 
 Build = Callable[[Path], list[str]]

@@ -225,7 +225,7 @@ def test_a_bad_arms_file_is_refused(text: str, sentence: str, tmp_path: Path) ->
     (tmp_path / "arms.yaml").write_text(text)
     with pytest.raises(UserError, match=sentence):
         axes.load_arms(tmp_path / "arms.yaml")
-    with pytest.raises(UserError, match=r"none.yaml\" does not exist: correct --arms"):
+    with pytest.raises(UserError, match=r"none.yaml\" of --arms is not there"):
         axes.load_arms(tmp_path / "none.yaml")
 
 
