@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from bilora_diffusion.config import parse
 from bilora_diffusion.errors import run_cli
-from bilora_diffusion.launching import start_missing_processes
+from bilora_diffusion.train.launching import start_missing_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def train() -> None:
         start_missing_processes()
         config = parse(argv)  # before torch is imported, so that a typo is answered at once
-        from bilora_diffusion.train import main as train_dreambooth
+        from bilora_diffusion.image.script import main as train_dreambooth
 
         train_dreambooth(argv, config)
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.runlog import RUN
+from bilora_diffusion.run.runlog import RUN
 from eval.records import SCORES
 from eval.scores.schema import ScoresResult
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from bilora_diffusion.data.text.metrics import METRICS
+from bilora_diffusion.text.metrics import METRICS
 
 from .plot import COLORS, Line, plot
 from .runs import CONTROL, RunItem

@@ -31,7 +31,7 @@ def demo(catalog: Catalog) -> tuple[str, str]:
     """Training both on the miniature, into the root."""
     place = catalog.place()
     folder = "demo" if place == "." else place
-    command = f"python -m bilora_diffusion.demo --output_dir {shlex.quote(folder)}"
+    command = f"python -m examples.demo --output_dir {shlex.quote(folder)}"
     return "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):", command
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL.Image import Image
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.tasks.pipeline import MINI
+from bilora_diffusion.image.pipeline import MINI
 
 from .catalog import Catalog
 from .models import MAX_SEED, MAX_STEPS, Base, Models, Request, Stopped

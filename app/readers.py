@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion import runlog
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import runlog
 from eval.records import FIGURES as KINDS
 from eval.records import SCORES, SWEEP, TEXT_SCORES, Format
 from eval.scores.schema import ScoresResult

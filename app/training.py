@@ -9,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from bilora_diffusion import runlog
-from bilora_diffusion.durations import duration
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.durations import duration
 
 from . import commands, readers
 from .catalog import Catalog

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from bilora_diffusion import runlog
-from bilora_diffusion.durations import duration
 from bilora_diffusion.methods.options import rising
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.durations import duration
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]

@@ -14,9 +14,9 @@ from shapes import Inputs, Shape
 from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
-from bilora_diffusion.fused import unfuse
+from bilora_diffusion.adapters.fused import unfuse
 from bilora_diffusion.methods import MethodOptions, Target
-from bilora_diffusion.optim import build_optimizer
+from bilora_diffusion.train.optimizers import build_optimizer
 
 MAX_GRAD_NORM = 1.0
 SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has

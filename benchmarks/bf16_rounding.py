@@ -33,10 +33,12 @@ from arms import Arm
 from shapes import SHAPES
 from torch import Tensor
 
-from bilora_diffusion import adapters, ball, provenance
+from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import run_cli
+from bilora_diffusion.methods import ball
 from bilora_diffusion.methods.rounding import effect
+from bilora_diffusion.run import provenance
 
 RADII = (0.05, 0.1, 0.5, 1.0, 5.0)
 FIGURES = ("changed", "cosine", "kept", "relative")

@@ -31,9 +31,9 @@ from arms import BASELINE, KINDS, METHODS, Arm
 from measure import interleave, median_seconds, paired_ratio, seconds
 from shapes import SHAPES
 
-from bilora_diffusion import provenance
 from bilora_diffusion.errors import TrainingError, UserError, did_you_mean, run_cli
 from bilora_diffusion.methods.bilora import BiLoRA
+from bilora_diffusion.run import provenance
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_ARMS = ("lora", "bilora", "bilora-peft")

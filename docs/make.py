@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion import combinations
-from bilora_diffusion.config import dreambooth, text
+from bilora_diffusion.config import combinations
 from bilora_diffusion.config.differences import BESIDE_FLAGS, DIFFERENCES
 from bilora_diffusion.config.notes import IDLE
+from bilora_diffusion.image import options as dreambooth
+from bilora_diffusion.text import options as text
 from tests.references.diffusers_flags import DEFAULTS
 
 FOLDER = Path(__file__).parent

@@ -63,7 +63,10 @@ class Outcome:
 
 def state(folder: Path) -> str:
     """What a run folder holds: finished, checkpoint (can be continued), begun, or new."""
-    from bilora_diffusion import checkpoint, runlog  # here, so that --help does not wait for torch
+    from bilora_diffusion.run import (  # here, so that --help does not wait for torch
+        checkpoint,
+        runlog,
+    )
 
     with contextlib.suppress(UserError):
         if runlog.read_run(folder)["status"] == "finished":

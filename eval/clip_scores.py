@@ -31,14 +31,7 @@ from bilora_diffusion.durable import write_text
 from .command import Parser, open_device, open_folder, run
 from .provenance import command_line
 from .records import SCORES
-from .scores.names import (
-    CAPTIONERS,
-    DEMO,
-    GENERAL_CAPTIONER,
-    GENERAL_SCORER,
-    PRECISIONS,
-    SCORERS,
-)
+from .scores.names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS, SCORERS
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from accelerate import PartialState
@@ -199,7 +192,7 @@ def _said(plan: Plan, images: int, missing: int) -> str:
 
 def _start_missing_processes(words: Sequence[str]) -> None:
     # The helper starts again what sys.argv says, and a module has to be named as one.
-    from bilora_diffusion.launching import start_missing_processes
+    from bilora_diffusion.train.launching import start_missing_processes
 
     told, sys.argv = sys.argv, ["-m", "eval.clip_scores", *words]
     try:

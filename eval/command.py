@@ -1,9 +1,4 @@
-"""What the commands of this package share: a parser, exit codes, output folder and device.
-
-def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else list(argv)
-    return command.run(lambda: work(_parser().read(words), command_line("eval.NAME", words)))
-"""
+"""What the commands of this package share: a parser, exit codes, output folder and device."""
 
 from __future__ import annotations
 
@@ -16,8 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
 
-from .groups import read_groups
-from .records import FIGURES, SCORES, TEXT_SCORES
+from . import table
+from .subjects import read_groups
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +36,21 @@ class Parser(argparse.ArgumentParser):
             epilog=rest,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+        )
+
+    def add_runs(self, runs: str = "run folders") -> None:
+        """Add the arguments that say which runs.
+
+        Args:
+            runs: what may be given one by one, for the help text.
+        """
+        self.add_argument("runs", nargs="*", metavar="RUN", help=runs)
+        self.add_argument(
+            "--group",
+            action="append",
+            default=[],
+            metavar="LABEL=RUN,RUN",
+            help="runs that stand together under a name; can be given several times",
         )
 
     def add_output(self, name: str, otherwise: Path = Path()) -> None:
@@ -104,9 +114,9 @@ def _path(word: str) -> Path | None:
 
 def _runs_alone(words: Sequence[str]) -> list[str]:
     """The words without logs and folders of results, which are named in one line."""
-    from bilora_diffusion.runlog import RUN  # here, so that --help does not wait for torch
+    from bilora_diffusion.run.folder import RUN  # here, so that --help does not wait for torch
 
-    files = {file.file for file in (*FIGURES, SCORES, TEXT_SCORES)}
+    files = {table.FILE, *table.EARLIER}
 
     def other(word: str) -> bool:
         path = Path(word)
@@ -161,6 +171,16 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
             f"{folder} is no folder that can be written ({error.strerror}): give another {flag}."
         ) from error
     return folder
+
+
+def require_free(folder: Path, kind: str) -> None:
+    """Refuse a folder that holds the result of another command, which would be lost.
+
+    Raises:
+        UserError: it does.
+    """
+    if (folder / table.FILE).exists() and (other := table.head(folder)["kind"]) != kind:
+        raise UserError(f"{folder} holds a result of eval.{other}: give another --output_dir.")
 
 
 def open_device(name: str | None) -> torch.device:

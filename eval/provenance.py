@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,15 @@ def command_line(module: str, argv: Sequence[str]) -> str:
     return f"python -m {module} {shlex.join(without_paths(word) for word in argv)}"
 
 
-def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance:
-    """The provenance of a result of several runs.
+def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
+    """The provenance of a result of several runs; None without a run.
 
     Args:
         command: see :func:`command_line`.
-        records: their ``run.json``, at least one.
+        records: their ``run.json``.
     """
+    if not records:
+        return None
     keys = ("versions", "commit", "uncommitted_changes", "device")
     first = {key: records[0].get(key) for key in keys}
     return Provenance(
@@ -70,3 +73,25 @@ def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance:
         device=first["device"] or {},
         differing=[key for key in keys if any(r.get(key) != first[key] for r in records)],
     )
+
+
+def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> Provenance:
+    """The provenance of what is computed here and now.
+
+    Args:
+        device: that computes.
+        packages: whose versions count beside those of training.
+    """
+    from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
+
+    commit, changes = provenance.commit()
+    versions = provenance.versions() | {name: version(name) for name in packages}
+    return Provenance(command, versions, commit, changes, provenance.device(device), [])
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

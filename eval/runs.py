@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilora_diffusion import runlog
 from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.run import runlog
 
 TRAINING = "train_grid_loss"
 """Loss on the training set, measured on the grid on which held-out loss is measured."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion import runlog
+from bilora_diffusion.run import runlog
 
 from .cells import Outcome
 from .grid import Arm, Grid

@@ -100,7 +100,7 @@ def score(args: argparse.Namespace, command: str) -> None:
         KeyboardInterrupt: Ctrl-C; what was measured is kept.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from bilora_diffusion.tasks.pipeline import quiet
+    from bilora_diffusion.image.pipeline import quiet
 
     from .text import measure, plan
 

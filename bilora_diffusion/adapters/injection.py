@@ -17,14 +17,7 @@ from ..lora_names import INITIAL, PRIMARY
 from .access import base_weight, check_known, layers, names, whole
 from .saving import PEFT_PREFIX
 from .switching import activate, active
-from .targets import (
-    ALL_LINEAR,
-    AdapterSpec,
-    base_of,
-    peft_targets,
-    plain_model,
-    target_layers,
-)
+from .targets import ALL_LINEAR, AdapterSpec, base_of, peft_targets, plain_model, target_layers
 
 
 def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:

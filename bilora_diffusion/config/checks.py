@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .. import combinations
 from ..errors import UserError, did_you_mean
+from . import combinations
 from .environment import check_environment
 from .notes import remarks, said, set_aside
 

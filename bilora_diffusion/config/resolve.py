@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import mini
 from ..errors import UserError
+from ..image.inputs import SDXL_BASE
 from ..text_file import is_file, read_text
-from .inputs import SDXL_BASE
 
 MINI = "mini"
 HELDOUT = "mini-heldout"

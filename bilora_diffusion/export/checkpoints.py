@@ -12,11 +12,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import adapters, checkpoint, run_folder
+from .. import adapters
 from ..adapters import INITIAL, PRIMARY, peft_key
 from ..errors import TrainingError, UserError
 from ..lora_names import CONFIG, WEIGHTS, kohya_file_name
 from ..methods import get
+from ..run import checkpoint
+from ..run import folder as run_folder
 from .conversion import write
 from .layers import part_of
 from .metadata import run_facts

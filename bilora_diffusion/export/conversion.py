@@ -14,7 +14,14 @@ from torch import Tensor
 
 from ..durable import sync
 from ..errors import TrainingError, UserError
-from ..lora_names import ADAPTER_METADATA, COMPONENTS, CONFIG, FILE_NAME, WEIGHTS, kohya_file_name
+from ..lora_names import (
+    ADAPTER_METADATA,
+    COMPONENTS,
+    CONFIG,
+    FILE_NAME,
+    WEIGHTS,
+    kohya_file_name,
+)
 from .layers import Layer, Part
 from .lorafile import lora_files
 from .metadata import file_metadata, look_like_sdxl

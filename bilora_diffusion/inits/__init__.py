@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, AdapterSpec
-from ..data.seeds import seed_of
 from ..errors import TrainingError, UserError
+from ..seeds import seed_of
 from . import lora_ga, pissa
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import INITIAL
-from ..data.seeds import seed_of
 from ..errors import TrainingError
+from ..seeds import seed_of
 from . import compute, needs_gradient
 
 if TYPE_CHECKING:
     from ..methods import Target
-    from ..tasks.base import Task
+    from ..train.task import Task
 
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 """What the loss is multiplied by where weights are fp16, until no gradient overflows."""
@@ -162,7 +162,7 @@ def _losses(
     task: Task, samples: int, micro_batch: int, seed: int, device: torch.device
 ) -> Iterator[Tensor]:
     """The loss of each of the samples, (micro_batch,) at a time."""
-    from ..tasks.base import to_device
+    from ..train.task import to_device
 
     step = task.num_samples << 32  # a whole number of epochs, beyond every run
     slots = range(samples)

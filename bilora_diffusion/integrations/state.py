@@ -21,11 +21,11 @@ from torch import Tensor
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
-from ..checkpoint import check_same_run
 from ..durable import TEMPORARY, readable_as, sync
 from ..errors import UserError
-from ..state_codec import separate
-from ..trainer_state import load_tensors
+from ..run.checkpoint import check_same_run
+from ..run.state_codec import separate
+from ..train.trainer_state import load_tensors
 
 STATE = "bilora_state.safetensors"
 BESIDE = ("optimizer.pt", "scheduler.pt")

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import adapters, fused, inits
-from ..adapters import INITIAL, PRIMARY, AdapterSpec
+from .. import adapters, inits
+from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused
 from ..errors import UserError, did_you_mean
 from .options import MethodOptions
 
@@ -42,7 +42,7 @@ class StepOptimizer(Protocol):
 
 
 class Observer(Protocol):
-    """What records a step's inner life (`bilora_diffusion.dynamics`)."""
+    """What records a step's inner life (`bilora_diffusion.train.dynamics`)."""
 
     def perturbed(self) -> None:
         """The primaries hold A + e_A and B + e_B, and their `.grad` holds e."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .. import adapters, ball
+from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
 from ..errors import UserError
-from . import ascent, rounding
+from . import ascent, ball, rounding
 from .base import Counting, MethodOptions, Target, register, trained
 from .hooks import unwrapped
 from .options import rising

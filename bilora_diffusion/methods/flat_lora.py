@@ -11,9 +11,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, perturb
+from .. import adapters
 from ..adapters import PRIMARY
-from ..data.seeds import seed_of
+from ..seeds import seed_of
+from . import perturb
 from .base import Counting, MethodOptions, StepOptimizer, register
 from .options import rising
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import perturb
+from . import perturb
 from .base import Method, MethodOptions, StepOptimizer, register
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bilora_diffusion import runlog, snapshots
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
-from bilora_diffusion.dynamics import FIRST_ORDER, TERMS, inner_products, totals
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.snapshots import Snapshot
+from bilora_diffusion.run import runlog, snapshots
+from bilora_diffusion.run.snapshots import Snapshot
+from bilora_diffusion.train.dynamics import FIRST_ORDER, TERMS, inner_products, totals
 
 ALL = "all"
 QUANTITIES = ("A", "B", "factors", "product")

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO, ROWS, TERMS
+from bilora_diffusion.train.dynamics import (
+    COLUMNS,
+    COSINE,
+    FIRST_ORDER,
+    GAIN,
+    RATIO,
+    ROWS,
+    TERMS,
+)
 
 from .bands import Curve
 from .courses import ALL, CROSS

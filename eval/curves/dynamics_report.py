@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bilora_diffusion.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, ROWS
+from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, ROWS
 
 from ..markdown import table
 from .bands import Estimate

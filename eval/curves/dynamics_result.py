@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from bilora_diffusion.adapters import AUXILIARY
-from bilora_diffusion.dynamics import GAIN, NORMS, RATIO
 from bilora_diffusion.methods import get
+from bilora_diffusion.train.dynamics import GAIN, NORMS, RATIO
 
 from ..provenance import Provenance, of_runs
 from . import courses

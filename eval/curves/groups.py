@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion import runlog
 from bilora_diffusion.config import DreamBoothConfig, TextConfig
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import get, option_names
+from bilora_diffusion.run import runlog
 
 from ..groups import read_groups
 

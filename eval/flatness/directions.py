@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bilora_diffusion.data.seeds import generator
+from bilora_diffusion.seeds import generator
 
 from .weights import Weight
 

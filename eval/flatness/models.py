@@ -16,15 +16,15 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.config import DreamBoothConfig
-from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME, inspect
-from bilora_diffusion.runlog import WHOLE_MODELS
-from bilora_diffusion.tasks.dreambooth import DreamBooth
-from bilora_diffusion.tasks.heldout import GridLoss, grid_levels
-from bilora_diffusion.tasks.pipeline import load_pipeline
-from bilora_diffusion.tasks.visits import VisitStream
-from bilora_diffusion.train import images
+from bilora_diffusion.image.heldout import GridLoss, grid_levels
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.script import images
+from bilora_diffusion.image.sources import ImageSet
+from bilora_diffusion.image.task import DreamBooth
+from bilora_diffusion.image.visits import VisitStream
+from bilora_diffusion.run.runlog import WHOLE_MODELS
 
 from .subjects import Subject
 from .weights import Weight

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.data.seeds import digest_texts
 from bilora_diffusion.durable import dump_json, strict_json, write_text
+from bilora_diffusion.seeds import digest_texts
 
 FOLDER = "measured"
 VERSION = 1

@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion import methods, runlog
+from bilora_diffusion import methods
 from bilora_diffusion.config import DreamBoothConfig
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME, inspect
-from bilora_diffusion.tasks.pipeline import resolve
+from bilora_diffusion.image.pipeline import resolve
+from bilora_diffusion.run import runlog
 
 from ..groups import read_groups
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from bilora_diffusion.perturb import replaced
+from bilora_diffusion.methods.perturb import replaced
 
 Loss = Callable[[], "float | Tensor | Iterable[Tensor]"]
 """A number, or the 0-d tensors that add up to it. Where they come one by one (a generator), only

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bilora_diffusion import methods, runlog
+from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.lora_names import ADAPTER_METADATA
+from bilora_diffusion.run import runlog
 
 BASE = "base"
 _ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from bilora_diffusion import methods, runlog
+from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.tasks.base import precision
-from bilora_diffusion.tasks.pipeline import resolve
+from bilora_diffusion.image.pipeline import resolve
+from bilora_diffusion.run import runlog
+from bilora_diffusion.train.task import precision
 
 from ..provenance import without_paths
 from .adapter_fit import require_fit

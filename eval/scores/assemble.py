@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from bilora_diffusion import provenance
+from bilora_diffusion.run import provenance
 
 from ..provenance import of_runs, without_paths
 from . import compare

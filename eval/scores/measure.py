@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilora_diffusion import mini
-from bilora_diffusion.data.decode import DECODE_ERRORS, read_rgb
-from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.decode import DECODE_ERRORS, read_rgb
+from bilora_diffusion.image.sources import ImageSet
 
 from .captioners import Captioner
 from .nearest import nearest, pairwise_diversity

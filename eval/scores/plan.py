@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from bilora_diffusion import mini, runlog
+from bilora_diffusion import mini
 from bilora_diffusion.config.resolve import MINI, default_precision, pipeline_side
-from bilora_diffusion.data.sources import ImageSet
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.tasks.pipeline import load_pipeline, resolve
+from bilora_diffusion.image.pipeline import load_pipeline, resolve
+from bilora_diffusion.image.sources import ImageSet
+from bilora_diffusion.run import runlog
 
 from ..groups import control
 from . import adapters as adapter_files

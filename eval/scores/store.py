@@ -28,12 +28,12 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from bilora_diffusion.adapters import names
-from bilora_diffusion.data.seeds import seed_of
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.provenance import versions
-from bilora_diffusion.sampling import embed, embed_negative, generate
-from bilora_diffusion.tasks.pipeline import load_pipeline, quiet
-from bilora_diffusion.tasks.prompts import PromptEmbedding
+from bilora_diffusion.image.pipeline import load_pipeline, quiet
+from bilora_diffusion.image.prompts import PromptEmbedding
+from bilora_diffusion.image.sampling import embed, embed_negative, generate
+from bilora_diffusion.run.provenance import versions
+from bilora_diffusion.seeds import seed_of
 
 from ..provenance import without_paths
 from . import store_png

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from bilora_diffusion.durable import TEMPORARY, sync
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.tasks.pipeline import resolve
+from bilora_diffusion.image.pipeline import resolve
 
 CHUNK = "parameters"
 VERSIONS = "versions"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bilora_diffusion import runlog
-from bilora_diffusion.data.sources import ImageSet, open_images
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.sources import ImageSet, open_images
+from bilora_diffusion.run import runlog
 
 from .adapters import Adapter
 

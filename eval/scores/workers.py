@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bilora_diffusion import provenance
-from bilora_diffusion.tasks.pipeline import load_pipeline, quiet
+from bilora_diffusion.image.pipeline import load_pipeline, quiet
+from bilora_diffusion.run import provenance
 
 from .plan import is_miniature
 from .store import DTYPES, Job, Store

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bilora_diffusion.data.seeds import seed_of
-from bilora_diffusion.data.text.examples import Example
-from bilora_diffusion.data.text.tokenizing import generation_prompt
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.seeds import seed_of
+from bilora_diffusion.text.examples import Example
+from bilora_diffusion.text.tokenizing import generation_prompt
 
 from .benchmarks import NONE
 from .models import Loaded

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.data.seeds import digest_texts
-from bilora_diffusion.data.text.examples import Example
-from bilora_diffusion.data.text.templates import context_text, settle_template
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.seeds import digest_texts
+from bilora_diffusion.text.examples import Example
+from bilora_diffusion.text.templates import context_text, settle_template
 
 from .benchmarks import NONE, Benchmark
 from .models import Loaded

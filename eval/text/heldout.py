@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from bilora_diffusion import runlog
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import runlog
 
 from .benchmarks import HELDOUT, HELDOUT_LOSS
 from .schema import PERCENT, POINTS, BenchmarkEntry, Measured

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.data.seeds import digest_texts
 from bilora_diffusion.durable import dump_json, strict_json, write_text
+from bilora_diffusion.seeds import digest_texts
 
 from ..records import typed
 from .schema import Measured

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bilora_diffusion import provenance
+from bilora_diffusion.run import provenance
 
 from . import compare, harness, heldout, humaneval, mtbench
 from . import plan as plans

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from bilora_diffusion.adapters.quantize import quantize_nf4
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.quantize import quantize_nf4
-from bilora_diffusion.tasks.text_models import TextModel, load_text_model
+from bilora_diffusion.text.models import TextModel, load_text_model
 
 from .benchmarks import NONE
 from .subjects import ADAPTER, WHOLE_MODEL, Base, Subject

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.data.seeds import digest_texts
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.seeds import digest_texts
 
 from .generate import Decoding, Prompt, answers
 from .journal import Journal

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion import methods, runlog
-from bilora_diffusion.data.seeds import digest_texts
+from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import runlog
+from bilora_diffusion.seeds import digest_texts
 
 from ..curves import groups
 from ..provenance import without_paths

@@ -10,9 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL.Image import Image
 
-from bilora_diffusion import train
-from bilora_diffusion.sampling import generate
-from bilora_diffusion.tasks.pipeline import load_pipeline
+from bilora_diffusion.image import script as train
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
 from eval.records import SCORES
 from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
 from tests.scripts.runs import flags

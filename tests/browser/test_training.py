@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from bilora_diffusion.runlog import RunLog
+from bilora_diffusion.run.runlog import RunLog
 from tests.browser.conftest import Viewer, Visit
 from tests.browser.test_vote import choose
 

@@ -137,8 +137,8 @@ def test_an_empty_root_says_what_to_run_and_shows_what_comes(
     viewer = start(tmp_path)
     page = visit(phone=True).open(viewer.url)
     for tab, command in (
-        ("Compare", f"python -m bilora_diffusion.demo --output_dir {tmp_path}"),
-        ("Generate", f"python -m bilora_diffusion.demo --output_dir {tmp_path}"),
+        ("Compare", f"python -m examples.demo --output_dir {tmp_path}"),
+        ("Generate", f"python -m examples.demo --output_dir {tmp_path}"),
         ("Vote", f"python -m eval.clip_scores {tmp_path}/lora {tmp_path}/bilora"),
         ("Training", "accelerate launch train_dreambooth_bilora.py"),
         ("Results", f"python -m eval.landscape {tmp_path}/lora {tmp_path}/bilora"),

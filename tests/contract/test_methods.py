@@ -11,8 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from bilora_diffusion import adapters, combinations
+from bilora_diffusion import adapters
 from bilora_diffusion.adapters import INITIAL, PRIMARY
+from bilora_diffusion.config import combinations
 from bilora_diffusion.methods import create, names
 from tests.contract.harness import FLAGS, MAIN_KINDS, SPECS, Run, Start, allowed, combos
 from tests.contract.models import CASES
@@ -70,7 +71,7 @@ def test_only_the_primary_is_exported_for_the_base_as_it_came(
     adapters.save_pretrained(run.model, tmp_path)
     fresh = start().original
     if option == "nf4":
-        from bilora_diffusion.quantize import quantize_nf4
+        from bilora_diffusion.adapters.quantize import quantize_nf4
 
         quantize_nf4(fresh, torch.float32, skip=())
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).train()

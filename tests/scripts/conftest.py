@@ -21,7 +21,7 @@ SCRIPT = ROOT / "train_dreambooth_bilora.py"
 @pytest.fixture
 def train() -> Callable[..., Path]:
     """``train(folder, method="lora", max_train_steps=2)`` in this process; returns the folder."""
-    from bilora_diffusion.train import main
+    from bilora_diffusion.image.script import main
 
     def run(folder: Path, **values: Any) -> Path:
         # accelerate keeps one precision for a whole process; each run here is to choose its own.
@@ -55,7 +55,7 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="module")
 def scored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of two steps as `make demo` leaves them, under ``demo``."""
-    from bilora_diffusion.train import main
+    from bilora_diffusion.image.script import main
 
     folder = tmp_path_factory.mktemp("runs")
     for method in ("lora", "bilora"):
@@ -68,7 +68,7 @@ def scored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags for a small random scorer and captioner of the real classes."""
-    from tests.unit import clip_models
+    from tests.eval import clip_models
 
     folder = tmp_path_factory.mktemp("models")
     clip = clip_models.save_hf_clip(folder / "clip", clip_models.make_hf_clip())

@@ -39,7 +39,7 @@ def allow_fsdp_on_cpus() -> None:
 
 def report_shares() -> None:
     """From now on every run says how much of its frozen weights this process keeps."""
-    from bilora_diffusion import sharding
+    from bilora_diffusion.train import sharding
 
     original = sharding.prepare
 
@@ -55,7 +55,7 @@ def report_shares() -> None:
 
 def run(argv: list[str]) -> None:
     """One run, with an engine of its own in a process group that stays."""
-    from bilora_diffusion.train_text import main
+    from bilora_diffusion.text.script import main
 
     if AcceleratorState._shared_state:
         # Later processes would find the folder that the first has begun: a launch starts together.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bilora_diffusion import runlog
+from bilora_diffusion.run import runlog
 
 
 def flags(folder: Path, **values: Any) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bilora_diffusion.demo_text import main
+from examples.demo_text import main
 
 FLAGS = (
     *("--max_train_steps", "2", "--max_train_samples", "8", "--train_batch_size", "1"),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilora_diffusion import runlog, snapshots
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.run import runlog, snapshots
 from eval import dynamics, generalization
+from tests.run import recorded_runs
 from tests.scripts.runs import column, difference, flags
-from tests.unit import recorded_runs
 
 Train = Callable[..., Path]
 SHORT: dict[str, Any] = {

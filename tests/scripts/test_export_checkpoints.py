@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilora_diffusion import run_folder
 from bilora_diffusion.export import FILE_NAME, inspect, main
-from tests.unit.text_builders import SAVERS, rows_for, train_text, write_rows
+from bilora_diffusion.run import folder as run_folder
+from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
 Train = Callable[..., Path]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilora_diffusion import runlog
-from tests.unit.text_builders import (
+from bilora_diffusion.run import runlog
+from tests.text.text_builders import (
     SAVERS,
     exported,
     rows_for,

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion import checkpoint, runlog, snapshots, train
 from bilora_diffusion.errors import TrainingError
-from bilora_diffusion.tasks.dreambooth import DreamBooth
+from bilora_diffusion.image import script as train
+from bilora_diffusion.image.task import DreamBooth
+from bilora_diffusion.run import checkpoint, runlog, snapshots
 from tests.scripts.runs import difference
 
 SHORT = {

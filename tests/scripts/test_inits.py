@@ -14,9 +14,10 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bilora_diffusion import mini, runlog
-from bilora_diffusion.checkpoint import ADAPTERS
-from bilora_diffusion.sampling import generate
+from bilora_diffusion import mini
+from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.checkpoint import ADAPTERS
 from tests.scripts.runs import difference, flags, weights
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.integrations.trainers import tiny_llm, tiny_t5, tiny_tokenizer
 from tests.scripts.conftest import ROOT
-from tests.unit.trainers import tiny_llm, tiny_t5, tiny_tokenizer
 
 SENTENCE = "w3 w4 w5 w6 w7"
 

@@ -14,19 +14,20 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from bilora_diffusion import BiLoRAConfig, adapters, attach, runlog
+from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.config import parse_text
-from bilora_diffusion.data.order import SampleOrder
-from bilora_diffusion.data.seeds import seed_of
-from bilora_diffusion.data.text.collate import collate
 from bilora_diffusion.integrations import use_bilora
-from bilora_diffusion.loop import fit
 from bilora_diffusion.methods import create
-from bilora_diffusion.running import method_options
-from bilora_diffusion.train_text import build_task
-from bilora_diffusion.trainer import Trainer as Loop
-from tests.unit.trainers import losses, settings, tiny_llm
+from bilora_diffusion.run import runlog
+from bilora_diffusion.seeds import seed_of
+from bilora_diffusion.text.collate import collate
+from bilora_diffusion.text.script import build_task
+from bilora_diffusion.train.loop import fit
+from bilora_diffusion.train.order import SampleOrder
+from bilora_diffusion.train.running import method_options
+from bilora_diffusion.train.trainer import Trainer as Loop
+from tests.integrations.trainers import losses, settings, tiny_llm
 
 pytest.importorskip("trl")
 
@@ -36,7 +37,7 @@ STEPS, BATCH, RATE = 20, 4, 1e-2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model and a file of rows of different lengths."""
-    from tests.unit.text_tokenizers import plain_tokenizer
+    from tests.text.text_tokenizers import plain_tokenizer
 
     tokenizer = plain_tokenizer()
     model = tiny_llm()

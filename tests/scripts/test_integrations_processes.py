@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from tests.integrations.trainers import tiny_llm
 from tests.scripts.conftest import ROOT
 from tests.scripts.test_integrations_examples import SENTENCE, save, write
-from tests.unit.trainers import tiny_llm
 
 STEPS = 4
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from bilora_diffusion import checkpoint, runlog
+from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.conftest import ROOT, SCRIPT
 from tests.scripts.runs import difference, flags
 from tests.scripts.test_text_training import material
-from tests.unit.text_builders import text_difference, text_flags
+from tests.text.text_builders import text_difference, text_flags
 
 STEPS, KILLS = 60, 10
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bilora_diffusion import mini, runlog
+from bilora_diffusion import mini
+from bilora_diffusion.run import runlog
 from eval import landscape
 from eval.flatness import models, profile, subjects
 from eval.flatness.models import Sample
@@ -39,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights."""
     from accelerate.state import AcceleratorState
 
-    from bilora_diffusion.train import main
+    from bilora_diffusion.image.script import main
 
     root = tmp_path_factory.mktemp("landscape")
     for name, source in (("train", mini.train_dir()), ("heldout", mini.heldout_dir())):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-from bilora_diffusion import combinations, runlog
+from bilora_diffusion.config import combinations
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.mini import pipeline_dir
+from bilora_diffusion.run import runlog
 from tests.scripts.runs import column, difference, weights
 
 Train = Callable[..., Path]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from bilora_diffusion import adapters, mini, runlog
+from bilora_diffusion import adapters, mini
 from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.run import runlog
 from tests.scripts.runs import difference, weights
 
 Train = Callable[..., Path]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bilora_diffusion import mini, runlog
+from bilora_diffusion import mini
+from bilora_diffusion.run import runlog
 from eval import sweep
 from tests.scripts.conftest import ROOT
 

@@ -14,7 +14,7 @@ import train_text_bilora
 from bilora_diffusion.mini import pipeline_dir
 from tests.scripts.conftest import ROOT
 from tests.scripts.test_bad_input import snapshot
-from tests.unit.text_builders import (
+from tests.text.text_builders import (
     SAVERS,
     rows_for,
     save_bert,

@@ -18,11 +18,13 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from bilora_diffusion import runlog, running, train_text
-from bilora_diffusion.data.text.collate import collate
-from bilora_diffusion.tasks.base import inference
-from bilora_diffusion.trainer import Trainer
-from tests.unit.text_builders import (
+from bilora_diffusion.run import runlog
+from bilora_diffusion.text import script as train_text
+from bilora_diffusion.text.collate import collate
+from bilora_diffusion.train import running
+from bilora_diffusion.train.task import inference
+from bilora_diffusion.train.trainer import Trainer
+from tests.text.text_builders import (
     KINDS,
     SAVERS,
     exported,
@@ -121,7 +123,7 @@ def test_the_head_of_a_classifier_is_trained(tmp_path: Path) -> None:
     base = save_bert(tmp_path / "bert")
     given = material(tmp_path, "classification", model_name_or_path=base)
     task, _, _ = trained(tmp_path / "run", given)
-    from bilora_diffusion.tasks.text_models import load_text_model
+    from bilora_diffusion.text.models import load_text_model
 
     before = load_text_model(str(base), labels=task.data.label_words).model.classifier.weight
     after = exported(tmp_path / "run")["base_model.model.classifier.weight"]

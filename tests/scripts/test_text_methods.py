@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion import runlog
 from bilora_diffusion.methods import names
+from bilora_diffusion.run import runlog
 from tests.scripts.runs import column
-from tests.unit.text_builders import (
+from tests.text.text_builders import (
     KINDS,
     SAVERS,
     exported,

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from eval import text_scores
 from eval.text import models
 from eval.text.schema import TextScores
+from tests.eval.test_text_scores_judge import Endpoint
+from tests.eval.text_score_models import save_adapter, save_base, save_run, save_tasks
 from tests.scripts.conftest import ROOT
-from tests.unit.test_text_scores_judge import Endpoint
-from tests.unit.text_score_models import save_adapter, save_base, save_run, save_tasks
 
 pytest.importorskip("lm_eval")
 

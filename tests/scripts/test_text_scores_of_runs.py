@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from eval import text_scores
 from eval.text import harness
 from eval.text.schema import TextScores
-from tests.unit.text_builders import ADAPTER, SAVERS, rows_for, train_text, write_rows
-from tests.unit.text_score_models import save_tasks
+from tests.eval.text_score_models import save_tasks
+from tests.text.text_builders import ADAPTER, SAVERS, rows_for, train_text, write_rows
 
 pytest.importorskip("lm_eval")
 

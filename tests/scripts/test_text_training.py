@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from bilora_diffusion import runlog
+from bilora_diffusion.run import runlog
 from tests.scripts.runs import column
-from tests.unit.text_builders import (
+from tests.text.text_builders import (
     KINDS,
     NUMBERS,
     SAVERS,

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bilora_diffusion import runlog, running, trainer
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import inspect
-from bilora_diffusion.tasks.dreambooth import DreamBoothModule
+from bilora_diffusion.image.task import DreamBoothModule
+from bilora_diffusion.run import runlog
+from bilora_diffusion.train import running, trainer
 from tests.scripts.runs import column, difference, weights
 
 Train = Callable[..., Path]

@@ -1,1 +1,0 @@
-"""Images, captions, the order in which they are visited, and the randomness of each visit."""

@@ -1,1 +1,0 @@
-"""Text sets: the catalog of tasks, local files, tokenization with its cache, packing, metrics."""

@@ -1,0 +1,1 @@
+"""Image models: options, image sets, crops, latents, prompts, denoising, sampling, the script."""

@@ -1,0 +1,70 @@
+"""Class images of prior preservation: sampled from the base model until there are enough."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from .listing import look
+from .pipeline import load_pipeline
+from .sampling import generate
+
+PRECISIONS = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
+    """Fill ``class_data_dir`` up to ``num_class_images``; returns how many were made.
+
+    The work is shared among processes; each image has a seed of its own, so that an interrupted
+    run goes on where it stopped.
+    """
+    folder = Path(cfg.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    present = len(look(folder).images)
+    # Nobody may count after another process has begun to write.
+    accelerator.wait_for_everyone()
+    missing = list(range(present, cfg.num_class_images))
+    if missing:
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        _sample(cfg, accelerator, folder, mine)
+    accelerator.wait_for_everyone()
+    return len(missing)
+
+
+def _sample(cfg: Any, accelerator: Accelerator, folder: Path, numbers: list[int]) -> None:
+    gpu = accelerator.device.type in ("cuda", "mps")
+    default = torch.float16 if gpu else torch.float32
+    dtype = PRECISIONS.get(cfg.prior_generation_precision or "", default)
+    pipeline = load_pipeline(
+        cfg.pretrained_model_name_or_path,
+        dtype=dtype,
+        revision=cfg.revision,
+        variant=cfg.variant,
+        cache_dir=cfg.cache_dir,
+        vae=cfg.pretrained_vae_model_name_or_path,
+    )
+    pipeline.to(accelerator.device)
+    bar = tqdm(total=len(numbers), desc="class images", disable=not accelerator.is_main_process)
+    for start in range(0, len(numbers), cfg.sample_batch_size):
+        part = numbers[start : start + cfg.sample_batch_size]
+        images = generate(
+            pipeline,
+            [cfg.class_prompt] * len(part),
+            [cfg.seed + number for number in part],
+            size=cfg.resolution,
+        )
+        for number, image in zip(part, images, strict=True):
+            mark = hashlib.sha256(image.tobytes()).hexdigest()[:12]
+            image.save(folder / f"{number}-{mark}.png")
+        bar.update(len(part))
+    bar.close()

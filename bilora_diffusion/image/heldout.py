@@ -1,0 +1,119 @@
+"""Held-out loss on a fixed grid of noise and timesteps: a noise-free measure of generalization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..choices import NOISE_LEVELS
+from ..seeds import generator
+from ..train.task import inference, to_device
+from .latents import Encoder
+from .visits import centered_visits
+
+
+def grid_levels(total: int) -> list[int]:
+    """The noise levels of the grid, for a schedule of ``total`` timesteps."""
+    levels = range(NOISE_LEVELS)
+    return [total * (2 * k + 1) // (2 * NOISE_LEVELS) - total // 40 for k in levels]
+
+
+class Conditioned(Protocol):
+    """What the grid needs of a task."""
+
+    module: Any
+    device: torch.device
+    cfg: Any
+
+    def condition(self, captions: Sequence[str]) -> dict[str, Any]:
+        """The text part of a module's inputs for these captions."""
+        ...
+
+    @property
+    def pipeline(self) -> Any:
+        """The loaded pipeline."""
+        ...
+
+
+@dataclass(frozen=True)
+class GridImage:
+    """One image of the grid: its clean latent (c, h, w), caption and micro-conditioning."""
+
+    name: str
+    latent: Tensor
+    caption: str
+    time_ids: tuple[float, ...]
+
+
+class GridLoss:
+    """Mean loss over images x noise levels with fixed noise, the same for every run and seed.
+
+    Args:
+        task: gives the module, the text conditioning and the autoencoder.
+        train: the training images, measured on the same grid so that two runs can be compared at
+            equal training loss.
+        validation: held-out images.
+
+    ``sets`` has the images of both by the name of their loss.
+    """
+
+    def __init__(self, task: Conditioned, train: Any, validation: Any) -> None:
+        self.task = task
+        encoder = Encoder(task.pipeline.vae, task.device)
+        self.sets = {
+            "heldout_loss": self._load(encoder, validation),
+            "train_grid_loss": self._load(encoder, train.images),
+        }
+
+    def _load(self, encoder: Encoder, images: Any) -> list[GridImage]:
+        grid = []
+        for visit in centered_visits(images, self.task.cfg):
+            (posterior,) = encoder([visit.pixels()], [visit.name])
+            latent = encoder.space.encode(posterior.mean[None])[0]
+            grid.append(GridImage(visit.name, latent, visit.caption, visit.time_ids))
+        return grid
+
+    def __call__(self) -> dict[str, float]:
+        """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels."""
+        with inference(self.task.module):
+            return {
+                name: float(self.per_image(images).mean()) for name, images in self.sets.items()
+            }
+
+    def per_image(self, images: Sequence[GridImage]) -> Tensor:
+        """Loss of each image averaged over the noise levels, (images,)."""
+        levels = grid_levels(self.task.module.denoising.num_timesteps)
+        means = [
+            torch.stack([self.losses(chunk, level) for level in levels]).mean(0)
+            for chunk in self.batches(images)
+        ]
+        return torch.cat(means)
+
+    def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
+        """As many images at a time as the memory is sure to hold."""
+        batch = max(1, 2**18 // self.task.cfg.resolution**2)
+        for start in range(0, len(images), batch):
+            yield images[start : start + batch]
+
+    def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
+        """Loss of each image at one noise level, (images,), on the CPU."""
+        latents = torch.stack([image.latent for image in images])
+        noise = torch.stack(
+            [
+                torch.randn(image.latent.shape, generator=generator("grid", image.name, level))
+                for image in images
+            ]
+        )
+        inputs = {
+            "latents": latents,
+            "noise": noise,
+            "index": torch.full((len(images),), level),
+            "instance": torch.ones(len(images), dtype=torch.bool),
+            "time_ids": torch.tensor([image.time_ids for image in images], dtype=torch.float32),
+            **self.task.condition([image.caption for image in images]),
+        }
+        return self.task.module.sample_losses(to_device(inputs, self.task.device)).cpu()

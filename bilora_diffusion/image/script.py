@@ -1,0 +1,166 @@
+"""SDXL DreamBooth from a command line: parse, build, fit, export.
+
+accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
+python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..adapters.quantize import quantize_nf4
+from ..config import DreamBoothConfig, parse
+from ..export import (
+    FILE_NAME,
+    kohya_file_name,
+    save_diffusers,
+    save_models,
+    training_facts,
+    verify,
+)
+from ..methods import get
+from ..run import publish
+from ..train import running
+from ..train.running import DTYPES, Script
+from ..train.trainer import Trainer
+from .class_images import ensure_class_images
+from .pipeline import load_pipeline
+from .sources import ImageSet, open_images
+from .task import DreamBooth
+from .visits import VisitStream
+
+logger = logging.getLogger(__name__)
+
+
+def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
+    """Data first, since it is quick to refuse; then the models; then both on the device."""
+    source = str(cfg.dataset_name or cfg.instance_data_dir)
+    instance = images(cfg, source, cfg.dataset_config_name)
+    validation = None
+    if cfg.validation_dataset:
+        validation = images(cfg, cfg.validation_dataset)
+    pipeline = load_pipeline(
+        cfg.pretrained_model_name_or_path,
+        dtype=weights_dtypes(cfg, accelerator.mixed_precision),
+        revision=cfg.revision,
+        variant=cfg.variant,
+        cache_dir=cfg.cache_dir,
+        vae=cfg.pretrained_vae_model_name_or_path,
+    )
+    cfg = cfg.for_pipeline(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    classes = None
+    if cfg.with_prior_preservation:
+        ensure_class_images(cfg, accelerator)
+        classes = open_images(
+            str(cfg.class_data_dir), caption_column="none", skip_bad_images=cfg.skip_bad_images
+        )
+        for line in classes.remarks():
+            logger.warning("%s", line)
+    task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+    if cfg.quantize == "nf4":
+        dtype = DTYPES[accelerator.mixed_precision]
+        for name, model in task.models.items():
+            count = quantize_nf4(model, dtype, device=accelerator.device)
+            logger.info("%s: the weights of %d layers are held in 4 bits", name, count)
+    task.to_device(accelerator.device)
+    return task
+
+
+def weights_dtypes(cfg: DreamBoothConfig, precision: str) -> dict[str, torch.dtype]:
+    """The dtype of each part of the pipeline, "default" for the rest.
+
+    Frozen weights need no more than the arithmetic has; trained ones are kept in fp32, since bf16
+    would lose small updates.
+    """
+    dtypes = {"default": DTYPES[precision]}
+    if get(cfg.method).exports_weights:
+        dtypes["unet"] = torch.float32
+        if cfg.train_text_encoder:
+            dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2"), torch.float32)
+    return dtypes
+
+
+def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) -> ImageSet:
+    """An image set with its captions, opened as the configuration says."""
+    opened = open_images(
+        dataset,
+        image_column=cfg.image_column,
+        caption_column=cfg.caption_column,
+        config_name=config_name,
+        cache_dir=cfg.cache_dir,
+        skip_bad_images=cfg.skip_bad_images,
+    )
+    for line in opened.remarks():
+        logger.warning("%s", line)
+    return opened
+
+
+def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Write what was trained, as it is now, and read it back; returns what that showed."""
+    task: Any = trainer.task
+    if trainer.method.exports_weights:
+        return save_models(folder, task.models)
+    save_diffusers(
+        folder,
+        task.models,
+        base_model=cfg.pretrained_model_name_or_path,
+        kohya=cfg.output_kohya_format,
+        extra_metadata=facts(cfg, task, trainer.step),
+    )
+    return verify(folder, task.models)
+
+
+def facts(cfg: DreamBoothConfig, task: DreamBooth, steps: int) -> dict[str, str]:
+    """What the exported file says about its training."""
+    return training_facts(
+        method=cfg.method,
+        rho=cfg.rho,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        title=Path(cfg.output_dir).resolve().name,
+        resolution=cfg.resolution,
+        prediction_type=task.pipeline.scheduler.config["prediction_type"],
+        steps=steps,
+        seed=cfg.seed,
+        init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
+    )
+
+
+def card(cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
+    """Write the model card, with the last validation images."""
+    final = folder / "validation" / f"step-{results['steps']}"
+    publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
+
+
+def files(folder: Path) -> dict[str, str]:
+    """What the files that a run leaves are for."""
+    return {
+        "for diffusers": FILE_NAME,
+        "for ComfyUI, A1111": kohya_file_name(folder),
+        "UNet": "unet",
+        "model card": "README.md",
+        "images": "validation",
+    }
+
+
+DREAMBOOTH = Script("dreambooth-bilora", parse, build_task, export, card, "eval.clip_scores", files)
+
+
+def main(argv: Sequence[str] | None = None, config: DreamBoothConfig | None = None) -> None:
+    """Train as the command line says and leave a run folder.
+
+    Args:
+        argv: the command line; None for that of the process.
+        config: what it was read to, if it was read already.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics are kept.
+    """
+    running.main(DREAMBOOTH, argv, config)

@@ -1,0 +1,246 @@
+"""DreamBooth fine-tuning of Stable Diffusion XL (Ruiz et al. 2023; paper, Section 5.4 and H.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import AdapterSpec
+from ..methods import Target
+from ..seeds import digest, generator
+from ..train.task import MicroBatch, inference, precision
+from .diffusion import Denoising
+from .heldout import GridLoss
+from .latents import Encoder, LatentCache
+from .prompts import PromptCache, PromptEmbedding, encode, tokenize
+from .sampling import embed, embed_negative, generate, zeroed_if_told
+from .visits import Visit, VisitStream
+
+UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class DreamBoothModule(nn.Module):
+    """The trained models and their loss.
+
+    ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
+    ``instance`` (n,), ``time_ids`` (n, 6) and either ``sequence`` and ``pooled`` or, where the text
+    encoders are trained, ``ids`` (two tensors (n, tokens)). The first rows are instance images;
+    with prior preservation as many class images follow. It returns (slots,): the instance loss
+    plus ``prior_loss_weight`` times the class loss.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text_encoders: Sequence[nn.Module],
+        denoising: Denoising,
+        prior_loss_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.denoising = denoising
+        self.prior_loss_weight = prior_loss_weight
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per slot, (slots,), in float32."""
+        losses = self.sample_losses(inputs)
+        if self.prior_loss_weight is None:
+            return losses
+        instance, prior = losses.chunk(2)
+        return instance + self.prior_loss_weight * prior
+
+    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per row, (n,), in float32."""
+        text = self.embed(inputs)
+        dtype = precision(self.unet)
+        conditions = {
+            "text_embeds": text.pooled.to(dtype),
+            "time_ids": inputs["time_ids"].to(dtype),
+        }
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return self.unet(
+                noisy.to(dtype), timesteps, text.sequence.to(dtype), added_cond_kwargs=conditions
+            ).sample
+
+        return self.denoising.loss(
+            predict, inputs["latents"], inputs["noise"], inputs["index"], inputs["instance"]
+        )
+
+    def embed(self, inputs: dict[str, Any]) -> PromptEmbedding:
+        """The rows' prompt embeddings: given, or computed by the encoders in training."""
+        if "ids" in inputs:
+            return encode(list(self.text_encoders), inputs["ids"])
+        return PromptEmbedding(inputs["sequence"], inputs["pooled"])
+
+
+class DreamBooth:
+    """Instance images, optional class and validation images, and the models they train.
+
+    Args:
+        cfg: the command line's configuration.
+        pipeline: a loaded SDXL pipeline.
+        stream: the training images in their drawn order.
+        validation: held-out images with captions, or None.
+    """
+
+    def __init__(
+        self, cfg: Any, pipeline: Any, stream: VisitStream, validation: Any | None = None
+    ) -> None:
+        self.cfg, self.pipeline, self.stream, self.validation = cfg, pipeline, stream, validation
+        denoising = Denoising.from_config(
+            dict(pipeline.scheduler.config),
+            edm=cfg.do_edm_style_training,
+            snr_gamma=cfg.snr_gamma,
+            snr_weighting=cfg.snr_weighting,
+        )
+        trained = [pipeline.text_encoder, pipeline.text_encoder_2] if cfg.train_text_encoder else []
+        weight = cfg.prior_loss_weight if cfg.with_prior_preservation else None
+        self.module = DreamBoothModule(pipeline.unet, trained, denoising, weight)
+        if cfg.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+            for encoder in trained:
+                encoder.activation_checkpointing_enable()
+        if cfg.enable_xformers_memory_efficient_attention:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+        self.num_samples = stream.num_samples
+        self.models: dict[str, nn.Module] = {"unet": pipeline.unet}
+        if trained:
+            self.models |= {"text_encoder": trained[0], "text_encoder_2": trained[1]}
+
+    def data_summary(self) -> str:
+        """What it is trained on, in a few words."""
+        classes = self.stream.classes
+        prior = f" and {len(classes)} class images" if classes else ""
+        return f"{len(self.stream.images)} images{prior} at {self.cfg.resolution} px"
+
+    def targets(self) -> list[Target]:
+        """Attention projections of the UNet, and of the text encoders where they are trained."""
+        cfg = self.cfg
+
+        def spec(modules: tuple[str, ...]) -> AdapterSpec:
+            return AdapterSpec(
+                rank=cfg.rank,
+                alpha=cfg.lora_alpha,
+                dropout=cfg.lora_dropout,
+                init=cfg.init_lora_weights,
+                use_dora=cfg.use_dora,
+                target_modules=modules,
+            )
+
+        rate = cfg.text_encoder_lr
+        if cfg.optimizer.lower() == "prodigy" or not rate:
+            # Prodigy estimates one step size and takes the learning rate as a common factor.
+            rate = cfg.learning_rate
+        unet, *encoders = self.models.items()
+        text, decay = spec(TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
+        return [
+            Target(*unet, spec(UNET_TARGETS), cfg.learning_rate, cfg.adam_weight_decay),
+            *(Target(*encoder, text, rate, decay) for encoder in encoders),
+        ]
+
+    def to_device(self, device: torch.device) -> None:
+        """Move the autoencoder, embed all prompts, and set up the latent cache."""
+        self.device = device
+        self.pipeline.vae.to(device)
+        self.latents = LatentCache(Encoder(self.pipeline.vae, device), keep=self.stream.cacheable)
+        if self.cfg.train_text_encoder:
+            for encoder in self.module.text_encoders:
+                encoder.to(device)
+        else:
+            self.prompts = PromptCache(self.pipeline, device)
+            self.prompts.add(self.stream.captions())
+        self.pipeline.unet.to(device)
+        self.sampling_prompts = list(self.cfg.validation_prompts)
+        if not self.cfg.train_text_encoder and self.sampling_prompts:
+            self.prompts.add([*self.sampling_prompts, ""])
+        self.grid = None
+        if self.validation is not None:
+            self.grid = GridLoss(self, self.stream, self.validation)
+
+    def condition(self, captions: Sequence[str]) -> dict[str, Any]:
+        """The text part of a module's inputs for these captions."""
+        if self.cfg.train_text_encoder:
+            tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+            return {"ids": tokenize(tokenizers, captions)}
+        text = self.prompts(captions)
+        return {"sequence": text.sequence, "pooled": text.pooled}
+
+    def micro_batches(
+        self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches in the schedule's order, with their noise and timesteps."""
+        for (step, slots), visits in self.stream.visits(schedule, step_size):
+            yield self._micro_batch(step, slots, visits)
+
+    def _micro_batch(
+        self, step: int, slots: tuple[int, ...], visits: Sequence[Visit]
+    ) -> MicroBatch:
+        posteriors = self.latents(
+            [v.key for v in visits], lambda row: visits[row].pixels(), [v.name for v in visits]
+        )
+        latents, noise, index, digests = [], [], [], []
+        for visit, posterior in zip(visits, posteriors, strict=True):
+            random = generator(self.cfg.seed, "noise", step, visit.sample, visit.slot, visit.kind)
+            draw = self.latents.space.encode(posterior.sample(random)[None])[0]
+            noise.append(torch.randn(draw.shape, generator=random))
+            index.append(torch.randint(self.module.denoising.num_timesteps, (), generator=random))
+            latents.append(draw)
+            digests.append(visit.digest(digest(noise[-1], index[-1])))
+        inputs = {
+            "latents": torch.stack(latents),
+            "noise": torch.stack(noise),
+            "index": torch.stack(index),
+            "instance": torch.tensor([v.kind == "instance" for v in visits]),
+            "time_ids": torch.tensor([v.time_ids for v in visits], dtype=torch.float32),
+            **self.condition([v.caption for v in visits]),
+        }
+        joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
+        return MicroBatch(slots, tuple(v.name for v in visits[: len(slots)]), joined, inputs)
+
+    def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
+        """Loss on held-out and on training images over the fixed grid; {} without a set."""
+        if self.grid is None:
+            return {}
+        with evaluating:
+            return self.grid()
+
+    def validate(
+        self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
+    ) -> dict[str, float]:
+        """Images of each validation prompt, as PNG under ``validation/step-N``; {} is measured."""
+        prompts = self.cfg.sampled_prompts
+        if not prompts:
+            return {}
+        count = self.cfg.num_validation_images
+        seeds = [self.cfg.seed + i for _ in self.sampling_prompts for i in range(count)]
+        with evaluating, inference(self.module):
+            images = generate(
+                self.pipeline,
+                prompts,
+                seeds,
+                size=self.cfg.resolution,
+                embeddings=self._sampling_embeddings(prompts),
+                batch=self.cfg.sample_batch_size,
+            )
+        target = folder / "validation" / f"step-{step}"
+        target.mkdir(parents=True, exist_ok=True)
+        files = [target / f"{number:03d}.png" for number in range(len(images))]
+        for image, file in zip(images, files, strict=True):
+            image.save(file)
+        return {}
+
+    def _sampling_embeddings(
+        self, prompts: Sequence[str]
+    ) -> tuple[PromptEmbedding, PromptEmbedding]:
+        if self.cfg.train_text_encoder:
+            return embed(self.pipeline, prompts), embed_negative(self.pipeline, len(prompts))
+        empty = zeroed_if_told(self.pipeline, self.prompts([""] * len(prompts)))
+        return self.prompts(prompts), empty

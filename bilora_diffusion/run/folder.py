@@ -1,0 +1,231 @@
+"""The run folder: what lies in it, whose it is, and which folders can't become one.
+
+A folder is a run's by its ``run.json``. What has a name that a run writes to and stands in a folder
+without one was made by somebody else, and is neither replaced nor deleted; so is a ``README.md``
+that the run did not write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
+from ..methods import get
+from . import checkpoint, snapshots
+
+SCHEMA_VERSION = 1
+RUN, METRICS = "run.json", "metrics.jsonl"
+# By these a folder is known to hold a run.
+RESULTS = (
+    METRICS,
+    checkpoint.CHECKPOINTS,
+    FILE_NAME,
+    KOHYA_FILE_NAME_BEFORE,
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+# What else a run leaves, and a fresh start deletes.
+CARD, ERROR = "README.md", "error.txt"
+EXPORTS = "exports"  # adapters of checkpoints
+BESIDES = ("validation", "logs", EXPORTS, snapshots.FOLDER, ERROR)
+WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
+# Folders of the system, in which nobody keeps runs, but for the places named after them.
+SYSTEM = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys"),
+    *("/usr", "/System", "/Library", "/Applications"),
+)
+WITHIN_SYSTEM = ("/dev/shm", "/usr/local", "/usr/src")
+SHARED = ("/home", "/root", "/run", "/tmp", "/Users", "/var")  # only folders in them
+
+
+def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be used, before anything is loaded or trained.
+
+    Args:
+        folder: ``--output_dir``; need not exist. Nothing in it is changed.
+        resume: ``--resume_from_checkpoint`` as given, or the checkpoint it was resolved to.
+        overwrite: ``--overwrite_output_dir``.
+
+    Raises:
+        UserError: when ``folder`` is a file, a system folder or cannot be written, holds files that
+            a run would replace and did not write, or a run that is neither resumed nor to be
+            overwritten.
+    """
+    folder = Path(folder)
+    _refuse_system(folder)
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file: give a folder as --output_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is not writable: give another --output_dir")
+    if resume is not None and overwrite:
+        raise UserError(
+            "--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of "
+            "the two"
+        )
+    _refuse_foreign(folder, resume)
+    if overwrite or not holds_run(folder):
+        return
+    if resume is None:
+        raise UserError(
+            f"{folder} holds another run: give another --output_dir, continue it with "
+            "--resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
+        )
+    if resume == "auto" and checkpoint.latest(folder) is None:
+        # Starting afresh is right after a kill before the first checkpoint, not after a whole run.
+        if read_run(folder).get("status") == "finished":
+            raise UserError(
+                f"{folder} holds a finished run without a checkpoint: give another --output_dir, "
+                "or delete it with --overwrite_output_dir"
+            )
+        return
+    found = checkpoint.resolve(folder, resume)
+    if found is not None and folder.resolve() not in found.resolve().parents:
+        raise UserError(
+            f"{folder} holds another run than checkpoint {found}: give another --output_dir, or a "
+            f"checkpoint in {folder / checkpoint.CHECKPOINTS}"
+        )
+
+
+def _refuse_system(folder: Path) -> None:
+    path = folder.absolute().resolve()
+    try:
+        home = Path.home().resolve()
+    except RuntimeError:  # a user without one
+        home = None
+    itself = path in (Path(path.anchor), home, *map(Path, SHARED))
+    inside = any(path.is_relative_to(root) for root in SYSTEM)
+    if itself or (inside and not any(Path(free) in path.parents for free in WITHIN_SYSTEM)):
+        kind = "your home folder" if path == home else "a folder of the system"
+        raise UserError(f"--output_dir {folder} is {kind}: give a new folder, such as runs/icons")
+
+
+def _refuse_foreign(folder: Path, resume: str | Path | None) -> None:
+    """Refuse a folder that holds what a run would replace and no run has written."""
+    record = _own(folder)
+    if record is not None or (resume is not None and checkpoint.latest(folder) is not None):
+        suspects = [] if wrote_card(record or {}) else [CARD]
+    else:
+        suspects = [RUN, *RESULTS, kohya_file_name(folder), *BESIDES, CARD]
+    for name in suspects:
+        if os.path.lexists(folder / name):
+            raise UserError(
+                f"{folder / name} was not written by a run, which would replace it: move it away,"
+                " or give another --output_dir"
+            )
+
+
+def _own(folder: Path) -> dict[str, Any] | None:
+    """The folder's ``run.json``, None where there is none, or one of something else.
+
+    Raises:
+        UserError: it is of another version.
+    """
+    try:
+        record = json.loads((folder / RUN).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("method"), str):
+        return None
+    return read_run(folder)
+
+
+def wrote_card(record: Mapping[str, Any]) -> bool:
+    """Whether the ``README.md`` beside a ``run.json`` is a run's model card."""
+    return bool(record.get("card")) or record.get("status") == "finished"
+
+
+def refuse_foreign_models(folder: Path) -> None:
+    """Refuse a folder in which full fine-tuning would replace models that are not its own.
+
+    Raises:
+        UserError: it holds such models.
+    """
+    for name in WHOLE_MODELS:
+        if (folder / name).exists() and not trained_whole(folder):
+            raise UserError(
+                f"{folder / name} exists and is not of a run of full fine-tuning, which would "
+                "replace it: give another --output_dir"
+            )
+
+
+def trained_whole(folder: Path) -> bool:
+    """Whether the folder's run trained all weights of its models."""
+    return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is anything by which a run is known."""
+    return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
+
+
+def clear(folder: Path) -> None:
+    """Delete an earlier run; its ``run.json`` goes last, so that a crash leaves it known."""
+    if not holds_run(folder):
+        return
+    whole = WHOLE_MODELS if trained_whole(folder) else ()
+    card = (CARD,) if wrote_card(_own(folder) or {}) else ()
+    for name in (*BESIDES, *card, *whole, *RESULTS, kohya_file_name(folder), RUN):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
+
+    Raises:
+        UserError: when another line is no JSON object with a step.
+    """
+    path = Path(folder) / METRICS
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    found = []
+    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
+        try:
+            values = json.loads(line)
+            int(values["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"line {number} of {path} is not a metrics line: delete it, or start a new run"
+            ) from error
+        found.append(values)
+    return found
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a run folder.
+
+    Raises:
+        UserError: when there is none, or it is damaged or of an unknown schema version.
+    """
+    path = Path(folder) / RUN
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["schema_version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete it, or give another run folder") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {version!r}, but this version of bilora_diffusion reads "
+            f"{SCHEMA_VERSION}: read it with the version that wrote it"
+        )
+    return record

@@ -1,0 +1,123 @@
+"""Where a result comes from: versions, commit, machine, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import bilora_diffusion
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "numpy",
+    "bilora_diffusion",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of what a run depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    if found["bilora_diffusion"] is None:  # run from a checkout, not installed
+        found["bilora_diffusion"] = getattr(bilora_diffusion, "__version__", None)
+    return found
+
+
+def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
+    """Commit of the checkout that holds ``package`` (this one), and whether the package differs.
+
+    Returns:
+        ``(hash, differs)``; ``(None, None)`` outside a checkout, without git, or when the package
+        merely lies inside another project's checkout, as in a virtual environment.
+    """
+    package = package or Path(__file__).resolve().parents[1]
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    head = _git(package, "rev-parse", "--verify", "HEAD")
+    if head is None:
+        return None, None
+    changes = _git(package, "status", "--porcelain", "--", ".")
+    return head, None if changes is None else bool(changes)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    # A surrounding git command (a hook) would otherwise point this one to its own repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def device(used: torch.device | str | None = None) -> dict[str, str | int | None]:
+    """The machine: ``name`` of what computes, CPU model, usable cores, torch threads, GPU.
+
+    Args:
+        used: the device trained on; by default the GPU when there is one.
+    """
+    kind = torch.device(used or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = torch.cuda.get_device_name(kind) if kind.type == "cuda" else None
+    model = _cpu_model()
+    return {
+        "type": kind.type,
+        "name": gpu or model,
+        "gpu": gpu,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(kind).total_memory if gpu else None,
+        "cpu_model": model,
+        "cpu_cores": _cpu_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_cores() -> int | None:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def peak_memory(used: torch.device | str | None = None) -> int:
+    """Most memory held so far, in bytes: the GPU's when a GPU is used, else this process'."""
+    if (used is None or torch.device(used).type == "cuda") and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated(used)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

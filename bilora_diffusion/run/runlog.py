@@ -1,0 +1,230 @@
+"""The record of a run: ``run.json`` (what, where, how long) and ``metrics.jsonl`` (step by step).
+
+    log = RunLog(folder)
+    log.start(config, method="bilora", seed=0, resume_step=None)
+    log.metric(1, loss=0.5, lr=2e-4)
+    log.finish(heldout_loss=0.08)
+
+``run.json`` is replaced atomically; ``metrics.jsonl`` is strict JSON, one line per call, each
+written at once, so that a kill leaves at most one torn last line, which readers skip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..durable import dump_json, overwrite_text, strict_json, sync, write_text
+from ..errors import UserError
+from . import provenance, snapshots
+from .folder import (
+    ERROR,
+    METRICS,
+    RUN,
+    SCHEMA_VERSION,
+    WHOLE_MODELS,
+    clear,
+    guard,
+    read_metrics,
+    read_run,
+    refuse_foreign_models,
+    wrote_card,
+)
+
+__all__ = [
+    "METRICS",
+    "RUN",
+    "WHOLE_MODELS",
+    "RunLog",
+    "guard",
+    "read_metrics",
+    "read_run",
+    "refuse_foreign_models",
+]
+
+SECRETS = frozenset({"hub_token"})
+HEARTBEAT_SECONDS = 15.0
+
+
+class RunLog:
+    """Writes one run's record; make it in the main process only.
+
+    Args:
+        folder: the run folder; made when missing.
+        device: what is trained on, for the machine's name and the peak memory; by default the GPU
+            when there is one.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
+        self.folder = Path(folder)
+        self._device = device
+        self._run: dict[str, Any] = {}
+        self._metrics: BinaryIO | None = None
+        self._began = self._written = 0.0
+        self._before = 0.0
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        method: str,
+        seed: int | None,
+        resume_step: int | None,
+        num_steps: int | None = None,
+    ) -> None:
+        """Open the record.
+
+        A fresh start (``resume_step`` None) deletes what an earlier run left here, which
+        :func:`guard` must have allowed. Otherwise lines and snapshots of steps after
+        ``resume_step`` go, and the time spent before counts on.
+
+        Args:
+            config: JSON-able; secrets in it are not written.
+            method: name of the method.
+            seed: of data, noise and initialization.
+            resume_step: step of the checkpoint that is continued.
+            num_steps: optimizer steps of the whole run.
+
+        Raises:
+            UserError: when the earlier record is damaged, or the folder is a file.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file: give a folder as --output_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        earlier: dict[str, Any] = {}
+        if resume_step is None:
+            clear(self.folder)
+        else:
+            earlier = read_run(self.folder) if (self.folder / RUN).exists() else {}
+            (self.folder / ERROR).unlink(missing_ok=True)  # of an attempt that is made good
+            self._truncate(resume_step)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        commit, differs = provenance.commit()
+        resumed = [{"step": resume_step, "at": now}] if resume_step is not None else []
+        self._run = {
+            "schema_version": SCHEMA_VERSION,
+            "config": {key: value for key, value in config.items() if key not in SECRETS},
+            "method": method,
+            "seed": seed,
+            "num_steps": num_steps,
+            "versions": provenance.versions(),
+            "commit": commit,
+            "uncommitted_changes": differs,
+            "device": provenance.device(self._device),
+            "started_at": earlier.get("started_at", now),
+            "resumed": [*earlier.get("resumed", []), *resumed],
+            "wall_seconds": earlier.get("wall_seconds", 0.0),
+            "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
+            "status": "running",
+            "card": wrote_card(earlier),
+            "doing": "starting",
+            "doing_since": now,
+            "results": {},
+        }
+        self._before = self._run["wall_seconds"]
+        self._began = time.monotonic()
+        self._write()
+        self._metrics = (self.folder / METRICS).open("ab", buffering=0)
+
+    def metric(self, step: int, **values: Any) -> None:
+        """Append one line, ``{"step": step, **values}``.
+
+        A number that is not finite is written as null, and the line then has ``"nonfinite": true``.
+
+        Raises:
+            TypeError: for a value that JSON cannot hold.
+        """
+        if self._metrics is None:
+            raise RuntimeError("RunLog.metric needs RunLog.start first")
+        line, odd = strict_json({"step": int(step), **values, "nonfinite": False})
+        if odd:
+            line["nonfinite"] = True
+        else:
+            del line["nonfinite"]
+        text = json.dumps(line, allow_nan=False, separators=(", ", ": ")) + "\n"
+        data = text.encode("ascii")  # unbuffered: one system call for one line
+        while data:  # a disk that is nearly full takes a part of it, and refuses the rest
+            data = data[self._metrics.write(data) :]
+        if time.monotonic() - self._written > HEARTBEAT_SECONDS:
+            self._write()
+
+    def doing(self, what: str) -> None:
+        """Write down what the run does from now on, such as "held-out loss".
+
+        So others can tell a run that is busy with something long from one that hangs.
+        """
+        self._run["doing"] = what
+        self._run["doing_since"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write()
+
+    def sync(self) -> None:
+        """Flush the record to the disk; call it before a checkpoint is saved.
+
+        Then no line up to the checkpoint's step can be missing after a power failure.
+        """
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+            self._write()
+
+    def finish(self, **results: Any) -> None:
+        """Close the record as "finished" with what came out.
+
+        Args:
+            results: JSON-able; a number that is not finite is written as null.
+        """
+        self._run["results"] = {**self._run["results"], **results}
+        self._close("finished")
+
+    def fail(self, reason: str) -> None:
+        """Close the record as "failed", with one sentence why."""
+        self._run["error"] = reason
+        self._close("failed")
+
+    def writes_card(self) -> None:
+        """Write down that the folder's ``README.md`` is the run's own, before it is written."""
+        self._run["card"] = True
+        self._write()
+
+    def interrupt(self) -> None:
+        """Close the record as "interrupted": it goes on with the next resume."""
+        self._close("interrupted")
+
+    def _close(self, status: str) -> None:
+        self._run["status"] = status
+        try:
+            self.sync()
+        except OSError:  # a full disk
+            self._write_over()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _write_over(self) -> None:
+        """Write the record where it stands; without the reason if that takes more room."""
+        for left_out in ((), ("error",)):
+            run = {key: value for key, value in self._run.items() if key not in left_out}
+            with contextlib.suppress(OSError):
+                overwrite_text(self.folder / RUN, dump_json(strict_json(run)[0]))
+                return
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        self._run["wall_seconds"] = round(self._before + self._written - self._began, 3)
+        peak = provenance.peak_memory(self._device)
+        self._run["peak_memory_bytes"] = max(self._run["peak_memory_bytes"], peak)
+        record, _ = strict_json(self._run)
+        write_text(self.folder / RUN, dump_json(record))
+
+    def _truncate(self, step: int) -> None:
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+        write_text(self.folder / METRICS, text)
+        sync(self.folder)
+        snapshots.truncate(self.folder, step)

@@ -1,0 +1,1 @@
+"""Text models: options, tasks and their rows, tokenizing, packing, evaluation, the script."""

@@ -1,0 +1,95 @@
+"""``README.md`` of a text run: a model card with the front matter of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .. import methods
+from ..durable import write_text
+from ..run.card import code, is_hub_id, python_block, source, table
+from ..run.publish import run_settings
+from .models import AUTO_CLASSES
+from .places import PACKAGED
+
+PIPELINE_TAGS = {
+    "seq2seq": "text2text-generation",
+    "causal": "text-generation",
+    "classification": "text-classification",
+}
+
+
+def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None) -> Path:
+    """Write ``folder/README.md``.
+
+    Args:
+        cfg: the run's configuration, with the kind of model as ``task_type``.
+        folder: the run folder.
+        results: steps, and the held-out figures to show.
+        repo_id: hub repository the folder goes to.
+    """
+    trained = methods.get(cfg.method)
+    base, data = source(cfg.model_name_or_path), cfg.task or Path(cfg.train_file).name
+    meta = ModelCardData(
+        library_name="transformers" if trained.exports_weights else "peft",
+        base_model=base if is_hub_id(base) else None,
+        pipeline_tag=PIPELINE_TAGS[cfg.task_type],
+        tags=list(dict.fromkeys(["bilora-diffusion", trained.name])),
+    )
+    measured = {
+        key.removeprefix("heldout_").replace("_", " "): value
+        for key, value in results.items()
+        if key.startswith("heldout_")
+    }
+    body = [
+        f"# {base} fine-tuned with {trained.title}",
+        f"{trained.title} weights for {code(base)}, trained on {code(data)}.",
+        trained.summary,
+        "## Use",
+        python_block(_snippet(cfg, base, repo_id or "path/to/this/folder", results["export"])),
+        *table("## Method", {**run_settings(cfg, results["steps"]), "method": trained.title}),
+        *table("## Results on held-out rows", measured),
+    ]
+    path = folder / "README.md"
+    write_text(path, f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
+    return path
+
+
+def _snippet(cfg: Any, base: str, here: str, export: dict[str, Any]) -> list[str]:
+    """Python that loads the result."""
+    kind = cfg.task_type
+    auto = f"Auto{AUTO_CLASSES[kind]}"
+    whole = methods.get(cfg.method).exports_weights
+    if whole:
+        return [
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained({here!r}, subfolder="model")',
+            f'tokenizer = AutoTokenizer.from_pretrained({here!r}, subfolder="model")',
+        ]
+    if cfg.model_name_or_path in PACKAGED:
+        return [
+            "from bilora_diffusion.text.models import load_text_model",
+            "from peft import PeftModel",
+            "",
+            f"base = load_text_model({base!r}, {kind!r}{_labels(kind, export, 'labels')})",
+            f"model = PeftModel.from_pretrained(base.model, {here!r})",
+        ]
+    name = base if is_hub_id(base) else f"path/to/{base}"
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+        f"base = {auto}.from_pretrained({name!r}{_labels(kind, export, 'num_labels')})",
+        f"model = PeftModel.from_pretrained(base, {here!r})",
+    ]
+
+
+def _labels(kind: str, export: dict[str, Any], keyword: str) -> str:
+    if kind != "classification":
+        return ""
+    labels = export["labels"]
+    return f", {keyword}={labels!r}" if keyword == "labels" else f", {keyword}={len(labels)}"

@@ -1,0 +1,332 @@
+"""Loading what the text path trains: T5 and its kin, causal language models, classifiers.
+
+    loaded = load_text_model("google-t5/t5-base")
+    loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
+
+A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
+``text_places.PACKAGED``: models that packages of the Python package index bring along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..choices import KINDS
+from ..errors import UserError
+from ..seeds import seed_of
+from ..train.soundness import reading, require_finite, require_safetensors, require_words
+from .places import gguf_file, locate
+
+FIX = "correct --model_name_or_path, or install what it asks for"
+CLASS_HEADS = ("classifier", "score")
+"""Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
+POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
+"""Types of models whose positions start after the padding token's number."""
+AUTO_CLASSES = {
+    "seq2seq": "ModelForSeq2SeqLM",
+    "causal": "ModelForCausalLM",
+    "classification": "ModelForSequenceClassification",
+}
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A loaded model in evaluation mode, its tokenizer, and which kind it is.
+
+    ``new_modules`` are the layers whose weights were not among the stored ones: a classifier's head
+    and what lies before it, such as DistilBERT's ``pre_classifier``.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    new_modules: tuple[str, ...] = ()
+
+    @property
+    def whole_modules(self) -> tuple[str, ...]:
+        """A classifier's head and new layers: they are trained whole, and saved by an adapter."""
+        if self.kind != "classification":
+            return ()
+        heads = tuple(name for name in CLASS_HEADS if hasattr(self.model, name))
+        return heads + tuple(n for n in self.new_modules if n.split(".")[0] not in heads)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest input that its positions allow; None for relative positions (T5)."""
+        config = self.model.config
+        found = getattr(config, "max_position_embeddings", None)
+        if found is None and not getattr(config, "relative_attention_num_buckets", None):
+            found = getattr(config, "n_positions", None)
+        padded = any(name in str(config.model_type) for name in POSITIONS_AFTER_PADDING)
+        offset = (config.pad_token_id or 0) + 1 if padded else 0
+        return None if found is None else int(found) - offset
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A model whose configuration has been read, and whose weights have not.
+
+    Args:
+        name: as the user gave it, for messages.
+        location: what ``from_pretrained`` takes.
+        arguments: what it takes beside.
+        config: the model's configuration.
+        kind: which kind of model it is.
+    """
+
+    name: str
+    location: str
+    arguments: dict[str, Any]
+    config: Any
+    kind: str
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        tokenizer_name: str | None = None,
+        attn_implementation: str | None = None,
+        labels: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> TextModel:
+        """Model and tokenizer; see ``load_text_model``."""
+        tokenizer = self._tokenizer(tokenizer_name)
+        arguments = {**self.arguments, "config": self.config, "dtype": dtype}
+        if attn_implementation is not None:
+            arguments["attn_implementation"] = attn_implementation
+        if self.kind == "classification" and labels is not None:
+            self.config.id2label = dict(enumerate(labels))
+            self.config.label2id = {label: number for number, label in enumerate(labels)}
+            arguments["ignore_mismatched_sizes"] = True
+        weights = f'the weights of "{self.name}"'
+        if "gguf_file" not in self.arguments:
+            arguments["use_safetensors"] = True
+            require_safetensors(weights, Path(self.location))
+        loader = _auto(AUTO_CLASSES[self.kind])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "head"))
+            model, found = reading(
+                weights,
+                FIX,
+                lambda: loader.from_pretrained(
+                    self.location, **arguments, output_loading_info=True
+                ),
+            )
+        if "gguf_file" in self.arguments:
+            model = _without_quantization(model, dtype)
+        _settle_padding(model, tokenizer)
+        new = self._new_modules(model, found)
+        require_finite(f'the model "{self.name}"', model)
+        require_words(
+            f'the tokenizer of "{tokenizer_name or self.name}"',
+            tokenizer,
+            len(cast(Any, model).get_input_embeddings().weight),
+            "give the model's own with --tokenizer_name",
+        )
+        return TextModel(model.eval(), tokenizer, self.kind, new)
+
+    def _new_modules(self, model: Any, found: dict[str, Any]) -> tuple[str, ...]:
+        """Layers without stored weights: those that make a classifier of a language model.
+
+        Raises:
+            UserError: others have none; Transformers draws them at random, and only warns.
+        """
+        new = _modules(found["missing_keys"])
+        # A head of other classes may have another shape, and nothing else.
+        other = _modules(k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
+        lacking = sorted({*new, *other})
+        if self.kind == "classification":
+            body = f"{model.base_model_prefix}."
+            lacking = [name for name in lacking if name.startswith(body) and ".pooler" not in name]
+        if lacking:
+            raise UserError(
+                f'"{self.name}" holds no weights for {", ".join(lacking[:3])}, without which it is'
+                f" no {self.kind} model: give another --model_name_or_path."
+            )
+        return new
+
+    def _tokenizer(self, other: str | None) -> Any:
+        location, arguments = self.location, self.arguments
+        if other is not None:
+            location = locate(other)
+            arguments = {
+                k: v for k, v in arguments.items() if k in ("cache_dir", "trust_remote_code")
+            }
+        name, loader = other or self.name, _auto("Tokenizer")
+        what = f'the tokenizer of "{name}"'
+        made = reading(
+            what,
+            "add its files, give another with --tokenizer_name, or install what it asks for",
+            lambda: loader.from_pretrained(location, **arguments),
+        )
+        require_words(what, made, None, "add its files, or give another with --tokenizer_name")
+        return made
+
+
+def open_text_model(
+    name_or_path: str,
+    task_type: str = "auto",
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> TextSource:
+    """Find a model and read its configuration; see ``load_text_model``.
+
+    Raises:
+        UserError: it can't be found or read, or is of another kind.
+    """
+    location = locate(name_or_path)
+    given = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file(location),
+    }
+    # Transformers would ask, and wait, where nobody says whether code may run.
+    arguments = {k: v for k, v in given.items() if v or k == "trust_remote_code"}
+    config = reading(
+        f'the configuration of "{name_or_path}"',
+        FIX,
+        lambda: _auto("Config").from_pretrained(location, **arguments),
+    )
+    kind = reading(
+        f'the configuration of "{name_or_path}"',
+        FIX,
+        lambda: kind_of(config, name_or_path, task_type),
+    )
+    return TextSource(name_or_path, location, arguments, config, kind)
+
+
+def load_text_model(
+    name_or_path: str,
+    task_type: str = "auto",
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    tokenizer_name: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+) -> TextModel:
+    """Load a model with its tokenizer; both on the CPU, without adapters.
+
+    Args:
+        name_or_path: hub id, folder, or a key of ``text_places.PACKAGED``.
+        task_type: "seq2seq", "causal", "classification", or "auto": what the model's config says.
+        dtype: of the weights.
+        revision: branch, tag or commit on the hub.
+        cache_dir: folder of downloads.
+        tokenizer_name: another tokenizer than the model's own.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None: what fits.
+        trust_remote_code: whether code of the model's repository may run.
+        labels: names of the classes, for a classifier.
+        seed: of a classifier's new head.
+
+    Raises:
+        UserError: it can't be found or read, is of another kind, or needs a package or code that is
+            not there.
+    """
+    source = open_text_model(
+        name_or_path,
+        task_type,
+        revision=revision,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+    )
+    return source.load(
+        dtype=dtype,
+        tokenizer_name=tokenizer_name,
+        attn_implementation=attn_implementation,
+        labels=labels,
+        seed=seed,
+    )
+
+
+def kind_of(config: Any, name: str, task_type: str) -> str:
+    """Which kind of model a configuration is for.
+
+    Raises:
+        UserError: the wanted kind does not fit, or "auto" can't tell.
+    """
+    possible = [kind for kind in KINDS if _has_class(config, kind)]
+    if config.is_encoder_decoder and "causal" in possible:
+        possible.remove("causal")
+    if task_type != "auto":
+        if task_type not in possible:
+            known = ", ".join(possible) or "none of them"
+            raise UserError(
+                f'--task_type {task_type} does not fit "{name}", a {config.model_type} model, which'
+                f" can be: {known}."
+            )
+        return task_type
+    architecture = " ".join(getattr(config, "architectures", None) or ())
+    if "SequenceClassification" in architecture and "classification" in possible:
+        return "classification"
+    if "seq2seq" in possible:
+        return "seq2seq"
+    # Encoders such as BERT are listed as causal models too, but nobody means that.
+    encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
+    wanted = "classification" if encoder else "causal"
+    if wanted in possible:
+        return wanted
+    raise UserError(
+        f'"{name}" is a {config.model_type} model, neither a language model nor a text classifier:'
+        " give another --model_name_or_path."
+    )
+
+
+def _modules(keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that parameters belong to."""
+    return tuple(sorted({key.rpartition(".")[0] for key in keys if "." in key}))
+
+
+def _has_class(config: Any, kind: str) -> bool:
+    own = getattr(config, "auto_map", None) or {}  # of a model whose repository brings its code
+    name = AUTO_CLASSES[kind]
+    return f"Auto{name}" in own or type(config) in _auto(name)._model_mapping
+
+
+def _auto(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, f"Auto{name}")
+
+
+def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same weights in a model that knows nothing of GGUF: its config says quantized, with which
+    neither saving nor 4-bit loading works, although the weights are whole by now.
+    """
+    old: Any = model
+    values = old.config.to_dict()
+    values.pop("quantization_config", None)
+    plain = type(old)(type(old.config).from_dict(values)).to(dtype)
+    plain.load_state_dict(old.state_dict())
+    plain.tie_weights()
+    if hasattr(old, "generation_config"):
+        plain.generation_config = old.generation_config
+    plain.name_or_path = old.name_or_path
+    return plain
+
+
+def _settle_padding(model: Any, tokenizer: Any) -> None:
+    """A padding token for models that were trained without one; padding has no loss."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                "the tokenizer has neither a padding nor an end token: give another with"
+                " --tokenizer_name."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # classifiers look for the last token
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id

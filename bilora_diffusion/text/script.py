@@ -1,0 +1,119 @@
+"""Text fine-tuning from a command line: parse, build, fit, export.
+
+accelerate launch train_text_bilora.py --config recipes/t5_base/mrpc.yaml
+python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.jsonl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..adapters.quantize import quantize_nf4
+from ..config import TextConfig, parse_text
+from ..errors import UserError
+from ..export import save_adapter, save_models, verify_adapter
+from ..methods import get
+from ..train import running
+from ..train.running import DTYPES, Script
+from ..train.trainer import Trainer
+from .card import write_text_card
+from .models import open_text_model
+from .rows import encode_rows, open_rows
+from .task import NAME, TextTask
+
+logger = logging.getLogger(__name__)
+
+
+def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
+    """Data first, since it is quick to refuse; then the model, on the device.
+
+    Raises:
+        UserError: what the rows, the model and the options say does not go together.
+    """
+    source = open_text_model(
+        str(cfg.model_name_or_path),
+        cfg.task_type,
+        revision=cfg.revision,
+        cache_dir=cfg.cache_dir,
+        trust_remote_code=cfg.trust_remote_code,
+    )
+    if cfg.packing and source.kind != "causal":
+        raise UserError(
+            f'--packing is for causal models, and "{cfg.model_name_or_path}" is a {source.kind}'
+            " model: drop it."
+        )
+    cfg = dataclasses.replace(cfg, task_type=source.kind)
+    rows = open_rows(cfg)
+    if cfg.template == "auto":
+        cfg = dataclasses.replace(cfg, template=rows.template)
+    full = get(cfg.method).exports_weights
+    loaded = source.load(
+        # Weights that are trained are kept in fp32, since bf16 would lose small updates.
+        dtype=torch.float32 if full else DTYPES[accelerator.mixed_precision],
+        tokenizer_name=cfg.tokenizer_name,
+        attn_implementation=cfg.attn_implementation,
+        labels=rows.label_words if cfg.task_type == "classification" else None,
+        seed=cfg.seed,
+    )
+    task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
+    if cfg.quantize == "nf4":
+        count = quantize_nf4(
+            loaded.model,
+            DTYPES[accelerator.mixed_precision],
+            skip=loaded.whole_modules,
+            device=accelerator.device,
+        )
+        logger.info("the weights of %d layers are held in 4 bits", count)
+    task.to_device(accelerator.device)
+    return task
+
+
+def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Write what was trained, as it is now, and read it back; returns what that showed."""
+    task: Any = trainer.task
+    model, tokenizer = task.loaded.model, task.loaded.tokenizer
+    if trainer.method.exports_weights:
+        report = save_models(folder, task.models)
+        tokenizer.save_pretrained(folder / NAME)
+        return report
+    save_adapter(folder, model, base_model=str(cfg.model_name_or_path), kind=task.loaded.kind)
+    return {"labels": list(task.data.label_words), **verify_adapter(folder, model)}
+
+
+def card(cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
+    """Write the model card."""
+    write_text_card(cfg, folder, results, repo_id)
+
+
+def files(folder: Path) -> dict[str, str]:
+    """What the files that a run leaves are for."""
+    return {
+        "adapter": "adapter_model.safetensors",
+        "model": NAME,
+        "model card": "README.md",
+        "answers": "validation",
+    }
+
+
+TEXT = Script("text-bilora", parse_text, build_task, export, card, "eval.text_scores", files)
+
+
+def main(argv: Sequence[str] | None = None, config: TextConfig | None = None) -> None:
+    """Train as the command line says and leave a run folder.
+
+    Args:
+        argv: the command line; None for that of the process.
+        config: what it was read to, if it was read already.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics are kept.
+    """
+    running.main(TEXT, argv, config)

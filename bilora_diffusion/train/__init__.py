@@ -1,0 +1,1 @@
+"""Training any model: task contract, the one loop, stepping, optimizers, averaging, dynamics."""

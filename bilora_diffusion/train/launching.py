@@ -1,0 +1,53 @@
+"""The processes of a run that its launcher was asked for and did not start."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..errors import UserError
+
+
+def start_missing_processes() -> None:
+    """Start the CPU processes that ``accelerate launch --cpu --num_processes N`` was asked for.
+
+    accelerate 1.15 sets a meeting point for N processes, but starts one only (without MPI's
+    ``--mpirun_hostfile``), which would train on a smaller batch than was asked for. This process is
+    then replaced by torchrun with N; where N can't be read off the launcher's command line, the
+    launch is refused. Does nothing in any other case.
+
+    Raises:
+        UserError: several processes are expected, and how many is not known.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if not on_cpu or "MASTER_ADDR" not in os.environ or any(r in os.environ for r in ranks):
+        return
+    count = launched_processes()
+    if count is None:
+        raise UserError(
+            "accelerate launch --cpu starts one process whatever --num_processes says: launch"
+            " several with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+            " train_dreambooth_bilora.py ..., or leave --num_processes out."
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def launched_processes() -> int | None:
+    """N of the launcher's ``--num_processes N``; None where it does not say."""
+    import psutil
+
+    launcher = psutil.Process().parent()
+    try:
+        words = launcher.cmdline() if launcher else []
+    except psutil.Error:
+        return None
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        name, _, inside = flag.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            given = inside or value
+            return int(given) if given.isdigit() and int(given) > 1 else None
+    return None

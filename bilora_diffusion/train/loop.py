@@ -1,0 +1,115 @@
+"""The only training loop: steps, and what falls due between them: log, validate, save, stop."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..run import trackers
+from ..run.console import Bar
+from ..run.runlog import RunLog
+from .trainer import Trainer
+
+
+def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
+    """Train to the end: steps, metrics, held-out loss, validation images and checkpoints.
+
+    An interruption ends it earlier, after a step that is saved.
+
+    Args:
+        log: the main process's record; the other processes have none.
+    """
+    doing = None if log is None else log.doing
+    # The bar is closed on an error too, whose sentence then has a line of its own.
+    with Bar(trainer.num_steps, trainer.step, trainer.method.name, doing) as bar:
+        if trainer.step == 0:
+            with bar.waiting_for("starting values"):
+                trainer.initialise()
+            _snapshot(trainer, folder)
+            _heldout(trainer, log, bar)
+            if trainer.cfg.eval_on_start:
+                _validate(trainer, folder, log, bar)
+        trainer.interruption.patient = True
+        for batches in trainer.micro_batches():
+            values = trainer.train_step(batches)
+            bar.step(values)
+            if _after_step(trainer, values, folder, log, bar):
+                return
+
+
+def _after_step(
+    trainer: Trainer, values: dict[str, Any], folder: Path, log: RunLog | None, bar: Bar
+) -> bool:
+    """Write down what a step gave, and whatever falls due after it; True if the run stops here."""
+    cfg = trainer.cfg
+    numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+    trainer.accelerator.log(numbers, step=trainer.step)
+    if log is not None:
+        log.metric(trainer.step, **values)
+    _snapshot(trainer, folder)
+    done = trainer.step == trainer.num_steps
+    if done or _due(trainer.step, cfg.validation_loss_steps):
+        _heldout(trainer, log, bar)
+    if done or _due(trainer.step, _validation_steps(trainer)):
+        _validate(trainer, folder, log, bar)
+    stops = trainer.asked_to_stop() is not None
+    if stops or _due(trainer.step, cfg.checkpointing_steps):
+        if log is not None:
+            log.sync()
+        trainer.save(folder)
+    return stops
+
+
+def _snapshot(trainer: Trainer, folder: Path) -> None:
+    if trainer.dynamics is not None:
+        trainer.dynamics.write(folder)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0  # pyright: ignore[reportOperatorIssue]
+
+
+def _validation_steps(trainer: Trainer) -> int | None:
+    """``--validation_epochs`` in steps; None where only the end is validated."""
+    if trainer.cfg.validation_epochs is None:
+        return None
+    epoch = -(-trainer.task.num_samples // trainer.schedule.step_size)
+    return trainer.cfg.validation_epochs * epoch
+
+
+def _heldout(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
+    """The loss on the validation set, written to the log by the main process, which computes it;
+    where weights are split, every process does.
+    """
+    if log is not None or trainer.accelerator.is_fsdp2:
+        with bar.waiting_for("held-out loss"):
+            values = trainer.task.heldout_loss(trainer.evaluating())
+        _measured(trainer, log, values)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
+    """Images or answers of the validation set, made by the main process; where weights are split,
+    every process makes them, and what the others write is dropped.
+    """
+    if log is not None or trainer.accelerator.is_fsdp2:
+        with (
+            bar.waiting_for("validation"),
+            torch.random.fork_rng(),
+            tempfile.TemporaryDirectory() as aside,
+        ):
+            kept = folder if log is not None else Path(aside)
+            values = trainer.task.validate(trainer.step, kept, trainer.evaluating())
+            if log is not None:
+                trackers.log_images(trainer, kept)
+        _measured(trainer, log, values)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _measured(trainer: Trainer, log: RunLog | None, values: dict[str, float]) -> None:
+    if values and log is not None:
+        log.metric(trainer.step, **values)
+        trainer.accelerator.log(values, step=trainer.step)

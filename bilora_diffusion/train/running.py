@@ -1,0 +1,211 @@
+"""What every training script does around the loop: engine, record, end; and how it fails.
+
+A script is its parser and three functions; ``main`` does the rest, so that all scripts have the
+same run folder, the same resume and the same way of stopping.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from .. import room
+from ..config import TextConfig, engines
+from ..errors import UserError
+from ..image.pipeline import quiet
+from ..methods import MethodOptions, create, get
+from ..run import checkpoint, console, failing, interruption, publish, runlog
+from .loop import fit
+from .stepping import Schedule, total_steps
+from .task import Task
+from .trainer import Trainer
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script.
+
+    Args:
+        project: its name for trackers.
+        parse: arguments -> a checked configuration.
+        build_task: configuration, accelerator -> the task, whose ``cfg`` is the completed one.
+        export: writes what was trained into the run folder and reads it back; returns what that
+            showed.
+        card: configuration, folder, results, hub repository or None -> writes ``README.md``.
+        scores: the module that scores its runs.
+        files: what a file of the run folder is for -> its name, to be told at the end.
+    """
+
+    project: str
+    parse: Callable[[Sequence[str] | None], Any]
+    build_task: Callable[[Any, Accelerator], Task]
+    export: Callable[[Any, Trainer, Path], dict[str, Any]]
+    card: Callable[[Any, Path, dict[str, Any], str | None], None]
+    scores: str
+    files: Callable[[Path], dict[str, str]]
+
+
+def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) -> None:
+    """Train as the command line says and leave a run folder.
+
+    Args:
+        config: what the command line was read to, if it was read already.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics are kept.
+        Interrupted: a signal ended it; it says how to go on.
+    """
+    called = argv is not None
+    typed = None if called else interruption.command_line(sys.orig_argv, sys.argv[1:])
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet()
+    cfg = script.parse(argv) if config is None else config
+    folder = Path(cfg.output_dir)
+    runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
+    if get(cfg.method).exports_weights:
+        runlog.refuse_foreign_models(folder)
+    resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
+    accelerator = build_accelerator(cfg)
+    cfg = cfg.for_processes(accelerator.num_processes)
+    stopped = _run(script, cfg, accelerator, folder, resume)
+    # DDP's reducer must be gone before the process group is taken down: the other way round, its
+    # end waits for the group's thread while that thread waits for the interpreter.
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+    if stopped is not None:
+        raise interruption.farewell(folder, *stopped, typed, cfg)
+
+
+def _run(
+    script: Script, cfg: Any, accelerator: Accelerator, folder: Path, resume: Path | None
+) -> tuple[int, int, int] | None:
+    """Build, train and finish; nothing of it is alive when this returns.
+
+    Returns:
+        None, or what stopped it: the signal's number, the steps taken, and of the whole run.
+    """
+    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
+    task: Any = script.build_task(cfg, accelerator)
+    cfg = task.cfg
+    steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
+    method = create(cfg.method, method_options(cfg, steps))
+    trainer = Trainer(task, method, cfg, accelerator)
+    if resume is not None:
+        trainer.load(resume)
+        logger.info("resuming from %s", resume)
+    log = None
+    if accelerator.is_main_process:
+        log = runlog.RunLog(folder, accelerator.device)
+        log.start(
+            cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None, num_steps=steps
+        )
+        logger.info(console.opening(trainer, folder))
+        room.warn(trainer, folder)
+    try:
+        with trainer.interruption, failing.recorded(log, folder, trainer):
+            accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
+            fit(trainer, folder, log)
+            if trainer.step < steps:
+                raise KeyboardInterrupt
+            if log is not None:
+                log.writes_card()
+            results = _finish(script, cfg, trainer, folder, repo_id)
+    except KeyboardInterrupt:
+        number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT
+        return number, trainer.step, steps
+    if log is not None:
+        log.finish(**results)
+        logger.info(closing(script, folder))
+    late = trainer.interruption.number  # too late to stop the run, but not what comes after it
+    return None if late is None else (late, steps, steps)
+
+
+def build_accelerator(cfg: Any) -> Accelerator:
+    """accelerate's engine in the wanted precision.
+
+    Raises:
+        UserError: the device can't compute in it, or the engine can't train what is asked for.
+    """
+    # A text encoder's last layers may be left out of the loss.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
+    project = ProjectConfiguration(
+        project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
+    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=cfg.mixed_precision,
+            log_with=cfg.log_with,
+            project_config=project,
+            kwargs_handlers=[unused],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
+        ) from error
+    engines.check(cfg, accelerator, images=not isinstance(cfg, TextConfig))
+    if cfg.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def method_options(cfg: Any, num_steps: int) -> MethodOptions:
+    """The method's share of the configuration."""
+    names = {field.name for field in fields(MethodOptions)} - {"num_steps"}
+    return MethodOptions(num_steps=num_steps, **{name: getattr(cfg, name) for name in names})
+
+
+def _finish(
+    script: Script, cfg: Any, trainer: Trainer, folder: Path, repo_id: str | None
+) -> dict[str, Any]:
+    """Export the primary, prove it from the file, write the model card; returns the results."""
+    results: dict[str, Any] = {"steps": trainer.step}
+    if trainer.accelerator.is_main_process:
+        with trainer.averaged():
+            results["export"] = script.export(cfg, trainer, folder)
+        results |= last_measured(folder)
+        script.card(cfg, folder, results, repo_id)
+        if repo_id is not None:
+            publish.push(folder, repo_id, cfg.hub_token)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def closing(script: Script, folder: Path) -> str:
+    """The last thing that a run says."""
+    record, rows = runlog.read_run(folder), runlog.read_metrics(folder)
+    return console.closing(
+        folder, script.files(folder), rows, record["wall_seconds"], script.scores
+    )
+
+
+def last_measured(folder: Path) -> dict[str, float]:
+    """The newest of each held-out loss and metric in the folder's record, {} without any."""
+    return {
+        key: value
+        for row in runlog.read_metrics(folder)
+        for key, value in row.items()
+        if key.startswith("heldout_") or key == "train_grid_loss"
+    }
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Configuration values that every tracker can show."""
+    return {
+        key: value if isinstance(value, int | float | str | bool) else repr(value)
+        for key, value in values.items()
+    }

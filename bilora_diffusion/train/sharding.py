@@ -1,0 +1,144 @@
+"""Frozen weights split over processes: accelerate's FSDP2, for adapters of text models.
+
+FSDP2 splits the base weights, which are nearly all of a model, and gathers one block at a time for
+a forward or backward pass. What is trained (the adapters' A, B and magnitudes in fp32, a
+classifier's head) is left out of it by FSDP2's own `ignored_params`: it stays whole on every
+process, as under DDP, and its gradients are averaged once per step. So
+
+- norms, projections, clipping, averages, checkpoints and exports see whole ordinary tensors, so no
+  sum can miss a part, and a method can't tell how many processes there are;
+- no group of FSDP2 mixes the adapters' fp32 with the base's bf16;
+- a step costs one all-reduce of the gradients. Split factors would cost two all-gathers for each
+  adapted layer in each projection.
+
+It costs memory that is small beside a base in bf16: 16 bytes for each trained number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..adapters import fused
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, models: Sequence[nn.Module], optimizer: Optimizer
+) -> tuple[nn.Module, Any]:
+    """accelerate's ``prepare`` of a task's module and the optimizer of what is trained in it.
+
+    Under FSDP2 the one model within the module is split, not the module around it: evaluation and
+    generation call the model itself, and FSDP2 wants every pass to begin where its root is. The
+    optimizer's parameters are the same objects before and after, so that hooks that know them by
+    object stay right.
+
+    Args:
+        models: the models in the module.
+
+    Returns:
+        The module to call, and the prepared optimizer.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(module, optimizer)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
+    (model,) = models
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.ignored_modules = owners(model, [*parameters_of(optimizer), *tied(model)])
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = blocks(model)
+    # Weights are computed with as they were loaded, under autocast, as in one process.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    # FSDP2 makes a class of its own for what it gathers by itself, and the output head is that.
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        fused.unfuse(head)
+    _, prepared = accelerator.prepare(model, optimizer)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
+    if accelerator.native_amp:
+        module.forward = accelerator.autocast()(module.forward)
+    return module, prepared
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Everything that an optimizer trains, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def blocks(model: Any) -> list[str]:
+    """The classes of the model's blocks, each of which FSDP2 is to gather by itself.
+
+    These are Transformers' `_no_split_modules` without those around the input embedding (BERT's),
+    which accelerate takes apart and would so split twice.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    embedding = model.get_input_embeddings()
+    found = [m for m in model.modules() if type(m).__name__ in names]
+    around = {type(m).__name__ for m in found if any(part is embedding for part in m.modules())}
+    return sorted({type(m).__name__ for m in found} - around)
+
+
+def tied(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that several modules hold, such as T5's embedding.
+
+    They are needed whole at both ends of a pass, in which FSDP2 would not give them up either; and
+    it can't have them in one group where one of these modules is called alone, as in T5's encoder.
+    """
+    held = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    holders = Counter(id(p) for p in held)
+    return [p for p in dict.fromkeys(held) if holders[id(p)] > 1]
+
+
+def owners(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Module]:
+    """The modules that hold some of these parameters themselves."""
+    wanted = {id(p) for p in parameters}
+    return [
+        module
+        for module in model.modules()
+        if any(id(p) in wanted for p in module.parameters(recurse=False))
+    ]
+
+
+def accumulating(
+    accelerator: Accelerator, module: nn.Module, last: bool
+) -> AbstractContextManager[Any]:
+    """The context of one of a step's passes; gradients are exchanged in the last one, if by DDP."""
+    if last or accelerator.is_fsdp2:
+        return nullcontext()
+    return accelerator.no_sync(module)
+
+
+@torch.no_grad()
+def average_gradients(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Make each gradient the mean over all processes, where FSDP2 left that to us.
+
+    A parameter that the rows of one process do not reach (an expert of a mixture) counts as zero
+    there; one that no process reaches keeps no gradient.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    parameters = parameters_of(optimizer)
+    reached = [0.0 if p.grad is None else 1.0 for p in parameters]
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    flags = parts[0].new_tensor(reached)
+    mean: Any = accelerator.reduce(torch.cat((*parts, flags)), reduction="mean")
+    *means, flags = mean.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, values, anywhere in zip(parameters, means, flags.tolist(), strict=True):
+        if anywhere:
+            _set_gradient(parameter, values)
+
+
+def _set_gradient(parameter: nn.Parameter, values: Tensor) -> None:
+    values = values.view_as(parameter)
+    if parameter.grad is None:
+        parameter.grad = values.to(parameter.dtype, copy=True)
+    else:
+        parameter.grad.copy_(values)

@@ -1,0 +1,249 @@
+"""What takes a training step: a task, a method and their optimizer, with exact resume.
+
+The step's micro-batches (data, noise and timesteps come from generators keyed by seed, step and
+sample, never from global random state) are frozen, and `method.step` gets a closure that runs all
+of them. So the result depends neither on how a batch is cut into micro-batches or shared among
+processes, nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .. import adapters
+from ..errors import TrainingError
+from ..inits.gradients import initialise
+from ..methods import Method
+from ..run import checkpoint
+from ..run.interruption import Interruption
+from ..seeds import digest_texts, seed_of
+from . import sharding
+from .averaging import Average
+from .dynamics import Dynamics
+from .optimizers import build_optimizer, build_scheduler
+from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
+from .task import MicroBatch, Task, to_device
+from .trainer_state import described, load_tensors
+
+SPOILT_STEPS = 10
+"""So many steps in a row without a finite loss are left out in fp16; then the run ends."""
+
+
+class Trainer:
+    """A task, a method and their optimizer, prepared by accelerate and able to take steps.
+
+    Args:
+        task: what is trained.
+        method: how; its adapters are attached here.
+        cfg: training configuration.
+        accelerator: made with ``gradient_accumulation_steps=1``: steps are cut here.
+    """
+
+    def __init__(self, task: Task, method: Method, cfg: Any, accelerator: Accelerator) -> None:
+        self.task, self.method, self.cfg, self.accelerator = task, method, cfg, accelerator
+        self.schedule = Schedule.of(cfg, accelerator)
+        self.num_steps = total_steps(cfg, task.num_samples, self.schedule.step_size)
+        # The adapters' first values depend on the seed alone, whatever was drawn before.
+        torch.manual_seed(seed_of(cfg.seed, "adapters"))
+        raw = build_optimizer(cfg, method.setup(task.targets()))
+        self.step = 0
+        self.dynamics = Dynamics.of(self, raw)  # its hook sees the gradients before the method's
+        method.bind(raw)
+        self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
+        task.module.train()  # loaded models come in evaluation mode, in which some never checkpoint
+        models = [target.model for target in method.targets]
+        self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, raw)
+        self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
+        self.average = self._new_average()
+        # Several processes stop together, which they can't before they share a first step.
+        self.interruption = Interruption(patient=accelerator.num_processes > 1)
+        self._agreed: int | None = None
+        self._spoilt = 0  # steps in a row whose loss was not finite
+
+    def _new_average(self) -> Average | None:
+        cfg = self.cfg
+        return Average(self.method.clip_parameters(), cfg.ema_decay) if cfg.use_ema else None
+
+    def initialise(self) -> None:
+        """Start the primaries as ``init_lora_weights`` says, where that depends on weights or
+        gradients; once, before the first step of a run that `load` does not continue.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite.
+        """
+        if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
+            self.average = self._new_average()  # of the values that training starts from
+
+    def micro_batches(self) -> Iterator[list[MicroBatch]]:
+        """The remaining steps, each as this process's micro-batches."""
+        slots = self.schedule.slots()
+        plan = Remaining(self.step, self.num_steps, slots)
+        stream = iter(self.task.micro_batches(plan, self.schedule.step_size))
+        for _ in range(self.step, self.num_steps):
+            yield [next(stream) for _ in slots]
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """One optimizer step on frozen inputs; returns what is logged about it."""
+        started = time.perf_counter()
+        loss = self.method.step(self._forward_backward(batches), self.clipped)
+        lr = self.lr_scheduler.get_last_lr()[0]
+        if not self.clipped.skipped:
+            self.lr_scheduler.step()
+            if self.average is not None:
+                self.average.update()
+        self.step += 1
+        value = float(loss)
+        self._spoilt = 0 if math.isfinite(value) else self._spoilt + 1
+        return {
+            "loss": value,
+            "lr": lr,
+            "grad_norm": self.clipped.grad_norm,
+            **self.method.metrics(),
+            "skipped": self.clipped.skipped,
+            "digest": self._digest(batches),
+            **({} if self.dynamics is None else self.dynamics.values()),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+        """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called."""
+        step, device = self.step, self.accelerator.device
+
+        def forward_backward() -> Tensor:
+            # Dropout sees the same random numbers at each call and after each resume.
+            torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))
+            total = torch.zeros((), device=device)
+            for number, batch in enumerate(batches):
+                last = number == len(batches) - 1
+                with sharding.accumulating(self.accelerator, self.module, last):
+                    losses = self.module(to_device(batch.inputs, device))
+                    self._require_finite(losses, batch)
+                    loss = losses.mean() / len(batches)
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            sharding.average_gradients(self.accelerator, self.optimizer)
+            return self.accelerator.reduce(total, reduction="mean")  # pyright: ignore
+
+        return forward_backward
+
+    def _require_finite(self, losses: Tensor, batch: MicroBatch) -> None:
+        finite = torch.isfinite(losses.detach()).tolist()
+        # A gradient scaler leaves such a step out, and tries the next one with a smaller scale.
+        skips = self.accelerator.scaler is not None and self._spoilt < SPOILT_STEPS
+        if not all(finite) and not skips:
+            bad = [n for n, good in zip(batch.names, finite, strict=True) if not good]
+            raise TrainingError(
+                f"the loss at step {self.step + 1} is not finite for {', '.join(bad)}: lower"
+                " --learning_rate or look at these samples; the last checkpoint is untouched."
+            )
+
+    def _digest(self, batches: Sequence[MicroBatch]) -> str:
+        """Identifies data, noise and timesteps of the whole step, over all processes."""
+        mine = [pair for b in batches for pair in zip(b.slots, b.digests, strict=True)]
+        if self.accelerator.num_processes > 1:
+            # A signal may reach each process in another step: it goes along with the digests.
+            shared = gather_object([(mine, self.interruption.number)])
+            mine = [pair for own, _ in shared for pair in own]
+            self._agreed = next((number for _, number in shared if number), None)
+        return digest_texts([text for _, text in sorted(mine)])
+
+    def asked_to_stop(self) -> int | None:
+        """The signal that ends the run after this step, the same on every process."""
+        return self._agreed if self.accelerator.num_processes > 1 else self.interruption.number
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context what is trained holds its average, where averages are kept."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the context the models are what the run would leave: the primary alone, averaged
+        where averages are kept.
+        """
+        with self.method.evaluating(), self.averaged():
+            yield
+
+    def _tensors(self) -> dict[str, Tensor]:
+        averages = {} if self.average is None else self.average.tensors()
+        return {**self.method.tensors(), **averages}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of this step; only the main process does."""
+        scaler = self.accelerator.scaler
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                folder,
+                self.step,
+                tensors=self._tensors(),
+                optimizer=self._raw_optimizer().state_dict(),
+                scheduler=self.lr_scheduler.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
+                extra={
+                    "config": self.cfg.fingerprint(),
+                    "method": self.method.state_dict(),
+                    "average": None if self.average is None else self.average.state_dict(),
+                    "step_size": self.schedule.step_size,
+                    "num_steps": self.num_steps,
+                    "result": described(self.method),
+                },
+            )
+            if self.cfg.checkpoints_total_limit:
+                checkpoint.prune(folder, self.cfg.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """Continue exactly where the checkpoint ``path`` was written; once, on a new trainer.
+
+        Raises:
+            UserError: it is damaged, or belongs to a run with another configuration.
+        """
+        saved = checkpoint.load(path)
+        with checkpoint.unaltered(path):
+            self._restore(saved)
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        current = {
+            **self.cfg.fingerprint(),
+            "step_size": self.schedule.step_size,
+            "num_steps": self.num_steps,
+        }
+        before = {
+            **saved.extra["config"],
+            **{k: saved.extra[k] for k in ("step_size", "num_steps")},
+        }
+        # Checkpoints of earlier versions hold options that count for less today.
+        free = self._may_change() | self.cfg.without_influence
+        checkpoint.check_same_run(before, current, ignore=free)
+        load_tensors(self._tensors(), saved.tensors)
+        for target in self.method.targets:
+            adapters.subtract_initial(target.model)
+        self._raw_optimizer().load_state_dict(saved.optimizer)
+        self.lr_scheduler.load_state_dict(saved.scheduler)
+        if saved.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+        self.method.load_state_dict(saved.extra["method"])
+        if self.average is not None:
+            self.average.load_state_dict(saved.extra["average"])
+        self.step = saved.step
+
+    def _may_change(self) -> set[str]:
+        # How a step is cut and shared does not change its result; nor does a longer run where the
+        # learning rate does not depend on the run's length.
+        free = {"train_batch_size", "gradient_accumulation_steps"}
+        constant = self.cfg.lr_scheduler in ("constant", "constant_with_warmup")
+        if constant and not self.method.depends_on_length:
+            free |= {"max_train_steps", "num_train_epochs", "num_steps"}
+        return free
+
+    def _raw_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer

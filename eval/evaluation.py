@@ -1,0 +1,149 @@
+"""The order of work that all commands share: subjects, their rows, a result, its figures and report.
+
+A command is what a subject's rows are, and the figures that show them:
+
+    class Flips(Evaluation):
+        name, described = "flips", __doc__
+
+        def rows(self, subject: Subject) -> Iterator[Row]:
+            yield subject.row("flips", count(subject.folder))
+
+    main = Flips.main
+
+Whatever needs torch or scipy is imported within its hooks, so that ``--help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import report, table
+from .command import Parser, open_folder, require_free, run
+from .provenance import command_line, of_runs
+from .subjects import Subject, gather
+from .table import Metric, Result, Row, Summary
+
+
+class Evaluation:
+    """One command: subclass it, and override what it does otherwise.
+
+    The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``rows`` of each
+    subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is written.
+
+    Attributes:
+        name: of the module in ``eval``, and the result's kind.
+        described: the module's docstring; its first paragraph stands above the flags.
+        metrics: how its metrics are shown.
+        over: what is averaged and paired: "seed" or "item".
+        args, command, folder: of the command line; the command without machine paths.
+        settings, notes: for the result; hooks add to them.
+    """
+
+    name: ClassVar[str]
+    described: ClassVar[str | None] = None
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    over: ClassVar[str] = "seed"
+
+    def __init__(self, args: argparse.Namespace, command: str) -> None:
+        self.args, self.command = args, command
+        self.folder: Path = args.output_dir
+        self.settings: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    @classmethod
+    def main(cls, argv: Sequence[str] | None = None) -> int:
+        """Run the command.
+
+        Returns:
+            The exit code: 0; 2 after a sentence that says what to mend; 130 when it was
+            interrupted; or what :meth:`work` returns.
+        """
+        words = sys.argv[1:] if argv is None else list(argv)
+        command = command_line(f"eval.{cls.name}", words)
+        return run(lambda: cls(cls.parser().read(words), command).work())
+
+    @classmethod
+    def parser(cls) -> Parser:
+        """The command line."""
+        parser = Parser(f"eval.{cls.name}", cls.described)
+        cls.arguments(parser)
+        return parser
+
+    @classmethod
+    def arguments(cls, parser: Parser) -> None:
+        """Add the flags: run folders, ``--group``, ``--output_dir``."""
+        parser.add_runs()
+        parser.add_output(cls.name)
+
+    def subjects(self) -> Sequence[Subject]:
+        """What is measured."""
+        return gather(self.args.runs, self.args.group)
+
+    def prepare(self, subjects: Sequence[Subject]) -> None:
+        """Check what can be checked, before anything is measured or written."""
+
+    def rows(self, subject: Subject) -> Iterable[Row]:
+        """What is measured of one subject."""
+        raise NotImplementedError
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        """The result, still without figures."""
+        from . import compare
+
+        return self.result(subjects, rows, compare.summaries(rows, over=self.over))
+
+    def result(
+        self,
+        subjects: Sequence[Subject],
+        rows: Sequence[Row],
+        summaries: Sequence[Summary],
+        control: str | None = None,
+        **more: Any,
+    ) -> Result:
+        """A result with what this command knows; ``more`` are other fields of it."""
+        origin = of_runs(self.command, [one.record for one in subjects if one.record])
+        fields = {"metrics": dict(self.metrics), "provenance": origin, **more}
+        return Result(
+            kind=self.name,
+            subjects=subjects,
+            control=control,
+            settings=self.settings,
+            notes=self.notes,
+            rows=rows,
+            summaries=summaries,
+            **fields,
+        )
+
+    def figures(self, result: Result, folder: Path) -> list[str]:
+        """Draw into the folder; returns the pictures' names."""
+        return []
+
+    def report(self, result: Result) -> str:
+        """``report.md``."""
+        return report.standard(result, self.name.replace("_", " ").capitalize())
+
+    def shown(self, result: Result) -> str:
+        """What is printed."""
+        return self.report(result)
+
+    def work(self) -> int | None:
+        """Do all of it; returns an exit code of its own, or None for 0."""
+        subjects = self.subjects()
+        self.prepare(subjects)
+        open_folder(self.folder)
+        require_free(self.folder, self.name)
+        rows = [row for subject in subjects for row in self.rows(subject)]
+        self.write(self.complete(subjects, rows))
+        return None
+
+    def write(self, result: Result) -> None:
+        """Draw, write all files, and print the report and where they are."""
+        result = replace(result, figures=self.figures(result, self.folder))
+        table.write(result, self.folder, self.report(result))
+        files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
+        print(f"{self.shown(result)}\nwritten: {self.folder}/{', '.join(files)}")

@@ -1,0 +1,279 @@
+"""What is measured: run folders, files of adapters and the base model, and which are repeats.
+
+    gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # groups of runs that differ in the seed
+    single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its own
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.errors import UserError
+
+from .table import Entry, Row
+
+BASE = "base"
+STANDS_FOR = {
+    "auxiliary_learning_rate": "learning_rate",
+    "auxiliary_rank": "rank",
+    "auxiliary_alpha": "lora_alpha",
+}
+"""Options that are another's value where they are not given."""
+
+
+@dataclass(frozen=True)
+class Subject(Entry):
+    """An :class:`~eval.table.Entry` with what it is measured by, which no result holds.
+
+    Args:
+        folder: of the run; None for what is no run.
+        weights: a LoRA file, or the folder of a PEFT adapter or of whole models; None where they
+            were not asked for, and for the base model.
+        record: ``run.json``; {} for what is no run.
+    """
+
+    folder: Path | None = None
+    weights: Path | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its run is."""
+        return self.record.get("status") == "finished"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether train_text_bilora.py made it."""
+        return "model_name_or_path" in self.record.get("config", {})
+
+    def option(self, name: str) -> Any:
+        """An option of the run; None where the record does not have it."""
+        config = self.record.get("config", {})
+        value = config.get(name)
+        return config.get(STANDS_FOR[name]) if value is None and name in STANDS_FOR else value
+
+    def settings(self) -> dict[str, Any]:
+        """The options that made a difference to what was learned, but for the seed."""
+        from bilora_diffusion.config import DreamBoothConfig, TextConfig
+        from bilora_diffusion.methods import get, option_names
+
+        unread = option_names() - get(str(self.method)).reads
+        script = TextConfig if self.is_text else DreamBoothConfig
+        names = set(self.record["config"]) - script.without_influence - unread - {"seed", "method"}
+        return {name: self.option(name) for name in sorted(names)}
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; [] for what is no run.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        from bilora_diffusion.run.folder import read_metrics
+
+        return [] if self.folder is None else read_metrics(self.folder)
+
+    def row(self, metric: str, value: float | None, **more: Any) -> Row:
+        """A row of this subject; a value that is not finite is None.
+
+        Args:
+            more: seed (by default that of training), item, step and note.
+        """
+        value = None if value is None or not math.isfinite(value) else float(value)
+        return Row(
+            **{"subject": self.label, "group": self.group, "seed": self.seed, **more},
+            metric=metric,
+            value=value,
+        )
+
+
+def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Label and runs of each ``--group``.
+
+    Raises:
+        UserError: one is not LABEL=RUN,RUN.
+    """
+    groups = []
+    for word in words:
+        label, equals, rest = word.partition("=")
+        runs = [run.strip() for run in rest.split(",")]
+        if not (equals and label.strip() and all(runs)):
+            raise UserError(f'--group "{word}" names no runs: write LABEL=RUN,RUN.')
+        groups.append((label.strip(), runs))
+    return groups
+
+
+def gather(
+    words: Sequence[str], groups: Sequence[str] = (), weights: bool = False
+) -> list[Subject]:
+    """The subjects that a command line means, group by group.
+
+    Args:
+        words: run folders; those of one method and setting form a group, labelled by the method's
+            title and whatever tells it from the others of that method.
+        groups: "LABEL=RUN,RUN" each, for runs that are to stand together under a name.
+        weights: the weights are needed: they and their digest are filled in, and files of adapters
+            and "base" may be named too.
+
+    Raises:
+        UserError: nothing is named, a word is no run or comes twice, a group is malformed or mixes
+            methods, or two runs of a group have one seed.
+    """
+    named = read_groups(groups)
+    if not words and not named:
+        raise UserError("no runs are given: name run folders, or use --group LABEL=RUN,RUN.")
+    _refuse_twice([*words, *(word for _, runs in named for word in runs)])
+    found = _by_setting([_open(word, weights) for word in words])
+    labels = list(dict.fromkeys(subject.group for subject in found))
+    for label, runs in named:
+        found += [replace(_open(word, weights), group=label) for word in runs]
+        labels.append(label)
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f'two groups are called "{label}": give one another name by --group.')
+        _check_group(label, [subject for subject in found if subject.group == label])
+    order = {label: place for place, label in enumerate(labels)}
+    found.sort(key=lambda subject: (order[subject.group], subject.seed or 0))
+    return _with_names_of_their_own(found)
+
+
+def single(words: Sequence[str]) -> list[Subject]:
+    """Subjects with their weights, each a group of its own; each may be given as LABEL=WORD.
+
+    Without a label it is called by its method's title, with its folder's name where two would be
+    called alike.
+
+    Raises:
+        UserError: nothing is there, it holds no weights, or a label is given twice.
+    """
+    pairs = [_split(word) for word in words]
+    given = Counter(label for label, _ in pairs if label is not None)
+    if repeated := [label for label, count in given.items() if count > 1]:
+        raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
+    found = [_open(word, weights=True) for _, word in pairs]
+    titles = [label or one.group for (label, _), one in zip(pairs, found, strict=True)]
+    taken, subjects = set(given), []
+    for (label, _), title, one in zip(pairs, titles, found, strict=True):
+        shared = titles.count(title) > 1 and title != one.label
+        free = plain = f"{title} ({one.label})" if label is None and shared else title
+        number = 1
+        while label is None and free in taken:
+            number += 1
+            free = f"{plain} {number}"
+        taken.add(free)
+        subjects.append(replace(one, label=free, group=free))
+    return subjects
+
+
+def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
+    """The subjects of each group, in order."""
+    groups: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        groups.setdefault(subject.group, []).append(subject)
+    return groups
+
+
+def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
+    """Whether each group's runs saw the control's inputs at each step that both took, seed by seed.
+
+    None for the control, and where no seed has both; a run without digests is not paired.
+    """
+    groups = by_group(subjects)
+    others = {subject.seed: _digests(subject) for subject in groups[control]}
+    found: dict[str, bool | None] = {}
+    for group, runs in groups.items():
+        common = [run for run in runs if run.seed in others and group != control]
+        same = [_same(_digests(run), others[run.seed]) for run in common]
+        found[group] = all(same) if same else None
+    return found
+
+
+def _digests(subject: Subject) -> dict[int, str]:
+    return {line["step"]: line["digest"] for line in subject.log() if line.get("digest")}
+
+
+def _same(one: Mapping[int, str], other: Mapping[int, str]) -> bool:
+    steps = one.keys() & other.keys()
+    return bool(steps) and all(one[step] == other[step] for step in steps)
+
+
+def _open(word: str, weights: bool) -> Subject:
+    """A subject whose label is its folder's name and whose group is its method's title."""
+    from . import sources
+
+    return sources.find(word) if weights else sources.run(Path(word), word)
+
+
+def _refuse_twice(words: Sequence[str]) -> None:
+    places = [Path(word).resolve() for word in words]
+    for word, place in zip(words, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{word} is given twice: keep one.")
+
+
+def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
+    """Each with its group's label: the title, and the options in which runs of a method differ."""
+    runs = [subject for subject in subjects if subject.record]
+    settings = {run.folder: run.settings() for run in runs}
+    found = []
+    for subject in subjects:
+        own = settings.get(subject.folder, {}) if subject.record else {}
+        others = [settings[run.folder] for run in runs if run.method == subject.method]
+        differing = [name for name in own if any(o.get(name) != own[name] for o in others)]
+        told = ", ".join(f"{name}={_shown(own[name])}" for name in differing)
+        label = BASE if subject.kind == BASE else subject.group
+        label = f"{label} ({told})" if told else label
+        found.append(replace(subject, group=label))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+
+
+def _check_group(label: str, members: Sequence[Subject]) -> None:
+    methods = sorted({subject.method for subject in members if subject.method})
+    if len(methods) > 1:
+        raise UserError(
+            f'the group "{label}" mixes {" and ".join(methods)}: give each method a group.'
+        )
+    seeds: dict[int, Subject] = {}
+    for subject in members:
+        if subject.seed is None:
+            continue
+        other = seeds.setdefault(subject.seed, subject)
+        if other is not subject:
+            raise UserError(
+                f"{other.folder} and {subject.folder} are both seed {subject.seed} of"
+                f' "{label}": leave one out, or give it a name of its own by --group LABEL=RUN.'
+            )
+
+
+def _with_names_of_their_own(subjects: Sequence[Subject]) -> list[Subject]:
+    """Labels are unique: folders' names, with a number where two are alike."""
+    taken: set[str] = set()
+    unique = []
+    for subject in subjects:
+        number, label = 1, subject.label
+        while label in taken:
+            number += 1
+            label = f"{subject.label}-{number}"
+        taken.add(label)
+        unique.append(replace(subject, label=label))
+    return unique
+
+
+def _split(word: str) -> tuple[str | None, str]:
+    label, equals, rest = word.partition("=")
+    if not equals or "/" in label or Path(word).expanduser().exists():
+        return None, word
+    label, rest = " ".join(label.split()), rest.strip()
+    if not label or not rest:
+        raise UserError(f'"{word}" lacks a label or an adapter: write LABEL=ADAPTER.')
+    return label, rest

@@ -1,0 +1,337 @@
+"""A result as one long table: what was measured, what it comes to, and what has to be known of it.
+
+    table.write(result, folder, report)
+    result = table.read(folder)          # refuses what is not a whole result, in one sentence
+
+A folder holds one result: ``rows.csv`` (one line per value), ``summary.csv`` (one line per group,
+metric, item and step), ``report.md``, figures, and ``result.json`` (all else), which is written last.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bilora_diffusion.durable import dump_json, strict_json, write_text
+from bilora_diffusion.errors import UserError
+
+from .provenance import Provenance
+
+SCHEMA_VERSION = 1
+FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.md"
+EARLIER = {
+    **{f"{name}.json": name for name in ("dynamics", "generalization", "landscape", "text_scores")},
+    "scores.json": "clip_scores",
+}
+"""Files of results of earlier versions, which are not read, and the command that makes them anew."""
+
+@dataclass(frozen=True)
+class Row:
+    """One value.
+
+    Args:
+        subject: label of what was measured.
+        group: what it is averaged in.
+        seed: of what is averaged over, such as a run's training; None without one.
+        metric: what the value is.
+        item: a part of the subject or of what it was asked: a prompt, a question, a layer.
+        step: optimizer steps taken; None where it is of the whole run or its end.
+        value: None where it is not defined.
+        note: what belongs to it: a file beside the result, a caption, the beginning of an answer.
+    """
+
+    subject: str
+    group: str
+    seed: int | None
+    metric: str
+    item: str = ""
+    step: int | None = None
+    value: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric of one group, and how it differs from the control's.
+
+    Args:
+        over: what is averaged and paired: "seed" or "item".
+        count: how many of those.
+        mean, error, low, high: mean, its standard error (0 for one value) and its 95 % interval;
+            None where there is none.
+        control: the group that the following are differences to; "" without one.
+        difference: mean over pairs of the group's value minus the control's.
+        higher, equal, lower: pairs in which the group's value is so.
+    """
+
+    group: str
+    metric: str
+    item: str = ""
+    step: int | None = None
+    over: str = "seed"
+    count: int = 0
+    mean: float | None = None
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    control: str = ""
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    higher: int = 0
+    equal: int = 0
+    lower: int = 0
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the mean."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def difference_interval(self) -> tuple[float, float] | None:
+        """Of the mean difference."""
+        low, high = self.difference_low, self.difference_high
+        return None if low is None or high is None else (low, high)
+
+    @property
+    def pairs(self) -> int:
+        """How many values were compared with the control's."""
+        return self.higher + self.equal + self.lower
+
+    @property
+    def win_rate(self) -> float:
+        """(higher + equal / 2) / pairs; there must be a pair."""
+        return (self.higher + self.equal / 2) / self.pairs
+
+    def better(self, higher_is_better: bool | None) -> int:
+        """The pairs in which the group is better; an equal one is not."""
+        return self.higher if higher_is_better else self.lower
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A group's metric over training: mean and standard error, None where it is not defined."""
+
+    steps: list[int]
+    mean: list[float | None]
+    error: list[float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is read and shown.
+
+    Args:
+        title: for tables.
+        explanation: a sentence for a legend.
+        higher_is_better: None for what describes and does not judge.
+        scale: factor at which it is shown.
+        form: format of the scaled value.
+    """
+
+    title: str
+    explanation: str = ""
+    higher_is_better: bool | None = False
+    scale: float = 1.0
+    form: str = ".3g"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured, as a result lists it.
+
+    Args:
+        label: unique.
+        group: what it is averaged in.
+        kind: "run", "file", "hub" or "base".
+        source: as it was named, without machine paths.
+        method, seed: of training; None where unknown.
+        digest: of the weights; "" where they played no part.
+        base_model: where known.
+        about: what else its command has to say of it, as JSON can hold it.
+    """
+
+    label: str
+    group: str
+    kind: str = "run"
+    source: str = ""
+    method: str | None = None
+    seed: int | None = None
+    digest: str = ""
+    base_model: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that a report, a figure or the viewer shows.
+
+    Args:
+        kind: the command that made it, as in ``python -m eval.KIND``.
+        metrics: by name; one that is not here is shown as it is.
+        control: the group that others are compared with.
+        settings: how it was measured, as JSON can hold it.
+        notes: sentences that a reader has to know.
+        figures: PNG files beside the result.
+    """
+
+    kind: str
+    subjects: Sequence[Entry] = ()
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    control: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+    provenance: Provenance | None = None
+    rows: Sequence[Row] = ()
+    summaries: Sequence[Summary] = ()
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups in the order in which their subjects were named."""
+        return list(dict.fromkeys(entry.group for entry in self.subjects))
+
+    def members(self, group: str) -> list[Entry]:
+        """The subjects of a group."""
+        return [entry for entry in self.subjects if entry.group == group]
+
+    def metric(self, name: str) -> Metric:
+        """How a metric is shown."""
+        return self.metrics.get(name) or Metric(name)
+
+    def select(self, metric: str, group: str | None = None, item: str | None = None) -> list[Row]:
+        """The rows of a metric, of all groups and items or of one."""
+        return [
+            row
+            for row in self.rows
+            if row.metric == metric and group in (None, row.group) and item in (None, row.item)
+        ]
+
+    def summary(
+        self, group: str, metric: str, item: str = "", step: int | None = None
+    ) -> Summary | None:
+        """One line of ``summary.csv``; None where it was not measured."""
+        return self._index.get((group, metric, item, step))
+
+    def over_training(self, group: str, metric: str, item: str = "") -> list[Summary]:
+        """The summaries of a metric at each step, in order."""
+        return sorted(
+            (
+                line
+                for line in self.summaries
+                if line.step is not None and (line.group, line.metric, line.item) == (group, metric, item)
+            ),
+            key=lambda line: line.step or 0,
+        )
+
+    def curve(self, group: str, metric: str, item: str = "") -> Curve:
+        """A metric over training at the steps that all of the group have."""
+        lines = self.over_training(group, metric, item)
+        most = max((line.count for line in lines), default=0)
+        whole = [line for line in lines if line.count == most]
+        return Curve(
+            [line.step or 0 for line in whole],
+            [line.mean for line in whole],
+            [line.error for line in whole],
+        )
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str, str, int | None], Summary]:
+        return {(s.group, s.metric, s.item, s.step): s for s in self.summaries}
+
+
+def write(result: Result, folder: Path, report: str) -> None:
+    """Write all files but the figures, ``result.json`` last."""
+    write_text(folder / ROWS, to_csv(Row, result.rows))
+    write_text(folder / SUMMARY, to_csv(Summary, result.summaries))
+    write_text(folder / REPORT, report)
+    names = [one.name for one in fields(result) if one.name not in ("rows", "summaries")]
+    record = {name: getattr(result, name) for name in names}
+    record["subjects"] = [_fields(entry, Entry) for entry in result.subjects]
+    record["metrics"] = {name: asdict(metric) for name, metric in result.metrics.items()}
+    record["provenance"] = None if result.provenance is None else asdict(result.provenance)
+    text = dump_json(strict_json({"schema_version": SCHEMA_VERSION, **record})[0])
+    write_text(folder / FILE, text)
+
+
+def _fields(value: Any, kind: Any) -> dict[str, Any]:
+    return {one.name: getattr(value, one.name) for one in fields(kind)}
+
+
+def read(folder: Path, rows: bool = True) -> Result:
+    """The result in a folder.
+
+    Args:
+        rows: False leaves ``rows.csv`` unread, which may be long.
+
+    Raises:
+        UserError: there is none, it is damaged, or another version wrote it.
+    """
+    record = head(folder)
+    again = f"run python -m eval.{record['kind']} again"
+    try:
+        record["rows"] = from_csv(Row, folder / ROWS) if rows else []
+        record["summaries"] = from_csv(Summary, folder / SUMMARY)
+        return _adapter(Result).validate_python(record)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / FILE} is damaged: {again}") from error
+
+
+def head(folder: Path) -> dict[str, Any]:
+    """``result.json`` as it is, its version and kind checked.
+
+    Raises:
+        UserError: there is none, it is damaged, or another version wrote it.
+    """
+    path = folder / FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, kind = record.pop("schema_version"), record["kind"]
+    except OSError as error:
+        raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: make the result again") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} is of schema version {version!r}, not {SCHEMA_VERSION}: run python -m"
+            f" eval.{kind} again"
+        )
+    return record
+
+
+def to_csv(kind: Any, lines: Iterable[Any]) -> str:
+    """Dataclasses as CSV, unrounded; None and what is not finite is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [one.name for one in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(strict_json(_fields(line, kind))[0] for line in lines)
+    return text.getvalue()
+
+
+def from_csv(kind: Any, path: Path) -> list[Any]:
+    """What :func:`to_csv` wrote.
+
+    Raises:
+        ValueError: a value is of another type, or a column is missing.
+    """
+    words = {one.name for one in fields(kind) if one.type == "str"}
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = [
+            {name: value if value or name in words else None for name, value in line.items()}
+            for line in csv.DictReader(file)
+        ]
+    return _adapter(list[kind]).validate_python(lines)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+

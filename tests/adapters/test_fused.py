@@ -1,0 +1,300 @@
+"""fused: one product for both adapters, equal to PEFT's forward, which serves all other states."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
+from tests.contract.models import CASES
+
+BOTH = (PRIMARY, AUXILIARY)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def adapted(
+    base: nn.Module,
+    ranks: tuple[int, int] = (3, 2),
+    alphas: tuple[float, float] = (6, 3),
+    active: tuple[str, ...] = BOTH,
+    **options: Any,
+) -> nn.Sequential:
+    """`base` with two filled adapters on layer "0"."""
+    model = nn.Sequential(base)
+    for name, rank, alpha in zip(BOTH, ranks, alphas, strict=True):
+        spec = AdapterSpec(rank=rank, alpha=alpha, target_modules=("0",), **options)
+        adapters.inject(model, spec, name)
+        options = {}
+        for parameter in adapters.parameters(model, name):
+            nn.init.normal_(parameter, std=0.3)
+    adapters.activate(model, active)
+    return model
+
+
+def results(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Output, and gradients of every factor and of x, for a fixed loss."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        output = model(x)
+    direction = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    model.zero_grad()
+    (output.double() * direction).sum().backward()
+    found = {"output": output.detach(), "x": cast(Tensor, x.grad)}
+    for name in adapters.active(model):
+        for key, parameter in adapters.named_parameters(model, name).items():
+            found[f"{name}.{key}"] = cast(Tensor, parameter.grad).clone()
+    return found
+
+
+def assert_same(fused: dict[str, Tensor], peft: dict[str, Tensor], tolerance: float) -> None:
+    assert fused.keys() == peft.keys()
+    for key, value in peft.items():
+        assert fused[key].dtype == value.dtype, key
+        error = (fused[key].double() - value.double()).norm() / value.double().norm()
+        assert float(error) < tolerance, f"{key}: {float(error)}"
+
+
+@pytest.fixture
+def peft_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each call of PEFT's own forward."""
+    calls: list[int] = []
+    original = lora.Linear.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(lora.Linear, "forward", counted)
+    return calls
+
+
+@settings(max_examples=40)
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    ranks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    alphas=st.sampled_from([(4.0, 4.0), (1.0, 7.0), (16.0, 0.5)]),
+    shape=st.sampled_from([(12,), (5, 12), (2, 3, 12), (2, 1, 3, 12)]),
+    bias=st.booleans(),
+    active=st.sampled_from([BOTH, BOTH[::-1], (PRIMARY,), (AUXILIARY,)]),
+    transposed=st.booleans(),
+)
+def test_same_as_peft(
+    dtype: torch.dtype,
+    ranks: tuple[int, int],
+    alphas: tuple[float, float],
+    shape: tuple[int, ...],
+    bias: bool,
+    active: tuple[str, ...],
+    transposed: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = adapted(nn.Linear(12, 7, bias=bias).to(dtype), ranks, alphas, active)
+    x = torch.randn(shape, dtype=dtype)
+    if transposed and x.dim() > 1:
+        x = x.transpose(0, -2)
+    expected = results(model, x)
+    assert fuse(model) == 1
+    assert_same(results(model, x), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_as_peft_under_autocast(
+    autocast: torch.dtype, base: torch.dtype, x_dtype: torch.dtype, peft_calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = adapted(nn.Linear(12, 7).to(base))
+    x = torch.randn(5, 12, dtype=x_dtype)
+    expected = results(model, x, autocast)
+    peft_calls.clear()
+    fuse(model)
+    assert_same(results(model, x, autocast), expected, TOLERANCE[torch.bfloat16])
+    assert not peft_calls
+
+
+def test_x_is_not_copied_to_fp32() -> None:
+    model = adapted(nn.Linear(12, 7).to(torch.bfloat16))
+    x = torch.randn(50, 12, dtype=torch.bfloat16)
+    kept: list[Tensor] = []
+    fuse(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    assert not [t for t in kept if t.dtype == torch.float32 and t.shape == x.shape]
+    assert [t for t in kept if t.data_ptr() == x.data_ptr()]
+
+
+def _dropout(model: nn.Module) -> None:
+    layer = cast(Any, adapters.layers(model)[0][1])
+    layer.lora_dropout[PRIMARY] = nn.Dropout(1e-9)
+
+
+def _one_in_eval(model: nn.Module) -> None:
+    adapters.activate(model, (PRIMARY,))
+    model.eval()
+
+
+def _hook_on_a(model: nn.Module) -> None:
+    layer = cast(Any, adapters.layers(model)[0][1])
+    layer.lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _third(model: nn.Module) -> None:
+    adapters.inject(model, AdapterSpec(target_modules=("0",)), "third")
+    adapters.activate(model, (*BOTH, "third"))
+
+
+def _disabled(model: nn.Module) -> None:
+    adapters.layers(model)[0][1].enable_adapters(False)
+
+
+def _merged(model: nn.Module) -> None:
+    cast(Any, adapters.layers(model)[0][1]).merge(adapter_names=[PRIMARY])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_dropout, _one_in_eval, _hook_on_a, _third, _disabled, _merged],
+    ids=lambda f: f.__name__.strip("_"),
+)
+def test_other_states_are_left_to_peft(
+    change: Callable[[nn.Module], None], peft_calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    fuse(model)
+    change(model)
+    with unfused(model):
+        expected = model(x)
+    peft_calls.clear()
+    assert torch.equal(model(x), expected)
+    assert peft_calls == [1]
+
+
+def test_dora_and_fp16_alone_are_left_to_peft(peft_calls: list[int]) -> None:
+    for model, x in (
+        (adapted(nn.Linear(12, 7), use_dora=True), torch.randn(5, 12)),
+        (adapted(nn.Linear(12, 7).half()), torch.randn(5, 12).half()),
+    ):
+        fuse(model)
+        peft_calls.clear()
+        model(x)
+        assert peft_calls == [1]
+
+
+def test_mixed_batches_are_left_to_peft() -> None:
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(2, 12)
+    fuse(model)
+    mixed = cast(Any, model[0])(x, adapter_names=[PRIMARY, AUXILIARY])
+    for i, name in enumerate(BOTH):
+        with adapters.only(model, (name,)):
+            torch.testing.assert_close(mixed[i], model(x)[i])
+
+
+def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside() -> None:
+    """m (W + D) / ||W + D|| + E: the order of the adapters decides, and is [primary, auxiliary]."""
+    torch.manual_seed(0)
+    model, x = adapted(nn.Linear(12, 7), use_dora=True), torch.randn(5, 12)
+    fuse(model)
+    auxiliary = adapters.factors(model, AUXILIARY)[0]
+    with adapters.only(model, (PRIMARY,)):
+        primary = model(x)
+    expected = primary + auxiliary.scale * x @ auxiliary.A.T @ auxiliary.B.T
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_hook_on_the_base_layer_keeps_its_output() -> None:
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    fuse(model)
+    base = cast(Any, model[0]).base_layer
+    seen: list[Tensor] = []
+    base.register_forward_hook(lambda module, args, output: seen.append(output))
+    output = model(x)
+    assert torch.equal(seen[0], nn.functional.linear(x, base.weight, base.bias))
+    assert not torch.equal(output, seen[0])
+
+
+def test_unfuse_gives_pefts_class_back() -> None:
+    model = adapted(nn.Linear(12, 7))
+    assert fuse(model) == fuse(model) == 1
+    assert type(model[0]) is FusedLinear
+    assert isinstance(model[0], lora.Linear)
+    with unfused(model):
+        assert type(model[0]) is lora.Linear
+    assert type(model[0]) is FusedLinear
+    unfuse(model)
+    assert type(model[0]) is lora.Linear
+    with unfused(model):
+        pass
+    assert type(model[0]) is lora.Linear
+
+
+def test_convolutions_are_not_touched() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    adapters.inject(model, AdapterSpec(target_modules=("0",)))
+    assert fuse(model) == 0
+
+
+def test_copies_and_pickles_are_fused_too() -> None:
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    fuse(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin[0]) is FusedLinear
+        assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    fuse(model)
+    expected = results(model, x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    found = results(Checkpointed(), x)
+    assert_same({k.replace("inner.", ""): v for k, v in found.items()}, expected, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_compiles_without_graph_breaks(autocast: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    fuse(model)
+    expected = results(model, x, autocast)
+    compiled = cast(nn.Module, torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert_same(results(compiled, x, autocast), expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+def test_whole_models(kind: str) -> None:
+    case = CASES[kind]
+    model = case.make()
+    for name in BOTH:
+        adapters.inject(model, AdapterSpec(rank=2, target_modules=case.targets), name)
+        for parameter in adapters.parameters(model, name):
+            nn.init.normal_(parameter, std=0.1)
+    adapters.activate(model, BOTH)
+    expected = case.output(model)
+    assert fuse(model) > 1
+    torch.testing.assert_close(case.output(model), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,326 @@
+"""quantize: weights that are really held in 4 bits, and adapters on them that act as on floats."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters.fused import fuse, unfused
+from bilora_diffusion.adapters.quantize import KEPT, dequantized, is_quantized, quantize_nf4
+from bilora_diffusion.config import parse
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import MethodOptions, Target, create
+from bilora_diffusion.train.task import precision
+from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
+from tests.contract.models import tiny_t5, tiny_unet
+
+INPUTS, OUTPUTS = 96, 80  # a row is one block of 64 and a half
+
+
+def linear(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(INPUTS, OUTPUTS).to(dtype))
+
+
+def four_bit(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    model = linear(dtype)
+    quantize_nf4(model, dtype)
+    return model
+
+
+def rounded(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """The model as 4 bits make it, with ordinary weights."""
+    model = linear(dtype)
+    cast(Any, model[0]).weight.data = dequantized(four_bit(dtype)[0])
+    return model
+
+
+def adapt(model: nn.Module, dora: bool = False, filled: bool = True) -> nn.Module:
+    """Both adapters on layer "0", the same values each time."""
+    torch.manual_seed(1)
+    for name in BOTH:
+        spec = AdapterSpec(rank=3, target_modules=("0",), use_dora=dora and name == PRIMARY)
+        adapters.inject(model, spec, name)
+        for parameter in adapters.parameters(model, name) if filled else ():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.3)
+    adapters.activate(model, BOTH)
+    return model
+
+
+def held(weight: Any) -> int:
+    """Bytes of a 4-bit weight with its two levels of scales, without the two code tables."""
+    state = weight.quant_state
+    parts = (weight, state.absmax, state.offset, state.state2.absmax)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 640), nn.LayerNorm(640), nn.Linear(640, 32)).to(dtype)
+    nn.init.normal_(cast(Tensor, model[0].weight))
+    original = copy.deepcopy(model)
+    assert quantize_nf4(model, dtype) == 2
+    layer = cast(Any, model[0])
+    assert isinstance(model[0], Linear4bit)
+    assert is_quantized(layer)
+    assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.uint8, False)
+    assert layer.weight.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.weight.quant_state.state2 is not None
+    # 4 bits, 8 for each 64 weights, 32 for each 256 of these
+    assert held(layer.weight) * 8 / (512 * 640) == pytest.approx(4.127, abs=2e-3)
+    weight = cast(Any, original[0]).weight.detach()
+    assert dequantized(layer).dtype == dtype
+    error = (dequantized(layer) - weight).norm() / weight.norm()
+    assert 0.085 < float(error) < 0.1  # of normally distributed weights
+    assert torch.equal(layer.bias, cast(Any, original[0]).bias)
+    assert type(model[1]) is nn.LayerNorm
+    assert precision(model) == dtype
+
+
+def test_float_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    weights = [weakref.ref(cast(Any, layer).weight) for layer in model]
+    alive: list[int] = []
+    real = functional.quantize_4bit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(weight() is not None for weight in weights))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "quantize_4bit", counted)
+    quantize_nf4(model, torch.float32)
+    assert alive == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_computes_with_the_rounded_weight(dtype: torch.dtype) -> None:
+    x = torch.randn(5, INPUTS, dtype=dtype)
+    assert_same(results(four_bit(dtype), x), results(rounded(dtype), x), TOLERANCE[dtype])
+
+
+def test_what_is_left_alone() -> None:
+    t5, unet = tiny_t5(), tiny_unet()
+    head = cast(Any, t5).lm_head
+    quantize_nf4(t5, torch.float32)
+    quantize_nf4(unet, torch.float32)
+    assert cast(Any, t5).lm_head is head
+    for model, names in ((t5, ("wo", "lm_head")), (unet, KEPT)):
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                assert is_quantized(module) == (not set(names) & set(path.split("."))), path
+    model = nn.ModuleDict({"a": linear(), "b": linear(), "c": nn.MultiheadAttention(8, 2)})
+    assert quantize_nf4(model, torch.float32, skip=("b.0",)) == 1
+    assert [path for path, m in model.named_modules() if is_quantized(m)] == ["a.0"]
+
+
+def test_a_layer_in_two_places_stays_one() -> None:
+    layer = linear()[0]
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
+    assert quantize_nf4(model, torch.float32) == 1
+    assert model["a"] is cast(Any, model["b"])[0]
+    assert is_quantized(model["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("active", [BOTH, BOTH[::-1], (PRIMARY,), (AUXILIARY,)], ids="-".join)
+def test_fused_is_pefts_forward(active: tuple[str, ...], dtype: torch.dtype) -> None:
+    model, x = adapt(four_bit(dtype)), torch.randn(2, 5, INPUTS, dtype=dtype)
+    adapters.activate(model, active)
+    expected = results(model, x)
+    assert fuse(model) == 1
+    assert_same(results(model, x), expected, TOLERANCE[dtype])
+    assert type(cast(Any, model)[0]).__name__ == "FusedLinear4bit"
+    with unfused(model):
+        assert type(cast(Any, model)[0]).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_is_pefts_forward_under_autocast(x_dtype: torch.dtype) -> None:
+    model, x = adapt(four_bit(torch.bfloat16)), torch.randn(5, INPUTS, dtype=x_dtype)
+    expected = results(model, x, torch.bfloat16)
+    plain = results(adapt(rounded(torch.bfloat16)), x, torch.bfloat16)
+    fuse(model)
+    found = results(model, x, torch.bfloat16)
+    assert_same(found, plain, TOLERANCE[torch.bfloat16])  # dtypes are those of a float layer
+    expected["output"] = expected["output"].to(torch.bfloat16)
+    assert_same(found, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_act_as_on_the_rounded_weight(dora: bool, dtype: torch.dtype) -> None:
+    quantized, plain = adapt(four_bit(dtype), dora), adapt(rounded(dtype), dora)
+    assert {p.dtype for p in adapters.parameters(quantized, PRIMARY)} == {torch.float32}
+    for name, value in adapters.named_parameters(plain, PRIMARY).items():
+        assert torch.equal(adapters.named_parameters(quantized, PRIMARY)[name], value)
+    x = torch.randn(5, INPUTS, dtype=dtype)
+    assert_same(results(quantized, x), results(plain, x), TOLERANCE[dtype])
+    fuse(quantized)
+    assert_same(results(quantized, x), results(plain, x), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_dora_starts_exactly_as_its_base(
+    autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PEFT asks for CUDA's autocast; here it is told of the CPU's.
+    real = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": real(kind))
+    model = adapt(four_bit(torch.bfloat16), dora=True, filled=False)
+    fuse(model)
+    x = torch.randn(5, INPUTS, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        assert torch.equal(model(x), cast(Any, model)[0].base_layer(x))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(INPUTS, 64), nn.Linear(64, 8)
+        self.checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Callable[[Tensor], Tensor] = lambda x: torch.tanh(self.first(x))  # noqa: E731
+        hidden = checkpoint(inner, x, use_reentrant=False) if self.checkpointing else inner(x)
+        return self.last(cast(Tensor, hidden))
+
+
+def train(
+    checkpointing: bool, look: Callable[[nn.Module], Any] = lambda model: None
+) -> tuple[Net, list[float]]:
+    """Three steps of Bi-LoRA on 4-bit weights; `look` is called after each."""
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(8, INPUTS)
+    model.checkpointing = checkpointing
+    quantize_nf4(model, torch.float32)
+    method = create("bilora", MethodOptions(rho=0.1))
+    spec = AdapterSpec(rank=2, target_modules=("first", "last"))
+    optimizer = torch.optim.AdamW(method.setup([Target("model", model, spec, lr=1e-2)]))
+    method.bind(optimizer)
+
+    def forward_backward() -> Tensor:
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    losses = []
+    for _ in range(3):
+        losses.append(float(method.step(forward_backward, optimizer)))
+        with torch.no_grad(), method.evaluating():
+            look(model)
+    return model, losses
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bilora_trains_and_leaves_the_weights_bit_for_bit(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    before = Net()
+    quantize_nf4(before, torch.float32)
+    model, losses = train(checkpointing)
+    assert losses == train(not checkpointing)[1]
+    assert losses[2] < losses[1] < losses[0]
+    for name in ("first", "last"):
+        now, then = cast(Any, model.get_submodule(name)).base_layer, before.get_submodule(name)
+        assert torch.equal(now.weight, cast(Any, then).weight)
+        assert torch.equal(dequantized(now), dequantized(then))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if "lora_" in n}
+
+
+def test_an_evaluation_does_not_repack_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a CPU with AVX512-BF16; repacked, they would pass no gradient on
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+    def evaluate(model: nn.Module) -> None:
+        model.eval()
+        model(torch.randn(2, INPUTS))
+        model.train()
+
+    assert train(False, evaluate)[1] == train(False)[1]
+
+
+def test_copies_are_quantized_too() -> None:
+    model, x = four_bit(), torch.randn(2, INPUTS)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    assert cast(Any, twin[0]).weight.quant_state is not cast(Any, model[0]).weight.quant_state
+
+
+def test_what_can_not_be_done_is_refused() -> None:
+    model = adapt(four_bit())
+    with pytest.raises(UserError, match="weight of 0 is quantized"):
+        adapters.merge_primary(model)
+    assert adapters.names(model) == BOTH
+    with pytest.raises(UserError, match="quantized and have no rows"):
+        adapters.base_rows(adapters.layers(model, PRIMARY)[0][1])
+    with pytest.raises(UserError, match="has the adapters default"):
+        quantize_nf4(model, torch.float32)
+    with pytest.raises(UserError, match="no linear layer"):
+        quantize_nf4(linear(), torch.float32, skip=("0",))
+
+
+def test_without_bitsandbytes_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest),
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for refuse in (
+        lambda: parse(["--dataset", "mini", "--quantize", "nf4"]),
+        lambda: quantize_nf4(linear(), torch.float32),
+    ):
+        with pytest.raises(UserError, match="pip install") as caught:
+            refuse()
+        assert "bitsandbytes" in str(caught.value)
+        assert str(caught.value).count(". ") == 0
+
+
+@pytest.mark.slow
+def test_the_layers_that_are_kept_are_worth_it() -> None:
+    """What the comment on `KEPT` says about the miniature."""
+    from bilora_diffusion.image.pipeline import load_pipeline
+    from bilora_diffusion.image.sampling import embed
+
+    pipeline: Any = load_pipeline("mini", dtype=torch.float32)
+    prompts = ["a TOK icon, in the style of TOK", "a ToK icon of a rabbit", "a cloud", ""]
+    text = embed(pipeline, prompts)
+    unet = pipeline.unet
+    torch.manual_seed(0)
+    noisy = torch.randn(4, unet.config.in_channels, 8, 8)
+    conditions = {
+        "text_embeds": text.pooled,
+        "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 4),
+    }
+
+    @torch.no_grad()
+    def predict(model: Any) -> Tensor:
+        times = torch.tensor([100, 400, 700, 950])
+        return model(noisy, times, text.sequence, added_cond_kwargs=conditions).sample
+
+    exact, errors = predict(unet), []
+    for skip in ((), KEPT):
+        model = copy.deepcopy(unet)
+        quantize_nf4(model, torch.float32, skip=skip)
+        errors.append(float((predict(model) - exact).norm() / exact.norm()))
+    assert errors[1] < 0.7 * errors[0] < 0.03
+    weights = {n: m.weight.numel() for n, m in unet.named_modules() if type(m) is nn.Linear}
+    kept = sum(count for name, count in weights.items() if set(KEPT) & set(name.split(".")))
+    assert kept / sum(weights.values()) < 0.13

@@ -1,0 +1,277 @@
+"""Training curves: files that grow under the reader, smoothing, rho over the steps, the state."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.charts import Shown, draw, over, radii
+from app.plot import Line
+from app.runs import RunItem
+from app.training_data import (
+    BUSY_SECONDS,
+    STALE_SECONDS,
+    Reader,
+    memory,
+    progress,
+    radius,
+    series,
+    smooth,
+    thin,
+    total_steps,
+)
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import MethodOptions
+from bilora_diffusion.methods.bilora import BiLoRA
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.durations import duration
+from bilora_diffusion.run.runlog import RunLog
+
+
+def record(method: str = "bilora", status: str = "running", **config: Any) -> dict[str, Any]:
+    values = {"rho": 0.05, "rho_norm": "scaled", "max_train_steps": 100, **config}
+    return {"method": method, "status": status, "config": values, "seed": 0}
+
+
+def rows(*losses: float | None, first: int = 1) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "loss": loss, "seconds": 0.5}
+        for step, loss in enumerate(losses, start=first)
+    ]
+
+
+def shown(
+    name: str, found: list[dict[str, Any]], run: dict[str, Any] | None = None, color: int = 0
+) -> Shown:
+    run = run or record()
+    item = RunItem(name, name, run, None)
+    return Shown(item, color, found, progress(run, found, 0.0, 0.0))
+
+
+def write(folder: Path, text: str, mode: str = "a") -> None:
+    with (folder / "metrics.jsonl").open(mode, newline="") as file:
+        file.write(text)
+
+
+def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path)
+    log.start({}, method="bilora", seed=0, resume_step=None)
+    reader = Reader()
+    assert reader.read(tmp_path) == []
+    for step in range(1, 4):
+        log.metric(step, loss=1 / step)
+    first = reader.read(tmp_path)
+    assert [row["step"] for row in first] == [1, 2, 3]
+
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: (parsed.append(text), loads(text))[1])
+    assert reader.read(tmp_path) is first, "nothing was added, so nothing is read"
+    assert parsed == []
+    log.metric(4, loss=0.25)
+    assert [row["step"] for row in reader.read(tmp_path)] == [1, 2, 3, 4]
+    assert len(parsed) == 1
+    assert [row["step"] for row in first] == [1, 2, 3], "what was handed out does not change"
+    assert reader.read(tmp_path) == runlog.read_metrics(tmp_path)
+
+
+def test_a_torn_line_waits_for_its_end(tmp_path: Path) -> None:
+    reader = Reader()
+    write(tmp_path, '{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert [row["step"] for row in reader.read(tmp_path)] == [1]
+    write(tmp_path, 'ss": 0.25}\n{"st')
+    assert series(reader.read(tmp_path), "loss") == [(1, 0.5), (2, 0.25)]
+
+
+def test_any_cut_gives_the_same_rows(tmp_path: Path) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows(*np.linspace(1, 0, 40)))
+    rng, reader, at = random.Random(0), Reader(), 0
+    while at < len(text):
+        upto = at + rng.randint(1, 90)
+        write(tmp_path, text[at:upto])
+        at = upto
+        assert reader.read(tmp_path) == runlog.read_metrics(tmp_path)
+    assert len(reader.read(tmp_path)) == 40
+
+
+def test_a_resumed_run_is_read_anew(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.start({}, method="lora", seed=0, resume_step=None)
+    for step in range(1, 6):
+        log.metric(step, loss=1.0)
+    reader = Reader()
+    assert len(reader.read(tmp_path)) == 5
+    again = RunLog(tmp_path)
+    again.start({}, method="lora", seed=0, resume_step=2)  # cuts off what came after step 2
+    for step in range(3, 8):
+        again.metric(step, loss=2.0)
+    assert [row["loss"] for row in reader.read(tmp_path)] == [1.0] * 2 + [2.0] * 5
+
+
+def test_a_file_that_is_gone_has_no_rows(tmp_path: Path) -> None:
+    reader = Reader()
+    write(tmp_path, '{"step": 1}\n')
+    assert len(reader.read(tmp_path)) == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    assert reader.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("bad", ["nonsense\n", '{"loss": 1}\n', "[]\n", "\n"])
+def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
+    reader = Reader()
+    write(tmp_path, '{"step": 1}\n')
+    reader.read(tmp_path)
+    write(tmp_path, bad)
+    with pytest.raises(UserError, match=r"^line 2 of .* is not a metrics line"):
+        reader.read(tmp_path)
+    write(tmp_path, '{"step": 1}\n{"step": 2}\n', mode="w")
+    assert len(reader.read(tmp_path)) == 2, "mended"
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.start({}, method="bilora", seed=0, resume_step=None)
+    for step, loss in enumerate((0.5, math.nan, math.inf, 0.25), start=1):
+        log.metric(step, loss=loss, skipped=True)
+    log.metric(4, heldout_loss=0.1)
+    found = Reader().read(tmp_path)
+    assert found[1]["loss"] is None
+    assert series(found, "loss") == [(1, 0.5), (4, 0.25)]
+    assert series(found, "heldout_loss") == [(4, 0.1)]
+    assert series(found, "skipped") == series(found, "unknown") == []
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 500])
+def test_running_mean(window: int) -> None:
+    rng = random.Random(0)
+    points = [(2 * at, rng.random()) for at in range(60)]
+    values = [value for _, value in points]
+    wanted = [np.mean(values[max(0, at - window + 1) : at + 1]) for at in range(60)]
+    assert [step for step, _ in smooth(points, window)] == [step for step, _ in points]
+    assert [value for _, value in smooth(points, window)] == pytest.approx(wanted)
+    assert smooth([], window) == []
+
+
+def test_thinning_keeps_ends_and_peaks() -> None:
+    points = [(at, math.sin(at / 50)) for at in range(5000)]
+    points[1234] = (1234, 9.0)
+    points[4321] = (4321, -9.0)
+    kept = thin(points, 400)
+    assert len(kept) <= 402
+    assert kept == sorted(kept)
+    assert set(kept) <= set(points)
+    assert {points[0], points[-1], points[1234], points[4321]} <= set(kept)
+    assert thin(points[:400], 400) == points[:400]
+
+
+@pytest.mark.parametrize("norm", ["scaled", "unscaled"])
+def test_rho_is_a_horizontal_line_in_the_units_of_the_norm(norm: str) -> None:
+    assert radius(record(rho_norm=norm), 40) == [(1, 0.05), (40, 0.05)]
+    assert radius(record(rho_norm=norm), 1) == [(1, 0.05)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_scheduled_rho_is_the_methods_own(schedule: str) -> None:
+    line = radius(record(rho_schedule=schedule, max_train_steps=80), 40)
+    assert (line[0][0], line[-1][0], len(line)) == (1, 40, 40)
+    method = BiLoRA(MethodOptions(rho=0.05, rho_schedule=schedule, num_steps=80))
+    for step, value in line:
+        method.taken = step
+        assert value == pytest.approx(method._radius())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        record("lora"),
+        record("lora-sam"),  # its rho bounds a perturbation, not an auxiliary
+        record(rho=None),
+        record(ball="none"),
+        record(rho_schedule="linear", max_train_steps=None),
+    ],
+)
+def test_where_there_is_no_line(run: dict[str, Any]) -> None:
+    assert radius(run, 40) == []
+
+
+def test_nothing_is_drawn_before_the_first_step() -> None:
+    assert radius(record(), 0) == []
+    assert draw([], 5) == ""
+    assert "<path" not in draw([shown("a", [])], 5)
+
+
+def test_total_steps() -> None:
+    assert total_steps(record()) == 100
+    epochs = record(max_train_steps=None)
+    assert total_steps(epochs) is None
+    assert total_steps({**epochs, "num_steps": 60}) == 60
+
+
+def test_progress_of_a_running_run() -> None:
+    found = [{"step": 0, "heldout_loss": 1.0}, *rows(*[0.1] * 40)]
+    run = {**record(), "wall_seconds": 21.5, "peak_memory_bytes": 2**30}
+    state = progress(run, found, last_written=1000.0, now=1010.0)
+    assert (state.status, state.reason, state.steps, state.total) == ("running", "", 40, 100)
+    assert state.left_seconds == pytest.approx(60 * 0.5)
+    assert (state.wall_seconds, state.peak_memory_bytes) == (21.5, 2**30)
+
+
+def test_a_run_without_a_heartbeat_is_stalled() -> None:
+    found = rows(0.1, 0.1)
+    assert progress(record(), found, 0.0, STALE_SECONDS - 1).status == "running"
+    stale = progress(record(), found, 0.0, STALE_SECONDS + 1)
+    assert stale.status == "stalled"
+    assert "nothing for 3 min 1 s" in stale.reason
+    assert stale.left_seconds is None
+    slow = [{"step": 1, "seconds": 60.0}]
+    assert progress(record(), slow, 0.0, STALE_SECONDS + 1).status == "running", "a step takes long"
+    assert progress(record(status="finished"), found, 0.0, 1e9).status == "finished"
+
+
+def test_validating_is_told_from_stalled() -> None:
+    busy = {**record(), "doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
+    state = progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
+    assert (state.status, state.reason) == ("validation images", "since 3 min 1 s")
+    assert state.left_seconds is not None
+    assert progress(busy, rows(0.1), 0.0, 2 * BUSY_SECONDS).status == "stalled"
+    assert progress({**busy, "doing": "training"}, rows(0.1), 0.0, 1.0).status == "running"
+    assert progress({**busy, "doing_since": None}, rows(0.1), 0.0, 1.0).reason == ""
+    gone = {**busy, "status": "interrupted"}
+    assert progress(gone, rows(0.1), 0.0, 1e9).status == "interrupted"
+
+
+def test_a_failed_run_says_why() -> None:
+    run = {**record(status="failed"), "error": "the loss at step 3 is not finite"}
+    state = progress(run, rows(0.1), 0.0, 1e9)
+    assert (state.status, state.reason) == ("failed", "the loss at step 3 is not finite")
+
+
+def test_the_record_of_a_real_run(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.start({"rho": 0.05, "max_train_steps": 2}, method="bilora", seed=0, resume_step=None)
+    log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
+    log.metric(2, loss=0.4, auxiliary_norm_before=0.1, auxiliary_norm=0.05, seconds=0.1)
+    log.finish(steps=2)
+    run, found = runlog.read_run(tmp_path), Reader().read(tmp_path)
+    state = progress(run, found, os.path.getmtime(tmp_path / "run.json"))
+    assert (state.status, state.steps, state.total) == ("finished", 2, 2)
+    assert state.peak_memory_bytes > 0
+    runs = [shown("x", found, run)]
+    assert [line.points for line in over(runs, "auxiliary_norm", "auxiliary_norm_before")] == [
+        [(1, 0.05), (2, 0.05)],
+        [(1, 0.2), (2, 0.1)],
+    ]
+    assert radii(runs) == [Line("ρ = 0.05", [(1, 0.05), (2, 0.05)], None)]
+
+
+def test_durations_and_memory() -> None:
+    said = [duration(seconds) for seconds in (0.4, 59.4, 59.6, 200, 7500)]
+    assert said == ["0 s", "59 s", "1 min 0 s", "3 min 20 s", "2 h 5 min"]
+    assert (memory(825073664), memory(18_467_000_000)) == ("787 MiB", "17.2 GiB")

@@ -1,0 +1,224 @@
+"""A command line of diffusers' DreamBooth script means here what it means there.
+
+But for the one table of differences, which is held to be true and complete as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bilora_diffusion.config import DreamBoothConfig, parse
+from bilora_diffusion.config.differences import DIFFERENCES, default_here
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.task import DreamBooth
+from bilora_diffusion.image.visits import VisitStream
+from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
+from bilora_diffusion.train.stepping import Schedule, total_steps
+from tests.references.diffusers_flags import DEFAULTS, Meaning, meaning, refuses
+
+# What is drawn for a flag; True is the bare flag.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "dataset_config_name": ("default",),
+    "image_column": ("image", "picture"),
+    "repeats": (1, 3, 10),
+    "class_data_dir": ("class-images",),
+    "class_prompt": ("a photo of a dog",),
+    "validation_prompt": ("a TOK dog on the moon",),
+    "num_validation_images": (1, 8),
+    "validation_epochs": (1, 10),
+    "do_edm_style_training": (True,),
+    "with_prior_preservation": (True,),
+    "prior_loss_weight": (0.5, 1.0),
+    "num_class_images": (4, 100, 1000),
+    "output_dir": ("runs/dog",),
+    "output_kohya_format": (True,),
+    "seed": (0, 42),
+    "resolution": (512, 1024),
+    "center_crop": (True,),
+    "random_flip": (True,),
+    "train_text_encoder": (True,),
+    "train_batch_size": (1, 2, 3, 4),
+    "sample_batch_size": (1, 8),
+    "num_train_epochs": (1, 4, 7),
+    "max_train_steps": (5, 40, 300),
+    "checkpointing_steps": (10, 500),
+    "checkpoints_total_limit": (1, 3),
+    "gradient_accumulation_steps": (1, 2, 5),
+    "gradient_checkpointing": (True,),
+    "learning_rate": (1e-4, 5e-5, 1.0),
+    "text_encoder_lr": (5e-6, 1e-5),
+    "scale_lr": (True,),
+    "lr_scheduler": (
+        *("constant", "constant_with_warmup", "linear"),
+        *("cosine", "cosine_with_restarts", "polynomial"),
+    ),
+    "snr_gamma": (1.0, 5.0),
+    "lr_warmup_steps": (0, 2, 100),
+    "lr_num_cycles": (1, 3),
+    "lr_power": (0.5, 2.0),
+    "dataloader_num_workers": (0, 2),
+    "optimizer": ("AdamW", "adamw", "prodigy", "Prodigy"),
+    "use_8bit_adam": (True,),
+    "adam_beta1": (0.9, 0.8),
+    "adam_beta2": (0.999, 0.99),
+    "prodigy_beta3": (0.5,),
+    "prodigy_decouple": (True,),
+    "adam_weight_decay": (0.0, 1e-2),
+    "adam_weight_decay_text_encoder": (0.0, 1e-2),
+    "adam_epsilon": (1e-8, 1e-6),
+    "prodigy_use_bias_correction": (True,),
+    "prodigy_safeguard_warmup": (True,),
+    "max_grad_norm": (0.5, 1.0),
+    "hub_model_id": ("me/dog",),
+    "logging_dir": ("logs",),
+    "allow_tf32": (True,),
+    "report_to": ("tensorboard", "wandb"),
+    "mixed_precision": ("no", "bf16"),
+    "prior_generation_precision": ("no", "fp32", "bf16"),
+    "local_rank": (-1, 0),
+    "enable_xformers_memory_efficient_attention": (True,),
+    "rank": (4, 16, 64),
+    "lora_dropout": (0.0, 0.1),
+    "use_dora": (True,),
+    "image_interpolation_mode": ("lanczos", "bicubic"),
+}
+# Where images and models come from, and what goes on from elsewhere or leaves the machine.
+ALWAYS = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
+ASIDE = {
+    *("pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
+    *("dataset_name", "caption_column"),
+    *("resume_from_checkpoint", "push_to_hub", "hub_token"),
+}
+IMAGES, CLASS_IMAGES = 5, 200
+
+
+class Images:
+    """So many images without any pixels."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def prompts(self, default: str) -> list[str]:
+        return [default] * self.count
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU on which every package is installed, and a folder with images."""
+    for module in ("resolve", "environment"):
+        monkeypatch.setattr(f"bilora_diffusion.config.{module}.device_type", lambda: "cuda")
+        monkeypatch.setattr(f"bilora_diffusion.config.{module}.is_installed", lambda name: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "1.png").touch()
+
+
+def drawn(seed: int) -> tuple[dict[str, Any], int]:
+    """About a third of the flags with values, and a number of processes."""
+    dice = random.Random(seed)
+    return {
+        name: dice.choice(values) for name, values in VALUES.items() if dice.random() < 0.35
+    }, dice.choice((1, 2, 3))
+
+
+def words(flags: Mapping[str, Any]) -> list[str]:
+    start = ["--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0"]
+    start += ["--instance_data_dir=dog", "--instance_prompt=a photo of a TOK dog"]
+    return start + [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()]
+
+
+def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
+    cfg = parse(words(flags)).for_processes(processes)
+    cfg = dataclasses.replace(cfg, cache_latents="no", use_8bit_adam=False)
+    stream = VisitStream(
+        cfg, Images(images), Images(class_images) if cfg.with_prior_preservation else None
+    )
+    batch = Schedule(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
+    steps = total_steps(cfg, stream.num_samples, batch)
+    models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
+    task: Any = SimpleNamespace(cfg=cfg, models={name: nn.Identity() for name in models})
+    unet, *encoders = DreamBooth.targets(task)
+    assert len({encoder.lr for encoder in encoders}) <= 1
+    return Meaning(
+        batch,
+        steps,
+        -(-steps // -(-stream.num_samples // batch)),
+        unet.spec.alpha,
+        unet.lr,
+        encoders[0].lr if encoders else None,
+        cfg.warmup_steps(steps),
+        course(cfg, unet.lr, steps),
+    )
+
+
+def course(cfg: DreamBoothConfig, rate: float, steps: int) -> tuple[float, ...]:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "weight_decay": 0.0}]
+    optimizer = build_optimizer(cfg, groups)
+    scheduler = build_scheduler(cfg, optimizer, steps)
+    factors = []
+    for _ in range(steps):
+        factors.append(optimizer.param_groups[0]["lr"] / rate)
+        optimizer.step()
+        scheduler.step()
+    return tuple(factors)
+
+
+def same(one: Meaning, other: Meaning) -> None:
+    assert dataclasses.replace(one, course=()) == dataclasses.replace(other, course=())
+    assert one.course == pytest.approx(other.course, abs=1e-9)
+
+
+def test_every_flag_is_drawn_or_set_aside() -> None:
+    assert set(VALUES) | ALWAYS | ASIDE == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_command_line_drawn_at_random(seed: int) -> None:
+    flags, processes = drawn(seed)
+    theirs = {**DEFAULTS, **flags}
+    if refuses(theirs):
+        with pytest.raises(UserError):
+            parse(words(flags))
+        theirs["do_edm_style_training"] = flags["do_edm_style_training"] = False
+        flags |= {"class_data_dir": "class-images", "class_prompt": "a photo of a dog"}
+        theirs |= flags
+    counts = {"images": IMAGES, "class_images": CLASS_IMAGES, "processes": processes}
+    differing = default_here(theirs, frozenset(flags))
+    same(ours(flags, **counts), meaning({**theirs, **differing}, **counts))
+    # Whoever spells out diffusers' defaults of what differs gets diffusers' run.
+    spelled = {name: theirs.get(name, theirs["rank"]) for name in differing}
+    if spelled.pop("max_train_steps", 0) is None:
+        spelled["num_train_epochs"] = theirs["num_train_epochs"]
+    same(ours({**flags, **spelled}, **counts), meaning(theirs, **counts))
+
+
+def test_epochs_over_more_class_images_than_instance_images() -> None:
+    flags = {"with_prior_preservation": True, "class_data_dir": "class-images"}
+    flags |= {"class_prompt": "a photo of a dog", "num_class_images": 200, "num_train_epochs": 4}
+    flags |= {"train_batch_size": 1}
+    assert ours(flags, 1, images=5, class_images=200).steps == 800
+    assert ours(flags, 1, images=5, class_images=300).steps == 800  # no more than were asked for
+    assert ours({**flags, "repeats": 60}, 1, images=5, class_images=200).steps == 1200
+
+
+def test_the_table_names_every_default_that_differs_and_no_other_flag() -> None:
+    here = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
+    named = {entry.flag for entry in DIFFERENCES}
+    assert len(named) == len(DIFFERENCES)
+    assert named <= set(DEFAULTS) <= set(here)
+    assert {name for name in DEFAULTS if here[name] != DEFAULTS[name]} <= named

@@ -1,0 +1,155 @@
+"""Directions, profiles and planes on functions that are known exactly, and exact restoring."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eval.flatness.directions import Direction, filter_normalized
+from eval.flatness.profile import coordinates, line, plane
+from eval.flatness.weights import Place, Weight, evaluate, loss_and_gradient
+from tests.eval.landscapes import Quadratic
+
+
+def test_each_filter_gets_the_norm_of_its_weight_by_hand() -> None:
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8]])
+    noise = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, -4.0]])
+    rows = torch.tensor([[5.0, 0.0], [0.0, 0.0], [0.6, -0.8]])
+    torch.testing.assert_close(filter_normalized(noise, weight), rows)
+    columns = filter_normalized(noise, weight, filter_dim=1)
+    # Squared norms of the columns by hand: 9.36 and 16.64 of the weight, 35 and 41 of the noise.
+    wanted = noise * torch.tensor([(9.36 / 35) ** 0.5, (16.64 / 41) ** 0.5])
+    torch.testing.assert_close(columns, wanted)
+
+
+def test_a_convolutions_filter_is_an_output_channel() -> None:
+    weight, noise = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    found = filter_normalized(noise, weight)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1))
+    assert torch.cosine_similarity(found.flatten(1), noise.flatten(1)).min() > 0.9999
+
+
+def test_a_kept_direction_and_one_drawn_anew_are_the_same_bit_for_bit() -> None:
+    weights = Quadratic(seed=1).weights
+    kept, drawn = (Direction(weights, 3, 2, keep=keep) for keep in (True, False))
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(kept, drawn, strict=True))
+
+
+def test_directions_depend_on_seed_number_and_name_alone() -> None:
+    weights = Quadratic(seed=1).weights
+    again = next(iter(Direction(weights[1:], 0, 0)))
+    assert torch.equal(again, list(Direction(weights, 0, 0))[1])
+    for other in (Direction(weights, 1, 0), Direction(weights, 0, 1)):
+        assert not torch.allclose(list(other)[1], again)
+
+
+def test_a_direction_is_made_of_the_weights_where_it_was_made() -> None:
+    weights = Quadratic(seed=2).weights
+    before = [part.clone() for part in Direction(weights, 0, 0, keep=True)]
+    lazy, seen = Direction(weights, 0, 0, keep=False), []
+
+    def loss() -> float:
+        seen.append([part.clone() for part in lazy])
+        return 0.0
+
+    line(weights, loss, lazy, [-1.0, 0.0, 2.0])
+    for parts in seen:
+        assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))
+
+
+def test_positions_have_an_exact_middle() -> None:
+    assert coordinates(1.0, 5) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert coordinates(0.3, 21)[10] == 0.0
+    assert coordinates(0.3, 21)[-1] == 0.3
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_quadratics_profile_has_the_curvature_of_its_hessian(number: int) -> None:
+    problem = Quadratic(seed=number)
+    direction = Direction(problem.weights, 0, number)
+    positions = coordinates(0.5, 21)
+    losses = line(problem.weights, problem.loss, direction, positions)
+    fitted = np.polyfit(positions, losses, 2)
+    d = problem.flat(direction)
+    assert 2 * fitted[0] == pytest.approx(d @ problem.hessian @ d, rel=0.01)
+    assert fitted[1] == pytest.approx(problem.gradient() @ d, rel=0.01)
+    assert losses[10] == evaluate(problem.loss)
+
+
+def test_a_quadratics_plane_has_the_curvature_of_its_hessian() -> None:
+    problem = Quadratic(seed=4)
+    first, second = Direction(problem.weights, 0, 0), Direction(problem.weights, 0, 1)
+    positions = coordinates(1.0, 5)
+    found = np.array(plane(problem.weights, problem.loss, (first, second), positions))
+    d = np.stack([problem.flat(first), problem.flat(second)])
+    step = positions[1] - positions[0]
+    middle = 2
+    centre = found[middle, middle]
+    for axis, column in ((0, found[:, middle]), (1, found[middle, :])):
+        curvature = (column[3] - 2 * column[2] + column[1]) / step**2
+        assert curvature == pytest.approx(d[axis] @ problem.hessian @ d[axis], rel=0.01)
+    corners = found[3, 3] - found[3, 1] - found[1, 3] + found[1, 1]
+    assert corners / (4 * step**2) == pytest.approx(d[0] @ problem.hessian @ d[1], rel=0.01)
+    assert centre == evaluate(problem.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fails_at", [None, 0, 3])
+def test_weights_are_restored_bit_for_bit(dtype: torch.dtype, fails_at: int | None) -> None:
+    layer = nn.Linear(5, 3).to(dtype)
+    before, memory = layer.weight.detach().clone(), layer.weight.data_ptr()
+    weights, calls = [Weight("layer", layer.weight)], 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        if calls == fails_at:
+            raise RuntimeError("out of memory")
+        calls += 1
+        assert layer.weight.data_ptr() != memory  # the model reads the copy
+        return layer(torch.ones(2, 5, dtype=dtype)).pow(2).sum()
+
+    both = Direction(weights, 0, 0), Direction(weights, 0, 1)
+    for look in (
+        lambda: line(weights, loss, both[0], coordinates(1.0, 5)),
+        lambda: plane(weights, loss, both, coordinates(1.0, 3)),
+    ):
+        calls = 0
+        if fails_at is None:
+            look()
+        else:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                look()
+        assert torch.equal(layer.weight, before)
+        assert layer.weight.data_ptr() == memory
+
+
+def test_a_loss_in_terms_is_their_sum_and_so_is_its_gradient() -> None:
+    layer = nn.Linear(3, 2).double()
+    inputs = torch.randn(6, 3, dtype=torch.float64)
+    weights = [Weight("w", layer.weight), Weight("unused", nn.Parameter(torch.ones(2, 2)))]
+
+    def whole() -> Tensor:
+        return layer(inputs).pow(2).mean()
+
+    def parts():
+        for row in inputs:
+            yield layer(row).pow(2).mean() / len(inputs)
+        yield torch.zeros(())  # a constant
+
+    (a, slope_a), (b, slope_b) = (loss_and_gradient(f, weights) for f in (whole, parts))
+    assert a == pytest.approx(b, rel=1e-12)
+    torch.testing.assert_close(slope_a, slope_b)
+    assert torch.equal(slope_a[1], torch.zeros(2, 2))
+    assert layer.weight.grad is None
+
+
+def test_moving_twice_does_not_add_up() -> None:
+    own, copy = [torch.ones(2)], [torch.ones(2)]
+    place = Place(own, copy)
+    for _ in range(2):
+        place.move((0.5, [torch.tensor([1.0, 2.0])]), (2.0, [torch.tensor([0.0, 1.0])]))
+    assert copy[0].tolist() == [1.5, 4.0]
+    assert own[0].tolist() == [1.0, 1.0]

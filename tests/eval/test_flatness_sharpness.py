@@ -1,0 +1,218 @@
+"""SAM sharpness against closed forms and scipy's optimum; top eigenvalues against numpy's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+
+from eval.flatness.hessian import top_eigenvalue
+from eval.flatness.sharpness import sharpness
+from eval.flatness.weights import Weight, evaluate
+from tests.eval.landscapes import Quadratic
+
+RHO = 0.3
+
+
+def linear_loss() -> tuple[list[Weight], Any, float]:
+    """A loss that is linear in two matrices, and the norm of its gradient."""
+    tensors = [torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
+    slopes = [torch.randn_like(tensor) for tensor in tensors]
+    weights = [Weight(str(n), tensor) for n, tensor in enumerate(tensors)]
+
+    def loss() -> Tensor:
+        return torch.stack(
+            [(tensor * slope).sum() for tensor, slope in zip(tensors, slopes, strict=True)]
+        ).sum()
+
+    return weights, loss, float(torch.cat([slope.flatten() for slope in slopes]).norm())
+
+
+@pytest.mark.parametrize(("steps", "restarts"), [(1, 0), (10, 3)])
+def test_a_linear_losss_sharpness_is_rho_times_the_gradients_norm(
+    steps: int, restarts: int
+) -> None:
+    weights, loss, steepness = linear_loss()
+    found = sharpness(weights, loss, RHO, steps=steps, restarts=restarts)
+    assert found.value == pytest.approx(RHO * steepness, rel=1e-9)
+    assert found.one_step == pytest.approx(RHO * steepness, rel=1e-9)
+    assert found.gradient_norm == pytest.approx(steepness, rel=1e-9)
+    assert found.distance == pytest.approx(RHO, rel=1e-9)
+    assert len(found.per_start) == 1 + restarts
+
+
+def test_the_first_step_is_rho_along_the_gradient() -> None:
+    problem = Quadratic(seed=3)
+    seen: list[list[Tensor]] = []
+    before = [tensor.clone() for tensor in problem.tensors]
+
+    def loss() -> Tensor:
+        seen.append([tensor.detach().clone() for tensor in problem.tensors])
+        return problem.loss()
+
+    found = sharpness(problem.weights, loss, RHO, steps=4)
+    moved = problem.flat([a - b for a, b in zip(seen[1], before, strict=True)])
+    slope = problem.gradient()
+    np.testing.assert_allclose(moved, RHO * slope / np.linalg.norm(slope), atol=1e-12)
+    assert found.one_step == pytest.approx(_rise(problem, moved), rel=1e-9)
+
+
+def _rise(problem: Quadratic, e: Any) -> float:
+    return float(problem.gradient() @ e + e @ problem.hessian @ e / 2)
+
+
+def _highest_rise(problem: Quadratic, rho: float) -> float:
+    """By scipy from many starts: e = rho x / max(1, ||x||) covers the ball."""
+
+    def negative(x: Any) -> float:
+        return -_rise(problem, rho * x / max(1.0, float(np.linalg.norm(x))))
+
+    random = np.random.default_rng(0)
+    starts = [problem.gradient(), *random.normal(size=(12, 20))]
+    return max(-minimize(negative, x, method="BFGS").fun for x in starts)
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("rho", [0.05, 2.0])
+def test_a_quadratics_sharpness_agrees_with_scipy(convex: bool, rho: float) -> None:
+    problem = Quadratic(seed=5, convex=convex)
+    found = sharpness(problem.weights, problem.loss, rho, steps=150, restarts=2)
+    assert found.value == pytest.approx(_highest_rise(problem, rho), rel=1e-4)
+    assert found.distance <= rho * (1 + 1e-12)
+
+
+def test_a_maximum_inside_the_ball_is_found_and_not_left() -> None:
+    w = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    found = sharpness([Weight("w", w)], lambda: -(w**2).sum(), 5.0, steps=60)
+    assert found.value == pytest.approx(0.13, rel=1e-6)
+    assert found.distance == pytest.approx(0.13**0.5, rel=1e-3)
+
+
+def test_more_steps_and_restarts_never_lower_it() -> None:
+    problem = Quadratic(seed=8)
+    values = [
+        sharpness(problem.weights, problem.loss, 1.0, steps=steps, restarts=restarts).value
+        for steps, restarts in ((1, 0), (3, 0), (10, 0), (10, 2))
+    ]
+    assert values == sorted(values)
+    assert values[0] < values[-1]
+
+
+def test_at_a_stationary_point_only_a_restart_finds_a_rise() -> None:
+    w = torch.zeros(1, 3, dtype=torch.float64)
+    weights = [Weight("w", w)]
+
+    def loss() -> Tensor:
+        return (w**2).sum()
+
+    assert sharpness(weights, loss, RHO).value == 0
+    assert sharpness(weights, loss, RHO, restarts=1).value == pytest.approx(RHO**2)
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 2])
+def test_weights_and_flags_are_restored(fails_at: int | None) -> None:
+    layer = nn.Linear(4, 3).requires_grad_(False)
+    before, calls = layer.weight.clone(), 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        if calls == fails_at:
+            raise RuntimeError("out of memory")
+        calls += 1
+        return layer(torch.ones(1, 4)).pow(2).sum()
+
+    weights = [Weight("layer", layer.weight)]
+    for look in (sharpness, lambda w, f, rho: top_eigenvalue(w, f)):
+        calls = 0
+        if fails_at is None:
+            look(weights, loss, RHO)
+        else:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                look(weights, loss, RHO)
+        assert torch.equal(layer.weight, before)
+        assert not layer.weight.requires_grad
+        assert layer.weight.grad is None
+
+
+class Attending(nn.Module):
+    """A small network with attention, 43 weights in all, some of which make no difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2, 3)
+        self.query = nn.Linear(3, 3, bias=False)
+        self.out = nn.Linear(3, 2)
+        self.unused = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        query = self.query(hidden)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query[:, None], hidden[:, None], hidden[:, None]
+        )
+        return self.out(torch.tanh(mixed[:, 0]))
+
+
+def small_network(sign: float) -> tuple[list[Weight], Any, Any]:
+    """Weights, a loss in terms, and its exact Hessian."""
+    torch.manual_seed(0)
+    model = Attending().double()
+    x, y = torch.randn(6, 4, 2).double(), torch.randn(6, 4, 2).double()
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    weights = [Weight(name, parameter) for name, parameter in model.named_parameters()]
+
+    def loss() -> Iterator[Tensor]:
+        for start in (0, 3):
+            rows = slice(start, start + 3)
+            yield sign * (model(x[rows]) - y[rows]).pow(2).mean() / 2
+
+    def of(flat: Tensor) -> Tensor:
+        parts = dict(zip(names, flat.split(sizes), strict=True))
+        own = {name: parts[name].view(p.shape) for name, p in model.named_parameters()}
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+            return sign * (functional_call(model, own, (x,)) - y).pow(2).mean()
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    with torch.no_grad():
+        assert evaluate(loss) == pytest.approx(float(of(flat)), rel=1e-12)
+    return weights, loss, hessian(of)(flat).detach().numpy()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_top_eigenvalue_of_a_network_equals_numpys(sign: float) -> None:
+    weights, loss, exact = small_network(sign)
+    np.testing.assert_allclose(exact, exact.T, atol=1e-12)
+    eigenvalues = np.linalg.eigvalsh(exact)
+    found = top_eigenvalue(weights, loss, tolerance=1e-9, max_restarts=200)
+    assert found.value == pytest.approx(eigenvalues[-1], rel=1e-6)
+    assert found.residual is not None
+    assert found.residual < 1e-6
+    # Algebraically the largest: with the sign turned, the largest in magnitude is negative.
+    assert (abs(eigenvalues[0]) > eigenvalues[-1]) == (sign < 0)
+
+
+def test_the_loose_tolerance_is_good_to_a_percent() -> None:
+    weights, loss, exact = small_network(1.0)
+    found = top_eigenvalue(weights, loss)
+    assert found.value == pytest.approx(np.linalg.eigvalsh(exact)[-1], rel=0.01)
+
+
+def test_a_linear_loss_has_no_curvature_and_a_single_weight_has_its_own() -> None:
+    weights, loss, _ = linear_loss()
+    assert top_eigenvalue(weights, loss).value == 0
+    w = torch.tensor([[2.0]], dtype=torch.float64)
+    assert top_eigenvalue([Weight("w", w)], lambda: -3 * (w**2).sum()).value == -6
+
+
+def test_lanczos_that_does_not_converge_says_so() -> None:
+    weights, loss, _ = small_network(1.0)
+    found = top_eigenvalue(weights, loss, tolerance=1e-14, max_restarts=1, vectors=3)
+    assert found.value is None
+    assert found.products > 0

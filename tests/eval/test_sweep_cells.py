@@ -1,0 +1,211 @@
+"""Cells as processes: finished ones are left alone, failing ones recorded, running ones waited for.
+
+The training script is a stand-in that starts in no time; `tests/scripts/test_sweep.py` has the real
+one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval import cells
+from eval.cells import Runner, explain
+from eval.grid import Cell
+
+SCRIPT = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+folder.mkdir(exist_ok=True)
+(folder / "pid").write_text("running")
+print("hello", " ".join(sys.argv[1:]), flush=True)
+if "--sleep" in sys.argv:
+    time.sleep(600)
+if "--wait" in sys.argv:
+    while not (folder.parent / "go").exists():
+        time.sleep(0.01)
+if "--fail" in sys.argv:
+    sys.exit("error: no such thing: " + str(folder / "x.png"))
+(folder / "run.json").write_text(json.dumps({"schema_version": 1, "status": "finished"}))
+"""
+
+
+class Direct(Runner):
+    """Starts the script without accelerate, whose import takes seconds."""
+
+    def command(self, cell: Cell) -> list[str]:
+        words = super().command(cell)
+        return [sys.executable, *words[words.index(str(self.script)) :]]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "runs").mkdir()
+    return Direct(script, Path("recipe.yaml"), tmp_path / "runs")
+
+
+def cell(name: str, *flags: str) -> Cell:
+    return Cell(name, "arm", 0, flags)
+
+
+def test_a_failing_cell_leaves_the_others(runner: Runner) -> None:
+    outcomes = runner.run_all([cell("a"), cell("b", "--fail"), cell("c")])
+    assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished"]
+    assert outcomes[1].exit_code == 1
+    assert outcomes[1].error == "no such thing: x.png"
+    record = json.loads((runner.runs_dir / "sweep.json").read_text())
+    assert [c["status"] for c in record["cells"]] == ["finished", "failed", "finished"]
+    assert "hello" in (runner.runs_dir / "b.log").read_text()
+
+
+def test_a_finished_cell_is_not_repeated_and_a_failed_one_is(runner: Runner) -> None:
+    runner.run_all([cell("a"), cell("b", "--fail")])
+    files = [runner.runs_dir / name for name in ("a/run.json", "a.log")]
+    before = [file.stat().st_mtime_ns for file in files]
+    outcomes = runner.run_all([cell("a"), cell("b")])
+    assert [outcome.status for outcome in outcomes] == ["finished", "finished"]
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
+
+
+def test_the_command_line_starts_afresh_or_goes_on(tmp_path: Path) -> None:
+    runner = Runner(Path("train.py"), Path("r.yaml"), tmp_path, ["--num_processes", "2"])
+    own = cell("a", "--rank=2")
+    folder = tmp_path / "a"
+    assert runner.command(own) == [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "train.py"),
+        *("--config", "r.yaml", "--rank=2", "--output_dir", str(folder), "--overwrite_output_dir"),
+    ]
+    (folder / "checkpoints" / "step-2").mkdir(parents=True)
+    assert cells.state(folder) == "checkpoint"
+    assert runner.command(own)[-2:] == ["--resume_from_checkpoint", "auto"]
+
+
+def test_the_states_of_a_folder(tmp_path: Path) -> None:
+    assert cells.state(tmp_path / "none") == "new"
+    assert cells.state(tmp_path) == "begun"
+    (tmp_path / "run.json").write_text("{")
+    assert cells.state(tmp_path) == "begun"
+    (tmp_path / "run.json").write_text('{"schema_version": 1, "status": "running"}')
+    assert cells.state(tmp_path) == "begun"
+    (tmp_path / "run.json").write_text('{"schema_version": 1, "status": "finished"}')
+    assert cells.state(tmp_path) == "finished"
+
+
+def until(file: Path) -> None:
+    patience = time.monotonic() + 500  # a busy machine may take long to start a process
+    while not file.exists() and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert file.exists()
+
+
+def sweep_process(
+    runner: Runner, *flags: str, sigint: signal.Handlers = signal.SIG_DFL
+) -> subprocess.Popen[bytes]:
+    """The runner with one cell, in a process of its own, whatever the tests themselves ignore."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.eval.test_sweep_cells import Direct, cell\n"
+        "runner = Direct(Path(sys.argv[1]), Path('recipe.yaml'), Path(sys.argv[2]))\n"
+        "try:\n"
+        "    runner.run_all([cell('a', *sys.argv[3:])])\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(runner.script), str(runner.runs_dir), *flags],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "sigint"),
+    [
+        (signal.SIGINT, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
+    ],
+)
+def test_an_interrupt_ends_the_cell_too(
+    runner: Runner, end: signal.Signals, sigint: signal.Handlers
+) -> None:
+    process = sweep_process(runner, "--sleep", sigint=sigint)
+    until(runner.runs_dir / "a" / "pid")
+    process.send_signal(end)
+    process.communicate()
+    assert process.returncode == 130
+    with open(runner.runs_dir / "a.log", "ab") as log:
+        cells.fcntl.flock(log, cells.fcntl.LOCK_EX | cells.fcntl.LOCK_NB)  # nobody writes any more
+    assert cells.state(runner.runs_dir / "a") == "begun"
+
+
+def test_a_cell_that_outlived_its_sweep_is_waited_for(runner: Runner) -> None:
+    first = sweep_process(runner, "--wait")
+    until(runner.runs_dir / "a" / "pid")
+    first.kill()
+    first.communicate()
+    second = sweep_process(runner, "--wait")
+    assert second.stderr is not None
+    said = b""
+    while b"waiting for a" not in said:
+        line = second.stderr.readline()
+        assert line, said
+        said += line
+    (runner.runs_dir / "go").touch()
+    second.communicate()
+    assert second.returncode == 0
+    assert cells.state(runner.runs_dir / "a") == "finished"
+    assert (runner.runs_dir / "a.log").read_text().count("hello") == 1
+
+
+LAUNCHER = "subprocess.CalledProcessError: Command '['python', 'train.py']' "
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "expected"),
+    [
+        (2, "step 1\nerror: bad value\n", (2, "bad value")),
+        (
+            1,
+            f"error: bad value\nTraceback (most recent call last):\n  File x\n{LAUNCHER}returned"
+            " non-zero exit status 2.",
+            (2, "bad value"),
+        ),
+        (
+            1,
+            "\rlora: 50%|## | 1/2 [00:34<00:34, lr=1.0e+38]error: the loss is not finite\n"
+            "\rlora: 50%|## | 1/2 [00:34<00:34]\n"
+            f"Traceback (most recent call last):\n  raise it\n{LAUNCHER}"
+            "returned non-zero exit status 2.",
+            (2, "the loss is not finite"),
+        ),
+        (1, f"{LAUNCHER}died with <Signals.SIGKILL: 9>.", (-9, "killed by SIGKILL")),
+        (-9, "", (-9, "killed by signal 9")),
+        (
+            1,
+            "[rank0]: Traceback\n[rank0]: torch.OutOfMemoryError: no room\ntorch.distributed."
+            "elastic.multiprocessing.errors.ChildFailedError:\n====\n",
+            (1, "[rank0]: torch.OutOfMemoryError: no room"),
+        ),
+        (1, "100%|#####|\rlast words\n\n", (1, "last words")),
+        (1, "", (1, "it said nothing")),
+    ],
+)
+def test_the_error_is_the_scripts_and_not_the_launchers(
+    code: int, said: str, expected: tuple[int, str]
+) -> None:
+    assert explain(code, said) == expected

@@ -1,0 +1,252 @@
+"""`python -m bilora_diffusion.export FILE --to FORMAT`: the same change in each format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY, AdapterSpec
+from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.export import FILE_NAME, convert, inspect, main, save_adapter
+from bilora_diffusion.export.kohya_names import unet_names, with_dots
+from bilora_diffusion.export.layers import kohya_name
+from bilora_diffusion.text.models import load_text_model
+from tests.export.export_models import (
+    add_adapters,
+    all_models,
+    export_all,
+    make_text_encoder,
+    make_unet,
+)
+from tests.text.text_builders import save_llama
+
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """UNet with convolutions and both text encoders, of alpha 6 and rank 4, in both formats."""
+    models = all_models(rank=4, alpha=6, use_dora=request.param)
+    return export_all(tmp_path_factory.mktemp("convert") / "icons", models)
+
+
+def equal(one: Path, other: Path) -> bool:
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def weighted(model: nn.Module) -> list[str]:
+    kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def test_around_all_formats(folder: Path, tmp_path: Path) -> None:
+    source, kohya = folder / FILE_NAME, folder / "icons.safetensors"
+    assert equal(convert(source, "kohya", tmp_path / "a.safetensors"), kohya)
+    assert equal(convert(kohya, "diffusers", tmp_path / "b.safetensors"), source)
+    peft = convert(kohya, "peft", tmp_path / "peft")
+    assert {p.name for p in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
+    assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
+    assert convert(peft, "kohya").name == "peft-kohya.safetensors"
+    one = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
+    assert set(inspect(one).layers) == {"text_encoder_2"}  # PEFT's keys do not say which
+    metadata = inspect(tmp_path / "a.safetensors").metadata
+    assert metadata["bilora.rho"] == "0.05"
+    assert metadata["ss_output_name"] == "a"
+
+
+def test_peft_loads_what_is_written(folder: Path, tmp_path: Path) -> None:
+    place = convert(folder, "peft", tmp_path / "peft")
+    stored = load_file(folder / FILE_NAME)
+    for component, model in (
+        ("unet", make_unet()),
+        ("text_encoder", make_text_encoder()),
+        ("text_encoder_2", make_text_encoder(True)),
+    ):
+        loaded = PeftModel.from_pretrained(model, str(place / component))
+        found = adapters.factors(loaded, PRIMARY)
+        assert len(found) == inspect(folder / FILE_NAME).layers[component]
+        for name, A, B, scale in found:
+            plain = name.removeprefix("base_model.model.").removeprefix("text_model.")
+            keys = [k for k in stored if k.startswith(component + ".") and f".{plain}.lora" in k]
+            down = next(k for k in keys if k.endswith(("lora_A.weight", "down.weight")))
+            up = next(k for k in keys if k.endswith(("lora_B.weight", "up.weight")))
+            expected = stored[up].flatten(1) @ stored[down].flatten(1)
+            torch.testing.assert_close(scale * B @ A, expected)
+
+
+def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tensor) -> Path:
+    """As kohya's own scripts write it: SDXL's names, alpha, a rank of its own for a convolution."""
+    tensors = dict(more)
+    for name, shape, rank in (
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", (6, 5), 4),
+        ("lora_unet_output_blocks_2_0_in_layers_2", (6, 5, 3, 3), 2),
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", (6, 5), 4),
+        ("lora_te2_text_model_encoder_layers_1_mlp_fc1", (6, 5), 4),
+    ):
+        generator = torch.Generator().manual_seed(len(tensors))
+        ones = [1] * (len(shape) - 2)
+        tensors[f"{name}.lora_down.weight"] = torch.randn((rank, *shape[1:]), generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn((6, rank, *ones), generator=generator)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file({k: v.to(dtype) for k, v in tensors.items()}, path, {"ss_tag_frequency": "{}"})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("alpha", "dtype", "kept"),
+    [
+        (3, torch.float16, torch.float32),  # 3/4 of a number has no room in 16 bits
+        (2, torch.float16, torch.float16),
+        (None, torch.bfloat16, torch.bfloat16),  # alpha is the rank then
+    ],
+)
+def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, kept: Any) -> None:
+    source = kohya_file(tmp_path / "foreign.safetensors", alpha, dtype)
+    made = convert(source, "diffusers")
+    assert made == tmp_path / "foreign-diffusers.safetensors"
+    given, found = load_file(source), load_file(made)
+    names = {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB}.weight"
+        ),
+        "lora_unet_output_blocks_2_0_in_layers_2": (
+            "unet.up_blocks.0.resnets.2.conv1.lora_{AB}.weight"
+        ),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+            ".lora_linear_layer.{way}.weight"
+        ),
+        "lora_te2_text_model_encoder_layers_1_mlp_fc1": (
+            "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.{way}.weight"
+        ),
+    }
+    assert len(found) == 2 * len(names)
+    for theirs, ours in names.items():
+        down, up = (given[f"{theirs}.lora_{way}.weight"].double() for way in ("down", "up"))
+        scale = 1.0 if alpha is None else alpha / down.shape[0]
+        A = found[ours.format(AB="A", way="down")]
+        B = found[ours.format(AB="B", way="up")]
+        assert A.dtype == dtype
+        assert B.dtype == (dtype if scale in (0.5, 1) else kept)
+        product = B.double().flatten(1) @ A.double().flatten(1)
+        torch.testing.assert_close(product, scale * up.flatten(1) @ down.flatten(1))
+    metadata = inspect(made).metadata
+    assert metadata["ss_tag_frequency"] == "{}"
+    assert metadata["ss_network_dim"] == "Dynamic"
+    assert "ss_base_model_version" not in metadata  # nothing tells that these layers are SDXL's
+    back = convert(made, "kohya", tmp_path / "back.safetensors")
+    assert inspect(back).layers == inspect(source).layers
+
+
+def test_all_names_of_the_models_come_back_from_kohyas() -> None:
+    with torch.device("meta"):
+        models = {"unet": [make_unet(), UNet2DConditionModel(**SDXL)]}
+        models |= {
+            "text_encoder": [make_text_encoder()],
+            "text_encoder_2": [make_text_encoder(True)],
+        }
+    for component, several in models.items():
+        for model in several:
+            prefix = kohya_name(component, "").removesuffix("text_model_")
+            flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
+            back = unet_names(flat) if component == "unet" else {f: with_dots(f) for f in flat}
+            for name, own in flat.items():
+                assert back[name].removeprefix("text_model.") == own.removeprefix("text_model.")
+    original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
+    original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
+    original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
+    assert set(unet_names(original).values()) <= set(weighted(models["unet"][1]))
+
+
+def test_a_language_models_adapter_has_no_other_format(tmp_path: Path, capsys) -> None:
+    base = save_llama(tmp_path / "base")
+    model = load_text_model(str(base)).model
+    adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
+    save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
+    for to in ("kohya", "diffusers"):
+        assert main([str(tmp_path), "--to", to]) == 2
+        assert "some/llama" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 0
+    assert "peft" in capsys.readouterr().out
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    def given(name: str, **tensors: Tensor) -> Path:
+        return kohya_file(tmp_path / f"{name}.safetensors", 4, torch.float32, **tensors)
+
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    ours = "lora_unet_down_blocks_1_attentions_0_proj_in"
+    both = {
+        f"{ours}.lora_down.weight": torch.ones(4, 5),
+        f"{ours}.lora_up.weight": torch.ones(6, 4),
+    }
+    for source, to, said in (
+        (folder / FILE_NAME, "kohya", "icons.safetensors exists"),  # the run's own
+        (given("loha", **{"lora_unet_a.hada_w1_a": torch.ones(2, 2)}), "peft", "hada_w1_a"),
+        (given("inputs", **{f"{key}.dora_scale": torch.ones(1, 5)}), "peft", "along the inputs"),
+        (
+            given("nan", **{f"{key}.dora_scale": torch.full((6, 1), torch.nan)}),
+            "peft",
+            "not finite",
+        ),
+        (given("mixed", **both), "peft", "as diffusers does"),
+        (tmp_path, "kohya", "name one of its .safetensors files"),
+        (tmp_path / "none", "kohya", "There is no file"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert(source, to)
+    with pytest.raises(UserError, match="pickle"):
+        convert(folder / FILE_NAME, "kohya", tmp_path / "lora.bin")
+    with pytest.raises(UserError, match="PEFT's format is a folder"):
+        convert(folder / FILE_NAME, "peft", tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("to", ["kohya", "peft"])
+def test_a_wrong_file_gets_no_name(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bilora_diffusion.export import reader
+
+    source = kohya_file(tmp_path / "source.safetensors", 2, torch.float32)
+    read, calls = reader._scaled, []
+
+    def wrong(B: Tensor, scale: float) -> Tensor:
+        calls.append(scale)
+        return read(B, scale * (1 if len(calls) <= 4 else 1.0001))
+
+    monkeypatch.setattr(reader, "_scaled", wrong)
+    with pytest.raises(TrainingError, match="differs in"):
+        convert(source, to, tmp_path / "out")
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_layers_on_the_mlp_alone(tmp_path: Path) -> None:
+    from bilora_diffusion.export import save_diffusers
+
+    model = add_adapters(make_text_encoder(True), AdapterSpec(target_modules=("fc1",)))
+    source = save_diffusers(tmp_path, {"text_encoder_2": model}, base_model="b")
+    kohya = convert(source, "kohya")
+    assert kohya == tmp_path / f"{tmp_path.name}.safetensors"
+    assert equal(convert(kohya, "diffusers", tmp_path / "again.safetensors"), source)

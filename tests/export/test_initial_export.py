@@ -1,0 +1,167 @@
+"""What is exported of a primary whose init changed the base weights fits the unchanged ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bilora_diffusion import BiLoRAConfig, adapters, attach
+from bilora_diffusion.adapters import CHANGE_BASE, INITIAL, PRIMARY
+from bilora_diffusion.errors import TrainingError
+from bilora_diffusion.export import FILE_NAME, inspect, kohya_file_name, save_diffusers, verify
+from bilora_diffusion.train.averaging import Average
+from tests.contract.models import CASES
+from tests.export.export_models import ATTENTION, make_text_encoder, make_unet, read_metadata
+
+
+def unet_output(model: nn.Module) -> Tensor:
+    latents = torch.linspace(-1, 1, 2 * 4 * 64).view(2, 4, 8, 8)
+    context = torch.linspace(1, -1, 2 * 3 * 8).view(2, 3, 8)
+    added = {"text_embeds": torch.ones(2, 8), "time_ids": torch.ones(2, 6)}
+    steps = torch.tensor([3, 700])
+    return cast(Any, model)(latents, steps, context, added_cond_kwargs=added).sample
+
+
+def text_output(model: nn.Module) -> Tensor:
+    return cast(Any, model)(input_ids=torch.arange(1, 13).view(2, 6)).last_hidden_state
+
+
+def train(model: nn.Module, output, steps: int = 3, **options: Any):
+    """Some steps of Bi-LoRA through the API; returns its handle."""
+    bilora = attach(model, BiLoRAConfig(rho=0.02, **options))
+
+    def forward_backward() -> None:
+        (output(model) - 1).square().mean().backward()
+
+    if options["init"] == "lora-ga":
+        bilora.initialise(forward_backward)
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=1e-2))
+    bilora.bind(optimizer)
+    for _ in range(steps):
+        forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return bilora
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+@pytest.mark.parametrize("init", CHANGE_BASE)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_peft_file_gives_the_same_outputs(kind, init, use_dora, tmp_path: Path) -> None:
+    case = CASES[kind]
+    model = case.make().train()
+    base = copy.deepcopy(model)
+    options = {"init": init, "use_dora": use_dora, "target_modules": case.targets}
+    bilora = train(model, case.output, rank=2, alpha=5, **options)
+    bilora.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 10)
+    assert config["init_lora_weights"] is True
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any(INITIAL in key for key in saved)
+    own = bilora.primary_state_dict()
+    assert {key.removeprefix("base_model.model.") for key in saved} == set(own)
+    with torch.no_grad():
+        untrained = case.output(base)
+        loaded = PeftModel.from_pretrained(base, str(tmp_path)).train()
+        with bilora.evaluating():
+            expected = case.output(model)
+        assert float((expected - untrained).abs().max()) > 0.1
+        torch.testing.assert_close(case.output(loaded), expected, rtol=1e-5, atol=1e-5)
+        merged = adapters.merge_primary(model)
+        torch.testing.assert_close(case.output(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", CHANGE_BASE)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_diffusers_file_gives_the_same_outputs(init, use_dora, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet, encoder = make_unet(), make_text_encoder()
+    plain = copy.deepcopy(unet)
+    options: dict[str, Any] = {"rank": 2, "alpha": 3, "init": init, "use_dora": use_dora}
+    targets = (*ATTENTION, "conv1")
+    bilora = train(unet, unet_output, target_modules=targets, **options)
+    train(encoder, text_output, **options)
+    models = {"unet": unet, "text_encoder": encoder}
+    save_diffusers(tmp_path, models, base_model="some/base", kohya=True)
+    report = verify(tmp_path, models)
+    assert report["max_relative_difference"] < 2e-7
+    assert report["kohya_max_relative_difference"] < 2e-7
+    contents = inspect(tmp_path / FILE_NAME)
+    assert contents.ranks == contents.alphas == {"unet": (4,), "text_encoder": (4,)}
+    assert not contents.evidence
+    for file in (FILE_NAME, kohya_file_name(tmp_path)):
+        metadata = read_metadata(tmp_path / file)
+        assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "4"
+        assert json.loads(metadata["bilora.original_rank"]) == {"unet": 2, "text_encoder": 2}
+        assert json.loads(metadata["bilora.original_alpha"]) == {"unet": 3, "text_encoder": 3}
+    cast(Any, plain).load_lora_adapter(str(tmp_path), prefix="unet", weight_name=FILE_NAME)
+    with torch.no_grad(), bilora.evaluating():
+        torch.testing.assert_close(unet_output(plain), unet_output(unet), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", CHANGE_BASE)
+def test_what_was_not_trained_changes_nothing(init, tmp_path: Path) -> None:
+    model = make_unet()
+    plain = copy.deepcopy(model)
+    options: dict[str, Any] = {"rank": 2, "alpha": 3, "target_modules": ATTENTION}
+    train(model, unet_output, steps=0, init=init, **options)
+    save_diffusers(tmp_path, {"unet": model}, base_model="some/base")
+    assert verify(tmp_path, {"unet": model})["max_abs_difference"] < 1e-6
+    with torch.no_grad():
+        before = unet_output(plain)
+        cast(Any, plain).load_lora_adapter(str(tmp_path), prefix="unet", weight_name=FILE_NAME)
+        torch.testing.assert_close(unet_output(plain), before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_is_exported_where_it_is_applied(tmp_path: Path) -> None:
+    model = make_unet()
+    options: dict[str, Any] = {"rank": 2, "init": "pissa", "target_modules": ATTENTION}
+    bilora = train(model, unet_output, **options)
+    average = Average(bilora.clip_parameters(), decay=0.5)
+    with torch.no_grad():
+        for parameter in bilora.clip_parameters():
+            parameter.add_(0.1)
+    with average.applied():
+        save_diffusers(tmp_path / "average", {"unet": model}, base_model="some/base")
+        verify(tmp_path / "average", {"unet": model})
+    save_diffusers(tmp_path / "last", {"unet": model}, base_model="some/base")
+    files = [load_file(tmp_path / name / FILE_NAME) for name in ("average", "last")]
+    for key, value in files[0].items():
+        difference = files[1][key] - value
+        first, second = difference.chunk(2, dim=0 if "lora_A" in key else 1)
+        assert float(first.abs().min()) > 0.05
+        assert not second.any()
+
+
+def test_verify_notices_a_file_without_the_initial_part(tmp_path: Path) -> None:
+    model = make_unet()
+    train(model, unet_output, rank=2, init="pissa", target_modules=ATTENTION)
+    path = save_diffusers(tmp_path, {"unet": model}, base_model="some/base")
+    tensors, metadata = load_file(path), read_metadata(path)
+    for key, value in tensors.items():
+        if "lora_B" in key:
+            value[:, 2:] = 0
+    save_file(tensors, path, metadata)
+    with pytest.raises(TrainingError, match="differs"):
+        verify(tmp_path, {"unet": model})
+
+
+def test_other_adapters_are_saved_as_they_are(tmp_path: Path) -> None:
+    model = make_unet()
+    train(model, unet_output, rank=2, init="pissa", target_modules=ATTENTION)
+    adapters.save_pretrained(model, tmp_path, adapter=INITIAL)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {min(value.shape) for value in saved.values()} == {2}
+    whole = adapters.portable_state_dict(model, PRIMARY)
+    for key, value in adapters.state_dict(model, INITIAL).items():
+        half = whole[key][2:] if "lora_A" in key else -whole[key][:, 2:]
+        assert torch.equal(half, value)

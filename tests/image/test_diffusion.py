@@ -1,0 +1,149 @@
+"""The denoising losses against formulas written out in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.diffusion import Denoising, min_snr_weights
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+INDEX = torch.tensor([3, 500, 998])
+
+
+def alphas() -> Tensor:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 4, 2, 2, generator=generator), torch.randn(
+        3, 4, 2, 2, generator=generator
+    )
+
+
+def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+    return torch.tanh(noisy) * (1 + timesteps.view(-1, 1, 1, 1).float() / 1000)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("weighting", ["published", "diffusers"])
+def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weighting: str) -> None:
+    latents, noise = batch()
+    denoising = Denoising.from_config(
+        {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
+    )
+    weighted = torch.tensor([True, True, False])
+    loss = denoising.loss(predict, latents, noise, INDEX, weighted)
+    for row, t in enumerate(INDEX.tolist()):
+        a = alphas()[t]
+        x, e = latents[row].double(), noise[row].double()
+        noisy = a.sqrt() * x + (1 - a).sqrt() * e
+        target = e if prediction == "epsilon" else a.sqrt() * e - (1 - a).sqrt() * x
+        expected = ((torch.tanh(noisy) * (1 + t / 1000) - target) ** 2).mean()
+        if gamma is not None and weighted[row]:  # class images have no weight, as in diffusers
+            snr = a / (1 - a)
+            if prediction == "epsilon":
+                expected = expected * min(snr, gamma) / snr
+            elif weighting == "published":
+                expected = expected * min(snr, gamma) / (snr + 1)
+            else:
+                expected = expected * (min(snr, gamma) / snr + 1)
+        assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_published_weight_is_one_of_the_clean_image_whatever_is_predicted(
+    prediction: str,
+) -> None:
+    """Why it is the default: min(snr, gamma) times the error of the image that is meant."""
+    latents, noise = batch()
+    a = alphas()[INDEX].float().view(-1, 1, 1, 1)
+
+    def meant(noisy: Tensor) -> Tensor:
+        return torch.tanh(noisy)
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        if prediction == "epsilon":
+            return (noisy - a.sqrt() * meant(noisy)) / (1 - a).sqrt()
+        return (a.sqrt() * noisy - meant(noisy)) / (1 - a).sqrt()
+
+    config = {**CONFIG, "prediction_type": prediction}
+    loss = Denoising.from_config(config, snr_gamma=5.0).loss(
+        predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool)
+    )
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    errors = ((meant(noisy) - latents) ** 2).flatten(1).mean(1)
+    snr = (a / (1 - a)).flatten()
+    torch.testing.assert_close(loss, snr.clamp(max=5.0) * errors, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("floored", "expected"), [(False, 0.0), (True, 2.0)])
+def test_a_last_level_of_pure_noise_has_a_weight(floored: bool, expected: float) -> None:
+    """Models of zero terminal signal (arXiv 2305.08891), where diffusers' script divides by 0."""
+    assert min_snr_weights(torch.zeros(1), 5.0, True, floored).tolist() == [expected]
+
+
+def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
+    latents, noise = batch()
+    denoising = Denoising.from_config(CONFIG, edm=True)
+    loss = denoising.loss(predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool))
+    for row, index in enumerate(INDEX.tolist()):
+        sigma = denoising.scheduler.sigmas[index].double()
+        t = denoising.scheduler.timesteps[index].double()
+        noisy = latents[row].double() + sigma * noise[row].double()
+        prediction = torch.tanh(noisy / (sigma**2 + 1).sqrt()) * (1 + t / 1000)
+        expected = (((noisy - sigma * prediction - latents[row].double()) / sigma) ** 2).mean()
+        assert loss[row].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_edm_levels_fall_with_their_index() -> None:
+    scheduler = Denoising.from_config(CONFIG, edm=True).scheduler
+    ends = [(scheduler.sigmas[i].item(), scheduler.timesteps[i].item()) for i in (0, 999)]
+    assert ends[0] > ends[1]
+
+
+def test_native_edm_is_chosen_by_the_pipeline() -> None:
+    config = {
+        "_class_name": "EDMDPMSolverMultistepScheduler",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "sigma_data": 0.5,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+    }
+    denoising = Denoising.from_config(config)
+    latents, noise = batch()
+    loss = denoising.loss(predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool))
+    assert denoising.kind == "edm_native"
+    assert torch.isfinite(loss).all()
+
+
+def test_min_snr_is_one_below_gamma_and_falls_above() -> None:
+    snr = torch.tensor([0.1, 5.0, 50.0])
+    assert torch.allclose(min_snr_weights(snr, 5.0, False), torch.tensor([1.0, 1.0, 0.1]))
+
+
+def test_min_snr_with_edm_is_refused() -> None:
+    with pytest.raises(UserError, match="--snr_gamma 5"):
+        Denoising.from_config(CONFIG, edm=True, snr_gamma=5.0)
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(UserError, match="sample"):
+        Denoising.from_config({**CONFIG, "prediction_type": "sample"})

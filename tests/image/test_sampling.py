@@ -1,0 +1,71 @@
+"""Prompt embeddings and images, against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.pipeline import LatentSpace, load_pipeline
+from bilora_diffusion.image.prompts import PromptCache
+from bilora_diffusion.image.sampling import embed, embed_negative, generate
+
+PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return load_pipeline("mini", dtype=torch.float32)
+
+
+def test_embeddings_equal_the_pipelines(pipeline: Any) -> None:
+    theirs = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
+    for ours in (embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)):
+        assert torch.equal(ours.sequence, theirs[0])
+        assert torch.equal(ours.pooled, theirs[2])
+    negative = embed_negative(pipeline, 2)
+    assert torch.equal(negative.sequence, theirs[1])
+    assert torch.equal(negative.pooled, theirs[3])
+
+
+def test_images_equal_the_pipelines(pipeline: Any) -> None:
+    ours = generate(pipeline, PROMPTS[:1], [7], size=64, steps=3, guidance_scale=4.0)
+    theirs = pipeline(
+        PROMPTS[0],
+        generator=torch.Generator().manual_seed(7),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        height=64,
+        width=64,
+    ).images
+    assert np.array_equal(np.asarray(ours[0]), np.asarray(theirs[0]))
+
+
+def test_an_image_does_not_depend_on_its_batch(pipeline: Any) -> None:
+    prompts, seeds = [PROMPTS[0]] * 3, [1, 2, 3]
+    whole = generate(pipeline, prompts, seeds, size=64, steps=2, batch=3)
+    single = generate(pipeline, prompts, seeds, size=64, steps=2, batch=1)
+    for a, b in zip(whole, single, strict=True):
+        difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+        assert difference.max() <= 1
+
+
+def test_sampling_leaves_the_global_generator_alone(pipeline: Any) -> None:
+    before = torch.get_rng_state()
+    generate(pipeline, PROMPTS[:1], [0], size=64, steps=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_latent_scaling_is_inverted_with_and_without_statistics() -> None:
+    latents = torch.randn(2, 4, 3, 3)
+    statistics = LatentSpace(0.5, torch.randn(1, 4, 1, 1), torch.rand(1, 4, 1, 1) + 0.5)
+    for space in (LatentSpace(0.18215), statistics):
+        assert torch.allclose(space.decode(space.encode(latents)), latents, atol=1e-5)
+
+
+def test_a_missing_model_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="no/such-model"):
+        load_pipeline("no/such-model", dtype=torch.float32)

@@ -1,0 +1,218 @@
+"""ball: the norm by Gram matrices, and the projection of Eq. 10."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY, AdapterSpec, Factors
+from bilora_diffusion.methods import ball
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def true_norm(factors: list[Factors], scaled: bool = True) -> float:
+    """Every product formed in float64."""
+    squares = [
+        ((f.scale if scaled else 1.0) * (f.B.double() @ f.A.double())).square().sum()
+        for f in factors
+    ]
+    return math.sqrt(math.fsum(float(square) for square in squares))
+
+
+def random_factors(
+    shapes: list[tuple[int, int, int]],
+    scales: list[float],
+    dtypes: list[torch.dtype],
+    seed: int,
+    sizes: tuple[float, float] = (1.0, 1.0),
+) -> list[Factors]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int, size: float, dtype: torch.dtype) -> Tensor:
+        values = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * size
+        return values.to(dtype)
+
+    return [
+        Factors(str(i), draw(r, n, sizes[0], dtype), draw(m, r, sizes[1], dtype), scale)
+        for i, ((m, n, r), scale, dtype) in enumerate(zip(shapes, scales, dtypes, strict=True))
+    ]
+
+
+@st.composite
+def many_factors(draw: st.DrawFn) -> list[Factors]:
+    """Layers of mixed shapes, ranks, scales, sizes and precisions; some repeated."""
+    dimension = st.integers(1, 40)
+    kinds = draw(st.lists(st.tuples(dimension, dimension, st.integers(1, 9)), min_size=1))
+    shapes = [kind for kind in kinds for _ in range(draw(st.integers(1, 3)))]
+    scales = draw(
+        st.lists(
+            st.sampled_from([0.01, 0.5, 1.0, 2.0, 3.7, 64.0]),
+            min_size=len(shapes),
+            max_size=len(shapes),
+        )
+    )
+    common = draw(st.sampled_from([*DTYPES, None]))
+    dtypes = [common or draw(st.sampled_from(DTYPES)) for _ in shapes]
+    sizes = draw(st.tuples(st.sampled_from([1e-4, 0.1, 1.0, 30.0]), st.sampled_from([1e-4, 1.0])))
+    return random_factors(shapes, scales, dtypes, draw(st.integers(0, 10**6)), sizes)
+
+
+@settings(max_examples=150)
+@given(
+    factors=many_factors(),
+    rho=st.floats(1e-3, 100, allow_nan=False),
+    scaled=st.booleans(),
+)
+def test_the_norm_is_within_rho_after_projection(
+    factors: list[Factors], rho: float, scaled: bool
+) -> None:
+    copies = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in factors]
+    c = true_norm(factors, scaled)
+    result = ball.project_(factors, rho, scaled)
+    assert float(result.before) == pytest.approx(c, rel=1e-9, abs=1e-12)
+    assert true_norm(factors, scaled) <= rho * (1 + 1e-6)
+    assert float(result.after) <= rho * (1 + 1e-9)
+    if c <= rho * (1 - 1e-9):
+        for new, old in zip(factors, copies, strict=True):
+            assert torch.equal(new.A, old.A)
+            assert torch.equal(new.B, old.B)
+        assert float(result.after) == float(result.before)
+
+
+@settings(max_examples=40)
+@given(factors=many_factors(), scaled=st.booleans())
+def test_norm_equals_the_formed_products(factors: list[Factors], scaled: bool) -> None:
+    norm = ball.frobenius_norm(factors, scaled)
+    assert norm.shape == ()
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(true_norm(factors, scaled), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cancel", [1e-1, 1e-2, 1e-3])
+def test_bound_holds_where_columns_cancel(dtype: torch.dtype, cancel: float) -> None:
+    """B @ A far smaller than B and A: rounding the factors weighs more, and the bound knows it."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        b, a, other = (torch.randn(30, dtype=torch.float64, generator=generator) for _ in range(3))
+        A, B = torch.stack((a, a + cancel * other)), torch.stack((b, -b), dim=1)
+        factors = [Factors("0", A.to(dtype), B.to(dtype), 1.0)]
+        rho = true_norm(factors) / 3
+        ball.project_(factors, rho)
+        assert true_norm(factors) <= rho * (1 + 1e-6)
+
+
+def test_bound_holds_for_subnormal_fp16() -> None:
+    """0.85 of three smallest numbers is rounded to three: the other factor must give way."""
+    smallest = 2.0**-24
+    B = torch.full((16, 1), 3 * smallest, dtype=torch.float16)
+    factors = [Factors("0", torch.ones(1, 1, dtype=torch.float16), B, 1.0)]
+    rho = 0.72 * true_norm(factors)
+    ball.project_(factors, rho)
+    assert true_norm(factors) <= rho * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_projection_reaches_the_sphere(dtype: torch.dtype, low: float) -> None:
+    factors = random_factors([(30, 20, 4)] * 3 + [(8, 50, 2)], [2.0] * 4, [dtype] * 4, seed=1)
+    before = true_norm(factors)
+    result = ball.project_(factors, 0.05)
+    assert float(result.before) == pytest.approx(before, rel=1e-12)
+    assert true_norm(factors) >= 0.05 * (1 - low)
+    assert float(result.after) == pytest.approx(true_norm(factors), rel=2 * low)
+
+
+def test_direction_is_kept_and_both_factors_get_the_same_root() -> None:
+    factors = random_factors([(6, 5, 2), (7, 5, 3)], [2.0, 0.5], [torch.float64] * 2, seed=2)
+    old = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in factors]
+    c = true_norm(factors)
+    ball.project_(factors, 0.3)
+    root = math.sqrt(0.3 / c)
+    for new, was in zip(factors, old, strict=True):
+        torch.testing.assert_close(new.A, root * was.A, rtol=1e-14, atol=0)
+        torch.testing.assert_close(new.B, root * was.B, rtol=1e-14, atol=0)
+
+
+def test_in_fp32_a_second_projection_changes_nothing() -> None:
+    factors = random_factors([(30, 20, 4)] * 5, [2.0] * 5, [torch.float32] * 5, seed=3)
+    ball.project_(factors, 0.05)
+    once = [f.A.clone() for f in factors]
+    ball.project_(factors, 0.05)
+    assert all(torch.equal(f.A, a) for f, a in zip(factors, once, strict=True))
+
+
+def test_zero_factors_and_no_factors() -> None:
+    factors = [Factors("0", torch.randn(2, 3), torch.zeros(4, 2), 1.0)]
+    kept = factors[0].A.clone()
+    assert float(ball.frobenius_norm(factors)) == 0
+    assert [float(value) for value in ball.project_(factors, 0.1)] == [0, 0, 1]
+    assert torch.equal(factors[0].A, kept)
+    for call in (ball.frobenius_norm, lambda factors: ball.project_(factors, 1.0)):
+        with pytest.raises(ValueError, match="no factors"):
+            call([])
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_convolutions_count_with_their_true_weight_change(
+    kernel: int, channels_last: bool, scaled: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, kernel, padding=kernel // 2), nn.Conv2d(5, 2, 1))
+    adapters.inject(model, AdapterSpec(rank=2, alpha=6, target_modules=("0", "1")))
+    for parameter in adapters.parameters(model, PRIMARY):
+        nn.init.normal_(parameter)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    found = adapters.layers(model, PRIMARY)
+    deltas = [adapters.weight_delta(layer, PRIMARY) for _, layer in found]
+    expected = math.sqrt(sum(float(d.double().square().sum()) for d in deltas))
+    expected /= 1.0 if scaled else 3.0
+    factors = adapters.factors(model, PRIMARY)
+    assert float(ball.frobenius_norm(factors, scaled)) == pytest.approx(expected, rel=1e-6)
+    ball.project_(factors, 0.01, scaled)
+    deltas = [adapters.weight_delta(layer, PRIMARY) for _, layer in found]
+    after = math.sqrt(sum(float(d.double().square().sum()) for d in deltas))
+    assert after == pytest.approx(0.01 * (3.0 if not scaled else 1.0), rel=1e-5)
+
+
+def test_large_groups_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = random_factors([(6, 5, 2)] * 7, [1.5] * 7, [torch.float32] * 7, seed=4)
+    whole = float(ball.frobenius_norm(factors))
+    monkeypatch.setitem(ball._STACK_ELEMENTS, "cpu", 50)
+    assert float(ball.frobenius_norm(factors)) == pytest.approx(whole, rel=1e-12)
+
+
+def test_factors_split_over_processes_are_measured_whole() -> None:
+    """FSDP2's DTensors, here over one process; nothing else about them is special."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        factors = random_factors([(6, 5, 2)] * 3, [1.5] * 3, [torch.float32] * 3, seed=5)
+        split = [
+            f._replace(
+                A=distribute_tensor(f.A.clone(), mesh, [Shard(0)]),
+                B=distribute_tensor(f.B.clone(), mesh),
+            )
+            for f in factors
+        ]
+        assert float(ball.frobenius_norm(split)) == float(ball.frobenius_norm(factors))
+        ball.project_(split, 0.05)
+        ball.project_(factors, 0.05)
+        for a, b in zip(split, factors, strict=True):
+            assert torch.equal(cast(Any, a.A).full_tensor(), b.A)
+            assert torch.equal(cast(Any, a.B).full_tensor(), b.B)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,104 @@
+"""Run folders as training leaves them, made in no time: record, metrics and snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
+from bilora_diffusion.run import snapshots
+from bilora_diffusion.run.runlog import RunLog
+from bilora_diffusion.train.dynamics import FIRST_ORDER, GAIN, PRODUCT, TERMS, alignment
+
+CONFIG = {
+    "learning_rate": 1e-3,
+    "auxiliary_learning_rate": None,
+    "rank": 2,
+    "auxiliary_rank": None,
+    "rho": 0.05,
+    "rho_norm": "scaled",
+    "rho_schedule": "constant",
+}
+SHAPES = {"unet.down.to_q": (6, 5), "unet.down.to_k": (6, 5), "unet.up.to_out": (4, 7)}
+SCALE = 1.5
+Share = Callable[[int], float]
+
+
+def factors(generator: torch.Generator, rank: int = 2) -> list[Factors]:
+    """Random factors on every layer."""
+    return [
+        Factors(
+            name,
+            torch.randn(rank, n, generator=generator),
+            torch.randn(m, rank, generator=generator),
+            SCALE,
+        )
+        for name, (m, n) in SHAPES.items()
+    ]
+
+
+def between(start: Sequence[Factors], end: Sequence[Factors], share: float) -> list[Factors]:
+    """On the straight line from one to the other."""
+    return [
+        s._replace(A=s.A + share * (e.A - s.A), B=s.B + share * (e.B - s.B))
+        for s, e in zip(start, end, strict=True)
+    ]
+
+
+def make(
+    folder: Path,
+    method: str = "bilora",
+    seed: int = 0,
+    steps: Sequence[int] = tuple(range(11)),
+    config: Mapping[str, Any] | None = None,
+    course: Mapping[str, Share] | None = None,
+    losses: Mapping[int, tuple[float, float]] | None = None,
+    ratio: Sequence[float] = (100.0, 200.0, 300.0),
+) -> Path:
+    """A finished run.
+
+    Args:
+        steps: that have a snapshot; () for a run that was not recorded.
+        course: adapter -> share of the way to its final weights at a step.
+        losses: step -> (training, held-out).
+        ratio: of Figure 2b in each layer, for LoRA-SAM.
+    """
+    log = RunLog(folder)
+    log.start({**CONFIG, **(config or {})}, method=method, seed=seed, resume_step=None)
+    generator = torch.Generator().manual_seed(seed)
+    names = (PRIMARY, AUXILIARY) if method == "bilora" else (PRIMARY,)
+    ends = {name: (factors(generator), factors(generator)) for name in names}
+    measured = dict(losses or {})
+    for step in sorted(set(steps) | set(measured)):
+        if step:
+            log.metric(step, loss=1.0, digest=f"{seed}-{step}", auxiliary_norm=0.05)
+        if step in measured:
+            training, heldout = measured[step]
+            log.metric(step, heldout_loss=heldout, train_grid_loss=training)
+        if step in steps:
+            share = {n: (course or {}).get(n, lambda s: s / max(steps))(step) for n in names}
+            own = {n: between(*ends[n], share[n]) for n in names}
+            found = figures(own, method, step, ratio)
+            snapshots.write(folder, snapshots.Snapshot(step, own, found))
+    log.finish(steps=max(steps, default=0))
+    return folder
+
+
+def figures(
+    own: Mapping[str, list[Factors]], method: str, step: int, ratio: Sequence[float]
+) -> dict[str, Tensor]:
+    """What training would have written beside the factors."""
+    ones = torch.ones(len(SHAPES), dtype=torch.float64)
+    if method == "bilora":
+        gain = {GAIN: ones * 0.5} if step else {}
+        return {**alignment(own[PRIMARY], own[AUXILIARY]), **gain}
+    if method != "lora-sam" or step == 0:
+        return {}
+    first = torch.tensor(ratio, dtype=torch.float64)
+    values = (ones, first, ones, first, ones)
+    names = (*TERMS, FIRST_ORDER, PRODUCT)
+    return {name: value.clone() for name, value in zip(names, values, strict=True)}

@@ -1,0 +1,131 @@
+"""interruption: what a signal does to a run, and the command that goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bilora_diffusion.errors import Interrupted
+from bilora_diffusion.run import interruption
+from bilora_diffusion.run.interruption import Interruption, command_line, resuming
+from examples import demo
+
+
+@pytest.fixture(autouse=True)
+def _own_handlers() -> Iterator[None]:
+    """As in a process that was started in the foreground, whatever this one was started in."""
+    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS)
+def test_the_first_signal_waits_for_the_loop(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Interruption(patient=True) as run:
+        assert run.number is None
+        os.kill(os.getpid(), number)
+        assert run.number == number
+    assert signal.getsignal(number) is before
+
+
+def test_before_anything_can_be_saved_the_first_signal_stops_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), Interruption() as run:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert run.number == signal.SIGTERM
+
+
+def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher passes Ctrl-C on, as a SIGTERM or a second SIGINT right after the first."""
+    with Interruption(patient=True) as run:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert run.number == signal.SIGTERM
+        monkeypatch.setattr(interruption, "ONE_PRESS_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """A shell makes its background jobs ignore SIGINT; SIGTERM ends them all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption(patient=True) as run:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.number is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.number == signal.SIGTERM
+
+
+def test_outside_of_the_main_thread_nothing_is_installed() -> None:
+    def work() -> None:
+        with Interruption():
+            pass
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_demo_ends_and_says_what_the_same_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        trained.append(None)
+        raise Interrupted("go on with something else", signal.SIGTERM)
+
+    trained: list[None] = []
+    monkeypatch.setattr(demo.train, "main", interrupted)
+    assert demo.main(["--output_dir", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert len(trained) == 1
+    assert "the same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "overwrites", "expected"),
+    [
+        (["--rank", "2"], False, ["--rank", "2"]),
+        (["--overwrite_output_dir", "--rank", "2"], True, ["--rank", "2"]),
+        (["--overwrite-output-dir=True", "--a", "b c"], True, ["--a", "b c"]),
+        (["--resume_from_checkpoint", "auto", "-x"], False, ["-x"]),
+        (["--resume_from_checkpoint=step-5"], False, []),
+        (["--config", "r.yaml"], True, ["--config", "r.yaml", "--overwrite_output_dir", "false"]),
+        (["--hub_token", "secret"], False, ["--hub_token", "$HF_TOKEN"]),
+    ],
+)
+def test_the_command_that_goes_on(given: list[str], overwrites: bool, expected: list[str]) -> None:
+    line = ["accelerate", "launch", "train.py"]
+    found = resuming([*line, *given], len(given), "latest", overwrites)
+    assert found == [*line, *expected, "--resume_from_checkpoint", "latest"]
+
+
+def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outermost ancestor that ends with the same arguments is the launcher."""
+
+    class Process:
+        def __init__(self, pid: int, *words: str) -> None:
+            self.pid, self._words = pid, list(words)
+
+        def cmdline(self) -> list[str]:
+            return self._words
+
+        def parents(self) -> list[Process]:
+            return [
+                Process(9, "python", "-m", "torch.distributed.run", "t.py", "--rank", "2"),
+                Process(8, "accelerate", "launch", "t.py", "--rank", "2"),
+                Process(7, "bash", "-c", "make"),
+                Process(1, "tini", "t.py", "--rank", "2"),
+            ]
+
+    monkeypatch.setattr(interruption.psutil, "Process", lambda: Process(10))
+    own = ["python", "t.py", "--rank", "2"]
+    assert command_line(own, ["--rank", "2"]) == (["accelerate", "launch", "t.py", *own[2:]], 2)
+    assert command_line(["python", "t.py"], []) == (["python", "t.py"], 0)

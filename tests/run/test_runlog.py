@@ -1,0 +1,235 @@
+"""run.json and metrics.jsonl: strict JSON, whole after a kill, continued on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import checkpoint, provenance, runlog
+from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
+
+CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_dir": Path("out")}
+
+
+def start(folder: Path, resume_step: int | None = None, **values: Any) -> RunLog:
+    log = RunLog(folder)
+    log.start(
+        **{"config": CONFIG, "method": "bilora", "seed": 3, **values}, resume_step=resume_step
+    )
+    return log
+
+
+def strict(text: str) -> Any:
+    """Parse JSON that has neither NaN nor Infinity."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def save(folder: Path, step: int) -> Path:
+    return checkpoint.save(
+        folder, step, tensors={}, optimizer={}, scheduler={}, scaler=None, extra={}
+    )
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    log = start(folder)
+    assert read_run(folder)["status"] == "running"
+    log.metric(1, loss=torch.tensor(0.5), lr=2e-4, digest="ab", samples=["x", "y"])
+    log.metric(2, loss=np.float32(0.25), taken=True, note=None)
+    log.finish(heldout_loss=0.0834, verify={"layers": 7})
+    assert read_metrics(folder) == [
+        {"step": 1, "loss": 0.5, "lr": 2e-4, "digest": "ab", "samples": ["x", "y"]},
+        {"step": 2, "loss": 0.25, "taken": True, "note": None},
+    ]
+    record = strict((folder / "run.json").read_text())
+    assert record == read_run(folder)
+    assert record["config"] == {"rank": 4, "betas": [0.9, 0.999], "output_dir": "out"}
+    assert (record["method"], record["seed"], record["status"]) == ("bilora", 3, "finished")
+    assert record["results"] == {"heldout_loss": 0.0834, "verify": {"layers": 7}}
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(record["versions"]) >= {
+        "python", "torch", "diffusers", "transformers", "accelerate", "peft", "bilora_diffusion",
+    }  # fmt: skip
+    assert record["device"]["cpu_cores"] >= 1
+    assert record["device"]["torch_threads"] == torch.get_num_threads()
+    assert record["device"]["cpu_model"]
+    assert record["device"]["name"]
+    assert record["peak_memory_bytes"] > 50e6
+    assert 0 <= record["wall_seconds"] < 60
+    assert record["resumed"] == []
+    assert "secret" not in (folder / "run.json").read_text()
+    assert sorted(os.listdir(folder)) == ["metrics.jsonl", "run.json"]
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    log = start(tmp_path, config={"growth_rate": float("inf")})
+    log.metric(1, loss=float("nan"), norms=[1.0, float("-inf")])
+    log.metric(2, loss=1.0)
+    log.finish(heldout_loss=float("nan"))
+    lines = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": None, "norms": [1.0, None], "nonfinite": True},
+        {"step": 2, "loss": 1.0},
+    ]
+    record = strict((tmp_path / "run.json").read_text())
+    assert record["results"] == {"heldout_loss": None}
+    assert record["config"] == {"growth_rate": None}
+
+
+def test_values_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    for value in (object(), torch.ones(2), {1, 2}, b"x"):
+        with pytest.raises(TypeError, match="cannot be written as JSON"):
+            log.metric(1, value=value)
+    log.fail("x")
+    assert read_metrics(tmp_path) == []
+
+
+def test_metric_before_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="needs RunLog"):
+        RunLog(tmp_path).metric(1, loss=0.0)
+
+
+def test_each_line_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = start(tmp_path)
+    writes: list[bytes] = []
+
+    class Spy:
+        def write(self, data: bytes) -> int:
+            writes.append(data)
+            return len(data)
+
+    monkeypatch.setattr(log, "_metrics", Spy())
+    log.metric(1, text="é\n" * 5000)
+    assert len(writes) == 1
+    assert writes[0].count(b"\n") == 1
+    assert writes[0].endswith(b"\n")
+
+
+def test_resume_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    for step in range(1, 8):
+        log.metric(step, loss=step / 3)
+    log.metric(5, validation_loss=0.1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 8, "lo')
+    assert len(read_metrics(tmp_path)) == 8
+    again = start(tmp_path, resume_step=5)
+    again.metric(6, loss=0.5)
+    again.finish()
+    found = read_metrics(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 5, 6]
+    assert found[2] == {"step": 3, "loss": 1.0}
+    assert found[0]["loss"] == 1 / 3
+    assert found[-1]["loss"] == 0.5
+
+
+def test_wall_time_and_peak_memory_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(provenance, "peak_memory", lambda device: int(clock[0]))
+    log = start(tmp_path)
+    began = read_run(tmp_path)["started_at"]
+    clock[0] += 7
+    log.metric(1, loss=1.0)
+    assert read_run(tmp_path)["wall_seconds"] == 0.0
+    clock[0] += 10
+    log.metric(2, loss=1.0)  # the heartbeat
+    assert read_run(tmp_path)["wall_seconds"] == 17.0
+    clock[0] += 3
+    log.sync()
+    clock[0] = 5.0  # killed; another boot
+    again = start(tmp_path, resume_step=1)
+    clock[0] += 2
+    again.sync()
+    clock[0] = 1.0
+    last = start(tmp_path, resume_step=2)
+    clock[0] += 0.5
+    last.finish(x=1)
+    record = read_run(tmp_path)
+    assert record["wall_seconds"] == 22.5
+    assert record["peak_memory_bytes"] == 120
+    assert record["started_at"] == began
+    assert [entry["step"] for entry in record["resumed"]] == [1, 2]
+
+
+def test_a_failed_run(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    log.metric(1, loss=1.0)
+    log.fail("the loss of step 2 is not finite")
+    record = read_run(tmp_path)
+    assert (record["status"], record["error"]) == ("failed", "the loss of step 2 is not finite")
+    resumed = start(tmp_path, resume_step=1)
+    assert "error" not in read_run(tmp_path)
+    resumed.finish()
+
+
+def test_resume_into_a_new_folder(tmp_path: Path) -> None:
+    log = start(tmp_path / "b", resume_step=10)
+    log.metric(11, loss=1.0)
+    log.finish()
+    assert read_run(tmp_path / "b")["resumed"][0]["step"] == 10
+    assert [line["step"] for line in read_metrics(tmp_path / "b")] == [11]
+
+
+def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    start(tmp_path).finish()
+    assert (tmp_path / "README.md").read_text() == "mine"  # there was no run yet
+    (tmp_path / "README.md").write_text("the finished run's card")
+    save(tmp_path, 1)
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"old")
+    start(tmp_path).metric(1, loss=0.0)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "photo.png", "run.json"]
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_killed_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "HEARTBEAT_SECONDS", 0.0)  # replaces run.json at every line
+    log = start(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            for step in range(1, 10**6):
+                log.metric(step, loss=1.0 / step, note="x" * 200)
+        finally:
+            os._exit(1)
+    while len(read_metrics(tmp_path)) < 5:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert read_run(tmp_path)["status"] == "running"
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    start(tmp_path, resume_step=1).finish()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    with pytest.raises(UserError, match=r"is not a run folder \(it has no run.json\)"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"schema_version": 2}')
+    with pytest.raises(UserError, match=r"has schema version 2, .* reads 1"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
+    with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl is not a metrics line"):
+        read_metrics(tmp_path)

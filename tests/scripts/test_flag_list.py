@@ -1,0 +1,126 @@
+"""No flag of any command is lost: each parser still has what ``references/flag_list.json`` records.
+
+The parsers are those that the commands really make, taken at the moment when one is to read its
+arguments. Where a command lives is said in ``COMMANDS`` alone; flags may be added at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path(__file__).resolve().parents[1] / "references" / "flag_list.json"
+
+COMMANDS = {  # the recorded name -> the file or module that runs it today
+    "train_dreambooth_bilora.py": "train_dreambooth_bilora.py",
+    "train_text_bilora.py": "train_text_bilora.py",
+    "bilora_diffusion.export": "bilora_diffusion.export",
+    "bilora_diffusion.demo": "bilora_diffusion.demo",
+    "bilora_diffusion.demo_text": "bilora_diffusion.demo_text",
+    "bilora_diffusion.mini.pretrain": "bilora_diffusion.mini.pretrain",
+    "bilora_diffusion.mini.scorer_training": "bilora_diffusion.mini.scorer_training",
+    "eval.clip_scores": "eval.clip_scores",
+    "eval.dynamics": "eval.dynamics",
+    "eval.generalization": "eval.generalization",
+    "eval.landscape": "eval.landscape",
+    "eval.sweep": "eval.sweep",
+    "eval.text_scores": "eval.text_scores",
+    "app.viewer": "app.viewer",
+    "benchmarks/bf16_rounding.py": "benchmarks/bf16_rounding.py",
+    "benchmarks/make_random_sdxl.py": "benchmarks/make_random_sdxl.py",
+    "benchmarks/step_cost.py": "benchmarks/step_cost.py",
+    "examples/seq2seq_bilora.py": "examples/seq2seq_bilora.py",
+    "examples/sft_bilora.py": "examples/sft_bilora.py",
+    "examples/trainer_bilora.py": "examples/trainer_bilora.py",
+}
+LIBRARIES = ("transformers.", "trl.")
+"""The flags that they bring to the examples change with their versions."""
+
+
+class _Parser(BaseException):
+    """Carries a parser out of a command that was about to read its arguments."""
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser that a command makes, as it is when the arguments are to be read."""
+
+    def carry(self: argparse.ArgumentParser, *args: Any, **settings: Any) -> Any:
+        raise _Parser(self)
+
+    place = COMMANDS[command]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+        patch.setattr(argparse.ArgumentParser, "parse_args", carry)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", carry)
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # the defaults of one machine
+        patch.setattr(sys, "argv", [place])
+        patch.chdir(ROOT)
+        try:
+            if place.endswith(".py"):
+                patch.syspath_prepend(str((ROOT / place).parent))
+                runpy.run_path(str(ROOT / place), run_name="__main__")
+            else:
+                runpy.run_module(place, run_name="__main__", alter_sys=True)
+        except _Parser as caught:
+            return caught.args[0]
+    raise AssertionError(f"{place} read no arguments")
+
+
+def flags_of(command: str) -> list[dict[str, Any]]:
+    """Each flag and argument of a command, in plain values."""
+    parser = parser_of(command)
+    of_libraries = {
+        field.name
+        for group in getattr(parser, "dataclass_types", ())  # of transformers' HfArgumentParser
+        if group.__module__.startswith(LIBRARIES)
+        for field in dataclasses.fields(group)
+    }
+    return [
+        {
+            "flags": list(action.option_strings) or [action.dest],
+            "value": action.nargs != 0,
+            "nargs": action.nargs,
+            "required": action.required,
+            "default": _plain(action.default),
+            "choices": None if action.choices is None else sorted(map(str, action.choices)),
+        }
+        for action in parser._actions
+        if action.dest not in {"help", *of_libraries}
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value).replace(f"{ROOT}/", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_flag_is_lost(command: str) -> None:
+    recorded, today = json.loads(RECORD.read_text(encoding="utf-8"))[command], flags_of(command)
+    lost = [entry for entry in recorded if not any(_serves(new, entry) for new in today)]
+    assert not lost
+
+
+def test_every_recorded_command_is_still_there() -> None:
+    assert json.loads(RECORD.read_text(encoding="utf-8")).keys() == COMMANDS.keys()
+
+
+def _serves(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a flag of today takes all that a recorded one took, and has its default."""
+    same = all(new[key] == old[key] for key in ("value", "nargs", "default"))
+    choices = new["choices"] is None or set(new["choices"]) >= set(old["choices"] or [None])
+    required = old["required"] or not new["required"]
+    return set(new["flags"]) >= set(old["flags"]) and same and choices and required

@@ -1,0 +1,215 @@
+"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import bilora_diffusion
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
+MAX_LINES = 350
+HEAVY = {
+    *("torch", "transformers", "peft", "diffusers", "accelerate"),
+    *("datasets", "gradio", "matplotlib", "scipy"),
+}
+COMMANDS = (
+    *("train_dreambooth_bilora.py", "train_text_bilora.py"),
+    *("eval.clip_scores", "eval.dynamics", "eval.generalization", "eval.landscape"),
+    *("eval.sweep", "eval.text_scores", "app.viewer", "bilora_diffusion.export"),
+)
+# Folders that exist on one machine only. Each name is put together here, so as not to find itself.
+MACHINE_PATHS = re.compile(
+    r"(?<![\w.~$}-])/(?:" + "|".join(["work", "root", "tmp", "home", "farm"]) + r")/[\w.]"
+)
+REGISTRIES = re.compile(
+    "|".join(
+        name.replace(".", r"\.")
+        for name in (
+            "pypi" + ".org",
+            "python" + "hosted.org",
+            "download." + "pytorch.org",
+            "npm" + "js.org",
+            "npm" + "js.com",
+            "deb." + "debian.org",
+        )
+    )
+)
+
+
+def repository_files() -> list[Path]:
+    """Files that are in git, or would be after `git add --all`."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode != 0:
+        pytest.skip("this copy is not a git checkout, so its own files cannot be told from others")
+    paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def text_of(path: Path) -> str | None:
+    """The file's text, or None if it is binary."""
+    data = path.read_bytes()
+    return None if b"\0" in data else data.decode("utf-8", errors="replace")
+
+
+def lines_matching(pattern: re.Pattern[str]) -> list[str]:
+    """Every line of the repository's text files that `pattern` matches, as FILE:LINE: text."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path in repository_files()
+        for number, line in enumerate((text_of(path) or "").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+
+
+def test_the_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert bilora_diffusion.__version__ == project["version"] == citation["version"]
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_dependencies_are_ranges() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    for requirement in [*project["dependencies"], *(item for extra in extras for item in extra)]:
+        assert "==" not in requirement
+        assert "+" not in requirement
+        assert "@" not in requirement
+
+
+def answer(*argv: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
+    """What a command in a process of its own says, and which packages it has imported by then."""
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "run = runpy.run_path if sys.argv[0].endswith('.py') else runpy.run_module\n"
+        "try:\n"
+        "    run(sys.argv[0], run_name='__main__')\n"
+        "finally:\n"
+        "    sys.__stdout__.write('\\n' + ' '.join(sys.modules))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    loaded = {name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
+    return loaded, run
+
+
+def test_the_import_is_light() -> None:
+    loaded, run = answer("bilora_diffusion.errors")
+    assert run.returncode == 0
+    assert "bilora_diffusion" in loaded
+    assert loaded.isdisjoint({*HEAVY, "numpy", "yaml"})
+    assert {"attach", "BiLoRAConfig"} <= set(dir(bilora_diffusion))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
+    command: str,
+) -> None:
+    loaded, run = answer(command, "--help")
+    assert (run.returncode, run.stdout[:6]) == (0, "usage:"), run.stderr
+    assert loaded.isdisjoint(HEAVY)
+    loaded, run = answer(command, "--no_such_flag")
+    assert run.returncode == 2
+    assert "error: " in run.stderr
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    assert lines_matching(MACHINE_PATHS) == []
+
+
+def test_no_file_names_a_package_registry() -> None:
+    assert lines_matching(REGISTRIES) == []
+
+
+def test_the_python_files_are_short() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in repository_files()
+        if path.suffix == ".py"
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_the_demo_has_a_recipe() -> None:
+    assert ROOT / "recipes" / "mini.yaml" in RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+    from bilora_diffusion.config import parse, parse_text
+
+    keys = yaml.safe_load(recipe.read_text())
+    read = parse_text if "task" in keys else parse
+    config = read(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+    assert set(keys) <= set(config.to_dict()) | {"dataset"}
+
+
+def test_the_readme_begins_with_the_demo() -> None:
+    block = re.search(r"```[a-z]*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert "make demo" in block.group(1)
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_knows_the_targets(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert re.search(rf"^\s*make {target}", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_ci_runs_what_a_contributor_runs() -> None:
+    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+def run_example(folder: Path, *arguments: str) -> str:
+    """Register CONTRIBUTING's example method, run pytest with it, and return what that printed."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    for text, name in re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL):
+        (folder / Path(name).name).write_text(text)
+    runner = (
+        "import importlib.util as u, sys, pytest, bilora_diffusion.methods\n"
+        f"path = {str(folder / 'lora_asam.py')!r}\n"
+        "spec = u.spec_from_file_location('bilora_diffusion.methods.lora_asam', path)\n"
+        "module = sys.modules[spec.name] = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", runner, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_the_example_method_of_contributing_works(tmp_path: Path) -> None:
+    assert "2 passed" in run_example(
+        tmp_path, "--rootdir", str(tmp_path), f"{tmp_path}/test_lora_asam.py"
+    )
+    assert len((tmp_path / "lora_asam.py").read_text().splitlines()) < 60
+
+
+@pytest.mark.slow
+def test_the_example_method_passes_the_contract_suite(tmp_path: Path) -> None:
+    selected = ("tests/contract", "-k", "lora-asam and not two_processes")
+    done = run_example(tmp_path, *selected)
+    passed = re.search(r"(\d+) passed", done)
+    assert passed is not None
+    assert int(passed.group(1)) > 100

@@ -1,0 +1,194 @@
+"""Packed rows: no token sees a neighbour, and each has the loss that it has alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.text.collate import block_mask, collate
+from bilora_diffusion.text.encode import Encoded, encode
+from bilora_diffusion.text.examples import Example, from_turns
+from bilora_diffusion.text.packing import best_fit, pack, require_packable
+from tests.text.text_tokenizers import chat_tokenizer
+
+TALK = from_turns(
+    [("user", "what"), ("assistant", "red"), ("user", "and this"), ("assistant", "green")], "row"
+)
+EXAMPLES = [
+    Example("what is the colour of this apple", "it is red and that one green"),
+    Example("say hello", "hello there"),
+    TALK,
+    Example("one", "two"),
+    Example("three four", "five"),
+]
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def rows(max_length: int = 64) -> Encoded:
+    return encode(EXAMPLES, chat_tokenizer(), "causal", name="set", max_length=max_length)
+
+
+def model(kind: str, attention: str = "sdpa") -> Any:
+    torch.manual_seed(0)
+    vocabulary = len(chat_tokenizer())
+    common: dict[str, Any] = {"vocab_size": vocabulary, "attn_implementation": attention}
+    if kind == "gpt2":
+        made: Any = GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=256, **ENDS, **common)
+        )
+    else:
+        config, whole = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "mistral": (MistralConfig, MistralForCausalLM),
+        }[kind]
+        more: dict[str, Any] = {"sliding_window": 64} if kind == "mistral" else {}
+        made = whole(config(intermediate_size=32, num_key_value_heads=2, **SIZES, **common, **more))
+    for weight in made.parameters():  # large, so that what a token sees and where it stands matter
+        torch.nn.init.normal_(weight, std=0.3)
+    return made.eval()
+
+
+def token_losses(network: Any, batch: dict[str, Tensor]) -> list[float]:
+    """The loss of each token that has one, row by row."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = network(**inputs).logits.float()
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+    return losses[batch["labels"][:, 1:] != -100].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_each_tokens_loss_is_the_same_as_alone(kind: str, attention: str) -> None:
+    single, network = rows(), model(kind, attention)
+    packed = pack(single, 100)
+    assert network.config.use_cache
+    assert len(packed) < len(single)
+    alone = [token_losses(network, collate([single.row(i)], "causal", 0)) for i in range(5)]
+    batch = collate([packed.row(i) for i in range(len(packed))], "causal", 0)
+    widths = {len(packed.row(i)["input_ids"]) for i in range(len(packed))}
+    assert len(widths) > 1  # so one of them is padded
+    together = token_losses(network, batch)
+    order = [source for i in range(len(packed)) for source in packed.data[i]["sources"]]
+    expected = [loss for source in order for loss in alone[source]]
+    assert together == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.1  # losses that could not differ prove nothing
+    leaking = token_losses(network, batch | {"attention_mask": torch.ones_like(batch["labels"])})
+    assert leaking != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_half_precision_keeps_the_borders(attention: str) -> None:
+    network = model("llama", attention).to(torch.bfloat16)
+    require_packable(network, 64)
+    network = model("llama", attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        require_packable(network, 64)
+
+
+def test_a_packed_row_says_what_is_in_it() -> None:
+    single = rows()
+    packed = pack(single, 100)
+    row = packed.row(0)
+    starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+    assert [row["labels"][start] for start in starts] == [-100] * len(starts)
+    assert row["segment_ids"] == sorted(row["segment_ids"])
+    members = packed.data[0]["sources"]
+    assert row["input_ids"] == [t for m in members for t in single.row(m)["input_ids"]]
+    assert packed.name(0) == "rows " + ", ".join(str(m + 1) for m in members) + " of set"
+    assert sum(packed.lengths) == sum(single.lengths)
+    assert sum(packed.target_tokens) == sum(single.target_tokens)
+    labels = [label for i in range(len(packed)) for label in packed.row(i)["labels"]]
+    assert sum(label != -100 for label in labels) == sum(packed.target_tokens)
+    with pytest.raises(ValueError, match="not one example"):
+        packed.example(0)
+    assert packed.fingerprint() == pack(single, 100).fingerprint() != single.fingerprint()
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_each_example_is_packed_once_and_no_row_is_too_long(lengths: list[int]) -> None:
+    found = best_fit(lengths, 20)
+    assert sorted(example for row in found for example in row) == list(range(len(lengths)))
+    sizes = [sum(lengths[example] for example in row) for row in found]
+    assert all(0 < size <= 20 for size in sizes)
+    # Two rows that fit into one are never left apart, so at most one is not more than half full.
+    assert sum(size <= 10 for size in sizes) <= 1
+
+
+def test_examples_go_where_they_leave_the_least_room() -> None:
+    assert best_fit([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
+
+
+def test_the_mask_lets_a_token_see_its_own_example_up_to_itself() -> None:
+    mask = block_mask(torch.tensor([[0, 0, 1, 1, -1]]))
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert (mask[0, 0] == 0).int().tolist() == expected
+    assert mask.shape == (1, 1, 5, 5)
+
+
+def test_a_row_that_is_too_long_is_refused() -> None:
+    with pytest.raises(UserError, match=r"row 3 of set has \d+ tokens, more than the 20"):
+        pack(rows(), 20)
+
+
+def test_only_single_causal_rows_are_packed() -> None:
+    with pytest.raises(ValueError, match="only single examples"):
+        pack(pack(rows(), 100), 100)
+
+
+def test_models_that_keep_examples_apart_pass() -> None:
+    for kind in ("llama", "gpt2", "mistral"):
+        require_packable(model(kind), 32)
+
+
+def test_models_that_mix_examples_are_refused() -> None:
+    small: dict[str, Any] = {"vocab_size": 50, **SIZES}
+    jamba = JambaForCausalLM(
+        JambaConfig(
+            intermediate_size=32,
+            num_key_value_heads=2,
+            num_experts=2,
+            use_mamba_kernels=False,
+            mamba_d_state=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            **small,
+        )
+    )
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
+    cases = {
+        "jamba, which lets a token see the example before its own": jamba,
+        "mamba, which takes no position_ids": mamba,
+        "bloom, which takes no position_ids": bloom,
+        "looks back only 64 tokens, fewer than a packed row of 128": model("mistral"),
+    }
+    for sentence, network in cases.items():
+        with pytest.raises(UserError, match=sentence):
+            require_packable(network, 128)
+    flash = model("llama")
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match="give --attn_implementation sdpa"):
+        require_packable(flash, 64)

@@ -1,0 +1,150 @@
+"""Recipes of the text path: the figures of the paper's tables, and those without a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bilora_diffusion.config import parse_text
+from bilora_diffusion.text import catalog
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+TABLES: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
+    (ROOT / "tests" / "references" / "paper_tables.yaml").read_text(encoding="utf-8")
+)
+T5 = {"A4": ("MNLI", "SST-2", "CoLA", "QNLI", "MRPC"), "A5": ("BoolQ", "CB", "COPA", "RTE", "WiC")}
+COLUMNS = {
+    **{
+        f"t5_base/{column.lower().replace('-', '')}": (table, column)
+        for table, columns in T5.items()
+        for column in columns
+    },
+    **{f"llama2_7b/{column.lower()}": ("A6", column) for column in ("Math", "Code", "Chat")},
+    "llama31_8b/alpaca": ("A7", "Cleaned Alpaca"),
+}
+MODELS = {
+    "A4": "google-t5/t5-base",
+    "A5": "google-t5/t5-base",
+    "A6": "meta-llama/Llama-2-7b-hf",
+    "A7": "meta-llama/Llama-3.1-8B",
+}
+# Row of the tables -> the recipe's key; rows that are not one key are compared on their own.
+KEYS = {
+    "Learning Rate": "learning_rate",
+    "Epochs": "num_train_epochs",
+    "Max Sequence Length": "max_length",
+    "LoRA Rank": "rank",
+    "LoRA Dropout": "lora_dropout",
+    "LoRA Alpha": "lora_alpha",
+    "Warmup Ratio": "warmup_ratio",
+    "Bi-LoRA rho": "rho",
+    "Micro-Batch Size": "train_batch_size",
+}
+WORDS = {"LR Scheduler": "lr_scheduler", "Target Modules": "target_modules"}
+OPTIONS = {"Cosine": "cosine", "All": "all-linear"}
+OF_OTHER_ARMS = {"LoRA-SAM rho", "Full FT Learning Rate", "Full FT Micro-Batch Size"}
+METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
+
+
+@pytest.fixture(autouse=True)
+def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without a launcher, whatever runs the tests."""
+    for module in ("resolve", "environment"):
+        monkeypatch.setattr(f"bilora_diffusion.config.{module}.device_type", lambda: "cpu")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+def text_of(name: str) -> str:
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def compare(row: str, figure: Any, values: dict[str, Any]) -> None:
+    """That ``values`` (a recipe, or what a run takes from it) agree with a row of its column."""
+    if row in KEYS:
+        assert float(values[KEYS[row]]) == figure
+    elif row in WORDS:
+        value = values[WORDS[row]]
+        assert (value if isinstance(value, str) else " ".join(value)) == OPTIONS[figure]
+    else:
+        assert row == "Batch Size"
+        assert values["train_batch_size"] * values["gradient_accumulation_steps"] == figure
+
+
+def rows(table: str, column: str) -> dict[str, Any]:
+    """The rows that a recipe holds: not the metric, and not what other arms take."""
+    apart = OF_OTHER_ARMS | {"Evaluation Metric"}
+    return {row: figure for row, figure in TABLES[table][column].items() if row not in apart}
+
+
+def test_every_column_has_its_recipe_and_no_other() -> None:
+    folders = ("t5_base", "llama2_7b", "llama31_8b")
+    found = {f"{f}/{path.stem}" for f in folders for path in (RECIPES / f).iterdir()}
+    assert found == set(COLUMNS)
+    columns = {(table, column) for table, held in TABLES.items() for column in held}
+    assert columns == set(COLUMNS.values())
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_recipe_holds_every_figure_of_its_column(name: str) -> None:
+    table, column = COLUMNS[name]
+    recipe = yaml.safe_load(text_of(name))
+    for row, figure in rows(table, column).items():
+        compare(row, figure, recipe)
+    assert recipe["model_name_or_path"] == MODELS[table]
+    assert recipe["method"] == "bilora"
+    assert recipe["auxiliary_rank"] == TABLES[table][column]["LoRA Rank"]
+    assert "auxiliary_learning_rate" not in recipe  # the primary's, so that one flag moves both
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_its_head_names_source_command_and_other_arms(name: str) -> None:
+    table, column = COLUMNS[name]
+    figures = TABLES[table][column]
+    source, command, *rest = text_of(name).split("\ntask:")[0].splitlines()
+    assert f"Table {table}" in source
+    assert column in source
+    assert command == f"#   accelerate launch train_text_bilora.py --config recipes/{name}.yaml"
+    arms = " ".join(line.removeprefix("# ") for line in rest)
+    assert f"--method lora-sam --rho {figures['LoRA-SAM rho']};" in arms
+    full = f"--method full --learning_rate {figures['Full FT Learning Rate']:.0e}"
+    if micro := figures.get("Full FT Micro-Batch Size"):
+        steps = figures["Batch Size"] // micro
+        full += f" --train_batch_size {micro} --gradient_accumulation_steps {steps}"
+    assert f"{full.replace('e-0', 'e-')}." in arms
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_run_takes_every_figure_of_its_column(name: str) -> None:
+    table, column = COLUMNS[name]
+    values = vars(parse_text(["--config", str(RECIPES / f"{name}.yaml")]))
+    for row, figure in rows(table, column).items():
+        compare(row, figure, values)
+    assert values["max_train_steps"] is None
+    assert values["lr_warmup_steps"] is None
+
+
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name.startswith("t5_base/")])
+def test_its_task_measures_the_column_s_metric(name: str) -> None:
+    table, column = COLUMNS[name]
+    task = catalog.get(yaml.safe_load(text_of(name))["task"])
+    assert METRICS[TABLES[table][column]["Evaluation Metric"]] == task.metrics[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "samples", "steps"),
+    [("rotten_tomatoes", "minilm", 1500, 2 * 47), ("gsm_symbolic", "smollm2", 480, 20)],
+)
+def test_the_recipes_without_a_hub_are_short(
+    name: str, model: str, samples: int, steps: int
+) -> None:
+    cfg = parse_text(["--config", str(RECIPES / f"{name}.yaml")])
+    assert (cfg.model_name_or_path, cfg.task, cfg.method) == (model, name, "bilora")
+    assert cfg.max_train_samples == samples
+    batch = cfg.train_batch_size * cfg.gradient_accumulation_steps
+    epochs = cfg.num_train_epochs or 0
+    assert (cfg.max_train_steps or epochs * -(-samples // batch)) == steps
+    assert cfg.validation_loss_steps < steps

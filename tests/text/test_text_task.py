@@ -1,0 +1,204 @@
+"""The text task: its loss is Transformers' token mean, however a step is cut; and its measures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bilora_diffusion.config import parse_text
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.text.collate import collate
+from bilora_diffusion.text.models import load_text_model
+from bilora_diffusion.text.rows import encode_rows, open_rows
+from bilora_diffusion.text.task import TextModule, TextTask
+from tests.text.text_builders import KINDS, SAVERS, rows_for, save_gpt2, text_flags, write_rows
+
+
+def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) -> TextTask:
+    """A task on 24 rows with 7 held-out ones."""
+    base = base or SAVERS[kind](folder / "base")
+    train = write_rows(folder / "train.jsonl", rows_for(kind, 24))
+    held = write_rows(folder / "held.jsonl", rows_for(kind, 7, first=24))
+    given = {"train_file": train, "validation_file": held, "template": "plain", **values}
+    cfg = parse_text(
+        text_flags(
+            folder / "run", model_name_or_path=base, task_type=kind, cache_dir=folder, **given
+        )
+    )
+    rows = open_rows(cfg)
+    labels = rows.label_words if kind == "classification" else None
+    loaded = load_text_model(str(base), kind, labels=labels)
+    return TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
+
+
+def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
+    """The losses of the slots of the first step of ``size`` samples, cut into ``pieces``."""
+    slots = torch.arange(size).chunk(pieces)
+    schedule = [(0, tuple(part.tolist())) for part in slots]
+    with torch.no_grad():
+        return torch.cat([task.module(b.inputs) for b in task.micro_batches(schedule, size)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_over_slots_is_transformers_loss(tmp_path: Path, kind: str) -> None:
+    task = task_of(tmp_path, kind)
+    (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
+    given = {name: value for name, value in batch.inputs.items() if name != "weights"}
+    with torch.no_grad():
+        theirs = task.loaded.model(**given).loss
+    ours = step_losses(task, 8, 1).mean()
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
+    if kind != "classification":  # the targets are of different lengths, so a mean of means is not
+        counts = [task.data.train.target_tokens[i] for i in range(8)]
+        assert len(set(counts)) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cut_changes_no_slots_loss(tmp_path: Path, kind: str) -> None:
+    task = task_of(tmp_path, kind)
+    whole = step_losses(task, 8, 1)
+    for pieces in (2, 4, 8):
+        torch.testing.assert_close(step_losses(task, 8, pieces), whole, atol=1e-6, rtol=0)
+
+
+def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "causal")
+    (whole,) = task.micro_batches([(0, (0, 1, 2, 3))], 4)
+    parts = list(task.micro_batches([(0, (0, 1)), (0, (2, 3))], 4))
+    assert whole.digests == parts[0].digests + parts[1].digests
+    assert whole.names == parts[0].names + parts[1].names
+    assert len(set(whole.digests)) == 4
+    assert all(name.endswith(" of train.jsonl") for name in whole.names)
+
+
+def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:
+    plain = task_of(tmp_path, "causal")
+    grouped = task_of(tmp_path, "causal", tmp_path / "base", group_by_length=True)
+
+    def padding(task: TextTask) -> int:
+        batches = task.micro_batches([(step, (0, 1, 2, 3)) for step in range(6)], 4)
+        return sum(int((b.inputs["attention_mask"] == 0).sum()) for b in batches)
+
+    assert padding(grouped) < padding(plain) / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_measures_do_not_depend_on_the_batch_size(tmp_path: Path, kind: str) -> None:
+    task = task_of(tmp_path, kind)
+    evaluation = task.evaluation
+    assert evaluation is not None
+    whole = evaluation.measure()
+    held = evaluation.rows
+    batch = collate([held.row(i) for i in range(len(held))], kind, 0)
+    with torch.no_grad():
+        theirs = task.loaded.model(**batch).loss
+    assert whole["heldout_loss"] == pytest.approx(float(theirs), abs=1e-6)
+    evaluation.cfg = parse_text(
+        text_flags(
+            tmp_path,
+            model_name_or_path="x",
+            train_file=tmp_path / "train.jsonl",
+            eval_batch_size=1,
+        )
+    )
+    assert evaluation.measure() == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_task_without_held_out_rows_measures_nothing(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "causal", validation_file=None)
+    nothing: Any = contextlib.nullcontext()
+    assert task.heldout_loss(nothing) == {}
+    assert task.validate(1, tmp_path / "run", nothing) == {}
+    assert not (tmp_path / "run").exists()
+
+
+def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:
+    """Left padding must not change what a causal model answers."""
+    task = task_of(tmp_path, "causal", generation_max_new_tokens=6)
+    values = task.validate(3, tmp_path / "run", contextlib.nullcontext())
+    file = tmp_path / "run" / "validation" / "step-3" / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = rows_for("causal", 7, first=24)
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in rows]
+    assert [line["reference"] for line in lines] == [row["answer"] for row in rows]
+    hits = sum(line["prediction"] == line["reference"] for line in lines)
+    assert values == {"heldout_exact_match": hits / 7}
+    tokenizer, model = task.loaded.tokenizer, task.loaded.model
+    for line in lines:
+        ids = torch.tensor([tokenizer(line["prompt"] + "\n")["input_ids"]])
+        made = model.generate(
+            input_ids=ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
+        text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert line["prediction"] == text.strip()
+
+
+def test_only_so_many_answers(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "seq2seq", max_predictions=2, max_target_length=4)
+    task.validate(1, tmp_path / "run", contextlib.nullcontext())
+    (file,) = (tmp_path / "run").rglob("predictions.jsonl")
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> None:
+    """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
+    base = save_gpt2(tmp_path / "base")
+    long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
+    held = write_rows(tmp_path / "long.jsonl", long)
+    task = task_of(tmp_path, "causal", base, validation_file=held)  # asks for 256 new tokens
+    values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
+    assert values.keys() == {"heldout_exact_match"}
+
+
+def test_answers_longer_than_the_model_are_refused(tmp_path: Path) -> None:
+    base = save_gpt2(tmp_path / "base")
+    with pytest.raises(UserError, match=r"--generation_max_new_tokens 64 .* give 32 or less"):
+        task_of(tmp_path, "causal", base, generation_max_new_tokens=64)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("causal", True), ("seq2seq", False)])
+def test_prompts_are_padded_on_the_side_that_suits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: bool
+) -> None:
+    """A causal model goes on from the last place; an encoder may have learned its first ones."""
+    task = task_of(tmp_path, kind, generation_max_new_tokens=2, eval_batch_size=7)
+    model, masks = task.loaded.model, []
+    generate = model.generate
+
+    def spy(**given: Any) -> torch.Tensor:
+        masks.append(given["attention_mask"])
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", spy)
+    task.validate(1, tmp_path / "run", contextlib.nullcontext())
+    (mask,) = masks
+    assert mask[:, -1 if last else 0].all()
+    assert not mask[:, 0 if last else -1].all()
+
+
+def test_half_precision_losses_are_summed_in_float32() -> None:
+    module = TextModule(torch.nn.Linear(1, 1), "causal")
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.tensor([[-100, 1, 2, -100, -100], [-100, -100, 3, 4, 5]])
+    losses = module.losses(logits, labels)
+    assert losses.dtype == torch.float32
+    each = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
+    )
+    torch.testing.assert_close(losses, each.sum(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_on_training_rows_is_measured_when_asked_for(tmp_path: Path, kind: str) -> None:
+    task = task_of(tmp_path, kind, eval_train_samples=5)
+    evaluation = task.evaluation
+    assert evaluation is not None
+    batch = collate([task.data.train.row(i) for i in range(5)], kind, 0)
+    with torch.no_grad():
+        theirs = task.loaded.model(**batch).loss
+    assert evaluation.measure()["train_grid_loss"] == pytest.approx(float(theirs), abs=1e-6)

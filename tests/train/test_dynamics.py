@@ -1,0 +1,350 @@
+"""dynamics and snapshots: every figure against full matrices in float64, and what a flag costs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec, Factors
+from bilora_diffusion.config import parse
+from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.methods import MethodOptions, Target, create
+from bilora_diffusion.run import snapshots
+from bilora_diffusion.train import dynamics
+from bilora_diffusion.train.dynamics import Dynamics
+from tests.contract.models import tiny_mlp
+from tests.run import recorded_runs
+
+TARGETS, DUE = ("first", "conv", "last"), 2
+
+
+def product(f: Factors) -> Tensor:
+    return f.scale * f.B.double() @ f.A.double()
+
+
+@pytest.fixture
+def pair() -> tuple[list[Factors], list[Factors]]:
+    generator = torch.Generator().manual_seed(3)
+    return recorded_runs.factors(generator), recorded_runs.factors(generator, rank=3)
+
+
+def test_inner_products_and_norms(pair: tuple[list[Factors], list[Factors]]) -> None:
+    one, other = pair
+    expected = [float((product(f) * product(g)).sum()) for f, g in zip(one, other, strict=True)]
+    assert dynamics.inner_products(one, other).tolist() == pytest.approx(expected, rel=1e-12)
+    expected = [float(product(f).norm()) for f in one]
+    assert dynamics.norms(one).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_terms_of_equation_5() -> None:
+    generator = torch.Generator().manual_seed(4)
+    own, raw = recorded_runs.factors(generator), recorded_runs.factors(generator)
+    changes = [e._replace(A=1e-3 * e.A, B=1e-3 * e.B) for e in raw]
+    moved = [f._replace(A=f.A + e.A, B=f.B + e.B) for f, e in zip(own, changes, strict=True)]
+    found = dynamics.perturbation_norms(moved, changes)
+    for i, (f, e) in enumerate(zip(own, changes, strict=True)):
+        B, A, eB, eA = (x.double() for x in (f.B, f.A, e.B, e.A))
+        expected = {
+            "norm_BeA": B @ eA,
+            "norm_eBA": eB @ A,
+            "norm_eBeA": eB @ eA,
+            "norm_first_order": B @ eA + eB @ A,
+            "norm_BA": B @ A,
+        }
+        for name, matrix in expected.items():
+            assert float(found[name][i]) == pytest.approx(f.scale * float(matrix.norm()), rel=1e-4)
+    total = dynamics.totals(found)
+    first = float(found["norm_first_order"].square().sum().sqrt())
+    third = float(found["norm_eBeA"].square().sum().sqrt())
+    assert total["ratio"] == pytest.approx(first / third)
+
+
+def test_the_overlap_is_that_of_scipys_principal_angles(
+    pair: tuple[list[Factors], list[Factors]],
+) -> None:
+    one, other = pair
+    found = dynamics.alignment(one, other)
+    for i, (f, g) in enumerate(zip(one, other, strict=True)):
+        for name, left, right in (
+            ("column_overlap", f.B, g.B),
+            ("row_overlap", f.A.T, g.A.T),
+        ):
+            angles = subspace_angles(left.double().numpy(), right.double().numpy())
+            assert float(found[name][i]) == pytest.approx(float(np.mean(np.cos(angles) ** 2)))
+        cosine = (product(f) * product(g)).sum() / product(f).norm() / product(g).norm()
+        assert float(found["product_cosine"][i]) == pytest.approx(float(cosine))
+    whole = [torch.cat([product(f).flatten() for f in side]) for side in (one, other)]
+    expected = float(whole[0] @ whole[1] / whole[0].norm() / whole[1].norm())
+    total = dynamics.totals(found)
+    assert total["product_cosine"] == pytest.approx(expected)
+    assert total["norm_primary"] == pytest.approx(float(whole[0].norm()))
+
+
+def test_the_overlap_at_its_ends() -> None:
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    low = x[:, :1] @ torch.tensor([[1.0, 2.0]])  # of rank 1, within the first space
+    across = torch.linalg.svd(x)[0][:, 2:4]
+    zero = torch.zeros(7, 2)
+    found = dynamics.subspace_overlap([x, x, x, x], [x @ torch.eye(2).flip(0), low, across, zero])
+    assert found[:3].tolist() == pytest.approx([1, 1, 0], abs=1e-6)
+    assert found[3].isnan()
+
+
+def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count() -> None:
+    generator = torch.Generator().manual_seed(5)
+    one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
+    other[1] = other[1]._replace(B=torch.zeros_like(other[1].B))
+    found = dynamics.alignment(one, other)
+    assert found["product_cosine"].isnan().tolist() == [False, True, False]
+    total = dynamics.totals(found)
+    expected = sum(float((product(one[i]) * product(other[i])).sum()) for i in (0, 2))
+    assert total["norm_primary"] is not None
+    assert total["norm_auxiliary"] is not None
+    assert total["product_cosine"] == pytest.approx(
+        expected / total["norm_primary"] / total["norm_auxiliary"]
+    )
+    assert total["column_overlap"] == pytest.approx(float(found["column_overlap"][[0, 2]].mean()))
+    zero = [f._replace(B=torch.zeros_like(f.B)) for f in other]
+    total = dynamics.totals(dynamics.alignment(one, zero))
+    assert total["product_cosine"] is None
+    assert total["column_overlap"] is None
+
+
+class Training:
+    """A method on a small model, with or without a record; the batch is always the same."""
+
+    def __init__(self, name: str, record: bool, folder: Path | None = None, **options: Any) -> None:
+        self.model = tiny_mlp()
+        self.x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+        self.method = create(name, MethodOptions(num_steps=9, **options))
+        spec = AdapterSpec(rank=2, alpha=3, target_modules=TARGETS)
+        torch.manual_seed(2)
+        groups = self.method.setup([Target("model", self.model, spec, 1e-2)])
+        self.optimizer = torch.optim.AdamW(groups)
+        self.cfg = SimpleNamespace(log_dynamics=record, dynamics_steps=DUE)
+        self.accelerator = SimpleNamespace(is_main_process=True)
+        self.num_steps, self.step, self.folder = 5, 0, folder
+        self.dynamics = Dynamics.of(cast(Any, self), self.optimizer)
+        self.method.bind(self.optimizer)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        return (model(self.x) - 1).square().mean()
+
+    def _forward_backward(self) -> Tensor:
+        loss = self.loss(self.model)
+        loss.backward()
+        return loss.detach()
+
+    def train(self, steps: int = 5) -> list[dict[str, Any]]:
+        lines = []
+        if self.dynamics and self.folder and self.step == 0:
+            self.dynamics.write(self.folder)
+        for _ in range(steps):
+            loss = self.method.step(self._forward_backward, self.optimizer)
+            line: dict[str, Any] = {"loss": float(loss)}
+            self.step += 1
+            line |= self.dynamics.values() if self.dynamics else {}
+            if self.dynamics and self.folder:
+                self.dynamics.write(self.folder)
+            lines.append(line)
+        return lines
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """dL/dW of every layer's weight, at the weights as they act now; on a copy."""
+        model = copy.deepcopy(self.model)
+        found = adapters.layers(model, PRIMARY)
+        for _, layer in found:
+            adapters.base_weight(layer).requires_grad_(True)
+        self.loss(model).backward()
+        return {
+            f"model.{path}": cast(Tensor, adapters.base_weight(layer).grad).flatten(1).double()
+            for path, layer in found
+        }
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-sam", "lora-obar", "flat-lora", "bilora"])
+def test_the_record_changes_no_bit(name: str, tmp_path: Path) -> None:
+    off, on = Training(name, False), Training(name, True, tmp_path)
+    losses = [[line["loss"] for line in run.train()] for run in (off, on)]
+    assert losses[0] == losses[1]
+    mine, other = off.method.tensors(), on.method.tensors()
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert list(snapshots.steps(tmp_path)) == [0, 2, 4, 5]
+
+
+def test_without_the_flag_there_is_no_object_and_no_hook() -> None:
+    run = Training("bilora", False)
+    assert run.dynamics is None
+    assert run.method.observer is None
+    assert not cast(Any, run.optimizer)._optimizer_step_pre_hooks
+    assert "dynamics" not in run.train(2)[1]
+    run.accelerator.is_main_process = False
+    run.cfg.log_dynamics = True
+    assert Dynamics.of(cast(Any, run), run.optimizer) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"), [("bilora", "ascent_gain"), ("lora-sam", "norm_first_order")]
+)
+def test_a_layer_without_a_gradient_counts_as_zero(
+    name: str, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(run: Training, model: Any) -> Tensor:
+        return (model.first(run.x) - 1).square().mean()  # nothing reaches the other two
+
+    monkeypatch.setattr(Training, "loss", loss)
+    run = Training(name, True, tmp_path)
+    line = run.train(2)[1]["dynamics"]
+    layers = snapshots.read(snapshots.steps(tmp_path)[2]).layers
+    assert layers[figure][0] != 0
+    assert layers[figure][1:].tolist() == [0, 0]
+    assert line[figure] == pytest.approx(float(layers[figure][0]))
+
+
+def test_lora_sam_is_measured_at_the_perturbation(tmp_path: Path) -> None:
+    run = Training("lora-sam", True, tmp_path, rho=0.03)
+    run.train(1)
+    copied = copy.deepcopy(run.model)
+    own = adapters.factors(copied, PRIMARY)
+    run.loss(copied).backward()
+    gradients = adapters.gradients_of(adapters.layers(copied, PRIMARY), PRIMARY)
+    assert None not in gradients
+    gradients = cast(list[Factors], gradients)
+    norm = sum(float(g.A.double().square().sum() + g.B.double().square().sum()) for g in gradients)
+    line = run.train(1)[0]["dynamics"]
+    layers = snapshots.read(snapshots.steps(tmp_path)[2]).layers
+    squares = {"norm_BeA": 0.0, "norm_eBA": 0.0, "norm_eBeA": 0.0, "norm_first_order": 0.0}
+    for i, (f, g) in enumerate(zip(own, gradients, strict=True)):
+        eA, eB = (0.03 * side.double() / norm**0.5 for side in (g.A, g.B))
+        B, A = f.B.double(), f.A.double()
+        terms = (B @ eA, eB @ A, eB @ eA, B @ eA + eB @ A)
+        for key, matrix in zip(squares, terms, strict=True):
+            value = f.scale * float(matrix.norm())
+            assert float(layers[key][i]) == pytest.approx(value, rel=1e-4)
+            squares[key] += value**2
+    for key, value in squares.items():
+        assert line[key] == pytest.approx(value**0.5, rel=1e-4)
+    expected = (squares["norm_first_order"] / squares["norm_eBeA"]) ** 0.5
+    assert line["ratio"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_first_step_of_lora_sam_has_no_ratio() -> None:
+    run = Training("lora-sam", True)
+    cast(Dynamics, run.dynamics).every = 1
+    line = run.train(1)[0]["dynamics"]
+    assert line["norm_BeA"] == line["norm_eBeA"] == 0
+    assert line["norm_eBA"] > 0
+    assert line["ratio"] is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rho": 0.3},
+        {"auxiliary_rank": 3, "rho": 0.3},
+        {"auxiliary_update": "power", "rho": 0.3},
+        {"auxiliary_direction": "descent", "rho": 0.3},
+    ],
+)
+def test_the_ascent_gain_is_the_gradient_times_the_weight(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Training("bilora", True, tmp_path, **options)
+    run.train(1)
+    gradients = run.full_gradients()
+    auxiliary = adapters.factors_of(run.method.layers(AUXILIARY), AUXILIARY)
+    expected = [float((gradients[f.name] * product(f)).sum()) for f in auxiliary]
+    assert max(map(abs, expected)) > 0
+    line = run.train(1)[0]["dynamics"]
+    snapshot = snapshots.read(snapshots.steps(tmp_path)[2])
+    assert snapshot.layers["ascent_gain"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert line["ascent_gain"] == pytest.approx(sum(expected), rel=1e-4)
+    assert snapshot.names == [f.name for f in auxiliary]
+    for kept, now in zip(
+        snapshot.factors[AUXILIARY],
+        adapters.factors_of(run.method.layers(AUXILIARY), AUXILIARY),
+        strict=True,
+    ):
+        assert torch.equal(kept.A, now.A)
+        assert torch.equal(kept.B, now.B)
+        assert kept.scale == now.scale
+
+
+def test_about_forty_are_taken_by_default() -> None:
+    for steps, every in ((500, 13), (200, 5), (40, 1), (3, 1)):
+        run = Training("lora", True)
+        run.num_steps, run.cfg.dynamics_steps = steps, None
+        recorder = Dynamics(cast(Any, run), run.optimizer)
+        assert recorder.every == every
+        due = [step for step in range(steps + 1) if recorder.due(step)]
+        assert due[0] == 0
+        assert due[-1] == steps
+        assert len(due) <= dynamics.SNAPSHOTS + 2
+
+
+def test_snapshots_come_back_and_are_cut(tmp_path: Path) -> None:
+    recorded_runs.make(tmp_path / "run", steps=(0, 2, 9, 10))
+    run = tmp_path / "run"
+    assert list(snapshots.steps(run)) == [0, 2, 9, 10]
+    snapshot = snapshots.read(snapshots.steps(run)[9])
+    assert snapshot.step == 9
+    assert snapshot.names == list(recorded_runs.SHAPES)
+    assert snapshot.factors[PRIMARY][0].A.dtype == torch.float32
+    assert not list((run / "dynamics").glob(".tmp-*"))
+    (run / "dynamics" / ".tmp-step-3.safetensors").write_bytes(b"torn")
+    snapshots.truncate(run, 8)
+    assert sorted(path.name for path in (run / "dynamics").iterdir()) == [
+        "step-0.safetensors",
+        "step-2.safetensors",
+    ]
+    snapshots.truncate(tmp_path, 0)  # nothing was recorded
+
+
+def test_a_damaged_or_foreign_snapshot_is_named(tmp_path: Path) -> None:
+    run = recorded_runs.make(tmp_path / "run", steps=(0, 1))
+    path = snapshots.steps(run)[1]
+    whole = path.read_bytes()
+    for damage in (whole[:100], b"", whole.replace(b"schema_version", b"schema_versiom")):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match=r"step-1\.safetensors is damaged"):
+            snapshots.read(path)
+    changed = whole.replace(rb"\"schema_version\": 1", rb"\"schema_version\": 7")
+    assert changed != whole
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="schema version 7"):
+        snapshots.read(path)
+
+
+def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
+    (tmp_path / "dynamics").touch()
+    snapshot = snapshots.Snapshot(3, {PRIMARY: recorded_runs.factors(torch.Generator())}, {})
+    with pytest.raises(TrainingError, match="could not be written"):
+        snapshots.write(tmp_path, snapshot)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--log_dynamics", "--method", "full"], "there are no factors whose course"),
+        (["--log_dynamics", "--dynamics_steps", "0"], "--dynamics_steps is 0: give 1 or more"),
+    ],
+)
+def test_flags_that_are_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        parse(["--dataset", "mini", *words])
+
+
+def test_a_resumed_run_may_record_otherwise() -> None:
+    plain = parse(["--dataset", "mini"])
+    recorded = parse(["--dataset", "mini", "--log_dynamics", "--dynamics_steps", "3"])
+    assert plain.log_dynamics is False
+    assert plain.fingerprint() == recorded.fingerprint()

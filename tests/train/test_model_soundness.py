@@ -1,0 +1,181 @@
+"""Pipelines that load but can't be trained: one sentence with the model, the part and the fix."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.mini import pipeline_dir
+
+Damage = Callable[[Path], None]
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The miniature's pipeline with copies of its small files and links to its weights."""
+    copy = tmp_path / "model"
+    for file in sorted(pipeline_dir().rglob("*")):
+        target = copy / file.relative_to(pipeline_dir())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".safetensors":
+            target.symlink_to(file)
+        elif file.is_file():
+            shutil.copy(file, target)
+    return copy
+
+
+def configured(file: str, **values: Any) -> Damage:
+    """Other values in a configuration; None takes one out."""
+
+    def damage(folder: Path) -> None:
+        path = folder / file
+        config = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return damage
+
+
+def weighed(part: str, change: Callable[[Tensors, str], None]) -> Damage:
+    """Other weights; ``change`` is told the name of one of them."""
+
+    def damage(folder: Path) -> None:
+        (path,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(path)
+        path.unlink()
+        change(tensors, sorted(tensors)[5])
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return damage
+
+
+def pickled(part: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (path,) = (folder / part).glob("*.safetensors")
+        path.unlink()
+        torch.save({}, path.with_name("pytorch_model.bin"))
+
+    return damage
+
+
+def written(file: str, content: bytes | None) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / file).unlink()
+        if content is not None:
+            (folder / file).write_bytes(content)
+
+    return damage
+
+
+def drop(tensors: Tensors, name: str) -> None:
+    del tensors[name]
+
+
+def reshape(tensors: Tensors, name: str) -> None:
+    tensors[name] = torch.zeros(3, 3)
+
+
+def spoil(tensors: Tensors, name: str) -> None:
+    tensors[name][..., 0] = float("-inf")
+
+
+def inpainting(folder: Path) -> None:
+    configured("unet/config.json", in_channels=17)(folder)
+
+    def widen(tensors: Tensors, _: str) -> None:
+        tensors["conv_in.weight"] = torch.zeros(128, 17, 3, 3)
+
+    weighed("unet", widen)(folder)
+
+
+def indexed_pickle(folder: Path) -> None:
+    """An index of safetensors that names a pickle, which libraries would read."""
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "part-1.bin"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(index)
+    )
+
+
+SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
+    ("inpainting", inpainting, ("UNet", "17 in_channels", "text-to-image")),
+    *(
+        (f"{part} lacks", weighed(part, drop), (part, "lacks weights"))
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+    ),
+    ("unet shape", weighed("unet", reshape), ("unet", "shape")),
+    ("encoder shape", weighed("text_encoder", reshape), ("text_encoder", "other shapes")),
+    ("unet infinite", weighed("unet", spoil), ("unet", "not finite")),
+    ("vae infinite", weighed("vae", spoil), ("vae", "not finite")),
+    *(
+        (f"{part} pickled", pickled(part), (part, "pytorch_model.bin", "convert"))
+        for part in ("unet", "vae", "text_encoder")
+    ),
+    ("index of pickles", indexed_pickle, ("unet", "part-1.bin", "convert")),
+    ("cut", written("text_encoder_2/model.safetensors", b"1234"), ("text_encoder_2", "again")),
+    ("no timesteps", configured(SCHEDULER, num_train_timesteps=0), ("num_train_timesteps 0",)),
+    ("worded timesteps", configured(SCHEDULER, num_train_timesteps="1000"), ("correct its",)),
+    (
+        "no noise",
+        configured(SCHEDULER, beta_start=0.0, beta_end=0.0),
+        ("scheduler", "noise levels"),
+    ),
+    (
+        "unknown scheduler",
+        configured("model_index.json", scheduler=["diffusers", "NoScheduler"]),
+        ("NoScheduler",),
+    ),
+    (
+        "flow",
+        configured("model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
+        ("FlowMatchEulerDiscreteScheduler", "noise levels"),
+    ),
+    ("index", written("model_index.json", b"[1]"), ("correct its files",)),
+    ("no sample size", configured("unet/config.json", sample_size=None), ("sample_size", "128")),
+    ("worded size", configured("unet/config.json", in_channels="8"), ("unet", "read")),
+    ("time ids", configured("unet/config.json", addition_time_embed_dim=16), ("288", "192")),
+    ("no scale", configured("vae/config.json", scaling_factor="x"), ("scaling_factor 'x'",)),
+    ("means", configured("vae/config.json", latents_mean=[0, 0]), ("latents_mean", "8 channels")),
+    ("worded width", configured("text_encoder/config.json", hidden_size="96"), ("hidden_size",)),
+    ("no tokenizer", written("tokenizer_2/tokenizer.json", None), ("tokenizer_2", "no words")),
+    ("cut tokenizer", written("tokenizer/tokenizer.json", b"[]"), ("correct its files",)),
+    ("long prompts", configured(TOKENIZER, model_max_length=1000), ("1000", "32 tokens")),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
+    case: tuple[str, Damage, tuple[str, ...]], folder: Path
+) -> None:
+    _, damage, parts = case
+    damage(folder)
+    with pytest.raises(UserError) as refusal:
+        load_pipeline(str(folder), dtype=torch.float32)
+    for part in (*parts, str(folder)):
+        assert part in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+
+
+def test_another_autoencoder_has_to_fit(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(latent_channels=4).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="8 in_channels where its autoencoder has 4"):
+        load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path))
+
+
+def test_a_variant_is_taken_where_there_is_one(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert load_pipeline(str(folder), dtype=torch.float32, variant="fp16").unet
+    with pytest.raises(UserError, match='--variant "fp32" is of no file'):
+        load_pipeline(str(folder), dtype=torch.float32, variant="fp32")
