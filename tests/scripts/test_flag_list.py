@@ -7,11 +7,11 @@ arguments. Where a command lives is said in ``COMMANDS`` alone; flags may be add
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import runpy
 import sys
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ COMMANDS = {  # the recorded name -> the file or module that runs it today
     "train_dreambooth_bilora.py": "train_dreambooth_bilora.py",
     "train_text_bilora.py": "train_text_bilora.py",
     "bilora_diffusion.export": "bilora_diffusion.export",
-    "bilora_diffusion.demo": "bilora_diffusion.demo",
-    "bilora_diffusion.demo_text": "bilora_diffusion.demo_text",
-    "bilora_diffusion.mini.pretrain": "bilora_diffusion.mini.pretrain",
-    "bilora_diffusion.mini.scorer_training": "bilora_diffusion.mini.scorer_training",
+    "bilora_diffusion.demo": "examples.demo",
+    "bilora_diffusion.demo_text": "examples.demo_text",
+    "bilora_diffusion.mini.pretrain": "tools.mini.pretrain",
+    "bilora_diffusion.mini.scorer_training": "tools.mini.scorer_training",
     "eval.clip_scores": "eval.clip_scores",
     "eval.dynamics": "eval.dynamics",
     "eval.generalization": "eval.generalization",
