@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.pipeline import MINI, load_pipeline, quiet
+from bilora_diffusion.image.pipeline import MINI, load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.command import open_device
 from eval.scores import adapters

@@ -91,7 +91,7 @@ def landscape(args: argparse.Namespace, command: str) -> None:
         UserError: bad input; nothing was measured.
         KeyboardInterrupt: Ctrl-C; what was measured is kept.
     """
-    from bilora_diffusion.image.pipeline import quiet
+    from bilora_diffusion.run.console import quiet
 
     from .flatness import plan, plot, report
     from .flatness.groups import summarize

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
-from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..mini import pipeline_dir
@@ -114,13 +112,6 @@ def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:
     require_whole(what, found["missing_keys"])
     require_finite(what, model)
     return model
-
-
-def quiet() -> None:
-    """Keep the libraries' loading bars and notices out of the training output."""
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, provenance
 from .durations import duration
@@ -154,3 +156,10 @@ def _course(losses: Mapping[int, float]) -> tuple[str, int]:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
+
+
+def quiet() -> None:
+    """Keep the libraries' loading bars and notices out of the training output."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

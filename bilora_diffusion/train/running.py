@@ -22,7 +22,6 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from .. import room
 from ..config import TextConfig, engines
 from ..errors import UserError
-from ..image.pipeline import quiet
 from ..methods import MethodOptions, create, get
 from ..run import checkpoint, console, failing, interruption, publish, runlog
 from .loop import fit
@@ -72,7 +71,7 @@ def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) 
     called = argv is not None
     typed = None if called else interruption.command_line(sys.orig_argv, sys.argv[1:])
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    quiet()
+    console.quiet()
     cfg = script.parse(argv) if config is None else config
     folder = Path(cfg.output_dir)
     runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)

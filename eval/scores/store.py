@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from bilora_diffusion.adapters import names
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.image.pipeline import load_pipeline, quiet
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptEmbedding
 from bilora_diffusion.image.sampling import embed, embed_negative, generate
+from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import versions
 from bilora_diffusion.seeds import seed_of
 

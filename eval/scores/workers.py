@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bilora_diffusion.image.pipeline import load_pipeline, quiet
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.run import provenance
+from bilora_diffusion.run.console import quiet
 
 from .plan import is_miniature
 from .store import DTYPES, Job, Store
