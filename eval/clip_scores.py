@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_diffusion.durable import write_text
+from bilora_diffusion.errors import UserError
 
 from .command import Parser, open_device, open_folder, run
 from .provenance import command_line
@@ -117,7 +118,10 @@ def score(args: argparse.Namespace, command: str) -> None:
     plan = plans.make(args)
     state = PartialState(cpu="cpu" in (args.device, device_type()))  # else one CPU process is seen
     device = str(state.device if args.device is None else open_device(args.device))
-    models = _load_models(plan, args, device) if state.is_main_process else None
+    models = None
+    if state.is_main_process:
+        revisions = args.scorer_revision, args.captioner_revision
+        models = load_models(plan.scorer, plan.captioner, revisions=revisions, device=device)
     open_folder(args.output_dir)
     store = Store(args.output_dir / IMAGES, plan.sampling)
     wanted = list(dict.fromkeys([*plan.jobs().values(), *plan.references().values()]))
@@ -135,18 +139,39 @@ def score(args: argparse.Namespace, command: str) -> None:
         print(f"images made: {made}, in {args.output_dir / IMAGES}")
 
 
-def _load_models(
-    plan: Plan, args: argparse.Namespace, device: str
+def load_models(
+    scorer: str,
+    captioner: str | None,
+    *,
+    revisions: tuple[str | None, str | None] = (None, None),
+    device: str = "cpu",
 ) -> tuple[Scorer, Captioner | None]:
-    from .scores import captioners, scorers
+    """Scorer and captioner by their names; no captioner for None.
 
-    scorer = scorers.load(plan.scorer, revision=args.scorer_revision, device=device)
-    if plan.captioner is None:
-        return scorer, None
-    captioner = captioners.load(
-        plan.captioner, scorer=scorer, revision=args.captioner_revision, device=device
-    )
-    return scorer, captioner
+    Args:
+        revisions: of the two; branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: one is unknown, can't be loaded or would score wrongly.
+    """
+    from .scores import captioners, models, scorers
+
+    name = scorer
+    try:
+        first = scorers.load(scorer, revision=revisions[0], device=device)
+        if captioner is None:
+            return first, None
+        name = captioner
+        second = captioners.load(captioner, first, revision=revisions[1], device=device)
+        return first, second
+    except UserError:
+        raise
+    except models.FAILURES as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f'"{name}" can\'t be loaded ({reason}): check its name, its files and the connection to'
+            " the hub, and that open_clip_torch is installed."
+        ) from error
 
 
 def _generate(

@@ -1,6 +1,6 @@
 """Captioners: an image in, a sentence out; T2T compares the sentence with the prompt.
 
-    captioner = load("blip:Salesforce/blip-image-captioning-large")
+    captioner = load("blip:Salesforce/blip-image-captioning-large", scorer)
     captions = captioner(images)
 
 Names: ``embedded`` (retrieval: the nearest caption of the miniature's bank), ``blip:ID_OR_FOLDER``
@@ -10,22 +10,20 @@ mean the defaults below. Nothing is sampled, so an image always gets the same ca
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
 
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
-from . import open_clip_loading, pretrained, scorers
+from . import scorers
+from .models import Loaded, ModelEntry, from_open_clip, from_transformers
 from .names import CAPTIONERS, DEFAULT_CAPTIONERS
-from .open_clip_loading import OpenClipParts
-from .pretrained import TransformersParts
-from .schema import ModelEntry
 from .scorers import Scorer, in_batches
 
 MIN_TOKENS = 5
@@ -38,24 +36,30 @@ BEAMS = 3
 """BLIP's beams, as its authors caption."""
 
 
-@runtime_checkable
-class Captioner(Protocol):
-    """What T2T needs: captions that depend on the image alone, not on its batch."""
+@dataclass(frozen=True)
+class Captioner:
+    """Captions that depend on the image alone, not on its batch.
 
-    @property
-    def entry(self) -> ModelEntry:
-        """Name and exact revision, to stand beside every score."""
-        ...
+    Args:
+        entry: its name and revision, to stand beside every score.
+        caption: RGB images of any size -> a caption for each.
+        batch: images at a time.
+    """
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+    entry: ModelEntry
+    caption: Callable[[Sequence[Image]], list[str]]
+    batch: int = 16
+
+    def __call__(self, images: Sequence[Image]) -> list[str]:
         """One caption for each image, of any size and mode."""
-        ...
+        parts = in_batches([image.convert("RGB") for image in images], self.batch)
+        return [caption for part in parts for caption in self.caption(part)]
 
 
 def load(
     name: str,
-    *,
     scorer: Scorer | None = None,
+    *,
     device: str = "cpu",
     revision: str | None = None,
     batch: int = 16,
@@ -69,11 +73,9 @@ def load(
         batch: images at a time.
 
     Raises:
-        UserError: an unknown name, or a model that cannot be loaded or cannot caption; it says what
-            to give.
+        UserError: an unknown name, or a model that cannot caption; it says what to give.
+        Exception: one of ``models.FAILURES``, of the library that can't load it.
     """
-    if batch < 1:
-        raise UserError(f"a batch of {batch} holds nothing: give 1 or more.")
     scheme, colon, source = name.partition(":")
     schemes = ("embedded", *DEFAULT_CAPTIONERS)
     if scheme not in schemes or (scheme == "embedded" and colon):
@@ -81,122 +83,100 @@ def load(
         raise UserError(f'captioner "{name}" is unknown{hint}: give {CAPTIONERS}.')
     source = source if colon else DEFAULT_CAPTIONERS.get(scheme, "")
     if scheme == "blip":
-        return _blip(source, revision, device, batch)
+        from transformers import BlipForConditionalGeneration, BlipProcessor
+
+        kinds = BlipForConditionalGeneration, BlipProcessor
+        loaded = from_transformers("blip", source, *kinds, revision=revision, device=device)
+        return blip(loaded, batch)
     if revision is not None:
         raise UserError(f'revision "{revision}" has no effect on "{name}": drop it.')
     if scheme == "coca":
-        return _coca(source, device, batch)
+        return coca(from_open_clip("coca", source, device), batch)
     from bilora_diffusion.mini import scorer as mini
 
     if scorer is None or scorer.entry.kind != "embedded":
         scorer = scorers.load("embedded", device=device, batch=batch)
-    return Retrieval(scorer, mini.captions())
+    return retrieval(scorer, mini.captions())
 
 
-class Retrieval:
+def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
     """The caption of a bank whose embedding is nearest to the image's.
 
     Args:
         scorer: gives the space.
-        bank: captions; repeated ones count once. The first of several equally near is taken.
-
-    Raises:
-        UserError: an empty bank.
+        bank: captions, at least one; repeated ones count once. The first of several equally near
+            is taken.
     """
+    known = list(dict.fromkeys(bank))
 
-    def __init__(self, scorer: Scorer, bank: Sequence[str]) -> None:
-        self._bank = list(dict.fromkeys(bank))
-        if not self._bank:
-            raise UserError("the bank of captions is empty: give one caption or more.")
-        self._scorer = scorer
-        known = hashlib.sha256("\n".join(self._bank).encode()).hexdigest()[:12]
-        scored = scorer.entry
-        self.entry = ModelEntry(
-            f"{scored.name} retrieval",
-            "retrieval",
-            scored.model,
-            f"captions {known}"
-            if scored.revision is None
-            else f"{scored.revision}, captions {known}",
-            f"Captions are the nearest of {len(self._bank)}, not generated. {scored.note}".strip(),
-        )
+    def caption(images: Sequence[Image]) -> list[str]:
+        cosine = scorer.images(images) @ scorer.texts(known).T
+        return [known[index] for index in cosine.argmax(dim=1).tolist()]
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        cosine = self._scorer.images(images) @ self._scorer.texts(self._bank).T
-        return [self._bank[index] for index in cosine.argmax(dim=1).tolist()]
+    scored, digest = scorer.entry, sha256("\n".join(known).encode()).hexdigest()[:12]
+    entry = ModelEntry(
+        f"{scored.name} retrieval",
+        "retrieval",
+        scored.model,
+        ", ".join(part for part in (scored.revision, f"captions {digest}") if part),
+        f"Captions are the nearest of {len(known)}, not generated. {scored.note}".strip(),
+    )
+    return Captioner(entry, caption)
 
 
-class _BatchedCaptioner(ABC):
-    """Batches; a subclass captions one."""
-
-    def __init__(self, entry: ModelEntry, device: str, batch: int) -> None:
-        self.entry = entry
-        self._device = device
-        self._batch = batch
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        captions: list[str] = []
-        for part in in_batches(images, self._batch):
-            captions += self._captions([image.convert("RGB") for image in part])
-        return captions
-
-    @abstractmethod
-    def _captions(self, images: Sequence[Image.Image]) -> list[str]: ...
-
-
-class Blip(_BatchedCaptioner):
+def blip(loaded: Loaded, batch: int = 16) -> Captioner:
     """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
 
     Args:
-        parts: ``BlipForConditionalGeneration``, eval mode, on ``device``, and its processor.
+        loaded: ``BlipForConditionalGeneration``.
     """
+    from transformers import GenerationConfig
 
-    def __init__(
-        self, parts: TransformersParts, entry: ModelEntry, device: str = "cpu", batch: int = 16
-    ) -> None:
-        from transformers import GenerationConfig
+    model = loaded.model
+    # A checkpoint's own generation settings would make captions of two models incomparable.
+    model.text_decoder.generation_config = GenerationConfig(
+        do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
+    )
 
-        super().__init__(entry, device, batch)
-        self._model, self._processor = parts.model, parts.processor
-        # A checkpoint's own generation settings would make captions of two models incomparable.
-        self._model.text_decoder.generation_config = GenerationConfig(
-            do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
-        )
-
-    def _captions(self, images: Sequence[Image.Image]) -> list[str]:
-        pixels = self._processor.image_processor(images=list(images), return_tensors="pt")
-        tokens = self._model.generate(pixels["pixel_values"].to(self._device))
+    def caption(images: Sequence[Image]) -> list[str]:
+        pixels = loaded.preprocess(images=list(images), return_tensors="pt")["pixel_values"]
+        tokens = model.generate(pixels.to(model.device))
         # the first token is the start, which not every BLIP tokenizer knows as special
-        decoded = self._processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
-        return [caption.strip() for caption in decoded]
+        texts = loaded.tokenize.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    entry = replace(loaded.entry, note=f"Beam search with {BEAMS} beams.")
+    return Captioner(entry, caption, batch)
 
 
-class Coca(_BatchedCaptioner):
+def coca(loaded: Loaded, batch: int = 16) -> Captioner:
     """CoCa of open_clip by greedy search, see :func:`greedy`.
 
-    Args:
-        parts: ``CoCa``, eval mode, on ``device``, and what belongs to it.
+    Raises:
+        UserError: another model.
     """
+    import open_clip
 
-    def __init__(
-        self, parts: OpenClipParts, entry: ModelEntry, device: str = "cpu", batch: int = 16
-    ) -> None:
-        super().__init__(entry, device, batch)
-        self._model, self._preprocess = parts.model, parts.preprocess
-        self._tokenize = tokenize = cast(Any, parts.tokenize)
-        hf = getattr(tokenize, "tokenizer", None)  # open_clip's wrapper of a hub tokenizer
-        self._start = int(tokenize.sot_token_id if hf is None else hf.bos_token_id)
-        self._end = int(tokenize.eot_token_id if hf is None else hf.eos_token_id)
+    model, tokenize = loaded.model, loaded.tokenize
+    if not isinstance(model, open_clip.CoCa):
+        able = ", ".join(m for m in open_clip.list_models() if m.startswith("coca_ViT"))
+        raise UserError(
+            f'"{loaded.entry.name}" is no CoCa and cannot caption: give one of {able} with a tag,'
+            " or a folder of one."
+        )
+    hub = getattr(tokenize, "tokenizer", None)  # open_clip's wrapper of a hub tokenizer
+    start = int(tokenize.sot_token_id if hub is None else hub.bos_token_id)
+    end = int(tokenize.eot_token_id if hub is None else hub.eos_token_id)
+    decode = (hub or tokenize).decode
 
-    def _captions(self, images: Sequence[Image.Image]) -> list[str]:
-        pixels = torch.stack([self._preprocess(image) for image in images])
-        rows = greedy(self._model, pixels.to(self._device), self._start, self._end)
-        return [self._decode(row) for row in rows.tolist()]
+    def caption(images: Sequence[Image]) -> list[str]:
+        pixels = torch.stack([loaded.preprocess(image) for image in images])
+        rows = greedy(model, pixels.to(model.logit_scale.device), start, end).tolist()
+        texts = [[token for token in row[: row.index(end)] if token != start] for row in rows]
+        return [decode(text).strip() for text in texts]
 
-    def _decode(self, row: list[int]) -> str:
-        words = [token for token in row[: row.index(self._end)] if token != self._start]
-        decode = getattr(self._tokenize, "tokenizer", self._tokenize).decode
-        return decode(words).strip()
+    entry = replace(loaded.entry, note=f"Greedy search. {loaded.entry.note}".strip())
+    return Captioner(entry, caption, batch)
 
 
 @torch.inference_mode()
@@ -246,34 +226,3 @@ def greedy(model: Any, pixels: Tensor, start: int, end: int) -> Tensor:
         done = done | (following == end)
         tokens = torch.cat((tokens, following[:, None]), dim=1)
     return tokens
-
-
-def _blip(source: str, revision: str | None, device: str, batch: int) -> Captioner:
-    from transformers import BlipForConditionalGeneration, BlipProcessor
-
-    parts = pretrained.transformers_parts(
-        BlipForConditionalGeneration,
-        BlipProcessor,
-        "blip",
-        source,
-        revision=revision,
-        device=device,
-    )
-    note = f"Beam search with {BEAMS} beams."
-    entry = ModelEntry(f"blip:{parts.source}", "blip", parts.source, parts.revision, note)
-    return Blip(parts, entry, device, batch)
-
-
-def _coca(source: str, device: str, batch: int) -> Captioner:
-    import open_clip
-
-    parts = open_clip_loading.load("coca", source, device)
-    if not isinstance(parts.model, open_clip.CoCa):
-        able = ", ".join(m for m in open_clip.list_models() if m.startswith("coca_ViT"))
-        raise UserError(
-            f'"coca:{source}" is no CoCa and cannot caption: give one of {able} with a tag, or a'
-            " folder of one."
-        )
-    note = f"Greedy search. {parts.note}".strip()
-    entry = ModelEntry(f"coca:{parts.source}", "coca", parts.architecture, parts.revision, note)
-    return Coca(parts, entry, device, batch)

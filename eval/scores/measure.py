@@ -203,15 +203,13 @@ class _Judge:
     def entry(self, position: int) -> PromptEntry:
         """A prompt as the result lists it."""
         prompt = self.plan.prompts[position]
-        tokens = self.scorer.tokens([prompt.text])[0]
         held = position in self.truths and prompt.reference is not None
         return PromptEntry(
             text=prompt.text,
             instance=prompt.instance,
             reference=prompt.reference.name if held and prompt.reference else None,
             general=prompt.general,
-            tokens=tokens,
-            truncated=tokens > self.scorer.context_length,
+            truncated=self.scorer.is_cut(prompt.text),
         )
 
 

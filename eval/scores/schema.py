@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..statistics import Interval
+from .models import ModelEntry
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,6 @@ class PromptEntry:
         instance: what it names, where the prompt set says.
         reference: file name of the held-out picture it describes, where one exists.
         general: asked to measure drift and in no other score.
-        tokens: length for the scorer, with start and end tokens.
         truncated: longer than the scorer's text encoder takes.
     """
 
@@ -88,7 +88,6 @@ class PromptEntry:
     instance: str | None = None
     reference: str | None = None
     general: bool = False
-    tokens: int | None = None
     truncated: bool = False
 
 
@@ -150,25 +149,6 @@ class Comparison:
     losses: int
     win_rate: float
     win_rate_interval: Interval | None
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """A scorer or a captioner: its name as shown, and what identifies it exactly.
-
-    Args:
-        name: shown beside every score.
-        kind: "open_clip", "transformers", "embedded", "blip", "coca" or "retrieval".
-        model: architecture, hub id or folder name.
-        revision: pretrained tag, commit or digest of the weights.
-        note: a sentence that has to stand beside its scores, or "".
-    """
-
-    name: str
-    kind: str
-    model: str
-    revision: str | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,58 +9,73 @@ safetensors file), ``open_clip:FOLDER`` and ``hf:ID_OR_FOLDER`` (CLIP of transfo
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from PIL.Image import Image
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
-from . import open_clip_loading, pretrained
+from .models import Loaded, ModelEntry, from_open_clip, from_transformers
 from .names import SCORERS
-from .schema import ModelEntry
 
 SCHEMES = ("embedded", "open_clip", "hf")
-
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
 
 T = TypeVar("T")
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """What a score needs of a model.
+class Scorer:
+    """Embeds images and texts: (n, d), float32, of unit length, on the CPU.
 
-    Embeddings are (n, d), float32, of unit length and on the CPU. They do not depend on the batch
-    size beyond 1e-6.
+    Embeddings do not depend on the batch size beyond 1e-6; each text is encoded once.
+
+    Args:
+        entry: its name and revision, to stand beside every score.
+        embed_images: RGB images of any size -> (n, d).
+        embed_texts: texts -> (n, d).
+        is_cut: whether a text is longer than the model takes.
+        batch: images or texts at a time.
     """
 
-    @property
-    def entry(self) -> ModelEntry:
-        """Name and exact revision, to stand beside every score."""
-        ...
+    def __init__(
+        self,
+        entry: ModelEntry,
+        embed_images: Callable[[Sequence[Image]], Tensor],
+        embed_texts: Callable[[Sequence[str]], Tensor],
+        is_cut: Callable[[str], bool],
+        batch: int = 32,
+    ) -> None:
+        self.entry, self.is_cut = entry, is_cut
+        self._embed_images, self._embed_texts, self._batch = embed_images, embed_texts, batch
+        self._known: dict[str, Tensor] = {}
 
-    @property
-    def context_length(self) -> int:
-        """Tokens of a text that the model sees, with those for start and end."""
-        ...
-
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of images of any size and mode, (n, d)."""
-        ...
+    def images(self, images: Sequence[Image]) -> Tensor:
+        """Embeddings of images of any size and mode, (n, d); at least one."""
+        parts = in_batches([image.convert("RGB") for image in images], self._batch)
+        return torch.cat([self._unit(self._embed_images, part) for part in parts])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, (n, d); each distinct text is encoded once in a scorer's life."""
-        ...
+        """Embeddings of texts, (n, d); at least one."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for part in in_batches(new, self._batch):
+            self._known.update(zip(part, self._unit(self._embed_texts, part), strict=True))
+        return torch.stack([self._known[text] for text in texts])
 
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        """Lengths in tokens before truncation, with start and end."""
-        ...
+    def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
+        # TF32 in convolutions is cudnn's default, and would show the batch size.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            unit = normalize(embed(part).float(), dim=-1).cpu()
+        if not unit.isfinite().all():
+            raise UserError(
+                f'scorer "{self.entry.name}" gives embeddings that are not finite: its weights are'
+                " damaged, give another."
+            )
+        return unit
 
 
 def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: int = 32) -> Scorer:
@@ -72,183 +87,82 @@ def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: 
         batch: images or texts at a time.
 
     Raises:
-        UserError: an unknown name, or a model that cannot be loaded; it says what to give.
+        UserError: an unknown name, or a model that would score wrongly; it says what to give.
+        Exception: one of ``models.FAILURES``, of the library that can't load it.
     """
-    if batch < 1:
-        raise UserError(f"a batch of {batch} holds nothing: give 1 or more.")
     scheme, colon, source = name.partition(":")
     if scheme not in SCHEMES or (scheme == "embedded") == bool(colon):
         hint = "" if scheme in SCHEMES else did_you_mean(scheme, SCHEMES)
         raise UserError(f'scorer "{name}" is unknown{hint}: give {SCORERS}.')
     if scheme == "hf":
-        return _from_transformers(source, revision, device, batch)
+        return _transformers_clip(source, revision, device, batch)
     if revision is not None:
         raise UserError(
             f'revision "{revision}" has no effect on "{name}": drop it, or give hf:ID, whose'
             " revisions are the hub's."
         )
-    if scheme == "embedded":
-        return _embedded(device, batch)
-    parts = open_clip_loading.load(scheme, source, device)
-    label = f"{scheme}:{parts.source}"
-    entry = ModelEntry(label, "open_clip", parts.architecture, parts.revision, parts.note)
-    return OpenClipScorer(
-        parts.model, parts.preprocess, parts.tokenize, entry=entry, device=device, batch=batch
-    )
-
-
-def _from_transformers(source: str, revision: str | None, device: str, batch: int) -> Scorer:
-    from transformers import CLIPModel, CLIPProcessor
-
-    parts = pretrained.transformers_parts(
-        CLIPModel, CLIPProcessor, "hf", source, revision=revision, device=device
-    )
-    entry = ModelEntry(f"hf:{parts.source}", "transformers", parts.source, parts.revision)
-    return TransformersScorer(parts.model, parts.processor, entry=entry, device=device, batch=batch)
-
-
-def _embedded(device: str, batch: int) -> Scorer:
+    if scheme == "open_clip":
+        return _open_clip(from_open_clip(scheme, source, device), device, batch)
     from bilora_diffusion.mini import scorer as mini
 
-    model, preprocess, tokenize = mini.load()
-    weights = sorted(mini.scorer_dir().glob("*.safetensors"))
-    entry = ModelEntry(
-        mini.NAME, "embedded", mini.NAME, pretrained.digest(*weights), NOT_THE_PAPERS
+    loaded = from_open_clip(scheme, str(mini.scorer_dir()), device)
+    entry = replace(loaded.entry, name=mini.NAME, model=mini.NAME, note=NOT_THE_PAPERS)
+    return _open_clip(replace(loaded, entry=entry), device, batch)
+
+
+def _open_clip(loaded: Loaded, device: str, batch: int) -> Scorer:
+    model, preprocess, tokenize = loaded.model, loaded.preprocess, loaded.tokenize
+    # The empty text's tokens mark a text's ends and its padding; not every model has the length.
+    marks = tokenize([""])[0].tolist()
+
+    def embed_images(images: Sequence[Image]) -> Tensor:
+        return model.encode_image(torch.stack([preprocess(i) for i in images]).to(device))
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        return model.encode_text(tokenize(list(texts)).to(device))
+
+    def words(text: str, room: int) -> int:
+        row = tokenize([text], context_length=room)[0]
+        return sum(token not in marks for token in row.tolist())
+
+    def is_cut(text: str) -> bool:
+        return words(text, len(marks)) < words(text, 2 * len(marks))
+
+    return Scorer(loaded.entry, embed_images, embed_texts, is_cut, batch)
+
+
+def _transformers_clip(source: str, revision: str | None, device: str, batch: int) -> Scorer:
+    from transformers import CLIPModel, CLIPProcessor
+
+    loaded = from_transformers(
+        "hf", source, CLIPModel, CLIPProcessor, revision=revision, device=device
     )
-    return OpenClipScorer(
-        model.to(device), preprocess, tokenize, entry=entry, device=device, batch=batch
-    )
+    model, process, tokenize = loaded.model, loaded.preprocess, loaded.tokenize
+    length = model.config.text_config.max_position_embeddings
 
+    def embed_images(images: Sequence[Image]) -> Tensor:
+        pixels = process(images=list(images), return_tensors="pt")["pixel_values"]
+        return model.get_image_features(pixels.to(device)).pooler_output
 
-@contextmanager
-def _exact() -> Iterator[None]:
-    """No gradients, and no TF32 in convolutions (cudnn's default): it would show the batch size."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-class _BatchedScorer(ABC):
-    """Batches, unit length and the cache of texts; a subclass embeds one batch."""
-
-    def __init__(self, entry: ModelEntry, context_length: int, device: str, batch: int) -> None:
-        self.entry = entry
-        self.context_length = context_length
-        self._device = device
-        self._batch = batch
-        self._known: dict[str, Tensor] = {}
-
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        rows = []
-        for part in in_batches(images, self._batch):
-            with _exact():
-                embeddings = self._embed_images([image.convert("RGB") for image in part])
-            rows.append(self._unit(embeddings))
-        return torch.cat(rows) if rows else self.texts([""])[:0]
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        for part in in_batches(new, self._batch):
-            with _exact():
-                embeddings = self._embed_texts(part)
-            self._known.update(zip(part, self._unit(embeddings), strict=True))
-        return torch.stack([self._known[text] for text in texts]) if texts else self.texts([""])[:0]
-
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        return [self._length(text) for text in texts]
-
-    def _unit(self, embeddings: Tensor) -> Tensor:
-        unit = normalize(embeddings.float(), dim=-1).cpu()
-        if not unit.isfinite().all():
-            raise UserError(
-                f'scorer "{self.entry.name}" gives embeddings that are not finite: its weights are'
-                " damaged, give another."
-            )
-        return unit
-
-    @abstractmethod
-    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor: ...
-
-    @abstractmethod
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor: ...
-
-    @abstractmethod
-    def _length(self, text: str) -> int: ...
-
-
-class OpenClipScorer(_BatchedScorer):
-    """A CLIP, CustomTextCLIP or CoCa of open_clip.
-
-    Args:
-        model: float32 and in eval mode, on ``device``.
-        preprocess: RGB image -> (3, h, w).
-        tokenize: a tokenizer of open_clip.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenize: Callable[[Sequence[str]], Tensor],
-        *,
-        entry: ModelEntry,
-        device: str = "cpu",
-        batch: int = 32,
-    ) -> None:
-        # not every model has the attribute: a text tower of transformers leaves it to the tokenizer
-        super().__init__(entry, tokenize([""]).shape[1], device, batch)
-        self._model: Any = model
-        self._preprocess = preprocess
-        self._tokenize = tokenize
-
-    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = torch.stack([self._preprocess(image) for image in images])
-        return self._model.encode_image(pixels.to(self._device))
-
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
-        return self._model.encode_text(self._tokenize(list(texts)).to(self._device))
-
-    def _length(self, text: str) -> int:
-        return open_clip_loading.token_count(self._tokenize, text)
-
-
-class TransformersScorer(_BatchedScorer):
-    """A ``CLIPModel`` of transformers with its ``CLIPProcessor``."""
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        *,
-        entry: ModelEntry,
-        device: str = "cpu",
-        batch: int = 32,
-    ) -> None:
-        length = model.config.text_config.max_position_embeddings
-        super().__init__(entry, length, device, batch)
-        self._model = model
-        self._processor = processor
-
-    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = self._processor.image_processor(images=list(images), return_tensors="pt")
-        return self._model.get_image_features(pixels["pixel_values"].to(self._device)).pooler_output
-
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = self._processor.tokenizer(
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        # padded to the full length: the same for a text whatever stands beside it in the batch
+        tokens = tokenize(
             list(texts),
-            padding="max_length",  # the same for a text whatever stands beside it in the batch
+            padding="max_length",
             truncation=True,
-            max_length=self.context_length,
+            max_length=length,
             return_tensors="pt",
-        )
-        return self._model.get_text_features(
-            tokens["input_ids"].to(self._device), tokens["attention_mask"].to(self._device)
-        ).pooler_output
+        ).to(device)
+        features = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+        return features.pooler_output
 
-    def _length(self, text: str) -> int:
-        return len(self._processor.tokenizer(text, verbose=False)["input_ids"])
+    def is_cut(text: str) -> bool:
+        return len(tokenize(text, verbose=False)["input_ids"]) > length
+
+    entry = replace(loaded.entry, kind="transformers")
+    return Scorer(entry, embed_images, embed_texts, is_cut, batch)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """``items`` in order, ``size`` at a time."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -76,7 +76,6 @@ def result(
                 f"a ToK icon of a thing {p}, in the style of ToK",
                 instance=None if p >= count - general else f"Thing {p}",
                 general=p >= count - general,
-                tokens=20,
             )
             for p in range(count)
         ],

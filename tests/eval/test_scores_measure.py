@@ -16,47 +16,40 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.sources import open_images
 from bilora_diffusion.mini import heldout_dir
 from eval.scores.adapters import Adapter
+from eval.scores.captioners import Captioner
 from eval.scores.measure import cosine, look, measure, truth_pictures
+from eval.scores.models import ModelEntry
 from eval.scores.plan import Plan
 from eval.scores.prompts import Prompt
-from eval.scores.schema import ModelEntry
+from eval.scores.scorers import Scorer
 from eval.scores.store import Job, Sampling
 
 COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
 
 
-class ColorScorer:
+class ColorScorer(Scorer):
     """Embeds an image as its mean color, and a text as the color that it names."""
 
-    entry = ModelEntry("color", "test", "color")
-    context_length = 5
-
     def __init__(self) -> None:
+        super().__init__(ENTRY, self._mean, self._named, lambda text: len(text.split()) > 3)
         self.embedded = 0
 
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
+    def _mean(self, images: Sequence[Image.Image]) -> Tensor:
         self.embedded += len(images)
-        means = [
-            np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) for image in images
-        ]
-        return normalize(torch.tensor(np.stack(means)), dim=1)
+        return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def _named(self, texts: Sequence[str]) -> Tensor:
         named = [next(c for word, c in COLORS.items() if word in text) for text in texts]
-        return normalize(torch.tensor(named, dtype=torch.float32), dim=1)
-
-    def tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(text.split()) + 2 for text in texts]
+        return torch.tensor(named, dtype=torch.float32)
 
 
-class ColorCaptioner:
-    """Names the strongest color."""
+def strongest(images: Sequence[Image.Image]) -> list[str]:
+    """A caption that names the strongest color."""
+    return [f"{list(COLORS)[np.asarray(i).mean((0, 1)).argmax()]} thing" for i in images]
 
-    entry = ModelEntry("color", "test", "color")
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        strongest = [int(np.asarray(image).mean((0, 1)).argmax()) for image in images]
-        return [f"{list(COLORS)[index]} thing" for index in strongest]
+ENTRY = ModelEntry("color", "test", "color")
+CAPTIONER = Captioner(ENTRY, strongest)
 
 
 class Colors:
@@ -98,7 +91,7 @@ RED, GENERAL = Prompt("a red one"), Prompt("any red one at all", general=True)
 def test_each_score_is_the_cosine_that_it_says() -> None:
     plan = planned([adapter("a"), adapter("base", "base")], [RED, GENERAL], seeds=2)
     store = Colors({("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"})
-    found = measure(plan, store, ColorScorer(), ColorCaptioner(), progress=False)
+    found = measure(plan, store, ColorScorer(), CAPTIONER, progress=False)
     rows = {(row.adapter, row.prompt, row.seed): row for row in found.images}
     assert len(rows) == 8
     far = float(np.dot(COLORS["red"], COLORS["green"]) / np.square(COLORS["red"]).sum())
@@ -112,7 +105,7 @@ def test_each_score_is_the_cosine_that_it_says() -> None:
     assert rows[0, 1, 0].i2t is rows[0, 1, 0].t2t is rows[1, 1, 0].drift is None
     assert found.diversity["a"] == {RED.text: pytest.approx(1 - far, abs=1e-6)}
     assert found.diversity["base"] == {RED.text: pytest.approx(0, abs=1e-6)}
-    assert [(entry.tokens, entry.truncated) for entry in found.prompts] == [(5, False), (7, True)]
+    assert [entry.truncated for entry in found.prompts] == [False, True]
     assert rows[0, 0, 1].file.startswith("images/a/seed-1/")
 
 

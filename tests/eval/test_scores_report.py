@@ -181,7 +181,7 @@ def test_long_prompts_and_the_origin_are_told() -> None:
     from dataclasses import replace
 
     made = result({"LoRA": {"i2t": drawn(0, 1)}})
-    prompts = [replace(made.prompts[0], truncated=True, tokens=99), *made.prompts[1:]]
+    prompts = [replace(made.prompts[0], truncated=True), *made.prompts[1:]]
     text = report.to_markdown(replace(made, prompts=prompts, figures=["grid.png"]))
     assert "1 of 8 prompts are longer" in text
     assert "`python -m eval.clip_scores runs/LoRA runs/Bi-LoRA`" in text
