@@ -21,6 +21,7 @@ from PIL.Image import Image
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import MINI, load_pipeline
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.run.console import quiet
 from eval.command import open_device
 from eval.scores import adapters
 
