@@ -1,5 +1,4 @@
-"""The pretraining loop that the VAE and the text-to-image stage share: schedule, EMA, atomic
-checkpoints.
+"""The loop that pretrains each of the miniature's parts: schedule, average, checkpoints.
 
 A step is a function of (seed, step) and the weights only, so a run that is killed and started again
 continues as if nothing had happened: bit for bit on the same machine with the same number of
@@ -11,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +17,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from bilora_diffusion import durable
+from bilora_diffusion.run import state_codec
+from bilora_diffusion.train.averaging import Average
+
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Plan:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     checkpoint_seconds: float = 180.0
-    log_every: int = 50
 
 
 def generator_for(stage: str, seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step: independent of what was drawn before it."""
+    """The random numbers of one step: independent of what was drawn before it.
+
+    The key is not that of ``bilora_diffusion.seeds``: the shipped weights were drawn with this one.
+    """
     digest = hashlib.sha256(f"{stage}:{seed}:{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -57,26 +63,20 @@ def learning_rate_at(step: int, plan: Plan) -> float:
     return plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def ema_decay_at(step: int, plan: Plan) -> float:
-    """The averaging window grows with the run, so that the first random weights are forgotten."""
-    return min(plan.ema_decay, (1 + step) / (10 + step))
-
-
 class Run:
     """A stage in training: the module, its averaged weights, its optimizer and the step reached."""
 
     def __init__(self, module: nn.Module, plan: Plan, identity: dict[str, object]) -> None:
         self.module, self.plan, self.step = module, plan, 0
         self.identity = json.dumps(identity, sort_keys=True)
-        self.names = [name for name, _ in module.named_parameters()]
-        self.parameters = [parameter for _, parameter in module.named_parameters()]
-        self.ema = [parameter.detach().clone() for parameter in self.parameters]
+        self.parameters = dict(module.named_parameters())
+        self.average = Average([*self.parameters.values()], plan.ema_decay)
         # Embeddings, norms and biases are not decayed: decay would also shrink tokens that are
         # never seen, like "tok".
-        decayed = [p for n, p in module.named_parameters() if p.ndim > 1 and "embedding" not in n]
-        rest = [p for n, p in module.named_parameters() if p.ndim <= 1 or "embedding" in n]
+        decayed = {n: p for n, p in self.parameters.items() if p.ndim > 1 and "embedding" not in n}
+        rest = [p for n, p in self.parameters.items() if n not in decayed]
         groups = [
-            {"params": decayed, "weight_decay": plan.weight_decay},
+            {"params": [*decayed.values()], "weight_decay": plan.weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
@@ -87,63 +87,54 @@ class Run:
         """One optimizer step on ``loss`` and one step of the average."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.plan.clip_norm)
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, self.plan)
         self.optimizer.step()
-        with torch.no_grad():
-            weight = 1 - ema_decay_at(self.step, self.plan)
-            torch._foreach_lerp_(self.ema, [p.data for p in self.parameters], weight)
+        self.average.update()
         self.step += 1
 
     def save(self, path: Path) -> None:
-        """Write everything a restart needs, through a temporary file, so that a kill cannot leave
-        half a checkpoint.
-        """
-        tensors: dict[str, Tensor] = {}
-        for name, parameter, average in zip(self.names, self.parameters, self.ema, strict=True):
-            tensors[f"model/{name}"] = parameter.detach().contiguous()
-            tensors[f"ema/{name}"] = average.contiguous()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = value.contiguous()
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"step": str(self.step), "identity": self.identity})
-        with partial.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
+        """Write everything a restart needs, so that a kill cannot leave half a checkpoint."""
+        state = {"step": self.step, "average": self.average.state_dict()}
+        tensors = state_codec.Tensors()
+        optimizer = state_codec.encode(self.optimizer.state_dict(), "optimizer", tensors)
+        named = tensors.named | self.average.tensors()
+        named |= {f"model/{name}": value for name, value in self.parameters.items()}
+        partial = path.with_name(durable.TEMPORARY + path.name)
+        metadata = {
+            "identity": self.identity,
+            "state": json.dumps(state | {"optimizer": optimizer}),
+        }
+        save_file(state_codec.separate(named.items()), partial, metadata=metadata)
+        durable.sync(partial)
+        partial.replace(path)
 
+    @torch.no_grad()
     def restore(self, path: Path) -> None:
         """Continue from ``path``.
 
         Raises:
             ValueError: the checkpoint was written with other settings.
         """
-        with safe_open(path, framework="pt") as file, torch.no_grad():
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            if metadata["identity"] != self.identity:
-                raise ValueError(
-                    f"{path} belongs to other settings ({metadata['identity']}); "
-                    "use another --output_dir or delete it"
-                )
-            stored = set(file.keys())
-            for name, parameter, average in zip(self.names, self.parameters, self.ema, strict=True):
-                parameter.copy_(file.get_tensor(f"model/{name}"))
-                average.copy_(file.get_tensor(f"ema/{name}"))
-                keys = [
-                    key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in stored
-                ]
-                if keys:
-                    values = {key: file.get_tensor(f"{key}/{name}") for key in keys}
-                    for key in ("exp_avg", "exp_avg_sq"):  # keep the memory format of the parameter
-                        values[key] = torch.empty_like(parameter).copy_(values[key])
-                    self.optimizer.state[parameter] = values
-            self.step = int(metadata["step"])
-
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Replace the weights by their average: what is kept in the end."""
-        for parameter, average in zip(self.parameters, self.ema, strict=True):
-            parameter.copy_(average)
+        if metadata["identity"] != self.identity:
+            raise ValueError(
+                f"{path} belongs to other settings ({metadata['identity']}); "
+                "use another --output_dir or delete it"
+            )
+        state, tensors = json.loads(metadata["state"]), load_file(path)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"model/{name}"])
+        for name, average in self.average.tensors().items():
+            average.copy_(tensors[name])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state_codec.decode(state["optimizer"], tensors))
+        for parameter, moments in self.optimizer.state.items():  # in the parameter's memory format
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = torch.empty_like(parameter).copy_(moments[key])
+        self.step = state["step"]
 
 
 def fit(
@@ -173,34 +164,22 @@ def fit(
     run = Run(module, plan, identity)
     if checkpoint.is_file():
         run.restore(checkpoint)
-    first, last = (
-        run.step,
-        plan.steps if stop_after is None else min(plan.steps, run.step + stop_after),
-    )
+    first = run.step
+    last = plan.steps if stop_after is None else min(plan.steps, first + stop_after)
     started = saved = time.monotonic()
-    smooth: float | None = None
-    progress = tqdm(
-        initial=first, total=plan.steps, desc=checkpoint.stem, mininterval=30.0, maxinterval=60.0
-    )
+    progress = tqdm(initial=first, total=plan.steps, desc=checkpoint.stem, mininterval=30.0)
     module.train()
     while run.step < last:
         loss = loss_at(run.step)
-        value = loss.item()
-        if not math.isfinite(value):
+        if not math.isfinite(loss.item()):
             raise FloatingPointError(
-                f"{checkpoint.stem}: the loss is {value} at step {run.step}; "
+                f"{checkpoint.stem}: the loss is {loss.item()} at step {run.step}; "
                 "the last checkpoint is kept"
             )
         run.update(loss)
-        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         progress.update()
-        if run.step % plan.log_every == 0:
-            seconds = (time.monotonic() - started) / (run.step - first)
-            rate = learning_rate_at(run.step - 1, plan)
-            progress.write(
-                f"{checkpoint.stem} step {run.step}: loss {smooth:.5f}, "
-                f"lr {rate:.2e}, {seconds:.3f} s/step"
-            )
+        if run.step % LOG_EVERY == 0:
+            progress.write(f"{checkpoint.stem} step {run.step}: loss {loss.item():.5f}")
         if time.monotonic() - saved > plan.checkpoint_seconds:
             run.save(checkpoint)
             saved = time.monotonic()
@@ -208,6 +187,10 @@ def fit(
     progress.close()
     if run.step > first:
         run.save(checkpoint)
-    run.use_average()
+    with torch.no_grad():
+        for parameter, average in zip(
+            run.parameters.values(), run.average.tensors().values(), strict=True
+        ):
+            parameter.copy_(average)
     module.eval()
     return seconds
