@@ -50,9 +50,10 @@ test: lint $(BROWSER_READY)  ## all checks: ruff, pyright, every test
 fast: $(VENV)/.installed-dev $(BROWSER_READY)  ## the tests that take less than about 20 seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-dev  ## ruff and pyright
+lint: $(VENV)/.installed-dev  ## ruff, pyright, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev  ## let ruff mend style and order of imports

@@ -15,9 +15,9 @@ from . import adapters, inits
 from .adapters import PRIMARY, AdapterSpec
 from .config import limits
 from .errors import UserError
-from .inits.gradients import collecting
 from .methods.base import MethodOptions, Target
 from .methods.bilora import BiLoRA as _Method
+from .train.gradients import collecting
 
 _NUMBERS = {
     **{"rank": "rank", "lora_alpha": "alpha", "rho": "rho", "lora_dropout": "dropout"},

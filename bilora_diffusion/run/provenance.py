@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-import bilora_diffusion
-
 PACKAGES = (
     "torch",
     "diffusers",
@@ -35,7 +33,7 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     if found["bilora_diffusion"] is None:  # run from a checkout, not installed
-        found["bilora_diffusion"] = getattr(bilora_diffusion, "__version__", None)
+        found["bilora_diffusion"] = sys.modules["bilora_diffusion"].__version__
     return found
 
 

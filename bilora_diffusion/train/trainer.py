@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .. import adapters
 from ..errors import TrainingError
-from ..inits.gradients import initialise
 from ..methods import Method
 from ..run import checkpoint
 from ..run.interruption import Interruption
@@ -30,6 +29,7 @@ from ..seeds import digest_texts, seed_of
 from . import sharding
 from .averaging import Average
 from .dynamics import Dynamics
+from .gradients import initialise
 from .optimizers import build_optimizer, build_scheduler
 from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
 from .task import MicroBatch, Task, to_device

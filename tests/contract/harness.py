@@ -14,8 +14,8 @@ from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize_nf4
 from bilora_diffusion.config import combinations
-from bilora_diffusion.inits.gradients import collecting
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
+from bilora_diffusion.train.gradients import collecting
 from tests.contract.models import CASES, ROWS
 
 STEPS = 3

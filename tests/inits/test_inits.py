@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import CHANGE_BASE, INITIAL, PRIMARY, AdapterSpec
 from bilora_diffusion.inits import pissa as pissa_module
-from bilora_diffusion.inits.gradients import collecting
 from bilora_diffusion.inits.lora_ga import lora_ga
 from bilora_diffusion.inits.pissa import pissa
+from bilora_diffusion.train.gradients import collecting
 from tests.references import lora_ga as reference
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from bilora_diffusion import BiLoRAConfig, adapters, attach, inits
 from bilora_diffusion.adapters import AUXILIARY, CHANGE_BASE, INITIAL, PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.inits import gradients as gradients_module
-from bilora_diffusion.inits.gradients import collecting, initialise, mean_gradients
 from bilora_diffusion.methods import Method, Target, create, names
+from bilora_diffusion.train import gradients as gradients_module
+from bilora_diffusion.train.gradients import collecting, initialise, mean_gradients
 from bilora_diffusion.train.task import MicroBatch
 from tests.contract.models import CASES, Case, tiny_mlp
 

@@ -50,7 +50,7 @@ def test_resumed_equals_uninterrupted(train: Train, tmp_path: Path, monkeypatch,
         raise AssertionError("a resumed run computed its init anew")
 
     for name in ("compute", "mean_gradients"):
-        monkeypatch.setattr(f"bilora_diffusion.inits.gradients.{name}", computed)
+        monkeypatch.setattr(f"bilora_diffusion.train.gradients.{name}", computed)
     train(again, **shared, resume_from_checkpoint=again / "checkpoints" / "step-1")
     assert difference(whole, again) == 0
     rows = [runlog.read_metrics(folder) for folder in (whole, again)]

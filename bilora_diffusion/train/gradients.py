@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import INITIAL
 from ..errors import TrainingError
+from ..inits import compute, needs_gradient
+from ..methods import Target
 from ..seeds import seed_of
-from . import compute, needs_gradient
-
-if TYPE_CHECKING:
-    from ..methods import Target
-    from ..train.task import Task
+from .task import Task, to_device
 
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 """What the loss is multiplied by where weights are fp16, until no gradient overflows."""
@@ -162,8 +160,6 @@ def _losses(
     task: Task, samples: int, micro_batch: int, seed: int, device: torch.device
 ) -> Iterator[Tensor]:
     """The loss of each of the samples, (micro_batch,) at a time."""
-    from ..train.task import to_device
-
     step = task.num_samples << 32  # a whole number of epochs, beyond every run
     slots = range(samples)
     plan = [(step, tuple(slots[i : i + micro_batch])) for i in range(0, samples, micro_batch)]
