@@ -89,11 +89,18 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
 
     It is written as it acts on the base weights that the model came with (`portable_state_dict`).
     """
+    write_pretrained(folder, *pretrained(model, adapter))
+
+
+def pretrained(
+    model: nn.Module, adapter: str = PRIMARY
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_pretrained` writes: tensors by PEFT's keys, and fields of its `LoraConfig`."""
     tensors = {**portable_state_dict(model, adapter), **whole(model, adapter)}
     config = cast(Any, model).peft_config[adapter].to_dict()
     if adapter == PRIMARY and layers(model, INITIAL):
         config = twice_the_rank(config)
-    write_pretrained(folder, tensors, config)
+    return tensors, config
 
 
 def twice_the_rank(config: Mapping[str, Any]) -> dict[str, Any]:

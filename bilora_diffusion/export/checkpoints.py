@@ -9,20 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, peft_key
-from ..errors import TrainingError, UserError
-from ..lora_names import CONFIG, WEIGHTS, kohya_file_name
+from ..errors import UserError
+from ..lora_names import kohya_file_name
 from ..methods import get
 from ..run import checkpoint
 from ..run import folder as run_folder
 from .conversion import write
 from .layers import part_of
 from .metadata import run_facts
-from .peft_folder import place_adapter
+from .peft_folder import described, place_adapter, refuse_existing
 from .reader import Contents
 
 
@@ -122,23 +121,8 @@ def _contents(saved: checkpoint.Checkpoint, config: Mapping[str, Any], step: int
 
 def _text(saved: checkpoint.Checkpoint, config: Mapping[str, Any], place: Path) -> Path:
     ((tensors, peft, doubled),) = _primaries(saved).values()
-    if place.suffix == ".safetensors" or place.is_file():
-        raise UserError(f"{place} is a file, and PEFT's format is a folder; name a folder.")
-    for name in (WEIGHTS, CONFIG):
-        if (place / name).exists():
-            raise UserError(f"{place / name} exists; name another --output, or delete it.")
-
-    def written(aside: Path) -> None:
-        adapters.write_pretrained(
-            aside, tensors, adapters.twice_the_rank(peft) if doubled else peft
-        )
-        back = load_file(aside / WEIGHTS)
-        if back.keys() != {adapters.peft_path(key) for key in tensors} or not all(
-            (back[adapters.peft_path(key)] == value).all() for key, value in tensors.items()
-        ):
-            raise TrainingError(f"{aside / WEIGHTS} differs from the checkpoint: try once more.")
-
-    place.mkdir(parents=True, exist_ok=True)
-    kind, base = config["task_type"], str(config["model_name_or_path"])
-    place_adapter(place, written, base_model=base, kind=kind)
+    refuse_existing(place)
+    peft = adapters.twice_the_rank(peft) if doubled else peft
+    base = str(config["model_name_or_path"])
+    place_adapter(place, tensors, described(peft, base, config["task_type"]))
     return place

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..durable import sync
-from ..errors import TrainingError, UserError
+from ..errors import UserError
 from ..lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
-    CONFIG,
     FILE_NAME,
     WEIGHTS,
     kohya_file_name,
 )
-from .layers import Layer, Part
+from .comparison import compare
+from .layers import Part
 from .lorafile import lora_files
 from .metadata import file_metadata, look_like_sdxl
 from .reader import COMPONENT, Contents, read
 from .writer import diffusers_content, kohya_content, write_file
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-TOLERANCE = 1e-6  # relative, of each layer's product
 _OWN = (  # metadata that follows from the tensors or from the new file's name
     *("format", ADAPTER_METADATA, COMPONENT, "sshs_model_hash", "sshs_legacy_hash"),
     *("ss_network_dim", "ss_network_alpha", "ss_output_name"),
@@ -109,12 +105,13 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
         raise UserError(f"{place} would be a pickle; name a .safetensors file or a folder.")
     if place.suffix != ".safetensors" or place.is_dir():
         path = place / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
-    _refuse_existing(path)
+    if path.exists():
+        raise UserError(f"{path} exists; name another --output, or delete it.")
     metadata = _metadata(contents, path.stem)
     build = diffusers_content if to == "diffusers" else kohya_content
     tensors, entries = build(contents.parts, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, tensors, entries, functools.partial(_check_file, contents.parts))
+    write_file(path, tensors, entries, functools.partial(_check, contents.parts))
     return path
 
 
@@ -130,31 +127,20 @@ def _metadata(contents: Contents, name: str) -> dict[str, str]:
 
 
 def _write_peft(contents: Contents, place: Path) -> Path:
-    if place.suffix == ".safetensors" or place.is_file():
-        raise UserError(f"{place} is a file, and PEFT's format is a folder; name a folder.")
-    parts = contents.parts
-    several = len(parts) > 1
-    from .. import adapters  # here, so that the other formats do not wait for PEFT
+    # here, so that the other formats do not wait for PEFT
+    from .peft_folder import place_adapter, refuse_existing
 
-    folders = {name: place / name if several else place for name in parts}
-    for folder in folders.values():
-        for name in (WEIGHTS, CONFIG):
-            _refuse_existing(folder / name)
+    parts = contents.parts
+    folders = {name: place / name if len(parts) > 1 else place for name in parts}
+    refuse_existing(place, *folders.values())
+    kept = {k: v for k, v in contents.metadata.items() if k not in _OWN}
     for component, folder in folders.items():
-        aside = folder / ".adapter.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        tensors, config = _for_peft(component, parts[component], contents.base_model)
-        kept = {k: v for k, v in contents.metadata.items() if k not in _OWN}
-        kept |= {COMPONENT: component} if component in COMPONENTS else {}
-        try:
-            adapters.write_pretrained(aside, tensors, config, kept)
-            _check_file({component: parts[component]}, aside / WEIGHTS)
-            for name in (WEIGHTS, CONFIG):  # without the configuration, PEFT loads none
-                sync(aside / name)
-                os.replace(aside / name, folder / name)
-            sync(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        part = parts[component]
+        tensors, config = _for_peft(component, part, contents.base_model)
+        metadata = kept | ({COMPONENT: component} if component in COMPONENTS else {})
+        place_adapter(
+            folder, tensors, config, metadata, functools.partial(_check, {component: part})
+        )
     return place
 
 
@@ -201,54 +187,11 @@ def _has_inner_model(projection: bool) -> bool:
     return any(name == "text_model" for name, _ in made.named_children())
 
 
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path} exists; name another --output, or delete it.")
-
-
-def _check_file(parts: Mapping[str, Part], path: Path) -> None:
-    """Compare what a file holds with what it was to hold, layer by layer.
-
-    Raises:
-        TrainingError: a layer is missing or too many, or s * B @ A or DoRA's magnitude differs by
-            more than 1e-6 of its norm.
-    """
-    found = read(path).parts
-    for component, part in parts.items():
-        own = {_plain_name(layer): layer for layer in part.layers}
-        back = {_plain_name(layer): layer for layer in found[component].layers}
-        if odd := sorted(own.keys() ^ back.keys()):
-            raise TrainingError(f"{path} and its source do not agree on {component}.{odd[0]}.")
-        for name, layer in own.items():
-            if (gap := _difference(layer, back[name])) > TOLERANCE:
-                raise TrainingError(f"{path} differs in {component}.{name} by {gap:.1e}.")
-    if found.keys() != parts.keys():
-        raise TrainingError(f"{path} holds {', '.join(found)}, not {', '.join(parts)}.")
-
-
-def _plain_name(layer: Layer) -> str:
-    return layer.name.removeprefix("text_model.")
-
-
-def _difference(one: Layer, other: Layer) -> float:
-    """The relative difference of the products, or of the magnitudes where that is larger."""
-    fit = one.A.shape[1:].numel() == other.A.shape[1:].numel() and len(one.B) == len(other.B)
-    if (one.magnitude is None) != (other.magnitude is None) or not fit:
-        return float("inf")
-    (B, A), (C, D) = _factors(one), _factors(other)
-    # Factors whose product nearly cancels (an init's that was hardly trained) leave rounding alone.
-    size = max(_norm(B, A), 1e-7 * float(B.norm() * A.norm()))
-    gaps = [(_norm(torch.cat((B, -C), 1), torch.cat((A, D))), size)]
-    if one.magnitude is not None and other.magnitude is not None:
-        m, n = (side.double().flatten() for side in (one.magnitude, other.magnitude))
-        gaps.append((float((m - n).norm()), float(m.norm())))
-    return max(gap / max(size, torch.finfo(torch.float64).tiny) for gap, size in gaps)
-
-
-def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
-    return layer.B.double().flatten(1), layer.A.double().flatten(1)
-
-
-def _norm(B: Tensor, A: Tensor) -> float:
-    """||B @ A||_F of (m, r) and (r, n) without the product: R_B @ R_A^T has the same."""
-    return float((torch.linalg.qr(B, "r").R @ torch.linalg.qr(A.T, "r").R.T).norm())
+def _check(parts: Mapping[str, Part], path: Path) -> None:
+    """Compare what a file holds with what it was to hold."""
+    held = read(path).parts
+    compare(
+        path,
+        {name: part.layers for name, part in parts.items()},
+        {name: part.layers for name, part in held.items()},
+    )

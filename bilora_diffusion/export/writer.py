@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
+from ..durable import sync
 from ..errors import UserError, did_you_mean
 from ..lora_names import (
     ADAPTER_METADATA,
@@ -119,17 +120,11 @@ def write_file(
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(aside, "wb") as file:
-            file.write(safetensors.torch.save(tensors, entries))
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(safetensors.torch.save(tensors, entries))
+        sync(aside)
         if check is not None:
             check(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)

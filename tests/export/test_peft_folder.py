@@ -88,7 +88,7 @@ def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     save_adapter(tmp_path, model, base_model="a", kind="causal")
     with torch.no_grad():
         adapters.parameters(model, PRIMARY)[0].add_(1)
-    with pytest.raises(TrainingError, match="differs from the model by"):
+    with pytest.raises(TrainingError, match="differs"):
         verify_adapter(tmp_path, model)
     save_adapter(tmp_path, model, base_model="b", kind="causal")
     verify_adapter(tmp_path, model)
