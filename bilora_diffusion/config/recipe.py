@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..text_file import read_text
+from ..files import read_text
 
 MOST_BYTES = 200_000
 MOST_LEVELS = 10

@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import mini
 from ..errors import UserError
+from ..files import is_file, read_text
 from ..image.inputs import SDXL_BASE
-from ..text_file import is_file, read_text
 
 MINI = "mini"
 HELDOUT = "mini-heldout"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..text_file import is_text, quoted
+from ..files import is_text, quoted
 
 PLACES = (
     *("dataset_name", "instance_data_dir", "class_data_dir", "validation_dataset"),

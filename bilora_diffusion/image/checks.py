@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..text_file import is_folder
+from ..files import is_folder
 
 
 def check_inputs(values: dict[str, Any], given: frozenset[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..text_file import csv_rows, is_file, is_folder, is_text, json_lines, quoted, read_text
+from ..files import is_file, is_folder, is_text, quoted, read_rows
 from .listing import METADATA, Listing
 from .sources import NO_CAPTIONS, ImageSet, require_column, require_texts
 
@@ -78,7 +78,7 @@ def _listed(label: str, listing: Listing, column: str | None) -> Content:
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
     metadata = listing.metadata[0]
-    rows = list(_rows(metadata))
+    rows = read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)
     if not rows:
         raise UserError(f"{metadata} lists no image: add some.")
     files = [_file(listing.folder, row, where) for where, row in rows]
@@ -91,15 +91,6 @@ def _listed(label: str, listing: Listing, column: str | None) -> Content:
         captions = [row.get(column) for _, row in rows]
         require_texts(captions, names, column, label)
     return files, names, captions, columns
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = str(path)
-    text = read_text(path, name, MOST_BYTES)
-    for where, row in (csv_rows if path.suffix == ".csv" else json_lines)(text, name):
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object: write one object a line.")
-        yield where, row
 
 
 def _file(folder: Path, row: dict[str, Any], where: str) -> Path:

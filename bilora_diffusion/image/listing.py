@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import UserError
-from ..text_file import is_file, quoted, read_text
+from ..files import is_file, quoted, read_text
 from .decode import HEIF_SUFFIXES, image_suffixes
 
 MOST_ENTRIES = 200_000

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .. import mini
 from ..errors import UserError
-from ..text_file import is_file, is_folder, is_text, quoted
+from ..files import is_file, is_folder, is_text, quoted
 from .decode import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000

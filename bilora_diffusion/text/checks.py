@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.notes import said
 from ..errors import UserError
-from ..text_file import is_file
+from ..files import is_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 

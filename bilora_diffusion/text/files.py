@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..text_file import csv_rows, is_file, is_text, json_lines, parse_json, quoted, read_text
+from ..files import is_text, kind_of, listed, quoted, read_rows, require_column
 from .examples import Example, from_turns
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
 CONVERSATION = "messages"
 INSTRUCTION = "instruction"
 CONTEXTS = ("input", "context")
 """What Alpaca and Dolly call that which an instruction is about."""
-MOST_BYTES = 2_000_000_000
-Rows = list[tuple[str, dict[str, Any]]]
-"""Each row with what to call it in messages."""
 
 
 def open_file(
@@ -41,7 +37,7 @@ def open_file(
         UserError: it can't be read, has no rows, lacks a column, or a row is of another kind.
     """
     path = Path(path)
-    rows = _rows(path)
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path.name} has no rows: give a file that has some.")
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
@@ -73,25 +69,16 @@ def _input_columns(path: Path, columns: Sequence[str], wanted: str | None) -> tu
 def _column(
     path: Path, columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str
 ) -> str:
-    known = _listed(columns)
     if wanted not in (None, "auto"):
-        if wanted not in columns:
-            raise UserError(
-                f'{path.name} has no column "{wanted}": set {flag} to one of its columns ({known}).'
-            )
+        require_column(str(wanted), columns, flag, path.name)
         return str(wanted)
     found = next((column for column in usual if column in columns), None)
     if found is None:
         raise UserError(
             f"{path.name} has no column named {', '.join(usual[:-1])} or {usual[-1]}: set {flag} to"
-            f" one of its columns ({known})."
+            f" one of its columns ({listed(columns)})."
         )
     return found
-
-
-def _listed(columns: Sequence[str]) -> str:
-    shown = [quoted(column).strip('"') for column in columns[:20]]
-    return ", ".join([*shown, *(["..."] if len(columns) > 20 else [])])
 
 
 def _text(
@@ -104,8 +91,8 @@ def _text(
         return str(value)
     if not isinstance(value, str):
         raise UserError(
-            f'"{column}" of {where} is {_kind(value)}, not text: correct the row, or name another'
-            f" column of {_listed(columns)}."
+            f'"{column}" of {where} is {kind_of(value)}, not text: correct the row, or name another'
+            f" column of {listed(columns)}."
         )
     return _require_text(value, f'"{column}" of {where}')
 
@@ -114,7 +101,7 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
     turns = row.get(column)
     if not isinstance(turns, list) or not turns:
         raise UserError(
-            f'"{column}" of {where} is {_kind(turns)}, not a conversation: give a list of objects'
+            f'"{column}" of {where} is {kind_of(turns)}, not a conversation: give a list of objects'
             ' with "role" and "content".'
         )
     for number, turn in enumerate(turns, start=1):
@@ -135,71 +122,3 @@ def _require_text(value: str, where: str) -> str:
             " anew, in UTF-8."
         )
     return value
-
-
-def _kind(value: object) -> str:
-    names = {
-        type(None): "empty",
-        list: "a list",
-        dict: "an object",
-        float: "a number",
-        int: "a number",
-    }
-    return names.get(type(value), f"of type {type(value).__name__}")
-
-
-def _rows(path: Path) -> Rows:
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f'"{path}" is none of {", ".join(SUFFIXES)}: convert it to one of them.')
-    if not is_file(path):
-        raise UserError(f'there is no file "{path}" that can be read: correct the path.')
-    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return reader[path.suffix.lower()](path)
-
-
-def _jsonl(path: Path) -> Rows:
-    lines = json_lines(read_text(path, path.name, MOST_BYTES), path.name)
-    return [(where, _object(row, where)) for where, row in lines]
-
-
-def _json(path: Path) -> Rows:
-    text = read_text(path, path.name, MOST_BYTES)
-    content = parse_json(text, path.name) if text.strip() else []
-    if not isinstance(content, list):
-        raise UserError(
-            f"{path.name} holds {_kind(content)}, not a list of objects: put [ and ] around its"
-            " rows, or name it .jsonl if it has one object a line."
-        )
-    places = [f"row {number} of {path.name}" for number in range(1, len(content) + 1)]
-    return [(where, _object(row, where)) for where, row in zip(places, content, strict=True)]
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is {_kind(value)}, not a JSON object: correct or drop it.")
-    return value
-
-
-def _csv(path: Path) -> Rows:
-    return list(csv_rows(read_text(path, path.name, MOST_BYTES), path.name))
-
-
-def _parquet(path: Path) -> Rows:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    # Damaged pages, texts that are not UTF-8, dates that Python does not have, two columns of one
-    # name: Arrow has an exception for each, and derives most of them from Python's.
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{path.name} can't be read as Parquet ({reason}): save it anew.") from e
-    return [(f"row {number} of {path.name}", row) for number, row in enumerate(rows, start=1)]

@@ -1,0 +1,274 @@
+"""Files that others wrote, texts and tables: read whole, or refused in one sentence.
+
+Rows keep the types and the line that they have in the file, which is why pandas reads none of them:
+it makes numbers of texts and of empty fields, and can't say where a file is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, did_you_mean
+
+LETTERS = 80
+"""How much of a text that is wrong a sentence quotes."""
+MOST_BYTES = 2_000_000_000
+"""Of a table; it is read into memory."""
+COLUMNS = 20
+"""How many columns a sentence lists."""
+Rows = list[tuple[str, dict[str, Any]]]
+"""The rows of a table, each with what to call it in messages: "line 3 of answers.csv"."""
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file lies there that has an end: no folder, device, pipe or socket.
+
+    Unlike ``Path.is_file`` it is False, too, for what can be no path: a name that is too long or
+    has a NUL, a loop of links, a folder that may not be entered.
+    """
+    return _mode(path) == stat.S_IFREG
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies there; False for what can be no path."""
+    return _mode(path) == stat.S_IFDIR
+
+
+def read_text(path: Path, name: str, most_bytes: int) -> str:
+    """The text of a file in UTF-8, without its byte order mark.
+
+    Args:
+        path: the file; a link is followed.
+        name: it in messages.
+        most_bytes: a larger file is refused.
+
+    Raises:
+        UserError: no file, no end to it, too large, or no text; it names the first line that is
+            not.
+    """
+    if not is_file(path):
+        kind = {None: "not there", stat.S_IFDIR: "a folder"}.get(_mode(path), "no regular file")
+        raise UserError(f"{name} is {kind}: give a text file.")
+    try:
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{name} can't be read ({error.strerror}): correct its rights.") from error
+    if len(content) > most_bytes:
+        raise UserError(
+            f"{name} is larger than {most_bytes / 1e6:.3g} MB, the most that is read: cut it into"
+            " several, or check that it is the right file."
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"line {line} of {name} is not UTF-8 (byte {error.object[error.start]:#04x}): save the"
+            " whole file as UTF-8."
+        ) from error
+    place = text.find("\0")
+    if place >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise UserError(
+            f"line {line} of {name} is no text, it has a NUL: save the whole file as UTF-8."
+        )
+    return text
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is text: half a surrogate pair, which an escape in JSON or bytes of a
+    command line become, can be neither written nor tokenized.
+    """
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def quoted(value: object) -> str:
+    """A wrong value for a sentence: printable, on one line, and not longer than that takes."""
+    text = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode()
+    text = text.replace("\0", "\\0")
+    return f'"{text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."}"'
+
+
+def folder_or_id(value: str, option: str) -> Path | None:
+    """The folder that a value names, or None where it can only be a repository on the hub.
+
+    Args:
+        option: what the value was given for, for messages, such as "--dataset".
+
+    Raises:
+        UserError: a file, a path that is not there, or no possible id.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    path = Path(value).expanduser()
+    if is_folder(path):
+        return path
+    shown = f"{option} {quoted(value)}"
+    if _mode(path) is not None:
+        raise UserError(f"{shown} is a file: give a folder or a hub id.")
+    if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
+        raise UserError(f"{shown} does not exist: correct the path, or give a hub id.")
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise UserError(
+            f"{shown} is neither a folder here nor a possible hub id: correct it."
+        ) from error
+    return None
+
+
+def read_rows(
+    path: Path, name: str | None = None, *, kind: str | None = None, most_bytes: int = MOST_BYTES
+) -> Rows:
+    """The rows of a table, which may be none.
+
+    A row of JSON has the keys that it was written with; one of CSV or Parquet has every column.
+
+    Args:
+        path: an object on each line (.jsonl), a list of objects (.json), a table with a header
+            (.csv), all UTF-8; or Parquet (.parquet).
+        name: it in messages; by default without its folder.
+        kind: its ending, where the name has another.
+        most_bytes: a larger file of text is refused.
+
+    Raises:
+        UserError: no such file, another kind, no text, or a row that is none; it names the line.
+    """
+    name = path.name if name is None else name
+    kind = kind or path.suffix.lower()
+    if kind not in _READERS:
+        raise UserError(f"{name} is none of {', '.join(_READERS)}: convert it to one of them.")
+    if not is_file(path):
+        raise UserError(f"there is no file {quoted(path)} that can be read: correct the path.")
+    if kind == ".parquet":
+        return _parquet(path, name)
+    return list(_READERS[kind](read_text(path, name, most_bytes), name))
+
+
+def require_column(column: str, columns: Iterable[str], option: str, name: str) -> None:
+    """Refuse a column that a table called ``name`` does not have.
+
+    Raises:
+        UserError: it lists the columns that there are.
+    """
+    columns = list(columns)
+    if column not in columns:
+        raise UserError(
+            f"{name} has no column {quoted(column)}{did_you_mean(column, columns)}: set {option} to"
+            f" one of its columns ({listed(columns)})."
+        )
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Names of columns for a sentence, not more than it can hold."""
+    shown = [quoted(column).strip('"') for column in columns[:COLUMNS]]
+    return ", ".join([*shown, *(["..."] if len(columns) > COLUMNS else [])])
+
+
+def kind_of(value: object) -> str:
+    """What a value of a row is, for a sentence: "a list", "empty"."""
+    names = {type(None): "empty", list: "a list", dict: "an object"}
+    names |= {str: "a text", bool: "true or false", float: "a number", int: "a number"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{name} is not JSON ({error.msg} at line {error.lineno}, column {error.colno}):"
+            " correct it, and name files with one object a line .jsonl."
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{name} is nested too deeply: write flat objects.") from error
+    except ValueError as error:
+        raise UserError(
+            f"{name} has a number of thousands of digits: correct it, or put it in quotes."
+        ) from error
+
+
+def _object(value: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {kind_of(value)}, not a JSON object: correct or drop it.")
+    return where, value
+
+
+def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Only "\n" ends a line: `splitlines` would cut strings at other separators.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"line {number} of {name}"
+            yield _object(_json(line, where), where)
+
+
+def _json_list(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    content = _json(text, name) if text.strip() else []
+    if not isinstance(content, list):
+        raise UserError(
+            f"{name} holds {kind_of(content)}, not a list of objects: put [ and ] around its rows,"
+            " or name it .jsonl if it has one object a line."
+        )
+    for number, row in enumerate(content, start=1):
+        yield _object(row, f"row {number} of {name}")
+
+
+def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = list(reader.fieldnames or ())
+        twice = [column for column, count in Counter(columns).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{name} has several columns {quoted(twice[0])}: rename or drop all but one."
+            )
+        for row in reader:
+            where = f"line {reader.line_num} of {name}"
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{where} does not have {len(columns)} fields as its header has: quote fields"
+                    " that contain a comma or a line break."
+                )
+            yield where, row
+    except csv.Error as error:
+        raise UserError(
+            f"line {reader.reader.line_num} of {name}: {error}; correct its quotes, or write JSONL."
+        ) from error
+
+
+def _parquet(path: Path, name: str) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    # Damaged pages, texts that are not UTF-8, dates that Python does not have, two columns of one
+    # name: Arrow has an exception for each, and derives most of them from Python's.
+    errors = (OSError, ArithmeticError, LookupError, TypeError, ValueError)
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, *errors) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} can't be read as Parquet ({reason}): save it anew.") from error
+    return [(f"row {number} of {name}", row) for number, row in enumerate(rows, start=1)]
+
+
+_READERS: dict[str, Any] = {
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (OSError, ValueError):
+        return None
