@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.sources import open_images
+from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.text.files import open_file
 
 COLUMNS = ("file_name", "text", "instruction", "input", "output", "messages", "role", "content")

@@ -31,8 +31,9 @@ from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .class_images import ensure_class_images
+from .opening import open_images
 from .pipeline import load_pipeline
-from .sources import ImageSet, open_images
+from .sets import ImageSet
 from .task import DreamBooth
 from .visits import VisitStream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
-from ..image.sources import reason
+from ..files import reason
 from ..seeds import digest_texts
 from .encode import quiet_datasets
 from .entry import TextTask

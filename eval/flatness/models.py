@@ -21,10 +21,10 @@ from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.script import images
-from bilora_diffusion.image.sources import ImageSet
+from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
-from bilora_diffusion.run.runlog import WHOLE_MODELS
+from bilora_diffusion.run.folder import WHOLE_MODELS
 
 from .subjects import Subject
 from .weights import Weight

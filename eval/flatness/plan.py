@@ -11,7 +11,7 @@ from typing import Any
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.config import DreamBoothConfig
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.image.sources import ImageSet
+from bilora_diffusion.image.sets import ImageSet
 
 from ..command import open_device, open_folder
 from ..groups import control

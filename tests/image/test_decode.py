@@ -11,7 +11,7 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.decode import read_rgb, to_rgb
-from bilora_diffusion.image.sources import open_images
+from bilora_diffusion.image.opening import open_images
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

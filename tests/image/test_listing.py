@@ -13,7 +13,8 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import decode, listing
-from bilora_diffusion.image.sources import ImageSet, open_images
+from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.sets import ImageSet
 
 
 def save(path: Path, size: tuple[int, int] = (12, 8)) -> None:

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image import sources
-from bilora_diffusion.image.sources import open_images
+from bilora_diffusion.image import sets
+from bilora_diffusion.image.opening import open_images
 
 
 def save(path: Path, color: int = 100, size: tuple[int, int] = (12, 8)) -> None:
@@ -152,7 +152,7 @@ def test_of_many_images_only_the_headers_are_read(
     whole = (folder / "c.png").read_bytes()
     (folder / "c.png").write_bytes(whole[: len(whole) // 2])
     assert "c.png" in refusal(folder)
-    monkeypatch.setattr(sources, "FULL_CHECK_LIMIT", 2)
+    monkeypatch.setattr(sets, "FULL_CHECK_LIMIT", 2)
     images = open_images(str(folder))
     assert len(images.fingerprint()) == 32
     with pytest.raises(UserError, match=r"c\.png"):
@@ -219,6 +219,6 @@ def test_an_empty_folder_and_one_without_images(tmp_path: Path) -> None:
 
 
 def test_paths_that_are_no_folders(tmp_path: Path) -> None:
-    assert "there is no folder" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal(tmp_path / "nowhere")
     (tmp_path / "a.zip").touch()
     assert "is a file" in refusal(tmp_path / "a.zip")

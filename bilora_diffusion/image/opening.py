@@ -1,0 +1,264 @@
+"""From what ``--dataset`` names to a set of images with captions.
+
+A folder of images alone or with a metadata file is read here; hub ids and every other layout by
+``datasets``, which keeps no copy of images that lie in a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import mini
+from ..errors import UserError
+from ..files import (
+    folder_or_id,
+    is_file,
+    is_folder,
+    is_text,
+    quoted,
+    read_rows,
+    reason,
+    require_column,
+)
+from .listing import METADATA, Listing, look
+from .sets import NO_CAPTIONS, ImageSet
+
+BUILT_IN = {"mini": mini.train_dir, "mini-heldout": mini.heldout_dir}
+BESIDE = "the .txt files beside them"
+TEXT = "text"
+"""The column of the captions that lie beside the images."""
+SPLIT = "train"
+MOST_BYTES = 500_000_000
+"""Of a metadata file."""
+
+
+def open_images(
+    dataset: str,
+    *,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    skip_bad_images: bool = False,
+) -> ImageSet:
+    """Open a set of images; each is looked at once here and read again when needed.
+
+    Args:
+        dataset: "mini" or "mini-heldout"; a local folder with images alone, with images and a
+            ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any layout that
+            ``datasets`` reads; or the id of a set on the hub. Their split "train" is taken.
+        image_column: where the images are; a folder's own images are in column "image".
+        caption_column: where their captions are; "none" to have none; None for those of the
+            ``.txt`` files beside the images of a folder without metadata.
+        config_name, cache_dir: as for ``datasets.load_dataset``.
+        skip_bad_images: leave unreadable images out and list them in ``skipped``.
+
+    Raises:
+        UserError: no such set, column, split or image; the message names it and the fix.
+    """
+    if caption_column == image_column:
+        raise UserError(
+            f'"{image_column}" can\'t be both --image_column and --caption_column: change one.'
+        )
+    folder = BUILT_IN[dataset]() if dataset in BUILT_IN else folder_or_id(dataset, "the set")
+    listing = None if folder is None else look(folder)
+    if listing and config_name is None and listing.is_plain:
+        require_column(image_column, ["image"], "--image_column", dataset)
+        read = _listed if listing.metadata else _alone
+        content = read(dataset, listing, caption_column)
+    else:
+        if listing and listing.is_unreadable:
+            raise UserError(
+                f'"{dataset}" holds no images that can be read, but'
+                f" {' and '.join(listing.unreadable())}: make them readable."
+            )
+        # Else datasets may take the captions beside images in subfolders for the data.
+        beside = bool(listing and config_name is None and listing.has_captions())
+        data = _load(dataset, listing, config_name, cache_dir, images_only=beside)
+        content = _of_datasets(dataset, listing, data, image_column, caption_column, beside)
+    return ImageSet(dataset, **content, skip_bad_images=skip_bad_images)
+
+
+Content = dict[str, Any]
+"""What an ``ImageSet`` is made of: rows, names, captions, columns, and what is said of it."""
+
+
+def _alone(label: str, listing: Listing, column: str | None) -> Content:
+    """Images without a metadata file, in the order of their names."""
+    files = listing.images
+    beside = column != NO_CAPTIONS and listing.has_captions()
+    names, columns = [path.name for path in files], ["image", TEXT] if beside else ["image"]
+    for name in names:
+        if not is_text(name):
+            raise UserError(
+                f"the name {quoted(name)} of an image in {label} is no text: rename it."
+            )
+    column = TEXT if beside and column is None else column
+    return {
+        "rows": [{"path": str(path)} for path in files],
+        "names": names,
+        "captions": _captions(label, names, columns, column, lambda _: listing.captions(files)),
+        "columns": columns,
+        "left_out": listing.left_out(files, captioned=beside),
+        "caption_source": BESIDE if beside else None,
+    }
+
+
+def _listed(label: str, listing: Listing, column: str | None) -> Content:
+    """The images that a metadata file lists, in its order, with the captions in its columns."""
+    if len(listing.metadata) > 1:
+        raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
+    metadata = listing.metadata[0]
+    rows = read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)
+    if not rows:
+        raise UserError(f"{metadata} lists no image: add some.")
+    files = [_file(listing.folder, row, where) for where, row in rows]
+    extra = dict.fromkeys(key for _, row in rows for key in row)
+    columns = ["image", *(key for key in extra if key != "file_name")]
+    names = [str(row["file_name"]) for _, row in rows]
+    return {
+        "rows": [{"path": str(path)} for path in files],
+        "names": names,
+        "captions": _captions(
+            label, names, columns, column, lambda key: [row.get(key) for _, row in rows]
+        ),
+        "columns": columns,
+        "left_out": listing.left_out(files, captioned=False),
+    }
+
+
+def _file(folder: Path, row: dict[str, Any], where: str) -> Path:
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f'{where} has no "file_name": name the image that it describes.')
+    shown = quoted(name)
+    if "\0" in name or not is_text(name):
+        raise UserError(f"{where} names {shown}, which no file can be called: correct it.")
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle, or a name that is too long
+        inside = True
+    if not inside:
+        raise UserError(f"{where} names {shown} outside of its folder: move the image into it.")
+    if is_folder(path):
+        raise UserError(f"{where} names {shown}, which is a folder: name each of its images.")
+    if not is_file(path):
+        raise UserError(f"{where} names {shown}, which is not there: add the file or drop the row.")
+    return path
+
+
+def _of_datasets(
+    label: str,
+    listing: Listing | None,
+    data: Any,
+    image_column: str,
+    column: str | None,
+    beside: bool,
+) -> Content:
+    """The images of a split, which stay encoded until they are needed."""
+    import datasets
+
+    columns = data.column_names
+    require_column(image_column, columns, "--image_column", label)
+    if not isinstance(data.features[image_column], datasets.Image):
+        images = [c for c in columns if isinstance(data.features[c], datasets.Image)]
+        hint = f"set --image_column to {' or '.join(images)}" if images else "use another set"
+        raise UserError(f'column "{image_column}" of {label} holds no images: {hint}.')
+    if not len(data):
+        raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
+    encoded = data.select_columns(image_column)
+    rows = encoded.cast_column(image_column, datasets.Image(decode=False))[image_column]
+    names = [f"{label}[{i}]" for i in range(len(data))]
+    beside = beside and column is None
+    if listing is not None and beside:
+        # datasets made the paths absolute
+        root = listing.folder.resolve()
+        paths = [Path(row.get("path") or root) for row in rows]
+        inside = [p.relative_to(root) if p.is_relative_to(root) else p for p in paths]
+        captions = listing.captions([listing.folder / path for path in inside])
+    else:
+        captions = _captions(
+            label, names, columns, column, lambda key: list(data.select_columns(key)[key])
+        )
+    return {
+        "rows": rows,
+        "names": names,
+        "captions": captions,
+        "columns": columns,
+        "left_out": listing.unreadable() if listing else (),
+        "caption_source": BESIDE if beside else None,
+    }
+
+
+def _captions(
+    label: str,
+    names: Sequence[str],
+    columns: Sequence[str],
+    column: str | None,
+    values: Callable[[str], list[Any]],
+) -> list[str | None]:
+    """The texts of a column, one for each image; all None where no column is asked for."""
+    if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in columns):
+        return [None] * len(names)
+    require_column(column, columns, "--caption_column", label)
+    captions = values(column)
+    for value, name in zip(captions, names, strict=True):
+        if value is not None and not isinstance(value, str):
+            raise UserError(
+                f'the caption of {name} in {label}, column "{column}", is a {type(value).__name__}'
+                " and not text: set --caption_column to a column of texts."
+            )
+        if value and ("\0" in value or not is_text(value)):
+            raise UserError(
+                f"the caption of {name} in {label}, {quoted(value)}, holds a NUL or half a"
+                " character (a lone surrogate): write it anew, in UTF-8."
+            )
+    return captions
+
+
+def _load(
+    label: str,
+    listing: Listing | None,
+    config_name: str | None,
+    cache_dir: str | None,
+    *,
+    images_only: bool,
+) -> Any:
+    """The split of a folder, or of a set on the hub."""
+    import datasets
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
+
+    place = str(listing.folder) if listing else label
+    try:
+        if images_only:
+            splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache_dir)
+        else:
+            splits = datasets.load_dataset(place, config_name, cache_dir=cache_dir)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise UserError(
+            f'"{label}" holds no images and nothing else that can be read: put images into it.'
+        ) from error
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f'the hub has no dataset "{label}" that you may read: check its name, log in with'
+            " `hf auth login` if it is private or gated, or give a local folder."
+        ) from error
+    except (OSError, RuntimeError) as error:  # out of reach, offline, damaged, disk full
+        fix = "check its files" if listing else "check the connection"
+        raise UserError(
+            f'the dataset "{label}" could not be loaded ({reason(error)}): {fix}, or give another'
+            " folder."
+        ) from error
+    except (ValueError, TypeError, LookupError, DatasetsError) as error:
+        raise UserError(
+            f'datasets refuses "{label}" ({reason(error)}): check --dataset and'
+            " --dataset_config_name."
+        ) from error
+    if SPLIT not in splits:
+        known = ", ".join(map(str, splits))
+        raise UserError(f'{label} has no split "{SPLIT}", only {known}: give a set that has it.')
+    return splits[SPLIT]
