@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize_nf4
-from bilora_diffusion.config import combinations
+from bilora_diffusion.choices import (
+    AUXILIARY_UPDATES,
+    BALLS,
+    DIRECTIONS,
+    RHO_NORMS,
+    SCHEDULES,
+)
+from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
 from bilora_diffusion.train.gradients import collecting
 from tests.contract.models import CASES, ROWS
@@ -36,6 +44,16 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 """The same as the command line says them."""
 MAIN_KINDS = ("unet", "t5", "llm")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "option": tuple(SPECS),
+    "ball": BALLS,
+    "rho_norm": RHO_NORMS,
+    "rho_schedule": SCHEDULES,
+    "auxiliary_direction": DIRECTIONS,
+    "auxiliary_update": AUXILIARY_UPDATES,
+    "rescale_moments": (False, True),
+}
+"""Bi-LoRA's own options, of which any two are tried together."""
 
 
 def combos() -> list[tuple[str, str, str]]:
@@ -53,7 +71,40 @@ def combos() -> list[tuple[str, str, str]]:
 
 def allowed(name: str, option: str) -> bool:
     """Whether the table of combinations lets this pair through."""
-    return combinations.refused({"method": name, **FLAGS[option]}) is None
+    return refusals.refused({"method": name, **FLAGS[option]}) is None
+
+
+def pairwise(name: str) -> list[dict[str, Any]]:
+    """Settings in which every allowed pair of values of two options occurs at least once."""
+    left = {
+        frozenset((one, other))
+        for a, b in itertools.combinations(CHOICES, 2)
+        for one, other in itertools.product(
+            *([(key, value) for value in CHOICES[key]] for key in (a, b))
+        )
+    }
+    rows = [
+        row
+        for values in itertools.product(*CHOICES.values())
+        if _is_allowed(name, row := dict(zip(CHOICES, values, strict=True)))
+    ]
+    chosen = []
+    while gains := [(len(left & _pairs(row)), number) for number, row in enumerate(rows)]:
+        gain, best = max(gains)
+        if not gain:
+            return chosen
+        left -= _pairs(rows[best])
+        chosen.append(rows[best])
+    return chosen
+
+
+def _pairs(row: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+
+
+def _is_allowed(name: str, row: dict[str, Any]) -> bool:
+    own = {key: value for key, value in row.items() if key != "option"}
+    return refusals.refused({"method": name, **own, **FLAGS[row["option"]]}) is None
 
 
 class Run:

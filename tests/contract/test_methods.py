@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,29 +14,81 @@ from peft import PeftModel
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import INITIAL, PRIMARY
-from bilora_diffusion.config import combinations
+from bilora_diffusion.adapters.quantize import quantize_nf4
+from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import create, names
-from tests.contract.harness import FLAGS, MAIN_KINDS, SPECS, Run, Start, allowed, combos
+from tests.contract.harness import MAIN_KINDS, SPECS, Run, Start, allowed, combos, pairwise
 from tests.contract.models import CASES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-every = pytest.mark.parametrize(("name", "option", "kind"), combos())
-every_adapter = pytest.mark.parametrize(
-    ("name", "option", "kind"), [c for c in combos() if not create(c[0]).exports_weights]
-)
+ALL = combos()
+PAIRS = dict.fromkeys((name, option) for name, option, _ in ALL)
+FEW = {(*pair, MAIN_KINDS[number % len(MAIN_KINDS)]) for number, pair in enumerate(PAIRS)}
+"""Every method with every option of the adapters, on one kind of model each."""
 
 
-@pytest.fixture
-def start(name: str, option: str, kind: str) -> Start:
-    return lambda **settings: Run(name, option, kind, **settings)
+def cases(chosen: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+    """Every case is run; those that add a kind of model to an option already seen are slow."""
+    slow = [case[1] != "default" and case not in FEW for case in chosen]
+    marked = [
+        pytest.param(*case, marks=[pytest.mark.slow] * is_slow)
+        for case, is_slow in zip(chosen, slow, strict=True)
+    ]
+    return pytest.mark.parametrize(("name", "option", "kind"), marked)
 
 
-@every
-def test_three_steps_lower_the_loss_and_leave_the_base_alone(start: Start) -> None:
-    run = start().initialise()
+every = cases(ALL)
+every_adapter = cases([case for case in ALL if not create(case[0]).exports_weights])
+
+
+def life(start: Start, folder: Path, quantized: bool = False) -> None:
+    """Start as the base, learn, evaluate, export, resume: what every method promises."""
+    run = start()
+    exports_adapter = not run.method.exports_weights
+    if exports_adapter:
+        starts_as_the_model_came(run, quantized)
+    else:
+        run.initialise()
     initial, base = run.tensors(), run.base_weights()
-    losses = run.train()
+    clipping_sees_trained_parameters_only(run)
+    losses = run.train(2)
+    state = run.checkpoint()
+    assert all(isinstance(value, float) for value in run.method.metrics().values())
+    if exports_adapter:
+        exports_the_primary_for_the_base_as_it_came(run, start().original, folder, quantized)
+    losses += run.train(2)
     assert losses[-1] < losses[0]
+    learns_and_leaves_the_base_alone(run, initial, base)
+    resumed = start().resume(state)
+    assert resumed.train(2) == losses[2:]
+    final = run.tensors()
+    assert all(torch.equal(value, final[key]) for key, value in resumed.tensors().items())
+    if exports_adapter:
+        evaluates_the_primary_alone_and_leaves_no_trace(run, quantized)
+
+
+def starts_as_the_model_came(run: Run, quantized: bool) -> None:
+    with torch.no_grad(), run.method.evaluating():
+        before = run.case.output(run.model)
+    run.initialise()
+    with torch.no_grad(), run.method.evaluating():
+        torch.testing.assert_close(run.case.output(run.model), before, rtol=1e-4, atol=1e-5)
+        if not quantized:
+            expected = run.case.output(run.original)
+            torch.testing.assert_close(run.case.output(run.model), expected, rtol=1e-4, atol=1e-5)
+
+
+def clipping_sees_trained_parameters_only(run: Run) -> None:
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    clipped = {id(p) for p in run.method.clip_parameters()}
+    assert clipped
+    assert clipped <= trained
+    assert trained == {id(p) for p in run.model.parameters() if p.requires_grad}
+
+
+def learns_and_leaves_the_base_alone(
+    run: Run, initial: dict[str, torch.Tensor], base: dict[str, torch.Tensor]
+) -> None:
     final = run.tensors()
     assert initial.keys() == final.keys()
     trained = [key for key in final if f"/{INITIAL}/" not in key]
@@ -49,42 +102,20 @@ def test_three_steps_lower_the_loss_and_leave_the_base_alone(start: Start) -> No
         assert all(torch.equal(kept[key], base[key]) for key in base)
 
 
-@every_adapter
-def test_it_starts_as_the_model_came(start: Start, option: str) -> None:
-    run = start()
-    with torch.no_grad(), run.method.evaluating():
-        before = run.case.output(run.model)
-    run.initialise()
-    with torch.no_grad(), run.method.evaluating():
-        torch.testing.assert_close(run.case.output(run.model), before, rtol=1e-4, atol=1e-5)
-        if option != "nf4":
-            expected = run.case.output(run.original)
-            torch.testing.assert_close(run.case.output(run.model), expected, rtol=1e-4, atol=1e-5)
-
-
-@every_adapter
-def test_only_the_primary_is_exported_for_the_base_as_it_came(
-    start: Start, option: str, tmp_path: Path
+def exports_the_primary_for_the_base_as_it_came(
+    run: Run, fresh: torch.nn.Module, folder: Path, quantized: bool
 ) -> None:
-    run = start().initialise()
-    run.train(2)
-    adapters.save_pretrained(run.model, tmp_path)
-    fresh = start().original
-    if option == "nf4":
-        from bilora_diffusion.adapters.quantize import quantize_nf4
-
+    adapters.save_pretrained(run.model, folder)
+    if quantized:
         quantize_nf4(fresh, torch.float32, skip=())
-    loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).train()
+    loaded = PeftModel.from_pretrained(fresh, str(folder)).train()
     assert list(loaded.peft_config) == [PRIMARY]
     with torch.no_grad(), run.method.evaluating():
         ours, theirs = run.case.output(run.model), run.case.output(loaded)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-@every_adapter
-def test_evaluating_is_the_primary_alone_and_leaves_no_trace(start: Start, option: str) -> None:
-    run = start().initialise()
-    run.train(2)
+def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -> None:
     before = {n: p.requires_grad for n, p in run.model.named_parameters()}
     order = adapters.active(run.model)
     assert order == run.method.adapters
@@ -101,33 +132,36 @@ def test_evaluating_is_the_primary_alone_and_leaves_no_trace(start: Start, optio
         for adapter in run.method.adapters[1:]:
             adapters.delete(run.model, adapter)
         torch.testing.assert_close(run.case.output(run.model), primary, rtol=1e-4, atol=1e-5)
-        if option != "nf4":
+        if not quantized:
             merged = adapters.merge_primary(run.model)
             torch.testing.assert_close(run.case.output(merged), primary, rtol=1e-4, atol=1e-5)
 
 
 @every
-def test_it_resumes_exactly(start: Start) -> None:
-    whole = start().initialise()
-    losses = whole.train(4)
-    first = start().initialise()
-    assert first.train(2) == losses[:2]
-    second = start().resume(first.checkpoint())
-    assert second.train(2) == losses[2:]
-    final = whole.tensors()
-    assert all(torch.equal(value, final[key]) for key, value in second.tensors().items())
+def test_the_life_of_a_run(name: str, option: str, kind: str, tmp_path: Path) -> None:
+    life(lambda: Run(name, option, kind), tmp_path, option == "nf4")
+
+
+@pytest.mark.parametrize("options", pairwise("bilora"), ids=str)
+def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_path: Path) -> None:
+    own = {key: value for key, value in options.items() if key != "option"}
+    life(
+        lambda: Run("bilora", options["option"], "llm", options=own),
+        tmp_path,
+        options["option"] == "nf4",
+    )
 
 
 @every
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_the_cut_into_micro_batches_changes_nothing(start: Start, pieces: int) -> None:
+def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind: str) -> None:
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
-    whole = start(lr=0.1, optimizer="SGD").initialise()
-    cut = start(lr=0.1, optimizer="SGD", pieces=pieces).initialise()
-    torch.testing.assert_close(cut.train(), whole.train(), rtol=1e-5, atol=1e-6)
-    final = whole.tensors()
-    for key, value in cut.tensors().items():
-        torch.testing.assert_close(value, final[key], rtol=1e-4, atol=2e-5)
+    whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
+    losses, final = whole.train(), whole.tensors()
+    for pieces in (2, 4):
+        cut = Run(name, option, kind, lr=0.1, optimizer="SGD", pieces=pieces).initialise()
+        torch.testing.assert_close(cut.train(), losses, rtol=1e-5, atol=1e-6)
+        for key, value in cut.tensors().items():
+            torch.testing.assert_close(value, final[key], rtol=1e-4, atol=2e-5)
 
 
 @every_adapter
@@ -142,16 +176,9 @@ def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
         torch.testing.assert_close(final[key], value, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "kind"),
-    [
-        (name, option, kind)
-        for name, option, kind in combos()
-        if combinations.refused({"method": name, "mixed_precision": "fp16"}) is None
-    ],
-)
-def test_a_step_that_the_scaler_skips_changes_nothing(start: Start, name: str) -> None:
-    run = start(spoil=(1,)).initialise()
+@cases([c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})])
+def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, kind: str) -> None:
+    run = Run(name, option, kind, spoil=(1,)).initialise()
     run.train(1)
     before, state = run.tensors(), run.method.state_dict()
     run.train(1)
@@ -161,23 +188,6 @@ def test_a_step_that_the_scaler_skips_changes_nothing(start: Start, name: str) -
     after = run.tensors()
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(value, before[key]) for key, value in after.items())
-
-
-@every
-def test_clipping_sees_trained_parameters_only(start: Start) -> None:
-    run = start().initialise()
-    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-    clipped = {id(p) for p in run.method.clip_parameters()}
-    assert clipped
-    assert clipped <= trained
-    assert trained == {id(p) for p in run.model.parameters() if p.requires_grad}
-
-
-@every
-def test_metrics_are_numbers(start: Start) -> None:
-    run = start().initialise()
-    run.train(1)
-    assert all(isinstance(value, float) for value in run.method.metrics().values())
 
 
 @pytest.fixture(scope="session")
@@ -214,16 +224,7 @@ def test_two_processes_agree_with_one(name: str, kind: str, two_processes: Path)
             torch.testing.assert_close(both[key], value, rtol=1e-4, atol=2e-5)
 
 
-def test_what_is_refused_is_refused_with_a_reason() -> None:
-    for name in names():
-        for option in SPECS:
-            if not allowed(name, option):
-                found = combinations.refused({"method": name, **FLAGS[option]})
-                assert found is not None
-                assert found.reason
-
-
 def test_every_kind_of_model_is_covered() -> None:
-    covered = {(option, kind) for _, option, kind in combos()}
+    covered = {(option, kind) for _, option, kind in ALL}
     assert {(option, kind) for option in SPECS for kind in MAIN_KINDS} <= covered
     assert {kind for _, kind in covered} == set(CASES)
