@@ -14,7 +14,7 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.text.files import open_file
+from bilora_diffusion.text.examples import open_file
 
 COLUMNS = ("file_name", "text", "instruction", "input", "output", "messages", "role", "content")
 KEYS = st.sampled_from(COLUMNS) | st.text(max_size=3)

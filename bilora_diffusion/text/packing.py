@@ -1,6 +1,6 @@
 """Several short examples in one row, for causal models: less padding, the same losses.
 
-Every example keeps its own positions and sees nothing of its neighbours (``collate.block_mask``);
+Every example keeps its own positions and sees nothing of its neighbours (``module.block_mask``);
 the first token of each has no loss, because nothing of its own precedes it. So the loss of every
 token is what it is in a row of its own.
 """
@@ -8,18 +8,20 @@ token is what it is in a row of its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import datasets
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..errors import UserError
-from ..seeds import digest_texts
-from .collate import collate
-from .encode import Encoded
+from ..train.task import inference
+from .encode import MODEL_COLUMNS, Encoded
+from .module import collate
 from .tokenizing import IGNORED
 
+SUMMED = ("length", "target_tokens", "truncated")
 ATTENTION = ("sdpa", "eager")
 """Attention that takes a mask of four dimensions as it is."""
 
@@ -35,8 +37,6 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
         UserError: an example is longer than a row.
         ValueError: the set is not for a causal model, or packed already.
     """
-    import datasets
-
     if encoded.kind != "causal" or "segment_ids" in encoded.columns:
         raise ValueError("only single examples for a causal model can be packed")
     longest = max(range(len(encoded)), key=encoded.lengths.__getitem__)
@@ -45,20 +45,30 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
             f"{encoded.name(longest)} has {encoded.lengths[longest]} tokens, more than the"
             f" {max_length} of a packed row: tokenize with --max_length {max_length}."
         )
-    rows = best_fit(encoded.lengths, max_length)
-    fingerprint = digest_texts(["packed", str(max_length), encoded.fingerprint()])
-    columns = {name: [] for name in ("sources", "length", "target_tokens", "truncated")}
-    tokens = {name: [] for name in ("input_ids", "labels", "position_ids", "segment_ids")}
-    for packed in _packed(encoded, rows):
-        for name, values in (columns | tokens).items():
-            values.append(packed[name])
+    rows = []
+    for members in best_fit(encoded.lengths, max_length):
+        parts = [encoded.data[i] for i in members]
+        sums = {name: sum(part[name] for part in parts) for name in SUMMED}
+        sources = [source for part in parts for source in part["sources"]]
+        rows.append({**joined(parts), **sums, "sources": sources})
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
-    features = dict.fromkeys(tokens, ids) | dict.fromkeys(columns, number)
-    data = datasets.Dataset.from_dict(
-        columns | tokens, features=datasets.Features(features | {"sources": datasets.List(number)})
-    )
-    data._fingerprint = fingerprint
-    return Encoded(data, encoded.kind, encoded.label, encoded.examples)
+    features = {
+        name: ids if name in MODEL_COLUMNS else number if name in SUMMED else datasets.List(number)
+        for name in rows[0]
+    }
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    return Encoded(data, encoded.kind, encoded.examples)
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """The tokens of several examples as one row."""
+    lengths = [len(part["input_ids"]) for part in parts]
+    return {
+        "input_ids": [token for part in parts for token in part["input_ids"]],
+        "labels": [label for part in parts for label in [IGNORED, *part["labels"][1:]]],
+        "position_ids": [place for length in lengths for place in range(length)],
+        "segment_ids": [n for n, length in enumerate(lengths) for _ in range(length)],
+    }
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -85,23 +95,6 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
         by_room.setdefault(room - length, []).append(row)
         open_rooms |= 1 << (room - length)
     return rows
-
-
-def _packed(encoded: Encoded, rows: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
-    for members in rows:
-        parts = [encoded.data[i] for i in members]
-        labels = [[IGNORED, *part["labels"][1:]] for part in parts]
-        lengths = [part["length"] for part in parts]
-        yield {
-            "input_ids": [token for part in parts for token in part["input_ids"]],
-            "labels": [label for row in labels for label in row],
-            "position_ids": [place for length in lengths for place in range(length)],
-            "segment_ids": [n for n, length in enumerate(lengths) for _ in range(length)],
-            "sources": [source for part in parts for source in part["sources"]],
-            "length": sum(lengths),
-            "target_tokens": sum(part["target_tokens"] for part in parts),
-            "truncated": sum(part["truncated"] for part in parts),
-        }
 
 
 def require_packable(model: Any, max_length: int) -> None:
@@ -153,31 +146,21 @@ def _unsuitable(config: Any, why: str) -> UserError:
     )
 
 
-def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _probe(model: Any) -> list[Tensor]:
     """Logits of three tokens: alone, and behind two neighbours that differ in their tokens."""
     most = model.config.get_text_config().vocab_size - 1
-    asked = [min(token, most) for token in (5, 3, 4)]
-    neighbours = [[], [min(token, most) for token in (2, 6, 7, 8)], [1, 0, 1, 0]]
-    device, training = next(model.parameters()).device, model.training
-    found = []
-    model.eval()
-    try:
-        for neighbour in neighbours:
-            lengths = [len(part) for part in (neighbour, asked) if part]
-            row = {
-                "input_ids": neighbour + asked,
-                "labels": neighbour + asked,
-                "position_ids": [place for length in lengths for place in range(length)],
-                "segment_ids": [n for n, length in enumerate(lengths) for _ in range(length)],
-            }
+    asked = [5, 3, 4]
+    logits = []
+    with inference(model):
+        for neighbours in ([], [[2, 6, 7, 8]], [[1, 0, 1, 0]]):
+            tokens = [[min(token, most) for token in part] for part in (*neighbours, asked)]
+            row = joined([{"input_ids": part, "labels": part} for part in tokens])
             batch = collate([row], "causal", 0)
+            del batch["labels"]
             batch["attention_mask"] = batch["attention_mask"].to(model.dtype)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-            with torch.no_grad():
-                found.append(model(**inputs).logits[0, -len(asked) :].float())
-    finally:
-        model.train(training)
-    return found[0], found[1], found[2]
+            given = send_to_device(batch, next(model.parameters()).device)
+            logits.append(model(**given).logits[0, -len(asked) :].float())
+    return logits
 
 
 def _windows(config: Any) -> list[int]:
@@ -185,5 +168,5 @@ def _windows(config: Any) -> list[int]:
     if getattr(config, "use_sliding_window", True) is False:
         return []
     names = ("sliding_window", "attention_chunk_size", "window_size")
-    found = [getattr(config, name, None) for name in names]
-    return [value for value in found if isinstance(value, int)]
+    values = [getattr(config, name, None) for name in names]
+    return [value for value in values if isinstance(value, int)]

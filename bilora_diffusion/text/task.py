@@ -4,91 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ..adapters import AdapterSpec
 from ..methods import Target
 from ..seeds import digest, digest_texts
 from ..train.order import LengthGroupedOrder, SampleOrder
-from ..train.task import MicroBatch, precision
-from .collate import collate
-from .encode import Encoded
+from ..train.task import MicroBatch
 from .evaluation import Evaluation
 from .models import TextModel
-from .tokenizing import IGNORED
+from .module import TextModule, collate
+from .rows import TextData
 
 NAME = "model"
-
-
-class TextModule(nn.Module):
-    """The trained model and its loss.
-
-    ``forward`` takes a micro-batch's inputs: what ``collate`` gives, and ``weights`` (slots,). It
-    returns one loss per slot, the sum over its target tokens times its weight, in float32. With
-    weight (slots of the step) / (target tokens of the step), the mean over all slots of a step is
-    the mean over all its tokens, as in Transformers' Trainer, however the step is cut and shared.
-    """
-
-    def __init__(self, model: nn.Module, kind: str) -> None:
-        super().__init__()
-        self.model, self.kind = model, kind
-
-    def forward(self, inputs: dict[str, Any]) -> Tensor:
-        """One weighted loss per slot, (slots,)."""
-        return self.losses(self.logits(inputs), inputs["labels"]) * inputs["weights"]
-
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses of each row's target tokens, (slots,), in float32."""
-        if self.kind == "classification":
-            return F.cross_entropy(logits.float(), labels, reduction="none")
-        if self.kind == "causal":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        wanted = labels != IGNORED
-        # Only where there is a loss: a vocabulary in fp32 for every padded token takes gigabytes.
-        losses = F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
-        rows = wanted.nonzero()[:, 0]
-        return losses.new_zeros(len(labels)).index_add(0, rows, losses)
-
-    def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """(slots, tokens, vocabulary), or (slots, classes) of a classifier."""
-        model: Any = self.model
-        given = {k: v for k, v in inputs.items() if k not in ("labels", "weights")}
-        if given["attention_mask"].is_floating_point():  # of packed rows; added to the scores
-            given["attention_mask"] = given["attention_mask"].to(precision(self.model))
-        if self.kind == "seq2seq":
-            labels = inputs["labels"]
-            given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        if self.kind != "classification":
-            given["use_cache"] = False
-            return model(**given).logits
-        kept = precision(self.model)  # its head is in fp32, whatever the layers before it are in
-        with torch.autocast(given["input_ids"].device.type, kept, enabled=kept != torch.float32):
-            return model(**given).logits
-
-
-@dataclass(frozen=True)
-class TextData:
-    """What is learned from, and what is held out.
-
-    Args:
-        train: tokenized training rows.
-        validation: held-out rows, or None.
-        metrics: names for ``data.text.metrics.score``.
-        label_words: the answers that there are; empty for free text.
-        answer_marker: what stands before the answer proper, such as "####".
-    """
-
-    train: Encoded
-    validation: Encoded | None = None
-    metrics: tuple[str, ...] = ()
-    label_words: tuple[str, ...] = ()
-    answer_marker: str | None = None
 
 
 class TextTask:

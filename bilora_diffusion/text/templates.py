@@ -62,62 +62,63 @@ def settle_template(template: str, tokenizer: Any) -> str:
     return ("chat" if has_chat else "alpaca") if template == "auto" else template
 
 
-def render(example: Example, tokenizer: Any, template: str, where: str) -> Rendered:
+def render(example: Example, tokenizer: Any, template: str) -> Rendered:
     """A row as text, under a settled template.
-
-    Args:
-        where: what to call the row in messages.
 
     Raises:
         UserError: a conversation that the template can't show.
     """
     if template == "chat":
-        return _render_chat(example, tokenizer, where)
-    return Rendered(context_text(example, tokenizer, template, where), example.answer)
+        return _render_chat(example, tokenizer)
+    return Rendered(context_text(example, tokenizer, template), example.answer)
 
 
-def context_text(example: Example, tokenizer: Any, template: str, where: str = "the row") -> str:
+def context_text(example: Example, tokenizer: Any, template: str) -> str:
     """Everything before the last answer: what the model is given before it generates.
 
     Raises:
         UserError: a conversation that the template can't show.
     """
     if template == "chat":
-        return _chat(example.messages()[:-1], tokenizer, where, prompting=True)
+        return _chat(example.messages()[:-1], tokenizer, example.where, prompting=True)
     if template == "alpaca" and not example.turns and example.input.strip():
         return ALPACA_INPUT.format(instruction=example.prompt, input=example.input)
-    prompt = _single_prompt(example, where)
+    prompt = _single_prompt(example)
     if template == "alpaca":
         return ALPACA.format(instruction=prompt)
     return f"{prompt}\n" if prompt else ""
 
 
-def _single_prompt(example: Example, where: str) -> str:
+def _single_prompt(example: Example) -> str:
     if not example.turns:
         return example.question
     roles = [message["role"] for message in example.messages()]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise UserError(
-            f"{where} is a conversation of several turns ({', '.join(roles[:6])}), which only"
-            " --template chat can show: give it, with a tokenizer that has a chat template."
+            f"{example.where} is a conversation of several turns ({', '.join(roles[:6])}), which"
+            " only --template chat can show: give it, with a tokenizer that has a chat template."
         )
     return "\n\n".join(message["content"] for message in example.messages()[:-1])
 
 
-def _render_chat(example: Example, tokenizer: Any, where: str) -> Rendered:
-    messages = example.messages()
-    whole = _chat(messages, tokenizer, where)
-    context = _chat(messages[:-1], tokenizer, where, prompting=True)
-    _require_prefix(context, whole, where)
-    end = _turn_end(whole, len(context), messages[-1]["content"], tokenizer, where)
+def _render_chat(example: Example, tokenizer: Any) -> Rendered:
+    messages, where = example.messages(), example.where
+    text = whole = _chat(messages, tokenizer, where)
     spans = []
-    for number, message in enumerate(messages[:-1]):
-        if message["role"] == "assistant":
+    for number in reversed(range(len(messages))):
+        if messages[number]["role"] == "assistant":
             before = _chat(messages[:number], tokenizer, where, prompting=True)
-            _require_prefix(before, context, where)
-            start = len(before)
-            spans.append((start, _turn_end(context, start, message["content"], tokenizer, where)))
-    return Rendered(context, whole[len(context) : end], tuple(spans))
+            if not text.startswith(before):
+                raise UserError(
+                    f"the tokenizer's chat template writes the turns of {where} in another way once"
+                    " an answer follows, so training would not match generation: give --template"
+                    " alpaca, or another chat template."
+                )
+            end = _turn_end(text, len(before), messages[number]["content"], tokenizer, where)
+            spans.append((len(before), end))
+            text = before
+    (start, end), *earlier = spans
+    return Rendered(whole[:start], whole[start:end], tuple(earlier))
 
 
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
@@ -134,15 +135,6 @@ def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = 
         ) from error
 
 
-def _require_prefix(prefix: str, text: str, where: str) -> None:
-    if not text.startswith(prefix):
-        raise UserError(
-            f"the tokenizer's chat template writes the turns of {where} in another way once an"
-            " answer follows, so training would not match generation: give --template alpaca, or"
-            " another chat template."
-        )
-
-
 def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -> int:
     """Where an answer that starts at ``start`` ends, the mark that ends its turn included.
 
@@ -151,16 +143,15 @@ def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -
     the template, no model ever writes them.
     """
     bare = content.strip()
-    found = text.find(bare, start)
-    if found < 0:
+    place = text.find(bare, start)
+    if place < 0:
         raise UserError(
             f"the tokenizer's chat template changes an answer of {where}, so its tokens can't be"
             " found: give --template alpaca, or another chat template."
         )
-    end = found + len(bare)
-    rest = text[end:]
+    end = place + len(bare)
+    rest = text[end:].lstrip()
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     marks |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-    bare_rest = rest.lstrip()
-    mark = max((m for m in marks if m and bare_rest.startswith(m)), key=len, default=None)
-    return end if mark is None else end + len(rest) - len(bare_rest) + len(mark)
+    mark = max((m for m in marks if m and rest.startswith(m)), key=len, default=None)
+    return end if mark is None else len(text) - len(rest) + len(mark)

@@ -1,4 +1,4 @@
-"""Texts to token numbers, for each kind of model; what ``encode`` runs over batches of rows."""
+"""Texts to token numbers, for each kind of model; ``encode`` runs it over batches of rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,24 @@ IGNORED = -100
 
 
 class Row(NamedTuple):
-    """A tokenized example; ``labels`` is one class number for a classifier."""
+    """A tokenized example.
+
+    Attributes:
+        labels: one per token, ``IGNORED`` where there is no loss; a classifier's class number.
+        target_tokens: how many have a loss; a causal model has none for the first token, which
+            nothing precedes.
+    """
 
     input_ids: list[int]
     labels: list[int] | int
+    target_tokens: int
     truncated: bool
     token_type_ids: list[int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Of input or labels, whichever is longer."""
+        return max(len(self.input_ids), len(self.labels) if isinstance(self.labels, list) else 1)
 
 
 def seq2seq_rows(
@@ -38,24 +50,22 @@ def seq2seq_rows(
         short = _keep_end(ids, max_length, special)
         short_target = _keep_end(target, max_target_length, special)
         cut = len(short) < len(ids) or len(short_target) < len(target)
-        rows.append(Row(short, short_target, cut))
+        rows.append(Row(short, short_target, len(short_target), cut))
     return rows
 
 
-def classification_rows(
-    examples: Sequence[Example], names: Sequence[str], tokenizer: Any, max_length: int
-) -> list[Row]:
+def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Row]:
     """One or two sentences; of two, the longer is cut, token by token, as Transformers does.
 
     Raises:
         UserError: an example without a class number.
     """
     rows = []
-    for example, name in zip(examples, names, strict=True):
+    for example in examples:
         if example.label is None:
             raise UserError(
-                f"{name} has no label, which a classifier learns: give a task or a column that has"
-                " labels, or --task_type causal or seq2seq."
+                f"{example.where} has no label, which a classifier learns: give a task or a column"
+                " that has labels, or --task_type causal or seq2seq."
             )
         pair = () if example.pair is None else (example.pair,)
         whole = tokenizer(example.question, *pair, verbose=False)
@@ -63,18 +73,15 @@ def classification_rows(
         if cut:
             whole = tokenizer(example.question, *pair, truncation=True, max_length=max_length)
         kinds = whole.get("token_type_ids")
-        rows.append(Row(whole["input_ids"], example.label, cut, kinds))
+        rows.append(Row(whole["input_ids"], example.label, 1, cut, kinds))
     return rows
 
 
 def causal_rows(
-    examples: Sequence[Example],
-    names: Sequence[str],
-    tokenizer: Any,
-    template: str,
-    max_length: int,
+    examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
 ) -> list[Row]:
-    """Context and answer; every answer's tokens have a loss, and so has the EOS after the last.
+    """Context and answer, under a settled template; every answer's tokens have a loss, and so has
+    the EOS after the last.
 
     Where a row is too long, its context is cut from the left (a BOS stays), so that the answer and
     what was said last remain. Only an answer that leaves less than a quarter of the row for the
@@ -83,16 +90,15 @@ def causal_rows(
     Raises:
         UserError: a row that the template can't show, or a tokenizer without EOS.
     """
-    template = settle_template(template, tokenizer)
-    texts = [render(e, tokenizer, template, n) for e, n in zip(examples, names, strict=True)]
-    contexts = context_rows([text.context for text in texts], tokenizer, template)
-    labels = _context_labels(texts, contexts, tokenizer, names)
-    answers = _ids(tokenizer, [text.answer for text in texts], special=False)
     eos = require_eos(tokenizer)
+    texts = [render(example, tokenizer, template) for example in examples]
+    contexts = context_rows([text.context for text in texts], tokenizer, template)
+    answers = _ids(tokenizer, [text.answer for text in texts], special=False)
     rows = []
-    for context, label, answer in zip(contexts, labels, answers, strict=True):
+    for example, text, context, answer in zip(examples, texts, contexts, answers, strict=True):
+        labels = _context_labels(example, text, context, tokenizer)
         ended = answer if answer and answer[-1] == eos else [*answer, eos]
-        rows.append(_fit(context, label, ended, max_length, tokenizer.bos_token_id))
+        rows.append(_fit(context, labels, ended, max_length, tokenizer.bos_token_id))
     return rows
 
 
@@ -168,27 +174,23 @@ def _ids(
 
 
 def _context_labels(
-    texts: Sequence[Rendered],
-    contexts: Sequence[list[int]],
-    tokenizer: Any,
-    names: Sequence[str],
-) -> list[list[int]]:
-    labels = [[IGNORED] * len(context) for context in contexts]
-    for i, text in enumerate(texts):
-        if not text.spans:
-            continue
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"{names[i]} has several turns, and only a fast tokenizer tells which tokens are"
-                " the assistant's: give one by --tokenizer_name, or keep one turn a row."
-            )
-        offsets = tokenizer(
-            text.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"]
-        for place, (first, last) in enumerate(offsets):
-            if any(start <= first < last <= end for start, end in text.spans):
-                labels[i][place] = contexts[i][place]
-    return labels
+    example: Example, text: Rendered, context: list[int], tokenizer: Any
+) -> list[int]:
+    """The tokens of earlier answers, and ``IGNORED`` elsewhere."""
+    if not text.spans:
+        return [IGNORED] * len(context)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{example.where} has several turns, and only a fast tokenizer tells which tokens are"
+            " the assistant's: give one by --tokenizer_name, or keep one turn a row."
+        )
+    offsets = tokenizer(
+        text.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )["offset_mapping"]
+    return [
+        token if any(start <= a < b <= end for start, end in text.spans) else IGNORED
+        for token, (a, b) in zip(context, offsets, strict=True)
+    ]
 
 
 def _fit(
@@ -196,22 +198,20 @@ def _fit(
 ) -> Row:
     cut = len(context) + len(answer) > max_length
     if cut:
-        least = min(len(context), max_length // 4)
-        room = max(max_length - len(answer), least)
-        starts_with_bos = bos is not None and context[:1] == [bos]
-        context, labels = (
-            _keep_last(context, room, bos),
-            _keep_last(labels, room, IGNORED if starts_with_bos else None),
-        )
+        room = max(max_length - len(answer), min(len(context), max_length // 4))
+        pairs = _keep_last(list(zip(context, labels, strict=True)), room, (bos, IGNORED))
+        context, labels = [token for token, _ in pairs], [label for _, label in pairs]
         answer = answer[: max_length - len(context)]
-    return Row(context + answer, labels + answer, cut)
+    labels = labels + answer
+    targets = sum(label != IGNORED for label in labels[1:])
+    return Row(context + answer, labels, targets, cut)
 
 
-def _keep_last(values: list[int], size: int, first: int | None) -> list[int]:
+def _keep_last(values: list[Any], size: int, first: Any) -> list[Any]:
     """The last ``size`` values; the first one stays in front if it is ``first`` (a BOS)."""
     if len(values) <= size:
         return values
-    if first is not None and size > 1 and values[0] == first:
+    if size > 1 and values[0] == first:
         return [first, *values[len(values) - size + 1 :]]
     return values[len(values) - size :]
 

@@ -21,7 +21,7 @@ from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.methods import create
 from bilora_diffusion.run import runlog
 from bilora_diffusion.seeds import seed_of
-from bilora_diffusion.text.collate import collate
+from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.script import build_task
 from bilora_diffusion.train.loop import fit
 from bilora_diffusion.train.order import SampleOrder

@@ -46,7 +46,7 @@ CASES: list[Case] = [
         "unknown label",
         BERT,
         {"validation_file": "{tmp}/other.jsonl"},
-        ('"neutral"', "row 2 of other.jsonl", "negative, positive"),
+        ('"neutral"', "line 2 of other.jsonl", "negative, positive"),
     ),
     ("one label", BERT, {"train_file": "{tmp}/one.jsonl"}, ('only the label "positive"', "two")),
     # lengths
@@ -215,7 +215,7 @@ def test_a_nonfinite_loss_names_the_rows(
         max_train_steps=6,
     )
     sentence = refused(argv, capsys)
-    assert "is not finite for row " in sentence
+    assert "is not finite for line " in sentence
     assert " of causal.jsonl" in sentence
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 

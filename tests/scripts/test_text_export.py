@@ -20,7 +20,7 @@ from transformers import (
 
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text import script as train_text
-from bilora_diffusion.text.collate import collate
+from bilora_diffusion.text.module import collate
 from bilora_diffusion.train import running
 from bilora_diffusion.train.task import inference
 from bilora_diffusion.train.trainer import Trainer
@@ -87,7 +87,7 @@ def trained(folder: Path, given: Given) -> tuple[Any, torch.Tensor, torch.Tensor
 def test_peft_gives_the_trained_models_logits(tmp_path: Path, kind: str, values: Given) -> None:
     given = material(tmp_path, kind, **values)
     task, primary, both = trained(tmp_path / "run", given)
-    labels = task.data.label_words or None
+    labels = task.data.rows.label_words or None
     loaded = loaded_run(given["model_name_or_path"], tmp_path / "run", labels=labels)
     module = type(task.module)(loaded.model, kind)
     found = logits_of(module, task)
@@ -125,7 +125,7 @@ def test_the_head_of_a_classifier_is_trained(tmp_path: Path) -> None:
     task, _, _ = trained(tmp_path / "run", given)
     from bilora_diffusion.text.models import load_text_model
 
-    before = load_text_model(str(base), labels=task.data.label_words).model.classifier.weight
+    before = load_text_model(str(base), labels=task.data.rows.label_words).model.classifier.weight
     after = exported(tmp_path / "run")["base_model.model.classifier.weight"]
     assert (before - after).abs().max() > 1e-3
 

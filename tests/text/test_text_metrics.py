@@ -11,32 +11,25 @@ from bilora_diffusion.text.metrics import answer_after, score
 
 
 def test_accuracy_and_exact_match_ignore_white_space_around() -> None:
-    found = score(("accuracy", "exact_match"), [" yes\n", "no", "maybe"], ["yes", "no ", "no"])
-    assert found == pytest.approx({"accuracy": 2 / 3, "exact_match": 2 / 3})
+    figures = score(("accuracy", "exact_match"), [" yes\n", "no", "maybe"], ["yes", "no ", "no"])
+    assert figures == pytest.approx({"accuracy": 2 / 3, "exact_match": 2 / 3})
 
 
 def test_matthews_correlation_from_its_counts() -> None:
-    wanted = ["acceptable"] * 6 + ["unacceptable"] * 4
+    right = ["acceptable"] * 6 + ["unacceptable"] * 4
     given = ["acceptable"] * 5 + ["unacceptable"] * 4 + ["acceptable"]
     tp, fn, tn, fp = 5, 1, 3, 1
     by_hand = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    found = score(["matthews_correlation"], given, wanted, ("unacceptable", "acceptable"))
-    assert found["matthews_correlation"] == pytest.approx(by_hand)
-    assert score(["matthews_correlation"], ["acceptable"] * 10, wanted) == {
-        "matthews_correlation": 0.0
-    }
+    figures = score(["matthews_correlation"], given, right, ("unacceptable", "acceptable"))
+    assert figures["matthews_correlation"] == pytest.approx(by_hand)
+    assert score(["matthews_correlation"], right[:1] * 10, right) == {"matthews_correlation": 0.0}
 
 
-def test_f1_is_that_of_the_last_of_two_classes() -> None:
-    labels = ("not_equivalent", "equivalent")
-    given = ["equivalent", "equivalent", "not_equivalent", "what?"]
-    wanted = ["equivalent", "not_equivalent", "equivalent", "equivalent"]
-    assert score(["f1"], given, wanted, labels)["f1"] == pytest.approx(2 * 1 / (2 + 1 + 2))
-
-
-def test_f1_of_more_classes_is_their_mean() -> None:
-    found = score(["f1"], ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"))
-    assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more() -> None:
+    given, right = ["b", "b", "a", "what?"], ["b", "a", "b", "b"]
+    assert score(["f1"], given, right, ("a", "b"))["f1"] == pytest.approx(2 * 1 / (2 + 1 + 2))
+    figures = score(["f1"], ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"))
+    assert figures["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +59,10 @@ def test_the_answer_after_a_marker(text: str, answer: str | None) -> None:
 
 def test_answer_match() -> None:
     given = ["I think\n#### 72.0", "72", "#### 71"]
-    assert score(["answer_match"], given, ["#### 72"] * 3, answer_marker="####") == {
-        "answer_match": pytest.approx(1 / 3)
-    }
-    spoken = score(
-        ["answer_match"], ["The answer is: 5"], ["x\nThe answer is: 5.0"], (), "The answer is: "
-    )
+    figures = score(["answer_match"], given, ["#### 72"] * 3, answer_marker="####")
+    assert figures == {"answer_match": pytest.approx(1 / 3)}
+    marker = "The answer is: "
+    spoken = score(["answer_match"], [marker + "5"], ["x\n" + marker + "5.0"], (), marker)
     assert spoken == {"answer_match": 1.0}
 
 
@@ -85,6 +76,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(UserError, match=r'pip install "bilora-diffusion\[text\]"'):
-        score(["accuracy"], ["a"], ["a"])
+        score(["f1"], ["a"], ["a"])
     assert score(["exact_match"], ["a"], ["a"]) == {"exact_match": 1.0}
     assert score([], ["a"], ["a"]) == {}

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.collate import block_mask, collate
-from bilora_diffusion.text.encode import Encoded, encode
+from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.examples import Example, from_turns
+from bilora_diffusion.text.module import block_mask, collate
 from bilora_diffusion.text.packing import best_fit, pack, require_packable
+from tests.text.text_builders import encoded
 from tests.text.text_tokenizers import chat_tokenizer
 
 TALK = from_turns(
@@ -37,7 +38,7 @@ TALK = from_turns(
 )
 EXAMPLES = [
     Example("what is the colour of this apple", "it is red and that one green"),
-    Example("say hello", "hello there"),
+    Example("say hello", "hello there", where="row 2"),
     TALK,
     Example("one", "two"),
     Example("three four", "five"),
@@ -46,8 +47,8 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attenti
 ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def rows(max_length: int = 64) -> Encoded:
-    return encode(EXAMPLES, chat_tokenizer(), "causal", name="set", max_length=max_length)
+def rows() -> Encoded:
+    return encoded(EXAMPLES, chat_tokenizer(), max_length=64)
 
 
 def model(kind: str, attention: str = "sdpa") -> Any:
@@ -91,7 +92,7 @@ def test_each_tokens_loss_is_the_same_as_alone(kind: str, attention: str) -> Non
     widths = {len(packed.row(i)["input_ids"]) for i in range(len(packed))}
     assert len(widths) > 1  # so one of them is padded
     together = token_losses(network, batch)
-    order = [source for i in range(len(packed)) for source in packed.data[i]["sources"]]
+    order = [source for sources in packed.sources for source in sources]
     expected = [loss for source in order for loss in alone[source]]
     assert together == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1  # losses that could not differ prove nothing
@@ -111,27 +112,23 @@ def test_half_precision_keeps_the_borders(attention: str) -> None:
 def test_a_packed_row_says_what_is_in_it() -> None:
     single = rows()
     packed = pack(single, 100)
-    row = packed.row(0)
+    row, members = packed.row(0), packed.sources[0]
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
     assert [row["labels"][start] for start in starts] == [-100] * len(starts)
     assert row["segment_ids"] == sorted(row["segment_ids"])
-    members = packed.data[0]["sources"]
     assert row["input_ids"] == [t for m in members for t in single.row(m)["input_ids"]]
-    assert packed.name(0) == "rows " + ", ".join(str(m + 1) for m in members) + " of set"
+    assert packed.name(0) == " and ".join(single.name(member) for member in members)
     assert sum(packed.lengths) == sum(single.lengths)
     assert sum(packed.target_tokens) == sum(single.target_tokens)
     labels = [label for i in range(len(packed)) for label in packed.row(i)["labels"]]
     assert sum(label != -100 for label in labels) == sum(packed.target_tokens)
-    with pytest.raises(ValueError, match="not one example"):
-        packed.example(0)
-    assert packed.fingerprint() == pack(single, 100).fingerprint() != single.fingerprint()
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_each_example_is_packed_once_and_no_row_is_too_long(lengths: list[int]) -> None:
-    found = best_fit(lengths, 20)
-    assert sorted(example for row in found for example in row) == list(range(len(lengths)))
-    sizes = [sum(lengths[example] for example in row) for row in found]
+    packed = best_fit(lengths, 20)
+    assert sorted(example for row in packed for example in row) == list(range(len(lengths)))
+    sizes = [sum(lengths[example] for example in row) for row in packed]
     assert all(0 < size <= 20 for size in sizes)
     # Two rows that fit into one are never left apart, so at most one is not more than half full.
     assert sum(size <= 10 for size in sizes) <= 1
@@ -139,6 +136,8 @@ def test_each_example_is_packed_once_and_no_row_is_too_long(lengths: list[int]) 
 
 def test_examples_go_where_they_leave_the_least_room() -> None:
     assert best_fit([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
+    with pytest.raises(UserError, match=r"row 2 has \d+ tokens, more than the 5"):
+        pack(encoded(EXAMPLES[1:2], chat_tokenizer()), 5)
 
 
 def test_the_mask_lets_a_token_see_its_own_example_up_to_itself() -> None:
@@ -148,22 +147,9 @@ def test_the_mask_lets_a_token_see_its_own_example_up_to_itself() -> None:
     assert mask.shape == (1, 1, 5, 5)
 
 
-def test_a_row_that_is_too_long_is_refused() -> None:
-    with pytest.raises(UserError, match=r"row 3 of set has \d+ tokens, more than the 20"):
-        pack(rows(), 20)
-
-
-def test_only_single_causal_rows_are_packed() -> None:
-    with pytest.raises(ValueError, match="only single examples"):
-        pack(pack(rows(), 100), 100)
-
-
-def test_models_that_keep_examples_apart_pass() -> None:
+def test_models_that_mix_examples_are_refused() -> None:
     for kind in ("llama", "gpt2", "mistral"):
         require_packable(model(kind), 32)
-
-
-def test_models_that_mix_examples_are_refused() -> None:
     small: dict[str, Any] = {"vocab_size": 50, **SIZES}
     jamba = JambaForCausalLM(
         JambaConfig(

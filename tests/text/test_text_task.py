@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 
 from bilora_diffusion.config import parse_text
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.collate import collate
+from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.models import load_text_model
+from bilora_diffusion.text.module import TextModule, collate
 from bilora_diffusion.text.rows import encode_rows, open_rows
-from bilora_diffusion.text.task import TextModule, TextTask
+from bilora_diffusion.text.task import TextTask
 from tests.text.text_builders import KINDS, SAVERS, rows_for, save_gpt2, text_flags, write_rows
 
 
@@ -44,26 +46,28 @@ def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
         return torch.cat([task.module(b.inputs) for b in task.micro_batches(schedule, size)])
 
 
+def their_loss(task: TextTask, rows: Encoded, count: int) -> float:
+    """What Transformers' model says of the first rows as one batch."""
+    batch = collate([rows.row(i) for i in range(count)], task.loaded.kind, 0)
+    with torch.no_grad():
+        return float(task.loaded.model(**batch).loss)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mean_over_slots_is_transformers_loss(tmp_path: Path, kind: str) -> None:
+def test_the_mean_over_slots_is_transformers_loss_however_it_is_cut(
+    tmp_path: Path, kind: str
+) -> None:
     task = task_of(tmp_path, kind)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
     given = {name: value for name, value in batch.inputs.items() if name != "weights"}
     with torch.no_grad():
         theirs = task.loaded.model(**given).loss
-    ours = step_losses(task, 8, 1).mean()
-    assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
-    if kind != "classification":  # the targets are of different lengths, so a mean of means is not
-        counts = [task.data.train.target_tokens[i] for i in range(8)]
-        assert len(set(counts)) > 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cut_changes_no_slots_loss(tmp_path: Path, kind: str) -> None:
-    task = task_of(tmp_path, kind)
     whole = step_losses(task, 8, 1)
+    assert float(whole.mean()) == pytest.approx(float(theirs), abs=1e-6)
     for pieces in (2, 4, 8):
         torch.testing.assert_close(step_losses(task, 8, pieces), whole, atol=1e-6, rtol=0)
+    if kind != "classification":  # the targets are of different lengths, so a mean of means is not
+        assert len({task.data.train.target_tokens[i] for i in range(8)}) > 1
 
 
 def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
@@ -73,7 +77,9 @@ def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
     assert whole.digests == parts[0].digests + parts[1].digests
     assert whole.names == parts[0].names + parts[1].names
     assert len(set(whole.digests)) == 4
-    assert all(name.endswith(" of train.jsonl") for name in whole.names)
+    assert all(
+        name.startswith("line ") and name.endswith(" of train.jsonl") for name in whole.names
+    )
 
 
 def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:
@@ -88,32 +94,24 @@ def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_measures_do_not_depend_on_the_batch_size(tmp_path: Path, kind: str) -> None:
-    task = task_of(tmp_path, kind)
+def test_measures_are_transformers_losses_whatever_the_batch_size(
+    tmp_path: Path, kind: str
+) -> None:
+    task = task_of(tmp_path, kind, eval_train_samples=5)
     evaluation = task.evaluation
     assert evaluation is not None
     whole = evaluation.measure()
-    held = evaluation.rows
-    batch = collate([held.row(i) for i in range(len(held))], kind, 0)
-    with torch.no_grad():
-        theirs = task.loaded.model(**batch).loss
-    assert whole["heldout_loss"] == pytest.approx(float(theirs), abs=1e-6)
-    evaluation.cfg = parse_text(
-        text_flags(
-            tmp_path,
-            model_name_or_path="x",
-            train_file=tmp_path / "train.jsonl",
-            eval_batch_size=1,
-        )
-    )
+    assert whole["heldout_loss"] == pytest.approx(their_loss(task, evaluation.rows, 7), abs=1e-6)
+    theirs = their_loss(task, task.data.train, 5)
+    assert whole["train_grid_loss"] == pytest.approx(theirs, abs=1e-6)
+    evaluation.cfg = dataclasses.replace(task.cfg, eval_batch_size=1)
     assert evaluation.measure() == pytest.approx(whole, abs=1e-6)
 
 
 def test_a_task_without_held_out_rows_measures_nothing(tmp_path: Path) -> None:
     task = task_of(tmp_path, "causal", validation_file=None)
     nothing: Any = contextlib.nullcontext()
-    assert task.heldout_loss(nothing) == {}
-    assert task.validate(1, tmp_path / "run", nothing) == {}
+    assert task.heldout_loss(nothing) == task.validate(1, tmp_path / "run", nothing) == {}
     assert not (tmp_path / "run").exists()
 
 
@@ -138,35 +136,12 @@ def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:
         assert line["prediction"] == text.strip()
 
 
-def test_only_so_many_answers(tmp_path: Path) -> None:
-    task = task_of(tmp_path, "seq2seq", max_predictions=2, max_target_length=4)
-    task.validate(1, tmp_path / "run", contextlib.nullcontext())
-    (file,) = (tmp_path / "run").rglob("predictions.jsonl")
-    assert len(file.read_text().splitlines()) == 2
-
-
-def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> None:
-    """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
-    base = save_gpt2(tmp_path / "base")
-    long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
-    held = write_rows(tmp_path / "long.jsonl", long)
-    task = task_of(tmp_path, "causal", base, validation_file=held)  # asks for 256 new tokens
-    values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
-    assert values.keys() == {"heldout_exact_match"}
-
-
-def test_answers_longer_than_the_model_are_refused(tmp_path: Path) -> None:
-    base = save_gpt2(tmp_path / "base")
-    with pytest.raises(UserError, match=r"--generation_max_new_tokens 64 .* give 32 or less"):
-        task_of(tmp_path, "causal", base, generation_max_new_tokens=64)
-
-
 @pytest.mark.parametrize(("kind", "last"), [("causal", True), ("seq2seq", False)])
-def test_prompts_are_padded_on_the_side_that_suits(
+def test_only_so_many_prompts_padded_on_the_side_that_suits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: bool
 ) -> None:
     """A causal model goes on from the last place; an encoder may have learned its first ones."""
-    task = task_of(tmp_path, kind, generation_max_new_tokens=2, eval_batch_size=7)
+    task = task_of(tmp_path, kind, generation_max_new_tokens=2, max_predictions=5)
     model, masks = task.loaded.model, []
     generate = model.generate
 
@@ -177,8 +152,21 @@ def test_prompts_are_padded_on_the_side_that_suits(
     monkeypatch.setattr(model, "generate", spy)
     task.validate(1, tmp_path / "run", contextlib.nullcontext())
     (mask,) = masks
+    assert len(mask) == 5
     assert mask[:, -1 if last else 0].all()
     assert not mask[:, 0 if last else -1].all()
+
+
+def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> None:
+    """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
+    base = save_gpt2(tmp_path / "base")
+    long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
+    held = write_rows(tmp_path / "long.jsonl", long)
+    task = task_of(tmp_path, "causal", base, validation_file=held)  # asks for 256 new tokens
+    values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
+    assert values.keys() == {"heldout_exact_match"}
+    with pytest.raises(UserError, match=r"--generation_max_new_tokens 64 .* give 32 or less"):
+        task_of(tmp_path, "causal", base, generation_max_new_tokens=64)
 
 
 def test_half_precision_losses_are_summed_in_float32() -> None:
@@ -191,14 +179,3 @@ def test_half_precision_losses_are_summed_in_float32() -> None:
         logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
     )
     torch.testing.assert_close(losses, each.sum(1))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_on_training_rows_is_measured_when_asked_for(tmp_path: Path, kind: str) -> None:
-    task = task_of(tmp_path, kind, eval_train_samples=5)
-    evaluation = task.evaluation
-    assert evaluation is not None
-    batch = collate([task.data.train.row(i) for i in range(5)], kind, 0)
-    with torch.no_grad():
-        theirs = task.loaded.model(**batch).loss
-    assert evaluation.measure()["train_grid_loss"] == pytest.approx(float(theirs), abs=1e-6)

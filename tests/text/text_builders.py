@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from bilora_diffusion.run import runlog
+from bilora_diffusion.text.encode import Encoded, encode
 from bilora_diffusion.text.evaluation import Evaluation
+from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model
+from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
-from bilora_diffusion.text.task import TextModule
 from bilora_diffusion.train.running import DTYPES
 from tests.text.text_tokenizers import (
     bert_tokenizer,
@@ -130,6 +132,20 @@ def rows_for(kind: str, count: int, first: int = 0) -> list[dict[str, str]]:
             {"prompt": " ".join(words), "answer": label if kind == "classification" else answer}
         )
     return rows
+
+
+def encoded(
+    examples: list[Example],
+    tokenizer: Any,
+    kind: str = "causal",
+    max_tokens: int | None = None,
+    **settings: Any,
+) -> Encoded:
+    """Examples as a run with these settings tokenizes them."""
+    cfg: dict[str, Any] = {"max_length": 512, "max_target_length": 8, "template": "auto"}
+    cfg |= {"preprocessing_num_workers": None, "overwrite_cache": False, "cache_dir": None}
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer, kind=kind, max_tokens=max_tokens)
+    return encode(examples, SimpleNamespace(**cfg | settings), loaded, "the set")
 
 
 def text_flags(folder: Path, **values: Any) -> list[str]:

@@ -1,0 +1,120 @@
+"""Rows of local files, and each way in which they can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
+from bilora_diffusion.text.rows import subset
+
+ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
+
+
+def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
+    path = folder / f"train{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".csv":
+        quoted = [[str(v).replace('"', '""') for v in row.values()] for row in rows]
+        lines = [",".join(rows[0]), *(",".join(f'"{v}"' for v in row) for row in quoted)]
+        path.write_bytes("\n".join(lines).encode())
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_bytes(("\ufeff" + "\n".join([*lines, ""])).encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_each_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> None:
+    examples = open_file(write(tmp_path, suffix, ROWS))
+    assert examples == [Example(row["question"], row["answer"]) for row in ROWS]
+    if suffix == ".csv":
+        return
+    turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = write(tmp_path, suffix, [{"messages": messages}, {"messages": messages[1:]}])
+    talks = open_file(path, input_column="auto", target_column="auto")
+    assert talks == [Example("u", "a", turns=tuple(turns[:3])), Example("u", "a")]
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"id": "1", "prompt": "p", "completion": "c"}, "p", "c"),
+        ({"sentence": "s", "label": 3}, "s", "3"),
+        ({"text": "t", "label": True}, "t", "True"),
+        ({"input": "i", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "j", "output": "o"}, "i\n\nj", "o"),
+        ({"instruction": "i", "input": None, "output": "o"}, "i", "o"),
+        ({"instruction": "i", "context": "j", "response": "o"}, "i\n\nj", "o"),
+    ],
+)
+def test_columns_are_found_by_name(
+    row: dict[str, Any], question: str, answer: str, tmp_path: Path
+) -> None:
+    (example,) = open_file(write(tmp_path, ".jsonl", [row]))
+    assert (example.question, example.answer) == (question, answer)
+
+
+def test_named_columns_go_before_usual_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, ".jsonl", [{"input": "i", "output": "o", "a": "x", "b": "y"}])
+    assert open_file(path, input_column="a", target_column="b") == [Example("x", "y")]
+    assert open_file(path, input_column="a") == [Example("x", "o")]
+
+
+GOOD = '{"input": "a", "output": "b"}\n'
+REFUSED: list[tuple[str, str, dict[str, str], str]] = [
+    ("t.jsonl", "", {}, "t.jsonl has no rows"),
+    ("t.csv", "input,output\n", {}, "t.csv has no rows"),
+    ("t.jsonl", GOOD + "{oops}\n", {}, "line 2 of t.jsonl"),
+    ("t.csv", "input,output\na,b,c\n", {}, "line 2 of t.csv .*2 fields"),
+    ("t.jsonl", '{"a": "x", "output": "y"}', {}, "prompt.*--input_column.*a, output"),
+    ("t.jsonl", '{"input": "x", "b": "y"}', {}, "answer.*--target_column.*input, b"),
+    ("t.jsonl", GOOD, {"input_column": "inputs"}, '"inputs".*"input".*--input_column'),
+    ("t.jsonl", GOOD, {"target_column": "y"}, '"y".*--target_column.*input, output'),
+    ("t.jsonl", GOOD + '{"input": "a"}', {}, 'line 2 of t.jsonl has no "output"'),
+    ("t.jsonl", GOOD + '{"input": null, "output": "b"}', {}, '"input" of line 2 .* is empty'),
+    ("t.jsonl", GOOD + '{"input": "a", "output": ["b"]}', {}, '"output" of line 2 .* is a list'),
+    ("t.jsonl", '{"input": 3, "output": "b"}', {}, '"input" of line 1 .* is a number'),
+    ("t.jsonl", '{"input": "\\ud800", "output": "b"}', {}, '"input" of line 1 .*half a character'),
+    ("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "line 1 .*assistant"),
+    ("t.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', {}, "line 1 .*assistant"),
+    ("t.jsonl", '{"messages": [{"role": "user"}]}', {}, 'turn 1 of line 1 .*"role"'),
+    ("t.jsonl", '{"messages": ["a"]}\n{"messages": 3}', {}, 'turn 1 of line 1 .*"role"'),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "columns", "sentence"), REFUSED)
+def test_refusals_name_the_row_and_the_column(
+    name: str, content: str, columns: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence):
+        open_file(tmp_path / name, **columns)
+
+
+def test_label_words_are_the_answers_in_order() -> None:
+    assert label_words_of([Example("", a) for a in ("b", "a", "b")]) == ("a", "b")
+    assert label_words_of([Example("", a) for a in ("10", "9", "-1")]) == ("-1", "9", "10")
+    labelled = with_labels([Example("x", "b"), Example("y", "a")], ("a", "b"))
+    assert [example.label for example in labelled] == [1, 0]
+    with pytest.raises(UserError, match=r'"yess" of row 2 .*did you mean "yes"'):
+        with_labels([Example("y", "yess", where="row 2")], ("no", "yes"))
+
+
+def test_a_subset_is_always_the_same_and_in_order() -> None:
+    numbers = list(range(50))
+    assert subset(numbers, None, "train") == subset(numbers, 50, "train") == numbers
+    first = subset(numbers, 10, "train")
+    assert first == subset(numbers, 10, "train") == sorted(first)
+    assert first != subset(numbers, 10, "validation")
