@@ -10,7 +10,7 @@ WORKERS ?= 2
 # More arguments for pip and pytest, for instance PYTEST_ARGS="-k bilora -x".
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# "no" leaves out the tests that drive a browser.
+# "no" leaves out the tests that drive a browser and the sandbox.
 BROWSER ?= yes
 
 # The first interpreter that is new enough and can make virtual environments.
@@ -33,7 +33,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test lint fast format clean
+.PHONY: help demo demo-text test test-all lint format clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -44,11 +44,11 @@ demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what th
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show its answers before and after
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
-test: lint $(BROWSER_READY)  ## all checks: ruff, pyright, every test
-	$(PYTEST) $(PYTEST_ARGS)
-
-fast: $(VENV)/.installed-dev $(BROWSER_READY)  ## the tests that take less than about 20 seconds each
+test: lint $(BROWSER_READY)  ## ruff, pyright, the floors, and the tests of a few seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: test  ## and then the rest: every combination, kills, several processes, all of the browser
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright, and who may import whom
 	$(BIN)/ruff check .
