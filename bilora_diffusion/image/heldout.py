@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..choices import NOISE_LEVELS
 from ..seeds import generator
-from ..train.task import inference, to_device
+from ..train.task import inference
 from .latents import Encoder
+from .sets import ImageSet
 from .visits import centered_visits
 
 
@@ -69,10 +71,10 @@ class GridLoss:
             "train_grid_loss": self._load(encoder, train.images),
         }
 
-    def _load(self, encoder: Encoder, images: Any) -> list[GridImage]:
+    def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         grid = []
         for visit in centered_visits(images, self.task.cfg):
-            (posterior,) = encoder([visit.pixels()], [visit.name])
+            (posterior,) = encoder([visit])
             latent = encoder.space.encode(posterior.mean[None])[0]
             grid.append(GridImage(visit.name, latent, visit.caption, visit.time_ids))
         return grid
@@ -116,4 +118,4 @@ class GridLoss:
             "time_ids": torch.tensor([image.time_ids for image in images], dtype=torch.float32),
             **self.task.condition([image.caption for image in images]),
         }
-        return self.task.module.sample_losses(to_device(inputs, self.task.device)).cpu()
+        return self.task.module.sample_losses(send_to_device(inputs, self.task.device)).cpu()

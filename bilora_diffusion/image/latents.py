@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from .pipeline import LatentSpace
+from .visits import Visit
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """How an autoencoder's latents are scaled for the denoiser (and back)."""
+
+    scale: float
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    @classmethod
+    def of(cls, vae: Any) -> LatentSpace:
+        """Read the scaling from the autoencoder's configuration."""
+
+        def per_channel(name: str) -> Tensor | None:
+            values = getattr(vae.config, name, None)
+            return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
+
+        scale = vae.config.scaling_factor
+        return cls(scale, per_channel("latents_mean"), per_channel("latents_std"))
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Latents as the denoiser sees them, (n, c, h, w)."""
+        if self.mean is None or self.std is None:
+            return latents * self.scale
+        return (latents - self.mean.to(latents)) * self.scale / self.std.to(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder sees them, (n, c, h, w)."""
+        if self.mean is None or self.std is None:
+            return latents / self.scale
+        return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
 
 
 class Posterior(NamedTuple):
@@ -24,56 +57,40 @@ class Posterior(NamedTuple):
 
 
 class Encoder:
-    """Encodes pixel tensors with a frozen autoencoder, in float32.
+    """Encodes visits with a frozen autoencoder.
 
     Args:
         vae: the autoencoder, already on its device.
         device: where the pixels are moved to.
+        keep: encode each image, crop and flip at its first visit only.
     """
 
-    def __init__(self, vae: Any, device: torch.device) -> None:
-        self._vae, self._device = vae, device
+    def __init__(self, vae: Any, device: torch.device, *, keep: bool = False) -> None:
+        self._vae, self._device, self._keep = vae, device, keep
         self.space = LatentSpace.of(vae)
+        self._kept: dict[tuple[Any, ...], Posterior] = {}
 
-    @torch.no_grad()
-    def __call__(self, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Posterior]:
-        """Posteriors of images, (3, R, R) in [-1, 1] each, on the CPU.
+    def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
+        """The posterior of each visit, in float32 on the CPU.
 
         Raises:
             TrainingError: a latent is not finite; the image is named.
         """
-        batch = torch.stack(list(pixels)).to(self._device, self._vae.dtype)
+        new = [visit for visit in visits if visit.key not in self._kept]
+        known = self._kept if self._keep else {}
+        if new:
+            known |= self._encoded(new)
+        return [known[visit.key] for visit in visits]
+
+    @torch.no_grad()
+    def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:
+        batch = torch.stack([visit.pixels() for visit in visits]).to(self._device, self._vae.dtype)
         distribution = self._vae.encode(batch).latent_dist
         mean, std = distribution.mean.float().cpu(), distribution.std.float().cpu()
-        for row, name in enumerate(names):
+        for row, visit in enumerate(visits):
             if not (torch.isfinite(mean[row]).all() and torch.isfinite(std[row]).all()):
                 raise TrainingError(
-                    f"the autoencoder gives a non-finite latent for the image '{name}': look at"
-                    " the file, or pass another --pretrained_vae_model_name_or_path."
+                    f"the autoencoder gives a non-finite latent for the image '{visit.name}': look"
+                    " at the file, or pass another --pretrained_vae_model_name_or_path."
                 )
-        return [Posterior(mean[row], std[row]) for row in range(len(names))]
-
-
-class LatentCache:
-    """Posteriors by key (sample, crop, flip), each encoded at its first visit and kept."""
-
-    def __init__(self, encoder: Encoder, keep: bool) -> None:
-        self._encoder, self._keep = encoder, keep
-        self.space = encoder.space
-        self._known: dict[tuple[Any, ...], Posterior] = {}
-
-    def __call__(
-        self,
-        keys: Sequence[tuple[Any, ...]],
-        pixels: Callable[[int], Tensor],
-        names: Sequence[str],
-    ) -> list[Posterior]:
-        """Posteriors for ``keys``; ``pixels(row)`` is asked only for those not known yet."""
-        new = [row for row, key in enumerate(keys) if key not in self._known]
-        fresh: dict[tuple[Any, ...], Posterior] = {}
-        if new:
-            encoded = self._encoder([pixels(row) for row in new], [names[row] for row in new])
-            fresh = {keys[row]: value for row, value in zip(new, encoded, strict=True)}
-        if self._keep:
-            self._known |= fresh
-        return [fresh[key] if key in fresh else self._known[key] for key in keys]
+        return {v.key: Posterior(mean[row], std[row]) for row, v in enumerate(visits)}

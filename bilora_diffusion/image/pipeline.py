@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,37 +111,3 @@ def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:
     require_whole(what, found["missing_keys"])
     require_finite(what, model)
     return model
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """How an autoencoder's latents are scaled for the denoiser (and back)."""
-
-    scale: float
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, vae: AutoencoderKL) -> LatentSpace:
-        """Read the scaling from the autoencoder's configuration."""
-        config: Any = vae.config
-
-        def per_channel(name: str) -> torch.Tensor | None:
-            values = getattr(config, name, None)
-            return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
-
-        return cls(config.scaling_factor, per_channel("latents_mean"), per_channel("latents_std"))
-
-    def encode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the denoiser sees them, (n, c, h, w)."""
-        if self.mean is None or self.std is None:
-            return latents * self.scale
-        mean, std = self.mean.to(latents), self.std.to(latents)
-        return (latents - mean) * self.scale / std
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the autoencoder sees them, (n, c, h, w)."""
-        if self.mean is None or self.std is None:
-            return latents / self.scale
-        mean, std = self.mean.to(latents), self.std.to(latents)
-        return latents * std / self.scale + mean

@@ -19,8 +19,8 @@ class PromptEmbedding(NamedTuple):
     pooled: Tensor
 
 
-def tokenize(tokenizers: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor, ...]:
-    """Token ids, (n, tokens), one tensor per tokenizer, padded and cut to the model's length."""
+def tokenize(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+    """Token ids, (n, tokens) of either tokenizer, padded and cut to the model's length."""
     return tuple(
         tokenizer(
             list(prompts),
@@ -29,7 +29,7 @@ def tokenize(tokenizers: Sequence[Any], prompts: Sequence[str]) -> tuple[Tensor,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        for tokenizer in tokenizers
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
     )
 
 
@@ -48,38 +48,52 @@ def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> PromptEmbedd
     return PromptEmbedding(torch.cat(states, dim=-1), pooled)
 
 
+@torch.no_grad()
+def embed(pipeline: Any, prompts: Sequence[str]) -> PromptEmbedding:
+    """Embed prompts with the pipeline's own text encoders as and where they are now."""
+    device = next(pipeline.text_encoder.parameters()).device
+    ids = [tokens.to(device) for tokens in tokenize(pipeline, prompts)]
+    return encode((pipeline.text_encoder, pipeline.text_encoder_2), ids)
+
+
+def embed_negative(pipeline: Any, count: int) -> PromptEmbedding:
+    """Embeddings of ``count`` empty prompts with the pipeline's own text encoders."""
+    return zeroed_if_told(pipeline, embed(pipeline, [""] * count))
+
+
+def zeroed_if_told(pipeline: Any, empty: PromptEmbedding) -> PromptEmbedding:
+    """Zeros in place of the empty prompt's embedding where the pipeline says so (SDXL base)."""
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        return empty
+    return PromptEmbedding(torch.zeros_like(empty.sequence), torch.zeros_like(empty.pooled))
+
+
 class PromptCache:
     """Embeddings of the prompts that frozen text encoders have seen, computed once each."""
 
     def __init__(self, pipeline: Any, device: torch.device) -> None:
-        self._tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-        self._encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-        self._device = device
+        self._pipeline, self._device = pipeline, device
         self._known: dict[str, PromptEmbedding] = {}
 
-    @torch.no_grad()
     def add(self, prompts: Sequence[str], batch: int = 16) -> None:
         """Embed those of ``prompts`` that are new; the encoders visit the device for it only."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if not new:
             return
-        for encoder in self._encoders:
+        encoders = (self._pipeline.text_encoder, self._pipeline.text_encoder_2)
+        for encoder in encoders:
             encoder.to(self._device)
         for start in range(0, len(new), batch):
             part = new[start : start + batch]
-            ids = [tokens.to(self._device) for tokens in tokenize(self._tokenizers, part)]
-            sequence, pooled = encode(self._encoders, ids)
+            whole = embed(self._pipeline, part)
             for row, prompt in enumerate(part):
-                self._known[prompt] = PromptEmbedding(
-                    sequence[row : row + 1].cpu(), pooled[row : row + 1].cpu()
-                )
-        for encoder in self._encoders:
+                one = (tensor[row : row + 1].cpu() for tensor in whole)
+                self._known[prompt] = PromptEmbedding(*one)
+        for encoder in encoders:
             encoder.to("cpu")
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbedding:
         """Embeddings of ``prompts`` on the CPU, in order."""
         self.add(prompts)
         rows = [self._known[prompt] for prompt in prompts]
-        return PromptEmbedding(
-            torch.cat([row.sequence for row in rows]), torch.cat([row.pooled for row in rows])
-        )
+        return PromptEmbedding(*(torch.cat(part) for part in zip(*rows, strict=True)))

@@ -10,8 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL.Image import Image
 
 from ..train.task import precision
-from .pipeline import LatentSpace
-from .prompts import PromptEmbedding, encode, tokenize
+from .latents import LatentSpace
+from .prompts import PromptEmbedding, embed, embed_negative
 
 
 @torch.no_grad()
@@ -79,27 +79,6 @@ def _sampler(pipeline: Any) -> StableDiffusionXLPipeline:
     sampler.vae_scale_factor = pipeline.vae_scale_factor
     sampler.set_progress_bar_config(disable=True)
     return sampler
-
-
-@torch.no_grad()
-def embed(pipeline: Any, prompts: Sequence[str]) -> PromptEmbedding:
-    """Embed prompts with the pipeline's own text encoders as they are now."""
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-    device = next(pipeline.text_encoder.parameters()).device
-    ids = tokenize((pipeline.tokenizer, pipeline.tokenizer_2), prompts)
-    return encode(encoders, [tokens.to(device) for tokens in ids])
-
-
-def embed_negative(pipeline: Any, count: int) -> PromptEmbedding:
-    """Embeddings of ``count`` empty prompts with the pipeline's own text encoders."""
-    return zeroed_if_told(pipeline, embed(pipeline, [""] * count))
-
-
-def zeroed_if_told(pipeline: Any, empty: PromptEmbedding) -> PromptEmbedding:
-    """Zeros in place of the empty prompt's embedding where the pipeline says so (SDXL base)."""
-    if not pipeline.config.force_zeros_for_empty_prompt:
-        return empty
-    return PromptEmbedding(torch.zeros_like(empty.sequence), torch.zeros_like(empty.pooled))
 
 
 @torch.no_grad()

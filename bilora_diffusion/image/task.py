@@ -8,77 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters import AdapterSpec
 from ..methods import Target
 from ..seeds import digest, generator
-from ..train.task import MicroBatch, inference, precision
-from .diffusion import Denoising
+from ..train.task import MicroBatch, inference
+from .denoising import Denoising, DreamBoothModule
 from .heldout import GridLoss
-from .latents import Encoder, LatentCache
-from .prompts import PromptCache, PromptEmbedding, encode, tokenize
-from .sampling import embed, embed_negative, generate, zeroed_if_told
+from .latents import Encoder
+from .prompts import PromptCache, PromptEmbedding, embed, embed_negative, tokenize, zeroed_if_told
+from .sampling import generate
+from .sets import ImageSet
 from .visits import Visit, VisitStream
 
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-class DreamBoothModule(nn.Module):
-    """The trained models and their loss.
-
-    ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
-    ``instance`` (n,), ``time_ids`` (n, 6) and either ``sequence`` and ``pooled`` or, where the text
-    encoders are trained, ``ids`` (two tensors (n, tokens)). The first rows are instance images;
-    with prior preservation as many class images follow. It returns (slots,): the instance loss
-    plus ``prior_loss_weight`` times the class loss.
-    """
-
-    def __init__(
-        self,
-        unet: nn.Module,
-        text_encoders: Sequence[nn.Module],
-        denoising: Denoising,
-        prior_loss_weight: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.unet = unet
-        self.text_encoders = nn.ModuleList(text_encoders)
-        self.denoising = denoising
-        self.prior_loss_weight = prior_loss_weight
-
-    def forward(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per slot, (slots,), in float32."""
-        losses = self.sample_losses(inputs)
-        if self.prior_loss_weight is None:
-            return losses
-        instance, prior = losses.chunk(2)
-        return instance + self.prior_loss_weight * prior
-
-    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per row, (n,), in float32."""
-        text = self.embed(inputs)
-        dtype = precision(self.unet)
-        conditions = {
-            "text_embeds": text.pooled.to(dtype),
-            "time_ids": inputs["time_ids"].to(dtype),
-        }
-
-        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return self.unet(
-                noisy.to(dtype), timesteps, text.sequence.to(dtype), added_cond_kwargs=conditions
-            ).sample
-
-        return self.denoising.loss(
-            predict, inputs["latents"], inputs["noise"], inputs["index"], inputs["instance"]
-        )
-
-    def embed(self, inputs: dict[str, Any]) -> PromptEmbedding:
-        """The rows' prompt embeddings: given, or computed by the encoders in training."""
-        if "ids" in inputs:
-            return encode(list(self.text_encoders), inputs["ids"])
-        return PromptEmbedding(inputs["sequence"], inputs["pooled"])
 
 
 class DreamBooth:
@@ -92,7 +37,7 @@ class DreamBooth:
     """
 
     def __init__(
-        self, cfg: Any, pipeline: Any, stream: VisitStream, validation: Any | None = None
+        self, cfg: Any, pipeline: Any, stream: VisitStream, validation: ImageSet | None = None
     ) -> None:
         self.cfg, self.pipeline, self.stream, self.validation = cfg, pipeline, stream, validation
         denoising = Denoising.from_config(
@@ -150,7 +95,7 @@ class DreamBooth:
         """Move the autoencoder, embed all prompts, and set up the latent cache."""
         self.device = device
         self.pipeline.vae.to(device)
-        self.latents = LatentCache(Encoder(self.pipeline.vae, device), keep=self.stream.cacheable)
+        self.encoder = Encoder(self.pipeline.vae, device, keep=self.stream.cacheable)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)
@@ -168,8 +113,7 @@ class DreamBooth:
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of a module's inputs for these captions."""
         if self.cfg.train_text_encoder:
-            tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
-            return {"ids": tokenize(tokenizers, captions)}
+            return {"ids": tokenize(self.pipeline, captions)}
         text = self.prompts(captions)
         return {"sequence": text.sequence, "pooled": text.pooled}
 
@@ -183,13 +127,10 @@ class DreamBooth:
     def _micro_batch(
         self, step: int, slots: tuple[int, ...], visits: Sequence[Visit]
     ) -> MicroBatch:
-        posteriors = self.latents(
-            [v.key for v in visits], lambda row: visits[row].pixels(), [v.name for v in visits]
-        )
         latents, noise, index, digests = [], [], [], []
-        for visit, posterior in zip(visits, posteriors, strict=True):
+        for visit, posterior in zip(visits, self.encoder(visits), strict=True):
             random = generator(self.cfg.seed, "noise", step, visit.sample, visit.slot, visit.kind)
-            draw = self.latents.space.encode(posterior.sample(random)[None])[0]
+            draw = self.encoder.space.encode(posterior.sample(random)[None])[0]
             noise.append(torch.randn(draw.shape, generator=random))
             index.append(torch.randint(self.module.denoising.num_timesteps, (), generator=random))
             latents.append(draw)

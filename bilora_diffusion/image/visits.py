@@ -14,9 +14,11 @@ from ..errors import UserError
 from ..run.interruption import SIGNALS
 from ..seeds import digest_texts, generator
 from ..train.order import SampleOrder
-from .crops import Plan, apply, plan, resized
+from . import crops
+from .sets import ImageSet
 
 Slots = tuple[int, tuple[int, ...]]
+"""A step and the positions of a micro-batch within the step's whole batch."""
 MAX_CACHED = 2000
 """``--cache_latents auto`` keeps the latents of at most so many images in memory."""
 
@@ -25,16 +27,15 @@ MAX_CACHED = 2000
 class Visit:
     """One look at one image: what is seen, and what SDXL is told about size and crop.
 
-    ``kind`` is "instance" or "class"; ``slot`` is the position within the step's batch.
+    ``kind`` is "instance", "class" or "grid"; ``slot`` is the position within the step's batch.
     """
 
-    images: Any = field(repr=False)
+    images: ImageSet = field(repr=False)
     cfg: Any = field(repr=False)
     kind: str
     sample: int
     slot: int
-    plan: Plan
-    size: tuple[int, int]
+    crop: crops.Crop
     caption: str
     loaded: Tensor | None = field(default=None, repr=False)
 
@@ -46,20 +47,20 @@ class Visit:
     @property
     def key(self) -> tuple[Any, ...]:
         """Two visits with the same key see the same pixels."""
-        return self.kind, self.sample, *self.plan.crop_top_left, self.plan.flipped
+        return self.kind, self.sample, *self.crop
 
     @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
         side = self.cfg.resolution
-        return *self.size, *self.plan.crop_top_left, side, side
+        return *self.images.size(self.sample), self.crop.top, self.crop.left, side, side
 
     def pixels(self) -> Tensor:
         """The image as it is seen, (3, R, R) in [-1, 1]; read now unless it was read before."""
         if self.loaded is not None:
             return self.loaded
-        mode = self.cfg.image_interpolation_mode
-        return apply(self.images.image(self.sample), self.plan, self.cfg.resolution, mode).pixels
+        cfg, image = self.cfg, self.images.image(self.sample)
+        return crops.cut(image, self.crop, cfg.resolution, cfg.image_interpolation_mode)
 
     def digest(self, noise: str) -> str:
         """Identifies this visit's data together with its noise."""
@@ -73,9 +74,12 @@ class VisitStream:
         cfg: the command line's configuration.
         images: the instance images.
         classes: the class images of prior preservation, or None.
+
+    Raises:
+        UserError: an image without a prompt, or latents that can't be kept.
     """
 
-    def __init__(self, cfg: Any, images: Any, classes: Any | None = None) -> None:
+    def __init__(self, cfg: Any, images: ImageSet, classes: ImageSet | None = None) -> None:
         self.cfg, self.images, self.classes = cfg, images, classes
         self._texts = images.prompts(cfg.instance_prompt)
         self._order = SampleOrder(len(images), cfg.seed, cfg.repeats)
@@ -90,63 +94,52 @@ class VisitStream:
         self.num_samples = max(len(self._order), len(self._class_order or ()))
         self.cacheable = _cacheable(cfg, [s for s in (images, classes) if s is not None])
 
-    def caption(self, sample: int) -> str:
-        """The image's own caption, or the instance prompt where it has none."""
-        return self._texts[sample]
-
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
-        own = [self.caption(sample) for sample in range(len(self.images))]
-        prior = [self.cfg.class_prompt] if self.classes else []
-        return list(dict.fromkeys(own + prior))
+        return list(dict.fromkeys(self._texts + ([self.cfg.class_prompt] if self.classes else [])))
 
     def visits(
         self, schedule: Sequence[Slots], step_size: int
     ) -> Iterator[tuple[Slots, list[Visit]]]:
         """For each (step, slots): the instance visits, then as many class visits, slot by slot."""
-        lazy = self.cacheable
         loader = DataLoader(
-            _Visits(self, schedule, step_size, lazy),
+            _Visits(self, schedule, step_size),
             batch_size=None,
             shuffle=False,
-            num_workers=0 if lazy else self.cfg.dataloader_num_workers,
-            worker_init_fn=ignore_signals,
+            num_workers=0 if self.cacheable else self.cfg.dataloader_num_workers,
+            worker_init_fn=_ignore_signals,
         )
         yield from zip(schedule, loader, strict=True)
 
     def draw(self, step: int, slot: int, step_size: int, kind: str) -> Visit:
-        """The visit of one slot of one step."""
+        """The visit of one slot of one step; ``kind`` is "instance" or "class"."""
         order = self._order if kind == "instance" else self._class_order
         images = self.images if kind == "instance" else self.classes
         assert order is not None
         assert images is not None
         sample = order.sample(step * step_size + slot)
-        size = images.size(sample)
-        chosen = plan(
-            size,
+        crop = crops.draw(
+            images.size(sample),
             self.cfg.resolution,
             center_crop=self.cfg.center_crop,
             random_flip=self.cfg.random_flip,
             generator=generator(self.cfg.seed, "crop", step, sample, slot, kind),
         )
-        caption = self.caption(sample) if kind == "instance" else self.cfg.class_prompt
-        return Visit(images, self.cfg, kind, sample, slot, chosen, size, caption)
+        caption = self._texts[sample] if kind == "instance" else self.cfg.class_prompt
+        return Visit(images, self.cfg, kind, sample, slot, crop, caption)
 
 
-def ignore_signals(_: int) -> None:
+def _ignore_signals(_: int) -> None:
     """In a process that reads images: Ctrl-C reaches it too, and the run's own process ends it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Visits(Dataset):
-    """The visits of each entry of a schedule; pixels are read here unless ``lazy``."""
+    """The visits of each entry of a schedule; pixels are read here unless latents are kept."""
 
-    def __init__(
-        self, stream: VisitStream, schedule: Sequence[Slots], step_size: int, lazy: bool
-    ) -> None:
-        self._stream, self._schedule = stream, schedule
-        self._step_size, self._lazy = step_size, lazy
+    def __init__(self, stream: VisitStream, schedule: Sequence[Slots], step_size: int) -> None:
+        self._stream, self._schedule, self._step_size = stream, schedule, step_size
 
     def __len__(self) -> int:
         return len(self._schedule)
@@ -157,27 +150,26 @@ class _Visits(Dataset):
         visits = [
             self._stream.draw(step, slot, self._step_size, kind) for kind in kinds for slot in slots
         ]
-        if not self._lazy:
+        if not self._stream.cacheable:
             for visit in visits:
                 visit.loaded = visit.pixels()
         return visits
 
 
-def centered_visits(images: Any, cfg: Any) -> Iterator[Visit]:
+def centered_visits(images: ImageSet, cfg: Any) -> Iterator[Visit]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
     for sample, caption in enumerate(images.prompts(cfg.instance_prompt)):
-        size = images.size(sample)
-        chosen = plan(
-            size,
+        crop = crops.draw(
+            images.size(sample),
             cfg.resolution,
             center_crop=True,
             random_flip=False,
             generator=generator("grid"),
         )
-        yield Visit(images, cfg, "grid", sample, 0, chosen, size, caption)
+        yield Visit(images, cfg, "grid", sample, 0, crop, caption)
 
 
-def _cacheable(cfg: Any, sets: Sequence[Any]) -> bool:
+def _cacheable(cfg: Any, sets: Sequence[ImageSet]) -> bool:
     """Whether latents are kept.
 
     Raises:
@@ -185,18 +177,14 @@ def _cacheable(cfg: Any, sets: Sequence[Any]) -> bool:
     """
     if cfg.cache_latents == "no":
         return False
-    odd = None
-    if not cfg.center_crop:
-        pairs = ((images, i) for images in sets for i in range(len(images)))
-        odd = next((s.name(i) for s, i in pairs if _not_square(s.size(i), cfg)), None)
-    if odd is not None and cfg.cache_latents == "yes":
-        raise UserError(
-            f"--cache_latents yes needs images that are always cropped alike, and '{odd}' is not"
-            " square: add --center_crop, or drop --cache_latents."
-        )
-    few = sum(len(s) for s in sets) <= MAX_CACHED
-    return odd is None and (few or cfg.cache_latents == "yes")
-
-
-def _not_square(size: tuple[int, int], cfg: Any) -> bool:
-    return resized(size, cfg.resolution) != (cfg.resolution, cfg.resolution)
+    square = (cfg.resolution, cfg.resolution)
+    pairs = ((images, i) for images in sets for i in range(len(images)) if not cfg.center_crop)
+    odd = (s.name(i) for s, i in pairs if crops.resized(s.size(i), cfg.resolution) != square)
+    if (name := next(odd, None)) is not None:
+        if cfg.cache_latents == "yes":
+            raise UserError(
+                f"--cache_latents yes needs images that are always cropped alike, and '{name}' is"
+                " not square: add --center_crop, or drop --cache_latents."
+            )
+        return False
+    return cfg.cache_latents == "yes" or sum(len(s) for s in sets) <= MAX_CACHED

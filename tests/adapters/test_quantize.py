@@ -20,8 +20,8 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.fused import fuse, unfused
 from bilora_diffusion.adapters.quantize import KEPT, dequantized, is_quantized, quantize_nf4
-from bilora_diffusion.config import parse
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import parse
 from bilora_diffusion.methods import MethodOptions, Target, create
 from bilora_diffusion.train.task import precision
 from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
@@ -297,7 +297,7 @@ def test_without_bitsandbytes_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_layers_that_are_kept_are_worth_it() -> None:
     """What the comment on `KEPT` says about the miniature."""
     from bilora_diffusion.image.pipeline import load_pipeline
-    from bilora_diffusion.image.sampling import embed
+    from bilora_diffusion.image.prompts import embed
 
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     prompts = ["a TOK icon, in the style of TOK", "a ToK icon of a rabbit", "a cloud", ""]

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchvision.transforms import InterpolationMode
 
 from bilora_diffusion.config import DreamBoothConfig, parse
 from bilora_diffusion.config import resolve as resolve_module
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.crops import INTERPOLATIONS as KNOWN_INTERPOLATIONS
 from bilora_diffusion.image.inputs import INTERPOLATIONS, SDXL_BASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def device(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_interpolations_are_those_that_images_knows() -> None:
-    assert set(INTERPOLATIONS) == set(KNOWN_INTERPOLATIONS)
+    assert set(INTERPOLATIONS) == {mode.value.replace("-", "_") for mode in InterpolationMode}
 
 
 def test_defaults_are_table_a8(device) -> None:

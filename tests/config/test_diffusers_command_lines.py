@@ -145,9 +145,9 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
     cfg = parse(words(flags)).for_processes(processes)
     cfg = dataclasses.replace(cfg, cache_latents="no", use_8bit_adam=False)
-    stream = VisitStream(
-        cfg, Images(images), Images(class_images) if cfg.with_prior_preservation else None
-    )
+    instance: Any = Images(images)
+    classes: Any = Images(class_images) if cfg.with_prior_preservation else None
+    stream = VisitStream(cfg, instance, classes)
     batch = Schedule(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
     steps = total_steps(cfg, stream.num_samples, batch)
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]

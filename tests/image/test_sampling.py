@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.pipeline import LatentSpace, load_pipeline
-from bilora_diffusion.image.prompts import PromptCache
-from bilora_diffusion.image.sampling import embed, embed_negative, generate
+from bilora_diffusion.image.latents import LatentSpace
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
+from bilora_diffusion.image.sampling import generate
 
 PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
 

@@ -1,4 +1,4 @@
-"""Noise, timesteps and the loss of a denoising model: what SDXL is trained on, as pure functions.
+"""Noise, timesteps and the loss of a denoising model: what SDXL is trained on.
 
 Noise prediction and velocity follow Ho et al. 2020 and Salimans & Ho 2022; min-SNR weights are
 Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM formulation is Section 5 of
@@ -7,15 +7,17 @@ https://arxiv.org/abs/2206.00364 as diffusers' DreamBooth scripts use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
+from ..train.task import precision
+from .prompts import PromptEmbedding, encode
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,59 @@ def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = F
 
 def _per_sample(squares: Tensor) -> Tensor:
     return squares.flatten(1).mean(dim=1)
+
+
+class DreamBoothModule(nn.Module):
+    """The trained models and their loss.
+
+    ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
+    ``instance`` (n,), ``time_ids`` (n, 6) and either ``sequence`` and ``pooled`` or, where the text
+    encoders are trained, ``ids`` (two tensors (n, tokens)). The first rows are instance images;
+    with prior preservation as many class images follow. It returns (slots,): the instance loss
+    plus ``prior_loss_weight`` times the class loss.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text_encoders: Sequence[nn.Module],
+        denoising: Denoising,
+        prior_loss_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.denoising = denoising
+        self.prior_loss_weight = prior_loss_weight
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per slot, (slots,), in float32."""
+        losses = self.sample_losses(inputs)
+        if self.prior_loss_weight is None:
+            return losses
+        instance, prior = losses.chunk(2)
+        return instance + self.prior_loss_weight * prior
+
+    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per row, (n,), in float32."""
+        text = self.embed(inputs)
+        dtype = precision(self.unet)
+        conditions = {
+            "text_embeds": text.pooled.to(dtype),
+            "time_ids": inputs["time_ids"].to(dtype),
+        }
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return self.unet(
+                noisy.to(dtype), timesteps, text.sequence.to(dtype), added_cond_kwargs=conditions
+            ).sample
+
+        return self.denoising.loss(
+            predict, inputs["latents"], inputs["noise"], inputs["index"], inputs["instance"]
+        )
+
+    def embed(self, inputs: dict[str, Any]) -> PromptEmbedding:
+        """The rows' prompt embeddings: given, or computed by the encoders in training."""
+        if "ids" in inputs:
+            return encode(list(self.text_encoders), inputs["ids"])
+        return PromptEmbedding(inputs["sequence"], inputs["pooled"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.diffusion import Denoising, min_snr_weights
+from bilora_diffusion.image.denoising import Denoising, min_snr_weights
 
 CONFIG: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",
