@@ -114,7 +114,7 @@ def _path(word: str) -> Path | None:
 
 def _runs_alone(words: Sequence[str]) -> list[str]:
     """The words without logs and folders of results, which are named in one line."""
-    from bilora_diffusion.run.folder import RUN  # here, so that --help does not wait for torch
+    from bilora_diffusion.run.runlog import RUN  # here, so that --help does not wait for torch
 
     files = {table.FILE, *table.EARLIER}
 

@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
 
 OfMean = Callable[[Sequence[float]], Interval | None]
-Units = Mapping[Hashable, float]
+Units = Mapping[Any, float]
 """What is averaged and paired -> its value."""
 
 
@@ -177,7 +177,7 @@ def _mean_or_none(values: Sequence[float | None]) -> float | None:
 
 def summaries(
     rows: Iterable[Row],
-    control: str | None = None,
+    control: str = "",
     over: str = SEED,
     unpaired: Collection[str] = (),
     interval: OfMean = bootstrap_interval,
@@ -189,7 +189,7 @@ def summaries(
 
     Args:
         over: what is averaged and paired; where it is "item", items are not told apart.
-        control: the group that the others are compared with.
+        control: the group that the others are compared with; "" for no comparison.
         unpaired: groups that can't be.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
@@ -200,8 +200,8 @@ def summaries(
         values = units(part, over)
         for group, own in values.items():
             line = Summary(group, metric, item, step, over)
-            compared = control is not None and group != control and group not in unpaired
-            other = _known(values.get(str(control), {})) if compared else {}
+            compared = group != control and group not in unpaired
+            other = _known(values.get(control, {})) if compared else {}
             numbers = summarize(_known(own), other, interval if step is None else _no_interval)
             if step is not None:
                 numbers |= _difference(_known(own), other, interval)
@@ -209,7 +209,7 @@ def summaries(
                     numbers |= {"mean": None, "error": None}
                 numbers["count"] = len(own)
             line = replace(line, **numbers)
-            lines.append(replace(line, control=str(control)) if line.pairs else line)
+            lines.append(replace(line, control=control) if line.pairs else line)
     return lines
 
 
@@ -279,7 +279,9 @@ def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> li
     """For each subject a row "best METRIC": the best value over training."""
     sign = -1 if higher_is_better else 1
     courses = _courses(rows, metric).values()
-    return [_derived(min(own, key=lambda row: sign * (row.value or 0.0)), "best") for own in courses]
+    return [
+        _derived(min(own, key=lambda row: sign * (row.value or 0.0)), "best") for own in courses
+    ]
 
 
 def equal_training(

@@ -1,9 +1,9 @@
-"""The order of work that all commands share: subjects, their rows, a result, its figures and report.
+"""The order of work that all commands share: subjects, rows, a result, its figures and report.
 
 A command is what a subject's rows are, and the figures that show them:
 
     class Flips(Evaluation):
-        name, described = "flips", __doc__
+        name = "flips"
 
         def rows(self, subject: Subject) -> Iterator[Row]:
             yield subject.row("flips", count(subject.folder))
@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bilora_diffusion.errors import UserError
+
 from . import report, table
 from .command import Parser, open_folder, require_free, run
 from .provenance import command_line, of_runs
@@ -37,7 +39,7 @@ class Evaluation:
 
     Attributes:
         name: of the module in ``eval``, and the result's kind.
-        described: the module's docstring; its first paragraph stands above the flags.
+        described: by default the module's docstring; its first paragraph stands above the flags.
         metrics: how its metrics are shown.
         over: what is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
@@ -70,7 +72,7 @@ class Evaluation:
     @classmethod
     def parser(cls) -> Parser:
         """The command line."""
-        parser = Parser(f"eval.{cls.name}", cls.described)
+        parser = Parser(f"eval.{cls.name}", cls.described or sys.modules[cls.__module__].__doc__)
         cls.arguments(parser)
         return parser
 
@@ -102,7 +104,7 @@ class Evaluation:
         subjects: Sequence[Subject],
         rows: Sequence[Row],
         summaries: Sequence[Summary],
-        control: str | None = None,
+        control: str = "",
         **more: Any,
     ) -> Result:
         """A result with what this command knows; ``more`` are other fields of it."""
@@ -147,3 +149,19 @@ class Evaluation:
         table.write(result, self.folder, self.report(result))
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
         print(f"{self.shown(result)}\nwritten: {self.folder}/{', '.join(files)}")
+
+
+def require_common_steps(group: str, steps: Sequence[set[int]]) -> None:
+    """Refuse runs of a group that were not measured at any common step.
+
+    Args:
+        steps: of each run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not set.intersection(*steps):
+        raise UserError(
+            f'the runs of "{group}" have no recorded step in common: group runs that were recorded'
+            " at the same steps."
+        )

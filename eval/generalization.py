@@ -15,16 +15,16 @@ Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bilora_diffusion.errors import UserError
 
 from . import plot, report
 from .command import Parser
-from .evaluation import Evaluation
+from .evaluation import Evaluation, require_common_steps
 from .report import UNCLEAR, Claim
 from .subjects import Subject, by_group, paired
 from .table import Metric, Result, Row, Summary
@@ -43,8 +43,8 @@ def loss(title: str) -> Metric:
 class Generalization(Evaluation):
     """Both losses of each run at each step that has both, their gap, and the key figures of it."""
 
-    name, described = "generalization", __doc__
-    metrics = {
+    name = "generalization"
+    metrics: ClassVar[Mapping[str, Metric]] = {
         TRAINING: loss("loss on what is trained on"),
         HELDOUT: loss("loss on held-out data"),
         GAP: loss("gap: held-out minus training loss"),
@@ -67,11 +67,7 @@ class Generalization(Evaluation):
 
         self.control = compare.control(subjects, self.args.control)
         for label, runs in by_group(subjects).items():
-            if not set.intersection(*({step for step, *_ in losses(run)} for run in runs)):
-                raise UserError(
-                    f'the runs of "{label}" have no recorded step in common: group runs that were'
-                    " recorded at the same steps."
-                )
+            require_common_steps(label, [{step for step, *_ in losses(run)} for run in runs])
         self.settings["paired"] = paired(subjects, self.control)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
@@ -123,7 +119,9 @@ class Generalization(Evaluation):
                 for group in result.groups:
                     label = f"{group}, {len(result.members(group))} seeds"
                     style = {"marker": ".", "ms": 4}
-                    plot.line(axis, result.curve(group, name), looks[group]["color"], label, **style)
+                    plot.line(
+                        axis, result.curve(group, name), looks[group]["color"], label, **style
+                    )
                 plot.finish(axis, title, name, legend=name == TRAINING)
             for axis, (name, _) in zip(axes[1] if several else (), panels, strict=False):
                 axis.axhline(0, color="black", lw=0.8)
@@ -139,9 +137,10 @@ class Generalization(Evaluation):
         compared += [f"best {HELDOUT}", f"equal_training {HELDOUT}"]
         return report.page(
             "# Generalization",
-            f"Losses x 1000, mean over seeds, and the difference to {report.escaped(str(result.control))}"
-            f" paired by seed, with {report.INTERVALS} and the number of seeds in which it is lower."
-            f" Equal training loss: the lowest that all paired runs reach{at}.",
+            "Losses x 1000, mean over seeds, and the difference to"
+            f" {report.escaped(result.control)} paired by seed, with {report.INTERVALS} and the"
+            " number of seeds in which it is lower. Equal training loss: the lowest that all paired"
+            f" runs reach{at}.",
             report.comparison(result, [(name, "") for name in compared], [(LOWEST_AT, "")]),
             report.claims(judge(result)),
             report.pictures(result),
@@ -171,7 +170,7 @@ def losses(subject: Subject) -> list[tuple[int, float, float]]:
 def judge(result: Result) -> list[Claim]:
     """The claims on each Bi-LoRA group, against plain LoRA as the control."""
     methods = {entry.group: entry.method for entry in result.subjects}
-    if methods[str(result.control)] != "lora":
+    if methods[result.control] != "lora":
         return []
     judged = []
     for group in result.groups:

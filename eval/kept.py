@@ -1,7 +1,7 @@
 """What was measured already, kept beside the result, so that the same command goes on from there.
 
-    kept = Kept(folder, {"digest": subject.digest, "images": fingerprint})
-    value = kept.piece(["sharpness", 0.05], measure)       # measured once
+kept = Kept(folder, {"digest": subject.digest, "images": fingerprint})
+value = kept.piece(["sharpness", 0.05], measure)       # measured once
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Kept:
         self._path = folder / FOLDER / f"{_digest(about)}.jsonl"
         self._values: dict[str, Any] = {}
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        whole = [line for line in lines[:-1] if self._read(line)]  # a whole line ends with a newline
+        whole = [
+            line for line in lines[:-1] if self._read(line)
+        ]  # a whole line ends with a newline
         if [*whole, b""] != lines:
             write_text(self._path, b"".join(line + b"\n" for line in whole).decode("utf-8"))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.durable import TEMPORARY
+from bilora_diffusion.durable import replacing
 
 from .table import Curve
 
@@ -35,16 +34,15 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Itera
     size = (PANEL[0] * columns, PANEL[1] * rows)
     options = {"layout": "constrained", "figsize": size, **options}
     figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
-    aside = path.with_name(TEMPORARY + path.name)
     try:
         yield figure, axes
-        figure.savefig(aside, dpi=DPI)
+        with replacing(path) as aside:
+            figure.savefig(aside, dpi=DPI)
     finally:
         plt.close(figure)
-    os.replace(aside, path)
 
 
-def looks(groups: Sequence[str], control: str | None = None) -> dict[str, dict[str, Any]]:
+def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]:
     """Color, marker and line of each group; the control is black, and no two look alike."""
     import matplotlib
 
@@ -57,7 +55,9 @@ def looks(groups: Sequence[str], control: str | None = None) -> dict[str, dict[s
             "marker": MARKERS[turn % len(MARKERS)],
             "ls": STYLES[turn % len(STYLES)],
         }
-    return found if control is None else found | {control: {"color": "black", "marker": ".", "ls": "-"}}
+    if control:
+        found[control] = {"color": "black", "marker": ".", "ls": "-"}
+    return found
 
 
 def line(axis: Any, curve: Curve, color: Any, label: str | None = None, **style: Any) -> None:

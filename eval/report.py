@@ -69,7 +69,9 @@ def difference(line: Summary | None, metric: Metric) -> str:
     """A mean difference with its interval, and in how many pairs the group is better."""
     if line is None or line.difference is None:
         return UNKNOWN
-    text = f"{number(line.difference, metric, '+')} {interval(line.difference_interval, metric, '+')}"
+    text = (
+        f"{number(line.difference, metric, '+')} {interval(line.difference_interval, metric, '+')}"
+    )
     if metric.higher_is_better is None:
         return text
     return f"{text}, {line.better(metric.higher_is_better)}/{line.pairs}"
@@ -111,7 +113,9 @@ def comparison(
 
 def standard(result: Result, title: str) -> str:
     """A report of what any result has: the mean of each metric, figures, notes, origin."""
-    names = list(dict.fromkeys((line.metric, line.item) for line in result.summaries if line.step is None))
+    names = list(
+        dict.fromkeys((line.metric, line.item) for line in result.summaries if line.step is None)
+    )
     return page(
         f"# {title}",
         f"Mean with {INTERVALS}.",

@@ -1,31 +1,99 @@
-"""What one word names: a run folder, a file of an adapter, one on the hub, or the base model."""
+"""One thing that is measured, and what one word names: a run folder, a file, the hub's, or base."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from bilora_diffusion import methods
-from bilora_diffusion.lora_names import ADAPTER_METADATA
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.export import FILE_NAME, inspect
-from bilora_diffusion.run.folder import RUN, read_run
 
+from . import digests
+from .digests import PEFT_CONFIG, PEFT_FILE
 from .provenance import without_paths
-from .subjects import BASE, Subject
+from .table import Entry, Row
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-"""What of PEFT's configuration changes how the tensors act."""
+BASE = "base"
+STANDS_FOR = {
+    "auxiliary_learning_rate": "learning_rate",
+    "auxiliary_rank": "rank",
+    "auxiliary_alpha": "lora_alpha",
+}
+"""Options that are another's value where they are not given."""
+
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject(Entry):
+    """An :class:`~eval.table.Entry` with what it is measured by, which no result holds.
+
+    Args:
+        folder: of the run; None for what is no run.
+        weights: a LoRA file, or the folder of a PEFT adapter or of whole models; None where they
+            were not asked for, and for the base model.
+        record: ``run.json``; {} for what is no run.
+    """
+
+    folder: Path | None = None
+    weights: Path | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its run is."""
+        return self.record.get("status") == "finished"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether train_text_bilora.py made it."""
+        return "model_name_or_path" in self.record.get("config", {})
+
+    def option(self, name: str) -> Any:
+        """An option of the run; None where the record does not have it."""
+        config = self.record.get("config", {})
+        value = config.get(name)
+        return config.get(STANDS_FOR[name]) if value is None and name in STANDS_FOR else value
+
+    def settings(self) -> dict[str, Any]:
+        """The options that made a difference to what was learned, but for the seed."""
+        from bilora_diffusion.image.config import DreamBoothConfig
+        from bilora_diffusion.methods import get, option_names
+        from bilora_diffusion.text.config import TextConfig
+
+        unread = option_names() - get(str(self.method)).reads
+        script = TextConfig if self.is_text else DreamBoothConfig
+        names = set(self.record["config"]) - script.without_influence - unread - {"seed", "method"}
+        return {name: self.option(name) for name in sorted(names)}
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; [] for what is no run.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        from bilora_diffusion.run.runlog import read_metrics
+
+        return [] if self.folder is None else read_metrics(self.folder)
+
+    def row(self, metric: str, value: float | None, **more: Any) -> Row:
+        """A row of this subject; a value that is not finite is None.
+
+        Args:
+            more: seed (by default that of training), item, step and note.
+        """
+        value = None if value is None or not math.isfinite(value) else float(value)
+        return Row(
+            **{"subject": self.label, "group": self.group, "seed": self.seed, **more},
+            metric=metric,
+            value=value,
+        )
 
 
 def find(word: str) -> Subject:
@@ -68,6 +136,9 @@ def run(folder: Path, word: str) -> Subject:
     Raises:
         UserError: it is none, or an unknown method's.
     """
+    from bilora_diffusion import methods  # here, so that --help does not wait for torch
+    from bilora_diffusion.run.runlog import read_run
+
     record = read_run(folder)
     config: Mapping[str, Any] = record.get("config") or {}
     method = methods.get(str(record.get("method")))
@@ -85,6 +156,8 @@ def run(folder: Path, word: str) -> Subject:
 
 
 def _folder(folder: Path, word: str) -> Subject:
+    from bilora_diffusion.run.runlog import RUN
+
     name = folder.resolve().name
     if (folder / RUN).is_file():
         return _weights_of(run(folder, word))
@@ -112,14 +185,17 @@ def _weights_of(subject: Subject) -> Subject:
             '%s has the status "%s": its weights are those of an earlier end.', folder, status
         )
     if needed == (FILE_NAME,):
-        return _with(subject, folder / FILE_NAME, _digest_lora(folder / FILE_NAME))
+        file = folder / FILE_NAME
+        return replace(subject, weights=file, digest=digests.of_lora(file))
     if PEFT_FILE in needed:
-        return _with(subject, folder, _digest_peft(folder))
-    return _with(subject, folder, _digest_models(folder, needed))
+        return replace(subject, weights=folder, digest=digests.of_peft(folder))
+    return replace(subject, weights=folder, digest=digests.of_models(folder, needed))
 
 
 def _needed(subject: Subject) -> tuple[str, ...]:
     """What a run of its kind leaves."""
+    from bilora_diffusion import methods
+
     whole = methods.get(str(subject.method)).exports_weights
     if subject.is_text:
         return ("model",) if whole else (PEFT_FILE, PEFT_CONFIG)
@@ -129,11 +205,9 @@ def _needed(subject: Subject) -> tuple[str, ...]:
     return ("unet", *encoders)
 
 
-def _with(subject: Subject, weights: Path, digest: str) -> Subject:
-    return Subject(**{**vars(subject), "weights": weights, "digest": digest})
-
-
 def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = None) -> Subject:
+    from bilora_diffusion import methods
+
     if path.suffix.lower() in _PICKLES:
         raise UserError(f"{path.name} may run code when it is read: give a .safetensors file.")
     metadata = inspect(path).metadata
@@ -148,38 +222,25 @@ def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = 
         kind=kind,
         source=without_paths(word),
         method=method,
-        digest=_digest_lora(path),
+        digest=digests.of_lora(path),
         base_model=base_model,
         weights=path,
     )
 
 
 def _peft(folder: Path, name: str, word: str) -> Subject:
-    config = _peft_config(folder)
+    config = digests.peft_config(folder)
     base = config.get("base_model_name_or_path")
     return Subject(
         label=name,
         group=name,
         kind="file",
         source=without_paths(word),
-        digest=_digest_peft(folder),
+        digest=digests.of_peft(folder),
         base_model=base or None,
         weights=folder,
         about={"revision": config["revision"]} if config.get("revision") else {},
     )
-
-
-def _peft_config(folder: Path) -> dict[str, Any]:
-    path = folder / PEFT_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"{type(config)} is no mapping")
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no PEFT adapter (it has no {PEFT_CONFIG}): give another.") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: write it again.") from error
-    return config
 
 
 def _hub(repository: str, weight_name: str | None, word: str) -> Subject:
@@ -222,52 +283,3 @@ def _only(repository: str, list_files: Any) -> str:
             f" ({inside}): name one as {repository}:FILE.safetensors."
         )
     return files[0]
-
-
-def _digest_lora(path: Path) -> str:
-    metadata = inspect(path).metadata
-    try:
-        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-        acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} has damaged metadata: write or download it again.") from error
-    return _digest([("", path)], acting)
-
-
-def _digest_peft(folder: Path) -> str:
-    acting = {k: v for k, v in _peft_config(folder).items() if k in _ACTING}
-    return _digest([("", folder / PEFT_FILE)], acting)
-
-
-def _digest_models(folder: Path, names: Sequence[str]) -> str:
-    files = []
-    for name in names:
-        parts = sorted((folder / name).glob("*.safetensors"))
-        if not parts:
-            raise UserError(f"{folder / name} has no .safetensors file: train again.")
-        files += [(name, part) for part in parts]
-    return _digest(files)
-
-
-def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None) -> str:
-    """Of name, dtype, shape and bytes of each tensor, one at a time; other metadata plays no part.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    state = hashlib.sha256()
-    if acting is not None:
-        state.update(json.dumps(acting, sort_keys=True).encode())
-    for prefix, path in files:
-        try:
-            with safe_open(path, framework="pt") as content:
-                for key in sorted(content.keys()):
-                    tensor = content.get_tensor(key).contiguous()
-                    shape = tuple(tensor.shape)
-                    state.update(f"{prefix}/{key} {tensor.dtype} {shape}\n".encode())
-                    state.update(tensor.reshape(-1).view(torch.uint8).numpy())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}): write or download it again."
-            ) from error
-    return state.hexdigest()

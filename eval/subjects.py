@@ -1,94 +1,22 @@
 """What is measured: run folders, files of adapters and the base model, and which are repeats.
 
-    gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # groups of runs that differ in the seed
-    single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its own
+gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # groups of runs that differ in the seed
+single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its own
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.errors import UserError
 
-from .table import Entry, Row
+from .sources import BASE, Subject, find, run
 
-BASE = "base"
-STANDS_FOR = {
-    "auxiliary_learning_rate": "learning_rate",
-    "auxiliary_rank": "rank",
-    "auxiliary_alpha": "lora_alpha",
-}
-"""Options that are another's value where they are not given."""
-
-
-@dataclass(frozen=True)
-class Subject(Entry):
-    """An :class:`~eval.table.Entry` with what it is measured by, which no result holds.
-
-    Args:
-        folder: of the run; None for what is no run.
-        weights: a LoRA file, or the folder of a PEFT adapter or of whole models; None where they
-            were not asked for, and for the base model.
-        record: ``run.json``; {} for what is no run.
-    """
-
-    folder: Path | None = None
-    weights: Path | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def finished(self) -> bool:
-        """Whether its run is."""
-        return self.record.get("status") == "finished"
-
-    @property
-    def is_text(self) -> bool:
-        """Whether train_text_bilora.py made it."""
-        return "model_name_or_path" in self.record.get("config", {})
-
-    def option(self, name: str) -> Any:
-        """An option of the run; None where the record does not have it."""
-        config = self.record.get("config", {})
-        value = config.get(name)
-        return config.get(STANDS_FOR[name]) if value is None and name in STANDS_FOR else value
-
-    def settings(self) -> dict[str, Any]:
-        """The options that made a difference to what was learned, but for the seed."""
-        from bilora_diffusion.config import DreamBoothConfig, TextConfig
-        from bilora_diffusion.methods import get, option_names
-
-        unread = option_names() - get(str(self.method)).reads
-        script = TextConfig if self.is_text else DreamBoothConfig
-        names = set(self.record["config"]) - script.without_influence - unread - {"seed", "method"}
-        return {name: self.option(name) for name in sorted(names)}
-
-    def log(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; [] for what is no run.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        from bilora_diffusion.run.folder import read_metrics
-
-        return [] if self.folder is None else read_metrics(self.folder)
-
-    def row(self, metric: str, value: float | None, **more: Any) -> Row:
-        """A row of this subject; a value that is not finite is None.
-
-        Args:
-            more: seed (by default that of training), item, step and note.
-        """
-        value = None if value is None or not math.isfinite(value) else float(value)
-        return Row(
-            **{"subject": self.label, "group": self.group, "seed": self.seed, **more},
-            metric=metric,
-            value=value,
-        )
+__all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "single"]
 
 
 def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -203,9 +131,7 @@ def _same(one: Mapping[int, str], other: Mapping[int, str]) -> bool:
 
 def _open(word: str, weights: bool) -> Subject:
     """A subject whose label is its folder's name and whose group is its method's title."""
-    from . import sources
-
-    return sources.find(word) if weights else sources.run(Path(word), word)
+    return find(word) if weights else run(Path(word), word)
 
 
 def _refuse_twice(words: Sequence[str]) -> None:

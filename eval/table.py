@@ -3,8 +3,8 @@
     table.write(result, folder, report)
     result = table.read(folder)          # refuses what is not a whole result, in one sentence
 
-A folder holds one result: ``rows.csv`` (one line per value), ``summary.csv`` (one line per group,
-metric, item and step), ``report.md``, figures, and ``result.json`` (all else), which is written last.
+A folder holds one result: ``rows.csv`` (a line per value), ``summary.csv`` (a line per group,
+metric, item and step), ``report.md``, figures, and ``result.json`` (all else), written last.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ EARLIER = {
     **{f"{name}.json": name for name in ("dynamics", "generalization", "landscape", "text_scores")},
     "scores.json": "clip_scores",
 }
-"""Files of results of earlier versions, which are not read, and the command that makes them anew."""
+"""Files of earlier versions' results, which are not read, and the command that makes them anew."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -177,7 +178,7 @@ class Result:
     Args:
         kind: the command that made it, as in ``python -m eval.KIND``.
         metrics: by name; one that is not here is shown as it is.
-        control: the group that others are compared with.
+        control: the group that others are compared with; "" without one.
         settings: how it was measured, as JSON can hold it.
         notes: sentences that a reader has to know.
         figures: PNG files beside the result.
@@ -186,7 +187,7 @@ class Result:
     kind: str
     subjects: Sequence[Entry] = ()
     metrics: dict[str, Metric] = field(default_factory=dict)
-    control: str | None = None
+    control: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
@@ -227,16 +228,16 @@ class Result:
             (
                 line
                 for line in self.summaries
-                if line.step is not None and (line.group, line.metric, line.item) == (group, metric, item)
+                if line.step is not None
+                and (line.group, line.metric, line.item) == (group, metric, item)
             ),
             key=lambda line: line.step or 0,
         )
 
     def curve(self, group: str, metric: str, item: str = "") -> Curve:
-        """A metric over training at the steps that all of the group have."""
-        lines = self.over_training(group, metric, item)
-        most = max((line.count for line in lines), default=0)
-        whole = [line for line in lines if line.count == most]
+        """A metric over training at the steps that all of the group have; without any, empty."""
+        members = len(self.members(group))
+        whole = [s for s in self.over_training(group, metric, item) if s.count == members]
         return Curve(
             [line.step or 0 for line in whole],
             [line.mean for line in whole],
@@ -322,11 +323,15 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
     Raises:
         ValueError: a value is of another type, or a column is missing.
     """
+    names = [one.name for one in fields(kind)]
     words = {one.name for one in fields(kind) if one.type == "str"}
     with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != names:
+            raise ValueError(f"the columns are {reader.fieldnames} and not {names}")
         lines = [
             {name: value if value or name in words else None for name, value in line.items()}
-            for line in csv.DictReader(file)
+            for line in reader
         ]
     return _adapter(list[kind]).validate_python(lines)
 
@@ -334,4 +339,3 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-

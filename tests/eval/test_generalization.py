@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bilora_diffusion.errors import UserError
-from eval.curves import generalization_plot, generalization_report, groups
-from eval.curves.generalization_result import GeneralizationResult, compare
-from eval.records import GENERALIZATION
-from eval.statistics import bootstrap_interval
+from eval import generalization, table
+from eval.compare import bootstrap_interval
+from eval.generalization import GAP, HELDOUT, TRAINING, judge
+from eval.table import Result
 from tests.run import recorded_runs
 
 STEPS = (0, 10, 20, 30)
@@ -28,136 +26,83 @@ def losses(method: str, seed: int) -> Losses:
     }
 
 
-@pytest.fixture
-def result(tmp_path: Path) -> GeneralizationResult:
-    return comparison(tmp_path)
+def make(folder: Path, method: str, seed: int, of: str | None = None) -> str:
+    """A run of a method, with the losses of that method or of another."""
+    own = losses(of or method, seed)
+    return str(recorded_runs.make(folder / f"{method}{seed}", method, seed, STEPS[1:], losses=own))
 
 
-def comparison(folder: Path) -> GeneralizationResult:
-    runs = [
-        recorded_runs.make(folder / f"{m}{s}", m, s, steps=STEPS[1:], losses=losses(m, s))
-        for m in ("bilora", "lora")
-        for s in range(4)
-    ]
-    return compare(groups.gather([str(run) for run in runs], []), None, "python -m x")
+def measure(folder: Path, runs: list[str]) -> Result:
+    assert generalization.main([*runs, "--output_dir", str(folder / "out")]) == 0
+    return table.read(folder / "out")
 
 
-def test_losses_gap_and_differences(result: GeneralizationResult) -> None:
-    assert result.control == "LoRA"
-    for group in result.groups:
-        own = [losses(group.method, seed) for seed in range(4)]
-        for i, step in enumerate(STEPS):
-            training, heldout = (np.array([o[step][k] for o in own]) for k in (0, 1))
-            for found, values in (
-                (group.training, training),
-                (group.heldout, heldout),
-                (group.gap, heldout - training),
-            ):
-                assert found.steps[i] == step
-                assert found.mean[i] == pytest.approx(values.mean())
-                error = values.std(ddof=1) / 2
-                assert found.error[i] == pytest.approx(error, abs=1e-15)
-    bilora, lora = result.groups
-    assert lora.final_gap.difference is None
-    assert lora.differences == {"training": [], "heldout": [], "gap": []}
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    folder = tmp_path_factory.mktemp("runs")
+    return measure(folder, [make(folder, m, s) for m in ("bilora", "lora") for s in range(4)])
+
+
+def test_losses_gap_and_differences(result: Result) -> None:
+    assert (result.groups, result.control) == (["Bi-LoRA", "LoRA"], "LoRA")
+    for group, method in (("Bi-LoRA", "bilora"), ("LoRA", "lora")):
+        own = [losses(method, seed) for seed in range(4)]
+        training, heldout = (np.array([[o[s][k] for s in STEPS] for o in own]) for k in (0, 1))
+        for name, values in ((TRAINING, training), (HELDOUT, heldout), (GAP, heldout - training)):
+            curve = result.curve(group, name)
+            assert curve.steps == list(STEPS)
+            assert curve.mean == pytest.approx(values.mean(0))
+            assert curve.error == pytest.approx(values.std(0, ddof=1) / 2, abs=1e-15)
     changes = [losses("bilora", s)[30][1] - losses("lora", s)[30][1] for s in range(4)]
-    difference = bilora.final_gap.difference
-    assert difference is not None
-    assert difference.mean == pytest.approx(np.mean(changes))
-    interval = bootstrap_interval(changes)
-    assert difference.interval is not None
-    assert interval is not None
-    assert difference.interval.low == pytest.approx(interval.low)
-    assert difference.better == 4
-    assert [d.step for d in bilora.differences["gap"]] == list(STEPS)
-    assert bilora.differences["gap"][-1].paired == difference
-    assert bilora.lowest_heldout.mean == pytest.approx(
-        np.mean([min(v for _, v in losses("bilora", s).values()) for s in range(4)])
+    final, at_step = (
+        result.summary("Bi-LoRA", name, step=step)
+        for name, step in ((f"final {GAP}", None), (GAP, 30))
     )
+    assert final is not None
+    assert at_step is not None
+    assert final.difference == at_step.difference == pytest.approx(np.mean(changes))
+    assert final.difference_interval == pytest.approx(bootstrap_interval(changes))
+    assert final.lower == 4
+    best = result.summary("Bi-LoRA", f"best {HELDOUT}")
+    assert best is not None
+    lowest = [min(value for _, value in losses("bilora", s).values()) for s in range(4)]
+    assert best.mean == pytest.approx(np.mean(lowest))
 
 
-def test_equal_training_loss(result: GeneralizationResult) -> None:
-    assert result.equal_training is not None
-    assert result.equal_training.training_loss == pytest.approx(0.07)
-    bilora = result.groups[0]
-    assert bilora.equal_training.mean == pytest.approx(
-        np.mean([losses("bilora", s)[30][1] for s in range(4)])
-    )
+def test_equal_training_loss(result: Result) -> None:
+    assert result.settings["equal_training"]["training_loss"] == pytest.approx(0.07)
+    line = result.summary("Bi-LoRA", f"equal_training {HELDOUT}")
+    assert line is not None
+    assert line.mean == pytest.approx(np.mean([losses("bilora", s)[30][1] for s in range(4)]))
 
 
-def test_the_claims_follow_the_data(result: GeneralizationResult) -> None:
-    assert [claim.verdict for claim in result.claims] == ["agrees"] * 3
-    lines = generalization_report.to_markdown(result).splitlines()
-    said = [line for line in lines if "Fig. A3" in line]
-    assert len(said) == 3
-    assert "of the control's, lower in 4 of 4 seeds" in said[1]
-
-
-def test_a_worse_bilora_is_said_to_be_worse(tmp_path: Path) -> None:
-    runs = [
-        recorded_runs.make(
-            tmp_path / f"{m}{s}",
-            m,
-            s,
-            steps=STEPS[1:],
-            # the names of the methods are swapped
-            losses=losses("lora" if m == "bilora" else "bilora", s),
-        )
-        for m in ("bilora", "lora")
-        for s in range(4)
-    ]
-    result = compare(groups.gather([str(run) for run in runs], []), None, "python -m x")
-    assert [claim.verdict for claim in result.claims] == ["agrees", "disagrees", "disagrees"]
-    assert "These runs disagree" in generalization_report.to_markdown(result)
+def test_the_claims_follow_the_data(result: Result, tmp_path: Path) -> None:
+    assert [claim.verdict for claim in judge(result)] == ["agrees"] * 3
+    swapped = [make(tmp_path, "bilora", s, "lora") for s in range(4)]
+    swapped += [make(tmp_path, "lora", s, "bilora") for s in range(4)]
+    worse = measure(tmp_path, swapped)
+    assert [claim.verdict for claim in judge(worse)] == ["agrees", "disagrees", "disagrees"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("These runs disagree") == 2
+    assert "of the control's, lower in 0 of 4 seeds" in report
 
 
 def test_runs_of_other_data_are_not_paired(tmp_path: Path) -> None:
-    runs = [
-        recorded_runs.make(tmp_path / m, m, 0, steps=STEPS[1:], losses=losses(m, 0))
-        for m in ("bilora", "lora")
-    ]
-    file = runs[0] / "metrics.jsonl"
+    runs = [make(tmp_path, method, 0) for method in ("bilora", "lora")]
+    file = Path(runs[0]) / "metrics.jsonl"
     file.write_text(file.read_text().replace('"digest": "0-', '"digest": "other-'))
-    result = compare(groups.gather([str(run) for run in runs], []), None, "python -m x")
-    assert result.groups[0].paired is False
-    assert result.groups[0].final_heldout.difference is None
-    assert [claim.verdict for claim in result.claims] == ["unclear"] * 3
+    result = measure(tmp_path, runs)
+    assert all(line.difference is None for line in result.summaries)
+    assert [claim.verdict for claim in judge(result)] == ["unclear"] * 3
     assert any("saw other data or noise" in note for note in result.notes)
+    assert "not paired" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_notes_speak_of_what_was_trained_on(result: GeneralizationResult, tmp_path: Path) -> None:
+def test_notes_speak_of_what_was_trained_on(result: Result, tmp_path: Path) -> None:
     assert "held-out images" in result.notes[0]
-    text = recorded_runs.make(
-        tmp_path / "text",
-        "lora",
-        steps=STEPS[1:],
-        losses=losses("lora", 0),
-        config={"model_name_or_path": "smollm2"},
-    )
-    found = compare(groups.gather([str(text)], []), None, "x")
-    assert "held-out rows" in found.notes[0]
-    assert "noise" not in found.notes[0]
-
-
-def test_the_json_is_strict_and_the_figure_is_drawn(
-    result: GeneralizationResult, tmp_path: Path
-) -> None:
-    record = json.loads(GENERALIZATION.text(result), parse_constant=pytest.fail)
-    assert (record["kind"], record["schema_version"]) == ("generalization", 1)
-    assert record["runs"] == ["Bi-LoRA", "LoRA"]
-    assert generalization_plot.draw(result, tmp_path) == ["generalization.png"]
-    assert (tmp_path / "generalization.png").stat().st_size > 10_000
-
-
-def test_runs_without_curves_and_unknown_controls_are_refused(tmp_path: Path) -> None:
-    bare = recorded_runs.make(tmp_path / "bare", "lora", steps=(1, 2))
-    with pytest.raises(UserError, match="0 measurements of heldout_loss"):
-        compare(groups.gather([str(bare)], []), None, "x")
-    with pytest.raises(UserError, match='--control is "lora"'):
-        compare(groups.gather([str(bare)], []), "lora", "x")
-    apart = [
-        recorded_runs.make(tmp_path / str(s), "lora", s, steps=(), losses=own)
-        for s, own in enumerate(({0: (1, 1), 2: (0.9, 1)}, {1: (1, 1), 3: (0.9, 1)}))
-    ]
-    with pytest.raises(UserError, match="no recorded step in common"):
-        compare(groups.gather([str(run) for run in apart], []), None, "x")
+    own = losses("lora", 0)
+    config = {"model_name_or_path": "smollm2"}
+    run = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=own)
+    (note, *_) = measure(tmp_path, [str(run)]).notes
+    assert "held-out rows" in note
+    assert "noise" not in note

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.run import runlog, snapshots
-from eval import dynamics, generalization
+from eval import dynamics, generalization, table
 from tests.run import recorded_runs
 from tests.scripts.runs import column, difference, flags
 
@@ -104,40 +103,25 @@ def test_two_processes_record_what_one_does(
 
 
 def test_recorded_runs_become_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [
-        str(recorded_runs.make(tmp_path / f"{method}{seed}", method, seed))
-        for method in ("bilora", "lora-sam", "lora")
-        for seed in range(2)
-    ]
-    out = tmp_path / "out"
-    assert dynamics.main([*runs, "--output_dir", str(out)]) == 0
-    said = capsys.readouterr().out
-    record = json.loads((out / "dynamics.json").read_text())
-    assert record["runs"] == ["Bi-LoRA", "LoRA-SAM", "LoRA"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*record["figures"], "dynamics.json", "dynamics.md"]
-    )
-    report = (out / "dynamics.md").read_text()
-    assert report in said
-    assert str(tmp_path) not in report + (out / "dynamics.json").read_text()
-    layer = ["--layer", "unet.up.to_out", "--group", f"mine={runs[0]}"]
-    assert dynamics.main([*layer, "--output_dir", str(out)]) == 0
-    assert "layer `unet.up.to_out`" in (out / "dynamics.md").read_text()
-
-
-def test_losses_become_figures(tmp_path: Path) -> None:
     curve = {0: (0.1, 0.1), 5: (0.08, 0.09), 10: (0.06, 0.1)}
     runs = [
         str(recorded_runs.make(tmp_path / f"{method}{seed}", method, seed, losses=curve))
-        for method in ("bilora", "lora")
+        for method in ("bilora", "lora-sam", "lora")
         for seed in range(2)
     ]
-    out = tmp_path / "out"
-    assert generalization.main([*runs, "--output_dir", str(out)]) == 0
-    record = json.loads((out / "generalization.json").read_text())
-    assert record["groups"][0]["final_heldout"]["difference"]["mean"] == 0
-    assert (out / record["figures"][0]).stat().st_size > 10_000
-    assert str(tmp_path) not in (out / "generalization.md").read_text()
+    for command in (dynamics, generalization):
+        out = tmp_path / command.__name__
+        assert command.main([*runs, "--output_dir", str(out)]) == 0
+        result = table.read(out)
+        assert result.groups == ["Bi-LoRA", "LoRA-SAM", "LoRA"]
+        assert sorted(path.name for path in out.iterdir()) == sorted(
+            [*result.figures, table.FILE, table.ROWS, table.SUMMARY, table.REPORT]
+        )
+        report = (out / table.REPORT).read_text()
+        assert report in capsys.readouterr().out
+        assert str(tmp_path) not in report + (out / table.FILE).read_text()
+    assert generalization.main([*runs, "--output_dir", str(tmp_path / "eval.dynamics")]) == 2
+    assert "holds a result of eval.dynamics" in capsys.readouterr().err
 
 
 BAD: list[tuple[str, list[str], str]] = [
@@ -147,7 +131,7 @@ BAD: list[tuple[str, list[str], str]] = [
     ("both", ["--group", "x"], '--group "x" names no runs: write LABEL=RUN,RUN'),
     ("both", ["--group", "x={a},"], "names no runs"),
     ("both", ["--group", "x={a},{sam}"], "mixes bilora and lora-sam"),
-    ("both", ["{a}", "--output_dir", "{runs}/a/run.json"], "is no folder that can be written"),
+    ("dynamics", ["{a}", "--output_dir", "{runs}/a/run.json"], "is no folder that can be written"),
     ("both", ["{a}", "--layr", "all"], 'unexpected "--layr"'),
     ("dynamics", ["{bare}"], "bare has no dynamics: train to the end with --log_dynamics"),
     ("dynamics", ["{once}"], "once has one snapshot only"),

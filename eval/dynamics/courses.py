@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.run import runlog, snapshots
+from bilora_diffusion.run import snapshots
 from bilora_diffusion.run.snapshots import Snapshot
-from bilora_diffusion.train.dynamics import FIRST_ORDER, TERMS, inner_products, totals
+from bilora_diffusion.train.dynamics import (
+    COLUMNS,
+    FIRST_ORDER,
+    NORMS,
+    RATIO,
+    ROWS,
+    TERMS,
+    inner_products,
+    totals,
+)
+
+from ..subjects import Subject
 
 ALL = "all"
 QUANTITIES = ("A", "B", "factors", "product")
@@ -22,6 +34,11 @@ QUANTITIES = ("A", "B", "factors", "product")
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
 CROSS = "auxiliary_to_primary"
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
+OF_LAYERS = (*NORMS, RATIO)
+"""Curves of single layers that are shown (Fig. A4)."""
+NEGLIGIBLE = 1e4
+"""How many times smaller the third term of Eq. 5 is said to be."""
+SMALL_MULTIPLES = 4
 
 
 @dataclass(frozen=True)
@@ -33,8 +50,8 @@ class Course:
             "primary/A", "auxiliary/product", "auxiliary_to_primary/product" and so on.
         layer_ratios: step -> ratio of Figure 2b of each layer, None where it is not defined; of
             LoRA-SAM.
-        chance: mean of max(r1, r2) / d over the layers, for column and for row spaces: the overlap
-            of random subspaces; {} without an auxiliary.
+        chance: "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d
+            over the layers; {} without an auxiliary.
     """
 
     values: dict[str, dict[int, float | None]]
@@ -43,24 +60,46 @@ class Course:
 
     @property
     def steps(self) -> list[int]:
-        """The recorded steps."""
+        """All steps that have a value."""
         return sorted({step for curve in self.values.values() for step in curve})
 
+    @property
+    def recorded(self) -> set[int]:
+        """The steps that have a snapshot."""
+        return set(self.values["primary/product"])
 
-def layer_names(folder: Path) -> list[str]:
+    def figures(self) -> dict[str, float | None]:
+        """What needs its layers one by one.
+
+        "layer_ratio" is a layer's median ratio over the steps that have one, then the median over
+        layers; "layers_above" the share of the layers whose median is above ``NEGLIGIBLE``; "chance
+        column_overlap" (and of rows) the overlap of random subspaces of these sizes.
+        """
+        found: dict[str, float | None] = {f"chance {n}": value for n, value in self.chance.items()}
+        if RATIO in self.values:
+            columns = zip(*self.layer_ratios.values(), strict=True)
+            known = [[value for value in column if value is not None] for column in columns]
+            medians = [median(values) for values in known if values]
+            found["layer_ratio"] = median(medians) if medians else None
+            above = [value > NEGLIGIBLE for value in medians]
+            found["layers_above"] = sum(above) / len(above) if above else None
+        return found
+
+
+def layer_names(run: Subject) -> list[str]:
     """The layers of a recorded run.
 
     Raises:
         UserError: it was not recorded, or a snapshot is damaged.
     """
-    return snapshots.read(_files(folder)[-1]).names
+    return snapshots.read(_files(run)[-1]).names
 
 
-def _files(folder: Path) -> list[Path]:
-    files = list(snapshots.steps(folder).values())
+def _files(run: Subject) -> list[Any]:
+    files = [] if run.folder is None else list(snapshots.steps(run.folder).values())
     if len(files) < 2:
-        found = "one snapshot only" if files else "no dynamics"
-        raise UserError(f"{folder} has {found}: train to the end with --log_dynamics.")
+        what = "one snapshot only" if files else "no dynamics"
+        raise UserError(f"{run.folder} has {what}: train to the end with --log_dynamics.")
     return files
 
 
@@ -81,44 +120,43 @@ def choose(names: Sequence[str], layer: str) -> list[int]:
     return [names.index(layer)]
 
 
-def spread(names: Sequence[str], count: int) -> list[str]:
+def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
     """About ``count`` of the layers, evenly spaced, the first and the last among them."""
     if len(names) <= count:
         return list(names)
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def read(folder: Path, wanted: Sequence[str]) -> dict[str, Course]:
+def read(run: Subject, chosen: Sequence[str]) -> dict[str, Course]:
     """The courses of a run, one for each choice of layers.
 
     Args:
-        folder: run folder.
-        wanted: "all" or names of layers.
+        chosen: "all" or names of layers.
 
     Raises:
         UserError: it was not recorded, a layer is unknown, or a snapshot is damaged.
     """
-    files = _files(folder)
+    files = _files(run)
     final = snapshots.read(files[-1])
-    places = {layer: choose(final.names, layer) for layer in wanted}
-    curves: dict[str, dict[str, dict[int, float | None]]] = {layer: {} for layer in wanted}
-    ratios: dict[str, dict[int, list[float | None]]] = {layer: {} for layer in wanted}
+    places = {layer: choose(final.names, layer) for layer in chosen}
+    curves: dict[str, dict[str, dict[int, float | None]]] = {layer: {} for layer in chosen}
+    ratios: dict[str, dict[int, list[float | None]]] = {layer: {} for layer in chosen}
     for file in files:
         snapshot = final if file == files[-1] else snapshots.read(file)
         if snapshot.names != final.names:
             raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
         for layer, where in places.items():
-            own = totals({name: values[where] for name, values in snapshot.layers.items()})
-            own |= _cosines(snapshot, final, where)
-            for name, value in own.items():
+            values = totals({name: values[where] for name, values in snapshot.layers.items()})
+            values |= _cosines(snapshot, final, where)
+            for name, value in values.items():
                 curves[layer].setdefault(name, {})[snapshot.step] = value
             if FIRST_ORDER in snapshot.layers:
                 ratios[layer][snapshot.step] = _ratios(snapshot, where)
-    for row in runlog.read_metrics(folder):
+    for line in run.log():
         for name in LOGGED:
-            if name in row:
-                for own in curves.values():
-                    own.setdefault(name, {})[row["step"]] = row[name]
+            if name in line:
+                for values in curves.values():
+                    values.setdefault(name, {})[line["step"]] = line[name]
     return {
         layer: Course(curves[layer], ratios[layer], _chance(final, where))
         for layer, where in places.items()
@@ -180,7 +218,7 @@ def _chance(final: Snapshot, where: Sequence[int]) -> dict[str, float]:
         return {}
     pairs = [(final.factors[PRIMARY][i], final.factors[AUXILIARY][i]) for i in where]
     sides: Mapping[str, list[float]] = {
-        "columns": [min(1.0, max(f.B.shape[1], g.B.shape[1]) / f.B.shape[0]) for f, g in pairs],
-        "rows": [min(1.0, max(f.A.shape[0], g.A.shape[0]) / f.A.shape[1]) for f, g in pairs],
+        COLUMNS: [min(1.0, max(f.B.shape[1], g.B.shape[1]) / f.B.shape[0]) for f, g in pairs],
+        ROWS: [min(1.0, max(f.A.shape[0], g.A.shape[0]) / f.A.shape[1]) for f, g in pairs],
     }
     return {side: sum(values) / len(values) for side, values in sides.items()}

@@ -1,0 +1,101 @@
+"""What identifies weights: a digest of all their tensors, whatever their file is called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import inspect
+from bilora_diffusion.lora_names import ADAPTER_METADATA
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+"""What of PEFT's configuration changes how the tensors act."""
+
+
+def of_lora(path: Path) -> str:
+    """Of a LoRA file and what of its metadata changes how the tensors act.
+
+    Raises:
+        UserError: it is damaged, or no LoRA.
+    """
+    metadata = inspect(path).metadata
+    try:
+        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} has damaged metadata: write or download it again.") from error
+    return _digest([("", path)], acting)
+
+
+def of_peft(folder: Path) -> str:
+    """Of a folder with a PEFT adapter; see :func:`of_lora`."""
+    acting = {k: v for k, v in peft_config(folder).items() if k in _ACTING}
+    return _digest([("", folder / PEFT_FILE)], acting)
+
+
+def of_models(folder: Path, names: Sequence[str]) -> str:
+    """Of whole models in a folder.
+
+    Raises:
+        UserError: one has no weights, or damaged ones.
+    """
+    files = []
+    for name in names:
+        parts = sorted((folder / name).glob("*.safetensors"))
+        if not parts:
+            raise UserError(f"{folder / name} has no .safetensors file: train again.")
+        files += [(name, part) for part in parts]
+    return _digest(files)
+
+
+def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None) -> str:
+    """Of name, dtype, shape and bytes of each tensor, one at a time; other metadata plays no part.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    import torch
+
+    state = hashlib.sha256()
+    if acting is not None:
+        state.update(json.dumps(acting, sort_keys=True).encode())
+    for prefix, path in files:
+        try:
+            with safe_open(path, framework="pt") as content:
+                for key in sorted(content.keys()):
+                    tensor = content.get_tensor(key).contiguous()
+                    shape = tuple(tensor.shape)
+                    state.update(f"{prefix}/{key} {tensor.dtype} {shape}\n".encode())
+                    state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is not a whole safetensors file ({error}): write or download it again."
+            ) from error
+    return state.hexdigest()
+
+
+def peft_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a folder with a PEFT adapter.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / PEFT_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"{type(config)} is no mapping")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} is no PEFT adapter (it has no {PEFT_CONFIG}): give another."
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: write it again.") from error
+    return config

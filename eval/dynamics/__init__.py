@@ -1,0 +1,124 @@
+"""How the adapters move while they are trained: Figures 2, A2 and A4 from recorded runs.
+
+    python -m eval.dynamics runs/lora-sam runs/bilora
+    python -m eval.dynamics runs/bilora-seed0 runs/bilora-seed1 runs/bilora-10x-seed0 \\
+        --output_dir results/dynamics
+    python -m eval.dynamics --group "eta_2 = eta_1=runs/a,runs/b" --group "10 eta_1=runs/c,runs/d"
+    python -m eval.dynamics runs/lora-sam --layer unet.mid_block.attentions.0.proj_in
+
+The runs have to be trained with --log_dynamics. Runs of one method and setting that differ in the
+seed are repeats; the others are told apart by what differs in their settings.
+Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..command import Parser
+from ..evaluation import Evaluation, require_common_steps
+from ..subjects import Subject, by_group
+from ..table import Result, Row
+
+_COMPARED = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
+
+
+class Dynamics(Evaluation):
+    """The recorded curves of each run, cosines to its final weights, and key figures of them.
+
+    ``settings`` has the layer, the cosine at which weights count as settled (``level``), and of
+    each group its number of ``steps`` and its ``options``: learning rates, ranks and radius.
+    """
+
+    name, described = "dynamics", __doc__
+
+    @classmethod
+    def arguments(cls, parser: Parser) -> None:
+        super().arguments(parser)
+        parser.add_argument(
+            "--layer", metavar="NAME", help="one layer's name, or all; default: all"
+        )
+
+    def prepare(self, subjects: Sequence[Subject]) -> None:
+        from . import courses, key_figures
+
+        self.layer = self.args.layer or courses.ALL
+        self.small: dict[str, list[str]] = {}
+        self.courses: dict[str, dict[str, courses.Course]] = {}
+        for group, runs in by_group(subjects).items():
+            names = courses.layer_names(runs[0])
+            courses.choose(names, self.layer)
+            self.small[group] = courses.spread(names) if runs[0].method == "lora-sam" else []
+            chosen = [self.layer, *self.small[group]]
+            self.courses |= {run.label: courses.read(run, chosen) for run in runs}
+            recorded = [self.courses[run.label][self.layer].recorded for run in runs]
+            require_common_steps(group, recorded)
+        self.settings |= {
+            "layer": self.layer,
+            "level": key_figures.LEVEL,
+            "steps": {
+                group: max(self.courses[run.label][self.layer].steps[-1] for run in runs)
+                for group, runs in by_group(subjects).items()
+            },
+            "options": {group: options(runs[0]) for group, runs in by_group(subjects).items()},
+        }
+        self._note(by_group(subjects))
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        from . import courses
+
+        for layer, course in self.courses[subject.label].items():
+            whole = layer == self.layer
+            for name, values in course.values.items():
+                if whole or name in courses.OF_LAYERS:
+                    for step, value in values.items():
+                        yield subject.row(name, value, step=step, item="" if whole else layer)
+            if whole:
+                for name, value in course.figures().items():
+                    yield subject.row(name, value)
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        from .key_figures import key_figures
+
+        rows += key_figures(rows, self.settings["steps"])
+        return super().complete(subjects, rows)
+
+    def figures(self, result: Result, folder: Path) -> list[str]:
+        from . import figures
+
+        return figures.draw(result, folder)
+
+    def report(self, result: Result) -> str:
+        from . import findings
+
+        return findings.report(result)
+
+    def _note(self, groups: dict[str, list[Subject]]) -> None:
+        for label, runs in groups.items():
+            if running := [run.label for run in runs if not run.finished]:
+                self.notes.append(
+                    f"{label}: not finished ({', '.join(running)}), so the last snapshot stands for"
+                    " the final weights."
+                )
+            if len(runs) == 1:
+                self.notes.append(f"{label}: one seed, so there are no bands and no intervals.")
+        if any(runs[0].method == "lora-sam" for runs in groups.values()):
+            self.notes.append(
+                "Terms of Eq. 5 are taken at the perturbation, so before the step's update; a ratio"
+                " is left out where e_B e_A is zero (the first step, when B is zero)."
+            )
+
+
+def options(run: Subject) -> dict[str, object]:
+    """Learning rates, ranks and radius of a run, as far as its method reads them."""
+    from bilora_diffusion.adapters import AUXILIARY
+    from bilora_diffusion.methods import get
+
+    method = get(str(run.method))
+    names = [n for n in _COMPARED if n in method.reads or n in ("rank", "learning_rate")]
+    names += ["rho_norm", "rho_schedule"] if AUXILIARY in method.adapters else []
+    return {name: run.option(name) for name in names}
+
+
+main = Dynamics.main

@@ -1,0 +1,7 @@
+"""``python -m eval.dynamics``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,215 @@
+"""Means, paired differences, their intervals, win rates, and metrics at equal training loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from bilora_diffusion.errors import UserError
+from eval import compare
+from eval.compare import (
+    Interval,
+    at_training_loss,
+    bootstrap_interval,
+    reached_training_loss,
+    student_interval,
+    summaries,
+    summarize,
+    win_rate_interval,
+)
+from eval.table import Entry, Row, Summary
+
+finite = st.floats(-1e3, 1e3)
+
+
+def test_the_interval_is_scipys() -> None:
+    values = [0.3, -0.1, 0.8, 0.4, 0.2]
+    expected = stats.bootstrap(
+        (np.array(values),),
+        np.mean,
+        n_resamples=9999,
+        confidence_level=0.95,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert bootstrap_interval(values) == Interval(float(expected.low), float(expected.high))
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+def test_equal_values_give_no_width() -> None:
+    assert bootstrap_interval([0.0] * 5) == Interval(0.0, 0.0)
+    assert bootstrap_interval([0.25] * 5) == Interval(0.25, 0.25)
+    noise = bootstrap_interval([0.1 + 0.2, 0.3, 0.3])  # equal but for rounding
+    assert noise is not None
+    assert noise.low == noise.high == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_there_is_no_interval_without_two_values(values: list[float]) -> None:
+    assert bootstrap_interval(values) is None
+
+
+@given(st.lists(finite, min_size=2, max_size=6))
+def test_an_interval_lies_within_the_values(values: list[float]) -> None:
+    found = bootstrap_interval(values, resamples=99)
+    assert found is not None
+    slack = 1e-9 * (1 + max(map(abs, values)))
+    assert min(values) - slack <= found.low <= found.high <= max(values) + slack
+
+
+def test_coverage_is_as_documented() -> None:
+    random = np.random.default_rng(0)
+    draws = random.normal(loc=2.0, size=(300, 10))
+    intervals = [bootstrap_interval(list(row), resamples=299) for row in draws]
+    covered = np.mean([found is not None and found.low <= 2 <= found.high for found in intervals])
+    assert 0.85 <= covered <= 0.95  # 0.91 by a long run
+
+
+def test_other_intervals_are_scipys() -> None:
+    values = [0.3, -0.1, 0.8, 0.4, 0.2]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert student_interval(values) == pytest.approx((expected.low, expected.high))
+    assert student_interval([1.0]) is None
+    wilson = stats.binomtest(3, 4).proportion_ci(0.95, method="wilson")
+    assert win_rate_interval(3, 0, 1) == (wilson.low, wilson.high)
+    assert win_rate_interval(1, 1, 2) == bootstrap_interval([1.0, 0.5, 0.0, 0.0])
+    assert win_rate_interval(0, 1, 0) is None
+
+
+def test_only_common_units_are_paired() -> None:
+    own, other = {0: 1.0, 1: 2.0, 3: 9.0}, {0: 1.5, 1: 2.5, 2: 7.0}
+    line = Summary("a", "loss", **summarize(own, other))
+    assert (line.count, line.mean, line.pairs) == (3, 4.0, 2)
+    assert line.error == pytest.approx(np.std([1, 2, 9], ddof=1) / np.sqrt(3))
+    assert (line.difference, line.difference_interval) == (-0.5, (-0.5, -0.5))
+    assert (line.higher, line.equal, line.lower) == (0, 0, 2)
+    assert line.interval == bootstrap_interval([1.0, 2.0, 9.0])
+    assert "difference" not in summarize({0: 1.0}, {1: 1.0})
+    assert summarize({}) == {"count": 0}
+    alone = Summary("a", "loss", **summarize({4: 1.0}, {4: 3.0}))
+    assert (alone.difference, alone.difference_interval, alone.lower) == (-2.0, None, 1)
+
+
+def row(group: str, seed: int | None, value: float | None, **more: object) -> Row:
+    fields = {"subject": f"{group}{seed}", "metric": "loss", **more}
+    return Row(group=group, seed=seed, value=value, **fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_one_summary_for_each_metric_item_and_step() -> None:
+    rows = [
+        row(group, seed, seed + level, metric=metric, item=item, step=step)
+        for group, level in (("LoRA", 0.0), ("Bi-LoRA", -1.0))
+        for seed in (0, 1, 2)
+        for metric, item, step in (("loss", "", 5), ("loss", "", None), ("rise", "full", None))
+    ]
+    lines = {(s.group, s.metric, s.item, s.step): s for s in summaries(rows, "LoRA")}
+    assert len(lines) == 6
+    whole = lines["Bi-LoRA", "rise", "full", None]
+    assert (whole.mean, whole.control, whole.difference, whole.lower) == (0.0, "LoRA", -1.0, 3)
+    at_step = lines["Bi-LoRA", "loss", "", 5]
+    assert (at_step.interval, at_step.difference_interval) == (None, (-1.0, -1.0))
+    assert lines["LoRA", "loss", "", None].control == ""
+    apart = summaries(rows, "LoRA", unpaired=["Bi-LoRA"])
+    assert all(line.difference is None for line in apart)
+
+
+def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure() -> None:
+    for step, count, middle in ((5, 2, None), (None, 1, 3.0)):
+        rows = [row("a", 0, None, step=step), row("a", 1, 3.0, step=step)]
+        (line,) = summaries(rows)
+        assert (line.count, line.mean) == (count, middle)
+    (without_seeds,) = summaries([row("a", None, 1.0), row("a", None, 2.0, subject="other")])
+    assert (without_seeds.count, without_seeds.mean) == (2, 1.5)
+
+
+def test_items_are_averaged_over_seeds_before_they_are_paired() -> None:
+    values = {"a": [[1.0, 3.0], [5.0, 5.0]], "b": [[0.0, 2.0], [5.0, 5.0]]}
+    rows = [
+        row(group, seed, value, item=str(item), subject=group)
+        for group, prompts in values.items()
+        for item, seeds in enumerate(prompts)
+        for seed, value in enumerate(seeds)
+    ]
+    one, _ = summaries(rows, "b", over="item")
+    assert (one.count, one.mean, one.difference) == (2, 3.5, 0.5)
+    assert (one.higher, one.equal, one.lower) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 0.3, "worse"), (-0.3, -0.1, "better"), (-0.1, 0.1, "no difference shown")],
+)
+def test_a_verdict_needs_the_whole_interval(low: float, high: float, verdict: str) -> None:
+    line = Summary("a", "b", difference=(low + high) / 2, difference_low=low, difference_high=high)
+    assert compare.verdict(line, False) == verdict
+    opposite = {"worse": "better", "better": "worse"}.get(verdict, verdict)
+    assert compare.verdict(line, True) == opposite
+    assert compare.verdict(line, None) is None
+    assert compare.verdict(Summary("a", "b", difference=1.0), True) == "no difference shown"
+    assert compare.verdict(Summary("a", "b"), True) is None
+
+
+def test_the_control() -> None:
+    def entry(group: str, method: str | None, kind: str = "run") -> Entry:
+        return Entry(group, group, kind, method=method)
+
+    found = [entry("base", None, "base"), entry("mine", "bilora"), entry("plain", "lora")]
+    assert compare.control(found, None) == "plain"
+    assert compare.control(found, None, prefer=None) == "mine"
+    assert compare.control(found[:1], None) == "base"
+    assert compare.control(found, "mine") == "mine"
+    with pytest.raises(UserError, match=r'--control is "plan" \(did you mean "plain"\?\)'):
+        compare.control(found, "plan")
+
+
+COURSES = {  # group -> seed -> step -> (training, held-out)
+    "a": {0: {0: (10.0, 5.0), 1: (8.0, 4.0), 2: (6.0, 4.5)}, 1: {0: (9.0, 6.0), 1: (7.0, 3.0)}},
+    "b": {0: {0: (10.0, 5.0), 1: (5.0, 2.0), 2: (6.0, 2.5)}},
+    "never fell": {0: {0: (3.0, 1.0), 1: (4.0, 2.0)}},
+}
+
+
+def test_key_figures_over_training() -> None:
+    rows = [
+        row(group, seed, value, metric=metric, step=step)
+        for group, runs in COURSES.items()
+        for seed, course in runs.items()
+        for step, (training, heldout) in course.items()
+        for metric, value in (("train", training), ("held", heldout))
+    ]
+    final = {r.subject: r.value for r in compare.final(rows, "held")}
+    assert final == {"a0": 4.5, "a1": 3.0, "b0": 2.5, "never fell0": 2.0}
+    best = compare.best(rows, "held")
+    assert (best[0].value, best[0].metric, best[0].step) == (4.0, "best held", None)
+    assert [r.value for r in compare.best(rows, "held", higher_is_better=True)][:2] == [5.0, 6.0]
+    level, equal = compare.equal_training(rows, "held", "train")
+    assert level == compare.EqualTraining(7.0, "a")
+    assert {r.subject: r.value for r in equal} == {"a0": 4.25, "a1": 3.0, "b0": 3.2}
+    level, _ = compare.equal_training(rows, "held", "train", unpaired=["a"])
+    assert level == compare.EqualTraining(5.0, "b")
+    assert compare.equal_training(rows, "held", "none") == (None, [])
+
+
+def test_equal_training_loss_is_interpolated() -> None:
+    training, measured = [10.0, 8.0, 6.0], [5.0, 4.0, 4.5]
+    assert at_training_loss(training, measured, 7.0) == 4.25
+    assert at_training_loss(training, measured, 10.0) == 5.0
+    assert at_training_loss(training, measured, 6.0) == 4.5
+
+
+def test_the_first_time_counts_where_training_loss_rises_again() -> None:
+    training, measured = [10.0, 6.0, 9.0, 5.0], [1.0, 2.0, 3.0, 4.0]
+    assert at_training_loss(training, measured, 8.0) == 1.5
+    assert at_training_loss([10.0, 11.0, 9.0], [1.0, 2.0, 3.0], 10.5) is None  # began below
+    assert at_training_loss(training, measured, 4.0) is None  # never reached
+    assert at_training_loss([], [], 4.0) is None
+
+
+def test_a_run_that_never_fell_reached_nothing() -> None:
+    assert reached_training_loss([3.0, 2.0, 2.5]) == 2.0
+    assert reached_training_loss([3.0, 4.0, 3.0]) is None
+    assert reached_training_loss([3.0]) is None
+    assert reached_training_loss([]) is None

@@ -1,0 +1,187 @@
+"""eval.dynamics: cosines, key figures and verdicts, each against a plain computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import snapshots
+from eval import dynamics, table
+from eval.dynamics import courses
+from eval.dynamics.figures import positive
+from eval.dynamics.findings import judge
+from eval.dynamics.key_figures import settles
+from eval.sources import run as opened
+from eval.table import Curve, Result
+from tests.run import recorded_runs
+
+COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
+
+
+@given(COSINES)
+def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | None]) -> None:
+    found = settles(range(0, 2 * len(values), 2), values, 0.5)
+    points = [(2 * i, v) for i, v in enumerate(values) if v is not None]
+    stays = [step for i, (step, _) in enumerate(points) if all(v >= 0.5 for _, v in points[i:])]
+    if not stays:
+        assert found is None
+    else:
+        earlier = [step for step, _ in points if step < stays[0]]
+        assert found is not None
+        assert (earlier[-1] if earlier else stays[0]) <= found <= stays[0]
+
+
+def test_settling_is_interpolated() -> None:
+    assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
+    assert settles([0, 10], [None, 0.95], 0.9) == 10
+    assert settles([], [], 0.9) is None
+
+
+def test_a_logarithmic_axis_gets_no_zeros() -> None:
+    found = positive(Curve([0, 1, 2], [0.0, 2.0, None], [0.0, 5.0, None]))
+    assert found.mean == [None, 2.0, None]
+    assert found.error == [None, pytest.approx(1.98), None]
+
+
+def test_cosines_are_those_of_the_whole_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
+    found = courses.cosines(one, other)
+
+    def naive(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+        a, b = (np.concatenate([x.double().numpy().ravel() for x in s]) for s in (left, right))
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    parts = {
+        "A": [[f.A for f in side] for side in (one, other)],
+        "B": [[f.B for f in side] for side in (one, other)],
+        "factors": [[x for f in side for x in (f.A, f.B)] for side in (one, other)],
+        "product": [[f.B.double() @ f.A.double() for f in side] for side in (one, other)],
+    }
+    for name, (left, right) in parts.items():
+        assert found[name] == pytest.approx(naive(left, right), abs=1e-12)
+    wider = courses.cosines(one, recorded_runs.factors(generator, rank=3))
+    assert [wider[name] is None for name in courses.QUANTITIES] == [True, True, True, False]
+    zero = [f._replace(B=torch.zeros_like(f.B)) for f in one]
+    assert courses.cosines(zero, one)["product"] is None
+
+
+def test_a_course_over_one_layer_and_over_all(tmp_path: Path) -> None:
+    run = recorded_runs.make(tmp_path / "run")
+    layer = "unet.up.to_out"
+    found = courses.read(opened(run, "run"), [courses.ALL, layer])
+    files = snapshots.steps(run)
+    last, middle = snapshots.read(files[10]), snapshots.read(files[4])
+    for name, where in ((courses.ALL, [0, 1, 2]), (layer, [2])):
+        values = found[name].values
+        assert values["primary/product"][10] == pytest.approx(1)
+        for role, of, to in (
+            ("primary", PRIMARY, PRIMARY),
+            ("auxiliary", AUXILIARY, AUXILIARY),
+            (courses.CROSS, AUXILIARY, PRIMARY),
+        ):
+            own, end = ([s.factors[a][i] for i in where] for s, a in ((middle, of), (last, to)))
+            for quantity, value in courses.cosines(own, end).items():
+                assert values[f"{role}/{quantity}"][4] == value
+        assert values["auxiliary_norm"][3] == 0.05
+    assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
+    assert found[courses.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
+
+
+def test_layers_are_chosen_and_spread() -> None:
+    names = [f"layer.{i}" for i in range(10)]
+    assert courses.choose(names, "layer.3") == [3]
+    assert courses.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
+    assert courses.spread(names[:2], 4) == names[:2]
+    with pytest.raises(UserError, match=r'"layers.3" \(did you mean "layer.3"\?\)'):
+        courses.choose(names, "layers.3")
+
+
+def judged(folder: Path, slow: str, ratio: tuple[float, ...]) -> Result:
+    """Five seeds of Bi-LoRA, in which one adapter moves at the end only, and two of LoRA-SAM."""
+    course = {slow: lambda step: (step / 10) ** 20 * (1 if step == 10 else 0.1)}
+    runs = [
+        recorded_runs.make(folder / f"{slow}{seed}", "bilora", seed, course=course)
+        for seed in range(5)
+    ]
+    runs += [
+        recorded_runs.make(folder / f"sam{slow}{seed}", "lora-sam", seed, ratio=ratio)
+        for seed in range(2)
+    ]
+    out = folder / f"out-{slow}"
+    assert dynamics.main([*map(str, runs), "--output_dir", str(out)]) == 0
+    return table.read(out)
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("late")
+    return folder, judged(folder, AUXILIARY, (2e4, 3e4, 4e4))
+
+
+def verdicts(result: Result) -> dict[tuple[str, str], str]:
+    return {(claim.source, claim.claim.split(" (")[0]): claim.verdict for claim in judge(result)}
+
+
+SLOWER = ("Fig. A2", "the auxiliary converges substantially slower than the primary")
+THIRD = ("Fig. 2b", "the third term of Eq. 5 is more than 10000 times smaller than the first two")
+
+
+def test_the_claims_follow_the_data(late: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, result = late
+    assert (verdicts(result)[SLOWER], verdicts(result)[THIRD]) == ("agrees", "agrees")
+    early = verdicts(judged(tmp_path, PRIMARY, (100.0, 200.0, 300.0)))
+    assert (early[SLOWER], early[THIRD]) == ("disagrees", "disagrees")
+    report = (folder / f"out-{AUXILIARY}" / "report.md").read_text()
+    assert "slower than the primary. These runs agree (Bi-LoRA)" in report
+
+
+def test_a_claim_that_some_layers_bear_out_holds_in_part(tmp_path: Path) -> None:
+    result = judged(tmp_path, AUXILIARY, (100.0, 2e4, 3e4))
+    assert verdicts(result)[THIRD] == "in part"
+    evidence = next(claim.evidence for claim in judge(result) if claim.source == "Fig. 2b")
+    assert "67% [67%, 67%] of the layers" in evidence
+
+
+def test_key_figures_are_those_of_the_curves(late: tuple[Path, Result]) -> None:
+    folder, result = late
+    for who in ("primary", "auxiliary"):
+        settled = {}
+        for row in result.select(f"settled {who}/product"):
+            course = courses.read(opened(folder / row.subject, ""), [courses.ALL])[courses.ALL]
+            steps, cosines = zip(*course.values[f"{who}/product"].items(), strict=True)
+            settled[row.seed] = row.value
+            assert row.value == settles(steps, cosines, 0.9)
+        line = result.summary("Bi-LoRA", f"settled {who}/product")
+        assert line is not None
+        assert line.mean == pytest.approx(np.mean([*settled.values()]))
+    curve = result.curve("Bi-LoRA", "auxiliary/product")
+    values = [result.select("auxiliary/product", "Bi-LoRA")[i::11] for i in range(11)]
+    assert curve.mean == pytest.approx([np.mean([r.value for r in at]) for at in values])  # pyright: ignore
+    assert result.summary("Bi-LoRA", "chance column_overlap") is not None
+
+
+def test_the_figures_are_drawn(late: tuple[Path, Result]) -> None:
+    folder, result = late
+    names = ["fig2_lora_sam.png", "figA4_layers.png", "figA2_convergence.png", "auxiliary.png"]
+    assert result.figures == names
+    out = folder / f"out-{AUXILIARY}"
+    assert all((out / name).stat().st_size > 10_000 for name in names)
+    layers = {row.item for row in result.rows if row.item}
+    assert layers == set(recorded_runs.SHAPES)
+
+
+def test_one_layer_and_named_groups(late: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, _ = late
+    words = ["--layer", "unet.up.to_out", "--group", f"mine={folder / AUXILIARY}0"]
+    assert dynamics.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    result = table.read(tmp_path / "out")
+    assert (result.groups, result.settings["layer"]) == (["mine"], "unet.up.to_out")
+    assert any("one seed" in note for note in result.notes)

@@ -1,0 +1,69 @@
+"""What is measured, and which runs are repeats of one another."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from eval.subjects import Subject, by_group, gather, paired
+from tests.run import recorded_runs
+
+
+def test_groups_by_setting(tmp_path: Path) -> None:
+    def run(name: str, method: str, seed: int, **config: object) -> str:
+        return str(recorded_runs.make(tmp_path / name, method, seed, steps=(), config=config))
+
+    plain = [run(f"b{seed}", "bilora", seed) for seed in (1, 0)]
+    fast = run("fast", "bilora", 0, auxiliary_learning_rate=1e-2)
+    # rho plays no part in LoRA, nor does where a run lies
+    lora = [run(f"l{i}", "lora", i, rho=0.1 * i + 0.1, output_dir=str(i)) for i in range(2)]
+    found = by_group(gather([*plain, fast, *lora]))
+    assert {label: [run.seed for run in runs] for label, runs in found.items()} == {
+        "Bi-LoRA (auxiliary_learning_rate=0.001)": [0, 1],
+        "Bi-LoRA (auxiliary_learning_rate=0.01)": [0],
+        "LoRA": [0, 1],
+    }
+    assert [run.label for run in found["LoRA"]] == ["l0", "l1"]
+    named = gather([lora[0]], [f"mine = {plain[0]},{plain[1]}"])
+    assert [run.group for run in named] == ["LoRA", "mine", "mine"]
+    assert gather(plain)[0].group == "Bi-LoRA"
+    other = run("again", "bilora", 0)
+    for words, groups, sentence in (
+        ([*plain, other], [], "are both seed 0"),
+        ([], [f"x={plain[0]},{lora[1]}"], "mixes bilora and lora"),
+        ([lora[0]], [f"LoRA={lora[1]}"], 'two groups are called "LoRA"'),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            gather(words, groups)
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [str(recorded_runs.make(tmp_path / str(s) / "run", "lora", s, ())) for s in range(2)]
+    assert [run.label for run in gather(runs)] == ["run", "run-2"]
+
+
+def test_a_row_is_of_its_subject() -> None:
+    row = Subject("a", "LoRA", seed=3).row("loss", 0.5, item="x", step=7)
+    assert (row.subject, row.group, row.seed, row.metric) == ("a", "LoRA", 3, "loss")
+    assert (row.item, row.step, row.value) == ("x", 7, 0.5)
+    assert Subject("a", "LoRA").row("loss", math.nan, seed=1).value is None
+
+
+def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path: Path) -> None:
+    runs = [
+        recorded_runs.make(tmp_path / f"{m}{s}", m, s, steps=(1, 2))
+        for m in ("lora", "bilora")
+        for s in range(2)
+    ]
+    lone = recorded_runs.make(tmp_path / "sam", "lora-sam", 5, steps=(1, 2))
+    words = [str(path) for path in (*runs, lone)]
+    same = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
+    assert paired(gather(words), "LoRA") == same
+    file = runs[3] / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"digest": "1-', '"digest": "other-'))
+    assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
+    file.write_text(file.read_text().replace('"digest"', '"no_digest"'))
+    assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}

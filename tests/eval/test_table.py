@@ -1,0 +1,136 @@
+"""A result comes back as it was written, and nothing else comes through."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from eval import table
+from eval.provenance import Provenance
+from eval.table import Entry, Metric, Result, Row, Summary
+
+ROWS = [
+    Row("a", "LoRA", 0, "i2t", 'a "cat", in\nthe rain', None, 0.1 + 0.2, "images/1.png"),
+    Row("a", "LoRA", None, "loss", "", 25, None),
+]
+SUMMARIES = [
+    Summary("LoRA", "loss", step=25, count=2, mean=1 / 3, error=0.0),
+    Summary("LoRA", "loss", "x", mean=1.0, low=-0.5, high=1.5, control="base", higher=1, lower=2),
+]
+WHOLE = Result(
+    kind="landscape",
+    subjects=[Entry("a", "LoRA", seed=0, method="lora", about={"cost": 1})],
+    metrics={"loss": Metric("held-out loss", scale=1000, form=".2f")},
+    control="LoRA",
+    settings={"levels": [1, 2], "equal": None},
+    notes=["A note."],
+    figures=["a.png"],
+    provenance=Provenance("python -m eval.landscape a", {"torch": "2"}, None, None, {}, []),
+    rows=ROWS,
+    summaries=SUMMARIES,
+)
+
+
+def test_a_result_comes_back(tmp_path: Path) -> None:
+    for result in (WHOLE, Result("sweep")):
+        table.write(result, tmp_path, "# Report")
+        assert table.read(tmp_path) == replace(
+            result,
+            subjects=list(result.subjects),
+            rows=list(result.rows),
+            summaries=list(result.summaries),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.md",
+        "result.json",
+        "rows.csv",
+        "summary.csv",
+    ]
+    table.write(WHOLE, tmp_path, "# Report")
+    assert table.read(tmp_path, rows=False).rows == []
+    assert json.loads((tmp_path / "result.json").read_text())["schema_version"] == 1
+
+
+def test_what_is_not_finite_is_not_defined(tmp_path: Path) -> None:
+    odd = replace(WHOLE, rows=[replace(ROWS[0], value=math.inf)], settings={"x": math.nan})
+    table.write(odd, tmp_path, "")
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["settings"] == {"x": None}
+    assert table.read(tmp_path).rows[0].value is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"notes": "a"},
+        {"figures": [1]},
+        {"subjects": [{"group": "LoRA"}]},
+        {"metrics": {"loss": {"title": "x", "scale": "much"}}},
+        {"provenance": {"command": 1}},
+        {"settings": []},
+    ],
+)
+def test_a_value_of_another_type_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    table.write(WHOLE, tmp_path, "")
+    file = tmp_path / table.FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | change), encoding="utf-8")
+    with pytest.raises(UserError, match=r"is damaged: run python -m eval\.landscape again"):
+        table.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("rows.csv", "subject,group,seed,metric,item,step,value,note\na,b,0,c,,,high,\n"),
+        ("rows.csv", "subject,group\na,b\n"),
+        ("summary.csv", "group,metric,count\na,b,many\n"),
+        ("summary.csv", "\x00"),
+    ],
+)
+def test_a_damaged_table_is_refused(tmp_path: Path, file: str, text: str) -> None:
+    table.write(WHOLE, tmp_path, "")
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        table.read(tmp_path)
+
+
+def test_another_version_and_what_is_no_result_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / table.FILE
+    with pytest.raises(UserError, match=r"holds no result\.json"):
+        table.read(tmp_path)
+    for text, words in (
+        ('{"schema_version": 9, "kind": "sweep"}', r"version 9, not 1: run python -m eval\.sweep"),
+        ("[1]", "is damaged"),
+        ("{}", "is damaged"),
+        ("{", "is damaged"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=words):
+            table.read(tmp_path)
+
+
+def test_a_result_is_asked_by_name() -> None:
+    assert WHOLE.groups == ["LoRA"]
+    assert WHOLE.summary("LoRA", "loss", "x") is SUMMARIES[1]
+    assert WHOLE.summary("LoRA", "none") is None
+    assert WHOLE.select("loss") == ROWS[1:]
+    assert WHOLE.select("loss", "Bi-LoRA") == []
+    assert WHOLE.metric("other") == Metric("other")
+    line = Summary("a", "b", higher=1, equal=1, lower=2)
+    assert (line.pairs, line.win_rate) == (4, 1.5 / 4)
+    assert (line.better(True), line.better(False)) == (1, 2)
+
+
+def test_a_curve_has_the_steps_that_all_of_a_group_have() -> None:
+    lines = [
+        Summary("LoRA", "loss", step=s, count=c, mean=m)
+        for s, c, m in ((5, 1, 1.0), (0, 1, None), (9, 0, 2.0))
+    ]
+    curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
+    assert (curve.steps, curve.mean) == ([0, 5], [None, 1.0])
