@@ -10,11 +10,11 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL.Image import Image
 
+from app.scored import Model, Prompt, Scored, ScoredImage
 from bilora_diffusion.image import script as train
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
-from eval.records import SCORES
-from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from tests.app.scored_images import adapter, write
 from tests.scripts.runs import flags
 
 METHODS = ("lora", "bilora")
@@ -36,7 +36,7 @@ def make_runs(root: Path) -> None:
         train.main(flags(root / method, method=method, **values))
 
 
-def make_scores(root: Path) -> ScoresResult:
+def make_scores(root: Path) -> Scored:
     """Write ``root/scores``: images of both runs and measurements of them.
 
     The scorer is another part with tests of its own, so brightness and contrast stand in for it.
@@ -45,7 +45,7 @@ def make_scores(root: Path) -> ScoresResult:
     jobs = [(prompt, seed) for prompt in range(len(SUBJECTS)) for seed in SEEDS]
     texts = [f"a ToK icon of a {name}, in the style of ToK" for name in SUBJECTS]
     rows = []
-    for adapter, method in enumerate(METHODS):
+    for number, method in enumerate(METHODS):
         pipeline.load_lora_weights(str(root / method))
         drawn = generate(
             pipeline,
@@ -60,41 +60,25 @@ def make_scores(root: Path) -> ScoresResult:
             file = f"images/{method}/seed-{seed}/{prompt:03}.png"
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / file)
-            rows.append(_score(adapter, prompt, seed, file, image))
-    result = ScoresResult(
-        scorer=ModelEntry("test-CLIP", "embedded", "brightness", note="For tests only."),
-        captioner=ModelEntry("test-captioner", "retrieval", "brightness"),
-        sampling={"base_model": "mini", "size": 64, "steps": 6, "guidance_scale": 4.0, "scale": 1},
-        seeds=list(SEEDS),
-        prompt_set="test",
-        adapters=[
-            AdapterEntry(method, "run", method, method, "0" * 8, f"images/{method}")
-            for method in METHODS
-        ],
+            rows.append(_score(number, prompt, seed, file, image))
+    scored = Scored(
+        adapters=[adapter(method, "0" * 8) for method in METHODS],
         prompts=[
-            PromptEntry(text, name, reference)
+            Prompt(text, name, reference)
             for text, (name, reference) in zip(texts, SUBJECTS.items(), strict=True)
         ],
         images=rows,
-        summaries=[],
-        comparisons=[],
+        seeds=list(SEEDS),
+        scorer=Model("test-CLIP", "For tests only."),
+        captioner=Model("test-captioner"),
     )
-    SCORES.write(result, folder)
-    return result
+    write(scored, folder)
+    return scored
 
 
-def _score(adapter: int, prompt: int, seed: int, file: str, image: Image) -> ImageScore:
+def _score(number: int, prompt: int, seed: int, file: str, image: Image) -> ScoredImage:
     pixels = np.asarray(image, dtype=float) / 255
     brightness, contrast = float(pixels.mean()), float(pixels.std())
-    return ImageScore(
-        adapter,
-        prompt,
-        seed,
-        file,
-        i2t=brightness,
-        t2t=contrast,
-        caption=f"an icon of brightness {brightness:.1f}",
-        truth=1 - brightness,
-        nearest=contrast / 2,
-        nearest_image=NEAREST,
-    )
+    scores = {"i2t": brightness, "t2t": contrast, "truth": 1 - brightness, "nearest": contrast / 2}
+    caption = f"an icon of brightness {brightness:.1f}"
+    return ScoredImage(number, prompt, seed, file, scores, caption, NEAREST)

@@ -7,24 +7,29 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from app.compare_data import arranged, rows, times_100
-from eval.records import SCORES
-from eval.scores.schema import ScoresResult
+from app.readers import scores
+from app.scored import Scored
+from eval.table import FILE
+from tests.app.scored_images import write
 from tests.browser.conftest import Viewer, Visit, link_tree
+
+pytestmark = pytest.mark.slow
 
 CARD = "#compare-cards figure.card"
 CHOSEN = "#compare-list button.prompt[aria-current]"
 
 
 @pytest.fixture(scope="session")
-def result(full_root: Path) -> ScoresResult:
+def result(full_root: Path) -> Scored:
     """The scores that are shown."""
-    return SCORES.read(ScoresResult, full_root / "scores")
+    shown = scores(full_root / "scores" / FILE)
+    assert shown is not None
+    return shown
 
 
 def opened(page: Page, viewer: Viewer, query: str = "") -> Page:
@@ -52,13 +57,13 @@ def listed(page: Page) -> list[str]:
     return [text.strip() for text in names.all_inner_texts()]
 
 
-def expected(result: ScoresResult, order: str, metric: str = "i2t") -> list[str]:
+def expected(result: Scored, order: str, metric: str = "i2t") -> list[str]:
     """The names as the data has them."""
     return [row.name for row in arranged(rows(result, 0, 1, metric), metric, order)]
 
 
 def test_images_side_by_side_with_scores(
-    page: Page, viewer: Viewer, result: ScoresResult, shot: Callable[[Page, str], Path]
+    page: Page, viewer: Viewer, result: Scored, shot: Callable[[Page, str], Path]
 ) -> None:
     opened(page, viewer)
     cards = page.locator(CARD)
@@ -74,17 +79,18 @@ def test_images_side_by_side_with_scores(
         )
         card = cards.nth(adapter)
         expect(card.locator("tr", has_text="CLIP I2T").locator("td")).to_have_text(
-            times_100(image.i2t)
+            times_100(image.scores["i2t"])
         )
         expect(card).to_contain_text("by test-CLIP")
         expect(card.locator(".caption")).to_contain_text(image.caption or "?")
-        expect(card.locator(".nearest")).to_contain_text(f"1fa96.png · {times_100(image.nearest)}")
+        nearest = f"1fa96.png · {times_100(image.scores['nearest'])}"
+        expect(card.locator(".nearest")).to_contain_text(nearest)
         assert card.locator(".nearest img").evaluate("image => image.naturalWidth") > 0
     assert cards.first.locator("> img").evaluate("image => image.naturalWidth") == 256
     shot(page, "compare-desktop")
 
 
-def test_sorting_filtering_and_choosing(page: Page, viewer: Viewer, result: ScoresResult) -> None:
+def test_sorting_filtering_and_choosing(page: Page, viewer: Viewer, result: Scored) -> None:
     opened(page, viewer)
     assert listed(page) == expected(result, "gain")
     for order, label in (("loss", "Largest loss first"), ("name", "By name")):
@@ -198,9 +204,7 @@ def test_runs_side_by_side_before_any_scoring_then_their_scores(
     assert page.evaluate("window.notReloaded")
 
 
-def test_buttons_and_keys_step_through_the_list(
-    page: Page, viewer: Viewer, result: ScoresResult
-) -> None:
+def test_buttons_and_keys_step_through_the_list(page: Page, viewer: Viewer, result: Scored) -> None:
     opened(page, viewer)
     order, place = expected(result, "gain"), page.locator("#compare-place")
     expect(place).to_have_text("1 of 4")
@@ -259,14 +263,12 @@ def test_a_link_to_what_is_gone_says_so(page: Page, viewer: Viewer) -> None:
 
 
 def test_images_without_scores_are_shown_and_it_is_said(
-    page: Page, start: Callable[..., Viewer], full_root: Path, result: ScoresResult, tmp_path: Path
+    page: Page, start: Callable[..., Viewer], full_root: Path, result: Scored, tmp_path: Path
 ) -> None:
-    bare: dict[str, Any] = dict.fromkeys(("i2t", "t2t", "truth", "nearest", "drift"))
     shutil.copytree(full_root / "scores", tmp_path / "bare")
-    images = [replace(image, **bare) for image in result.images]
-    SCORES.write(replace(result, images=images), tmp_path / "bare")
-    (tmp_path / "empty").mkdir()
-    SCORES.write(replace(result, images=[]), tmp_path / "empty")
+    images = [replace(image, scores={}) for image in result.images]
+    write(replace(result, images=images), tmp_path / "bare")
+    write(replace(result, images=[]), tmp_path / "empty")
     viewer = start(tmp_path)
     opened(page, viewer)
     expect(page.locator("#compare-metric input")).to_have_value("no image has a score")

@@ -11,6 +11,8 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Viewer, Visit
 
+pytestmark = pytest.mark.slow
+
 UNDER_WAY = re.compile(r"step \d+ of 200")
 PICTURE = "#generate-cards figure.card > img"
 DRAWN = 600_000

@@ -13,6 +13,8 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import Viewer, Visit
 from tests.browser.test_vote import choose
 
+pytestmark = pytest.mark.slow
+
 FIGURES = ("landscape_directions.png", "landscape_plane.png")
 REPORT = """# Loss landscape
 

@@ -16,6 +16,8 @@ from bilora_diffusion.run.runlog import RunLog
 from tests.browser.conftest import Viewer, Visit
 from tests.browser.test_vote import choose
 
+pytestmark = pytest.mark.slow
+
 STEPS = 400
 CONFIG: dict[str, Any] = {
     "pretrained_model_name_or_path": "mini",
@@ -146,7 +148,7 @@ def test_a_run_that_goes_on_is_followed(
     expect(mine.locator(".state")).to_have_text("running")
     with (live.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 201, "lo')  # a kill leaves a torn line
-    live.fail("the loss at step 201 is not finite: lower --learning_rate")
+    live.close("failed", "the loss at step 201 is not finite: lower --learning_rate")
     expect(mine).to_contain_text("failed")
     expect(mine).to_contain_text("the loss at step 201 is not finite")
     expect(mine).to_contain_text(f"200 of {STEPS} steps")

@@ -57,6 +57,7 @@ def get(viewer: Viewer, path: str, method: str = "GET", body: str | None = None)
         connection.close()
 
 
+@pytest.mark.slow
 def test_files_are_refused_by_every_route(odd: Viewer) -> None:
     root, passwd = odd.root, Path("/etc/passwd")
     repository = Path(__file__).resolve().parents[2]
@@ -88,6 +89,7 @@ def test_files_are_refused_by_every_route(odd: Viewer) -> None:
                 )
 
 
+@pytest.mark.slow
 def test_routes_that_reach_out_or_take_files_are_closed(odd: Viewer) -> None:
     for path in (
         "/gradio_api/file=http://example.com/",
@@ -100,6 +102,7 @@ def test_routes_that_reach_out_or_take_files_are_closed(odd: Viewer) -> None:
     assert get(odd, "/gradio_api/upload", "POST", "")[0] == 403
 
 
+@pytest.mark.slow
 def test_the_page_tells_no_place_and_no_name_of_the_machine(odd: Viewer) -> None:
     page, config = get(odd, "/")[1], get(odd, "/config")[1]
     for text in (page, config):
@@ -108,6 +111,7 @@ def test_the_page_tells_no_place_and_no_name_of_the_machine(odd: Viewer) -> None
     assert json.loads(config)["analytics_enabled"] is False
 
 
+@pytest.mark.slow
 def test_a_broken_run_and_links_are_named_and_the_rest_is_shown(
     odd: Viewer, visit: Callable[..., Visit], shot: Callable[..., Path]
 ) -> None:
@@ -121,6 +125,7 @@ def test_a_broken_run_and_links_are_named_and_the_rest_is_shown(
     shot(page, "broken-run")
 
 
+@pytest.mark.slow
 def test_an_image_that_leads_out_of_the_root_is_not_shown(
     odd: Viewer, visit: Callable[..., Visit]
 ) -> None:
@@ -131,6 +136,7 @@ def test_an_image_that_leads_out_of_the_root_is_not_shown(
     expect(page.locator("#compare-slider img")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_an_empty_root_says_what_to_run_and_shows_what_comes(
     tmp_path: Path, start: Callable[..., Viewer], visit: Callable[..., Visit], shot: Callable
 ) -> None:
@@ -157,6 +163,7 @@ def test_an_empty_root_says_what_to_run_and_shows_what_comes(
     assert page.evaluate("window.notReloaded")
 
 
+@pytest.mark.slow
 def test_the_tab_is_in_the_address(viewer: Viewer, visit: Callable[..., Visit]) -> None:
     page = visit().open(f"{viewer.url}/?tab=training")
     chosen = page.locator("#frame-tabs [role=tab][aria-selected=true]")
@@ -170,6 +177,7 @@ def test_the_tab_is_in_the_address(viewer: Viewer, visit: Callable[..., Visit]) 
     expect(chosen).to_have_text("Vote")
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_others(viewer: Viewer, visit: Callable[..., Visit]) -> None:
     visitor = visit()
     refused: list[str] = []
@@ -218,10 +226,13 @@ FILLED = {
     "Results": "#tab-results section.empty",
 }
 """What is there when a tab has been filled."""
+OTHER_LOOKS = ((True, False), (False, True), (True, True))
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("phone", [False, True])
+@pytest.mark.parametrize(
+    ("phone", "dark"),
+    [(False, False), *(pytest.param(*p, marks=pytest.mark.slow) for p in OTHER_LOOKS)],
+)
 def test_every_tab_is_readable_and_fits(
     viewer: Viewer,
     visit: Callable[..., Visit],
@@ -242,6 +253,7 @@ def test_every_tab_is_readable_and_fits(
     assert (sum(int(part) for part in ink[4:-1].split(",")) > 3 * 128) == dark, ink
 
 
+@pytest.mark.slow
 def test_it_listens_on_this_machine_alone(viewer: Viewer) -> None:
     port = urlsplit(viewer.url).port
     listening = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]

@@ -16,10 +16,12 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from playwright.sync_api import Locator, Page, expect
 
 from app.ballots import COLUMNS, FILE, Votes
+from app.scored import Prompt, ScoredImage
 from app.voting import Tally, Vote, tallies
-from eval.records import SCORES
-from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from tests.app.scored_images import scores_of, write
 from tests.browser.conftest import Viewer, Visit
+
+pytestmark = pytest.mark.slow
 
 LABELS = ("quagga-run", "zebra-run")
 """Words that stand nowhere else in the page."""
@@ -68,20 +70,8 @@ def make_scores(folder: Path) -> None:
                 written = PngImagePlugin.PngInfo()
                 written.add_text("parameters", f'{{"adapter": "{label}"}}')
                 picture(adapter, prompt, seed).save(folder / file, pnginfo=written)
-                rows.append(ImageScore(adapter, prompt, seed, file, i2t=0.2, t2t=0.3))
-    made = ScoresResult(
-        scorer=ModelEntry("test", "embedded", "test"),
-        captioner=None,
-        sampling={},
-        seeds=list(SEEDS),
-        prompt_set="test",
-        adapters=[AdapterEntry(n, "run", n, None, f"digest {n}", f"images/{n}") for n in LABELS],
-        prompts=[PromptEntry(text) for text in PROMPTS],
-        images=rows,
-        summaries=[],
-        comparisons=[],
-    )
-    SCORES.write(made, folder)
+                rows.append(ScoredImage(adapter, prompt, seed, file, {"i2t": 0.2, "t2t": 0.3}))
+    write(scores_of(LABELS, [Prompt(text) for text in PROMPTS], rows, SEEDS), folder)
 
 
 @pytest.fixture(scope="module")
