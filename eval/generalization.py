@@ -15,10 +15,10 @@ Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from bilora_diffusion.errors import UserError
 
@@ -35,16 +35,18 @@ NEARLY_IDENTICAL = 0.02
 """Share of the control's training loss within which another counts as nearly identical."""
 
 
-def loss(title: str) -> Metric:
-    """Losses are shown times 1000."""
-    return Metric(title, higher_is_better=False, scale=1000, form=".2f")
+def metrics(level: float | None = None) -> dict[str, Metric]:
+    """How the metrics are shown: losses times 1000.
 
+    Args:
+        level: the training loss at which runs are compared.
+    """
 
-class Generalization(Evaluation):
-    """Both losses of each run at each step that has both, their gap, and the key figures of it."""
+    def loss(title: str) -> Metric:
+        return Metric(title, higher_is_better=False, scale=1000, form=".2f")
 
-    name = "generalization"
-    metrics: ClassVar[Mapping[str, Metric]] = {
+    at = "" if level is None else f" ({1000 * level:.2f})"
+    return {
         TRAINING: loss("loss on what is trained on"),
         HELDOUT: loss("loss on held-out data"),
         GAP: loss("gap: held-out minus training loss"),
@@ -52,9 +54,19 @@ class Generalization(Evaluation):
         f"final {HELDOUT}": loss("held-out"),
         f"final {GAP}": loss("gap"),
         f"best {HELDOUT}": loss("lowest held-out"),
-        f"equal_training {HELDOUT}": loss("held-out at equal training loss"),
+        f"equal_training {HELDOUT}": loss(f"held-out at equal training loss{at}"),
         LOWEST_AT: Metric("step of the lowest", higher_is_better=None),
     }
+
+
+class Generalization(Evaluation):
+    """Both losses of each run at each step that has both, their gap, and the key figures of it.
+
+    ``settings`` has which groups are ``paired`` with the control, and ``equal_training``: the
+    training loss at which runs are compared, and the group that sets it.
+    """
+
+    name = "generalization"
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -89,7 +101,8 @@ class Generalization(Evaluation):
         self.settings["equal_training"] = None if level is None else asdict(level)
         self._note(subjects, unpaired)
         lines = compare.summaries(rows, self.control, unpaired=unpaired)
-        return self.result(subjects, rows, lines, self.control)
+        shown = metrics(None if level is None else level.training_loss)
+        return self.result(subjects, rows, lines, self.control, metrics=shown)
 
     def _note(self, subjects: Sequence[Subject], unpaired: Sequence[str]) -> None:
         text = all(subject.is_text for subject in subjects)
@@ -131,16 +144,13 @@ class Generalization(Evaluation):
         return ["generalization.png"]
 
     def report(self, result: Result) -> str:
-        level = result.settings["equal_training"]
-        at = f", {1000 * level['training_loss']:.2f}" if level else ""
         compared = [f"final {name}" for name in (TRAINING, HELDOUT, GAP)]
         compared += [f"best {HELDOUT}", f"equal_training {HELDOUT}"]
         return report.page(
             "# Generalization",
             "Losses x 1000, mean over seeds, and the difference to"
             f" {report.escaped(result.control)} paired by seed, with {report.INTERVALS} and the"
-            " number of seeds in which it is lower. Equal training loss: the lowest that all paired"
-            f" runs reach{at}.",
+            " number of seeds in which it is lower.",
             report.comparison(result, [(name, "") for name in compared], [(LOWEST_AT, "")]),
             report.claims(judge(result)),
             report.pictures(result),
