@@ -1,0 +1,262 @@
+"""Whole text runs: they learn, resume exactly, export the primary alone, and record what they saw.
+
+Every pair of a method and an option of the adapters is the contract's; here each appears once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
+
+from bilora_diffusion.methods import names
+from bilora_diffusion.run import runlog
+from bilora_diffusion.text import script as train_text_script
+from bilora_diffusion.text.models import load_text_model
+from bilora_diffusion.text.module import TextModule, collate
+from bilora_diffusion.train import running
+from bilora_diffusion.train.task import inference
+from tests.scripts.runs import column
+from tests.text.text_builders import (
+    KINDS,
+    NUMBERS,
+    SAVERS,
+    WORDS,
+    exported,
+    heldout_of,
+    rows_for,
+    save_bert,
+    save_t5,
+    text_difference,
+    text_flags,
+    train_text,
+    write_rows,
+)
+
+Given = dict[str, Any]
+TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+LIVES: list[tuple[str, str, Given]] = [
+    ("causal", "bilora", {"packing": True, "mixed_precision": "bf16"}),
+    ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
+    ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
+    ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
+    ("seq2seq", "lora", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
+    ("classification", "flat-lora", {"mixed_precision": "bf16"}),
+    ("causal", "lora-obar", {"use_dora": True, "lora_dropout": 0.1}),
+    ("seq2seq", "lora-nbar", {"group_by_length": True}),
+    ("causal", "full", {"mixed_precision": "bf16"}),
+    ("classification", "full", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
+    """By kind: what a run is given."""
+    folder = tmp_path_factory.mktemp("text")
+    return {
+        kind: {
+            "model_name_or_path": SAVERS[kind](folder / kind),
+            "train_file": write_rows(folder / f"{kind}.jsonl", rows_for(kind, 24)),
+            "validation_file": write_rows(folder / f"{kind}-held.jsonl", rows_for(kind, 7, 24)),
+            "template": "plain",
+            "max_predictions": 0,
+            "checkpointing_steps": 1,
+            "train_batch_size": 4,
+            "rho": 0.5,  # large, so that an auxiliary that acts in an evaluation is seen
+        }
+        for kind in KINDS
+    }
+
+
+def test_each_method_appears() -> None:
+    assert {method for _, method, _ in LIVES} == set(names())
+
+
+@pytest.mark.parametrize(("kind", "method", "values"), LIVES)
+def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
+    material: dict[str, Given], tmp_path: Path, kind: str, method: str, values: Given
+) -> None:
+    given = {**material[kind], "method": method, **values}
+    folder = train_text(tmp_path / "run", **given)
+    parts = Path(shutil.copytree(folder, tmp_path / "parts"))
+    train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
+    assert text_difference(folder, parts) == 0
+    for key in ("loss", "digest", "grad_norm", "heldout_loss"):
+        assert column(folder, key) == column(parts, key)
+    record = runlog.read_run(folder)
+    assert record["status"] == "finished"
+    measured = heldout_of(given["model_name_or_path"], folder)  # as PEFT or Transformers load it
+    stored = {key: value for key, value in record["results"].items() if key in measured}
+    assert stored == pytest.approx(measured, abs=1e-6)
+    start, end = column(folder, "heldout_loss")
+    assert abs(start - end) > 1e-4  # else the comparison above proves nothing
+    if method == "full":
+        assert not (folder / "adapter_model.safetensors").exists()
+        base, model = given["model_name_or_path"], folder / "model"
+        words = [AutoTokenizer.from_pretrained(p)("hello there").input_ids for p in (base, model)]
+        assert words[0] == words[1]
+        assert 'subfolder="model"' in (folder / "README.md").read_text()
+    else:
+        is_an_adapter_of_the_primary(folder, kind, given)
+        report = record["results"]["export"]
+        assert report["readback_difference"] == 0.0
+        assert report["parameters"] == sum(value.numel() for value in exported(folder).values())
+
+
+def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(given["model_name_or_path"])
+    assert (config["task_type"], config["peft_type"]) == (TASK_TYPES[kind], "LORA")
+    assert config["inference_mode"] is True
+    if "init_lora_weights" not in given:  # whose files hold the difference from the first values
+        assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert bool(config["modules_to_save"]) == (kind == "classification")
+    keys = exported(folder).keys()
+    heads = {f"base_model.model.classifier.{part}" for part in ("weight", "bias")}
+    whole = {key for key in keys if "lora_" not in key}
+    assert whole == (heads if kind == "classification" else set())
+    assert not [key for key in keys if "auxiliary" in key or "initial" in key]
+
+
+@pytest.mark.parametrize("method", ["bilora", "flat-lora"])
+def test_a_classifiers_new_layers_are_trained_and_in_the_file(
+    material: dict[str, Given], tmp_path: Path, method: str
+) -> None:
+    """A checkpoint without a pooler gets a random one, which the next loader would draw anew."""
+    base = save_bert(tmp_path / "bert", BertForMaskedLM)
+    given = {**material["classification"], "model_name_or_path": base, "method": method}
+    seen: list[Any] = []
+
+    def logits(module: TextModule, task: Any) -> torch.Tensor:
+        rows = [task.data.train.row(i) for i in range(4)]
+        with inference(module):
+            return module.logits(collate(rows, "classification", 0))
+
+    def export(cfg: Any, trainer: Any, where: Path) -> Given:
+        with trainer.method.evaluating():
+            seen.extend((trainer.task, logits(trainer.task.module, trainer.task)))
+        return train_text_script.export(cfg, trainer, where)
+
+    AcceleratorState._reset_state()
+    script = dataclasses.replace(train_text_script.TEXT, export=export)
+    running.main(script, text_flags(tmp_path / "run", **given))
+    task, primary = seen
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "run")).eval()
+    theirs = logits(TextModule(loaded, "classification"), task)
+    torch.testing.assert_close(theirs, primary, atol=1e-6, rtol=1e-6)
+    before = load_text_model(str(base), labels=("negative", "positive")).model.classifier.weight
+    after = exported(tmp_path / "run")["base_model.model.classifier.weight"]
+    assert (before - after).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
+def test_four_bit_weights(material: dict[str, Given], tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    given = {**material[kind], "quantize": "nf4"}
+    folder = train_text(tmp_path / "run", **given)
+    parts = Path(shutil.copytree(folder, tmp_path / "parts"))
+    train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
+    assert text_difference(folder, parts) == 0
+    plain = train_text(tmp_path / "plain", **{**given, "quantize": "none"})
+    losses = [column(run, "loss") for run in (folder, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+    assert exported(folder).keys() == exported(plain).keys()
+
+
+def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
+    material: dict[str, Given], tmp_path: Path
+) -> None:
+    given = {**material["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
+    whole = train_text(tmp_path / "whole", **given)
+    cut = {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
+    pieces = train_text(tmp_path / "pieces", **{**given, **cut})
+    assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), abs=1e-6)
+    assert column(pieces, "grad_norm") == pytest.approx(column(whole, "grad_norm"), rel=1e-5)
+    sam = train_text(tmp_path / "sam", **given, method="lora-sam")
+    assert column(sam, "loss")[0] == pytest.approx(column(whole, "loss")[0], abs=1e-6)
+    assert column(pieces, "digest") == column(whole, "digest") == column(sam, "digest")
+
+
+@pytest.mark.parametrize("kind", ["causal", "classification"])
+def test_evaluation_does_not_disturb_training(
+    material: dict[str, Given], tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = {**material[kind], "max_train_steps": 4}
+    quiet = train_text(tmp_path / "quiet", **{**given, "validation_file": None})
+    asked = {"validation_loss_steps": 2, "validation_epochs": 1, "eval_on_start": True}
+    asked |= {"generation_max_new_tokens": 4, "max_predictions": 3}
+    looked = train_text(tmp_path / "looked", **{**given, **asked})
+    assert text_difference(quiet, looked) == 0
+    rows = runlog.read_metrics(looked)
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 2, 4]
+    answers = sorted(path.parent.name for path in looked.rglob("predictions.jsonl"))
+    metric = {"classification": "heldout_accuracy"}.get(kind, "heldout_exact_match")
+    measured = [row["step"] for row in rows if metric in row]
+    if kind == "classification":
+        assert (answers, measured) == ([], [0, 2, 4])
+    else:  # an epoch is 6 steps
+        assert (answers, measured) == (["step-0", "step-4"], [0, 4])
+    results = runlog.read_run(looked)["results"]
+    assert results["heldout_loss"] == column(looked, "heldout_loss")[-1]
+    assert results[metric] == column(looked, metric)[-1]
+    assert not (quiet / "validation").exists()
+    assert "Map" not in capfd.readouterr().err  # progress of the tokenization
+
+
+def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(
+    material: dict[str, Given], tmp_path: Path
+) -> None:
+    given = {**material["causal"], "max_train_steps": None, "num_train_epochs": 2}
+    folder = train_text(tmp_path / "run", **given, warmup_ratio=0.25)
+    assert [row["step"] for row in runlog.read_metrics(folder) if "lr" in row] == list(range(1, 13))
+    rates = column(folder, "lr")
+    assert rates[:4] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    packed = train_text(tmp_path / "packed", **given, packing=True, max_length=128)
+    assert 0 < len(column(packed, "loss")) < 12
+
+
+def test_dynamics_are_recorded(material: dict[str, Given], tmp_path: Path) -> None:
+    given = {**material["causal"], "log_dynamics": True, "dynamics_steps": 1}
+    folder = train_text(tmp_path / "run", **given)
+    recorded = [row["ascent_gain"] for row in column(folder, "dynamics") if "ascent_gain" in row]
+    assert len(recorded) == 2
+    assert None not in recorded
+
+
+@pytest.mark.slow
+def test_a_small_t5_learns_64_answers_by_heart(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"{WORDS[n % 16]} {WORDS[n // 16]}",
+            "answer": f"{NUMBERS[n % 5]} {WORDS[n % 7]}",
+        }
+        for n in range(64)
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    folder = train_text(
+        tmp_path / "run",
+        model_name_or_path=save_t5(tmp_path / "t5", d_model=64, d_ff=128, d_kv=16),
+        train_file=file,
+        validation_file=file,
+        max_train_steps=400,
+        train_batch_size=32,
+        rank=32,
+        learning_rate=3e-3,
+        max_target_length=8,
+        eval_on_start=True,
+    )
+    assert column(folder, "heldout_exact_match") == [0.0, 1.0]
+    assert column(folder, "heldout_loss")[-1] < 0.05
+    answers = (folder / "validation" / "step-400" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in answers] == [row["answer"] for row in rows]
