@@ -1,16 +1,24 @@
-"""Files that survive a crash: written aside, flushed to the disk, then renamed into place."""
+"""Files that survive a crash: written aside, flushed, then renamed into place; and full disks.
+
+`replacing` is the one way to write a file whole; `write_text` and `write_bytes` are it for what is
+in memory.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"  # prefix of everything that is not finished, or is being deleted
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+FULL_IN_WORDS = os.strerror(errno.ENOSPC)
 
 
 def sync(path: Path) -> None:
@@ -22,22 +30,33 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace the file ``path``: readers and crashes see the old content or the new.
+
+    Yields:
+        Where to write the new content: beside ``path``, with the same ending. If that fails,
+        ``path`` stays as it is and nothing is left beside it.
+    """
+    aside = path.with_name(TEMPORARY + path.name)
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # half of it would only take room on a full disk
+    sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8): readers and crashes see the old content or the new."""
+    """Write ``text`` (UTF-8) as ``path``, by `replacing`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: readers and crashes see the old content or the new."""
-    aside = path.with_name(TEMPORARY + path.name)
-    try:
+    """Write ``data`` as ``path``, by `replacing`."""
+    with replacing(path) as aside:
         aside.write_bytes(data)
-        sync(aside)
-    except OSError:
-        aside.unlink(missing_ok=True)  # half of it would only take room on a full disk
-        raise
-    os.replace(aside, path)
-    sync(path.parent)
 
 
 def overwrite_text(path: Path, text: str) -> None:
@@ -129,3 +148,60 @@ def strict_json(value: Any) -> tuple[Any, bool]:
 def dump_json(value: Any) -> str:
     """Readable strict JSON, ending with a newline."""
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=True) + "\n"
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an exception, or one that it came from, says that a disk or a quota is full."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        # safetensors says it in words only
+        if type(current).__name__ == "SafetensorError" and FULL_IN_WORDS in str(current):
+            return True
+        if isinstance(current, OSError) and current.errno in FULL:
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free bytes where ``path`` is or would be made; None where the system does not say."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def bytes_for_people(count: float) -> str:
+    """Bytes for people, such as "1.5 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def full_disk_sentence(
+    error: BaseException, folder: Path | None = None, needed: int | None = None
+) -> str:
+    """That the disk is full, where, and how much is missing.
+
+    Args:
+        error: what `disk_is_full` told.
+        folder: where was being written; by default what the exception names.
+        needed: bytes that are still to be written, where they are known.
+    """
+    named = getattr(error, "filename", None)
+    place = folder or (Path(os.fsdecode(named)) if named else None)
+    if place is None:
+        return "the disk is full: make room and give the same command again"
+    left = free_bytes(place)
+    there = "" if left is None else f" ({bytes_for_people(left)} are left)"
+    missing = None if needed is None or left is None else max(needed - left, 0)
+    want = f"about {bytes_for_people(missing)} more" if missing else "room"
+    how = "give the same command again" if needed is None else "--resume_from_checkpoint latest"
+    return f"the disk that holds {place} is full{there}: make {want} and go on with {how}"

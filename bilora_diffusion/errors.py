@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .durable import disk_is_full, full_disk_sentence
+
 LONGEST = 300  # characters of an unexpected exception's message that are shown
 TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
 
@@ -69,10 +71,8 @@ def run_cli(main: Callable[[], None]) -> int:
             print(str(stop) or "interrupted", file=sys.stderr)
         return _ended(stop, 128 + getattr(stop, "number", signal.SIGINT))
     except Exception as error:
-        from . import room
-
-        if room.is_full(error):
-            _say(room.sentence(error))
+        if disk_is_full(error):
+            _say(full_disk_sentence(error))
             return _ended(error, 2)
         trace = getattr(error, TRACE, None) or keep_trace(error, Path(tempfile.gettempdir()))
         _say(f"{unexpected(error)}; the trace is in {trace}")

@@ -8,7 +8,6 @@ they belong to as metadata.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from torch import Tensor
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
-from ..durable import TEMPORARY, readable_as, sync
+from ..durable import readable_as, replacing
 from ..errors import UserError
-from ..run.checkpoint import check_same_run
+from ..run.matching import load_tensors, require_same_settings
 from ..run.state_codec import separate
-from ..train.trainer_state import load_tensors
 
 STATE = "bilora_state.safetensors"
 BESIDE = ("optimizer.pt", "scheduler.pt")
@@ -42,12 +40,10 @@ def write(folder: Path, bilora: BiLoRA) -> None:
         "config": asdict(bilora.config),
         "method": bilora._method.state_dict(),
     }
-    aside = folder / f"{TEMPORARY}{STATE}"
     metadata = {"format": "pt", "bilora": json.dumps(settings)}
-    save_file(separate(bilora._method.tensors().items()), aside, metadata=metadata)
-    readable_as(folder / "adapter_config.json", aside)
-    sync(aside)
-    os.replace(aside, folder / STATE)
+    with replacing(folder / STATE) as aside:
+        save_file(separate(bilora._method.tensors().items()), aside, metadata=metadata)
+        readable_as(folder / "adapter_config.json", aside)
 
 
 def restore(folder: Path, bilora: BiLoRA) -> None:
@@ -63,7 +59,7 @@ def restore(folder: Path, bilora: BiLoRA) -> None:
                 "checkpoint that was written with use_bilora and save_only_model=False."
             )
     settings, tensors = _read(folder / STATE)
-    check_same_run(settings["config"], json.loads(json.dumps(asdict(bilora.config))))
+    require_same_settings(settings["config"], json.loads(json.dumps(asdict(bilora.config))))
     current = bilora._method.tensors()
     for name, value in current.items():
         if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), tensors.get(name, value[:0])):

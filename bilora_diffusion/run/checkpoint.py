@@ -5,7 +5,7 @@
     adapters.safetensors    every adapter's tensors (the auxiliary too)
     optimizer.safetensors   the tensors of the optimizer, scheduler, scaler and extra state
     state.json              everything else of them (see ``state_codec``)
-    digests.json            schema version, and SHA-256 of the other three
+    digests.json            schema version, and SHA-256 of the other three (see ``digests``)
 
 A checkpoint is written to ``.tmp-step-N``, flushed, and renamed. One of the same step is first
 renamed to ``.replaced-step-N``, where every function here still finds it until the new one has its
@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..durable import TEMPORARY, discard, dump_json, remove_leftovers, sync
+from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
 from ..errors import TrainingError, UserError
 from .digests import seal, verify
 from .state_codec import Tensors, decode, encode, separate
@@ -43,10 +43,10 @@ _NAME = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`load` returns; tensors are on the CPU, in the dtypes they were saved in.
+    """The state of a run. Loaded tensors are on the CPU, in the dtypes they were saved in.
 
     Attributes:
-        step: optimizer steps taken when it was saved.
+        step: optimizer steps taken.
         tensors: adapter tensors by name.
         optimizer: ``state_dict`` of the torch optimizer.
         scheduler: ``state_dict`` of the learning rate scheduler.
@@ -62,16 +62,7 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(
-    folder: Path,
-    step: int,
-    *,
-    tensors: Mapping[str, Tensor],
-    optimizer: dict[str, Any],
-    scheduler: dict[str, Any],
-    scaler: dict[str, Any] | None,
-    extra: dict[str, Any],
-) -> Path:
+def save(folder: Path, state: Checkpoint) -> Path:
     """Write ``folder/checkpoints/step-N``; call it in one process only.
 
     Whatever interrupts it, the folder then holds the earlier checkpoints and either the old or the
@@ -85,17 +76,15 @@ def save(
         TypeError: for a value that could not be restored exactly.
     """
     root = Path(folder) / CHECKPOINTS
-    final, aside = root / f"step-{step}", root / f"{TEMPORARY}step-{step}"
-    parts: dict[str, dict[str, Any] | None] = dict(
-        zip(_PARTS, (optimizer, scheduler, scaler, extra), strict=True)
-    )
+    final = root / f"step-{state.step}"
+    aside = final.with_name(TEMPORARY + final.name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
         _recover(root)
         aside.mkdir()
         try:
-            _write(aside, step, tensors, parts)
+            _write(aside, state)
             _swap(aside, final)
         finally:
             if aside.exists():
@@ -109,19 +98,13 @@ def save(
     return final
 
 
-def _write(
-    aside: Path,
-    step: int,
-    adapters: Mapping[str, Tensor],
-    parts: Mapping[str, dict[str, Any] | None],
-) -> None:
-    found = Tensors()
-    state = {name: encode(part, name, found) for name, part in parts.items()}
-    (aside / STATE).write_text(dump_json({"step": step, **state}), encoding="utf-8")
-    for name, content in ((ADAPTERS, adapters), (OPTIMIZER, found.named)):
+def _write(aside: Path, state: Checkpoint) -> None:
+    inner = Tensors()
+    parts = {name: encode(getattr(state, name), name, inner) for name in _PARTS}
+    (aside / STATE).write_text(dump_json({"step": state.step, **parts}), encoding="utf-8")
+    for name, content in ((ADAPTERS, state.tensors), (OPTIMIZER, inner.named)):
         save_file(separate(content.items()), aside / name, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read: use the rights of the others.
-        shutil.copymode(aside / STATE, aside / name)
+    readable_as(aside / STATE, aside / ADAPTERS, aside / OPTIMIZER)
     seal(aside, FILES)
 
 
@@ -236,24 +219,11 @@ def latest(folder: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def prune(folder: Path, limit: int | None) -> list[Path]:
-    """Delete all but the newest ``limit`` checkpoints (None: keep all).
-
-    Returns:
-        What was deleted, oldest first.
-
-    Raises:
-        UserError: when ``limit`` is below 1.
-    """
-    if limit is None:
-        return []
-    if limit < 1:
-        raise UserError(f"the limit of checkpoints is {limit}, but at least 1 must be kept")
-    steps = _steps(Path(folder) / CHECKPOINTS)
-    doomed = [steps[step] for step in sorted(steps)[:-limit]]
-    for path in doomed:
-        discard(path)
-    return doomed
+def prune(folder: Path, limit: int) -> None:
+    """Delete all but the newest ``limit`` checkpoints, of which there is at least 1."""
+    kept = _steps(Path(folder) / CHECKPOINTS)
+    for step in sorted(kept)[:-limit]:
+        discard(kept[step])
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
@@ -286,41 +256,3 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
     names = ", ".join(f"step-{step}" for step in sorted(_steps(root)))
     existing = f"{root} holds {names}" if names else f"{root} holds none, use auto to start afresh"
     raise UserError(f"checkpoint {str(value)!r} does not exist: {existing}")
-
-
-def check_same_run(
-    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Set[str] = frozenset()
-) -> None:
-    """Refuse to continue a checkpoint under another config.
-
-    Args:
-        saved: config the checkpoint was made with.
-        current: config of this run; nested mappings are compared key by key.
-        ignore: keys that may differ; nested ones as "outer.inner".
-
-    Raises:
-        UserError: names up to three differing keys with both values.
-    """
-    old, new = _flat(saved, ignore), _flat(current, ignore)
-    pairs = [(key, old.get(key, "not set"), new.get(key, "not set")) for key in {**old, **new}]
-    wrong = [f"{key} was {before} and is {now}" for key, before, now in pairs if before != now]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"the checkpoint is of another config ({'; '.join(wrong[:3])}{more}): use the same "
-            "values to resume, or start a new run in another --output_dir"
-        )
-
-
-def _flat(config: Mapping[str, Any], ignore: Set[str], prefix: str = "") -> dict[str, str]:
-    """Dotted keys to JSON texts: tuples equal lists, NaN equals NaN, and True is not 1."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if name in ignore:
-            continue
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, ignore, f"{name}."))
-        else:
-            flat[name] = json.dumps(value, default=str)
-    return flat

@@ -1,10 +1,10 @@
-"""What a run says at the terminal: one line before it, a bar during it, a block after it."""
+"""What a run says at the terminal: a bar during it, a block after it."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, provenance
+from . import checkpoint, runlog
 from .durations import duration
 
 SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
-ARITHMETIC = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 
 class Bar:
@@ -70,78 +69,34 @@ class Bar:
             self._bar.set_description_str(self._name)
 
 
-def opening(trainer: Any, folder: Path) -> str:
-    """What is about to be trained on what, for how long, where, and where to."""
-    cfg, schedule = trainer.cfg, trainer.schedule
-    epochs = trainer.num_steps * schedule.step_size / trainer.task.num_samples
-    return "; ".join(
-        [
-            trainer.task.data_summary(),
-            f"{_count(trainer.num_steps, 'step')} of {schedule.step_size} ({epochs:.3g} epochs)",
-            _trained(trainer.method, cfg),
-            f"{_device(trainer.accelerator)}, {ARITHMETIC[cfg.mixed_precision]}",
-            *([f"from step {trainer.step}"] if trainer.step else []),
-            f"into {folder}",
-        ]
-    )
-
-
-def _trained(method: Any, cfg: Any) -> str:
-    count = sum(p.numel() for p in method.clip_parameters())
-    weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
-    if method.exports_weights:
-        return f"{method.title} of {weights} weights"
-    layers = _count(len(method.layers()), "layer")
-    return f"{method.title} of rank {cfg.rank} on {layers} ({weights} parameters)"
-
-
-def _device(accelerator: Any) -> str:
-    name = provenance.device(accelerator.device)["name"]
-    many = accelerator.num_processes
-    return f"{many} processes on {name}" if many > 1 else str(name)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def closing(
-    folder: Path,
-    files: Mapping[str, str],
-    rows: Sequence[Mapping[str, Any]],
-    seconds: float,
-    scores: str,
-) -> str:
+def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     """What was saved where, how the held-out loss went, and what to do next.
 
     Args:
         folder: the run folder.
         files: what a file or folder in it is for -> its name; those that are not there are left
             out.
-        rows: the run's metrics.
-        seconds: how long it took in all.
         scores: the module that scores such runs, such as "eval.clip_scores".
     """
+    quoted = shlex.quote(str(folder))
     present = {what: folder / name for what, name in files.items() if (folder / name).exists()}
     lines = {what: str(path) for what, path in present.items()}
     kept = checkpoint.steps(folder)
     if kept:
         where = folder / checkpoint.CHECKPOINTS
         lines["checkpoints"] = f"{where} (steps {', '.join(map(str, kept))})"
-    losses = {
-        row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss") is not None
-    }
+    rows = runlog.read_metrics(folder)
+    losses = {r["step"]: r["heldout_loss"] for r in rows if r.get("heldout_loss") is not None}
     if losses:
         lines["held-out loss"], best = _course(losses)
         if best in kept and best != max(losses):
-            command = f"python -m bilora_diffusion.export {_quoted(folder)} --step {best}"
+            command = f"python -m bilora_diffusion.export {quoted} --step {best}"
             lines[f"step {best}'s adapter"] = command
-    lines["look at it"] = f"python -m app.viewer {_quoted(folder.parent)}"
-    lines["score it"] = f"python -m {scores} {_quoted(folder)} base"
+    lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
+    lines["score it"] = f"python -m {scores} {quoted} base"
     width = max(map(len, lines))
-    return "\n".join(
-        [f"done in {duration(seconds)}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
-    )
+    took = duration(runlog.read_run(folder)["wall_seconds"])
+    return "\n".join([f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())])
 
 
 def _course(losses: Mapping[int, float]) -> tuple[str, int]:
@@ -152,10 +107,6 @@ def _course(losses: Mapping[int, float]) -> tuple[str, int]:
     if best == last:
         return f"{course}, the lowest measured", best
     return f"{course}, lowest {losses[best]:.4f} at step {best}", best
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
 
 
 def quiet() -> None:

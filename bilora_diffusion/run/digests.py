@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..durable import dump_json, sync
@@ -35,49 +36,43 @@ def verify(folder: Path, names: Collection[str], fix: str) -> None:
         UserError: when it is no checkpoint, a file is missing, truncated or altered, or the schema
             version is unknown.
     """
-    text = _read(folder, names, fix)
-    damaged = UserError(f"{folder / DIGESTS} is truncated or altered: {fix}")
-    try:
-        index = json.loads(text)
-        version, digests = index["schema_version"], index["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged from error
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{folder / DIGESTS} has schema version {version!r}, but this version of "
-            f"bilora_diffusion reads {SCHEMA_VERSION}: resume with the version that wrote it, or "
-            "start a new run in another folder"
-        )
-    if not isinstance(digests, dict) or set(digests) != set(names) or text != _text(digests):
-        raise damaged
-    for name, digest in digests.items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing: {fix}")
-        try:
-            found = _digest(file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): {fix}") from error
-        if found != digest:
-            raise UserError(f"{file} is truncated or altered: {fix}")
-
-
-def _read(folder: Path, names: Collection[str], fix: str) -> str:
     if not folder.exists():
         raise UserError(f"checkpoint {folder} does not exist: {fix}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a checkpoint folder: {fix}")
-    file = folder / DIGESTS
-    if not file.is_file():
-        if any((folder / name).exists() for name in names):
-            raise UserError(f"{file} is missing: {fix}")
+    if not any((folder / name).exists() for name in (DIGESTS, *names)):
         raise UserError(f"{folder} is not a checkpoint folder (it has no {DIGESTS}): {fix}")
+    file = folder / DIGESTS
+    with _read_as_sealed(file, fix):
+        text = file.read_bytes().decode("utf-8")
+        index = json.loads(text)
+        version, digests = index["schema_version"], dict(index["sha256"])
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{file} has schema version {version!r}, but this version of bilora_diffusion reads"
+            f" {SCHEMA_VERSION}: resume with the version that wrote it, or start a new run in"
+            " another folder"
+        )
+    with _read_as_sealed(file, fix):
+        if set(digests) != set(names) or text != _text(digests):
+            raise ValueError("not what was written")
+    for name, digest in digests.items():
+        with _read_as_sealed(folder / name, fix):
+            if _digest(folder / name) != digest:
+                raise ValueError("not what was written")
+
+
+@contextlib.contextmanager
+def _read_as_sealed(file: Path, fix: str) -> Iterator[None]:
+    """Within the context, whatever reading ``file`` raises becomes a sentence."""
     try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is truncated or altered: {fix}") from error
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing: {fix}") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): {fix}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is truncated or altered: {fix}") from error
 
 
 def _digest(path: Path) -> str:

@@ -10,28 +10,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..lora_names import FILE_NAME, KOHYA_FILE_NAME_BEFORE, kohya_file_name
+from ..lora_names import CONFIG, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, kohya_file_name
 from ..methods import get
 from . import checkpoint, snapshots
+from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
-SCHEMA_VERSION = 1
-RUN, METRICS = "run.json", "metrics.jsonl"
 # By these a folder is known to hold a run.
 RESULTS = (
     METRICS,
     checkpoint.CHECKPOINTS,
     FILE_NAME,
     KOHYA_FILE_NAME_BEFORE,
-    "adapter_model.safetensors",
-    "adapter_config.json",
+    WEIGHTS,
+    CONFIG,
 )
 # What else a run leaves, and a fresh start deletes.
-CARD, ERROR = "README.md", "error.txt"
 EXPORTS = "exports"  # adapters of checkpoints
 BESIDES = ("validation", "logs", EXPORTS, snapshots.FOLDER, ERROR)
 WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
@@ -138,11 +135,6 @@ def _own(folder: Path) -> dict[str, Any] | None:
     return read_run(folder)
 
 
-def wrote_card(record: Mapping[str, Any]) -> bool:
-    """Whether the ``README.md`` beside a ``run.json`` is a run's model card."""
-    return bool(record.get("card")) or record.get("status") == "finished"
-
-
 def refuse_foreign_models(folder: Path) -> None:
     """Refuse a folder in which full fine-tuning would replace models that are not its own.
 
@@ -168,7 +160,10 @@ def holds_run(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Delete an earlier run; its ``run.json`` goes last, so that a crash leaves it known."""
+    """Delete an earlier run, which `guard` must have allowed.
+
+    Its ``run.json`` goes last, so that a crash leaves it known.
+    """
     if not holds_run(folder):
         return
     whole = WHOLE_MODELS if trained_whole(folder) else ()
@@ -179,53 +174,3 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.exists():
             path.unlink()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
-
-    Raises:
-        UserError: when another line is no JSON object with a step.
-    """
-    path = Path(folder) / METRICS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    found = []
-    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
-        try:
-            values = json.loads(line)
-            int(values["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"line {number} of {path} is not a metrics line: delete it, or start a new run"
-            ) from error
-        found.append(values)
-    return found
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run folder.
-
-    Raises:
-        UserError: when there is none, or it is damaged or of an unknown schema version.
-    """
-    path = Path(folder) / RUN
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["schema_version"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete it, or give another run folder") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version!r}, but this version of bilora_diffusion reads "
-            f"{SCHEMA_VERSION}: read it with the version that wrote it"
-        )
-    return record

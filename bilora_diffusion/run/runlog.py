@@ -25,31 +25,9 @@ import torch
 from ..durable import dump_json, overwrite_text, strict_json, sync, write_text
 from ..errors import UserError
 from . import provenance, snapshots
-from .folder import (
-    ERROR,
-    METRICS,
-    RUN,
-    SCHEMA_VERSION,
-    WHOLE_MODELS,
-    clear,
-    guard,
-    read_metrics,
-    read_run,
-    refuse_foreign_models,
-    wrote_card,
-)
 
-__all__ = [
-    "METRICS",
-    "RUN",
-    "WHOLE_MODELS",
-    "RunLog",
-    "guard",
-    "read_metrics",
-    "read_run",
-    "refuse_foreign_models",
-]
-
+SCHEMA_VERSION = 1
+RUN, METRICS, CARD, ERROR = "run.json", "metrics.jsonl", "README.md", "error.txt"
 SECRETS = frozenset({"hub_token"})
 HEARTBEAT_SECONDS = 15.0
 
@@ -81,27 +59,23 @@ class RunLog:
     ) -> None:
         """Open the record.
 
-        A fresh start (``resume_step`` None) deletes what an earlier run left here, which
-        :func:`guard` must have allowed. Otherwise lines and snapshots of steps after
-        ``resume_step`` go, and the time spent before counts on.
+        Of a resumed run, lines and snapshots of steps after ``resume_step`` go, and the time spent
+        before counts on.
 
         Args:
             config: JSON-able; secrets in it are not written.
             method: name of the method.
             seed: of data, noise and initialization.
-            resume_step: step of the checkpoint that is continued.
+            resume_step: step of the checkpoint that is continued; None for a fresh start, in a
+                folder without an earlier run (see `folder.clear`).
             num_steps: optimizer steps of the whole run.
 
         Raises:
-            UserError: when the earlier record is damaged, or the folder is a file.
+            UserError: when the earlier record is damaged.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file: give a folder as --output_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier: dict[str, Any] = {}
-        if resume_step is None:
-            clear(self.folder)
-        else:
+        if resume_step is not None:
             earlier = read_run(self.folder) if (self.folder / RUN).exists() else {}
             (self.folder / ERROR).unlink(missing_ok=True)  # of an attempt that is made good
             self._truncate(resume_step)
@@ -179,25 +153,19 @@ class RunLog:
         Args:
             results: JSON-able; a number that is not finite is written as null.
         """
-        self._run["results"] = {**self._run["results"], **results}
-        self._close("finished")
+        self._run["results"] = results
+        self.close("finished")
 
-    def fail(self, reason: str) -> None:
-        """Close the record as "failed", with one sentence why."""
-        self._run["error"] = reason
-        self._close("failed")
+    def close(self, status: str, reason: str | None = None) -> None:
+        """Close the record; on a full disk it is written over the old one.
 
-    def writes_card(self) -> None:
-        """Write down that the folder's ``README.md`` is the run's own, before it is written."""
-        self._run["card"] = True
-        self._write()
-
-    def interrupt(self) -> None:
-        """Close the record as "interrupted": it goes on with the next resume."""
-        self._close("interrupted")
-
-    def _close(self, status: str) -> None:
+        Args:
+            status: "finished", "failed", or "interrupted", which goes on with the next resume.
+            reason: one sentence why it failed.
+        """
         self._run["status"] = status
+        if reason is not None:
+            self._run["error"] = reason
         try:
             self.sync()
         except OSError:  # a full disk
@@ -205,6 +173,11 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+    def writes_card(self) -> None:
+        """Write down that the folder's ``README.md`` is the run's own, before it is written."""
+        self._run["card"] = True
+        self._write()
 
     def _write_over(self) -> None:
         """Write the record where it stands; without the reason if that takes more room."""
@@ -228,3 +201,58 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
+
+
+def wrote_card(record: Mapping[str, Any]) -> bool:
+    """Whether the ``README.md`` beside a ``run.json`` is a run's model card."""
+    return bool(record.get("card")) or record.get("status") == "finished"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
+
+    Raises:
+        UserError: when another line is no JSON object with a step.
+    """
+    path = Path(folder) / METRICS
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    found = []
+    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
+        try:
+            values = json.loads(line)
+            int(values["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"line {number} of {path} is not a metrics line: delete it, or start a new run"
+            ) from error
+        found.append(values)
+    return found
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a run folder.
+
+    Raises:
+        UserError: when there is none, or it is damaged or of an unknown schema version.
+    """
+    path = Path(folder) / RUN
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["schema_version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete it, or give another run folder") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {version!r}, but this version of bilora_diffusion reads "
+            f"{SCHEMA_VERSION}: read it with the version that wrote it"
+        )
+    return record

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .. import adapters
@@ -16,7 +17,7 @@ from ..errors import TrainingError
 from ..inits import compute, needs_gradient
 from ..methods import Target
 from ..seeds import seed_of
-from .task import Task, to_device
+from .task import Task
 
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 """What the loss is multiplied by where weights are fp16, until no gradient overflows."""
@@ -167,7 +168,7 @@ def _losses(
     for batch in task.micro_batches(plan, samples):
         with torch.random.fork_rng(devices=[device] if on_cuda else []):
             torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
-            losses = task.module(to_device(batch.inputs, device))
+            losses = task.module(send_to_device(batch.inputs, device))
         if not bool(torch.isfinite(losses.detach()).all()):
             raise TrainingError(
                 f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"

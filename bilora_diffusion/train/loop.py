@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..run import trackers
 from ..run.console import Bar
 from ..run.runlog import RunLog
+from .recording import show_images
 from .trainer import Trainer
 
 
@@ -53,7 +53,7 @@ def _after_step(
     done = trainer.step == trainer.num_steps
     if done or _due(trainer.step, cfg.validation_loss_steps):
         _heldout(trainer, log, bar)
-    if done or _due(trainer.step, _validation_steps(trainer)):
+    if done or _due(trainer.step, trainer.validation_steps):
         _validate(trainer, folder, log, bar)
     stops = trainer.asked_to_stop() is not None
     if stops or _due(trainer.step, cfg.checkpointing_steps):
@@ -70,14 +70,6 @@ def _snapshot(trainer: Trainer, folder: Path) -> None:
 
 def _due(step: int, every: int | None) -> bool:
     return bool(every) and step % every == 0  # pyright: ignore[reportOperatorIssue]
-
-
-def _validation_steps(trainer: Trainer) -> int | None:
-    """``--validation_epochs`` in steps; None where only the end is validated."""
-    if trainer.cfg.validation_epochs is None:
-        return None
-    epoch = -(-trainer.task.num_samples // trainer.schedule.step_size)
-    return trainer.cfg.validation_epochs * epoch
 
 
 def _heldout(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
@@ -104,7 +96,7 @@ def _validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> N
             kept = folder if log is not None else Path(aside)
             values = trainer.task.validate(trainer.step, kept, trainer.evaluating())
             if log is not None:
-                trackers.log_images(trainer, kept)
+                show_images(trainer, kept)
         _measured(trainer, log, values)
     trainer.accelerator.wait_for_everyone()
 

@@ -51,17 +51,19 @@ class SampleOrder:
         """The shuffled positions of one epoch, (n * repeats,); sample number is value modulo n."""
         if epoch != self._epoch:
             draws = generator(self.purpose, self.seed, epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self), generator=draws)
+            self._epoch, self._permutation = epoch, self._draw(draws)
         return self._permutation
+
+    def _draw(self, draws: torch.Generator) -> Tensor:
+        return torch.randperm(len(self), generator=draws)
 
 
 class LengthGroupedOrder(SampleOrder):
     """A stream like ``SampleOrder``'s in which the samples of a batch are about equally long.
 
-    Each epoch is a permutation drawn from (seed, epoch), cut into groups of ``group`` batches, and
-    each group sorted by length, longest first. The longest sample of all changes places with the
-    first of the epoch, so that memory runs out in the first step or never. This is what
-    Transformers' ``group_by_length`` does.
+    Each epoch is what Transformers' ``group_by_length`` makes of a permutation drawn from (seed,
+    epoch): groups of ``group`` batches, each sorted by length, longest first. The longest sample of
+    all changes places with the first, so that memory runs out in the first step or never.
 
     Args:
         lengths: of each sample, in tokens.
@@ -85,19 +87,9 @@ class LengthGroupedOrder(SampleOrder):
         super().__init__(len(lengths), seed, purpose=purpose)
         if batch_size < 1 or group < 1:
             raise ValueError(f"batch_size and group are at least 1, not {batch_size} and {group}")
-        self.lengths, self.size = list(lengths), batch_size * group
+        self.lengths, self.batch_size, self.group = list(lengths), batch_size, group
 
-    def permutation(self, epoch: int) -> Tensor:
-        """The samples of one epoch in their order, (n,)."""
-        if epoch == self._epoch:
-            return self._permutation
-        drawn = super().permutation(epoch).tolist()
-        starts = range(0, self.n, self.size)
-        groups = [
-            sorted(drawn[start : start + self.size], key=lambda i: -self.lengths[i])
-            for start in starts
-        ]
-        longest = max(groups, key=lambda members: self.lengths[members[0]])
-        groups[0][0], longest[0] = longest[0], groups[0][0]
-        self._permutation = torch.tensor([sample for members in groups for sample in members])
-        return self._permutation
+    def _draw(self, draws: torch.Generator) -> Tensor:
+        from transformers.trainer_pt_utils import get_length_grouped_indices as grouped
+
+        return torch.tensor(grouped(self.lengths, self.batch_size, self.group, draws))

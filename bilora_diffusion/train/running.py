@@ -19,12 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from .. import room
 from ..config import TextConfig, engines
 from ..errors import UserError
 from ..methods import MethodOptions, create, get
-from ..run import checkpoint, console, failing, interruption, publish, runlog
+from ..run import checkpoint, console, interruption, publish, runlog
+from ..run.folder import clear, guard, refuse_foreign_models
 from .loop import fit
+from .recording import announce, recorded
 from .stepping import Schedule, total_steps
 from .task import Task
 from .trainer import Trainer
@@ -74,9 +75,9 @@ def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) 
     console.quiet()
     cfg = script.parse(argv) if config is None else config
     folder = Path(cfg.output_dir)
-    runlog.guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
+    guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
     if get(cfg.method).exports_weights:
-        runlog.refuse_foreign_models(folder)
+        refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
     cfg = cfg.for_processes(accelerator.num_processes)
@@ -109,14 +110,15 @@ def _run(
         logger.info("resuming from %s", resume)
     log = None
     if accelerator.is_main_process:
+        if resume is None:
+            clear(folder)
         log = runlog.RunLog(folder, accelerator.device)
         log.start(
             cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None, num_steps=steps
         )
-        logger.info(console.opening(trainer, folder))
-        room.warn(trainer, folder)
+        announce(trainer, folder)
     try:
-        with trainer.interruption, failing.recorded(log, folder, trainer):
+        with trainer.interruption, recorded(log, folder, trainer):
             accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
             fit(trainer, folder, log)
             if trainer.step < steps:
@@ -129,7 +131,7 @@ def _run(
         return number, trainer.step, steps
     if log is not None:
         log.finish(**results)
-        logger.info(closing(script, folder))
+        logger.info(console.closing(folder, script.files(folder), script.scores))
     late = trainer.interruption.number  # too late to stop the run, but not what comes after it
     return None if late is None else (late, steps, steps)
 
@@ -182,14 +184,6 @@ def _finish(
             publish.push(folder, repo_id, cfg.hub_token)
     trainer.accelerator.wait_for_everyone()
     return results
-
-
-def closing(script: Script, folder: Path) -> str:
-    """The last thing that a run says."""
-    record, rows = runlog.read_run(folder), runlog.read_metrics(folder)
-    return console.closing(
-        folder, script.files(folder), rows, record["wall_seconds"], script.scores
-    )
 
 
 def last_measured(folder: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..methods import Target
 
@@ -90,14 +90,3 @@ def precision(model: nn.Module) -> torch.dtype:
     are held as integers.
     """
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a module's inputs, also those inside tuples."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return tuple(move(part) for part in value) if isinstance(value, tuple) else value
-
-    return {name: move(value) for name, value in inputs.items()}

@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from .. import adapters
+from ..adapters import PRIMARY
 from ..errors import TrainingError
 from ..methods import Method
 from ..run import checkpoint
+from ..run.checkpoint import Checkpoint
 from ..run.interruption import Interruption
+from ..run.matching import load_tensors, require_same_settings
 from ..seeds import digest_texts, seed_of
 from . import sharding
 from .averaging import Average
@@ -32,8 +35,7 @@ from .dynamics import Dynamics
 from .gradients import initialise
 from .optimizers import build_optimizer, build_scheduler
 from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
-from .task import MicroBatch, Task, to_device
-from .trainer_state import described, load_tensors
+from .task import MicroBatch, Task
 
 SPOILT_STEPS = 10
 """So many steps in a row without a finite loss are left out in fp16; then the run ends."""
@@ -73,6 +75,14 @@ class Trainer:
     def _new_average(self) -> Average | None:
         cfg = self.cfg
         return Average(self.method.clip_parameters(), cfg.ema_decay) if cfg.use_ema else None
+
+    @property
+    def validation_steps(self) -> int | None:
+        """``--validation_epochs`` in steps; None where only the end is validated."""
+        epochs = self.cfg.validation_epochs
+        if epochs is None:
+            return None
+        return epochs * -(-self.task.num_samples // self.schedule.step_size)
 
     def initialise(self) -> None:
         """Start the primaries as ``init_lora_weights`` says, where that depends on weights or
@@ -126,7 +136,7 @@ class Trainer:
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 with sharding.accumulating(self.accelerator, self.module, last):
-                    losses = self.module(to_device(batch.inputs, device))
+                    losses = self.module(send_to_device(batch.inputs, device))
                     self._require_finite(losses, batch)
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
@@ -179,27 +189,31 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this step; only the main process does."""
-        scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
-            checkpoint.save(
-                folder,
-                self.step,
-                tensors=self._tensors(),
-                optimizer=self._raw_optimizer().state_dict(),
-                scheduler=self.lr_scheduler.state_dict(),
-                scaler=None if scaler is None else scaler.state_dict(),
-                extra={
-                    "config": self.cfg.fingerprint(),
-                    "method": self.method.state_dict(),
-                    "average": None if self.average is None else self.average.state_dict(),
-                    "step_size": self.schedule.step_size,
-                    "num_steps": self.num_steps,
-                    "result": described(self.method),
-                },
-            )
+            checkpoint.save(folder, self._state())
             if self.cfg.checkpoints_total_limit:
                 checkpoint.prune(folder, self.cfg.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+
+    def _state(self) -> Checkpoint:
+        scaler = self.accelerator.scaler
+        return Checkpoint(
+            step=self.step,
+            tensors=self._tensors(),
+            optimizer=self._raw_optimizer().state_dict(),
+            scheduler=self.lr_scheduler.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
+            extra={
+                **self._size(),
+                "config": self.cfg.fingerprint(),
+                "method": self.method.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "result": result_of(self.method),
+            },
+        )
+
+    def _size(self) -> dict[str, int]:
+        return {"step_size": self.schedule.step_size, "num_steps": self.num_steps}
 
     def load(self, path: Path) -> None:
         """Continue exactly where the checkpoint ``path`` was written; once, on a new trainer.
@@ -211,19 +225,14 @@ class Trainer:
         with checkpoint.unaltered(path):
             self._restore(saved)
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        current = {
-            **self.cfg.fingerprint(),
-            "step_size": self.schedule.step_size,
-            "num_steps": self.num_steps,
-        }
-        before = {
-            **saved.extra["config"],
-            **{k: saved.extra[k] for k in ("step_size", "num_steps")},
-        }
-        # Checkpoints of earlier versions hold options that count for less today.
-        free = self._may_change() | self.cfg.without_influence
-        checkpoint.check_same_run(before, current, ignore=free)
+    def _restore(self, saved: Checkpoint) -> None:
+        size = self._size()
+        require_same_settings(
+            {**saved.extra["config"], **{key: saved.extra[key] for key in size}},
+            {**self.cfg.fingerprint(), **size},
+            # Checkpoints of earlier versions hold options that count for less today.
+            free=self._may_change() | self.cfg.without_influence,
+        )
         load_tensors(self._tensors(), saved.tensors)
         for target in self.method.targets:
             adapters.subtract_initial(target.model)
@@ -247,3 +256,27 @@ class Trainer:
 
     def _raw_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
+
+
+def result_of(method: Method) -> dict[str, Any]:
+    """What an export must know of a checkpoint beside its tensors, as JSON can hold it.
+
+    Returns:
+        "adapters", PEFT's configuration of each target's primary, and "averaged", the keys in
+        `Method.tensors` of what an average is kept of, in its order; {} where whole models are
+        trained.
+    """
+    if method.exports_weights:
+        return {}
+    models = {target.name: target.model for target in method.targets}
+    return {
+        "adapters": {name: adapters.lora_config(model, PRIMARY) for name, model in models.items()},
+        "averaged": [
+            key
+            for name, model in models.items()
+            for key in (
+                *(f"{name}/{PRIMARY}/{p}" for p in adapters.named_parameters(model, PRIMARY)),
+                *(f"{name}/whole/{p}" for p in adapters.whole(model, PRIMARY)),
+            )
+        ],
+    }

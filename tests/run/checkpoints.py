@@ -35,14 +35,15 @@ def same(a: Any, b: Any) -> bool:
 
 
 def save(folder: Path, step: int = 1, value: float = 0.0, **parts: Any) -> Path:
-    given = {
+    """A checkpoint that holds ``value`` in each part that is not given."""
+    given: dict[str, Any] = {
         "tensors": {"unet.default.a": torch.full((3, 2), value)},
         "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": []},
         "scheduler": {},
         "scaler": None,
         "extra": {"value": value},
     }
-    return checkpoint.save(folder, step, **{**given, **parts})
+    return checkpoint.save(folder, Checkpoint(step, **{**given, **parts}))
 
 
 def load_latest(folder: Path) -> Checkpoint:

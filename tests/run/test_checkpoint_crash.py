@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.run import checkpoint
-from bilora_diffusion.run.checkpoint import latest, load, prune, resolve
+from bilora_diffusion.run.checkpoint import latest, load, resolve
 from tests.run.checkpoints import load_latest, save
 
 
@@ -78,68 +74,6 @@ def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path, earli
     assert completed
     assert call > 10
     assert outcomes == {1.0, 2.0}
-
-
-def write(folder: Path, value: int) -> None:
-    """Save ``value`` in every part; three values in a row replace the same step."""
-    filled = torch.full((100, 100), float(value))
-    save(
-        folder,
-        value // 3,
-        tensors={"a": filled},
-        optimizer={"state": {0: {"m": filled}}},
-        extra={"value": value},
-    )
-    prune(folder, 2)
-
-
-def write_until_killed(folder: Path, done: int, saves: int, seconds: float) -> int:
-    """Save ever more in a child process, kill it, and return the last value it saw saved.
-
-    The kill comes ``seconds`` after the child has reported that many ``saves``.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            for value in range(done + 1, done + 10_000):
-                write(folder, value)
-                os.write(writer, value.to_bytes(4, "little"))
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with open(reader, "rb", buffering=0) as reports:
-        last = done
-        for _ in range(saves):
-            last = int.from_bytes(reports.read(4), "little")
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        rest = reports.readall()
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    return int.from_bytes(rest[-4:], "little") if rest else last
-
-
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    chance = random.Random(5)
-    root = tmp_path / checkpoint.CHECKPOINTS
-    write(tmp_path, 1)
-    done, interrupted = 1, 0
-    for _ in range(25):
-        least = write_until_killed(tmp_path, done, chance.randint(0, 2), chance.uniform(0, 0.05))
-        interrupted += any(path.name.startswith(".") for path in root.iterdir())
-        found = load_latest(tmp_path)
-        done = found.extra["value"]
-        assert least <= done <= least + 1
-        assert found.step == done // 3
-        assert bool((found.tensors["a"] == done).all())
-        assert bool((found.optimizer["state"][0]["m"] == done).all())
-    assert done > 12
-    assert interrupted > 5  # kills did hit saves
-    write(tmp_path, done + 1)
-    left = sorted(path.name for path in root.iterdir())
-    assert len(left) == 2
-    assert all(name.startswith("step-") for name in left)
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from PIL import Image
 
-from bilora_diffusion.run import console, trackers
+from bilora_diffusion.run import console
+from bilora_diffusion.run.durations import duration
+from bilora_diffusion.run.runlog import RunLog
 
 
-def rows(**losses: float) -> list[dict[str, Any]]:
-    return [{"step": int(step[1:]), "heldout_loss": loss} for step, loss in losses.items()]
+def measured(folder: Path, losses: dict[int, float]) -> None:
+    """The record of a run with these held-out losses by step."""
+    log = RunLog(folder)
+    log.start({}, method="lora", seed=0, resume_step=None)
+    for step, loss in losses.items():
+        log.metric(step, heldout_loss=loss)
+    log.finish()
 
 
 def test_the_bar_says_what_it_waits_for_and_smooths_the_loss(
@@ -50,9 +53,8 @@ def test_the_end_names_the_best_step_and_how_to_get_its_adapter(
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "weights.safetensors").touch()
     files = {"for diffusers": "weights.safetensors", "model card": "README.md"}
-    course = rows(s0=0.12, s100=0.0795, s200=0.0836)
-    text = console.closing(run, files, course, 192, "eval.clip_scores")
-    assert "done in 3 min 12 s" in text
+    measured(run, {0: 0.12, 100: 0.0795, 200: 0.0836})
+    text = console.closing(run, files, "eval.clip_scores")
     assert str(run / "weights.safetensors") in text
     assert "model card" not in text  # it is not there
     assert "0.1200 at step 0, 0.0836 at step 200, lowest 0.0795 at step 100" in text
@@ -61,30 +63,11 @@ def test_the_end_names_the_best_step_and_how_to_get_its_adapter(
 
 
 def test_a_loss_that_was_not_finite_is_no_lowest(tmp_path: Path) -> None:
-    course = [*rows(s0=0.2, s2=0.1), {"step": 4, "heldout_loss": None, "nonfinite": True}]
-    text = console.closing(tmp_path, {}, course, 1, "eval.text_scores")
+    measured(tmp_path, {0: 0.2, 2: 0.1, 4: float("nan")})
+    text = console.closing(tmp_path, {}, "eval.text_scores")
     assert "0.1000 at step 2, the lowest measured" in text
 
 
-@pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights & Biases, of which only what makes an image is called."""
-    module = SimpleNamespace(Image=lambda image, caption: (image.size, caption))
-    monkeypatch.setitem(sys.modules, "wandb", module)  # a stand-in: its service is not here
-
-
-@pytest.mark.usefixtures("wandb")
-def test_wandb_gets_each_image_with_its_prompt(tmp_path: Path) -> None:
-    folder = tmp_path / "validation" / "step-7"
-    folder.mkdir(parents=True)
-    for number in range(2):
-        Image.new("RGB", (4, 4)).save(folder / f"{number:03d}.png")
-    logged: list[Any] = []
-    tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-    trainer: Any = SimpleNamespace(
-        step=7,
-        cfg=SimpleNamespace(sampled_prompts=["a frog", "a sun"]),
-        accelerator=SimpleNamespace(trackers=[tracker]),
-    )
-    trackers.log_images(trainer, tmp_path)
-    assert logged == [({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, 7)]
+def test_durations_are_said_as_a_person_says_them() -> None:
+    said = {47.6: "48 s", 192: "3 min 12 s", 7500: "2 h 5 min"}
+    assert {seconds: duration(seconds) for seconds in said} == said

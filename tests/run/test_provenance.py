@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import bilora_diffusion
 from bilora_diffusion.run import provenance
 
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    done = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
-    )
+    command = ["git", *identity, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -33,37 +33,32 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = git(package.parent, "rev-parse", "HEAD")
     assert provenance.commit(package) == (head, False)
     (package / "__init__.py").write_text("x = 1")
-    assert provenance.commit(package) == (head, True)
     installed = package.parent / "venv" / "package"
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("")
     assert provenance.commit(installed) == (None, None)
-    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as in a hook of another repository
     assert provenance.commit(package) == (head, True)
     monkeypatch.setenv("PATH", "")
     assert provenance.commit(package) == (None, None)
 
 
 def test_versions_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package", "bilora_diffusion"))
-    found = provenance.versions()
-    assert found["no-such-package"] is None
-    assert found["bilora_diffusion"] == "0.1.0"
-    assert found["python"] == platform.python_version()
+    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package", "bilora_diffusion"))
+    assert provenance.versions() == {
+        "python": platform.python_version(),
+        "no-such-package": None,
+        "bilora_diffusion": bilora_diffusion.__version__,
+    }
 
 
-def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = provenance.device("cpu")
-    assert found["type"] == "cpu"
-    assert found["gpu"] is None
-    assert found["name"] == found["cpu_model"]
-
+def test_a_gpu_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         total_memory = 24 * 2**30
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
-    found = provenance.device("cuda")
-    assert (found["type"], found["name"], found["gpu"]) == ("cuda", "Some GPU", "Some GPU")
-    assert found["gpu_memory_bytes"] == 24 * 2**30
-    assert found["cpu_model"] != "Some GPU"
+    machine = provenance.device("cuda")
+    assert (machine["type"], machine["name"], machine["gpu"]) == ("cuda", "Some GPU", "Some GPU")
+    assert machine["gpu_memory_bytes"] == Properties.total_memory
+    assert machine["cpu_model"] == provenance.device("cpu")["name"] != "Some GPU"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.run import checkpoint, provenance, runlog
+from bilora_diffusion.run import provenance, runlog
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 
 CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_dir": Path("out")}
@@ -37,12 +35,6 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def save(folder: Path, step: int) -> Path:
-    return checkpoint.save(
-        folder, step, tensors={}, optimizer={}, scheduler={}, scaler=None, extra={}
-    )
-
-
 def test_a_whole_run(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     log = start(folder)
@@ -60,13 +52,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert (record["method"], record["seed"], record["status"]) == ("bilora", 3, "finished")
     assert record["results"] == {"heldout_loss": 0.0834, "verify": {"layers": 7}}
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(record["versions"]) >= {
-        "python", "torch", "diffusers", "transformers", "accelerate", "peft", "bilora_diffusion",
-    }  # fmt: skip
     assert record["device"]["cpu_cores"] >= 1
     assert record["device"]["torch_threads"] == torch.get_num_threads()
-    assert record["device"]["cpu_model"]
-    assert record["device"]["name"]
     assert record["peak_memory_bytes"] > 50e6
     assert 0 <= record["wall_seconds"] < 60
     assert record["resumed"] == []
@@ -94,13 +81,8 @@ def test_values_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
     for value in (object(), torch.ones(2), {1, 2}, b"x"):
         with pytest.raises(TypeError, match="cannot be written as JSON"):
             log.metric(1, value=value)
-    log.fail("x")
+    log.close("failed", "x")
     assert read_metrics(tmp_path) == []
-
-
-def test_metric_before_start(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="needs RunLog"):
-        RunLog(tmp_path).metric(1, loss=0.0)
 
 
 def test_each_line_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +151,7 @@ def test_wall_time_and_peak_memory_add_up(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_failed_run(tmp_path: Path) -> None:
     log = start(tmp_path)
     log.metric(1, loss=1.0)
-    log.fail("the loss of step 2 is not finite")
+    log.close("failed", "the loss of step 2 is not finite")
     record = read_run(tmp_path)
     assert (record["status"], record["error"]) == ("failed", "the loss of step 2 is not finite")
     resumed = start(tmp_path, resume_step=1)
@@ -177,59 +159,17 @@ def test_a_failed_run(tmp_path: Path) -> None:
     resumed.finish()
 
 
-def test_resume_into_a_new_folder(tmp_path: Path) -> None:
-    log = start(tmp_path / "b", resume_step=10)
-    log.metric(11, loss=1.0)
-    log.finish()
-    assert read_run(tmp_path / "b")["resumed"][0]["step"] == 10
-    assert [line["step"] for line in read_metrics(tmp_path / "b")] == [11]
-
-
-def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    (tmp_path / "photo.png").write_bytes(b"mine")
-    start(tmp_path).finish()
-    assert (tmp_path / "README.md").read_text() == "mine"  # there was no run yet
-    (tmp_path / "README.md").write_text("the finished run's card")
-    save(tmp_path, 1)
-    (tmp_path / "validation").mkdir()
-    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"old")
-    start(tmp_path).metric(1, loss=0.0)
-    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "photo.png", "run.json"]
-    assert len(read_metrics(tmp_path)) == 1
-
-
-def test_killed_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runlog, "HEARTBEAT_SECONDS", 0.0)  # replaces run.json at every line
-    log = start(tmp_path)
-    child = os.fork()
-    if child == 0:
-        try:
-            for step in range(1, 10**6):
-                log.metric(step, loss=1.0 / step, note="x" * 200)
-        finally:
-            os._exit(1)
-    while len(read_metrics(tmp_path)) < 5:
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert read_run(tmp_path)["status"] == "running"
-    steps = [line["step"] for line in read_metrics(tmp_path)]
-    assert steps == list(range(1, len(steps) + 1))
-    start(tmp_path, resume_step=1).finish()
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
-
-
 def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    with pytest.raises(UserError, match=r"is not a run folder \(it has no run.json\)"):
-        read_run(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is damaged"):
-        read_run(tmp_path)
-    (tmp_path / "run.json").write_text('{"schema_version": 2}')
-    with pytest.raises(UserError, match=r"has schema version 2, .* reads 1"):
-        read_run(tmp_path)
+    for content, part in {
+        None: "no run.json",
+        "{": "damaged",
+        '{"schema_version": 2}': "schema version 2",
+    }.items():
+        if content is not None:
+            (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UserError, match=part):
+            read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
-    with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl is not a metrics line"):
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
         read_metrics(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.export import FILE_NAME, inspect, main
-from bilora_diffusion.run import folder as run_folder
+from bilora_diffusion.run import runlog
 from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
 Train = Callable[..., Path]
@@ -80,7 +80,7 @@ def test_refusals(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[st
     run = train(tmp_path / "run", checkpointing_steps=1)
     whole = tmp_path / "whole"
     whole.mkdir()
-    record = {"schema_version": run_folder.SCHEMA_VERSION, "method": "full", "config": {}}
+    record = {"schema_version": runlog.SCHEMA_VERSION, "method": "full", "config": {}}
     (whole / "run.json").write_text(json.dumps(record))
     (run / "exports" / "step-1").mkdir(parents=True)
     (run / "exports" / "step-1" / FILE_NAME).write_text("")

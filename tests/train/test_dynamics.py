@@ -45,29 +45,6 @@ def test_inner_products_and_norms(pair: tuple[list[Factors], list[Factors]]) -> 
     assert dynamics.norms(one).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_terms_of_equation_5() -> None:
-    generator = torch.Generator().manual_seed(4)
-    own, raw = recorded_runs.factors(generator), recorded_runs.factors(generator)
-    changes = [e._replace(A=1e-3 * e.A, B=1e-3 * e.B) for e in raw]
-    moved = [f._replace(A=f.A + e.A, B=f.B + e.B) for f, e in zip(own, changes, strict=True)]
-    found = dynamics.perturbation_norms(moved, changes)
-    for i, (f, e) in enumerate(zip(own, changes, strict=True)):
-        B, A, eB, eA = (x.double() for x in (f.B, f.A, e.B, e.A))
-        expected = {
-            "norm_BeA": B @ eA,
-            "norm_eBA": eB @ A,
-            "norm_eBeA": eB @ eA,
-            "norm_first_order": B @ eA + eB @ A,
-            "norm_BA": B @ A,
-        }
-        for name, matrix in expected.items():
-            assert float(found[name][i]) == pytest.approx(f.scale * float(matrix.norm()), rel=1e-4)
-    total = dynamics.totals(found)
-    first = float(found["norm_first_order"].square().sum().sqrt())
-    third = float(found["norm_eBeA"].square().sum().sqrt())
-    assert total["ratio"] == pytest.approx(first / third)
-
-
 def test_the_overlap_is_that_of_scipys_principal_angles(
     pair: tuple[list[Factors], list[Factors]],
 ) -> None:
@@ -210,7 +187,7 @@ def test_a_layer_without_a_gradient_counts_as_zero(
     assert line[figure] == pytest.approx(float(layers[figure][0]))
 
 
-def test_lora_sam_is_measured_at_the_perturbation(tmp_path: Path) -> None:
+def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path: Path) -> None:
     run = Training("lora-sam", True, tmp_path, rho=0.03)
     run.train(1)
     copied = copy.deepcopy(run.model)
@@ -222,11 +199,11 @@ def test_lora_sam_is_measured_at_the_perturbation(tmp_path: Path) -> None:
     norm = sum(float(g.A.double().square().sum() + g.B.double().square().sum()) for g in gradients)
     line = run.train(1)[0]["dynamics"]
     layers = snapshots.read(snapshots.steps(tmp_path)[2]).layers
-    squares = {"norm_BeA": 0.0, "norm_eBA": 0.0, "norm_eBeA": 0.0, "norm_first_order": 0.0}
+    squares = dict.fromkeys((*dynamics.TERMS, dynamics.FIRST_ORDER, dynamics.PRODUCT), 0.0)
     for i, (f, g) in enumerate(zip(own, gradients, strict=True)):
         eA, eB = (0.03 * side.double() / norm**0.5 for side in (g.A, g.B))
         B, A = f.B.double(), f.A.double()
-        terms = (B @ eA, eB @ A, eB @ eA, B @ eA + eB @ A)
+        terms = (B @ eA, eB @ A, eB @ eA, B @ eA + eB @ A, B @ A)
         for key, matrix in zip(squares, terms, strict=True):
             value = f.scale * float(matrix.norm())
             assert float(layers[key][i]) == pytest.approx(value, rel=1e-4)

@@ -1,0 +1,144 @@
+"""What a run says of itself around its loop: before it, where it shows images, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
+from ..errors import TrainingError, UserError, keep_trace, unexpected
+from ..run import provenance
+from ..run.runlog import RunLog
+from .trainer import Trainer
+
+ARITHMETIC = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+LINE = 400  # bytes of a line of metrics
+PNG = 1.5  # bytes of a pixel
+logger = logging.getLogger(__name__)
+
+
+def announce(trainer: Trainer, folder: Path) -> None:
+    """Say what is about to be trained on what, for how long, where, and where to; and whether the
+    disk will plainly not hold it.
+    """
+    cfg, steps, size = trainer.cfg, trainer.num_steps, trainer.schedule.step_size
+    facts = [
+        trainer.task.data_summary(),
+        f"{_count(steps, 'step')} of {size} ({steps * size / trainer.task.num_samples:.3g} epochs)",
+        _trained(trainer.method, cfg),
+        f"{_device(trainer.accelerator)}, {ARITHMETIC[cfg.mixed_precision]}",
+        *([f"from step {trainer.step}"] if trainer.step else []),
+        f"into {folder}",
+    ]
+    logger.info("; ".join(facts))
+    left, needed = free_bytes(folder), bytes_to_write(trainer)
+    if left is not None and left < needed:
+        logger.warning(
+            "the disk that holds %s has %s left, and this run writes about %s: make room, or save"
+            " less with --checkpoints_total_limit 1",
+            *(folder, bytes_for_people(left), bytes_for_people(needed)),
+        )
+
+
+def _trained(method: Any, cfg: Any) -> str:
+    count = sum(p.numel() for p in method.clip_parameters())
+    weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+    if method.exports_weights:
+        return f"{method.title} of {weights} weights"
+    layers = _count(len(method.layers()), "layer")
+    return f"{method.title} of rank {cfg.rank} on {layers} ({weights} parameters)"
+
+
+def _device(accelerator: Any) -> str:
+    name = provenance.device(accelerator.device)["name"]
+    many = accelerator.num_processes
+    return f"{many} processes on {name}" if many > 1 else str(name)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def bytes_to_write(trainer: Trainer) -> int:
+    """Bytes that a run still writes, roughly: checkpoints, exported file, images, snapshots."""
+    cfg, method = trainer.cfg, trainer.method
+    ahead = trainer.num_steps - trainer.step
+    trained = sum(t.numel() * t.element_size() for t in method.tensors().values())
+    moments = 0.5 if cfg.use_8bit_adam else 4 if cfg.optimizer == "prodigy" else 2
+    saved = ahead // cfg.checkpointing_steps
+    if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
+        saved = min(saved, cfg.checkpoints_total_limit + 1)
+    snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.every
+    tensors = (saved * (1 + moments) + snapshots + 1) * trained
+    every = trainer.validation_steps
+    images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)
+    pixels = images * (cfg.resolution**2 if images else 0)
+    return int(tensors + pixels * PNG + ahead * LINE)
+
+
+def show_images(trainer: Trainer, folder: Path) -> None:
+    """Show this step's validation images in TensorBoard and in Weights & Biases, as diffusers'
+    scripts send them.
+
+    Args:
+        trainer: whose step, prompts and trackers they are.
+        folder: holds ``validation/step-N``.
+    """
+    files = sorted((folder / "validation" / f"step-{trainer.step}").glob("*.png"))
+    if not files:
+        return
+    images = [Image.open(file).convert("RGB") for file in files]
+    for tracker in trainer.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            batch = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({"validation": batch}, step=trainer.step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            pairs = zip(images, trainer.cfg.sampled_prompts, strict=True)
+            shown = [wandb.Image(image, caption=prompt) for image, prompt in pairs]
+            tracker.log({"validation": shown}, step=trainer.step)
+
+
+@contextlib.contextmanager
+def recorded(log: RunLog | None, folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Within the context, whatever ends the run is written into its record, and goes on its way.
+
+    The trace of an error that nobody foresaw is kept in the run folder.
+
+    Args:
+        log: the main process's record; the other processes have none.
+        folder: the run folder.
+        trainer: tells how much there is still to write.
+
+    Raises:
+        TrainingError: the disk is full.
+    """
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _close(log, "interrupted")
+        raise
+    except Exception as error:
+        if disk_is_full(error):
+            reason = full_disk_sentence(error, folder, bytes_to_write(trainer))
+            _close(log, "failed", reason)
+            raise TrainingError(reason) from error
+        foreseen = isinstance(error, UserError | TrainingError)
+        if not foreseen:
+            keep_trace(error, folder)
+        _close(log, "failed", str(error) if foreseen else unexpected(error))
+        raise
+
+
+def _close(log: RunLog | None, status: str, reason: str | None = None) -> None:
+    with contextlib.suppress(OSError):  # on a full disk the record stays as it was
+        if log is not None:
+            log.close(status, reason)

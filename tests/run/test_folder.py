@@ -1,0 +1,131 @@
+"""Which output folders are refused, what a fresh start deletes; refusing changes nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.run.folder import clear, guard, refuse_foreign_models
+from bilora_diffusion.run.runlog import RunLog
+from tests.run.checkpoints import save
+
+
+def start(folder: Path) -> RunLog:
+    log = RunLog(folder)
+    log.start({}, method="lora", seed=0, resume_step=None)
+    return log
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(
+    *parts: object, folder: Path, resume: str | Path | None = None, overwrite: bool = False
+) -> None:
+    """The folder is refused by a sentence that has these parts."""
+    with pytest.raises(UserError) as error:
+        guard(folder, resume, overwrite)
+    for part in parts:
+        assert str(part) in str(error.value)
+
+
+def test_new_folders_and_foreign_files_are_let_be(tmp_path: Path) -> None:
+    guard(tmp_path / "a" / "b", None, False)
+    guard(tmp_path / "a" / "b", "auto", False)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "notes.txt").write_text("x")
+    guard(tmp_path, None, False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run.json", "metrics.jsonl", "README.md", "validation/mine.png", "logs/events"),
+        *("adapter_config.json", "pytorch_lora_weights.safetensors", "run.safetensors"),
+        "pytorch_lora_weights_kohya.safetensors",  # of versions before files were named after runs
+        "checkpoints/step-1",
+    ],
+)
+def test_what_no_run_has_written_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    before = files(tmp_path)
+    for overwrite in (False, True):
+        first = tmp_path / "run" / Path(name).parts[0]
+        refused(first, "--output_dir", folder=tmp_path / "run", overwrite=overwrite)
+    assert files(tmp_path) == before
+
+
+def test_whole_models_that_are_not_the_runs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match=r"unet .*--output_dir"):
+        refuse_foreign_models(tmp_path)
+
+
+def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    save(tmp_path, 5)
+    card = tmp_path / "README.md"
+    card.write_text("mine")
+    refused(card, folder=tmp_path, resume="latest")
+    refused(card, folder=tmp_path, overwrite=True)
+    log.writes_card()
+    guard(tmp_path, "latest", False)
+    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=5)  # its mark stays
+    guard(tmp_path, "latest", False)
+    guard(tmp_path, None, True)
+
+
+def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    clear(tmp_path)
+    start(tmp_path).finish()
+    (tmp_path / "README.md").write_text("the finished run's card")
+    save(tmp_path, 1)
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"old")
+    clear(tmp_path)
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["/", "/etc", "/usr", "/usr/share/run", "/proc/run", "/home", "/tmp", str(Path.home())],
+)
+def test_folders_of_the_system_are_refused(folder: str) -> None:
+    refused(folder, "give a new folder", folder=Path(folder))
+
+
+def test_files_and_folders_without_rights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for folder in (file, file / "run"):
+        refused(file, "is a file", "--output_dir", folder=folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused(tmp_path, "not writable", "--output_dir", folder=tmp_path / "run")
+
+
+def test_what_is_resumed_lies_in_the_folder(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    log = start(run)
+    refused(run, "another --output_dir", "--resume_from_checkpoint latest", folder=run)
+    guard(run, None, True)
+    guard(run, "auto", False)  # killed before its first checkpoint
+    refused("no checkpoint", folder=run, resume="latest")
+    log.finish()
+    refused("a finished run without a checkpoint", folder=run, resume="auto")
+    path = save(run, 5)
+    for value in ("auto", "latest", "step-5", path, str(path)):
+        guard(run, value, False)
+        refused("one of the two", folder=run, resume=value, overwrite=True)
+    guard(other, path, False)
+    start(other).finish()
+    refused(other, path, "--output_dir", folder=other, resume=path)
