@@ -28,10 +28,10 @@ from tests.scripts.runs import column
 from tests.text.text_builders import (
     KINDS,
     NUMBERS,
-    SAVERS,
     WORDS,
     exported,
     heldout_of,
+    material,
     rows_for,
     save_bert,
     save_t5,
@@ -58,21 +58,18 @@ LIVES: list[tuple[str, str, Given]] = [
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
-    """By kind: what a run is given."""
-    folder = tmp_path_factory.mktemp("text")
+def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
+    """What a run is given."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     return {
         kind: {
-            "model_name_or_path": SAVERS[kind](folder / kind),
-            "train_file": write_rows(folder / f"{kind}.jsonl", rows_for(kind, 24)),
-            "validation_file": write_rows(folder / f"{kind}-held.jsonl", rows_for(kind, 7, 24)),
-            "template": "plain",
+            **material(folder, kind),
+            "validation_file": write_rows(folder / "held.jsonl", rows_for(kind, 7, 24)),
             "max_predictions": 0,
             "checkpointing_steps": 1,
-            "train_batch_size": 4,
             "rho": 0.5,  # large, so that an auxiliary that acts in an evaluation is seen
         }
-        for kind in KINDS
+        for kind, folder in folders.items()
     }
 
 
@@ -82,9 +79,9 @@ def test_each_method_appears() -> None:
 
 @pytest.mark.parametrize(("kind", "method", "values"), LIVES)
 def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
-    material: dict[str, Given], tmp_path: Path, kind: str, method: str, values: Given
+    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, method: str, values: Given
 ) -> None:
-    given = {**material[kind], "method": method, **values}
+    given = {**given_by_kind[kind], "method": method, **values}
     folder = train_text(tmp_path / "run", **given)
     parts = Path(shutil.copytree(folder, tmp_path / "parts"))
     train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
@@ -128,11 +125,11 @@ def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
 
 @pytest.mark.parametrize("method", ["bilora", "flat-lora"])
 def test_a_classifiers_new_layers_are_trained_and_in_the_file(
-    material: dict[str, Given], tmp_path: Path, method: str
+    given_by_kind: dict[str, Given], tmp_path: Path, method: str
 ) -> None:
     """A checkpoint without a pooler gets a random one, which the next loader would draw anew."""
     base = save_bert(tmp_path / "bert", BertForMaskedLM)
-    given = {**material["classification"], "model_name_or_path": base, "method": method}
+    given = {**given_by_kind["classification"], "model_name_or_path": base, "method": method}
     seen: list[Any] = []
 
     def logits(module: TextModule, task: Any) -> torch.Tensor:
@@ -159,9 +156,9 @@ def test_a_classifiers_new_layers_are_trained_and_in_the_file(
 
 
 @pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
-def test_four_bit_weights(material: dict[str, Given], tmp_path: Path, kind: str) -> None:
+def test_four_bit_weights(given_by_kind: dict[str, Given], tmp_path: Path, kind: str) -> None:
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
-    given = {**material[kind], "quantize": "nf4"}
+    given = {**given_by_kind[kind], "quantize": "nf4"}
     folder = train_text(tmp_path / "run", **given)
     parts = Path(shutil.copytree(folder, tmp_path / "parts"))
     train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
@@ -174,9 +171,9 @@ def test_four_bit_weights(material: dict[str, Given], tmp_path: Path, kind: str)
 
 
 def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
-    material: dict[str, Given], tmp_path: Path
+    given_by_kind: dict[str, Given], tmp_path: Path
 ) -> None:
-    given = {**material["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
+    given = {**given_by_kind["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
     whole = train_text(tmp_path / "whole", **given)
     cut = {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
     pieces = train_text(tmp_path / "pieces", **{**given, **cut})
@@ -189,9 +186,9 @@ def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
 
 @pytest.mark.parametrize("kind", ["causal", "classification"])
 def test_evaluation_does_not_disturb_training(
-    material: dict[str, Given], tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = {**material[kind], "max_train_steps": 4}
+    given = {**given_by_kind[kind], "max_train_steps": 4}
     quiet = train_text(tmp_path / "quiet", **{**given, "validation_file": None})
     asked = {"validation_loss_steps": 2, "validation_epochs": 1, "eval_on_start": True}
     asked |= {"generation_max_new_tokens": 4, "max_predictions": 3}
@@ -214,9 +211,9 @@ def test_evaluation_does_not_disturb_training(
 
 
 def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(
-    material: dict[str, Given], tmp_path: Path
+    given_by_kind: dict[str, Given], tmp_path: Path
 ) -> None:
-    given = {**material["causal"], "max_train_steps": None, "num_train_epochs": 2}
+    given = {**given_by_kind["causal"], "max_train_steps": None, "num_train_epochs": 2}
     folder = train_text(tmp_path / "run", **given, warmup_ratio=0.25)
     assert [row["step"] for row in runlog.read_metrics(folder) if "lr" in row] == list(range(1, 13))
     rates = column(folder, "lr")
@@ -226,8 +223,8 @@ def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(
     assert 0 < len(column(packed, "loss")) < 12
 
 
-def test_dynamics_are_recorded(material: dict[str, Given], tmp_path: Path) -> None:
-    given = {**material["causal"], "log_dynamics": True, "dynamics_steps": 1}
+def test_dynamics_are_recorded(given_by_kind: dict[str, Given], tmp_path: Path) -> None:
+    given = {**given_by_kind["causal"], "log_dynamics": True, "dynamics_steps": 1}
     folder = train_text(tmp_path / "run", **given)
     recorded = [row["ascent_gain"] for row in column(folder, "dynamics") if "ascent_gain" in row]
     assert len(recorded) == 2

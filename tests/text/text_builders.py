@@ -148,6 +148,16 @@ def encoded(
     return encode(examples, SimpleNamespace(**cfg | settings), loaded, "the set")
 
 
+def material(folder: Path, kind: str) -> dict[str, Any]:
+    """A base model and rows to learn, for ``text_flags``."""
+    return {
+        "model_name_or_path": SAVERS[kind](folder / "base"),
+        "train_file": write_rows(folder / "rows.jsonl", rows_for(kind, 24)),
+        "template": "plain",
+        "train_batch_size": 4,
+    }
+
+
 def text_flags(folder: Path, **values: Any) -> list[str]:
     """A command line; True is a bare flag, None leaves an option out."""
     settings: dict[str, Any] = {
