@@ -16,8 +16,7 @@ import pytest
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.conftest import ROOT, SCRIPT
 from tests.scripts.runs import column, difference, flags
-from tests.scripts.test_text_training import material
-from tests.text.text_builders import text_difference, text_flags
+from tests.text.text_builders import material, text_difference, text_flags
 
 STEPS, KILLS = 60, 10
 
