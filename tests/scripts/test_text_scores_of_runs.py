@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from eval import text_scores
-from eval.text import harness
-from eval.text.schema import TextScores
+from eval import table, text_scores
+from eval.text_scores import harness
 from tests.eval.text_score_models import save_tasks
 from tests.text.text_builders import ADAPTER, SAVERS, rows_for, train_text, write_rows
 
@@ -38,37 +37,30 @@ def zero_of(run: Path, folder: Path) -> Path:
 
 
 def score(folder: Path, *words: str | Path) -> dict[str, dict[str, Any]]:
-    """Row -> benchmark -> (effect of the adapter, what was answered to each item)."""
+    """Subject -> its effect on a probe (None for the base), and what it answered to each item."""
     where = ["--include_path", str(save_tasks(folder / "tasks")), "--output_dir", str(folder / "o")]
     what = ["--benchmarks", "toy_choice,toy_text"]
     assert text_scores.main(["base", *map(str, words), *what, *where]) == 0
-    found = TextScores.read(folder / "o")
-    rows: dict[str, dict[str, Any]] = {run.name: {} for run in found.runs}
-    for one in found.scores:
-        about = (one.measured.details["effect_of_adapter"], one.measured.items)
-        rows[found.runs[one.run].name][found.benchmarks[one.benchmark].name] = about
-    return rows
-
-
-def effects(row: dict[str, Any]) -> list[float | None]:
-    return [effect for effect, _ in row.values()]
-
-
-def items(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: answered for name, (_, answered) in row.items()}
+    found = table.read(folder / "o")
+    subjects: dict[str, dict[str, Any]] = {one.label: {"effect": None} for one in found.subjects}
+    for row in found.rows:
+        if row.metric == "toy_text effect of adapter":
+            subjects[row.subject]["effect"] = row.value
+        elif row.item:
+            subjects[row.subject][row.item] = row.note
+    return subjects
 
 
 def test_a_causal_model_with_an_adapter_and_trained_whole(tmp_path: Path) -> None:
     bilora = train(tmp_path, "causal", "bilora", template="plain")
     full = train(tmp_path, "causal", "full", template="plain")
     found = score(tmp_path, bilora, full, zero_of(bilora, tmp_path / "zero"))
-    assert all(effects(found["bilora"]))
-    assert effects(found["zero"]) == [0, 0]
-    assert effects(found["full"]) == effects(found["base"]) == [None, None]
-    assert items(found["zero"]) == items(found["base"])
-    texts = [items(found[name])["toy_text"] for name in ("base", "bilora", "full")]
-    assert texts[1] != texts[0]  # both runs answer as what was trained, and not as the base model
-    assert texts[2] != texts[0]
+    effects = {label: answers.pop("effect") for label, answers in found.items()}
+    assert effects.pop("bilora") > 0
+    assert effects == {"zero": 0, "full": None, "base": None}
+    assert found["zero"] == found["base"]
+    assert found["bilora"] != found["base"]  # both runs answer as what was trained
+    assert found["full"] not in (found["base"], found["bilora"])
 
 
 def test_a_seq2seq_model_is_asked_without_a_template_as_it_was_trained(
@@ -79,7 +71,7 @@ def test_a_seq2seq_model_is_asked_without_a_template_as_it_was_trained(
     bilora = train(tmp_path, "seq2seq", "bilora")
     found = score(tmp_path, bilora, zero_of(bilora, tmp_path / "zero"), "--template", "run")
     assert not asked
-    assert all(effects(found["bilora"]))
-    assert effects(found["zero"]) == [0, 0]
-    assert effects(found["base"]) == [None, None]
-    assert items(found["zero"]) == items(found["base"])
+    assert found["bilora"]["effect"] > 0
+    assert found["zero"].pop("effect") == 0
+    assert found["base"].pop("effect") is None
+    assert found["zero"] == found["base"]

@@ -18,12 +18,16 @@ from typing import Any
 from bilora_diffusion.choices import TEMPLATES
 from bilora_diffusion.errors import UserError, did_you_mean
 
-from .schema import PERCENT, POINTS
-
 HARNESS, HUMANEVAL, MTBENCH, HELDOUT = "harness", "humaneval", "mtbench", "heldout"
 HELDOUT_LOSS = "heldout_loss"
 OF_RUN, NONE = "run", "none"
 GIVEN_TEMPLATES = (OF_RUN, NONE, *TEMPLATES)
+EFFECT = "effect of adapter"
+"""Largest change of a probe's logits by it."""
+UNPARSED = "without an answer"
+"""Items in which no answer could be read."""
+SHOWN = 200
+"""Letters of an answer that the result shows."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Benchmark:
         num_fewshot: examples in the prompt; None is the task's own number.
         metric: the harness's "metric,filter"; None is the task's first.
         template: around each prompt: "run" is that of training, "none" the bare prompt.
-        unit: of its value.
+        scale: of its value in tables: 100 for a share, 1 for points.
         generation: overrides the task's arguments of generation.
     """
 
@@ -49,8 +53,52 @@ class Benchmark:
     num_fewshot: int | None = None
     metric: str | None = None
     template: str = NONE
-    unit: str = PERCENT
+    scale: float = 100.0
     generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether training measured it."""
+        return self.engine == HELDOUT
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Args:
+        id: the same for every run; pairs are made by it.
+        score: None where it is not a number of its own.
+        parsed: whether an answer was found in what the model or the judge wrote.
+        answer: its beginning.
+    """
+
+    id: str
+    score: float | None
+    parsed: bool = True
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on a benchmark.
+
+    Args:
+        value: a share, or points.
+        others: further figures by name.
+        settings: how the benchmark was asked, as far as it is known only now.
+    """
+
+    value: float
+    items: list[Item]
+    others: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def further(self) -> dict[str, float]:
+        """What a table shows beside the value; nothing of items where there is none."""
+        unparsed = sum(not item.parsed for item in self.items)
+        counts = {"items": len(self.items), UNPARSED: unparsed} if self.items else {}
+        return counts | self.others
 
 
 PAPER: Mapping[str, Benchmark] = {
@@ -69,7 +117,7 @@ PAPER: Mapping[str, Benchmark] = {
         Benchmark("drop", "DROP", task="drop", num_fewshot=3, metric="em,none"),
         Benchmark("bbh", "BBH", task="bbh_fewshot", num_fewshot=3, metric="exact_match,none"),
         Benchmark("humaneval", "HumanEval", HUMANEVAL, metric="pass@1", template=OF_RUN),
-        Benchmark("mtbench", "MT-Bench", MTBENCH, metric="score", template=OF_RUN, unit=POINTS),
+        Benchmark("mtbench", "MT-Bench", MTBENCH, metric="score", template=OF_RUN, scale=1.0),
         Benchmark(HELDOUT, "held-out", HELDOUT),
         Benchmark(HELDOUT_LOSS, "held-out loss", HELDOUT),
     )
@@ -131,7 +179,7 @@ def _one(word: str, known: Sequence[str]) -> Benchmark:
 
 def _fewshot(words: Sequence[str], chosen: Sequence[Benchmark]) -> dict[str, int]:
     takers = [entry.name for entry in chosen if entry.engine == HARNESS]
-    found: dict[str, int] = {}
+    shots: dict[str, int] = {}
     for word in words:
         name, equals, number = word.rpartition("=")
         if not number.isdecimal():
@@ -141,5 +189,5 @@ def _fewshot(words: Sequence[str], chosen: Sequence[Benchmark]) -> dict[str, int
                 f'--num_fewshot "{word}" names no benchmark that takes examples'
                 f"{did_you_mean(name, takers)}: use one of {', '.join(takers) or 'the harness'}."
             )
-        found |= dict.fromkeys([name] if equals else takers, int(number))
-    return found
+        shots |= dict.fromkeys([name] if equals else takers, int(number))
+    return shots

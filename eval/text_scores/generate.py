@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,12 @@ from bilora_diffusion.seeds import seed_of
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import generation_prompt
 
+from ..kept import Kept
 from .benchmarks import NONE
 from .models import Loaded
+
+Keeper = Callable[[Mapping[str, Any]], Kept]
+"""What is kept of a subject and a benchmark under further circumstances."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Decoding:
     stops: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """For settings and identities."""
+        """For settings."""
         return asdict(self) | {"stops": list(self.stops)}
 
 
@@ -50,9 +54,14 @@ class Prompt:
 
 
 def answers(
-    loaded: Loaded, prompts: Sequence[Prompt], decoding: Decoding, template: str, batch_size: int
-) -> Iterator[tuple[Prompt, str]]:
-    """The answers, in the order of the prompts.
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    template: str,
+    batch_size: int,
+    kept: Kept,
+) -> dict[str, str]:
+    """Key of a prompt -> the model's answer; what is kept already is not generated again.
 
     Args:
         template: around each prompt; "none" for the bare text. T5 and its kin have none.
@@ -60,11 +69,13 @@ def answers(
     Raises:
         UserError: a prompt that is too long for the model, or that the template can't show.
     """
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    missing = [prompt for prompt in prompts if kept.get(prompt.key) is None]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
         rows = [_tokens(loaded, prompt.text, template) for prompt in batch]
         for prompt, text in zip(batch, _generate(loaded, batch, rows, decoding), strict=True):
-            yield prompt, _cut(text, decoding.stops)
+            kept.put(prompt.key, _cut(text, decoding.stops))
+    return {prompt.key: kept.get(prompt.key) for prompt in prompts}
 
 
 def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:

@@ -1,6 +1,6 @@
 """What is scored, ready to be asked: a base model with its adapter on, and the proof that it acts.
 
-with Bases(device, dtype).ready(subject) as loaded: ...
+with Models(device, dtype).ready(subject, base) as loaded: ...
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from bilora_diffusion.adapters.quantize import quantize_nf4
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.models import TextModel, load_text_model
 
+from ..digests import PEFT_FILE
+from ..subjects import Subject
+from .bases import Base
 from .benchmarks import NONE
-from .subjects import ADAPTER, WHOLE_MODEL, Base, Subject
 
+WHOLE_MODEL = "model"
+"""Folder of a run that trained all weights."""
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
 
 
@@ -48,7 +52,7 @@ class Loaded:
         return template if self.kind == "causal" else NONE
 
 
-class Bases:
+class Models:
     """Loads base models, one at a time, and puts adapters on and off.
 
     Args:
@@ -62,22 +66,26 @@ class Bases:
         self._base: TextModel | None = None
 
     @contextmanager
-    def ready(self, subject: Subject) -> Iterator[Loaded]:
+    def ready(self, subject: Subject, wanted: Base) -> Iterator[Loaded]:
         """A subject's model; the base model is bare again afterwards.
 
         Raises:
             UserError: something can't be loaded, does not fit, or has no effect.
         """
-        base = self._load(_base_of(subject))
-        if subject.kind == "classification" or base.kind == "classification":
+        adapter = subject.weights
+        if adapter is not None and not (adapter / PEFT_FILE).is_file():  # trained whole
+            place = str(adapter / WHOLE_MODEL)
+            wanted, adapter = replace(wanted, name=place, revision=None, quantize="none"), None
+        base = self._load(wanted)
+        if base.kind == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
             )
         plain = Loaded(base.model, base.tokenizer, base.kind, self._device, base.max_tokens, None)
-        if subject.folder is None or not (subject.folder / ADAPTER).is_file():
+        if adapter is None:
             yield plain
             return
-        adapted = put_on(base, subject.folder)
+        adapted = put_on(base, adapter)
         try:
             effect = _effect(adapted, base, self._device)
             _require_effect(adapted, effect, subject)
@@ -87,17 +95,11 @@ class Bases:
             adapted.unload()
 
     def _load(self, wanted: Base) -> TextModel:
-        if self._base is None or self._key != wanted:
+        key = replace(wanted, template="")
+        if self._base is None or self._key != key:
             self._base = None  # never two at a time
-            self._base, self._key = load_base(wanted, self._device, self._dtype), wanted
+            self._base, self._key = load_base(wanted, self._device, self._dtype), key
         return self._base
-
-
-def _base_of(subject: Subject) -> Base:
-    whole = None if subject.folder is None else subject.folder / WHOLE_MODEL
-    if whole is not None and whole.is_dir():
-        return replace(subject.base, name=str(whole), revision=None, quantize="none")
-    return subject.base
 
 
 def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> TextModel:
@@ -106,7 +108,7 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> TextMod
     Raises:
         UserError: it can't be loaded.
     """
-    found = load_text_model(
+    base = load_text_model(
         wanted.name,
         wanted.task_type,
         dtype=dtype,
@@ -117,9 +119,9 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> TextMod
         trust_remote_code=wanted.trust_remote_code,
     )
     if wanted.quantize == "nf4":
-        quantize_nf4(found.model, dtype, skip=found.whole_modules, device=device)
-    found.model.to(device)
-    return found
+        quantize_nf4(base.model, dtype, skip=base.whole_modules, device=device)
+    base.model.to(device)
+    return base
 
 
 def put_on(base: TextModel, folder: Path) -> Any:
@@ -131,7 +133,7 @@ def put_on(base: TextModel, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        written = load_file(folder / ADAPTER)
+        written = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]

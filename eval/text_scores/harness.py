@@ -10,6 +10,8 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,15 @@ from bilora_diffusion.seeds import digest_texts
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.templates import context_text, settle_template
 
-from .benchmarks import NONE, Benchmark
+from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
+from .generate import Keeper
 from .models import Loaded
-from .schema import Item, Measured
 
 INVALID = "[invalid]"
 """What the harness's filters give where they find no answer."""
 FOLDERS = ("gsm8k", "mmlu", "drop", "bbh")
 """Of the harness, where the paper's benchmarks are."""
 FEWSHOT_SEED = 1234
-SHOWN = 200
 
 
 def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
@@ -52,9 +53,9 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
         ) from error
     root = Path(shipped.__file__).parent
     few = [*(root / name for name in FOLDERS), *include_path]
-    found = shipped.TaskManager(include_path=list(few), include_defaults=False)
-    if set(tasks) <= set(found.all_tasks):
-        return found
+    small = shipped.TaskManager(include_path=list(few), include_defaults=False)
+    if set(tasks) <= set(small.all_tasks):
+        return small
     return shipped.TaskManager(include_path=list(include_path))
 
 
@@ -68,76 +69,87 @@ def digest(include_path: Sequence[Path]) -> str:
     return digest_texts(parts)
 
 
-def require_task(found: Any, benchmark: Benchmark) -> None:
-    """Refuse what is no task or group, before anything is loaded.
-
-    Raises:
-        UserError: it is a tag, a bundle of tasks without a figure of its own.
-    """
-    if benchmark.task in found.all_tags:
-        members = ", ".join(sorted(found.task_index[benchmark.task].tags)[:5])
-        raise UserError(
-            f'"{benchmark.task}" is a tag of the harness, which has no score of its own: name some'
-            f" of its tasks ({members}, ...)."
-        )
-
-
-def measure(
-    loaded: Loaded,
-    benchmark: Benchmark,
-    found: Any,
-    *,
-    template: str,
-    limit: int | None,
-    batch_size: int,
-) -> Measured:
-    """Ask and score.
+@dataclass(frozen=True)
+class Harness:
+    """A task or group, ready to be asked.
 
     Args:
-        found: see :func:`manager`.
-        template: around each prompt; "none" for the bare prompt. T5 and its kin have none.
+        benchmark: which, and how.
+        manager: see :func:`manager`.
         limit: the first so many items of each task; None for all.
-
-    Raises:
-        UserError: the task's data can't be had, it runs code, or its number of examples is fixed.
+        include_path: further folders with tasks.
     """
-    from lm_eval.evaluator import evaluate
 
-    tasks = _tasks(found, benchmark)
-    _check_name(tasks, benchmark)
-    _set(tasks["tasks"], benchmark)
-    template = loaded.shown(template)
-    with _quiet():
-        result = evaluate(
-            _model(loaded, template, batch_size),
-            tasks,
-            limit=limit,
-            bootstrap_iters=0,
-            apply_chat_template=template != NONE,
-            fewshot_as_multiturn=False,
-        )
-    return _measured(dict(result or {}), benchmark)
+    benchmark: Benchmark
+    manager: Any
+    limit: int | None
+    include_path: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        task = self.benchmark.task
+        if task in self.manager.all_tags:
+            members = ", ".join(sorted(self.manager.task_index[task].tags)[:5])
+            raise UserError(
+                f'"{task}" is a tag of the harness, which has no score of its own: name some of its'
+                f" tasks ({members}, ...)."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What a score depends on beside the model."""
+        benchmark = self.benchmark
+        return {
+            "task": benchmark.task,
+            "num_fewshot": benchmark.num_fewshot,
+            "metric": benchmark.metric,
+            "generation": dict(benchmark.generation),
+            "lm_eval": metadata.version("lm_eval"),
+            "include_path": digest(self.include_path) if self.include_path else None,
+        }
+
+    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
+        """Ask and score.
+
+        Args:
+            template: around each prompt; "none" for the bare prompt. T5 and its kin have none.
+
+        Raises:
+            UserError: the task's data can't be had, it runs code, or its number of examples is
+                fixed.
+        """
+        from lm_eval.evaluator import evaluate
+
+        tasks = _tasks(self.manager, self.benchmark)
+        _set(tasks["tasks"], self.benchmark)
+        template = loaded.shown(template)
+        with _quiet():
+            result = evaluate(
+                _model(loaded, template, batch_size),
+                tasks,
+                limit=self.limit,
+                bootstrap_iters=0,
+                apply_chat_template=template != NONE,
+                fewshot_as_multiturn=False,
+            )
+        return _measured(dict(result or {}), self.benchmark)
 
 
-def _tasks(found: Any, benchmark: Benchmark) -> dict[str, Any]:
+def _tasks(manager: Any, benchmark: Benchmark) -> dict[str, Any]:
     try:
         with _quiet(), _uncounted():
-            return found.load([benchmark.task])
+            tasks = manager.load([benchmark.task])
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:240]
         raise UserError(
             f'the data of "{benchmark.name}" can\'t be had ({reason}): load it once with a'
             " connection to the hub, or give a task of your own by --include_path."
         ) from error
-
-
-def _check_name(tasks: Mapping[str, Any], benchmark: Benchmark) -> None:
-    unsafe = [name for name, task in tasks["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
-    if unsafe:
-        raise UserError(
-            f"{unsafe[0]} of the harness would run code that the model writes, without a sandbox:"
-            " use --benchmarks humaneval."
-        )
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"{name} of the harness would run code that the model writes, without a sandbox:"
+                " use --benchmarks humaneval."
+            )
+    return tasks
 
 
 def _set(tasks: Mapping[str, Any], benchmark: Benchmark) -> None:
@@ -212,42 +224,28 @@ def _measured(result: dict[str, Any], benchmark: Benchmark) -> Measured:
     ]
     value = figures.pop(metric)
     shots = sorted({int(number) for number in result["n-shot"].values()})
-    details = {
+    directions = [of_task.get(name) for of_task in result["higher_is_better"].values()]
+    settings = {
         "metric": metric,
         "num_fewshot": shots[0] if len(shots) == 1 else shots,
         "versions": {k: v for k, v in result["versions"].items() if v is not None},
-        "higher_is_better": _direction(result, name),
+        "higher_is_better": False not in directions,
     }
-    return Measured(value, items, figures, details)
-
-
-def _direction(result: Mapping[str, Any], metric: str) -> bool:
-    told = [of_task.get(metric) for of_task in result["higher_is_better"].values()]
-    return False not in told
+    return Measured(value, items, figures, settings)
 
 
 def _item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
     score, answers = sample.get(metric), sample["filtered_resps"]
-    parsed, answer = True, ""
+    parsed = True
     if all(isinstance(one, str) for one in answers):
         answer = answers[0] if answers else ""
         parsed = bool(answer.strip()) and answer != INVALID
-        if not parsed:
-            answer = str(sample["resps"][0][0])
-    else:
-        answer = _likeliest(answers)
-    return Item(
-        id=f"{task}/{sample['doc_id']}",
-        score=float(score) if isinstance(score, int | float) else None,
-        parsed=parsed,
-        answer=answer[:SHOWN],
-    )
-
-
-def _likeliest(answers: Sequence[Any]) -> str:
-    """The number of the choice that the model finds likeliest."""
-    values = [answer[0] if isinstance(answer, list | tuple) else answer for answer in answers]
-    return str(max(range(len(values)), key=lambda i: float(values[i])))
+        answer = answer if parsed else str(sample["resps"][0][0])
+    else:  # the number of the choice that the model finds likeliest
+        values = [float(one[0] if isinstance(one, list | tuple) else one) for one in answers]
+        answer = str(values.index(max(values)))
+    number = float(score) if isinstance(score, int | float) else None
+    return Item(f"{task}/{sample['doc_id']}", number, parsed, answer[:SHOWN])
 
 
 @contextmanager

