@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -91,45 +90,17 @@ def test_whatever_is_saved_comes_back_exactly(step: int, **parts: Any) -> None:
         assert same(getattr(found, name), parts[name]), name
 
 
-atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-kinds = st.sampled_from(["tensor", "tuple", "float", "dict", "OrderedDict", "Counter", "odd"])
-anything = st.recursive(
-    atoms,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-        | st.fixed_dictionaries({"$": st.tuples(kinds, inner) | inner})
-    ),
-    max_leaves=10,
+@pytest.mark.parametrize(
+    "altered", ["[[", '{"step": 3}', '{"step": -1, "optimizer": {"$": ["tensor", "gone"]}}']
 )
-PARTS = ("step", "optimizer", "scheduler", "scaler", "extra")
-deep = st.integers(1, 3000).map(lambda depth: b"[" * depth + b"]" * depth)
-written = (
-    st.binary(max_size=50)
-    | deep
-    | anything.map(json.dumps).map(str.encode)
-    | st.fixed_dictionaries({}, optional=dict.fromkeys(PARTS, anything))
-    .map(lambda changes: json.dumps({**STATE, **changes}))
-    .map(str.encode)
-)
-STATE = {"step": 3, "optimizer": {}, "scheduler": {}, "scaler": None, "extra": {}}
-
-
-@settings(max_examples=300)
-@given(written)
-def test_whatever_the_state_file_holds_it_is_read_or_refused_in_a_sentence(data: bytes) -> None:
-    """Sealed anew, so that it is not refused for its digest alone."""
-    with TemporaryDirectory() as folder:
-        path = save(Path(folder), 3)
-        (path / "state.json").write_bytes(data)
-        digests.seal(path, checkpoint.FILES)
-        try:
-            found = load(path)
-        except UserError:
-            return
-    assert type(found.step) is int
-    assert all(isinstance(part, dict) for part in (found.optimizer, found.scheduler, found.extra))
-    assert found.scaler is None or isinstance(found.scaler, dict)
+def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
+    tmp_path: Path, altered: str
+) -> None:
+    path = save(tmp_path, 3)
+    (path / "state.json").write_text(altered)
+    digests.seal(path, checkpoint.FILES)  # so that it is not refused for its digest alone
+    with pytest.raises(UserError, match="step-3 was altered: delete step-3"):
+        load(path)
 
 
 def test_tensors_that_share_memory(tmp_path: Path) -> None:

@@ -20,11 +20,6 @@ def test_different_keys_have_different_seeds(a: tuple[int | str, ...], b: tuple[
     assert 0 <= seed_of(*a) < 2**63
 
 
-def test_keys_that_look_alike_differ() -> None:
-    alike = [(1, 23), (12, 3), (123,), ("1", 23), ("123",), ("1i2:23",), ()]
-    assert len({seed_of(*key) for key in alike}) == len(alike)
-
-
 def test_a_generator_ignores_and_spares_global_randomness() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -56,13 +51,7 @@ def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype: torch.dtype) -> 
     others = [values + 1, values.reshape(2, 3), values[:5], values.to(torch.float16)]
     assert base not in {digest(other) for other in others}
     assert digest(values, values) != digest(torch.cat([values, values]))
-    assert len(base) == 32
-
-
-def test_a_digest_takes_scalars_and_empty_tensors() -> None:
-    assert digest(torch.tensor(1.0)) != digest(torch.tensor([1.0]))
-    assert digest(torch.empty(0, 3)) != digest(torch.empty(3, 0))
-    assert digest(torch.tensor(0.0)) != digest(torch.tensor(-0.0))
+    assert len({digest(torch.empty(shape)) for shape in [(0, 3), (3, 0)]}) == 2
 
 
 @given(st.lists(st.text(max_size=5), max_size=4), st.lists(st.text(max_size=5), max_size=4))
@@ -101,12 +90,7 @@ def test_orders_differ_between_epochs_seeds_and_purposes() -> None:
     assert len({tuple(p.tolist()) for p in permutations}) == 4
 
 
-@pytest.mark.parametrize(("n", "repeats"), [(0, 1), (3, 0)])
-def test_an_empty_order_is_refused(n: int, repeats: int) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        SampleOrder(n, 0, repeats)
-
-
-def test_a_negative_position_is_refused() -> None:
-    with pytest.raises(ValueError, match="-1"):
-        SampleOrder(3, 0).sample(-1)
+def test_there_is_no_sample_of_nothing() -> None:
+    for n, repeats, position in ((0, 1, 0), (3, 0, 0), (3, 1, -1)):
+        with pytest.raises(ValueError, match="at least"):
+            SampleOrder(n, 0, repeats).sample(position)
