@@ -14,19 +14,18 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run.runlog import RUN
-from eval.records import SCORES
-from eval.scores.schema import ScoresResult
+from eval.table import EARLIER, FILE, REPORT
 
 from . import readers
-from .readers import FIGURES
 from .runs import RunItem, named
+from .scored import Scored
 
 DEPTH = 6
 """How deep below the root folders are looked at."""
@@ -43,11 +42,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ScoresItem:
-    """A folder with ``scores.json``; the files of its images are relative to ``path``."""
+    """A folder with scored images, whose files are relative to ``path``."""
 
     path: str
     name: str
-    result: ScoresResult
+    result: Scored
 
     def file(self, name: str) -> str:
         """A file of this folder, relative to the root, for :meth:`Catalog.resolve`."""
@@ -62,7 +61,6 @@ class FigureItem:
         path: of its folder.
         name: what lists show; unique within a kind.
         kind: "landscape", "dynamics", "generalization", "sweep" or "text_scores".
-        record: the JSON.
         figures: its PNG files, relative to the root.
         report: its Markdown file, relative to the root.
     """
@@ -70,7 +68,6 @@ class FigureItem:
     path: str
     name: str
     kind: str
-    record: dict[str, Any]
     figures: list[str]
     report: str
 
@@ -139,8 +136,8 @@ class Catalog:
         if kind == "runs":
             parts = [(r.path, r.name, r.status, r.weights, r.steps) for r in self._scan.runs]
         else:
-            files = {SCORES.file} if kind == "scores" else FIGURES.keys()
-            parts = sorted((at, read[0]) for at, read in self._read.items() if at[1] in files)
+            items = self._scan.scores if kind == "scores" else self._scan.figures
+            parts = [(item.path, self._read[item.path, FILE][0]) for item in items]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def runs(self) -> list[RunItem]:
@@ -235,18 +232,18 @@ class Catalog:
                 steps = readers.steps(self.root / folder)
                 item = RunItem(folder, shown, record, self._weights(folder, names), steps)
                 scan.runs.append(item)
-        if SCORES.file in names:
-            result = self._one(folder, SCORES.file, readers.scores, scan)
-            if result is not None:
+        if FILE in names:
+            result = self._one(folder, FILE, readers.result, scan)
+            if isinstance(result, Scored):
                 scan.scores.append(ScoresItem(folder, shown, result))
-        for file, kind in FIGURES.items():
-            if file in names:
-                record = self._one(folder, file, readers.figures, scan)
-                if record is not None:
-                    pictures = self._pictures(folder, file, record, names, scan)
-                    report = str(PurePosixPath(folder) / readers.report(kind))
-                    item = FigureItem(folder, shown, kind.module, record, pictures, report)
-                    scan.figures.append(item)
+            elif result is not None:
+                pictures = self._pictures(folder, result["figures"], names, scan)
+                report = str(PurePosixPath(folder) / REPORT)
+                scan.figures.append(FigureItem(folder, shown, result["kind"], pictures, report))
+            return
+        for file in sorted(EARLIER.keys() & names):
+            again = f"run python -m eval.{EARLIER[file]} again"
+            scan.broken.append(Broken(folder, f"{file} is of an earlier version: {again}"))
 
     def _one(
         self, folder: str, file: str, read: Callable[[Path], Item], scan: _Scan
@@ -282,13 +279,10 @@ class Catalog:
         return None
 
     def _pictures(
-        self, folder: str, file: str, record: dict[str, Any], names: set[str], scan: _Scan
+        self, folder: str, listed: Sequence[str], names: set[str], scan: _Scan
     ) -> list[str]:
-        listed = record.get("figures")
-        if listed is None:  # sweep.json names none: its one figure is beside it
-            listed = [name for name in [file.replace(".json", ".png")] if name in names]
         missing = [name for name in listed if name not in names]
         if missing:
-            reason = f"{file} names {missing[0]}, which is not there: make the result again"
+            reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
             scan.broken.append(Broken(folder, reason))
         return [str(PurePosixPath(folder) / name) for name in listed if name in names]

@@ -16,12 +16,13 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
-from eval.scores.schema import METRICS, ScoresResult
+from eval.clip_scores.names import METRICS
 
 from . import commands, compare_html, pictures, validation
 from . import compare_data as data
 from .catalog import Catalog, ScoresItem
 from .compare_data import View
+from .scored import Scored
 from .slider import pair
 
 UNSCORED = "no image has a score"
@@ -283,7 +284,7 @@ class _Tab:
         return pictures.data_uri(picture) if picture else None
 
 
-def _listed(view: View, result: ScoresResult) -> list[data.Row]:
+def _listed(view: View, result: Scored) -> list[data.Row]:
     found = data.rows(result, view.a, view.b, view.metric)
     return data.arranged(found, view.metric, view.order, view.words)
 

@@ -1,6 +1,6 @@
 """What the Compare tab shows, as plain data: scores per prompt, order, one view, its link.
 
-Pure functions on a ``ScoresResult``; no files and no widgets. Adapters and prompts are positions in
+Pure functions on a ``Scored``; no files and no widgets. Adapters and prompts are positions in
 the result's lists.
 """
 
@@ -14,7 +14,10 @@ from urllib.parse import urlencode
 
 from scipy import stats
 
-from eval.scores.schema import METRICS, Comparison, ImageScore, ScoresResult
+from eval.clip_scores.names import METRICS
+from eval.table import Summary
+
+from .scored import Scored, ScoredImage
 
 ORDERS = {
     "gain": "Largest gain first",
@@ -23,7 +26,7 @@ ORDERS = {
     "list": "As in the prompt set",
 }
 """How the prompts are sorted, by the change from the first adapter to the second."""
-IMAGE_METRICS = tuple(name for name in METRICS if name in ImageScore.__dataclass_fields__)
+IMAGE_METRICS = tuple(name for name in METRICS if name != "diversity")
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,9 @@ class Row:
         return None if self.a is None or self.b is None else self.b - self.a
 
 
-def metrics(result: ScoresResult) -> list[str]:
-    """Scores that any image has, in the schema's order."""
-    return [
-        name
-        for name in IMAGE_METRICS
-        if any(getattr(image, name) is not None for image in result.images)
-    ]
+def metrics(result: Scored) -> list[str]:
+    """Scores that any image has, in their usual order."""
+    return [name for name in IMAGE_METRICS if any(name in image.scores for image in result.images)]
 
 
 def times_100(value: float | None) -> str:
@@ -92,13 +91,12 @@ def times_100(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def rows(result: ScoresResult, a: int, b: int, metric: str) -> list[Row]:
+def rows(result: Scored, a: int, b: int, metric: str) -> list[Row]:
     """All prompts with the pair's scores, in the prompt set's order."""
     found: dict[tuple[int, int], dict[int, float]] = {}
     for image in result.images:
-        value = getattr(image, metric, None)
-        if value is not None:
-            found.setdefault((image.prompt, image.adapter), {})[image.seed] = value
+        if metric in image.scores:
+            found.setdefault((image.prompt, image.adapter), {})[image.seed] = image.scores[metric]
 
     def row(prompt: int) -> Row:
         one, other = found.get((prompt, a), {}), found.get((prompt, b), {})
@@ -124,11 +122,12 @@ def _leaves_out_zero(differences: Sequence[float]) -> bool:
     return bool(abs(fmean(differences)) > half)
 
 
-def comparison(result: ScoresResult, a: int, b: int, metric: str) -> Comparison | None:
+def comparison(result: Scored, a: int, b: int, metric: str) -> Summary | None:
     """Adapter b minus adapter a over all prompts, where the scoring compared the two."""
-    for row in result.comparisons:
-        if row.metric == metric and (row.control, row.adapter) == (a, b):
-            return row
+    control, group = (result.adapters[at].label for at in (a, b))
+    for line in result.summaries:
+        if (line.metric, line.control, line.group) == (metric, control, group):
+            return line
     return None
 
 
@@ -169,7 +168,7 @@ def neighbour(listed: Sequence[Row], prompt: int, step: int) -> int:
     return order[min(max(order.index(prompt) + step, 0), len(order) - 1)]
 
 
-def find(result: ScoresResult, adapter: int, prompt: int, seed: int) -> ImageScore | None:
+def find(result: Scored, adapter: int, prompt: int, seed: int) -> ScoredImage | None:
     """One image's record."""
     for image in result.images:
         if (image.adapter, image.prompt, image.seed) == (adapter, prompt, seed):
@@ -177,17 +176,11 @@ def find(result: ScoresResult, adapter: int, prompt: int, seed: int) -> ImageSco
     return None
 
 
-def scores_of(result: ScoresResult, image: ImageScore) -> dict[str, float]:
-    """Metric -> raw score of an image, without those that it lacks."""
-    values = {name: getattr(image, name) for name in IMAGE_METRICS}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def best(result: ScoresResult, images: Sequence[ImageScore]) -> dict[str, float]:
+def best(images: Sequence[ScoredImage]) -> dict[str, float]:
     """Metric -> the best score among images; without those that do not judge and ties of all."""
     found: dict[str, float] = {}
     for name in IMAGE_METRICS:
-        values = [value for image in images if (value := getattr(image, name)) is not None]
+        values = [image.scores[name] for image in images if name in image.scores]
         direction = METRICS[name].higher_is_better
         if direction is None or len({round(value, 6) for value in values}) < 2:
             continue
@@ -195,7 +188,7 @@ def best(result: ScoresResult, images: Sequence[ImageScore]) -> dict[str, float]
     return found
 
 
-def first_view(scores: str, result: ScoresResult) -> View:
+def first_view(scores: str, result: Scored) -> View:
     """What is shown before anything is chosen: the first two adapters, the largest gain."""
     there = sorted({image.adapter for image in result.images})
     a, b = (there * 2)[:2] if there else (0, 0)
@@ -206,7 +199,7 @@ def first_view(scores: str, result: ScoresResult) -> View:
     return View(scores, a, b, tuple(there[2:4]), prompt, seeds[0], metric)
 
 
-def link(view: View, result: ScoresResult) -> str:
+def link(view: View, result: Scored) -> str:
     """The query that reopens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``.
 
     Labels and texts stand in it and not positions, so that it survives scoring again.
@@ -226,7 +219,7 @@ def link(view: View, result: ScoresResult) -> str:
     return "?" + urlencode([(key, value) for key, value in words if value])
 
 
-def opened(query: Mapping[str, str], scores: str, result: ScoresResult) -> tuple[View, list[str]]:
+def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View, list[str]]:
     """The view that a link asks for.
 
     Args:

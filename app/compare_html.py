@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from eval.scores.schema import METRICS, ImageScore, ScoresResult
+from eval.clip_scores.names import METRICS
 
 from . import pictures
-from .compare_data import Row, best, comparison, scores_of, times_100
+from .compare_data import Row, best, comparison, times_100
+from .scored import Scored, ScoredImage
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Card:
 
     title: str
     picture: str | None
-    image: ImageScore | None = None
+    image: ScoredImage | None = None
     nearest: str | None = None
     role: str = ""
     lines: list[str] = field(default_factory=list)
@@ -68,9 +69,9 @@ def _tone(metric: str, change: float | None, certain: bool) -> str:
     return "up" if (change > 0) == known.higher_is_better else "down"
 
 
-def summary(result: ScoresResult, a: int, b: int) -> str:
+def summary(result: Scored, a: int, b: int) -> str:
     """Each score's mean over the prompts, and the difference of the pair with its interval."""
-    means = {(row.metric, row.adapter): row.mean for row in result.summaries}
+    means = {(line.metric, line.group): line.mean for line in result.summaries}
     shown = [name for name in METRICS if any(metric == name for metric, _ in means)]
     if not shown:
         return ""
@@ -78,9 +79,7 @@ def summary(result: ScoresResult, a: int, b: int) -> str:
     head = "".join(f"<th>{escape(label)}</th>" for label in labels)
     body = ""
     for name in shown:
-        values = "".join(
-            f"<td>{times_100(means.get((name, at)))}</td>" for at in range(len(labels))
-        )
+        values = "".join(f"<td>{times_100(means.get((name, label)))}</td>" for label in labels)
         title = f'title="{escape(METRICS[name].explanation)}"'
         body += f"<tr><th {title}>{METRICS[name].title}</th>{values}"
         body += f"{_difference(result, a, b, name)}</tr>"
@@ -91,28 +90,28 @@ def summary(result: ScoresResult, a: int, b: int) -> str:
     )
 
 
-def _difference(result: ScoresResult, a: int, b: int, metric: str) -> str:
+def _difference(result: Scored, a: int, b: int, metric: str) -> str:
     found, sign = comparison(result, a, b, metric), 1
     if found is None:
         found, sign = comparison(result, b, a, metric), -1
-    if found is None:
+    if found is None or found.difference is None:
         return "<td>–</td>"
-    text, certain = f"{100 * sign * found.mean:+.2f}", False
-    if found.interval is not None:
-        low, high = sorted((sign * found.interval.low, sign * found.interval.high))
+    text, certain = f"{100 * sign * found.difference:+.2f}", False
+    if found.difference_interval is not None:
+        low, high = sorted(sign * end for end in found.difference_interval)
         text += f" ({100 * low:+.2f} to {100 * high:+.2f})"
         certain = low > 0 or high < 0
-    return f'<td class="{_tone(metric, sign * found.mean, certain)}">{text}</td>'
+    return f'<td class="{_tone(metric, sign * found.difference, certain)}">{text}</td>'
 
 
-def cards(result: ScoresResult, shown: Sequence[Card]) -> str:
+def cards(result: Scored, shown: Sequence[Card]) -> str:
     """The pictures side by side with their scores."""
-    leaders = best(result, [card.image for card in shown if card.image is not None])
+    leaders = best([card.image for card in shown if card.image is not None])
     body = "".join(_card(result, card, leaders) for card in shown)
     return f'<div class="cards">{body}</div>{legend(result)}'
 
 
-def _card(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
+def _card(result: Scored, card: Card, leaders: dict[str, float]) -> str:
     role = f'<span class="role">{card.role}</span>' if card.role else ""
     picture = pictures.tag(card.picture, card.title) or '<div class="absent">no image</div>'
     text = f'<figure class="card"><div class="name">{role}{escape(card.title)}</div>{picture}'
@@ -120,11 +119,11 @@ def _card(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
     return text + (_facts(result, card, leaders) if card.image else "") + "</figure>"
 
 
-def _facts(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
+def _facts(result: Scored, card: Card, leaders: dict[str, float]) -> str:
     image = card.image
     assert image is not None
     rows = ""
-    for name, value in scores_of(result, image).items():
+    for name, value in image.scores.items():
         mark = ' class="best"' if leaders.get(name) == value else ""
         title = f'title="{escape(METRICS[name].explanation)}"'
         rows += f"<tr{mark}><th {title}>{METRICS[name].title}</th><td>{times_100(value)}</td></tr>"
@@ -136,12 +135,12 @@ def _facts(result: ScoresResult, card: Card, leaders: dict[str, float]) -> str:
         thumbnail = f'<img src="{card.nearest}" alt="">' if card.nearest else ""
         text += (
             f'<div class="nearest">{thumbnail}<span>nearest training image<br>'
-            f"{escape(image.nearest_image)} · {times_100(image.nearest)}</span></div>"
+            f"{escape(image.nearest_image)} · {times_100(image.scores.get('nearest'))}</span></div>"
         )
     return text
 
 
-def legend(result: ScoresResult) -> str:
+def legend(result: Scored) -> str:
     """Whose scores these are."""
     text = f"Scores are cosines × 100 by {escape(result.scorer.name)}."
     if result.captioner is not None:

@@ -22,8 +22,9 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import MINI, load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run.console import quiet
+from eval.clip_scores.adapters import applied
 from eval.command import open_device
-from eval.scores import adapters
+from eval.sources import find
 
 MAX_STEPS, MAX_SEED = 200, 2**32 - 1
 
@@ -140,9 +141,9 @@ class Models:
             UserError: the base model is not on this machine, or the adapter does not fit it.
         """
         pipeline = self._load(base)
-        (parsed,) = adapters.parse(["base" if adapter is None else str(adapter)])
+        subject = find("base" if adapter is None else str(adapter))
         with (
-            adapters.applied(pipeline, parsed, request.scale),
+            applied(pipeline, subject, request.scale),
             _watched(pipeline.unet, stop, on_step),
         ):
             return generate(

@@ -7,12 +7,11 @@ from typing import Any
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
-from eval.records import FIGURES as KINDS
-from eval.records import SCORES, SWEEP, TEXT_SCORES, Format
-from eval.scores.schema import ScoresResult
+from eval import table
 
-FIGURES = {kind.file: kind for kind in (*KINDS, TEXT_SCORES)}
-"""Result files with a report, and most with figures."""
+from .scored import Scored, scored
+
+SCORES = "clip_scores"
 WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "adapter_model.safetensors")
 """What a run exports: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
@@ -37,34 +36,33 @@ def steps(folder: Path) -> tuple[int, ...]:
     return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
-def scores(path: Path) -> ScoresResult:
-    """``scores.json``.
+def scores(path: Path) -> Scored:
+    """The images of a result of ``eval.clip_scores``.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    return SCORES.read(ScoresResult, path.parent)
+    try:
+        return scored(table.read(path.parent))
+    except (ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged: run python -m eval.{SCORES} again") from error
 
 
-def figures(path: Path) -> dict[str, Any] | None:
-    """The JSON of a result with figures; None for a sweep's own list of its cells.
+def result(path: Path) -> Scored | dict[str, Any]:
+    """A result: its images, or of another command what ``result.json`` says.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    kind = FIGURES[path.name]
-    record = kind.load(path.parent)
-    if kind is SWEEP and "cells" in record and "arms" not in record:
-        return None
-    pictures = record.get("figures", [])
+    record = table.head(path.parent)
+    if record["kind"] == SCORES:
+        return scores(path)
+    pictures = record.get("figures")
     if not isinstance(pictures, list) or not all(_plain(name) for name in pictures):
-        raise kind.damaged(path.parent)
+        raise UserError(f"{path} is damaged: run python -m eval.{record['kind']} again")
     return record
-
-
-def report(kind: Format) -> str:
-    """Name of the report beside a result's JSON."""
-    return "report.md" if kind is TEXT_SCORES else f"{kind.module}.md"
 
 
 def _plain(name: object) -> bool:

@@ -17,8 +17,9 @@ from itertools import combinations
 
 from scipy.stats import binomtest
 
-from eval.scores.schema import ScoresResult
-from eval.statistics import LEVEL, Interval
+from eval.compare import LEVEL, Interval
+
+from .scored import Scored
 
 CHOICES = ("left", "right", "tie")
 
@@ -131,9 +132,7 @@ class Tally:
         return Interval(float(found.low), float(found.high))
 
 
-def pairings(
-    scores: str, result: ScoresResult, labels: tuple[str, str] | None = None
-) -> list[Pairing]:
+def pairings(scores: str, result: Scored, labels: tuple[str, str] | None = None) -> list[Pairing]:
     """All that can be voted on in a score folder, general prompts left out.
 
     Args:

@@ -22,37 +22,25 @@ import pytest
 from scipy import stats
 
 from app.ballots import COLUMNS, SCHEMA_VERSION, Votes, write_csv
+from app.scored import Prompt, Scored, ScoredImage
 from app.voting import Ballot, Contestant, Tally, Vote, draw, pairings, tallies
 from bilora_diffusion.errors import UserError
-from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from tests.app.scored_images import scores_of
 
 LORA, BILORA = Contestant("LoRA", "aa"), Contestant("Bi-LoRA", "bb")
 NOBODY = 65534
 
 
-def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> ScoresResult:
+def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> Scored:
     """Scores of ``prompts`` prompts and a general one, two seeds each."""
     rows = [
-        ImageScore(adapter, prompt, seed, f"images/{adapter}/{seed}/{prompt}.png")
+        ScoredImage(adapter, prompt, seed, f"images/{adapter}/{seed}/{prompt}.png")
         for adapter in range(len(labels))
         for prompt in range(prompts + 1)
         for seed in (0, 1)
     ]
-    return ScoresResult(
-        scorer=ModelEntry("test", "embedded", "test"),
-        captioner=None,
-        sampling={},
-        seeds=[0, 1],
-        prompt_set="test",
-        adapters=[AdapterEntry(n, "run", n, None, f"digest {n}", n) for n in labels],
-        prompts=[
-            *(PromptEntry(f"icon {at}") for at in range(prompts)),
-            PromptEntry("a photo", general=True),
-        ],
-        images=rows,
-        summaries=[],
-        comparisons=[],
-    )
+    texts = [Prompt(f"icon {at}") for at in range(prompts)]
+    return scores_of(labels, [*texts, Prompt("a photo", general=True)], rows)
 
 
 def ballot(token: str, left: Contestant = LORA, right: Contestant = BILORA) -> Ballot:

@@ -15,8 +15,9 @@ from PIL import Image
 from app import commands, readers, validation
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered, pair
-from eval.records import SCORES
-from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from app.scored import Prompt, ScoredImage
+from eval import table
+from tests.app.scored_images import scores_of, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,28 +40,15 @@ def make_run(folder: Path, **changes: Any) -> Path:
 
 def make_scores(folder: Path) -> Path:
     """A score folder with one image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = ScoresResult(
-        scorer=ModelEntry("mini-CLIP", "embedded", "mini"),
-        captioner=None,
-        sampling={},
-        seeds=[0],
-        prompt_set="test",
-        adapters=[AdapterEntry("lora", "run", "lora", "lora", "0", "images")],
-        prompts=[PromptEntry("a prompt")],
-        images=[ImageScore(0, 0, 0, "images/0.png")],
-        summaries=[],
-        comparisons=[],
-    )
-    SCORES.write(made, folder)
-    return folder
+    image = ScoredImage(0, 0, 0, "images/0.png", {"i2t": 0.25})
+    return write(scores_of(["lora"], [Prompt("a prompt")], [image]), folder)
 
 
 def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
     """A result with one figure."""
     record: dict[str, Any] = {"schema_version": 1, "kind": kind, "figures": ["loss.png"]}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{kind}.json").write_text(json.dumps(record | changes), encoding="utf-8")
+    (folder / table.FILE).write_text(json.dumps(record | changes), encoding="utf-8")
     (folder / "loss.png").touch()
     return folder
 
@@ -84,13 +72,6 @@ def test_finds_what_is_there_by_path(tmp_path: Path) -> None:
         ("landscape", ["flat/loss.png"])
     ]
     assert [row.path for row in catalog.broken()] == ["sweep"]
-
-
-def test_a_sweep_has_its_one_figure_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text('{"schema_version": 1}', encoding="utf-8")
-    (tmp_path / "sweep.png").touch()
-    (found,) = Catalog(tmp_path).figures()
-    assert (found.path, found.name, found.figures) == (".", tmp_path.name, ["sweep.png"])
 
 
 def test_the_root_itself_can_be_a_run(tmp_path: Path) -> None:
@@ -209,18 +190,17 @@ def test_looks_no_deeper_than_said_and_not_into_checkpoints(tmp_path: Path) -> N
         ("run.json", "[" * 100_000, "RecursionError"),
         ("run.json", '{"schema_version": 1, "method": "lora"}', "has no status"),
         ("run.json", b"\xff\xfe", "run.json is damaged"),
-        ("scores.json", "{}", "scores.json is damaged"),
-        ("scores.json", '{"schema_version": 1, "kind": "clip_scores"}', "scores.json is damaged"),
-        ("scores.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
-        ("landscape.json", "nonsense", "landscape.json is damaged"),
-        ("landscape.json", "[]", "landscape.json is damaged"),
-        ("dynamics.json", '{"schema_version": 1, "kind": "landscape"}', "'landscape'"),
+        ("result.json", "{}", "result.json is damaged"),
+        ("result.json", '{"schema_version": 1, "kind": "clip_scores"}', "result.json is damaged"),
+        ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
+        ("result.json", '{"schema_version": 1, "kind": "sweep"}', "run python -m eval.sweep again"),
         (
-            "dynamics.json",
+            "result.json",
             '{"schema_version": 1, "kind": "dynamics", "figures": ["../x.png"]}',
             "is damaged",
         ),
-        ("sweep.json", '{"schema_version": 1, "figures": ["x.png"]}', "names x.png"),
+        ("result.json", '{"schema_version": 1, "kind": "sweep", "figures": ["x.png"]}', "x.png"),
+        ("scores.json", "", "of an earlier version: run python -m eval.clip_scores again"),
     ],
 )
 def test_a_broken_folder_is_named_and_the_rest_is_shown(
@@ -239,17 +219,25 @@ def test_a_broken_folder_is_named_and_the_rest_is_shown(
 
 
 @pytest.mark.parametrize(
-    "image",
-    [{"adapter": 5}, {"adapter": -1}, {"prompt": "0"}, {"i2t": "high"}, {"file": 3}, {"seed": "a"}],
+    ("file", "old", "new"),
+    [
+        (table.ROWS, "lora,lora,0,image,a prompt", "gone,gone,0,image,a prompt"),
+        (table.ROWS, "a prompt,,0.25", "a prompt,,high"),
+        (table.ROWS, "lora,lora,0", "lora,lora,a"),
+        (table.FILE, '"text": "a prompt"', '"text": "another"'),
+        (table.FILE, '"text": "a prompt"', '"text": 3'),
+        (table.FILE, '"seeds"', '"grains"'),
+    ],
 )
-def test_scores_that_do_not_fit_together_are_broken(tmp_path: Path, image: dict[str, Any]) -> None:
-    file = make_scores(tmp_path) / SCORES.file
-    record = json.loads(file.read_text(encoding="utf-8"))
-    record["images"][0] |= image
-    file.write_text(json.dumps(record), encoding="utf-8")
+def test_scores_that_do_not_fit_together_are_broken(
+    tmp_path: Path, file: str, old: str, new: str
+) -> None:
+    path = make_scores(tmp_path) / file
+    assert old in path.read_text(encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     catalog = Catalog(tmp_path)
     assert catalog.scores() == []
-    assert "scores.json is damaged" in catalog.broken()[0].reason
+    assert "result.json is damaged" in catalog.broken()[0].reason
 
 
 def test_a_folder_that_can_not_be_read_is_named(

@@ -22,64 +22,51 @@ from app.compare_data import (
     rows,
     times_100,
 )
-from eval.scores.schema import (
-    AdapterEntry,
-    Comparison,
-    ImageScore,
-    ModelEntry,
-    PromptEntry,
-    ScoresResult,
-    Summary,
-)
-from eval.statistics import Interval
+from app.scored import Prompt, Scored, ScoredImage
+from eval.table import Summary
+from tests.app.scored_images import scores_of
 
 LABELS = ("lora", "bilora", "base, plain")
 # prompt -> seed -> i2t of the first and the second adapter
 I2T = {0: {0: (0.30, 0.32), 1: (0.30, 0.30)}, 1: {0: (0.40, 0.35)}, 2: {0: (0.20, 0.29)}}
 
 
+def image(adapter: int, prompt: int, seed: int, **scores: float) -> ScoredImage:
+    return ScoredImage(adapter, prompt, seed, f"{adapter}-{prompt}-{seed}.png", scores)
+
+
 @pytest.fixture
-def result() -> ScoresResult:
+def result() -> Scored:
     """Three prompts, up to two seeds, three adapters of which the last has no scores."""
     images = [
-        ImageScore(adapter, prompt, seed, f"{adapter}-{prompt}-{seed}.png", value, nearest=value)
+        image(adapter, prompt, seed, i2t=value, nearest=value)
         for prompt, seeds in I2T.items()
         for seed, values in seeds.items()
         for adapter, value in enumerate(values)
     ]
-    images += [ImageScore(2, prompt, 0, f"2-{prompt}-0.png") for prompt in I2T]
+    images += [image(2, prompt, 0) for prompt in I2T]
     names = ("rabbit", "Cloud", "lion")
-    return ScoresResult(
-        scorer=ModelEntry("mini-CLIP", "embedded", "mini"),
-        captioner=None,
-        sampling={},
-        seeds=[0, 1],
-        prompt_set="test",
-        adapters=[AdapterEntry(label, "run", label, None, "", "") for label in LABELS],
-        prompts=[PromptEntry(f"an icon of a {name}", name) for name in names],
-        images=images,
-        summaries=[],
-        comparisons=[],
-    )
+    prompts = [Prompt(f"an icon of a {name}", name) for name in names]
+    return scores_of(LABELS, prompts, images, scorer="mini-CLIP")
 
 
-def test_a_change_is_the_mean_over_common_seeds(result: ScoresResult) -> None:
+def test_a_change_is_the_mean_over_common_seeds(result: Scored) -> None:
     listed = rows(result, 0, 1, "i2t")
     assert [row.prompt for row in listed] == [0, 1, 2]
     assert [row.change for row in listed] == pytest.approx([0.01, -0.05, 0.09])
     assert rows(result, 0, 0, "i2t")[0].change == 0
 
 
-def test_a_seed_of_one_adapter_alone_does_not_count(result: ScoresResult) -> None:
-    lonely = ImageScore(1, 1, 1, "x.png", i2t=0.99)
+def test_a_seed_of_one_adapter_alone_does_not_count(result: Scored) -> None:
+    lonely = image(1, 1, 1, i2t=0.99)
     listed = rows(replace(result, images=[*result.images, lonely]), 0, 1, "i2t")
     assert listed[1].b == pytest.approx(0.35)
 
 
-def test_a_missing_score_is_none_and_comes_last(result: ScoresResult) -> None:
+def test_a_missing_score_is_none_and_comes_last(result: Scored) -> None:
     listed = rows(result, 0, 2, "i2t")
     assert all(row.change is None and row.b is None for row in listed)
-    images = [image for image in result.images if (image.adapter, image.prompt) != (1, 2)]
+    images = [one for one in result.images if (one.adapter, one.prompt) != (1, 2)]
     for order in ("gain", "loss"):
         listed = arranged(rows(replace(result, images=images), 0, 1, "i2t"), "i2t", order)
         assert listed[-1].prompt == 2
@@ -96,19 +83,19 @@ def test_a_missing_score_is_none_and_comes_last(result: ScoresResult) -> None:
         ("nearest", "loss", [2, 0, 1]),
     ],
 )
-def test_orders(result: ScoresResult, metric: str, order: str, expected: list[int]) -> None:
+def test_orders(result: Scored, metric: str, order: str, expected: list[int]) -> None:
     assert order in ORDERS
     listed = arranged(rows(result, 0, 1, metric), metric, order)
     assert [row.prompt for row in listed] == expected
 
 
-def test_the_filter_takes_all_words_in_any_case(result: ScoresResult) -> None:
+def test_the_filter_takes_all_words_in_any_case(result: Scored) -> None:
     found = rows(result, 0, 1, "i2t")
     assert [row.prompt for row in arranged(found, "i2t", "list", "ICON cloud")] == [1]
     assert arranged(found, "i2t", "list", "cloud lion") == []
 
 
-def test_steps_stop_at_both_ends(result: ScoresResult) -> None:
+def test_steps_stop_at_both_ends(result: Scored) -> None:
     listed = arranged(rows(result, 0, 1, "i2t"), "i2t", "gain")  # 2, 0, 1
     assert neighbour(listed, 2, 1) == 0
     assert neighbour(listed, 2, -1) == 2
@@ -117,14 +104,14 @@ def test_steps_stop_at_both_ends(result: ScoresResult) -> None:
     assert neighbour([], 1, 1) == 1
 
 
-def test_only_scores_that_an_image_has_are_offered(result: ScoresResult) -> None:
+def test_only_scores_that_an_image_has_are_offered(result: Scored) -> None:
     assert metrics(result) == ["i2t", "nearest"]
 
 
-def test_the_best_score_is_marked_and_a_tie_is_not(result: ScoresResult) -> None:
-    pair = [image for at in (0, 1) if (image := find(result, at, 2, 0))]
-    assert best(result, pair) == {"i2t": 0.29, "nearest": 0.20}
-    assert best(result, pair[:1] * 2) == {}
+def test_the_best_score_is_marked_and_a_tie_is_not(result: Scored) -> None:
+    pair = [one for at in (0, 1) if (one := find(result, at, 2, 0))]
+    assert best(pair) == {"i2t": 0.29, "nearest": 0.20}
+    assert best(pair[:1] * 2) == {}
     assert find(result, 2, 0, 1) is None
 
 
@@ -137,7 +124,7 @@ def test_scores_are_shown_times_100() -> None:
     ]
 
 
-def test_a_link_reopens_its_view(result: ScoresResult) -> None:
+def test_a_link_reopens_its_view(result: Scored) -> None:
     view = replace(
         first_view("scores", result), a=1, b=0, also=(2,), prompt=1, seed=1, order="name", words="n"
     )
@@ -147,13 +134,13 @@ def test_a_link_reopens_its_view(result: ScoresResult) -> None:
     assert first_view("scores", result) == opened({}, "scores", result)[0]
 
 
-def test_a_link_survives_another_order_of_prompts(result: ScoresResult) -> None:
+def test_a_link_survives_another_order_of_prompts(result: Scored) -> None:
     query = dict(parse_qsl(link(replace(first_view("s", result), prompt=2), result)[1:]))
     turned = replace(result, prompts=result.prompts[::-1])
     assert opened(query, "s", turned)[0].prompt == 0
 
 
-def test_what_a_link_names_in_vain_is_said(result: ScoresResult) -> None:
+def test_what_a_link_names_in_vain_is_said(result: Scored) -> None:
     query = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
     view, missing = opened(query, "scores", result)
     first = first_view("scores", result)
@@ -168,17 +155,18 @@ def test_what_a_link_names_in_vain_is_said(result: ScoresResult) -> None:
     assert '"lora-2"' in missing[0]
 
 
-def test_a_result_with_one_adapter_or_no_image_can_be_opened(result: ScoresResult) -> None:
-    alone = replace(result, images=[image for image in result.images if image.adapter == 1])
+def test_a_result_with_one_adapter_or_no_image_can_be_opened(result: Scored) -> None:
+    alone = replace(result, images=[one for one in result.images if one.adapter == 1])
     assert first_view("s", alone).adapters == (1,)
     empty = replace(result, images=[], seeds=[])
     assert first_view("s", empty).prompt == 0
 
 
-def test_html_holds_scores_and_no_foreign_markup(result: ScoresResult) -> None:
+def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
     evil = "<img src=x onerror=alert(1)>"
-    image = ImageScore(0, 0, 0, "x.png", i2t=0.3142, caption=evil, nearest=0.5, nearest_image=evil)
-    cards = compare_html.cards(result, [compare_html.Card(evil, None, image, role="A")])
+    scores = {"i2t": 0.3142, "nearest": 0.5}
+    drawn = ScoredImage(0, 0, 0, "x.png", scores, caption=evil, nearest_image=evil)
+    cards = compare_html.cards(result, [compare_html.Card(evil, None, drawn, role="A")])
     prompt = replace(result.prompts[0], text=evil, instance=evil)
     listed = rows(replace(result, prompts=[prompt, *result.prompts[1:]]), 0, 1, "i2t")
     text = compare_html.prompt_list(listed, 0, "i2t", evil, evil)
@@ -190,10 +178,10 @@ def test_html_holds_scores_and_no_foreign_markup(result: ScoresResult) -> None:
     assert text.count("aria-current") == 1
 
 
-def test_a_difference_that_chance_explains_has_no_colour(result: ScoresResult) -> None:
+def test_a_difference_that_chance_explains_has_no_colour(result: Scored) -> None:
     def tone(*gains: float) -> str:
         images = [
-            ImageScore(adapter, 0, seed, "x.png", i2t=0.3 + adapter * gain)
+            image(adapter, 0, seed, i2t=0.3 + adapter * gain)
             for seed, gain in enumerate(gains)
             for adapter in (0, 1)
         ]
@@ -207,11 +195,12 @@ def test_a_difference_that_chance_explains_has_no_colour(result: ScoresResult) -
     assert tone(-0.1, -0.11, -0.09) == "down"
 
 
-def test_means_with_the_difference_of_the_pair(result: ScoresResult) -> None:
+def test_means_with_the_difference_of_the_pair(result: Scored) -> None:
     def made(low: float, high: float) -> str:
-        found = Comparison("i2t", 1, 0, 0.02, Interval(low, high), 1, 0, 0, 1.0, None)
-        means = [Summary(at, "i2t", 0.3 + 0.02 * at, None, 3) for at in (0, 1)]
-        both = replace(result, summaries=means, comparisons=[found])
+        means = [Summary(LABELS[at], "i2t", mean=0.3 + 0.02 * at) for at in (0, 1)]
+        ends = {"difference_low": low, "difference_high": high}
+        means[1] = replace(means[1], control=LABELS[0], difference=0.02, higher=1, **ends)
+        both = replace(result, summaries=means)
         return compare_html.summary(both, 0, 1) + compare_html.summary(both, 1, 0)
 
     html = made(0.01, 0.03)

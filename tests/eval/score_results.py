@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.scores import compare
-from eval.scores.schema import AdapterEntry, ImageScore, ModelEntry, PromptEntry, ScoresResult
+from eval import compare
+from eval.clip_scores.names import METRICS
+from eval.provenance import Provenance
+from eval.table import Entry, Result, Row
 
-SCORER = ModelEntry("ViT-T/none", "open_clip", "ViT-T", "none")
-EMBEDDED = ModelEntry("small-CLIP", "embedded", "small-CLIP", "0123", "Of icons only.")
+SCORER = {"name": "ViT-T/none", "kind": "open_clip", "model": "ViT-T", "revision": "x", "note": ""}
+CAPTIONER = SCORER | {"name": "BLIP/none", "kind": "blip"}
+NOTES = {"t2t": "caption {}", "nearest": "train-{}.png", "image": "images/{}.png"}
 
 Values = Sequence[Sequence[float | None]]
 """Prompts of seeds."""
@@ -19,76 +22,67 @@ def result(
     columns: Mapping[str, Mapping[str, Values]],
     *,
     general: int = 0,
-    control: int | None = 0,
+    control: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> ScoresResult:
+) -> Result:
     """A compared result.
 
     Args:
         columns: label -> score -> its values; all of one shape. "base" is the base model.
         general: how many of the prompts, from the end, are general.
-        control: position of the control.
+        control: by default the first.
+        settings: others than the usual.
         changes: other fields of the result.
     """
-    labels = list(columns)
     shape = next(iter(next(iter(columns.values())).values()))
-    count, seeds = len(shape), len(shape[0])
-    images = [
-        ImageScore(
-            a,
-            p,
-            s,
-            f"images/{label}/seed-{s}/{p}.png",
-            caption=f"caption {p}" if "t2t" in columns[label] else None,
-            nearest_image=f"train-{p}.png" if "nearest" in columns[label] else None,
-            **{metric: values[p][s] for metric, values in columns[label].items()},
-        )
-        for a, label in enumerate(labels)
-        for p in range(count)
-        for s in range(seeds)
+    names = [f"Thing {p}" for p in range(len(shape))]
+    texts = {name: f"an icon of a {name}, in the style of TOK" for name in names}
+    unnamed = names[len(names) - general :]
+    rows = []
+    for label, scores in columns.items():
+        for number, text in enumerate(texts.values()):
+            for metric, values in {**scores, "image": [[None] * len(v) for v in shape]}.items():
+                note = NOTES.get(metric, "").format(number)
+                note = note.replace("images", f"images/{label}")
+                for seed, value in enumerate(values[number]):
+                    if value is not None or metric == "image":
+                        rows.append(Row(label, label, seed, metric, text, None, value, note))
+    control = control or next(iter(columns))
+    prompts = [
+        {
+            "text": text,
+            "instance": None if name in unnamed else name,
+            "reference": None,
+            "general": name in unnamed,
+            "truncated": False,
+        }
+        for name, text in texts.items()
     ]
-    fields: dict[str, Any] = {
-        "scorer": SCORER,
-        "captioner": ModelEntry("BLIP/none", "blip", "BLIP"),
-        "sampling": {
-            "base_model": "sdxl",
-            "size": 64,
-            "steps": 25,
-            "guidance_scale": 5.0,
-            "scale": 1.0,
-            "dtype": "float32",
-        },
-        "seeds": list(range(seeds)),
+    usual = {
+        "prompts": prompts,
         "prompt_set": "3d_icon",
-        "adapters": [
-            AdapterEntry(
-                label,
-                "base" if label == "base" else "run",
-                f"runs/{label}",
-                None if label == "base" else label.lower(),
-                "" if label == "base" else f"{a:064d}",
-                f"images/{label}",
-            )
-            for a, label in enumerate(labels)
-        ],
-        "prompts": [
-            PromptEntry(
-                f"a ToK icon of a thing {p}, in the style of ToK",
-                instance=None if p >= count - general else f"Thing {p}",
-                general=p >= count - general,
-            )
-            for p in range(count)
-        ],
-        "images": images,
-        "summaries": [],
-        "comparisons": [],
-        "provenance": {
-            "command": "python -m eval.clip_scores runs/LoRA runs/Bi-LoRA",
-            "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
-            "commit": "0123456789abcdef",
-            "uncommitted_changes": False,
-            "device": {"name": "a processor"},
-        },
-        **changes,
+        "seeds": list(range(len(shape[0]))),
+        "sampling": {"base_model": "sdxl", "size": 64, "steps": 25, "guidance_scale": 5.0},
+        "scorer": SCORER,
+        "captioner": CAPTIONER,
     }
-    return compare.compared(ScoresResult(**fields), control)
+    made = Provenance(
+        "python -m eval.clip_scores a b", {"torch": "2.13.0"}, "0123" * 10, False, {}, []
+    )
+    fields: dict[str, Any] = {"provenance": made} | changes
+    return Result(
+        kind="clip_scores",
+        subjects=[
+            Entry(label, label, "base" if label == "base" else "run", f"runs/{label}")
+            for label in columns
+        ],
+        metrics=dict(METRICS),
+        control=control,
+        settings=usual | dict(settings or {}),
+        rows=rows,
+        summaries=compare.summaries(
+            [row for row in rows if row.metric in METRICS], control, over="item"
+        ),
+        **fields,
+    )

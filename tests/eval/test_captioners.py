@@ -13,9 +13,9 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.scores import captioners, scorers
-from eval.scores.models import digest, from_open_clip
-from eval.scores.names import DEFAULT_CAPTIONERS
+from eval.clip_scores import captioners, scorers
+from eval.clip_scores.models import digest, from_open_clip
+from eval.clip_scores.names import DEFAULT_CAPTIONERS
 from tests.eval.clip_models import (
     END,
     START,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
-from eval.scores.adapters import parse, require_one_base
+from eval.clip_scores.settings import base_model
+from eval.subjects import single
 from tests.export.mini_loras import one, rewrite, write_lora
 
 
@@ -31,19 +32,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_adapters_of_one_method_are_named_by_their_folders(files: Path) -> None:
     unet, weak = str(files / "unet"), str(files / "weak")
-    assert [a.label for a in parse([unet, weak])] == ["LoRA (unet)", "LoRA (weak)"]
-    assert [a.label for a in parse([f"LoRA={unet}", weak])] == ["LoRA", "LoRA (weak)"]
-    twice = parse([unet, unet])
+    assert [a.label for a in single([unet, weak])] == ["LoRA (unet)", "LoRA (weak)"]
+    assert [a.label for a in single([f"LoRA={unet}", weak])] == ["LoRA", "LoRA (weak)"]
+    twice = single([unet, unet])
     assert [a.label for a in twice] == ["LoRA (unet)", "LoRA (unet) 2"]
     assert twice[0].digest == twice[1].digest
-    assert twice[0].slug == twice[1].slug == parse([f"X={unet}"])[0].slug
+    assert [a.group for a in twice] == [a.label for a in twice]
 
 
 def test_a_path_with_an_equals_sign_is_no_label(files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "method=lora"
     shutil.copytree(files / "unet", folder)
-    assert one(folder).label == "LoRA"
-    assert parse([f"A b={folder}"])[0].label == "A b"
+    assert single([str(folder)])[0].label == "LoRA"
+    assert single([f"A b={folder}"])[0].label == "A b"
 
 
 def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_the_hubs_files_come_from_its_cache(files: Path, tmp_path: Path) -> None
         shutil.copy(weights, snapshot / name)
     (snapshot / "README.md").write_text("---\nbase_model: owner/base\n---\n")
     try:
-        usual, named = parse(["owner/icons", "Other=owner/icons:other.safetensors"])
+        usual, named = single(["owner/icons", "Other=owner/icons:other.safetensors"])
         assert (usual.kind, usual.source, usual.label) == ("hub", "owner/icons", "LoRA")
         assert usual.base_model == named.base_model == "owner/base"
         assert usual.digest == named.digest == one(weights).digest
@@ -113,7 +114,7 @@ def test_a_bad_argument_is_refused_in_one_sentence(
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
     save_file({"weight": torch.zeros(2)}, tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match=REFUSED[argument]) as caught:
-        one(argument.replace("FOLDER", str(tmp_path)))
+        single([argument.replace("FOLDER", str(tmp_path))])
     assert "\n" not in str(caught.value)
 
 
@@ -128,9 +129,24 @@ def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_run_that_is_not_finished_is_named(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(files / "unet", folder)
+    record = {"schema_version": 1, "method": "lora", "status": "running", "seed": 3, "config": {}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (subject,) = single([str(folder)])
+    assert (subject.kind, subject.method, subject.label, subject.seed) == ("run", "lora", "LoRA", 3)
+    assert 'status "running"' in caplog.text
+    (folder / "run.json").write_text(json.dumps(record | {"method": "full"}))
+    with pytest.raises(UserError, match="without unet"):
+        one(folder)
+
+
 def test_a_label_that_is_given_twice_is_refused(files: Path) -> None:
     with pytest.raises(UserError, match='label "A" is given twice'):
-        parse(["A=base", f"A={files / 'unet'}"])
+        single(["A=base", f"A={files / 'unet'}"])
 
 
 def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
@@ -138,14 +154,14 @@ def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
     change = {"ss_sd_model_name": "owner/other"}
     other = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
     silent = rewrite(weights, tmp_path / "s.safetensors", lambda _, m: m.pop("bilora.method"))
-    base, mini, foreign, unknown = parse(["base", *map(str, (weights, other, silent))])
+    base, mini, foreign, unknown = single(["base", *map(str, (weights, other, silent))])
     assert unknown.base_model is None
-    assert require_one_base([base, mini, unknown]) == "mini"
-    assert require_one_base([base, unknown], "owner/x") == "owner/x"
-    assert require_one_base([foreign], str(tmp_path)) == str(tmp_path)  # a local copy
+    assert base_model([base, mini, unknown], None) == "mini"
+    assert base_model([base, unknown], "owner/x") == "owner/x"
+    assert base_model([foreign], str(tmp_path)) == str(tmp_path)  # a local copy
     with pytest.raises(UserError, match=r"trained on mini and .* on owner/other"):
-        require_one_base([mini, foreign])
+        base_model([mini, foreign], None)
     with pytest.raises(UserError, match="give --base_model"):
-        require_one_base([base, unknown])
+        base_model([base, unknown], None)
     with pytest.raises(UserError, match="trained on owner/other, not on mini"):
-        require_one_base([foreign], "mini")
+        base_model([foreign], "mini")

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import heldout_dir, pipeline_dir, train_dir
-from eval.scores.prompts import Prompt, read, shipped
+from eval.clip_scores.prompts import Prompt, read, shipped
 
 PAPER = (
     "Fluffy Rabbit",
@@ -110,40 +110,37 @@ def test_a_csv_has_columns(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "empty.txt": (b"\n# nothing\n", None, "holds no prompt"),
-    "latin.txt": ("a cat\na café\n".encode("latin-1"), None, "line 2 .* is not UTF-8"),
-    "zero.txt": (b"a cat\na\0b\n", None, "line 2 .* zero byte"),
-    "twice.txt": (b"a cat\n\na dog\na cat\n", None, 'lines 1 and 4 .* "a cat"'),
-    "column.txt": (b"a cat\n", "caption", 'no column "caption"'),
-    "large.csv": (b"prompt\n" + b"x" * 200_000, None, "field larger than field limit"),
-    "empty.csv": (b"", None, "is empty: write a header"),
-    "header.csv": (b"prompt\n", None, "holds no prompt"),
-    "column.csv": (b"promt,id\na cat,1\n", None, r'"prompt" \(did you mean "promt"\?\).*promt, id'),
-    "fields.csv": (b"prompt,id\na cat, black,1\n", None, "line 2 .* 2 fields"),
-    "blank.csv": (b"prompt,id\n,1\n", None, 'line 2 .* has no "prompt"'),
-    "twice.csv": (b"prompt\na cat\na cat\n", None, "lines 2 and 3"),
-    "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, 'line 2 .* "cat.png".* not there'),
+    "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
+    "latin.txt": ("a cat\na café\n".encode("latin-1"), None, ["line 2", "UTF-8"]),
+    "zero.txt": (b"a cat\na\0b\n", None, ["line 2", "UTF-8"]),
+    "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
+    "column.txt": (b"a cat\n", "caption", ['"caption"', "CSV"]),
+    "large.csv": (b"prompt\n" + b"x" * 200_000, None, ["large.csv", "field larger"]),
+    "empty.csv": (b"", None, ["empty.csv"]),
+    "header.csv": (b"prompt\n", None, ["header.csv"]),
+    "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
+    "fields.csv": (b"prompt,id\na cat, black,1\n", None, ["line 2", "2 fields"]),
+    "blank.csv": (b"prompt,id\n,1\n", None, ["line 2", '"prompt"']),
+    "twice.csv": (b"prompt\na cat\na cat\n", None, ["line 2", "line 3", '"a cat"']),
+    "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),
+    "3d_icons": (None, None, ['"3d_icons"', 'did you mean "3d_icon"']),
+    "x" * 300: (None, None, ["xxx", "3d_icon, general"]),
+    "folder.txt": (None, None, ["folder.txt"]),
+    "pipe.txt": (None, None, ["pipe.txt"]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_file_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
-    content, column, message = REFUSED[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read(tmp_path / name, column)
+def test_a_bad_set_is_refused_in_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content, column, words = REFUSED[name]
+    if content is not None:
+        Path(name).write_bytes(content)
+    Path("folder.txt").mkdir()
+    os.mkfifo("pipe.txt")
+    with pytest.raises(UserError) as caught:
+        read(name, column)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'"3d_icons" \(did you mean "3d_icon"\?\)'):
-        read("3d_icons")
-    with pytest.raises(UserError, match=r"no file .*gone\.csv"):
-        read(tmp_path / "gone.csv")
-    with pytest.raises(UserError, match="is a folder"):
-        read(tmp_path)
-    os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(UserError, match="a pipe"):
-        read(tmp_path / "pipe.txt")
-    with pytest.raises(UserError, match="name too long"):
-        read("x" * 300)
+    assert all(word in str(caught.value) for word in words), caught.value

@@ -98,7 +98,7 @@ def test_scorers(name: str, words: list[str], models: Path) -> None:
         ("embedded:x", ['"embedded:x"', "blip:ID_OR_FOLDER"]),
         ("blip:", ['"blip:"']),
         ("blip:tests/absent", ['"blip:tests/absent"']),
-        ("blip:theirs", ["the type clip", "not blip"]),
+        ("blip:theirs", ["type clip", "not blip"]),
         ("coca:coca_ViT-L-14", ["mscoco_finetuned_laion2b_s13b_b90k"]),
         ("coca:coca_ViT-L-14/mscoco", ['"mscoco"']),
         ("coca:coca_base/x", ["safetensors"]),

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.mini import scorer as mini
-from eval.scores import scorers
-from eval.scores.models import ModelEntry, digest
+from eval.clip_scores import scorers
+from eval.clip_scores.models import ModelEntry, digest
 from tests.eval.clip_models import (
     CONTEXT,
     DIMENSION,

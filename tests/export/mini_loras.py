@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.export import FILE_NAME, save_diffusers, training_facts
-from eval.scores.adapters import Adapter, parse
+from eval.sources import find
+from eval.subjects import Subject
 
 TARGETS = {
     "unet": ("to_q", "to_v"),
@@ -47,9 +48,9 @@ def write_lora(
     return folder / FILE_NAME
 
 
-def one(argument: str | Path) -> Adapter:
-    """The adapter that a single argument names."""
-    return parse([str(argument)])[0]
+def one(argument: str | Path) -> Subject:
+    """The subject that a single argument names."""
+    return find(str(argument))
 
 
 def rewrite(

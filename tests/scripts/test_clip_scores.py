@@ -1,4 +1,4 @@
-"""CLIP scores of runs on the miniature: start to end, killed, repeated, and what is refused."""
+"""CLIP scores of runs on the miniature: start to end, killed, repeated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.durable import TEMPORARY
-from eval import clip_scores
-from eval.records import SCORES
-from eval.scores.schema import ScoresResult
+from eval import clip_scores, table
+from eval.table import Result
 from tests.scripts.conftest import ROOT
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
@@ -46,10 +45,10 @@ def words(output: Path, prompts: Path, *more: str, steps: int = 2, seeds: str = 
     ]
 
 
-def run(*argv: str) -> ScoresResult:
+def run(*argv: str) -> Result:
     """Score in this process and read the result."""
     assert clip_scores.main(argv) == 0
-    return SCORES.read(ScoresResult, Path(argv[argv.index("--output_dir") + 1]))
+    return table.read(Path(argv[argv.index("--output_dir") + 1]))
 
 
 def pictures(folder: Path) -> dict[str, int]:
@@ -60,29 +59,15 @@ def pictures(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
 
 
-def values(result: ScoresResult) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Scores by label, prompt and seed."""
-    names = ("i2t", "t2t", "truth", "nearest", "drift")
-    return {
-        (
-            result.adapters[image.adapter].label,
-            result.prompts[image.prompt].text,
-            image.seed,
-        ): {name: getattr(image, name) for name in names}
-        for image in result.images
-    }
+def values(result: Result) -> dict[tuple[Any, ...], float | None]:
+    """Every value of the table."""
+    return {(r.subject, r.metric, r.item, r.seed): r.value for r in result.rows}
 
 
-def largest_difference(one: ScoresResult, other: ScoresResult) -> float:
+def require_close(one: Result, other: Result) -> None:
     left, right = values(one), values(other)
     assert left.keys() == right.keys()
-    differences = [0.0]
-    for key, scores in left.items():
-        for name, value in scores.items():
-            assert (value is None) == (right[key][name] is None)
-            if value is not None:
-                differences.append(abs(value - right[key][name]))
-    return max(differences)
+    assert all(value == pytest.approx(right[key], abs=1e-6) for key, value in left.items())
 
 
 def test_two_runs_and_the_base_model_from_start_to_end(
@@ -93,90 +78,66 @@ def test_two_runs_and_the_base_model_from_start_to_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "scores"
-    argv = words(
-        output,
-        prompts,
-        *(str(scored_runs / "demo" / name) for name in ("lora", "bilora")),
-        *("base", *tiny_models),
-        seeds="0,1",
-    )
+    lora, bilora = (str(scored_runs / "demo" / name) for name in ("lora", "bilora"))
+    argv = words(output, prompts, lora, bilora, "base", *tiny_models, seeds="0,1")
     made = run(*argv)
-    said = capsys.readouterr().out
-    assert "36 of 36 images are to be made" in said
+    assert "36 of 36 images are to be made" in capsys.readouterr().out
 
-    assert [entry.label for entry in made.adapters] == ["LoRA", "Bi-LoRA", "base model"]
-    assert [entry.kind for entry in made.adapters] == ["run", "run", "base"]
-    assert len(made.images) == 3 * 6 * 2
-    assert made.sampling["guidance_scale"] == 4.0
-    assert made.sampling["size"] == 64
-    for image in made.images:
-        general = made.prompts[image.prompt].general
-        base = made.adapters[image.adapter].kind == "base"
-        assert (image.i2t is None) == (image.t2t is None) == general
-        assert (image.caption is None) == (image.nearest is None) == general
-        assert (image.drift is None) == (not general or base)
-        with Image.open(output / image.file) as picture:
+    assert [(one.label, one.kind) for one in made.subjects] == [
+        *(("LoRA", "run"), ("Bi-LoRA", "run"), ("base model", "base"))
+    ]
+    assert made.settings["sampling"]["guidance_scale"] == 4.0
+    assert made.settings["sampling"]["size"] == 64
+    counts = {name: len(made.select(name)) for name in ("image", *clip_scores.METRICS)}
+    assert counts == {
+        **{"image": 36, "i2t": 18, "t2t": 18, "truth": 0, "nearest": 18},
+        **{"drift": 12, "diversity": 9},
+    }
+    for row in made.select("image"):
+        with Image.open(output / row.note) as picture:
             assert picture.size == (64, 64)
-    # the shipped reference of the first prompt, which a text file of the user does not have
-    assert [prompt.reference for prompt in made.prompts] == [None] * 6
-    assert made.diversity.keys() == {"LoRA", "Bi-LoRA", "base model"}
-    assert {(row.adapter, row.control) for row in made.comparisons} == {(1, 0), (2, 0)}
-    assert made.provenance["command"].startswith("python -m eval.clip_scores")
+    assert all(row.note for name in ("t2t", "nearest") for row in made.select(name))
+    compared = {(line.group, line.control) for line in made.summaries if line.pairs}
+    assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
 
-    text = (output / "report.md").read_text()
-    assert "average of 3" in text
-    assert "CLIP T2T Bi-LoRA" in text
-    assert made.scorer.name in text
-    for name in ("report.md", "scores.json", "scores.csv"):
-        assert str(tmp_path) not in (output / name).read_text()
+    text = (output / table.REPORT).read_text()
+    for shown in ("average of 3", "CLIP T2T Bi-LoRA", made.settings["scorer"]["name"]):
+        assert shown in text
+    assert "`python -m eval.clip_scores" in text
     assert made.figures == ["grid.png", "differences.png", "memorization.png"]
-    for name in made.figures:
-        with Image.open(output / name) as picture:
-            assert picture.width > 300
+    for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, *made.figures):
+        assert str(tmp_path).encode() not in (output / name).read_bytes()
 
-    before, first = pictures(output), (output / "scores.json").read_bytes()
+    before, first = pictures(output), (output / table.ROWS).read_bytes()
     assert len(before) == 36
     run(*argv)
     assert "0 of 36 images are to be made" in capsys.readouterr().out
-    assert pictures(output) == before
-    assert (output / "scores.json").read_bytes() == first
+    assert (output / table.ROWS).read_bytes() == first
     run(f"Mine={argv[0]}", *argv[1:])  # another name is no other image
     assert "0 of 36 images are to be made" in capsys.readouterr().out
     assert pictures(output) == before
 
 
-def test_order_and_batch_change_no_score(
+def test_order_and_batch_change_no_score_and_a_copy_is_even(
     scored_runs: Path, tiny_models: list[str], prompts: Path, tmp_path: Path
 ) -> None:
     lora, bilora = (str(scored_runs / "demo" / name) for name in ("lora", "bilora"))
-    one = run(*words(tmp_path / "one", prompts, lora, bilora, *tiny_models, "--batch_size", "1"))
-    other = run(
-        *words(tmp_path / "other", prompts, bilora, lora, *tiny_models, "--batch_size", "16")
-    )
-    assert largest_difference(one, other) <= 1e-6
-    ours = {row.metric: row.mean for row in one.comparisons}
-    theirs = {row.metric: row.mean for row in other.comparisons}
-    assert ours.keys() == theirs.keys()
-    for metric, mean in ours.items():
-        assert mean == pytest.approx(-theirs[metric], abs=2e-6)
-
-
-def test_an_adapter_against_itself_is_even_and_made_once(
-    scored_runs: Path, tiny_models: list[str], prompts: Path, tmp_path: Path
-) -> None:
-    lora = scored_runs / "demo" / "lora"
     copy = tmp_path / "copy.safetensors"
-    shutil.copyfile(lora / LORA, copy)
-    argv = words(
-        tmp_path / "out", prompts, f"one={lora}", f"other={copy}", *tiny_models, seeds="0,1"
+    shutil.copyfile(Path(lora, LORA), copy)
+    one, other = (tmp_path / name for name in ("one", "other"))
+    made = run(*words(one, prompts, lora, bilora, *tiny_models, "--batch_size", "1"))
+    again = run(
+        *words(other, prompts, bilora, lora, f"copy={copy}", *tiny_models),
+        *("--control", "LoRA", "--train_data", "mini"),
     )
-    made = run(*argv, "--general_prompts", "none", "--train_data", "mini")
-    assert len(pictures(tmp_path / "out")) == 3 * 2
-    assert {row.metric for row in made.comparisons} == {"i2t", "t2t", "nearest", "diversity"}
-    for found in made.comparisons:
-        assert found.mean == 0
-        assert (found.wins, found.ties, found.losses) == (0, 3, 0)
-        assert found.win_rate == 0.5
+    assert len(pictures(other)) == 3 * 2 + 3 * 3  # the copy shares LoRA's, and base draws the last
+    even = [line for line in again.summaries if line.group == "copy"]
+    assert {line.metric for line in even} == {"i2t", "t2t", "nearest", "drift"}
+    for line in even:
+        assert (line.difference, line.higher, line.equal, line.lower) == (0, 0, 3, 0)
+    left, right = values(made), values(again)
+    assert left.keys() == {key for key in right if key[0] != "copy"}
+    assert all(right[key] == pytest.approx(value, abs=1e-6) for key, value in left.items())
 
 
 def test_a_broken_adapter_loses_and_the_demo_is_the_default(
@@ -196,23 +157,23 @@ def test_a_broken_adapter_loses_and_the_demo_is_the_default(
         metadata,
     )
     monkeypatch.chdir(scored_runs)
-    general = ("--general_prompts", "none", "--seeds", "0")
-    made = run("--output_dir", "out", "--max_prompts", "8", "--num_inference_steps", "8", *general)
-    said = capsys.readouterr().out
-    assert "No adapter was named, so these are the demo's two runs" in said
-    assert "No adapter was named" in (scored_runs / "out" / "report.md").read_text()
-    assert "never set beside the paper's" in (scored_runs / "out" / "report.md").read_text()
-    assert [entry.label for entry in made.adapters] == ["LoRA", "Bi-LoRA", "base model"]
-    assert made.scorer.kind == "embedded"
-    assert made.prompts[0].reference == "1f407.png"
-    assert made.images[0].truth is not None
+    common = ["--output_dir", "out", "--max_prompts", "8", "--num_inference_steps", "8"]
+    common += ["--general_prompts", "none", "--seeds", "0"]
+    made = run(*common)
+    for text in (capsys.readouterr().out, Path("out", table.REPORT).read_text()):
+        assert "No adapter was named, so these are the demo's two runs" in text
+    assert made.groups == ["LoRA", "Bi-LoRA", "base model"]
+    assert made.settings["scorer"]["kind"] == "embedded"
+    assert made.settings["prompts"][0]["reference"] == "1f407.png"
+    assert len(made.select("truth")) == 3 * 8
 
-    argv = ["LoRA=demo/lora", f"broken={broken}", "--output_dir", "out", "--max_prompts", "8"]
-    made = run(*argv, "--num_inference_steps", "8", *general, "--train_data", "none")
-    found = next(row for row in made.comparisons if row.metric == "i2t")
-    assert found.interval is not None
-    assert found.interval.high < 0
-    assert found.win_rate < 0.5
+    faster = ("--train_data", "none", "--skip_captions")
+    made = run("LoRA=demo/lora", f"broken={broken}", *common, *faster)
+    line = made.summary("broken", "i2t")
+    assert line is not None
+    assert line.difference_high is not None
+    assert line.difference_high < 0
+    assert line.win_rate < 0.5
     assert "broken is worse than LoRA" in capsys.readouterr().out
     assert len(pictures(scored_runs / "out")) == 4 * 8  # those of LoRA were there
 
@@ -228,11 +189,11 @@ def start(argv: list[str], *launcher: str) -> subprocess.Popen[str]:
     )
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """``scores.json`` without its provenance, which names the folder and the commit."""
-    found = json.loads((folder / "scores.json").read_text())
-    del found["provenance"]
-    return found
+def record(folder: Path) -> tuple[Any, ...]:
+    """A result without its provenance, which names the folder and the commit."""
+    head = json.loads((folder / table.FILE).read_text())
+    del head["provenance"]
+    return head, *((folder / name).read_text() for name in (table.ROWS, table.SUMMARY))
 
 
 @pytest.mark.slow
@@ -250,7 +211,7 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     first.communicate()
     before = pictures(output)
     assert 0 < len(before) < 15
-    assert not (output / "scores.json").exists()
+    assert not (output / table.FILE).exists()
 
     again = start(argv)
     said, errors = again.communicate()
@@ -274,6 +235,4 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert shared.returncode == 0, errors
     assert said.count("written: ") == 1
     assert len(pictures(two)) == 15
-    assert (
-        largest_difference(SCORES.read(ScoresResult, two), SCORES.read(ScoresResult, whole)) <= 1e-6
-    )
+    require_close(table.read(two), table.read(whole))

@@ -7,99 +7,73 @@ from pathlib import Path
 
 import pytest
 
-from eval import clip_scores
+from eval.clip_scores import ClipScores, main
 
 LORA = "pytorch_lora_weights.safetensors"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("words", "shown"),
     [
-        (["--prompt", "x"], 'unexpected "--prompt" (did you mean "--prompts"?)'),
-        (["--seeds", "0,one"], '--seeds is "0,one"'),
-        (["--seeds", "-1"], '--seeds is "-1"'),
-        (["--seeds", "3..1"], '--seeds is "3..1"'),
-        (["--seeds", "0,1,0"], "has a seed twice"),
-        (["--prompts", "nowhere.txt"], 'no prompt set and no file "nowhere.txt"'),
-        (["--prompts", "3d_icons"], 'did you mean "3d_icon"?'),
-        (["--control", "LoRa"], 'did you mean "LoRA"?'),
-        (["--batch_size", "0"], "--batch_size is 0: give 1 or more"),
-        (["--processes", "0"], "--processes is 0"),
-        (["--max_prompts", "0"], "--max_prompts is 0"),
-        (["--num_inference_steps", "two"], "invalid int value: 'two'"),
-        (["--adapter_scale", "nan"], "--adapter_scale is nan"),
-        (["--resolution", "65"], "--resolution is 65: give a multiple of 8"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--scorer", "clip"], 'scorer "clip" is unknown'),
-        (["--captioner", "blipp:x"], 'captioner "blipp:x" is unknown'),
-        (["--scorer_revision", "v1"], 'revision "v1" has no effect on the folder'),
-        (["--captioner_revision", "v1"], 'revision "v1" has no effect on the folder'),
-        (["--captioner_revision", "v1", "--skip_captions"], "drop it or --skip_captions"),
-        (["--train_data", "./nowhere"], 'there is no folder "./nowhere"'),
-        (["--device", "cuda:99"], '--device "cuda:99" is not there'),
+        (["RUN", "--prompt", "x"], ['"--prompt"', 'did you mean "--prompts"']),
+        *((["RUN", "--seeds", seeds], [f'"{seeds}"']) for seeds in ("0,x", "-1", "3..1", "0,1,0")),
+        (["RUN", "--prompts", "nowhere.txt"], ['"nowhere.txt"', "3d_icon"]),
+        (["RUN", "--prompts", "3d_icons"], ['did you mean "3d_icon"']),
+        (["RUN", "--control", "LoRa"], ['"LoRa"', 'did you mean "LoRA"']),
+        *(
+            (["RUN", f"--{flag}", "0"], [f"--{flag} is 0"])
+            for flag in ("batch_size", "processes", "max_prompts", "lanes", "grid_prompts")
+        ),
+        (["RUN", "--num_inference_steps", "two"], ["'two'"]),
+        (["RUN", "--adapter_scale", "nan"], ["--adapter_scale", "nan"]),
+        (["RUN", "--resolution", "65"], ["--resolution", "65", "multiple of 8"]),
+        (["RUN", "--dtype", "int8"], ["'int8'"]),
+        (["RUN", "--scorer", "clip"], ['"clip"', "open_clip:MODEL/TAG"]),
+        (["RUN", "--captioner", "blipp:x"], ['"blipp:x"', "blip:ID_OR_FOLDER"]),
+        (["RUN", "--scorer_revision", "v1"], ['"v1"']),
+        (["RUN", "--captioner_revision", "v1"], ['"v1"']),
+        (
+            ["RUN", "--captioner_revision", "v1", "--skip_captions"],
+            ["--captioner_revision", "--skip_captions"],
+        ),
+        (["RUN", "--train_data", "./nowhere"], ['"./nowhere"']),
+        (["RUN", "--device", "cuda:99"], ['"cuda:99"']),
+        (["RUN", "--output_dir", "file"], ["--output_dir", "file"]),
+        ([], ["demo/lora", "make demo"]),
+        (["unfinished"], ["unfinished", LORA]),
+        (["nothing"], ['"nothing"']),
+        (["a=RUN", "a=RUN"], ['"a"']),
+        (["base"], ["--base_model"]),
+        (["RUN", "--base_model", SDXL], [SDXL, "mini"]),
+        (["base", "--base_model", SDXL, "--scorer", "embedded"], ["--scorer embedded", SDXL]),
+        (["base", "--base_model", SDXL, "--captioner", "embedded"], ["--captioner embedded", SDXL]),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_made(
-    change: list[str],
-    sentence: str,
+    words: list[str],
+    shown: list[str],
     scored_runs: Path,
     tiny_models: list[str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = tmp_path / "out"
-    argv = [
-        str(scored_runs / "demo" / "lora"),
-        *tiny_models,
-        "--output_dir",
-        str(output),
-        *change,
-    ]
-    refused(argv, sentence, capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
-def refused(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert clip_scores.main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert sentence in said
-    assert said.count("\n") == 1
-
-
-def test_without_demo_runs_it_says_to_make_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    refused([], "run `make demo` first", capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_adapters_that_are_none_are_refused(
-    scored_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     lora = scored_runs / "demo" / "lora"
-    unfinished = tmp_path / "unfinished"
-    unfinished.mkdir()
-    shutil.copyfile(lora / "run.json", unfinished / "run.json")
-    refused([str(unfinished)], f"is a run without {LORA}", capsys)
-    refused([str(tmp_path / "nothing")], "there is no run folder and no file", capsys)
-    refused([f"a={lora}", f"a={lora}"], 'the label "a" is given twice', capsys)
-    refused(["base"], "give --base_model", capsys)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    refused([str(lora), "--output_dir", str(tmp_path / "file")], "is a file: give a folder", capsys)
-
-
-def test_the_embedded_models_are_for_the_miniature_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for flag in ("--scorer", "--captioner"):
-        argv = ["base", "--base_model", "stabilityai/stable-diffusion-xl-base-1.0", flag]
-        output = ["--output_dir", str(tmp_path / "out")]
-        refused(
-            [*argv, "embedded", *output], f"{flag} embedded knows the miniature's icons", capsys
-        )
+    (tmp_path / "unfinished").mkdir()
+    shutil.copyfile(lora / "run.json", tmp_path / "unfinished" / "run.json")
+    models = [] if "embedded" in words or not words else tiny_models
+    argv = [word.replace("RUN", str(lora)) for word in words]
+    output = [] if "--output_dir" in words else ["--output_dir", "out"]
+    capsys.readouterr()
+    assert main([*models, *output, *argv]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert all(word in told for word in shown), told
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "unfinished"}
 
 
 def test_an_interrupt_says_how_to_go_on(
@@ -108,6 +82,6 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clip_scores, "score", interrupted)
-    assert clip_scores.main(["base"]) == 130
+    monkeypatch.setattr(ClipScores, "work", interrupted)
+    assert main(["base"]) == 130
     assert capsys.readouterr().err.startswith("interrupted: the same command goes on")

@@ -1,4 +1,4 @@
-"""Images from several processes of one machine: each computes on one thread, see ``store``."""
+"""Images from several processes of one machine: each computes on one thread, see ``images``."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.run import provenance
-from bilora_diffusion.run.console import quiet
 
-from .plan import is_miniature
-from .store import DTYPES, Job, Store
+from .images import Job, Store
+from .settings import is_miniature
 
 POLL_SECONDS = 1.0
 LEAST = 32
 """Images for which another process is worth its start."""
 
 
-def generate(
-    store: Store, jobs: Sequence[Job], *, device: str, batch: int, count: int | None = None
-) -> int:
+def generate(store: Store, jobs: Sequence[Job], *, batch: int, count: int | None = None) -> int:
     """Make what is missing with ``count`` processes, this one included.
 
     What another process leaves undone, because it was killed or failed, is made here.
 
     Args:
-        device: of torch; each process loads a pipeline there.
         batch: see :meth:`Store.generate`.
         count: 1 or more; by default as many cores as are worth it for the miniature on a CPU, and
             otherwise 1, since another model may fill the memory by itself.
@@ -44,57 +38,38 @@ def generate(
     missing = store.missing(jobs)
     if not missing:
         return 0
-    count = count or _worthwhile(store, device, len(missing))
+    count = count or _worthwhile(store, len(missing))
     count = min(count, -(-len(missing) // batch))  # none without a part of its own
     context = multiprocessing.get_context("spawn")
     others = [
         context.Process(
-            target=_share,
-            args=(store, missing, device, batch, (rank, count), os.getpid()),
-            daemon=True,
+            target=_share, args=(store, missing, batch, (rank, count), os.getpid()), daemon=True
         )
         for rank in range(1, count)
     ]
     for process in others:
         process.start()
-    pipeline = load(store, device)
-    store.generate(missing, pipeline=pipeline, batch=batch, process=(0, count))
+    store.generate(missing, batch=batch, process=(0, count))
     for process in others:
         process.join()
     if others:
-        store.generate(missing, pipeline=pipeline, batch=batch, progress=False)
+        store.generate(missing, batch=batch, progress=False)
     return len(missing)
 
 
-def load(store: Store, device: str) -> Any:
-    """The pipeline of a store's base model.
-
-    Raises:
-        UserError: it can't be loaded.
-    """
-    quiet()
-    sampling = store.sampling
-    return load_pipeline(sampling.base_model, dtype=DTYPES[sampling.dtype]).to(device)
-
-
-def _worthwhile(store: Store, device: str, missing: int) -> int:
-    if device != "cpu" or not is_miniature(store.sampling.base_model):
+def _worthwhile(store: Store, missing: int) -> int:
+    if store.device != "cpu" or not is_miniature(store.sampling.base_model):
         return 1
-    cores = provenance.device(device)["cpu_cores"]
+    cores = provenance.device(store.device)["cpu_cores"]
     return max(1, min(int(cores or 1), missing // LEAST))
 
 
 def _share(
-    store: Store,
-    jobs: Sequence[Job],
-    device: str,
-    batch: int,
-    process: tuple[int, int],
-    parent: int,
+    store: Store, jobs: Sequence[Job], batch: int, process: tuple[int, int], parent: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    store.generate(jobs, pipeline=load(store, device), batch=batch, process=process)
+    store.generate(jobs, batch=batch, process=process)
 
 
 def _end_with(parent: int) -> None:

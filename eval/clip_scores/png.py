@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from bilora_diffusion.durable import TEMPORARY, sync
+from bilora_diffusion.durable import write_bytes
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import resolve
 
@@ -29,14 +29,12 @@ def write(path: Path, image: Image.Image, parameters: Mapping[str, Any]) -> None
     Raises:
         UserError: it cannot be written.
     """
-    information = PngInfo()
+    information, content = PngInfo(), BytesIO()
     information.add_text(CHUNK, json.dumps(dict(parameters), sort_keys=True))
-    aside = path.with_name(TEMPORARY + path.name)
+    image.save(content, format="PNG", pnginfo=information)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(aside, format="PNG", pnginfo=information)
-        sync(aside)
-        os.replace(aside, path)
+        write_bytes(path, content.getvalue())
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): make room, or give another"
@@ -48,14 +46,11 @@ def matches(path: Path, parameters: Mapping[str, Any]) -> bool:
     """Whether a whole PNG with exactly these parameters is there; every byte is checked."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            found = json.loads(image.info[CHUNK])
+            record = json.loads(image.info[CHUNK])
             image.verify()  # reads to the end and compares each chunk's checksum
-    except (*_DAMAGED, KeyError):
+        return record | {VERSIONS: 0} == json.loads(json.dumps({**parameters, VERSIONS: 0}))
+    except (*_DAMAGED, KeyError, TypeError):
         return False
-    if not isinstance(found, dict):
-        return False
-    found.pop(VERSIONS, None)
-    return found == json.loads(json.dumps(dict(parameters)))
 
 
 def read(path: Path) -> Image.Image:

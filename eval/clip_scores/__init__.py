@@ -1,0 +1,277 @@
+"""Score adapters by CLIP: images from a prompt set, I2T, T2T and more, compared prompt by prompt.
+
+    make demo && python -m eval.clip_scores                # the demo's two runs and the base model
+    python -m eval.clip_scores runs/lora runs/bilora base --max_prompts 6 --seeds 0  # a minute
+    python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
+    python -m eval.clip_scores some/lora-on-the-hub base --prompts my_prompts.txt \\
+        --base_model stabilityai/stable-diffusion-xl-base-1.0
+    accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
+
+An adapter is a run folder, a LoRA file, a hub id, or `base` for none; LABEL=ADAPTER names it. All
+get the same prompts and the same initial noise. Images are kept as PNG files with their parameters,
+so an interrupted run continues by the same command and nothing is generated twice. The general
+prompts measure drift from the base model. Beside the result's files it draws a grid of images.
+
+Scorer and captioner default to the embedded ones for the miniature, and otherwise to
+{scorer} and {captioner}; the paper names neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilora_diffusion.errors import UserError
+
+from ..command import Parser, open_device, open_folder, require_free
+from ..evaluation import Evaluation
+from ..provenance import of_this_process, without_paths
+from ..subjects import BASE, Subject, single
+from ..table import Result, Row
+from .names import (
+    CAPTIONERS,
+    DEMO,
+    GENERAL_CAPTIONER,
+    GENERAL_SCORER,
+    METRICS,
+    PRECISIONS,
+    SCORERS,
+)
+
+if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from .captioners import Captioner
+    from .images import Job
+    from .scorers import Scorer
+
+DEFAULT_SEEDS = "0,1"
+IMAGES = "images"
+DEMO_METHODS = ("lora", "bilora")
+
+
+class ClipScores(Evaluation):
+    """The command. A row's item is the prompt's text, and its seed that of the initial noise.
+
+    A row "image" without a value names an image's file; the note of "t2t" is the caption, that of
+    "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
+    file name of its held-out picture, general: in no score but "drift", truncated: longer than the
+    scorer takes), ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name,
+    kind, model, revision, note; None without captions).
+    """
+
+    name, over, metrics = "clip_scores", "item", METRICS
+    described = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
+
+    @classmethod
+    def arguments(cls, parser: Parser) -> None:
+        """All flags."""
+        add = parser.add_argument
+        add("runs", nargs="*", metavar="ADAPTER", help="default: the demo's two runs and base")
+        add("--prompts", default="3d_icon", help="shipped set, text file, or CSV file")
+        add("--prompt_column", help="of the CSV file")
+        add("--general_prompts", default="general", help='for drift; "none" leaves drift out')
+        add("--max_prompts", type=int, help="take only the first of each set")
+        add("--seeds", default=DEFAULT_SEEDS, help=f"such as 0,1 or 0..3; default: {DEFAULT_SEEDS}")
+        add("--base_model", help="hub id, folder or mini; default: what the runs were trained on")
+        add("--scorer", help=SCORERS)
+        add("--scorer_revision", help="branch, tag or commit of a hub id after hf:")
+        add("--captioner", help=CAPTIONERS)
+        add("--captioner_revision", help="branch, tag or commit of a hub id after blip:")
+        add("--skip_captions", action="store_true", help="no captions and no T2T")
+        add("--control", metavar="LABEL", help="compare with this; default: the first but base")
+        parser.add_output("scores", DEMO)
+        add("--num_inference_steps", type=int, default=25)
+        add("--guidance_scale", type=float, help="default: 4 for the miniature, else 5")
+        add("--resolution", type=int, help="pixels a side; default: the pipeline's own")
+        add("--adapter_scale", type=float, default=1.0)
+        add("--batch_size", type=int, default=16, help="images between two visits to the disk")
+        add("--lanes", type=int, default=4, help="images in one call of the denoiser, for memory")
+        add("--train_data", metavar="SET", help='for memorization; default: the run\'s own; "none"')
+        add("--grid_prompts", type=int, default=6, help="rows of the grid of images")
+        cores = "on one device; default: all cores for the miniature, else 1"
+        add("--processes", type=int, help=cores)
+        add("--device", help="cpu, cuda, cuda:1, mps; default: accelerate's choice")
+        precision = "of the denoiser; default: the device's best"
+        add("--dtype", choices=PRECISIONS.values(), help=precision)
+
+    def subjects(self) -> list[Subject]:
+        if self.args.runs:
+            return single(self.args.runs)
+        from bilora_diffusion.run.folder import RUN
+
+        runs = [str(DEMO / method) for method in DEMO_METHODS]
+        for run in runs:
+            if not Path(run, RUN).is_file():
+                raise UserError(
+                    f"no adapter was named and there is no demo run {run}: run `make demo` first,"
+                    " or name run folders, LoRA files or hub ids."
+                )
+        self.notes.append(
+            f"No adapter was named, so these are the demo's two runs ({' and '.join(runs)}), with"
+            " the base model for context, scored by the embedded scorer."
+        )
+        return single([*runs, BASE])
+
+    def prepare(self, subjects: Sequence[Subject]) -> None:
+        from .. import compare
+        from . import settings, trained_on
+
+        args = self.args
+        settings.check(args)
+        self.seeds = settings.read_seeds(args.seeds)
+        base = settings.base_model(subjects, args.base_model)
+        self.names = settings.models(args, base)
+        self.control = compare.control(subjects, args.control, prefer=None)
+        self.prompts = settings.prompts(args)
+        self.sampling = settings.sampling(args, base)
+        self.training = trained_on.open_sets(subjects, args.train_data)
+        # Subjects with equal weights share their images.
+        self.drawers = {subject.digest: subject for subject in reversed(subjects)}
+
+    def jobs(self, subject: Subject) -> list[Job]:
+        """The images of a subject."""
+        from .images import jobs
+
+        return jobs(self.drawers[subject.digest], self.prompts, self.seeds)
+
+    def work(self) -> None:
+        """Generate in all processes, and score in the first."""
+        from accelerate import PartialState
+
+        from bilora_diffusion.config.machine import device_type
+        from bilora_diffusion.train.launching import start_missing_processes
+
+        from .images import Store, jobs
+        from .measure import Judge, truth_pictures
+
+        start_missing_processes(["-m", f"eval.{self.name}"])
+        args, subjects = self.args, self.subjects()
+        self.prepare(subjects)
+        # else one CPU process is seen
+        state = PartialState(cpu="cpu" in (args.device, device_type()))
+        device = str(state.device if args.device is None else open_device(args.device))
+        models = self._load_models(device) if state.is_main_process else None
+        open_folder(self.folder)
+        require_free(self.folder, self.name)
+        store = Store(self.folder / IMAGES, self.sampling, device)
+        general = [prompt for prompt in self.prompts if prompt.general]
+        originals = jobs(self.drawers.get("") or single([BASE])[0], general, self.seeds)
+        needed = [*(job for subject in subjects for job in self.jobs(subject)), *originals]
+        if state.is_main_process:
+            self._announce(subjects, len({job.file for job in needed}), len(store.missing(needed)))
+        made = self._generate(store, needed, (state.process_index, state.num_processes))
+        state.wait_for_everyone()
+        if models is None:
+            return
+        self.truths = truth_pictures(self.prompts, self.sampling.base_model)
+        self.judge = Judge(store, *models, self.truths, self.training, originals)
+        self._describe(*models)
+        rows = [row for subject in subjects for row in self.rows(subject)]
+        self.origin = of_this_process(self.command, device)
+        self.write(self.complete(subjects, rows))
+        print(f"images made: {made}, in {self.folder / IMAGES}")
+
+    def _load_models(self, device: str) -> tuple[Scorer, Captioner | None]:
+        revisions = self.args.scorer_revision, self.args.captioner_revision
+        return load_models(*self.names, revisions=revisions, device=device)
+
+    def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
+        scored = sum(not prompt.general for prompt in self.prompts)
+        print("\n".join(self.notes))
+        print(
+            f"{', '.join(subject.label for subject in subjects)}: {scored} prompts and"
+            f" {len(self.prompts) - scored} general ones x {len(self.seeds)} seeds; {missing} of"
+            f" {images} images are to be made."
+        )
+
+    def _generate(self, store: Any, jobs: Sequence[Job], process: tuple[int, int]) -> int:
+        """Make what is missing, or this process' share of it."""
+        from .workers import generate
+
+        batch = self.args.batch_size
+        if process[1] == 1:
+            return generate(store, jobs, batch=batch, count=self.args.processes)
+        return store.generate(jobs, batch=batch, process=process)
+
+    def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
+        """Fill in the settings."""
+        prompts = []
+        for prompt in self.prompts:
+            held = prompt.reference if prompt.text in self.truths else None
+            cut = scorer.is_cut(prompt.text)
+            prompts.append(
+                {**asdict(prompt), "reference": held.name if held else None, "truncated": cut}
+            )
+        self.settings = {
+            "prompts": prompts,
+            "prompt_set": Path(self.args.prompts).name,
+            "seeds": self.seeds,
+            "sampling": asdict(self.sampling)
+            | {"base_model": without_paths(self.sampling.base_model)},
+            "scorer": asdict(scorer.entry),
+            "captioner": asdict(captioner.entry) if captioner else None,
+        }
+
+    def rows(self, subject: Subject) -> Iterable[Row]:
+        return self.judge.rows(subject, self.jobs(subject))
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        from .. import compare
+
+        scores = [row for row in rows if row.metric in METRICS]
+        lines = compare.summaries(scores, self.control, over=self.over)
+        return self.result(subjects, rows, lines, self.control, provenance=self.origin)
+
+    def figures(self, result: Result, folder: Path) -> list[str]:
+        from .plots import draw
+
+        return draw(result, folder, self.truths, self.args.grid_prompts)
+
+    def report(self, result: Result) -> str:
+        from .report import to_markdown
+
+        return to_markdown(result)
+
+    def shown(self, result: Result) -> str:
+        from .report import scores, verdicts
+
+        return "\n".join(["", *result.notes, scores(result), "", *verdicts(result), ""])
+
+
+def load_models(
+    scorer: str,
+    captioner: str | None,
+    *,
+    revisions: tuple[str | None, str | None] = (None, None),
+    device: str = "cpu",
+) -> tuple[Scorer, Captioner | None]:
+    """Scorer and captioner by their names; no captioner for None.
+
+    Args:
+        revisions: of the two; branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: one is unknown, can't be loaded or would score wrongly.
+    """
+    from . import captioners, models, scorers
+
+    name = scorer
+    try:
+        first = scorers.load(scorer, revision=revisions[0], device=device)
+        if captioner is None:
+            return first, None
+        name = captioner
+        second = captioners.load(captioner, first, revision=revisions[1], device=device)
+        return first, second
+    except UserError:
+        raise
+    except models.FAILURES as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f'"{name}" can\'t be loaded ({reason}): check its name, its files and the connection to'
+            " the hub, and that open_clip_torch is installed."
+        ) from error
+
+
+main = ClipScores.main

@@ -1,0 +1,249 @@
+"""Images of several adapters from the same noise, made once, kept as PNG files and reused.
+
+store = Store(folder / "images", Sampling("mini", size=64, steps=25, guidance_scale=4.0))
+todo = jobs(subject, prompts, seeds=[0])
+store.generate(todo)
+image = store.open(todo[0])
+
+An image is a function of its parameters alone, bit for bit on one machine: its noise comes from
+seed and prompt text, and the arithmetic does not see what else is made. Batched products are
+rounded by the shape of the batch and the number of threads, so both are fixed: the denoiser always
+gets ``Sampling.lanes`` images (a short rest is filled up), and one thread on a CPU. More cores are
+used by more processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from tqdm import tqdm
+
+from bilora_diffusion import methods
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.prompts import PromptEmbedding, embed, embed_negative
+from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.run.console import quiet
+from bilora_diffusion.run.provenance import versions
+from bilora_diffusion.seeds import seed_of
+
+from ..provenance import without_paths
+from ..subjects import BASE, Subject
+from . import png
+from .adapters import applied
+from .prompts import Prompt
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LANES = 4
+_STATED = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How all images of a comparison are made.
+
+    Args:
+        base_model: folder, hub id, or "mini".
+        size: side of the images, pixels.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance.
+        scale: factor of each adapter's change of the weights.
+        dtype: of the UNet and the text encoders; the autoencoder decodes in float32.
+        lanes: images in each call of the denoiser. More take more memory; another number may
+            change an image by one step of 255 in single pixels, so it counts as a parameter.
+    """
+
+    base_model: str
+    size: int
+    steps: int
+    guidance_scale: float
+    scale: float = 1.0
+    dtype: str = "float32"
+    lanes: int = LANES
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: who draws what from which noise, and its file relative to the store's root."""
+
+    subject: Subject
+    prompt: Prompt
+    seed: int
+    file: Path
+
+
+def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Job]:
+    """Every image of a subject, by prompt and seed.
+
+    Scored and general prompts are numbered apart, so that a change in one set leaves the images of
+    the other as they are. The folder is the same for the same weights whatever their label.
+    """
+    folder, counts, made = f"{_family(subject)}-{subject.digest[:8]}".strip("-"), [0, 0], []
+    for prompt in prompts:
+        counts[prompt.general] += 1
+        number = f"{'general-' * prompt.general}{counts[prompt.general]:03d}"
+        for seed in seeds:
+            file = Path(folder, f"seed-{seed}", f"{number}-{_slug(prompt.text)}.png")
+            made.append(Job(subject, prompt, seed, file))
+    return made
+
+
+def _family(subject: Subject) -> str:
+    """What the weights are, whatever they are called: a name may change and its images stay."""
+    if subject.method is None:
+        return "base-model" if subject.kind == BASE else subject.kind
+    known = subject.method in methods.names()
+    return _slug(methods.get(subject.method).title if known else subject.method)
+
+
+def _slug(text: str) -> str:
+    """Letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "x"
+
+
+class Store:
+    """The images under one folder.
+
+    Args:
+        root: made when the first image is.
+        sampling: of all images; one that was made otherwise counts as missing.
+        device: of torch, that draws.
+    """
+
+    def __init__(self, root: Path, sampling: Sampling, device: str = "cpu") -> None:
+        self.root, self.sampling, self.device = Path(root), sampling, device
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The base model's, without an adapter."""
+        quiet()
+        dtype = DTYPES[self.sampling.dtype]
+        return load_pipeline(self.sampling.base_model, dtype=dtype).to(self.device)
+
+    @cached_property
+    def _base_digest(self) -> str | None:
+        return png.base_digest(self.sampling.base_model)
+
+    def parameters(self, job: Job) -> dict[str, Any]:
+        """All that determines an image."""
+        sampling = asdict(self.sampling)
+        if job.subject.kind == BASE:
+            sampling["scale"] = 1.0  # there is nothing to scale
+        sampling["base_model"] = without_paths(self.sampling.base_model)
+        return {
+            **sampling,
+            "base_digest": self._base_digest,
+            "adapter": job.subject.digest,
+            "prompt": job.prompt.text,
+            "seed": job.seed,
+        }
+
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those without a whole file that was made with the same parameters; each file once."""
+        distinct = {job.file: job for job in jobs}.values()
+        return [
+            job for job in distinct if not png.matches(self.root / job.file, self.parameters(job))
+        ]
+
+    def generate(
+        self,
+        jobs: Sequence[Job],
+        *,
+        batch: int = 16,
+        progress: bool = True,
+        process: tuple[int, int] = (0, 1),
+    ) -> int:
+        """Make what is missing.
+
+        Args:
+            batch: images between two visits to the disk, and the share that a process takes at a
+                time; it changes no image.
+            progress: show a bar (in the first process).
+            process: rank and number of the processes that were given the same jobs; each makes its
+                own part, and no file is written by two.
+
+        Returns:
+            How many images were made here.
+
+        Raises:
+            UserError: the base model or an adapter can't be loaded, or a file not be written.
+        """
+        rank, count = process
+        distinct = list({job.file: job for job in jobs}.values())
+        share = [job for i, job in enumerate(distinct) if i // batch % count == rank]
+        todo = self.missing(share)
+        if not todo:
+            return 0
+        bar = tqdm(
+            desc="images",
+            unit="image",
+            total=len(share),
+            initial=len(share) - len(todo),
+            disable=not progress or rank > 0,
+        )
+        with bar, _one_thread(self.device):
+            for subject, own in groupby(todo, key=lambda job: job.subject):
+                with applied(self.pipeline, subject, self.sampling.scale):
+                    drawn = list(own)
+                    for start in range(0, len(drawn), batch):
+                        part = drawn[start : start + batch]
+                        self._write(part, _paint(self.pipeline, self.sampling, part))
+                        bar.update(len(part))
+        return len(todo)
+
+    def open(self, job: Job) -> Image:
+        """The image of a job, RGB.
+
+        Raises:
+            UserError: it is not there or damaged.
+        """
+        return png.read(self.root / job.file)
+
+    def _write(self, part: Sequence[Job], images: Sequence[Image]) -> None:
+        stated = {name: version for name, version in versions().items() if name in _STATED}
+        for job, image in zip(part, images, strict=True):
+            record = {**self.parameters(job), png.VERSIONS: stated}
+            png.write(self.root / job.file, image, record)
+
+
+def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image]:
+    """Images from a pipeline as it is; each text is embedded alone: always the same shape."""
+    filled = [*jobs, *[jobs[-1]] * (-len(jobs) % sampling.lanes)]
+    texts = [job.prompt.text for job in filled]
+    embedded = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
+    negative = embed_negative(pipeline, 1)
+    images = generate(
+        pipeline,
+        texts,
+        [seed_of("image", job.seed, job.prompt.text) for job in filled],
+        size=sampling.size,
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        embeddings=(_joined([embedded[t] for t in texts]), _joined([negative] * len(texts))),
+        batch=sampling.lanes,
+    )
+    return images[: len(jobs)]
+
+
+def _joined(rows: Sequence[PromptEmbedding]) -> PromptEmbedding:
+    sequence = torch.cat([row.sequence.cpu() for row in rows])
+    return PromptEmbedding(sequence, torch.cat([row.pooled.cpu() for row in rows]))
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,216 @@
+"""All scores of images on disk. The same files give the same scores, in any order and batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from bilora_diffusion import mini
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.decode import DECODE_ERRORS, read_rgb
+from bilora_diffusion.image.inputs import MINI
+from bilora_diffusion.image.sets import ImageSet
+
+from ..subjects import BASE, Subject
+from ..table import Row
+from .captioners import Captioner
+from .images import Job, Store
+from .prompts import Prompt
+from .scorers import Scorer, in_batches
+
+CHUNK = 64
+"""Images that are held in memory at once."""
+
+
+class Seen(NamedTuple):
+    """An image as the models see it: embedding (d,), and the caption and its own if asked for."""
+
+    vector: Tensor
+    caption: str | None = None
+    words: Tensor | None = None
+
+
+class Judge:
+    """Scores images by what they are held against.
+
+    Args:
+        store: of all images.
+        scorer: embeds images and texts, the captions included.
+        captioner: None for no T2T.
+        truths: prompt's text -> its held-out picture.
+        training: subject's label -> the images that it may have memorized.
+        originals: the base model's images of the general prompts.
+        progress: show bars.
+
+    Raises:
+        UserError: a picture can't be read.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        scorer: Scorer,
+        captioner: Captioner | None,
+        truths: Mapping[str, Image],
+        training: Mapping[str, ImageSet],
+        originals: Sequence[Job],
+        progress: bool = True,
+    ) -> None:
+        self._store, self._scorer, self._captioner = store, scorer, captioner
+        self._progress = progress
+        self._seen: dict[tuple[bytes, bool], Seen] = {}
+        vectors = scorer.images(list(truths.values())) if truths else []
+        self._truths = dict(zip(truths, vectors, strict=True))
+        distinct = {id(images): images for images in training.values()}
+        embedded = {number: _embedded(images, scorer) for number, images in distinct.items()}
+        self._training = {label: embedded[id(images)] for label, images in training.items()}
+        self._originals = {
+            (job.prompt.text, job.seed): image.vector
+            for job, image in self.look(originals, captioned=False)
+        }
+
+    def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
+        """The scores of each image, a row "image" that names its file, and diversity.
+
+        Args:
+            jobs: the subject's images, which may be shared with another of equal weights.
+        """
+        scored = [job for job in jobs if not job.prompt.general]
+        general = [job for job in jobs if job.prompt.general]
+        texts = list(dict.fromkeys(job.prompt.text for job in scored))
+        prompts = dict(zip(texts, self._scorer.texts(texts), strict=True))
+        vectors: dict[str, list[Tensor]] = {text: [] for text in texts}
+        for job, image in self.look(scored, captioned=self._captioner is not None):
+            yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
+            yield from self._scores(subject, job, image, prompts[job.prompt.text])
+            vectors[job.prompt.text].append(image.vector)
+        for job, image in self.look(general, captioned=False):
+            yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
+            if subject.kind != BASE:
+                original = self._originals[job.prompt.text, job.seed]
+                yield self._row(subject, job, "drift", cosine(image.vector, original))
+        for text, several in vectors.items():
+            if len(several) > 1:
+                value = pairwise_diversity(torch.stack(several))
+                yield subject.row("diversity", value, item=text, seed=None)
+
+    def _scores(self, subject: Subject, job: Job, image: Seen, prompt: Tensor) -> Iterator[Row]:
+        yield self._row(subject, job, "i2t", cosine(image.vector, prompt))
+        if image.caption is not None and image.words is not None:
+            yield self._row(subject, job, "t2t", cosine(prompt, image.words), image.caption)
+        if job.prompt.text in self._truths:
+            truth = self._truths[job.prompt.text]
+            yield self._row(subject, job, "truth", cosine(image.vector, truth))
+        if subject.label in self._training:
+            names, pictures = self._training[subject.label]
+            likeness, index = nearest(image.vector[None], pictures)
+            name = names[int(index[0])]
+            yield self._row(subject, job, "nearest", float(likeness[0]), name)
+
+    @staticmethod
+    def _row(subject: Subject, job: Job, metric: str, value: float | None, note: str = "") -> Row:
+        return subject.row(metric, value, item=job.prompt.text, seed=job.seed, note=note)
+
+    def look(self, jobs: Sequence[Job], captioned: bool) -> Iterator[tuple[Job, Seen]]:
+        """Each image, equal ones looked at once: they get equal scores to the last bit."""
+        what = "embedding and captioning" if captioned else "embedding"
+        with tqdm(total=len(jobs), desc=what, unit="image", disable=not self._progress) as bar:
+            for chunk in in_batches(jobs, CHUNK):
+                pictures = [self._store.open(job) for job in chunk]
+                keys = [(_content(picture), captioned) for picture in pictures]
+                new = dict(zip(keys, pictures, strict=True))
+                new = {key: picture for key, picture in new.items() if key not in self._seen}
+                if new:
+                    looked = self._looked_at(list(new.values()), captioned)
+                    self._seen.update(zip(new, looked, strict=True))
+                yield from ((job, self._seen[key]) for job, key in zip(chunk, keys, strict=True))
+                bar.update(len(chunk))
+
+    def _looked_at(self, pictures: Sequence[Image], captioned: bool) -> list[Seen]:
+        vectors = self._scorer.images(pictures)
+        if not captioned or self._captioner is None:
+            return [Seen(vector) for vector in vectors]
+        captions = self._captioner(pictures)
+        words = self._scorer.texts(captions)
+        return [Seen(*parts) for parts in zip(vectors, captions, words, strict=True)]
+
+
+def _content(image: Image) -> bytes:
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
+
+
+def _embedded(images: ImageSet, scorer: Scorer) -> tuple[list[str], Tensor]:
+    """Names and embeddings (n, d) of a set."""
+    numbers = range(len(images))
+    parts = [scorer.images([images.image(i) for i in part]) for part in in_batches(numbers, CHUNK)]
+    return [images.name(i) for i in numbers], torch.cat(parts)
+
+
+def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
+    """The held-out picture of each scored prompt that has one, by the prompt's text.
+
+    The miniature's own icons are no ground truth for another model.
+
+    Raises:
+        UserError: a picture can't be read.
+    """
+    pictures = {}
+    for prompt in prompts:
+        file = prompt.reference
+        if file is None or prompt.general:
+            continue
+        if base != MINI and mini.heldout_dir() in file.resolve().parents:
+            continue
+        try:
+            pictures[prompt.text] = read_rgb(file)
+        except DECODE_ERRORS as error:
+            raise UserError(
+                f'the reference {file} of "{prompt.text}" can\'t be read: correct the file of'
+                " prompts."
+            ) from error
+    return pictures
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors (d,) of unit length, summed in float64."""
+    return max(-1.0, min(1.0, float(torch.dot(a.double(), b.double()))))
+
+
+def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """For each image the training picture that is most like it.
+
+    Args:
+        images: embeddings, (n, d).
+        train: embeddings, (m, d), m >= 1. Neither has to be of unit length.
+
+    Returns:
+        Cosine with the nearest, (n,) float64 in [-1, 1], and its position in ``train``, (n,) long;
+        the first of several that are equally near.
+    """
+    cosines = _unit(images) @ _unit(train).T
+    index = cosines.argmax(dim=1)  # documented: the first of equal maxima
+    return cosines.gather(1, index[:, None])[:, 0].clamp(-1, 1), index
+
+
+def pairwise_diversity(embeddings: Tensor) -> float:
+    """1 - mean cosine over all pairs: 0 when all are the same, 1 when they are orthogonal.
+
+    Args:
+        embeddings: of one prompt's images, (n, d), n >= 2.
+    """
+    count, unit = len(embeddings), _unit(embeddings)
+    # |sum of all|^2 holds each pair twice and each square, which is 1, once
+    pairs = (unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1))
+    return 1.0 - float(pairs)
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    """Rows of unit length in float64, so that n and m do not show in the result."""
+    return normalize(embeddings.double(), dim=1)

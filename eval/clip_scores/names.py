@@ -1,0 +1,43 @@
+"""Scores, and names that the command line is told, which is read before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..table import Metric
+
+DEMO = Path("demo")
+SCORERS = "embedded, open_clip:MODEL/TAG, open_clip:FOLDER or hf:ID_OR_FOLDER"
+CAPTIONERS = "embedded, blip:ID_OR_FOLDER, coca:MODEL/TAG or coca:FOLDER"
+DEFAULT_CAPTIONERS = {
+    "blip": "Salesforce/blip-image-captioning-large",
+    "coca": "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k",
+}
+GENERAL_SCORER = "open_clip:ViT-L-14/openai"
+GENERAL_CAPTIONER = f"blip:{DEFAULT_CAPTIONERS['blip']}"
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""--mixed_precision -> torch's name of the dtype."""
+
+
+def _cosine(title: str, explanation: str, higher_is_better: bool | None = True) -> Metric:
+    return Metric(title, explanation, higher_is_better, scale=100, form=".2f")
+
+
+METRICS = {
+    "i2t": _cosine("CLIP I2T", "cosine of the embeddings of image and prompt"),
+    "t2t": _cosine("CLIP T2T", "cosine of the embeddings of prompt and caption of the image"),
+    "truth": _cosine("ground truth", "cosine of the embeddings of image and held-out picture"),
+    "nearest": _cosine(
+        "memorization",
+        "cosine of the embeddings of image and nearest training picture; a learned style raises it"
+        " too, so look at the images that are nearest",
+        False,
+    ),
+    "drift": _cosine(
+        "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
+    ),
+    "diversity": _cosine(
+        "diversity", "1 - cosine, mean over pairs of one prompt's images from several seeds", None
+    ),
+}
+"""All scores; the first two are the paper's (Table 4). Values are raw, and shown times 100."""

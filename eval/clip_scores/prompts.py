@@ -1,0 +1,139 @@
+"""Prompt sets: those that are shipped, a text file with one prompt a line, or a CSV.
+
+read("3d_icon")                      # the paper's instances and 194 more (Table 4)
+read("my_prompts.csv", "caption")
+
+``eval/prompts/NAME.txt`` is a shipped set; ``NAME_references.csv`` beside it names, for an instance
+of the set, the miniature's held-out picture of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.files import is_file, read_rows, read_text, require_column
+from bilora_diffusion.mini import heldout_dir
+
+FOLDER = Path(__file__).resolve().parents[1] / "prompts"
+GENERAL = "general"
+MOST_BYTES = 100_000_000
+_INSTANCE = re.compile(r"\bof an? ([^,]+)")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Args:
+        text: as the model gets it.
+        instance: what it asks for, such as "Fluffy Rabbit"; None where the text does not say.
+        reference: a picture of it in the style that was trained. Those of the shipped sets belong
+            to the miniature, and mean nothing for another base model.
+        general: asks for nothing that was trained, so its images should stay as they were.
+    """
+
+    text: str
+    instance: str | None = None
+    reference: Path | None = None
+    general: bool = False
+
+
+def shipped() -> tuple[str, ...]:
+    """The names of the sets in ``eval/prompts``."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
+
+
+def read(source: str | Path, column: str | None = None) -> list[Prompt]:
+    """The prompts of a set, in its order.
+
+    Args:
+        source: name of a shipped set, a text file (blank lines and lines that start with # are
+            left out), or a CSV with a header. A CSV may have the columns ``instance`` and
+            ``reference``; a reference is relative to the CSV.
+        column: the CSV's column of prompts; "prompt" by default.
+
+    Raises:
+        UserError: an unknown set, a file that is missing, empty or not UTF-8, no such column, a
+            prompt that is there twice, or a reference that is not there.
+    """
+    name = str(source)
+    is_shipped = name in shipped()
+    path = FOLDER / f"{name}.txt" if is_shipped else Path(source).expanduser()
+    if not is_file(path):
+        raise UserError(
+            f'there is no prompt set and no file "{name}"{did_you_mean(name, shipped())}: give'
+            f" {', '.join(shipped())}, a text file or a CSV."
+        )
+    if path.suffix.lower() == ".csv":
+        prompts = _of_csv(path, name, column or "prompt")
+    elif column is not None:
+        raise UserError(
+            f'{name} is not a CSV and has no column "{column}": drop the column, or give a CSV.'
+        )
+    else:
+        prompts = _of_text(path, name)
+    if not prompts:
+        raise UserError(f"{name} holds no prompt: write one a line.")
+    _refuse_twice(name, prompts)
+    plain = [prompt for _, prompt in prompts]
+    return _with_references(name, plain) if is_shipped else plain
+
+
+def _of_text(path: Path, name: str) -> list[tuple[str, Prompt]]:
+    lines = enumerate(read_text(path, name, MOST_BYTES).splitlines(), start=1)
+    texts = [(f"line {number}", line.strip()) for number, line in lines]
+    return [
+        (where, Prompt(text, instance_of(text)))
+        for where, text in texts
+        if text and not text.startswith("#")
+    ]
+
+
+def instance_of(text: str) -> str | None:
+    """What a prompt of the form "... of a INSTANCE, ..." asks for; None for another form."""
+    match = _INSTANCE.search(text)
+    return match[1].strip() if match else None
+
+
+def _of_csv(path: Path, name: str, column: str) -> list[tuple[str, Prompt]]:
+    rows = read_rows(path, name)
+    if rows:
+        require_column(column, rows[0][1], "--prompt_column", name)
+    prompts = []
+    for where, row in rows:
+        text = row[column].strip()
+        if not text:
+            raise UserError(f'{where} has no "{column}": write it or drop the line.')
+        instance = (row.get("instance") or "").strip() or instance_of(text)
+        reference = (row.get("reference") or "").strip()
+        file = path.parent / Path(reference).expanduser() if reference else None
+        if file and not file.is_file():
+            raise UserError(
+                f'{where} has the reference "{reference}", which is not there: correct it or leave'
+                " it empty."
+            )
+        prompts.append((where, Prompt(text, instance, file)))
+    return prompts
+
+
+def _refuse_twice(name: str, prompts: list[tuple[str, Prompt]]) -> None:
+    first: dict[str, str] = {}
+    for where, prompt in prompts:
+        if (other := first.setdefault(prompt.text, where)) != where:
+            raise UserError(
+                f'{name} has the prompt "{prompt.text}" at {other} and at {where}: drop one of'
+                " them."
+            )
+
+
+def _with_references(name: str, prompts: list[Prompt]) -> list[Prompt]:
+    table = FOLDER / f"{name}_references.csv"
+    rows = [row for _, row in read_rows(table)] if table.is_file() else []
+    known = {row["instance"]: heldout_dir() / row["reference"] for row in rows}
+    return [
+        replace(prompt, reference=known.get(prompt.instance or ""), general=name == GENERAL)
+        for prompt in prompts
+    ]

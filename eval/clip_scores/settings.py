@@ -1,0 +1,164 @@
+"""What the command line decides, checked before anything is generated."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bilora_diffusion import mini
+from bilora_diffusion.config.machine import default_precision
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.inputs import MINI, pipeline_side
+from bilora_diffusion.image.pipeline import load_pipeline, resolve
+
+from ..subjects import Subject
+from .images import Sampling
+from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
+from .prompts import Prompt, read
+
+EMBEDDED = "embedded"
+MINI_GUIDANCE, SDXL_GUIDANCE = 4.0, 5.0
+COUNTS = ("num_inference_steps", "batch_size", "lanes", "processes", "max_prompts", "grid_prompts")
+
+
+def check(args: Namespace) -> None:
+    """Refuse numbers outside their range.
+
+    Raises:
+        UserError: it names the flag.
+    """
+    for name in COUNTS:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more.")
+    for name in ("guidance_scale", "adapter_scale"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}: give a finite number.")
+    side = args.resolution
+    if side is not None and (side < 8 or side % 8):
+        raise UserError(f"--resolution is {side}: give a multiple of 8, such as 64 or 1024.")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UserError(f"--output_dir {args.output_dir} is a file: give a folder.")
+    if args.skip_captions and args.captioner_revision is not None:
+        raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
+
+
+def read_seeds(text: str) -> list[int]:
+    """``0,1`` or ``0..3`` as numbers.
+
+    Raises:
+        UserError: something else, or a seed twice.
+    """
+    seeds: list[int] = []
+    for part in (part.strip() for part in text.split(",")):
+        ends = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", part)
+        span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
+        if not span or len(span) > 1000:
+            raise UserError(f'--seeds is "{text}": write numbers from 0 on, such as 0,1 or 0..3.')
+        seeds += span
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f'--seeds "{text}" has a seed twice: keep one.')
+    return seeds
+
+
+def base_model(subjects: Sequence[Subject], given: str | None) -> str:
+    """The base model that all subjects belong to.
+
+    Args:
+        given: the user's own word; it says where the subjects do not, and may name a local copy
+            of the hub's model that they name.
+
+    Raises:
+        UserError: two belong to different models, or nobody says which.
+    """
+    told: dict[str, Subject] = {}
+    for subject in subjects:
+        if subject.base_model is not None:
+            told.setdefault(_place(subject.base_model), subject)
+    if len(told) > 1:
+        one, other = list(told.values())[:2]
+        raise UserError(
+            f'"{one.label}" was trained on {one.base_model} and "{other.label}" on'
+            f" {other.base_model}: compare adapters of one base model."
+        )
+    if given is None and not told:
+        raise UserError("no adapter says which base model it belongs to: give --base_model.")
+    for name, subject in told.items():
+        if given is None:
+            given = str(subject.base_model)
+        is_copy = Path(given).is_dir() and "/" in name and not Path(name).is_dir()
+        if name != _place(given) and not is_copy:
+            raise UserError(
+                f'"{subject.label}" was trained on {subject.base_model}, not on {given}: drop'
+                " --base_model, or give that."
+            )
+    return MINI if is_miniature(str(given)) else str(given)
+
+
+def _place(base_model: str) -> str:
+    folder = Path(resolve(base_model)).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base_model
+
+
+def is_miniature(base_model: str) -> bool:
+    """Whether a base model's name or folder is the embedded miniature."""
+    return Path(_place(base_model)) == mini.pipeline_dir()
+
+
+def models(args: Namespace, base: str) -> tuple[str, str | None]:
+    """Names of scorer and captioner; None for no captions.
+
+    Raises:
+        UserError: an embedded one for another model than the miniature.
+    """
+    general = {"scorer": GENERAL_SCORER, "captioner": GENERAL_CAPTIONER}
+    names = {}
+    for flag, name in general.items():
+        names[flag] = getattr(args, flag) or (EMBEDDED if base == MINI else name)
+        if names[flag] == EMBEDDED and base != MINI:
+            raise UserError(
+                f"--{flag} embedded knows the miniature's icons only, and the base model is"
+                f' "{base}": use another, such as {name}.'
+            )
+    return names["scorer"], None if args.skip_captions else names["captioner"]
+
+
+def prompts(args: Namespace) -> list[Prompt]:
+    """The prompts that are scored, then the general ones.
+
+    Raises:
+        UserError: a set can't be read.
+    """
+    scored = read(args.prompts, args.prompt_column)[: args.max_prompts]
+    general = [] if args.general_prompts == "none" else read(args.general_prompts)
+    return [replace(prompt, general=False) for prompt in scored] + [
+        replace(prompt, general=True) for prompt in general[: args.max_prompts]
+    ]
+
+
+def sampling(args: Namespace, base: str) -> Sampling:
+    """How images are made."""
+    guidance = args.guidance_scale
+    if guidance is None:
+        guidance = MINI_GUIDANCE if base == MINI else SDXL_GUIDANCE
+    return Sampling(
+        base_model=base,
+        size=args.resolution or pipeline_side(base) or _loaded_side(base),
+        steps=args.num_inference_steps,
+        guidance_scale=guidance,
+        scale=args.adapter_scale,
+        dtype=args.dtype or PRECISIONS[default_precision()],
+        lanes=args.lanes,
+    )
+
+
+def _loaded_side(base: str) -> int:
+    import torch
+
+    pipeline = load_pipeline(base, dtype=torch.float32)
+    return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
