@@ -8,7 +8,7 @@ from string import Formatter
 from typing import Any
 
 from ..errors import UserError, did_you_mean
-from .examples import Example
+from .examples import Example, text_of
 
 OTHER_SET = "the set is not the one that the task was made for"
 
@@ -75,7 +75,7 @@ class CatalogTask:
         return Example(self.prompt.format_map(texts), answer, label, input=extra, where=where)
 
     def _label(self, row: Mapping[str, Any], where: str) -> int:
-        label = _value(row, self.target, where)
+        label = row.get(self.target)
         if isinstance(label, bool) or not isinstance(label, int):
             raise UserError(
                 f'column "{self.target}" of {where} holds {label!r}, not a class number: use the'
@@ -96,18 +96,7 @@ class _Texts(dict[str, str]):
         self.row, self.where = row, where
 
     def __missing__(self, column: str) -> str:
-        value = _value(self.row, column, self.where)
-        if not isinstance(value, str):
-            raise UserError(
-                f'column "{column}" of {self.where} holds {value!r:.60}, not text: {OTHER_SET}.'
-            )
-        return value
-
-
-def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in row:
-        raise UserError(f'{where} has no column "{column}", only {", ".join(row)}: {OTHER_SET}.')
-    return row[column]
+        return text_of(self.row, column, self.where, OTHER_SET)
 
 
 def _t5(

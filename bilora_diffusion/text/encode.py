@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,18 +99,17 @@ def encode(examples: Sequence[Example], cfg: Any, loaded: TextModel, name: str) 
     )
     # A fixed fingerprint spares hashing the table: `map` is told the fingerprint of its result.
     source = datasets.Dataset(table, fingerprint="examples")
-    with quiet_datasets():
-        data = source.map(
-            work,
-            batched=True,
-            remove_columns=source.column_names,
-            features=work.features(),
-            cache_file_name=str(folder / f"{fingerprint}.arrow"),
-            load_from_cache_file=not cfg.overwrite_cache,
-            new_fingerprint=fingerprint,
-            num_proc=workers if workers > 1 else None,
-            writer_batch_size=WRITE_ROWS,
-        )
+    data = source.map(
+        work,
+        batched=True,
+        remove_columns=source.column_names,
+        features=work.features(),
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        load_from_cache_file=not cfg.overwrite_cache,
+        new_fingerprint=fingerprint,
+        num_proc=workers if workers > 1 else None,
+        writer_batch_size=WRITE_ROWS,
+    )
     if not len(data):
         raise UserError(
             f"no row of {name} has an answer to learn from: fill its answers, or name their column"
@@ -178,22 +176,8 @@ class _Tokenize:
         return causal_rows(examples, self.tokenizer, self.template, self.max_length)
 
 
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Keep the progress bars of ``datasets`` away, and leave its setting as it was."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def _check_length(option: str, cfg: Any, loaded: TextModel) -> None:
     length = getattr(cfg, option)
-    if length < 1:
-        raise UserError(f"--{option} is {length}: give at least 1.")
     limits = {"tokenizer": loaded.tokenizer.model_max_length, "model": loaded.max_tokens}
     for owner, limit in limits.items():
         if limit is not None and limit < NO_LIMIT and length > limit:

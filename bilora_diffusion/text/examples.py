@@ -101,11 +101,12 @@ def open_file(
     if any(isinstance(row.get(column), list) for _, row in rows):
         return [from_turns(_turns(row, column, where), where) for where, row in rows]
     target = _column(path, columns, target_column, TARGETS, "--target_column")
+    fix = f"correct the row, or name another column of {listed(columns)}"
     return [
         Example(
-            _text(row, column, where, columns),
-            _text(row, target, where, columns, numbers=True),
-            input="" if row.get(context) is None else _text(row, context, where, columns),
+            text_of(row, column, where, fix),
+            text_of(row, target, where, fix, numbers=True),
+            input="" if row.get(context) is None else text_of(row, context, where, fix),
             where=where,
         )
         for where, row in rows
@@ -127,19 +128,26 @@ def _column(
     return column
 
 
-def _text(
-    row: Mapping[str, Any], column: str, where: str, columns: Sequence[str], numbers: bool = False
+def text_of(
+    row: Mapping[str, Any], column: str, where: str, fix: str, numbers: bool = False
 ) -> str:
+    """The text in a column.
+
+    Args:
+        where: what to call the row in messages.
+        fix: what to do if there is none, without a period.
+        numbers: whether a whole number counts as text: a class, or true and false.
+
+    Raises:
+        UserError: the row lacks it, or it is something else.
+    """
     if column not in row:
-        raise UserError(f'{where} has no "{column}", as others have: add it, or drop the row.')
+        raise UserError(f'{where} has no "{column}", only {listed(list(row))}: {fix}.')
     value = row[column]
-    if numbers and isinstance(value, int):  # a class number, or true and false
+    if numbers and isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(
-            f'"{column}" of {where} is {kind_of(value)}, not text: correct the row, or name another'
-            f" column of {listed(columns)}."
-        )
+        raise UserError(f'"{column}" of {where} is {kind_of(value)}, not text: {fix}.')
     return _require_text(value, f'"{column}" of {where}')
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
+from ..files import reason
 from ..seeds import digest_texts, generator, seed_of
-from ..train.soundness import reason
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask
-from .encode import Encoded, encode, quiet_datasets
+from .encode import Encoded, encode
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
 from .packages import packaged_rows
@@ -177,17 +177,16 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
     branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
     files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
     try:
-        with quiet_datasets():
-            try:
-                return datasets.load_dataset(
-                    task.dataset, task.config_name, split=split, cache_dir=cache_dir
-                )
-            except RuntimeError as error:
-                if "Dataset scripts are no longer supported" not in str(error):
-                    raise
-                return datasets.load_dataset(
-                    "parquet", split=split, cache_dir=cache_dir, data_files=files
-                )
+        try:
+            return datasets.load_dataset(
+                task.dataset, task.config_name, split=split, cache_dir=cache_dir
+            )
+        except RuntimeError as error:
+            if "Dataset scripts are no longer supported" not in str(error):
+                raise
+            return datasets.load_dataset(
+                "parquet", split=split, cache_dir=cache_dir, data_files=files
+            )
     except DatasetNotFoundError as error:
         raise UserError(
             f'the hub has no dataset "{task.dataset}" that you may read, which the task'

@@ -68,17 +68,14 @@ def require_safetensors(what: str, folder: Path) -> None:
     if any(name.endswith(".safetensors") for name in names):
         pickles = []
     for path in folder.glob("*.safetensors.index*.json"):
-        listed = reading(what, "download or write it again", lambda path=path: _listed(path))
-        pickles += [name for name in listed if not name.endswith(".safetensors")]
+        parts = reading(
+            what,
+            "download or write it again",
+            lambda path=path: json.loads(path.read_text(encoding="utf-8"))["weight_map"].values(),
+        )
+        pickles += [str(name) for name in parts if not str(name).endswith(".safetensors")]
     if pickles:
         raise UserError(pickled(what, f" but {pickles[0]}"))
-
-
-def _listed(index: Path) -> list[str]:
-    """The files that an index of parts names."""
-    return [
-        str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    ]
 
 
 def require_whole(what: str, missing: Iterable[str]) -> None:

@@ -134,8 +134,8 @@ def test_instruction_sets(name: str, row: dict[str, Any], question: str) -> None
     [
         ({"sentence": "a", "label": -1}, "label -1 of row 7 .*2 classes of cola"),
         ({"sentence": "a", "label": "yes"}, "label.* of row 7 holds 'yes'"),
-        ({"text": "a", "label": 1}, 'row 7 has no column "sentence", only text, label'),
-        ({"sentence": 3, "label": 1}, '"sentence" of row 7 holds 3'),
+        ({"text": "a", "label": 1}, 'row 7 has no "sentence", only text, label'),
+        ({"sentence": 3, "label": 1}, '"sentence" of row 7 is a number'),
     ],
 )
 def test_rows_of_another_set_are_refused(row: dict[str, Any], sentence: str) -> None:
