@@ -149,7 +149,8 @@ def test_the_demo_has_a_recipe() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
-    from bilora_diffusion.config import parse, parse_text
+    from bilora_diffusion.image.config import parse
+    from bilora_diffusion.text.config import parse_text
 
     keys = yaml.safe_load(recipe.read_text())
     read = parse_text if "task" in keys else parse
@@ -174,15 +175,16 @@ def test_ci_runs_what_a_contributor_runs() -> None:
     assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
 
-def run_example(folder: Path, *arguments: str) -> str:
-    """Register CONTRIBUTING's example method, run pytest with it, and return what that printed."""
+def run_example(folder: Path, module: str, *arguments: str) -> str:
+    """Write down CONTRIBUTING's examples, import one, run pytest, and return what that printed."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     for text, name in re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL):
         (folder / Path(name).name).write_text(text)
+    package, _, name = module.rpartition(".")
     runner = (
-        "import importlib.util as u, sys, pytest, bilora_diffusion.methods\n"
-        f"path = {str(folder / 'lora_asam.py')!r}\n"
-        "spec = u.spec_from_file_location('bilora_diffusion.methods.lora_asam', path)\n"
+        f"import importlib.util as u, sys, pytest, {package}\n"
+        f"path = {str(folder / name) + '.py'!r}\n"
+        f"spec = u.spec_from_file_location({module!r}, path)\n"
         "module = sys.modules[spec.name] = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))\n"
@@ -199,17 +201,25 @@ def run_example(folder: Path, *arguments: str) -> str:
     return run.stdout
 
 
-def test_the_example_method_of_contributing_works(tmp_path: Path) -> None:
-    assert "2 passed" in run_example(
-        tmp_path, "--rootdir", str(tmp_path), f"{tmp_path}/test_lora_asam.py"
-    )
-    assert len((tmp_path / "lora_asam.py").read_text().splitlines()) < 60
+METHOD, EVALUATION = "bilora_diffusion.methods.lora_asam", "eval.singular_values"
+
+
+@pytest.mark.parametrize(
+    ("module", "lines", "passed"), [(METHOD, 60, "2 passed"), (EVALUATION, 80, "1 passed")]
+)
+def test_an_example_of_contributing_works(
+    tmp_path: Path, module: str, lines: int, passed: str
+) -> None:
+    name = module.rpartition(".")[2]
+    test = f"{tmp_path}/test_{name}.py"
+    assert passed in run_example(tmp_path, module, "--rootdir", str(tmp_path), test)
+    assert len((tmp_path / f"{name}.py").read_text().splitlines()) < lines
 
 
 @pytest.mark.slow
 def test_the_example_method_passes_the_contract_suite(tmp_path: Path) -> None:
     selected = ("tests/contract", "-k", "lora-asam and not two_processes")
-    done = run_example(tmp_path, *selected)
+    done = run_example(tmp_path, METHOD, *selected)
     passed = re.search(r"(\d+) passed", done)
     assert passed is not None
     assert int(passed.group(1)) > 100
