@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from ..errors import TrainingError, UserError
 FOLDER = "dynamics"
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"step-(\d+)\.safetensors")
-_FACTORS, _LAYERS = "factors/", "layers/"
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,22 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     Raises:
         TrainingError: the disk refuses.
     """
-    tensors = {f"{_LAYERS}{name}": values for name, values in snapshot.layers.items()}
-    for adapter, own in snapshot.factors.items():
-        for f in own:
-            tensors[f"{_FACTORS}{adapter}/{f.name}.A"] = f.A.contiguous()
-            tensors[f"{_FACTORS}{adapter}/{f.name}.B"] = f.B.contiguous()
-    # One entry: safetensors writes several in an order that changes from file to file.
-    metadata = {
-        "snapshot": json.dumps(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "step": snapshot.step,
-                "layers": snapshot.names,
-                "scales": {a: [f.scale for f in own] for a, own in snapshot.factors.items()},
-            }
-        )
+    tensors = {f"layers/{name}": values for name, values in snapshot.layers.items()}
+    for adapter, layers in snapshot.factors.items():
+        for f in layers:
+            for side in "AB":
+                tensors[_key(adapter, f.name, side)] = getattr(f, side).contiguous()
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "step": snapshot.step,
+        "layers": snapshot.names,
+        "scales": {a: [f.scale for f in layers] for a, layers in snapshot.factors.items()},
     }
     path = Path(folder) / FOLDER / f"step-{snapshot.step}.safetensors"
     try:
         path.parent.mkdir(exist_ok=True)
-        write_bytes(path, save(tensors, metadata))
+        # One entry: safetensors writes several in an order that changes from file to file.
+        write_bytes(path, save(tensors, {"snapshot": json.dumps(about)}))
     except OSError as error:
         raise TrainingError(
             f"{path} could not be written ({error.strerror}): make room for it and resume, or go on"
@@ -105,22 +100,23 @@ def read(path: Path) -> Snapshot:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["snapshot"])
+            about = json.loads((file.metadata() or {})["snapshot"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata["schema_version"] != SCHEMA_VERSION:
+        if about["schema_version"] != SCHEMA_VERSION:
             raise UserError(
-                f"{path} has schema version {metadata['schema_version']}, but this version of"
+                f"{path} has schema version {about['schema_version']}, but this version of"
                 f" bilora_diffusion reads {SCHEMA_VERSION}: read it with the version that wrote it"
             )
-        return Snapshot(
-            metadata["step"],
-            _factors(tensors, metadata["layers"], metadata["scales"]),
-            {
-                key.removeprefix(_LAYERS): value
-                for key, value in tensors.items()
-                if key.startswith(_LAYERS)
-            },
-        )
+        factors = {
+            adapter: [
+                Factors(name, *(tensors[_key(adapter, name, side)] for side in "AB"), float(scale))
+                for name, scale in zip(about["layers"], scales, strict=True)
+            ]
+            for adapter, scales in about["scales"].items()
+        }
+        figures = {key: value for key, value in tensors.items() if key.startswith("layers/")}
+        layers = {key.removeprefix("layers/"): value for key, value in figures.items()}
+        return Snapshot(about["step"], factors, layers)
     except UserError:
         raise
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -129,21 +125,8 @@ def read(path: Path) -> Snapshot:
         ) from error
 
 
-def _factors(
-    tensors: Mapping[str, Tensor], names: Sequence[str], scales: Mapping[str, Sequence[float]]
-) -> dict[str, list[Factors]]:
-    return {
-        adapter: [
-            Factors(
-                name,
-                tensors[f"{_FACTORS}{adapter}/{name}.A"],
-                tensors[f"{_FACTORS}{adapter}/{name}.B"],
-                float(scale),
-            )
-            for name, scale in zip(names, own, strict=True)
-        ]
-        for adapter, own in scales.items()
-    }
+def _key(adapter: str, layer: str, side: str) -> str:
+    return f"factors/{adapter}/{layer}.{side}"
 
 
 def truncate(folder: Path, step: int) -> None:
