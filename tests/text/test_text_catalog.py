@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset
 
 from bilora_diffusion.errors import UserError
@@ -18,91 +19,22 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.metrics import answer_after
 from bilora_diffusion.text.rows import held_out, open_task
 
-# A row as the hub's set has it, T5's input and label words, and the sentences of a classifier.
-T5: list[tuple[str, dict[str, Any], str, str, tuple[str, str | None]]] = [
-    (
-        "mnli",
-        {"premise": "A b.", "hypothesis": "C d.", "label": 1},
-        "mnli hypothesis: C d. premise: A b.",
-        "entailment neutral contradiction",
-        ("A b.", "C d."),
-    ),
-    (
-        "sst2",
-        {"sentence": "a {b} ", "label": 0},
-        "sst2 sentence: a {b} ",
-        "negative positive",
-        ("a {b} ", None),
-    ),
-    (
-        "cola",
-        {"sentence": "It runs.", "label": 1},
-        "cola sentence: It runs.",
-        "unacceptable acceptable",
-        ("It runs.", None),
-    ),
-    (
-        "qnli",
-        {"question": "Who?", "sentence": "Him.", "label": 0},
-        "qnli question: Who? sentence: Him.",
-        "entailment not_entailment",
-        ("Who?", "Him."),
-    ),
-    (
-        "mrpc",
-        {"sentence1": "A", "sentence2": "B", "label": 1},
-        "mrpc sentence1: A sentence2: B",
-        "not_equivalent equivalent",
-        ("A", "B"),
-    ),
-    (
-        "boolq",
-        {"question": "is it", "passage": "It is.", "label": 1},
-        "boolq passage: It is. question: is it",
-        "False True",
-        ("is it", "It is."),
-    ),
-    (
-        "cb",
-        {"premise": "A", "hypothesis": "B", "label": 2},
-        "cb hypothesis: B premise: A",
-        "entailment contradiction neutral",
-        ("A", "B"),
-    ),
-    (
-        "copa",
-        {"premise": "P.", "choice1": "Q.", "choice2": "R.", "question": "effect", "label": 0},
-        "copa choice1: Q. choice2: R. premise: P. question: effect",
-        "choice1 choice2",
-        ("P. effect?", "choice1: Q. choice2: R."),
-    ),
-    (
-        "rte",
-        {"premise": "A", "hypothesis": "B", "label": 1},
-        "rte hypothesis: B premise: A",
-        "entailment not_entailment",
-        ("A", "B"),
-    ),
-    (
-        "wic",
-        {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "label": 1},
-        "wic sentence1: A bank. sentence2: The bank. word: bank",
-        "False True",
-        ("bank: A bank.", "The bank."),
-    ),
-]
+ROOT = Path(__file__).resolve().parents[2]
+T5: dict[str, dict[str, Any]] = yaml.safe_load(
+    (ROOT / "tests" / "references" / "t5_prompts.yaml").read_text(encoding="utf-8")
+)
 
 
-@pytest.mark.parametrize(("name", "row", "prompt", "words", "pair"), T5, ids=lambda v: str(v)[:5])
-def test_prompts_and_label_words_are_t5s(
-    name: str, row: dict[str, Any], prompt: str, words: str, pair: tuple[str, str | None]
-) -> None:
-    task, label = catalog.get(name), row["label"]
-    answer = words.split()[label]
-    assert task.label_words == tuple(words.split())
-    assert task.example({**row, "idx": 0}, "seq2seq", "row 1") == Example(prompt, answer, label)
+@pytest.mark.parametrize("name", T5)
+def test_prompts_and_label_words_are_t5s(name: str) -> None:
+    task, reference = catalog.get(name), T5[name]
+    row, words, (first, second) = (reference[key] for key in ("row", "words", "sentences"))
+    answer, label = words[row["label"]], row["label"]
+    assert task.label_words == tuple(words)
+    example = task.example({**row, "idx": 0}, "seq2seq", "row 1")
+    assert example == Example(reference["prompt"], answer, label)
     bare = task.example(row, "classification", "row 1")
-    assert bare == Example(pair[0], answer, label, pair[1])
+    assert bare == Example(first, answer, label, second)
     assert (task.dataset, task.config_name) in {("nyu-mll/glue", name), ("aps/super_glue", name)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -26,7 +28,7 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.text.encode import Encoded, encode
 from bilora_diffusion.text.evaluation import Evaluation
 from bilora_diffusion.text.examples import Example
-from bilora_diffusion.text.models import TextModel, load_text_model
+from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.running import DTYPES
@@ -48,69 +50,60 @@ ADAPTER = "adapter_model.safetensors"
 
 def save_t5(folder: Path, **settings: Any) -> Path:
     """A T5 without dropout that reads words."""
-    tokenizer = t5_tokenizer()
-    config = T5Config(
-        **{
-            **{"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 64},
-            **{"num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
-            **{"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
-            **settings,
-        }
-    )
-    return _save(folder, T5ForConditionalGeneration, config, tokenizer)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    numbers = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    given = {**sizes, **numbers, "dropout_rate": 0.0, **settings}
+    return _save(folder, T5ForConditionalGeneration, T5Config, t5_tokenizer(), given)
 
 
 def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
     """A Llama that reads pieces of words, with a chat template or without."""
     tokenizer = chat_tokenizer() if chat else plain_tokenizer()
-    config = LlamaConfig(
-        **{
-            **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64},
-            **{"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512},
-            **{"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
-            **settings,
-        }
-    )
-    return _save(folder, LlamaForCausalLM, config, tokenizer)
+    numbers = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    given = {**SIZES, "max_position_embeddings": 512, **numbers, **settings}
+    return _save(folder, LlamaForCausalLM, LlamaConfig, tokenizer, given)
 
 
 def save_gpt2(folder: Path, **settings: Any) -> Path:
     """A GPT-2 without dropout, whose positions are learned and few."""
     tokenizer = plain_tokenizer()
-    config = GPT2Config(
-        **{
-            **{"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4},
-            **{"n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-            **{"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id},
-            **settings,
-        }
-    )
-    return _save(folder, GPT2LMHeadModel, config, tokenizer)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    numbers = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    given = {**sizes, **rates, **numbers, **settings}
+    return _save(folder, GPT2LMHeadModel, GPT2Config, tokenizer, given)
 
 
 def save_bert(folder: Path, architecture: Any = BertForSequenceClassification, **more: Any) -> Path:
     """A BERT without dropout of two classes, or another model of its configuration."""
-    return _save(folder, architecture, bert_config(**more), bert_tokenizer())
+    return _save(folder, architecture, BertConfig, bert_tokenizer(), {**BERT, **more})
 
 
 def bert_config(**settings: Any) -> BertConfig:
     """Of a BERT without dropout that reads words."""
-    return BertConfig(
-        **{
-            **{"vocab_size": len(bert_tokenizer()), "hidden_size": 32, "intermediate_size": 64},
-            **{"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64},
-            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-            **settings,
-        }
-    )
+    return BertConfig(vocab_size=len(bert_tokenizer()), **{**BERT, **settings})
 
 
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+BERT: dict[str, Any] = {
+    **SIZES,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 SAVERS: dict[str, Any] = {"seq2seq": save_t5, "causal": save_llama, "classification": save_bert}
 
 
-def _save(folder: Path, architecture: Any, config: Any, tokenizer: Any) -> Path:
+def _save(
+    folder: Path, architecture: Any, config: Any, tokenizer: Any, settings: dict[str, Any]
+) -> Path:
     torch.manual_seed(0)
-    architecture(config).save_pretrained(folder)
+    architecture(config(**{"vocab_size": len(tokenizer), **settings})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -201,23 +194,21 @@ def text_difference(a: Path, b: Path) -> float:
     return max((left[key] - right[key]).abs().max().item() for key in left)
 
 
-def loaded_run(base: Path, folder: Path, **settings: Any) -> TextModel:
-    """The base with a run's adapter as PEFT loads it, or the whole model that the run left."""
-    if (folder / "model").exists():
-        return load_text_model(str(folder / "model"), **settings)
-    from peft import PeftModel
-
-    loaded = load_text_model(str(base), **settings)
-    model = PeftModel.from_pretrained(loaded.model, str(folder))
-    return TextModel(model.eval(), loaded.tokenizer, loaded.kind)
-
-
 def heldout_of(base: Path, folder: Path) -> dict[str, float]:
-    """A run's held-out figures, measured anew on what it exported."""
+    """A run's held-out figures, measured anew on the base with its adapter as PEFT loads it, or on
+    the whole model that it left.
+    """
     cfg = SimpleNamespace(**runlog.read_run(folder)["config"])
     rows = open_rows(cfg)
-    classes = rows.label_words if cfg.task_type == "classification" else None
-    dtype = DTYPES["no" if cfg.method == "full" else cfg.mixed_precision]
-    loaded = loaded_run(base, folder, task_type=cfg.task_type, labels=classes, dtype=dtype)
+    whole = cfg.method == "full"
+    loaded = load_text_model(
+        str(folder / "model" if whole else base),
+        cfg.task_type,
+        labels=rows.label_words if cfg.task_type == "classification" else None,
+        dtype=DTYPES["no" if whole else cfg.mixed_precision],
+    )
+    if not whole:
+        adapted = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+        loaded = dataclasses.replace(loaded, model=adapted)
     data = encode_rows(cfg, rows, loaded)
     return Evaluation(cfg, loaded, TextModule(loaded.model, loaded.kind), data).measure()
