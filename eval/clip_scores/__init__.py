@@ -151,7 +151,10 @@ class ClipScores(Evaluation):
         # else one CPU process is seen
         state = PartialState(cpu="cpu" in (args.device, device_type()))
         device = str(state.device if args.device is None else open_device(args.device))
-        models = self._load_models(device) if state.is_main_process else None
+        revisions = args.scorer_revision, args.captioner_revision
+        models = None
+        if state.is_main_process:
+            models = load_models(*self.names, revisions=revisions, device=device)
         open_folder(self.folder)
         require_free(self.folder, self.name)
         store = Store(self.folder / IMAGES, self.sampling, device)
@@ -172,18 +175,14 @@ class ClipScores(Evaluation):
         self.write(self.complete(subjects, rows))
         print(f"images made: {made}, in {self.folder / IMAGES}")
 
-    def _load_models(self, device: str) -> tuple[Scorer, Captioner | None]:
-        revisions = self.args.scorer_revision, self.args.captioner_revision
-        return load_models(*self.names, revisions=revisions, device=device)
-
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
         scored = sum(not prompt.general for prompt in self.prompts)
-        print("\n".join(self.notes))
-        print(
-            f"{', '.join(subject.label for subject in subjects)}: {scored} prompts and"
-            f" {len(self.prompts) - scored} general ones x {len(self.seeds)} seeds; {missing} of"
-            f" {images} images are to be made."
+        labels = ", ".join(subject.label for subject in subjects)
+        plan = (
+            f"{labels}: {scored} prompts and {len(self.prompts) - scored} general ones x"
+            f" {len(self.seeds)} seeds; {missing} of {images} images are to be made."
         )
+        print(*self.notes, plan, sep="\n")
 
     def _generate(self, store: Any, jobs: Sequence[Job], process: tuple[int, int]) -> int:
         """Make what is missing, or this process' share of it."""
@@ -196,13 +195,11 @@ class ClipScores(Evaluation):
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
         """Fill in the settings."""
-        prompts = []
-        for prompt in self.prompts:
-            held = prompt.reference if prompt.text in self.truths else None
-            cut = scorer.is_cut(prompt.text)
-            prompts.append(
-                {**asdict(prompt), "reference": held.name if held else None, "truncated": cut}
-            )
+        prompts = [asdict(prompt) for prompt in self.prompts]
+        for prompt in prompts:
+            held = prompt["text"] in self.truths and not prompt["general"]
+            prompt["reference"] = prompt["reference"].name if held else None
+            prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
             "prompt_set": Path(self.args.prompts).name,

@@ -203,7 +203,10 @@ def _require_words(name: str, tokenizer: Any) -> None:
 
 def digest(*files: Path) -> str:
     """The first 12 hex digits of the SHA-256 of a file, or of the digests of several."""
-    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    sums = []
+    for path in files:
+        with path.open("rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
     whole = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
     return whole[:12]
 

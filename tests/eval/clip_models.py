@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from bilora_diffusion.mini import pipeline_dir
 
@@ -66,51 +66,55 @@ def shake(model: nn.Module, seed: int, scale: float = 0.2) -> None:
     model.eval()
 
 
-def save_tokenizer(folder: Path) -> None:
-    """The miniature's tokenizer beside whatever the folder holds."""
-    shutil.copytree(pipeline_dir() / "tokenizer", folder, dirs_exist_ok=True)
+def save_open_clip(folder: Path, kind: str = "CLIP", seed: int = 0, **changes: Any) -> Path:
+    """A folder of open_clip with a random model: configuration, weights and tokenizer.
 
+    Args:
+        kind: "CLIP" or "CoCa".
+        changes: other entries of the configuration, or "preprocess_cfg".
+    """
+    import open_clip
 
-def save_open_clip(
-    folder: Path, state: dict[str, Tensor], preprocess: dict[str, Any] | None = None, **model: Any
-) -> Path:
-    """A folder of open_clip: configuration, weights and tokenizer."""
+    preprocess = changes.pop("preprocess_cfg", {})
+    config = open_clip_config(kind, **changes)
+    torch.manual_seed(seed)
+    model = getattr(open_clip, kind)(**{k: v for k, v in config.items() if k != "custom_text"})
+    if kind == "CoCa":
+        model.text_decoder.text_projection.data.zero_()  # open_clip leaves it as the memory was
+    shake(model, seed)
     folder.mkdir(parents=True)
-    config = {"model_cfg": open_clip_config(**model), "preprocess_cfg": preprocess or {}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    record = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(record))
     save_file(
-        {key: value.contiguous() for key, value in state.items()},
+        {key: value.contiguous() for key, value in model.state_dict().items()},
         folder / "open_clip_model.safetensors",
     )
-    save_tokenizer(folder)
+    shutil.copytree(pipeline_dir() / "tokenizer", folder, dirs_exist_ok=True)
     return folder
 
 
-def open_clip_config(**changes: Any) -> dict[str, Any]:
-    """The configuration of a small CLIP."""
-    return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
-
-
-def coca_config() -> dict[str, Any]:
-    """The configuration of a small CoCa, shaped as open_clip's own ones."""
+def open_clip_config(kind: str = "CLIP", **changes: Any) -> dict[str, Any]:
+    """The configuration of a small model, shaped as open_clip's own ones."""
+    if kind == "CLIP":
+        return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
     pooled = {"attentional_pool": True, "attn_pooler_heads": HEADS, "output_tokens": True}
     decoder = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
-    return open_clip_config(
-        embed_dim=WIDTH,  # the decoder works in this width
-        vision_cfg=VISION | pooled,
-        text_cfg=TEXT | {"embed_cls": True, "output_tokens": True},
-        multimodal_cfg=decoder | {"heads": HEADS, "layers": 2, "attn_pooler_heads": HEADS},
-        custom_text=True,
-    )
+    return {
+        "embed_dim": WIDTH,  # the decoder works in this width
+        "vision_cfg": VISION | pooled,
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": decoder | {"heads": HEADS, "layers": 2, "attn_pooler_heads": HEADS},
+        "custom_text": True,
+    } | changes
 
 
-def make_hf_clip(activation: str = "quick_gelu", seed: int = 0) -> Any:
+def make_hf_clip(seed: int = 0) -> Any:
     """A random ``CLIPModel`` of transformers with the miniature's vocabulary."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
     shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
-    shared |= {"num_attention_heads": HEADS, "hidden_act": activation, "projection_dim": DIMENSION}
+    shared |= {"num_attention_heads": HEADS, "projection_dim": DIMENSION}
     config = CLIPConfig(
         text_config=shared
         | {
@@ -141,68 +145,8 @@ def save_hf_clip(folder: Path, model: Any) -> Path:
     return folder
 
 
-def to_open_clip(model: Any) -> dict[str, Tensor]:
-    """The weights of a ``CLIPModel`` under open_clip's names."""
-    theirs = model.state_dict()
-    state = {
-        "logit_scale": theirs["logit_scale"],
-        "positional_embedding": theirs["text_model.embeddings.position_embedding.weight"],
-        "token_embedding.weight": theirs["text_model.embeddings.token_embedding.weight"],
-        "text_projection": theirs["text_projection.weight"].T,
-        "visual.proj": theirs["visual_projection.weight"].T,
-        "visual.class_embedding": theirs["vision_model.embeddings.class_embedding"],
-        "visual.conv1.weight": theirs["vision_model.embeddings.patch_embedding.weight"],
-        "visual.positional_embedding": theirs["vision_model.embeddings.position_embedding.weight"],
-    }
-    norms = {
-        "ln_final": "text_model.final_layer_norm",
-        "visual.ln_pre": "vision_model.pre_layrnorm",
-        "visual.ln_post": "vision_model.post_layernorm",
-    }
-    for ours, name in norms.items():
-        for part in ("weight", "bias"):
-            state[f"{ours}.{part}"] = theirs[f"{name}.{part}"]
-    for ours, name in (("", "text_model"), ("visual.", "vision_model")):
-        for layer in range(2):
-            source = f"{name}.encoder.layers.{layer}"
-            state |= _block(theirs, source, f"{ours}transformer.resblocks.{layer}")
-    return state
-
-
-def _block(theirs: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    state = {}
-    for part in ("weight", "bias"):
-        joined = [theirs[f"{source}.self_attn.{name}_proj.{part}"] for name in "qkv"]
-        state[f"{target}.attn.in_proj_{part}"] = torch.cat(joined)
-        for ours, name in {
-            "attn.out_proj": "self_attn.out_proj",
-            "ln_1": "layer_norm1",
-            "ln_2": "layer_norm2",
-            "mlp.c_fc": "mlp.fc1",
-            "mlp.c_proj": "mlp.fc2",
-        }.items():
-            state[f"{target}.{ours}.{part}"] = theirs[f"{source}.{name}.{part}"]
-    return state
-
-
-def save_coca(folder: Path, seed: int = 0) -> Path:
-    """A folder of open_clip with a random CoCa."""
-    import open_clip
-
-    torch.manual_seed(seed)
-    config = coca_config()
-    model = open_clip.CoCa(**{key: config[key] for key in config if key != "custom_text"})
-    model.text_decoder.text_projection.data.zero_()  # open_clip leaves it as the memory was
-    shake(model, seed)
-    return save_open_clip(folder, model.state_dict(), **config)
-
-
-def save_blip(folder: Path, seed: int = 0, **text: Any) -> Path:
-    """A folder of transformers with a random BLIP and a vocabulary of letters.
-
-    Args:
-        text: more entries of the text model's configuration.
-    """
+def save_blip(folder: Path, seed: int = 0) -> Path:
+    """A folder of transformers with a random BLIP and a small vocabulary."""
     from transformers import (
         BertTokenizer,
         BlipConfig,
@@ -218,7 +162,7 @@ def save_blip(folder: Path, seed: int = 0, **text: Any) -> Path:
     shared |= {"num_attention_heads": HEADS}
     special = {"bos_token_id": 45, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
     config = BlipConfig(
-        text_config=shared | special | {"vocab_size": 47, "encoder_hidden_size": WIDTH} | text,
+        text_config=shared | special | {"vocab_size": 47, "encoder_hidden_size": WIDTH},
         vision_config=shared | {"image_size": SIZE, "patch_size": PATCH},
     )
     model = BlipForConditionalGeneration(config)

@@ -19,14 +19,11 @@ from eval.clip_scores.names import DEFAULT_CAPTIONERS
 from tests.eval.clip_models import (
     END,
     START,
-    make_hf_clip,
     pictures,
     put_on_hub,
     save_blip,
-    save_coca,
     save_open_clip,
     sentences,
-    to_open_clip,
 )
 
 WEIGHTS = {"blip": "model.safetensors", "coca": "open_clip_model.safetensors"}
@@ -37,7 +34,10 @@ both = pytest.mark.parametrize("scheme", list(WEIGHTS))
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A captioner of each kind in a folder, by scheme."""
     root = tmp_path_factory.mktemp("captioners")
-    return {"blip": save_blip(root / "small-blip"), "coca": save_coca(root / "small-coca")}
+    return {
+        "blip": save_blip(root / "small-blip"),
+        "coca": save_open_clip(root / "small-coca", "CoCa"),
+    }
 
 
 @both
@@ -167,7 +167,7 @@ def test_the_defaults_are_on_the_hub(folders: dict[str, Path]) -> None:
 
 
 def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -> None:
-    folder = save_open_clip(tmp_path / "clip", to_open_clip(make_hf_clip()), quick_gelu=True)
+    folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
     monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
     scorer, bank, images = scorers.load("embedded"), sentences(20), pictures(9)
