@@ -98,28 +98,32 @@ class TextScores(Evaluation):
         """Check everything that can be checked without a model."""
         from .. import compare
         from . import heldout, plan
-        from .measure import Asked
+        from .models import Models
 
         self.control = compare.control(subjects, self.args.control)
         self.device = open_device(self.args.device)
         recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
         self.columns = heldout.columns(subjects, recorded) if recorded else []
-        engines = plan.engines(self.benchmarks, self.args, self.manager, subjects)
-        self.asked = Asked(engines, self.args, self.folder, self.device)
+        dtype = plan.dtype(self.args.dtype, self.device)
+        self.asked = plan.asked(self.benchmarks, self.args, self.manager, subjects, dtype)
+        self.models = Models(self.device, dtype)
         self.titles = {column.name: column.metric for column in self.columns}
         asked = {column.name: column.settings for column in self.columns}
         self.settings["benchmarks"] = asked
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         """Recorded figures, then of each benchmark its score, its questions and further figures."""
+        from . import measure
+
         for column in self.columns:
             if subject.label in column.values:
                 step, value = column.values[subject.label]
                 yield subject.row(column.name, value, note=f"step {step}")
-        for name, measured in self.asked.measured(subject, self.bases[subject.label]).items():
-            self.titles[name], self.settings["benchmarks"][name] = self.asked.described(
-                name, measured
-            )
+        size, base = self.args.eval_batch_size, self.bases[subject.label]
+        scores = measure.measured(self.asked, subject, base, self.models, self.folder, size)
+        for name, measured in scores.items():
+            self.titles[name], settings = self.asked[name].described(measured)
+            self.settings["benchmarks"][name] = settings
             yield subject.row(name, measured.value)
             for item in measured.items:
                 yield subject.row(name, item.score, item=item.id, note=item.answer)

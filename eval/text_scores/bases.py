@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,9 @@ def training_set(subject: Subject) -> str:
 
 
 def _of_config(config: Mapping[str, Any], args: argparse.Namespace) -> Base:
-    base = Base(
-        name=str(config["model_name_or_path"]),
-        task_type=str(config.get("task_type") or "auto"),
-        revision=config.get("revision"),
-        cache_dir=config.get("cache_dir"),
-        tokenizer_name=config.get("tokenizer_name"),
-        attn_implementation=config.get("attn_implementation"),
-        trust_remote_code=bool(config.get("trust_remote_code")),
-        quantize=str(config.get("quantize") or "none"),
-        template=str(config.get("template") or "auto"),
-    )
-    return _as_told(base, args)
+    names = [field.name for field in fields(Base) if field.name != "name"]
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    return _as_told(Base(str(config["model_name_or_path"]), **given), args)
 
 
 def _as_told(base: Base, args: argparse.Namespace) -> Base:

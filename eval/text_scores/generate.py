@@ -11,7 +11,7 @@ import torch
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.seeds import seed_of
 from bilora_diffusion.text.examples import Example
-from bilora_diffusion.text.tokenizing import generation_prompt
+from bilora_diffusion.text.tokenizing import context_rows, generation_prompt
 
 from ..kept import Kept
 from .benchmarks import NONE
@@ -44,18 +44,9 @@ class Decoding:
         return asdict(self) | {"stops": list(self.stops)}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A question under a key of its own, and which draw of it this is."""
-
-    key: str
-    text: str
-    draw: int = 0
-
-
 def answers(
     loaded: Loaded,
-    prompts: Sequence[Prompt],
+    prompts: Mapping[str, str],
     decoding: Decoding,
     template: str,
     batch_size: int,
@@ -64,65 +55,63 @@ def answers(
     """Key of a prompt -> the model's answer; what is kept already is not generated again.
 
     Args:
+        prompts: by key; keys also seed what is drawn.
         template: around each prompt; "none" for the bare text. T5 and its kin have none.
 
     Raises:
         UserError: a prompt that is too long for the model, or that the template can't show.
     """
-    missing = [prompt for prompt in prompts if kept.get(prompt.key) is None]
+    missing = [key for key in prompts if key not in kept]
     for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        rows = [_tokens(loaded, prompt.text, template) for prompt in batch]
-        for prompt, text in zip(batch, _generate(loaded, batch, rows, decoding), strict=True):
-            kept.put(prompt.key, _cut(text, decoding.stops))
-    return {prompt.key: kept.get(prompt.key) for prompt in prompts}
+        keys = missing[start : start + batch_size]
+        rows = [_tokens(loaded, prompts[key], template) for key in keys]
+        for key, text in zip(keys, _generate(loaded, keys, rows, decoding), strict=True):
+            kept.put(key, _cut(text, decoding.stops))
+    return {key: kept.get(key) for key in prompts}
 
 
 def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:
-    if loaded.shown(template) != NONE:
-        return generation_prompt(Example(text, ""), loaded.tokenizer, template)
-    ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])
-    causal_end = loaded.kind == "causal" and ids[-1:] == [loaded.tokenizer.eos_token_id]
-    return ids[:-1] if causal_end else ids
+    if loaded.kind == "seq2seq":
+        return list(loaded.tokenizer(text, verbose=False)["input_ids"])
+    if template == NONE:
+        return context_rows([text], loaded.tokenizer, template)[0]
+    return generation_prompt(Example(text, ""), loaded.tokenizer, template)
 
 
 def _generate(
-    loaded: Loaded, batch: Sequence[Prompt], rows: Sequence[list[int]], decoding: Decoding
+    loaded: Loaded, keys: Sequence[str], rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
-    tokenizer, longest = loaded.tokenizer, max(map(len, rows))
-    room = decoding.max_new_tokens
+    tokenizer, device = loaded.tokenizer, loaded.model.device
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    longest, room = inputs["input_ids"].shape[1], decoding.max_new_tokens
     if loaded.max_tokens is not None and loaded.kind == "causal":
         room = min(room, loaded.max_tokens - longest)
     if room < 1:
         raise UserError(
-            f'the prompt of "{batch[0].key}" or one beside it has {longest} tokens, and the model'
-            f" takes {loaded.max_tokens}: leave this benchmark out."
+            f'the prompt of "{keys[0]}" or one beside it has {longest} tokens, and the model takes'
+            f" {loaded.max_tokens}: leave this benchmark out."
         )
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if decoding.temperature > 0:
-        drawing |= {
-            "do_sample": True,
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "top_k": 0,
-        }
+        drawn = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        options = {**drawn, "top_k": 0}
     if decoding.stops:
-        drawing |= {"stop_strings": list(decoding.stops), "tokenizer": tokenizer}
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.inference_mode(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed_of(decoding.seed, *(f"{p.key}#{p.draw}" for p in batch)))
-        found = loaded.model.generate(
-            input_ids=ids.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
+        options |= {"stop_strings": list(decoding.stops), "tokenizer": tokenizer}
+    with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(decoding.seed, *keys))
+        tokens = loaded.model.generate(
+            **inputs.to(device),
             max_new_tokens=room,
-            pad_token_id=pad,
-            **drawing,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
         )
     skipped = longest if loaded.kind == "causal" else 0
-    return tokenizer.batch_decode(found[:, skipped:], skip_special_tokens=True)
+    return tokenizer.batch_decode(tokens[:, skipped:], skip_special_tokens=True)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -135,7 +135,7 @@ class Harness:
 
 def _tasks(manager: Any, benchmark: Benchmark) -> dict[str, Any]:
     try:
-        with _quiet(), _uncounted():
+        with _quiet():
             tasks = manager.load([benchmark.task])
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:240]
@@ -249,25 +249,18 @@ def _item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
 
 
 @contextmanager
-def _uncounted() -> Iterator[None]:
-    """``datasets`` tells a server of every set that it opens, local files included."""
+def _quiet() -> Iterator[None]:
+    """The harness warns of what is meant here, such as a model that is loaded already; and
+    ``datasets`` tells a server of every set that it opens, local files included.
+    """
     from datasets import config
 
-    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    logger = logging.getLogger("lm_eval")
+    level, counts = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
+    logger.setLevel(logging.ERROR)
     config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness warns of what is meant here, such as a model that is loaded already."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
-from .generate import Decoding, Keeper, Prompt, answers
+from .generate import Decoding, Keeper, answers
 from .models import Loaded
 from .sandbox import Execution, Sandbox
 
@@ -94,10 +94,7 @@ class HumanEval:
             kept: the pieces under some circumstances; here what the model wrote.
         """
         asked = {key: problem for problem in self.problems for key in self._keys(problem)}
-        prompts = [
-            Prompt(key, _prompt(problem, template), int(key.rpartition("#")[2]))
-            for key, problem in asked.items()
-        ]
+        prompts = {key: _prompt(problem, template) for key, problem in asked.items()}
         written = kept({"decoding": self.decoding.record()})
         texts = answers(loaded, prompts, self.decoding, template, batch_size, written)
         programs = {key: program(problem, texts[key], template) for key, problem in asked.items()}

@@ -1,103 +1,64 @@
-"""Ask each benchmark of each subject; what is finished is kept."""
+"""Ask each benchmark of a subject; what is finished is kept."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from ..kept import Kept
 from ..subjects import Subject
-from ..table import Metric
 from .bases import Base
-from .benchmarks import EFFECT, OF_RUN, Benchmark, Measured
+from .benchmarks import EFFECT, Measured
 from .models import Models
-from .plan import Engine, dtype
+from .plan import Asked
 
 SCORE = "score"
 
 
-class Asked:
-    """Benchmarks, ready to be asked of subjects, one base model in memory at a time.
+def measured(
+    asked: Mapping[str, Asked],
+    subject: Subject,
+    base: Base,
+    models: Models,
+    folder: Path,
+    batch_size: int,
+) -> dict[str, Measured]:
+    """Every benchmark's score of a subject; its model is loaded only if one is missing.
 
     Args:
-        engines: name -> a benchmark and what asks it.
-        args: of the command line.
+        asked: by name.
         folder: where what is measured is kept.
-        device: of the models.
+
+    Raises:
+        UserError: something can't be loaded or asked; what was measured is kept.
     """
-
-    def __init__(
-        self,
-        engines: Mapping[str, tuple[Benchmark, Engine]],
-        args: argparse.Namespace,
-        folder: Path,
-        device: torch.device,
-    ) -> None:
-        self._engines, self._args, self._folder = engines, args, folder
-        self._dtype = dtype(args.dtype, device)
-        self._models = Models(device, self._dtype)
-
-    def measured(self, subject: Subject, base: Base) -> dict[str, Measured]:
-        """Every benchmark's score of a subject; its model is loaded only if one is missing.
-
-        Raises:
-            UserError: something can't be loaded or asked; what was measured is kept.
-        """
-        keepers = {
-            name: partial(self._kept, subject, base, benchmark)
-            for name, (benchmark, _) in self._engines.items()
-        }
-        kept = {name: keepers[name](self.settings(name)) for name in keepers}
-        missing = [name for name, pieces in kept.items() if SCORE not in pieces]
-        if missing:
-            with self._models.ready(subject, base) as loaded:
-                for name in tqdm(missing, desc=subject.label, unit="score"):
-                    benchmark, engine = self._engines[name]
-                    template = _template(benchmark, base)
-                    size = self._args.eval_batch_size
-                    measured = engine.measure(loaded, template, size, keepers[name])
-                    if loaded.effect is not None:
-                        measured.others[EFFECT] = loaded.effect
-                    kept[name].put(SCORE, asdict(measured))
-        adapter = TypeAdapter(Measured)
-        return {name: adapter.validate_python(pieces.get(SCORE)) for name, pieces in kept.items()}
-
-    def settings(self, name: str) -> dict[str, Any]:
-        """All that a benchmark's score depends on beside the subject."""
-        benchmark, engine = self._engines[name]
-        return {
-            "template": benchmark.template,
-            "limit": self._args.limit,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            **engine.settings(),
-        }
-
-    def described(self, name: str, measured: Measured) -> tuple[Metric, dict[str, Any]]:
-        """How a benchmark is shown and was asked, with what only asking it told."""
-        benchmark, _ = self._engines[name]
-        settings = self.settings(name) | measured.settings
-        higher = bool(settings.pop("higher_is_better", True))
-        return Metric(benchmark.title, "", higher, benchmark.scale, ".2f"), settings
-
-    def _kept(
-        self, subject: Subject, base: Base, benchmark: Benchmark, about: Mapping[str, Any]
-    ) -> Kept:
-        under = base.identity() | {
-            "template": _template(benchmark, base),
-            "dtype": str(self._dtype),
-        }
-        name, digest = benchmark.name, subject.digest
-        whole = {"benchmark": name, "digest": digest, "base": under, "about": dict(about)}
-        return Kept(self._folder, whole)
+    keepers = {name: partial(_kept, folder, subject, base, one) for name, one in asked.items()}
+    scores = {name: keepers[name](one.settings) for name, one in asked.items()}
+    missing = [name for name, kept in scores.items() if SCORE not in kept]
+    if missing:
+        with models.ready(subject, base) as loaded:
+            for name in tqdm(missing, desc=subject.label, unit="score"):
+                template = asked[name].template(base)
+                score = asked[name].engine.measure(loaded, template, batch_size, keepers[name])
+                if loaded.effect is not None:
+                    score.others[EFFECT] = loaded.effect
+                scores[name].put(SCORE, asdict(score))
+    adapter = TypeAdapter(Measured)
+    return {name: adapter.validate_python(kept.get(SCORE)) for name, kept in scores.items()}
 
 
-def _template(benchmark: Benchmark, base: Base) -> str:
-    return base.template if benchmark.template == OF_RUN else benchmark.template
+def _kept(
+    folder: Path, subject: Subject, base: Base, asked: Asked, about: Mapping[str, Any]
+) -> Kept:
+    under = base.identity() | {
+        "template": asked.template(base),
+        "dtype": asked.settings["dtype"],
+    }
+    of_subject = {"benchmark": asked.benchmark.name, "digest": subject.digest, "base": under}
+    return Kept(folder, of_subject | {"about": dict(about)})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,13 @@ PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in evaluation mode on its device.
+class Loaded(TextModel):
+    """A model in evaluation mode on its device, with the adapter on, if there is one.
 
-    Args:
-        model: with the adapter on, if there is one.
-        kind: "causal" or "seq2seq".
-        max_tokens: that its positions allow; None for T5 and its kin.
-        effect: largest change of a probe's logits by the adapter; None without an adapter.
+    ``effect`` is the largest change of a probe's logits by the adapter; None without one.
     """
 
-    model: Any
-    tokenizer: Any
-    kind: str
-    device: torch.device
-    max_tokens: int | None
-    effect: float | None
+    effect: float | None = None
 
     def shown(self, template: str) -> str:
         """The template that is really used: T5 and its kin get the bare prompt, as in training."""
@@ -63,7 +54,7 @@ class Models:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._key: Base | None = None
-        self._base: TextModel | None = None
+        self._base: Loaded | None = None
 
     @contextmanager
     def ready(self, subject: Subject, wanted: Base) -> Iterator[Loaded]:
@@ -81,20 +72,17 @@ class Models:
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
             )
-        plain = Loaded(base.model, base.tokenizer, base.kind, self._device, base.max_tokens, None)
         if adapter is None:
-            yield plain
+            yield base
             return
         adapted = put_on(base, adapter)
         try:
-            effect = _effect(adapted, base, self._device)
-            _require_effect(adapted, effect, subject)
-            yield replace(plain, model=adapted, effect=effect)
+            yield replace(base, model=adapted, effect=_effect(adapted, base, subject))
         finally:
             base.model.zero_grad()
             adapted.unload()
 
-    def _load(self, wanted: Base) -> TextModel:
+    def _load(self, wanted: Base) -> Loaded:
         key = replace(wanted, template="")
         if self._base is None or self._key != key:
             self._base = None  # never two at a time
@@ -102,26 +90,20 @@ class Models:
         return self._base
 
 
-def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> TextModel:
+def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
     """A base model on its device, in 4 bits where training had it so.
 
     Raises:
         UserError: it can't be loaded.
     """
-    base = load_text_model(
-        wanted.name,
-        wanted.task_type,
-        dtype=dtype,
-        revision=wanted.revision,
-        cache_dir=wanted.cache_dir,
-        tokenizer_name=wanted.tokenizer_name,
-        attn_implementation=wanted.attn_implementation,
-        trust_remote_code=wanted.trust_remote_code,
-    )
-    if wanted.quantize == "nf4":
+    options = asdict(wanted)
+    name, quantize = options.pop("name"), options.pop("quantize")
+    del options["template"]
+    base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
+    if quantize == "nf4":
         quantize_nf4(base.model, dtype, skip=base.whole_modules, device=device)
     base.model.to(device)
-    return base
+    return Loaded(**vars(base))
 
 
 def put_on(base: TextModel, folder: Path) -> Any:
@@ -156,8 +138,15 @@ def put_on(base: TextModel, folder: Path) -> Any:
     return adapted.eval()
 
 
-def _effect(adapted: Any, base: TextModel, device: torch.device) -> float:
-    """Largest difference of the probe's logits with the adapter and without."""
+def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
+    """Largest difference of the probe's logits with the adapter and without.
+
+    Raises:
+        UserError: there is none although the adapter is not zero.
+    """
+    from peft import get_peft_model_state_dict
+
+    device = base.model.device
     inputs = {"input_ids": torch.tensor([base.tokenizer(PROBE)["input_ids"]], device=device)}
     if base.kind == "seq2seq":
         start = base.model.config.decoder_start_token_id
@@ -166,15 +155,11 @@ def _effect(adapted: Any, base: TextModel, device: torch.device) -> float:
         with_it = adapted(**inputs).logits
         with adapted.disable_adapter():
             without = adapted(**inputs).logits
-    return float((with_it.float() - without.float()).abs().max())
-
-
-def _require_effect(adapted: Any, effect: float, subject: Subject) -> None:
-    from peft import get_peft_model_state_dict
-
+    effect = float((with_it.float() - without.float()).abs().max())
     ups = [v for k, v in get_peft_model_state_dict(adapted).items() if "lora_B" in k]
     if effect == 0 and any(bool(up.any()) for up in ups):
         raise UserError(
             f"the adapter of {subject.source} changes nothing in the model although its weights are"
             " not zero: check that it belongs to this model."
         )
+    return effect

@@ -20,7 +20,7 @@ from bilora_diffusion.files import Rows, read_rows
 from bilora_diffusion.seeds import digest_texts
 
 from .benchmarks import SHOWN, Item, Measured
-from .generate import Decoding, Keeper, Prompt, answers
+from .generate import Decoding, Keeper, answers
 from .judge import Judge, rating
 from .models import Loaded
 
@@ -154,11 +154,7 @@ class MTBench:
         replies: dict[str, str] = {}
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
-            prompts = [
-                Prompt(question.id, question.text)
-                for question in self.questions
-                if question.temperature == temperature
-            ]
+            prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
             written = kept({"decoding": decoding.record()})
             replies |= answers(loaded, prompts, decoding, template, batch_size, written)
         said = kept(self.settings())

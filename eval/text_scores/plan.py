@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,10 @@ import torch
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from ..subjects import Subject
+from ..table import Metric
 from . import benchmarks, harness, humaneval, judge, mtbench
-from .benchmarks import GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, Benchmark, Measured
+from .bases import Base
+from .benchmarks import GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .generate import Decoding, Keeper
 from .harness import Harness
 from .humaneval import HumanEval
@@ -35,6 +38,25 @@ class Engine(Protocol):
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
         """Ask and score a model; what is kept is not asked again."""
         ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A benchmark, with what asks it and all that its score depends on beside the subject."""
+
+    benchmark: Benchmark
+    engine: Engine
+    settings: dict[str, Any]
+
+    def template(self, base: Base) -> str:
+        """The template around its prompts."""
+        return base.template if self.benchmark.template == OF_RUN else self.benchmark.template
+
+    def described(self, measured: Measured) -> tuple[Metric, dict[str, Any]]:
+        """How it is shown and was asked, with what only asking it told."""
+        settings = self.settings | measured.settings
+        higher = bool(settings.pop("higher_is_better", True))
+        return Metric(self.benchmark.title, "", higher, self.benchmark.scale, ".2f"), settings
 
 
 def check(args: argparse.Namespace) -> None:
@@ -75,21 +97,31 @@ def choose(args: argparse.Namespace) -> tuple[list[Benchmark], Any]:
     return benchmarks.choose(args.benchmarks, known, args.num_fewshot, args.template), manager
 
 
-def engines(
-    chosen: Sequence[Benchmark], args: argparse.Namespace, manager: Any, subjects: Sequence[Subject]
-) -> dict[str, tuple[Benchmark, Engine]]:
-    """What asks each benchmark that training did not record.
+def asked(
+    chosen: Sequence[Benchmark],
+    args: argparse.Namespace,
+    manager: Any,
+    subjects: Sequence[Subject],
+    dtype: torch.dtype,
+) -> dict[str, Asked]:
+    """The benchmarks that training did not record, ready to be asked.
 
     Raises:
         UserError: what one needs is not there, or was not allowed; or a subject writes no text.
     """
-    asked = [benchmark for benchmark in chosen if not benchmark.recorded]
-    for subject in subjects if asked else ():
+    found = {}
+    for benchmark in chosen:
+        if not benchmark.recorded:
+            engine = _engine(benchmark, args, manager, len(subjects))
+            named = {"template": benchmark.template, "limit": args.limit}
+            numbers = {"dtype": str(dtype).removeprefix("torch.")}
+            found[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
+    for subject in subjects if found else ():
         if subject.option("task_type") == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
             )
-    return {one.name: (one, _engine(one, args, manager, len(subjects))) for one in asked}
+    return found
 
 
 def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models: int) -> Engine:
