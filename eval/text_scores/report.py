@@ -171,20 +171,19 @@ def _differences(result: Result) -> list[str]:
 
 
 def _runs(result: Result) -> str:
+    whole = [row for row in result.rows if not row.item]
     body = []
-    for row in result.rows:
-        metric = columns(result).get(row.metric)
-        if metric is not None and not row.item:
-            further = [
-                f"{other.metric.removeprefix(row.metric)[1:]} {other.value:.4g}"
-                for other in result.rows
-                if other.subject == row.subject
-                and other.metric.startswith(f"{row.metric} ")
-                and not other.item
-            ]
-            seed = ABSENT if row.seed is None else str(row.seed)
-            value = number(row.value, metric)
-            body.append([row.subject, seed, metric.title, value, ", ".join(further)])
+    for name, metric in columns(result).items():
+        further: dict[str, list[str]] = {}
+        for row in whole:
+            if row.metric.startswith(f"{name} "):
+                told = f"{row.metric.removeprefix(name)[1:]} {row.value:.4g}"
+                further.setdefault(row.subject, []).append(told)
+        for row in whole:
+            if row.metric == name:
+                seed = ABSENT if row.seed is None else str(row.seed)
+                others = ", ".join(further.get(row.subject, []))
+                body.append([row.subject, seed, metric.title, number(row.value, metric), others])
     return markdown(["run", "seed", "benchmark", "score", "further"], body)
 
 
