@@ -1,0 +1,202 @@
+"""Sets of images that can't be one: each is refused in one sentence with the value and the fix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.opening import open_images
+from tests.image.image_folders import photos, save
+
+Spoil = Callable[[Path], Any]
+PICTURE = {"image_column": "picture"}
+
+
+def write(name: str, content: str | bytes) -> Spoil:
+    """A file beside the images, or in place of one."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def row(text: str) -> Spoil:
+    return write("metadata.jsonl", text)
+
+
+def pipe(name: str) -> Spoil:
+    def put(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return put
+
+
+def alone(name: str) -> Spoil:
+    """One file and nothing else."""
+
+    def put(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / name).write_text("words")
+
+    return put
+
+
+def empty(folder: Path) -> None:
+    alone("x")(folder)
+    (folder / "x").unlink()
+
+
+def circle(folder: Path) -> None:
+    (folder / "circle.png").symlink_to("circle.png")
+    row('{"file_name": "circle.png"}')(folder)
+
+
+FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
+    # images
+    (write("c.png", b"x"), {}, ["c.png", "--skip_bad_images"]),
+    (write("c.png", b""), {}, ["c.png", "--skip_bad_images"]),
+    (write("d.gif", b"GIF89a"), {}, ["d.gif", "--skip_bad_images"]),
+    (write(os.fsdecode(b"\xff.png"), b"x"), {}, ["no text", "rename"]),
+    (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
+    (alone("x.heic"), {}, ["pillow-heif"]),
+    (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
+    (empty, {}, ["holds no images"]),
+    (alone("notes.txt"), {}, ['"image"']),
+    # captions beside them
+    (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
+    (write("a.txt", b"a\0"), {}, ["a.txt", "NUL"]),
+    (write("a.txt", b"a" * 200_000), {}, ["a.txt", "larger"]),
+    (pipe("a.txt"), {}, ["a.txt", "no regular file"]),
+    # columns
+    (write("n", ""), {"caption_column": "prompt"}, ['"prompt"', "--caption_column", "text"]),
+    (write("n", ""), {"caption_column": "image"}, ['"image"', "both"]),
+    (write("n", ""), {"image_column": "picture"}, ['"picture"', "--image_column"]),
+    (
+        row('{"file_name": "c.png", "text": "", "label": 1}'),
+        {"caption_column": "texts"},
+        ['"texts"', 'did you mean "text"', "image, text, label"],
+    ),
+    (
+        row('{"file_name": "c.png", "label": 1}'),
+        {"caption_column": "label"},
+        ["c.png", '"label"', "int", "not text"],
+    ),
+    # metadata.jsonl
+    (row('{"file_name": "gone.png"}'), {}, ['"gone.png"', "not there"]),
+    (row('{"file_name": "../x.png"}'), {}, ["../x.png", "outside"]),
+    (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
+    (row('{"file_name": ["a.jpg"]}'), {}, ["line 1", '"file_name"']),
+    (row('{"file_name": \n'), {}, ["line 1", "not JSON"]),
+    (row("[1]\n"), {}, ["line 1", "not a JSON object"]),
+    (row("\n"), {}, ["metadata.jsonl", "no image"]),
+    (write("metadata.jsonl", b"\xff\xfe"), {}, ["metadata.jsonl", "UTF-8"]),
+    (lambda f: ((f / "d").mkdir(), row('{"file_name": "d"}')(f)), {}, ["is a folder"]),
+    (row('{"file_name": "a\\u0000.jpg"}'), {}, ["no file can be called"]),
+    (row('{"file_name": "\\ud800.jpg"}'), {}, ["no file can be called"]),
+    (row(f'{{"file_name": "{"a" * 9999}.jpg"}}'), {}, ["not there"]),
+    (lambda f: (pipe("p.png")(f), row('{"file_name": "p.png"}')(f)), {}, ["p.png", "not there"]),
+    (circle, {}, ["circle.png", "not there"]),
+    *(
+        (row(f'{{"file_name": "a.jpg", "text": {text}}}'), {"caption_column": "text"}, [part])
+        for text, part in [
+            ('"\\ud800"', "half a character"),
+            ('"\\u0000"', "NUL"),
+            ("9" * 9999, "thousands of digits"),
+            ("[" * 99999, "nested too deeply"),
+        ]
+    ),
+    # metadata.csv
+    *(
+        (write("metadata.csv", text), {}, parts)
+        for text, parts in [
+            ("file_name,text\nc.png,a,b\n", ["line 2", "comma"]),
+            ("file_name,text\nc.png\n", ["line 2", "fields"]),
+            ("file_name,text\na.jpg," + "x" * 200_000, ["field larger than field limit"]),
+            ("file_name,text,text\na.jpg,b,c", ['several columns "text"']),
+            ("file_name,text\na.jpg,b\0", ["NUL"]),
+            ('file_name,text\na.jpg,"b', ["unexpected end of data"]),
+        ]
+    ),
+    (
+        lambda f: (row('{"file_name": "a.jpg"}')(f), write("metadata.csv", "file_name\na.jpg")(f)),
+        {},
+        ["both metadata.jsonl and metadata.csv"],
+    ),
+]
+
+
+def refused(dataset: str | Path, parts: list[str], **options: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        open_images(str(dataset), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1000
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(("spoil", "options", "parts"), FOLDERS)
+def test_a_folder(spoil: Spoil, options: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos")
+    spoil(folder)
+    refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
+
+
+def test_an_image_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    refused(photos(tmp_path), ["a.jpg"])
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", ["nowhere", "does not exist", "hub id"])
+    (tmp_path / "a.zip").touch()
+    refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
+    refused("no id", ["no id", "hub id"])
+
+
+@pytest.mark.parametrize(
+    ("split", "options", "parts"),
+    [
+        ("train", {}, ['"image"', "--image_column", "picture, prompt, number"]),
+        ("train", {"image_column": "prompt"}, ['"prompt"', "holds no images", "picture"]),
+        ("train", PICTURE | {"caption_column": "text"}, ['"text"', "picture, prompt"]),
+        ("train", PICTURE | {"caption_column": "number"}, ['"number"', "int"]),
+        ("train", PICTURE | {"config_name": "odd"}, ["odd", "--dataset_config_name"]),
+        ("test", PICTURE, ['"train"', "only test"]),
+    ],
+)
+def test_a_table(split: str, options: dict[str, str], parts: list[str], tmp_path: Path) -> None:
+    columns = {"picture": [Image.new("RGB", (8, 8))], "prompt": ["x"], "number": [1]}
+    types = (datasets.Image(), datasets.Value("string"), datasets.Value("int64"))
+    features = datasets.Features(dict(zip(columns, types, strict=True)))
+    table = datasets.Dataset.from_dict(columns, features=features)
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (DatasetNotFoundError("Dataset doesn't exist"), ["hf auth login"]),
+        (ConnectionError("Couldn't reach the Hub\nlong story"), ["Couldn't reach", "connection"]),
+        (ValueError("Config name is missing."), ["Config name", "--dataset_config_name"]),
+        (RuntimeError("Dataset scripts are no longer supported"), ["scripts"]),
+    ],
+)
+def test_a_set_on_the_hub_that_can_not_be_had(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, parts: list[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    refused("someone/icons", ["someone/icons", *parts])

@@ -1,0 +1,283 @@
+"""Images and captions of the miniature, of folders in every layout, and of the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image import decode, listing, sets
+from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.sets import ImageSet
+from tests.image.image_folders import photos, save
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return photos(tmp_path / "photos")
+
+
+@pytest.fixture
+def listed(folder: Path) -> Path:
+    """The same with a metadata file, in an order of its own."""
+    rows = [
+        {"file_name": "c.png", "text": "a red c", "number": 1},
+        {"file_name": "a.jpg", "text": None, "number": 2},
+        {"file_name": "b.webp", "text": "  ", "number": 3},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return folder
+
+
+def names(images: ImageSet) -> list[str]:
+    return [images.name(i) for i in range(len(images))]
+
+
+def captions(images: ImageSet) -> list[str | None]:
+    return [images.caption(i) for i in range(len(images))]
+
+
+def test_the_miniature() -> None:
+    train, heldout = (
+        open_images(name, caption_column="prompt") for name in ("mini", "mini-heldout")
+    )
+    assert (len(train), len(heldout)) == (23, 128)
+    assert not set(names(train)) & set(names(heldout))
+    assert {train.size(i) for i in range(23)} == {(64, 64)}
+    assert all((text or "").startswith("a TOK icon of a") for text in captions(train))
+    assert train.columns == ("image", "prompt", "label", "codepoint")
+
+
+def test_images_alone_have_the_captions_beside_them(folder: Path) -> None:
+    images = open_images(str(folder))
+    assert names(images) == ["a.jpg", "b.webp", "c.png"]
+    assert captions(images) == ["a red square ä", "b", None]
+    assert images.prompts("TOK") == ["a red square ä", "b", "TOK"]
+    assert images.size(0) == (8, 12)
+    assert images.image(0).mode == "RGB"
+    (line,) = images.remarks()
+    for part in ("2 of 3", ".txt", "--instance_prompt"):
+        assert part in line
+    assert captions(open_images(str(folder), caption_column="text")) == captions(images)
+    unread = open_images(str(folder), caption_column="none")
+    assert captions(unread) == [None] * 3
+    assert "2 captions in .txt files (a.txt, b.TXT)" in unread.remarks()[0]
+
+
+def test_a_metadata_file_rules(listed: Path) -> None:
+    images = open_images(str(listed), caption_column="text")
+    assert names(images) == ["c.png", "a.jpg", "b.webp"]
+    assert captions(images) == ["a red c", None, None]
+    assert images.columns == ("image", "text", "number")
+    assert "2 captions in .txt files" in images.remarks()[0]
+    with pytest.raises(UserError, match=r"a\.jpg .*has no caption.*--instance_prompt"):
+        images.prompts(None)
+    sent = pickle.loads(pickle.dumps(images))  # to a process that reads ahead
+    assert captions(sent) == captions(images)
+    assert sent.image(1).tobytes() == images.image(1).tobytes()
+
+
+def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
+    save(tmp_path / "deep" / "a.png")
+    save(tmp_path / "b.png")
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
+        rows = [["file_name", "text"], ["deep/a.png", 'red, "big"\nand wide']]
+        csv.writer(file).writerows(rows)
+    images = open_images(str(tmp_path), caption_column="text")
+    assert (names(images), captions(images)) == (["deep/a.png"], ['red, "big"\nand wide'])
+    assert "1 image that the metadata does not list (b.png)" in images.remarks()[0]
+
+
+def test_captions_stay_with_their_images_when_one_is_skipped(listed: Path) -> None:
+    (listed / "c.png").write_bytes(b"broken")
+    (listed / "metadata.jsonl").write_text(
+        '{"file_name": "c.png", "text": "c"}\n{"file_name": "a.jpg", "text": "a"}\n'
+    )
+    kept = open_images(str(listed), caption_column="text", skip_bad_images=True)
+    assert (names(kept), captions(kept), kept.size(0)) == (["a.jpg"], ["a"], (8, 12))
+    (skipped,) = kept.skipped
+    assert skipped.startswith("c.png: ")
+
+
+def test_images_are_read_when_needed(folder: Path) -> None:
+    images = open_images(str(folder))
+    save(folder / "a.jpg", 250)
+    assert np.asarray(images.image(0))[0, 0, 0] > 240
+    save(folder / "a.jpg", size=(5, 6))
+    with pytest.raises(UserError, match=r"a\.jpg .* 6 pixels high and 5 wide"):
+        images.image(0)
+    (folder / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"a\.jpg"):
+        images.image(0)
+
+
+def test_a_fingerprint_is_of_content_not_of_place(listed: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path) -> str:
+        return open_images(str(path), caption_column="text").fingerprint()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(listed, copy)
+    original = fingerprint(listed)
+    assert fingerprint(copy) == original
+    text = (copy / "metadata.jsonl").read_text()
+    (copy / "metadata.jsonl").write_text(text.replace("red", "blue"))
+    recaptioned = fingerprint(copy)
+    save(copy / "c.png", 7)
+    assert len({original, recaptioned, fingerprint(copy)}) == 3
+
+
+def test_of_many_images_only_the_headers_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(folder / "c.png")
+    whole = (folder / "c.png").read_bytes()
+    (folder / "c.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"c\.png"):
+        open_images(str(folder))
+    monkeypatch.setattr(sets, "FULL_CHECK_LIMIT", 2)
+    images = open_images(str(folder))
+    assert images.fingerprint()
+    with pytest.raises(UserError, match=r"c\.png"):
+        images.image(2)
+
+
+def test_whatever_is_left_out_is_named_in_one_line(folder: Path) -> None:
+    for name in ("x.heic", "y.HEIC", "z.cr2", "c.caption", "notes.txt", "d.npz", ".hidden"):
+        (folder / name).write_bytes(b"content")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "broken.png").symlink_to("circle.png")
+    (folder / "circle.png").symlink_to("broken.png")
+    save(folder / "extra" / "deep" / "e.png")
+    (folder / "empty").mkdir()
+    images = open_images(str(folder), caption_column="none")
+    assert len(images) == 3
+    (line,) = images.remarks()
+    for part in (
+        "2 HEIC files, which `pip install pillow-heif` makes readable (x.heic, y.HEIC)",
+        "1 raw photo, which must be exported as JPEG or PNG (z.cr2)",
+        "1 .caption file, which must end in .txt (c.caption)",
+        "1 text without an image (notes.txt)",
+        "3 images that can't be opened (broken.png, circle.png, pipe.png)",
+        "1 other file (d.npz)",
+        "1 subfolder with images (extra)",
+    ):
+        assert part in line
+    assert "hidden" not in line
+    assert "empty" not in line
+
+
+def test_heic_is_read_where_pillow_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(folder / "d.png")
+    (folder / "d.png").rename(folder / "d.heic")  # Pillow goes by the content
+    assert len(open_images(str(folder))) == 3
+    monkeypatch.setattr(decode, "reads_heif", lambda: True)
+    monkeypatch.setattr(decode, "_register_heif", lambda: None)
+    assert len(open_images(str(folder))) == 4
+
+
+@pytest.mark.parametrize("where", ["images", "tables", "nothing"])
+def test_a_disk_is_no_set_of_images(
+    where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its root, or a home: looking through it ends after so many files."""
+    root = folder if where == "images" else folder.parent / "root"
+    for number in range(30):
+        (root / "lib" / str(number)).mkdir(parents=True)
+        (root / "lib" / str(number) / "file").touch()
+    if where == "tables":
+        (root / "lib" / "a.parquet").touch()
+    monkeypatch.setattr(listing, "MOST_ENTRIES", 50)
+    with pytest.raises(UserError, match="more than 50 files"):
+        open_images(str(root))
+    if where == "images":
+        (root / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
+        assert len(open_images(str(root))) == 1
+
+
+def _socket(folder: Path) -> None:
+    before = Path.cwd()
+    os.chdir(folder)  # an address may have 100 bytes
+    try:
+        socket.socket(socket.AF_UNIX).bind("s.png")
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda f: (f / "loop").symlink_to(f),
+        lambda f: os.mkfifo(f / "metadata.csv"),
+        lambda f: ((f / "a.txt").unlink(), (f / "a.txt").mkdir()),
+        lambda f: save(f / "c.png", size=(1, 1)),
+        _socket,
+    ],
+)
+def test_oddities_beside_images_keep_nobody_waiting(
+    odd: Callable[[Path], Any], folder: Path
+) -> None:
+    odd(folder)
+    assert len(open_images(str(folder))) == 3
+
+
+def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save(tmp_path / "set" / name / "1.png")
+        (tmp_path / "set" / name / "1.txt").write_text(f"a {name}")
+    (tmp_path / "set" / "dog" / "x.heic").touch()
+    images = open_images(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert captions(images) == ["a cat", "a dog"]
+    assert images.image(0).size == (12, 8)
+    line, left_out = images.remarks()
+    assert "2 of 2 images" in line
+    assert "1 HEIC file" in left_out
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix == ".png"]
+
+
+def test_a_set_on_the_hub_is_read_as_its_tables_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is played by a folder of Parquet files, with a preview beside them."""
+    pictures = [*(Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)), None]
+    columns = {"picture": pictures, "prompt": ["zero", "", "two", ""], "number": range(4)}
+    features = datasets.Features(
+        picture=datasets.Image(), prompt=datasets.Value("string"), number=datasets.Value("int64")
+    )
+    table = datasets.Dataset.from_dict(columns, features=features)
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    save(tmp_path / "set" / "preview.png")
+    real, asked, cache = datasets.load_dataset, [], str(tmp_path / "cache")
+
+    def load(path: str, name: str | None, *, cache_dir: str) -> Any:
+        asked.append((path, name, cache_dir))
+        return real(str(tmp_path / "set"), cache_dir=cache_dir)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = {"image_column": "picture", "config_name": "small", "cache_dir": cache}
+    with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
+        open_images("someone/icons", **options)
+    options |= {"caption_column": "prompt", "skip_bad_images": True}
+    images = open_images("someone/icons", **options)
+    assert asked[0] == ("someone/icons", "small", cache)
+    assert names(images) == [f"someone/icons[{i}]" for i in range(3)]
+    assert len(images.skipped) == 1
+    assert captions(images) == ["zero", None, "two"]
+    assert [images.size(i) for i in range(3)] == [(8, 10), (8, 11), (8, 12)]
+    assert images.columns == ("picture", "prompt", "number")
+    sent = pickle.loads(pickle.dumps(images))
+    assert sent.image(2).getpixel((0, 0)) == (120, 0, 0)
+    assert sent.fingerprint() == images.fingerprint()
