@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.run.runlog import RunLog
 from eval.subjects import Subject
 from eval.text_scores import TextScores, bases, benchmarks, costs, heldout
+from tests.eval.text_score_models import ROWS, Rows, save_record
 
+MATTHEWS, LOSS = "heldout_matthews", "heldout_loss"
 SHOTS: dict[str, Any] = {"num_fewshot": [], "template": None}
 
 
@@ -27,17 +28,11 @@ def gather(*words: Path | str, only_heldout: bool = False) -> list[Subject]:
     return [subject for subject, _ in bases.gather(arguments(*words), only_heldout)]
 
 
-def make_run(folder: Path, method: str = "lora", seed: int = 0, **values: Any) -> Path:
-    """A run folder without weights that can be read."""
-    figures, before = values.pop("figures", {"heldout_accuracy": 0.5}), values.pop("before", {})
-    log = RunLog(folder)
-    config = {"model_name_or_path": "owner/base", "task": "cola", "task_type": "causal"} | values
-    log.start(config | {"method": method, "seed": seed}, method, seed, None)
-    if before:
-        log.metric(0, **before)
-    log.metric(1, loss=1.0, heldout_loss=3.0)
-    log.metric(2, **{"heldout_loss": 2.0} | figures)
-    log.finish()
+def make_run(
+    folder: Path, method: str = "lora", seed: int = 0, rows: Rows = ROWS, **config: Any
+) -> Path:
+    """A run folder with weights of nothing."""
+    save_record(folder, method, seed, rows, **config)
     save_file({"A": torch.tensor([float(seed), len(method)])}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
     return folder
@@ -171,9 +166,9 @@ def test_costs_are_those_of_table_3(method: str, steps: int) -> None:
 
 def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
     runs = [
-        make_run(tmp_path / "a", figures={"heldout_matthews": 0.4}),
-        make_run(tmp_path / "b", "bilora", figures={"heldout_matthews": 0.6}),
-        make_run(tmp_path / "c", task="notes", figures={}),
+        make_run(tmp_path / "a", rows=[(1, {MATTHEWS: 0.1, LOSS: 3.0}), (2, {MATTHEWS: 0.4})]),
+        make_run(tmp_path / "b", "bilora", rows=[(2, {MATTHEWS: 0.6, LOSS: 1.0})]),
+        make_run(tmp_path / "c", task="notes", rows=[(2, {LOSS: 2.0})]),
     ]
     found = heldout.columns(gather(*runs, only_heldout=True), ["heldout"])
     assert [(c.metric.title, c.metric.scale, c.metric.higher_is_better) for c in found] == [
@@ -187,7 +182,7 @@ def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
 
 def test_the_base_model_is_what_the_runs_of_each_seed_met(tmp_path: Path) -> None:
     runs = [
-        make_run(tmp_path / f"{method}{seed}", method, seed, before={"heldout_loss": 4.0 + seed})
+        make_run(tmp_path / f"{method}{seed}", method, seed, [(0, {LOSS: 4.0 + seed}), *ROWS])
         for method in ("lora", "bilora")
         for seed in (0, 1)
     ]

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as Fast
+from transformers import AutoModelForCausalLM
 
 from bilora_diffusion.run.runlog import RunLog
+from tests.text.text_builders import save_llama
 
 LETTERS = ("A", "B")
+Rows = Sequence[tuple[int, dict[str, float]]]
+ROWS: Rows = [(1, {"loss": 1.0}), (2, {"heldout_loss": 2.0, "heldout_accuracy": 0.5})]
 
 
-def save_base(folder: Path, seed: int = 0) -> Path:
-    """A random Llama of two layers that reads bytes, with its tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*alphabet, "<s>", "</s>"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = Fast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
-        bos_token_id=vocabulary["<s>"],
-        eos_token_id=vocabulary["</s>"],
-        pad_token_id=None,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def save_base(folder: Path) -> Path:
+    """A random Llama of two layers, with its tokenizer and room for long prompts."""
+    return save_llama(folder, max_position_embeddings=4096)
 
 
 def save_adapter(base: Path, folder: Path, scale: float = 1.0, seed: int = 0) -> Path:
@@ -57,6 +39,20 @@ def save_adapter(base: Path, folder: Path, scale: float = 1.0, seed: int = 0) ->
     return folder
 
 
+def save_record(
+    folder: Path, method: str = "lora", seed: int = 0, rows: Rows = ROWS, **config: Any
+) -> Path:
+    """A run folder without weights: ``run.json``, and ``metrics.jsonl`` of (step, figures)."""
+    log = RunLog(folder)
+    options = {"model_name_or_path": "owner/base", "task_type": "causal", "task": "cola"}
+    own = {"method": method, "seed": seed}
+    log.start(options | config | own, method=method, seed=seed, resume_step=None)
+    for step, figures in rows:
+        log.metric(step, **figures)
+    log.finish()
+    return folder
+
+
 def save_run(
     base: Path,
     folder: Path,
@@ -64,24 +60,13 @@ def save_run(
     method: str = "lora",
     seed: int = 0,
     scale: float = 1.0,
-    **config: Any,
+    **more: Any,
 ) -> Path:
     """A run folder as training leaves it: adapter, record, recorded figures."""
-    log = RunLog(folder)
-    options = {
-        "model_name_or_path": str(base),
-        "task_type": "causal",
-        "task": "toy",
-        "template": "plain",
-        "method": method,
-        "seed": seed,
-        "rank": 2,
-    }
-    log.start(options | config, method=method, seed=seed, resume_step=None)
-    log.metric(1, loss=2.0)
-    log.metric(5, heldout_loss=1.5 + seed / 10, heldout_accuracy=0.5)
-    log.metric(10, heldout_loss=1.0 + seed / 10, heldout_accuracy=0.75 + seed / 100)
-    log.finish()
+    last = {"heldout_loss": 1.0 + seed / 10, "heldout_accuracy": 0.75 + seed / 100}
+    rows = [(5, {"heldout_loss": 1.5, "heldout_accuracy": 0.5}), (10, last)]
+    config = {"model_name_or_path": str(base), "task": "toy", "template": "plain", "rank": 2}
+    save_record(folder, method, seed, rows, **config | more)
     save_adapter(base, folder, scale, seed=100 * seed + len(method))
     return folder
 
@@ -90,12 +75,7 @@ def save_tasks(folder: Path) -> Path:
     """Two local harness tasks of twelve items: ``toy_choice`` and ``toy_text``."""
     folder.mkdir()
     rows = [
-        {
-            "question": f"Letter number {n}?",
-            "choices": list(LETTERS),
-            "gold": n % 2,
-            "answer": str(n),
-        }
+        {"question": f"Letter number {n}?", "choices": LETTERS, "gold": n % 2, "answer": str(n)}
         for n in range(12)
     ]
     data = folder / "rows.jsonl"
