@@ -10,16 +10,12 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..train.running import DTYPES
 from .listing import look
 from .pipeline import load_pipeline
 from .sampling import generate
 
-PRECISIONS = {
-    "no": torch.float32,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+PRECISIONS = DTYPES | {"fp32": torch.float32}
 
 
 def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
@@ -42,9 +38,8 @@ def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
 
 
 def _sample(cfg: Any, accelerator: Accelerator, folder: Path, numbers: list[int]) -> None:
-    gpu = accelerator.device.type in ("cuda", "mps")
-    default = torch.float16 if gpu else torch.float32
-    dtype = PRECISIONS.get(cfg.prior_generation_precision or "", default)
+    default = "fp16" if accelerator.device.type in ("cuda", "mps") else "fp32"
+    dtype = PRECISIONS[cfg.prior_generation_precision or default]
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
         dtype=dtype,

@@ -7,8 +7,6 @@ import importlib
 import importlib.util
 import struct
 import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from io import BytesIO
 from pathlib import Path
 
@@ -43,8 +41,6 @@ DECODE_ERRORS = (
 _ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
-Opener = Callable[[], AbstractContextManager[Image.Image]]
-
 
 @functools.cache
 def reads_heif() -> bool:
@@ -63,18 +59,13 @@ def _register_heif() -> None:
         importlib.import_module("pillow_heif").register_heif_opener()
 
 
-def opener(source: Path | bytes) -> Opener:
-    """How to open the image of a file, or of a file's content."""
-
-    def opened() -> AbstractContextManager[Image.Image]:
-        _register_heif()
-        if isinstance(source, bytes):
-            return Image.open(BytesIO(source))
-        if source.exists() and not is_file(source):  # a pipe would keep everyone waiting
-            raise OSError("it is no regular file")
-        return Image.open(source)
-
-    return opened
+def _opened(source: Path | bytes) -> Image.Image:
+    _register_heif()
+    if isinstance(source, bytes):
+        return Image.open(BytesIO(source))
+    if source.exists() and not is_file(source):  # a pipe would keep everyone waiting
+        raise OSError("it is no regular file")
+    return Image.open(source)
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:
@@ -86,7 +77,7 @@ def read_rgb(source: Path | bytes) -> Image.Image:
     Raises:
         One of ``DECODE_ERRORS`` if it can't be decoded.
     """
-    with opener(source)() as image:
+    with _opened(source) as image:
         image.load()
         return to_rgb(image)
 
@@ -97,7 +88,7 @@ def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
     Raises:
         One of ``DECODE_ERRORS`` if it can't be read.
     """
-    with opener(source)() as image:
+    with _opened(source) as image:
         if whole:
             image.load()
             _require_known_range(image)

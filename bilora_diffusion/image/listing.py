@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ PHOTOS = {
     "raw photo{s}, which must be exported as JPEG or PNG": RAW,
 }
 UNLISTED = "image{s} that the metadata does not list"
+NAMED_ELSEWHERE = ""
 NAMED = 3
 
 
@@ -84,8 +85,8 @@ class Listing:
         Raises:
             UserError: a caption is no UTF-8 text, or far too long.
         """
-        found = [self._texts.get(_stem(image)) for image in images]
-        return [path and _caption(path, self.folder) for path in found]
+        files = [self._texts.get(_stem(image)) for image in images]
+        return [path and _caption(path, self.folder) for path in files]
 
     def has_captions(self) -> bool:
         """Whether a ``.txt`` file lies beside an image."""
@@ -100,26 +101,20 @@ class Listing:
         """
         if not self.whole:
             return []
-        taken, suffixes = set(used), image_suffixes()
+        taken = set(used)
         stems = {_stem(path) for path in taken}
         kinds: dict[str, list[Path]] = {}
         for path in self.files:
-            if path in taken or path.name in METADATA:
-                continue
-            if path.suffix.lower() == ".txt" and _stem(path) in stems:
-                kind = None if captioned else "caption{s} in .txt files"
-            else:
-                kind = self._kind(path, suffixes)
-            if kind:
-                kinds.setdefault(kind, []).append(path)
+            if path not in taken and path.name not in METADATA:
+                kinds.setdefault(_kind(path, stems, captioned), []).append(path)
         below = [path for path in self.deeper_images if path not in taken]
-        unreadable = self.unreadable()
         if self.metadata:
             kinds.setdefault(UNLISTED, []).extend(below)
         else:
             folders = {self.folder / path.relative_to(self.folder).parts[0] for path in below}
             kinds["subfolder{s} with images"] = sorted(folders)
-        return unreadable + _counted(kinds)
+        kinds.pop(NAMED_ELSEWHERE, None)
+        return self.unreadable() + _counted(kinds)
 
     def unreadable(self) -> list[str]:
         """Photos, here and in subfolders, of kinds that can't be read, in a few words a kind."""
@@ -130,16 +125,6 @@ class Listing:
                 for kind, suffixes in PHOTOS.items()
             }
         )
-
-    def _kind(self, path: Path, suffixes: frozenset[str]) -> str | None:
-        suffix = path.suffix.lower()
-        if suffix in suffixes:
-            return UNLISTED if is_file(path) else "image{s} that can't be opened"
-        if any(suffix in kinds for kinds in PHOTOS.values()):
-            return None
-        if suffix in (".caption", ".captions"):
-            return f"{suffix} file{{s}}, which must end in .txt"
-        return "text{s} without an image" if suffix == ".txt" else "other file{s}"
 
     @cached_property
     def _texts(self) -> dict[str, Path]:
@@ -156,7 +141,9 @@ def look(folder: Path) -> Listing:
     listed = any(is_file(folder / name) for name in METADATA)
     files: list[Path] = []
     deeper: list[Path] = []
-    for count, (path, depth, is_folder) in enumerate(_walk(folder), start=1):
+    count = 0
+    for place, folders, names in os.walk(folder, onerror=lambda error: _refuse(folder, error)):
+        count += len(folders) + len(names)
         if count > MOST_ENTRIES and listed:
             return Listing(folder, tuple(sorted(files)), (), whole=False)
         if count > MOST_ENTRIES:
@@ -165,32 +152,34 @@ def look(folder: Path) -> Listing:
                 " set of images: give the folder of the images alone, or put a metadata.jsonl that"
                 " lists them into it."
             )
-        if not is_folder and not path.name.startswith("."):
-            (deeper if depth else files).append(path)
+        names += [name for name in folders if Path(place, name).is_symlink()]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(place, name) for name in names if not name.startswith(".")]
+        (files if Path(place) == folder else deeper).extend(paths)
     return Listing(folder, tuple(sorted(files)), tuple(sorted(deeper)))
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, int, bool]]:
-    """Everything below a folder, how deep it lies, and whether it is itself a folder.
+def _refuse(folder: Path, error: OSError) -> None:
+    if Path(error.filename) == folder:
+        raise UserError(
+            f'"{folder}" can\'t be read ({error.strerror}): change its permissions.'
+        ) from error
 
-    What is hidden is not entered, and links are not followed.
-    """
-    waiting = [(folder, 0)]
-    while waiting:
-        current, depth = waiting.pop()
-        try:
-            with os.scandir(current) as entries:
-                for entry in entries:
-                    path = Path(entry.path)
-                    is_folder = entry.is_dir(follow_symlinks=False)
-                    if is_folder and not entry.name.startswith("."):
-                        waiting.append((path, depth + 1))
-                    yield path, depth, is_folder
-        except OSError as error:
-            if current == folder:
-                raise UserError(
-                    f'"{folder}" can\'t be read ({error.strerror}): change its permissions.'
-                ) from error
+
+def _kind(path: Path, stems: Set[str], captioned: bool) -> str:
+    """What is left out with a file beside images that have these names without endings."""
+    suffix = path.suffix.lower()
+    if suffix in image_suffixes():
+        return UNLISTED if is_file(path) else "image{s} that can't be opened"
+    if any(suffix in kinds for kinds in PHOTOS.values()):
+        return NAMED_ELSEWHERE
+    if suffix in (".caption", ".captions"):
+        return f"{suffix} file{{s}}, which must end in .txt"
+    if suffix != ".txt":
+        return "other file{s}"
+    if _stem(path) not in stems:
+        return "text{s} without an image"
+    return NAMED_ELSEWHERE if captioned else "caption{s} in .txt files"
 
 
 def _stem(path: Path) -> str:
