@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,23 +124,16 @@ def strict_json(value: Any) -> tuple[Any, bool]:
     Raises:
         TypeError: for anything else.
     """
-    if hasattr(value, "item") and getattr(value, "ndim", None) is not None and value.ndim == 0:
-        value = value.item()
-    if value is None or isinstance(value, bool | int | str):
-        return value, False
-    if isinstance(value, float):
-        finite = math.isfinite(value)
-        return (float(value) if finite else None), not finite
+    odd: list[str] = []
+    text = json.dumps(value, default=_plain)
+    return json.loads(text, parse_constant=odd.append), bool(odd)  # `append` gives None
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
-        return os.fspath(value), False
-    if isinstance(value, Mapping):
-        items = {str(key): strict_json(item) for key, item in value.items()}
-        return {key: item for key, (item, _) in items.items()}, any(
-            odd for _, odd in items.values()
-        )
-    if isinstance(value, list | tuple):
-        parts = [strict_json(item) for item in value]
-        return [item for item, _ in parts], any(odd for _, odd in parts)
+        return os.fspath(value)
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 

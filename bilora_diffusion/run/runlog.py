@@ -117,12 +117,8 @@ class RunLog:
         """
         if self._metrics is None:
             raise RuntimeError("RunLog.metric needs RunLog.start first")
-        line, odd = strict_json({"step": int(step), **values, "nonfinite": False})
-        if odd:
-            line["nonfinite"] = True
-        else:
-            del line["nonfinite"]
-        text = json.dumps(line, allow_nan=False, separators=(", ", ": ")) + "\n"
+        line, odd = strict_json({"step": int(step), **values})
+        text = json.dumps({**line, **({"nonfinite": True} if odd else {})}) + "\n"
         data = text.encode("ascii")  # unbuffered: one system call for one line
         while data:  # a disk that is nearly full takes a part of it, and refuses the rest
             data = data[self._metrics.write(data) :]
