@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bilora_diffusion.config import parse_text
 from bilora_diffusion.errors import run_cli
+from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.train.launching import start_missing_processes
 
 

@@ -13,17 +13,12 @@ from torch.optim import Optimizer
 
 from . import adapters, inits
 from .adapters import PRIMARY, AdapterSpec
-from .config import limits
+from .config.fields import check, like, options_of
 from .errors import UserError
 from .methods.base import MethodOptions, Target
 from .methods.bilora import BiLoRA as _Method
+from .methods.options import AdapterOptions, MethodFlags
 from .train.gradients import collecting
-
-_NUMBERS = {
-    **{"rank": "rank", "lora_alpha": "alpha", "rho": "rho", "lora_dropout": "dropout"},
-    **{name: name for name in ("auxiliary_rank", "auxiliary_alpha", "auxiliary_learning_rate")},
-}
-"""Option of the command line -> its name here."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +49,25 @@ class BiLoRAConfig:
         UserError: a value outside its range.
     """
 
-    rank: int = 8
-    alpha: float = 16
-    auxiliary_rank: int | None = None
-    auxiliary_alpha: float | None = None
-    rho: float = 0.05
-    rho_norm: str = "scaled"
-    auxiliary_learning_rate: float | None = None
+    rank: int = like(AdapterOptions, "rank", default=8)
+    alpha: float = like(AdapterOptions, "lora_alpha", default=16)
+    auxiliary_rank: int | None = like(MethodFlags, "auxiliary_rank")
+    auxiliary_alpha: float | None = like(MethodFlags, "auxiliary_alpha")
+    rho: float = like(MethodFlags, "rho", default=_Method.default_rho)
+    rho_norm: str = like(MethodFlags, "rho_norm")
+    auxiliary_learning_rate: float | None = like(MethodFlags, "auxiliary_learning_rate")
     target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
-    dropout: float = 0.0
-    init: str = "default"
-    use_dora: bool = False
+    dropout: float = like(AdapterOptions, "lora_dropout")
+    init: str = like(AdapterOptions, "init_lora_weights")
+    use_dora: bool = like(AdapterOptions, "use_dora")
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        for name, own in _NUMBERS.items():
-            limits.check_one(name, getattr(self, own), own)
+        check(options_of([type(self)]), vars(self), dashes="")
         self.spec()
-        self.options()
 
     def spec(self) -> AdapterSpec:
         """The primary's shape."""

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.config import combinations
-from bilora_diffusion.config.differences import BESIDE_FLAGS, DIFFERENCES
-from bilora_diffusion.config.notes import IDLE
-from bilora_diffusion.image import options as dreambooth
-from bilora_diffusion.text import options as text
-from tests.references.diffusers_flags import DEFAULTS
+from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
+from bilora_diffusion.config.refusals import REFUSED
+from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.methods import own_options
+from bilora_diffusion.run.config import RunConfig
+from bilora_diffusion.text.config import TextConfig
+
+from .diffusers_flags import BESIDE_FLAGS, FLAGS
 
 FOLDER = Path(__file__).parent
 MADE = "<!-- made by python -m docs.make -->"
@@ -30,12 +32,15 @@ def options() -> str:
         " it. In a recipe (`--config FILE.yaml`) an option has the same name without its dashes;"
         " the command line wins over the recipe. How they compare with diffusers' script stands in"
         " [diffusers.md](diffusers.md).",
-        *_script("train_dreambooth_bilora.py", dreambooth.GROUPS),
-        *_script("train_text_bilora.py", text.GROUPS),
+        *_script("train_dreambooth_bilora.py", DreamBoothConfig),
+        *_script("train_text_bilora.py", TextConfig),
         "## Combinations that are refused",
         "An option that the chosen method does not read stands without complaint, so that runs that"
         " differ only in `--method` can share a recipe.",
-        _table(("options together", "why they are refused", "instead"), combinations.rows()),
+        _table(
+            ("together", "why they are refused", "instead"),
+            [(entry.shown(), entry.reason, entry.instead) for entry in REFUSED],
+        ),
         "## Options without effect",
         "They are named in one line and set aside: the run is that of the command line without"
         " them.",
@@ -46,15 +51,15 @@ def options() -> str:
 
 def diffusers() -> str:
     """Every flag of diffusers' script, and what differs."""
-    here = {
-        field.name: field.default
-        for group in dreambooth.GROUPS
-        for field in dataclasses.fields(group)
-    }
-    notes = {entry.flag: entry.here for entry in DIFFERENCES}
+    here = options_of(DreamBoothConfig.groups)
     body = [
-        (f"`--{name}`", _value(there), _value(here[name]), notes.get(name, "same"))
-        for name, there in DEFAULTS.items()
+        (
+            f"`--{flag.name}`",
+            _value(flag.default),
+            _value(here[flag.name].default),
+            flag.here or "same",
+        )
+        for flag in FLAGS
     ]
     parts = [
         "# Coming from diffusers",
@@ -75,30 +80,36 @@ def diffusers() -> str:
 PAGES = {"options.md": options, "diffusers.md": diffusers}
 
 
-def _script(name: str, groups: Sequence[Any]) -> Iterable[str]:
+def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
     yield f"## {name}"
-    for group in groups:
-        yield f"### {group._argument_group_name.capitalize()}"
-        yield _table(
-            ("option", "default", "what it does"),
-            [_option(field) for field in dataclasses.fields(group)],
-        )
+    for title, groups in sections((*config.groups, *own_options())).items():
+        yield f"### {title.capitalize()}"
+        fields = options_of(groups).values()
+        yield _table(("option", "default", "what it does"), map(_option, fields))
 
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
-    names = [f"--{field.name}", *field.metadata.get("aliases", ())]
-    if field.default is True:
-        names.append(f"--no_{field.name}")
-    sentences = field.metadata["help"].replace("%%", "%")
-    if choices := field.metadata.get("choices"):
-        sentences += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
-    default = field.default if field.default_factory is dataclasses.MISSING else None
-    return ", ".join(f"`{name}`" for name in names), _value(default), sentences
+    option, default = option_of(field), default_of(field)
+    names = [
+        f"--{field.name}",
+        *option.aliases,
+        *([f"--no_{field.name}"] if default is True else []),
+    ]
+    sentences = option.help
+    if option.choices:
+        sentences += f" One of {', '.join(f'`{choice}`' for choice in option.choices)}."
+    shown = None if isinstance(default, list) else default
+    return ", ".join(f"`{name}`" for name in names), _value(shown), sentences
 
 
 def _idle() -> Iterable[tuple[str, str, str]]:
-    for entry in IDLE:
-        yield ", ".join(f"`--{name}`" for name in entry.options), entry.where, entry.fix
+    """Options that have no effect under one condition, where, and what to do."""
+    rows: dict[tuple[str, str], dict[str, None]] = {}
+    for config in (DreamBoothConfig, TextConfig):
+        for name, field in options_of(config.groups).items():
+            for idle in option_of(field).idle:
+                rows.setdefault((idle.where, idle.fix), {})[f"`--{name}`"] = None
+    return [(", ".join(names), where, fix) for (where, fix), names in rows.items()]
 
 
 def _value(value: Any) -> str:

@@ -1,6 +1,1 @@
-"""The command lines of the training scripts as frozen configurations."""
-
-from ..image.options import DreamBoothConfig, parse
-from ..text.options import TextConfig, parse_text
-
-__all__ = ["DreamBoothConfig", "TextConfig", "parse", "parse_text"]
+"""Options: how they are declared, read from a command line, checked and refused."""

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from . import limits
-from .fields import NO_TRUTH, add_flags
+from .fields import NO_TRUTH, add_flags, check, default_of, options_of
 from .recipe import read_options
-from .texts import check_texts
+from .values import check_choice, short
 
 UNSET = object()
 
@@ -42,7 +41,7 @@ class CommandLine(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, and that tells given values from defaults.
 
     Args:
-        groups: option dataclasses; one of them has the field ``config``, a recipe's path.
+        groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
         description: first lines of ``--help``.
         usage: the shortest complete command line.
     """
@@ -54,9 +53,8 @@ class CommandLine(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=Help,
         )
-        for group in groups:
-            add_flags(self, group)
-        self._fields = [field for group in groups for field in dataclasses.fields(group)]
+        add_flags(self, groups)
+        self._fields = options_of(groups)
 
     def read(
         self, argv: Sequence[str] | None, alternatives: Sequence[tuple[str, str]] = ()
@@ -77,22 +75,16 @@ class CommandLine(argparse.ArgumentParser):
         for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
             if one in flags and other not in flags:
                 recipe.pop(other, None)
-        given = {**recipe, **flags}
-        check_texts(given)
-        limits.check({**self.defaults(), **given})
-        return {**self.defaults(), **given}, frozenset(given)
+        values = {**self.defaults(), **recipe, **flags}
+        check(self._fields, values)
+        return values, frozenset((*recipe, *flags))
 
     def defaults(self) -> dict[str, Any]:
         """Every option's value when nobody gives one."""
-        return {
-            field.name: field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory()
-            for field in self._fields
-        }
+        return {name: default_of(field) for name, field in self._fields.items()}
 
     def _explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        namespace = argparse.Namespace(**{field.name: UNSET for field in self._fields})
+        namespace = argparse.Namespace(**dict.fromkeys(self._fields, UNSET))
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             self._refuse(unknown[0])
@@ -137,13 +129,13 @@ class CommandLine(argparse.ArgumentParser):
         return {name: value for name, value in values.items() if value is not UNSET}
 
     def _recipe_value(self, name: str, value: Any) -> Any:
-        field = next(field for field in self._fields if field.name == name)
+        field = self._fields[name]
         items = value if isinstance(value, list) else [value]
         takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return UNSET
         if (isinstance(value, list) and not takes_list) or not all(map(_is_scalar, items)):
-            shown = _short(str(value).replace("'", ""))
+            shown = short(str(value).replace("'", ""))
             raise UserError(f'"{name}" is {shown}: give a single value.')
         texts = [_as_argument(item) for item in items]
         if takes_list:
@@ -151,12 +143,8 @@ class CommandLine(argparse.ArgumentParser):
         return self._explicit([f"--{name}={texts[0]}"])[name]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            name, choices = action.option_strings[0], [str(choice) for choice in action.choices]
-            raise UserError(
-                f'{name} is "{_short(str(value))}"{did_you_mean(str(value), choices)}:'
-                f" use one of {', '.join(choices)}."
-            )
+        if action.choices is not None:
+            check_choice(action.option_strings[0], value, action.choices)
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
@@ -167,11 +155,11 @@ class CommandLine(argparse.ArgumentParser):
         wrong = re.match(r"invalid (int|float) value: (.*)", complaint, flags=re.DOTALL)
         if wrong is not None:
             kind = "a whole number" if wrong[1] == "int" else "a number"
-            raise UserError(f"{flag} is {_short(wrong[2])}: give {kind}.")
+            raise UserError(f"{flag} is {short(wrong[2])}: give {kind}.")
         truth = re.match(rf"{NO_TRUTH}(.*)", complaint, flags=re.DOTALL)
         if truth is not None:
             raise UserError(
-                f'{flag} is "{_short(truth[1])}": give True or False, or the flag alone.'
+                f'{flag} is "{short(truth[1])}": give True or False, or the flag alone.'
             )
         raise UserError(f"{flag} has no value: put one after it.")
 
@@ -182,8 +170,3 @@ def _is_scalar(value: Any) -> bool:
 
 def _as_argument(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else value
-
-
-def _short(text: str) -> str:
-    """What a sentence can repeat of a value."""
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} letters)"

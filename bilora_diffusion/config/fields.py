@@ -1,50 +1,184 @@
-"""How an option is declared, a dataclass field that also carries its help, and made into a flag."""
+"""How an option is declared: a field of a dataclass that carries all there is to know about it.
+
+Its default, help, choices and range, who reads it, and whether it touches what is learned. The
+command line, ``--help``, the tables of docs/, the checks and what is set aside are made from it.
+"""
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+from .values import SMALLEST, Range, check_choice, check_number, check_place, check_text
+
+TRUE = ("yes", "true", "t", "y", "on", "1")
+FALSE = ("no", "false", "f", "n", "off", "0")
 NO_TRUTH = "neither true nor false: "
 
 
-def option(default: Any, help: str, **argparse_options: Any) -> Any:
-    """A field that ``add_flags`` makes a flag of.
+@dataclass(frozen=True)
+class Idle:
+    """Where an option has no effect: it is then named in one line and set aside.
 
     Args:
-        default: its value when nobody gives one.
-        help: one or two sentences for ``--help``.
-        **argparse_options: ``choices``, ``aliases`` and whatever else ``add_argument`` takes.
+        when: whether it has none, from all options' values.
+        where: a clause that follows "has no effect".
+        fix: what to do about it, in the imperative, with options in backquotes.
+        becomes: the option whose value it takes then; None for its default.
     """
-    metadata = {"help": help.replace("%", "%%"), **argparse_options}
+
+    when: Callable[[Mapping[str, Any]], bool]
+    where: str
+    fix: str = "drop it"
+    becomes: str | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says of its option, in its metadata under "option".
+
+    Args:
+        help: one or two sentences for ``--help``.
+        idle: where it has no effect.
+        range: the numbers that it may be.
+        place: whether it may name a file or a folder.
+        free: whether a resumed run may change it, since it does not touch what is learned, or only
+            in the last digits, as another card does.
+        choices: what it may be.
+        aliases: further flags.
+    """
+
+    help: str
+    idle: tuple[Idle, ...] = ()
+    range: Range | None = None
+    place: bool = False
+    free: bool = False
+    choices: tuple[str, ...] | None = None
+    aliases: tuple[str, ...] = ()
+
+
+_BOUNDS = {field.name for field in dataclasses.fields(Range)}
+
+
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """A field that is an option.
+
+    Args:
+        default: its value when nobody gives one; a list for an option that takes several.
+        help: one or two sentences for ``--help``.
+        **settings: what `Option` and `Range` have; a number needs ``most``, at least.
+    """
+    bounds = {name: settings.pop(name) for name in _BOUNDS & settings.keys()}
+    if bounds:
+        settings["range"] = Range(**bounds)
+    metadata = {"option": Option(help, **settings)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def automatic_switch(help: str) -> Any:
-    """A boolean that is decided later unless given: bare, or followed by True or False."""
-    return option(None, help, nargs="?", const=True)
+def like(group: Any, name: str, **changes: Any) -> Any:
+    """An option of another group once more, for instance with a ``default`` of its own.
+
+    Args:
+        changes: what differs, as `option` takes it.
+    """
+    field = group.__dataclass_fields__[name]
+    settings = {part.name: getattr(option_of(field), part.name) for part in _PARTS}
+    return option(**{"default": default_of(field), **settings, **changes})
 
 
-def add_flags(parser: argparse.ArgumentParser, group: Any) -> None:
-    """Add a section with a flag for each field of an option dataclass, ``_argument_group_name``.
+_PARTS = dataclasses.fields(Option)
+
+
+def option_of(field: dataclasses.Field[Any]) -> Option:
+    """What a field says of its option."""
+    return field.metadata["option"]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value of a field when nobody gives one."""
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def options_of(groups: Iterable[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The options of some groups by name, in their order."""
+    return {
+        field.name: field
+        for group in groups
+        for field in dataclasses.fields(group)
+        if "option" in field.metadata
+    }
+
+
+def check(
+    fields: Mapping[str, dataclasses.Field[Any]],
+    values: Mapping[str, Any],
+    dashes: str = "--",
+    smallest: float = SMALLEST,
+) -> None:
+    """Refuse values that no run can mean; None is no value.
+
+    Args:
+        fields: options by name.
+        values: theirs, by the same names.
+        dashes: what stands before a name where the user wrote it.
+        smallest: below it, a number other than 0 is refused too.
+
+    Raises:
+        UserError: one sentence with the value and the fix.
+    """
+    for name, field in fields.items():
+        value, declared = values[name], option_of(field)
+        if value is None:
+            continue
+        shown = f"{dashes}{name}"
+        check_text(shown, value)
+        if declared.range:
+            check_number(shown, value, declared.range, smallest)
+        if declared.choices:
+            check_choice(shown, value, declared.choices)
+        if declared.place and isinstance(value, str):
+            check_place(shown, value)
+
+
+def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
+    """Groups by the section in which their options stand."""
+    by_name: dict[str, list[Any]] = {}
+    for group in groups:
+        by_name.setdefault(group.section, []).append(group)
+    return by_name
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any]) -> None:
+    """Add a flag for each option of some groups, dataclasses with a ``section``.
 
     They are those of Transformers' ``HfArgumentParser``, whose import takes a second: underscores
     and dashes both hold; a boolean stands alone or before a value, and one that is on by default
     also has a ``--no_`` form; a list takes one or more values.
     """
-    section = parser.add_argument_group(group._argument_group_name)
-    hints = typing.get_type_hints(group)
-    for field in dataclasses.fields(group):
-        settings = dict(field.metadata)
-        flags = [*_spellings(field.name), *settings.pop("aliases", ())]
-        section.add_argument(*flags, **_reading(field, hints[field.name]), **settings)
-        if field.default is True:
-            negative = _spellings(f"no_{field.name}")
-            section.add_argument(
-                *negative, action="store_false", dest=field.name, default=False, **settings
-            )
+    for name, members in sections(groups).items():
+        section = parser.add_argument_group(name)
+        for group in members:
+            hints = typing.get_type_hints(group)
+            for option_name, field in options_of([group]).items():
+                _add_flag(section, field, hints[option_name])
+
+
+def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    declared = option_of(field)
+    help = declared.help.replace("%", "%%")
+    flags = [*_spellings(field.name), *declared.aliases]
+    section.add_argument(*flags, help=help, choices=declared.choices, **_reading(field, hint))
+    if field.default is True:
+        negative = {"action": "store_false", "dest": field.name, "default": False}
+        section.add_argument(*_spellings(f"no_{field.name}"), help=help, **negative)
 
 
 def _spellings(name: str) -> list[str]:
@@ -55,13 +189,12 @@ def _reading(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     """How ``add_argument`` is to read a field's values."""
     if field.default_factory is not dataclasses.MISSING:
         (item,) = typing.get_args(hint)
-        return {"type": item, "nargs": "+", "default": field.default_factory()}
+        return {"type": item, "nargs": "+", "default": default_of(field)}
     if isinstance(hint, types.UnionType):  # of a type and None
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is not bool:
         return {"type": hint, "default": field.default}
-    alone = {} if field.default is None else {"nargs": "?", "const": True}
-    return {"type": _truth, "default": field.default, **alone}
+    return {"type": _truth, "default": field.default, "nargs": "?", "const": True}
 
 
 def _truth(word: str) -> bool:

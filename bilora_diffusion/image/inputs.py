@@ -1,149 +1,231 @@
-"""Options of what is trained on: the pipeline, the images, the class images, the loss."""
+"""What a command line means by its model, images and prompts, and whether these can exist."""
 
+from __future__ import annotations
+
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from ..config.fields import option
+from .. import mini
+from ..config.machine import device_type
+from ..errors import UserError
+from ..files import folder_or_id, is_file, is_folder, read_text
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-INTERPOLATIONS = (
-    "lanczos",
-    "bicubic",
-    "bilinear",
-    "box",
-    "hamming",
-    "nearest",
-    "nearest_exact",
-)
+FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
+MINI, HELDOUT = "mini", "mini-heldout"
+BUILT_IN = (MINI, HELDOUT)
+ICONS = "linoyts/3d_icon"
+SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
+"""The six subjects of the paper's Table 4; they are in no training set."""
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+TABLE_A8_STEPS = 500
+BATCH = ("train_batch_size", "gradient_accumulation_steps")
+"""Whoever gives one of them means a step of that many images, whatever the default of the other."""
+TEXT_ENCODER_LR = 5e-6
+CHECKPOINTING_FROM = 512
+MOST_PROMPT_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The pipeline that is fine-tuned."""
+class Preset:
+    """What a well-known set brings along; each value gives way to one that the user gives."""
 
-    _argument_group_name = "base model"
-
-    pretrained_model_name_or_path: str = option(
-        SDXL_BASE,
-        "Stable Diffusion XL pipeline to start from: hub id, local folder, or mini. With --dataset"
-        " mini it defaults to mini.",
+    instance_prompt: str = "a TOK icon, in the style of TOK"
+    validation_prompts: tuple[str, ...] = tuple(
+        f"a TOK icon of a {subject}, in the style of TOK" for subject in SUBJECTS
     )
-    pretrained_vae_model_name_or_path: str | None = option(
-        None,
-        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
-        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
-    )
-    revision: str | None = option(None, "Branch, tag or commit of a model on the hub.")
-    variant: str | None = option(
-        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
-    )
-    cache_dir: str | None = option(None, "Folder for downloaded models and data sets.")
+    num_validation_images: int = 1
+    caption_column: str | None = None
+    validation_dataset: str | None = None
+    model: str | None = None
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """The images and what is done to them."""
-
-    _argument_group_name = "training images"
-
-    dataset_name: str | None = option(
-        None,
-        "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
-        " metadata.csv), or mini. linoyts/3d_icon and mini bring the paper's prompts along.",
-        aliases=["--dataset"],
-    )
-    dataset_config_name: str | None = option(None, "Configuration of a set that has several.")
-    instance_data_dir: str | None = option(
-        None, "Local folder of images to learn from; give either this or --dataset."
-    )
-    image_column: str = option("image", "Column that holds the images.")
-    caption_column: str | None = option(
-        None,
-        "Column that holds the captions; none reads none. Default: in a folder without metadata,"
-        " the .txt file of the same name beside each image. Images without a caption get"
-        " --instance_prompt.",
-    )
-    instance_prompt: str | None = option(
-        None,
-        "Prompt that stands for the images, for example 'a photo of TOK dog'. Required unless"
-        " captions are given or the set brings its own.",
-    )
-    repeats: int = option(1, "How often each image appears in one epoch.")
-    resolution: int | None = option(
-        None,
-        "Side of the training images in pixels, a multiple of 8. Default: the size that the"
-        " pipeline was made for (SDXL 1024, mini 64).",
-    )
-    center_crop: bool = option(
-        False, "Cut the middle of an image; otherwise a square is drawn anew at each visit."
-    )
-    random_flip: bool = option(False, "Mirror half of the visits left to right.")
-    image_interpolation_mode: str = option(
-        "lanczos", "How images are resized.", choices=INTERPOLATIONS
-    )
-    skip_bad_images: bool = option(
-        False, "Leave unreadable images out, and list them, instead of stopping."
-    )
-    cache_latents: str = option(
-        "auto",
-        "Encode each image once and keep its latents: yes, no, or auto, where nothing about the"
-        " images changes between visits.",
-        choices=("auto", "yes", "no"),
-    )
-    dataloader_num_workers: int = option(
-        0, "Processes that read images ahead; 0 reads them in the training process."
-    )
+PRESETS = {
+    ICONS: Preset(),  # Appendix H.3
+    MINI: Preset(caption_column="prompt", validation_dataset=HELDOUT, model=MINI),
+}
 
 
-@dataclass(frozen=True)
-class PriorOptions:
-    """Prior preservation: class images that keep the model from forgetting."""
+def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
+    """Fill in what was not given, of what only images have.
 
-    _argument_group_name = "prior preservation"
+    Args:
+        values: every option's value or default.
+        given: names of the options that the user gave.
 
-    with_prior_preservation: bool = option(
-        False, "Train on images of the class too, which the base model makes where they lack."
-    )
-    class_data_dir: str | None = option(
-        None, "Folder of the class images; it is made and filled if need be."
-    )
-    class_prompt: str | None = option(None, "Prompt that stands for the class images.")
-    num_class_images: int = option(100, "How many class images there must be.")
-    prior_loss_weight: float = option(1.0, "Weight of the class images in the loss.")
-    sample_batch_size: int = option(4, "Images that are generated at a time, on each device.")
-    prior_generation_precision: str | None = option(
-        None,
-        "Precision in which class images are generated. Default: fp16 on an accelerator, else"
-        " fp32.",
-        choices=("no", "fp32", "fp16", "bf16"),
-    )
+    Raises:
+        UserError: the file of validation prompts can't be read.
+    """
+    values = dict(values)
+    for name in ("instance_data_dir", "class_data_dir"):
+        if values[name] in BUILT_IN:
+            values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
+    _apply_preset(values, given)
+    for one, other in (BATCH, BATCH[::-1]):
+        if one in given and other not in given:
+            values[other] = 1
+    if values["num_train_epochs"] is None and values["max_train_steps"] is None:
+        values["max_train_steps"] = TABLE_A8_STEPS
+    if values["method"] == "full" and "output_kohya_format" not in given:
+        values["output_kohya_format"] = False  # kohya's format is for adapters
+    if values["train_text_encoder"] and values["text_encoder_lr"] is None:
+        prodigy = values["optimizer"] == "prodigy"
+        values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
+    model = values["pretrained_model_name_or_path"]
+    overflows = model == SDXL_BASE and values["mixed_precision"] == "fp16"
+    if values["pretrained_vae_model_name_or_path"] is None and overflows:
+        values["pretrained_vae_model_name_or_path"] = FP16_FIX
+    if values["resolution"] is None:
+        values["resolution"] = pipeline_side(model)
+    return values
 
 
-@dataclass(frozen=True)
-class DiffusionOptions:
-    """What only image models have: text encoders, noise levels, their attention."""
+def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
+    preset = PRESETS.get(values["dataset_name"] or "")
+    first = [values["validation_prompt"]] if values["validation_prompt"] else []
+    values["validation_prompts"] = first + _prompts(values["validation_prompts"])
+    if preset is not None:
+        # An instance prompt that is given is meant to be used, so captions give way to it.
+        if not given & {"caption_column", "instance_prompt"}:
+            values["caption_column"] = preset.caption_column
+        if "instance_prompt" not in given:
+            values["instance_prompt"] = preset.instance_prompt
+        if not given & {"validation_prompt", "validation_prompts"}:
+            values["validation_prompts"] = list(preset.validation_prompts)
+            if "num_validation_images" not in given:
+                values["num_validation_images"] = preset.num_validation_images
+        if "validation_dataset" not in given:
+            values["validation_dataset"] = preset.validation_dataset
+        if preset.model and "pretrained_model_name_or_path" not in given:
+            values["pretrained_model_name_or_path"] = preset.model
+    if values["validation_dataset"] == "none":
+        values["validation_dataset"] = None
 
-    _argument_group_name = "text encoders and loss"
 
-    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
-    text_encoder_lr: float | None = option(
-        None, "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate."
-    )
-    adam_weight_decay_text_encoder: float = option(
-        1e-3, "Weight decay of the text encoders' adapters."
-    )
-    do_edm_style_training: bool = option(
-        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
-    )
-    snr_gamma: float | None = option(
-        None, "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual."
-    )
-    snr_weighting: str = option(
-        "published",
-        "--snr_gamma for models that predict velocity: min(snr, gamma) / (snr + 1), as Section 3.4"
-        " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
-        " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
-        choices=("published", "diffusers"),
-    )
-    enable_xformers_memory_efficient_attention: bool = option(
-        False, "Use xFormers' attention instead of PyTorch's."
-    )
+def _prompts(given: list[str]) -> list[str]:
+    if len(given) != 1 or not is_file(Path(given[0])):
+        return list(given)
+    name = f'--validation_prompts "{given[0]}"'
+    lines = read_text(Path(given[0]), name, MOST_PROMPT_BYTES).splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{name} is an empty file: write one prompt on each line.")
+    return prompts
+
+
+def default_checkpointing(resolution: int) -> bool:
+    """Gradient checkpointing is worth its time on CUDA from 512 pixels on."""
+    return resolution >= CHECKPOINTING_FROM and device_type() == "cuda"
+
+
+def pipeline_folder(model: str) -> Path | None:
+    """The local folder that a model name stands for, or None for a hub id."""
+    folder = mini.pipeline_dir() if model == MINI else Path(model).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def pipeline_side(model: str) -> int | None:
+    """Pixels a side that a model was made for; None where only loading it will tell."""
+    if model == SDXL_BASE:
+        return 1024
+    folder = pipeline_folder(model)
+    if folder is None:
+        return None
+    try:
+        unet, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            for part in ("unet", "vae")
+        )
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_inputs(values: dict[str, Any]) -> None:
+    """Refuse images without a prompt, folders that are empty or hold something else, and malformed
+    ids.
+
+    Raises:
+        UserError: one sentence with the option, its value and the fix.
+    """
+    _check_model(values)
+    for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):
+        if values[name] is not None and values[name] not in BUILT_IN:
+            _check_folder_or_id(f"--{name}", values[name])
+    if values["instance_data_dir"] is not None:
+        _check_images("--instance_data_dir", values["instance_data_dir"])
+    if values["class_data_dir"] is not None:
+        _check_class_folder(values)
+    if values["hub_model_id"] is not None:
+        folder_or_id(values["hub_model_id"], "--hub_model_id")
+    source = str(values["dataset_name"] or values["instance_data_dir"])
+    bare = values["caption_column"] is None and not values["instance_prompt"]
+    if bare and not _has_captions(source):
+        raise UserError(
+            f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
+            " --caption_column, or a .txt file with its caption beside each image."
+        )
+
+
+def _has_captions(place: str) -> bool:
+    """Whether a folder has captions beside images; an image without is found when it is opened."""
+    from .listing import look
+
+    folder = Path(place).expanduser()
+    return is_folder(folder) and look(folder).has_captions()
+
+
+def _check_model(values: dict[str, Any]) -> None:
+    flag, model = "--pretrained_model_name_or_path", values["pretrained_model_name_or_path"]
+    folder = pipeline_folder(model)
+    if folder is None:
+        _check_folder_or_id(flag, model)
+        return
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        index = {}
+    missing = [part for part in PARTS if part not in index or not (folder / part).is_dir()]
+    if missing:
+        raise UserError(
+            f'{flag} "{model}" is no Stable Diffusion XL pipeline in diffusers format (it has no'
+            f" {missing[0]}): give one, for example mini."
+        )
+    variant = values["variant"]
+    if variant is not None and not any((folder / "unet").glob(f"*.{variant}*.safetensors")):
+        raise UserError(f'--variant "{variant}" is not among the files of "{model}": drop it.')
+
+
+def _check_folder_or_id(flag: str, value: str) -> None:
+    if folder_or_id(value, flag) is not None:
+        _check_images(flag, value)
+
+
+def _check_images(flag: str, value: str) -> None:
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise UserError(f'{flag} "{value}" does not exist: correct the path.')
+    if not path.is_dir():
+        raise UserError(f'{flag} "{value}" is a file: give the folder that holds it.')
+    try:
+        empty = not any(path.iterdir())
+    except OSError as error:
+        raise UserError(f'{flag} "{value}" may not be read: change its permissions.') from error
+    if empty:
+        raise UserError(f'{flag} "{value}" is an empty folder: put images into it.')
+
+
+def _check_class_folder(values: dict[str, Any]) -> None:
+    value = values["class_data_dir"]
+    path = Path(value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f'--class_data_dir "{value}" is a file: give a folder.')
+    for other in ("instance_data_dir", "dataset_name"):
+        if values[other] and path.resolve() == Path(values[other]).expanduser().resolve():
+            raise UserError(
+                f'--class_data_dir "{value}" is the folder of the training images: give the class'
+                " images a folder of their own."
+            )

@@ -1,122 +1,315 @@
-"""The configuration of a DreamBooth run: every option, checked and completed."""
+"""Options that only the image script has."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ..config.checks import check
-from ..config.command_line import CommandLine
-from ..config.notes import tell
-from ..config.outputs import ImageOutputOptions, ValidationOptions
-from ..config.resolve import default_checkpointing, resolve
-from ..config.run_config import RunConfig
-from ..config.training import AdapterOptions, OptimizerOptions, StepOptions
-from .checks import check_inputs
-from .inputs import DataOptions, DiffusionOptions, ModelOptions, PriorOptions
-from .locations import check_locations
+from ..config.fields import Idle, option
+from ..config.values import BATCH, DECAY, FACTOR, RATE, STEPS, WORKERS, Most
+from ..run.options import OutputOptions
+from . import inputs
 
-GROUPS = (
-    ModelOptions,
-    DataOptions,
-    AdapterOptions,
-    StepOptions,
-    OptimizerOptions,
-    DiffusionOptions,
-    PriorOptions,
-    ValidationOptions,
-    ImageOutputOptions,
+INTERPOLATIONS = (
+    *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
+    "nearest_exact",
 )
-
-ALTERNATIVES = (
-    ("dataset_name", "instance_data_dir"),
-    ("max_train_steps", "num_train_epochs"),
-    ("validation_prompt", "validation_prompts"),
+WITHOUT_PRIOR = Idle(
+    lambda v: not v["with_prior_preservation"],
+    "without prior preservation",
+    "add `--with_prior_preservation` or drop it",
 )
-
-WITHOUT_INFLUENCE = frozenset(
-    name
-    for group in (ValidationOptions, ImageOutputOptions)
-    for name in (field.name for field in fields(group))
-) | {
-    *("cache_dir", "dataloader_num_workers", "local_rank", "sample_batch_size"),
-    *("cache_latents", "gradient_checkpointing", "allow_tf32"),
-    "enable_xformers_memory_efficient_attention",
-}
-"""Options that a resumed run may change freely: they do not touch what is learned, or only in the
-last digits, as another card does."""
+ON_A_FOLDER_OF_FILES = Idle(
+    lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
+)
+ON_ONE_CONFIGURATION = Idle(
+    lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in inputs.BUILT_IN,
+    "on a folder or a built-in set, which has one",
+)
+ON_A_LOCAL_MODEL = Idle(
+    lambda v: (
+        v["pretrained_vae_model_name_or_path"] is None
+        and inputs.pipeline_folder(v["pretrained_model_name_or_path"]) is not None
+    ),
+    "on a local model",
+    "give a hub id or drop it",
+)
+ON_FROZEN_ENCODERS = Idle(
+    lambda v: not v["train_text_encoder"],
+    "on frozen text encoders",
+    "add `--train_text_encoder` or drop it",
+)
+WITHOUT_PROMPT = Idle(
+    lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
+    "without a prompt",
+    "add `--validation_prompt` or drop it",
+)
 
 
 @dataclass(frozen=True)
-class DreamBoothConfig(
-    ModelOptions,
-    DataOptions,
-    AdapterOptions,
-    StepOptions,
-    OptimizerOptions,
-    DiffusionOptions,
-    PriorOptions,
-    ValidationOptions,
-    ImageOutputOptions,
-    RunConfig,
-):
-    """Every option of the script, flat. Made by ``parse``, which checks and completes it.
+class ModelOptions:
+    """The pipeline that is fine-tuned."""
 
-    After ``parse``, ``mixed_precision``, ``lora_alpha`` and ``optimizer`` (in lower case)
-    are decided, ``validation_prompts`` holds all prompts, and ``max_train_steps`` is None only
-    where epochs count. ``resolution`` and ``gradient_checkpointing`` may be None until
-    ``for_pipeline`` says what the model was made for.
-    """
+    section: ClassVar[str] = "base model"
 
-    groups: ClassVar[tuple[Any, ...]] = GROUPS
-    without_influence: ClassVar[frozenset[str]] = WITHOUT_INFLUENCE
-
-    @property
-    def sampled_prompts(self) -> list[str]:
-        """The prompt of each validation image, in their order."""
-        count = self.num_validation_images
-        return [prompt for prompt in self.validation_prompts for _ in range(count)]
-
-    def for_pipeline(self, side: int) -> DreamBoothConfig:
-        """Decide what depends on the model: resolution, and gradient checkpointing with it.
-
-        Args:
-            side: pixels that the pipeline was made for; used unless --resolution was given.
-        """
-        resolution = self.resolution or side
-        checkpointing = self.gradient_checkpointing
-        if checkpointing is None:
-            checkpointing = default_checkpointing(resolution)
-        return dataclasses.replace(
-            self, resolution=resolution, gradient_checkpointing=checkpointing
-        )
-
-
-def parse(argv: Sequence[str] | None = None) -> DreamBoothConfig:
-    """Read the command line (and the recipe it names), check it and complete it.
-
-    Nothing is downloaded or loaded. ``--help`` prints and exits.
-
-    Args:
-        argv: arguments without the program's name; None for those of the process.
-
-    Raises:
-        UserError: a value or a combination that can't be honoured; it names the fix.
-    """
-    line = CommandLine(
-        GROUPS,
-        description="Fine-tune Stable Diffusion XL on a few images with Bi-LoRA or LoRA. Flags of"
-        " diffusers' train_dreambooth_lora_sdxl.py keep their names and meaning; defaults are"
-        " those of the Bi-LoRA paper's Table A8.",
-        usage="%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]",
+    pretrained_model_name_or_path: str = option(
+        inputs.SDXL_BASE,
+        "Stable Diffusion XL pipeline to start from: hub id, local folder, or mini. With --dataset"
+        " mini it defaults to mini.",
+        place=True,
     )
-    values, given = line.read(argv, ALTERNATIVES)
-    values = resolve(values, given)
-    values, notes = check(
-        values, given, line.defaults(), inputs=check_inputs, locations=check_locations
+    pretrained_vae_model_name_or_path: str | None = option(
+        None,
+        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
+        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
+        place=True,
     )
-    tell(notes)
-    config = DreamBoothConfig(**values)
-    return config if config.resolution is None else config.for_pipeline(config.resolution)
+    revision: str | None = option(
+        None, "Branch, tag or commit of a model on the hub.", idle=(ON_A_LOCAL_MODEL,)
+    )
+    variant: str | None = option(
+        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
+    )
+    cache_dir: str | None = option(
+        None, "Folder for downloaded models and data sets.", place=True, free=True
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images and what is done to them."""
+
+    section: ClassVar[str] = "training images"
+
+    dataset_name: str | None = option(
+        None,
+        "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
+        " metadata.csv), or mini. linoyts/3d_icon and mini bring the paper's prompts along.",
+        aliases=("--dataset",),
+        place=True,
+    )
+    dataset_config_name: str | None = option(
+        None, "Configuration of a set that has several.", idle=(ON_ONE_CONFIGURATION,)
+    )
+    instance_data_dir: str | None = option(
+        None, "Local folder of images to learn from; give either this or --dataset.", place=True
+    )
+    image_column: str = option(
+        "image", "Column that holds the images.", idle=(ON_A_FOLDER_OF_FILES,)
+    )
+    caption_column: str | None = option(
+        None,
+        "Column that holds the captions; none reads none. Default: in a folder without metadata,"
+        " the .txt file of the same name beside each image. Images without a caption get"
+        " --instance_prompt.",
+    )
+    instance_prompt: str | None = option(
+        None,
+        "Prompt that stands for the images, for example 'a photo of TOK dog'. Required unless"
+        " captions are given or the set brings its own.",
+    )
+    repeats: int = option(
+        1,
+        "How often each image appears in one epoch.",
+        at_least=1,
+        most=Most(10_000, "the order of a whole epoch is drawn at once; use more epochs"),
+    )
+    resolution: int | None = option(
+        None,
+        "Side of the training images in pixels, a multiple of 8. Default: the size that the"
+        " pipeline was made for (SDXL 1024, mini 64).",
+        at_least=8,
+        multiple_of=8,
+        most=Most(8192, "a larger image alone takes the autoencoder over 34 GB a layer"),
+    )
+    center_crop: bool = option(
+        False, "Cut the middle of an image; otherwise a square is drawn anew at each visit."
+    )
+    random_flip: bool = option(False, "Mirror half of the visits left to right.")
+    image_interpolation_mode: str = option(
+        "lanczos", "How images are resized.", choices=INTERPOLATIONS
+    )
+    skip_bad_images: bool = option(
+        False, "Leave unreadable images out, and list them, instead of stopping."
+    )
+    cache_latents: str = option(
+        "auto",
+        "Encode each image once and keep its latents: yes, no, or auto, where nothing about the"
+        " images changes between visits.",
+        choices=("auto", "yes", "no"),
+        free=True,
+    )
+    dataloader_num_workers: int = option(
+        0,
+        "Processes that read images ahead; 0 reads them in the training process.",
+        at_least=0,
+        most=WORKERS,
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """What only image models have: text encoders, noise levels, their attention."""
+
+    section: ClassVar[str] = "text encoders and loss"
+
+    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
+    text_encoder_lr: float | None = option(
+        None,
+        "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",
+        above=0,
+        most=RATE,
+        idle=(
+            ON_FROZEN_ENCODERS,
+            Idle(
+                lambda v: (
+                    v["optimizer"] == "prodigy" and v["text_encoder_lr"] != v["learning_rate"]
+                ),
+                "on prodigy, which has one rate for all",
+                "give `--learning_rate` alone",
+                becomes="learning_rate",
+            ),
+        ),
+    )
+    adam_weight_decay_text_encoder: float = option(
+        1e-3,
+        "Weight decay of the text encoders' adapters.",
+        at_least=0,
+        most=DECAY,
+        idle=(ON_FROZEN_ENCODERS,),
+    )
+    do_edm_style_training: bool = option(
+        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
+    )
+    snr_gamma: float | None = option(
+        None,
+        "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
+        above=0,
+        most=Most(1e6, "no signal-to-noise ratio of a schedule is higher"),
+    )
+    snr_weighting: str = option(
+        "published",
+        "--snr_gamma for models that predict velocity: min(snr, gamma) / (snr + 1), as Section 3.4"
+        " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
+        " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
+        choices=("published", "diffusers"),
+        idle=(
+            Idle(
+                lambda v: v["snr_gamma"] is None,
+                "on an unweighted loss",
+                "add `--snr_gamma 5` or drop it",
+            ),
+        ),
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xFormers' attention instead of PyTorch's.", free=True
+    )
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """Prior preservation: class images that keep the model from forgetting."""
+
+    section: ClassVar[str] = "prior preservation"
+
+    with_prior_preservation: bool = option(
+        False, "Train on images of the class too, which the base model makes where they lack."
+    )
+    class_data_dir: str | None = option(
+        None,
+        "Folder of the class images; it is made and filled if need be.",
+        place=True,
+        idle=(WITHOUT_PRIOR,),
+    )
+    class_prompt: str | None = option(
+        None, "Prompt that stands for the class images.", idle=(WITHOUT_PRIOR,)
+    )
+    num_class_images: int = option(
+        100,
+        "How many class images there must be.",
+        at_least=1,
+        most=Most(100_000, "each lacking one is generated, in a second or more"),
+        idle=(WITHOUT_PRIOR,),
+    )
+    prior_loss_weight: float = option(
+        1.0,
+        "Weight of the class images in the loss.",
+        at_least=0,
+        most=FACTOR,
+        idle=(WITHOUT_PRIOR,),
+    )
+    sample_batch_size: int = option(
+        4,
+        "Images that are generated at a time, on each device.",
+        at_least=1,
+        most=BATCH,
+        idle=(WITHOUT_PRIOR,),
+        free=True,
+    )
+    prior_generation_precision: str | None = option(
+        None,
+        "Precision in which class images are generated. Default: fp16 on an accelerator, else"
+        " fp32.",
+        choices=("no", "fp32", "fp16", "bf16"),
+        idle=(WITHOUT_PRIOR,),
+    )
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Images and losses that show how training goes."""
+
+    section: ClassVar[str] = "validation"
+    free: ClassVar[bool] = True
+
+    validation_prompt: str | None = option(
+        None, "Prompt to generate images for, during training and at its end."
+    )
+    validation_prompts: list[str] = option(  # noqa: RUF009
+        [], "More such prompts, or one text file with a prompt on each line."
+    )
+    num_validation_images: int = option(
+        4,
+        "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
+        " get 1 each by default.",
+        at_least=0,
+        most=Most(10_000, "so many of each prompt are generated, one by one"),
+        idle=(WITHOUT_PROMPT,),
+    )
+    validation_epochs: int = option(
+        25, "Generate them every so many epochs.", at_least=1, most=STEPS, idle=(WITHOUT_PROMPT,)
+    )
+    eval_on_start: bool = option(
+        False, "Let the untrained model make them, too: the viewer's column of the base model."
+    )
+    validation_dataset: str | None = option(
+        None,
+        "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
+        " mini: mini-heldout.",
+        place=True,
+    )
+    validation_loss_steps: int = option(
+        0,
+        "Measure that loss every so many steps; 0 measures it at the start and the end only.",
+        at_least=0,
+        most=STEPS,
+        idle=(
+            Idle(
+                lambda v: not v["validation_dataset"],
+                "without held-out images",
+                "add `--validation_dataset` or drop it",
+            ),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class ImageOutputOptions(OutputOptions):
+    """The run folder, trackers and the hub."""
+
+    output_kohya_format: bool = option(
+        True,
+        "Write the LoRA under kohya's keys too, for ComfyUI, A1111 and others, which read nothing"
+        " else; the file is named after the run.",
+    )

@@ -14,6 +14,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from .. import adapters
 from ..api import BiLoRA
+from ..config import refusals
 from ..errors import UserError
 from ..methods.hooks import unwrapped
 
@@ -47,23 +48,15 @@ def check_trainer(trainer: Any) -> None:
         )
     if hasattr(trainer, "bilora"):
         raise UserError("use_bilora was called for this trainer already; call it once.")
-    engine = engine_name(trainer)
-    if engine is not None:
-        raise UserError(
-            f"The trainer runs on {engine}, which shards or replaces the parameters, so the norm "
-            "of the auxiliary would be of a part of it; train on one GPU or with DDP (torchrun)."
-        )
-    if trainer.model_init is not None:
-        raise UserError(
-            "The trainer makes its model by model_init, so adapters would be lost when training "
-            "starts; give it model=..."
-        )
-    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if name.startswith(_OTHER_WEIGHTS) or name.endswith("layerwise"):
-        raise UserError(
-            f'optim is "{name}", which keeps weights of its own that the projection onto the ball '
-            'would miss; use an AdamW, such as optim="adamw_torch".'
-        )
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    other_weights = optim.startswith(_OTHER_WEIGHTS) or optim.endswith("layerwise")
+    refusals.check(
+        {
+            "trainer_engine": engine_name(trainer),
+            "model_init": trainer.model_init is not None,
+            "optim": optim if other_weights else None,
+        }
+    )
 
 
 def engine_name(trainer: Any) -> str | None:

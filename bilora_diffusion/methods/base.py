@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .. import adapters, inits
 from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused
 from ..errors import UserError, did_you_mean
-from .options import MethodOptions
+from .options import MethodOptions, OwnOptions
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ class Method:
         title: its name in tables and model cards.
         summary: a sentence or two about it, for model cards.
         adapters: the adapters it trains, in the order in which they act; what a checkpoint holds.
-        reads: the fields of `MethodOptions` that make a difference to it.
+        reads: the fields of `MethodFlags` that make a difference to it; registering it adds those
+            of `own_options`.
+        own_options: the options that it alone has, if any.
         default_rho: its radius where `MethodOptions.rho` is None.
+        default_text_rho: that of the text script, where it is another.
         exports_weights: whether it leaves whole models behind, not adapters.
         limit: options under which it trains as plain LoRA does, None if there are none.
         targets: the models given to `setup`.
@@ -70,7 +73,9 @@ class Method:
     summary: ClassVar[str] = ""
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
     reads: ClassVar[frozenset[str]] = frozenset()
+    own_options: ClassVar[type[OwnOptions] | None] = None
     default_rho: ClassVar[float] = 0.05
+    default_text_rho: ClassVar[float | None] = None
     exports_weights: ClassVar[bool] = False
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
 
@@ -83,6 +88,18 @@ class Method:
     def rho(self) -> float:
         """The radius asked for, or the method's own."""
         return self.default_rho if self.options.rho is None else self.options.rho
+
+    @property
+    def own(self) -> Any:
+        """Its own options, of the type `own_options`."""
+        return self.options.own or (self.own_options() if self.own_options else None)
+
+    @classmethod
+    def usual(cls) -> dict[str, Any]:
+        """What it reads, with the defaults."""
+        groups = (MethodOptions, *([cls.own_options] if cls.own_options else []))
+        defaults = {field.name: field.default for group in groups for field in fields(group)}
+        return {name: defaults[name] for name in sorted(cls.reads)}
 
     @property
     def depends_on_length(self) -> bool:
@@ -251,6 +268,8 @@ def register(name: str) -> Callable[[M], M]:
             )
         cls.name = name
         cls.title = cls.__dict__.get("title") or name
+        if cls.own_options is not None:
+            cls.reads |= {field.name for field in fields(cls.own_options)}
         _METHODS[name] = cls
         return cls
 
@@ -288,12 +307,36 @@ def reads(name: str) -> frozenset[str]:
     return _METHODS[name].reads
 
 
-def default_rho(name: str) -> float | None:
+def default_rho(name: str, modality: str = "image") -> float | None:
     """A method's own radius, None for one without a radius or an unknown one."""
     method = _METHODS.get(name)
-    return method.default_rho if method and "rho" in method.reads else None
+    if method is None or "rho" not in method.reads:
+        return None
+    rho = method.default_text_rho if modality == "text" else None
+    return method.default_rho if rho is None else rho
 
 
 def option_names() -> frozenset[str]:
-    """The fields of `MethodOptions` that make a difference to some method."""
+    """The options that make a difference to some method."""
     return frozenset[str]().union(*(method.reads for method in _METHODS.values()))
+
+
+def own_options() -> tuple[type[OwnOptions], ...]:
+    """The options that single methods have, a dataclass for each."""
+    return tuple(m.own_options for m in _METHODS.values() if m.own_options is not None)
+
+
+def for_run(cfg: Any, num_steps: int) -> Method:
+    """The method that a run's configuration names, with its options.
+
+    Args:
+        cfg: a `RunConfig`.
+        num_steps: optimizer steps of the whole run.
+    """
+    method = get(cfg.method)
+
+    def told(group: Any) -> dict[str, Any]:
+        return {f.name: getattr(cfg, f.name) for f in fields(group) if hasattr(cfg, f.name)}
+
+    own = method.own_options and method.own_options(**told(method.own_options))
+    return method(MethodOptions(**{**told(MethodOptions), "num_steps": num_steps, "own": own}))

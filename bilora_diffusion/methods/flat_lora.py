@@ -37,6 +37,7 @@ class FlatLoRA(Counting):
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
     default_rho: ClassVar[float] = 0.1
+    default_text_rho: ClassVar[float | None] = 0.05
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)

@@ -32,6 +32,7 @@ class LoRASAM(Method):
 
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
+    default_text_rho: ClassVar[float | None] = 0.01
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)

@@ -1,28 +1,93 @@
-"""What the methods can be told, checked in one place."""
+"""The options of adapters and methods; importing this needs no torch.
+
+A method with options of its own declares them in its own file, as `OwnOptions`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from ..choices import AUXILIARY_UPDATES, BALLS, DIRECTIONS, RHO_NORMS, SCHEDULES
-from ..errors import UserError, did_you_mean
+from ..choices import AUXILIARY_UPDATES, BALLS, DIRECTIONS, INITS, RHO_NORMS, SCHEDULES
+from ..config.fields import Idle, check, option, options_of
+from ..config.values import FACTOR, RANK, RATE, SCALE, SHARE, Most
+from ..errors import UserError
 
-_CHOICES = {
-    "rho_norm": RHO_NORMS,
-    "ball": BALLS,
-    "auxiliary_direction": DIRECTIONS,
-    "rho_schedule": SCHEDULES,
-    "auxiliary_update": AUXILIARY_UPDATES,
-    "bar_schedule": SCHEDULES,
-}
+SECTION = "adapters and method"
 
 
 @dataclass(frozen=True)
-class MethodOptions:
-    """What the methods can be told; each reads its own part (`Method.reads`).
+class AdapterOptions:
+    """The adapters, and the name of the method that trains them."""
 
-    Args:
+    section: ClassVar[str] = SECTION
+
+    method: str = option(
+        "bilora",
+        "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
+        " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
+        " 2024b) or full (all weights). Runs that differ only here see the same data and noise, so"
+        " the options of the other methods may stand.",
+    )
+    rank: int = option(4, "Rank r of the LoRA matrices.", at_least=1, most=RANK)
+    lora_alpha: float | None = option(
+        None,
+        "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
+        above=0,
+        most=SCALE,
+    )
+    lora_dropout: float = option(0.0, "Dropout in front of the adapters, in [0, 1).", **SHARE)
+    init_lora_weights: str = option(
+        "default",
+        "How the primary starts: default (A kaiming-uniform, B zero; the paper, PEFT), gaussian (A"
+        " normal, as in diffusers' script), pissa (top singular vectors of W; Meng et al. 2024) or"
+        " lora-ga (of the loss's gradient; Wang et al. 2024). The last two change the base weights;"
+        " the exported file makes up for it.",
+        choices=INITS,
+    )
+    lora_ga_samples: int = option(
+        128,
+        "Samples whose mean gradient lora-ga starts from (Wang et al. 2024).",
+        at_least=1,
+        most=Most(10**6, "each is a backward pass before the first step"),
+        idle=(
+            Idle(
+                lambda v: v["init_lora_weights"] != "lora-ga",
+                "on this start",
+                "use `--init_lora_weights lora-ga` or drop it",
+            ),
+        ),
+    )
+    use_dora: bool = option(
+        False, "Train the primary as a DoRA: magnitude and direction apart (Liu et al. 2024)."
+    )
+    quantize: str = option(
+        "none",
+        "Hold the frozen weights of the trained models in 4 bits: nf4 with double quantization"
+        " (QLoRA, Dettmers et al. 2023). Needs bitsandbytes.",
+        choices=("none", "nf4"),
+    )
+    use_ema: bool = option(
+        False,
+        "Average the primary over training (Izmailov et al. 2018); validation and the exported"
+        " file then take the average.",
+    )
+    ema_decay: float = option(
+        0.99,
+        "Decay of that average, in [0, 1); it averages over about 1 / (1 - decay) steps.",
+        idle=(
+            Idle(lambda v: not v["use_ema"], "without an average", "add `--use_ema` or drop it"),
+        ),
+        **SHARE,
+    )
+
+
+@dataclass(frozen=True)
+class MethodFlags:
+    """What the command line can tell the methods; each reads its own part (`Method.reads`).
+
+    Attributes:
         rho: radius: of the ball that bounds the auxiliary (Eq. 8), of LoRA-SAM's step (Eq. 4),
             or of Flat-LoRA's noise; None is the method's own default.
         rho_norm: "scaled" measures s * B2 @ A2, the change of the weights; "unscaled" the literal
@@ -31,57 +96,120 @@ class MethodOptions:
             the run, "linear" or "cosine" (as Flat-LoRA raises its noise).
         ball: what Eq. 10 clips: the norm over all layers ("global", the paper), that of each layer
             to its share rho / sqrt(layers) ("per-layer"), or nothing ("none").
-        auxiliary_rank: rank of the auxiliary; None is the primary's.
-        auxiliary_alpha: alpha of the auxiliary; None is the primary's.
-        auxiliary_learning_rate: learning rate of the auxiliary; None is the primary's.
+        auxiliary_learning_rate: None is the primary's; 0 leaves the auxiliary at zero.
         auxiliary_direction: "ascent" (Eq. 9) or "descent", which makes it a second primary that is
             thrown away: the control that shows what the ascent does.
-        auxiliary_update: "optimizer" (Eq. 9) or "power", a step of block power iteration.
-        rescale_moments: at each projection shrink Adam's moments of the auxiliary with it.
-        bar_alpha: strength of BAR's balancing.
-        bar_schedule: course of `bar_alpha`: constant, or falling to 0 "linear" or "cosine".
-        num_steps: optimizer steps of the whole run, which schedules need.
-        seed: of the random numbers that a method itself draws (Flat-LoRA's noise).
+    """
+
+    section: ClassVar[str] = SECTION
+
+    rho: float | None = option(
+        None,
+        "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05 for the first two, 0.1 for the"
+        " last.",
+        above=0,
+        most=Most(1e6, "no change of the weights is so large, so it would bound nothing"),
+        instead="; for plain LoRA use the method lora",
+    )
+    rho_norm: str = option(
+        "scaled",
+        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
+        " product BA (Eq. 10 to the letter).",
+        choices=RHO_NORMS,
+    )
+    rho_schedule: str = option(
+        "constant",
+        "bilora: rho constant (the paper), or rising from 0 over the run, as flat-lora's noise.",
+        choices=SCHEDULES,
+    )
+    ball: str = option(
+        "global",
+        "bilora, ablation of Eq. 10: clip the norm over all layers, of each layer to its share rho"
+        " / sqrt(layers), or nothing.",
+        choices=BALLS,
+    )
+    auxiliary_rank: int | None = option(
+        None,
+        "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.",
+        at_least=1,
+        most=RANK,
+    )
+    auxiliary_alpha: float | None = option(
+        None,
+        "bilora: alpha of the auxiliary. Default: the primary's.",
+        above=0,
+        most=SCALE,
+    )
+    auxiliary_learning_rate: float | None = option(
+        None,
+        "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).",
+        at_least=0,
+        most=RATE,
+    )
+    auxiliary_direction: str = option(
+        "ascent",
+        "bilora, ablation of Eq. 9: let the auxiliary climb, or descend like a second primary.",
+        choices=DIRECTIONS,
+    )
+    auxiliary_update: str = option(
+        "optimizer",
+        "bilora: move the auxiliary by the optimizer (Eq. 9), or by power iteration to the best"
+        " direction of its rank, which needs no optimizer state (Golub & Van Loan, Section 8.2.4).",
+        choices=AUXILIARY_UPDATES,
+    )
+    rescale_moments: bool = option(
+        False,
+        "bilora: shrink Adam's moments of the auxiliary at each projection, as its factors. The"
+        " paper does not.",
+    )
+    bar_alpha: float = option(
+        0.25,
+        "lora-obar, lora-nbar: strength of the balancing (Appendix H.4).",
+        at_least=0,
+        most=FACTOR,
+    )
+    bar_schedule: str = option(
+        "constant",
+        "lora-obar, lora-nbar: strength constant, or falling to 0 (Li et al. 2024a).",
+        choices=SCHEDULES,
+    )
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """Base of the options that a method declares in its own file (`Method.own_options`).
 
     Raises:
         UserError: a value outside its range.
     """
 
-    rho: float | None = None
-    rho_norm: str = "scaled"
-    auxiliary_rank: int | None = None
-    auxiliary_alpha: float | None = None
-    auxiliary_learning_rate: float | None = None
-    rho_schedule: str = "constant"
-    ball: str = "global"
-    auxiliary_direction: str = "ascent"
-    auxiliary_update: str = "optimizer"
-    rescale_moments: bool = False
-    bar_alpha: float = 0.25
-    bar_schedule: str = "constant"
-    num_steps: int | None = None
-    seed: int = 0
+    section: ClassVar[str] = SECTION
 
     def __post_init__(self) -> None:
-        if self.rho is not None and not self.rho > 0:
-            raise UserError(f"rho is {self.rho}; use a number above 0, such as 0.05.")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                hint = did_you_mean(value, choices)
-                raise UserError(f'{name} is "{value}"{hint}; use one of {", ".join(choices)}.')
-        if self.auxiliary_rank is not None and self.auxiliary_rank < 1:
-            raise UserError(
-                f"auxiliary_rank is {self.auxiliary_rank}; use a whole number of 1 or more, "
-                "or leave it out for the primary's rank."
-            )
-        if self.auxiliary_alpha is not None and not self.auxiliary_alpha > 0:
-            raise UserError(f"auxiliary_alpha is {self.auxiliary_alpha}; use a number above 0.")
-        rate = self.auxiliary_learning_rate
-        if rate is not None and not rate >= 0:
-            raise UserError(f"auxiliary_learning_rate is {rate}; use 0 or more.")
-        if not self.bar_alpha >= 0:
-            raise UserError(f"bar_alpha is {self.bar_alpha}; use 0 or more, such as 0.25.")
+        check(options_of([type(self)]), vars(self), dashes="")
+
+
+@dataclass(frozen=True)
+class MethodOptions(MethodFlags):
+    """What a method is told.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run, which schedules need.
+        seed: of the random numbers that a method itself draws (Flat-LoRA's noise).
+        own: the options that the method alone has; None for their defaults.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    num_steps: int | None = None
+    seed: int = 0
+    own: Any = None
+
+    def __post_init__(self) -> None:
+        # However small: a limiting case of the method may be asked for.
+        check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
 
     def progress(self, step: int) -> float:
         """`step` as a share of the whole run, in (0, 1] for steps 1, 2, ... num_steps.

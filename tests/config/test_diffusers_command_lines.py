@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from bilora_diffusion.config import DreamBoothConfig, parse
-from bilora_diffusion.config.differences import DIFFERENCES, default_here
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import DreamBoothConfig, parse
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
 from bilora_diffusion.train.stepping import Schedule, total_steps
-from tests.references.diffusers_flags import DEFAULTS, Meaning, meaning, refuses
+from docs.diffusers_flags import DEFAULTS, FLAGS, default_here
+from tests.references.diffusers_flags import Meaning, meaning, refuses
 
 # What is drawn for a flag; True is the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -115,14 +115,9 @@ class Images:
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A GPU on which every package is installed, and a folder with images."""
-    for module in ("resolve", "environment"):
-        monkeypatch.setattr(f"bilora_diffusion.config.{module}.device_type", lambda: "cuda")
-        monkeypatch.setattr(f"bilora_diffusion.config.{module}.is_installed", lambda name: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
-    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def images(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU, and a folder with images."""
+    machine("cuda")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "1.png").touch()
@@ -143,7 +138,7 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
-    cfg = parse(words(flags)).for_processes(processes)
+    cfg = parse(words(flags)).completed(processes, side=1024)
     cfg = dataclasses.replace(cfg, cache_latents="no", use_8bit_adam=False)
     instance: Any = Images(images)
     classes: Any = Images(class_images) if cfg.with_prior_preservation else None
@@ -218,7 +213,6 @@ def test_epochs_over_more_class_images_than_instance_images() -> None:
 
 def test_the_table_names_every_default_that_differs_and_no_other_flag() -> None:
     here = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
-    named = {entry.flag for entry in DIFFERENCES}
-    assert len(named) == len(DIFFERENCES)
-    assert named <= set(DEFAULTS) <= set(here)
-    assert {name for name in DEFAULTS if here[name] != DEFAULTS[name]} <= named
+    assert len(DEFAULTS) == len(FLAGS)
+    assert set(DEFAULTS) <= set(here)
+    assert all(flag.here for flag in FLAGS if here[flag.name] != flag.default)

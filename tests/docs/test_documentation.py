@@ -99,7 +99,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A script: those that train also check what their options mean together."""
-    from bilora_diffusion.config import parse, parse_text
+    from bilora_diffusion.image.config import parse
+    from bilora_diffusion.text.config import parse_text
 
     training = {"train_dreambooth_bilora.py": parse, "train_text_bilora.py": parse_text}
     if name in training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,25 +24,21 @@ def make(folder: Path, model: Any = None, **values: Any) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "word"),
+    ("attribute", "value", "engine"),
     [
-        ("is_deepspeed_enabled", "DeepSpeed"),
-        ("is_fsdp_enabled", "FSDP"),
-        ("is_distributed_loading_by_transformers", "distributed_config"),
+        ("is_deepspeed_enabled", True, "DeepSpeed"),
+        ("is_fsdp_enabled", True, "FSDP"),
+        ("is_distributed_loading_by_transformers", True, "distributed_config"),
+        ("accelerator", SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM), "MEGATRON"),
+        ("model_init", lambda: tiny_llm(), "model_init.*model="),
     ],
 )
-def test_engines_that_shard(attribute: str, word: str, tmp_path: Path) -> None:
+def test_a_trainer_that_would_be_wrong(
+    attribute: str, value: Any, engine: str, tmp_path: Path
+) -> None:
     trainer = make(tmp_path, tiny_llm())
-    setattr(trainer, attribute, True)
-    with pytest.raises(UserError, match=f"{word}.*DDP"):
-        use_bilora(trainer, CONFIG)
-
-
-def test_an_engine_that_nobody_has_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make(tmp_path, tiny_llm())
-    kind = type(trainer.accelerator)
-    monkeypatch.setattr(kind, "distributed_type", DistributedType.MEGATRON_LM)
-    with pytest.raises(UserError, match="MEGATRON_LM"):
+    setattr(trainer, attribute, value)
+    with pytest.raises(UserError, match=engine):
         use_bilora(trainer, CONFIG)
 
 
@@ -52,11 +49,6 @@ def test_what_is_no_trainer_and_what_has_it_already(tmp_path: Path) -> None:
     use_bilora(trainer, CONFIG)
     with pytest.raises(UserError, match="already"):
         use_bilora(trainer, CONFIG)
-
-
-def test_a_model_made_anew(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model_init"):
-        use_bilora(make(tmp_path, model_init=lambda: tiny_llm()), CONFIG)
 
 
 @pytest.mark.parametrize("optim", ["lomo", "schedule_free_adamw", "galore_adamw", "apollo_adamw"])

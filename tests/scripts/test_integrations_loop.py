@@ -16,16 +16,15 @@ from transformers import Trainer, TrainingArguments
 
 from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.config import parse_text
 from bilora_diffusion.integrations import use_bilora
-from bilora_diffusion.methods import create
+from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import runlog
 from bilora_diffusion.seeds import seed_of
 from bilora_diffusion.text.module import collate
+from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.script import build_task
 from bilora_diffusion.train.loop import fit
 from bilora_diffusion.train.order import SampleOrder
-from bilora_diffusion.train.running import method_options
 from bilora_diffusion.train.trainer import Trainer as Loop
 from tests.integrations.trainers import losses, settings, tiny_llm
 
@@ -91,7 +90,7 @@ class OurRun:
         order = SampleOrder(len(task.data.train), cfg.seed)
         rows = [task.data.train.row(order.sample(n)) for n in range(STEPS * BATCH)]
         self.rows = Dataset.from_list([{k: list(v) for k, v in row.items()} for row in rows])
-        loop = Loop(task, create(method, method_options(cfg, STEPS)), task.cfg, accelerator)
+        loop = Loop(task, for_run(task.cfg, STEPS), task.cfg, accelerator)
         self.first = {
             name: adapters.state_dict(self.model, name) for name in adapters.names(self.model)
         }

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.config import parse_text
+from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.export import save_adapter
 from bilora_diffusion.text.card import write_text_card
 from bilora_diffusion.text.models import load_text_model

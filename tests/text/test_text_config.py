@@ -1,4 +1,4 @@
-"""The text script's options: the tables' defaults, spellings of other scripts, refusals."""
+"""The text script's options: the tables' defaults, and spellings of other scripts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.adapters import ALL_LINEAR
-from bilora_diffusion.config import TextConfig, parse_text
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.text.config import TextConfig, parse_text
 
 
 def parsed(*argv: str) -> TextConfig:
@@ -25,6 +24,10 @@ def test_the_defaults_are_those_of_the_papers_tables() -> None:
     assert (cfg.max_length, cfg.task_type, cfg.template) == (256, "auto", "auto")
     assert cfg.max_train_steps is None
     assert cfg.targets == ALL_LINEAR
+    radii = {m: parsed("--method", m).rho for m in ("lora", "lora-sam", "flat-lora")}
+    assert radii == {"lora": None, "lora-sam": 0.01, "flat-lora": 0.05}
+    completed = parsed("--scale_lr").completed(2, "causal")
+    assert (completed.task_type, completed.learning_rate) == ("causal", 5e-4 * 8 * 2)
 
 
 @pytest.mark.parametrize(
@@ -97,79 +100,7 @@ def test_what_does_not_touch_learning_may_change() -> None:
         assert parsed(f"--{flag}", str(value)).fingerprint() != before
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (("--max_length", "0"), "--max_length is 0"),
-        (("--warmup_ratio", "1.5"), "--warmup_ratio is 1.5"),
-        (("--warmup_ratio", "-0.1"), "--warmup_ratio is -0.1"),
-        (("--packing", "--group_by_length"), "--group_by_length"),
-        (("--packing", "--task_type", "seq2seq"), "--packing"),
-        (("--packing", "--task_type", "classification"), "--packing"),
-        (("--input_column", "text"), "--input_column"),
-        (("--validation_file", "x.jsonl"), "--validation_file"),
-        (("--train_file", "x.jsonl"), "only one"),
-        (("--warmup_ratio", "0.1", "--lr_warmup_steps", "3"), "give only one"),
-        (("--eval_batch_size", "0"), "--eval_batch_size is 0"),
-        (("--max_predictions", "-1"), "--max_predictions is -1"),
-        (("--generation_max_new_tokens", "0"), "--generation_max_new_tokens is 0"),
-        (("--template", "chatml"), "chat, alpaca, plain"),
-        (("--resolution", "64"), "unknown flag"),
-        (("--quantize", "nf4", "--method", "full"), "4-bit"),
-    ],
-)
-def test_refusals(argv: tuple[str, ...], named: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parsed(*argv)
-    assert named in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (("--warmup_ratio", "0.1", "--lr_scheduler", "constant"), "constant_with_warmup"),
-        (("--lr_warmup_steps", "3", "--lr_scheduler", "constant"), "constant_with_warmup"),
-        (("--ema_decay", "0.5"), "--use_ema"),
-        (("--dynamics_steps", "5"), "--log_dynamics"),
-        (("--rank", "4"), "--lora_alpha 8"),
-    ],
-)
-def test_what_has_no_effect_is_told(
-    argv: tuple[str, ...], named: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    cfg = parsed(*argv)
-    (record,) = caplog.records
-    assert f"{argv[0]} {argv[1]}" in record.getMessage()
-    assert named in record.getMessage()
-    assert cfg.warmup_steps(100) == (0 if "constant" in argv else 3)
-
-
-def test_an_evaluation_without_rows_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
-    words = ["--model_name_or_path", "smollm2", "--train_file", str(tmp_path / "rows.jsonl")]
-    idle = ["--eval_steps", "5", "--validation_epochs", "1", "--eval_on_start"]
-    idle += ["--eval_train_samples", "3", "--max_predictions", "2"]
-    assert parse_text([*words, *idle]) == parse_text(words)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 5
-    assert all("--validation_file" in message for message in messages)
-
-
 def test_accumulation_leaves_the_batch_alone() -> None:
     """Unlike the DreamBooth script, this one has Transformers' default of 8 rows."""
     cfg = parsed("--gradient_accumulation_steps", "4")
     assert (cfg.train_batch_size, cfg.gradient_accumulation_steps) == (8, 4)
-
-
-def test_an_unknown_task_gets_a_suggestion() -> None:
-    with pytest.raises(UserError, match='did you mean "sst2"'):
-        parse_text(["--model_name_or_path", "smollm2", "--task", "sst-2"])
-
-
-def test_model_and_text_are_needed() -> None:
-    with pytest.raises(UserError, match="no model is given"):
-        parse_text(["--task", "sst2"])
-    with pytest.raises(UserError, match="no text is given"):
-        parse_text(["--model_name_or_path", "smollm2"])

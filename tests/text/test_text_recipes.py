@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bilora_diffusion.config import parse_text
 from bilora_diffusion.text import catalog
+from bilora_diffusion.text.config import parse_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -48,14 +48,6 @@ WORDS = {"LR Scheduler": "lr_scheduler", "Target Modules": "target_modules"}
 OPTIONS = {"Cosine": "cosine", "All": "all-linear"}
 OF_OTHER_ARMS = {"LoRA-SAM rho", "Full FT Learning Rate", "Full FT Micro-Batch Size"}
 METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
-
-
-@pytest.fixture(autouse=True)
-def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without a launcher, whatever runs the tests."""
-    for module in ("resolve", "environment"):
-        monkeypatch.setattr(f"bilora_diffusion.config.{module}.device_type", lambda: "cpu")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 def text_of(name: str) -> str:

@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from bilora_diffusion.config import parse_text
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule, collate
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.text.task import TextTask
-from tests.text.text_builders import KINDS, SAVERS, rows_for, save_gpt2, text_flags, write_rows
+from tests.text.text_builders import (
+    KINDS,
+    SAVERS,
+    rows_for,
+    save_gpt2,
+    save_llama,
+    text_flags,
+    write_rows,
+)
 
 
 def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) -> TextTask:
@@ -80,6 +88,15 @@ def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
     assert all(
         name.startswith("line ") and name.endswith(" of train.jsonl") for name in whole.names
     )
+
+
+def test_a_chat_template_is_used_where_there_is_one(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "chat", chat=True)
+    auto, chat, plain = (
+        task_of(tmp_path, "causal", base, template=template).data.train.row(0)
+        for template in (None, "chat", "plain")
+    )
+    assert auto == chat != plain
 
 
 def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:

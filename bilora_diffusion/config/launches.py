@@ -1,0 +1,130 @@
+"""Which ways to launch training are refused: engines of accelerate, and trainers of Transformers.
+
+DDP trains everything, FSDP2 adapters of text models (see ``train.sharding``). All combinations of
+FSDP2 with a method, an ablation of Bi-LoRA, DoRA, an optimizer, averaging or recording that do not
+stand here are right. The facts of a launch are read by ``train.engines``, those of a trainer by
+``integrations.checks``.
+"""
+
+from __future__ import annotations
+
+from .conditions import GIVEN, Refusal, above, refusal
+
+FSDP2, DDP = "FSDP2", "DDP"
+_USE_FSDP2 = (
+    "set fsdp_version to 2 for a text model too large for one device, or launch with"
+    " `--multi_gpu` (DDP)"
+)
+_OR_DDP = "or launch with `--multi_gpu` (DDP)"
+
+LAUNCHES: tuple[Refusal, ...] = (
+    refusal(
+        "each process would train on its own",
+        "start several processes with accelerate launch or torchrun",
+        local_rank=above(0),
+        alone=True,
+    ),
+    refusal(
+        "it splits the adapters, of which the auxiliary's norm and its projection need the whole",
+        _USE_FSDP2,
+        engine=("FSDP1", "DeepSpeed", "Megatron-LM"),
+    ),
+    refusal(
+        "it averages gradients in its own optimizer step, before which they are clipped here",
+        _USE_FSDP2,
+        engine="XLA",
+    ),
+    refusal(
+        "rows are dealt to processes by their number alone, and processes that share one model or"
+        " one sequence would get different rows",
+        "drop ACCELERATE_USE_PARALLELISM_CONFIG and launch with FSDP2 or `--multi_gpu`",
+        parallelism_config=True,
+    ),
+    refusal(
+        "accelerate would split nothing there and train by DDP without a word",
+        "drop `--use_fsdp`",
+        use_fsdp=True,
+        on_cpu=True,
+        engine=DDP,
+    ),
+    # what is trained
+    refusal(
+        "text encoders and autoencoder work beside the UNet in passes that FSDP2 knows nothing of",
+        "launch with `--multi_gpu` (DDP), or add `--quantize nf4` if memory is short",
+        engine=FSDP2,
+        modality="image",
+    ),
+    refusal(
+        "what is trained stays whole on every device, and here that is all of the model",
+        f"use `--method bilora`, `lora` or another with adapters, {_OR_DDP}",
+        method="full",
+        engine=FSDP2,
+    ),
+    refusal(
+        "its noise is scaled by the norms of the base's rows, of which a device holds a part",
+        f"use `--method bilora` or `lora-sam`, {_OR_DDP}",
+        method="flat-lora",
+        engine=FSDP2,
+    ),
+    refusal(
+        "this start is computed from whole base weights and taken out of them",
+        f"use `--init_lora_weights default` or `gaussian`, {_OR_DDP}",
+        init_lora_weights=("pissa", "lora-ga"),
+        engine=FSDP2,
+    ),
+    refusal(
+        "4-bit weights would stay whole on every device, so nothing would be split",
+        f"drop `--quantize`, {_OR_DDP}",
+        quantize="nf4",
+        engine=FSDP2,
+    ),
+    refusal(
+        "accelerate unscales the gradients twice there when a part of them is clipped",
+        "use `--mixed_precision bf16` or `no`",
+        mixed_precision="fp16",
+        engine=FSDP2,
+    ),
+    # how it is split
+    refusal(
+        "held-out rows would be sent to the CPU, where the weights wait, and not to the device",
+        "set it to false, or launch with `--multi_gpu` and `--quantize nf4` if memory is short",
+        offload=True,
+        engine=FSDP2,
+    ),
+    refusal(
+        "it renames the layers, which a checkpoint of another launch would then not fit",
+        "set it to false and add `--gradient_checkpointing`, which does the same",
+        activation_checkpointing=True,
+        engine=FSDP2,
+    ),
+    refusal(
+        "FSDP2 is told already to leave whole exactly what is trained",
+        "unset it",
+        ignored_modules=True,
+        engine=FSDP2,
+    ),
+    refusal(
+        "the compiled model would be split, and held-out rows go through the model in it",
+        "set ACCELERATE_DYNAMO_BACKEND to no",
+        compiled=True,
+        engine=FSDP2,
+    ),
+    refusal(
+        "it could take a single layer apart from the adapters on it",
+        "set FSDP_AUTO_WRAP_POLICY to TRANSFORMER_BASED_WRAP",
+        size_based_wrap=True,
+        engine=FSDP2,
+    ),
+    # trainers of Transformers and TRL
+    refusal(
+        "it shards or replaces the parameters, so the norm of the auxiliary would be of a part",
+        "train on one GPU or with DDP (torchrun)",
+        trainer_engine=GIVEN,
+    ),
+    refusal("adapters would be lost when training starts", "give it model=...", model_init=True),
+    refusal(
+        "it keeps weights of its own, which the projection onto the ball would miss",
+        'use an AdamW, such as optim="adamw_torch"',
+        optim=GIVEN,
+    ),
+)

@@ -1,0 +1,225 @@
+"""What does not go together, why, and what to do instead: the one table of it.
+
+Options with each other and with the device, and ways to launch (`launches`). It is asked with a
+mapping of facts: option values by name, and what `conditions.FACTS` names. Command lines, launches
+and trainers refuse what stands here, the contract tests leave it out, and docs/options.md shows it
+(``python -m docs.make``).
+
+An option that the chosen method does not read stands without complaint, so that runs which differ
+only in ``--method`` can share a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+from .conditions import ABSENT, GIVEN, Refusal, above, other_than, refusal, same_as, unlike
+from .launches import LAUNCHES
+
+_NEEDS_ADAPTERS = {
+    "use_dora": (True, "there is no adapter whose magnitude could be trained apart"),
+    "init_lora_weights": (("gaussian", "pissa", "lora-ga"), "there is no adapter to start"),
+    "lora_dropout": (above(0), "there is no adapter to put dropout in front of"),
+    "output_kohya_format": (
+        True,
+        "kohya's format is for adapters, and this method leaves whole models",
+    ),
+    "log_dynamics": (True, "there are no factors whose course could be recorded"),
+}
+
+REFUSED: tuple[Refusal, ...] = (
+    # what is learned from
+    refusal(
+        "there are no images to learn from",
+        "add `--dataset` with a hub id, a folder or mini, or `--instance_data_dir` with a folder",
+        dataset_name=ABSENT,
+        instance_data_dir=ABSENT,
+    ),
+    refusal(
+        "images come from one place", "give only one", dataset_name=GIVEN, instance_data_dir=GIVEN
+    ),
+    refusal("`--image_column` is the same", "change one", caption_column=same_as("image_column")),
+    refusal(
+        "the class images lie there, or are made there",
+        "add it, for example `--class_data_dir class_images`",
+        with_prior_preservation=True,
+        class_data_dir=ABSENT,
+    ),
+    refusal(
+        "it stands for the class images",
+        'add it, for example `--class_prompt "a dog"`',
+        with_prior_preservation=True,
+        class_prompt=ABSENT,
+    ),
+    refusal(
+        "there is no model to start from",
+        "add it with a hub id or a folder, for example google-t5/t5-base or smollm2",
+        model_name_or_path=ABSENT,
+    ),
+    refusal(
+        "there is no text to learn from",
+        "add `--task` with the name of a task, or `--train_file` with a file",
+        task=ABSENT,
+        train_file=ABSENT,
+    ),
+    refusal("rows come from one place", "give only one", task=GIVEN, train_file=GIVEN),
+    *(
+        refusal(
+            "a task knows its own columns and held-out rows",
+            "drop it, or give `--train_file`",
+            **{name: GIVEN, "task": GIVEN},
+        )
+        for name in ("input_column", "target_column", "validation_file")
+    ),
+    refusal("`--target_column` is the same", "change one", input_column=same_as("target_column")),
+    refusal(
+        "only causal models take several rows in one",
+        "drop it",
+        packing=True,
+        task_type=("seq2seq", "classification"),
+    ),
+    refusal("packed rows are all of one length", "drop it", group_by_length=True, packing=True),
+    # 4-bit weights
+    refusal(
+        "4-bit weights can't be trained",
+        "drop `--quantize` or use `--method bilora`, `lora` or another with adapters",
+        method="full",
+        quantize="nf4",
+    ),
+    refusal(
+        "its noise is added to the base weights, and 4 bits can't hold it",
+        "drop `--quantize` or use `--method bilora`, `lora-sam` or another that adds no noise",
+        method="flat-lora",
+        quantize="nf4",
+    ),
+    refusal(
+        "this start is taken out of the base weights, which would be rounded to 4 bits once more",
+        "drop `--quantize` or use `--init_lora_weights default` or `gaussian`",
+        init_lora_weights=("pissa", "lora-ga"),
+        quantize="nf4",
+    ),
+    *(
+        refusal(
+            reason, f"drop `--{name}` or use another method", **{"method": "full", name: wanted}
+        )
+        for name, (wanted, reason) in _NEEDS_ADAPTERS.items()
+    ),
+    # precision, loss, rates
+    refusal(
+        "the gradients of its two passes would have to be unscaled twice by one loss scaler",
+        "use `--mixed_precision bf16` or `no`",
+        method="lora-sam",
+        mixed_precision="fp16",
+    ),
+    refusal("it does not work there", "use fp16 or no", mixed_precision="bf16", device="mps"),
+    refusal("it needs a GPU", "use bf16 or no", mixed_precision="fp16", device="cpu"),
+    refusal(
+        "it needs CUDA",
+        "drop it",
+        enable_xformers_memory_efficient_attention=True,
+        device=other_than("cuda"),
+    ),
+    refusal(
+        "min-SNR weights are not defined for it, which weighs the noise levels itself",
+        "drop one of the two",
+        do_edm_style_training=True,
+        snr_gamma=above(0),
+    ),
+    refusal(
+        "both say how the rate rises", "give only one", warmup_ratio=GIVEN, lr_warmup_steps=GIVEN
+    ),
+    refusal(
+        "prodigy has one rate for all, `--learning_rate`",
+        "drop it",
+        auxiliary_learning_rate=unlike("learning_rate"),
+        optimizer="prodigy",
+    ),
+    # Bi-LoRA's ablations
+    refusal(
+        "an auxiliary that never leaves zero does nothing",
+        "use `--method lora`",
+        method="bilora",
+        auxiliary_learning_rate=0,
+    ),
+    refusal(
+        "only the ball gives the step of a power iteration its length",
+        "use `--ball global` or `per-layer`, or `--auxiliary_update optimizer`",
+        method="bilora",
+        auxiliary_update="power",
+        ball="none",
+    ),
+    refusal(
+        "power iteration keeps no moments of the auxiliary",
+        "drop `--rescale_moments` or use `--auxiliary_update optimizer`",
+        method="bilora",
+        auxiliary_update="power",
+        rescale_moments=True,
+    ),
+    refusal(
+        "power iteration takes no learning rate",
+        "drop `--auxiliary_learning_rate` or use `--auxiliary_update optimizer`",
+        method="bilora",
+        auxiliary_update="power",
+        auxiliary_learning_rate=above(0),
+    ),
+    refusal(
+        "nothing is projected, so no moments shrink",
+        "drop `--rescale_moments` or use `--ball global` or `per-layer`",
+        method="bilora",
+        ball="none",
+        rescale_moments=True,
+    ),
+    refusal(
+        "there is no radius that could rise",
+        "drop `--rho_schedule` or use `--ball global` or `per-layer`",
+        method="bilora",
+        ball="none",
+        rho_schedule=("linear", "cosine"),
+    ),
+    refusal(
+        "the step size that Prodigy estimates would not shrink along with them",
+        "drop `--rescale_moments` or use `--optimizer AdamW`",
+        method="bilora",
+        optimizer="prodigy",
+        rescale_moments=True,
+    ),
+    refusal(
+        "8-bit moments are codes, which can't be multiplied by a number",
+        "drop `--rescale_moments` or `--use_8bit_adam`",
+        method="bilora",
+        use_8bit_adam=True,
+        rescale_moments=True,
+    ),
+    # the run
+    refusal("a run needs a folder", "name it", output_dir=ABSENT),
+    refusal(
+        "one continues what the other deletes",
+        "drop one of them",
+        resume_from_checkpoint=GIVEN,
+        overwrite_output_dir=True,
+    ),
+    refusal(
+        "the token could leak to the tracker",
+        "drop it and run `hf auth login`",
+        hub_token=GIVEN,
+        report_to=("wandb", "all"),
+    ),
+    *LAUNCHES,
+)
+
+
+def refused(facts: Mapping[str, Any]) -> Refusal | None:
+    """The first entry that holds for these facts, or None; unknown facts are not refused."""
+    return next((entry for entry in REFUSED if entry.holds(facts)), None)
+
+
+def check(facts: Mapping[str, Any]) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        UserError: one sentence that names the values, the reason and the fix.
+    """
+    if (entry := refused(facts)) is not None:
+        raise UserError(entry.sentence(facts))

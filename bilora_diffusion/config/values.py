@@ -1,0 +1,151 @@
+"""Whether a value can be meant at all: its range, its choices, its text, the place that it names.
+
+What a number is bounded by from below is what makes sense; the bounds from above are far beyond
+what any run needs: a typing error is to end in a sentence, not in a wait or in a full memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError, did_you_mean
+from ..files import is_text, quoted
+
+SMALLEST = 1.2e-38
+"""Of 32-bit numbers; what is smaller counts as 0 in the arithmetic."""
+
+
+class Most(NamedTuple):
+    """The largest value, and the reason as the end of a sentence."""
+
+    value: int | float
+    reason: str
+
+
+RANK = Most(16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider")
+SCALE = Most(1e6, "the adapter's output is scaled by alpha / rank, and half precision ends there")
+RATE = Most(1e4, "one step would be larger than any weight")
+BATCH = Most(65_536, "no device holds a larger batch")
+STEPS = Most(10**9, "at ten steps a second that many take three years")
+ROWS = Most(10**9, "no data set here has more")
+FACTOR = Most(1e6, "what it weighs would drown everything else")
+DECAY = Most(1e4, "one step would take away more than the whole weight")
+WORKERS = Most(1024, "each is a process of its own")
+TOKENS = Most(10**7, "no model reads longer texts")
+SHARE = {"at_least": 0, "below": 1, "most": Most(1, "it is a share")}
+"""The range of a share of something, which is never all of it."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may have.
+
+    Args:
+        most: the largest, with its reason.
+        at_least, above, below: further bounds, ``below`` beside ``at_least``.
+        multiple_of: what divides it.
+        instead: what to do instead of giving a number in the range.
+    """
+
+    most: Most
+    at_least: int | None = None
+    above: int | None = None
+    below: int | None = None
+    multiple_of: int | None = None
+    instead: str = ""
+
+    def fix(self, value: Any) -> str | None:
+        """What to give instead of a number; None for one in the range."""
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return "give a number"
+        number: Any = value
+        if isinstance(value, float) and not math.isfinite(value):
+            return "give a finite number"
+        if abs(number) > self.most.value and number > 0:
+            return f"give at most {self.most.value}, since {self.most.reason}"
+        low = self.at_least is not None and number < self.at_least
+        if self.below is not None and (low or number >= self.below):
+            return f"give a number from {self.at_least} up to, but not including, {self.below}"
+        if self.multiple_of and (low or number % self.multiple_of):
+            near = max(self.multiple_of, round(number / self.multiple_of) * self.multiple_of)
+            return f"give a multiple of {self.multiple_of}, such as {near}"
+        if low:
+            return f"give {self.at_least} or more{self.instead}"
+        if self.above is not None and number <= self.above:
+            return f"give a number above {self.above}{self.instead}"
+        return None
+
+
+def check_number(shown: str, value: Any, allowed: Range, smallest: float = SMALLEST) -> None:
+    """Refuse a number out of its range.
+
+    Args:
+        shown: the option as the user wrote it.
+        smallest: below it, a number other than 0 is refused too.
+
+    Raises:
+        UserError: one sentence with the value and the fix.
+    """
+    if fix := allowed.fix(value):
+        long = type(value) is int and abs(value) >= 10**30
+        text = f"a number of {len(str(abs(value)))} digits" if long else f"{value!r:.80}"
+        raise UserError(f"{shown} is {text}: {fix}.")
+    if 0 < abs(value) < smallest:
+        raise UserError(
+            f"{shown} is {value}, which is 0 in 32-bit arithmetic: give a larger number, or 0."
+        )
+
+
+def check_choice(shown: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        UserError: one sentence with the value and the choices.
+    """
+    names = [str(choice) for choice in choices]
+    if value not in names:
+        hint = did_you_mean(str(value), names)
+        raise UserError(f'{shown} is "{short(str(value))}"{hint}: use one of {", ".join(names)}.')
+
+
+def short(text: str) -> str:
+    """What a sentence can repeat of a value."""
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} letters)"
+
+
+def check_text(shown: str, value: Any) -> None:
+    """Refuse bytes of a command line that are not UTF-8, and NULs.
+
+    They would pass every other check, and fail where they are tokenized, written or opened.
+
+    Raises:
+        UserError: it names the option and its value.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("\0" in text or not is_text(text)):
+            raise UserError(
+                f"{shown} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
+                " write it anew."
+            )
+
+
+def check_place(shown: str, value: str) -> None:
+    """Refuse a name that no file or folder can have; it need not exist.
+
+    Raises:
+        UserError: it names the option, its value and the system's reason.
+    """
+    try:
+        Path(value).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "there is no such user"
+        raise UserError(
+            f"{shown} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
+        ) from error

@@ -1,0 +1,228 @@
+"""The configuration of a run: every option, read from a command line, checked and completed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from .. import methods
+from ..config import fields, machine, notes, refusals
+from ..config.command_line import CommandLine
+from ..config.conditions import said
+from ..config.values import check_choice
+from ..errors import UserError
+from ..methods.options import AdapterOptions, MethodFlags
+from .options import OPTIMIZERS, OptimizerOptions, OutputOptions, StepOptions
+
+Values = dict[str, Any]
+SAMPLES_OF_A_STEP = 10**6
+LOW_FOR_PRODIGY = 0.1
+TRACKERS = (
+    *("tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab"),
+    "trackio",
+)
+
+
+class RunConfig(AdapterOptions, MethodFlags, StepOptions, OptimizerOptions, OutputOptions):
+    """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options.
+
+    ``read`` makes one of a command line, which decides all that can be known before anything is
+    loaded. Each script's ``completed`` adds what processes and model say.
+
+    Attributes:
+        modality: "image" or "text".
+        groups: the option dataclasses it is made of, in the order of ``--help``.
+        alternatives: pairs of options of which one replaces the other (`CommandLine.read`).
+        description, usage: of ``--help``.
+        without_influence: options that a resumed run may change freely: they do not touch what is
+            learned, or only in the last digits, as another card does.
+    """
+
+    modality: ClassVar[str]
+    groups: ClassVar[tuple[Any, ...]]
+    alternatives: ClassVar[tuple[tuple[str, str], ...]]
+    description: ClassVar[str]
+    usage: ClassVar[str]
+    without_influence: ClassVar[frozenset[str]]
+
+    # what only one script has as an option, or in another form
+    train_text_encoder: bool = False
+    eval_on_start: bool = False
+    resolution: int | None = None
+    validation_epochs: int | None
+    validation_loss_steps: int
+
+    @classmethod
+    def read(cls, argv: Sequence[str] | None = None) -> Self:
+        """Read the command line (and the recipe it names), check it and complete it.
+
+        Nothing is downloaded or loaded. ``--help`` prints and exits.
+
+        Args:
+            argv: arguments without the program's name; None for those of the process.
+
+        Raises:
+            UserError: a value or a combination that can't be honoured; it names the fix.
+        """
+        kind = cls._with_own_options()
+        line = CommandLine(kind.groups, description=cls.description, usage=cls.usage)
+        values, given = line.read(argv, cls.alternatives)
+        values = cls.complete(_completed(values, given, cls.modality), given)
+        options = fields.options_of(kind.groups)
+        values, idle = notes.set_aside(options, values, given)
+        remarks = _remarks(values, given)
+        facts = {"device": machine.device_type(), "alone": "LOCAL_RANK" not in os.environ}
+        refusals.check({**values, **facts})
+        cls.check_inputs(values)
+        _check_packages(values)
+        notes.tell(idle + remarks)
+        return kind(**values)
+
+    @staticmethod
+    def complete(values: Values, given: frozenset[str]) -> Values:
+        """Fill in what was not given, of what only this script has."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check_inputs(values: Values) -> None:
+        """Refuse what only this script can be given: files, folders, hub ids."""
+        raise NotImplementedError
+
+    @classmethod
+    def _with_own_options(cls) -> type[Self]:
+        """This class with the options that single methods have."""
+        if not (own := methods.own_options()):
+            return cls
+        declared = [
+            (name, field.type, fields.like(group, name))
+            for group in own
+            for name, field in fields.options_of([group]).items()
+        ]
+        kind = dataclasses.make_dataclass(cls.__name__, declared, bases=(cls,), frozen=True)
+        kind.groups = (*cls.groups, *own)
+        return kind
+
+    @property
+    def sampled_prompts(self) -> list[str]:
+        """The prompt of each validation image, in their order; none for text."""
+        return []
+
+    @property
+    def log_with(self) -> str | None:
+        """The tracker for ``Accelerator(log_with=...)``."""
+        return None if self.report_to == "none" else self.report_to
+
+    def scaled_rates(self, processes: int) -> dict[str, float]:
+        """The learning rates that ``--scale_lr`` asks for in a run on so many processes.
+
+        The auxiliary's own rate keeps its ratio to the primary's; that of text encoders stays.
+        """
+        factor = self.gradient_accumulation_steps * self.train_batch_size * processes
+        names = ("learning_rate", "auxiliary_learning_rate") if self.scale_lr else ()
+        rates = {name: getattr(self, name) for name in names}
+        return {name: rate * factor for name, rate in rates.items() if rate is not None}
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
+        return self.lr_warmup_steps or 0
+
+    def to_dict(self) -> Values:
+        """All options as JSON values; the hub token is left out."""
+        values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+        return {
+            name: values[name] for name in fields.options_of(self.groups) if name != "hub_token"
+        }
+
+    def fingerprint(self) -> Values:
+        """The options that decide what is learned: a resumed run must have the same."""
+        return {k: v for k, v in self.to_dict().items() if k not in self.without_influence}
+
+
+def without_influence(groups: Sequence[Any]) -> frozenset[str]:
+    """The options that do not touch what is learned: of a group that is ``free``, or themselves."""
+    return frozenset(
+        name
+        for group in groups
+        for name, field in fields.options_of([group]).items()
+        if getattr(group, "free", False) or fields.option_of(field).free
+    )
+
+
+def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
+    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision.
+
+    Raises:
+        UserError: no such method or optimizer; accelerate was launched in a precision that training
+            does not have.
+    """
+    values = {**values, "optimizer": values["optimizer"].lower()}
+    for name, choices in (("method", methods.names()), ("optimizer", OPTIMIZERS)):
+        check_choice(f"--{name}", values[name], choices)
+    if values["lora_alpha"] is None:
+        values["lora_alpha"] = 2.0 * values["rank"]
+    if values["rho"] is None:
+        values["rho"] = methods.default_rho(values["method"], modality)
+    if values["optimizer"] == "prodigy" and "learning_rate" not in given:
+        values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
+    values["mixed_precision"] = values["mixed_precision"] or machine.default_precision()
+    if "report_to" not in given and not machine.is_installed(values["report_to"]):
+        values["report_to"] = "none"
+    return values
+
+
+def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
+    """A sentence for each default that follows from what was given and might surprise."""
+    remarks = []
+    if "rank" in given and "lora_alpha" not in given:
+        remarks.append(
+            f"--rank {values['rank']} comes with --lora_alpha {values['lora_alpha']:g}, the paper's"
+            f" ratio: for diffusers' add --lora_alpha {values['rank']}."
+        )
+    if values["optimizer"] == "prodigy" and values["learning_rate"] <= LOW_FOR_PRODIGY:
+        remarks.append(
+            f"{said('learning_rate', values['learning_rate'])} is low for prodigy, which multiplies"
+            " it with a rate of its own: 1.0 is usual."
+        )
+    warm = values["lr_warmup_steps"] or values.get("warmup_ratio")
+    if values["lr_scheduler"] == "constant_with_warmup" and not warm:
+        remarks.append("--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.")
+    if values["use_dora"] and values.get("output_kohya_format"):
+        remarks.append(
+            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
+            " from version 0.3.30 on, and not by A1111, as the model card says in full."
+        )
+    return remarks
+
+
+def _check_packages(values: Mapping[str, Any]) -> None:
+    """Refuse what needs a package that is missing, a token, or more memory than there is.
+
+    Raises:
+        UserError: it names the option and what to install or to use instead.
+    """
+    tracker = values["report_to"]
+    check_choice("--report_to", tracker, (*TRACKERS, "all", "none"))
+    if tracker in TRACKERS:
+        machine.require(tracker, f"--report_to {tracker}")
+    if values["use_8bit_adam"]:
+        machine.require("bitsandbytes", "--use_8bit_adam")
+    if values["quantize"] == "nf4":
+        machine.require("bitsandbytes", "--quantize nf4", ">=0.50")  # older ones: on CUDA only
+    if values["optimizer"] == "prodigy":
+        machine.require("prodigyopt", "--optimizer prodigy")
+    xformers = "enable_xformers_memory_efficient_attention"
+    if values.get(xformers):
+        machine.require("xformers", f"--{xformers}")
+    if values["push_to_hub"] and values["hub_token"] is None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise UserError("--push_to_hub needs a token: run `hf auth login` or add --hub_token.")
+    batch, passes = values["train_batch_size"], values["gradient_accumulation_steps"]
+    if batch * passes > SAMPLES_OF_A_STEP:
+        raise UserError(
+            f"--train_batch_size {batch} times --gradient_accumulation_steps {passes} is over"
+            f" {SAMPLES_OF_A_STEP} samples a step: give smaller ones."
+        )

@@ -1,0 +1,141 @@
+"""The configuration of a text run: every option, checked and completed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ..choices import ALL_LINEAR
+from ..errors import UserError
+from ..files import is_file
+from ..run.config import RunConfig, without_influence
+from .options import (
+    EvaluationOptions,
+    TextAdapterOptions,
+    TextDataOptions,
+    TextMethodFlags,
+    TextModelOptions,
+    TextOptimizerOptions,
+    TextOutputOptions,
+    TextStepOptions,
+)
+
+GROUPS = (
+    TextModelOptions,
+    TextDataOptions,
+    TextAdapterOptions,
+    TextMethodFlags,
+    TextStepOptions,
+    TextOptimizerOptions,
+    EvaluationOptions,
+    TextOutputOptions,
+)
+EPOCHS = 3
+WARMUP_RATIO = 0.03  # Tables A4 to A7
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class TextConfig(
+    TextModelOptions,
+    TextDataOptions,
+    TextAdapterOptions,
+    TextMethodFlags,
+    TextStepOptions,
+    TextOptimizerOptions,
+    EvaluationOptions,
+    TextOutputOptions,
+    RunConfig,
+):
+    """Every option of the script, flat. Made by ``parse_text``, which checks and completes it.
+
+    Then ``mixed_precision``, ``lora_alpha``, ``rho``, ``optimizer`` (in lower case) and
+    ``warmup_ratio`` are decided, and ``num_train_epochs`` is None only where steps count.
+    """
+
+    modality: ClassVar[str] = "text"
+    groups: ClassVar[tuple[Any, ...]] = GROUPS
+    without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("task", "train_file"),
+        ("max_train_steps", "num_train_epochs"),
+        ("warmup_ratio", "lr_warmup_steps"),
+    )
+    description: ClassVar[str] = (
+        "Fine-tune a T5, a causal language model or a text classifier with Bi-LoRA or LoRA. Flags"
+        " that Transformers' and TRL's scripts have keep their names; defaults are those of the"
+        " Bi-LoRA paper's Tables A4 to A7."
+    )
+    usage: ClassVar[str] = (
+        "%(prog)s --model_name_or_path MODEL {--task TASK,--train_file FILE} [flags]"
+    )
+
+    @staticmethod
+    def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
+        """Fill in what was not given, of what only text has."""
+        values = dict(values)
+        if values["num_train_epochs"] is None and values["max_train_steps"] is None:
+            values["num_train_epochs"] = EPOCHS
+        if values["warmup_ratio"] is None and values["lr_warmup_steps"] is None:
+            values["warmup_ratio"] = 0.0 if values["lr_scheduler"] == "constant" else WARMUP_RATIO
+        return values
+
+    @staticmethod
+    def check_inputs(values: dict[str, Any]) -> None:
+        """Refuse an unknown task, and what is no file of rows.
+
+        Raises:
+            UserError: one sentence with the value and the fix.
+        """
+        if values["task"]:
+            from . import catalog
+
+            catalog.get(values["task"])
+        for name in ("train_file", "validation_file"):
+            if values[name]:
+                _check_file(name, values[name])
+
+    @property
+    def targets(self) -> str | tuple[str, ...]:
+        """``--target_modules`` as an adapter takes it."""
+        names = tuple(self.target_modules)
+        return ALL_LINEAR if names == (ALL_LINEAR,) else names
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Given as steps, or as a share of all, rounded up as Transformers does."""
+        if self.lr_warmup_steps is not None:
+            return self.lr_warmup_steps
+        return math.ceil((self.warmup_ratio or 0) * num_steps)
+
+    def completed(self, processes: int, kind: str) -> Self:
+        """With what only the opened model and the launch say.
+
+        Args:
+            processes: that train together.
+            kind: of the model: "seq2seq", "causal" or "classification".
+        """
+        rates: dict[str, Any] = self.scaled_rates(processes)
+        return dataclasses.replace(self, task_type=kind, **rates)
+
+
+def parse_text(argv: Sequence[str] | None = None) -> TextConfig:
+    """What a command line of the text script means (`RunConfig.read`)."""
+    return TextConfig.read(argv)
+
+
+def _check_file(name: str, value: str) -> None:
+    path = Path(value).expanduser()
+    if path.is_dir():
+        raise UserError(f'--{name} "{value}" is a folder: give a file.')
+    if not path.exists():
+        raise UserError(f'--{name} "{value}" does not exist: correct the path.')
+    if not is_file(path):
+        raise UserError(f'--{name} "{value}" is a device or a pipe: give a regular file.')
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f'--{name} "{value}" is of no known kind: give a file ending in {", ".join(SUFFIXES)}.'
+        )

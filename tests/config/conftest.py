@@ -1,0 +1,26 @@
+"""The machine that a command line is read on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bilora_diffusion.config import machine as module
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A CPU without launcher or token, and every package; called, it becomes another machine."""
+
+    def pretend(kind: str, *, bf16: bool = True, missing: frozenset[str] = frozenset()) -> None:
+        monkeypatch.setattr(module, "device_type", lambda: kind)
+        monkeypatch.setattr("bilora_diffusion.image.inputs.device_type", lambda: kind)
+        monkeypatch.setattr(module, "is_installed", lambda name: name not in missing)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bf16)
+
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    pretend("cpu")
+    return pretend

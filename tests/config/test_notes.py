@@ -1,0 +1,109 @@
+"""What is told of a command line before it runs: what has no effect, and defaults that surprise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.text.config import parse_text
+
+MINI = "--dataset mini"
+PRODIGY = f"{MINI} --optimizer prodigy"
+HUB = "--dataset a/b --instance_prompt x"
+TASK = "--model_name_or_path smollm2 --task sst2"
+
+
+def told(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
+    """What a command line means, and the sentences that are said about it."""
+    caplog.clear()
+    cfg = (parse_text if "--model_name_or_path smollm2" in words else parse)(words.split())
+    messages = [record.getMessage() for record in caplog.records]
+    assert all(message.endswith(".") and "\n" not in message for message in messages)
+    return cfg, messages
+
+
+@pytest.mark.parametrize(
+    ("words", "idle", "fix"),
+    [
+        (MINI, "--class_data_dir x", "--with_prior_preservation"),
+        (MINI, "--num_class_images 5", "--with_prior_preservation"),
+        (MINI, "--text_encoder_lr 5e-06", "--train_text_encoder"),
+        (MINI, "--prodigy_decouple False", "--optimizer prodigy"),
+        (MINI, "--lr_power 2.0", "polynomial"),
+        (MINI, "--lr_num_cycles 2", "cosine_with_restarts"),
+        (MINI, "--lr_warmup_steps 10", "constant_with_warmup"),
+        (PRODIGY, "--use_8bit_adam", "--optimizer AdamW"),
+        (f"{PRODIGY} --train_text_encoder", "--text_encoder_lr 5e-06", "--learning_rate"),
+        (f"{MINI} --max_train_steps 9", "--num_train_epochs 2", "--max_train_steps"),
+        (MINI, "--snr_weighting diffusers", "--snr_gamma"),
+        (MINI, "--hub_model_id me/x", "--push_to_hub"),
+        (MINI, "--hub_token hf_x", "--push_to_hub"),
+        (MINI, "--revision main", "hub id"),
+        (MINI, "--dataset_config_name x", "drop it"),
+        (MINI, "--lora_ga_samples 8", "--init_lora_weights lora-ga"),
+        (MINI, "--ema_decay 0.5", "--use_ema"),
+        (MINI, "--dynamics_steps 8", "--log_dynamics"),
+        (f"{MINI} --validation_dataset none", "--validation_loss_steps 5", "--validation_dataset"),
+        (HUB, "--validation_epochs 3", "--validation_prompt"),
+        (HUB, "--num_validation_images 3", "--validation_prompt"),
+        (f"{TASK} --lr_scheduler constant", "--warmup_ratio 0.1", "constant_with_warmup"),
+        (f"{TASK} --lr_scheduler constant", "--lr_warmup_steps 3", "constant_with_warmup"),
+    ],
+)
+def test_an_option_without_effect_is_told_and_set_aside(
+    words: str, idle: str, fix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, and the run is that of the command line without it; diffusers accepts them too."""
+    without, before = told(words, caplog)
+    cfg, messages = told(f"{words} {idle}", caplog)
+    if TASK not in words:  # there it takes the place of the default share
+        assert cfg == without
+    assert cfg.warmup_steps(100) == without.warmup_steps(100)
+    (message,) = [message for message in messages if message not in before]
+    shown = idle.replace(" hf_x", "")
+    assert message.replace('"', "").startswith(f"{shown} has no effect")
+    assert fix in message
+    assert "hf_x" not in message
+
+
+def test_an_evaluation_without_rows_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    words = f"--model_name_or_path smollm2 --train_file {tmp_path / 'rows.jsonl'}"
+    idle = "--eval_steps 5 --validation_epochs 1 --eval_on_start --eval_train_samples 3"
+    without, _ = told(words, caplog)
+    cfg, messages = told(f"{words} {idle} --max_predictions 2", caplog)
+    assert cfg == without
+    assert len(messages) == 5
+    assert all("--validation_file" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (f"{MINI} --rank 16", ["--rank 16", "--lora_alpha 32", "--lora_alpha 16"]),
+        (f"{TASK} --rank 4", ["--lora_alpha 8"]),
+        (f"{PRODIGY} --learning_rate 1e-4", ["--learning_rate 0.0001", "1.0"]),
+        (f"{MINI} --lr_scheduler constant_with_warmup", ["--lr_warmup_steps"]),
+        (f"{MINI} --use_dora", ["0.3.30", "A1111"]),
+        (f"{MINI} --use_dora --no_output_kohya_format", []),
+        (f"{MINI} --rank 16 --lora_alpha 16", []),
+        (PRODIGY, []),
+        (MINI, []),
+    ],
+)
+def test_defaults_that_might_surprise_are_told_once(
+    words: str,
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, messages = told(words, caplog)
+    assert len(messages) == bool(parts)
+    assert all(part in messages[0] for part in parts)
+    monkeypatch.setenv("RANK", "1")
+    assert told(words, caplog)[1] == []  # the main process alone speaks

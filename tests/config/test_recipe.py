@@ -1,0 +1,134 @@
+"""Recipes: what stands in the file is what is meant, and no file can hold a run up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilora_diffusion.config.recipe import MOST_BYTES, read_options
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+ICONS = ["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]
+BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(20))
+
+
+def recipe(folder: Path, text: str | bytes) -> list[str]:
+    """A command line that names a recipe of that text."""
+    path = folder / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return ["--config", str(path)]
+
+
+def test_a_recipe_gives_values_and_flags_win(tmp_path: Path) -> None:
+    argv = recipe(
+        tmp_path,
+        "dataset: mini\nlearning_rate: 1e-3\nrank: 8\ncache_latents: no\ncenter-crop: true\n"
+        "auxiliary_rank: null\nvalidation_prompts: [a lion, a frog]\nrho: ~\n",
+    )
+    cfg = parse([*argv, "--rank", "16"])
+    assert (cfg.dataset_name, cfg.learning_rate, cfg.rank, cfg.lora_alpha) == ("mini", 1e-3, 16, 32)
+    assert (cfg.cache_latents, cfg.center_crop, cfg.auxiliary_rank) == ("no", True, None)
+    assert (cfg.validation_prompts, cfg.rho) == (["a lion", "a frog"], 0.05)
+
+
+def test_a_value_is_the_text_that_stands_there(tmp_path: Path) -> None:
+    """YAML 1.1 makes 90, 8, 1.1, 1000, True and a date of these."""
+    texts = ["1:30", "0o10", "010", "1.10", "1_0:00", "yes", "off", "2024-01-01", "0x10", "1e3"]
+    lines = "".join(f"- {text}\n" for text in texts)
+    cfg = parse(recipe(tmp_path, f"dataset: mini\nvalidation_prompts:\n{lines}rank: 010\n"))
+    assert cfg.validation_prompts == texts
+    assert cfg.rank == 10  # as by --rank 010
+
+
+def test_a_flag_replaces_its_alternative_in_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    argv = recipe(tmp_path, "dataset: mini\nmax_train_steps: 9\ninstance_prompt: TOK\n")
+    argv += ["--instance_data_dir", str(tmp_path / "images"), "--num_train_epochs", "2"]
+    cfg = parse(argv)
+    assert (cfg.dataset_name, cfg.max_train_steps, cfg.num_train_epochs) == (None, None, 2)
+
+
+def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
+    short = parse(["--dataset", "linoyts/3d_icon"]).fingerprint()
+    assert parse(ICONS).fingerprint() == {**short, "auxiliary_rank": 4}
+    cfg = parse([*ICONS, "--learning_rate", "1e-3"])  # moves both rates
+    assert (cfg.learning_rate, cfg.auxiliary_learning_rate) == (1e-3, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        # what is no option
+        ("dataset: mini\nrnk: 4\n", '"rnk".*did you mean "rank"'),
+        ("dataset: mini\nrank: four\n", "--rank.*'four'.*whole number"),
+        ("dataset: mini\nrank: [1, 2]\n", '"rank".*1, 2.*single value'),
+        ("dataset: mini\nrank: {a: 1}\n", '"rank".*single value'),
+        ("dataset: mini\nrank: null\n", '"rank".*single value'),
+        ("dataset: mini\nrho_norm: scale\n", '"scale".*did you mean "scaled"'),
+        ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),
+        ("dataset: mini\nconfig: other.yaml\n", 'unknown key "config"'),
+        ("rank: 0\ndataset: mini\n", "--rank is 0"),
+        ("rank: 1:30", "--rank.*'1:30'.*whole number"),
+        # what is no file of options
+        ("dataset: mini\n  rank: 4\n", "not valid YAML.*line"),
+        ("- mini\n", "holds no options"),
+        ("", "holds no options"),
+        (b"\xff\xfe\x00rank", "not UTF-8"),
+        ("rank: 4\nseed: 1\nrank: 8", '"rank" twice.*lines 1 and 3'),
+        ("rank: &r 4\nauxiliary_rank: *r", "anchor.*line 1"),
+        ("instance_prompt: !bang", "tag in line 1.*quotes"),
+        ("? [a]\n: 1", "key in line 1"),
+        (BOMB, "anchor.*write the value out"),
+        ("a: " + "[" * 100_000, "levels deep"),
+        ("- " * 1000, "levels deep"),
+        ("x" * (MOST_BYTES + 1), "larger than 0.2 MB"),
+        ("rank: 4\n---\nrank: 8", "several documents"),
+        (r'instance_prompt: "a\0b"', "line 1.*no text"),
+        (r'instance_prompt: "\ud800"', "line 1.*no text"),
+        (r'instance_prompt: "\UFFFFFFFF"', "not valid YAML"),
+        ("x" * 1000 + ": 1", "1000 letters"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_what_is_no_recipe_is_a_sentence(tmp_path: Path, text: str | bytes, pattern: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        parse(recipe(tmp_path, text))
+    assert re.search(pattern, str(refusal.value))
+    assert len(str(refusal.value)) < 400 + len(str(tmp_path))
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
+        with pytest.raises(UserError, match="of --config is "):
+            parse(["--config", path])
+
+
+PIECES = st.sampled_from(
+    [
+        *("rank", "rho", "seed", "dataset", "mini", "4", "1e-4", "~", "true", "&a", "*a", "!!int "),
+        *(": ", ":\n  ", "\n", "- ", "[", "]", "{", "}", ", ", "? ", "| ", ">", '"', "'", "\\x"),
+        *("#", "%YAML 1.1\n", "---\n", "...\n", "\t", "<<", "\0", "\x85", "\ud7ff", "\\ud800"),
+        "\\U99999999",
+    ]
+)
+
+
+@settings(max_examples=100)
+@given(st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=25).map("".join)))
+def test_any_bytes_are_options_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: str | bytes
+) -> None:
+    argv = recipe(tmp_path_factory.getbasetemp(), content)
+    for read in (lambda: parse(argv), lambda: read_options(Path(argv[1]), "the file", "--x")):
+        with contextlib.suppress(UserError):
+            read()

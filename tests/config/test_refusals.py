@@ -1,0 +1,323 @@
+"""Command lines that can't be honoured: one sentence each, with the value and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilora_diffusion import BiLoRAConfig, mini
+from bilora_diffusion.config.conditions import ABSENT, FACTS, Refusal
+from bilora_diffusion.config.fields import option_of, options_of
+from bilora_diffusion.config.refusals import REFUSED, refused
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import DreamBoothConfig, parse
+from bilora_diffusion.methods import names
+from bilora_diffusion.text.config import TextConfig, parse_text
+
+Read = Callable[[Sequence[str]], Any]
+CONFIGS: dict[Any, tuple[Read, list[str]]] = {
+    DreamBoothConfig: (parse, ["--dataset", "mini"]),
+    TextConfig: (parse_text, ["--model_name_or_path", "gpt2", "--task", "sst2"]),
+}
+LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
+PACKAGES = frozenset({"bitsandbytes", "prodigyopt", "xformers", "wandb"})
+PRIOR = "--with_prior_preservation --class_data_dir {tmp}/class"
+
+BOTH: list[tuple[str, str]] = [
+    # what argparse sees
+    ("--rnk 4", '"--rnk".*did you mean "--rank"'),
+    ("--learning-rat=1", '"--learning-rat".*"--learning_rate"'),
+    ("--rank 4 stray", '"stray".*flag'),
+    ("--rank four", "--rank.*'four'.*whole number"),
+    ("--rank 4.5", "--rank.*'4.5'.*whole number"),
+    (f"--rank {'1' * 10_000}", "--rank.*whole number"),
+    ("--rho small", "--rho.*'small'.*a number"),
+    ("--rho", "--rho has no value"),
+    ("--use_dora perhaps", '--use_dora.*"perhaps".*True or False'),
+    ("--quantize nf8", '"nf8".*did you mean "nf4"'),
+    ("--rho_norm scalde", '"scalde".*did you mean "scaled"'),
+    ("--lr_scheduler cosin", '"cosin".*did you mean "cosine"'),
+    # names and ranges
+    ("--method bilra", '--method.*"bilra".*did you mean "bilora"'),
+    ("--optimizer adam", '"adam".*did you mean "adamw"'),
+    ("--report_to tensorbord", '"tensorbord".*"tensorboard"'),
+    ("--rho 0", "--rho is 0.0.*above 0.*lora"),
+    ("--rho=-inf", "--rho is -inf.*finite"),
+    ("--rho nan", "--rho is nan.*finite"),
+    ("--rank 0", "--rank is 0.*1 or more"),
+    (f"--rank=-{'1' * 400}", "a number of 400 digits.*1 or more"),
+    ("--rank 999999999999", "smaller side"),
+    ("--auxiliary_alpha=-8", "--auxiliary_alpha is -8.0"),
+    ("--auxiliary_learning_rate=-1", "--auxiliary_learning_rate is -1.0"),
+    ("--lora_dropout 1", "--lora_dropout is 1.0.*not including"),
+    ("--lora_alpha 1e300", "alpha / rank"),
+    ("--learning_rate 1e-300", "32-bit"),
+    ("--seed 18446744073709551616", "64 bits"),
+    ("--max_train_steps 1000000000000000000", "three years"),
+    ("--train_batch_size 60000 --gradient_accumulation_steps 60000", "samples a step"),
+    # text and places
+    (f"--hub_model_id {LATIN}", "--hub_model_id.*no text"),
+    ("--output_dir a\0b", "--output_dir.*no text"),
+    ("--resume_from_checkpoint ~no-such-user/x", "~no-such-user.*no such user"),
+    # the machine
+    ("--optimizer prodigy", "pip install prodigyopt"),
+    ("--use_8bit_adam", "--use_8bit_adam.*pip install bitsandbytes"),
+    ("--quantize nf4", '--quantize nf4.*pip install "bitsandbytes'),
+    ("--report_to wandb", "--report_to wandb.*pip install wandb"),
+    ("--push_to_hub", "--push_to_hub.*hf auth login"),
+    ("--config nowhere.yaml", '"nowhere.yaml".*--config'),
+]
+IMAGES: list[tuple[str, str]] = [
+    ("--resolution 100", "--resolution is 100.*multiple of 8.*96"),
+    ("--resolution 0", "--resolution is 0.*such as 8"),
+    ("--resolution 1000000000000", "34 GB"),
+    ("--repeats 1000000000", "at once"),
+    ("--image_interpolation_mode lancos", '"lancos".*"lanczos"'),
+    ("--enable_xformers_memory_efficient_attention", "needs CUDA"),
+    ("--dataset some/set", '"some/set".*--instance_prompt.*--caption_column'),
+    ("--instance_prompt x --dataset ./nowhere", '"./nowhere".*not exist'),
+    ("--instance_prompt x --dataset a/b/c", '"a/b/c".*not exist'),
+    (f"--instance_prompt x --dataset {'x' * 300}", "name too long"),
+    ("--instance_prompt x --dataset {tmp}/a.zip", "is a file"),
+    ("--validation_dataset ./none", '--validation_dataset "./none"'),
+    ("--validation_prompts {tmp}/empty.txt", "empty.txt.*empty file"),
+    ("--validation_prompts {tmp}/latin.txt", "latin.txt.*UTF-8"),
+    (f"{PRIOR} --class_prompt x --num_class_images 0", "--num_class_images is 0"),
+    ("--variant fp16", '--variant "fp16".*mini'),
+    ("--pretrained_model_name_or_path ./nothing", '"./nothing".*not exist'),
+    ("--pretrained_model_name_or_path {tmp}/full", "full.*no Stable Diffusion XL pipeline"),
+    ("--pretrained_model_name_or_path {tmp}/other", "it has no text_encoder_2"),
+    ("--pretrained_vae_model_name_or_path ../vae", '"../vae".*not exist'),
+]
+FOLDERS: list[tuple[str, str]] = [
+    ("--instance_data_dir {tmp}/nowhere", "nowhere.*not exist"),
+    ("--instance_data_dir {tmp}/empty", "empty folder"),
+    ("--instance_data_dir {tmp}/a.zip", "is a file"),
+    (
+        f"--instance_data_dir {{tmp}}/full {PRIOR.replace('class', 'a.zip')} --class_prompt x",
+        "a.zip",
+    ),
+    (
+        "--instance_data_dir {tmp}/full --with_prior_preservation --class_data_dir {tmp}/full"
+        " --class_prompt x",
+        "folder of their own",
+    ),
+]
+TEXTS: list[tuple[str, str]] = [
+    ("--max_length 0", "--max_length is 0"),
+    ("--warmup_ratio=-0.1", "--warmup_ratio is -0.1"),
+    ("--max_predictions=-1", "--max_predictions is -1"),
+    ("--template chatml", "chat, alpaca, plain"),
+    ("--resolution 64", "unknown flag"),
+    ("--task sst-2", 'did you mean "sst2"'),
+]
+ROWS: list[tuple[str, str]] = [
+    ("--train_file {tmp}/full", "is a folder"),
+    ("--train_file {tmp}/none.jsonl", "none.jsonl.*does not exist"),
+    ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*regular file"),
+    ("--train_file {tmp}/a.zip", "a.zip.*.parquet"),
+]
+START = {id(IMAGES): CONFIGS[DreamBoothConfig], id(TEXTS): CONFIGS[TextConfig]} | {
+    id(FOLDERS): (parse, ["--instance_prompt", "x"]),
+    id(ROWS): (parse_text, ["--model_name_or_path", "gpt2"]),
+}
+CASES = [(*start, case) for start in CONFIGS.values() for case in BOTH]
+CASES += [(*START[id(t)], case) for t in (IMAGES, FOLDERS, TEXTS, ROWS) for case in t]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files and folders that are wrong in one way each."""
+    for name in ("empty", "full", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("full/a.png", "a.zip"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("a café\n".encode("latin-1"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    index = json.loads((mini.pipeline_dir() / "model_index.json").read_text())
+    del index["text_encoder_2"]
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "tokenizer_2"):
+        (tmp_path / "other" / part).mkdir()
+    return tmp_path
+
+
+def refusal(read: Read, argv: Sequence[str]) -> str:
+    """The sentence with which a command line is refused."""
+    with pytest.raises(UserError) as caught:
+        read(argv)
+    message = str(caught.value)
+    message.encode()
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert 20 < len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(
+    ("read", "start", "case"), CASES, ids=[f"{c[0].__name__} {c[2][0][:40]!r}" for c in CASES]
+)
+def test_a_bad_command_line(
+    read: Read, start: list[str], case: tuple[str, str], folder: Path, machine: Callable[..., None]
+) -> None:
+    machine("cpu", missing=PACKAGES)
+    words, pattern = case
+    message = refusal(read, [*start, *words.replace("{tmp}", str(folder)).split(" ")])
+    assert re.search(pattern, message)
+
+
+COMPARED = {
+    "caption_column": {"image_column": 1},
+    "input_column": {"target_column": 1},
+    "auxiliary_learning_rate": {"learning_rate": 0.5},
+}
+"""What the table compares an option with."""
+
+
+def example(entry: Refusal) -> dict[str, Any]:
+    """Facts that an entry refuses."""
+    others = COMPARED.get(entry.when[0][0], {})
+    facts = {}
+    for name, condition in entry.when:
+        candidates = (*condition.values, 1, None)
+        facts[name] = next(value for value in candidates if condition.holds(value, others))
+    return {**others, **facts}
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=Refusal.shown)
+def test_an_entry_of_the_table(entry: Refusal) -> None:
+    facts = example(entry)
+    assert refused(facts) is entry
+    sentence = entry.sentence(facts)
+    assert entry.reason.replace("`", "") in sentence
+    assert sentence.endswith(f": {entry.instead.replace('`', '')}.")
+    for name, condition in entry.when:
+        assert condition is ABSENT or str(facts[name]) in sentence or facts[name] in (True, 1)
+        assert not entry.holds({key: value for key, value in facts.items() if key != name})
+
+
+def test_the_table_names_options_and_choices_that_exist() -> None:
+    options = options_of((*DreamBoothConfig.groups, *TextConfig.groups))
+    for entry in REFUSED:
+        for name, condition in entry.when:
+            assert name in options or name in FACTS
+            choices = option_of(options[name]).choices if name in options else None
+            choices = names() if name == "method" else choices
+            assert not choices or set(condition.values) <= set(choices)
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (
+            "--method full --quantize nf4",
+            "full with --quantize nf4.*4-bit.*--method bilora",
+        ),
+        ("--do_edm_style_training --snr_gamma 5", "--snr_gamma 5.0.*drop one"),
+        (
+            "--optimizer prodigy --auxiliary_learning_rate 0.1",
+            "learning_rate 0.1.*drop",
+        ),
+        ("--auxiliary_learning_rate 0", "--method lora"),
+        (
+            "--overwrite_output_dir --resume_from_checkpoint latest",
+            "latest.*--overwrite",
+        ),
+        ("--push_to_hub --hub_token hf_x --report_to wandb", "--hub_token with.*wandb.*auth login"),
+        ("--mixed_precision fp16", "fp16.*GPU.*bf16"),
+        ("--local_rank 1", "--local_rank 1.*torchrun"),
+        ("--with_prior_preservation --class_prompt x", "no --class_data_dir.*add it"),
+        ("--instance_data_dir photos", "mini.*photos.*only one"),
+        ("--caption_column image", "--image_column.*change one"),
+        ("--output_dir=", "--output_dir.*name it"),
+    ],
+)
+def test_options_that_do_not_go_together(words: str, pattern: str) -> None:
+    message = refusal(parse, ["--dataset", "mini", *words.split(" ")])
+    assert re.search(pattern, message)
+    assert "hf_x" not in message
+
+
+def test_what_a_command_line_needs() -> None:
+    assert "--instance_data_dir" in refusal(parse, [])
+    assert "--model_name_or_path" in refusal(parse_text, ["--task", "sst2"])
+    assert "--train_file" in refusal(parse_text, ["--model_name_or_path", "gpt2"])
+
+
+def test_bf16_on_mps(machine: Callable[..., None]) -> None:
+    machine("mps")
+    assert "mps" in refusal(parse, ["--dataset", "mini", "--mixed_precision", "bf16"])
+
+
+def test_a_launcher_that_says_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "fp8" in refusal(parse, ["--dataset", "mini"])
+
+
+@pytest.mark.parametrize("method", names())
+def test_options_of_other_methods_and_defaults_may_stand(method: str) -> None:
+    argv = ["--dataset", "mini", "--method", method, "--lr_num_cycles", "1", "--lr_power", "1.0"]
+    others = ["--auxiliary_update", "power", "--rho_schedule", "cosine", "--ball", "none"]
+    assert parse(argv).method == method
+    if method != "bilora":
+        assert parse([*argv, *others, "--rescale_moments"]).rescale_moments
+
+
+def numbers(config: Any) -> list[str]:
+    """Options whose type has a number in it."""
+    hints = get_type_hints(config)
+    return [n for n in options_of(config.groups) if {int, float} & {hints[n], *get_args(hints[n])}]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_number_has_a_range(config: Any) -> None:
+    assert len(numbers(config)) > 30
+    assert all(option_of(options_of(config.groups)[name]).range for name in numbers(config))
+
+
+NUMBERS = st.one_of(
+    st.integers().map(str),
+    st.integers(0, 400).map(lambda zeros: "1" + "0" * zeros),
+    st.floats().map(str),
+    st.text("0123456789eE+-._xinfa", max_size=12),
+)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_any_number_is_a_configuration_or_a_sentence(data: st.DataObject) -> None:
+    config = data.draw(st.sampled_from(list(CONFIGS)))
+    several = data.draw(st.lists(st.sampled_from(numbers(config)), min_size=1, max_size=3))
+    read, start = CONFIGS[config]
+    with contextlib.suppress(UserError):
+        read([*start, *(f"--{name}={data.draw(NUMBERS)}" for name in several)])
+
+
+@pytest.mark.parametrize(
+    ("values", "pattern"),
+    [
+        ({"rank": 0}, "^rank is 0: "),
+        ({"rank": 10**12}, "^rank is "),
+        ({"rank": "four"}, "^rank is 'four': give a number"),
+        ({"alpha": 1e300}, "^alpha is "),
+        ({"rho": -1.0}, "^rho is -1.0: "),
+        ({"dropout": float("nan")}, "^dropout is nan: "),
+        ({"rho_norm": "scale"}, '^rho_norm .*did you mean "scaled"'),
+        ({"init": "pisa"}, '^init .*did you mean "pissa"'),
+    ],
+)
+def test_the_api_has_the_same_ranges_under_its_own_names(
+    values: dict[str, Any], pattern: str
+) -> None:
+    with pytest.raises(UserError, match=pattern):
+        BiLoRAConfig(**cast(Any, values))
