@@ -57,19 +57,11 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
                 f" eval.clip_scores {subject.folder}."
             )
     given = _in_rows(given, {label for label, _ in subjects.read_groups(args.group)}, only_heldout)
-    runs = [_of_config(subject.record["config"], args) for subject in given if subject.record]
-    template = runs[0].template if runs else "auto"
-    pairs = [
-        (
-            one,
-            _of_config(one.record["config"], args)
-            if one.record
-            else _of_adapter(one, template, args),
-        )
-        for one in given
-    ]
+    runs = {s.label: _of_config(s.record["config"], args) for s in given if s.record}
+    template = next(iter(runs.values())).template if runs else "auto"
+    pairs = [(one, runs.get(one.label) or _of_adapter(one, template, args)) for one in given]
     if BASE in args.runs:
-        base = _bare(runs, [base for _, base in pairs], args)
+        base = _bare(list(runs.values()), [base for _, base in pairs], args)
         pairs += [(one, base) for one in _before_training(given, only_heldout)]
     return [(_described(subject, base), base) for subject, base in pairs]
 
