@@ -20,21 +20,20 @@ PACKAGES = (
     "peft",
     "safetensors",
     "numpy",
-    "bilora_diffusion",
 )
+CAN_BE_BOUND = hasattr(os, "sched_getaffinity")  # to some of the cores; not everywhere
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of what a run depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    if found["bilora_diffusion"] is None:  # run from a checkout, not installed
-        found["bilora_diffusion"] = sys.modules["bilora_diffusion"].__version__
-    return found
+            installed[name] = None
+    own = sys.modules["bilora_diffusion"].__version__  # also where it is run from a checkout
+    return {"python": platform.python_version(), **installed, "bilora_diffusion": own}
 
 
 def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
@@ -88,7 +87,7 @@ def device(used: torch.device | str | None = None) -> dict[str, str | int | None
         "gpu": gpu,
         "gpu_memory_bytes": torch.cuda.get_device_properties(kind).total_memory if gpu else None,
         "cpu_model": model,
-        "cpu_cores": _cpu_cores(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if CAN_BE_BOUND else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
@@ -104,13 +103,6 @@ def _cpu_model() -> str:
         if key.strip() == "model name" and value.strip():
             return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _cpu_cores() -> int | None:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def peak_memory(used: torch.device | str | None = None) -> int:

@@ -44,7 +44,7 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package", "bilora_diffusion"))
+    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
     assert provenance.versions() == {
         "python": platform.python_version(),
         "no-such-package": None,
