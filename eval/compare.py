@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
 
 OfMean = Callable[[Sequence[float]], Interval | None]
-Units = Mapping[Any, float]
+Units = Mapping[Any, float | None]
 """What is averaged and paired -> its value."""
 
 
@@ -110,67 +110,31 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def summarize(
-    own: Units, other: Units | None = None, interval: OfMean = bootstrap_interval
-) -> dict[str, Any]:
-    """The number fields of a :class:`~eval.table.Summary`.
-
-    Args:
-        own: the group's values.
-        other: the control's; differences are over what both have. None for no comparison.
-        interval: of a mean.
-    """
-    values = list(own.values())
-    if not values:
-        return {"count": 0}
-    between = interval(values)
-    return {
-        "count": len(values),
-        "mean": mean(values),
-        "error": float(stats.sem(values)) if len(values) > 1 else 0.0,
-        "low": between.low if between else None,
-        "high": between.high if between else None,
-    } | _difference(own, other or {}, interval)
-
-
-def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:
-    values = [own[unit] - other[unit] for unit in own if unit in other]
-    if not values:
-        return {}
-    between = interval(values)
-    return {
-        "difference": mean(values),
-        "difference_low": between.low if between else None,
-        "difference_high": between.high if between else None,
-        "higher": sum(value > 0 for value in values),
-        "equal": sum(value == 0 for value in values),
-        "lower": sum(value < 0 for value in values),
-    }
-
-
-def units(rows: Iterable[Row], over: str = SEED) -> dict[str, dict[Hashable, float | None]]:
+def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
     """Group -> seed or item -> its mean value, None where a value is not defined.
 
     Args:
         rows: of one metric and one step.
-        over: "seed"; a row without one counts by its subject. Or "item", averaged over seeds.
+        over: "seed", in their order; a row without one counts by its subject. Or "item", averaged
+            over seeds.
     """
-    values: dict[str, dict[Hashable, list[float | None]]] = {}
+    values: dict[str, dict[Any, list[float | None]]] = {}
     for row in rows:
         unit = row.item if over == ITEM else row.subject if row.seed is None else row.seed
         values.setdefault(row.group, {}).setdefault(unit, []).append(row.value)
     return {
-        group: {unit: _mean_or_none(own[unit]) for unit in (own if over == ITEM else _sorted(own))}
+        group: {unit: _mean(some) for unit, some in sorted(own.items(), key=_seeds_first)}
+        if over == SEED  # a bootstrap depends on the order of its values
+        else {unit: _mean(some) for unit, some in own.items()}
         for group, own in values.items()
     }
 
 
-def _sorted(units: Iterable[Hashable]) -> list[Hashable]:
-    """Seeds by size, then subjects without one: a bootstrap depends on the order of its values."""
-    return sorted(units, key=lambda unit: (isinstance(unit, str), unit))
+def _seeds_first(item: tuple[Any, Any]) -> tuple[bool, Any]:
+    return isinstance(item[0], str), item[0]
 
 
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return mean(known) if len(known) == len(values) else None
 
@@ -191,6 +155,7 @@ def summaries(
         over: what is averaged and paired; where it is "item", items are not told apart.
         control: the group that the others are compared with; "" for no comparison.
         unpaired: groups that can't be.
+        interval: of a mean.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
@@ -199,26 +164,48 @@ def summaries(
     for (metric, item, step), part in parts.items():
         values = units(part, over)
         for group, own in values.items():
-            line = Summary(group, metric, item, step, over)
-            compared = group != control and group not in unpaired
-            other = _known(values.get(control, {})) if compared else {}
-            numbers = summarize(_known(own), other, interval if step is None else _no_interval)
-            if step is not None:
-                numbers |= _difference(_known(own), other, interval)
-                if len(_known(own)) < len(own):
-                    numbers |= {"mean": None, "error": None}
-                numbers["count"] = len(own)
-            line = replace(line, **numbers)
-            lines.append(replace(line, control=control) if line.pairs else line)
+            other = {} if group in (control, *unpaired) else values.get(control, {})
+            numbers = _at_a_step(own) if step is not None else _of_the_whole(own, interval)
+            if difference := _difference(own, other, interval):
+                numbers |= {"control": control, **difference}
+            lines.append(Summary(group, metric, item, step, over, **numbers))
     return lines
 
 
-def _known(values: Mapping[Hashable, float | None]) -> dict[Hashable, float]:
-    return {unit: value for unit, value in values.items() if value is not None}
+def _at_a_step(own: Units) -> dict[str, Any]:
+    values = list(own.values())
+    if None in values:
+        return {"count": len(values)}
+    return {"count": len(values), "mean": _mean(values), "error": _error(values)}
 
 
-def _no_interval(_: Sequence[float]) -> None:
-    return None
+def _of_the_whole(own: Units, interval: OfMean) -> dict[str, Any]:
+    values = [value for value in own.values() if value is not None]
+    if not values:
+        return {}
+    low, high = interval(values) or (None, None)
+    numbers = {"count": len(values), "mean": mean(values), "error": _error(values)}
+    return numbers | {"low": low, "high": high}
+
+
+def _error(values: Sequence[Any]) -> float:
+    return float(stats.sem(values)) if len(values) > 1 else 0.0
+
+
+def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:
+    pairs = [(value, other.get(unit)) for unit, value in own.items()]
+    values = [one - two for one, two in pairs if one is not None and two is not None]
+    if not values:
+        return {}
+    low, high = interval(values) or (None, None)
+    return {
+        "difference": mean(values),
+        "difference_low": low,
+        "difference_high": high,
+        "higher": sum(value > 0 for value in values),
+        "equal": sum(value == 0 for value in values),
+        "lower": sum(value < 0 for value in values),
+    }
 
 
 def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
@@ -272,15 +259,15 @@ class EqualTraining:
 
 def final(rows: Iterable[Row], metric: str) -> list[Row]:
     """For each subject a row "final METRIC": its value at the last step that has one."""
-    return [_derived(row, "final") for *_, row in _courses(rows, metric).values()]
+    return [_derived(own[-1], "final") for own in _courses(rows, metric)]
 
 
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
     """For each subject a row "best METRIC": the best value over training."""
-    sign = -1 if higher_is_better else 1
-    courses = _courses(rows, metric).values()
+    choose = max if higher_is_better else min
     return [
-        _derived(min(own, key=lambda row: sign * (row.value or 0.0)), "best") for own in courses
+        _derived(choose(own, key=lambda row: row.value or 0.0), "best")
+        for own in _courses(rows, metric)
     ]
 
 
@@ -299,15 +286,16 @@ def equal_training(
     Returns:
         The level, and a row for each subject that reaches it; None and [] without one.
     """
-    courses = {
-        subject: own
-        for subject, own in _together(rows, metric, training).items()
-        if own[0][0].group not in unpaired
-    }
+    losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
+    courses = []  # rows, and training losses where both were measured
+    for own in _courses((row for row in rows if row.group not in unpaired), metric):
+        pairs = [(row, losses.get((row.subject, row.step))) for row in own]
+        measured = [(row, loss) for row, loss in pairs if loss is not None]
+        if measured:
+            courses.append(([row for row, _ in measured], [loss for _, loss in measured]))
     reached: dict[str, list[float | None]] = {}
-    for own in courses.values():
-        losses = [loss for _, loss in own]
-        reached.setdefault(own[0][0].group, []).append(reached_training_loss(losses))
+    for own, course in courses:
+        reached.setdefault(own[0].group, []).append(reached_training_loss(course))
     lowest = [
         (value, group)
         for group, values in reached.items()
@@ -318,11 +306,11 @@ def equal_training(
         return None, []
     level = EqualTraining(*max(lowest))
     derived = []
-    for own in courses.values():
-        measured, losses = [row.value or 0.0 for row, _ in own], [loss for _, loss in own]
-        value = at_training_loss(losses, measured, level.training_loss)
+    for own, course in courses:
+        measured = [row.value or 0.0 for row in own]
+        value = at_training_loss(course, measured, level.training_loss)
         if value is not None:
-            derived.append(replace(_derived(own[0][0], "equal_training"), value=value))
+            derived.append(replace(_derived(own[0], "equal_training"), value=value))
     return level, derived
 
 
@@ -355,27 +343,13 @@ def at_training_loss(
     return None
 
 
-def _courses(rows: Iterable[Row], metric: str) -> dict[str, list[Row]]:
+def _courses(rows: Iterable[Row], metric: str) -> list[list[Row]]:
     """The defined rows of each subject over training, in order."""
     own: dict[str, list[Row]] = {}
     for row in rows:
         if row.metric == metric and row.step is not None and row.value is not None:
             own.setdefault(row.subject, []).append(row)
-    return {subject: sorted(some, key=lambda row: row.step or 0) for subject, some in own.items()}
-
-
-def _together(
-    rows: Sequence[Row], metric: str, training: str
-) -> dict[str, list[tuple[Row, float]]]:
-    """Each subject's rows and training losses where both were measured."""
-    losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
-    pairs = {
-        subject: [
-            (row, loss) for row in own if (loss := losses.get((subject, row.step))) is not None
-        ]
-        for subject, own in _courses(rows, metric).items()
-    }
-    return {subject: own for subject, own in pairs.items() if own}
+    return [sorted(some, key=lambda row: row.step or 0) for some in own.values()]
 
 
 def _derived(row: Row, what: str) -> Row:

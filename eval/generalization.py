@@ -153,8 +153,7 @@ class Generalization(Evaluation):
             " number of seeds in which it is lower.",
             report.comparison(result, [(name, "") for name in compared], [(LOWEST_AT, "")]),
             report.claims(judge(result)),
-            report.pictures(result),
-            report.listed([*map(report.escaped, result.notes), *report.origin(result.provenance)]),
+            report.closing(result),
         )
 
 

@@ -83,6 +83,7 @@ def comparison(
     alone: Sequence[tuple[str, str]] = (),
     *,
     intervals: bool = False,
+    alone_intervals: bool = True,
     seeds: Callable[[str], str] | None = None,
 ) -> str:
     """The groups in rows, and for each metric its mean and its difference to the control's.
@@ -90,7 +91,7 @@ def comparison(
     Args:
         compared: metric and item of each column.
         alone: further ones, of which the mean is shown.
-        intervals: whether means are shown with theirs; those that stand alone are.
+        intervals, alone_intervals: whether means are shown with theirs.
         seeds: what is said of a group's runs; by default how many there are.
     """
     head, rows = ["run", "seeds"], []
@@ -107,7 +108,8 @@ def comparison(
             if result.settings.get("paired", {}).get(group) is False:
                 told = "not paired"
             row += [mean(line, metric, intervals), told]
-        rows.append(row + [mean(result.summary(group, n, i), result.metric(n)) for n, i in alone])
+        lines = [(result.summary(group, name, item), result.metric(name)) for name, item in alone]
+        rows.append(row + [mean(line, metric, alone_intervals) for line, metric in lines])
     return table(head, rows)
 
 
@@ -120,14 +122,19 @@ def standard(result: Result, title: str) -> str:
         f"# {title}",
         f"Mean with {INTERVALS}.",
         comparison(result, [], names),
-        pictures(result),
-        listed([*map(escaped, result.notes), *origin(result.provenance)]),
+        closing(result),
     )
 
 
 def pictures(result: Result) -> str:
     """The figures, one under another."""
     return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in result.figures)
+
+
+def closing(result: Result, packages: Sequence[str] = ("torch",)) -> str:
+    """The end of a report: figures, notes, and where it comes from."""
+    sentences = [*map(escaped, result.notes), *origin(result.provenance, packages)]
+    return page(pictures(result), listed(sentences)).rstrip()
 
 
 def origin(made: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:

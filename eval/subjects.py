@@ -7,7 +7,7 @@ single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def gather(
         _check_group(label, [subject for subject in found if subject.group == label])
     order = {label: place for place, label in enumerate(labels)}
     found.sort(key=lambda subject: (order[subject.group], subject.seed or 0))
-    return _with_names_of_their_own(found)
+    labels = _unique([subject.label for subject in found])
+    return [replace(one, label=label) for one, label in zip(found, labels, strict=True)]
 
 
 def single(words: Sequence[str]) -> list[Subject]:
@@ -84,17 +85,14 @@ def single(words: Sequence[str]) -> list[Subject]:
         raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
     found = [_open(word, weights=True) for _, word in pairs]
     titles = [label or one.group for (label, _), one in zip(pairs, found, strict=True)]
-    taken, subjects = set(given), []
-    for (label, _), title, one in zip(pairs, titles, found, strict=True):
-        shared = titles.count(title) > 1 and title != one.label
-        free = plain = f"{title} ({one.label})" if label is None and shared else title
-        number = 1
-        while label is None and free in taken:
-            number += 1
-            free = f"{plain} {number}"
-        taken.add(free)
-        subjects.append(replace(one, label=free, group=free))
-    return subjects
+    names = [
+        f"{title} ({one.label})" if titles.count(title) > 1 and title != one.label else title
+        for title, one in zip(titles, found, strict=True)
+    ]
+    own = [name for name, (label, _) in zip(names, pairs, strict=True) if label is None]
+    free = iter(_unique(own, given, " "))
+    labels = [label or next(free) for label, _ in pairs]
+    return [replace(one, label=n, group=n) for one, n in zip(found, labels, strict=True)]
 
 
 def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
@@ -181,17 +179,16 @@ def _check_group(label: str, members: Sequence[Subject]) -> None:
             )
 
 
-def _with_names_of_their_own(subjects: Sequence[Subject]) -> list[Subject]:
-    """Labels are unique: folders' names, with a number where two are alike."""
-    taken: set[str] = set()
-    unique = []
-    for subject in subjects:
-        number, label = 1, subject.label
-        while label in taken:
+def _unique(names: Sequence[str], taken: Iterable[str] = (), before: str = "-") -> list[str]:
+    """The names, with a number where one is taken already."""
+    used, unique = set(taken), []
+    for name in names:
+        number, free = 1, name
+        while free in used:
             number += 1
-            label = f"{subject.label}-{number}"
-        taken.add(label)
-        unique.append(replace(subject, label=label))
+            free = f"{name}{before}{number}"
+        used.add(free)
+        unique.append(free)
     return unique
 
 

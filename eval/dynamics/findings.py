@@ -10,7 +10,7 @@ from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, 
 
 from .. import compare
 from .. import report as parts
-from ..report import AGREES, DISAGREES, IN_PART, UNCLEAR, Claim, above, below, both, escaped
+from ..report import AGREES, DISAGREES, IN_PART, UNCLEAR, Claim, above, below, both
 from ..table import Metric, Result, Summary
 from .courses import ALL, CROSS, NEGLIGIBLE
 from .figures import groups_with
@@ -34,12 +34,16 @@ def report(result: Result) -> str:
         parts.section("LoRA-SAM: terms of Eq. 5", _ratios(result)),
         parts.section("Primary and auxiliary", _overlaps(result)),
         parts.claims(judge(result)),
-        parts.pictures(result),
-        parts.listed([*map(escaped, result.notes), *parts.origin(result.provenance)]),
+        parts.closing(result),
     )
 
 
-def told(line: Summary | None, form: str = ".3g") -> str:
+def figure(result: Result, group: str, name: str) -> Summary:
+    """A key figure of a group; an empty one where it has none."""
+    return result.summary(group, name) or Summary(group, name)
+
+
+def told(line: Summary, form: str = ".3g") -> str:
     """A mean with its interval."""
     return parts.mean(line, Metric("", form=form))
 
@@ -51,9 +55,9 @@ def _settled(result: Result) -> str:
     for group in result.groups:
         steps = result.settings["steps"][group]
         for who in ("primary", "auxiliary"):
-            lines = [result.summary(group, f"settled {who}/{name}") for name in quantities]
-            if any(lines):
-                start = told(result.summary(group, f"start {who}/A"), ".2f")
+            lines = [figure(result, group, f"settled {who}/{name}") for name in quantities]
+            if result.summary(group, f"settled {who}/product"):
+                start = told(figure(result, group, f"start {who}/A"), ".2f")
                 first = [group, str(len(result.members(group))), who]
                 rows.append([*first, *(f"{told(line)} of {steps}" for line in lines), start])
     return parts.table(head, rows)
@@ -66,8 +70,8 @@ def _ratios(result: Result) -> str:
     rows = [
         [
             group,
-            *(told(result.summary(group, name)) for name in names),
-            told(result.summary(group, "layers_above"), ".0%"),
+            *(told(figure(result, group, name)) for name in names),
+            told(figure(result, group, "layers_above"), ".0%"),
         ]
         for group in groups_with(result, FIRST_ORDER)
     ]
@@ -79,14 +83,12 @@ def _overlaps(result: Result) -> str:
     head += ["largest cosine to the primary's final", "ascent gain, mean over steps"]
     rows = []
     for group in groups_with(result, COSINE):
-        chances = [result.summary(group, f"chance {name}") for name in (COLUMNS, ROWS)]
-        overlaps = [told(result.summary(group, f"final {name}")) for name in (COLUMNS, ROWS)]
-        shown = [
-            f"{overlap} ({parts.number(chance.mean if chance else None, Metric(''))})"
-            for overlap, chance in zip(overlaps, chances, strict=True)
-        ]
+        shown = []
+        for name in (COLUMNS, ROWS):
+            chance = parts.number(figure(result, group, f"chance {name}").mean, Metric(""))
+            shown.append(f"{told(figure(result, group, f'final {name}'))} ({chance})")
         names = (f"final {COSINE}", f"largest {CROSS}/product", f"mean {GAIN}")
-        rows.append([group, *shown, *(told(result.summary(group, name)) for name in names)])
+        rows.append([group, *shown, *(told(figure(result, group, name)) for name in names)])
     return parts.table(head, rows) if rows else ""
 
 
@@ -106,7 +108,7 @@ def judge(result: Result) -> list[Claim]:
 def _third_term(result: Result, group: str) -> Claim:
     """Judged layer by layer, as the paper follows single layers."""
     lowest, middle, highest, single, share = (
-        result.summary(group, name) or Summary(group, name)
+        figure(result, group, name)
         for name in (
             *(f"{what} {RATIO}" for what in ("lowest", "median", "highest")),
             *("layer_ratio", "layers_above"),
@@ -129,14 +131,13 @@ def _third_term(result: Result, group: str) -> Claim:
 
 def _rapid(result: Result, group: str) -> Claim:
     steps, level = result.settings["steps"][group], result.settings["level"]
-    lines = {name: result.summary(group, f"settled primary/{name}") for name in "AB"}
+    lines = {name: figure(result, group, f"settled primary/{name}") for name in "AB"}
     evidence = " and ".join(
         f"{name} stays above a cosine of {level:g} from step {told(line)} of {steps} on (it starts"
-        f" at {told(result.summary(group, f'start primary/{name}'), '.2f')})"
+        f" at {told(figure(result, group, f'start primary/{name}'), '.2f')})"
         for name, line in lines.items()
     )
-    ends = [line.interval if line else None for line in lines.values()]
-    verdict = both([below(own, RAPID * steps) for own in ends])
+    verdict = both([below(line.interval, RAPID * steps) for line in lines.values()])
     claim = "A and B of LoRA-SAM converge rapidly (here: in the first half of the run)"
     return Claim(group, "Fig. 2c", claim, verdict, evidence)
 
@@ -146,17 +147,15 @@ def _slower(result: Result, group: str) -> Claim:
     evidence = []
     for name, words in (("product", "the weights B A"), ("factors", "A and B as one vector")):
         one, other = (
-            result.summary(group, f"settled {who}/{name}") for who in ("primary", "auxiliary")
+            told(figure(result, group, f"settled {who}/{name}")) for who in ("primary", "auxiliary")
         )
-        lag = result.summary(group, f"lag {name}")
-        later = _later(lag.mean, lag.interval) if lag else _later(None, None)
+        lag = figure(result, group, f"lag {name}")
         evidence.append(
-            f"by {words} the primary passes {level:g} at step {told(one)}, the auxiliary at"
-            f" {told(other)} of {steps}, {later}"
+            f"by {words} the primary passes {level:g} at step {one}, the auxiliary at {other} of"
+            f" {steps}, {_later(lag.mean, lag.interval)}"
         )
-    lag = result.summary(group, "lag product")
     claim = "the auxiliary converges substantially slower than the primary"
-    verdict = above(lag.interval if lag else None, 0)
+    verdict = above(figure(result, group, "lag product").interval, 0)
     return Claim(group, "Fig. A2", claim, verdict, "; ".join(evidence))
 
 
@@ -168,24 +167,24 @@ def _later(lag: float | None, ends: parts.Interval | None) -> str:
 
 
 def _last_fifth(result: Result, group: str) -> Claim:
-    share = result.summary(group, "share product")
+    share = figure(result, group, "share product")
     evidence = f"it passes {result.settings['level']:g} after {told(share, '.0%')} of the steps"
     claim = "the auxiliary converges in the last fifth of the steps only"
-    verdict = above(share.interval if share else None, LAST_FIFTH)
+    verdict = above(share.interval, LAST_FIFTH)
     return Claim(group, "Fig. A2", claim, verdict, evidence)
 
 
 def _independent(result: Result, group: str) -> Claim:
     """By the weights and by the factors, which have no gauge in common."""
     product, factors = (
-        result.summary(group, f"largest {CROSS}/{name}") for name in ("product", "factors")
+        figure(result, group, f"largest {CROSS}/{name}") for name in ("product", "factors")
     )
     evidence = (
         "|cosine| to the primary's final weights is at most"
         f" {told(product, '.2f')} over training by the weights B A"
     )
-    verdicts = [below(product.interval if product else None, INDEPENDENT)]
-    if factors and factors.mean is not None:  # equal ranks
+    verdicts = [below(product.interval, INDEPENDENT)]
+    if factors.mean is not None:  # equal ranks
         evidence += f" and {told(factors, '.3f')} by A and B as one vector"
         verdicts.append(below(factors.interval, INDEPENDENT))
     verdict = IN_PART if {AGREES, DISAGREES} <= set(verdicts) else both(verdicts)
@@ -214,7 +213,7 @@ def _differ_in_rate(options: dict[str, dict[str, Any]], groups: Sequence[str]) -
 def _slowed(result: Result, slow: str, fast: str) -> Claim:
     name, level = "settled auxiliary/product", result.settings["level"]
     rates = [result.settings["options"][group][_OWN_RATE] for group in (slow, fast)]
-    ends = [told(result.summary(group, name)) for group in (slow, fast)]
+    ends = [told(figure(result, group, name)) for group in (slow, fast)]
     rows = [row for group in (slow, fast) for row in result.select(name, group)]
     lines = [line for line in compare.summaries(rows, control=slow) if line.group == fast]
     lag = lines[0] if lines else Summary(fast, name)

@@ -17,7 +17,6 @@ from eval.compare import (
     reached_training_loss,
     student_interval,
     summaries,
-    summarize,
     win_rate_interval,
 )
 from eval.table import Entry, Row, Summary
@@ -79,23 +78,29 @@ def test_other_intervals_are_scipys() -> None:
     assert win_rate_interval(0, 1, 0) is None
 
 
+def row(group: str, seed: int | None, value: float | None, **more: object) -> Row:
+    fields = {"subject": f"{group}{seed}", "metric": "loss", **more}
+    return Row(group=group, seed=seed, value=value, **fields)  # pyright: ignore[reportArgumentType]
+
+
+def compared(own: dict[int, float], other: dict[int, float]) -> Summary:
+    """A group of runs by seed against the control."""
+    rows = [row("a", seed, value) for seed, value in own.items()]
+    rows += [row("b", seed, value) for seed, value in other.items()]
+    return summaries(rows, "b")[0]
+
+
 def test_only_common_units_are_paired() -> None:
-    own, other = {0: 1.0, 1: 2.0, 3: 9.0}, {0: 1.5, 1: 2.5, 2: 7.0}
-    line = Summary("a", "loss", **summarize(own, other))
+    line = compared({3: 9.0, 0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5, 2: 7.0})
     assert (line.count, line.mean, line.pairs) == (3, 4.0, 2)
     assert line.error == pytest.approx(np.std([1, 2, 9], ddof=1) / np.sqrt(3))
     assert (line.difference, line.difference_interval) == (-0.5, (-0.5, -0.5))
     assert (line.higher, line.equal, line.lower) == (0, 0, 2)
-    assert line.interval == bootstrap_interval([1.0, 2.0, 9.0])
-    assert "difference" not in summarize({0: 1.0}, {1: 1.0})
-    assert summarize({}) == {"count": 0}
-    alone = Summary("a", "loss", **summarize({4: 1.0}, {4: 3.0}))
+    assert line.interval == bootstrap_interval([1.0, 2.0, 9.0])  # in the seeds' order
+    apart = compared({0: 1.0}, {1: 1.0})
+    assert (apart.mean, apart.interval, apart.control, apart.difference) == (1.0, None, "", None)
+    alone = compared({4: 1.0}, {4: 3.0})
     assert (alone.difference, alone.difference_interval, alone.lower) == (-2.0, None, 1)
-
-
-def row(group: str, seed: int | None, value: float | None, **more: object) -> Row:
-    fields = {"subject": f"{group}{seed}", "metric": "loss", **more}
-    return Row(group=group, seed=seed, value=value, **fields)  # pyright: ignore[reportArgumentType]
 
 
 def test_one_summary_for_each_metric_item_and_step() -> None:
