@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 
 from ..adapters.quantize import quantize_nf4
-from ..config import DreamBoothConfig, parse
 from ..export import (
     FILE_NAME,
     kohya_file_name,
@@ -26,11 +25,12 @@ from ..export import (
     verify,
 )
 from ..methods import get
-from ..run import publish
 from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
+from .card import write_dreambooth_card
 from .class_images import ensure_class_images
+from .config import DreamBoothConfig, parse
 from .opening import open_images
 from .pipeline import load_pipeline
 from .sets import ImageSet
@@ -55,7 +55,8 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
     )
-    cfg = cfg.for_pipeline(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    cfg = cfg.completed(accelerator.num_processes, side)
     classes = None
     if cfg.with_prior_preservation:
         ensure_class_images(cfg, accelerator)
@@ -133,12 +134,6 @@ def facts(cfg: DreamBoothConfig, task: DreamBooth, steps: int) -> dict[str, str]
     )
 
 
-def card(cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
-    """Write the model card, with the last validation images."""
-    final = folder / "validation" / f"step-{results['steps']}"
-    publish.card(cfg, folder, sorted(final.glob("*.png")), repo_id, results)
-
-
 def files(folder: Path) -> dict[str, str]:
     """What the files that a run leaves are for."""
     return {
@@ -150,7 +145,15 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-DREAMBOOTH = Script("dreambooth-bilora", parse, build_task, export, card, "eval.clip_scores", files)
+DREAMBOOTH = Script(
+    "dreambooth-bilora",
+    parse,
+    build_task,
+    export,
+    write_dreambooth_card,
+    "eval.clip_scores",
+    files,
+)
 
 
 def main(argv: Sequence[str] | None = None, config: DreamBoothConfig | None = None) -> None:

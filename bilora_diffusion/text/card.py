@@ -8,9 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .. import methods
-from ..durable import write_text
-from ..run.card import code, is_hub_id, python_block, source, table
-from ..run.publish import run_settings
+from ..run.card import is_hub_id, loaded_from, python_block, source, table, write_card
 from .models import AUTO_CLASSES
 from .places import PACKAGED
 
@@ -21,7 +19,7 @@ PIPELINE_TAGS = {
 }
 
 
-def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None) -> Path:
+def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
     """Write ``folder/README.md``.
 
     Args:
@@ -43,18 +41,17 @@ def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: st
         for key, value in results.items()
         if key.startswith("heldout_")
     }
-    body = [
-        f"# {base} fine-tuned with {trained.title}",
-        f"{trained.title} weights for {code(base)}, trained on {code(data)}.",
-        trained.summary,
-        "## Use",
-        python_block(_snippet(cfg, base, repo_id or "path/to/this/folder", results["export"])),
-        *table("## Method", {**run_settings(cfg, results["steps"]), "method": trained.title}),
-        *table("## Results on held-out rows", measured),
-    ]
-    path = folder / "README.md"
-    write_text(path, f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
-    return path
+    here = repo_id or "path/to/this/folder"
+    write_card(
+        cfg,
+        folder,
+        results["steps"],
+        meta=meta,
+        base=base,
+        data=data,
+        use=["## Use", python_block(_snippet(cfg, base, here, results["export"]))],
+        results=table("## Results on held-out rows", measured),
+    )
 
 
 def _snippet(cfg: Any, base: str, here: str, export: dict[str, Any]) -> list[str]:
@@ -77,7 +74,7 @@ def _snippet(cfg: Any, base: str, here: str, export: dict[str, Any]) -> list[str
             f"base = load_text_model({base!r}, {kind!r}{_labels(kind, export, 'labels')})",
             f"model = PeftModel.from_pretrained(base.model, {here!r})",
         ]
-    name = base if is_hub_id(base) else f"path/to/{base}"
+    name = loaded_from(base)
     return [
         "from peft import PeftModel",
         f"from transformers import {auto}, AutoTokenizer",

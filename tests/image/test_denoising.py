@@ -67,36 +67,14 @@ def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weig
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_published_weight_is_one_of_the_clean_image_whatever_is_predicted(
-    prediction: str,
-) -> None:
-    """Why it is the default: min(snr, gamma) times the error of the image that is meant."""
-    latents, noise = batch()
-    a = alphas()[INDEX].float().view(-1, 1, 1, 1)
-
-    def meant(noisy: Tensor) -> Tensor:
-        return torch.tanh(noisy)
-
-    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        if prediction == "epsilon":
-            return (noisy - a.sqrt() * meant(noisy)) / (1 - a).sqrt()
-        return (a.sqrt() * noisy - meant(noisy)) / (1 - a).sqrt()
-
-    config = {**CONFIG, "prediction_type": prediction}
-    loss = Denoising.from_config(config, snr_gamma=5.0).loss(
-        predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool)
-    )
-    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-    errors = ((meant(noisy) - latents) ** 2).flatten(1).mean(1)
-    snr = (a / (1 - a)).flatten()
-    torch.testing.assert_close(loss, snr.clamp(max=5.0) * errors, rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize(("floored", "expected"), [(False, 0.0), (True, 2.0)])
-def test_a_last_level_of_pure_noise_has_a_weight(floored: bool, expected: float) -> None:
-    """Models of zero terminal signal (arXiv 2305.08891), where diffusers' script divides by 0."""
-    assert min_snr_weights(torch.zeros(1), 5.0, True, floored).tolist() == [expected]
+def test_min_snr_weights() -> None:
+    """One below gamma, falling above; and at a last level of pure noise, as models of zero terminal
+    signal have (arXiv 2305.08891), where diffusers' script divides by 0.
+    """
+    snr = torch.tensor([0.0, 0.1, 5.0, 50.0])
+    assert torch.allclose(min_snr_weights(snr, 5.0, False), torch.tensor([1.0, 1.0, 1.0, 0.1]))
+    for floored, expected in ((False, 0.0), (True, 2.0)):
+        assert min_snr_weights(snr, 5.0, True, floored)[0] == expected
 
 
 def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
@@ -110,12 +88,9 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
         prediction = torch.tanh(noisy / (sigma**2 + 1).sqrt()) * (1 + t / 1000)
         expected = (((noisy - sigma * prediction - latents[row].double()) / sigma) ** 2).mean()
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-3)
-
-
-def test_edm_levels_fall_with_their_index() -> None:
-    scheduler = Denoising.from_config(CONFIG, edm=True).scheduler
-    ends = [(scheduler.sigmas[i].item(), scheduler.timesteps[i].item()) for i in (0, 999)]
-    assert ends[0] > ends[1]
+    scheduler = denoising.scheduler  # whose levels fall with their index
+    assert scheduler.sigmas[0] > scheduler.sigmas[999]
+    assert scheduler.timesteps[0] > scheduler.timesteps[999]
 
 
 def test_native_edm_is_chosen_by_the_pipeline() -> None:
@@ -134,16 +109,15 @@ def test_native_edm_is_chosen_by_the_pipeline() -> None:
     assert torch.isfinite(loss).all()
 
 
-def test_min_snr_is_one_below_gamma_and_falls_above() -> None:
-    snr = torch.tensor([0.1, 5.0, 50.0])
-    assert torch.allclose(min_snr_weights(snr, 5.0, False), torch.tensor([1.0, 1.0, 0.1]))
-
-
-def test_min_snr_with_edm_is_refused() -> None:
-    with pytest.raises(UserError, match="--snr_gamma 5"):
-        Denoising.from_config(CONFIG, edm=True, snr_gamma=5.0)
-
-
-def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(UserError, match="sample"):
-        Denoising.from_config({**CONFIG, "prediction_type": "sample"})
+@pytest.mark.parametrize(
+    ("config", "options", "part"),
+    [
+        (CONFIG, {"edm": True, "snr_gamma": 5.0}, "--snr_gamma 5"),
+        ({**CONFIG, "prediction_type": "sample"}, {}, "sample"),
+    ],
+)
+def test_what_no_loss_is_for_is_refused(
+    config: dict[str, Any], options: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UserError, match=part):
+        Denoising.from_config(config, **options)

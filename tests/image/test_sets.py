@@ -267,7 +267,11 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(
         return real(str(tmp_path / "set"), cache_dir=cache_dir)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options = {"image_column": "picture", "config_name": "small", "cache_dir": cache}
+    options: dict[str, Any] = {
+        "image_column": "picture",
+        "config_name": "small",
+        "cache_dir": cache,
+    }
     with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
         open_images("someone/icons", **options)
     options |= {"caption_column": "prompt", "skip_bad_images": True}
