@@ -14,6 +14,7 @@ from datasets import config
 
 from ..errors import UserError
 from ..seeds import digest_texts
+from .config import TextConfig
 from .examples import Example
 from .models import TextModel
 from .templates import settle_template
@@ -68,7 +69,7 @@ class Encoded:
         return self.examples[source]
 
 
-def encode(examples: Sequence[Example], cfg: Any, loaded: TextModel, name: str) -> Encoded:
+def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name: str) -> Encoded:
     """Tokenize a set, or take it from the cache if texts, tokenizer and lengths are the same.
 
     Examples with a blank answer are left out (``Encoded.dropped``), long ones are cut
@@ -176,7 +177,7 @@ class _Tokenize:
         return causal_rows(examples, self.tokenizer, self.template, self.max_length)
 
 
-def _check_length(option: str, cfg: Any, loaded: TextModel) -> None:
+def _check_length(option: str, cfg: TextConfig, loaded: TextModel) -> None:
     length = getattr(cfg, option)
     limits = {"tokenizer": loaded.tokenizer.model_max_length, "model": loaded.max_tokens}
     for owner, limit in limits.items():

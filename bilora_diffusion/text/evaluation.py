@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from ..durable import write_text
 from ..errors import UserError
 from ..train.task import inference
+from .config import TextConfig
 from .encode import Encoded
 from .metrics import score
 from .models import TextModel
@@ -39,7 +40,9 @@ class Evaluation:
         UserError: answers may be longer than the model allows.
     """
 
-    def __init__(self, cfg: Any, loaded: TextModel, module: TextModule, data: TextData) -> None:
+    def __init__(
+        self, cfg: TextConfig, loaded: TextModel, module: TextModule, data: TextData
+    ) -> None:
         assert data.validation is not None
         self.cfg, self.loaded, self.module, self.data = cfg, loaded, module, data
         self.rows: Encoded = data.validation
@@ -144,7 +147,7 @@ class Evaluation:
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def _new_tokens(cfg: Any, loaded: TextModel) -> int:
+def _new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
     """Most tokens of a generated answer.
 
     Raises:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import config as _config  # noqa: F401  which imports this folder's options back
 from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
 from ..train.soundness import reading, require_finite, require_safetensors, require_words
-from .inputs import TextModelOptions
+from .options import TextModelOptions
 from .places import gguf_file, locate
 
 FIX = "correct --model_name_or_path, or install what it asks for"
@@ -70,28 +69,38 @@ class TextModel:
         return None if found is None else int(found) - offset
 
 
-@dataclass(frozen=True)
 class TextSource:
     """A model whose configuration has been read, and whose weights have not.
 
     Args:
-        options: what the user asked for.
-        location: what ``from_pretrained`` takes.
-        arguments: what it takes beside.
-        config: the model's configuration.
+        options: those of the command line; ``model_name_or_path`` may be a key of
+            ``places.PACKAGED``.
+
+    Attributes:
         kind: which kind of model it is.
+
+    Raises:
+        UserError: it can't be found or read, is of another kind, or needs a package or code that is
+            not there.
     """
 
-    options: TextModelOptions
-    location: str
-    arguments: dict[str, Any]
-    config: Any
-    kind: str
+    def __init__(self, options: TextModelOptions) -> None:
+        self.options, self.name = options, str(options.model_name_or_path)
+        self.location = locate(self.name, "--model_name_or_path")
+        given = {
+            "revision": options.revision,
+            "cache_dir": options.cache_dir,
+            "gguf_file": gguf_file(self.location),
+        }
+        self.arguments: dict[str, Any] = {key: value for key, value in given.items() if value}
+        # Transformers would ask, and wait, where nobody says whether code may run.
+        self.arguments["trust_remote_code"] = options.trust_remote_code
 
-    @property
-    def name(self) -> str:
-        """As the user gave it, for messages."""
-        return str(self.options.model_name_or_path)
+        def read() -> tuple[Any, str]:
+            config = _auto("Config").from_pretrained(self.location, **self.arguments)
+            return config, kind_of(config, self.name, options.task_type)
+
+        self.config, self.kind = reading(f'the configuration of "{self.name}"', FIX, read)
 
     def load(
         self,
@@ -171,36 +180,6 @@ class TextSource:
         return tokenizer
 
 
-def open_text_model(options: TextModelOptions) -> TextSource:
-    """Find a model and read its configuration.
-
-    Args:
-        options: those of the command line; ``model_name_or_path`` may be a key of
-            ``places.PACKAGED``.
-
-    Raises:
-        UserError: it can't be found or read, is of another kind, or needs a package or code that is
-            not there.
-    """
-    name = str(options.model_name_or_path)
-    location = locate(name, "--model_name_or_path")
-    given = {
-        "revision": options.revision,
-        "cache_dir": options.cache_dir,
-        "gguf_file": gguf_file(location),
-    }
-    arguments: dict[str, Any] = {key: value for key, value in given.items() if value}
-    # Transformers would ask, and wait, where nobody says whether code may run.
-    arguments["trust_remote_code"] = options.trust_remote_code
-
-    def read() -> tuple[Any, str]:
-        config = _auto("Config").from_pretrained(location, **arguments)
-        return config, kind_of(config, name, options.task_type)
-
-    config, kind = reading(f'the configuration of "{name}"', FIX, read)
-    return TextSource(options, location, arguments, config, kind)
-
-
 def load_text_model(
     name_or_path: str,
     task_type: str = "auto",
@@ -210,7 +189,7 @@ def load_text_model(
     seed: int = 0,
     **options: Any,
 ) -> TextModel:
-    """``open_text_model`` and ``TextSource.load`` in one.
+    """Find and load a model, as ``TextSource`` does it.
 
     Args:
         **options: further fields of ``TextModelOptions``.
@@ -219,7 +198,7 @@ def load_text_model(
         UserError: what they raise.
     """
     asked = TextModelOptions(model_name_or_path=name_or_path, task_type=task_type, **options)
-    return open_text_model(asked).load(dtype, labels, seed)
+    return TextSource(asked).load(dtype, labels, seed)
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:

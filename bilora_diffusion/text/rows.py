@@ -13,6 +13,7 @@ from ..files import reason
 from ..seeds import digest_texts, generator, seed_of
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask
+from .config import TextConfig
 from .encode import Encoded, encode
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
@@ -54,7 +55,7 @@ class TextData:
     validation: Encoded | None = None
 
 
-def open_rows(cfg: Any) -> Rows:
+def open_rows(cfg: TextConfig) -> Rows:
     """The examples that a configuration names; ``cfg.task_type`` is decided.
 
     Raises:
@@ -69,8 +70,8 @@ def open_rows(cfg: Any) -> Rows:
     )
 
 
-def _task_rows(cfg: Any) -> Rows:
-    task = catalog.get(cfg.task)
+def _task_rows(cfg: TextConfig) -> Rows:
+    task = catalog.get(str(cfg.task))
     if cfg.task_type == "classification" and not task.label_words:
         raise UserError(
             f"{task.name} has free answers, and --task_type classification needs classes: use a"
@@ -80,7 +81,7 @@ def _task_rows(cfg: Any) -> Rows:
     return Rows(task.name, train, held or None, task.metrics, task.label_words, task.answer_marker)
 
 
-def _file_rows(cfg: Any) -> Rows:
+def _file_rows(cfg: TextConfig) -> Rows:
     files = [Path(file).expanduser() for file in (cfg.train_file, cfg.validation_file) if file]
     sets = [
         open_file(file, input_column=cfg.input_column, target_column=cfg.target_column)
@@ -199,7 +200,7 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
         ) from error
 
 
-def encode_rows(cfg: Any, rows: Rows, loaded: TextModel) -> TextData:
+def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
     """Tokenize, and pack if that is asked for.
 
     Raises:

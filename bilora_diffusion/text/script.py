@@ -24,7 +24,7 @@ from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
 from .config import TextConfig, parse_text
-from .models import open_text_model
+from .models import TextSource
 from .rows import encode_rows, open_rows
 from .task import NAME, TextTask
 
@@ -38,7 +38,7 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         UserError: what the rows, the model and the options say does not go together.
     """
     datasets.disable_progress_bars()
-    source = open_text_model(cfg)
+    source = TextSource(cfg)
     if cfg.packing and source.kind != "causal":
         raise UserError(
             f'--packing is for causal models, and "{cfg.model_name_or_path}" is a {source.kind}'
@@ -78,11 +78,6 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
     return {"labels": list(task.data.rows.label_words), **verify_adapter(folder, model)}
 
 
-def card(cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
-    """Write the model card."""
-    write_text_card(cfg, folder, results, repo_id)
-
-
 def files(folder: Path) -> dict[str, str]:
     """What the files that a run leaves are for."""
     return {
@@ -93,7 +88,9 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-TEXT = Script("text-bilora", parse_text, build_task, export, card, "eval.text_scores", files)
+TEXT = Script(
+    "text-bilora", parse_text, build_task, export, write_text_card, "eval.text_scores", files
+)
 
 
 def main(argv: Sequence[str] | None = None, config: TextConfig | None = None) -> None:

@@ -15,6 +15,7 @@ from ..methods import Target
 from ..seeds import digest, digest_texts
 from ..train.order import LengthGroupedOrder, SampleOrder
 from ..train.task import MicroBatch
+from .config import TextConfig
 from .evaluation import Evaluation
 from .models import TextModel
 from .module import TextModule, collate
@@ -32,7 +33,7 @@ class TextTask:
         data: tokenized training and held-out rows.
     """
 
-    def __init__(self, cfg: Any, loaded: TextModel, data: TextData) -> None:
+    def __init__(self, cfg: TextConfig, loaded: TextModel, data: TextData) -> None:
         self.cfg, self.loaded, self.data = cfg, loaded, data
         self.module = TextModule(loaded.model, loaded.kind)
         self.models: dict[str, nn.Module] = {NAME: loaded.model}
@@ -51,6 +52,7 @@ class TextTask:
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""
         cfg = self.cfg
+        assert cfg.lora_alpha is not None
         spec = AdapterSpec(
             rank=cfg.rank,
             alpha=cfg.lora_alpha,

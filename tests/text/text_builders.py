@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from bilora_diffusion.run import runlog
+from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.text.encode import Encoded, encode
 from bilora_diffusion.text.evaluation import Evaluation
 from bilora_diffusion.text.examples import Example
@@ -135,10 +136,9 @@ def encoded(
     **settings: Any,
 ) -> Encoded:
     """Examples as a run with these settings tokenizes them."""
-    cfg: dict[str, Any] = {"max_length": 512, "max_target_length": 8, "template": "auto"}
-    cfg |= {"preprocessing_num_workers": None, "overwrite_cache": False, "cache_dir": None}
+    cfg = TextConfig(**{"max_length": 512, "max_target_length": 8, **settings})
     loaded: Any = SimpleNamespace(tokenizer=tokenizer, kind=kind, max_tokens=max_tokens)
-    return encode(examples, SimpleNamespace(**cfg | settings), loaded, "the set")
+    return encode(examples, cfg, loaded, "the set")
 
 
 def material(folder: Path, kind: str) -> dict[str, Any]:
@@ -198,14 +198,14 @@ def heldout_of(base: Path, folder: Path) -> dict[str, float]:
     """A run's held-out figures, measured anew on the base with its adapter as PEFT loads it, or on
     the whole model that it left.
     """
-    cfg = SimpleNamespace(**runlog.read_run(folder)["config"])
+    cfg = TextConfig(**runlog.read_run(folder)["config"])
     rows = open_rows(cfg)
     whole = cfg.method == "full"
     loaded = load_text_model(
         str(folder / "model" if whole else base),
         cfg.task_type,
         labels=rows.label_words if cfg.task_type == "classification" else None,
-        dtype=DTYPES["no" if whole else cfg.mixed_precision],
+        dtype=DTYPES["no" if whole else str(cfg.mixed_precision)],
     )
     if not whole:
         adapted = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
