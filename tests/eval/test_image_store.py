@@ -108,17 +108,17 @@ def test_an_image_is_the_samplers_and_says_what_it_was_made_from(made: Made, pip
 
 def test_order_batch_and_processes_change_no_bit(made: Made, pipeline: Any, tmp_path: Path) -> None:
     store, by_label = made
-    todo = every(by_label)
+    todo = [*by_label["base model"], *by_label["Text"]]
     backwards = new_store(tmp_path / "backwards", pipeline)
     torch.set_num_threads(2)
     try:
-        assert backwards.generate(todo[::-1], batch=5, progress=False) == 24
+        assert backwards.generate(todo[::-1], batch=5, progress=False) == 12
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     shared = new_store(tmp_path / "shared", pipeline)
     halves = [shared.generate(todo, batch=3, progress=False, process=(rank, 2)) for rank in (1, 0)]
-    assert halves == [12, 12]
+    assert halves == [6, 6]
     assert shared.missing(todo) == []
     expected = pixels(store, todo)
     assert pixels(backwards, todo) == pixels(shared, todo) == expected

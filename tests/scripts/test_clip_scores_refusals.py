@@ -19,7 +19,6 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
         (["RUN", "--prompt", "x"], ['"--prompt"', 'did you mean "--prompts"']),
         *((["RUN", "--seeds", seeds], [f'"{seeds}"']) for seeds in ("0,x", "-1", "3..1", "0,1,0")),
         (["RUN", "--prompts", "nowhere.txt"], ['"nowhere.txt"', "3d_icon"]),
-        (["RUN", "--prompts", "3d_icons"], ['did you mean "3d_icon"']),
         (["RUN", "--control", "LoRa"], ['"LoRa"', 'did you mean "LoRA"']),
         *(
             (["RUN", f"--{flag}", "0"], [f"--{flag} is 0"])
@@ -31,7 +30,6 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
         (["RUN", "--dtype", "int8"], ["'int8'"]),
         (["RUN", "--scorer", "clip"], ['"clip"', "open_clip:MODEL/TAG"]),
         (["RUN", "--captioner", "blipp:x"], ['"blipp:x"', "blip:ID_OR_FOLDER"]),
-        (["RUN", "--scorer_revision", "v1"], ['"v1"']),
         (["RUN", "--captioner_revision", "v1"], ['"v1"']),
         (
             ["RUN", "--captioner_revision", "v1", "--skip_captions"],
@@ -42,12 +40,9 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
         (["RUN", "--output_dir", "file"], ["--output_dir", "file"]),
         ([], ["demo/lora", "make demo"]),
         (["unfinished"], ["unfinished", LORA]),
-        (["nothing"], ['"nothing"']),
-        (["a=RUN", "a=RUN"], ['"a"']),
         (["base"], ["--base_model"]),
         (["RUN", "--base_model", SDXL], [SDXL, "mini"]),
         (["base", "--base_model", SDXL, "--scorer", "embedded"], ["--scorer embedded", SDXL]),
-        (["base", "--base_model", SDXL, "--captioner", "embedded"], ["--captioner embedded", SDXL]),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_made(
