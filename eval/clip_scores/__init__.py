@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
     from .images import Job
     from .scorers import Scorer
 
+DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 DEFAULT_SEEDS = "0,1"
 IMAGES = "images"
 DEMO_METHODS = ("lora", "bilora")
@@ -60,8 +61,7 @@ class ClipScores(Evaluation):
     kind, model, revision, note; None without captions).
     """
 
-    name, over, metrics = "clip_scores", "item", METRICS
-    described = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
+    name, over, metrics, described = "clip_scores", "item", METRICS, DESCRIBED
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:

@@ -31,7 +31,7 @@ class Dynamics(Evaluation):
     each group its number of ``steps`` and its ``options``: learning rates, ranks and radius.
     """
 
-    name, described = "dynamics", __doc__
+    name = "dynamics"
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:

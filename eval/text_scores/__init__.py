@@ -41,7 +41,7 @@ class TextScores(Evaluation):
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
     """
 
-    name, described = "text_scores", __doc__
+    name = "text_scores"
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
