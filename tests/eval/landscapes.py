@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.flatness.weights import Weight
+from eval.landscape.weights import Weight
 
 
 class Quadratic:

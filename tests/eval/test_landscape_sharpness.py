@@ -12,9 +12,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
-from eval.flatness.hessian import top_eigenvalue
-from eval.flatness.sharpness import sharpness
-from eval.flatness.weights import Weight, evaluate
+from eval.landscape.hessian import top_eigenvalue
+from eval.landscape.sharpness import sharpness
+from eval.landscape.weights import Weight, evaluate
 from tests.eval.landscapes import Quadratic
 
 RHO = 0.3

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval.flatness.directions import Direction, filter_normalized
-from eval.flatness.profile import coordinates, line, plane
-from eval.flatness.weights import Place, Weight, evaluate, loss_and_gradient
+from eval.landscape.directions import Direction, filter_normalized
+from eval.landscape.profile import coordinates, line, plane
+from eval.landscape.weights import Place, Weight, evaluate, loss_and_gradient
 from tests.eval.landscapes import Quadratic
 
 

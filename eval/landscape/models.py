@@ -1,10 +1,11 @@
-"""A run as a point of the landscape: its model, its weights by space, and its loss."""
+"""A point of the landscape in memory: its model, its weights by space, and its loss."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,40 +16,18 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.choices import NOISE_LEVELS
-from bilora_diffusion.config import DreamBoothConfig
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import FILE_NAME, inspect
+from bilora_diffusion.export import inspect
+from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.script import images
-from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.run.folder import WHOLE_MODELS
 
-from .subjects import Subject
+from ..subjects import BASE
+from .runs import Point, has_factors
 from .weights import Weight
-
-SPACES = ("lora", "full")
-FULL_WEIGHTS = ("all", "adapted")
-SPLITS = ("train", "heldout")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Which images and noise levels the loss is a mean over, and on what device.
-
-    Args:
-        split: "train" or "heldout".
-        max_images: the first so many of the set; 0 for all.
-        levels: noise levels, 1 to 10, evenly chosen from those of the held-out loss.
-        device: of the model.
-    """
-
-    split: str
-    max_images: int
-    levels: int
-    device: str
 
 
 @dataclass(frozen=True)
@@ -81,9 +60,9 @@ class Grid(GridLoss):
 
 
 class First:
-    """The first images of a set."""
+    """The first images of a set; all without a count."""
 
-    def __init__(self, whole: Any, count: int) -> None:
+    def __init__(self, whole: Any, count: int | None) -> None:
         self._whole, self._count = whole, count
 
     def prompts(self, instance_prompt: str | None) -> list[str]:
@@ -94,42 +73,30 @@ class First:
         return getattr(self._whole, name)
 
 
-def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
-    """The images that the loss is measured on.
-
-    Raises:
-        UserError: they are gone, or the run had no held-out images.
-    """
-    if split == "train":
-        source = str(config.dataset_name or config.instance_data_dir)
-        return images(config, source, config.dataset_config_name)
-    if not config.validation_dataset:
-        raise UserError(
-            f"the run in {config.output_dir} had no held-out images: take --split train, or give"
-            " runs with --validation_dataset."
-        )
-    return images(config, config.validation_dataset)
-
-
 def load(
-    subject: Subject, chosen: ImageSet, sample: Sample, spaces: Sequence[str], full_weights: str
+    point: Point,
+    spaces: Sequence[str],
+    full_weights: str = "all",
+    *,
+    max_images: int = 0,
+    levels: int = NOISE_LEVELS,
+    device: torch.device | str = "cpu",
 ) -> Model:
-    """Load the base in float32, put the run's weights on it, and set up loss and spaces.
+    """Load the base in float32, put the subject's weights on it, and set up loss and spaces.
 
     The adapter alone acts. Of a quantized run the base is taken unquantized; class images of prior
     preservation are left out of the loss.
 
     Args:
-        subject: the point.
-        chosen: its images, see :func:`open_set`.
-        sample: what the loss is a mean over.
-        spaces: of ``SPACES``; "lora" is left out where there is no adapter.
-        full_weights: "all" or "adapted".
+        spaces: "lora", left out where there is no adapter, and "full".
+        full_weights: see :func:`full_space`.
+        max_images: of the loss, the first so many of the set; 0 for all.
+        levels: noise levels of the loss, evenly chosen from those of the held-out loss.
 
     Raises:
         UserError: base model or export can't be loaded.
     """
-    config = _plain(subject.config)
+    config, subject = _plain(point.config), point.subject
     pipeline: Any = load_pipeline(
         config.pretrained_model_name_or_path,
         dtype=torch.float32,
@@ -138,21 +105,26 @@ def load(
         cache_dir=config.cache_dir,
         vae=config.pretrained_vae_model_name_or_path,
     )
-    task = DreamBooth(config, pipeline, VisitStream(config, chosen))
-    if subject.kind == "whole":
-        _load_whole(subject, pipeline)
-    elif subject.kind == "adapter":
-        _load_adapter(subject, task, pipeline)
+    task = DreamBooth(config, pipeline, VisitStream(config, point.images))
+    try:
+        if has_factors(subject):
+            _load_adapter(Path(str(subject.weights)), task, pipeline)
+        elif subject.kind != BASE:
+            _load_whole(Path(str(subject.weights)), pipeline)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{subject.source} does not fit the base model ({reason}): export or train it again."
+        ) from error
     task.module.requires_grad_(False)
     task.module.eval()
-    task.to_device(torch.device(sample.device))
-    wanted: Any = First(chosen, sample.max_images) if sample.max_images else chosen
-    found = {}
-    if "lora" in spaces and subject.has_factors:
-        found["lora"] = factor_weights(task.models)
+    task.to_device(torch.device(device))
+    held = {}
+    if "lora" in spaces and has_factors(subject):
+        held["lora"] = factor_weights(task.models)
     if "full" in spaces:
-        found["full"] = full_space(task, full_weights)
-    return Model(found, Grid(task, wanted, sample.levels))
+        held["full"] = full_space(task, full_weights)
+    return Model(held, Grid(task, First(point.images, max_images or None), levels))
 
 
 def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
@@ -169,35 +141,28 @@ def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
     )
 
 
-def _load_adapter(subject: Subject, task: DreamBooth, pipeline: Any) -> None:
-    try:
-        pipeline.load_lora_weights(
-            str(subject.folder),
-            weight_name=FILE_NAME,
-            adapter_name=PRIMARY,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{subject.folder / FILE_NAME} does not fit the base model ({reason}): export the run"
-            " again."
-        ) from error
+def _load_adapter(file: Path, task: DreamBooth, pipeline: Any) -> None:
+    pipeline.load_lora_weights(
+        str(file.parent),
+        weight_name=file.name,
+        adapter_name=PRIMARY,
+        local_files_only=True,
+        use_safetensors=True,
+    )
     for name, model in task.models.items():
-        _undo_baked_scale(subject, name, model)
+        _undo_baked_scale(file, name, model)
 
 
 @torch.no_grad()
-def _undo_baked_scale(subject: Subject, name: str, model: nn.Module) -> None:
+def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
     """Divide B by the scale s that the export multiplied into it, and let the layer apply s.
 
     Radii in the space of A and B are then those of training. Files without the original alpha keep
     their own factors.
     """
-    inside = inspect(subject.folder / FILE_NAME)
-    alphas = json.loads(inside.metadata.get("bilora.original_alpha", "{}"))
-    ranks = json.loads(inside.metadata.get("bilora.original_rank", "{}"))
+    metadata = inspect(file).metadata
+    alphas = json.loads(metadata.get("bilora.original_alpha", "{}"))
+    ranks = json.loads(metadata.get("bilora.original_rank", "{}"))
     for _, layer in adapters.layers(model, PRIMARY):
         if name not in alphas:
             continue
@@ -207,20 +172,14 @@ def _undo_baked_scale(subject: Subject, name: str, model: nn.Module) -> None:
         layer.scaling[PRIMARY] = scale
 
 
-def _load_whole(subject: Subject, pipeline: Any) -> None:
+def _load_whole(folder: Path, pipeline: Any) -> None:
     for name in WHOLE_MODELS:
-        folder = subject.folder / name
-        if not folder.is_dir():
-            continue
-        model = getattr(pipeline, name)
-        try:
+        if (folder / name).is_dir():
+            model = getattr(pipeline, name)
             trained = type(model).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
+                folder / name, local_files_only=True, use_safetensors=True
             )
             model.load_state_dict(trained.state_dict())
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder} can't be loaded ({reason}): run it again.") from error
 
 
 def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
@@ -230,13 +189,13 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     the direction does not depend on how a term's size is shared among its two vectors. A layer that
     was not trained has B = 0, which stays 0; DoRA's magnitudes are left out.
     """
-    found = []
+    held = []
     for name, model in models.items():
         for path, layer in adapters.layers(model, PRIMARY):
             down, up = (cast(Tensor, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
-            found.append(Weight(f"{name}.{path}.lora_A", down, 0))
-            found.append(Weight(f"{name}.{path}.lora_B", up, 1))
-    return found
+            held.append(Weight(f"{name}.{path}.lora_A", down, 0))
+            held.append(Weight(f"{name}.{path}.lora_B", up, 1))
+    return held
 
 
 def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
@@ -247,7 +206,7 @@ def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
         full_weights: "all" weight matrices and convolutions of the models, or only those that the
             adapters sit on. Biases and norms are left out, as in Li et al. 2018.
     """
-    found = []
+    held = []
     for target in task.targets():
         model, own = target.model, dict[str, Tensor]()
         if full_weights == "adapted":
@@ -262,5 +221,5 @@ def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
                 for path, parameter in model.named_parameters()
                 if parameter.dim() > 1 and ".lora_" not in path
             }
-        found += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
-    return found
+        held += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
+    return held

@@ -1,0 +1,158 @@
+"""What is measured of one subject in one space: parts, each kept as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NamedTuple
+
+from ..compare import mean
+from ..kept import Kept
+from ..subjects import Subject
+from ..table import Row
+from .directions import Direction
+from .hessian import LANCZOS_VECTORS, TOLERANCE, top_eigenvalue
+from .models import Model
+from .profile import Tick, line, plane
+from .sharpness import sharpness
+from .weights import Loss, Weight, evaluate
+
+LINE, GRADIENT, PRODUCT = 1, 3, 8
+"""What a loss, a gradient and a Hessian-vector product cost, in losses (measured: 1, 2.6, 6-10)."""
+EXPECTED_PRODUCTS = 10  # for the progress bar
+Measure = Callable[[Sequence[Weight], Loss, Tick], Any]
+"""Takes the weights of a space, the loss and a function to be called after each step."""
+
+
+class Part(NamedTuple):
+    """One thing to be measured.
+
+    Args:
+        key: its name, its space, and what it depends on beside weights and loss.
+        unit, steps: cost of a step in losses, and how many there are.
+    """
+
+    key: list[Any]
+    unit: int
+    steps: int
+    measure: Measure
+
+
+def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator[Part]:
+    """All parts of one space, first the loss at the weights themselves.
+
+    Args:
+        settings: of the result, see :class:`~eval.landscape.Landscape`.
+        with_plane: whether the plane is measured too.
+    """
+    seed, positions, rho = settings["seed"], settings["positions"][space], settings["rho"]
+    which = settings["full_weights"] if space == "full" else None
+
+    yield Part(["start", space, which], LINE, 1, _start)
+    for number in range(settings["directions"]):
+        yield Part(
+            ["line", space, which, seed, number, positions],
+            LINE,
+            len(positions),
+            lambda w, loss, tick, number=number: line(
+                w, loss, Direction(w, seed, number), positions, tick
+            ),
+        )
+    options = {"steps": settings["ascent_steps"], "restarts": settings["restarts"], "seed": seed}
+    yield Part(
+        ["sharpness", space, which, rho, options],
+        GRADIENT,
+        (1 + options["restarts"]) * (1 + options["steps"]),
+        lambda w, loss, tick: asdict(sharpness(w, loss, rho, tick=tick, **options)),
+    )
+    if settings["eigenvalue"]:
+        yield Part(
+            ["eigenvalue", space, which, seed, TOLERANCE, LANCZOS_VECTORS],
+            PRODUCT,
+            EXPECTED_PRODUCTS,
+            lambda w, loss, tick: asdict(top_eigenvalue(w, loss, seed=seed, tick=tick)),
+        )
+    if with_plane:
+        grid = settings["grid_positions"][space]
+        yield Part(
+            ["plane", space, which, seed, grid],
+            LINE,
+            len(grid) ** 2,
+            lambda w, loss, tick: plane(
+                w, loss, (Direction(w, seed, 0), Direction(w, seed, 1)), grid, tick
+            ),
+        )
+
+
+def _start(weights: Sequence[Weight], loss: Loss, tick: Tick) -> Any:
+    value = evaluate(loss)
+    tick()
+    return {"loss": value, "parameters": sum(weight.tensor.numel() for weight in weights)}
+
+
+def take(
+    part: Part, kept: Kept, model: Callable[[], Model], advance: Callable[[int], object]
+) -> Any:
+    """A part's value, measured if it is not kept.
+
+    Args:
+        model: loads the subject.
+        advance: is told the cost of what was done.
+    """
+    left = part.unit * part.steps
+
+    def tick() -> None:
+        nonlocal left
+        left -= part.unit
+        advance(part.unit)
+
+    def measure() -> Any:
+        return part.measure(model().spaces[part.key[1]], model().loss.terms, tick)
+
+    value = kept.piece(part.key, measure)
+    advance(left)  # how many steps a part takes is not always known before
+    return value
+
+
+def rows(
+    subject: Subject,
+    space: str,
+    measured: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Any],
+) -> Iterator[Row]:
+    """What the parts of one space come to.
+
+    Args:
+        measured: the values of all parts by their names.
+    """
+    row = partial(subject.row, item=space)
+    (start,), (ascent,), lines = measured["start"], measured["sharpness"], measured["line"]
+    yield row("loss", start["loss"])
+    yield row("parameters", start["parameters"])
+    yield row("rise", rise(lines))
+    yield row("sharpness", ascent["value"])
+    yield row("sharpness of one step", ascent["one_step"])
+    yield row("gradient norm", ascent["gradient_norm"])
+    for top in measured.get("eigenvalue", ()):
+        yield row("eigenvalue", top["value"])
+        yield row("eigenvalue residual", top["residual"])
+    for number, losses in enumerate(lines):
+        for at, value in zip(settings["positions"][space], losses, strict=True):
+            yield row("profile", value, note=f"direction {number} at {at:.6g}")
+    for losses in measured.get("plane", ()):
+        positions = settings["grid_positions"][space]
+        for first, along_second in zip(positions, losses, strict=True):
+            for second, value in zip(positions, along_second, strict=True):
+                yield row("plane", value, note=f"at {first:.6g}, {second:.6g}")
+
+
+def rise(lines: Sequence[Sequence[float | None]]) -> float | None:
+    """Mean over directions of the loss at both ends minus that in the middle."""
+    rises = []
+    for losses in lines:
+        low, middle, high = losses[0], losses[len(losses) // 2], losses[-1]
+        if low is None or middle is None or high is None:
+            return None
+        rises.append((low + high) / 2 - middle)
+    return mean(rises)

@@ -1,0 +1,227 @@
+"""eval.landscape from runs to result, on a loss that is known; what it keeps and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from bilora_diffusion import mini
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.run.runlog import RunLog
+from eval import landscape, table
+from eval.landscape import measure, models
+from eval.landscape.runs import Point
+from eval.landscape.weights import Weight
+from eval.provenance import ROOT
+from eval.table import Result
+
+TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders as training leaves them, with weights that nothing was learned in."""
+    root = tmp_path_factory.mktemp("landscape")
+    for name, source in (("train", mini.train_dir()), ("heldout", mini.heldout_dir())):
+        (root / name).mkdir()
+        for picture in sorted(source.glob("**/*.png"))[:2]:
+            (root / name / picture.name).write_bytes(picture.read_bytes())
+    words = ["--config", str(ROOT / "recipes" / "mini.yaml"), f"--dataset={root / 'train'}"]
+    words += ["--pretrained_model_name_or_path=mini", "--instance_prompt=a TOK icon"]
+    config = parse([*words, "--validation_dataset=none", f"--output_dir={root}"]).to_dict()
+
+    def run(name: str, method: str = "lora", seed: int = 0, **options: Any) -> None:
+        log = RunLog(root / name)
+        log.start(config | options, method=method, seed=seed, resume_step=None)
+        log.finish(steps=2)
+        factors = {
+            "A": torch.full((2, 4), float(seed)),
+            "B": torch.full((4, 2), float(len(method))),
+        }
+        if method == "full":
+            (root / name / "unet").mkdir()
+            save_file(factors, root / name / "unet" / "diffusion_pytorch_model.safetensors")
+        elif name == "text":
+            save_file(factors, root / name / "adapter_model.safetensors")
+            (root / name / "adapter_config.json").write_text("{}")
+        elif name != "unfinished":
+            file = {f"unet.mid_block.to_q.lora_{k}.weight": v for k, v in factors.items()}
+            save_file(file, root / name / "pytorch_lora_weights.safetensors")
+
+    for seed in range(2):
+        run(f"lora-{seed}", seed=seed)
+        run(f"bilora-{seed}", "bilora", seed)
+    run("full", "full")
+    run("unfinished")
+    run("newer", warp_factor=9)
+    run("text", model_name_or_path="t5")
+    record = json.loads((root / "text" / "run.json").read_text())
+    del record["config"]["pretrained_model_name_or_path"]
+    (root / "text" / "run.json").write_text(json.dumps(record))
+    run("other-images", dataset_name=str(root / "heldout"))
+    run("small", resolution=32)
+    run("other-base", pretrained_model_name_or_path="some/base")
+    (root / "a-file").touch()
+    return root
+
+
+def curvature(point: Point) -> float:
+    return {"lora": 0.4, "bilora": 0.3, None: 0.5}.get(point.subject.method, 1.0) + 0.01 * (
+        point.subject.seed or 0
+    )
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Models whose loss is 1 + curvature ||W - 1||^2 / 2 for two weights; the labels loaded."""
+    labels = []
+
+    def load(point: Point, spaces: list[str], *_: Any, **__: Any) -> Any:
+        labels.append(point.subject.label)
+        tensor = torch.ones(2, 1, dtype=torch.float64)
+        loss = SimpleNamespace(terms=lambda: 1 + curvature(point) * (tensor - 1).square().sum() / 2)
+        return SimpleNamespace(spaces={space: [Weight("W", tensor)] for space in spaces}, loss=loss)
+
+    monkeypatch.setattr(models, "load", load)
+    return labels
+
+
+def look(runs: Path, out: Path, *words: str) -> Result:
+    given = [str(runs / word) if (runs / word).is_dir() else word for word in words]
+    assert landscape.main([*given, *TINY, "--output_dir", str(out)]) == 0
+    return table.read(out)
+
+
+NAMES = [f"{method}-{seed}" for method in ("lora", "bilora") for seed in range(2)]
+
+
+def test_runs_are_summed_up_by_space_and_compared_by_seed(
+    runs: Path, tmp_path: Path, loaded: list[str]
+) -> None:
+    result = look(runs, tmp_path, *NAMES, "full", "base", "--rho", "0.1", "--eigenvalue")
+    assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
+    assert loaded == [entry.label for entry in result.subjects] == [*NAMES, "full", "base"]
+    for space in ("lora", "full"):
+        line = result.summary("Bi-LoRA", "rise", space)
+        assert line is not None
+        # two filters of norm 1, moved by 1 and by 0.3
+        step = {"lora": 1, "full": 0.3}[space]
+        assert line.mean == pytest.approx(0.305 * step**2)
+        assert line.difference == pytest.approx(-0.1 * step**2)
+        assert (line.control, line.lower, line.pairs) == ("LoRA", 2, 2)
+        assert result.summary("LoRA", "rise", space).pairs == 0  # pyright: ignore
+        top = result.summary("LoRA", "eigenvalue", space)
+        assert top is not None
+        assert top.mean == pytest.approx(0.405)
+    assert result.summary("base", "rise", "lora") is None
+    profile = [row.value for row in result.select("profile", "LoRA", "lora")]
+    wanted = [1 + (0.4 + 0.01 * seed) * t**2 for seed in range(2) for _ in "12" for t in
+              (-1, -0.5, 0, 0.5, 1)]  # fmt: skip
+    assert profile == pytest.approx(wanted)
+    assert {row.subject for row in result.select("plane")} == {"lora-0", "bilora-0", "full", "base"}
+    assert len(result.select("plane", "LoRA", "full")) == 9
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("| LoRA (control) | 2 |") == 2
+    assert text.count("| base | 1 |") == 1  # it has no LoRA space
+    assert "| -0.1 [-0.1, -0.1], 2/2 |" in text
+    assert str(runs) not in text + (tmp_path / "result.json").read_text()
+    assert result.figures == ["landscape.png", "landscape_grid.png"]
+    for name in result.figures:
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(pixels, axis=0)) > 50
+
+
+def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
+    runs: Path, tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, calls = measure.line, 0
+
+    def interrupted(*words: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return line(*words)
+
+    monkeypatch.setattr(measure, "line", interrupted)
+    words = ["lora-0", "--space", "lora"]
+    arguments = [str(runs / "lora-0"), *words[1:], *TINY, "--output_dir", str(tmp_path)]
+    assert landscape.main(arguments) == 130
+    assert not (tmp_path / "result.json").exists()
+    first = look(runs, tmp_path, *words)
+    assert calls == 3  # the first direction was kept
+    del loaded[:]
+    assert look(runs, tmp_path, *words).rows == first.rows
+    assert (calls, loaded) == (3, [])
+    more = look(runs, tmp_path, *words, "--eigenvalue", "--seed", "1")
+    assert more.select("loss") == first.select("loss")
+    assert more.select("eigenvalue")
+    assert (calls, loaded) == (5, ["lora-0"])
+
+
+def test_a_loss_that_is_not_finite_is_left_open_or_refused(
+    runs: Path, tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    line = measure.line
+    monkeypatch.setattr(measure, "line", lambda *words: [float("inf"), *line(*words)[1:]])
+    result = look(runs, tmp_path, "lora-0", "bilora-0")
+    assert result.select("rise", "LoRA", "lora")[0].value is None
+    assert result.summary("LoRA", "rise", "lora").mean is None  # pyright: ignore
+    assert result.figures[0] == "landscape.png"
+    monkeypatch.setattr(measure, "evaluate", lambda _: float("nan"))
+    assert landscape.main([str(runs / "lora-1"), "--output_dir", str(tmp_path / "new")]) == 2
+    assert "the loss of" in capsys.readouterr().err
+
+
+Case = tuple[list[str], str]
+CASES: list[Case] = [
+    ([], "no runs are given"),
+    (["base"], "no training images"),
+    (["{runs}/missing"], "missing"),
+    (["{runs}/train"], "run.json"),
+    (["{runs}/text"], "no run of SDXL DreamBooth"),
+    (["{runs}/unfinished"], "pytorch_lora_weights.safetensors"),
+    (["{runs}/lora-0", "--points", "4"], "an odd number from 3 on"),
+    (["{runs}/lora-0", "--grid", "2"], "or 0 for no plane"),
+    (["{runs}/lora-0", "--space", "lora,ful"], 'did you mean "full"'),
+    (["{runs}/lora-0", "--space", ""], "take lora or full"),
+    (["{runs}/lora-0", "--full_weights", "some"], "adapted"),
+    (["{runs}/lora-0", "--radius", "0"], '"0" is not a number above 0'),
+    (["{runs}/lora-0", "--full_radius", "inf"], '"inf" is not a number above 0'),
+    (["{runs}/lora-0", "--rho", "{runs}/small"], "--rho"),
+    (["{runs}/lora-0", "--directions", "0"], "a whole number from 1 on"),
+    (["{runs}/lora-0", "--levels", "11"], "from 1 to 10"),
+    (["{runs}/lora-0", "--split", "held-out"], "heldout"),
+    (["{runs}/lora-0", "--split", "heldout"], "--validation_dataset"),
+    (["{runs}/lora-0", "--device", "cud"], "cud"),
+    (["{runs}/lora-0", "{runs}/lora-0"], "given twice"),
+    (["{runs}/lora-0", "--control", "LoRa"], 'did you mean "LoRA"'),
+    (["{runs}/lora-0", "{runs}/other-images"], "other images"),
+    (["{runs}/lora-0", "{runs}/small"], "resolution 32 and not 64"),
+    (["{runs}/lora-0", "{runs}/other-base"], "base model"),
+    (["{runs}/full", "--space", "lora"], "has no adapter"),
+    (["{runs}/newer"], "warp_factor"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), CASES, ids=[" ".join(case[0]) for case in CASES])
+def test_bad_input_is_one_sentence(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    words = [word.format(runs=runs) for word in words]
+    assert landscape.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
