@@ -205,7 +205,7 @@ METHOD, EVALUATION = "bilora_diffusion.methods.lora_asam", "eval.singular_values
 
 
 @pytest.mark.parametrize(
-    ("module", "lines", "passed"), [(METHOD, 60, "2 passed"), (EVALUATION, 80, "1 passed")]
+    ("module", "lines", "passed"), [(METHOD, 72, "2 passed"), (EVALUATION, 80, "1 passed")]
 )
 def test_an_example_of_contributing_works(
     tmp_path: Path, module: str, lines: int, passed: str
@@ -214,6 +214,41 @@ def test_an_example_of_contributing_works(
     test = f"{tmp_path}/test_{name}.py"
     assert passed in run_example(tmp_path, module, "--rootdir", str(tmp_path), test)
     assert len((tmp_path / f"{name}.py").read_text().splitlines()) < lines
+
+
+OWN_OPTION = """
+from __future__ import annotations
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.methods import MethodOptions, create, for_run, get
+from docs.make import options
+
+ARGV = ["--dataset", "mini", "--method", "lora-asam"]
+
+
+def test_the_own_option_is_an_option_like_any_other(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = parse([*ARGV, "--eta", "0.5"])
+    assert cfg.to_dict()["eta"] == cfg.fingerprint()["eta"] == 0.5
+    assert (parse(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
+    assert for_run(cfg.completed(1, side=64), 10).own.eta == 0.5
+    assert create("lora-asam", MethodOptions(num_steps=1)).own.eta == 0.01
+    assert get("lora-asam").reads == {"rho", "eta"}
+    with pytest.raises(UserError, match="--eta is -1.0: give 0 or more"):
+        parse([*ARGV, "--eta=-1"])
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "--eta" in capsys.readouterr().out
+    assert options().count("| `--eta` | `0.01` | lora-asam: ") == 2
+"""
+
+
+def test_an_option_of_the_example_touches_no_further_file(tmp_path: Path) -> None:
+    (tmp_path / "test_own_option.py").write_text(OWN_OPTION)
+    test = f"{tmp_path}/test_own_option.py"
+    assert "1 passed" in run_example(tmp_path, METHOD, "--rootdir", str(tmp_path), test)
 
 
 @pytest.mark.slow

@@ -38,6 +38,12 @@ class Idle:
     becomes: str | None = None
 
 
+def unless(name: str, value: Any, where: str) -> Idle:
+    """No effect unless another option has one value."""
+    words = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
+    return Idle(lambda values: values[name] != value, where, f"{words} or drop it")
+
+
 @dataclass(frozen=True)
 class Option:
     """What a field says of its option, in its metadata under "option".
@@ -62,20 +68,14 @@ class Option:
     aliases: tuple[str, ...] = ()
 
 
-_BOUNDS = {field.name for field in dataclasses.fields(Range)}
-
-
 def option(default: Any, help: str, **settings: Any) -> Any:
     """A field that is an option.
 
     Args:
         default: its value when nobody gives one; a list for an option that takes several.
         help: one or two sentences for ``--help``.
-        **settings: what `Option` and `Range` have; a number needs ``most``, at least.
+        **settings: what `Option` has; a number needs a ``range``.
     """
-    bounds = {name: settings.pop(name) for name in _BOUNDS & settings.keys()}
-    if bounds:
-        settings["range"] = Range(**bounds)
     metadata = {"option": Option(help, **settings)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

@@ -6,12 +6,13 @@ what any run needs: a typing error is to end in a sentence, not in a wait or in 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import UserError, did_you_mean
 from ..files import is_text, quoted
@@ -20,44 +21,30 @@ SMALLEST = 1.2e-38
 """Of 32-bit numbers; what is smaller counts as 0 in the arithmetic."""
 
 
-class Most(NamedTuple):
-    """The largest value, and the reason as the end of a sentence."""
-
-    value: int | float
-    reason: str
-
-
-RANK = Most(16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider")
-SCALE = Most(1e6, "the adapter's output is scaled by alpha / rank, and half precision ends there")
-RATE = Most(1e4, "one step would be larger than any weight")
-BATCH = Most(65_536, "no device holds a larger batch")
-STEPS = Most(10**9, "at ten steps a second that many take three years")
-ROWS = Most(10**9, "no data set here has more")
-FACTOR = Most(1e6, "what it weighs would drown everything else")
-DECAY = Most(1e4, "one step would take away more than the whole weight")
-WORKERS = Most(1024, "each is a process of its own")
-TOKENS = Most(10**7, "no model reads longer texts")
-SHARE = {"at_least": 0, "below": 1, "most": Most(1, "it is a share")}
-"""The range of a share of something, which is never all of it."""
-
-
 @dataclass(frozen=True)
 class Range:
     """The numbers that an option may have.
 
     Args:
-        most: the largest, with its reason.
+        most: the largest.
+        reason: why none is larger, as the end of a sentence.
         at_least, above, below: further bounds, ``below`` beside ``at_least``.
         multiple_of: what divides it.
         instead: what to do instead of giving a number in the range.
     """
 
-    most: Most
+    most: int | float
+    reason: str
     at_least: int | None = None
     above: int | None = None
     below: int | None = None
     multiple_of: int | None = None
     instead: str = ""
+
+    @property
+    def or_none(self) -> Range:
+        """The same range, and 0."""
+        return dataclasses.replace(self, at_least=0, above=None)
 
     def fix(self, value: Any) -> str | None:
         """What to give instead of a number; None for one in the range."""
@@ -66,8 +53,8 @@ class Range:
         number: Any = value
         if isinstance(value, float) and not math.isfinite(value):
             return "give a finite number"
-        if abs(number) > self.most.value and number > 0:
-            return f"give at most {self.most.value}, since {self.most.reason}"
+        if number > self.most:
+            return f"give at most {self.most}, since {self.reason}"
         low = self.at_least is not None and number < self.at_least
         if self.below is not None and (low or number >= self.below):
             return f"give a number from {self.at_least} up to, but not including, {self.below}"
@@ -79,6 +66,23 @@ class Range:
         if self.above is not None and number <= self.above:
             return f"give a number above {self.above}{self.instead}"
         return None
+
+
+RANKS = Range(
+    16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider", at_least=1
+)
+SCALES = Range(
+    1e6, "the adapter's output is scaled by alpha / rank, and half precision ends there", above=0
+)
+RATES = Range(1e4, "one step would be larger than any weight", above=0)
+BATCHES = Range(65_536, "no device holds a larger batch", at_least=1)
+STEPS = Range(10**9, "at ten steps a second that many take three years", at_least=1)
+ROWS = Range(10**9, "no data set here has more", at_least=1)
+TOKENS = Range(10**7, "no model reads longer texts", at_least=1)
+WORKERS = Range(1024, "each is a process of its own", at_least=1)
+FACTORS = Range(1e6, "what it weighs would drown everything else", at_least=0)
+DECAYS = Range(1e4, "one step would take away more than the whole weight", at_least=0)
+SHARES = Range(1, "it is a share", at_least=0, below=1)
 
 
 def check_number(shown: str, value: Any, allowed: Range, smallest: float = SMALLEST) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, option
-from ..config.values import BATCH, DECAY, FACTOR, RATE, STEPS, WORKERS, Most
+from ..config.fields import Idle, option, unless
+from ..config.values import BATCHES, DECAYS, FACTORS, RATES, STEPS, WORKERS, Range
 from ..run.options import OutputOptions
 from . import inputs
 
@@ -14,11 +14,7 @@ INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
     "nearest_exact",
 )
-WITHOUT_PRIOR = Idle(
-    lambda v: not v["with_prior_preservation"],
-    "without prior preservation",
-    "add `--with_prior_preservation` or drop it",
-)
+WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
 ON_A_FOLDER_OF_FILES = Idle(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
@@ -34,11 +30,7 @@ ON_A_LOCAL_MODEL = Idle(
     "on a local model",
     "give a hub id or drop it",
 )
-ON_FROZEN_ENCODERS = Idle(
-    lambda v: not v["train_text_encoder"],
-    "on frozen text encoders",
-    "add `--train_text_encoder` or drop it",
-)
+ON_FROZEN_ENCODERS = unless("train_text_encoder", True, "on frozen text encoders")
 WITHOUT_PROMPT = Idle(
     lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
     "without a prompt",
@@ -111,16 +103,20 @@ class DataOptions:
     repeats: int = option(
         1,
         "How often each image appears in one epoch.",
-        at_least=1,
-        most=Most(10_000, "the order of a whole epoch is drawn at once; use more epochs"),
+        range=Range(
+            10_000, "the order of a whole epoch is drawn at once; use more epochs", at_least=1
+        ),
     )
     resolution: int | None = option(
         None,
         "Side of the training images in pixels, a multiple of 8. Default: the size that the"
         " pipeline was made for (SDXL 1024, mini 64).",
-        at_least=8,
-        multiple_of=8,
-        most=Most(8192, "a larger image alone takes the autoencoder over 34 GB a layer"),
+        range=Range(
+            8192,
+            "a larger image alone takes the autoencoder over 34 GB a layer",
+            at_least=8,
+            multiple_of=8,
+        ),
     )
     center_crop: bool = option(
         False, "Cut the middle of an image; otherwise a square is drawn anew at each visit."
@@ -142,8 +138,7 @@ class DataOptions:
     dataloader_num_workers: int = option(
         0,
         "Processes that read images ahead; 0 reads them in the training process.",
-        at_least=0,
-        most=WORKERS,
+        range=WORKERS.or_none,
         free=True,
     )
 
@@ -158,8 +153,7 @@ class DiffusionOptions:
     text_encoder_lr: float | None = option(
         None,
         "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",
-        above=0,
-        most=RATE,
+        range=RATES,
         idle=(
             ON_FROZEN_ENCODERS,
             Idle(
@@ -175,8 +169,7 @@ class DiffusionOptions:
     adam_weight_decay_text_encoder: float = option(
         1e-3,
         "Weight decay of the text encoders' adapters.",
-        at_least=0,
-        most=DECAY,
+        range=DECAYS,
         idle=(ON_FROZEN_ENCODERS,),
     )
     do_edm_style_training: bool = option(
@@ -185,8 +178,7 @@ class DiffusionOptions:
     snr_gamma: float | None = option(
         None,
         "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
-        above=0,
-        most=Most(1e6, "no signal-to-noise ratio of a schedule is higher"),
+        range=Range(1e6, "no signal-to-noise ratio of a schedule is higher", above=0),
     )
     snr_weighting: str = option(
         "published",
@@ -228,22 +220,19 @@ class PriorOptions:
     num_class_images: int = option(
         100,
         "How many class images there must be.",
-        at_least=1,
-        most=Most(100_000, "each lacking one is generated, in a second or more"),
+        range=Range(100_000, "each lacking one is generated, in a second or more", at_least=1),
         idle=(WITHOUT_PRIOR,),
     )
     prior_loss_weight: float = option(
         1.0,
         "Weight of the class images in the loss.",
-        at_least=0,
-        most=FACTOR,
+        range=FACTORS,
         idle=(WITHOUT_PRIOR,),
     )
     sample_batch_size: int = option(
         4,
         "Images that are generated at a time, on each device.",
-        at_least=1,
-        most=BATCH,
+        range=BATCHES,
         idle=(WITHOUT_PRIOR,),
         free=True,
     )
@@ -273,12 +262,11 @@ class ValidationOptions:
         4,
         "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
         " get 1 each by default.",
-        at_least=0,
-        most=Most(10_000, "so many of each prompt are generated, one by one"),
+        range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
         idle=(WITHOUT_PROMPT,),
     )
     validation_epochs: int = option(
-        25, "Generate them every so many epochs.", at_least=1, most=STEPS, idle=(WITHOUT_PROMPT,)
+        25, "Generate them every so many epochs.", range=STEPS, idle=(WITHOUT_PROMPT,)
     )
     eval_on_start: bool = option(
         False, "Let the untrained model make them, too: the viewer's column of the base model."
@@ -292,8 +280,7 @@ class ValidationOptions:
     validation_loss_steps: int = option(
         0,
         "Measure that loss every so many steps; 0 measures it at the start and the end only.",
-        at_least=0,
-        most=STEPS,
+        range=STEPS.or_none,
         idle=(
             Idle(
                 lambda v: not v["validation_dataset"],

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..choices import AUXILIARY_UPDATES, BALLS, DIRECTIONS, INITS, RHO_NORMS, SCHEDULES
-from ..config.fields import Idle, check, option, options_of
-from ..config.values import FACTOR, RANK, RATE, SCALE, SHARE, Most
+from ..config.fields import check, option, options_of, unless
+from ..config.values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
 from ..errors import UserError
 
 SECTION = "adapters and method"
+RADII = Range(
+    1e6,
+    "no change of the weights is so large, so it would bound nothing",
+    above=0,
+    instead="; for plain LoRA use the method lora",
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,13 @@ class AdapterOptions:
         " 2024b) or full (all weights). Runs that differ only here see the same data and noise, so"
         " the options of the other methods may stand.",
     )
-    rank: int = option(4, "Rank r of the LoRA matrices.", at_least=1, most=RANK)
+    rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
     lora_alpha: float | None = option(
         None,
         "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
-        above=0,
-        most=SCALE,
+        range=SCALES,
     )
-    lora_dropout: float = option(0.0, "Dropout in front of the adapters, in [0, 1).", **SHARE)
+    lora_dropout: float = option(0.0, "Dropout in front of the adapters, in [0, 1).", range=SHARES)
     init_lora_weights: str = option(
         "default",
         "How the primary starts: default (A kaiming-uniform, B zero; the paper, PEFT), gaussian (A"
@@ -49,15 +54,8 @@ class AdapterOptions:
     lora_ga_samples: int = option(
         128,
         "Samples whose mean gradient lora-ga starts from (Wang et al. 2024).",
-        at_least=1,
-        most=Most(10**6, "each is a backward pass before the first step"),
-        idle=(
-            Idle(
-                lambda v: v["init_lora_weights"] != "lora-ga",
-                "on this start",
-                "use `--init_lora_weights lora-ga` or drop it",
-            ),
-        ),
+        range=Range(10**6, "each is a backward pass before the first step", at_least=1),
+        idle=(unless("init_lora_weights", "lora-ga", "on this start"),),
     )
     use_dora: bool = option(
         False, "Train the primary as a DoRA: magnitude and direction apart (Liu et al. 2024)."
@@ -76,10 +74,8 @@ class AdapterOptions:
     ema_decay: float = option(
         0.99,
         "Decay of that average, in [0, 1); it averages over about 1 / (1 - decay) steps.",
-        idle=(
-            Idle(lambda v: not v["use_ema"], "without an average", "add `--use_ema` or drop it"),
-        ),
-        **SHARE,
+        idle=(unless("use_ema", True, "without an average"),),
+        range=SHARES,
     )
 
 
@@ -108,9 +104,7 @@ class MethodFlags:
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
         " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05 for the first two, 0.1 for the"
         " last.",
-        above=0,
-        most=Most(1e6, "no change of the weights is so large, so it would bound nothing"),
-        instead="; for plain LoRA use the method lora",
+        range=RADII,
     )
     rho_norm: str = option(
         "scaled",
@@ -132,20 +126,17 @@ class MethodFlags:
     auxiliary_rank: int | None = option(
         None,
         "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.",
-        at_least=1,
-        most=RANK,
+        range=RANKS,
     )
     auxiliary_alpha: float | None = option(
         None,
         "bilora: alpha of the auxiliary. Default: the primary's.",
-        above=0,
-        most=SCALE,
+        range=SCALES,
     )
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).",
-        at_least=0,
-        most=RATE,
+        range=RATES.or_none,
     )
     auxiliary_direction: str = option(
         "ascent",
@@ -166,8 +157,7 @@ class MethodFlags:
     bar_alpha: float = option(
         0.25,
         "lora-obar, lora-nbar: strength of the balancing (Appendix H.4).",
-        at_least=0,
-        most=FACTOR,
+        range=FACTORS,
     )
     bar_schedule: str = option(
         "constant",

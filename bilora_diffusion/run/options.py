@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, option
-from ..config.values import BATCH, DECAY, RATE, SHARE, STEPS, Most
+from ..config.fields import Idle, option, unless
+from ..config.values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
 
 PRECISIONS = ("no", "fp16", "bf16")
 OPTIMIZERS = ("adamw", "prodigy")
@@ -18,26 +18,13 @@ LR_SCHEDULERS = (
     "cosine_with_restarts",
     "polynomial",
 )
-ON_ADAMW = Idle(
-    lambda v: v["optimizer"] != "prodigy", "on AdamW", "add `--optimizer prodigy` or drop it"
-)
+ON_ADAMW = unless("optimizer", "prodigy", "on AdamW")
 AT_A_CONSTANT_RATE = Idle(
     lambda v: v["lr_scheduler"] == "constant",
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
-WITHOUT_UPLOAD = Idle(
-    lambda v: not v["push_to_hub"], "without an upload", "add `--push_to_hub` or drop it"
-)
-
-
-def on_other_courses(scheduler: str) -> Idle:
-    """What only one course of the learning rate reads."""
-    return Idle(
-        lambda v: v["lr_scheduler"] != scheduler,
-        "on this course of the rate",
-        f"use `--lr_scheduler {scheduler}` or drop it",
-    )
+WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 
 @dataclass(frozen=True)
@@ -49,34 +36,29 @@ class StepOptions:
     seed: int = option(
         0,
         "Seed of everything random: data, noise, adapters, images.",
-        at_least=0,
-        most=Most(2**63 - 1, "random generators take 64 bits"),
+        range=Range(2**63 - 1, "random generators take 64 bits", at_least=0),
     )
     train_batch_size: int = option(
         1,
         "Images of one forward pass on one device; 1 too where only"
         " --gradient_accumulation_steps is given.",
-        at_least=1,
-        most=BATCH,
+        range=BATCHES,
     )
     gradient_accumulation_steps: int = option(
         4,
         "Forward passes of one optimizer step; 1 where only --train_batch_size is given.",
-        at_least=1,
-        most=Most(65_536, "one step would take so many forward passes"),
+        range=Range(65_536, "one step would take so many forward passes", at_least=1),
     )
     max_train_steps: int | None = option(
         None,
         "Optimizer steps in all. Default: 500, unless --num_train_epochs is given.",
-        at_least=1,
-        most=STEPS,
+        range=STEPS,
     )
     num_train_epochs: int | None = option(
         None,
         "Passes over the images, or over the class images where these are more; not beside"
         " --max_train_steps.",
-        at_least=1,
-        most=Most(10**6, "no run sees its data more often"),
+        range=Range(10**6, "no run sees its data more often", at_least=1),
         idle=(
             Idle(
                 lambda v: v["max_train_steps"] is not None,
@@ -88,8 +70,9 @@ class StepOptions:
     max_grad_norm: float = option(
         1.0,
         "Norm that the gradients are clipped to.",
-        above=0,
-        most=Most(1e30, "norms in 32 bits end there; it clips nothing far below already"),
+        range=Range(
+            1e30, "norms in 32 bits end there; it clips nothing far below already", above=0
+        ),
     )
     mixed_precision: str | None = option(
         None,
@@ -107,7 +90,7 @@ class StepOptions:
     local_rank: int = option(
         -1,
         "Set by old launchers; accelerate and torchrun say it by the variable LOCAL_RANK.",
-        most=Most(10**6, "launchers count processes from 0"),
+        range=Range(10**6, "launchers count processes from 0"),
         free=True,
     )
 
@@ -118,9 +101,7 @@ class OptimizerOptions:
 
     section: ClassVar[str] = "optimizer"
 
-    learning_rate: float = option(
-        2e-4, "Learning rate; 1.0 by default for prodigy.", above=0, most=RATE
-    )
+    learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
     scale_lr: bool = option(
         False,
         "Multiply --learning_rate, and --auxiliary_learning_rate where it is given, by batch size,"
@@ -130,50 +111,40 @@ class OptimizerOptions:
     lr_warmup_steps: int | None = option(
         0,
         "Steps in which it rises from 0; not for constant.",
-        at_least=0,
-        most=STEPS,
+        range=STEPS.or_none,
         idle=(AT_A_CONSTANT_RATE,),
     )
     lr_num_cycles: int = option(
         1,
         "Cycles of cosine_with_restarts.",
-        at_least=1,
-        most=STEPS,
-        idle=(on_other_courses("cosine_with_restarts"),),
+        range=STEPS,
+        idle=(unless("lr_scheduler", "cosine_with_restarts", "on this course of the rate"),),
     )
     lr_power: float = option(
         1.0,
         "Power of polynomial.",
-        above=0,
-        most=Most(100, "the rate would fall to 0 within the first steps"),
-        idle=(on_other_courses("polynomial"),),
+        range=Range(100, "the rate would fall to 0 within the first steps", above=0),
+        idle=(unless("lr_scheduler", "polynomial", "on this course of the rate"),),
     )
     optimizer: str = option("AdamW", "AdamW or prodigy, in upper or lower case.")
     use_8bit_adam: bool = option(
         False,
         "AdamW with 8-bit state, from bitsandbytes.",
-        idle=(
-            Idle(
-                lambda v: v["optimizer"] == "prodigy",
-                "on prodigy",
-                "use `--optimizer AdamW` or drop it",
-            ),
-        ),
+        idle=(unless("optimizer", "adamw", "on prodigy"),),
     )
-    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.", **SHARE)
-    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.", **SHARE)
+    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.", range=SHARES)
+    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.", range=SHARES)
     adam_epsilon: float = option(
         1e-8,
         "Epsilon of AdamW and Prodigy.",
-        above=0,
-        most=Most(1e3, "the optimizer would hardly move anything"),
+        range=Range(1e3, "the optimizer would hardly move anything", above=0),
     )
-    adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", at_least=0, most=DECAY)
+    adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", range=DECAYS)
     prodigy_beta3: float | None = option(
         None,
         "Beta of Prodigy's step size estimate. Default: the square root of the second beta.",
         idle=(ON_ADAMW,),
-        **SHARE,
+        range=SHARES,
     )
     prodigy_decouple: bool = option(
         True, "Decay weights apart from the gradient, as AdamW does.", idle=(ON_ADAMW,)
@@ -200,11 +171,10 @@ class OutputOptions:
     checkpointing_steps: int = option(
         100,
         "Save a checkpoint every so many steps; Ctrl-C and SIGTERM save one, too.",
-        at_least=1,
-        most=STEPS,
+        range=STEPS,
     )
     checkpoints_total_limit: int = option(
-        2, "Keep the newest so many checkpoints; 0 keeps all.", at_least=0, most=STEPS
+        2, "Keep the newest so many checkpoints; 0 keeps all.", range=STEPS.or_none
     )
     resume_from_checkpoint: str | None = option(
         None,
@@ -219,15 +189,8 @@ class OutputOptions:
     dynamics_steps: int | None = option(
         None,
         "Record them every so many steps. Default: about 40 times in all.",
-        at_least=1,
-        most=STEPS,
-        idle=(
-            Idle(
-                lambda v: not v["log_dynamics"],
-                "on a run that records none",
-                "add `--log_dynamics` or drop it",
-            ),
-        ),
+        range=STEPS,
+        idle=(unless("log_dynamics", True, "on a run that records none"),),
     )
     logging_dir: str = option("logs", "Folder of the trackers' logs, within the run folder.")
     report_to: str = option(

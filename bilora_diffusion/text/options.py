@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..choices import ALL_LINEAR, KINDS, TEMPLATES
 from ..config.fields import Idle, like, option
-from ..config.values import BATCH, ROWS, SHARE, STEPS, TOKENS, WORKERS
+from ..config.values import BATCHES, ROWS, SHARES, STEPS, TOKENS, WORKERS
 from ..methods.options import AdapterOptions, MethodFlags
 from ..run.options import AT_A_CONSTANT_RATE, OptimizerOptions, OutputOptions, StepOptions
 
@@ -82,21 +82,17 @@ class TextDataOptions:
         256,
         "Tokens of an input; for a causal model of prompt and answer. What is longer is cut.",
         aliases=("--max_seq_length", "--max_source_length"),
-        at_least=1,
-        most=TOKENS,
+        range=TOKENS,
     )
-    max_target_length: int = option(
-        64, "Tokens of a seq2seq model's answer.", at_least=1, most=TOKENS
-    )
+    max_target_length: int = option(64, "Tokens of a seq2seq model's answer.", range=TOKENS)
     max_train_samples: int | None = option(
-        None, "Use only so many training rows, drawn by seed 0.", at_least=1, most=ROWS
+        None, "Use only so many training rows, drawn by seed 0.", range=ROWS
     )
     max_eval_samples: int | None = option(
         None,
         "Use only so many held-out rows.",
         aliases=("--max_validation_samples",),
-        at_least=1,
-        most=ROWS,
+        range=ROWS,
         free=True,
     )
     packing: bool = option(
@@ -107,7 +103,7 @@ class TextDataOptions:
         False, "Draw batches of rows of like lengths, which need less padding."
     )
     preprocessing_num_workers: int | None = option(
-        None, "Processes that tokenize.", at_least=1, most=WORKERS, free=True
+        None, "Processes that tokenize.", range=WORKERS, free=True
     )
     overwrite_cache: bool = option(
         False, "Tokenize anew instead of taking what is cached.", free=True
@@ -192,7 +188,7 @@ class TextOptimizerOptions(OptimizerOptions):
         None,
         "Share of the steps in which it rises from 0. Default: 0.03; 0 for constant.",
         idle=(AT_A_CONSTANT_RATE,),
-        **SHARE,
+        range=SHARES,
     )
     lr_warmup_steps: int | None = like(
         OptimizerOptions,
@@ -217,29 +213,25 @@ class EvaluationOptions:
         16,
         "Held-out rows of one forward pass.",
         aliases=("--per_device_eval_batch_size",),
-        at_least=1,
-        most=BATCH,
+        range=BATCHES,
     )
     validation_loss_steps: int = option(
         0,
         "Measure the held-out loss every so many steps; 0: at the start and the end only.",
         aliases=("--eval_steps",),
-        at_least=0,
-        most=STEPS,
+        range=STEPS.or_none,
         idle=(WITHOUT_ROWS,),
     )
     eval_train_samples: int = option(
         0,
         "Measure the loss on so many training rows too, for python -m eval.generalization.",
-        at_least=0,
-        most=ROWS,
+        range=ROWS.or_none,
         idle=(WITHOUT_ROWS,),
     )
     validation_epochs: int | None = option(
         None,
         "Let the model answer the held-out rows every so many epochs. Default: at the end only.",
-        at_least=1,
-        most=STEPS,
+        range=STEPS,
         idle=(WITHOUT_ROWS,),
     )
     eval_on_start: bool = option(
@@ -248,8 +240,7 @@ class EvaluationOptions:
     max_predictions: int | None = option(
         None,
         "Let it answer only so many held-out rows; 0 for none. Default: all.",
-        at_least=0,
-        most=ROWS,
+        range=ROWS.or_none,
         idle=(WITHOUT_ROWS,),
     )
     generation_max_new_tokens: int | None = option(
@@ -257,8 +248,7 @@ class EvaluationOptions:
         "Tokens of a generated answer. Default: --max_target_length for seq2seq models, 256 for"
         " causal ones.",
         aliases=("--max_new_tokens",),
-        at_least=1,
-        most=TOKENS,
+        range=TOKENS,
     )
 
 
