@@ -165,31 +165,22 @@ def summaries(
         values = units(part, over)
         for group, own in values.items():
             other = {} if group in (control, *unpaired) else values.get(control, {})
-            numbers = _at_a_step(own) if step is not None else _of_the_whole(own, interval)
+            numbers = _average(own, step, interval)
             if difference := _difference(own, other, interval):
                 numbers |= {"control": control, **difference}
             lines.append(Summary(group, metric, item, step, over, **numbers))
     return lines
 
 
-def _at_a_step(own: Units) -> dict[str, Any]:
-    values = list(own.values())
-    if None in values:
-        return {"count": len(values)}
-    return {"count": len(values), "mean": _mean(values), "error": _error(values)}
-
-
-def _of_the_whole(own: Units, interval: OfMean) -> dict[str, Any]:
-    values = [value for value in own.values() if value is not None]
-    if not values:
+def _average(own: Units, step: int | None, interval: OfMean) -> dict[str, Any]:
+    known = [value for value in own.values() if value is not None]
+    if step is not None and len(known) < len(own):
+        return {"count": len(own)}
+    if not known:
         return {}
-    low, high = interval(values) or (None, None)
-    numbers = {"count": len(values), "mean": mean(values), "error": _error(values)}
-    return numbers | {"low": low, "high": high}
-
-
-def _error(values: Sequence[Any]) -> float:
-    return float(stats.sem(values)) if len(values) > 1 else 0.0
+    error = float(stats.sem(known)) if len(known) > 1 else 0.0
+    low, high = (interval(known) if step is None else None) or (None, None)
+    return {"count": len(known), "mean": mean(known), "error": error, "low": low, "high": high}
 
 
 def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:

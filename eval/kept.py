@@ -6,6 +6,7 @@ value = kept.piece(["sharpness", 0.05], measure)       # measured once
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.durable import strict_json, write_text
-from bilora_diffusion.seeds import digest_texts
 
 FOLDER = "kept"
 
@@ -76,4 +76,5 @@ class Kept:
 
 
 def _digest(value: Any) -> str:
-    return digest_texts([json.dumps(strict_json(value)[0], sort_keys=True)])
+    text = json.dumps(strict_json(value)[0], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -24,8 +24,6 @@ STANDS_FOR = {
     "auxiliary_alpha": "lora_alpha",
 }
 """Options that are another's value where they are not given."""
-
-
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 logger = logging.getLogger(__name__)
 
