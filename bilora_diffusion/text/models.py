@@ -61,12 +61,12 @@ class TextModel:
     def max_tokens(self) -> int | None:
         """The longest input that its positions allow; None for relative positions (T5)."""
         config = self.model.config
-        found = getattr(config, "max_position_embeddings", None)
-        if found is None and not getattr(config, "relative_attention_num_buckets", None):
-            found = getattr(config, "n_positions", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None and not getattr(config, "relative_attention_num_buckets", None):
+            limit = getattr(config, "n_positions", None)
         padded = any(name in str(config.model_type) for name in POSITIONS_AFTER_PADDING)
         offset = (config.pad_token_id or 0) + 1 if padded else 0
-        return None if found is None else int(found) - offset
+        return None if limit is None else int(limit) - offset
 
 
 class TextSource:
@@ -167,8 +167,8 @@ class TextSource:
         location, arguments, other = self.location, self.arguments, self.options.tokenizer_name
         if other is not None:
             location = locate(other, "--tokenizer_name")
-            own = ("revision", "gguf_file")
-            arguments = {key: value for key, value in arguments.items() if key not in own}
+            shared = ("cache_dir", "trust_remote_code")
+            arguments = {key: arguments[key] for key in shared if key in arguments}
         what, fix = f'the tokenizer of "{other or self.name}"', "give another with --tokenizer_name"
         tokenizer = reading(
             what,
@@ -240,9 +240,9 @@ def _modules(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 def _has_class(config: Any, kind: str) -> bool:
-    own = getattr(config, "auto_map", None) or {}  # of a model whose repository brings its code
+    brought = getattr(config, "auto_map", None) or {}  # by a model's own repository
     name = AUTO_CLASSES[kind]
-    return f"Auto{name}" in own or type(config) in _auto(name)._model_mapping
+    return f"Auto{name}" in brought or type(config) in _auto(name)._model_mapping
 
 
 def _auto(name: str) -> Any:

@@ -96,10 +96,10 @@ class TextModule(nn.Module):
             return F.cross_entropy(logits.float(), labels, reduction="none")
         if self.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
-        wanted = labels != IGNORED
+        targets = labels != IGNORED
         # Only where there is a loss: a vocabulary in fp32 for every padded token takes gigabytes.
-        losses = F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
-        rows = wanted.nonzero()[:, 0]
+        losses = F.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
+        rows = targets.nonzero()[:, 0]
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
