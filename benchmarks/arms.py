@@ -21,7 +21,7 @@ from bilora_diffusion.train.optimizers import build_optimizer
 MAX_GRAD_NORM = 1.0
 SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
 # The training script's AdamW, made by its own function.
-OPTIMIZER = SimpleNamespace(
+OPTIMIZER: Any = SimpleNamespace(
     optimizer="adamw",
     use_8bit_adam=False,
     adam_beta1=0.9,

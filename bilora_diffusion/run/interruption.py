@@ -21,6 +21,7 @@ import psutil
 
 from ..errors import Interrupted, is_main_process
 from . import checkpoint, runlog
+from .config import RunConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
@@ -87,7 +88,7 @@ def ends_in(said: str) -> Iterator[None]:
 
 
 def farewell(
-    folder: Path, number: int, step: int, num_steps: int, typed: CommandLine | None, cfg: Any
+    folder: Path, number: int, step: int, num_steps: int, typed: CommandLine | None, cfg: RunConfig
 ) -> Interrupted:
     """What an interrupted run says at its end.
 

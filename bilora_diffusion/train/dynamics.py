@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,6 +28,7 @@ from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY, Factors
 from ..methods import Method
 from ..run import snapshots
+from ..run.config import RunConfig
 
 SNAPSHOTS = 40
 """About how many are taken where ``--dynamics_steps`` is not given."""
@@ -39,8 +41,8 @@ NORMS = (*TERMS, FIRST_ORDER, PRODUCT, "norm_primary", "norm_auxiliary")
 class Observed(Protocol):
     """What is read of the trainer."""
 
-    cfg: Any
-    accelerator: Any
+    cfg: RunConfig
+    accelerator: Accelerator
     method: Method
     num_steps: int
     step: int

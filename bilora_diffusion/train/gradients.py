@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from ..adapters import INITIAL
 from ..errors import TrainingError
 from ..inits import compute, needs_gradient
 from ..methods import Target
+from ..run.config import RunConfig
 from ..seeds import seed_of
 from .task import Task
 
@@ -68,7 +70,9 @@ def _adder(sums: dict[str, Tensor], path: str) -> Callable[[Tensor], None]:
     return add
 
 
-def initialise(task: Task, targets: Sequence[Target], cfg: Any, accelerator: Any) -> bool:
+def initialise(
+    task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
+) -> bool:
     """Give the primaries of a task's models the first values that their init asks for.
 
     Every process computes all of it; then the values of the first are given to the others, so that

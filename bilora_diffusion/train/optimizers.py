@@ -8,13 +8,14 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from ..errors import UserError
+from ..run.config import RunConfig
 
 
-def build_optimizer(cfg: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer for a method's parameter groups.
 
     Args:
-        cfg: a training configuration (``optimizer``, ``use_8bit_adam``, ``adam_*``, ``prodigy_*``).
+        cfg: training configuration.
         groups: parameter groups; each brings its learning rate and weight decay.
 
     Raises:
@@ -51,7 +52,7 @@ def build_optimizer(cfg: Any, groups: list[dict[str, Any]]) -> torch.optim.Optim
     return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_epsilon, fused=fused)
 
 
-def build_scheduler(cfg: Any, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def build_scheduler(cfg: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
     """The learning-rate schedule over ``steps`` optimizer steps, warm-up included."""
     return get_scheduler(
         cfg.lr_scheduler,

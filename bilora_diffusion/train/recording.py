@@ -6,18 +6,20 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from PIL import Image
 
 from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
 from ..errors import TrainingError, UserError, keep_trace, unexpected
+from ..methods import Method
 from ..run import provenance
+from ..run.config import RunConfig
 from ..run.runlog import RunLog
 from .trainer import Trainer
 
-ARITHMETIC = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+ARITHMETIC = {None: "fp32", "no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 LINE = 400  # bytes of a line of metrics
 PNG = 1.5  # bytes of a pixel
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
         trainer.task.data_summary(),
         f"{_count(steps, 'step')} of {size} ({steps * size / trainer.task.num_samples:.3g} epochs)",
         _trained(trainer.method, cfg),
-        f"{_device(trainer.accelerator)}, {ARITHMETIC[cfg.mixed_precision]}",
+        f"{_device(trainer.accelerator)}, {ARITHMETIC[cfg.mixed_precision or 'no']}",
         *([f"from step {trainer.step}"] if trainer.step else []),
         f"into {folder}",
     ]
@@ -46,7 +48,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
         )
 
 
-def _trained(method: Any, cfg: Any) -> str:
+def _trained(method: Method, cfg: RunConfig) -> str:
     count = sum(p.numel() for p in method.clip_parameters())
     weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
@@ -55,7 +57,7 @@ def _trained(method: Any, cfg: Any) -> str:
     return f"{method.title} of rank {cfg.rank} on {layers} ({weights} parameters)"
 
 
-def _device(accelerator: Any) -> str:
+def _device(accelerator: Accelerator) -> str:
     name = provenance.device(accelerator.device)["name"]
     many = accelerator.num_processes
     return f"{many} processes on {name}" if many > 1 else str(name)
@@ -78,7 +80,7 @@ def bytes_to_write(trainer: Trainer) -> int:
     tensors = (saved * (1 + moments) + snapshots + 1) * trained
     every = trainer.validation_steps
     images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)
-    pixels = images * (cfg.resolution**2 if images else 0)
+    pixels = images * (cfg.resolution or 0) ** 2
     return int(tensors + pixels * PNG + ahead * LINE)
 
 

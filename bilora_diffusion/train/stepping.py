@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..methods import Method
+from ..run.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Schedule:
     rank: int = 0
 
     @classmethod
-    def of(cls, cfg: Any, accelerator: Accelerator) -> Schedule:
+    def of(cls, cfg: RunConfig, accelerator: Accelerator) -> Schedule:
         """What a training configuration means for this process."""
         return cls(
             cfg.train_batch_size,
@@ -104,8 +105,9 @@ class ClippedOptimizer:
         return bool(self._accelerator.optimizer_step_was_skipped)
 
 
-def total_steps(cfg: Any, num_samples: int, step_size: int) -> int:
+def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
     """Optimizer steps of the whole run: ``max_train_steps``, or the epochs rounded up."""
     if cfg.max_train_steps is not None:
         return cfg.max_train_steps
+    assert cfg.num_train_epochs is not None  # one of the two is there
     return cfg.num_train_epochs * -(-num_samples // step_size)

@@ -26,6 +26,7 @@ from ..errors import TrainingError
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint
+from ..run.config import RunConfig
 from ..run.interruption import Interruption
 from ..run.matching import load_tensors, require_same_settings
 from ..seeds import digest_texts, seed_of
@@ -51,7 +52,9 @@ class Trainer:
         accelerator: made with ``gradient_accumulation_steps=1``: steps are cut here.
     """
 
-    def __init__(self, task: Task, method: Method, cfg: Any, accelerator: Accelerator) -> None:
+    def __init__(
+        self, task: Task, method: Method, cfg: RunConfig, accelerator: Accelerator
+    ) -> None:
         self.task, self.method, self.cfg, self.accelerator = task, method, cfg, accelerator
         self.schedule = Schedule.of(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.schedule.step_size)
