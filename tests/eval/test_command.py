@@ -41,6 +41,8 @@ def test_results_lie_beside_the_runs(name: str) -> None:
     assert parser_of(name).read(words).output_dir == Path("demo") / FOLDERS[name]
     given = parser_of(name).read([*words, "--output_dir", "x"])
     assert given.output_dir == Path("x")
+    summary = (import_module(f"eval.{name}").__doc__ or "").partition("\n")[0]
+    assert parser_of(name).description == summary
 
 
 def test_the_folder_of_runs(runs: Path) -> None:

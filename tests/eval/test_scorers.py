@@ -46,9 +46,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def i2t(scheme: str, folder: Path, image: Image, text: str) -> float:
     """The cosine of an image and a text, by the library alone."""
     if scheme == "hf":
-        model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
-        inputs: Any = processor(text=[text], images=[image], return_tensors="pt")
-        seen = model(**inputs)
+        processor: Any = CLIPProcessor.from_pretrained(folder)
+        inputs = processor(text=[text], images=[image], return_tensors="pt")
+        seen = CLIPModel.from_pretrained(folder)(**inputs)
         return float((seen.image_embeds @ seen.text_embeds.T).squeeze())
     created: Any = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     model, preprocess = created
