@@ -1,6 +1,7 @@
-"""Evaluation: ``python -m eval.<name>`` reads run folders and writes typed results.
+"""Evaluation: ``python -m eval.<name>`` measures runs and writes one long table of what it found.
 
     python -m eval.sweep recipes/mini.yaml --over method=lora,bilora seed=0..4
 
-It is run from a clone and not installed. Nothing happens at import.
+A command is what a subject's rows are, and the figures that show them (``evaluation.py``). It is
+run from a clone and not installed. Nothing happens at import.
 """

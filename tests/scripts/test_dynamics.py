@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.run import runlog, snapshots
-from eval import dynamics, generalization, table
+from eval import dynamics, generalization
 from tests.run import recorded_runs
 from tests.scripts.runs import column, difference, flags
 
@@ -100,28 +100,6 @@ def test_two_processes_record_what_one_does(
         for key, value in a.items():
             close = None if value is None else pytest.approx(value, rel=1e-2, abs=1e-7)
             assert b[key] == close
-
-
-def test_recorded_runs_become_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    curve = {0: (0.1, 0.1), 5: (0.08, 0.09), 10: (0.06, 0.1)}
-    runs = [
-        str(recorded_runs.make(tmp_path / f"{method}{seed}", method, seed, losses=curve))
-        for method in ("bilora", "lora-sam", "lora")
-        for seed in range(2)
-    ]
-    for command in (dynamics, generalization):
-        out = tmp_path / command.__name__
-        assert command.main([*runs, "--output_dir", str(out)]) == 0
-        result = table.read(out)
-        assert result.groups == ["Bi-LoRA", "LoRA-SAM", "LoRA"]
-        assert sorted(path.name for path in out.iterdir()) == sorted(
-            [*result.figures, table.FILE, table.ROWS, table.SUMMARY, table.REPORT]
-        )
-        report = (out / table.REPORT).read_text()
-        assert report in capsys.readouterr().out
-        assert str(tmp_path) not in report + (out / table.FILE).read_text()
-    assert generalization.main([*runs, "--output_dir", str(tmp_path / "eval.dynamics")]) == 2
-    assert "holds a result of eval.dynamics" in capsys.readouterr().err
 
 
 BAD: list[tuple[str, list[str], str]] = [
