@@ -310,11 +310,20 @@ def head(folder: Path) -> dict[str, Any]:
 
 def to_csv(kind: Any, lines: Iterable[Any]) -> str:
     """Dataclasses as CSV, unrounded; None and what is not finite is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [one.name for one in fields(kind)], lineterminator="\n")
+    text = _Lines()
+    writer = csv.DictWriter(text, [one.name for one in fields(kind)], lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(strict_json(_fields(line, kind))[0] for line in lines)
     return text.getvalue()
+
+
+class _Lines(io.StringIO):
+    """Lines that end as all of our files do. The writer quotes only what is in its own end of a
+    line, and an answer of a model may hold either character.
+    """
+
+    def write(self, line: str) -> int:
+        return super().write(line.removesuffix("\r\n") + "\n")
 
 
 def from_csv(kind: Any, path: Path) -> list[Any]:

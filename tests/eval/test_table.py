@@ -17,7 +17,7 @@ from eval.table import Entry, Metric, Result, Row, Summary
 
 ROWS = [
     Row("a", "LoRA", 0, "i2t", 'a "cat", in\nthe rain', None, 0.1 + 0.2, "images/1.png"),
-    Row("a", "LoRA", None, "loss", "", 25, None),
+    Row("a", "LoRA", None, "loss", "", 25, None, "a\rb\r\nc\u2028\x00"),
 ]
 SUMMARIES = [
     Summary("LoRA", "loss", step=25, count=2, mean=1 / 3, error=0.0),
