@@ -165,12 +165,9 @@ def from_transformers(
     if (is_local := folder.is_dir()) and revision is not None:
         raise UserError(f'revision "{revision}" has no effect on the folder "{source}": drop it.')
     place = str(folder) if is_local else source
-    file = Path(str(cached_file(place, "config.json", revision=revision)))
-    commit, kind = _hub_commit(file), model_class.config_class.model_type
-    if (other := json.loads(file.read_text(encoding="utf-8")).get("model_type")) != kind:
-        raise UserError(
-            f'"{scheme}:{source}" is a model of type {other}, not {kind}: give another.'
-        )
+    config = Path(str(cached_file(place, "config.json", revision=revision)))
+    _require_type(f"{scheme}:{source}", config, model_class.config_class.model_type)
+    commit = _hub_commit(config)
     model, report = model_class.from_pretrained(
         place,
         revision=commit or revision,
@@ -191,6 +188,13 @@ def from_transformers(
     entry = ModelEntry(f"{scheme}:{source}", scheme, source, commit)
     _require_words(entry.name, processor.tokenizer)
     return Loaded(model.to(device).eval(), processor.image_processor, processor.tokenizer, entry)
+
+
+def _require_type(name: str, config: Path, kind: str) -> None:
+    """Refuse another model, which transformers would load with random numbers for its weights."""
+    other = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if other != kind:
+        raise UserError(f'"{name}" is a model of type {other}, not {kind}: give another.')
 
 
 def _require_words(name: str, tokenizer: Any) -> None:
