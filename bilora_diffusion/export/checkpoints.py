@@ -16,8 +16,8 @@ from ..adapters import INITIAL, PRIMARY, peft_key
 from ..errors import UserError
 from ..lora_names import kohya_file_name
 from ..methods import get
-from ..run import checkpoint
-from ..run import folder as run_folder
+from ..run import checkpoint, runlog
+from ..run.folder import EXPORTS
 from .conversion import write
 from .layers import part_of
 from .metadata import run_facts
@@ -45,9 +45,9 @@ def export_checkpoint(
         TrainingError: what was written differs from the checkpoint.
     """
     folder = Path(folder)
-    record = run_folder.read_run(folder)
+    record = runlog.read_run(folder)
     saved = _load(folder, step, record)
-    config, place = record["config"], Path(output or folder / run_folder.EXPORTS / f"step-{step}")
+    config, place = record["config"], Path(output or folder / EXPORTS / f"step-{step}")
     if "model_name_or_path" in config:
         if to not in (None, "peft"):
             raise UserError(

@@ -98,7 +98,7 @@ class ClipScores(Evaluation):
     def subjects(self) -> list[Subject]:
         if self.args.runs:
             return single(self.args.runs)
-        from bilora_diffusion.run.folder import RUN
+        from bilora_diffusion.run.runlog import RUN
 
         runs = [str(DEMO / method) for method in DEMO_METHODS]
         for run in runs:
