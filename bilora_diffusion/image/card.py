@@ -11,8 +11,8 @@ from huggingface_hub import ModelCardData
 
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name
+from ..mini import MINI
 from ..run.card import (
-    MINI,
     code,
     escaped,
     is_hub_id,

@@ -11,10 +11,11 @@ from .. import mini
 from ..config.machine import device_type
 from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
+from ..mini import MINI
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
-MINI, HELDOUT = "mini", "mini-heldout"
+HELDOUT = "mini-heldout"
 BUILT_IN = (MINI, HELDOUT)
 ICONS = "linoyts/3d_icon"
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")

@@ -22,10 +22,12 @@ from ..files import (
     reason,
     require_column,
 )
+from ..mini import MINI
+from .inputs import HELDOUT
 from .listing import METADATA, Listing, look
 from .sets import NO_CAPTIONS, ImageSet
 
-BUILT_IN = {"mini": mini.train_dir, "mini-heldout": mini.heldout_dir}
+FOLDERS = {MINI: mini.train_dir, HELDOUT: mini.heldout_dir}
 BESIDE = "the .txt files beside them"
 TEXT = "text"
 """The column of the captions that lie beside the images."""
@@ -62,7 +64,7 @@ def open_images(
         raise UserError(
             f'"{image_column}" can\'t be both --image_column and --caption_column: change one.'
         )
-    folder = BUILT_IN[dataset]() if dataset in BUILT_IN else folder_or_id(dataset, "the set")
+    folder = FOLDERS[dataset]() if dataset in FOLDERS else folder_or_id(dataset, "the set")
     listing = None if folder is None else look(folder)
     if listing and config_name is None and listing.is_plain:
         require_column(image_column, ["image"], "--image_column", dataset)
@@ -82,7 +84,7 @@ def open_images(
 
 
 Content = dict[str, Any]
-"""What an ``ImageSet`` is made of: rows, names, captions, columns, and what is said of it."""
+"""What an ``ImageSet`` is made of: rows, names, captions, and what is said of it."""
 
 
 def _alone(label: str, listing: Listing, column: str | None) -> Content:
@@ -100,7 +102,6 @@ def _alone(label: str, listing: Listing, column: str | None) -> Content:
         "rows": [{"path": str(path)} for path in files],
         "names": names,
         "captions": _captions(label, names, columns, column, lambda _: listing.captions(files)),
-        "columns": columns,
         "left_out": listing.left_out(files, captioned=beside),
         "caption_source": BESIDE if beside else None,
     }
@@ -124,7 +125,6 @@ def _listed(label: str, listing: Listing, column: str | None) -> Content:
         "captions": _captions(
             label, names, columns, column, lambda key: [row.get(key) for _, row in rows]
         ),
-        "columns": columns,
         "left_out": listing.left_out(files, captioned=False),
     }
 
@@ -187,7 +187,6 @@ def _of_datasets(
         "rows": rows,
         "names": names,
         "captions": captions,
-        "columns": columns,
         "left_out": listing.unreadable() if listing else (),
         "caption_source": BESIDE if beside else None,
     }

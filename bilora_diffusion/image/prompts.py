@@ -97,3 +97,7 @@ class PromptCache:
         self.add(prompts)
         rows = [self._known[prompt] for prompt in prompts]
         return PromptEmbedding(*(torch.cat(part) for part in zip(*rows, strict=True)))
+
+    def with_negative(self, prompts: Sequence[str]) -> tuple[PromptEmbedding, PromptEmbedding]:
+        """Embeddings of ``prompts`` and of as many empty ones, as ``sampling.generate`` takes."""
+        return self(prompts), zeroed_if_told(self._pipeline, self([""] * len(prompts)))

@@ -114,24 +114,19 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
         task.models,
         base_model=cfg.pretrained_model_name_or_path,
         kohya=cfg.output_kohya_format,
-        extra_metadata=facts(cfg, task, trainer.step),
+        extra_metadata=training_facts(
+            method=cfg.method,
+            rho=cfg.rho,
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            title=Path(cfg.output_dir).resolve().name,
+            resolution=cfg.resolution,
+            prediction_type=task.pipeline.scheduler.config["prediction_type"],
+            steps=trainer.step,
+            seed=cfg.seed,
+            init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
+        ),
     )
     return verify(folder, task.models)
-
-
-def facts(cfg: DreamBoothConfig, task: DreamBooth, steps: int) -> dict[str, str]:
-    """What the exported file says about its training."""
-    return training_facts(
-        method=cfg.method,
-        rho=cfg.rho,
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        title=Path(cfg.output_dir).resolve().name,
-        resolution=cfg.resolution,
-        prediction_type=task.pipeline.scheduler.config["prediction_type"],
-        steps=steps,
-        seed=cfg.seed,
-        init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
-    )
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -157,14 +152,5 @@ DREAMBOOTH = Script(
 
 
 def main(argv: Sequence[str] | None = None, config: DreamBoothConfig | None = None) -> None:
-    """Train as the command line says and leave a run folder.
-
-    Args:
-        argv: the command line; None for that of the process.
-        config: what it was read to, if it was read already.
-
-    Raises:
-        UserError: bad input; nothing was written.
-        TrainingError: training could not go on; checkpoints and metrics are kept.
-    """
+    """Train as the command line says and leave a run folder; see `running.main`."""
     running.main(DREAMBOOTH, argv, config)

@@ -34,7 +34,6 @@ class ImageSet:
             ``datasets`` keeps images that it does not decode.
         names: one per image, for messages and logs.
         captions: one per image; None or blank means that it has none.
-        columns: the columns the set offers, ``image_column`` among them.
         left_out: what else lies in the folder and is not read, in a few words a kind.
         caption_source: where captions come from that nobody named, or None.
         skip_bad_images: leave unreadable images out and list them in ``skipped``, each with the
@@ -50,14 +49,12 @@ class ImageSet:
         rows: Sequence[Mapping[str, Any] | None],
         names: Sequence[str],
         captions: Sequence[str | None],
-        columns: Sequence[str],
         *,
         left_out: Sequence[str] = (),
         caption_source: str | None = None,
         skip_bad_images: bool = False,
     ) -> None:
-        self.label, self.columns = label, tuple(columns)
-        self.left_out, self.caption_source = tuple(left_out), caption_source
+        self.label, self.left_out, self.caption_source = label, tuple(left_out), caption_source
         self._rows, self._names = rows, list(names)
         self._captions = [text if text and text.strip() else None for text in captions]
         self._indices: list[int] = []

@@ -17,7 +17,7 @@ from ..train.task import MicroBatch, inference
 from .denoising import Denoising, DreamBoothModule
 from .heldout import GridLoss
 from .latents import Encoder
-from .prompts import PromptCache, PromptEmbedding, embed, embed_negative, tokenize, zeroed_if_told
+from .prompts import PromptCache, tokenize
 from .sampling import generate
 from .sets import ImageSet
 from .visits import Visit, VisitStream
@@ -102,13 +102,11 @@ class DreamBooth:
         else:
             self.prompts = PromptCache(self.pipeline, device)
             self.prompts.add(self.stream.captions())
+            if self.cfg.validation_prompts:
+                self.prompts.add([*self.cfg.validation_prompts, ""])
         self.pipeline.unet.to(device)
-        self.sampling_prompts = list(self.cfg.validation_prompts)
-        if not self.cfg.train_text_encoder and self.sampling_prompts:
-            self.prompts.add([*self.sampling_prompts, ""])
-        self.grid = None
-        if self.validation is not None:
-            self.grid = GridLoss(self, self.stream, self.validation)
+        held = self.validation
+        self.grid = None if held is None else GridLoss(self, self.stream, held)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of a module's inputs for these captions."""
@@ -157,19 +155,17 @@ class DreamBooth:
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
         """Images of each validation prompt, as PNG under ``validation/step-N``; {} is measured."""
-        prompts = self.cfg.sampled_prompts
+        cfg, prompts = self.cfg, self.cfg.sampled_prompts
         if not prompts:
             return {}
-        count = self.cfg.num_validation_images
-        seeds = [self.cfg.seed + i for _ in self.sampling_prompts for i in range(count)]
         with evaluating, inference(self.module):
             images = generate(
                 self.pipeline,
                 prompts,
-                seeds,
-                size=self.cfg.resolution,
-                embeddings=self._sampling_embeddings(prompts),
-                batch=self.cfg.sample_batch_size,
+                [cfg.seed + n % cfg.num_validation_images for n in range(len(prompts))],
+                size=cfg.resolution,
+                embeddings=None if cfg.train_text_encoder else self.prompts.with_negative(prompts),
+                batch=cfg.sample_batch_size,
             )
         target = folder / "validation" / f"step-{step}"
         target.mkdir(parents=True, exist_ok=True)
@@ -177,11 +173,3 @@ class DreamBooth:
         for image, file in zip(images, files, strict=True):
             image.save(file)
         return {}
-
-    def _sampling_embeddings(
-        self, prompts: Sequence[str]
-    ) -> tuple[PromptEmbedding, PromptEmbedding]:
-        if self.cfg.train_text_encoder:
-            return embed(self.pipeline, prompts), embed_negative(self.pipeline, len(prompts))
-        empty = zeroed_if_told(self.pipeline, self.prompts([""] * len(prompts)))
-        return self.prompts(prompts), empty

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MINI = "mini"
+"""What stands for it where a model or a data set is named."""
 _HERE = Path(__file__).resolve().parent
 
 

@@ -12,9 +12,7 @@ from huggingface_hub import ModelCardData
 from ..adapters import CHANGE_BASE
 from ..durable import write_text
 from ..methods import get
-from ..mini import pipeline_dir
-
-MINI = "mini"
+from ..mini import MINI, pipeline_dir
 
 
 def write_card(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bilora_diffusion.errors import TrainingError
-from bilora_diffusion.image import script as train
+from bilora_diffusion.image import script
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots
 from tests.scripts.runs import difference
@@ -20,6 +21,14 @@ SHORT = {
     **{"validation_prompt": "a TOK icon", "num_validation_images": 1},
     **{"log_dynamics": True, "dynamics_steps": 1},
 }
+WRITERS: list[tuple[Any, str, int, int]] = [
+    (runlog.RunLog, "metric", 3, 2),
+    (snapshots, "write", 2, 2),
+    (DreamBooth, "validate", 1, 2),
+    (checkpoint, "save", 1, 2),
+    (script, "save_diffusers", 1, 4),
+]
+"""Who writes, the call of his at which the disk is full, and the step of the last checkpoint."""
 
 
 @pytest.fixture
@@ -44,29 +53,10 @@ def fill(disk: Path) -> None:
                 pass
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("owner", "writer", "call", "kept"),
-    [
-        (runlog.RunLog, "metric", 3, 2),
-        (snapshots, "write", 4, 2),  # the first is of step 0
-        (DreamBooth, "validate", 1, 2),
-        (checkpoint, "save", 2, 2),
-        (train, "save_diffusers", 1, 4),
-    ],
-    ids=["metrics", "dynamics", "validation", "checkpoint", "export"],
-)
-def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
-    train: Callable[..., Path],
-    tmp_path: Path,
-    disk: Path,
-    owner: Any,
-    writer: str,
-    call: int,
-    kept: int,
-) -> None:
-    whole = train(tmp_path / "whole", **SHORT)
-    folder, write, calls = disk / "run", getattr(owner, writer), []
+@contextmanager
+def full_at(disk: Path, owner: Any, writer: str, call: int) -> Iterator[None]:
+    """Fills the disk right before that call of a writer."""
+    write, calls = getattr(owner, writer), []
 
     def after_filling(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
@@ -76,14 +66,25 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, writer, after_filling)
-        with pytest.raises(TrainingError, match=rf"{folder} is full \(0 bytes.* make about .* go"):
-            train(folder, **SHORT)
-    record = runlog.read_run(folder)
-    assert record["status"] == "failed"
-    assert checkpoint.steps(folder)[-1] == kept
-    assert checkpoint.load(folder / "checkpoints" / f"step-{kept}").step == kept
+        yield
     (disk / "filler").unlink()
-    train(folder, **SHORT, resume_from_checkpoint="latest")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_whenever_there_is_room_again(
+    train: Callable[..., Path], tmp_path: Path, disk: Path
+) -> None:
+    whole, folder = train(tmp_path / "whole", **SHORT), disk / "run"
+    resume: dict[str, Any] = {}
+    for owner, writer, call, kept in WRITERS:
+        full = pytest.raises(TrainingError, match=rf"{folder} is full \(0 bytes.* make about ")
+        with full_at(disk, owner, writer, call), full:
+            train(folder, **SHORT, **resume)
+        assert runlog.read_run(folder)["status"] == "failed"
+        assert checkpoint.steps(folder)[-1] == kept
+        assert checkpoint.load(folder / "checkpoints" / f"step-{kept}").step == kept
+        resume = {"resume_from_checkpoint": "latest"}
+    train(folder, **SHORT, **resume)
     assert runlog.read_run(folder)["status"] == "finished"
     assert difference(whole, folder) == 0
     assert not list(folder.rglob(".*"))
