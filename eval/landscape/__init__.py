@@ -36,7 +36,7 @@ from . import findings
 SPACES = ("lora", "full")
 
 
-def _number(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+def _only(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     """What argparse reads a word by; the rule is said of a word that does not fit it."""
 
     def read(word: str) -> Any:
@@ -51,18 +51,22 @@ def _number(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str]
     return read
 
 
+def _one_of(*words: str) -> Callable[[str], str]:
+    return _only(str, " or ".join(words), words.__contains__)
+
+
 def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     rule = f"a whole number from {least} " + ("on" if most == math.inf else f"to {most}")
-    return _number(int, rule, lambda value: least <= value <= most)
+    return _only(int, rule, lambda value: least <= value <= most)
 
 
-_ODD = _number(int, "an odd number from 3 on", lambda value: value >= 3 and value % 2 == 1)
-_ODD_OR_NONE = _number(
+_ODD = _only(int, "an odd number from 3 on", lambda value: value >= 3 and value % 2 == 1)
+_ODD_OR_NONE = _only(
     int,
     "an odd number from 3 on, or 0 for no plane",
     lambda value: value == 0 or (value >= 3 and value % 2 == 1),
 )
-_DISTANCE = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
+_DISTANCE = _only(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 class Landscape(Evaluation):
@@ -95,7 +99,7 @@ class Landscape(Evaluation):
         add(
             "--full_weights",
             default="all",
-            choices=("all", "adapted"),
+            type=_one_of("all", "adapted"),
             help="all weights of the trained models, or those that adapters sit on",
         )
         add("--directions", type=_whole(1), default=3, help="random directions of each profile")
@@ -113,7 +117,8 @@ class Landscape(Evaluation):
         add("--ascent_steps", type=_whole(1), default=10, help="steps of its gradient ascent")
         add("--restarts", type=_whole(0), default=0, help="further ascents from random points")
         add("--eigenvalue", action="store_true", help="also the top eigenvalue of the Hessian")
-        add("--split", default="train", choices=("train", "heldout"), help="images of the loss")
+        split = "images of the loss: train or heldout"
+        add("--split", type=_one_of("train", "heldout"), default="train", help=split)
         add("--max_images", type=_whole(0), default=8, help="the first so many of them; 0: all")
         add(
             "--levels",

@@ -6,19 +6,23 @@ one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from eval import cells
-from eval.cells import Runner, explain
-from eval.grid import Cell
+from eval.sweep import cells
+from eval.sweep.cells import Runner, explain
+from eval.sweep.grid import Cell
 
 SCRIPT = """
 import json, pathlib, sys, time
@@ -57,23 +61,19 @@ def cell(name: str, *flags: str) -> Cell:
     return Cell(name, "arm", 0, flags)
 
 
-def test_a_failing_cell_leaves_the_others(runner: Runner) -> None:
+def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner: Runner) -> None:
     outcomes = runner.run_all([cell("a"), cell("b", "--fail"), cell("c")])
     assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished"]
     assert outcomes[1].exit_code == 1
     assert outcomes[1].error == "no such thing: x.png"
     record = json.loads((runner.runs_dir / "sweep.json").read_text())
     assert [c["status"] for c in record["cells"]] == ["finished", "failed", "finished"]
-    assert "hello" in (runner.runs_dir / "b.log").read_text()
-
-
-def test_a_finished_cell_is_not_repeated_and_a_failed_one_is(runner: Runner) -> None:
-    runner.run_all([cell("a"), cell("b", "--fail")])
-    files = [runner.runs_dir / name for name in ("a/run.json", "a.log")]
-    before = [file.stat().st_mtime_ns for file in files]
-    outcomes = runner.run_all([cell("a"), cell("b")])
-    assert [outcome.status for outcome in outcomes] == ["finished", "finished"]
-    assert [file.stat().st_mtime_ns for file in files] == before
+    # a finished one is not repeated, and a failed one is, with a log of its own
+    before = [(runner.runs_dir / name).stat().st_mtime_ns for name in ("a/run.json", "a.log")]
+    again = runner.run_all([cell("a"), cell("b"), cell("c")])
+    assert [outcome.status for outcome in again] == ["finished"] * 3
+    after = [(runner.runs_dir / name).stat().st_mtime_ns for name in ("a/run.json", "a.log")]
+    assert after == before
     assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
 
 
@@ -101,74 +101,55 @@ def test_the_states_of_a_folder(tmp_path: Path) -> None:
     assert cells.state(tmp_path) == "finished"
 
 
-def until(file: Path) -> None:
-    patience = time.monotonic() + 500  # a busy machine may take long to start a process
-    while not file.exists() and time.monotonic() < patience:
-        time.sleep(0.01)
-    assert file.exists()
+def when(file: Path, act: Callable[[], object]) -> threading.Thread:
+    """Acts in a thread of its own once a file is there."""
 
+    def wait() -> None:
+        patience = time.monotonic() + 100  # a busy machine may take long to start a process
+        while not file.exists() and time.monotonic() < patience:
+            time.sleep(0.01)
+        act()
 
-def sweep_process(
-    runner: Runner, *flags: str, sigint: signal.Handlers = signal.SIG_DFL
-) -> subprocess.Popen[bytes]:
-    """The runner with one cell, in a process of its own, whatever the tests themselves ignore."""
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from tests.eval.test_sweep_cells import Direct, cell\n"
-        "runner = Direct(Path(sys.argv[1]), Path('recipe.yaml'), Path(sys.argv[2]))\n"
-        "try:\n"
-        "    runner.run_all([cell('a', *sys.argv[3:])])\n"
-        "except KeyboardInterrupt:\n"
-        "    sys.exit(130)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(runner.script), str(runner.runs_dir), *flags],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),
-    )
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
 @pytest.mark.parametrize(
     ("end", "sigint"),
     [
-        (signal.SIGINT, signal.SIG_DFL),
-        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
     ],
 )
-def test_an_interrupt_ends_the_cell_too(
-    runner: Runner, end: signal.Signals, sigint: signal.Handlers
-) -> None:
-    process = sweep_process(runner, "--sleep", sigint=sigint)
-    until(runner.runs_dir / "a" / "pid")
-    process.send_signal(end)
-    process.communicate()
-    assert process.returncode == 130
+def test_an_interrupt_ends_the_cell_too(runner: Runner, end: signal.Signals, sigint: Any) -> None:
+    before = signal.signal(signal.SIGINT, sigint)
+    thread = when(runner.runs_dir / "a" / "pid", lambda: os.kill(os.getpid(), end))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_all([cell("a", "--sleep")])
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     with open(runner.runs_dir / "a.log", "ab") as log:
-        cells.fcntl.flock(log, cells.fcntl.LOCK_EX | cells.fcntl.LOCK_NB)  # nobody writes any more
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody writes any more
     assert cells.state(runner.runs_dir / "a") == "begun"
 
 
-def test_a_cell_that_outlived_its_sweep_is_waited_for(runner: Runner) -> None:
-    first = sweep_process(runner, "--wait")
-    until(runner.runs_dir / "a" / "pid")
-    first.kill()
-    first.communicate()
-    second = sweep_process(runner, "--wait")
-    assert second.stderr is not None
-    said = b""
-    while b"waiting for a" not in said:
-        line = second.stderr.readline()
-        assert line, said
-        said += line
-    (runner.runs_dir / "go").touch()
-    second.communicate()
-    assert second.returncode == 0
-    assert cells.state(runner.runs_dir / "a") == "finished"
+def test_a_cell_that_outlived_its_sweep_is_waited_for(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(runner.runs_dir / "a.log", "ab") as log:  # as a sweep that was killed leaves it
+        fcntl.flock(log, fcntl.LOCK_EX)
+        left = subprocess.Popen(runner.command(cell("a", "--wait")), stdout=log)
+    go = runner.runs_dir / "go"
+    thread = when(runner.runs_dir / "a" / "pid", lambda: (time.sleep(0.3), go.touch()))
+    (outcome,) = runner.run_all([cell("a", "--wait")])
+    thread.join()
+    assert left.wait() == 0
+    assert outcome.status == "finished"
+    assert "waiting for a" in capsys.readouterr().err
     assert (runner.runs_dir / "a.log").read_text().count("hello") == 1
 
 

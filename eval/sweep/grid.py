@@ -11,23 +11,24 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from bilora_diffusion import config
+from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.text.config import TextConfig
 
+from ..provenance import ROOT, without_paths
 from .axes import SEED, Values, settings
-from .provenance import ROOT, without_paths
+from .findings import HELDOUT
 
-HELDOUT = "heldout_loss"
 MEASURED = ("validation_dataset", "validation_loss_steps")
 """Options that don't touch what is learned, but decide what there is to compare."""
-PARSERS = {"train_dreambooth_bilora.py": config.parse, "train_text_bilora.py": config.parse_text}
-"""Training script -> what reads its command line."""
-TRUE = ("true", "yes", "on", "1")
+CONFIGS = {"train_dreambooth_bilora.py": DreamBoothConfig, "train_text_bilora.py": TextConfig}
+"""Training script -> what its command line is read as."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +104,10 @@ class Grid:
         )
 
 
-@dataclass(frozen=True)
-class Script:
-    """A training script, and how its command line is read.
-
-    Args:
-        path: the file.
-        parse: its own parser: arguments -> a checked configuration.
-        booleans: names of its options that are true or false.
-    """
-
-    path: Path
-    parse: Callable[[Sequence[str]], Any]
-    booleans: frozenset[str]
-
-
-def open_script(name: str) -> Script:
+def open_script(name: str) -> Path:
     """A training script by its name in the repository, or by its path.
 
-    A script that is not listed in ``PARSERS`` must take the options of the DreamBooth script.
+    A script that is not listed in ``CONFIGS`` must take the options of the DreamBooth script.
 
     Raises:
         UserError: there is no such file.
@@ -129,12 +115,9 @@ def open_script(name: str) -> Script:
     path = next((p for p in (ROOT / name, Path(name)) if p.is_file()), None)
     if path is None:
         raise UserError(
-            f'there is no script "{name}"{did_you_mean(name, PARSERS)}: correct --script.'
+            f'there is no script "{name}"{did_you_mean(name, CONFIGS)}: correct --script.'
         )
-    parse = PARSERS.get(path.name, config.parse)
-    hints = get_type_hints(get_type_hints(parse)["return"])
-    booleans = frozenset(option for option, hint in hints.items() if hint in (bool, bool | None))
-    return Script(path.resolve(), parse, booleans)
+    return path.resolve()
 
 
 @dataclass(frozen=True)
@@ -143,14 +126,14 @@ class Planner:
 
     Args:
         recipe: YAML file of options that all cells share.
-        script: what is run.
+        script: what is run, see :func:`open_script`.
         shared: options of all cells; those of an arm win.
         launch: arguments of accelerate launch; several processes make another run.
         metric: what the arms are compared by.
     """
 
     recipe: Path
-    script: Script
+    script: Path
     shared: Values = dataclasses.field(default_factory=dict)
     launch: Sequence[str] = ()
     metric: str = HELDOUT
@@ -166,49 +149,42 @@ class Planner:
             raise UserError(f'"{both[0]}" is an axis of --over and set elsewhere too: keep one.')
         given = over.pop(SEED, None) or ([shared[SEED]] if SEED in shared else None)
         seeds = None if given is None else tuple(map(_whole, given))
-        merged = self._merge(self._combinations(over, arms), None if seeds is None else seeds[0])
+        merged = self._merge(over, arms or {"": {}}, seeds[0] if seeds else None)
         if seeds is None:
             seeds = (int(self._read(merged[0].label, merged[0].values, None)[0].seed),)
         cells = tuple(self._cell(arm, seed) for seed in seeds for arm in merged)
         return Grid(merged, seeds, cells)
 
-    def _combinations(
-        self, over: Mapping[str, Sequence[str]], arms: Mapping[str, Values]
-    ) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
-        """(label of the named arm, its values and those of the axes, names of the axes)."""
-        points = [
-            dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())
-        ]
-        named = arms or {"": {}}
-        return [(n, {**v, **point}, tuple(over)) for n, v in named.items() for point in points]
-
     def _merge(
-        self, combinations: Sequence[tuple[str, dict[str, Any], tuple[str, ...]]], seed: int | None
+        self, over: Mapping[str, Sequence[str]], named: Mapping[str, Values], seed: int | None
     ) -> tuple[Arm, ...]:
-        found: dict[str, Arm] = {}
-        for base, values, names in combinations:
-            spoken = ", ".join([base] if base else [f"{n}={values[n]}" for n in names])
+        """The named arms times the axes; what would be the same run is one arm."""
+        arms: dict[str, Arm] = {}
+        for base, point in itertools.product(named, itertools.product(*over.values())):
+            axes = dict(zip(over, point, strict=True))
+            values = {**named[base], **axes}
+            spoken = base or ", ".join(f"{name}={value}" for name, value in axes.items())
             config, _ = self._read(spoken or self.recipe.stem, values, seed)
             unread = unread_options(config)
-            kept = {name: value for name, value in values.items() if name not in unread}
-            parts = [f"{name}={without_paths(str(kept[name]))}" for name in names if name in kept]
-            label = ", ".join(([base] if base else []) + parts) or self.recipe.stem
+            parts = [f"{n}={without_paths(str(v))}" for n, v in axes.items() if n not in unread]
+            label = ", ".join([base, *parts] if base else parts) or self.recipe.stem
             key = _digest({**self._identity(config), SEED: None})
-            if key not in found:
-                taken = sum(arm.label.split(" #")[0] == label for arm in found.values())
-                found[key] = Arm(f"{label} #{taken + 1}" if taken else label, kept)
-            elif label not in (found[key].label, *found[key].also):
-                same = found[key]
-                found[key] = dataclasses.replace(same, also=(*same.also, label))
-        return tuple(found.values())
+            if key not in arms:
+                taken = sum(arm.label.split(" #")[0] == label for arm in arms.values())
+                kept = {name: value for name, value in values.items() if name not in unread}
+                arms[key] = Arm(f"{label} #{taken + 1}" if taken else label, kept)
+            elif label not in (arms[key].label, *arms[key].also):
+                arms[key] = dataclasses.replace(arms[key], also=(*arms[key].also, label))
+        return tuple(arms.values())
 
     def _read(self, label: str, values: Values, seed: int | None) -> tuple[Any, tuple[str, ...]]:
         """The configuration of an arm with a seed, as the script will see it, and its flags."""
         merged = {**self.shared, **values, **({} if seed is None else {SEED: seed})}
-        flags = to_flags(merged, self.script.booleans)
+        flags = to_flags(merged)
         own = ("--output_dir=run", "--overwrite_output_dir")
+        script = CONFIGS.get(self.script.name, DreamBoothConfig)
         try:
-            config = self.script.parse(["--config", str(self.recipe), *flags, *own])
+            config = script.read(["--config", str(self.recipe), *flags, *own])
         except UserError as error:
             raise UserError(f'in the arm "{label}": {error}') from None
         if self.metric == HELDOUT and getattr(config, "validation_dataset", "") is None:
@@ -238,32 +214,25 @@ class Planner:
                 del values[field.name]
         for name in unread_options(config):
             values.pop(name, None)
-        own = {"script": self.script.path.name, "launch": list(self.launch)}
-        return {**values, **(own if self.launch or own["script"] not in PARSERS else {})}
+        own = {"script": self.script.name, "launch": list(self.launch)}
+        return {**values, **(own if self.launch or own["script"] not in CONFIGS else {})}
 
 
 def unread_options(config: Any) -> frozenset[str]:
     """Options of other methods, which the method of ``config`` does not read."""
-    from bilora_diffusion import methods  # here, so that --help does not wait for torch
-
     return methods.option_names() - methods.reads(config.method)
 
 
-def to_flags(values: Values, booleans: frozenset[str]) -> tuple[str, ...]:
-    """Options as flags: ``--name=value``, or ``--name`` for what is true.
+def to_flags(values: Values) -> tuple[str, ...]:
+    """Options as ``--name=value``.
 
-    What is false is said too, since a recipe may say true.
+    YAML reads a bare yes or no as a boolean; said as a word it fits a switch and an option alike.
     """
-    flags = []
-    for name, value in values.items():
-        if name in booleans and str(value).lower() in TRUE:
-            flags.append(f"--{name}")
-        elif isinstance(value, bool) and name not in booleans:
-            # YAML reads a bare yes or no as a boolean; here the option wants the word.
-            flags.append(f"--{name}={'yes' if value else 'no'}")
-        else:
-            flags.append(f"--{name}={value}")
-    return tuple(flags)
+    words = {True: "yes", False: "no"}
+    return tuple(
+        f"--{name}={words[value] if isinstance(value, bool) else value}"
+        for name, value in values.items()
+    )
 
 
 def _same(value: Any, text: str) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -26,9 +25,11 @@ from tqdm import tqdm
 
 from bilora_diffusion.durable import dump_json, write_text
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import checkpoint, runlog
 
+from ..provenance import without_paths
+from .findings import FINISHED
 from .grid import Cell
-from .provenance import without_paths
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
@@ -63,14 +64,9 @@ class Outcome:
 
 def state(folder: Path) -> str:
     """What a run folder holds: finished, checkpoint (can be continued), begun, or new."""
-    from bilora_diffusion.run import (  # here, so that --help does not wait for torch
-        checkpoint,
-        runlog,
-    )
-
     with contextlib.suppress(UserError):
-        if runlog.read_run(folder)["status"] == "finished":
-            return "finished"
+        if runlog.read_run(folder)["status"] == FINISHED:
+            return FINISHED
     if checkpoint.latest(folder) is not None:
         return "checkpoint"
     return "begun" if folder.exists() else "new"
@@ -109,9 +105,9 @@ class Runner:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; the running cell has been ended.
         """
-        done = {c.name for c in cells if state(self.runs_dir / c.name) == "finished"}
+        done = {c.name for c in cells if state(self.runs_dir / c.name) == FINISHED}
         for cell in cells:
-            status = "finished" if cell.name in done else "waiting"
+            status = FINISHED if cell.name in done else "waiting"
             self.outcomes[cell.name] = Outcome(cell.name, cell.arm, cell.seed, status)
         self._record()
         # Cells that were there already took no time, and say nothing about how long one takes.
@@ -132,14 +128,14 @@ class Runner:
         folder = self.runs_dir / cell.name
         with open(f"{folder}.log", "ab") as log:
             _lock(log, cell.name)
-            if state(folder) == "finished":  # by the process that held the lock
-                return Outcome(cell.name, cell.arm, cell.seed, "finished")
+            if state(folder) == FINISHED:  # by the process that held the lock
+                return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
             if state(folder) != "checkpoint":
                 log.truncate(0)
             began = log.seek(0, os.SEEK_END)
             code = _run_to_end(self.command(cell), log)
-        if state(folder) == "finished":
-            return Outcome(cell.name, cell.arm, cell.seed, "finished")
+        if state(folder) == FINISHED:
+            return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
         said = Path(f"{folder}.log").read_bytes()[began:].decode("utf-8", errors="replace")
         code, error = explain(code, said)
         return Outcome(cell.name, cell.arm, cell.seed, "failed", code, error)
@@ -174,11 +170,6 @@ def explain(code: int, said: str) -> tuple[int, str]:
     if not errors and not raised and code < 0:
         return code, f"killed by signal {-code}"
     return code, without_paths((errors or raised or own or ["it said nothing"])[-1])
-
-
-def shown(command: Sequence[str]) -> str:
-    """A command as one line for a shell."""
-    return shlex.join(command)
 
 
 def _lock(log: IO[bytes], name: str) -> None:

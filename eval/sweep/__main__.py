@@ -1,0 +1,7 @@
+"""``python -m eval.sweep``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""A sweep as one picture: the difference of each arm to the control, and the metric over steps.
+
+An arm that went far astray (it diverged, say) would leave no room to tell the others apart, so it
+stands at the edge, with its value.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import plot
+from ..table import Result
+from .findings import is_finished, suffix
+
+ASTRAY = 30.0
+"""An arm is off the scale when its difference is so many times the median arm's."""
+
+
+def draw(result: Result, picture: Path) -> None:
+    """Write the picture.
+
+    Left: the paired difference of the last measurement with its interval, one line per arm.
+    Right: mean over seeds with a band of one standard error. Both panels give an arm one color;
+    its name stands at the left and in the legend.
+    """
+    looks = plot.looks(result.groups, result.control)
+    height = max(3.6, 0.34 * len(result.groups) + 1.6)
+    with plot.canvas(picture, 1, 2, figsize=(12, height)) as (figure, ((left, right),)):
+        _differences(left, result, looks)
+        _curves(right, result, looks)
+        handles, labels = right.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+
+
+def final_differences(result: Result) -> dict[str, float]:
+    """Of each arm that has one."""
+    name = f"final {result.settings['metric']}"
+    lines = {arm: result.summary(arm, name) for arm in result.groups}
+    return {
+        arm: line.difference
+        for arm, line in lines.items()
+        if line is not None and line.difference is not None
+    }
+
+
+def astray(result: Result) -> frozenset[str]:
+    """The arms whose difference is too large to be drawn beside the others."""
+    sizes = {arm: abs(value) for arm, value in final_differences(result).items()}
+    usual = statistics.median(sizes.values()) if sizes else 0.0
+    return frozenset(arm for arm, size in sizes.items() if usual and size > ASTRAY * usual)
+
+
+def _differences(axis: Any, result: Result, looks: Any) -> None:
+    name, off = f"final {result.settings['metric']}", astray(result)
+    scale, values = result.metric(name).scale, final_differences(result)
+    axis.axvline(0, color="black", lw=0.8)
+    for row, arm in enumerate(result.groups):
+        color = looks[arm]["color"]
+        if arm not in values:  # beside the zero line and not on it: there is no difference
+            _written(axis, row, _why_none(arm, result), 0, axis.transData, "gray")
+        elif arm in off:
+            right, text = values[arm] > 0, f"{scale * values[arm]:+.3g}"
+            text = f"{text} \u2192" if right else f"\u2190 {text}"
+            _written(axis, row, text, float(right), axis.get_yaxis_transform(), color)
+        else:
+            line = result.summary(arm, name)
+            ends = line.difference_interval if line is not None else None
+            axis.plot(
+                [scale * end for end in ends or ()], [row] * len(ends or ()), color=color, lw=2
+            )
+            axis.plot(scale * values[arm], row, marker=looks[arm]["marker"], color=color)
+    axis.set_yticks(range(len(result.groups)), result.groups, fontsize=8)
+    for tick, arm in zip(axis.get_yticklabels(), result.groups, strict=True):
+        tick.set_color(looks[arm]["color"])
+    axis.set_ylim(len(result.groups) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    side = "right" if result.settings["higher_is_better"] else "left"
+    metric = f"{result.settings['metric']}{suffix(result)}"
+    axis.set_xlabel(f"difference of {metric}; {side} is better")
+    axis.set_title(f"final, minus {result.control}: mean and 95 % interval", fontsize=9)
+
+
+def _written(axis: Any, row: int, text: str, x: float, coordinates: Any, color: Any) -> None:
+    """Words in an arm's line, to the left of x = 1 and to the right of another."""
+    axis.annotate(
+        text,
+        (x, row),
+        xycoords=coordinates,
+        xytext=(-4 if x == 1 else 5, 0),
+        textcoords="offset points",
+        ha="right" if x == 1 else "left",
+        va="center",
+        fontsize=8,
+        color=color,
+    )
+
+
+def _why_none(arm: str, result: Result) -> str:
+    if arm == result.control:
+        return "control"
+    if not any(map(is_finished, result.members(arm))):
+        return "missing"
+    return "not paired" if result.settings["paired"].get(arm) is False else "n/a"
+
+
+def _curves(axis: Any, result: Result, looks: Any) -> None:
+    name, off = result.settings["metric"], astray(result)
+    scale = result.metric(name).scale
+    done = replace(result, subjects=[one for one in result.subjects if is_finished(one)])
+    for arm in sorted(done.groups, key=lambda arm: arm in off):
+        axis.autoscale(arm not in off)  # one that went astray is drawn, but the others set the axis
+        style = {"ms": 3, "lw": 1.2, "alpha": 0.1, **looks[arm]}
+        plot.line(axis, done.curve(arm, name), style.pop("color"), arm, **style)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.4g}")
+    plot.finish(axis, "over training: mean and standard error over seeds", legend=False)
+    axis.set_ylabel(f"{name}{suffix(result)}")

@@ -1,0 +1,101 @@
+"""How a sweep is shown: the scale of its numbers, the table of arms, what has to be known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from .. import report as parts
+from ..table import Entry, Metric, Result
+
+HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
+FINISHED = "finished"
+
+
+def metrics(result: Result) -> dict[str, Metric]:
+    """How the metric is written: losses below 1 times 1000, with two places, others with four."""
+    name, higher = result.settings["metric"], result.settings["higher_is_better"]
+    lines = [result.summary(group, f"final {name}") for group in result.groups]
+    means = [abs(line.mean) for line in lines if line is not None and line.mean is not None]
+    small = bool(means) and max(means) < 1 and not higher
+    scale, form = (1000, ".2f") if small else (1, ".4f")
+    shown = partial(Metric, higher_is_better=higher, scale=scale, form=form)
+    level = result.settings["equal_training"]
+    at = f" ({scale * level['training_loss']:{form}})" if level else ""
+    return {
+        TRAINING: shown(TRAINING),
+        f"final {TRAINING}": shown(f"final {TRAINING}"),
+        name: shown(name),
+        f"final {name}": shown("final"),
+        f"best {name}": shown(f"{'highest' if higher else 'lowest'} over training"),
+        f"equal_training {name}": shown(f"at equal training loss{at}"),
+        SECONDS: Metric("s per step"),
+    }
+
+
+def suffix(result: Result) -> str:
+    """The scale of the metric, for headings."""
+    scale = result.metric(result.settings["metric"]).scale
+    return "" if scale == 1 else f" x {scale:g}"
+
+
+def is_finished(entry: Entry) -> bool:
+    """Whether a cell is."""
+    return entry.about["status"] == FINISHED
+
+
+def notes(result: Result) -> Iterator[str]:
+    """Sentences that a reader of the table has to know."""
+    settings = result.settings
+    if level := settings["equal_training"]:
+        yield (
+            "Equal training loss is the lowest that all paired runs reach; it is set by"
+            f" {level['set_by']}."
+        )
+    lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
+    others = sum(line is not None and line.difference is not None for line in lines)
+    if others > 2:
+        yield (
+            f"With {others} intervals in a column, one in twenty misses its value by chance alone."
+        )
+    if 1 < len(settings["seeds"]) < 10:
+        yield "With fewer than ten seeds a bootstrap interval is too narrow."
+    for label, arm in settings["arms"].items():
+        if settings["paired"].get(label) is False:
+            yield (
+                f"{label} has not the control's inputs at each step (by their digests), so it can't"
+                " be paired."
+            )
+        if arm["also"]:
+            yield f"{', '.join(arm['also'])}: the same run as {label}, trained once."
+    for cell in result.subjects:
+        if not is_finished(cell):
+            facts = cell.about
+            why = f" (exit code {facts['exit_code']}): {facts['error']}" if facts["error"] else ""
+            yield f"Missing: {cell.label}, {facts['status']}{why}"
+
+
+def report(result: Result) -> str:
+    """``report.md``."""
+    settings = result.settings
+    name, count = settings["metric"], len(settings["seeds"])
+
+    def seeds(group: str) -> str:
+        cells = result.members(group)
+        return f"{sum(map(is_finished, cells))}/{len(cells)}"
+
+    return parts.page(
+        f"`{name}`{suffix(result)} of {settings['recipe']},"
+        f" {'higher' if settings['higher_is_better'] else 'lower'} is better: mean over {count}"
+        f" seed{'s' if count > 1 else ''}. Difference: to {parts.escaped(result.control)}, paired"
+        f" by seed, with {parts.INTERVALS} and the number of seeds in which the arm is better.",
+        parts.comparison(
+            result,
+            [(f"{what} {name}", "") for what in ("final", "best", "equal_training")],
+            [(f"final {TRAINING}", ""), (SECONDS, "")],
+            alone_intervals=False,
+            seeds=seeds,
+        ),
+        parts.pictures(result),
+        parts.listed([*map(parts.escaped, result.notes), *parts.origin(result.provenance)]),
+    )

@@ -1,0 +1,225 @@
+"""eval.sweep from its command line to its result, with cells that are run in no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bilora_diffusion.run.runlog import RunLog
+from eval import sweep, table
+from eval.provenance import ROOT
+from eval.sweep import figures
+from eval.sweep.cells import Outcome, Runner
+from eval.sweep.grid import Cell
+from eval.table import Result, Summary
+
+RECIPE = str(ROOT / "recipes" / "mini.yaml")
+Curves = Mapping[str, Mapping[int, Sequence[tuple[float, float]]]]
+TWO: Curves = {
+    "lora": {
+        0: [(0.10, 0.20), (0.08, 0.16), (0.09, 0.12)],
+        1: [(0.10, 0.20), (0.07, 0.16), (0.08, 0.12)],
+    },
+    "bilora": {
+        0: [(0.10, 0.20), (0.07, 0.18), (0.08, 0.14)],
+        1: [(0.10, 0.20), (0.08, 0.18), (0.06, 0.14)],
+    },
+}
+"""Arm -> seed -> held-out and training loss before and after each step."""
+Sweeping = Callable[..., tuple[int, Result]]
+
+
+@pytest.fixture
+def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
+    """``swept(curves, *words)``: exit code and result; an empty curve is a cell that failed."""
+
+    def run(
+        curves: Curves, *words: str, digests: Mapping[str, str] | None = None
+    ) -> tuple[int, Result]:
+        def run_all(runner: Runner, cells: Sequence[Cell]) -> list[Outcome]:
+            return [_run(runner.runs_dir, cell, curves, digests or {}) for cell in cells]
+
+        monkeypatch.setattr(Runner, "run_all", run_all)
+        arms = tmp_path / "arms.yaml"
+        lines = [f'"{arm}": {{method: lora, rank: {n + 2}}}\n' for n, arm in enumerate(curves)]
+        arms.write_text("".join(lines))
+        seeds = ",".join(map(str, dict.fromkeys(seed for own in curves.values() for seed in own)))
+        given = ["--arms", str(arms), "--over", f"seed={seeds}", "--runs_dir", str(tmp_path / "r")]
+        code = sweep.main([RECIPE, *given, "--output_dir", str(tmp_path / "out"), *words])
+        return code, table.read(tmp_path / "out")
+
+    return run
+
+
+def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> Outcome:
+    curve = curves[cell.arm][cell.seed]
+    if not curve:
+        return Outcome(cell.name, cell.arm, cell.seed, "failed", 2, "the loss is not finite")
+    log = RunLog(runs / cell.name)
+    log.start({}, method="lora", seed=cell.seed, resume_step=None)
+    for step, (heldout, training) in enumerate(curve):
+        if step:
+            log.metric(step, digest=f"{digests.get(cell.arm)}{cell.seed}", seconds=0.1 * step)
+        log.metric(step, heldout_loss=heldout, train_grid_loss=training)
+    log.finish(steps=len(curve) - 1)
+    return Outcome(cell.name, cell.arm, cell.seed, "finished")
+
+
+def line(result: Result, arm: str, metric: str) -> Summary:
+    """A line of the summary, which there must be."""
+    summary = result.summary(arm, metric)
+    assert summary is not None
+    return summary
+
+
+def test_arms_are_compared_seed_by_seed(
+    swept: Sweeping, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = swept(TWO)
+    assert code == 0
+    assert line(result, "lora", "final heldout_loss").mean == pytest.approx(0.085)
+    assert line(result, "lora", "final heldout_loss").difference is None
+    final = line(result, "bilora", "final heldout_loss")
+    assert final.difference == pytest.approx(-0.015)
+    assert final.difference_interval == pytest.approx((-0.02, -0.01))
+    assert (final.lower, final.pairs) == (2, 2)
+    best = line(result, "bilora", "best heldout_loss")
+    assert best.difference == pytest.approx(-0.01)  # 0.07 - 0.08 and 0.06 - 0.07
+    assert line(result, "bilora", "final train_grid_loss").mean == pytest.approx(0.14)
+    assert line(result, "bilora", "seconds_per_step").mean == pytest.approx(0.15)  # the median
+    assert [line.step for line in result.curve("bilora", "heldout_loss")] == [0, 1, 2]
+    # the slowest run sets the level, at which the others are between two points
+    assert result.settings["equal_training"] == {
+        "training_loss": pytest.approx(0.14),
+        "set_by": "bilora",
+    }
+    equal = line(result, "lora", "equal_training heldout_loss")
+    assert equal.mean == pytest.approx((0.085 + 0.075) / 2)
+    assert line(result, "bilora", "equal_training heldout_loss").mean == pytest.approx(0.07)
+    assert result.settings["arms"]["bilora"]["options"] == {"method": "lora", "rank": "3"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.startswith("`heldout_loss` x 1000 of mini.yaml, lower is better: mean over 2 seeds")
+    assert "at equal training loss (140.00)" in text
+    assert "| lora (control) | 2/2 | 85.00 |  | 75.00 |  |" in text
+    assert "| bilora | 2/2 | 70.00 | -15.00 [-20.00, -10.00], 2/2 | 65.00 |" in text
+    assert "| 140.00 | 0.15 |" in text
+    for file in (tmp_path / "out").iterdir():
+        assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
+    with Image.open(tmp_path / "out" / "sweep.png") as picture:
+        assert picture.width >= 1200
+
+
+def test_a_missing_cell_leaves_the_other_seeds(
+    swept: Sweeping, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curves = {"lora": TWO["lora"], "bilora": {0: TWO["bilora"][0], 1: []}, "no": {0: [], 1: []}}
+    code, result = swept(curves)
+    assert code == 1
+    told = capsys.readouterr()
+    assert "| bilora | 1/2 | 80.00 | -10.00 [n/a], 1/1 |" in told.out
+    assert "| no | 0/2 | n/a |" in told.out
+    assert "error: 3 of 6 cells failed: " in told.err
+    assert "(exit code 2: the loss is not finite)" in told.err
+    assert sum("failed (exit code 2): the loss is not finite" in n for n in result.notes) == 3
+    assert result.settings["paired"]["bilora"] is True
+    code, result = swept({"lora": {0: []}, "bilora": {0: []}})  # nothing at all
+    assert (code, result.provenance) == (1, None)
+
+
+def test_other_inputs_are_not_paired(swept: Sweeping) -> None:
+    short = {seed: curve[:2] for seed, curve in TWO["bilora"].items()}
+    curves = {**TWO, "short": short}
+    _, result = swept(curves, digests={"bilora": "other"})
+    assert result.settings["paired"] == {"lora": None, "bilora": False, "short": True}
+    final = line(result, "bilora", "final heldout_loss")
+    assert (final.mean, final.difference) == (pytest.approx(0.07), None)
+    assert result.settings["equal_training"]["set_by"] == "short"
+    assert result.summary("bilora", "equal_training heldout_loss") is None
+    assert any(note.startswith("bilora has not the control's inputs") for note in result.notes)
+
+
+def test_an_arm_that_never_learns_does_not_set_the_level(swept: Sweeping) -> None:
+    stuck = {0: [(0.10, 0.20), (0.11, 0.30)], 1: [(0.10, 0.20), (0.09, 0.15)]}
+    _, result = swept({**TWO, "stuck": stuck})
+    assert result.settings["equal_training"]["set_by"] == "bilora"
+    assert result.summary("stuck", "equal_training heldout_loss") is None
+
+
+def test_another_metric_may_be_better_when_higher(
+    swept: Sweeping, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--metric", "train_grid_loss", "--higher_is_better", "--control", "rank=3"]
+    _, result = swept(TWO, *words)
+    assert result.control == "bilora"
+    final = line(result, "lora", "final train_grid_loss")
+    assert (final.higher, final.pairs) == (0, 2)
+    assert line(result, "lora", "best train_grid_loss").mean == pytest.approx(0.20)
+    assert "highest over training" in capsys.readouterr().out
+    swept(TWO, "--metric", "heldout_los")
+    assert '"heldout_los" (did you mean "heldout_loss"?)' in capsys.readouterr().err
+
+
+def test_many_arms_are_told_apart_and_one_that_diverged_hides_no_other(swept: Sweeping) -> None:
+    def runs(final: float) -> dict[int, list[tuple[float, float]]]:
+        return {seed: [(0.12, 0.1), (final + seed / 1000, 0.05)] for seed in range(2)}
+
+    near = {f"near {n}": runs(0.08 + n / 2000) for n in range(1, 11)}
+    _, result = swept({"LoRA": runs(0.08), **near, "far": runs(1.3)})
+    assert figures.astray(result) == {"far"}
+    assert any(note.startswith("With 11 intervals in a column") for note in result.notes)
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    ([RECIPE, "--over", "metod=lora"], 'unknown flag "--metod" (did you mean "--method"?)'),
+    ([RECIPE, "--over", "method=lora,bilor"], 'did you mean "bilora"?'),
+    ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the arms"),
+    ([RECIPE, "--ovr", "seed=0"], 'unexpected "--ovr" (did you mean "--over"?)'),
+    ([RECIPE, "--script", "train_dreambooth_bilor.py"], 'mean "train_dreambooth_bilora.py"'),
+    ([RECIPE, "--arms", "nowhere.yaml"], 'the arms file "nowhere.yaml"'),
+    ([RECIPE, "--metric"], "expected one argument"),
+    (["none.yaml"], 'there is no recipe "none.yaml"'),
+    ([RECIPE, "--runs_dir", "{tmp}/file"], "is no folder that can be written"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED, ids=[told for _, told in REFUSED])
+def test_bad_input_is_one_sentence_before_anything_runs(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = [word.format(tmp=tmp_path) for word in words]
+    folders = ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
+    assert sweep.main([*words[:1], *folders, *words[1:]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_dry_run_lists_the_cells_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--over", "method=lora,bilora", "seed=0..1", "rho=0.01,0.1", "--dry_run"]
+    assert sweep.main([RECIPE, *words, "--runs_dir", str(tmp_path / "runs")]) == 0
+    told = capsys.readouterr().out
+    assert "3 arms x 2 seeds = 6 cells" in told
+    assert told.count("accelerate.commands.launch") == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_how_to_go_on(
+    swept: Sweeping, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "run_all", interrupted)
+    assert sweep.main([RECIPE, "--runs_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
