@@ -97,14 +97,7 @@ def load(
         UserError: base model or export can't be loaded.
     """
     config, subject = _plain(point.config), point.subject
-    pipeline: Any = load_pipeline(
-        config.pretrained_model_name_or_path,
-        dtype=torch.float32,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path,
-    )
+    pipeline = _pipeline(config)
     task = DreamBooth(config, pipeline, VisitStream(config, point.images))
     try:
         if has_factors(subject):
@@ -138,6 +131,17 @@ def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
         validation_prompts=[],
         cache_latents="no",
         dataloader_num_workers=0,
+    )
+
+
+def _pipeline(config: DreamBoothConfig) -> Any:
+    return load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype=torch.float32,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path,
     )
 
 

@@ -153,7 +153,8 @@ class Sweep(Evaluation):
 
     def _require_metric(self, subjects: Sequence[Subject]) -> None:
         lines = [line for subject in subjects for line in subject.log()]
-        known = {name for line in lines for name in line if isinstance(line[name], float)}
+        values = [pair for line in lines for pair in line.items()]
+        known = {name for name, value in values if isinstance(value, int | float)} - {"step"}
         if lines and self.args.metric not in known:
             hint = did_you_mean(self.args.metric, known)
             raise UserError(

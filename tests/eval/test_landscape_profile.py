@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from eval.landscape.directions import Direction, filter_normalized
+from eval.landscape.hessian import top_eigenvalue
 from eval.landscape.profile import coordinates, line, plane
-from eval.landscape.weights import Place, Weight, evaluate, loss_and_gradient
+from eval.landscape.sharpness import sharpness
+from eval.landscape.weights import Weight, evaluate, loss_and_gradient
 from tests.eval.landscapes import Quadratic
 
 
@@ -96,34 +100,45 @@ def test_a_quadratics_plane_has_the_curvature_of_its_hessian() -> None:
     assert centre == evaluate(problem.loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fails_at", [None, 0, 3])
-def test_weights_are_restored_bit_for_bit(dtype: torch.dtype, fails_at: int | None) -> None:
-    layer = nn.Linear(5, 3).to(dtype)
-    before, memory = layer.weight.detach().clone(), layer.weight.data_ptr()
-    weights, calls = [Weight("layer", layer.weight)], 0
+def _directions(weights: Sequence[Weight]) -> tuple[Direction, Direction]:
+    return Direction(weights, 0, 0), Direction(weights, 0, 1)
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 2])
+@pytest.mark.parametrize(
+    ("look", "dtype"),
+    [
+        (lambda w, f: line(w, f, _directions(w)[0], coordinates(1.0, 5)), torch.float32),
+        (lambda w, f: line(w, f, _directions(w)[0], coordinates(1.0, 5)), torch.bfloat16),
+        (lambda w, f: plane(w, f, _directions(w), coordinates(1.0, 3)), torch.bfloat16),
+        (lambda w, f: sharpness(w, f, 0.3), torch.float32),
+        (top_eigenvalue, torch.float32),
+    ],
+    ids=["line", "line in bf16", "plane", "sharpness", "eigenvalue"],
+)
+def test_weights_and_flags_are_restored_bit_for_bit(
+    look: Callable[..., object], dtype: torch.dtype, fails_at: int | None
+) -> None:
+    layer = nn.Linear(5, 3).requires_grad_(False).to(dtype)
+    before, memory, calls = layer.weight.clone(), layer.weight.data_ptr(), 0
 
     def loss() -> Tensor:
         nonlocal calls
         if calls == fails_at:
             raise RuntimeError("out of memory")
         calls += 1
-        assert layer.weight.data_ptr() != memory  # the model reads the copy
         return layer(torch.ones(2, 5, dtype=dtype)).pow(2).sum()
 
-    both = Direction(weights, 0, 0), Direction(weights, 0, 1)
-    for look in (
-        lambda: line(weights, loss, both[0], coordinates(1.0, 5)),
-        lambda: plane(weights, loss, both, coordinates(1.0, 3)),
-    ):
-        calls = 0
-        if fails_at is None:
-            look()
-        else:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                look()
-        assert torch.equal(layer.weight, before)
-        assert layer.weight.data_ptr() == memory
+    weights = [Weight("layer", layer.weight)]
+    if fails_at is None:
+        look(weights, loss)
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            look(weights, loss)
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.data_ptr() == memory
+    assert not layer.weight.requires_grad
+    assert layer.weight.grad is None
 
 
 def test_a_loss_in_terms_is_their_sum_and_so_is_its_gradient() -> None:
@@ -144,12 +159,3 @@ def test_a_loss_in_terms_is_their_sum_and_so_is_its_gradient() -> None:
     torch.testing.assert_close(slope_a, slope_b)
     assert torch.equal(slope_a[1], torch.zeros(2, 2))
     assert layer.weight.grad is None
-
-
-def test_moving_twice_does_not_add_up() -> None:
-    own, copy = [torch.ones(2)], [torch.ones(2)]
-    place = Place(own, copy)
-    for _ in range(2):
-        place.move((0.5, [torch.tensor([1.0, 2.0])]), (2.0, [torch.tensor([0.0, 1.0])]))
-    assert copy[0].tolist() == [1.5, 4.0]
-    assert own[0].tolist() == [1.0, 1.0]

@@ -95,7 +95,8 @@ def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(recipe: Path)
     final = result.summary("method=bilora", "final heldout_loss")
     assert final is not None
     assert final.pairs == 2
-    assert result.curve("method=lora", "heldout_loss").steps == [0, 1, 2]
+    steps = [point.step for point in result.over_training("method=lora", "heldout_loss")]
+    assert steps == [0, 1, 2]
     assert result.provenance is not None
     assert result.provenance.versions["torch"]
     assert (results / "report.md").read_text() in told
