@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bilora_diffusion.choices import NOISE_LEVELS
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 
 from ..command import Parser, open_device
 from ..evaluation import Evaluation
@@ -66,6 +66,11 @@ _ODD_OR_NONE = _only(
     "an odd number from 3 on, or 0 for no plane",
     lambda value: value == 0 or (value >= 3 and value % 2 == 1),
 )
+_SPACES = _only(
+    lambda word: word.split(","),
+    "lora, full, or both with a comma",
+    lambda spaces: set(spaces) <= set(SPACES),
+)
 _DISTANCE = _only(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
@@ -95,7 +100,7 @@ class Landscape(Evaluation):
         add = parser.add_argument
         parser.add_runs('run folders, or "base" for the model before')
         add("--control", help="the group to compare with; default: the first")
-        add("--space", default="lora,full", help="lora, full, or both with a comma")
+        add("--space", type=_SPACES, default="lora,full", help="lora, full, or both with a comma")
         add(
             "--full_weights",
             default="all",
@@ -140,7 +145,7 @@ class Landscape(Evaluation):
         from .. import compare
         from . import measure, runs
 
-        spaces = _spaces(self.args.space)
+        spaces = [space for space in SPACES if space in self.args.space]
         for subject in subjects:
             if "full" not in spaces and not runs.has_factors(subject):
                 raise UserError(
@@ -223,16 +228,6 @@ class Landscape(Evaluation):
 
     def report(self, result: Result) -> str:
         return findings.report(result)
-
-
-def _spaces(text: str) -> list[str]:
-    """The ``--space`` in the order in which spaces are shown."""
-    words = [word for word in text.split(",") if word] or [text]
-    for word in words:
-        if word not in SPACES:
-            hint = did_you_mean(word, SPACES)
-            raise UserError(f'--space has "{word}"{hint}: take {" or ".join(SPACES)}.')
-    return [space for space in SPACES if space in words]
 
 
 main = Landscape.main
