@@ -10,7 +10,7 @@ from typing import Any
 
 from bilora_diffusion.durable import replacing
 
-from .table import Curve
+from .table import Summary
 
 DPI = 120
 PANEL = (4.0, 3.2)
@@ -60,20 +60,23 @@ def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]
     return found
 
 
-def line(axis: Any, curve: Curve, color: Any, label: str | None = None, **style: Any) -> None:
+def line(
+    axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
+) -> None:
     """A curve with a band of one standard error; undefined points are gaps.
 
     Args:
         style: of the line; ``alpha`` is the band's.
     """
     alpha = style.pop("alpha", 0.15)
-    means = [math.nan if value is None else value for value in curve.mean]
-    errors = [math.nan if value is None else value for value in curve.error]
-    axis.plot(curve.steps, means, color=color, label=label, **{"lw": 1.4, **style})
+    steps = [point.step for point in curve]
+    means = [math.nan if point.mean is None else point.mean for point in curve]
+    errors = [math.nan if point.error is None else point.error for point in curve]
+    axis.plot(steps, means, color=color, label=label, **{"lw": 1.4, **style})
     if any(error > 0 for error in errors):
         low = [m - e for m, e in zip(means, errors, strict=True)]
         high = [m + e for m, e in zip(means, errors, strict=True)]
-        axis.fill_between(curve.steps, low, high, color=color, alpha=alpha, lw=0)
+        axis.fill_between(steps, low, high, color=color, alpha=alpha, lw=0)
 
 
 def finish(

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -115,15 +115,6 @@ class Summary:
     def better(self, higher_is_better: bool | None) -> int:
         """The pairs in which the group is better; an equal one is not."""
         return self.higher if higher_is_better else self.lower
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A group's metric over training: mean and standard error, None where it is not defined."""
-
-    steps: list[int]
-    mean: list[float | None]
-    error: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -234,15 +225,10 @@ class Result:
             key=lambda line: line.step or 0,
         )
 
-    def curve(self, group: str, metric: str, item: str = "") -> Curve:
-        """A metric over training at the steps that all of the group have; without any, empty."""
+    def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
+        """A metric over training at the steps that all of the group have."""
         members = len(self.members(group))
-        whole = [s for s in self.over_training(group, metric, item) if s.count == members]
-        return Curve(
-            [line.step or 0 for line in whole],
-            [line.mean for line in whole],
-            [line.error for line in whole],
-        )
+        return [s for s in self.over_training(group, metric, item) if s.count == members]
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str, int | None], Summary]:
@@ -254,11 +240,7 @@ def write(result: Result, folder: Path, report: str) -> None:
     write_text(folder / ROWS, to_csv(Row, result.rows))
     write_text(folder / SUMMARY, to_csv(Summary, result.summaries))
     write_text(folder / REPORT, report)
-    names = [one.name for one in fields(result) if one.name not in ("rows", "summaries")]
-    record = {name: getattr(result, name) for name in names}
-    record["subjects"] = [_fields(entry, Entry) for entry in result.subjects]
-    record["metrics"] = {name: asdict(metric) for name, metric in result.metrics.items()}
-    record["provenance"] = None if result.provenance is None else asdict(result.provenance)
+    record = _adapter(Result).dump_python(result, exclude={"rows", "summaries"})
     text = dump_json(strict_json({"schema_version": SCHEMA_VERSION, **record})[0])
     write_text(folder / FILE, text)
 

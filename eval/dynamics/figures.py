@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bilora_diffusion.train.dynamics import (
 )
 
 from ..plot import canvas, finish, legend_below, line, looks, wrapped
-from ..table import Curve, Result
+from ..table import Result, Summary
 from .courses import ALL, CROSS
 
 TERM_LOOKS = {
@@ -36,7 +37,7 @@ STYLES = {"product": ("B A", "-"), "factors": ("A and B as one vector", "--")}
 
 def groups_with(result: Result, metric: str) -> list[str]:
     """The groups that have a curve of a metric."""
-    return [group for group in result.groups if result.curve(group, metric).steps]
+    return [group for group in result.groups if result.curve(group, metric)]
 
 
 def draw(result: Result, folder: Path) -> list[str]:
@@ -103,14 +104,14 @@ def _ratio(axis: Any, result: Result, group: str, layer: str = "") -> None:
     axis.set_yscale("log")
 
 
-def positive(curve: Curve) -> Curve:
+def positive(curve: Sequence[Summary]) -> list[Summary]:
     """What a logarithmic axis can show: zeros become gaps, bands end above zero."""
-    means = [value if value else None for value in curve.mean]
-    errors = [
-        None if m is None or e is None else min(e, 0.99 * m)
-        for m, e in zip(means, curve.error, strict=True)
+    return [
+        replace(point, error=min(point.error, 0.99 * point.mean))
+        if point.mean and point.error is not None
+        else replace(point, mean=None, error=None)
+        for point in curve
     ]
-    return Curve(curve.steps, means, errors)
 
 
 def _convergence(result: Result, path: Path) -> None:
@@ -126,7 +127,7 @@ def _convergence(result: Result, path: Path) -> None:
             for role, (label, color) in ROLES.items():
                 for quantity, (_, style) in STYLES.items():
                     curve = result.curve(group, f"{role}/{quantity}")
-                    if curve.steps:
+                    if curve:
                         line(axis, curve, color, label if quantity == "product" else None, ls=style)
             for of, style in STYLES.values():
                 axis.plot([], [], color="gray", ls=style, label=of)

@@ -19,7 +19,7 @@ from eval.dynamics.figures import positive
 from eval.dynamics.findings import judge
 from eval.dynamics.key_figures import settles
 from eval.sources import run as opened
-from eval.table import Curve, Result
+from eval.table import Result, Summary
 from tests.run import recorded_runs
 
 COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
@@ -45,9 +45,11 @@ def test_settling_is_interpolated() -> None:
 
 
 def test_a_logarithmic_axis_gets_no_zeros() -> None:
-    found = positive(Curve([0, 1, 2], [0.0, 2.0, None], [0.0, 5.0, None]))
-    assert found.mean == [None, 2.0, None]
-    assert found.error == [None, pytest.approx(1.98), None]
+    points = ((0, 0.0, 0.0), (1, 2.0, 5.0), (2, None, None))
+    curve = [Summary("a", "b", step=step, mean=mean, error=error) for step, mean, error in points]
+    found = positive(curve)
+    assert [point.mean for point in found] == [None, 2.0, None]
+    assert [point.error for point in found] == [None, pytest.approx(1.98), None]
 
 
 def test_cosines_are_those_of_the_whole_matrices() -> None:
@@ -163,8 +165,9 @@ def test_key_figures_are_those_of_the_curves(late: tuple[Path, Result]) -> None:
         assert line is not None
         assert line.mean == pytest.approx(np.mean([*settled.values()]))
     curve = result.curve("Bi-LoRA", "auxiliary/product")
-    values = [result.select("auxiliary/product", "Bi-LoRA")[i::11] for i in range(11)]
-    assert curve.mean == pytest.approx([np.mean([r.value for r in at]) for at in values])  # pyright: ignore
+    rows = result.select("auxiliary/product", "Bi-LoRA")
+    values = np.array([row.value for row in rows], dtype=float).reshape(5, 11)  # runs of steps
+    assert [point.mean for point in curve] == pytest.approx(values.mean(0))
     assert result.summary("Bi-LoRA", "chance column_overlap") is not None
 
 

@@ -50,9 +50,10 @@ def test_losses_gap_and_differences(result: Result) -> None:
         training, heldout = (np.array([[o[s][k] for s in STEPS] for o in own]) for k in (0, 1))
         for name, values in ((TRAINING, training), (HELDOUT, heldout), (GAP, heldout - training)):
             curve = result.curve(group, name)
-            assert curve.steps == list(STEPS)
-            assert curve.mean == pytest.approx(values.mean(0))
-            assert curve.error == pytest.approx(values.std(0, ddof=1) / 2, abs=1e-15)
+            assert [point.step for point in curve] == list(STEPS)
+            assert [point.mean for point in curve] == pytest.approx(values.mean(0))
+            errors = values.std(0, ddof=1) / 2
+            assert [point.error for point in curve] == pytest.approx(errors, abs=1e-15)
     changes = [losses("bilora", s)[30][1] - losses("lora", s)[30][1] for s in range(4)]
     final, at_step = (
         result.summary("Bi-LoRA", name, step=step)

@@ -133,4 +133,4 @@ def test_a_curve_has_the_steps_that_all_of_a_group_have() -> None:
         for s, c, m in ((5, 1, 1.0), (0, 1, None), (9, 0, 2.0))
     ]
     curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
-    assert (curve.steps, curve.mean) == ([0, 5], [None, 1.0])
+    assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
