@@ -141,7 +141,7 @@ GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
 ENTAILMENT = "entailment not_entailment"
 CHOICES = "choice1: {choice1} choice2: {choice2}"
 TOPICS = "abbreviation entity description human location number"
-CLASSES = (
+CLASSES: tuple[tuple[Any, ...], ...] = (
     ("mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"),
     ("sst2", GLUE, "negative positive", "{sentence}", None, "accuracy"),
     ("cola", GLUE, "unacceptable acceptable", "{sentence}", None, "matthews_correlation accuracy"),
