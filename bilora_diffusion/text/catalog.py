@@ -99,18 +99,12 @@ class _Texts(dict[str, str]):
         return text_of(self.row, column, self.where, OTHER_SET)
 
 
-def _classes(
-    name: str,
-    dataset: str,
-    words: str,
-    first: str,
-    second: str | None,
-    metrics: str,
-    holdout: int = 0,
-) -> CatalogTask:
+def _classes(row: tuple[Any, ...]) -> CatalogTask:
     """A row of ``CLASSES``; its prompt is the task's name, then every column after its own name, in
     the alphabet's order.
     """
+    name, dataset, words, first, second, metrics, *more = row
+    holdout = more[0] if more else 0
     columns = sorted(field for _, field, _, _ in Formatter().parse(first + (second or "")) if field)
     validation = "validation_matched" if name == "mnli" else "validation"
     return CatalogTask(
@@ -141,7 +135,7 @@ GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
 ENTAILMENT = "entailment not_entailment"
 CHOICES = "choice1: {choice1} choice2: {choice2}"
 TOPICS = "abbreviation entity description human location number"
-CLASSES: tuple[tuple[Any, ...], ...] = (
+CLASSES = (
     ("mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"),
     ("sst2", GLUE, "negative positive", "{sentence}", None, "accuracy"),
     ("cola", GLUE, "unacceptable acceptable", "{sentence}", None, "matthews_correlation accuracy"),
@@ -193,7 +187,7 @@ OTHER_TASKS = (
         package="reasoning-gym",
     ),
 )
-TASKS = {task.name: task for task in (*(_classes(*row) for row in CLASSES), *OTHER_TASKS)}
+TASKS = {task.name: task for task in (*map(_classes, CLASSES), *OTHER_TASKS)}
 ALIASES = {"alpaca": "alpaca_cleaned"}
 
 
