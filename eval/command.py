@@ -96,8 +96,8 @@ def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
             ``base`` or a name on the hub, is passed over.
         otherwise: without any.
     """
-    found = [path for word in runs for path in (_path(word),) if path is not None]
-    parents = [(path.parent if path.is_file() else path).absolute().parent for path in found]
+    paths = [path for word in runs for path in (_path(word),) if path is not None]
+    parents = [(path.parent if path.is_file() else path).absolute().parent for path in paths]
     if not parents:
         return otherwise
     common = Path(os.path.commonpath(parents))
@@ -146,8 +146,8 @@ def run(work: Callable[[], int | None]) -> int:
         try:
             code = work()
         except KeyboardInterrupt:
-            said = "interrupted: the same command goes on where this one stopped."
-            raise Interrupted(said) from None
+            sentence = "interrupted: the same command goes on where this one stopped."
+            raise Interrupted(sentence) from None
 
     return run_cli(kept) or code or 0
 

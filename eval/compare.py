@@ -214,25 +214,24 @@ def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
     return BETTER if (line.difference > 0) == higher_is_better else WORSE
 
 
-def control(subjects: Sequence[Entry], wanted: str | None, prefer: str | None = "lora") -> str:
+def control(subjects: Sequence[Entry], given: str | None, prefer: str | None = "lora") -> str:
     """The group that the others are compared with.
 
     Args:
-        wanted: ``--control``; None for the first group of the method ``prefer``, else the first
+        given: ``--control``; None for the first group of the method ``prefer``, else the first
             that is not the base model, else the first.
 
     Raises:
         UserError: there is no such group.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
-    if wanted is not None and wanted not in labels:
+    if given is not None and given not in labels:
         raise UserError(
-            f'--control is "{wanted}"{did_you_mean(wanted, labels)}: use one of'
-            f" {', '.join(labels)}."
+            f'--control is "{given}"{did_you_mean(given, labels)}: use one of {", ".join(labels)}.'
         )
     preferred = [one.group for one in subjects if prefer and one.method == prefer]
     trained = [one.group for one in subjects if one.kind != "base"]
-    return wanted or [*preferred, *trained, *labels][0]
+    return given or [*preferred, *trained, *labels][0]
 
 
 @dataclass(frozen=True)
@@ -250,15 +249,15 @@ class EqualTraining:
 
 def final(rows: Iterable[Row], metric: str) -> list[Row]:
     """For each subject a row "final METRIC": its value at the last step that has one."""
-    return [_derived(own[-1], "final") for own in _courses(rows, metric)]
+    return [_derived(course[-1], "final") for course in _courses(rows, metric)]
 
 
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
     """For each subject a row "best METRIC": the best value over training."""
     choose = max if higher_is_better else min
     return [
-        _derived(choose(own, key=lambda row: row.value or 0.0), "best")
-        for own in _courses(rows, metric)
+        _derived(choose(course, key=lambda row: row.value or 0.0), "best")
+        for course in _courses(rows, metric)
     ]
 
 
@@ -279,14 +278,14 @@ def equal_training(
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
     courses = []  # rows, and training losses where both were measured
-    for own in _courses((row for row in rows if row.group not in unpaired), metric):
-        pairs = [(row, losses.get((row.subject, row.step))) for row in own]
+    for course in _courses((row for row in rows if row.group not in unpaired), metric):
+        pairs = [(row, losses.get((row.subject, row.step))) for row in course]
         measured = [(row, loss) for row, loss in pairs if loss is not None]
         if measured:
             courses.append(([row for row, _ in measured], [loss for _, loss in measured]))
     reached: dict[str, list[float | None]] = {}
-    for own, course in courses:
-        reached.setdefault(own[0].group, []).append(reached_training_loss(course))
+    for course, falling in courses:
+        reached.setdefault(course[0].group, []).append(reached_training_loss(falling))
     lowest = [
         (value, group)
         for group, values in reached.items()
@@ -297,11 +296,11 @@ def equal_training(
         return None, []
     level = EqualTraining(*max(lowest))
     derived = []
-    for own, course in courses:
-        measured = [row.value or 0.0 for row in own]
-        value = at_training_loss(course, measured, level.training_loss)
+    for course, falling in courses:
+        measured = [row.value or 0.0 for row in course]
+        value = at_training_loss(falling, measured, level.training_loss)
         if value is not None:
-            derived.append(replace(_derived(own[0], "equal_training"), value=value))
+            derived.append(replace(_derived(course[0], "equal_training"), value=value))
     return level, derived
 
 
@@ -336,11 +335,11 @@ def at_training_loss(
 
 def _courses(rows: Iterable[Row], metric: str) -> list[list[Row]]:
     """The defined rows of each subject over training, in order."""
-    own: dict[str, list[Row]] = {}
+    courses: dict[str, list[Row]] = {}
     for row in rows:
         if row.metric == metric and row.step is not None and row.value is not None:
-            own.setdefault(row.subject, []).append(row)
-    return [sorted(some, key=lambda row: row.step or 0) for some in own.values()]
+            courses.setdefault(row.subject, []).append(row)
+    return [sorted(course, key=lambda row: row.step or 0) for course in courses.values()]
 
 
 def _derived(row: Row, what: str) -> Row:

@@ -47,17 +47,17 @@ def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]
     import matplotlib
 
     colors = matplotlib.colormaps["tab10"]
-    found: dict[str, dict[str, Any]] = {}
+    styles: dict[str, dict[str, Any]] = {}
     for number, group in enumerate(group for group in groups if group != control):
         turn = number // 10
-        found[group] = {
+        styles[group] = {
             "color": colors(number % 10),
             "marker": MARKERS[turn % len(MARKERS)],
             "ls": STYLES[turn % len(STYLES)],
         }
     if control:
-        found[control] = {"color": "black", "marker": ".", "ls": "-"}
-    return found
+        styles[control] = {"color": "black", "marker": ".", "ls": "-"}
+    return styles
 
 
 def line(

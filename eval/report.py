@@ -104,10 +104,10 @@ def comparison(
         row = [f"{group} (control)" if is_control else group, count]
         for name, item in compared:
             line, metric = result.summary(group, name, item), result.metric(name)
-            told = "" if is_control else difference(line, metric)
+            change = "" if is_control else difference(line, metric)
             if result.settings.get("paired", {}).get(group) is False:
-                told = "not paired"
-            row += [mean(line, metric, intervals), told]
+                change = "not paired"
+            row += [mean(line, metric, intervals), change]
         lines = [(result.summary(group, name, item), result.metric(name)) for name, item in alone]
         rows.append(row + [mean(line, metric, alone_intervals) for line, metric in lines])
     return table(head, rows)
@@ -137,18 +137,19 @@ def closing(result: Result, packages: Sequence[str] = ("torch",)) -> str:
     return page(pictures(result), listed(sentences)).rstrip()
 
 
-def origin(made: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:
+def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:
     """Where a result comes from: command, machine, versions of some packages, commit."""
-    if made is None:
+    if provenance is None:
         return []
-    device = made.device.get("name") or "unknown device"
-    cores = f", {made.device['cpu_cores']} cores" if made.device.get("type") == "cpu" else ""
-    commit = "" if made.commit is None else f", commit {made.commit[:12]}"
-    changed = " with uncommitted changes" if made.uncommitted_changes else ""
-    versions = ", ".join(f"{name} {made.versions.get(name)}" for name in packages)
-    lines = [f"`{made.command}`", f"{device}{cores}, {versions}{commit}{changed}."]
-    if made.differing:
-        what = ", ".join(name.replace("_", " ") for name in made.differing)
+    device = provenance.device
+    cores = f", {device['cpu_cores']} cores" if device.get("type") == "cpu" else ""
+    commit = "" if provenance.commit is None else f", commit {provenance.commit[:12]}"
+    changed = " with uncommitted changes" if provenance.uncommitted_changes else ""
+    versions = ", ".join(f"{one} {provenance.versions.get(one)}" for one in packages)
+    name = device.get("name") or "unknown device"
+    lines = [f"`{provenance.command}`", f"{name}{cores}, {versions}{commit}{changed}."]
+    if provenance.differing:
+        what = ", ".join(name.replace("_", " ") for name in provenance.differing)
         lines.append(f"The runs differ in {json.dumps(what)}; the first run's is given.")
     return lines
 

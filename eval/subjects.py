@@ -55,19 +55,19 @@ def gather(
     if not words and not named:
         raise UserError("no runs are given: name run folders, or use --group LABEL=RUN,RUN.")
     _refuse_twice([*words, *(word for _, runs in named for word in runs)])
-    found = _by_setting([_open(word, weights) for word in words])
-    labels = list(dict.fromkeys(subject.group for subject in found))
+    subjects = _by_setting([_open(word, weights) for word in words])
+    labels = list(dict.fromkeys(subject.group for subject in subjects))
     for label, runs in named:
-        found += [replace(_open(word, weights), group=label) for word in runs]
+        subjects += [replace(_open(word, weights), group=label) for word in runs]
         labels.append(label)
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f'two groups are called "{label}": give one another name by --group.')
-        _check_group(label, [subject for subject in found if subject.group == label])
+        _check_group(label, [one for one in subjects if one.group == label])
     order = {label: place for place, label in enumerate(labels)}
-    found.sort(key=lambda subject: (order[subject.group], subject.seed or 0))
-    labels = _unique([subject.label for subject in found])
-    return [replace(one, label=label) for one, label in zip(found, labels, strict=True)]
+    subjects.sort(key=lambda subject: (order[subject.group], subject.seed or 0))
+    labels = _unique([subject.label for subject in subjects])
+    return [replace(one, label=label) for one, label in zip(subjects, labels, strict=True)]
 
 
 def single(words: Sequence[str]) -> list[Subject]:
@@ -83,16 +83,16 @@ def single(words: Sequence[str]) -> list[Subject]:
     given = Counter(label for label, _ in pairs if label is not None)
     if repeated := [label for label, count in given.items() if count > 1]:
         raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
-    found = [_open(word, weights=True) for _, word in pairs]
-    titles = [label or one.group for (label, _), one in zip(pairs, found, strict=True)]
+    subjects = [_open(word, weights=True) for _, word in pairs]
+    titles = [label or one.group for (label, _), one in zip(pairs, subjects, strict=True)]
     names = [
         f"{title} ({one.label})" if titles.count(title) > 1 and title != one.label else title
-        for title, one in zip(titles, found, strict=True)
+        for title, one in zip(titles, subjects, strict=True)
     ]
-    own = [name for name, (label, _) in zip(names, pairs, strict=True) if label is None]
-    free = iter(_unique(own, given, " "))
+    unlabelled = [name for name, (label, _) in zip(names, pairs, strict=True) if label is None]
+    free = iter(_unique(unlabelled, given, " "))
     labels = [label or next(free) for label, _ in pairs]
-    return [replace(one, label=n, group=n) for one, n in zip(found, labels, strict=True)]
+    return [replace(one, label=n, group=n) for one, n in zip(subjects, labels, strict=True)]
 
 
 def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
@@ -110,12 +110,12 @@ def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
     """
     groups = by_group(subjects)
     others = {subject.seed: _digests(subject) for subject in groups[control]}
-    found: dict[str, bool | None] = {}
+    pairs: dict[str, bool | None] = {}
     for group, runs in groups.items():
         common = [run for run in runs if run.seed in others and group != control]
         same = [_same(_digests(run), others[run.seed]) for run in common]
-        found[group] = all(same) if same else None
-    return found
+        pairs[group] = all(same) if same else None
+    return pairs
 
 
 def _digests(subject: Subject) -> dict[int, str]:
@@ -143,16 +143,16 @@ def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
     """Each with its group's label: the title, and the options in which runs of a method differ."""
     runs = [subject for subject in subjects if subject.record]
     settings = {run.folder: run.settings() for run in runs}
-    found = []
+    grouped = []
     for subject in subjects:
-        own = settings.get(subject.folder, {}) if subject.record else {}
+        options = settings.get(subject.folder, {}) if subject.record else {}
         others = [settings[run.folder] for run in runs if run.method == subject.method]
-        differing = [name for name in own if any(o.get(name) != own[name] for o in others)]
-        told = ", ".join(f"{name}={_shown(own[name])}" for name in differing)
+        differing = [name for name in options if any(o.get(name) != options[name] for o in others)]
+        distinction = ", ".join(f"{name}={_shown(options[name])}" for name in differing)
         label = BASE if subject.kind == BASE else subject.group
-        label = f"{label} ({told})" if told else label
-        found.append(replace(subject, group=label))
-    return found
+        label = f"{label} ({distinction})" if distinction else label
+        grouped.append(replace(subject, group=label))
+    return grouped
 
 
 def _shown(value: Any) -> str:

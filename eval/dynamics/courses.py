@@ -75,15 +75,16 @@ class Course:
         layers; "layers_above" the share of the layers whose median is above ``NEGLIGIBLE``; "chance
         column_overlap" (and of rows) the overlap of random subspaces of these sizes.
         """
-        found: dict[str, float | None] = {f"chance {n}": value for n, value in self.chance.items()}
+        figures: dict[str, float | None] = {}
+        figures |= {f"chance {name}": value for name, value in self.chance.items()}
         if RATIO in self.values:
             columns = zip(*self.layer_ratios.values(), strict=True)
             known = [[value for value in column if value is not None] for column in columns]
             medians = [median(values) for values in known if values]
-            found["layer_ratio"] = median(medians) if medians else None
+            figures["layer_ratio"] = median(medians) if medians else None
             above = [value > NEGLIGIBLE for value in medians]
-            found["layers_above"] = sum(above) / len(above) if above else None
-        return found
+            figures["layers_above"] = sum(above) / len(above) if above else None
+        return figures
 
 
 def layer_names(run: Subject) -> list[str]:
@@ -185,21 +186,21 @@ def cosines(one: Sequence[Factors], other: Sequence[Factors]) -> dict[str, float
 
     None where one of them is zero; for A, B and factors also where the ranks differ.
     """
-    found: dict[str, float | None] = dict.fromkeys(QUANTITIES)
+    values: dict[str, float | None] = dict.fromkeys(QUANTITIES)
     if all(f.A.shape == g.A.shape for f, g in zip(one, other, strict=True)):
         dots = {side: _dots(one, other, side) for side in "AB"}
         for side, (inner, left, right) in dots.items():
-            found[side] = _cosine(inner, left, right)
-        found["factors"] = _cosine(*(a + b for a, b in zip(dots["A"], dots["B"], strict=True)))
-    found["product"] = _cosine(
+            values[side] = _cosine(inner, left, right)
+        values["factors"] = _cosine(*(a + b for a, b in zip(dots["A"], dots["B"], strict=True)))
+    values["product"] = _cosine(
         *(float(inner_products(*pair).sum()) for pair in ((one, other), (one, one), (other, other)))
     )
-    return found
+    return values
 
 
 def _dots(one: Sequence[Factors], other: Sequence[Factors], side: str) -> list[float]:
     left, right = (
-        torch.cat([_side(f, side).double().flatten() for f in own]) for own in (one, other)
+        torch.cat([_side(f, side).double().flatten() for f in factors]) for factors in (one, other)
     )
     return [float(left @ right), float(left @ left), float(right @ right)]
 

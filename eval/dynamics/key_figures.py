@@ -33,15 +33,15 @@ def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
         if row.step is not None and not row.item:
             runs = curves.setdefault((row.group, row.metric), {})
             runs.setdefault(row.subject, {})[row.step] = row
-    found = []
+    figures = []
     for (_, name), runs in curves.items():
         common = sorted(set.intersection(*map(set, runs.values())))
         for values in runs.values():
             points = [values[step] for step in common]
             for what, value in _figures(name, points).items():
                 any_row = next(iter(values.values()))
-                found.append(replace(any_row, metric=f"{what} {name}", step=None, value=value))
-    return found + _lags(found, steps)
+                figures.append(replace(any_row, metric=f"{what} {name}", step=None, value=value))
+    return figures + _lags(figures, steps)
 
 
 def _figures(name: str, points: Sequence[Row]) -> dict[str, float | None]:
@@ -64,16 +64,16 @@ def _figures(name: str, points: Sequence[Row]) -> dict[str, float | None]:
 
 def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
     settled = {(row.subject, row.metric): row.value for row in rows}
-    found = []
+    figures = []
     for row in rows:
         if row.metric in ("settled auxiliary/product", "settled auxiliary/factors"):
             what = row.metric.rpartition("/")[2]
             first, last = settled[row.subject, f"settled primary/{what}"], row.value
             lag = None if first is None or last is None else last - first
             share = None if last is None else last / steps[row.group]
-            found.append(replace(row, metric=f"lag {what}", value=lag))
-            found.append(replace(row, metric=f"share {what}", value=share))
-    return found
+            figures.append(replace(row, metric=f"lag {what}", value=lag))
+            figures.append(replace(row, metric=f"share {what}", value=share))
+    return figures
 
 
 def settles(steps: Sequence[int], values: Sequence[float | None], level: float) -> float | None:
