@@ -273,6 +273,8 @@ _READERS: dict[str, Any] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
+TABLES = tuple(_READERS)
+"""What the name of a table may end in."""
 
 
 def _mode(path: Path) -> int | None:

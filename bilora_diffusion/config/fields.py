@@ -89,11 +89,7 @@ def like(group: Any, name: str, **changes: Any) -> Any:
         changes: what differs, as `option` takes it.
     """
     field = group.__dataclass_fields__[name]
-    settings = {part.name: getattr(option_of(field), part.name) for part in _PARTS}
-    return option(**{"default": default_of(field), **settings, **changes})
-
-
-_PARTS = dataclasses.fields(Option)
+    return option(**{"default": default_of(field), **vars(option_of(field)), **changes})
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:

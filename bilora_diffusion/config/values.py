@@ -42,7 +42,7 @@ class Range:
     instead: str = ""
 
     @property
-    def or_none(self) -> Range:
+    def or_zero(self) -> Range:
         """The same range, and 0."""
         return dataclasses.replace(self, at_least=0, above=None)
 

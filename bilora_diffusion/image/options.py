@@ -138,7 +138,7 @@ class DataOptions:
     dataloader_num_workers: int = option(
         0,
         "Processes that read images ahead; 0 reads them in the training process.",
-        range=WORKERS.or_none,
+        range=WORKERS.or_zero,
         free=True,
     )
 
@@ -280,7 +280,7 @@ class ValidationOptions:
     validation_loss_steps: int = option(
         0,
         "Measure that loss every so many steps; 0 measures it at the start and the end only.",
-        range=STEPS.or_none,
+        range=STEPS.or_zero,
         idle=(
             Idle(
                 lambda v: not v["validation_dataset"],

@@ -136,7 +136,7 @@ class MethodFlags:
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).",
-        range=RATES.or_none,
+        range=RATES.or_zero,
     )
     auxiliary_direction: str = option(
         "ascent",

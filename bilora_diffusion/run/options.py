@@ -111,7 +111,7 @@ class OptimizerOptions:
     lr_warmup_steps: int | None = option(
         0,
         "Steps in which it rises from 0; not for constant.",
-        range=STEPS.or_none,
+        range=STEPS.or_zero,
         idle=(AT_A_CONSTANT_RATE,),
     )
     lr_num_cycles: int = option(
@@ -174,7 +174,7 @@ class OutputOptions:
         range=STEPS,
     )
     checkpoints_total_limit: int = option(
-        2, "Keep the newest so many checkpoints; 0 keeps all.", range=STEPS.or_none
+        2, "Keep the newest so many checkpoints; 0 keeps all.", range=STEPS.or_zero
     )
     resume_from_checkpoint: str | None = option(
         None,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from ..choices import ALL_LINEAR
 from ..errors import UserError
-from ..files import is_file
+from ..files import TABLES, is_file
 from ..run.config import RunConfig, without_influence
 from .options import (
     EvaluationOptions,
@@ -36,7 +36,6 @@ GROUPS = (
 )
 EPOCHS = 3
 WARMUP_RATIO = 0.03  # Tables A4 to A7
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _check_file(name: str, value: str) -> None:
         raise UserError(f'--{name} "{value}" does not exist: correct the path.')
     if not is_file(path):
         raise UserError(f'--{name} "{value}" is a device or a pipe: give a regular file.')
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in TABLES:
         raise UserError(
-            f'--{name} "{value}" is of no known kind: give a file ending in {", ".join(SUFFIXES)}.'
+            f'--{name} "{value}" is of no known kind: give a file ending in {", ".join(TABLES)}.'
         )

@@ -219,13 +219,13 @@ class EvaluationOptions:
         0,
         "Measure the held-out loss every so many steps; 0: at the start and the end only.",
         aliases=("--eval_steps",),
-        range=STEPS.or_none,
+        range=STEPS.or_zero,
         idle=(WITHOUT_ROWS,),
     )
     eval_train_samples: int = option(
         0,
         "Measure the loss on so many training rows too, for python -m eval.generalization.",
-        range=ROWS.or_none,
+        range=ROWS.or_zero,
         idle=(WITHOUT_ROWS,),
     )
     validation_epochs: int | None = option(
@@ -240,7 +240,7 @@ class EvaluationOptions:
     max_predictions: int | None = option(
         None,
         "Let it answer only so many held-out rows; 0 for none. Default: all.",
-        range=ROWS.or_none,
+        range=ROWS.or_zero,
         idle=(WITHOUT_ROWS,),
     )
     generation_max_new_tokens: int | None = option(

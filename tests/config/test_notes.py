@@ -35,7 +35,7 @@ def told(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
         (MINI, "--lr_power 2.0", "polynomial"),
         (MINI, "--lr_num_cycles 2", "cosine_with_restarts"),
         (MINI, "--lr_warmup_steps 10", "constant_with_warmup"),
-        (PRODIGY, "--use_8bit_adam", "--optimizer AdamW"),
+        (PRODIGY, "--use_8bit_adam", "--optimizer adamw"),
         (f"{PRODIGY} --train_text_encoder", "--text_encoder_lr 5e-06", "--learning_rate"),
         (f"{MINI} --max_train_steps 9", "--num_train_epochs 2", "--max_train_steps"),
         (MINI, "--snr_weighting diffusers", "--snr_gamma"),

@@ -81,11 +81,14 @@ def test_every_column_has_its_recipe_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_recipe_holds_every_figure_of_its_column(name: str) -> None:
+def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None:
     table, column = COLUMNS[name]
     recipe = yaml.safe_load(text_of(name))
+    values = vars(parse_text(["--config", str(RECIPES / f"{name}.yaml")]))
     for row, figure in rows(table, column).items():
         compare(row, figure, recipe)
+        compare(row, figure, values)
+    assert (values["max_train_steps"], values["lr_warmup_steps"]) == (None, None)
     assert recipe["model_name_or_path"] == MODELS[table]
     assert recipe["method"] == "bilora"
     assert recipe["auxiliary_rank"] == TABLES[table][column]["LoRA Rank"]
@@ -107,16 +110,6 @@ def test_its_head_names_source_command_and_other_arms(name: str) -> None:
         steps = figures["Batch Size"] // micro
         full += f" --train_batch_size {micro} --gradient_accumulation_steps {steps}"
     assert f"{full.replace('e-0', 'e-')}." in arms
-
-
-@pytest.mark.parametrize("name", COLUMNS)
-def test_a_run_takes_every_figure_of_its_column(name: str) -> None:
-    table, column = COLUMNS[name]
-    values = vars(parse_text(["--config", str(RECIPES / f"{name}.yaml")]))
-    for row, figure in rows(table, column).items():
-        compare(row, figure, values)
-    assert values["max_train_steps"] is None
-    assert values["lr_warmup_steps"] is None
 
 
 @pytest.mark.parametrize("name", [name for name in COLUMNS if name.startswith("t5_base/")])
