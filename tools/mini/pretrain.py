@@ -27,6 +27,7 @@ import transformers
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from bilora_diffusion.durable import replacing
 from tools.mini import icons as icon_module
 from tools.mini.icons import DREAMBOOTH_PROMPT, VARIANTS, IconSet
 from tools.mini.text2image import (
@@ -99,9 +100,8 @@ def all_latents(vae: AutoencoderKL, icon_set: IconSet, path: Path) -> Latents:
         stack = np.stack([stack, stack[:, :, :, ::-1]], axis=2)
         mean, std = encode_all(vae, stack.reshape(-1, *stack.shape[3:]))
         shape = (count, len(VARIANTS), 2, *mean.shape[1:])
-        partial = path.with_suffix(".partial")
-        save_file({"mean": mean.reshape(shape), "std": std.reshape(shape)}, partial)
-        partial.replace(path)
+        with replacing(path) as aside:
+            save_file({"mean": mean.reshape(shape), "std": std.reshape(shape)}, aside)
     stored = load_file(path)
     return Latents(stored["mean"], stored["std"], float(1 / stored["mean"][:, 0].std()))
 

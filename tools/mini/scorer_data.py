@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from bilora_diffusion.durable import replacing
 from bilora_diffusion.errors import UserError
 from tools.mini import trainer
 from tools.mini.icons import VARIANTS, Icon, IconSet, recolour
@@ -83,9 +84,8 @@ def gather_pictures(
         sources = np.stack([allowed, *round_trips(vae, allowed, seed)], axis=1)
         solid = np.zeros((count, *sources.shape[1:]), dtype=np.uint8)
         solid[~hidden] = sources[: int((~hidden).sum())]
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, solid=solid, flat=sources[int((~hidden).sum()) :])
-        partial.replace(path)
+        with replacing(path) as aside:
+            np.savez(aside, solid=solid, flat=sources[int((~hidden).sum()) :])
     stored = np.load(path)
     solid, flat = stored["solid"], stored["flat"]
     empty = ~solid.any(axis=(1, 2, 3, 4))

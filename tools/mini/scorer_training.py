@@ -190,9 +190,8 @@ def export(
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in model.state_dict().items()
     }
-    partial = folder / f"{durable.TEMPORARY}open_clip_model.safetensors"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "open_clip_model.safetensors")
+    with durable.replacing(folder / "open_clip_model.safetensors") as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
     bank = [form.format(label=label) for form in (SOLID_FORM, FLAT_FORM) for label in labels]
     durable.write_text(folder / scorer.CAPTIONS_FILE, "".join(f"{line}\n" for line in bank))
     durable.write_text(folder / "open_clip_config.json", durable.dump_json(config))

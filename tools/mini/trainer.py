@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bilora_diffusion import durable
+from bilora_diffusion.durable import replacing
 from bilora_diffusion.run import state_codec
 from bilora_diffusion.train.averaging import Average
 
@@ -101,14 +101,12 @@ class Run:
         optimizer = state_codec.encode(self.optimizer.state_dict(), "optimizer", tensors)
         named = tensors.named | self.average.tensors()
         named |= {f"model/{name}": value for name, value in self.parameters.items()}
-        partial = path.with_name(durable.TEMPORARY + path.name)
         metadata = {
             "identity": self.identity,
             "state": json.dumps(state | {"optimizer": optimizer}),
         }
-        save_file(state_codec.separate(named.items()), partial, metadata=metadata)
-        durable.sync(partial)
-        partial.replace(path)
+        with replacing(path) as aside:
+            save_file(state_codec.separate(named.items()), aside, metadata=metadata)
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
