@@ -66,17 +66,18 @@ class Dynamics(Evaluation):
         self._note(by_group(subjects))
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from . import courses
+        from .courses import OF_LAYERS
 
-        for layer, course in self.courses[subject.label].items():
-            whole = layer == self.layer
-            for name, values in course.values.items():
-                if whole or name in courses.OF_LAYERS:
-                    for step, value in values.items():
-                        yield subject.row(name, value, step=step, item="" if whole else layer)
-            if whole:
-                for name, value in course.figures().items():
-                    yield subject.row(name, value)
+        read = self.courses[subject.label]
+        for name, values in read[self.layer].values.items():
+            for step, value in values.items():
+                yield subject.row(name, value, step=step)
+        for name, value in read[self.layer].figures().items():
+            yield subject.row(name, value)
+        for layer in self.small[subject.group]:
+            for name in OF_LAYERS:
+                for step, value in read[layer].values.get(name, {}).items():
+                    yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from .key_figures import key_figures

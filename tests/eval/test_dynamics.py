@@ -186,9 +186,10 @@ def test_the_files_are_whole(late: tuple[Path, Result]) -> None:
 def test_one_layer_and_named_groups(
     late: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--layer", "unet.up.to_out", "--group", f"mine={late[0] / AUXILIARY}0"]
+    words = ["--layer", "unet.up.to_out", "--group", f"mine={late[0]}/sam{AUXILIARY}0"]
     assert dynamics.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     result = table.read(tmp_path / "out")
     assert (result.groups, result.settings["layer"]) == (["mine"], "unet.up.to_out")
     assert any("one seed" in note for note in result.notes)
+    assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
     assert (tmp_path / "out" / table.REPORT).read_text() in capsys.readouterr().out
