@@ -1,4 +1,4 @@
-"""Where the votes of the blind comparison are kept, and their CSV file. No widgets here.
+"""The votes of the blind comparison: where they are kept, and their CSV file. No widgets here.
 
     votes = Votes(Path("demo/votes.sqlite"))
     votes.add(ballot, "left", voter)
@@ -16,14 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
 from bilora_diffusion.errors import UserError
-
-from .voting import Ballot, Contestant, Vote
 
 FILE = "votes.sqlite"
 SCHEMA_VERSION = 1
@@ -49,6 +47,56 @@ CREATE TABLE votes (
     session TEXT NOT NULL
 ) STRICT
 """
+
+
+@dataclass(frozen=True, order=True)
+class Contestant:
+    """An adapter as votes know it: trained again under the same label, it is another one.
+
+    Args:
+        label: what tables show.
+        digest: of the weights; "" for the base model.
+    """
+
+    label: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """Two images of one prompt and seed, their sides drawn.
+
+    Args:
+        token: random; names the ballot to the browser, and lets it be cast once.
+    """
+
+    token: str
+    scores: str
+    prompt: str
+    seed: int
+    left: Contestant
+    right: Contestant
+    file_left: str
+    file_right: str
+
+
+@dataclass(frozen=True)
+class Vote:
+    """A row of the table; ``time`` is UTC, ISO 8601."""
+
+    time: str
+    scores: str
+    prompt: str
+    seed: int
+    left: Contestant
+    right: Contestant
+    choice: str
+    session: str
+
+    @property
+    def winner(self) -> Contestant | None:
+        """The adapter that was chosen; None for a tie."""
+        return {"left": self.left, "right": self.right}.get(self.choice)
 
 
 def write_csv(votes: Iterable[Vote], file: TextIO) -> None:

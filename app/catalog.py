@@ -14,18 +14,23 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import runlog
 from bilora_diffusion.run.runlog import RUN
+from eval import table
 from eval.table import EARLIER, FILE, REPORT
 
-from . import readers
 from .runs import RunItem, named
-from .scored import Scored
+from .scored import Scored, scored
+
+SCORES = "clip_scores"
+WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "adapter_model.safetensors")
+"""What a run exports: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
 DEPTH = 6
 """How deep below the root folders are looked at."""
@@ -50,7 +55,7 @@ class ScoresItem:
 
     def file(self, name: str) -> str:
         """A file of this folder, relative to the root, for :meth:`Catalog.resolve`."""
-        return str(PurePosixPath(self.path) / name)
+        return _join(self.path, name)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ class Catalog:
                 continue
             below = []
             for entry in entries:
-                path = str(PurePosixPath(folder) / entry.name)
+                path = _join(folder, entry.name)
                 if entry.name in SKIPPED or entry.name.startswith("."):
                     continue
                 if entry.is_symlink() and Path(entry.path).is_dir():
@@ -227,19 +232,23 @@ class Catalog:
     def _look(self, folder: str, names: set[str], scan: _Scan) -> None:
         shown = self.name if folder == "." else folder
         if RUN in names:
-            record = self._one(folder, RUN, readers.run, scan)
+            record = self._one(folder, RUN, read_run, scan)
             if record is not None:
-                steps = readers.steps(self.root / folder)
-                item = RunItem(folder, shown, record, self._weights(folder, names), steps)
-                scan.runs.append(item)
+                weights = next((_join(folder, name) for name in WEIGHTS if name in names), None)
+                steps = read_steps(self.root / folder)
+                scan.runs.append(RunItem(folder, shown, record, weights, steps))
         if FILE in names:
-            result = self._one(folder, FILE, readers.result, scan)
+            result = self._one(folder, FILE, read_result, scan)
             if isinstance(result, Scored):
                 scan.scores.append(ScoresItem(folder, shown, result))
             elif result is not None:
-                pictures = self._pictures(folder, result["figures"], names, scan)
-                report = str(PurePosixPath(folder) / REPORT)
-                scan.figures.append(FigureItem(folder, shown, result["kind"], pictures, report))
+                listed = result["figures"]
+                if missing := [name for name in listed if name not in names]:
+                    reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
+                    scan.broken.append(Broken(folder, reason))
+                pictures = [_join(folder, name) for name in listed if name in names]
+                item = FigureItem(folder, shown, result["kind"], pictures, _join(folder, REPORT))
+                scan.figures.append(item)
             return
         for file in sorted(EARLIER.keys() & names):
             again = f"run python -m eval.{EARLIER[file]} again"
@@ -252,7 +261,7 @@ class Catalog:
         path = self.root / folder / file
         scan.files.add((folder, file))
         try:
-            path = self.resolve(str(PurePosixPath(folder) / file))
+            path = self.resolve(_join(folder, file))
             status = path.stat()
             stamp = (status.st_mtime_ns, status.st_size)
             kept = self._read.get((folder, file))
@@ -272,17 +281,46 @@ class Catalog:
         scan.broken.append(Broken(folder, reason))
         return None
 
-    def _weights(self, folder: str, names: set[str]) -> str | None:
-        for name in readers.WEIGHTS:
-            if name in names:
-                return str(PurePosixPath(folder) / name)
-        return None
 
-    def _pictures(
-        self, folder: str, listed: Sequence[str], names: set[str], scan: _Scan
-    ) -> list[str]:
-        missing = [name for name in listed if name not in names]
-        if missing:
-            reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
-            scan.broken.append(Broken(folder, reason))
-        return [str(PurePosixPath(folder) / name) for name in listed if name in names]
+def _join(folder: str, name: str) -> str:
+    return str(PurePosixPath(folder) / name)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """``run.json``, with a method, a status and a config.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    record = runlog.read_run(path.parent)
+    for key, kind in (("method", str), ("status", str), ("config", dict)):
+        if not isinstance(record.get(key), kind):
+            raise UserError(f"{path.name} has no {key}: train the run again")
+    return record
+
+
+def read_steps(folder: Path) -> tuple[int, ...]:
+    """The steps at which a run made validation images, in order."""
+    images = (folder / "validation").glob("step-*/000.png")
+    names = [path.parent.name.removeprefix("step-") for path in images]
+    return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+
+def read_result(path: Path) -> Scored | dict[str, Any]:
+    """A result: its images, or of another command what ``result.json`` says.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    record = table.head(path.parent)
+    if record["kind"] == SCORES:
+        return scored(table.read(path.parent))
+    pictures = record.get("figures")
+    if not isinstance(pictures, list) or not all(_is_name(name) for name in pictures):
+        raise UserError(f"{path} is damaged: run python -m eval.{record['kind']} again")
+    return record
+
+
+def _is_name(name: object) -> bool:
+    """Whether a figure's name is that of a file beside the result."""
+    return isinstance(name, str) and name == Path(name).name

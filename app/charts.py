@@ -1,17 +1,30 @@
-"""Which training curves there are, drawn for the chosen runs. No widgets here."""
+"""Which training curves there are for the chosen runs, drawn as HTML. No widgets here.
+
+Lines are an SVG that fits any width, with text beside it in the page's font. The lines' names stand
+at their ends, so that no legend has to be looked up, and what stands behind (each step's loss, the
+training set) is faint. Colours are of runs, the same in every plot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 from bilora_diffusion.text.metrics import METRICS
 
-from .plot import COLORS, Line, plot
 from .runs import CONTROL, RunItem
-from .training_data import Points, Progress, radius, series, smooth
+from .training_data import Points, Progress, radius, series, smooth, thin
+
+COLORS = ("#0f766e", "#c2410c", "#4f46e5", "#be185d", "#4d7c0f", "#0369a1", "#854d0e", "#7e22ce")
+"""Of runs, in light; ``style.css`` has the same places for the dark."""
+TICKS = 5
+LABEL_HEIGHT = 0.065
+"""Of a line's name, as a share of the plot's height."""
+LOWEST = 0.95
+"""Place of the lowest name, above the numbers of the axis."""
 
 
 @dataclass(frozen=True)
@@ -162,3 +175,108 @@ def colors_of(chosen: Sequence[str], known: Sequence[str]) -> dict[str, int]:
         found[path] = own if own in free else free[0]
         free.remove(found[path])
     return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve.
+
+    Args:
+        name: at its end and for screen readers.
+        color: place in :data:`COLORS`; None for a line that belongs to no run, such as rho.
+        faint: whether it stands behind the others, without a name of its own.
+        wide: whether it is drawn broadly under the others, so that it shows beside one on it.
+    """
+
+    name: str
+    points: Points
+    color: int | None
+    faint: bool = False
+    wide: bool = False
+
+
+def plot(name: str, title: str, caption: str, lines: Sequence[Line], zero: bool = False) -> str:
+    """A plot as HTML; "" where no line has a point.
+
+    Args:
+        name: of its element in the page.
+        zero: whether a line at 0 belongs to it, as in a difference.
+    """
+    lines = [replace(line, points=thin(line.points)) for line in lines if line.points]
+    if not lines:
+        return ""
+    low, high = limits([value for line in lines for _, value in line.points], zero)
+    last = max(1, *(line.points[-1][0] for line in lines))
+
+    def y(value: float) -> float:
+        return 1 - (value - low) / (high - low)
+
+    order = sorted(lines, key=lambda line: (not line.faint, not line.wide))
+    drawn = "".join(_path(line, last, y) for line in order)
+    if zero:
+        drawn = f'<path class="zero" d="M0 {y(0):.4f}H1"/>' + drawn
+    down = "".join(_tick("top", y(value), f"{value:g}") for value in ticks(low, high))
+    along = "".join(_tick("left", value / last, f"{value:g}") for value in ticks(0, last))
+    ends = [f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines if not line.faint]
+    said = escape(f"{title}: {'; '.join(ends)}")
+    return (
+        f'<figure class="plot" id="training-{name}"><h4>{escape(title)}</h4>'
+        f'<p>{escape(caption)}</p><div class="area" role="img" aria-label="{said}">'
+        f'<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">{drawn}</svg>'
+        f'<div class="down">{down}</div><div class="along">{along}</div>{_names(lines, y)}</div>'
+        "</figure>"
+    )
+
+
+def limits(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
+    """The ends of the vertical axis, a little beyond the values; rare peaks are cut off."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    near = ordered[int(0.99 * len(ordered))]
+    if len(ordered) > 50 and high - low > 3 * (near - low) > 0:
+        high = near
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two, about five."""
+    raw = (high - low) / TICKS
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * n for n in (1, 2, 2.5, 5, 10) if unit * n >= raw)
+    first, final = math.ceil(low / step), math.floor(high / step)
+    return [float(f"{n * step:.12g}") for n in range(first, final + 1)]
+
+
+def _path(line: Line, last: int, y: Callable[[float], float]) -> str:
+    d = "L".join(f"{step / last:.5f} {y(value):.5f}" for step, value in line.points)
+    kind = _color(line) + " faint" * line.faint + " wide" * (line.wide and not line.faint)
+    return f'<path class="{kind}" d="M{d}"><title>{escape(line.name)}</title></path>'
+
+
+def _color(line: Line) -> str:
+    return "of-none" if line.color is None else f"of-{line.color}"
+
+
+def _tick(side: str, at: float, text: str) -> str:
+    return f'<span style="{side}: {100 * at:.2f}%">{text}</span>'
+
+
+def _names(lines: Sequence[Line], y: Callable[[float], float]) -> str:
+    """Names at the lines' ends, moved apart where two would lie over one another."""
+    named = sorted(
+        (line for line in lines if not line.faint), key=lambda line: y(line.points[-1][1])
+    )
+    places: list[float] = []
+    for line in named:
+        wanted = min(max(y(line.points[-1][1]), LOWEST - 1), LOWEST)
+        places.append(max(wanted, places[-1] + LABEL_HEIGHT) if places else wanted)
+    over = max(0.0, places[-1] - LOWEST) if places else 0.0
+    text = "".join(
+        f'<span class="{_color(line)}" style="top: {100 * (at - over):.2f}%">'
+        f"{escape(line.name)}</span>"
+        for line, at in zip(named, places, strict=True)
+    )
+    return f'<div class="names">{text}</div>'

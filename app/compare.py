@@ -1,7 +1,6 @@
 """The Compare tab: validation images, then scored images side by side and a slider over a pair.
 
-What is shown is computed in ``compare_data`` and written in ``compare_html``; here are the widgets
-and the way from one to the other.
+What is shown is computed in ``compare_data`` and written in ``compare_html``.
 """
 
 from __future__ import annotations
@@ -9,23 +8,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import gradio as gr
 from PIL import Image
 
+from bilora_diffusion import mini
 from bilora_diffusion.errors import UserError
 from eval.clip_scores.names import METRICS
 
-from . import commands, compare_html, pictures, validation
 from . import compare_data as data
+from . import compare_html, parts, validation
 from .catalog import Catalog, ScoresItem
 from .compare_data import View
-from .scored import Scored
-from .slider import pair
+from .parts import QUIET
 
 UNSCORED = "no image has a score"
+MEASURE = "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
 PICK = """
 element.addEventListener('click', (event) => {
   const row = event.target.closest('[data-prompt]');
@@ -58,7 +59,6 @@ ADDRESS = """
 }
 """
 """Puts the view into the browser's address, beside what else is there (``__theme``)."""
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 """One after the other, so that the last choice is the one that stays on the screen."""
 
@@ -70,7 +70,7 @@ class _Tab:
         self._events(page, signs)
 
     def _widgets(self) -> None:
-        self.prompt = gr.State(0)
+        self.prompt = gr.State("")
         self.empty = gr.HTML(visible=False, apply_default_css=False)
         self.means = gr.HTML(elem_id="compare-means", apply_default_css=False, visible=False)
         with gr.Column(visible=False) as self.body, gr.Row(equal_height=False):
@@ -116,27 +116,27 @@ class _Tab:
     def _events(self, page: gr.Blocks, signs: Sequence[Any]) -> None:
         choice = [self.scores, self.a, self.b, self.also, self.seed, self.metric]
         choice += [self.order, self.words, self.prompt]
-        shown = [self.title, self.place, self.list, self.cards, self.slider, self.query]
-        shown += [self.means]
-        widgets = [self.empty, self.body, *choice]
-        page.load(self.open, inputs=[], outputs=[*widgets, *shown], **ORDERED)
-        gr.on(signs, self.again, self.query, [*widgets, *shown], **ORDERED)
-        self.scores.input(self.change_scores, self.scores, [*widgets, *shown], **ORDERED)
+        shown = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
+        shown += [self.query, self.means]
+        everything = [self.empty, self.body, *choice[:-1], *shown]
+        page.load(self.open, inputs=[], outputs=everything, **ORDERED)
+        gr.on(signs, self.again, self.query, everything, **ORDERED)
+        self.scores.input(self.change_scores, self.scores, everything, **ORDERED)
         chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
         gr.on(
             [*(widget.input for widget in chosen), self.words.change],
             self.show,
             choice,
-            [self.prompt, *shown],
+            shown,
             trigger_mode="always_last",
             **ORDERED,
         )
-        self.list.select(self.pick, choice, [self.prompt, *shown], **ORDERED)
+        self.list.select(self.pick, choice, shown, **ORDERED)
         for button, by in ((self.previous, -1), (self.next, 1)):
             button.click(
                 lambda *values, by=by: self.step(by, *values),
                 choice,
-                [self.prompt, *shown],
+                shown,
                 trigger_mode="multiple",
                 **ORDERED,
             )
@@ -158,10 +158,10 @@ class _Tab:
         there = {item.path: item for item in self.catalog.scores()}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
-            there = bool(commands.measurable(self.catalog, "clip_scores"))
-            text = commands.empty("No scored images yet", self._measure()) if there else ""
-            nothing = [gr.skip()] * 16
-            return [gr.update(value=text, visible=there), gr.update(visible=False), *nothing]
+            command = parts.measure(self.catalog, "clip_scores", MEASURE)
+            runs = parts.measurable(self.catalog, "clip_scores")
+            text = parts.empty("No scored images yet", command) if runs else ""
+            return [parts.shown(text), gr.update(visible=False), *[gr.skip()] * 16]
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
         if asked and asked not in items and not quiet:
@@ -174,124 +174,107 @@ class _Tab:
         return [gr.update(visible=False), gr.update(visible=True), *self._set(view, items)]
 
     def _set(self, view: View, items: dict[str, ScoresItem]) -> list[Any]:
-        item = items[view.scores]
-        names = [(adapter.label, at) for at, adapter in enumerate(item.result.adapters)]
-        scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
+        result, names = items[view.scores].result, items[view.scores].result.labels
+        scores = [(METRICS[name].title, name) for name in data.metrics(result)]
         scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
+        seeds = [(str(seed), seed) for seed in result.settings.seeds]
+        folders = [(item.name, path) for path, item in items.items()]
         return [
-            gr.update(
-                choices=[(item.name, path) for path, item in items.items()],
-                value=view.scores,
-                visible=len(items) > 1,
-            ),
+            gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
             gr.update(choices=names, value=view.a),
             gr.update(choices=names, value=view.b),
             gr.update(choices=names, value=list(view.also), visible=len(names) > 2),
-            gr.update(choices=[(str(seed), seed) for seed in item.result.seeds], value=view.seed),
+            gr.update(choices=seeds, value=view.seed),
             gr.update(choices=scores, value=view.metric),
             view.order,
             view.words,
-            *self._shown(view, item),
+            *self._shown(view, items[view.scores]),
         ]
 
     def show(self, *values: Any) -> list[Any]:
         """What the widgets choose; nothing while the page is being filled."""
         if not values[0]:
             return [gr.skip()] * 8
-        view, item = self._view(*values)
-        return self._shown(view, item)
+        return self._shown(*self._view(*values))
 
     def pick(self, event: gr.EventData, *values: Any) -> list[Any]:
         """A prompt of the list."""
         view, item = self._view(*values)
-        prompt = event._data["prompt"]
-        if not isinstance(prompt, int) or not 0 <= prompt < len(item.result.prompts):
+        at, texts = event._data["prompt"], item.result.texts
+        if not isinstance(at, int) or not 0 <= at < len(texts):
             raise gr.Error("There is no such prompt.")
-        return self._shown(replace(view, prompt=prompt), item)
+        return self._shown(replace(view, prompt=texts[at]), item)
 
     def step(self, by: int, *values: Any) -> list[Any]:
         """The next or the previous prompt of the list."""
         view, item = self._view(*values)
-        prompt = data.neighbour(_listed(view, item.result), view.prompt, by)
+        prompt = data.neighbour(data.listed(view, item.result), view.prompt, by)
         return self._shown(replace(view, prompt=prompt), item)
 
     def _view(self, *values: Any) -> tuple[View, ScoresItem]:
         scores, a, b, also, seed, metric, order, words, prompt = values
         for item in self.catalog.scores():
-            if item.path == scores and prompt < len(item.result.prompts):
-                view = View(scores, a, b, tuple(also or ()), prompt, seed, metric, order)
-                return replace(view, words=words or ""), item
+            known = item.result.labels
+            if item.path == scores and prompt in item.result.texts and {a, b} <= set(known):
+                also = tuple(label for label in also or () if label in known)
+                return View(scores, a, b, also, prompt, seed, metric, order, words or ""), item
         raise gr.Error("These scores have gone or changed: load the page again.")
 
     def _shown(self, view: View, item: ScoresItem) -> list[Any]:
         """Prompt, title, place, list, cards, slider, query and means."""
-        result, listed = item.result, _listed(view, item.result)
-        pictures_of = {at: self._picture(item, view, at) for at in view.adapters}
-        labels = [adapter.label for adapter in result.adapters]
-        order = [row.prompt for row in listed]
+        result, listed = item.result, data.listed(view, item.result)
+        pictures = {label: self._picture(item, view, label) for label in view.adapters}
+        order = [row.text for row in listed]
         place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
-        text = compare_html.heading(result.prompts[view.prompt].text)
+        means = f'<h3 id="scores">Scored images</h3><p class="quiet">{escape(item.name)}</p>'
         return [
             view.prompt,
-            text,
+            f"<h3>{escape(view.prompt)}</h3>",
             place,
-            compare_html.prompt_list(
-                listed, view.prompt, view.metric, labels[view.a], labels[view.b]
-            ),
-            compare_html.cards(result, self._cards(item, view, pictures_of)),
-            pair(pictures_of[view.a], pictures_of[view.b], (labels[view.a], labels[view.b])),
-            data.link(view, result),
-            gr.update(value=_means(view, item), visible=True),
+            compare_html.prompt_list(listed, view.prompt, view.a, view.b),
+            compare_html.cards(result, self._cards(item, view, pictures)),
+            parts.slider(pictures[view.a], pictures[view.b], (view.a, view.b)),
+            data.link(view),
+            parts.shown(means + compare_html.summary(result, view.a, view.b)),
         ]
 
-    def _measure(self) -> tuple[str, str]:
-        what = "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
-        return commands.measure(self.catalog, "clip_scores", what)
-
-    def _picture(self, item: ScoresItem, view: View, adapter: int) -> Image.Image | None:
-        image = data.find(item.result, adapter, view.prompt, view.seed)
+    def _picture(self, item: ScoresItem, view: View, label: str) -> Image.Image | None:
+        image = item.result.images.get((label, view.prompt, view.seed))
         if image is None:
             return None
         try:
-            return pictures.read(self.catalog.resolve(item.file(image.file)))
+            return parts.read(self.catalog.resolve(item.file(image.file)))
         except UserError as error:
             gr.Warning(str(error))
             return None
 
     def _cards(
-        self, item: ScoresItem, view: View, found: dict[int, Image.Image | None]
+        self, item: ScoresItem, view: View, pictures: dict[str, Image.Image | None]
     ) -> list[compare_html.Card]:
-        shown = []
-        for at, picture in found.items():
-            image = data.find(item.result, at, view.prompt, view.seed)
-            role = "A" if at == view.a else "B" if at == view.b else ""
-            near = self._other(pictures.nearest, item, image.nearest_image if image else None)
-            address = pictures.data_uri(picture) if picture else None
-            label = item.result.adapters[at].label
-            shown.append(compare_html.Card(label, address, image, near, role))
-        reference = item.result.prompts[view.prompt].reference
-        truth = self._other(pictures.truth, item, reference)
+        cards = []
+        for label, picture in pictures.items():
+            image = item.result.images.get((label, view.prompt, view.seed))
+            role = "A" if label == view.a else "B" if label == view.b else ""
+            near = self._named(item, image.nearest_image if image else None, mini.train_dir())
+            address = parts.data_uri(picture) if picture else None
+            cards.append(compare_html.Card(label, address, image, near, role))
+        truth = self._named(item, item.result.prompt(view.prompt).reference, mini.heldout_dir())
         if truth:
-            lines = ["the held-out picture that the prompt describes"]
-            shown.append(compare_html.Card("ground truth", truth, lines=lines))
-        return shown
+            line = "the held-out picture that the prompt describes"
+            cards.append(compare_html.Card("ground truth", truth, line=line))
+        return cards
 
-    def _other(self, find: Any, item: ScoresItem, name: str | None) -> str | None:
+    def _named(self, item: ScoresItem, name: str | None, package: Path) -> str | None:
+        """A picture that a result names: a file of its folder, else one of the package's own, of
+        which only plain names are looked for; None where it leads out of the root.
+        """
+        if not name:
+            return None
         try:
-            picture = find(self.catalog, item.path, name)
+            found = parts.address(self.catalog.resolve(item.file(name)))
         except UserError:  # the card still names it
             return None
-        return pictures.data_uri(picture) if picture else None
-
-
-def _listed(view: View, result: Scored) -> list[data.Row]:
-    found = data.rows(result, view.a, view.b, view.metric)
-    return data.arranged(found, view.metric, view.order, view.words)
-
-
-def _means(view: View, item: ScoresItem) -> str:
-    where = f'<h3 id="scores">Scored images</h3><p class="quiet">{escape(item.name)}</p>'
-    return where + compare_html.summary(item.result, view.a, view.b)
+        return found or (parts.address(package / name) if name == Path(name).name else None)
 
 
 def build(catalog: Catalog, page: gr.Blocks, runs: Sequence[Any], scores: Sequence[Any]) -> None:

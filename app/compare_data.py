@@ -1,19 +1,16 @@
 """What the Compare tab shows, as plain data: scores per prompt, order, one view, its link.
 
-Pure functions on a ``Scored``; no files and no widgets. Adapters and prompts are positions in
-the result's lists.
+Pure functions on a ``Scored``; no files and no widgets. Adapters are called by their labels and
+prompts by their texts, so that a link survives scoring again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, stdev
+from dataclasses import dataclass, fields, replace
 from urllib.parse import urlencode
 
-from scipy import stats
-
+from eval import compare
 from eval.clip_scores.names import METRICS
 from eval.table import Summary
 
@@ -31,7 +28,7 @@ IMAGE_METRICS = tuple(name for name in METRICS if name != "diversity")
 
 @dataclass(frozen=True)
 class View:
-    """One comparison on the screen.
+    """One comparison on the screen; its link has the same parts in the same order.
 
     Args:
         scores: path of the score folder.
@@ -44,17 +41,17 @@ class View:
     """
 
     scores: str
-    a: int
-    b: int
-    also: tuple[int, ...]
-    prompt: int
+    a: str
+    b: str
+    also: tuple[str, ...]
+    prompt: str
     seed: int
     metric: str
     order: str = "gain"
     words: str = ""
 
     @property
-    def adapters(self) -> tuple[int, ...]:
+    def adapters(self) -> tuple[str, ...]:
         """All that are shown, each once, the pair first."""
         return tuple(dict.fromkeys((self.a, self.b, *self.also)))
 
@@ -64,16 +61,17 @@ class Row:
     """A prompt in the list; scores are means over the seeds that both adapters have.
 
     Args:
+        at: its place among the prompts.
         name: what the prompt names, where the prompt set says, else its text.
-        certain: whether the 95 % interval (Student's t over the seeds) of the change leaves out 0.
+        tone: of the change, see :func:`tone`.
     """
 
-    prompt: int
+    at: int
     name: str
     text: str
     a: float | None
     b: float | None
-    certain: bool = False
+    tone: str = "even"
 
     @property
     def change(self) -> float | None:
@@ -83,7 +81,8 @@ class Row:
 
 def metrics(result: Scored) -> list[str]:
     """Scores that any image has, in their usual order."""
-    return [name for name in IMAGE_METRICS if any(name in image.scores for image in result.images)]
+    there = {name for image in result.images.values() for name in image.scores}
+    return [name for name in IMAGE_METRICS if name in there]
 
 
 def times_100(value: float | None) -> str:
@@ -91,60 +90,70 @@ def times_100(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def rows(result: Scored, a: int, b: int, metric: str) -> list[Row]:
+def tone(line: Summary | None) -> str:
+    """A difference as "up" (better), "down", or "even": what chance alone explains."""
+    known = METRICS.get(line.metric) if line else None
+    judged = compare.verdict(line, known.higher_is_better) if line and known else None
+    return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
+
+
+def rows(result: Scored, a: str, b: str, metric: str) -> list[Row]:
     """All prompts with the pair's scores, in the prompt set's order."""
-    found: dict[tuple[int, int], dict[int, float]] = {}
-    for image in result.images:
-        if metric in image.scores:
-            found.setdefault((image.prompt, image.adapter), {})[image.seed] = image.scores[metric]
+    values = [row for row in result.result.select(metric) if row.value is not None]
+    seeds = {(row.subject, row.item, row.seed) for row in values}
 
-    def row(prompt: int) -> Row:
-        one, other = found.get((prompt, a), {}), found.get((prompt, b), {})
+    def counts(item: str, seed: int | None) -> bool:
         # A seed that one of the two lacks would make the difference one of noise.
-        seeds = one.keys() & other.keys() or one.keys() | other.keys()
-        means = [
-            fmean(scores[seed] for seed in sorted(seeds) if seed in scores) if scores else None
-            for scores in (one, other)
-        ]
-        entry = result.prompts[prompt]
-        differences = [other[seed] - one[seed] for seed in sorted(one.keys() & other.keys())]
-        name = entry.instance or entry.text
-        return Row(prompt, name, entry.text, *means, certain=_leaves_out_zero(differences))
+        return (a, item, seed) in seeds and (b, item, seed) in seeds
 
-    return [row(prompt) for prompt in sorted({image.prompt for image in result.images})]
+    paired = {row.item for row in values if counts(row.item, row.seed)}
+    values = [
+        replace(row, group=row.subject)
+        for row in values
+        if row.subject in (a, b) and (row.item not in paired or counts(row.item, row.seed))
+    ]
+    interval = compare.student_interval
+    lines = {(s.group, s.item): s for s in compare.summaries(values, a, interval=interval)}
+
+    def row(at: int, text: str) -> Row:
+        one, two = lines.get((a, text)), lines.get((b, text))
+        means = (one.mean if one else None, two.mean if two else None)
+        return Row(at, result.prompt(text).instance or text, text, *means, tone=tone(two))
+
+    drawn = {text for _, text, _ in result.images}
+    return [row(at, text) for at, text in enumerate(result.texts) if text in drawn]
 
 
-def _leaves_out_zero(differences: Sequence[float]) -> bool:
-    count = len(differences)
-    if count < 2:
-        return False
-    half = stats.t.ppf(0.975, count - 1) * stdev(differences) / sqrt(count)
-    return bool(abs(fmean(differences)) > half)
-
-
-def comparison(result: Scored, a: int, b: int, metric: str) -> Summary | None:
+def comparison(result: Scored, a: str, b: str, metric: str) -> Summary | None:
     """Adapter b minus adapter a over all prompts, where the scoring compared the two."""
-    control, group = (result.adapters[at].label for at in (a, b))
-    for line in result.summaries:
-        if (line.metric, line.control, line.group) == (metric, control, group):
-            return line
-    return None
+    line, other = (result.result.summary(group, metric) for group in (b, a))
+    if line is not None and line.control == a and line.difference is not None:
+        return line
+    if other is None or other.control != b or other.difference is None:
+        return None
+    low, high = other.difference_interval or (None, None)
+    return replace(
+        other,
+        difference=-other.difference,
+        difference_low=None if high is None else -high,
+        difference_high=None if low is None else -low,
+    )
 
 
-def arranged(found: Sequence[Row], metric: str, order: str, words: str = "") -> list[Row]:
+def arranged(listed: Sequence[Row], metric: str, order: str, words: str = "") -> list[Row]:
     """The rows as they are listed.
 
     A gain is a change for the better: for memorization, where lower is better, a decrease. Prompts
     without a score come last.
 
     Args:
-        found: see :func:`rows`.
+        listed: see :func:`rows`.
         metric: of the rows.
         order: key of :data:`ORDERS`.
         words: case is ignored.
     """
-    wanted = words.casefold().split()
-    kept = [row for row in found if all(word in row.text.casefold() for word in wanted)]
+    parts = words.casefold().split()
+    kept = [row for row in listed if all(word in row.text.casefold() for word in parts)]
     if order == "name":
         return sorted(kept, key=lambda row: row.name.casefold())
     if order == "list":
@@ -158,65 +167,49 @@ def arranged(found: Sequence[Row], metric: str, order: str, words: str = "") -> 
     )
 
 
-def neighbour(listed: Sequence[Row], prompt: int, step: int) -> int:
+def listed(view: View, result: Scored) -> list[Row]:
+    """The prompts of a view."""
+    found = rows(result, view.a, view.b, view.metric)
+    return arranged(found, view.metric, view.order, view.words)
+
+
+def neighbour(listed: Sequence[Row], prompt: str, step: int) -> str:
     """The prompt ``step`` rows on, at most the last or first; the first when it is not listed."""
-    order = [row.prompt for row in listed]
-    if not order:
-        return prompt
+    order = [row.text for row in listed]
     if prompt not in order:
-        return order[0]
+        return order[0] if order else prompt
     return order[min(max(order.index(prompt) + step, 0), len(order) - 1)]
-
-
-def find(result: Scored, adapter: int, prompt: int, seed: int) -> ScoredImage | None:
-    """One image's record."""
-    for image in result.images:
-        if (image.adapter, image.prompt, image.seed) == (adapter, prompt, seed):
-            return image
-    return None
 
 
 def best(images: Sequence[ScoredImage]) -> dict[str, float]:
     """Metric -> the best score among images; without those that do not judge and ties of all."""
-    found: dict[str, float] = {}
+    leaders: dict[str, float] = {}
     for name in IMAGE_METRICS:
         values = [image.scores[name] for image in images if name in image.scores]
         direction = METRICS[name].higher_is_better
         if direction is None or len({round(value, 6) for value in values}) < 2:
             continue
-        found[name] = max(values) if direction else min(values)
-    return found
+        leaders[name] = max(values) if direction else min(values)
+    return leaders
 
 
 def first_view(scores: str, result: Scored) -> View:
     """What is shown before anything is chosen: the first two adapters, the largest gain."""
-    there = sorted({image.adapter for image in result.images})
-    a, b = (there * 2)[:2] if there else (0, 0)
+    drawn = {label for label, _, _ in result.images}
+    there = [label for label in result.labels if label in drawn] or result.labels
+    a, b = (there * 2)[:2]
     metric = next(iter(metrics(result)), "i2t")
-    listed = arranged(rows(result, a, b, metric), metric, "gain")
-    prompt = listed[0].prompt if listed else 0
-    seeds = result.seeds or [0]
+    order = arranged(rows(result, a, b, metric), metric, "gain")
+    prompt = order[0].text if order else next(iter(result.texts), "")
+    seeds = result.settings.seeds or [0]
     return View(scores, a, b, tuple(there[2:4]), prompt, seeds[0], metric)
 
 
-def link(view: View, result: Scored) -> str:
-    """The query that reopens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``.
-
-    Labels and texts stand in it and not positions, so that it survives scoring again.
-    """
-    labels = [adapter.label for adapter in result.adapters]
-    words: list[tuple[str, str]] = [
-        ("scores", view.scores),
-        ("a", labels[view.a]),
-        ("b", labels[view.b]),
-        ("also", ",".join(labels[at] for at in view.also)),
-        ("prompt", result.prompts[view.prompt].text),
-        ("seed", str(view.seed)),
-        ("metric", view.metric),
-        ("order", view.order),
-        ("words", view.words),
-    ]
-    return "?" + urlencode([(key, value) for key, value in words if value])
+def link(view: View) -> str:
+    """The query that reopens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
+    words = {one.name: getattr(view, one.name) for one in fields(View)}
+    words |= {"also": ",".join(view.also), "seed": str(view.seed)}
+    return "?" + urlencode({key: value for key, value in words.items() if value})
 
 
 def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View, list[str]]:
@@ -230,36 +223,22 @@ def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View,
         The view, and a sentence for each part that is not there (any more).
     """
     first, missing = first_view(scores, result), []
-    labels = [adapter.label for adapter in result.adapters]
-    texts = [prompt.text for prompt in result.prompts]
-
-    def at(key: str, names: Sequence[str], otherwise: int) -> int:
-        if key not in query:
-            return otherwise
-        if query[key] in names:
-            return names.index(query[key])
-        missing.append(f'The link names "{query[key]}" as {key}, which is not there.')
-        return otherwise
-
-    def one_of(key: str, names: Sequence[str], otherwise: str) -> str:
-        return names[at(key, names, names.index(otherwise))]
-
-    a, b = at("a", labels, first.a), at("b", labels, first.b)
     also = first.also
     if "a" in query:
         # Labels may hold commas, so they are looked for and the text is not cut apart.
         named = f",{query.get('also', '')},"
-        also = tuple(at for at, label in enumerate(labels) if f",{label}," in named)
-    seeds = [str(seed) for seed in result.seeds or [0]]
-    view = View(
-        scores,
-        a,
-        b,
-        tuple(at for at in also if at not in (a, b)),
-        at("prompt", texts, first.prompt),
-        int(one_of("seed", seeds, str(first.seed))),
-        one_of("metric", metrics(result) or [first.metric], first.metric),
-        one_of("order", list(ORDERS), first.order),
-        query.get("words", ""),
-    )
-    return view, missing
+        also = tuple(label for label in result.labels if f",{label}," in named)
+    choices: dict[str, Sequence[str]] = {
+        "a": result.labels,
+        "b": result.labels,
+        "prompt": result.texts,
+        "seed": [str(seed) for seed in result.settings.seeds],
+        "metric": metrics(result),
+        "order": list(ORDERS),
+    }
+    parts = {key: query[key] for key in choices if key in query}
+    for key in [key for key, value in parts.items() if value not in choices[key]]:
+        missing.append(f'The link names "{parts.pop(key)}" as {key}, which is not there.')
+    seed = int(parts.pop("seed", first.seed))
+    view = replace(first, **parts, seed=seed, words=query.get("words", ""))
+    return replace(view, also=tuple(one for one in also if one not in (view.a, view.b))), missing

@@ -1,24 +1,224 @@
-"""What the Generate tab asks for, and the thread that draws it. No widgets here."""
+"""What the Generate tab asks for, the thread that draws it, and the pipeline. No widgets here.
+
+One pipeline is in memory at a time, and whoever draws with it has waited in line for a turn.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.pipeline import MINI
+from bilora_diffusion.image.pipeline import MINI, load_pipeline
+from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.run.console import quiet
+from eval.clip_scores.adapters import applied
+from eval.command import open_device
+from eval.sources import find
 
 from .catalog import Catalog
-from .models import MAX_SEED, MAX_STEPS, Base, Models, Request, Stopped
 from .runs import RunItem
 
 BASE = ""
 """Stands for the base model among the paths of runs."""
+MAX_STEPS, MAX_SEED = 200, 2**32 - 1
+
+
+class Stopped(Exception):
+    """Generation was stopped by whoever asked for it."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as a run's config names it."""
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    vae: str | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Base:
+        """The base model of a run."""
+        return cls(
+            config.get("pretrained_model_name_or_path") or MINI,
+            config.get("revision"),
+            config.get("variant"),
+            config.get("cache_dir"),
+            config.get("pretrained_vae_model_name_or_path"),
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn.
+
+    Args:
+        prompt, seed, steps, guidance_scale: as in diffusers.
+        scale: of the adapter.
+        size: side in pixels; None for the model's own.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    scale: float
+    size: int | None = None
+
+
+class Models:
+    """Keeps one pipeline loaded.
+
+    Args:
+        device: such as "cuda:1"; None for a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = open_device(device)
+        self._line: deque[object] = deque()
+        self._moved = threading.Condition()
+        self._base: Base | None = None
+        self._pipeline: Any = None
+
+    @contextmanager
+    def turn(self, stop: threading.Event, on_wait: Callable[[int], None]) -> Iterator[None]:
+        """Wait in line for the pipeline, first come, first served, and have it within.
+
+        Args:
+            stop: leaves the line.
+            on_wait: called with the number of those before, whenever it changes.
+
+        Raises:
+            Stopped: ``stop`` was set.
+        """
+        ticket, told = object(), 0
+        with self._moved:
+            self._line.append(ticket)
+        try:
+            with self._moved:
+                while ahead := self._line.index(ticket):
+                    if stop.is_set():
+                        raise Stopped
+                    if ahead != told:
+                        told = ahead
+                        on_wait(ahead)
+                    self._moved.wait(0.1)
+            yield
+        finally:
+            with self._moved:
+                self._line.remove(ticket)
+                self._moved.notify_all()
+
+    def draw(
+        self,
+        base: Base,
+        adapter: Path | None,
+        request: Request,
+        *,
+        stop: threading.Event,
+        on_step: Callable[[int], None],
+    ) -> Image:
+        """One image; to be called within :meth:`turn`.
+
+        Args:
+            base: loaded when it is not.
+            adapter: run folder; None for the base model alone.
+            stop: when set, work ends before the next step.
+            on_step: called with the number of each step, from 1, before it is taken.
+
+        Raises:
+            Stopped: ``stop`` was set.
+            UserError: the base model is not on this machine, or the adapter does not fit it.
+        """
+        pipeline = self._load(base)
+        subject = find("base" if adapter is None else str(adapter))
+        with (
+            applied(pipeline, subject, request.scale),
+            _watched(pipeline.unet, stop, on_step),
+        ):
+            return generate(
+                pipeline,
+                [request.prompt],
+                [request.seed],
+                size=request.size or side(pipeline),
+                steps=request.steps,
+                guidance_scale=request.guidance_scale,
+            )[0]
+
+    def _load(self, base: Base) -> Any:
+        if self._base != base:
+            self._base = self._pipeline = None  # frees the memory before the next one takes it
+            quiet()
+            half = torch.float16 if self.device.type == "cuda" else torch.float32
+            pipeline = load_pipeline(
+                local(base),
+                dtype=torch.float32 if base.name == MINI else half,
+                variant=base.variant,
+                vae=local(Base(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
+            )
+            self._pipeline, self._base = pipeline.to(self.device), base
+        return self._pipeline
+
+
+def local(base: Base) -> str:
+    """The folder of a base model: the viewer itself downloads nothing.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
+    if base.name == MINI or Path(base.name).exists():
+        return base.name
+    try:
+        return snapshot_download(
+            base.name, revision=base.revision, cache_dir=base.cache_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        raise UserError(
+            f'the base model "{base.name}" is not on this machine: download it with'
+            f" hf download {base.name}, or put its folder there"
+        ) from error
+
+
+def side(pipeline: Any) -> int:
+    """Side of the images that a pipeline makes by itself, in pixels."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+@contextmanager
+def _watched(
+    unet: torch.nn.Module, stop: threading.Event, on_step: Callable[[int], None]
+) -> Iterator[None]:
+    """Count the denoiser's calls, one a step, and end the sampling when told to."""
+    taken = 0
+
+    def before(*_: Any) -> None:
+        nonlocal taken
+        if stop.is_set():
+            raise Stopped
+        taken += 1
+        on_step(taken)
+
+    handle = unet.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass

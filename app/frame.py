@@ -1,4 +1,5 @@
-"""The page around the tabs: title, what was found, notices, and how it is served.
+"""The page around the tabs: title, what was found, notices, how it is served, and what of Gradio's
+server is closed: outside addresses and uploads.
 
 A tab is a module with ``build(catalog, ...)``, called inside its ``gr.Tab``. The page's layout is
 made once, when the viewer starts, so a tab fills its lists when a page is loaded, and again when
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import compare, generate, results, training, vote
 from .catalog import Catalog
-from .guard import Guard
+from .parts import QUIET, shown
 
 HERE = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
@@ -26,6 +30,14 @@ LISTED = 8
 """Broken folders that are named in the notice; the others are counted."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
+CLOSED = ("/upload", "/proxy=", "/monitoring", "/file=http", "/deep_link")
+"""Routes by which Gradio would fetch an outside address, take files, or count visitors."""
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
+    " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none'"
+)
+"""The browser itself then refuses whatever is not from this server. Gradio's page needs inline
+scripts and styles."""
 
 
 def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
@@ -57,49 +69,38 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
         def look() -> list[Any]:
             catalog.look()
-            return [title(catalog), _notice(catalog), *(catalog.sign(kind) for kind in seen)]
+            return [title(catalog), shown(notices(catalog)), *(catalog.sign(kind) for kind in seen)]
 
         gr.on(
             [page.load, gr.Timer(RESCAN_SECONDS).tick],
             look,
             inputs=[],
             outputs=[heading, notice, *seen.values()],
-            show_progress="hidden",
-            api_visibility="private",
+            **QUIET,
         )
     return page
 
 
 def title(catalog: Catalog) -> str:
     """The page's heading: the root's name and how much was found there."""
-    counts = (
-        (len(catalog.runs()), "run", "runs"),
-        (len(catalog.scores()), "score folder", "score folders"),
-        (len(catalog.figures()), "result", "results"),
-    )
-    found = ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in counts)
-    return f"<h1>{TITLE}</h1><p><b>{html.escape(catalog.name)}</b> · {found}</p>"
+    items = {"run": catalog.runs(), "score folder": catalog.scores(), "result": catalog.figures()}
+    counts = [f"{len(some)} {what}{'s' * (len(some) != 1)}" for what, some in items.items()]
+    return f"<h1>{TITLE}</h1><p><b>{html.escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
 
 def notices(catalog: Catalog) -> str:
-    """Which folders are broken."""
+    """Which folders are broken; "" without one."""
     broken = catalog.broken()
-    text = ""
-    if broken:
-        rows = "".join(
-            f"<li><code>{html.escape(row.path)}</code> {html.escape(row.reason)}</li>"
-            for row in broken[:LISTED]
-        )
-        more = len(broken) - LISTED
-        rows += f"<li>and {more} more</li>" if more > 0 else ""
-        what = "1 folder is" if len(broken) == 1 else f"{len(broken)} folders are"
-        text += f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
-    return text
-
-
-def _notice(catalog: Catalog) -> Any:
-    text = notices(catalog)
-    return gr.update(value=text, visible=bool(text))
+    if not broken:
+        return ""
+    rows = "".join(
+        f"<li><code>{html.escape(row.path)}</code> {html.escape(row.reason)}</li>"
+        for row in broken[:LISTED]
+    )
+    more = len(broken) - LISTED
+    rows += f"<li>and {more} more</li>" if more > 0 else ""
+    what = "1 folder is" if len(broken) == 1 else f"{len(broken)} folders are"
+    return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
 def _theme() -> gr.themes.Base:
@@ -160,3 +161,30 @@ def launch(catalog: Catalog, *, host: str, port: int, device: str | None) -> Non
     where = f"[{host}]" if ":" in host else host
     print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)
     page.block_thread()
+
+
+class Guard:
+    """ASGI middleware: closes routes that the viewer does not need and sends the policy above."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].lower().removeprefix("/gradio_api")
+        if path.startswith(CLOSED):
+            await PlainTextResponse("This route is closed.", 403)(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "same-origin"
+            await send(message)
+
+        await self.app(scope, receive, answer)

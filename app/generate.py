@@ -14,19 +14,16 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 
-from . import commands, pictures
+from . import parts
 from .catalog import Catalog
-from .drawing import BASE, Work, checked, drawable, sides
-from .models import Models
-from .runs import ordered
-from .runs import pair as first_pair
-from .slider import pair
+from .drawing import BASE, Models, Work, checked, drawable, sides
+from .parts import QUIET
+from .runs import ordered, pair
 
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 IDLE_SECONDS = 0.2
 VISITORS = 16
 """Those who may stand in line with their place shown; Gradio's own queue holds the others."""
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(catalog: Catalog, signs: Sequence[Any], device: str | None = None) -> None:
@@ -106,13 +103,13 @@ class _Tab:
         """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
         runs = ordered([run for run in self.catalog.runs() if drawable(run)])
         named = [("base model", BASE), *((run.name, run.path) for run in runs)]
-        first = [BASE, BASE, *(run.path for run in first_pair(runs))][-2:]
+        first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
         there = {path for _, path in named}
         kept = a in there and b in there and {a, b} != {BASE}
         a, b = (a, b) if kept else first
-        text = "" if runs else commands.empty("No trained run yet", commands.demo(self.catalog))
-        note = gr.update(value=text, visible=bool(text))
-        return [gr.update(choices=named, value=a), gr.update(choices=named, value=b), note]
+        text = "" if runs else parts.empty("No trained run yet", parts.demo(self.catalog))
+        lists = [gr.update(choices=named, value=value) for value in (a, b)]
+        return [*lists, parts.shown(text)]
 
     def generate(
         self,
@@ -172,7 +169,7 @@ def _followed(work: Work) -> Iterator[Any]:
             yield (
                 message(value),
                 _cards(work, images),
-                pair(images[0], images[1], (work.sides[0][0], work.sides[1][0])),
+                parts.slider(images[0], images[1], (work.sides[0][0], work.sides[1][0])),
             )
             return
         if kind == "stopped":
@@ -201,14 +198,9 @@ def _progress(work: Work, position: int, step: int, ahead: int) -> str:
 
 
 def _cards(work: Work, images: list[Image.Image]) -> str:
-    text = ""
-    for position, (label, _) in enumerate(work.sides):
-        role = f'<span class="role">{"AB"[position]}</span>'
-        picture = '<div class="absent"></div>'
-        if position < len(images):
-            address = pictures.data_uri(images[position])
-            picture = pictures.tag(address, label)
-        text += (
-            f'<figure class="card"><div class="name">{role}{escape(label)}</div>{picture}</figure>'
-        )
-    return f'<div class="cards">{text}</div>'
+    addresses = [parts.data_uri(image) for image in images] + [None] * len(work.sides)
+    cards = [
+        parts.card(label, address, role)
+        for (label, _), address, role in zip(work.sides, addresses, "AB", strict=False)
+    ]
+    return f'<div class="cards">{"".join(cards)}</div>'

@@ -12,8 +12,9 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 
-from . import commands
+from . import parts
 from .catalog import Catalog, FigureItem
+from .parts import QUIET
 
 TITLES = {
     "landscape": "Loss landscape",
@@ -41,19 +42,19 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
     def load(now: str | None) -> Update:
         results = listed(catalog)
         if not results:
-            return {notice: gr.update(value=_empty(catalog), visible=True)}
+            return {notice: parts.shown(_empty(catalog))}
         choices = [
             (f"{TITLES.get(item.kind, item.kind)}: {item.name}", _key(item)) for item in results
         ]
         keys = [key for _, key in choices]
         return {
-            notice: gr.update(visible=False),
+            notice: parts.shown(""),
             body: gr.update(visible=True),
             chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
 
     shown = [notice, body, chosen]
-    gr.on(signs, load, [chosen], shown, show_progress="hidden", api_visibility="private")
+    gr.on(signs, load, [chosen], shown, **QUIET)
 
     @gr.render([chosen], triggers=[chosen.change, *signs[1:]], show_progress="hidden")
     def show(key: str | None) -> None:
@@ -67,14 +68,14 @@ def _empty(catalog: Catalog) -> str:
     steps = [("generalization", "Training and held-out loss over time, of runs that measured it:")]
     if any(run.is_text for run in runs):
         steps = [*steps, ("text_scores", "Scores of text runs by what they recorded:")]
-    if commands.measurable(catalog, "landscape") or not runs:
+    if parts.measurable(catalog, "landscape") or not runs:
         steps = [("landscape", "How flat the minima are that runs end in:"), *steps]
-    if commands.measurable(catalog, "dynamics"):
+    if parts.measurable(catalog, "dynamics"):
         steps = [*steps, ("dynamics", "How the adapters moved, of runs with --log_dynamics:")]
     flags = {"text_scores": ("--benchmarks", "heldout")}
-    return commands.empty(
+    return parts.empty(
         "No results yet",
-        *(commands.measure(catalog, name, what, *flags.get(name, ())) for name, what in steps),
+        *(parts.measure(catalog, name, what, *flags.get(name, ())) for name, what in steps),
     )
 
 

@@ -1,18 +1,19 @@
-"""A result of ``eval.clip_scores`` image by image, as the Compare and Vote tabs look at it.
-
-Adapters and prompts are called by their positions.
-"""
+"""A result of ``eval.clip_scores`` image by image, as the Compare and Vote tabs look at it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from eval.table import Entry, Result, Summary
+from bilora_diffusion.errors import UserError
+from eval.table import FILE, Result
+
+NOTES = {"t2t": "caption", "nearest": "nearest_image"}
+"""Metric -> what of an image is the note beside its value."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,8 @@ class Prompt:
 class ScoredImage:
     """An image: its file relative to the result's folder, and what was measured of it."""
 
-    adapter: int
-    prompt: int
-    seed: int
     file: str
-    scores: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float]
     caption: str | None = None
     nearest_image: str | None = None
 
@@ -53,60 +51,73 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """All images, and each score's mean and difference to the control's."""
+class Settings:
+    """How a result was measured, as far as the viewer shows it."""
 
-    adapters: Sequence[Entry]
-    prompts: list[Prompt]
-    images: list[ScoredImage]
-    seeds: list[int]
-    scorer: Model
-    captioner: Model | None = None
-    summaries: Sequence[Summary] = ()
-
-
-@dataclass(frozen=True)
-class _Settings:
     prompts: list[Prompt]
     seeds: list[int]
     scorer: Model
     captioner: Model | None
 
 
+Key = tuple[str, str, int]
+"""Label of the adapter, text of the prompt, seed."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A result and what its settings say."""
+
+    result: Result
+    settings: Settings
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the adapters."""
+        return [entry.label for entry in self.result.subjects]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Of the prompts."""
+        return [prompt.text for prompt in self.settings.prompts]
+
+    def prompt(self, text: str) -> Prompt:
+        """The prompt of a text."""
+        return self.settings.prompts[self.texts.index(text)]
+
+    @cached_property
+    def images(self) -> dict[Key, ScoredImage]:
+        """All images."""
+        found: dict[Key, dict[str, Any]] = {}
+        for row in self.result.select("image"):
+            found[row.subject, row.item, row.seed or 0] = {"file": row.note, "scores": {}}
+        for row in self.result.rows:
+            image = found.get((row.subject, row.item, row.seed or 0))
+            if image is None or row.value is None:
+                continue
+            image["scores"][row.metric] = row.value
+            if row.metric in NOTES:
+                image[NOTES[row.metric]] = row.note
+        return {key: ScoredImage(**image) for key, image in found.items()}
+
+
 def scored(result: Result) -> Scored:
-    """A result as images.
+    """A result of ``eval.clip_scores``, its parts checked against one another.
 
     Raises:
-        ValueError: a part of its settings is missing.
-        KeyError: a row is of no subject or prompt that it lists.
+        UserError: a part of its settings is missing, or an image is of no adapter or prompt that
+            it lists.
     """
-    settings = _settings().validate_python(result.settings)
-    adapters = {entry.label: at for at, entry in enumerate(result.subjects)}
-    prompts = {prompt.text: at for at, prompt in reversed(list(enumerate(settings.prompts)))}
-    images: dict[tuple[str, str, int | None], dict[str, Any]] = {}
-    for row in result.rows:
-        if row.metric == "image":
-            place = {"adapter": adapters[row.subject], "prompt": prompts[row.item]}
-            image = place | {"seed": row.seed or 0, "file": row.note, "scores": {}}
-            images[row.subject, row.item, row.seed] = image
-    for row in result.rows:
-        image = images.get((row.subject, row.item, row.seed))
-        if image is None or row.value is None:
-            continue
-        image["scores"][row.metric] = row.value
-        if note := {"t2t": "caption", "nearest": "nearest_image"}.get(row.metric):
-            image[note] = row.note
-    return Scored(
-        result.subjects,
-        settings.prompts,
-        [ScoredImage(**image) for image in images.values()],
-        settings.seeds,
-        settings.scorer,
-        settings.captioner,
-        result.summaries,
-    )
+    again = f"{FILE} is damaged: run python -m eval.{result.kind} again"
+    try:
+        found = Scored(result, _settings().validate_python(result.settings))
+    except ValueError as error:
+        raise UserError(again) from error
+    if not all(label in found.labels and text in found.texts for label, text, _ in found.images):
+        raise UserError(again)
+    return found
 
 
 @cache
-def _settings() -> TypeAdapter[_Settings]:
-    return TypeAdapter(_Settings)
+def _settings() -> TypeAdapter[Settings]:
+    return TypeAdapter(Settings)

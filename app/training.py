@@ -13,10 +13,10 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.durations import duration
 
-from . import commands, readers
-from .catalog import Catalog
-from .charts import Failed, Shown, colors_of, draw
-from .plot import COLORS
+from . import parts
+from .catalog import Catalog, read_run
+from .charts import COLORS, Failed, Shown, colors_of, draw
+from .parts import QUIET
 from .runs import RunItem, ordered
 from .training_data import Reader, memory, progress, radius
 
@@ -102,20 +102,18 @@ class _Page:
 
     def connect(self, signs: Sequence[Any]) -> None:
         """Attach what happens to the widgets."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         chosen, shown = [self.runs, self.window], [self.cards, self.drawn, self.plots]
-        gr.on(signs, self._load, [self.runs], [self.notice, self.body, self.runs], **quiet)
-        gr.on([self.runs.change, self.window.release], self._draw, chosen, shown, **quiet)
-        self.timer.tick(self._tick, [*chosen, self.drawn], shown, **quiet)
+        gr.on(signs, self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
+        gr.on([self.runs.change, self.window.release], self._draw, chosen, shown, **QUIET)
+        self.timer.tick(self._tick, [*chosen, self.drawn], shown, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> dict[Any, Any]:
         runs = sorted(
             self.catalog.runs(), key=lambda run: str(run.record.get("started_at")), reverse=True
         )
         if not runs:
-            what = commands.demo(self.catalog), commands.train(self.catalog)
-            text = commands.empty("No runs yet", *what)
-            return {self.notice: gr.update(value=text, visible=True)}
+            what = parts.demo(self.catalog), parts.train(self.catalog)
+            return {self.notice: parts.shown(parts.empty("No runs yet", *what))}
         there = {run.path for run in runs}
         going = [run.path for run in runs if run.status == "running"]
         latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
@@ -124,7 +122,7 @@ class _Page:
         new = [path for path in going if path not in kept][: len(COLORS) - len(kept)]
         choices = [(run.name, run.path) for run in runs]
         return {
-            self.notice: gr.update(visible=False),
+            self.notice: parts.shown(""),
             self.body: gr.update(visible=True),
             self.runs: gr.update(choices=choices, value=[*kept, *new] if kept else first),
         }
@@ -158,14 +156,13 @@ class _Page:
             files = [
                 self.catalog.resolve(f"{path}/{file}") for file in (runlog.RUN, runlog.METRICS)
             ]
-            record = readers.run(folder / runlog.RUN)
+            record = read_run(folder / runlog.RUN)
             rows = self.reader.read(folder)
             written = max(file.stat().st_mtime for file in files if file.exists())
             state = progress(record, rows, written)
             return Shown(replace(run, record=record), color, rows, state)
         except (UserError, OSError) as error:
-            reason = " ".join(str(error).split()).replace(str(self.catalog.root), self.catalog.name)
-            return Failed(run.name, color, reason)
+            return Failed(run.name, color, parts.plain(error, self.catalog))
 
     def _seen(self, runs: Sequence[Shown | Failed], window: int) -> tuple[Any, ...]:
         """Changes whenever there is something new to show."""

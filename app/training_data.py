@@ -1,18 +1,17 @@
 """What training curves are drawn from: a run's metrics as they grow, and its state. No widgets.
 
-rows = Reader().read(folder)              # only what was added since the last call is read
+rows = Reader().read(folder)              # read again only where the file has changed
 smooth(series(rows, "loss"), window=25)
 radius(record, last_step=120)             # rho over the steps
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,11 @@ RADIUS_POINTS = 101
 RECENT_STEPS = 50
 
 
-@dataclass
-class _Kept:
-    identity: tuple[int, int] = (0, 0)  # of the file: a resumed run puts another in its place
-    stamp: tuple[int, int] = (-1, -1)  # size and time of change at the last reading
-    offset: int = 0  # behind the last whole line
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Reader:
     """Reads ``metrics.jsonl`` of runs again and again, for all users at once."""
 
     def __init__(self) -> None:
-        self._kept: dict[Path, _Kept] = {}
+        self._kept: dict[Path, tuple[object, list[dict[str, Any]]]] = {}
         self._lock = threading.Lock()
 
     def read(self, folder: Path) -> list[dict[str, Any]]:
@@ -59,38 +50,12 @@ class Reader:
         """
         path = Path(folder) / runlog.METRICS
         with self._lock:
-            try:
-                status = path.stat()
-            except OSError:  # it is not there yet, or the sentence is read_metrics' own
-                self._kept.pop(path, None)
-                return runlog.read_metrics(folder)
-            kept = self._kept.setdefault(path, _Kept())
-            identity = (status.st_dev, status.st_ino)
-            stamp = (status.st_size, status.st_mtime_ns)
-            if identity != kept.identity or status.st_size < kept.offset:
-                kept = self._kept[path] = _Kept(identity)
-            if stamp != kept.stamp:
-                try:
-                    added, length = _lines(path, kept.offset)
-                except (OSError, ValueError, KeyError, TypeError):
-                    del self._kept[path]
-                    return runlog.read_metrics(folder)  # says what is wrong with which line
-                kept.rows = kept.rows + added  # a new list: others may be reading the old one
-                kept.offset += length
-                kept.stamp = stamp
-            return kept.rows
-
-
-def _lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from ``offset`` on, and how many bytes they take."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read()
-    data = data[: data.rfind(b"\n") + 1]
-    rows = [json.loads(line) for line in data.split(b"\n")[:-1]]
-    for row in rows:
-        int(row["step"])
-    return rows, len(data)
+            status = path.stat() if path.exists() else None
+            stamp = status and (status.st_ino, status.st_size, status.st_mtime_ns)
+            kept = self._kept.get(path)
+            if kept is None or kept[0] != stamp:
+                kept = self._kept[path] = (stamp, runlog.read_metrics(folder))
+            return kept[1]
 
 
 def series(rows: Sequence[Row], key: str) -> Points:

@@ -14,8 +14,9 @@ import gradio as gr
 
 from bilora_diffusion.errors import UserError
 
-from . import commands, pictures
+from . import parts
 from .catalog import Catalog
+from .parts import QUIET
 from .runs import RunItem, ordered, pair
 
 COLUMNS = 6
@@ -28,7 +29,6 @@ element.addEventListener('input', (event) => {
   trigger('select', { step });
 });
 """
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(catalog: Catalog, signs: Sequence[Any]) -> None:
@@ -62,8 +62,7 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
         runs = ordered(with_images(catalog))
         if not runs:
             text = _empty(catalog) if not catalog.scores() else ""
-            hidden = gr.update(visible=False)
-            return [gr.update(value=text, visible=bool(text)), hidden, *[gr.skip()] * 3]
+            return [parts.shown(text), gr.update(visible=False), *[gr.skip()] * 3]
         there = {run.path for run in runs}
         paths = [path for path in paths if path in there] or [run.path for run in pair(runs)]
         choices = [(run.name, run.path) for run in runs]
@@ -76,10 +75,10 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
 
     def show(paths: list[str], at: int | None) -> list[Any]:
         runs = {run.path: run for run in with_images(catalog)}
-        wanted = [runs[path] for path in paths if path in runs]
-        steps = common_steps(wanted)
+        there = [runs[path] for path in paths if path in runs]
+        steps = common_steps(there)
         at = at if at in steps else (steps or [0])[-1]
-        return [range_of(steps, at), table(catalog, wanted, at)]
+        return [range_of(steps, at), table(catalog, there, at)]
 
     def move(paths: list[str], event: gr.EventData) -> tuple[Any, Any]:
         at = event._data["step"]
@@ -98,9 +97,9 @@ def with_images(catalog: Catalog) -> list[RunItem]:
 def _empty(catalog: Catalog) -> str:
     if catalog.runs():
         what = "Let a run make images while it trains:"
-        command = commands.train(catalog, "--validation_prompt", "a photo of TOK")[1]
-        return commands.empty("No validation images yet", (what, command))
-    return commands.empty("No images yet", commands.demo(catalog), commands.train(catalog))
+        command = parts.train(catalog, "--validation_prompt", "a photo of TOK")[1]
+        return parts.empty("No validation images yet", (what, command))
+    return parts.empty("No images yet", parts.demo(catalog), parts.train(catalog))
 
 
 def common_steps(runs: Sequence[RunItem]) -> list[int]:
@@ -150,9 +149,8 @@ def _cell(catalog: Catalog, name: str, run: RunItem, step: int, key: tuple[str, 
     address, keys = None, _keys(run)
     if key in keys:
         try:
-            address = pictures.address(catalog.resolve(run.image(step, keys.index(key))))
+            address = parts.address(catalog.resolve(run.image(step, keys.index(key))))
         except UserError:  # a link out of the root
             address = None
-    label = f"{name}: {key[0]}"
-    picture = pictures.tag(address, label) or f'<div class="absent">none at step {step}</div>'
+    picture = parts.image(address, f"{name}: {key[0]}", f"none at step {step}")
     return f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"

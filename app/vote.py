@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import functools
 import html
-import json
 import random
 import re
 import secrets
@@ -22,38 +21,12 @@ import gradio as gr
 
 from bilora_diffusion.errors import UserError
 
-from . import commands
-from .booth import ANY, Booth, Polls
+from . import parts
+from .ballots import Ballot
 from .catalog import Catalog
-from .voting import Ballot, Tally
+from .parts import QUIET, shown
+from .voting import ANY, Booth, Polls, Tally
 
-SHORTCUTS = {"1": "vote-left", "2": "vote-right", "0": "vote-tie"}
-KEYS = """
-if (!window.biloraVoteKeys) {
-    window.biloraVoteKeys = SHORTCUTS;
-    document.addEventListener("keydown", (event) => {
-        if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
-        const typing = "input, textarea, select, [contenteditable=true]";
-        if (event.target instanceof Element && event.target.closest(typing)) return;
-        const button = document.getElementById(window.biloraVoteKeys[event.key]);
-        if (!button || button.offsetParent === null) return;
-        event.preventDefault();
-        button.click();
-    });
-}
-""".replace("SHORTCUTS", json.dumps(SHORTCUTS))
-BALLOT_CSS = """
-div { display: grid; grid-template-columns: 1fr 1fr; gap: 0.75rem; margin-top: 0.75rem; }
-img { width: 100%; max-height: 70vh; object-fit: contain; border-radius: var(--radius-md);
-  background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
-"""
-TABLE_CSS = """
-table, thead, tbody, tr, th, td { border: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 0.4rem 0.75rem 0.4rem 0; vertical-align: top; }
-tr { border-bottom: 1px solid var(--border-color-primary); }
-.note { margin: 0.5rem 0; color: var(--body-text-color-subdued); }
-"""
 Update = dict[Any, Any]
 
 
@@ -84,14 +57,14 @@ class _Page:
                 )
             self.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
         with gr.Column(visible=False, elem_id="vote-booth") as self.stage:
-            self.ballot = gr.HTML(elem_id="vote-ballot", css_template=BALLOT_CSS)
+            self.ballot = gr.HTML(elem_id="vote-ballot", apply_default_css=False)
             with gr.Row():
                 self.buttons = {
                     "left": _button("Left", "vote-left", "primary"),
                     "tie": _button("Tie", "vote-tie", "secondary"),
                     "right": _button("Right", "vote-right", "primary"),
                 }
-            self.standing = gr.HTML(elem_id="vote-standing", js_on_load=KEYS)
+            self.standing = gr.HTML(elem_id="vote-standing", apply_default_css=False)
         with gr.Row(visible=False) as self.below:
             small: dict[str, Any] = {"size": "sm", "min_width": 140}
             self.stop = gr.Button(
@@ -100,27 +73,26 @@ class _Page:
             self.show = gr.Button("Show the result so far", elem_id="vote-show", **small)
             self.export = gr.Button("Votes as CSV", elem_id="vote-export", **small)
         self.file = gr.DownloadButton("votes.csv", visible="hidden", elem_id="vote-file")
-        self.result = gr.HTML(elem_id="vote-result", css_template=TABLE_CSS, visible=False)
+        self.result = gr.HTML(elem_id="vote-result", visible=False, apply_default_css=False)
         # The browser sends the token of the ballot that it shows, so that a second click on it that
         # is still on its way when the next one is drawn is not taken for a vote on the next.
         self.token = gr.Textbox(visible=False)
 
     def connect(self, signs: Sequence[Any]) -> None:
         """Attach what happens to the widgets."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         booth = [self.booth, self.voter, self.setup, self.stage, self.stop]
         booth += [self.notice, self.result]
         booth += [self.ballot, self.standing, self.token]
         setup = [self.notice, self.setup, self.below, self.scores]
-        gr.on(signs, self._load, [self.booth, self.scores], setup, **quiet)
-        self.scores.change(self._pairs, [self.scores], [self.pair], **quiet)
-        self.start.click(self._begin, [self.scores, self.pair, self.voter], booth, **quiet)
+        gr.on(signs, self._load, [self.booth, self.scores], setup, **QUIET)
+        self.scores.change(self._pairs, [self.scores], [self.pair], **QUIET)
+        self.start.click(self._begin, [self.scores, self.pair, self.voter], booth, **QUIET)
         for choice, button in self.buttons.items():
             cast = functools.partial(self._cast, choice)
-            button.click(cast, [self.token, self.booth, self.voter], booth, **quiet)
-        self.stop.click(lambda: {self.booth: None, **self._choosing()}, [], booth, **quiet)
-        self.show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **quiet)
-        self.export.click(self._export, [], [self.file, self.notice], **quiet).success(
+            button.click(cast, [self.token, self.booth, self.voter], booth, **QUIET)
+        self.stop.click(lambda: {self.booth: None, **self._choosing()}, [], booth, **QUIET)
+        self.show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
+        self.export.click(self._export, [], [self.file, self.notice], **QUIET).success(
             None, js="() => { document.getElementById('vote-file').click(); }"
         )
 
@@ -128,12 +100,12 @@ class _Page:
         items = self.polls.items()
         if not items:
             what = "A vote needs images of two runs from the same prompts and seeds:"
-            measure = commands.measure(self.catalog, "clip_scores", what)
-            return {self.notice: _shown(commands.empty("Nothing to vote on yet", measure))}
+            measure = parts.measure(self.catalog, "clip_scores", what)
+            return {self.notice: shown(parts.empty("Nothing to vote on yet", measure))}
         choices = [(item.name, item.path) for item in items]
         paths = [item.path for item in items]
         return {
-            self.notice: _shown(""),
+            self.notice: shown(""),
             self.setup: gr.update(visible=booth is None),
             self.below: gr.update(visible=True),
             self.scores: gr.update(choices=choices, value=chosen if chosen in paths else paths[0]),
@@ -158,29 +130,29 @@ class _Page:
     def _report(self, path: str | None, pair: str) -> Update:
         return self._or_notice(
             lambda: {
-                self.result: _shown(table(*self.polls.result(path, pair))),
-                self.notice: _shown(""),
+                self.result: shown(table(*self.polls.result(path, pair))),
+                self.notice: shown(""),
             }
         )
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
         return self._or_notice(
-            lambda: {self.file: str(self.polls.export(folder)), self.notice: _shown("")}
+            lambda: {self.file: str(self.polls.export(folder)), self.notice: shown("")}
         )
 
     def _or_notice(self, act: Callable[[], Update]) -> Update:
         try:
             return act()
         except (UserError, OSError) as error:
-            text = html.escape(" ".join(str(error).split()))
-            return {self.notice: _shown(f'<section class="broken"><b>{text}</b></section>')}
+            text = html.escape(parts.plain(error, self.catalog))
+            return {self.notice: shown(f'<section class="broken"><b>{text}</b></section>')}
 
     def _choosing(self) -> Update:
         return {
             self.setup: gr.update(visible=True),
             **{part: gr.update(visible=False) for part in (self.stage, self.stop)},
-            **{part: _shown("") for part in (self.notice, self.result)},
+            **{part: shown("") for part in (self.notice, self.result)},
         }
 
     def _voting(self, booth: Booth, voter: str) -> Update:
@@ -188,14 +160,14 @@ class _Page:
             self.booth: booth,
             self.setup: gr.update(visible=False),
             **{part: gr.update(visible=True) for part in (self.stage, self.stop)},
-            **{part: _shown("") for part in (self.notice, self.result)},
+            **{part: shown("") for part in (self.notice, self.result)},
             self.ballot: ballot(booth.ballot, *self.polls.images(booth.ballot)),
             self.standing: standing(*self.polls.done(booth, voter)),
             self.token: booth.ballot.token,
         }
 
 
-def ballot(shown: Ballot, left: bytes, right: bytes) -> str:
+def ballot(drawn: Ballot, left: bytes, right: bytes) -> str:
     """A ballot as HTML.
 
     The images (PNG) are in it, so that both sides and the prompt change at once: a vote while one
@@ -207,8 +179,8 @@ def ballot(shown: Ballot, left: bytes, right: bytes) -> str:
         for side, image in (("left", left), ("right", right))
     )
     return (
-        f'<p data-ballot="{shown.token}">Which is the better image of</p>'
-        f"<h3>{html.escape(shown.prompt)}</h3><div>{sides}</div>"
+        f'<p data-ballot="{drawn.token}">Which is the better image of</p>'
+        f'<h3>{html.escape(drawn.prompt)}</h3><div class="ballot">{sides}</div>'
     )
 
 
@@ -227,26 +199,21 @@ def table(rows: Sequence[Tally], voters: int) -> str:
     people = "1 voter" if voters == 1 else f"{voters} voters"
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
-        f'<p class="note">Votes of {people}. The win rate counts a tie as half; in brackets is the'
-        " 95 % interval of the share won among the votes that were no tie (Wilson).</p>"
+        f'<div class="scroll"><table class="tally"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="quiet">Votes of {people}. The win rate'
+        " counts a tie as half; in brackets is the 95 % interval of the share"
+        " won among the votes that were no tie (Wilson).</p>"
     )
 
 
 def _cells(row: Tally) -> str:
-    found, decided = row.interval, row.decided_rate
+    decided, interval = row.decided_rate, row.interval
     share = "–" if decided is None else f"{100 * decided:.0f} %"
-    if found is not None:
-        share += f" ({100 * found.low:.0f}–{100 * found.high:.0f})"
+    if interval is not None:
+        share += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
     names = f"<b>{html.escape(row.adapter.label)}</b> over {html.escape(row.other.label)}"
     counts = f"{row.wins}, {row.ties}, {row.losses}"
     return f"<td>{names}</td><td>{counts}</td><td>{100 * row.rate:.0f} %</td><td>{share}</td>"
-
-
-def _shown(text: str) -> Any:
-    """HTML that takes no place while it is empty."""
-    return gr.update(value=text, visible=bool(text))
 
 
 def _button(text: str, name: str, variant: Any) -> gr.Button:

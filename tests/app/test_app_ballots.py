@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from app.ballots import COLUMNS, SCHEMA_VERSION, Votes, write_csv
+from app.ballots import COLUMNS, SCHEMA_VERSION, Ballot, Contestant, Vote, Votes, write_csv
 from app.scored import Prompt, Scored, ScoredImage
-from app.voting import Ballot, Contestant, Tally, Vote, draw, pairings, tallies
+from app.voting import Tally, draw, pairings, tallies
 from bilora_diffusion.errors import UserError
 from tests.app.scored_images import scores_of
 
@@ -33,14 +33,14 @@ NOBODY = 65534
 
 def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> Scored:
     """Scores of ``prompts`` prompts and a general one, two seeds each."""
-    rows = [
-        ScoredImage(adapter, prompt, seed, f"images/{adapter}/{seed}/{prompt}.png")
-        for adapter in range(len(labels))
-        for prompt in range(prompts + 1)
+    texts = [*(f"icon {at}" for at in range(prompts)), "a photo"]
+    images = {
+        (label, text, seed): ScoredImage(f"images/{label}/{seed}/{text}.png", {})
+        for label in labels
+        for text in texts
         for seed in (0, 1)
-    ]
-    texts = [Prompt(f"icon {at}") for at in range(prompts)]
-    return scores_of(labels, [*texts, Prompt("a photo", general=True)], rows)
+    }
+    return scores_of(labels, [Prompt(text, general=text == "a photo") for text in texts], images)
 
 
 def ballot(token: str, left: Contestant = LORA, right: Contestant = BILORA) -> Ballot:
@@ -58,8 +58,8 @@ def test_only_images_of_one_prompt_and_seed_are_paired() -> None:
     for pairing in found:
         assert [a.label for a in pairing.adapters] == ["Bi-LoRA", "LoRA"]
         assert pairing.adapters[0].digest == "digest Bi-LoRA"
-        at = int(pairing.prompt.split()[1])
-        assert pairing.files == tuple(f"images/{a}/{pairing.seed}/{at}.png" for a in (1, 0))
+        names = (f"images/{a}/{pairing.seed}/{pairing.prompt}.png" for a in ("Bi-LoRA", "LoRA"))
+        assert pairing.files == tuple(names)
 
 
 def test_any_pair_or_a_chosen_one() -> None:
@@ -72,8 +72,10 @@ def test_any_pair_or_a_chosen_one() -> None:
 
 def test_an_image_that_only_one_adapter_has_is_no_pairing() -> None:
     scores = result()
-    scores = replace(scores, images=[r for r in scores.images if (r.adapter, r.prompt) != (1, 2)])
-    assert "icon 2" not in {p.prompt for p in pairings("s", scores)}
+    del scores.images["Bi-LoRA", "icon 2", 0]
+    found = {(p.prompt, p.seed) for p in pairings("s", scores)}
+    assert ("icon 2", 0) not in found
+    assert ("icon 2", 1) in found
 
 
 def test_nothing_comes_twice_before_everything_was_seen() -> None:
@@ -93,9 +95,8 @@ def test_the_file_of_a_side_is_its_adapters() -> None:
     choices = pairings("s", result())
     for seed in range(50):
         drawn = draw(choices, {}, random.Random(seed))
-        place = {"LoRA": "0", "Bi-LoRA": "1"}
-        assert drawn.file_left.split("/")[1] == place[drawn.left.label]
-        assert drawn.file_right.split("/")[1] == place[drawn.right.label]
+        assert drawn.file_left.split("/")[1] == drawn.left.label
+        assert drawn.file_right.split("/")[1] == drawn.right.label
 
 
 def test_sides_are_balanced_and_without_memory() -> None:

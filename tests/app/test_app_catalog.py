@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app import commands, readers, validation
+from app import catalog as catalogs
+from app import parts, validation
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered, pair
 from app.scored import Prompt, ScoredImage
@@ -40,8 +41,8 @@ def make_run(folder: Path, **changes: Any) -> Path:
 
 def make_scores(folder: Path) -> Path:
     """A score folder with one image."""
-    image = ScoredImage(0, 0, 0, "images/0.png", {"i2t": 0.25})
-    return write(scores_of(["lora"], [Prompt("a prompt")], [image]), folder)
+    images = {("lora", "a prompt", 0): ScoredImage("images/0.png", {"i2t": 0.25})}
+    return write(scores_of(["lora"], [Prompt("a prompt")], images), folder)
 
 
 def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
@@ -140,7 +141,7 @@ def test_commands_have_the_paths_that_a_shell_needs(
     for method in ("lora", "bilora"):
         make_run(root / method, method=method)
     monkeypatch.chdir(tmp_path)
-    _, command = commands.measure(Catalog(root), "clip_scores", "")
+    _, command = parts.measure(Catalog(root), "clip_scores", "")
     assert command == "python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'"
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
@@ -279,6 +280,6 @@ def test_files_that_have_not_changed_are_not_read_again(
 ) -> None:
     make_run(tmp_path / "a")
     catalog = Catalog(tmp_path)
-    monkeypatch.setattr(readers, "run", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
     catalog.refresh()
     assert [run.path for run in catalog.runs()] == ["a"]

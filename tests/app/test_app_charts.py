@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from app.charts import colors_of, differences, draw, radii, rates
+from app.charts import (
+    COLORS,
+    Line,
+    colors_of,
+    differences,
+    draw,
+    limits,
+    plot,
+    radii,
+    rates,
+    ticks,
+)
 from app.charts import loss as loss_lines
-from app.plot import COLORS, Line, limits, plot, ticks
 from tests.app.test_app_training import record, rows, shown
 
 

@@ -10,8 +10,18 @@ import pytest
 import torch
 
 from app.catalog import Catalog
-from app.drawing import BASE, Work, checked, drawable, sides
-from app.models import Base, Models, Request, Stopped, local
+from app.drawing import (
+    BASE,
+    Base,
+    Models,
+    Request,
+    Stopped,
+    Work,
+    checked,
+    drawable,
+    local,
+    sides,
+)
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate

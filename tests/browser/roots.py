@@ -10,11 +10,11 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL.Image import Image
 
-from app.scored import Model, Prompt, Scored, ScoredImage
+from app.scored import Key, Model, Prompt, Scored, ScoredImage
 from bilora_diffusion.image import script as train
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
-from tests.app.scored_images import adapter, write
+from tests.app.scored_images import scores_of, write
 from tests.scripts.runs import flags
 
 METHODS = ("lora", "bilora")
@@ -44,8 +44,8 @@ def make_scores(root: Path) -> Scored:
     folder, pipeline = root / "scores", load_pipeline("mini", dtype=torch.float32)
     jobs = [(prompt, seed) for prompt in range(len(SUBJECTS)) for seed in SEEDS]
     texts = [f"a ToK icon of a {name}, in the style of ToK" for name in SUBJECTS]
-    rows = []
-    for number, method in enumerate(METHODS):
+    images: dict[Key, ScoredImage] = {}
+    for method in METHODS:
         pipeline.load_lora_weights(str(root / method))
         drawn = generate(
             pipeline,
@@ -60,25 +60,19 @@ def make_scores(root: Path) -> Scored:
             file = f"images/{method}/seed-{seed}/{prompt:03}.png"
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / file)
-            rows.append(_score(number, prompt, seed, file, image))
-    scored = Scored(
-        adapters=[adapter(method, "0" * 8) for method in METHODS],
-        prompts=[
-            Prompt(text, name, reference)
-            for text, (name, reference) in zip(texts, SUBJECTS.items(), strict=True)
-        ],
-        images=rows,
-        seeds=list(SEEDS),
-        scorer=Model("test-CLIP", "For tests only."),
-        captioner=Model("test-captioner"),
-    )
+            images[method, texts[prompt], seed] = _score(file, image)
+    prompts = [
+        Prompt(text, name, reference)
+        for text, (name, reference) in zip(texts, SUBJECTS.items(), strict=True)
+    ]
+    scorer, captioner = Model("test-CLIP", "For tests only."), Model("test-captioner")
+    scored = scores_of(METHODS, prompts, images, SEEDS, scorer, captioner)
     write(scored, folder)
     return scored
 
 
-def _score(number: int, prompt: int, seed: int, file: str, image: Image) -> ScoredImage:
+def _score(file: str, image: Image) -> ScoredImage:
     pixels = np.asarray(image, dtype=float) / 255
     brightness, contrast = float(pixels.mean()), float(pixels.std())
     scores = {"i2t": brightness, "t2t": contrast, "truth": 1 - brightness, "nearest": contrast / 2}
-    caption = f"an icon of brightness {brightness:.1f}"
-    return ScoredImage(number, prompt, seed, file, scores, caption, NEAREST)
+    return ScoredImage(file, scores, f"an icon of brightness {brightness:.1f}", NEAREST)

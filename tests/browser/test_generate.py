@@ -77,19 +77,6 @@ def test_two_images_from_the_same_noise(
     assert again == [first[0], first[0]]  # the same adapter, noise and settings
 
 
-def test_cancel_ends_the_work_and_the_next_one_runs(enter: Callable[[], Page]) -> None:
-    page = enter()
-    number(page, "steps", 200)
-    page.locator("#generate-go").click()
-    expect(page.locator("#generate-status")).to_contain_text(UNDER_WAY)
-    page.locator("#generate-cancel").click()
-    expect(page.locator("#generate-status")).to_contain_text("Cancelled.")
-    expect(page.locator("#generate-status progress")).to_have_count(0)
-    number(page, "steps", 2)
-    page.locator("#generate-go").click()
-    assert len(finish(page)) == 2  # 400 steps would take minutes
-
-
 def test_a_visitor_who_leaves_does_not_hold_up_the_next(enter: Callable[[], Page]) -> None:
     page = enter()
     number(page, "steps", 200)
@@ -101,7 +88,11 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_next(enter: Callable[[], Page
     assert len(finish(other)) == 2
 
 
-def test_who_waits_is_told_and_can_cancel(enter: Callable[[], Page]) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("steps", 0, "steps is 0"), ("seed", -1, "seed is -1"), ("prompt", "", "prompt is empty")],
+)
+def test_who_waits_is_told_and_a_cancelled_work_makes_way(enter: Callable[[], Page]) -> None:
     first, second = enter(), enter()
     number(first, "steps", 200)
     first.locator("#generate-go").click()
@@ -111,34 +102,15 @@ def test_who_waits_is_told_and_can_cancel(enter: Callable[[], Page]) -> None:
     second.locator("#generate-cancel").click()
     expect(second.locator("#generate-status")).to_contain_text("Cancelled.")
     expect(first.locator("#generate-status")).to_contain_text(UNDER_WAY)
+    number(second, "seed", -1)
+    second.locator("#generate-go").click()
+    expect(second.get_by_test_id("toast-body")).to_contain_text("seed is -1")
+    number(second, "seed", 1)
+    second.locator("#generate-go").click()
+    expect(second.locator("#generate-status")).to_contain_text("Waiting: 1 before you.")
     first.locator("#generate-cancel").click()
     expect(first.locator("#generate-status")).to_contain_text("Cancelled.")
-
-
-def test_two_browsers_at_once(enter: Callable[[], Page]) -> None:
-    pages = [enter(), enter()]
-    number(pages[1], "seed", 1)
-    for page in pages:
-        page.locator("#generate-go").click()
-    one, other = (finish(page) for page in pages)
-    assert not set(one) & set(other)
-    alone = enter()
-    number(alone, "seed", 1)
-    alone.locator("#generate-go").click()
-    assert finish(alone) == other
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [("steps", 0, "steps is 0"), ("seed", -1, "seed is -1"), ("prompt", "", "prompt is empty")],
-)
-def test_bad_values_are_refused(
-    enter: Callable[[], Page], field: str, value: object, words: str
-) -> None:
-    page = enter()
-    box = page.locator(f"#generate-{field} input, #generate-{field} textarea")
-    box.fill(str(value))
-    box.blur()
-    page.locator("#generate-go").click()
-    expect(page.get_by_test_id("toast-body")).to_contain_text(words)
-    expect(page.locator(PICTURE)).to_have_count(0)
+    expect(first.locator("#generate-status progress")).to_have_count(0)
+    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=DRAWN)
+    expect(second.locator(PICTURE)).to_have_count(2)
+    expect(first.locator(PICTURE)).to_have_count(0)

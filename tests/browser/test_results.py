@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import matplotlib
 import pytest
 from playwright.sync_api import Page, expect
 
+from eval import table
+from eval.table import Result
 from tests.browser.conftest import Viewer, Visit
 from tests.browser.test_vote import choose
 
@@ -42,9 +43,7 @@ def make_landscape(folder: Path) -> None:
         axes.plot(along, [number * at * at for at in along], label="lora")
         axes.legend()
         figure.savefig(folder / name)
-    record = {"schema_version": 1, "kind": "landscape", "runs": ["lora"], "figures": list(FIGURES)}
-    (folder / "landscape.json").write_text(json.dumps({**record, "provenance": {}}))
-    (folder / "landscape.md").write_text(REPORT)
+    table.write(Result("landscape", figures=list(FIGURES)), folder, REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -79,28 +78,23 @@ def test_figures_and_report(
     shot(page, "results")
 
 
-def test_a_lost_figure_is_named_and_the_other_shown(
+def test_a_lost_figure_is_named_and_a_wide_report_fits_a_phone(
     studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
 ) -> None:
     folder = studio.root / "landscape"
     if not folder.exists():
         make_landscape(folder)
     (folder / FIGURES[1]).write_bytes(b"no picture")
+    wide = "| a | " + "very wide " * 30 + "|\n| --- | --- |\n| gsm8k | 12.5 |\n"
+    other = studio.root / "text_scores"
+    other.mkdir()
+    table.write(Result("text_scores"), other, "# Scores of texts\n\n" + wide)
     page = visit(phone=True, dark=True).open(studio.url)
     choose(page, "Results")
     expect(page.locator("#results-figures img")).to_have_count(1)
     expect(page.locator("#results-report")).to_contain_text("landscape_plane.png can't be read")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     shot(page, "results-phone-dark")
-
-
-def test_text_scores_are_shown_by_their_report(studio: Viewer, visit: Callable[..., Visit]) -> None:
-    folder = studio.root / "text_scores"
-    folder.mkdir()
-    (folder / "text_scores.json").write_text('{"schema_version": 1, "kind": "text_scores"}')
-    wide = "| a | " + "very wide " * 30 + "|\n| --- | --- |\n| gsm8k | 12.5 |\n"
-    (folder / "report.md").write_text("# Scores of texts\n\n" + wide)
-    page = visit(phone=True).open(studio.url, "Results")
     page.locator("#results-result input").click()
     page.get_by_role("option", name="Text scores: text_scores").click()
     expect(page.locator("#results-report")).to_contain_text("gsm8k")

@@ -90,7 +90,7 @@ def test_files_are_refused_by_every_route(odd: Viewer) -> None:
 
 
 @pytest.mark.slow
-def test_routes_that_reach_out_or_take_files_are_closed(odd: Viewer) -> None:
+def test_it_listens_here_alone_and_closes_routes_that_reach_out_or_take_files(odd: Viewer) -> None:
     for path in (
         "/gradio_api/file=http://example.com/",
         "/gradio_api/file=https://example.com/",
@@ -100,6 +100,10 @@ def test_routes_that_reach_out_or_take_files_are_closed(odd: Viewer) -> None:
     ):
         assert get(odd, path)[0] == 403, path
     assert get(odd, "/gradio_api/upload", "POST", "")[0] == 403
+    listening = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    own = {line.split()[1] for line in listening if line.split()[3] == "0A"}
+    assert f"0100007F:{urlsplit(odd.url).port:04X}" in own
+    assert f"00000000:{urlsplit(odd.url).port:04X}" not in own, "on this machine alone"
 
 
 @pytest.mark.slow
@@ -251,12 +255,3 @@ def test_every_tab_is_readable_and_fits(
         shot(page, f"{tab.lower()}{'-phone' * phone}{'-dark' * dark}")
     ink = page.locator("#frame-title h1").evaluate("element => getComputedStyle(element).color")
     assert (sum(int(part) for part in ink[4:-1].split(",")) > 3 * 128) == dark, ink
-
-
-@pytest.mark.slow
-def test_it_listens_on_this_machine_alone(viewer: Viewer) -> None:
-    port = urlsplit(viewer.url).port
-    listening = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
-    own = {line.split()[1] for line in listening if line.split()[3] == "0A"}
-    assert f"0100007F:{port:04X}" in own
-    assert f"00000000:{port:04X}" not in own

@@ -1,0 +1,185 @@
+"""What all tabs are made of: pictures and cards as HTML, the notice of an empty tab, quiet events.
+
+Pictures go into the page as data, so that no route has to serve files.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image, UnidentifiedImageError
+
+from .catalog import Catalog
+from .runs import RunItem, pair
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of events that fill the page without anyone waiting for them."""
+SMALLEST, LARGEST = 256, 768
+"""Sides in pixels between which a picture is shown."""
+SLIDER_SMALLEST = 384
+
+
+def shown(text: str) -> Any:
+    """HTML that takes no place while it is empty."""
+    return gr.update(value=text, visible=bool(text))
+
+
+def plain(error: Exception, catalog: Catalog) -> str:
+    """An error as one line without the root's place on the machine."""
+    text = " ".join(str(error).split())
+    return text.replace(f"{catalog.root}/", "").replace(str(catalog.root), catalog.name)
+
+
+# pictures
+
+
+def read(path: Path) -> Image.Image | None:
+    """An RGB picture; None when it is not there or can't be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
+        return None
+    except Image.DecompressionBombError:
+        return None
+
+
+def fitted(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
+    """The picture with its longer side between ``smallest`` and ``LARGEST``, by Lanczos."""
+    side = max(picture.size)
+    new = min(max(side, smallest), LARGEST)
+    if new == side:
+        return picture
+    width, height = (max(1, round(n * new / side)) for n in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The picture, fitted, as a ``data:`` address."""
+    buffer = io.BytesIO()
+    fitted(picture).save(buffer, "WEBP", quality=92, method=2)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def address(path: Path) -> str | None:
+    """A picture's file as a ``data:`` address; None when it is not there or can't be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return _address(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=512)
+def _address(path: Path, changed: int, size: int) -> str | None:
+    picture = read(path)
+    return data_uri(picture) if picture else None
+
+
+def image(address: str | None, label: str, missing: str = "") -> str:
+    """A picture that a click or the Enter key enlarges, as HTML.
+
+    Args:
+        address: None for a place that says what is ``missing``.
+    """
+    if address is None:
+        return f'<div class="absent">{escape(missing)}</div>'
+    label = escape(label)
+    return f'<img src="{address}" alt="{label}" class="zoom" tabindex="0" role="button">'
+
+
+def card(
+    title: str, address: str | None, role: str = "", missing: str = "", facts: str = ""
+) -> str:
+    """A picture under its name, as HTML.
+
+    Args:
+        role: "A" or "B" for one of a pair.
+        facts: HTML that stands below.
+    """
+    mark = f'<span class="role">{role}</span>' if role else ""
+    return (
+        f'<figure class="card"><div class="name">{mark}{escape(title)}</div>'
+        f"{image(address, title, missing)}{facts}</figure>"
+    )
+
+
+def slider(a: Image.Image | None, b: Image.Image | None, labels: tuple[str, str]) -> str:
+    """Two pictures in one place, of which a handle shows one to its left and the other to its
+    right, as HTML, brought to the size of the first; "" without both.
+
+    The handle is the browser's own range input, so that mouse, finger and arrow keys move it.
+    """
+    if a is None or b is None:
+        return ""
+    a = fitted(a, SLIDER_SMALLEST)
+    under, over = data_uri(a), data_uri(b.resize(a.size, Image.Resampling.LANCZOS))
+    left, right = (escape(label) for label in labels)
+    return (
+        f'<figure class="pair"><div><img src="{under}" alt="{left}">'
+        f'<img class="over" src="{over}" alt="{right}">'
+        f'<input type="range" min="0" max="100" value="50" aria-label="{left} | {right}"></div>'
+        f"<figcaption><span>A {left}</span><span>B {right}</span></figcaption></figure>"
+    )
+
+
+# commands to copy, with the paths of what is there
+
+
+def empty(title: str, *steps: tuple[str, str]) -> str:
+    """A notice that nothing is there yet: what to do, and the command that does it."""
+    rows = "".join(
+        f'<li>{escape(what)}<div class="command"><code>{escape(command)}</code>'
+        '<button type="button" data-copy>Copy</button></div></li>'
+        for what, command in steps
+    )
+    return (
+        f'<section class="empty"><h2>{escape(title)}</h2><ol>{rows}</ol>'
+        "<p>What they leave appears here by itself.</p></section>"
+    )
+
+
+def demo(catalog: Catalog) -> tuple[str, str]:
+    """Training both on the miniature, into the root."""
+    place = catalog.place()
+    folder = "demo" if place == "." else place
+    command = f"python -m examples.demo --output_dir {shlex.quote(folder)}"
+    return "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):", command
+
+
+def train(catalog: Catalog, *flags: str) -> tuple[str, str]:
+    """Training on pictures of one's own."""
+    words = ["accelerate", "launch", "train_dreambooth_bilora.py", "--method", "bilora"]
+    words += ["--instance_data_dir", "PICTURES", "--instance_prompt", "a photo of TOK"]
+    words += ["--output_dir", catalog.place("bilora"), *flags]
+    return "Or train on pictures of your own:", shlex.join(words)
+
+
+def measure(catalog: Catalog, module: str, what: str, *flags: str) -> tuple[str, str]:
+    """A command of ``eval`` on the runs that are there.
+
+    Args:
+        module: of ``eval``.
+        what: it does.
+    """
+    runs = [catalog.place(run.path) for run in measurable(catalog, module)]
+    names = runs or [catalog.place("lora"), catalog.place("bilora")]
+    return what, shlex.join(["python", "-m", f"eval.{module}", *names, *flags])
+
+
+def measurable(catalog: Catalog, module: str) -> Sequence[RunItem]:
+    """The two runs that a command is shown with: of text for text_scores, else of images."""
+    runs = catalog.runs()
+    if module in ("clip_scores", "landscape", "text_scores"):
+        runs = [run for run in runs if run.is_text == (module == "text_scores")]
+    if module == "dynamics":
+        runs = [run for run in runs if run.record["config"].get("log_dynamics")]
+    return pair(runs)
