@@ -10,7 +10,7 @@ WORKERS ?= 2
 # More arguments for pip and pytest, for instance PYTEST_ARGS="-k bilora -x".
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# "no" leaves out the tests that drive a browser and the sandbox.
+# "no" leaves out the tests that drive a browser.
 BROWSER ?= yes
 
 # The first interpreter that is new enough and can make virtual environments.
@@ -44,7 +44,7 @@ demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what th
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show its answers before and after
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
-test: lint $(BROWSER_READY)  ## ruff, pyright, the floors, and the tests of a few seconds each
+test: lint $(BROWSER_READY) $(VENV)/.sandbox  ## ruff, pyright, the floors, and the tests of a few seconds each
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: test  ## and then the rest: every combination, kills, several processes, all of the browser
@@ -88,13 +88,22 @@ $(VENV)/.installed-dev: pyproject.toml data-packages.txt | $(VENV)/.created
 	$(DATA_PACKAGES)
 	@touch $(VENV)/.installed $(VENV)/.installed-text $@
 
-# The viewer's tests drive a real browser. Debian's is installed where there is none and this user may.
+# The viewer's tests drive a real browser, those of the sandbox run bubblewrap. Debian's are installed
+# where there is none and this user may; without bubblewrap its tests say why they are skipped.
+APT_INSTALL = sudo=""; test "$$(id -u)" = 0 || sudo="sudo -n"; \
+	$$sudo apt-get update -q && $$sudo apt-get install -y -q --no-install-recommends
+
 $(VENV)/.browser: | $(VENV)/.created
 	@for browser in chromium chromium-browser google-chrome; do \
 		command -v "$$browser" >/dev/null && exit 0; done; \
 	echo "installing Debian's chromium for the viewer's tests"; \
-	sudo=""; test "$$(id -u)" = 0 || sudo="sudo -n"; \
-	{ $$sudo apt-get update -q && $$sudo apt-get install -y -q --no-install-recommends chromium; } || { \
+	{ $(APT_INSTALL) chromium; } || { \
 		echo "error: the viewer's tests need chromium, and it could not be installed; install it and try again, or leave them out: make test BROWSER=no" >&2; \
 		exit 1; }
+	@touch $@
+
+$(VENV)/.sandbox: | $(VENV)/.created
+	@command -v bwrap >/dev/null || { \
+		echo "installing Debian's bubblewrap for the tests of the sandbox"; \
+		{ $(APT_INSTALL) bubblewrap; } || echo "it could not be installed" >&2; }
 	@touch $@

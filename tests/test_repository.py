@@ -204,6 +204,7 @@ def run_example(folder: Path, module: str, *arguments: str) -> str:
 METHOD, EVALUATION = "bilora_diffusion.methods.lora_asam", "eval.singular_values"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "lines", "passed"), [(METHOD, 72, "2 passed"), (EVALUATION, 80, "1 passed")]
 )

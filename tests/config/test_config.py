@@ -243,6 +243,7 @@ def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str])
         assert text.count(f"\n{section}\n") == 1
 
 
+@pytest.mark.slow
 def test_parsing_loads_nothing_heavy() -> None:
     code = (
         "import sys; from bilora_diffusion.image.config import parse; parse(['--dataset', 'mini']);"

@@ -32,6 +32,7 @@ from tests.integrations.trainers import (
 )
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_trl() -> None:
     code = (
         "import sys; sys.modules['trl'] = None\n"

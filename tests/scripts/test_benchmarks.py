@@ -35,6 +35,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_step_cost_prints_a_table_and_json() -> None:
     done = script("step_cost.py", "--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -49,6 +50,7 @@ def test_step_cost_prints_a_table_and_json() -> None:
         assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_adapter_method_has_its_step_measured() -> None:
     done = script(
         *("step_cost.py", "--shapes", "mini", "--methods", "all"),
@@ -228,6 +230,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
@@ -250,6 +253,7 @@ def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
     assert not list(tiny.parent.glob(".*"))  # nothing is left beside it
 
 
+@pytest.mark.slow
 def test_the_random_pipeline_takes_a_lora_on_every_attention(tiny: Path, load: Any) -> None:
     models, adapters = load("random_models"), load("bilora_diffusion.adapters")
     spec = adapters.AdapterSpec(target_modules=load("shapes").ATTENTION)
@@ -257,6 +261,7 @@ def test_the_random_pipeline_takes_a_lora_on_every_attention(tiny: Path, load: A
         assert len(adapters.target_layers(models.sdxl_unet(), spec)) == 560
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -31,6 +31,7 @@ def files(folder: Path) -> dict[int, bytes]:
     return {step: path.read_bytes() for step, path in snapshots.steps(folder).items()}
 
 
+@pytest.mark.slow
 def test_the_record_changes_nothing_and_a_resume_takes_it_anew(
     train: Train, tmp_path: Path
 ) -> None:

@@ -20,8 +20,8 @@ from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import runlog
 from bilora_diffusion.seeds import seed_of
-from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.script import build_task
 from bilora_diffusion.train.loop import fit
 from bilora_diffusion.train.order import SampleOrder

@@ -81,6 +81,7 @@ def test_options_train_and_resume_exactly(
         train(parts, **{**shared, "rank": 2}, resume_from_checkpoint="latest")
 
 
+@pytest.mark.slow
 def test_prior_preservation_makes_and_uses_class_images(train: Train, tmp_path: Path) -> None:
     values = {
         "with_prior_preservation": True,
@@ -201,6 +202,7 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
     assert runlog.read_run(tmp_path / "all")["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_a_smaller_card(train: Train, tmp_path: Path) -> None:
     """With checkpointing and without kept latents, and without the images of before."""
     shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon", "random_flip": True}
