@@ -63,35 +63,47 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Ballot:
-    """Two images of one prompt and seed, their sides drawn.
+class Pair:
+    """Two adapters' images of one prompt and seed, by their sides.
 
     Args:
-        token: random; names the ballot to the browser, and lets it be cast once.
+        scores: the score folder.
+        prompt, seed: what both images were made from.
     """
 
-    token: str
     scores: str
     prompt: str
     seed: int
     left: Contestant
     right: Contestant
-    file_left: str
-    file_right: str
+
+    @property
+    def key(self) -> tuple[str, int, tuple[Contestant, ...]]:
+        """Identifies it within its score folder, whatever the sides."""
+        return self.prompt, self.seed, tuple(sorted((self.left, self.right)))
 
 
 @dataclass(frozen=True)
-class Vote:
+class Ballot(Pair):
+    """A pair that can be voted on.
+
+    Args:
+        file_left, file_right: the images, relative to the score folder.
+        token: random; names the ballot to the browser, and lets it be cast once.
+    """
+
+    file_left: str
+    file_right: str
+    token: str = ""
+
+
+@dataclass(frozen=True)
+class Vote(Pair):
     """A row of the table; ``time`` is UTC, ISO 8601."""
 
-    time: str
-    scores: str
-    prompt: str
-    seed: int
-    left: Contestant
-    right: Contestant
     choice: str
     session: str
+    time: str
 
     @property
     def winner(self) -> Contestant | None:
@@ -158,25 +170,22 @@ class Votes:
             return []
         with self._errors("read"), closing(self._readable()) as connection:
             rows = connection.execute(
-                "SELECT time, scores, prompt, seed, label_left, digest_left, label_right,"
-                " digest_right, choice, session FROM votes WHERE (?1 IS NULL OR scores = ?1)"
+                "SELECT scores, prompt, seed, label_left, digest_left, label_right, digest_right,"
+                " choice, session, time FROM votes WHERE (?1 IS NULL OR scores = ?1)"
                 " AND (?2 IS NULL OR session = ?2) ORDER BY rowid",
                 (scores, session),
             ).fetchall()
         return [
-            Vote(time, of, prompt, seed, Contestant(*left), Contestant(*right), choice, voter)
-            for time, of, prompt, seed, *sides, choice, voter in rows
-            for left, right in [(sides[:2], sides[2:])]
+            Vote(*row[:3], Contestant(*row[3:5]), Contestant(*row[5:7]), *row[7:]) for row in rows
         ]
 
     def seen(self, scores: str, session: str) -> Counter[object]:
-        """:attr:`~app.voting.Pairing.key` -> how often a voter voted on it.
+        """:attr:`Pair.key` -> how often a voter voted on it.
 
         Raises:
             UserError: as :meth:`read`.
         """
-        cast = self.read(scores, session)
-        return Counter((v.prompt, v.seed, tuple(sorted((v.left, v.right)))) for v in cast)
+        return Counter(vote.key for vote in self.read(scores, session))
 
     def _writable(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from bilora_diffusion.methods.options import rising
 from bilora_diffusion.run import runlog
@@ -70,13 +71,8 @@ def series(rows: Sequence[Row], key: str) -> Points:
 
 def smooth(points: Points, window: int) -> Points:
     """The mean of each value and up to ``window - 1`` values before it."""
-    if not points:
-        return []
-    values = np.asarray([value for _, value in points], dtype=np.float64)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - max(1, window), 0)
-    means = (sums[ends] - sums[starts]) / (ends - starts)
+    values = pd.Series([value for _, value in points], dtype=float)
+    means = values.rolling(max(1, window), min_periods=1).mean()
     return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 

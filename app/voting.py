@@ -15,7 +15,7 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -32,29 +32,6 @@ ANY = ""
 """The value of "any pair"."""
 SHOWN_PIXELS = 384
 """Smaller images are enlarged to about this size."""
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """What can be voted on: one prompt and seed from two adapters, in the order of their labels.
-
-    Args:
-        scores: the score folder.
-        prompt, seed: what both images were made from.
-        adapters: the two, sorted.
-        files: their images, relative to the score folder.
-    """
-
-    scores: str
-    prompt: str
-    seed: int
-    adapters: tuple[Contestant, Contestant]
-    files: tuple[str, str]
-
-    @property
-    def key(self) -> tuple[str, int, tuple[Contestant, Contestant]]:
-        """Identifies it within its score folder."""
-        return self.prompt, self.seed, self.adapters
 
 
 @dataclass(frozen=True)
@@ -89,8 +66,8 @@ class Tally:
         return win_rate_interval(self.wins, 0, self.losses) if decided else None
 
 
-def pairings(scores: str, result: Scored, labels: tuple[str, str] | None = None) -> list[Pairing]:
-    """All that can be voted on in a score folder, general prompts left out.
+def pairings(scores: str, result: Scored, labels: tuple[str, str] | None = None) -> list[Ballot]:
+    """All that can be voted on in a score folder, general prompts left out; no side is drawn yet.
 
     Args:
         scores: the folder's name.
@@ -103,27 +80,27 @@ def pairings(scores: str, result: Scored, labels: tuple[str, str] | None = None)
             side = Contestant(label, digests[label]), image.file
             images.setdefault((text, seed), []).append(side)
     return [
-        Pairing(scores, text, seed, (one, two), (file_one, file_two))
+        Ballot(scores, text, seed, one, two, file_one, file_two)
         for (text, seed), sides in images.items()
         for (one, file_one), (two, file_two) in combinations(sorted(sides), 2)
     ]
 
 
-def draw(choices: Sequence[Pairing], seen: Mapping[object, int], rng: random.Random) -> Ballot:
-    """One of the pairings that were voted on least, its sides by the toss of a coin.
+def draw(choices: Sequence[Ballot], seen: Mapping[object, int], rng: random.Random) -> Ballot:
+    """One of the pairs that were voted on least, its sides by the toss of a coin.
 
     Args:
         choices: at least one.
-        seen: :attr:`Pairing.key` -> votes of this voter.
+        seen: :attr:`Ballot.key` -> votes of this voter.
     """
-    fewest = min(seen.get(pairing.key, 0) for pairing in choices)
-    chosen = rng.choice([p for p in choices if seen.get(p.key, 0) == fewest])
-    sides = list(zip(chosen.adapters, chosen.files, strict=True))
+    fewest = min(seen.get(ballot.key, 0) for ballot in choices)
+    ballot = rng.choice([one for one in choices if seen.get(one.key, 0) == fewest])
+    sides = [(ballot.left, ballot.file_left), (ballot.right, ballot.file_right)]
     if rng.random() < 0.5:
         sides.reverse()
-    (left, file_left), (right, file_right) = sides
-    about = (chosen.scores, chosen.prompt, chosen.seed)
-    return Ballot(secrets.token_hex(8), *about, left, right, file_left, file_right)
+    (left, one), (right, two) = sides
+    token = secrets.token_hex(8)
+    return replace(ballot, left=left, file_left=one, right=right, file_right=two, token=token)
 
 
 def tallies(votes: Iterable[Vote]) -> list[Tally]:
@@ -214,7 +191,7 @@ class Polls:
 
     def done(self, booth: Booth, voter: str) -> tuple[int, int]:
         """How many of the pairings the voter has voted on, and how many there are."""
-        keys = {pairing.key for pairing in self._choices(booth.scores, booth.labels)}
+        keys = {ballot.key for ballot in self._choices(booth.scores, booth.labels)}
         return len(keys & self.votes.seen(booth.scores, voter).keys()), len(keys)
 
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
@@ -224,7 +201,7 @@ class Polls:
             UserError: votes can't be read.
         """
         choices = self._choices(self._item(path).path, _labels(pair))
-        present = {contestant for pairing in choices for contestant in pairing.adapters}
+        present = {side for ballot in choices for side in (ballot.left, ballot.right)}
         votes = self.votes.read(self._item(path).path)
         counted = [vote for vote in votes if {vote.left, vote.right} <= present]
         return tallies(counted), len({vote.session for vote in counted})
@@ -248,7 +225,7 @@ class Polls:
                 return item
         raise UserError(f"there is no score folder {path!r} any more: choose another")
 
-    def _choices(self, path: str, labels: tuple[str, str] | None) -> Sequence[Pairing]:
+    def _choices(self, path: str, labels: tuple[str, str] | None) -> Sequence[Ballot]:
         return pairings(path, self._item(path).result, labels)
 
     def _draw(self, path: str, labels: tuple[str, str] | None, voter: str) -> Booth:
@@ -260,8 +237,7 @@ class Polls:
                 self.images(ballot)
                 return Booth(path, labels, ballot)
             except (UserError, OSError):  # a missing image does not end the vote on the others
-                gone = {ballot.file_left, ballot.file_right}
-                choices = [pairing for pairing in choices if set(pairing.files) != gone]
+                choices = [one for one in choices if one.key != ballot.key]
         raise UserError(
             f"no two images of {path} can be read: choose others, or run python -m eval.clip_scores"
         )

@@ -14,18 +14,21 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageColor, PngImagePlugin
 from scipy import stats
 
 from app.ballots import COLUMNS, SCHEMA_VERSION, Ballot, Contestant, Vote, Votes, write_csv
+from app.catalog import Catalog
 from app.scored import Prompt, Scored, ScoredImage
-from app.voting import Tally, draw, pairings, tallies
+from app.voting import ANY, Polls, Tally, draw, pairings, tallies
 from bilora_diffusion.errors import UserError
-from tests.app.scored_images import scores_of
+from tests.app.scored_images import scores_of, write
 
 LORA, BILORA = Contestant("LoRA", "aa"), Contestant("Bi-LoRA", "bb")
 NOBODY = 65534
@@ -44,11 +47,11 @@ def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> S
 
 
 def ballot(token: str, left: Contestant = LORA, right: Contestant = BILORA) -> Ballot:
-    return Ballot(token, "scores", "a ToK icon", 7, left, right, "left.png", "right.png")
+    return Ballot("scores", "a ToK icon", 7, left, right, "left.png", "right.png", token)
 
 
 def vote(choice: str, left: Contestant = LORA, right: Contestant = BILORA) -> Vote:
-    return Vote("2026-01-02T03:04:05+00:00", "scores", "icon", 0, left, right, choice, "me")
+    return Vote("scores", "icon", 0, left, right, choice, "me", "2026-01-02T03:04:05+00:00")
 
 
 def test_only_images_of_one_prompt_and_seed_are_paired() -> None:
@@ -56,17 +59,16 @@ def test_only_images_of_one_prompt_and_seed_are_paired() -> None:
     assert len(found) == 5 * 2
     assert {p.prompt for p in found} == {f"icon {at}" for at in range(5)}, "general ones left out"
     for pairing in found:
-        assert [a.label for a in pairing.adapters] == ["Bi-LoRA", "LoRA"]
-        assert pairing.adapters[0].digest == "digest Bi-LoRA"
-        names = (f"images/{a}/{pairing.seed}/{pairing.prompt}.png" for a in ("Bi-LoRA", "LoRA"))
-        assert pairing.files == tuple(names)
+        assert pairing.left == Contestant("Bi-LoRA", "digest Bi-LoRA")
+        assert pairing.file_left == f"images/Bi-LoRA/{pairing.seed}/{pairing.prompt}.png"
+        assert pairing.file_right == f"images/LoRA/{pairing.seed}/{pairing.prompt}.png"
 
 
 def test_any_pair_or_a_chosen_one() -> None:
     three = result(("a", "b", "c"))
     assert len(pairings("s", three)) == 3 * 5 * 2
     chosen = pairings("s", three, ("c", "a"))
-    assert {tuple(x.label for x in p.adapters) for p in chosen} == {("a", "c")}
+    assert {(p.left.label, p.right.label) for p in chosen} == {("a", "c")}
     assert len(chosen) == 5 * 2
 
 
@@ -83,20 +85,36 @@ def test_nothing_comes_twice_before_everything_was_seen() -> None:
     keys = []
     for _ in range(2 * len(choices)):
         drawn = draw(choices, seen, rng)
-        key = (drawn.prompt, drawn.seed, tuple(sorted((drawn.left, drawn.right))))
-        seen[key] += 1
-        keys.append(key)
+        seen[drawn.key] += 1
+        keys.append(drawn.key)
     half = len(choices)
     assert len(set(keys[:half])) == len(set(keys[half:])) == half
     assert keys[:half] != keys[half:], "the order is drawn, too"
 
 
-def test_the_file_of_a_side_is_its_adapters() -> None:
-    choices = pairings("s", result())
-    for seed in range(50):
-        drawn = draw(choices, {}, random.Random(seed))
-        assert drawn.file_left.split("/")[1] == drawn.left.label
-        assert drawn.file_right.split("/")[1] == drawn.right.label
+def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> None:
+    colors = {"LoRA": "teal", "Bi-LoRA": "orange"}
+    scores = result(prompts=2)
+    text = PngImagePlugin.PngInfo()
+    for (label, *_), image in scores.images.items():
+        path = tmp_path / "scores" / image.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text.add_text("parameters", label)
+        Image.new("RGB", (8, 8), colors[label]).save(path, pnginfo=text)
+    write(scores, tmp_path / "scores")
+    polls = Polls(Catalog(tmp_path), random.Random(0))
+    booth = polls.open("scores", ANY, "me")
+    for count in range(4):
+        assert polls.done(booth, "me") == (count, 4)
+        ballot = booth.ballot
+        for side, data in zip((ballot.left, ballot.right), polls.images(ballot), strict=True):
+            with Image.open(io.BytesIO(data)) as shown:
+                assert shown.getpixel((0, 0)) == ImageColor.getrgb(colors[side.label])
+                assert not shown.info
+                assert max(shown.size) > 64, "enlarged"
+        booth = polls.cast(booth, "left", "me")
+    (tally,), voters = polls.result("scores", ANY)
+    assert (tally.wins + tally.losses, voters) == (4, 1)
 
 
 def test_sides_are_balanced_and_without_memory() -> None:
@@ -123,11 +141,8 @@ def test_rate_and_interval(wins: int, ties: int, losses: int) -> None:
     assert found.interval is not None
     assert found.interval.low == pytest.approx(max(0.0, centre - half), abs=1e-12)
     assert found.interval.high == pytest.approx(min(1.0, centre + half), abs=1e-12)
-
-
-def test_ties_alone_have_a_rate_but_no_interval() -> None:
-    found = Tally(LORA, BILORA, 0, 4, 0)
-    assert (found.rate, found.decided_rate, found.interval) == (0.5, None, None)
+    ties = Tally(LORA, BILORA, 0, 4, 0)
+    assert (ties.rate, ties.decided_rate, ties.interval) == (0.5, None, None)
 
 
 def test_a_vote_counts_the_same_from_both_sides() -> None:
@@ -167,20 +182,14 @@ def test_a_second_click_changes_nothing(tmp_path: Path) -> None:
     assert [v.choice for v in votes.read()] == ["left"]
 
 
-def test_an_unknown_choice_is_refused_by_the_table(tmp_path: Path) -> None:
+def test_the_file_is_in_wal_mode_and_refuses_an_unknown_choice(tmp_path: Path) -> None:
     votes = Votes(tmp_path / "votes.sqlite")
     with pytest.raises(sqlite3.IntegrityError, match="choice"):
         votes.add(ballot("1"), "both", "me")
     assert votes.read() == []
-
-
-def test_the_file_is_in_wal_mode(tmp_path: Path) -> None:
-    votes = Votes(tmp_path / "votes.sqlite")
-    votes.check()
-    with sqlite3.connect(votes.path) as connection:
+    with closing(sqlite3.connect(votes.path)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-    connection.close()
 
 
 def cast_many(path: Path, name: str, count: int) -> None:
@@ -189,26 +198,16 @@ def cast_many(path: Path, name: str, count: int) -> None:
         assert votes.add(ballot(f"{name}-{at}"), ("left", "right", "tie")[at % 3], name)
 
 
-def test_threads_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "votes.sqlite"
-    threads = [threading.Thread(target=cast_many, args=(path, f"t{n}", 15)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert Counter(v.session for v in Votes(path).read()) == {f"t{n}": 15 for n in range(8)}
-
-
-def test_processes_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "votes.sqlite"
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=cast_many, args=(path, f"p{n}", 20)) for n in range(4)]
-    for worker in workers:
+def test_threads_and_processes_lose_nothing(tmp_path: Path) -> None:
+    path, fork = tmp_path / "votes.sqlite", multiprocessing.get_context("fork")
+    jobs = [(path, f"voter {number}", 15) for number in range(8)]
+    workers = [threading.Thread(target=cast_many, args=job) for job in jobs[:4]]
+    workers += [fork.Process(target=cast_many, args=job) for job in jobs[4:]]
+    for worker in reversed(workers):  # processes first: no thread holds a lock at their fork
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    assert Counter(v.session for v in Votes(path).read()) == {f"p{n}": 20 for n in range(4)}
+    assert Counter(v.session for v in Votes(path).read()) == {name: 15 for _, name, _ in jobs}
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:

@@ -259,27 +259,18 @@ def test_a_folder_that_can_not_be_read_is_named(
     assert [row.path for row in catalog.broken()] == ["locked"]
 
 
-def test_refresh_sees_what_is_new_changed_and_gone(tmp_path: Path) -> None:
+def test_refresh_sees_what_is_new_changed_and_gone_and_reads_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(tmp_path / "a")
     catalog = Catalog(tmp_path)
     make_run(tmp_path / "b")
     make_run(tmp_path / "a", status="running ")  # another size, so another stamp
     assert [run.path for run in catalog.runs()] == ["a"]
     catalog.refresh()
-    assert [(run.path, run.status) for run in catalog.runs()] == [
-        ("a", "running "),
-        ("b", "finished"),
-    ]
+    states = [(run.path, run.status) for run in catalog.runs()]
+    assert states == [("a", "running "), ("b", "finished")]
     (tmp_path / "a" / "run.json").unlink()
-    catalog.refresh()
-    assert [run.path for run in catalog.runs()] == ["b"]
-
-
-def test_files_that_have_not_changed_are_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "a")
-    catalog = Catalog(tmp_path)
     monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
     catalog.refresh()
-    assert [run.path for run in catalog.runs()] == ["a"]
+    assert [run.path for run in catalog.runs()] == ["b"]

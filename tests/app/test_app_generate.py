@@ -83,20 +83,18 @@ def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Models) -> Non
         assert news[-1] == ("end", "Done.")
 
 
-def test_work_reports_its_course(models: Models) -> None:
-    work = Work([("one", None), ("other", None)], Base("mini"), REQUEST, "/place/")
+def test_work_reports_its_course_and_what_is_wrong_without_places(
+    models: Models, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "lora")  # its weights are an empty file
+    sides: list[tuple[str, Path | None]] = [("one", None), ("other", None), ("lora", folder)]
+    work = Work(sides, Base("mini"), REQUEST, f"{tmp_path}/")
     work.run(models)
     news = [work.news.get_nowait() for _ in range(work.news.qsize())]
-    assert [kind for kind, _ in news] == ["begun", "step", "step", "image"] * 2 + ["end"]
+    course = ["begun", "step", "step", "image"] * 2
+    assert [kind for kind, _ in news] == [*course, "begun", "error"]
     assert [value for kind, value in news if kind == "step"] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-
-
-def test_work_tells_what_is_wrong_without_places(models: Models, tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "lora")  # its weights are an empty file
-    work = Work([("lora", folder)], Base("mini"), REQUEST, f"{tmp_path}/")
-    work.run(models)
-    kind, sentence = [work.news.get_nowait() for _ in range(work.news.qsize())][-1]
-    assert kind == "error"
+    sentence = news[-1][1]
     assert "lora" in sentence
     assert str(tmp_path) not in sentence
 
@@ -115,21 +113,17 @@ def test_two_choices_become_a_base_and_folders(tmp_path: Path) -> None:
         sides(catalog, "c", "a")
 
 
-def test_weights_that_lead_out_of_the_root_are_refused(tmp_path: Path) -> None:
-    outside = make_run(tmp_path / "outside") / "pytorch_lora_weights.safetensors"
-    link = make_run(tmp_path / "root" / "a") / outside.name
-    link.unlink()
-    link.symlink_to(outside)
+def test_only_runs_with_weights_for_sdxl_below_the_root_can_be_drawn(tmp_path: Path) -> None:
+    weights, root = "pytorch_lora_weights.safetensors", tmp_path / "root"
+    text = make_run(root / "text")
+    (text / weights).rename(text / "adapter_model.safetensors")
+    (make_run(root / "young") / weights).unlink()
+    (make_run(root / "icons") / weights).unlink()
+    (root / "icons" / weights).symlink_to(make_run(tmp_path / "outside") / weights)
+    catalog = Catalog(root)
+    assert [run.path for run in catalog.runs() if drawable(run)] == ["icons"]
     with pytest.raises(UserError, match="leads out of the root"):
-        sides(Catalog(tmp_path / "root"), "a", BASE)
-
-
-def test_only_runs_with_weights_for_sdxl_can_be_drawn(tmp_path: Path) -> None:
-    text = make_run(tmp_path / "text")
-    (text / "pytorch_lora_weights.safetensors").rename(text / "adapter_model.safetensors")
-    (make_run(tmp_path / "young") / "pytorch_lora_weights.safetensors").unlink()
-    make_run(tmp_path / "icons")
-    assert [run.path for run in Catalog(tmp_path).runs() if drawable(run)] == ["icons"]
+        sides(catalog, "icons", BASE)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import MethodOptions
 from bilora_diffusion.methods.bilora import BiLoRA
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.runlog import RunLog
 
 
@@ -170,13 +169,6 @@ def test_nothing_is_drawn_before_the_first_step() -> None:
     assert "<path" not in draw([shown("a", [])], 5)
 
 
-def test_total_steps() -> None:
-    assert total_steps(record()) == 100
-    epochs = record(max_train_steps=None)
-    assert total_steps(epochs) is None
-    assert total_steps({**epochs, "num_steps": 60}) == 60
-
-
 def test_progress_of_a_running_run() -> None:
     found = [{"step": 0, "heldout_loss": 1.0}, *rows(*[0.1] * 40)]
     run = {**record(), "wall_seconds": 21.5, "peak_memory_bytes": 2**30}
@@ -184,6 +176,10 @@ def test_progress_of_a_running_run() -> None:
     assert (state.status, state.reason, state.steps, state.total) == ("running", "", 40, 100)
     assert state.left_seconds == pytest.approx(60 * 0.5)
     assert (state.wall_seconds, state.peak_memory_bytes) == (21.5, 2**30)
+    assert (memory(825073664), memory(18_467_000_000)) == ("787 MiB", "17.2 GiB")
+    epochs = record(max_train_steps=None)
+    assert total_steps(epochs) is None
+    assert total_steps({**epochs, "num_steps": 60}) == 60
 
 
 def test_a_run_without_a_heartbeat_is_stalled() -> None:
@@ -208,12 +204,8 @@ def test_validating_is_told_from_stalled() -> None:
     assert progress({**busy, "doing_since": None}, rows(0.1), 0.0, 1.0).reason == ""
     gone = {**busy, "status": "interrupted"}
     assert progress(gone, rows(0.1), 0.0, 1e9).status == "interrupted"
-
-
-def test_a_failed_run_says_why() -> None:
-    run = {**record(status="failed"), "error": "the loss at step 3 is not finite"}
-    state = progress(run, rows(0.1), 0.0, 1e9)
-    assert (state.status, state.reason) == ("failed", "the loss at step 3 is not finite")
+    state = progress({**record(status="failed"), "error": "a reason"}, rows(0.1), 0.0, 1e9)
+    assert (state.status, state.reason) == ("failed", "a reason")
 
 
 def test_the_record_of_a_real_run(tmp_path: Path) -> None:
@@ -232,9 +224,3 @@ def test_the_record_of_a_real_run(tmp_path: Path) -> None:
         [(1, 0.2), (2, 0.1)],
     ]
     assert radii(runs) == [Line("ρ = 0.05", [(1, 0.05), (2, 0.05)], None)]
-
-
-def test_durations_and_memory() -> None:
-    said = [duration(seconds) for seconds in (0.4, 59.4, 59.6, 200, 7500)]
-    assert said == ["0 s", "59 s", "1 min 0 s", "3 min 20 s", "2 h 5 min"]
-    assert (memory(825073664), memory(18_467_000_000)) == ("787 MiB", "17.2 GiB")

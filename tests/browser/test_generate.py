@@ -88,10 +88,6 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_next(enter: Callable[[], Page
     assert len(finish(other)) == 2
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [("steps", 0, "steps is 0"), ("seed", -1, "seed is -1"), ("prompt", "", "prompt is empty")],
-)
 def test_who_waits_is_told_and_a_cancelled_work_makes_way(enter: Callable[[], Page]) -> None:
     first, second = enter(), enter()
     number(first, "steps", 200)
