@@ -176,7 +176,9 @@ class Votes:
                 (scores, session),
             ).fetchall()
         return [
-            Vote(*row[:3], Contestant(*row[3:5]), Contestant(*row[5:7]), *row[7:]) for row in rows
+            Vote(of, prompt, seed, Contestant(*left), Contestant(*right), choice, voter, time)
+            for of, prompt, seed, *sides, choice, voter, time in rows
+            for left, right in [(sides[:2], sides[2:])]
         ]
 
     def seen(self, scores: str, session: str) -> Counter[object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from urllib.parse import urlencode
 
 from eval import compare
@@ -57,7 +58,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A prompt in the list; scores are means over the seeds that both adapters have.
 
     Args:
@@ -97,7 +98,8 @@ def tone(line: Summary | None) -> str:
     return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
 
 
-def rows(result: Scored, a: str, b: str, metric: str) -> list[Row]:
+@lru_cache(maxsize=16)
+def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
     """All prompts with the pair's scores, in the prompt set's order."""
     values = [row for row in result.result.select(metric) if row.value is not None]
     seeds = {(row.subject, row.item, row.seed) for row in values}
@@ -115,13 +117,14 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[Row]:
     interval = compare.student_interval
     lines = {(s.group, s.item): s for s in compare.summaries(values, a, interval=interval)}
 
-    def row(at: int, text: str) -> Row:
+    def row(text: str) -> PromptRow:
         one, two = lines.get((a, text)), lines.get((b, text))
         means = (one.mean if one else None, two.mean if two else None)
-        return Row(at, result.prompt(text).instance or text, text, *means, tone=tone(two))
+        name = result.prompt(text).instance or text
+        return PromptRow(result.texts.index(text), name, text, *means, tone=tone(two))
 
     drawn = {text for _, text, _ in result.images}
-    return [row(at, text) for at, text in enumerate(result.texts) if text in drawn]
+    return [row(text) for text in dict.fromkeys(result.texts) if text in drawn]
 
 
 def comparison(result: Scored, a: str, b: str, metric: str) -> Summary | None:
@@ -140,7 +143,9 @@ def comparison(result: Scored, a: str, b: str, metric: str) -> Summary | None:
     )
 
 
-def arranged(listed: Sequence[Row], metric: str, order: str, words: str = "") -> list[Row]:
+def arranged(
+    listed: Sequence[PromptRow], metric: str, order: str, words: str = ""
+) -> list[PromptRow]:
     """The rows as they are listed.
 
     A gain is a change for the better: for memorization, where lower is better, a decrease. Prompts
@@ -167,13 +172,13 @@ def arranged(listed: Sequence[Row], metric: str, order: str, words: str = "") ->
     )
 
 
-def listed(view: View, result: Scored) -> list[Row]:
+def listed(view: View, result: Scored) -> list[PromptRow]:
     """The prompts of a view."""
     found = rows(result, view.a, view.b, view.metric)
     return arranged(found, view.metric, view.order, view.words)
 
 
-def neighbour(listed: Sequence[Row], prompt: str, step: int) -> str:
+def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
     """The prompt ``step`` rows on, at most the last or first; the first when it is not listed."""
     order = [row.text for row in listed]
     if prompt not in order:

@@ -9,7 +9,7 @@ from html import escape
 from eval.clip_scores.names import METRICS
 
 from . import parts
-from .compare_data import Row, best, comparison, times_100, tone
+from .compare_data import PromptRow, best, comparison, times_100, tone
 from .scored import Scored, ScoredImage
 
 
@@ -34,7 +34,7 @@ class Card:
     line: str = ""
 
 
-def prompt_list(listed: Sequence[Row], chosen: str, a: str, b: str) -> str:
+def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:
     """The prompts with their scores; a row is a button that carries its position."""
     if not listed:
         return '<p class="quiet">No prompt contains these words.</p>'
@@ -46,7 +46,7 @@ def prompt_list(listed: Sequence[Row], chosen: str, a: str, b: str) -> str:
     )
 
 
-def _row(row: Row, chosen: bool) -> str:
+def _row(row: PromptRow, chosen: bool) -> str:
     change = "–" if row.change is None else f"{100 * row.change:+.2f}"
     current = ' aria-current="true"' if chosen else ""
     return (

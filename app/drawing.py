@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseChoice:
     """A base model as a run's config names it."""
 
     name: str
@@ -50,7 +50,7 @@ class Base:
     vae: str | None = None
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Base:
+    def of(cls, config: dict[str, Any]) -> BaseChoice:
         """The base model of a run."""
         return cls(
             config.get("pretrained_model_name_or_path") or MINI,
@@ -79,7 +79,7 @@ class Request:
     size: int | None = None
 
 
-class Models:
+class Pipelines:
     """Keeps one pipeline loaded.
 
     Args:
@@ -93,7 +93,7 @@ class Models:
         self.device = open_device(device)
         self._line: deque[object] = deque()
         self._moved = threading.Condition()
-        self._base: Base | None = None
+        self._base: BaseChoice | None = None
         self._pipeline: Any = None
 
     @contextmanager
@@ -127,7 +127,7 @@ class Models:
 
     def draw(
         self,
-        base: Base,
+        base: BaseChoice,
         adapter: Path | None,
         request: Request,
         *,
@@ -161,7 +161,7 @@ class Models:
                 guidance_scale=request.guidance_scale,
             )[0]
 
-    def _load(self, base: Base) -> Any:
+    def _load(self, base: BaseChoice) -> Any:
         if self._base != base:
             self._base = self._pipeline = None  # frees the memory before the next one takes it
             quiet()
@@ -170,13 +170,13 @@ class Models:
                 local(base),
                 dtype=torch.float32 if base.name == MINI else half,
                 variant=base.variant,
-                vae=local(Base(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
+                vae=local(BaseChoice(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
             )
             self._pipeline, self._base = pipeline.to(self.device), base
         return self._pipeline
 
 
-def local(base: Base) -> str:
+def local(base: BaseChoice) -> str:
     """The folder of a base model: the viewer itself downloads nothing.
 
     Raises:
@@ -236,13 +236,13 @@ class Work:
     """
 
     sides: list[tuple[str, Path | None]]
-    base: Base
+    base: BaseChoice
     request: Request
     place: str
     stop: threading.Event = field(default_factory=threading.Event)
     news: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
 
-    def run(self, models: Models) -> None:
+    def run(self, models: Pipelines) -> None:
         """Wait for a turn and draw each side; report the course and how it ended."""
         try:
             with models.turn(self.stop, lambda ahead: self.news.put(("wait", ahead))):
@@ -258,7 +258,7 @@ class Work:
             self.news.put(("error", f"The images could not be made ({type(error).__name__})."))
             raise
 
-    def _draw(self, models: Models, position: int) -> Image:
+    def _draw(self, models: Pipelines, position: int) -> Image:
         self.news.put(("begun", position))
         return models.draw(
             self.base,
@@ -271,7 +271,7 @@ class Work:
 
 def sides(
     catalog: Catalog, a: str, b: str
-) -> tuple[Base, list[tuple[str, Path | None]], int | None]:
+) -> tuple[BaseChoice, list[tuple[str, Path | None]], int | None]:
     """What two choices mean: base model, label and folder of each, and the size trained on.
 
     Args:
@@ -287,14 +287,14 @@ def sides(
         if path != BASE and path not in runs:
             raise UserError(f'the run "{path}" has gone: choose another')
         chosen.append(runs.get(path))
-    bases = list(dict.fromkeys(Base.of(run.record["config"]) for run in chosen if run))
+    bases = list(dict.fromkeys(BaseChoice.of(run.record["config"]) for run in chosen if run))
     if len(bases) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
             " choose two of one"
         )
     if not bases:  # the base model of the first run, or the miniature
-        bases = [Base.of(run.record["config"]) for run in runs.values()] or [Base(MINI)]
+        bases = [BaseChoice.of(run.record["config"]) for run in runs.values()] or [BaseChoice(MINI)]
     found = []
     for run in chosen:
         if run is not None and run.weights is not None:

@@ -16,7 +16,7 @@ from bilora_diffusion.errors import UserError
 
 from . import parts
 from .catalog import Catalog
-from .drawing import BASE, Models, Work, checked, drawable, sides
+from .drawing import BASE, Pipelines, Work, checked, drawable, sides
 from .parts import QUIET
 from .runs import ordered, pair
 
@@ -32,11 +32,11 @@ def build(catalog: Catalog, signs: Sequence[Any], device: str | None = None) -> 
     Args:
         signs: events at which there may be other runs.
     """
-    _Tab(catalog, Models(device), signs)
+    _Tab(catalog, Pipelines(device), signs)
 
 
 class _Tab:
-    def __init__(self, catalog: Catalog, models: Models, signs: Sequence[Any]) -> None:
+    def __init__(self, catalog: Catalog, models: Pipelines, signs: Sequence[Any]) -> None:
         self.catalog = catalog
         self.models = models
         self.running: dict[str | None, Work] = {}

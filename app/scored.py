@@ -17,7 +17,7 @@ NOTES = {"t2t": "caption", "nearest": "nearest_image"}
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ScoredPrompt:
     """A prompt.
 
     Args:
@@ -43,7 +43,7 @@ class ScoredImage:
 
 
 @dataclass(frozen=True)
-class Model:
+class ScoringModel:
     """A scorer or captioner."""
 
     name: str
@@ -54,19 +54,19 @@ class Model:
 class Settings:
     """How a result was measured, as far as the viewer shows it."""
 
-    prompts: list[Prompt]
+    prompts: list[ScoredPrompt]
     seeds: list[int]
-    scorer: Model
-    captioner: Model | None
+    scorer: ScoringModel
+    captioner: ScoringModel | None
 
 
 Key = tuple[str, str, int]
 """Label of the adapter, text of the prompt, seed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scored:
-    """A result and what its settings say."""
+    """A result and what its settings say; what is computed of one can be kept by it."""
 
     result: Result
     settings: Settings
@@ -81,7 +81,7 @@ class Scored:
         """Of the prompts."""
         return [prompt.text for prompt in self.settings.prompts]
 
-    def prompt(self, text: str) -> Prompt:
+    def prompt(self, text: str) -> ScoredPrompt:
         """The prompt of a text."""
         return self.settings.prompts[self.texts.index(text)]
 

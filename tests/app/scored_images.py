@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from app.scored import NOTES, Key, Model, Prompt, Scored, ScoredImage, Settings, scored
+from app.scored import NOTES, Key, Scored, ScoredImage, ScoredPrompt, ScoringModel, Settings, scored
 from eval import table
 from eval.table import Entry, Result, Row, Summary
 
 
 def scores_of(
     labels: Sequence[str],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[ScoredPrompt],
     images: Mapping[Key, ScoredImage],
     seeds: Sequence[int] = (0, 1),
-    scorer: Model | None = None,
-    captioner: Model | None = None,
+    scorer: ScoringModel | None = None,
+    captioner: ScoringModel | None = None,
     summaries: Sequence[Summary] = (),
 ) -> Scored:
     """Scores as the tabs see them; an adapter's digest is "digest LABEL"."""
@@ -29,7 +29,7 @@ def scores_of(
         for metric, (value, note) in values.items():
             rows.append(Row(label, label, seed, metric, text, None, value, note))
     entries = [Entry(one, one, method=one, digest=f"digest {one}") for one in labels]
-    settings = Settings(list(prompts), list(seeds), scorer or Model("test-CLIP"), captioner)
+    settings = Settings(list(prompts), list(seeds), scorer or ScoringModel("test-CLIP"), captioner)
     about = asdict(settings)
     return scored(Result("clip_scores", entries, settings=about, rows=rows, summaries=summaries))
 

@@ -16,7 +16,7 @@ from app import catalog as catalogs
 from app import parts, validation
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered, pair
-from app.scored import Prompt, ScoredImage
+from app.scored import ScoredImage, ScoredPrompt
 from eval import table
 from tests.app.scored_images import scores_of, write
 
@@ -42,7 +42,7 @@ def make_run(folder: Path, **changes: Any) -> Path:
 def make_scores(folder: Path) -> Path:
     """A score folder with one image."""
     images = {("lora", "a prompt", 0): ScoredImage("images/0.png", {"i2t": 0.25})}
-    return write(scores_of(["lora"], [Prompt("a prompt")], images), folder)
+    return write(scores_of(["lora"], [ScoredPrompt("a prompt")], images), folder)
 
 
 def make_figures(folder: Path, kind: str, **changes: Any) -> Path:

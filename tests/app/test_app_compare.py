@@ -22,13 +22,13 @@ from app.compare_data import (
     rows,
     times_100,
 )
-from app.scored import Key, Prompt, Scored, ScoredImage
+from app.scored import Key, Scored, ScoredImage, ScoredPrompt
 from eval.table import Summary
 from tests.app.scored_images import scores_of
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
-PROMPTS = [Prompt(text, text.split()[-1]) for text in TEXTS]
+PROMPTS = [ScoredPrompt(text, text.split()[-1]) for text in TEXTS]
 I2T = {
     RABBIT: {0: (0.30, 0.32), 1: (0.30, 0.30)},
     CLOUD: {0: (0.40, 0.35)},

@@ -12,8 +12,8 @@ import torch
 from app.catalog import Catalog
 from app.drawing import (
     BASE,
-    Base,
-    Models,
+    BaseChoice,
+    Pipelines,
     Request,
     Stopped,
     Work,
@@ -32,21 +32,23 @@ REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def models() -> Models:
+def models() -> Pipelines:
     """The miniature, loaded once."""
-    return Models("cpu")
+    return Pipelines("cpu")
 
 
-def test_an_image_is_that_of_the_evaluation(models: Models) -> None:
+def test_an_image_is_that_of_the_evaluation(models: Pipelines) -> None:
     steps: list[int] = []
-    image = models.draw(Base("mini"), None, REQUEST, stop=threading.Event(), on_step=steps.append)
+    image = models.draw(
+        BaseChoice("mini"), None, REQUEST, stop=threading.Event(), on_step=steps.append
+    )
     assert steps == [1, 2]
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_a_stop_ends_the_work_at_the_next_step_and_frees_the_pipeline(models: Models) -> None:
+def test_a_stop_ends_the_work_at_the_next_step_and_frees_the_pipeline(models: Pipelines) -> None:
     stop, steps = threading.Event(), []
 
     def on_step(step: int) -> None:
@@ -56,16 +58,16 @@ def test_a_stop_ends_the_work_at_the_next_step_and_frees_the_pipeline(models: Mo
 
     many = Request(PROMPT, seed=0, steps=50, guidance_scale=4.0, scale=1.0)
     with pytest.raises(Stopped):
-        models.draw(Base("mini"), None, many, stop=stop, on_step=on_step)
+        models.draw(BaseChoice("mini"), None, many, stop=stop, on_step=on_step)
     assert steps == [1, 2]
     loaded = models._pipeline
-    models.draw(Base("mini"), None, REQUEST, stop=threading.Event(), on_step=steps.append)
+    models.draw(BaseChoice("mini"), None, REQUEST, stop=threading.Event(), on_step=steps.append)
     assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
     assert models._pipeline is loaded  # and the pipeline stays
 
 
-def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Models) -> None:
-    works = [Work([("one", None)], Base("mini"), REQUEST, "/place/") for _ in range(3)]
+def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Pipelines) -> None:
+    works = [Work([("one", None)], BaseChoice("mini"), REQUEST, "/place/") for _ in range(3)]
     threads = []
     with models.turn(threading.Event(), lambda ahead: None):
         for number, work in enumerate(works, start=1):
@@ -84,11 +86,11 @@ def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Models) -> Non
 
 
 def test_work_reports_its_course_and_what_is_wrong_without_places(
-    models: Models, tmp_path: Path
+    models: Pipelines, tmp_path: Path
 ) -> None:
     folder = make_run(tmp_path / "lora")  # its weights are an empty file
     sides: list[tuple[str, Path | None]] = [("one", None), ("other", None), ("lora", folder)]
-    work = Work(sides, Base("mini"), REQUEST, f"{tmp_path}/")
+    work = Work(sides, BaseChoice("mini"), REQUEST, f"{tmp_path}/")
     work.run(models)
     news = [work.news.get_nowait() for _ in range(work.news.qsize())]
     course = ["begun", "step", "step", "image"] * 2
@@ -105,7 +107,7 @@ def test_two_choices_become_a_base_and_folders(tmp_path: Path) -> None:
     make_run(tmp_path / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
     catalog = Catalog(tmp_path)
     base, chosen, size = sides(catalog, "a", BASE)
-    assert (base, size) == (Base("mini"), 64)
+    assert (base, size) == (BaseChoice("mini"), 64)
     assert chosen == [("LoRA, seed 0", (tmp_path / "a").resolve()), ("base model", None)]
     with pytest.raises(UserError, match="different base models, mini and owner/other"):
         sides(catalog, "a", "b")
@@ -144,6 +146,6 @@ def test_bad_values_are_refused(values: tuple, words: str) -> None:
 
 def test_a_model_that_is_not_here_and_a_device_that_is_not_here_are_refused() -> None:
     with pytest.raises(UserError, match="hf download owner/absent"):
-        local(Base("owner/absent"))
+        local(BaseChoice("owner/absent"))
     with pytest.raises(UserError, match='--device "abacus"'):
-        Models("abacus")
+        Pipelines("abacus")

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL.Image import Image
 
-from app.scored import Key, Model, Prompt, Scored, ScoredImage
+from app.scored import Key, Scored, ScoredImage, ScoredPrompt, ScoringModel
 from bilora_diffusion.image import script as train
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -62,10 +62,10 @@ def make_scores(root: Path) -> Scored:
             image.save(folder / file)
             images[method, texts[prompt], seed] = _score(file, image)
     prompts = [
-        Prompt(text, name, reference)
+        ScoredPrompt(text, name, reference)
         for text, (name, reference) in zip(texts, SUBJECTS.items(), strict=True)
     ]
-    scorer, captioner = Model("test-CLIP", "For tests only."), Model("test-captioner")
+    scorer, captioner = ScoringModel("test-CLIP", "For tests only."), ScoringModel("test-captioner")
     scored = scores_of(METHODS, prompts, images, SEEDS, scorer, captioner)
     write(scored, folder)
     return scored

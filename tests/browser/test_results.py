@@ -75,7 +75,7 @@ def test_figures_and_report(
     assert report.locator("img").count() == 0
     assert not page.evaluate("Boolean(window.ranReport)")
     assert all(url.startswith((studio.url, "data:", "blob:")) for url in look.requests)
-    shot(page, "results")
+    shot(page, "results-figures")
 
 
 def test_a_lost_figure_is_named_and_a_wide_report_fits_a_phone(
@@ -94,7 +94,7 @@ def test_a_lost_figure_is_named_and_a_wide_report_fits_a_phone(
     expect(page.locator("#results-figures img")).to_have_count(1)
     expect(page.locator("#results-report")).to_contain_text("landscape_plane.png can't be read")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    shot(page, "results-phone-dark")
+    shot(page, "results-figures-phone-dark")
     page.locator("#results-result input").click()
     page.get_by_role("option", name="Text scores: text_scores").click()
     expect(page.locator("#results-report")).to_contain_text("gsm8k")

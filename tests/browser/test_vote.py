@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from playwright.sync_api import Locator, Page, expect
 
 from app.ballots import COLUMNS, FILE, Votes
-from app.scored import Key, Prompt, ScoredImage
+from app.scored import Key, ScoredImage, ScoredPrompt
 from app.voting import tallies
 from tests.app.scored_images import scores_of, write
 from tests.browser.conftest import Viewer, Visit
@@ -71,7 +71,7 @@ def make_scores(folder: Path) -> None:
                 written.add_text("parameters", f'{{"adapter": "{label}"}}')
                 picture(adapter, prompt, seed).save(folder / file, pnginfo=written)
                 images[label, text, seed] = ScoredImage(file, {"i2t": 0.2, "t2t": 0.3})
-    write(scores_of(LABELS, [Prompt(text) for text in PROMPTS], images, SEEDS), folder)
+    write(scores_of(LABELS, [ScoredPrompt(text) for text in PROMPTS], images, SEEDS), folder)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_ten_votes(
     page.evaluate("window.heard = []")
     page.on("response", lambda answer: addresses.append(answer.url.split("?")[0]))
     booth = begin(page)
-    shot(page, "vote")
+    shot(page, "vote-ballot")
     for number, how in enumerate(VOTES, start=1):
         html = page.locator("#vote-booth").evaluate("element => element.outerHTML")
         assert not [word for word in LABELS if word in html]
