@@ -187,8 +187,9 @@ def test_the_tasks_mean_gradient_depends_on_the_samples_alone() -> None:
 
 
 def test_initialise_is_repeatable_and_leaves_no_trace_in_random_state() -> None:
-    states, cfg = [], SimpleNamespace(lora_ga_samples=7, train_batch_size=2, seed=4)
-    engine = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    states: list[dict[str, Tensor]] = []
+    cfg: Any = SimpleNamespace(lora_ga_samples=7, train_batch_size=2, seed=4)
+    engine: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     for _ in range(2):
         task, method = Toy(), create("bilora")
         torch.manual_seed(5)
