@@ -258,4 +258,4 @@ def test_the_example_method_passes_the_contract_suite(tmp_path: Path) -> None:
     done = run_example(tmp_path, METHOD, *selected)
     passed = re.search(r"(\d+) passed", done)
     assert passed is not None
-    assert int(passed.group(1)) > 100
+    assert int(passed.group(1)) > 50
