@@ -173,7 +173,7 @@ def test_refusals_come_before_anything_is_written(setting: Setting) -> None:
     out = setting.folder / "refused"
     said = launch(setting.folder / "refused.json", [text_flags(out, **values)])
     assert said.returncode != 0
-    assert "--method full under FSDP2 is refused, since" in said.stderr
+    assert re.search(r"--method full .*FSDP2.* is refused, since", said.stderr)
     assert not out.exists()
 
 
@@ -182,5 +182,5 @@ def test_the_script_says_that_cpus_split_nothing(setting: Setting) -> None:
     out = setting.folder / "on-cpus"
     said = torchrun(SCRIPT, text_flags(out, **options(setting.folder, "causal-bilora", 2)))
     assert said.returncode != 0
-    assert said.stderr.count("error: FSDP on CPUs is refused, since accelerate would split") == 1
+    assert len(re.findall(r"error: FSDP .*CPUs .*is refused, since", said.stderr)) == 1
     assert not out.exists()
