@@ -30,14 +30,17 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, ending: str = "") -> Iterator[Path]:
     """Replace the file ``path``: readers and crashes see the old content or the new.
 
+    Args:
+        ending: added to the name of what is not finished, where a loader looks for files by theirs.
+
     Yields:
-        Where to write the new content: beside ``path``, with the same ending. If that fails,
-        ``path`` stays as it is and nothing is left beside it.
+        Where to write the new content: beside ``path``, with the same ending but for ``ending``. If
+        that fails, ``path`` stays as it is and nothing is left beside it.
     """
-    aside = path.with_name(TEMPORARY + path.name)
+    aside = path.with_name(TEMPORARY + path.name + ending)
     try:
         yield aside
         sync(aside)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..durable import sync
+from ..durable import replacing
 from ..errors import UserError, did_you_mean
 from ..lora_names import (
     ADAPTER_METADATA,
@@ -116,15 +115,9 @@ def write_file(
     metadata: Mapping[str, str],
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write aside under a name that no loader matches, check what is there, sync, rename."""
+    """Write aside under a name that no loader matches, check what is there, rename."""
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path, ".partial") as aside:
         aside.write_bytes(safetensors.torch.save(tensors, entries))
-        sync(aside)
         if check is not None:
             check(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)

@@ -244,7 +244,7 @@ def test_a_failed_write_leaves_the_old_file(models, tmp_path, monkeypatch) -> No
     def full_disk(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("bilora_diffusion.export.writer.os.fsync", full_disk)
+    monkeypatch.setattr("bilora_diffusion.durable.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_diffusers(tmp_path, models, base_model="other")
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
