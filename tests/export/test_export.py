@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -32,7 +31,6 @@ from tests.export.export_models import (
     add_adapters,
     all_models,
     alter,
-    export_all,
     make_text_encoder,
     make_unet,
     read_metadata,
@@ -40,18 +38,8 @@ from tests.export.export_models import (
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return all_models(rank=4, alpha=6)
-
-
-@pytest.fixture(scope="module")
 def plain_unet() -> nn.Module:
     return make_unet()
-
-
-@pytest.fixture(scope="module")
-def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_all(tmp_path_factory.mktemp("export") / "icons", models)
 
 
 def test_read_back_equals_the_primary(models, folder) -> None:

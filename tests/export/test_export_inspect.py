@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
@@ -18,22 +17,10 @@ from bilora_diffusion.export import FILE_NAME, inspect, main
 from tests.export.export_models import (
     ATTENTION,
     add_adapters,
-    all_models,
     alter,
-    export_all,
     make_text_encoder,
     make_unet,
 )
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return all_models(rank=4, alpha=6)
-
-
-@pytest.fixture(scope="module")
-def folder(models: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_all(tmp_path_factory.mktemp("export") / "icons", models)
 
 
 def test_files_have_no_trace_of_the_auxiliary(models, folder) -> None:
