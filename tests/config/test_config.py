@@ -8,75 +8,109 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
+from bilora_diffusion.adapters import ALL_LINEAR
 from bilora_diffusion.config import machine as machine_module
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, parse
 from bilora_diffusion.image.inputs import FP16_FIX, SDXL_BASE
 from bilora_diffusion.image.options import INTERPOLATIONS
-from bilora_diffusion.methods import default_rho
+from bilora_diffusion.text.config import TextConfig, parse_text
 
 ROOT = Path(__file__).resolve().parents[2]
 Machine = Callable[..., None]
+ICONS = "a TOK icon, in the style of TOK"
 
 
 def mini(*arguments: str) -> DreamBoothConfig:
     return parse(["--dataset", "mini", *arguments])
 
 
-def test_interpolations_are_those_that_torchvision_knows() -> None:
-    assert {name.replace("_", "-") for name in INTERPOLATIONS} == {
-        m.value for m in InterpolationMode
-    }
+def icons(*arguments: str) -> DreamBoothConfig:
+    return parse(["--dataset", "linoyts/3d_icon", *arguments])
 
 
-def test_defaults_are_table_a8() -> None:
-    cfg = parse(["--dataset", "linoyts/3d_icon"])
-    assert (cfg.learning_rate, cfg.lr_scheduler, cfg.lr_warmup_steps) == (2e-4, "constant", 0)
-    assert (cfg.train_batch_size, cfg.gradient_accumulation_steps) == (1, 4)
-    assert (cfg.max_train_steps, cfg.num_train_epochs, cfg.validation_epochs) == (500, None, 25)
-    assert (cfg.rank, cfg.lora_alpha, cfg.lora_dropout, cfg.rho) == (4, 8, 0.0, 0.05)
-    assert (cfg.method, cfg.init_lora_weights, cfg.rho_norm) == ("bilora", "default", "scaled")
-    assert (cfg.pretrained_model_name_or_path, cfg.resolution) == (SDXL_BASE, 1024)
-    assert (cfg.instance_prompt, cfg.caption_column) == ("a TOK icon, in the style of TOK", None)
-    assert cfg.validation_prompts[0] == "a TOK icon of a rabbit, in the style of TOK"
-    assert (len(cfg.validation_prompts), cfg.seed) == (6, 0)
+def text(*arguments: str) -> TextConfig:
+    return parse_text(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
 
 
-def test_the_radius_is_the_methods_own() -> None:
+RADII: dict[str, dict[str, float | None]] = {
+    "image": {"lora": None, "bilora": 0.05, "lora-sam": 0.05, "flat-lora": 0.1},
+    "text": {"lora": None, "bilora": 0.05, "lora-sam": 0.01, "flat-lora": 0.05},
+}
+MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
+    # Table A8
+    (icons, "", {"learning_rate": 2e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0}),
+    (icons, "", {"train_batch_size": 1, "gradient_accumulation_steps": 4, "seed": 0}),
+    (icons, "", {"max_train_steps": 500, "num_train_epochs": None, "validation_epochs": 25}),
+    (icons, "", {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "rho": 0.05}),
+    (icons, "", {"method": "bilora", "init_lora_weights": "default", "rho_norm": "scaled"}),
+    (icons, "", {"pretrained_model_name_or_path": SDXL_BASE, "resolution": 1024}),
+    (icons, "", {"instance_prompt": ICONS, "caption_column": None, "text_encoder_lr": None}),
+    # Tables A4 to A7
+    (text, "", {"rank": 8, "lora_alpha": 16.0, "learning_rate": 5e-4, "lr_scheduler": "cosine"}),
+    (text, "", {"rho": 0.05, "method": "bilora", "adam_weight_decay": 0.0, "warmup_ratio": 0.03}),
+    (text, "", {"max_length": 256, "task_type": "auto", "template": "auto", "targets": ALL_LINEAR}),
+    (text, "", {"max_train_steps": None, "num_train_epochs": 3}),
+    # a batch that is Transformers' default stays beside an accumulation, unlike diffusers'
+    (text, "--gradient_accumulation_steps 4", {"train_batch_size": 8}),
+    (text, "--lora_target_modules q v", {"targets": ("q", "v")}),
+    # the radius is the method's own
+    *((mini, f"--method {m}", {"rho": rho}) for m, rho in RADII["image"].items()),
+    *((text, f"--method {m}", {"rho": rho}) for m, rho in RADII["text"].items()),
+    # the miniature, and what wins over it
+    (mini, "", {"pretrained_model_name_or_path": "mini", "validation_dataset": "mini-heldout"}),
+    (mini, "", {"resolution": 64, "caption_column": "prompt", "log_with": "tensorboard"}),
+    (mini, "--instance_prompt icon", {"instance_prompt": "icon", "caption_column": None}),
+    (mini, "--resolution 128 --validation_dataset none", {"validation_dataset": None}),
+    (mini, "--validation_prompt lion", {"validation_prompts": ["lion"]}),
+    (
+        mini,
+        "--validation_prompt one --validation_prompts two three",
+        {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
+    ),
+    # booleans
+    (mini, "", {"output_kohya_format": True}),
+    (mini, "--output_kohya_format", {"output_kohya_format": True}),  # as in diffusers' script
+    (mini, "--no_output_kohya_format", {"output_kohya_format": False}),
+    (mini, "--method full", {"output_kohya_format": False}),  # which leaves whole models
+    (mini, "--optimizer Prodigy", {"prodigy_decouple": True, "learning_rate": 1.0}),
+    (mini, "--optimizer prodigy --prodigy_decouple False", {"prodigy_decouple": False}),
+    (mini, "--optimizer prodigy --no_prodigy_decouple", {"prodigy_decouple": False}),
+    (mini, "--center_crop", {"center_crop": True}),
+    (mini, "--center_crop false", {"center_crop": False}),
+    # learning rates, steps and epochs
+    (mini, "--optimizer ADAMW", {"learning_rate": 2e-4}),
+    (mini, "--optimizer prodigy --learning_rate 0.5", {"learning_rate": 0.5}),
+    (mini, "--optimizer prodigy --train_text_encoder", {"text_encoder_lr": 1.0}),
+    (mini, "--train_text_encoder", {"text_encoder_lr": 5e-6}),
+    (mini, "--num_train_epochs 7", {"max_train_steps": None, "num_train_epochs": 7}),
+    (mini, "--max_train_steps 9 --num_train_epochs 7", {"max_train_steps": 9}),
+    (text, "--max_train_steps 9", {"max_train_steps": 9, "num_train_epochs": None}),
+]
+
+
+@pytest.mark.parametrize(("read", "words", "expected"), MEANINGS)
+def test_what_a_command_line_means(
+    read: Callable[..., Any], words: str, expected: dict[str, Any]
+) -> None:
+    cfg = read(*words.split())
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+def test_what_a_preset_and_a_help_hold() -> None:
+    assert parse(["--dataset_name=mini"]) == parse(["--dataset-name", "mini"]) == mini()
+    prompts = icons().validation_prompts
+    assert (prompts[0], len(prompts)) == ("a TOK icon of a rabbit, in the style of TOK", 6)
     help_of = DreamBoothConfig.__dataclass_fields__["rho"].metadata["option"].help
-    for method in ("bilora", "lora-sam", "flat-lora"):
-        rho = mini("--method", method).rho
-        assert rho == default_rho(method, "image")
-        assert f"{rho:g}" in help_of
-    assert mini("--method", "lora").rho is None
-
-
-def test_mini_alone_is_enough() -> None:
-    cfg = mini()
-    assert cfg.pretrained_model_name_or_path == "mini"
-    assert (cfg.resolution, cfg.caption_column) == (64, "prompt")
-    assert cfg.validation_dataset == "mini-heldout"
-    assert parse(["--dataset_name=mini"]) == parse(["--dataset-name", "mini"]) == cfg
-
-
-def test_what_is_given_wins_over_a_preset() -> None:
-    data = ["--instance_prompt", "an icon", "--resolution", "128"]
-    cfg = mini(*data, "--validation_dataset", "none", "--validation_prompt", "a lion")
-    assert (cfg.instance_prompt, cfg.caption_column, cfg.resolution) == ("an icon", None, 128)
-    assert cfg.validation_dataset is None
-    assert (cfg.validation_prompts, cfg.num_validation_images) == (["a lion"], 4)
-
-
-def test_kohyas_file_is_written_unless_told_otherwise() -> None:
-    assert mini().output_kohya_format
-    assert mini("--output_kohya_format").output_kohya_format  # as in diffusers' script
-    assert not mini("--no_output_kohya_format").output_kohya_format
-    assert not mini("--method", "full").output_kohya_format  # which leaves whole models
+    assert all(f"{rho:g}" in help_of for rho in RADII["image"].values() if rho)
+    modes = {mode.value for mode in InterpolationMode}
+    assert {name.replace("_", "-") for name in INTERPOLATIONS} == modes
 
 
 @pytest.mark.parametrize(
@@ -122,50 +156,14 @@ def test_mixed_precision(
     given: list[str],
     expected: str,
 ) -> None:
+    """And the autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone."""
     machine(kind, bf16=bf16)
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert mini(*given).mixed_precision == expected
-
-
-def test_the_fp16_autoencoder_is_for_sdxl_base_in_fp16_only(machine: Machine) -> None:
-    machine("cuda")
-    icons = ["--dataset", "linoyts/3d_icon", "--mixed_precision"]
-    assert parse([*icons, "fp16"]).pretrained_vae_model_name_or_path == FP16_FIX
-    assert parse([*icons, "bf16"]).pretrained_vae_model_name_or_path is None
-    assert mini("--mixed_precision", "fp16").pretrained_vae_model_name_or_path is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], (500, None)),
-        (["--num_train_epochs", "7"], (None, 7)),
-        (["--max_train_steps", "9", "--num_train_epochs", "7"], (9, None)),
-    ],
-)
-def test_steps_and_epochs(arguments: list[str], expected: tuple[int | None, int | None]) -> None:
-    cfg = mini(*arguments)
-    assert (cfg.max_train_steps, cfg.num_train_epochs) == expected
-
-
-def test_booleans_take_a_value_too() -> None:
-    prodigy = ["--optimizer", "Prodigy"]
-    assert mini(*prodigy).prodigy_decouple
-    assert not mini(*prodigy, "--prodigy_decouple", "False").prodigy_decouple
-    assert not mini(*prodigy, "--no_prodigy_decouple").prodigy_decouple
-    assert mini("--center_crop").center_crop
-    assert not mini("--center_crop", "false").center_crop
-
-
-def test_learning_rates() -> None:
-    assert mini("--optimizer", "ADAMW").learning_rate == 2e-4
-    prodigy = ["--optimizer", "prodigy"]
-    assert mini(*prodigy).learning_rate == 1.0
-    assert mini(*prodigy, "--learning_rate", "0.5").learning_rate == 0.5
-    assert mini(*prodigy, "--train_text_encoder").text_encoder_lr == 1.0
-    assert mini("--train_text_encoder").text_encoder_lr == 5e-6
-    assert mini().text_encoder_lr is None
+    assert mini(*given).pretrained_vae_model_name_or_path is None
+    vae = FP16_FIX if expected == "fp16" else None
+    assert icons(*given).pretrained_vae_model_name_or_path == vae
 
 
 def test_scale_lr_counts_batch_accumulation_and_processes() -> None:
@@ -177,11 +175,26 @@ def test_scale_lr_counts_batch_accumulation_and_processes() -> None:
     assert cfg.text_encoder_lr == 5e-6
     assert mini(*scaled).completed(3, side=64).auxiliary_learning_rate is None
     assert mini().completed(3, side=64).learning_rate == 2e-4
+    completed = text("--scale_lr").completed(2, "causal")
+    assert (completed.task_type, completed.learning_rate) == ("causal", 5e-4 * 8 * 2)
 
 
-def test_validation_prompts_from_a_list_and_a_file(tmp_path: Path) -> None:
-    both = ["--validation_prompt", "one", "--validation_prompts", "two", "three"]
-    assert mini(*both).validation_prompts == ["one", "two", "three"]
+@pytest.mark.parametrize(
+    ("argv", "steps", "warm"),
+    [
+        ((), 100, 3),
+        ((), 101, 4),  # rounded up, as Transformers does
+        (("--warmup_ratio", "0"), 100, 0),
+        (("--warmup_ratio", "0.5"), 10, 5),
+        (("--lr_warmup_steps", "7"), 100, 7),
+        (("--lr_scheduler", "constant"), 100, 0),
+    ],
+)
+def test_warm_up_as_a_share_or_in_steps(argv: tuple[str, ...], steps: int, warm: int) -> None:
+    assert text(*argv).warmup_steps(steps) == warm
+
+
+def test_validation_prompts_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a lion\n\n  a frog \n")
     cfg = mini("--validation_prompts", str(tmp_path / "prompts.txt"))
     assert cfg.validation_prompts == ["a lion", "a frog"]
@@ -207,60 +220,80 @@ def test_local_folders_take_the_place_of_the_hub(
 
 
 def test_the_default_tracker_needs_no_package(machine: Machine) -> None:
-    assert mini().log_with == "tensorboard"
     machine("cpu", missing=frozenset({"tensorboard"}))
     assert (mini().report_to, mini().log_with) == ("none", None)
 
 
-def test_the_record_is_json_without_the_token() -> None:
-    cfg = mini("--push_to_hub", "--hub_token", "hf_secret")
+def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_path: Path) -> None:
+    given = ["--lora_target_modules", "q", "v", "--packing", "--rho", "0.1"]
+    cfg = text(*given, "--push_to_hub", "--hub_token", "hf_secret")
     assert cfg.hub_token == "hf_secret"
-    record = cfg.to_dict()
-    assert json.loads(json.dumps(record)) == record
-    assert "hf_secret" not in json.dumps(record)
-    assert set(record) == {f.name for f in dataclasses.fields(cfg)} - {"hub_token"}
+    values = json.loads(json.dumps(cfg.to_dict()))
+    assert "hf_secret" not in json.dumps(values)
+    assert set(values) == {f.name for f in dataclasses.fields(cfg)} - {"hub_token"}
+    left = {
+        key: value for key, value in values.items() if key not in ("num_train_epochs", "config")
+    }
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in left.items() if value is not None]
+    (tmp_path / "recipe.yaml").write_text("".join(lines))
+    again = parse_text(["--config", str(tmp_path / "recipe.yaml"), "--hub_token", "hf_secret"])
+    assert again.to_dict() == {**values, "config": str(tmp_path / "recipe.yaml")}
 
 
-def test_the_fingerprint_holds_what_is_learned_and_no_more() -> None:
-    fingerprint = mini().fingerprint()
-    harmless = ["--output_dir", "elsewhere", "--checkpointing_steps", "7", "--report_to", "none"]
-    assert mini(*harmless, "--allow_tf32", "--cache_dir", "x").fingerprint() == fingerprint
-    for change in (["--rho", "0.1"], ["--seed", "1"], ["--method", "lora"], ["--random_flip"]):
-        assert mini(*change).fingerprint() != fingerprint
+RECORDING = "--allow_tf32 --cache_dir x --log_dynamics --dynamics_steps 3 --checkpointing_steps 7"
+MEASURING = "--eval_steps 5 --max_eval_samples 9 --eval_batch_size 2 --preprocessing_num_workers 2"
+
+
+@pytest.mark.parametrize(
+    ("read", "harmless", "changes"),
+    [
+        (mini, RECORDING, ["--rho 0.1", "--seed 1", "--method lora", "--random_flip"]),
+        (text, MEASURING, ["--max_length 9", "--template plain", "--warmup_ratio 0.5"]),
+    ],
+)
+def test_the_fingerprint_holds_what_is_learned_and_no_more(
+    read: Callable[..., Any], harmless: str, changes: list[str]
+) -> None:
+    before = read().fingerprint()
+    same = read(*harmless.split(), "--output_dir", "x", "--report_to", "none")
+    assert same.fingerprint() == before
+    assert all(read(*change.split()).fingerprint() != before for change in changes)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        mini().rank = 5  # pyright: ignore[reportAttributeAccessIssue]
+        same.rank = 5
 
 
 def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse(["--help"])
-    text = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert exit_.value.code == 0
     for field in dataclasses.fields(DreamBoothConfig):
-        assert f"  --{field.name}" in text
+        assert f"  --{field.name}" in shown
         assert field.metadata["option"].help
     for section in ("base model:", "training images:", "adapters and method:", "output:"):
-        assert text.count(f"\n{section}\n") == 1
+        assert shown.count(f"\n{section}\n") == 1
 
 
-@pytest.mark.slow
-def test_parsing_loads_nothing_heavy() -> None:
-    code = (
-        "import sys; from bilora_diffusion.image.config import parse; parse(['--dataset', 'mini']);"
-        # not bitsandbytes: where it is installed, PEFT imports it
-        "print(*{'diffusers', 'datasets', 'gradio'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == ""
-
-
-def test_accelerate_on_the_cpu_is_the_cpu() -> None:
-    code = (
-        "import os; os.environ['ACCELERATE_USE_CPU'] = 'True'; import torch;"
-        "torch.accelerator.current_accelerator = None;"
-        f"from {machine_module.__name__} import device_type; print(device_type())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "cpu"
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param(  # not bitsandbytes: where it is installed, PEFT imports it
+            "import sys; from bilora_diffusion.image.config import parse;"
+            "parse(['--dataset', 'mini']);"
+            "print(*{'diffusers', 'datasets', 'gradio'} & set(sys.modules))",
+            "",
+            marks=pytest.mark.slow,
+        ),
+        (
+            "import os; os.environ['ACCELERATE_USE_CPU'] = 'True'; import torch;"
+            "torch.accelerator.current_accelerator = None;"
+            f"from {machine_module.__name__} import device_type; print(device_type())",
+            "cpu",
+        ),
+    ],
+    ids=["parsing loads nothing heavy", "accelerate on the CPU is the CPU"],
+)
+def test_a_process_of_its_own(code: str, said: str) -> None:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said

@@ -25,8 +25,17 @@ from bilora_diffusion.train.stepping import Schedule, total_steps
 from docs.diffusers_flags import DEFAULTS, FLAGS, default_here
 from tests.references.diffusers_flags import Meaning, meaning, refuses
 
+# Where images and models come from, and what goes on from elsewhere or leaves the machine.
+ALWAYS = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
+ASIDE = {
+    *("pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
+    *("dataset_name", "caption_column"),
+    *("resume_from_checkpoint", "push_to_hub", "hub_token"),
+}
+BARE = {name for name, default in DEFAULTS.items() if isinstance(default, bool)}
 # What is drawn for a flag; True is the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(sorted(BARE - ASIDE), (True,)),
     "dataset_config_name": ("default",),
     "image_column": ("image", "picture"),
     "repeats": (1, 3, 10),
@@ -35,17 +44,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "validation_prompt": ("a TOK dog on the moon",),
     "num_validation_images": (1, 8),
     "validation_epochs": (1, 10),
-    "do_edm_style_training": (True,),
-    "with_prior_preservation": (True,),
     "prior_loss_weight": (0.5, 1.0),
     "num_class_images": (4, 100, 1000),
     "output_dir": ("runs/dog",),
-    "output_kohya_format": (True,),
     "seed": (0, 42),
     "resolution": (512, 1024),
-    "center_crop": (True,),
-    "random_flip": (True,),
-    "train_text_encoder": (True,),
     "train_batch_size": (1, 2, 3, 4),
     "sample_batch_size": (1, 8),
     "num_train_epochs": (1, 4, 7),
@@ -53,10 +56,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "checkpointing_steps": (10, 500),
     "checkpoints_total_limit": (1, 3),
     "gradient_accumulation_steps": (1, 2, 5),
-    "gradient_checkpointing": (True,),
     "learning_rate": (1e-4, 5e-5, 1.0),
     "text_encoder_lr": (5e-6, 1e-5),
-    "scale_lr": (True,),
     "lr_scheduler": (
         *("constant", "constant_with_warmup", "linear"),
         *("cosine", "cosine_with_restarts", "polynomial"),
@@ -67,36 +68,22 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "lr_power": (0.5, 2.0),
     "dataloader_num_workers": (0, 2),
     "optimizer": ("AdamW", "adamw", "prodigy", "Prodigy"),
-    "use_8bit_adam": (True,),
     "adam_beta1": (0.9, 0.8),
     "adam_beta2": (0.999, 0.99),
     "prodigy_beta3": (0.5,),
-    "prodigy_decouple": (True,),
     "adam_weight_decay": (0.0, 1e-2),
     "adam_weight_decay_text_encoder": (0.0, 1e-2),
     "adam_epsilon": (1e-8, 1e-6),
-    "prodigy_use_bias_correction": (True,),
-    "prodigy_safeguard_warmup": (True,),
     "max_grad_norm": (0.5, 1.0),
     "hub_model_id": ("me/dog",),
     "logging_dir": ("logs",),
-    "allow_tf32": (True,),
     "report_to": ("tensorboard", "wandb"),
     "mixed_precision": ("no", "bf16"),
     "prior_generation_precision": ("no", "fp32", "bf16"),
     "local_rank": (-1, 0),
-    "enable_xformers_memory_efficient_attention": (True,),
     "rank": (4, 16, 64),
     "lora_dropout": (0.0, 0.1),
-    "use_dora": (True,),
     "image_interpolation_mode": ("lanczos", "bicubic"),
-}
-# Where images and models come from, and what goes on from elsewhere or leaves the machine.
-ALWAYS = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
-ASIDE = {
-    *("pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
-    *("dataset_name", "caption_column"),
-    *("resume_from_checkpoint", "push_to_hub", "hub_token"),
 }
 IMAGES, CLASS_IMAGES = 5, 200
 
