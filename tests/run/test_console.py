@@ -34,9 +34,7 @@ def test_the_bar_says_what_it_waits_for_and_smooths_the_loss(
     mean = (0.95 * 1 + 3) / 1.95
     assert f"loss={mean:.4f}" in shown
     assert "bilora: held-out loss" in shown
-
-
-def test_processes_without_a_record_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    # processes without a record show nothing
     with console.Bar(1, 0, "lora", None) as bar, bar.waiting_for("validation"):
         bar.step({"loss": 1.0, "lr": 1e-3})
     assert capsys.readouterr().err == ""
@@ -60,11 +58,8 @@ def test_the_end_names_the_best_step_and_how_to_get_its_adapter(
     assert "0.1200 at step 0, 0.0836 at step 200, lowest 0.0795 at step 100" in text
     assert (f"python -m bilora_diffusion.export '{run}' --step 100" in text) is command
     assert f"python -m eval.clip_scores '{run}' base" in text
-
-
-def test_a_loss_that_was_not_finite_is_no_lowest(tmp_path: Path) -> None:
-    measured(tmp_path, {0: 0.2, 2: 0.1, 4: float("nan")})
-    text = console.closing(tmp_path, {}, "eval.text_scores")
+    measured(tmp_path / "other", {0: 0.2, 2: 0.1, 4: float("nan")})
+    text = console.closing(tmp_path / "other", {}, "eval.text_scores")
     assert "0.1000 at step 2, the lowest measured" in text
 
 

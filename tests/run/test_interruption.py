@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,19 +28,18 @@ def _own_handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
-def test_the_first_signal_waits_for_the_loop(number: signal.Signals) -> None:
+def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(
+    number: signal.Signals,
+) -> None:
     before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Interruption() as run:
+        os.kill(os.getpid(), number)
+    assert run.number == number
     with Interruption(patient=True) as run:
         assert run.number is None
         os.kill(os.getpid(), number)
         assert run.number == number
     assert signal.getsignal(number) is before
-
-
-def test_before_anything_can_be_saved_the_first_signal_stops_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), Interruption() as run:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert run.number == signal.SIGTERM
 
 
 def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,12 +64,8 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
 
 
 def test_outside_of_the_main_thread_nothing_is_installed() -> None:
-    def work() -> None:
-        with Interruption():
-            pass
-
     before = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=Interruption().__enter__)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
@@ -110,22 +106,15 @@ def test_the_command_that_goes_on(given: list[str], overwrites: bool, expected: 
 def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The outermost ancestor that ends with the same arguments is the launcher."""
 
-    class Process:
-        def __init__(self, pid: int, *words: str) -> None:
-            self.pid, self._words = pid, list(words)
-
-        def cmdline(self) -> list[str]:
-            return self._words
-
-        def parents(self) -> list[Process]:
-            return [
-                Process(9, "python", "-m", "torch.distributed.run", "t.py", "--rank", "2"),
-                Process(8, "accelerate", "launch", "t.py", "--rank", "2"),
-                Process(7, "bash", "-c", "make"),
-                Process(1, "tini", "t.py", "--rank", "2"),
-            ]
-
-    monkeypatch.setattr(interruption.psutil, "Process", lambda: Process(10))
+    ancestors = {
+        9: "python -m torch.distributed.run t.py --rank 2",
+        8: "accelerate launch t.py --rank 2",
+        7: "bash -c make",
+        1: "tini t.py --rank 2",
+    }
+    parents = [SimpleNamespace(pid=pid, cmdline=line.split) for pid, line in ancestors.items()]
+    this = SimpleNamespace(pid=10, parents=lambda: parents)
+    monkeypatch.setattr(interruption.psutil, "Process", lambda: this)
     own = ["python", "t.py", "--rank", "2"]
     assert command_line(own, ["--rank", "2"]) == (["accelerate", "launch", "t.py", *own[2:]], 2)
     assert command_line(["python", "t.py"], []) == (["python", "t.py"], 0)

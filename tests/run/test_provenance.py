@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,22 +44,17 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance.commit(package) == (None, None)
 
 
-def test_versions_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_and_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
     assert provenance.versions() == {
         "python": platform.python_version(),
         "no-such-package": None,
         "bilora_diffusion": bilora_diffusion.__version__,
     }
-
-
-def test_a_gpu_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        total_memory = 24 * 2**30
-
+    memory = SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     machine = provenance.device("cuda")
     assert (machine["type"], machine["name"], machine["gpu"]) == ("cuda", "Some GPU", "Some GPU")
-    assert machine["gpu_memory_bytes"] == Properties.total_memory
+    assert machine["gpu_memory_bytes"] == memory.total_memory
     assert machine["cpu_model"] == provenance.device("cpu")["name"] != "Some GPU"
