@@ -39,8 +39,7 @@ def test_results_lie_beside_the_runs(name: str) -> None:
     needed = NEEDED.get(name, [])
     words = ["demo/lora", "demo/bilora/", *needed]
     assert parser_of(name).read(words).output_dir == Path("demo") / FOLDERS[name]
-    given = parser_of(name).read([*words, "--output_dir", "x"])
-    assert given.output_dir == Path("x")
+    assert parser_of(name).read([*words, "--output_dir", "x"]).output_dir == Path("x")
     summary = (import_module(f"eval.{name}").__doc__ or "").partition("\n")[0]
     assert parser_of(name).description == summary
 

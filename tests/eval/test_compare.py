@@ -24,31 +24,35 @@ from eval.table import Entry, Row, Summary
 finite = st.floats(-1e3, 1e3)
 
 
-def test_the_interval_is_scipys() -> None:
-    values = [0.3, -0.1, 0.8, 0.4, 0.2]
+VALUES = [0.3, -0.1, 0.8, 0.4, 0.2]
+
+
+def test_intervals_are_scipys() -> None:
     expected = stats.bootstrap(
-        (np.array(values),),
+        (np.array(VALUES),),
         np.mean,
         n_resamples=9999,
         confidence_level=0.95,
         method="BCa",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    assert bootstrap_interval(values) == Interval(float(expected.low), float(expected.high))
-    assert bootstrap_interval(values) == bootstrap_interval(values)
+    for _ in range(2):
+        assert bootstrap_interval(VALUES) == Interval(float(expected.low), float(expected.high))
+    expected = stats.ttest_1samp(VALUES, 0).confidence_interval(0.95)
+    assert student_interval(VALUES) == pytest.approx((expected.low, expected.high))
+    wilson = stats.binomtest(3, 4).proportion_ci(0.95, method="wilson")
+    assert win_rate_interval(3, 0, 1) == (wilson.low, wilson.high)
+    assert win_rate_interval(1, 1, 2) == bootstrap_interval([1.0, 0.5, 0.0, 0.0])
 
 
-def test_equal_values_give_no_width() -> None:
+def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_differ() -> None:
+    assert bootstrap_interval([]) is bootstrap_interval([1.0]) is student_interval([1.0]) is None
+    assert win_rate_interval(0, 1, 0) is None
     assert bootstrap_interval([0.0] * 5) == Interval(0.0, 0.0)
     assert bootstrap_interval([0.25] * 5) == Interval(0.25, 0.25)
     noise = bootstrap_interval([0.1 + 0.2, 0.3, 0.3])  # equal but for rounding
     assert noise is not None
     assert noise.low == noise.high == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize("values", [[], [1.0]])
-def test_there_is_no_interval_without_two_values(values: list[float]) -> None:
-    assert bootstrap_interval(values) is None
 
 
 @given(st.lists(finite, min_size=2, max_size=6))
@@ -65,17 +69,6 @@ def test_coverage_is_as_documented() -> None:
     intervals = [bootstrap_interval(list(row), resamples=299) for row in draws]
     covered = np.mean([found is not None and found.low <= 2 <= found.high for found in intervals])
     assert 0.85 <= covered <= 0.95  # 0.91 by a long run
-
-
-def test_other_intervals_are_scipys() -> None:
-    values = [0.3, -0.1, 0.8, 0.4, 0.2]
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert student_interval(values) == pytest.approx((expected.low, expected.high))
-    assert student_interval([1.0]) is None
-    wilson = stats.binomtest(3, 4).proportion_ci(0.95, method="wilson")
-    assert win_rate_interval(3, 0, 1) == (wilson.low, wilson.high)
-    assert win_rate_interval(1, 1, 2) == bootstrap_interval([1.0, 0.5, 0.0, 0.0])
-    assert win_rate_interval(0, 1, 0) is None
 
 
 def row(group: str, seed: int | None, value: float | None, **more: object) -> Row:
@@ -198,23 +191,33 @@ def test_key_figures_over_training() -> None:
     assert compare.equal_training(rows, "held", "none") == (None, [])
 
 
-def test_equal_training_loss_is_interpolated() -> None:
-    training, measured = [10.0, 8.0, 6.0], [5.0, 4.0, 4.5]
-    assert at_training_loss(training, measured, 7.0) == 4.25
-    assert at_training_loss(training, measured, 10.0) == 5.0
-    assert at_training_loss(training, measured, 6.0) == 4.5
+FALLS, RISES_AGAIN, BEGAN_BELOW = [10.0, 8.0, 6.0], [10.0, 6.0, 9.0, 5.0], [10.0, 11.0, 9.0]
 
 
-def test_the_first_time_counts_where_training_loss_rises_again() -> None:
-    training, measured = [10.0, 6.0, 9.0, 5.0], [1.0, 2.0, 3.0, 4.0]
-    assert at_training_loss(training, measured, 8.0) == 1.5
-    assert at_training_loss([10.0, 11.0, 9.0], [1.0, 2.0, 3.0], 10.5) is None  # began below
-    assert at_training_loss(training, measured, 4.0) is None  # never reached
-    assert at_training_loss([], [], 4.0) is None
+@pytest.mark.parametrize(
+    ("training", "level", "expected"),
+    [
+        (FALLS, 7.0, 2.5),  # interpolated
+        (FALLS, 10.0, 1.0),
+        (FALLS, 6.0, 3.0),
+        (RISES_AGAIN, 8.0, 1.5),  # the first time counts
+        (RISES_AGAIN, 4.0, None),  # never reached
+        (BEGAN_BELOW, 10.5, None),
+        ([], 4.0, None),
+    ],
+)
+def test_a_metric_at_equal_training_loss(
+    training: list[float], level: float, expected: float | None
+) -> None:
+    measured = [float(n) for n, _ in enumerate(training, start=1)]
+    assert at_training_loss(training, measured, level) == expected
 
 
-def test_a_run_that_never_fell_reached_nothing() -> None:
-    assert reached_training_loss([3.0, 2.0, 2.5]) == 2.0
-    assert reached_training_loss([3.0, 4.0, 3.0]) is None
-    assert reached_training_loss([3.0]) is None
-    assert reached_training_loss([]) is None
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [([3.0, 2.0, 2.5], 2.0), ([3.0, 4.0, 3.0], None), ([3.0], None), ([], None)],
+)
+def test_a_run_that_never_fell_reached_nothing(
+    training: list[float], expected: float | None
+) -> None:
+    assert reached_training_loss(training) == expected

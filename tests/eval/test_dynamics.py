@@ -36,12 +36,8 @@ def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | No
         earlier = [step for step, _ in points if step < stays[0]]
         assert found is not None
         assert (earlier[-1] if earlier else stays[0]) <= found <= stays[0]
-
-
-def test_settling_is_interpolated() -> None:
+    # in between, on the straight line
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
-    assert settles([0, 10], [None, 0.95], 0.9) == 10
-    assert settles([], [], 0.9) is None
 
 
 def test_a_logarithmic_axis_gets_no_zeros() -> None:
@@ -57,8 +53,8 @@ def test_cosines_are_those_of_the_whole_matrices() -> None:
     one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
     found = courses.cosines(one, other)
 
-    def naive(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-        a, b = (np.concatenate([x.double().numpy().ravel() for x in s]) for s in (left, right))
+    def naive(*sides: list[torch.Tensor]) -> float:
+        a, b = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in sides)
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
     parts = {
@@ -93,17 +89,14 @@ def test_a_course_over_one_layer_and_over_all(tmp_path: Path) -> None:
             for quantity, value in courses.cosines(own, end).items():
                 assert values[f"{role}/{quantity}"][4] == value
         assert values["auxiliary_norm"][3] == 0.05
-    assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
-    assert found[courses.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
-
-
-def test_layers_are_chosen_and_spread() -> None:
     names = [f"layer.{i}" for i in range(10)]
     assert courses.choose(names, "layer.3") == [3]
-    assert courses.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
-    assert courses.spread(names[:2], 4) == names[:2]
     with pytest.raises(UserError, match=r'"layers.3" \(did you mean "layer.3"\?\)'):
         courses.choose(names, "layers.3")
+    assert courses.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
+    assert courses.spread(names[:2], 4) == names[:2]
+    assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
+    assert found[courses.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
 
 
 def judged(folder: Path, slow: str, ratio: tuple[float, ...], seeds: int = 5) -> Result:
@@ -139,20 +132,17 @@ THIRD = ("Fig. 2b", "the third term of Eq. 5 is more than 10000 times smaller th
 def test_the_claims_follow_the_data(late: tuple[Path, Result], tmp_path: Path) -> None:
     folder, result = late
     assert (verdicts(result)[SLOWER], verdicts(result)[THIRD]) == ("agrees", "agrees")
-    early = verdicts(judged(tmp_path, PRIMARY, (100.0, 200.0, 300.0)))
-    assert (early[SLOWER], early[THIRD]) == ("disagrees", "disagrees")
     report = (folder / f"out-{AUXILIARY}" / "report.md").read_text()
     assert "slower than the primary. These runs agree (Bi-LoRA)" in report
-
-
-def test_a_claim_that_some_layers_bear_out_holds_in_part(tmp_path: Path) -> None:
-    result = judged(tmp_path, AUXILIARY, (100.0, 2e4, 3e4), seeds=0)
-    assert verdicts(result)[THIRD] == "in part"
-    evidence = next(claim.evidence for claim in judge(result) if claim.source == "Fig. 2b")
+    early = verdicts(judged(tmp_path, PRIMARY, (100.0, 200.0, 300.0)))
+    assert (early[SLOWER], early[THIRD]) == ("disagrees", "disagrees")
+    some_layers = judged(tmp_path, AUXILIARY, (100.0, 2e4, 3e4), seeds=0)
+    assert verdicts(some_layers)[THIRD] == "in part"
+    evidence = next(claim.evidence for claim in judge(some_layers) if claim.source == "Fig. 2b")
     assert "67% [67%, 67%] of the layers" in evidence
 
 
-def test_key_figures_are_those_of_the_curves(late: tuple[Path, Result]) -> None:
+def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Path, Result]) -> None:
     folder, result = late
     for who in ("primary", "auxiliary"):
         settled = {}
@@ -169,10 +159,8 @@ def test_key_figures_are_those_of_the_curves(late: tuple[Path, Result]) -> None:
     values = np.array([row.value for row in rows], dtype=float).reshape(5, 11)  # runs of steps
     assert [point.mean for point in curve] == pytest.approx(values.mean(0))
     assert result.summary("Bi-LoRA", "chance column_overlap") is not None
+    assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
 
-
-def test_the_files_are_whole(late: tuple[Path, Result]) -> None:
-    folder, result = late
     names = ["fig2_lora_sam.png", "figA4_layers.png", "figA2_convergence.png", "auxiliary.png"]
     assert result.figures == names
     out = folder / f"out-{AUXILIARY}"
@@ -180,7 +168,6 @@ def test_the_files_are_whole(late: tuple[Path, Result]) -> None:
     tables = [table.FILE, table.REPORT, table.ROWS, table.SUMMARY]
     assert {path.name for path in out.iterdir()} == {*names, *tables}
     assert not any(str(folder) in (out / name).read_text() for name in tables)
-    assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
 
 
 def test_one_layer_and_named_groups(

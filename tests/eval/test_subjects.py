@@ -30,6 +30,8 @@ def test_groups_by_setting(tmp_path: Path) -> None:
     named = gather([lora[0]], [f"mine = {plain[0]},{plain[1]}"])
     assert [run.group for run in named] == ["LoRA", "mine", "mine"]
     assert gather(plain)[0].group == "Bi-LoRA"
+    namesakes = [run(f"{seed}/run", "lora", seed) for seed in range(2)]
+    assert [found.label for found in gather(namesakes)] == ["run", "run-2"]
     other = run("again", "bilora", 0)
     for words, groups, sentence in (
         ([*plain, other], [], "are both seed 0"),
@@ -38,11 +40,6 @@ def test_groups_by_setting(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             gather(words, groups)
-
-
-def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    runs = [str(recorded_runs.make(tmp_path / str(s) / "run", "lora", s, ())) for s in range(2)]
-    assert [run.label for run in gather(runs)] == ["run", "run-2"]
 
 
 def test_a_row_is_of_its_subject() -> None:

@@ -27,15 +27,6 @@ def labels(found: Grid) -> list[str]:
     return [arm.label for arm in found.arms]
 
 
-def test_an_axis_is_a_list_or_a_range() -> None:
-    assert axes.axes(["method=lora,bilora", "seed=0..2,7", "rho=0.1", "learning-rate=1e-3"]) == {
-        "method": ["lora", "bilora"],
-        "seed": ["0", "1", "2", "7"],
-        "rho": ["0.1"],
-        "learning_rate": ["1e-3"],
-    }
-
-
 def test_the_product_comes_seed_by_seed() -> None:
     found = grid("method=lora,bilora", "seed=0..1", "rank=2,4")
     assert labels(found) == [
@@ -51,26 +42,15 @@ def test_the_product_comes_seed_by_seed() -> None:
     assert found.cells[5].name.startswith("method-lora-rank-4-seed1-")
 
 
-def test_an_option_that_a_method_does_not_read_makes_no_arm() -> None:
+def test_what_is_the_same_run_is_one_arm() -> None:
     found = grid("seed=0..2", "rho=0.01,0.05", arms={"LoRA": {"method": "lora"}, "": {}})
-    assert labels(found) == ["LoRA", "rho=0.01", "rho=0.05"]
+    assert labels(found) == ["LoRA", "rho=0.01", "rho=0.05"]  # LoRA does not read rho
     assert found.cells[0].flags == ("--method=lora", "--seed=0")
     assert len(found.cells) == 9
-
-
-def test_the_same_run_is_one_arm_under_several_names() -> None:
-    found = grid(
-        "seed=0",
-        arms={
-            "Bi-LoRA": {"method": "bilora"},
-            "spelled out": {"method": "bilora", "rank": 4, "lora_alpha": 8.0, "rho": 0.05},
-            "smaller": {"rank": 2},
-        },
-    )
-    assert [(arm.label, arm.also) for arm in found.arms] == [
-        ("Bi-LoRA", ("spelled out",)),
-        ("smaller", ()),
-    ]
+    spelled_out = {"method": "bilora", "rank": 4, "lora_alpha": 8.0, "rho": 0.05}
+    arms = {"Bi-LoRA": {"method": "bilora"}, "spelled out": spelled_out, "smaller": {"rank": 2}}
+    also = {arm.label: arm.also for arm in grid("seed=0", arms=arms).arms}
+    assert also == {"Bi-LoRA": ("spelled out",), "smaller": ()}
 
 
 def test_without_an_axis_of_seeds_the_recipes_seed_counts(tmp_path: Path) -> None:
@@ -123,30 +103,38 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("over", "fields", "told"), REFUSED, ids=[told for *_, told in REFUSED])
+@pytest.mark.parametrize(("over", "fields", "told"), REFUSED)
 def test_a_bad_grid_is_refused(over: list[str], fields: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         grid(*over, **fields)
 
 
-def test_booleans_of_yaml_fit_switches_and_options() -> None:
-    arms = {"with": {"use_dora": True}, "without": {"use_dora": False, "cache_latents": True}}
-    found = grid("seed=0", arms=arms)
-    assert [cell.flags[:-1] for cell in found.cells] == [
+def test_axes_and_arms_are_read(tmp_path: Path) -> None:
+    assert axes.axes(["method=lora,bilora", "seed=0..2,7", "rho=0.1", "learning-rate=1e-3"]) == {
+        "method": ["lora", "bilora"],
+        "seed": ["0", "1", "2", "7"],
+        "rho": ["0.1"],
+        "learning_rate": ["1e-3"],
+    }
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "lora: {method: lora}\nDoRA: {use-dora: true}\noff: {use_dora: false}\nplain:\n"
+    )
+    arms = axes.load_arms(file)
+    assert arms == {
+        "lora": {"method": "lora"},
+        "DoRA": {"use_dora": True},
+        "off": {"use_dora": False},
+        "plain": {},
+    }
+    del arms["plain"]  # which is the same run as "off"
+    arms["off"]["cache_latents"] = True  # an option of words, which YAML makes true
+    assert [cell.flags[:-1] for cell in grid("seed=0", arms=arms).cells] == [
+        ("--method=lora",),
         ("--use_dora=yes",),
         ("--use_dora=no", "--cache_latents=yes"),
     ]
     assert labels(grid("use_dora=on,off")) == ["use_dora=on", "use_dora=off"]
-
-
-def test_arms_are_read_from_yaml(tmp_path: Path) -> None:
-    file = tmp_path / "arms.yaml"
-    file.write_text("lora: {method: lora}\nlora + DoRA: {method: lora, use-dora: true}\nplain:\n")
-    assert axes.load_arms(file) == {
-        "lora": {"method": "lora"},
-        "lora + DoRA": {"method": "lora", "use_dora": True},
-        "plain": {},
-    }
 
 
 @pytest.mark.parametrize(
@@ -178,11 +166,12 @@ def test_the_control_is_found_by_label_or_option() -> None:
     )
     found = Grid(arms, (0,), ())
     assert found.control(None) is arms[0]
-    assert found.control("lora + DoRA") is arms[1]
-    assert found.control("same") is arms[0]
-    assert found.control("method=lora") is arms[0]  # exactly that, and nothing more
-    assert found.control("use_dora=true") is arms[1]
-    assert found.control("method=bilora") is arms[2]
+    wanted = {
+        **{"lora + DoRA": 1, "same": 0, "use_dora=true": 1, "method=bilora": 2},
+        "method=lora": 0,  # exactly that, and nothing more
+    }
+    for word, number in wanted.items():
+        assert found.control(word) is arms[number]
     with pytest.raises(UserError, match=r'is none of the arms \(did you mean "lora"\?\)'):
         found.control("lor")
     with pytest.raises(UserError, match="is none of the arms"):
