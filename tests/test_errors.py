@@ -59,21 +59,19 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "speaks"),
-    [(None, None, True), ("0", "0", True), ("1", "1", False), ("2", "0", False), ("0", "1", False)],
+    ("ranks", "speaks"),
+    [((), True), (("0", "0"), True), (("1", "1"), False), (("2", "0"), False), (("0", "1"), False)],
 )
 def test_only_the_main_process_speaks(
-    rank: str | None,
-    local_rank: str | None,
+    ranks: tuple[str, ...],
     speaks: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for key, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
-        if value is None:
-            monkeypatch.delenv(key, raising=False)
-        else:
-            monkeypatch.setenv(key, value)
+    for key, value in zip(("RANK", "LOCAL_RANK"), ranks or ("0", "0"), strict=True):
+        monkeypatch.setenv(key, value)
+        if not ranks:
+            monkeypatch.delenv(key)
 
     def main() -> None:
         raise UserError("no.")

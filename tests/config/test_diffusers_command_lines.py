@@ -88,17 +88,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
 IMAGES, CLASS_IMAGES = 5, 200
 
 
-class Images:
+class Images(list[None]):
     """So many images without any pixels."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
     def prompts(self, default: str) -> list[str]:
-        return [default] * self.count
+        return [default] * len(self)
 
 
 @pytest.fixture(autouse=True)
@@ -127,8 +121,8 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
     cfg = parse(words(flags)).completed(processes, side=1024)
     cfg = dataclasses.replace(cfg, cache_latents="no", use_8bit_adam=False)
-    instance: Any = Images(images)
-    classes: Any = Images(class_images) if cfg.with_prior_preservation else None
+    instance: Any = Images([None] * images)
+    classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
     stream = VisitStream(cfg, instance, classes)
     batch = Schedule(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
     steps = total_steps(cfg, stream.num_samples, batch)

@@ -31,9 +31,8 @@ def alphas() -> Tensor:
 
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 4, 2, 2, generator=generator), torch.randn(
-        3, 4, 2, 2, generator=generator
-    )
+    latents, noise = torch.randn(2, 3, 4, 2, 2, generator=generator)
+    return latents, noise
 
 
 def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -94,17 +93,10 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
 
 
 def test_native_edm_is_chosen_by_the_pipeline() -> None:
-    config = {
-        "_class_name": "EDMDPMSolverMultistepScheduler",
-        "sigma_min": 0.002,
-        "sigma_max": 80.0,
-        "sigma_data": 0.5,
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-    }
-    denoising = Denoising.from_config(config)
-    latents, noise = batch()
-    loss = denoising.loss(predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool))
+    name = "EDMDPMSolverMultistepScheduler"
+    config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+    denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
+    loss = denoising.loss(predict, *batch(), INDEX, torch.ones(3, dtype=torch.bool))
     assert denoising.kind == "edm_native"
     assert torch.isfinite(loss).all()
 

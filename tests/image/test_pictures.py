@@ -1,6 +1,9 @@
-"""Crops, flips and resizing, against torchvision's own transforms, and what SDXL is told."""
+"""Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,10 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.crops import Crop, cut, draw, resized
+from bilora_diffusion.image.decode import read_rgb, to_rgb
+from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.seeds import generator
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]
@@ -85,3 +91,53 @@ def test_the_crop_position_is_that_of_the_mirrored_image() -> None:
     whole = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
     pixels = cut(image, Crop(0, 3, flipped=True), 16, "lanczos")
     torch.testing.assert_close(pixels, whole.flip(-1)[:, :, 3:19], rtol=0, atol=1e-6)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (12, 8), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    images = open_images(str(tmp_path))
+    assert images.size(0) == (12, 8)
+    turned = images.image(0)
+    assert turned.size == (8, 12)
+    assert turned.getpixel((7, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
+    if mode == "RGB":  # one color is declared transparent
+        image, options = Image.new("RGB", (4, 4), (9, 9, 9)), {"transparency": (9, 9, 9)}
+    elif mode == "P":
+        image, options = Image.new("P", (4, 4), 3), {"transparency": 3}
+        image.putpalette([level for level in range(256) for _ in "rgb"])
+    else:
+        image = Image.new("RGBA", (4, 4), (200, 10, 10, 0)).convert(mode)
+    image.save(tmp_path / "a.png", **options)
+    assert read_rgb(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
+    half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
+    assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    white = Image.new("RGB", (4, 4), (255, 255, 255))
+    source = white.convert(mode) if mode != "LAB" else Image.new("LAB", (4, 4), (255, 128, 128))
+    assert (to_rgb(source).mode, to_rgb(source).size) == ("RGB", (4, 4))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        red = np.asarray(read_rgb(tmp_path / name))[..., 0]
+        assert red.tolist() == [[0, 100], [200, 255]]
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif .*8 bits"):
+        open_images(str(tmp_path))
