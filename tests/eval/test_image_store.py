@@ -19,7 +19,7 @@ from bilora_diffusion.seeds import seed_of
 from eval.clip_scores import images as images_module
 from eval.clip_scores.images import Job, Sampling, Store, jobs
 from eval.clip_scores.prompts import Prompt
-from eval.subjects import Subject, single
+from eval.subjects import single
 from tests.export.mini_loras import write_lora
 
 PROMPTS = [Prompt(f"a ToK icon of a {name}, in the style of ToK") for name in ("Owl", "Cat", "Sun")]
@@ -32,15 +32,6 @@ def pipeline() -> Any:
     return load_pipeline("mini", dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def subjects(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
-    folder = tmp_path_factory.mktemp("loras")
-    zero = write_lora(folder / "zero", pipeline, size=0.0)
-    random = write_lora(folder / "random", pipeline)
-    text = write_lora(folder / "text", pipeline, size=3.0, components=("text_encoder",))
-    return single(["base", f"Zero={zero}", f"Random={random}", f"Text={text}"])
-
-
 def new_store(root: Path, pipeline: Any, **changes: Any) -> Store:
     store = Store(root, replace(SAMPLING, **changes))
     store.pipeline = pipeline
@@ -48,8 +39,13 @@ def new_store(root: Path, pipeline: Any, **changes: Any) -> Store:
 
 
 @pytest.fixture(scope="module")
-def made(pipeline: Any, subjects: list[Subject], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """All subjects, three prompts, two seeds, by label; tests only read it."""
+def made(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Four subjects, three prompts, two seeds, by label; tests only read it."""
+    folder = tmp_path_factory.mktemp("loras")
+    zero = write_lora(folder / "zero", pipeline, size=0.0)
+    random = write_lora(folder / "random", pipeline)
+    text = write_lora(folder / "text", pipeline, size=3.0, components=("text_encoder",))
+    subjects = single(["base", f"Zero={zero}", f"Random={random}", f"Text={text}"])
     store = new_store(tmp_path_factory.mktemp("store"), pipeline)
     by_label = {subject.label: jobs(subject, PROMPTS, [0, 7]) for subject in subjects}
     assert store.generate(every(by_label), progress=False) == 24
@@ -60,34 +56,28 @@ def every(by_label: dict[str, list[Job]]) -> list[Job]:
     return [job for own in by_label.values() for job in own]
 
 
-def pixels(store: Store, wanted: list[Job]) -> dict[Path, bytes]:
-    return {job.file: store.open(job).tobytes() for job in wanted}
+def pixels(store: Store, wanted: list[Job]) -> list[bytes]:
+    return [store.open(job).tobytes() for job in wanted]
 
 
-def test_jobs_are_ordered_and_named_apart(made: Made) -> None:
+def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made: Made) -> None:
     store, by_label = made
     files = [job.file for job in every(by_label)]
     assert len(set(files)) == 24
     assert sorted(path.relative_to(store.root) for path in store.root.rglob("*.*")) == sorted(files)
-    base = by_label["base model"]
-    assert [(job.prompt, job.seed) for job in base[:3]] == [
-        *((PROMPTS[0], 0), (PROMPTS[0], 7), (PROMPTS[1], 0))
-    ]
+    base, zero = by_label["base model"], by_label["Zero"]
+    assert [(job.prompt, job.seed) for job in base] == [(p, s) for p in PROMPTS for s in (0, 7)]
     assert base[0].file == Path("base-model/seed-0/001-a-tok-icon-of-a-owl-in-the-style-of-tok.png")
-    digest = by_label["Zero"][0].subject.digest[:8]
-    assert by_label["Zero"][0].file.parts[0] == f"lora-{digest}"
+    assert zero[0].file.parts[0] == f"lora-{zero[0].subject.digest[:8]}"
     general = replace(PROMPTS[0], general=True)  # another file than the scored prompt's
     assert jobs(base[0].subject, [general], [0])[0].file != base[0].file
-
-
-def test_every_adapter_starts_from_the_same_noise(made: Made) -> None:
-    store, by_label = made
-    drawn = {label: list(pixels(store, own).values()) for label, own in by_label.items()}
-    base = drawn["base model"]
-    assert drawn["Zero"] == base
+    plain = pixels(store, base)
+    assert len(set(plain)) == 6
+    assert pixels(store, zero) == plain
     for label in ("Random", "Text"):
-        assert all(a != b for a, b in zip(drawn[label], base, strict=True))
-    assert len(set(base)) == 6
+        assert all(a != b for a, b in zip(pixels(store, by_label[label]), plain, strict=True))
+    with pytest.raises(UserError, match=r"gone\.png"):
+        store.open(replace(base[0], file=Path("gone.png")))
 
 
 def test_an_image_is_the_samplers_and_says_what_it_was_made_from(made: Made, pipeline: Any) -> None:
@@ -119,69 +109,43 @@ def test_order_batch_and_processes_change_no_bit(made: Made, pipeline: Any, tmp_
     shared = new_store(tmp_path / "shared", pipeline)
     halves = [shared.generate(todo, batch=3, progress=False, process=(rank, 2)) for rank in (1, 0)]
     assert halves == [6, 6]
-    assert shared.missing(todo) == []
-    expected = pixels(store, todo)
-    assert pixels(backwards, todo) == pixels(shared, todo) == expected
+    assert pixels(backwards, todo) == pixels(shared, todo) == pixels(store, todo)
 
 
-def test_only_what_is_missing_is_made(
-    made: Made, pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_only_what_is_missing_or_damaged_is_made_again(
+    made: Made, pipeline: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    store, todo = new_store(tmp_path, pipeline), made[1]["Zero"]
-    store.generate(todo[:2], progress=False)
-    before = {job.file: (tmp_path / job.file).stat().st_mtime_ns for job in todo[:2]}
-    assert store.missing(todo) == todo[2:]
-    assert capsys.readouterr().err == ""
-    assert store.generate(todo) == 4
-    shown = capsys.readouterr().err
-    assert "2/6" in shown  # progress starts with what is there
-    assert "6/6" in shown
-    assert {file: (tmp_path / file).stat().st_mtime_ns for file in before} == before
-    assert Store(tmp_path, SAMPLING).generate(todo) == 0
-    store.pipeline = None  # and none is asked for
-    assert store.generate(todo) == 0
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-20]),
-        lambda path: path.write_bytes(b"no picture"),
-        lambda path: path.write_bytes(
-            path.read_bytes()[:-300] + bytes(8) + path.read_bytes()[-292:]
-        ),
-        lambda path: Image.new("RGB", (64, 64)).save(path),
-        lambda path: path.rename(path.with_name(".tmp-" + path.name)),  # as a kill leaves it
-    ],
-    ids=["cut at the end", "not PNG", "flipped bytes", "unlabelled", "not finished"],
-)
-def test_a_damaged_file_is_made_again(
-    damage: Any, pipeline: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, todo, asked = made[0], made[1]["Zero"][:3], []
+    asked: list[int] = []
 
     def counted(pipeline: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append(len(prompts))
         return generate(pipeline, prompts, *args, **kwargs)
 
     monkeypatch.setattr(images_module, "generate", counted)
-    store = new_store(tmp_path, pipeline)
-    for job in todo:
-        (tmp_path / job.file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / job.file).write_bytes((whole.root / job.file).read_bytes())
+    todo, store = made[1]["Zero"], new_store(tmp_path, pipeline)
+    files = [tmp_path / job.file for job in todo]
+    for job, file in zip(todo, files, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((made[0].root / job.file).read_bytes())
     assert store.missing(todo) == []
-    damage(tmp_path / todo[1].file)
-    assert store.missing(todo) == [todo[1]]
-    assert store.generate(todo, progress=False) == 1
-    assert asked == [4]  # one image, and what fills the denoiser's batch
-    assert store.open(todo[1]).tobytes() == whole.open(todo[1]).tobytes()
+    kept, cut, flipped, unlabelled, unfinished, other = files
+    before = kept.stat().st_mtime_ns
+    cut.write_bytes(cut.read_bytes()[:-20])
+    flipped.write_bytes(flipped.read_bytes()[:-300] + bytes(8) + flipped.read_bytes()[-292:])
+    Image.new("RGB", (64, 64)).save(unlabelled)
+    unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as a kill leaves it
+    other.write_bytes(b"no picture")
+    assert store.missing(todo) == todo[1:]
+    assert store.generate(todo) == 5
+    assert asked == [8]  # five images, and what fills the denoiser's batches
+    shown = capsys.readouterr().err
+    assert "1/6" in shown  # progress starts with what is there
+    assert "6/6" in shown
+    assert pixels(store, todo) == pixels(made[0], todo)
+    assert kept.stat().st_mtime_ns == before
     assert not list(tmp_path.rglob(".tmp-*"))
-
-
-def test_an_image_that_can_not_be_read_is_named(made: Made) -> None:
-    gone = replace(made[1]["Zero"][0], file=Path("gone.png"))
-    with pytest.raises(UserError, match=r"gone\.png"):
-        made[0].open(gone)
+    monkeypatch.setattr(store, "pipeline", None)  # and none is asked for
+    assert store.generate(todo) == 0
 
 
 def test_a_changed_parameter_makes_images_again(made: Made, pipeline: Any) -> None:
@@ -195,7 +159,8 @@ def test_a_changed_parameter_makes_images_again(made: Made, pipeline: Any) -> No
         assert new_store(store.root, pipeline, **change).missing(todo) == todo
     rescaled = new_store(store.root, pipeline, scale=0.5).missing(todo)
     assert rescaled == todo[6:]  # the base model has nothing to scale
-    other = [replace(job, subject=replace(job.subject, digest="0" * 64)) for job in todo]
-    assert store.missing(other) == other
-    reworded = [replace(job, prompt=Prompt("a cat")) for job in todo]
-    assert store.missing(reworded) == reworded
+    for other in (
+        [replace(job, subject=replace(job.subject, digest="0" * 64)) for job in todo],
+        [replace(job, prompt=Prompt("a cat")) for job in todo],
+    ):
+        assert store.missing(other) == other

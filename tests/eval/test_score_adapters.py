@@ -1,7 +1,9 @@
-"""Run folders as adapters, and an adapter's weights in a pipeline and out again."""
+"""What an argument names and is called, and its weights in a pipeline and out again."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,35 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import embed
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores.adapters import applied
+from eval.clip_scores.settings import base_model
+from eval.subjects import single
 from tests.export.mini_loras import one, rewrite, write_lora
 from tests.scripts.runs import flags
 
 PROMPT = "a ToK icon of a Owl, in the style of ToK"
+FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
     return load_pipeline("mini", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of full fine-tuning, of two steps."""
-    from accelerate.state import AcceleratorState
-
-    from bilora_diffusion.image.script import main
-
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    AcceleratorState._reset_state()
-    main(flags(folder, method="full"))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +43,146 @@ def files(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def whole(files: Path) -> Path:
+    """A run of full fine-tuning, of two steps."""
+    from accelerate.state import AcceleratorState
+
+    from bilora_diffusion.image.script import main
+
+    AcceleratorState._reset_state()
+    main(flags(files / "whole", method="full"))
+    return files / "whole"
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def test_adapters_of_one_method_are_named_by_their_folders(files: Path, tmp_path: Path) -> None:
+    unet, text = str(files / "unet"), str(files / "text")
+    folder = str(shutil.copytree(unet, tmp_path / "method=lora"))  # which is no label
+    for words, labels in (
+        ([unet, text, "base"], ["LoRA (unet)", "LoRA (text)", "base model"]),
+        ([f"LoRA={unet}", text], ["LoRA", "LoRA (text)"]),
+        ([unet, unet], ["LoRA (unet)", "LoRA (unet) 2"]),
+        ([folder], ["LoRA"]),
+        ([f"A b={folder}"], ["A b"]),
+    ):
+        assert [(subject.label, subject.group) for subject in single(words)] == [
+            (label, label) for label in labels
+        ]
+
+
+def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None:
+    source = files / "unet" / FILE
+    key = next(iter(load_file(source)))
+
+    def rescale(_: dict[str, Any], metadata: dict[str, str]) -> None:
+        described = json.loads(metadata["lora_adapter_metadata"])
+        described["unet.lora_alpha"] *= 2
+        metadata["lora_adapter_metadata"] = json.dumps(described)
+
+    def altered(change: Any) -> str:
+        return one(rewrite(source, tmp_path / "altered.safetensors", change)).digest
+
+    digest = one(source).digest
+    assert altered(lambda tensors, metadata: metadata.pop("modelspec.date")) == digest
+    assert altered(rescale) != digest
+    assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
+    assert altered(lambda t, _: t.update({key: t[key].half()})) != digest
+
+
+def test_the_hubs_files_come_from_its_cache(files: Path) -> None:
+    """The cache is filled as a download fills it; offline, nothing else can be asked for."""
+    repository = Path(constants.HF_HUB_CACHE) / "models--owner--icons"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    for name in (FILE, "other.safetensors"):
+        shutil.copy(files / "unet" / FILE, snapshot / name)
+    (snapshot / "README.md").write_text("---\nbase_model: owner/base\n---\n")
+    try:
+        usual, named = single(["owner/icons", "Other=owner/icons:other.safetensors"])
+        assert (usual.kind, usual.source, usual.label) == ("hub", "owner/icons", "LoRA")
+        assert usual.base_model == named.base_model == "owner/base"
+        assert usual.digest == named.digest == one(files / "unet" / FILE).digest
+        assert named.weights == snapshot / "other.safetensors"
+        with pytest.raises(UserError, match=r'"owner/icons:gone\.safetensors"'):
+            one("owner/icons:gone.safetensors")
+    finally:
+        shutil.rmtree(repository)
+
+
+def test_a_run_that_is_not_finished_is_named(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(files / "unet", tmp_path / "run")
+    record = {"schema_version": 1, "method": "lora", "status": "running", "seed": 3, "config": {}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (subject,) = single([str(folder)])
+    assert (subject.kind, subject.method, subject.label, subject.seed) == ("run", "lora", "LoRA", 3)
+    assert '"running"' in caplog.text
+    (folder / "run.json").write_text(json.dumps(record | {"method": "full"}))
+    with pytest.raises(UserError, match="without unet"):
+        one(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["bse"], ['"bse"', 'did you mean "base"']),
+        (["./gone"], ['"./gone"']),
+        (["a/b/c"], ['"a/b/c"']),
+        (["owner/nothing"], ['"owner/nothing"', "connection"]),
+        (["owner/nothing:weights.bin"], ['"owner/nothing:weights.bin"', ".safetensors"]),
+        (["runs/bilroa"], ['did you mean "runs/bilora"']),  # and the hub is not asked
+        (["=base"], ['"=base"', "LABEL=ADAPTER"]),
+        (["label="], ['"label="', "LABEL=ADAPTER"]),
+        (["A=base", "A=base"], ['"A"']),
+        (["runs/bilora"], ["runs/bilora", "run.json"]),
+        (["pickle.bin"], ["pickle.bin", ".safetensors"]),
+        (["cut.safetensors"], ["cut.safetensors"]),
+        (["plain.safetensors"], ["plain.safetensors", "no LoRA"]),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_sentence(
+    words: list[str], shown: list[str], files: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/bilora").mkdir(parents=True)
+    Path("pickle.bin").write_bytes(b"x")
+    Path("cut.safetensors").write_bytes((files / "unet" / FILE).read_bytes()[:-100])
+    save_file({"weight": torch.zeros(2)}, "plain.safetensors")
+    with pytest.raises(UserError) as caught:
+        single(words)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in shown), caught.value
+    assert capsys.readouterr() == ("", "")
+
+
+def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
+    weights = files / "unet" / FILE
+    change = {"ss_sd_model_name": "owner/other"}
+    other = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
+    silent = rewrite(weights, tmp_path / "s.safetensors", lambda _, m: m.pop("bilora.method"))
+    base, mini, foreign, unknown = single(["base", *map(str, (weights, other, silent))])
+    assert unknown.base_model is None
+    assert base_model([base, mini, unknown], None) == "mini"
+    assert base_model([base, unknown], "owner/x") == "owner/x"
+    assert base_model([foreign], str(tmp_path)) == str(tmp_path)  # a local copy
+    for subjects, given, shown in (
+        ([mini, foreign], None, "mini.*owner/other"),
+        ([base, unknown], None, "--base_model"),
+        ([foreign], "mini", "owner/other.*mini"),
+    ):
+        with pytest.raises(UserError, match=shown):
+            base_model(subjects, given)
+
+
+# In a pipeline ------------------------------------------------------------------------------------
+
+
 def picture(pipeline: Any) -> np.ndarray:
     """Its pixels as they come from the pipeline's text encoders and UNet, (64, 64, 3)."""
     (image,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
@@ -57,20 +190,29 @@ def picture(pipeline: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["unet", "text", "whole"])
-def test_the_base_is_as_before_afterwards(
+def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_error(
     name: str, pipeline: Any, files: Path, whole: Path
 ) -> None:
-    adapter = one(whole if name == "whole" else files / name)
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     image, text = picture(pipeline), embed(pipeline, [PROMPT])
-    with applied(pipeline, adapter):
-        assert not np.array_equal(picture(pipeline), image)
-        inside = embed(pipeline, [PROMPT])
-        assert torch.equal(inside.sequence, text.sequence) == (name != "text")
+    with applied(pipeline, one(files / name)):
+        inside = picture(pipeline)
+        assert not np.array_equal(inside, image)
+        assert torch.equal(embed(pipeline, [PROMPT]).sequence, text.sequence) == (name != "text")
         assert not any(p.requires_grad for p in pipeline.unet.parameters())
         assert not pipeline.unet.training
+        if name == "whole":
+            trained = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
+            assert all(torch.equal(p, trained[k]) for k, p in pipeline.unet.named_parameters())
+        else:
+            other = load_pipeline("mini", dtype=torch.float32)
+            other.load_lora_weights(str(files / name), weight_name=FILE)
+            assert np.array_equal(inside, picture(other))
+    with pytest.raises(ZeroDivisionError), applied(pipeline, one(files / name)):
+        raise ZeroDivisionError
     assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == own
+    assert not any(pipeline.get_list_adapters().values())
     after = pipeline.unet.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[key], value) for key, value in state.items())
@@ -78,49 +220,17 @@ def test_the_base_is_as_before_afterwards(
     assert np.array_equal(picture(pipeline), image)
 
 
-def test_the_adapter_acts_as_diffusers_loads_it(pipeline: Any, files: Path) -> None:
-    other = load_pipeline("mini", dtype=torch.float32)
-    other.load_lora_weights(str(files / "text"), weight_name="pytorch_lora_weights.safetensors")
-    with applied(pipeline, one(files / "text")):
-        assert np.array_equal(picture(pipeline), picture(other))
-
-
-def test_full_fine_tuning_acts_as_its_unet(pipeline: Any, whole: Path) -> None:
-    trained = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
-    with applied(pipeline, one(whole)):
-        assert all(torch.equal(p, trained[k]) for k, p in pipeline.unet.named_parameters())
-
-
 def test_the_scale_multiplies_the_adapter(pipeline: Any, files: Path, whole: Path) -> None:
-    adapter, base = one(files / "unet"), picture(pipeline)
-    with applied(pipeline, adapter, 0.0):
-        assert np.array_equal(picture(pipeline), base)
-    changes = []
-    for scale in (0.05, 1.0):
-        with applied(pipeline, adapter, scale):
-            changes.append(np.abs(picture(pipeline) - base).mean())
-    assert 0 < changes[0] < changes[1]
-    with (
-        pytest.raises(UserError, match="whole models, which have no scale"),
-        applied(pipeline, one(whole), 0.5),
-    ):
-        pass
-
-
-def test_kohyas_format_gives_the_same_images(pipeline: Any, files: Path) -> None:
-    pictures = []
-    for name in ("pytorch_lora_weights", "unet"):
-        with applied(pipeline, one(files / "unet" / f"{name}.safetensors")):
+    base, pictures = picture(pipeline), []
+    for file, scale in ((FILE, 0.0), (FILE, 0.05), (FILE, 1.0), ("unet.safetensors", 1.0)):
+        with applied(pipeline, one(files / "unet" / file), scale):
             pictures.append(picture(pipeline))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
-
-
-def test_an_error_inside_passes_through_and_nothing_stays(pipeline: Any, files: Path) -> None:
-    before = picture(pipeline)
-    with pytest.raises(ZeroDivisionError), applied(pipeline, one(files / "text")):
-        raise ZeroDivisionError
-    assert np.array_equal(picture(pipeline), before)
-    assert not any(pipeline.get_list_adapters().values())
+    none, weak, full, kohya = pictures
+    assert np.array_equal(none, base)
+    assert 0 < np.abs(weak - base).mean() < np.abs(full - base).mean()
+    assert np.abs(kohya - full).max() <= 1  # the same adapter in kohya's format
+    with pytest.raises(UserError, match="no scale"), applied(pipeline, one(whole), 0.5):
+        pass
 
 
 def renamed(tensors: dict[str, Any], key: str) -> None:
@@ -151,9 +261,9 @@ def test_a_file_that_does_not_fit_is_refused(
     kind: str, pipeline: Any, files: Path, tmp_path: Path
 ) -> None:
     change, message = MISFITS[kind]
-    source = files / "unet" / "pytorch_lora_weights.safetensors"
-    key = next(key for key in load_file(source) if "to_q.lora_A" in key)
-    bad = rewrite(source, tmp_path / "bad.safetensors", lambda t, _: change(t, key))
+    key = next(key for key in load_file(files / "unet" / FILE) if "to_q.lora_A" in key)
+    bad = tmp_path / "bad.safetensors"
+    rewrite(files / "unet" / FILE, bad, lambda tensors, _: change(tensors, key))
     with pytest.raises(UserError, match=message), applied(pipeline, one(bad)):
         pass
     assert not any(pipeline.get_list_adapters().values())

@@ -15,12 +15,8 @@ from bilora_diffusion.mini import heldout_dir, pipeline_dir, train_dir
 from eval.clip_scores.prompts import Prompt, read, shipped
 
 PAPER = (
-    "Fluffy Rabbit",
-    "Curly Cloud",
-    "Roaring Lion",
-    "Dripping Water Drop",
-    "Hopping Frog",
-    "Smiling Sun",
+    *("Fluffy Rabbit", "Curly Cloud", "Roaring Lion"),
+    *("Dripping Water Drop", "Hopping Frog", "Smiling Sun"),
 )
 
 
@@ -35,18 +31,15 @@ def icons() -> list[Prompt]:
     return read("3d_icon")
 
 
-def test_the_icons_are_200_of_one_form(icons: list[Prompt]) -> None:
+def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons: list[Prompt]) -> None:
     assert len({prompt.text for prompt in icons}) == len(icons) == 200
-    assert len({str(prompt.instance).lower() for prompt in icons}) == 200
     for prompt in icons:
         assert prompt.text == f"a TOK icon of a {prompt.instance}, in the style of TOK"
         assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
         assert not prompt.general
     assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
-
-
-def test_no_icon_was_trained_on(icons: list[Prompt]) -> None:
     asked = {str(prompt.instance).lower() for prompt in icons}
+    assert len(asked) == 200
     assert asked.isdisjoint(labels(train_dir()))
 
 
@@ -54,36 +47,30 @@ def test_each_held_out_icon_is_asked_for_once_and_is_its_reference(icons: list[P
     heldout = labels(heldout_dir())
     found = {p.reference.name: str(p.instance).lower() for p in icons if p.reference is not None}
     assert set(found) == set(heldout.values())
-    named = {label: file for label, file in heldout.items() if found[file] == label.lower()}
-    assert set(heldout) - set(named) == {"rabbit", "cloud", "lion", "droplet", "frog", "sun"}
+    named = {label for label, file in heldout.items() if found[file] == label.lower()}
+    subjects = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
+    assert set(heldout) - named == set(subjects)
+    assert list(found)[:6] == [heldout[name] for name in subjects]
+    assert [p.reference for p in icons[128:]] == [None] * 72
     for prompt in icons[:128]:
         assert prompt.reference is not None
         with Image.open(prompt.reference) as image:
             assert image.size == (64, 64)
-    assert [p.reference for p in icons[128:]] == [None] * 72
-    subjects = [heldout[name] for name in ("rabbit", "cloud", "lion", "droplet", "frog", "sun")]
-    assert [p.reference.name for p in icons[:6] if p.reference] == subjects
-
-
-def test_the_miniature_reads_every_prompt_whole_and_in_either_case(icons: list[Prompt]) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer")
-    for prompt in [*icons, *read("general")]:
-        ids = tokenizer(prompt.text).input_ids
-        assert len(ids) <= 32
-        assert ids == tokenizer(prompt.text.lower()).input_ids
 
 
 def test_general_prompts_ask_for_nothing_that_was_trained(icons: list[Prompt]) -> None:
+    assert shipped() == ("3d_icon", "general")
     prompts = read("general")
     assert len({prompt.text for prompt in prompts}) == len(prompts) == 24
     assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in prompts)
     asked = {str(prompt.instance) for prompt in prompts}
     assert asked.isdisjoint(labels(train_dir()))
     assert asked.isdisjoint(str(prompt.instance).lower() for prompt in icons)
-
-
-def test_both_sets_are_known_by_name() -> None:
-    assert shipped() == ("3d_icon", "general")
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer")
+    for prompt in [*icons, *prompts]:  # the miniature reads each whole and in either case
+        ids = tokenizer(prompt.text).input_ids
+        assert len(ids) <= 32
+        assert ids == tokenizer(prompt.text.lower()).input_ids
 
 
 def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:

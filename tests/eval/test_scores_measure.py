@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, cosine_similarity
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
@@ -39,13 +38,14 @@ class ColorScorer(Scorer):
 
     def __init__(self) -> None:
         super().__init__(ENTRY, self._mean, self._named, lambda text: False)
-        self.embedded = 0
+        self.embedded: list[Image.Image | str] = []
 
     def _mean(self, images: Sequence[Image.Image]) -> Tensor:
-        self.embedded += len(images)
+        self.embedded += images
         return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
 
     def _named(self, texts: Sequence[str]) -> Tensor:
+        self.embedded += texts
         named = [next(c for word, c in COLORS.items() if word in text) for text in texts]
         return torch.tensor(named, dtype=torch.float32)
 
@@ -76,29 +76,27 @@ def measured(
     colors: dict[tuple[str, str, int], str],
     *subjects: Subject,
     seeds: int = 1,
-    scorer: Scorer | None = None,
-    captioner: Captioner | None = None,
     **more: Any,
 ) -> list[Row]:
     """The rows of all subjects."""
-    scorer = scorer or ColorScorer()
-    known = {"truths": {}, "training": {}} | more
+    usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
     originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
-    judge = Judge(Colors(colors), scorer, captioner, originals=originals, progress=False, **known)
+    judge = Judge(Colors(colors), originals=originals, progress=False, **usual | more)
     return [row for one in subjects for row in judge.rows(one, jobs(one, prompts, range(seeds)))]
 
 
-def test_each_score_is_the_cosine_that_it_says() -> None:
+def test_each_score_is_the_cosine_that_it_says(tmp_path: Path) -> None:
+    for name, color in COLORS.items():
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
     colors = {("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"}
-    captioner = Captioner(ENTRY, strongest)
-    rows = measured([RED, GENERAL], colors, subject("a"), BASE, seeds=2, captioner=captioner)
+    more = {"captioner": Captioner(ENTRY, strongest), "training": {"a": open_images(str(tmp_path))}}
+    rows = measured([RED, GENERAL], colors, subject("a"), BASE, seeds=2, **more)
     values = {(r.subject, r.metric, r.item, r.seed): r.value for r in rows}
-    near = pytest.approx(1, abs=1e-6)
-    far = pytest.approx(FAR, abs=1e-6)
+    near, far = pytest.approx(1, abs=1e-6), pytest.approx(FAR, abs=1e-6)
     expected = {
         (label, metric, RED.text, seed): near
-        for label in ("a", "base model")
-        for metric in ("i2t", "t2t")
+        for label, metrics in (("a", ("i2t", "t2t", "nearest")), ("base model", ("i2t", "t2t")))
+        for metric in metrics
         for seed in (0, 1)
     }
     expected |= {("a", "i2t", RED.text, 1): far, ("a", "t2t", RED.text, 1): far}
@@ -110,19 +108,8 @@ def test_each_score_is_the_cosine_that_it_says() -> None:
     assert len(images) == 2 * 2 * 2
     notes = {(r.subject, r.metric, r.seed): r.note for r in rows if r.item == RED.text}
     assert notes["a", "t2t", 1] == "green thing"
+    assert Path(notes["a", "nearest", 1]).name == "green.png"
     assert notes["a", "image", 1] == "images/a-aaaaaaaa/seed-1/001-a-red-one.png"
-
-
-def test_memorization_names_the_nearest_training_picture(tmp_path: Path) -> None:
-    for name, color in COLORS.items():
-        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
-    training = {"a": open_images(str(tmp_path))}
-    rows = measured(
-        [RED], {("a", RED.text, 0): "blue"}, subject("a"), subject("b"), training=training
-    )
-    (row,) = [row for row in rows if row.metric == "nearest"]
-    assert (row.subject, row.value) == ("a", pytest.approx(1))
-    assert Path(row.note).name == "blue.png"
 
 
 def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> None:
@@ -140,52 +127,38 @@ def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> 
         truth_pictures(prompts, "mini")
 
 
-def test_equal_images_are_embedded_once_and_score_the_same() -> None:
+def test_equal_images_and_texts_are_embedded_once_and_score_the_same() -> None:
     scorer = ColorScorer()
     prompts = [RED, Prompt("a blue one"), GENERAL]
     rows = measured(prompts, {}, subject("a"), subject("b"), seeds=2, scorer=scorer)
-    assert scorer.embedded == 1
+    image, *texts = scorer.embedded
+    assert isinstance(image, Image.Image)
+    assert texts == ["a red one", "a blue one"]
     assert len({row.value for row in rows if row.metric == "i2t"}) == 2
 
 
-def test_a_cosine_stays_within_one() -> None:
-    vector = torch.full((7,), 7**-0.5) * (1 + 1e-6)
-    assert cosine(vector, vector) == 1.0
-    assert cosine(vector, -vector) == -1.0
-
-
-def random(rows: int, width: int = 6, seed: int = 0) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-
-
-def plain(a: Tensor, b: Tensor) -> float:
-    """A cosine by a loop."""
-    x, y = a.tolist(), b.tolist()
-    dot = sum(p * q for p, q in zip(x, y, strict=True))
-    return dot / math.sqrt(sum(p * p for p in x)) / math.sqrt(sum(q * q for q in y))
+def random(rows: int, seed: int) -> Tensor:
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed))
 
 
 @given(st.integers(1, 9), st.integers(2, 9), st.integers(0, 99))
 def test_nearest_and_diversity_are_those_of_a_loop(n: int, m: int, seed: int) -> None:
-    images, train = random(n, seed=seed), random(m, seed=seed + 1000)
+    images, train = random(n, seed).double(), random(m, seed + 1000).double()
     likeness, index = nearest(images, train)
     for row in range(n):
-        cosines = [plain(images[row], picture) for picture in train]
+        cosines = [float(cosine_similarity(images[row], picture, dim=0)) for picture in train]
         assert index[row] == max(range(m), key=cosines.__getitem__)
         assert float(likeness[row]) == pytest.approx(max(cosines), abs=1e-12)
         alone, _ = nearest(images[row : row + 1], train)
         assert float(alone) == pytest.approx(float(likeness[row]), abs=1e-12)
-    pairs = [plain(train[a], train[b]) for a in range(m) for b in range(a)]
+    pairs = [
+        float(cosine_similarity(train[a], train[b], dim=0)) for a in range(m) for b in range(a)
+    ]
     assert pairwise_diversity(train) == pytest.approx(1 - sum(pairs) / len(pairs), abs=1e-12)
 
 
-def test_copies_are_found_and_diversity_has_its_marks() -> None:
-    train = random(5)
-    likeness, index = nearest(train[[3, 0]] * 7, train)
-    assert index.tolist() == [3, 0]
-    torch.testing.assert_close(likeness, torch.ones(2, dtype=torch.float64))
+def test_cosines_stay_within_one_and_the_first_of_equals_is_nearest() -> None:
+    vector = torch.full((7,), 7**-0.5) * (1 + 1e-6)
+    assert (cosine(vector, vector), cosine(vector, -vector)) == (1.0, -1.0)
     picture = torch.tensor([[1.0, 2.0]])
     assert nearest(picture, torch.cat([-picture, picture, picture]))[1].tolist() == [1]
-    assert pairwise_diversity(random(1).repeat(4, 1)) == pytest.approx(0, abs=1e-12)
-    assert pairwise_diversity(torch.eye(5)) == pytest.approx(1, abs=1e-12)
-    assert pairwise_diversity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])) == pytest.approx(2)

@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from eval import compare
 from eval.clip_scores import plots, report
-from tests.eval.score_results import SCORER, Values, result
+from eval.clip_scores.names import METRICS
+from eval.provenance import Provenance
+from eval.table import Entry, Result, Row
+
+SCORER = {"name": "ViT-T/none", "kind": "open_clip", "model": "ViT-T", "revision": "x", "note": ""}
+NOTES = {"nearest": "train-{1}.png", "image": "images/{0}/{1}.png"}
+Scores = Mapping[str, Sequence[Sequence[float]]]
+"""Score -> prompts of seeds."""
+
+
+def result(columns: Mapping[str, Scores], general: int = 0, **settings: Any) -> Result:
+    """Labels compared with the first; "base" is the base model, and the last prompts are general.
+
+    Args:
+        settings: others than the usual.
+    """
+    shape = next(iter(next(iter(columns.values())).values()))
+    texts = [f"an icon of a Thing {n}, in the style of TOK" for n in range(len(shape))]
+    rows = [
+        Row(label, label, seed, metric, text, None, value, NOTES.get(metric, "").format(label, n))
+        for label, scores in columns.items()
+        for n, text in enumerate(texts)
+        for metric, values in {**scores, "image": [[None] * len(own) for own in shape]}.items()
+        for seed, value in enumerate(values[n])
+    ]
+    scored = len(texts) - general
+    prompts = [
+        {"text": text, "instance": f"Thing {n}", "general": n >= scored, "truncated": n == 0}
+        for n, text in enumerate(texts)
+    ]
+    usual = {
+        "prompts": prompts,
+        "prompt_set": "3d_icon",
+        "seeds": list(range(len(shape[0]))),
+        "sampling": {"base_model": "sdxl", "size": 64, "steps": 25, "guidance_scale": 5.0},
+        "scorer": SCORER,
+        "captioner": SCORER | {"name": "BLIP/none"},
+    }
+    control = next(iter(columns))
+    return Result(
+        kind="clip_scores",
+        subjects=[Entry(label, label, "base" if label == "base" else "run") for label in columns],
+        metrics=dict(METRICS),
+        control=control,
+        settings=usual | settings,
+        provenance=Provenance("eval a b", {"torch": "2.13.0"}, "0123" * 10, False, {}, []),
+        rows=rows,
+        summaries=compare.summaries(
+            [row for row in rows if row.metric in METRICS], control, over="item"
+        ),
+    )
 
 
 def drawn(shift: float, seed: int, prompts: int = 8) -> list[list[float]]:
@@ -21,13 +73,9 @@ def drawn(shift: float, seed: int, prompts: int = 8) -> list[list[float]]:
 
 def table(text: str, first: str) -> list[list[str]]:
     """The cells of the table whose head begins with ``first``, without the rule under the head."""
-    lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
-    rows = []
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    below = text.partition(f"\n| {first} |")[2].partition("\n\n")[0]
+    below = f"| {first} |{below}".splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in below]
     return [rows[0], *rows[2:]]
 
 
@@ -45,28 +93,34 @@ def test_the_first_table_has_the_shape_of_the_papers() -> None:
         assert row[1:3] == expected
         assert row[3:5] == expected[::-1]
     assert rows[-1][2] == rows[-1][3] == f"**{100 * sum(map(sum, bilora)) / 16:.2f}**"
-    assert "Scorer: ViT-T/none; captions for T2T: BLIP/none" in text
-    assert text.startswith("# CLIP scores by ViT-T/none: LoRA, Bi-LoRA\n")
+    for name in ("# CLIP scores by ViT-T/none: LoRA, Bi-LoRA\n", "captions for T2T: BLIP/none"):
+        assert name in text
 
 
-def test_scores_that_are_missing_are_left_out_and_equal_bests_are_both_bold() -> None:
-    values = [[0.25, 0.25]] * 3
-    columns = {"A": {"i2t": values}, "B": {"i2t": values}}
-    text = report.to_markdown(result(columns, settings={"captioner": None}))
+def test_equal_scores_and_a_single_prompt_show_nothing() -> None:
+    same = {"i2t": [[0.25, 0.25]] * 3}
+    made = result({"LoRA": same, "Bi-LoRA": same}, captioner=None)
+    text = report.to_markdown(made)
     assert table(text, "prompt")[1] == ["Thing 0", "**25.00**", "**25.00**"]
-    assert "T2T left out" in text
-    assert "Images that are most like" not in text
+    assert "all scores are equal" in text
+    for absent in ("largest differences", "BLIP", "Images that are most like"):
+        assert absent not in text
+    (sentence,) = report.verdicts(result({"LoRA": {"i2t": [[0.1]]}, "Bi-LoRA": {"i2t": [[0.2]]}}))
+    assert "one prompt" in sentence
+    assert "better" not in sentence
 
 
 @pytest.mark.parametrize(
-    ("shift", "words"),
+    ("shift", "verdict", "words"),
     [
-        (0.05, ["Bi-LoRA is better than LoRA: +5.00 ["]),
-        (-0.05, ["Bi-LoRA is worse than LoRA: -", "Bi-LoRA does not beat LoRA"]),
-        (0.0, ["no difference between Bi-LoRA and LoRA is shown", "includes 0."]),
+        (0.05, "better", ["Bi-LoRA is better than LoRA: +5.00 ["]),
+        (-0.05, "worse", ["Bi-LoRA is worse than LoRA: -", "Bi-LoRA does not beat LoRA"]),
+        (0.0, "no difference shown", ["no difference between Bi-LoRA and LoRA", "includes 0."]),
     ],
 )
-def test_the_report_says_plainly_who_is_better(shift: float, words: list[str]) -> None:
+def test_the_report_says_plainly_who_is_better(
+    shift: float, verdict: str, words: list[str]
+) -> None:
     lora = drawn(0, 1, 40)
     bilora = [[v + shift + (-1) ** p * 0.01 for v in seeds] for p, seeds in enumerate(lora)]
     made = result({"LoRA": {"i2t": lora}, "Bi-LoRA": {"i2t": bilora}, "base": {"i2t": lora}})
@@ -74,44 +128,30 @@ def test_the_report_says_plainly_who_is_better(shift: float, words: list[str]) -
     assert all(word in sentence for word in words)
     text = report.to_markdown(made)
     assert f"- {sentence}\n" in text
-    assert [row[0] for row in table(text, "adapter")[1:]] == ["Bi-LoRA", "base"]
-
-
-def test_equal_scores_and_a_single_prompt_show_nothing() -> None:
-    same = drawn(0, 1)
-    (sentence,) = report.verdicts(result({"LoRA": {"i2t": same}, "Bi-LoRA": {"i2t": same}}))
-    assert "all scores are equal" in sentence
-    one = result({"LoRA": {"i2t": [[0.1]]}, "Bi-LoRA": {"i2t": [[0.2]]}})
-    (sentence,) = report.verdicts(one)
-    assert "one prompt shows no difference" in sentence
-    assert "better" not in sentence
-
-
-def test_the_differences_have_win_rates_and_intervals() -> None:
-    made = result({"LoRA": {"i2t": drawn(0, 1)}, "Bi-LoRA": {"i2t": drawn(0.05, 2)}})
-    line, rate = made.summary("Bi-LoRA", "i2t"), compare.win_rate_interval(8, 0, 0)
+    row, base = table(text, "adapter")[1:]
+    line = made.summary("Bi-LoRA", "i2t")
     assert line is not None
-    assert rate is not None
     low, high = (100 * end for end in line.difference_interval or ())
-    (row,) = table(report.to_markdown(made), "adapter")[1:]
-    assert row[2] == f"{100 * (line.difference or 0):+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert row[3:] == ["better", "8 / 0 / 0", f"100.0 % [{100 * rate.low:.1f}, 100.0]"]
+    ends = compare.win_rate_interval(line.higher, line.equal, line.lower)
+    assert ends is not None
+    assert row == [
+        *("Bi-LoRA", "CLIP I2T", f"{100 * (line.difference or 0):+.2f} [{low:+.2f}, {high:+.2f}]"),
+        *(verdict, f"{line.higher} / {line.equal} / {line.lower}"),
+        f"{100 * line.win_rate:.1f} % [{100 * ends.low:.1f}, {100 * ends.high:.1f}]",
+    ]
+    assert base[0] == "base"
 
 
-def test_the_largest_differences_stand_in_both_directions() -> None:
-    zero: Values = [[0.2]] * 4
-    changed: Values = [[0.3], [0.1], [0.2], [0.25]]
-    made = result({"LoRA": {"i2t": zero}, "Bi-LoRA": {"i2t": changed}})
-    rows = table(report.to_markdown(made), "Bi-LoRA above LoRA")
+def test_the_prompts_that_differ_most_stand_in_both_directions() -> None:
+    same, changed = [[0.2]] * 4, [[0.3], [0.1], [0.2], [0.25]]
+    text = report.to_markdown(result({"LoRA": {"i2t": same}, "Bi-LoRA": {"i2t": changed}}))
+    rows = table(text, "Bi-LoRA above LoRA")
     assert rows[1:] == [["Thing 0 +10.00", "Thing 1 -10.00"], ["Thing 3 +5.00", "–"]]
-    same = result({"LoRA": {"i2t": zero}, "Bi-LoRA": {"i2t": zero}})
-    assert "largest differences" not in report.to_markdown(same)
 
 
 def test_memorization_names_the_image_and_the_training_picture() -> None:
-    likeness: Values = [[0.5, 0.6], [0.99, 0.1]]
-    made = result({"LoRA": {"i2t": likeness, "nearest": likeness}})
-    rows = table(report.to_markdown(made), "cosine x 100")[1:]
+    likeness = {name: [[0.5, 0.6], [0.99, 0.1]] for name in ("i2t", "nearest")}
+    rows = table(report.to_markdown(result({"LoRA": likeness})), "cosine x 100")[1:]
     assert rows[0] == ["99.00", "LoRA", "Thing 1", "0", "train-1.png", "images/LoRA/1.png"]
     assert [row[0] for row in rows] == ["99.00", "60.00", "50.00", "10.00"]
 
@@ -124,34 +164,28 @@ def test_other_scores_are_explained_and_missing_ones_left_blank() -> None:
     assert [row[0] for row in rows[1:]] == ["ground truth", "unchanged"]
     assert rows[2][-1] == "–"
     assert rows[2][3].startswith(f"{100 * sum(map(sum, values)) / 6:.2f} [")
-    assert "- unchanged: cosine" in text
+    assert f"- unchanged: {METRICS['drift'].explanation}" in text
 
 
 def test_what_a_reader_has_to_know_is_told() -> None:
-    embedded = SCORER | {"name": "small-CLIP", "kind": "embedded", "note": "Of icons only."}
     columns = {"a|b": {"i2t": drawn(0, 1)}, "c": {"i2t": drawn(0, 2)}}
-    made = result(columns, settings={"scorer": embedded}, notes=["These are the demo's runs."])
-    made.settings["prompts"][0]["truncated"] = True
-    text = report.to_markdown(replace(made, figures=["grid.png"]))
+    made = result(columns, scorer=SCORER | {"kind": "embedded", "note": "Of icons only."})
+    text = report.to_markdown(replace(made, figures=["grid.png"], notes=["Of the demo."]))
+    many = report.to_markdown(result({"LoRA": {"i2t": drawn(0, 1, 10)}}))
+    for words in ("never set beside the paper's", "fewer than 10 prompts"):
+        assert words in text
+        assert words not in many
     for words in (
-        *("scores of small-CLIP", "never set beside the paper's", "> These are the demo's runs."),
-        *("> With fewer than 10 prompts", "1 of 8 prompts are longer", "(grid.png)"),
-        *("`python -m eval.clip_scores a b`", "torch 2.13.0", "commit 012301230123."),
-        "| prompt | CLIP I2T a\\|b | CLIP I2T c |",
+        *("> Of the demo.", "1 of 8 prompts", "(grid.png)", "`eval a b`", "torch 2.13.0"),
+        *("012301230123", "| prompt | CLIP I2T a\\|b | CLIP I2T c |"),
     ):
         assert words in text
-    many = report.to_markdown(result({"LoRA": {"i2t": drawn(0, 1, 10)}}))
-    assert "too narrow" not in many
-    assert "never set beside" not in many
-
-
-def size(file: Path) -> tuple[int, int]:
-    with Image.open(file) as picture:
-        picture.load()
-        return picture.size
 
 
 def test_the_pictures_are_drawn_and_nothing_else_is_left(tmp_path: Path) -> None:
+    nothing = result({"base": {"drift": drawn(0, 1)}}, general=8)
+    assert plots.draw(nothing, tmp_path, {}, 6) == []
+    assert list(tmp_path.iterdir()) == []
     columns = {
         label: {name: drawn(0, at + n) for n, name in enumerate(("i2t", "t2t", "nearest"))}
         for at, label in enumerate(("LoRA", "Bi-LoRA"))
@@ -162,20 +196,13 @@ def test_the_pictures_are_drawn_and_nothing_else_is_left(tmp_path: Path) -> None
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(file)
     truths = {made.rows[0].item: Image.new("RGB", (8, 8), "blue")}
-    assert plots.draw(made, tmp_path, truths, 6) == [
-        *("grid.png", "differences.png", "memorization.png")
-    ]
-    assert len(list(tmp_path.glob("*.*"))) == 3
-    assert size(tmp_path / "differences.png")[0] > 800
-    for held, rows, expected in ((truths, 6, (3, 5)), ({}, 2, (2, 2))):
-        assert plots.grid(made, tmp_path, held, rows)
-        columns_and_rows = expected[0] * 1.5 + 1.2, expected[1] * 1.5 + 0.4
-        assert size(tmp_path / "grid.png") == tuple(
-            int(inches * 120) for inches in columns_and_rows
-        )
-
-
-def test_no_picture_is_drawn_of_nothing(tmp_path: Path) -> None:
-    made = result({"base": {"drift": drawn(0, 1)}}, general=8)
-    assert plots.draw(made, tmp_path, {}, 6) == []
-    assert list(tmp_path.iterdir()) == []
+    for held, rows, shape in ((truths, 6, (3, 5)), ({}, 2, (2, 2))):
+        names = ["grid.png", "differences.png", "memorization.png"]
+        assert plots.draw(made, tmp_path, held, rows) == names
+        assert sorted(path.name for path in tmp_path.glob("*.*")) == sorted(names)
+        with Image.open(tmp_path / "grid.png") as grid, Image.open(tmp_path / names[1]) as other:
+            assert grid.size == (
+                int((shape[0] * 1.5 + 1.2) * 120),
+                int((shape[1] * 1.5 + 0.4) * 120),
+            )
+            assert other.size[0] > 800

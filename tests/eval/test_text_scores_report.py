@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from eval import compare, table
 from eval.subjects import Subject
-from eval.table import Metric, Result
+from eval.table import Metric, Result, Summary
 from eval.text_scores import differences, report
 
 Scores = dict[str, dict[int | None, list[float]]]
@@ -17,20 +18,21 @@ SHARE = Metric("Bench", "", True, 100.0, ".2f")
 LOSS = Metric("Bench", "", False, 1.0, ".4f")
 
 
-def result(scores: Scores, metric: Metric = SHARE, peaks: tuple[int, ...] = ()) -> Result:
+def result(
+    scores: Scores, metric: Metric = SHARE, peaks: Mapping[str, int] | None = None
+) -> Result:
     """A result of one benchmark: group -> seed -> scores of items."""
     subjects, rows = [], []
-    for group, seeds in scores.items():
-        for seed, items in seeds.items():
-            kind, method = ("base", None) if group == "base" else ("run", group)
-            about = {"cost": None if kind == "base" else 1}
-            if len(subjects) < len(peaks):
-                about["peak_memory"] = peaks[len(subjects)]
-            label = f"{group}-{seed}"
-            subject = Subject(label, group, kind, method=method, seed=seed, about=about)
-            subjects.append(subject)
-            rows.append(subject.row("b", sum(items) / len(items)))
-            rows += [subject.row("b", v, item=f"q{n}") for n, v in enumerate(items)]
+    for group, seed, items in (
+        (g, s, items) for g, own in scores.items() for s, items in own.items()
+    ):
+        kind, method = ("base", None) if group == "base" else ("run", group)
+        label = f"{group}-{seed}"
+        about = {"cost": None if kind == "base" else 1, "peak_memory": (peaks or {}).get(label)}
+        subject = Subject(label, group, kind, method=method, seed=seed, about=about)
+        subjects.append(subject)
+        rows.append(subject.row("b", sum(items) / len(items)))
+        rows += [subject.row("b", v, item=f"q{n}") for n, v in enumerate(items)]
     control = compare.control(subjects, None)
     lines = differences.summaries(rows, ["b"], control)
     settings = {"benchmarks": {"b": {"num_fewshot": 5}}}
@@ -39,38 +41,35 @@ def result(scores: Scores, metric: Metric = SHARE, peaks: tuple[int, ...] = ()) 
     )
 
 
+def line(found: Result, group: str) -> Summary:
+    summary = found.summary(group, "b")
+    assert summary is not None
+    return summary
+
+
 def test_seeds_are_paired_where_there_are_two() -> None:
     found = result({"lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [0, 1], 7: [0, 0]}})
-    line = found.summary("bilora", "b")
-    assert line is not None
-    assert (line.control, line.over, line.pairs, line.higher) == ("lora", "seed", 2, 2)
-    assert line.difference == 0.5
-    lora = found.summary("lora", "b")
-    assert lora is not None
+    lora, bilora = line(found, "lora"), line(found, "bilora")
+    assert (bilora.control, bilora.over, bilora.pairs, bilora.higher) == ("lora", "seed", 2, 2)
+    assert bilora.difference == 0.5
     assert (lora.mean, lora.count, lora.error) == (0.25, 2, pytest.approx(0.25))
 
 
-def test_items_are_paired_where_there_are_not() -> None:
+def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean() -> None:
     found = result(
         {"lora": {0: [0, 1, 0, 0]}, "base": {None: [0, 0, 0, 0]}, "bilora": {1: [1, 1, 1, 0]}}
     )
-    base, bilora = (found.summary(group, "b") for group in ("base", "bilora"))
-    assert base is not None
+    base, bilora = line(found, "base"), line(found, "bilora")
     assert (base.over, base.pairs, base.difference, base.count) == ("item", 4, -0.25, 1)
-    assert bilora is not None
     assert (bilora.difference, bilora.higher) == (0.5, 2)
     assert bilora.difference_low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 2)
     assert report.rows(found)[0] == "base"
-
-
-def test_items_are_not_paired_where_the_score_is_not_their_mean() -> None:
-    found = result({"lora": {0: [0, 1]}, "bilora": {1: [1, 1]}})
     rows = [
         replace(row, value=0.9) if (row.group, row.item) == ("bilora", "") else row
         for row in found.rows
     ]
     lines = differences.summaries(rows, ["b"], "lora")
-    assert all(line.difference is None for line in lines)
+    assert [one.group for one in lines if one.difference is not None] == ["base"]
 
 
 def test_the_table_has_the_papers_shape(tmp_path: Path) -> None:
@@ -102,10 +101,11 @@ def test_of_losses_the_lower_is_better() -> None:
 def test_the_most_memory_that_a_run_of_the_row_took() -> None:
     scores: Scores = {"base": {0: [0.0], 1: [1.0]}, "lora": {0: [1.0], 1: [0.0]}}
     assert "peak memory" not in report.table(result(scores))
-    lines = report.table(result(scores, peaks=(0, 0, 2**30, 3 * 2**29))).splitlines()
-    assert lines[0].startswith("| method | cost | peak memory | Bench")
-    assert lines[2].startswith("| base | – | – | 50.00 ± 50.00 |")
-    assert lines[3].startswith("| lora | ×1 | 1.50 GiB |")
+    peaks = {"lora-0": 2**30, "lora-1": 3 * 2**29}
+    head, _, base, lora = report.table(result(scores, peaks=peaks)).splitlines()
+    assert head.startswith("| method | cost | peak memory | Bench")
+    assert base.startswith("| base | – | – | 50.00 ± 50.00 |")
+    assert lora.startswith("| lora | ×1 | 1.50 GiB |")
 
 
 def test_what_a_reader_has_to_know_comes_first() -> None:

@@ -1,10 +1,14 @@
-"""A small language model, adapters on it, run folders and harness tasks, for tests of scores."""
+"""A small language model, adapters on it, runs, harness tasks and a judge, for text scores."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,9 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bilora_diffusion.run.runlog import RunLog
-from tests.text.text_builders import save_llama
+from tests.text.text_builders import save_llama, write_rows
 
-LETTERS = ("A", "B")
 Rows = Sequence[tuple[int, dict[str, float]]]
 ROWS: Rows = [(1, {"loss": 1.0}), (2, {"heldout_loss": 2.0, "heldout_accuracy": 0.5})]
 
@@ -54,52 +57,77 @@ def save_record(
 
 
 def save_run(
-    base: Path,
-    folder: Path,
-    *,
-    method: str = "lora",
-    seed: int = 0,
-    scale: float = 1.0,
-    **more: Any,
+    base: Path, folder: Path, method: str = "lora", seed: int = 0, scale: float = 1.0, **config: Any
 ) -> Path:
     """A run folder as training leaves it: adapter, record, recorded figures."""
-    last = {"heldout_loss": 1.0 + seed / 10, "heldout_accuracy": 0.75 + seed / 100}
-    rows = [(5, {"heldout_loss": 1.5, "heldout_accuracy": 0.5}), (10, last)]
-    config = {"model_name_or_path": str(base), "task": "toy", "template": "plain", "rank": 2}
-    save_record(folder, method, seed, rows, **config | more)
-    save_adapter(base, folder, scale, seed=100 * seed + len(method))
-    return folder
+    rows = [(5, {"heldout_accuracy": 0.5}), (10, {"heldout_accuracy": 0.75 + seed / 100})]
+    usual = {"model_name_or_path": str(base), "task": "toy", "template": "plain"}
+    save_record(folder, method, seed, rows, **usual | config)
+    return save_adapter(base, folder, scale, seed=100 * seed + len(method))
 
 
 def save_tasks(folder: Path) -> Path:
     """Two local harness tasks of twelve items: ``toy_choice`` and ``toy_text``."""
     folder.mkdir()
-    rows = [
-        {"question": f"Letter number {n}?", "choices": LETTERS, "gold": n % 2, "answer": str(n)}
-        for n in range(12)
-    ]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    shared = (
-        "dataset_path: json\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {data}\n    train: {data}\n"
-        "test_split: test\ntraining_split: train\n"
-        'doc_to_text: "{{question}}"\n'
-    )
-    choice = (
-        f"task: toy_choice\n{shared}output_type: multiple_choice\n"
-        "doc_to_choice: choices\ndoc_to_target: gold\n"
-        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
-        "metadata:\n  version: 1.0\n"
-    )
-    text = (
-        f'task: toy_text\n{shared}output_type: generate_until\ndoc_to_target: "{{{{answer}}}}"\n'
-        "generation_kwargs:\n  until: ['\\n']\n  max_gen_toks: 4\n  do_sample: false\n"
-        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
-        "filter_list:\n  - name: digits\n    filter:\n      - function: regex\n"
-        "        regex_pattern: '(\\d+)'\n      - function: take_first\n"
-        "metadata:\n  version: 1.0\n"
-    )
-    (folder / "toy_choice.yaml").write_text(choice, encoding="utf-8")
-    (folder / "toy_text.yaml").write_text(text, encoding="utf-8")
+    asked = [{"question": f"Letter {n}?", "gold": n % 2, "answer": str(n)} for n in range(12)]
+    data = str(write_rows(folder / "rows.jsonl", asked))
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": data, "train": data}},
+        "test_split": "test",
+        "training_split": "train",
+        "doc_to_text": "{{question}}",
+        "metadata": {"version": 1.0},
+    }
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    digits = [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}]
+    tasks = {
+        "toy_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": ["A", "B"],
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc", **mean}],
+        },
+        "toy_text": {
+            "output_type": "generate_until",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", **mean}],
+            "filter_list": [{"name": "digits", "filter": digits}],
+        },
+    }
+    for name, task in tasks.items():  # YAML reads JSON
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **shared, **task}))
     return folder
+
+
+@contextmanager
+def judge(*replies: str | tuple[int, str]) -> Iterator[SimpleNamespace]:
+    """An OpenAI-compatible server with its url, and what it was asked, with which headers.
+
+    Args:
+        replies: words, or status and body; given in turn, the last one for ever.
+    """
+    left, made = list(replies), SimpleNamespace(asked=[], headers=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            made.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            made.headers.append(self.headers)
+            reply = left.pop(0) if len(left) > 1 else left[0]
+            message = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
+            status, text = reply if isinstance(reply, tuple) else (200, json.dumps(message))
+            self.send_response(status if self.path == "/v1/chat/completions" else 404)
+            self.send_header("retry-after-ms", "1")  # a test is not to wait for longer
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        made.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        server.shutdown()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from eval import table, text_scores
 from eval.table import Result
 from eval.text_scores import models
 from eval.text_scores.sandbox import Sandbox
-from tests.eval.test_text_scores_judge import Endpoint
-from tests.eval.text_score_models import save_adapter, save_base, save_run, save_tasks
+from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
 from tests.scripts.conftest import ROOT
+from tests.text.text_builders import write_rows
 
 pytest.importorskip("lm_eval")
 
@@ -55,13 +56,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def look(folder: Path, tmp_path: Path) -> Callable[..., Result]:
     """``look("lora-0", "base", benchmarks=...)`` scores and reads the result."""
 
-    def run(*words: str, benchmarks: str = TOY, out: str = "out", code: int = 0) -> Result:
-        given = [str(folder / word) if (folder / word).is_dir() else word for word in words]
-        given = [word for word in given if word != str(folder / "base")]
-        bare = ["base"] if "base" in words else []
-        where = ["--output_dir", str(tmp_path / out), "--include_path", str(folder / "tasks")]
-        assert text_scores.main([*bare, *given, "--benchmarks", benchmarks, *where]) == code
-        return table.read(tmp_path / out)
+    def run(*words: str, benchmarks: str = TOY) -> Result:
+        runs = [path.name for path in folder.iterdir() if path.name != "base"]
+        given = [str(folder / word) if word in runs else word for word in words]
+        where = ["--output_dir", str(tmp_path / "out"), "--include_path", str(folder / "tasks")]
+        assert text_scores.main([*given, "--benchmarks", benchmarks, *where]) == 0
+        return table.read(tmp_path / "out")
 
     return run
 
@@ -76,19 +76,16 @@ def values(found: Result) -> dict[tuple[str, str], float | None]:
 @pytest.mark.slow
 def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
     """In a process of its own that may use the hub: nothing of it is asked."""
-    names = ["lora-0", "lora-1", "bilora-0", "bilora-1"]
-    out = tmp_path / "out"
-    online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
-    online |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    out, runs = tmp_path / "out", [folder / f"{m}-{n}" for m in ("lora", "bilora") for n in (0, 1)]
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
         [
-            *(sys.executable, "-c", WATCHED),
-            *(str(folder / name) for name in names),
-            *("base", "--benchmarks", TOY, "--include_path", str(folder / "tasks")),
-            *("--num_fewshot", "toy_text=2", "--output_dir", str(out), "--control", "LoRA"),
+            *(sys.executable, "-c", WATCHED, *map(str, runs), "base", "--benchmarks", TOY),
+            *("--include_path", str(folder / "tasks"), "--num_fewshot", "toy_text=2"),
+            *("--output_dir", str(out), "--control", "LoRA"),
         ],
         cwd=ROOT,
-        env=online,
+        env={**os.environ, **online, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -114,16 +111,11 @@ def test_a_zero_adapter_scores_as_the_base_model_and_another_one_does_not(
     look: Callable[..., Result],
 ) -> None:
     found = look("zero", "lora-0", "base")
-    answers = {
-        (row.subject, row.item): (row.value, row.note)
-        for name in ("toy_choice", "toy_text")
-        for row in found.select(name)
-    }
-    of = {
-        label: {item: answer for (subject, item), answer in answers.items() if subject == label}
-        for label in ("zero", "lora-0", "base")
-    }
-    assert of["zero"] == of["base"] != of["lora-0"]
+    answers: dict[str, list[Any]] = {}
+    for row in found.rows:
+        if row.metric in ("toy_choice", "toy_text"):
+            answers.setdefault(row.subject, []).append((row.metric, row.item, row.value, row.note))
+    assert answers["zero"] == answers["base"] != answers["lora-0"]
     assert any("zero is zero" in note for note in found.notes)
 
 
@@ -180,18 +172,13 @@ def test_mtbench(
     look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
-    questions = tmp_path / "questions.jsonl"
-    rows = [
-        {"question_id": n, "category": category, "turns": [f"Question {n}?", "And?"]}
-        for n, category in enumerate(["math", "writing", "coding"])
-    ]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    endpoint = Endpoint("[[8]]", "[[5]]", "[[2]]", "[[1]]")
-    flags = ["--judge_base_url", endpoint.url, "--judge_model", "j", "--max_new_tokens", "6"]
-    found = look(
-        "lora-0", "base", *flags, "--mtbench_questions", str(questions), benchmarks="mtbench"
-    )
-    endpoint.close()
+    categories = enumerate(["math", "writing", "coding"])
+    rows = [{"question_id": n, "category": c, "turns": [f"Question {n}?"]} for n, c in categories]
+    questions = write_rows(tmp_path / "questions.jsonl", rows)
+    flags = ["--judge_model", "j", "--max_new_tokens", "6", "--mtbench_questions", str(questions)]
+    with judge("[[8]]", "[[5]]", "[[2]]", "[[1]]") as endpoint:
+        flags += ["--judge_base_url", endpoint.url]
+        found = look("lora-0", "base", *flags, benchmarks="mtbench")
     assert values(found) == {("lora-0", "mtbench"): 5, ("base", "mtbench"): 1}
     assert len(endpoint.asked) == 6
     assert {one["authorization"] for one in endpoint.headers} == {"Bearer sk-very-secret"}
@@ -233,7 +220,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return said
 
 
-def test_an_adapter_of_another_model_is_refused(
+def test_an_adapter_of_another_model_and_a_classifier_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
@@ -248,11 +235,5 @@ def test_an_adapter_of_another_model_is_refused(
         assert told in refuse(capsys, adapter, *local)
     file.write_bytes(b"damaged")
     assert "adapter_model.safetensors is not a whole" in refuse(capsys, adapter, *local)
-
-
-def test_a_classifier_is_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     run = save_run(folder / "base", tmp_path / "run", task_type="classification")
-    out = ("--output_dir", tmp_path / "out")
-    assert "is a classifier" in refuse(capsys, run, "--benchmarks", "mmlu", *out)
+    assert "is a classifier" in refuse(capsys, run, *local)

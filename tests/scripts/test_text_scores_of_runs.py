@@ -36,28 +36,25 @@ def zero_of(run: Path, folder: Path) -> Path:
     return folder
 
 
-def score(folder: Path, *words: str | Path) -> dict[str, dict[str, Any]]:
-    """Subject -> its effect on a probe (None for the base), and what it answered to each item."""
+def score(folder: Path, *words: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By subject: its effect on a probe, for those with an adapter; and what it answered."""
     where = ["--include_path", str(save_tasks(folder / "tasks")), "--output_dir", str(folder / "o")]
     what = ["--benchmarks", "toy_choice,toy_text"]
     assert text_scores.main(["base", *map(str, words), *what, *where]) == 0
-    found = table.read(folder / "o")
-    subjects: dict[str, dict[str, Any]] = {one.label: {"effect": None} for one in found.subjects}
-    for row in found.rows:
-        if row.metric == "toy_text effect of adapter":
-            subjects[row.subject]["effect"] = row.value
-        elif row.item:
-            subjects[row.subject][row.item] = row.note
-    return subjects
+    rows, answers = table.read(folder / "o").rows, {}
+    for row in rows:
+        if row.item:
+            answers.setdefault(row.subject, {})[row.item] = row.note
+    effect = "toy_text effect of adapter"
+    return {row.subject: row.value for row in rows if row.metric == effect}, answers
 
 
 def test_a_causal_model_with_an_adapter_and_trained_whole(tmp_path: Path) -> None:
     bilora = train(tmp_path, "causal", "bilora", template="plain")
     full = train(tmp_path, "causal", "full", template="plain")
-    found = score(tmp_path, bilora, full, zero_of(bilora, tmp_path / "zero"))
-    effects = {label: answers.pop("effect") for label, answers in found.items()}
+    effects, found = score(tmp_path, bilora, full, zero_of(bilora, tmp_path / "zero"))
     assert effects.pop("bilora") > 0
-    assert effects == {"zero": 0, "full": None, "base": None}
+    assert effects == {"zero": 0}
     assert found["zero"] == found["base"]
     assert found["bilora"] != found["base"]  # both runs answer as what was trained
     assert found["full"] not in (found["base"], found["bilora"])
@@ -66,12 +63,11 @@ def test_a_causal_model_with_an_adapter_and_trained_whole(tmp_path: Path) -> Non
 def test_a_seq2seq_model_is_asked_without_a_template_as_it_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(harness, "context_text", lambda *given: asked.append(given) or "")
+    monkeypatch.setattr(harness, "context_text", lambda *_: pytest.fail("a template was used"))
     bilora = train(tmp_path, "seq2seq", "bilora")
-    found = score(tmp_path, bilora, zero_of(bilora, tmp_path / "zero"), "--template", "run")
-    assert not asked
-    assert found["bilora"]["effect"] > 0
-    assert found["zero"].pop("effect") == 0
-    assert found["base"].pop("effect") is None
+    effects, found = score(
+        tmp_path, bilora, zero_of(bilora, tmp_path / "zero"), "--template", "run"
+    )
+    assert effects.pop("bilora") > 0
+    assert effects == {"zero": 0}
     assert found["zero"] == found["base"]
