@@ -1,16 +1,22 @@
-"""run.json and metrics.jsonl: strict JSON, whole after a kill, continued on resume."""
+"""run.json and metrics.jsonl: strict JSON, whole after a kill, continued on resume; and what they
+say of versions, commit and machine.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import bilora_diffusion
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import provenance, runlog
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
@@ -75,22 +81,6 @@ def test_only_numbers_that_are_finite_and_values_that_json_holds(tmp_path: Path)
     assert record["config"] == {"growth_rate": None}
 
 
-def test_each_line_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = start(tmp_path)
-    writes: list[bytes] = []
-
-    class Spy:
-        def write(self, data: bytes) -> int:
-            writes.append(data)
-            return len(data)
-
-    monkeypatch.setattr(log, "_metrics", Spy())
-    log.metric(1, text="é\n" * 5000)
-    assert len(writes) == 1
-    assert writes[0].count(b"\n") == 1
-    assert writes[0].endswith(b"\n")
-
-
 def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> None:
     log = start(tmp_path)
     for step in range(1, 8):
@@ -151,3 +141,49 @@ def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
     with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
         read_metrics(tmp_path)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    command = ["git", *identity, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "checkout" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    assert provenance.commit(package) == (None, None)
+    git(package.parent, "init", "-q")
+    assert provenance.commit(package) == (None, None)  # not one of its files
+    git(package.parent, "add", ".")
+    assert provenance.commit(package) == (None, None)  # no commit yet
+    git(package.parent, "commit", "-q", "-m", "x")
+    head = git(package.parent, "rev-parse", "HEAD")
+    assert provenance.commit(package) == (head, False)
+    (package / "__init__.py").write_text("x = 1")
+    installed = package.parent / "venv" / "package"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert provenance.commit(installed) == (None, None)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as in a hook of another repository
+    assert provenance.commit(package) == (head, True)
+    monkeypatch.setenv("PATH", "")
+    assert provenance.commit(package) == (None, None)
+
+
+def test_versions_and_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
+    assert provenance.versions() == {
+        "python": platform.python_version(),
+        "no-such-package": None,
+        "bilora_diffusion": bilora_diffusion.__version__,
+    }
+    memory = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    machine = provenance.device("cuda")
+    assert (machine["type"], machine["name"], machine["gpu"]) == ("cuda", "Some GPU", "Some GPU")
+    assert machine["gpu_memory_bytes"] == memory.total_memory
+    assert machine["cpu_model"] == provenance.device("cpu")["name"] != "Some GPU"

@@ -1,4 +1,4 @@
-"""The model card: front matter the hub reads, code that runs, and nothing of this machine."""
+"""Model cards of images and text: front matter the hub reads, code that runs, no local paths."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bilora_diffusion.export import FILE_NAME, kohya_file_name, save_models
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.export import FILE_NAME, kohya_file_name, save_adapter, save_models
 from bilora_diffusion.image.card import write_dreambooth_card
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run.publish import NOT_UPLOADED
+from bilora_diffusion.text.card import write_text_card
+from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.models import load_text_model
 from tests.export.mini_loras import write_lora
+from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 ICONS = ["--pretrained_model_name_or_path", SDXL, "--dataset", "linoyts/3d_icon"]
@@ -56,8 +62,7 @@ def sampled(folder: Path, count: int) -> None:
 
 def code(text: str) -> str:
     """The Python block of a card; raises when it is not Python."""
-    start = text.index("```python\n") + len("```python\n")
-    block = text[start : text.index("\n```", start)]
+    block = text.split("```python\n")[1].split("\n```")[0]
     ast.parse(block)
     return block
 
@@ -72,27 +77,23 @@ def test_a_full_card(tmp_path: Path) -> None:
         validation_prompts=prompts,
     )
     data = found.data.to_dict()
-    assert data["base_model"] == SDXL
-    assert data["datasets"] == ["linoyts/3d_icon"]
+    assert (data["base_model"], data["datasets"]) == (SDXL, ["linoyts/3d_icon"])
     assert {"text-to-image", "lora", "template:sd-lora", "bilora"} <= set(data["tags"])
     assert data["instance_prompt"] == "a TOK icon, in the style of TOK"
     urls = [f"validation/step-500/{number}.png" for number in (0, 1)]
     assert data["widget"] == [
         {"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, urls, strict=True)
     ]
-    text = found.text
-    assert "# stabilityai/stable-diffusion-xl-base-1.0 fine-tuned with Bi-LoRA" in text
-    assert "Use `a TOK icon, in the style of TOK` in the prompt." in text
-    for row in (
-        "| method | Bi-LoRA |",
-        "| rank | 4 |",
-        "| rho | 0.05 |",
-        "| seed | 0 |",
+    for part in (
+        *("| method | Bi-LoRA |", "| rank | 4 |", "| rho | 0.05 |", "| seed | 0 |"),
+        *("| held-out loss | 0.0812346 |", "`a TOK icon, in the style of TOK`"),
+        f"![a TOK icon of a frog: green]({urls[0]})",
+        # where to put the file for other programs
+        *("`my run.safetensors` into `models/loras`", "`<lora:my run:1>`"),
     ):
-        assert row in text
-    assert "| held-out loss | 0.0812346 |" in text
-    assert f"![a TOK icon of a frog: green]({urls[0]})" in text
-    snippet = code(text)
+        assert part in found.text
+    assert "DoRA" not in found.text
+    snippet = code(found.text)
     assert f"load_lora_weights('.', weight_name='{FILE_NAME}')" in snippet
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
 
@@ -154,19 +155,14 @@ def test_the_upload_has_both_files_and_no_other_of_their_name(weights: Path) -> 
     assert uploaded == {FILE_NAME, kohya_file_name(weights)}
 
 
-def test_where_to_put_which_file(tmp_path: Path) -> None:
-    folder = tmp_path / "my icons"
-    text = card(folder, ICONS).text
-    for part in ("`my icons.safetensors` into `models/loras`", "`<lora:my icons:1>`"):
-        assert part in text
-    assert "DoRA" not in text
-    dora = card(folder, [*ICONS, "--use_dora"]).text
+def test_other_programs_are_told_of_where_they_can_read_the_file(tmp_path: Path) -> None:
+    dora = card(tmp_path, [*ICONS, "--use_dora"]).text
     assert "0.3.30" in dora
     assert "A1111" in dora
-    assert "--to kohya" in card(folder, [*ICONS, "--no_output_kohya_format"]).text
-    whole = card(folder, [*ICONS, "--method", "full"], results={"export": ["unet"]}).text
+    assert "--to kohya" in card(tmp_path, [*ICONS, "--no_output_kohya_format"]).text
+    whole = card(tmp_path, [*ICONS, "--method", "full"], results={"export": ["unet"]}).text
     assert "ComfyUI" not in whole
-    assert "models/loras" not in card(folder, MINI).text  # only this package knows the miniature
+    assert "models/loras" not in card(tmp_path, MINI).text  # only this package knows the miniature
 
 
 def test_only_what_is_given_is_said(tmp_path: Path) -> None:
@@ -185,22 +181,16 @@ def test_the_miniature_is_named_as_nothing_else(tmp_path: Path, base: str) -> No
     data = found.data.to_dict()
     assert not {"base_model", "datasets"} & set(data)
     assert "stable-diffusion-xl" not in data["tags"]
-    assert "trained on `bilora_diffusion's miniature`" in found.text
+    assert "miniature`" in found.text
     assert str(pipeline_dir()) not in found.content
 
 
 def test_local_paths_stay_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("model", "data"):
-        (tmp_path / "secret" / name).mkdir(parents=True)
+    (tmp_path / "secret" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for place in (tmp_path / "secret", Path("secret")):
-        found = card(
-            tmp_path / "run",
-            ICONS,
-            pretrained_model_name_or_path=str(place / "model"),
-            pretrained_vae_model_name_or_path=str(place / "model"),
-            dataset_name=str(place / "data"),
-        )
+    places = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")
+    for place in (str(tmp_path / "secret" / "model"), "secret/model"):
+        found = card(tmp_path / "run", ICONS, **dict.fromkeys(places, place))
         assert "secret" not in found.content
         assert code(found.text).count("'path/to/model'") == 2
         assert not {"base_model", "datasets"} & set(found.data.to_dict())
@@ -217,3 +207,83 @@ def test_any_prompt_survives(tmp_path_factory: pytest.TempPathFactory, prompt: s
     assert found.data.to_dict()["instance_prompt"] == prompt
     if "```" not in prompt:
         assert f"pipeline({prompt!r})" in code(found.text)
+
+
+def text_card(
+    folder: Path, kind: str, model: str, *more: str, repo: str | None = None
+) -> ModelCard:
+    argv = ["--model_name_or_path", model, "--task_type", kind, "--task", "sst2", *more]
+    labels = ["negative", "positive"] if kind == "classification" else []
+    results = {"steps": 30, "export": {"labels": labels, "layers": 3}}
+    results |= {"heldout_loss": 0.123456789, "heldout_exact_match": 0.75}
+    write_text_card(parse_text(argv), folder, results, repo)
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "tag"),
+    [
+        ("seq2seq", "google-t5/t5-base", "text2text-generation"),
+        ("causal", "meta-llama/Llama-3.1-8B", "text-generation"),
+        ("classification", "FacebookAI/roberta-base", "text-classification"),
+    ],
+)
+def test_a_text_card(tmp_path: Path, kind: str, model: str, tag: str) -> None:
+    adapter = text_card(tmp_path, kind, model, repo="me/my-model")
+    assert adapter.data.to_dict() == {
+        "library_name": "peft",
+        "base_model": model,
+        "pipeline_tag": tag,
+        "tags": ["bilora-diffusion", "bilora"],
+    }
+    snippet = code(adapter.text)
+    for part in (model, "me/my-model", "PeftModel.from_pretrained(base"):
+        assert part in snippet
+    assert ("num_labels=2" in snippet) == (kind == "classification")
+    for part in ("| exact match | 0.75 |", "0.123", "sst2"):
+        assert part in adapter.text
+    whole = text_card(tmp_path, kind, model, "--method", "full")
+    assert whole.data.to_dict()["library_name"] == "transformers"
+    assert 'subfolder="model"' in code(whole.text)
+    assert "PeftModel" not in code(whole.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "bilora") for kind in SAVERS), ("classification", "full")]
+)
+def test_the_code_runs_on_what_a_text_run_left(tmp_path: Path, kind: str, method: str) -> None:
+    base = SAVERS[kind](tmp_path / "my-base")
+    run = train_text(
+        tmp_path / "run",
+        model_name_or_path=base,
+        train_file=write_rows(tmp_path / "rows.jsonl", rows_for(kind, 8)),
+        template="plain",
+        max_train_steps=1,
+        method=method,
+    )
+    text = (run / "README.md").read_text()
+    assert "rows.jsonl" in text
+    assert str(tmp_path) not in text  # local folders are named without their place
+    snippet = code(text)
+    for old, new in (("path/to/this/folder", run), ("path/to/my-base", base)):
+        assert (old in snippet) == (method == "bilora" or new == run)
+        snippet = snippet.replace(old, str(new))
+    names: dict[str, Any] = {}
+    exec(snippet, names)  # the card's own code
+    model, tokenizer = names["model"].eval(), names["tokenizer"]
+    inputs = dict(tokenizer("hello there", return_tensors="pt"))
+    if kind == "seq2seq":
+        inputs["decoder_input_ids"] = torch.tensor([[0]])
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_the_code_for_a_packaged_base_runs(tmp_path: Path) -> None:
+    model = load_text_model("minilm", "classification", labels=("negative", "positive")).model
+    spec = AdapterSpec(rank=2, alpha=4, modules_to_save=("classifier",))
+    adapters.inject(model, spec, adapters.PRIMARY)
+    save_adapter(tmp_path, model, base_model="minilm", kind="classification")
+    found = text_card(tmp_path, "classification", "minilm")
+    assert "base_model" not in found.data.to_dict()
+    names: dict[str, Any] = {}
+    exec(code(found.text).replace("path/to/this/folder", str(tmp_path)), names)
+    assert names["model"].peft_config["default"].r == 2
