@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,10 +19,8 @@ from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
     ("values", "word"),
     [
         ({"rank": 0}, "rank is 0"),
-        ({"alpha": 0}, "alpha is 0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"dropout": -0.1}, "dropout is -0.1"),
         ({"init": "gausian"}, 'did you mean "gaussian"'),
         ({"target_modules": ()}, "target_modules is empty"),
     ],
@@ -36,22 +33,18 @@ def test_spec_refuses(values: dict[str, Any], word: str) -> None:
 @pytest.mark.parametrize(
     ("make", "targets", "expected"),
     [
-        (tiny_mlp, "all-linear", ["first", "conv", "last"]),
-        (tiny_mlp, ("last",), ["last"]),
-        (tiny_mlp, "fir.*", ["first"]),
-        (tiny_unet, ("to_q", "to_out.0"), None),
-        (tiny_unet, ("conv1", "to_k"), None),
+        (tiny_mlp, "all-linear", {"first", "last"}),
+        (tiny_mlp, ("last",), {"last"}),
+        (tiny_mlp, "fir.*", {"first"}),
+        (tiny_unet, ("to_q", "to_out.0"), {"to_q", "to_out.0"}),
+        (tiny_unet, ("conv1", "to_k"), {"conv1", "to_k"}),
     ],
 )
-def test_targets(
-    make: Callable[[], nn.Module], targets: str | tuple[str, ...], expected: list[str] | None
-) -> None:
-    found = list(adapters.target_layers(make(), AdapterSpec(target_modules=targets)))
-    if expected is None:
-        assert len(found) > 3
-        assert all(name.endswith(tuple(targets)) for name in found)
-    else:
-        assert found == [name for name in expected if name != "conv"]
+def test_targets(make: Any, targets: str | tuple[str, ...], expected: set[str]) -> None:
+    names = list(adapters.target_layers(make(), AdapterSpec(target_modules=targets)))
+    ends = {end for end in expected for name in names if f".{name}".endswith(f".{end}")}
+    assert ends == expected
+    assert all(f".{name}".endswith(tuple(f".{end}" for end in expected)) for name in names)
 
 
 def test_all_linear_leaves_the_output_head_out_as_peft_does() -> None:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
+WORDS = 40
+"""Tokens of the text models; of those of `tiny_tokenizer` in `tests/integrations`, the first three
+are special.
+"""
 
 
 class MLP(nn.Module):
@@ -30,7 +34,8 @@ def tiny_mlp() -> nn.Module:
     return MLP()
 
 
-def tiny_unet() -> nn.Module:
+def tiny_unet(**more: Any) -> nn.Module:
+    """SDXL's kind of UNet; `more` of its settings."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -44,44 +49,42 @@ def tiny_unet() -> nn.Module:
         attention_head_dim=4,
         norm_num_groups=4,
         use_linear_projection=True,
+        **more,
     )
 
 
-def tiny_t5() -> nn.Module:
+def tiny_t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=30,
-        d_model=16,
-        d_kv=4,
-        d_ff=24,
-        num_layers=1,
-        num_heads=4,
-        dropout_rate=0.0,
+        vocab_size=WORDS, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.0
     )
     config.decoder_start_token_id = 0  # pyright: ignore[reportAttributeAccessIssue]
     return T5ForConditionalGeneration(config)
 
 
-def tiny_llm() -> nn.Module:
+def tiny_llm() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=30,
+        vocab_size=WORDS,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return LlamaForCausalLM(config)
 
 
-def tiny_clip() -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def tiny_clip(projection: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     config = CLIPTextConfig(
@@ -90,10 +93,11 @@ def tiny_clip() -> nn.Module:
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=4,
+        projection_dim=16,
         max_position_embeddings=8,
         eos_token_id=29,
     )
-    return CLIPTextModel(config)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
 ROWS = 4
@@ -115,19 +119,6 @@ def _tokens(rows: slice) -> Tensor:
     return torch.arange(1, 1 + ROWS * 6).view(ROWS, 6)[rows]
 
 
-def _t5_output(model: nn.Module, rows: slice) -> Tensor:
-    tokens = _tokens(rows)
-    return cast(Any, model)(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
-
-
-def _llm_output(model: nn.Module, rows: slice) -> Tensor:
-    return cast(Any, model)(input_ids=_tokens(rows)).logits
-
-
-def _clip_output(model: nn.Module, rows: slice) -> Tensor:
-    return cast(Any, model)(input_ids=_tokens(rows)).last_hidden_state
-
-
 class Case(NamedTuple):
     """A model, the layers to adapt, and what it makes of a fixed batch of ``ROWS``."""
 
@@ -143,7 +134,15 @@ class Case(NamedTuple):
 CASES = {
     "mlp": Case(tiny_mlp, ("first", "conv", "last"), _mlp_output),
     "unet": Case(tiny_unet, UNET_TARGETS, _unet_output),
-    "t5": Case(tiny_t5, "all-linear", _t5_output),
-    "llm": Case(tiny_llm, "all-linear", _llm_output),
-    "clip": Case(tiny_clip, "all-linear", _clip_output),
+    "t5": Case(
+        tiny_t5,
+        "all-linear",
+        lambda t5, rows: (
+            cast(Any, t5)(input_ids=_tokens(rows), decoder_input_ids=_tokens(rows).flip(1)).logits
+        ),
+    ),
+    "llm": Case(tiny_llm, "all-linear", lambda llm, rows: cast(Any, llm)(_tokens(rows)).logits),
+    "clip": Case(
+        tiny_clip, "all-linear", lambda clip, rows: cast(Any, clip)(_tokens(rows)).last_hidden_state
+    ),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,46 +13,27 @@ from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.export import FILE_NAME, save_diffusers, training_facts
+from bilora_diffusion.export import save_diffusers, training_facts
+from tests.contract.models import tiny_clip, tiny_unet
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 UNET_TARGETS = (*ATTENTION, "conv1", "linear_1", "conv_in", "ff.net.2")
 
 
 def make_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        use_linear_projection=True,
+    return tiny_unet(
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=32,
     )
 
 
-def make_text_encoder(projection: bool = False) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=8,
-        max_position_embeddings=8,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+def plain_models() -> dict[str, nn.Module]:
+    return {
+        "unet": make_unet(),
+        "text_encoder": tiny_clip(),
+        "text_encoder_2": tiny_clip(projection=True),
+    }
 
 
 def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Module:
@@ -66,11 +49,11 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Modul
     return model
 
 
-def all_models(**options) -> dict[str, nn.Module]:
+def all_models(**options: Any) -> dict[str, nn.Module]:
+    unet = AdapterSpec(target_modules=UNET_TARGETS, **options)
     return {
-        "unet": add_adapters(make_unet(), AdapterSpec(target_modules=UNET_TARGETS, **options), 1),
-        "text_encoder": add_adapters(make_text_encoder(), AdapterSpec(**options), 2),
-        "text_encoder_2": add_adapters(make_text_encoder(True), AdapterSpec(**options), 3),
+        name: add_adapters(model, unet if name == "unet" else AdapterSpec(**options), seed)
+        for seed, (name, model) in enumerate(plain_models().items(), 1)
     }
 
 
@@ -88,9 +71,12 @@ def read_metadata(file: Path) -> dict[str, str]:
         return content.metadata()
 
 
-def alter(folder: Path, target: Path, change) -> None:
-    """Copy the diffusers file of `folder` to `target` with its tensors or metadata changed."""
-    tensors, metadata = load_file(folder / FILE_NAME), read_metadata(folder / FILE_NAME)
+def rewrite(
+    source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, str]], Any]
+) -> Path:
+    """Copy a LoRA file with its tensors or metadata changed."""
+    tensors, metadata = load_file(source), dict(read_metadata(source))
     change(tensors, metadata)
-    target.mkdir(exist_ok=True)
-    save_file(tensors, target / FILE_NAME, metadata)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target, metadata)
+    return target

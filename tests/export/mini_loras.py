@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.export import FILE_NAME, save_diffusers, training_facts
 from eval.sources import find
 from eval.subjects import Subject
+from tests.export.export_models import rewrite
+
+__all__ = ["one", "rewrite", "write_lora"]
 
 TARGETS = {
     "unet": ("to_q", "to_v"),
@@ -51,16 +51,3 @@ def write_lora(
 def one(argument: str | Path) -> Subject:
     """The subject that a single argument names."""
     return find(str(argument))
-
-
-def rewrite(
-    source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, str]], Any]
-) -> Path:
-    """Copy a LoRA file with its tensors or metadata changed."""
-    tensors = load_file(source)
-    with safe_open(source, framework="pt") as content:
-        metadata = dict(content.metadata())
-    change(tensors, metadata)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target, metadata)
-    return target

@@ -19,12 +19,12 @@ from bilora_diffusion.export import FILE_NAME, convert, inspect, main, save_adap
 from bilora_diffusion.export.kohya_names import unet_names, with_dots
 from bilora_diffusion.export.layers import kohya_name
 from bilora_diffusion.text.models import load_text_model
+from tests.contract.models import tiny_clip
 from tests.export.export_models import (
     add_adapters,
     all_models,
     export_all,
-    make_text_encoder,
-    make_unet,
+    plain_models,
 )
 from tests.text.text_builders import save_llama
 
@@ -73,20 +73,12 @@ def test_around_all_formats(folder: Path, tmp_path: Path) -> None:
     metadata = inspect(tmp_path / "a.safetensors").metadata
     assert metadata["bilora.rho"] == "0.05"
     assert metadata["ss_output_name"] == "a"
-
-
-def test_peft_loads_what_is_written(folder: Path, tmp_path: Path) -> None:
-    place = convert(folder, "peft", tmp_path / "peft")
-    stored = load_file(folder / FILE_NAME)
-    for component, model in (
-        ("unet", make_unet()),
-        ("text_encoder", make_text_encoder()),
-        ("text_encoder_2", make_text_encoder(True)),
-    ):
-        loaded = PeftModel.from_pretrained(model, str(place / component))
-        found = adapters.factors(loaded, PRIMARY)
-        assert len(found) == inspect(folder / FILE_NAME).layers[component]
-        for name, A, B, scale in found:
+    stored = load_file(source)
+    for component, model in plain_models().items():
+        loaded = PeftModel.from_pretrained(model, str(peft / component))
+        made = adapters.factors(loaded, PRIMARY)
+        assert len(made) == inspect(source).layers[component]
+        for name, A, B, scale in made:
             plain = name.removeprefix("base_model.model.").removeprefix("text_model.")
             keys = [k for k in stored if k.startswith(component + ".") and f".{plain}.lora" in k]
             down = next(k for k in keys if k.endswith(("lora_A.weight", "down.weight")))
@@ -95,18 +87,30 @@ def test_peft_loads_what_is_written(folder: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(scale * B @ A, expected)
 
 
+KOHYAS = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB}.weight"
+    ),
+    "lora_unet_output_blocks_2_0_in_layers_2": "unet.up_blocks.0.resnets.2.conv1.lora_{AB}.weight",
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{way}.weight"
+    ),
+    "lora_te2_text_model_encoder_layers_1_mlp_fc1": (
+        "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.{way}.weight"
+    ),
+}
+"""Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does."""
+
+
 def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tensor) -> Path:
-    """As kohya's own scripts write it: SDXL's names, alpha, a rank of its own for a convolution."""
+    """As kohya's own scripts write it: with alpha, and a rank of its own for a convolution."""
     tensors = dict(more)
-    for name, shape, rank in (
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", (6, 5), 4),
-        ("lora_unet_output_blocks_2_0_in_layers_2", (6, 5, 3, 3), 2),
-        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", (6, 5), 4),
-        ("lora_te2_text_model_encoder_layers_1_mlp_fc1", (6, 5), 4),
-    ):
+    for name in KOHYAS:
+        kernel, rank = ((3, 3), 2) if "in_layers" in name else ((), 4)
         generator = torch.Generator().manual_seed(len(tensors))
-        ones = [1] * (len(shape) - 2)
-        tensors[f"{name}.lora_down.weight"] = torch.randn((rank, *shape[1:]), generator=generator)
+        down = torch.randn((rank, 5, *kernel), generator=generator)
+        tensors[f"{name}.lora_down.weight"] = down
+        ones = [1] * len(kernel)
         tensors[f"{name}.lora_up.weight"] = torch.randn((6, rank, *ones), generator=generator)
         if alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
@@ -127,23 +131,8 @@ def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, kept: Any) -> N
     made = convert(source, "diffusers")
     assert made == tmp_path / "foreign-diffusers.safetensors"
     given, found = load_file(source), load_file(made)
-    names = {
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
-            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB}.weight"
-        ),
-        "lora_unet_output_blocks_2_0_in_layers_2": (
-            "unet.up_blocks.0.resnets.2.conv1.lora_{AB}.weight"
-        ),
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
-            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-            ".lora_linear_layer.{way}.weight"
-        ),
-        "lora_te2_text_model_encoder_layers_1_mlp_fc1": (
-            "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.{way}.weight"
-        ),
-    }
-    assert len(found) == 2 * len(names)
-    for theirs, ours in names.items():
+    assert len(found) == 2 * len(KOHYAS)
+    for theirs, ours in KOHYAS.items():
         down, up = (given[f"{theirs}.lora_{way}.weight"].double() for way in ("down", "up"))
         scale = 1.0 if alpha is None else alpha / down.shape[0]
         A = found[ours.format(AB="A", way="down")]
@@ -162,22 +151,18 @@ def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, kept: Any) -> N
 
 def test_all_names_of_the_models_come_back_from_kohyas() -> None:
     with torch.device("meta"):
-        models = {"unet": [make_unet(), UNet2DConditionModel(**SDXL)]}
-        models |= {
-            "text_encoder": [make_text_encoder()],
-            "text_encoder_2": [make_text_encoder(True)],
-        }
-    for component, several in models.items():
-        for model in several:
-            prefix = kohya_name(component, "").removesuffix("text_model_")
-            flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
-            back = unet_names(flat) if component == "unet" else {f: with_dots(f) for f in flat}
-            for name, own in flat.items():
-                assert back[name].removeprefix("text_model.") == own.removeprefix("text_model.")
+        sdxl = UNet2DConditionModel(**SDXL)
+        models = [*plain_models().items(), ("unet", sdxl)]
+    for component, model in models:
+        prefix = kohya_name(component, "").removesuffix("text_model_")
+        flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
+        back = unet_names(flat) if component == "unet" else {f: with_dots(f) for f in flat}
+        for name, own in flat.items():
+            assert back[name].removeprefix("text_model.") == own.removeprefix("text_model.")
     original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
     original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
     original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
-    assert set(unet_names(original).values()) <= set(weighted(models["unet"][1]))
+    assert set(unet_names(original).values()) <= set(weighted(sdxl))
 
 
 def test_a_language_models_adapter_has_no_other_format(tmp_path: Path, capsys) -> None:
@@ -245,7 +230,7 @@ def test_a_wrong_file_gets_no_name(
 def test_layers_on_the_mlp_alone(tmp_path: Path) -> None:
     from bilora_diffusion.export import save_diffusers
 
-    model = add_adapters(make_text_encoder(True), AdapterSpec(target_modules=("fc1",)))
+    model = add_adapters(tiny_clip(True), AdapterSpec(target_modules=("fc1",)))
     source = save_diffusers(tmp_path, {"text_encoder_2": model}, base_model="b")
     kohya = convert(source, "kohya")
     assert kohya == tmp_path / f"{tmp_path.name}.safetensors"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +13,11 @@ from safetensors.torch import save_file
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.export import FILE_NAME, inspect, main
-from tests.export.export_models import (
-    ATTENTION,
-    add_adapters,
-    alter,
-    make_text_encoder,
-    make_unet,
-)
+from tests.contract.models import tiny_clip
+from tests.export.export_models import ATTENTION, add_adapters, make_unet, rewrite
 
 
-def test_files_have_no_trace_of_the_auxiliary(models, folder) -> None:
+def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, capsys) -> None:
     for file in (FILE_NAME, "icons.safetensors"):
         contents = inspect(folder / file)
         assert not contents.auxiliary
@@ -31,6 +25,13 @@ def test_files_have_no_trace_of_the_auxiliary(models, folder) -> None:
         assert set(contents.ranks.values()) == set(contents.alphas.values()) == {(4,)}
         assert AUXILIARY.encode() not in (folder / file).read_bytes()
     assert inspect(folder / FILE_NAME).layers == inspect(folder / "icons.safetensors").layers
+    assert main([str(folder / "icons.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "format      kohya" in lines
+    assert any(line.split() == ["text_encoder", "12", "4", "4"] for line in lines)
+    assert any(line.split() == ["bilora.method", "bilora"] for line in lines)
+    assert lines[-1] == "auxiliary   none"
+    assert max(map(len, lines[1:])) <= 110
 
 
 @pytest.mark.parametrize("way", ["named", "doubled", "rank", "configured", "listed", "kohya"])
@@ -56,7 +57,7 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None
         if way == "listed":
             metadata["adapter_names"] = "default, auxiliary"
 
-    alter(folder, tmp_path, change)
+    rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, change)
     contents = inspect(tmp_path / FILE_NAME)
     assert contents.auxiliary
     assert main([str(tmp_path / FILE_NAME)]) == 0
@@ -66,7 +67,7 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None
 
 
 def test_inspect_reads_peft_files(tmp_path) -> None:
-    model = add_adapters(make_text_encoder(), AdapterSpec(rank=2, alpha=6))
+    model = add_adapters(tiny_clip(), AdapterSpec(rank=2, alpha=6))
     adapters.save_pretrained(model, tmp_path)
     contents = inspect(tmp_path / "adapter_model.safetensors")
     assert (contents.format, contents.auxiliary) == ("peft", False)
@@ -86,16 +87,6 @@ def test_inspect_names_every_adapter_of_a_raw_state(tmp_path) -> None:
     assert contents.ranks == {"model": (3, 4)}
 
 
-def test_table(folder, capsys) -> None:
-    assert main([str(folder / "icons.safetensors")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "format      kohya" in lines
-    assert any(line.split() == ["text_encoder", "12", "4", "4"] for line in lines)
-    assert any(line.split() == ["bilora.method", "bilora"] for line in lines)
-    assert lines[-1] == "auxiliary   none"
-    assert max(map(len, lines[1:])) <= 110
-
-
 def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) -> None:
     whole = (folder / FILE_NAME).read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-10])
@@ -106,19 +97,15 @@ def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) 
     torch.save({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pickle.bin")
     metadata = {"lora_adapter_metadata": "{"}
     save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "json.safetensors", metadata)
-    for name in ("short", "header", "text", "empty", "model", "json", "missing"):
-        check_refusal(tmp_path / f"{name}.safetensors", capsys)
-    check_refusal(tmp_path / "pickle.bin", capsys)
-    check_refusal(tmp_path, capsys)
-
-
-def check_refusal(path: Path, capsys) -> None:
-    assert main([str(path)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert str(path) in captured.err
+    names = ("short", "header", "text", "empty", "model", "json", "missing")
+    paths = [tmp_path / f"{name}.safetensors" for name in names]
+    for path in (*paths, tmp_path / "pickle.bin", tmp_path):
+        assert main([str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert str(path) in captured.err
 
 
 def test_module_runs_as_a_script(folder, tmp_path, monkeypatch, capsys) -> None:

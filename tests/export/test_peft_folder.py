@@ -36,87 +36,70 @@ def with_adapters(base: Path, *heads: str) -> Any:
     return model
 
 
-def test_the_folder_holds_the_primary_alone(tmp_path: Path) -> None:
-    base = save_llama(tmp_path / "base")
-    model = with_adapters(base)
-    path = save_adapter(tmp_path, model, base_model=str(base), kind="causal")
+@pytest.mark.parametrize(
+    ("save", "kind", "heads", "layers"),
+    [(save_llama, "causal", (), 14), (save_bert, "classification", ("classifier",), None)],
+)
+def test_the_folder_holds_the_primary_alone_and_its_head(
+    save: Any, kind: str, heads: tuple[str, ...], layers: int | None, tmp_path: Path
+) -> None:
+    base = save(tmp_path / "base")
+    model = with_adapters(base, *heads)
+    path = save_adapter(tmp_path, model, base_model=str(base), kind=kind)
     assert path == tmp_path / WEIGHTS
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([WEIGHTS, CONFIG, "base"])
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["task_type"] == "CAUSAL_LM"
+    assert config["task_type"] == {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[kind]
     assert config["base_model_name_or_path"] == str(base)
+    assert list(config["modules_to_save"] or ()) == list(heads)
     stored = load_file(path)
-    assert stored
-    assert all(".lora_A.weight" in key or ".lora_B.weight" in key for key in stored)
+    own = [key for key in stored if not key.startswith("base_model.model.classifier.")]
+    assert own
+    assert all(".lora_A.weight" in key or ".lora_B.weight" in key for key in own)
     report = verify_adapter(tmp_path, model)
-    assert report == {
-        "layers": 14,
-        "parameters": sum(value.numel() for value in stored.values()),
-        "whole_modules": [],
-        "readback_difference": 0.0,
-    }
+    assert report["readback_difference"] == 0.0
+    assert report["layers"] == layers or heads
+    assert report["whole_modules"] == [f"{h}.{end}" for h in heads for end in ("bias", "weight")]
     ids = torch.arange(12).reshape(2, 6)
-    loaded = PeftModel.from_pretrained(load_text_model(str(base)).model, str(tmp_path)).eval()
+    loaded: Any = PeftModel.from_pretrained(load_text_model(str(base)).model, str(tmp_path))
     with torch.no_grad():
-        everything = model(input_ids=ids).logits
+        everything = model.eval()(input_ids=ids).logits
         with adapters.only(model, (PRIMARY,)):
             wanted = model(input_ids=ids).logits
-        found = loaded(input_ids=ids).logits
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
-    assert (found - everything).abs().max() > 1e-3
+        made = loaded.eval()(input_ids=ids).logits
+    torch.testing.assert_close(made, wanted, atol=1e-6, rtol=0)
+    assert (made - everything).abs().max() > 1e-4
 
 
-def test_a_head_is_written_and_loaded(tmp_path: Path) -> None:
-    base = save_bert(tmp_path / "base")
-    model = with_adapters(base, "classifier")
-    save_adapter(tmp_path, model, base_model=str(base), kind="classification")
-    report = verify_adapter(tmp_path, model)
-    assert report["whole_modules"] == ["classifier.bias", "classifier.weight"]
-    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["classifier"]
-    loaded: Any = PeftModel.from_pretrained(load_text_model(str(base)).model, str(tmp_path))
-    ids = torch.arange(12).reshape(2, 6)
-    with torch.no_grad(), adapters.only(model, (PRIMARY,)):
-        wanted = model(input_ids=ids).logits
-        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, wanted)
-
-
-def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
-    base = save_llama(tmp_path / "base")
-    model = with_adapters(base)
+def test_a_second_export_replaces_the_first_unless_it_is_not_finite(tmp_path: Path) -> None:
+    model = with_adapters(save_llama(tmp_path / "base"))
+    value = adapters.parameters(model, PRIMARY)[0]
     (tmp_path / ".adapter.partial").mkdir()  # of a run that was killed while it exported
     (tmp_path / ".adapter.partial" / "left").write_text("")
     save_adapter(tmp_path, model, base_model="a", kind="causal")
     with torch.no_grad():
-        adapters.parameters(model, PRIMARY)[0].add_(1)
+        value.add_(1)
     with pytest.raises(TrainingError, match="differs"):
         verify_adapter(tmp_path, model)
     save_adapter(tmp_path, model, base_model="b", kind="causal")
     verify_adapter(tmp_path, model)
     assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "b"
     assert not (tmp_path / ".adapter.partial").exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_exported(tmp_path: Path, value: float) -> None:
-    model = with_adapters(save_llama(tmp_path / "base"))
-    save_adapter(tmp_path, model, base_model="a", kind="causal")
     before = (tmp_path / WEIGHTS).read_bytes()
-    with torch.no_grad():
-        adapters.parameters(model, PRIMARY)[0][0, 0] = value
-    with pytest.raises(TrainingError, match=r"lora_A\.weight is not finite"):
-        save_adapter(tmp_path, model, base_model="a", kind="causal")
-    assert (tmp_path / WEIGHTS).read_bytes() == before
+    for broken in (float("nan"), float("inf")):
+        with torch.no_grad():
+            value[0, 0] = broken
+        with pytest.raises(TrainingError, match=r"lora_A\.weight is not finite"):
+            save_adapter(tmp_path, model, base_model="a", kind="causal")
+        assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
-@pytest.mark.parametrize("odd", ["base_model.model.auxiliary.lora_A.weight", "missing"])
-def test_a_file_with_other_keys_is_refused(tmp_path: Path, odd: str) -> None:
+def test_a_file_with_other_keys_is_refused(tmp_path: Path) -> None:
     model = with_adapters(save_llama(tmp_path / "base"))
     save_adapter(tmp_path, model, base_model="a", kind="causal")
     stored = load_file(tmp_path / WEIGHTS)
-    if odd == "missing":
-        stored.popitem()
-    else:
-        stored[odd] = torch.zeros(2)
-    save_file(stored, tmp_path / WEIGHTS)
-    with pytest.raises(TrainingError, match="does not hold the primary alone"):
-        verify_adapter(tmp_path, model)
+    odd = {"base_model.model.auxiliary.lora_A.weight": torch.zeros(2)}
+    for altered in (stored | odd, dict(list(stored.items())[1:])):
+        save_file(altered, tmp_path / WEIGHTS)
+        with pytest.raises(TrainingError, match="does not hold the primary alone"):
+            verify_adapter(tmp_path, model)
