@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import datasets
 from PIL import Image
 
 
@@ -21,3 +23,12 @@ def photos(folder: Path) -> Path:
     (folder / "b.TXT").write_text("b")
     (folder / "._a.jpg").write_bytes(b"left by another system")
     return folder
+
+
+def table(path: Path, rows: Mapping[str, Image.Image | None]) -> None:
+    """A Parquet file of captions and images, in columns with other names than usual."""
+    columns = {"picture": [*rows.values()], "prompt": [*rows], "number": [*range(len(rows))]}
+    types = (datasets.Image(), datasets.Value("string"), datasets.Value("int64"))
+    features = datasets.Features(dict(zip(columns, types, strict=True)))
+    path.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)

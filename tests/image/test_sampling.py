@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.latents import LatentSpace
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
@@ -61,8 +60,3 @@ def test_latent_scaling_is_inverted_with_and_without_statistics() -> None:
     statistics = LatentSpace(0.5, torch.randn(1, 4, 1, 1), torch.rand(1, 4, 1, 1) + 0.5)
     for space in (LatentSpace(0.18215), statistics):
         assert torch.allclose(space.decode(space.encode(latents)), latents, atol=1e-5)
-
-
-def test_a_missing_model_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="no/such-model"):
-        load_pipeline("no/such-model", dtype=torch.float32)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from tests.image.image_folders import photos, save
+from tests.image.image_folders import photos, save, table
 
 Spoil = Callable[[Path], Any]
 PICTURE = {"image_column": "picture"}
@@ -38,20 +38,16 @@ def pipe(name: str) -> Spoil:
     return put
 
 
-def alone(name: str) -> Spoil:
-    """One file and nothing else."""
+def alone(*names: str) -> Spoil:
+    """These files and nothing else."""
 
     def put(folder: Path) -> None:
         for path in folder.iterdir():
             path.unlink()
-        (folder / name).write_text("words")
+        for name in names:
+            (folder / name).write_text("words")
 
     return put
-
-
-def empty(folder: Path) -> None:
-    alone("x")(folder)
-    (folder / "x").unlink()
 
 
 def circle(folder: Path) -> None:
@@ -68,7 +64,7 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
     (alone("x.heic"), {}, ["pillow-heif"]),
     (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
-    (empty, {}, ["holds no images"]),
+    (alone(), {}, ["holds no images"]),
     (alone("notes.txt"), {}, ['"image"']),
     # captions beside them
     (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
@@ -104,22 +100,13 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (row(f'{{"file_name": "{"a" * 9999}.jpg"}}'), {}, ["not there"]),
     (lambda f: (pipe("p.png")(f), row('{"file_name": "p.png"}')(f)), {}, ["p.png", "not there"]),
     (circle, {}, ["circle.png", "not there"]),
-    *(
-        (row(f'{{"file_name": "a.jpg", "text": {text}}}'), {"caption_column": "text"}, [part])
-        for text, part in [
-            ('"\\ud800"', "half a character"),
-            ('"\\u0000"', "NUL"),
-            ("9" * 9999, "thousands of digits"),
-            ("[" * 99999, "nested too deeply"),
-        ]
-    ),
+    (row('{"file_name": "a.jpg", "text": "\\u0000"}'), {"caption_column": "text"}, ["NUL"]),
     # metadata.csv
     *(
         (write("metadata.csv", text), {}, parts)
         for text, parts in [
             ("file_name,text\nc.png,a,b\n", ["line 2", "comma"]),
             ("file_name,text\nc.png\n", ["line 2", "fields"]),
-            ("file_name,text\na.jpg," + "x" * 200_000, ["field larger than field limit"]),
             ("file_name,text,text\na.jpg,b,c", ['several columns "text"']),
             ("file_name,text\na.jpg,b\0", ["NUL"]),
             ('file_name,text\na.jpg,"b', ["unexpected end of data"]),
@@ -150,12 +137,11 @@ def test_a_folder(spoil: Spoil, options: dict[str, Any], parts: list[str], tmp_p
     refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_an_image_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_folder_and_an_image_of_absurd_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    refused(photos(tmp_path), ["a.jpg"])
-
-
-def test_what_is_no_folder(tmp_path: Path) -> None:
+    refused(photos(tmp_path / "photos"), ["a.jpg"])
     refused(tmp_path / "nowhere", ["nowhere", "does not exist", "hub id"])
     (tmp_path / "a.zip").touch()
     refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
@@ -174,12 +160,7 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_table(split: str, options: dict[str, str], parts: list[str], tmp_path: Path) -> None:
-    columns = {"picture": [Image.new("RGB", (8, 8))], "prompt": ["x"], "number": [1]}
-    types = (datasets.Image(), datasets.Value("string"), datasets.Value("int64"))
-    features = datasets.Features(dict(zip(columns, types, strict=True)))
-    table = datasets.Dataset.from_dict(columns, features=features)
-    (tmp_path / "set").mkdir()
-    table.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    table(tmp_path / "set" / f"{split}.parquet", {"x": Image.new("RGB", (8, 8))})
     refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
 
 

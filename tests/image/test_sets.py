@@ -21,7 +21,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import decode, listing, sets
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
-from tests.image.image_folders import photos, save
+from tests.image.image_folders import photos, save, table
 
 
 @pytest.fixture
@@ -47,16 +47,6 @@ def names(images: ImageSet) -> list[str]:
 
 def captions(images: ImageSet) -> list[str | None]:
     return [images.caption(i) for i in range(len(images))]
-
-
-def test_the_miniature() -> None:
-    train, heldout = (
-        open_images(name, caption_column="prompt") for name in ("mini", "mini-heldout")
-    )
-    assert (len(train), len(heldout)) == (23, 128)
-    assert not set(names(train)) & set(names(heldout))
-    assert {train.size(i) for i in range(23)} == {(64, 64)}
-    assert all((text or "").startswith("a TOK icon of a") for text in captions(train))
 
 
 def test_images_alone_have_the_captions_beside_them(folder: Path) -> None:
@@ -85,6 +75,10 @@ def test_a_metadata_file_rules(listed: Path) -> None:
     sent = pickle.loads(pickle.dumps(images))  # to a process that reads ahead
     assert captions(sent) == captions(images)
     assert sent.image(1).tobytes() == images.image(1).tobytes()
+    (listed / "c.png").write_bytes(b"broken")  # the captions stay with their images
+    kept = open_images(str(listed), caption_column="text", skip_bad_images=True)
+    assert (names(kept), captions(kept), kept.size(0)) == (["a.jpg", "b.webp"], [None] * 2, (8, 12))
+    assert [skipped.partition(":")[0] for skipped in kept.skipped] == ["c.png"]
 
 
 def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
@@ -96,17 +90,6 @@ def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
     images = open_images(str(tmp_path), caption_column="text")
     assert (names(images), captions(images)) == (["deep/a.png"], ['red, "big"\nand wide'])
     assert "1 image that the metadata does not list (b.png)" in images.remarks()[0]
-
-
-def test_captions_stay_with_their_images_when_one_is_skipped(listed: Path) -> None:
-    (listed / "c.png").write_bytes(b"broken")
-    (listed / "metadata.jsonl").write_text(
-        '{"file_name": "c.png", "text": "c"}\n{"file_name": "a.jpg", "text": "a"}\n'
-    )
-    kept = open_images(str(listed), caption_column="text", skip_bad_images=True)
-    assert (names(kept), captions(kept), kept.size(0)) == (["a.jpg"], ["a"], (8, 12))
-    (skipped,) = kept.skipped
-    assert skipped.startswith("c.png: ")
 
 
 def test_images_are_read_when_needed(folder: Path) -> None:
@@ -249,14 +232,9 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub is played by a folder of Parquet files, with a preview beside them."""
-    pictures = [*(Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)), None]
-    columns = {"picture": pictures, "prompt": ["zero", "", "two", ""], "number": range(4)}
-    features = datasets.Features(
-        picture=datasets.Image(), prompt=datasets.Value("string"), number=datasets.Value("int64")
-    )
-    table = datasets.Dataset.from_dict(columns, features=features)
-    (tmp_path / "set" / "data").mkdir(parents=True)
-    table.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    pictures = [Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)]
+    rows = dict(zip(("zero", "", "two", "nothing"), [*pictures, None], strict=True))
+    table(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", rows)
     save(tmp_path / "set" / "preview.png")
     real, asked, cache = datasets.load_dataset, [], str(tmp_path / "cache")
 
@@ -265,15 +243,11 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(
         return real(str(tmp_path / "set"), cache_dir=cache_dir)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options: dict[str, Any] = {
-        "image_column": "picture",
-        "config_name": "small",
-        "cache_dir": cache,
-    }
+    options = {"image_column": "picture", "config_name": "small", "cache_dir": cache}
     with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
         open_images("someone/icons", **options)
-    options |= {"caption_column": "prompt", "skip_bad_images": True}
-    images = open_images("someone/icons", **options)
+    options["caption_column"] = "prompt"
+    images = open_images("someone/icons", skip_bad_images=True, **options)
     assert asked[0] == ("someone/icons", "small", cache)
     assert names(images) == [f"someone/icons[{i}]" for i in range(3)]
     assert len(images.skipped) == 1
