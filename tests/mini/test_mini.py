@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,16 +22,6 @@ from transformers import CLIPTokenizer
 from bilora_diffusion import mini
 from tools.mini import icons, text2image, trainer, vae
 from tools.mini.tokenizer import RARE_WORD, build_tokenizer
-
-SHIPPED = {"train": (mini.train_dir(), 23), "heldout": (mini.heldout_dir(), 128)}
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def read_metadata(folder: Path) -> list[dict[str, str]]:
@@ -79,30 +71,22 @@ def test_split_does_not_depend_on_the_order_of_the_icons():
         assert [every[i].codepoint for i in forward] == [backwards[i].codepoint for i in reverse]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_folder(name: str):
-    folder, count = SHIPPED[name]
-    rows = read_metadata(folder)
-    assert len(rows) == count
-    assert {row["file_name"] for row in rows} == {path.name for path in folder.glob("*.png")}
-    for row in rows:
-        assert row["prompt"] == f"a TOK icon of a {row['label']}, in the style of TOK"
-        assert row["file_name"] == f"{row['codepoint']}.png"
-        with Image.open(folder / row["file_name"]) as image:
-            assert (image.size, image.mode) == ((64, 64), "RGB")
-
-
-def test_shipped_folders_are_disjoint_and_begin_with_the_subjects():
-    train, heldout = (read_metadata(folder) for folder, _ in SHIPPED.values())
+def test_shipped_folders_are_whole_disjoint_and_begin_with_the_subjects():
+    shipped = []
+    for folder, count in ((mini.train_dir(), 23), (mini.heldout_dir(), 128)):
+        rows = read_metadata(folder)
+        assert len({row["codepoint"] for row in rows}) == count
+        assert {row["file_name"] for row in rows} == {path.name for path in folder.glob("*.png")}
+        for row in rows:
+            assert row["prompt"] == f"a TOK icon of a {row['label']}, in the style of TOK"
+            assert row["file_name"] == f"{row['codepoint']}.png"
+            with Image.open(folder / row["file_name"]) as image:
+                assert (image.size, image.mode) == ((64, 64), "RGB")
+        shipped.append(rows)
+    train, heldout = shipped
     assert not {row["codepoint"] for row in train} & {row["codepoint"] for row in heldout}
-    assert [row["label"] for row in heldout[:6]] == [
-        "rabbit",
-        "cloud",
-        "lion",
-        "droplet",
-        "frog",
-        "sun",
-    ]
+    subjects = ["rabbit", "cloud", "lion", "droplet", "frog", "sun"]
+    assert [row["label"] for row in heldout[:6]] == subjects
 
 
 def test_written_folder_pairs_labels_and_pictures(tmp_path: Path):
@@ -120,7 +104,7 @@ def test_recolour_keeps_shape_and_refuses_unknown_variants():
     for variant in icons.VARIANTS:
         changed = icons.recolour(pixels, variant)
         assert (changed.shape, changed.dtype) == (pixels.shape, np.uint8)
-    with pytest.raises(ValueError, match="unknown variant 'neon': choose one of flat, grayscale"):
+    with pytest.raises(ValueError, match="neon"):
         icons.recolour(pixels, "neon")
 
 
@@ -131,21 +115,17 @@ def small_tokenizer() -> CLIPTokenizer:
 
 
 @pytest.mark.parametrize("source", ["built", "shipped"])
-def test_tokenizer_takes_any_string(source: str):
+def test_tokenizer_takes_any_string_and_has_the_rare_word_whatever_its_case(source: str):
     tokenizer = (
         small_tokenizer()
         if source == "built"
         else CLIPTokenizer.from_pretrained(mini.pipeline_dir() / "tokenizer")
     )
+    assert tokenizer.tokenize("a TOK icon") == tokenizer.tokenize("a tok icon")
+    assert tokenizer.tokenize("TOK") == [RARE_WORD + "</w>"]
     generator = random.Random(0)
-    ranges = [
-        (0x21, 0x250),
-        (0x370, 0x600),
-        (0x900, 0xA00),
-        (0x4E00, 0x4F00),
-        (0x1F300, 0x1F700),
-        (0xE000, 0xE100),
-    ]
+    ranges = [(0x21, 0x250), (0x370, 0x600), (0x900, 0xA00), (0x4E00, 0x4F00)]
+    ranges += [(0x1F300, 0x1F700), (0xE000, 0xE100)]
     for _ in range(200):
         text = "".join(
             chr(generator.randrange(*generator.choice(ranges)))
@@ -158,17 +138,6 @@ def test_tokenizer_takes_any_string(source: str):
             unicodedata.normalize("NFC", text)
         )
         assert "".join(decoded.split()) == "".join(expected.split())
-
-
-@pytest.mark.parametrize("source", ["built", "shipped"])
-def test_rare_word_is_one_token_whatever_its_case(source: str):
-    tokenizer = (
-        small_tokenizer()
-        if source == "built"
-        else CLIPTokenizer.from_pretrained(mini.pipeline_dir() / "tokenizer")
-    )
-    assert tokenizer.tokenize("a TOK icon") == tokenizer.tokenize("a tok icon")
-    assert tokenizer.tokenize("TOK") == [RARE_WORD + "</w>"]
 
 
 def test_captions_cover_their_forms_and_drop_a_tenth():
@@ -185,6 +154,9 @@ def test_captions_cover_their_forms_and_drop_a_tenth():
     assert not any(RARE_WORD in text for text in texts)
 
 
+SMALL = text2image.TextToImageSettings(steps=4, batch_size=4, unet_channels=(32, 64), text_width=32)
+
+
 def train_small(stage: str, folder: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
     """Four steps of a stage in a tiny shape; the checkpoint it leaves."""
     icon_set = invented_set()
@@ -193,23 +165,15 @@ def train_small(stage: str, folder: Path, stop_after: int | None = None) -> dict
         settings = vae.VaeSettings(steps=4, batch_size=4, channels=(8, 8, 8, 8))
         vae.train_vae(icon_set, [0, 1], settings, 3, folder, stop_after=stop_after)
     else:
-        settings = text2image.TextToImageSettings(
-            steps=4, batch_size=4, unet_channels=(32, 64), text_width=32
-        )
         shape = (len(icon_set.icons), len(icons.VARIANTS), 2, 8, 8, 8)
         latents = text2image.Latents(
             torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.ones(shape), 1.0
         )
+        settle = text2image.SettleSettings(steps=2)
         text2image.train_text2image(
-            icon_set.icons,
-            latents,
-            small_tokenizer(),
-            settings,
-            3,
-            folder,
-            stop_after=stop_after,
-            settle=text2image.SettleSettings(steps=2),
-        )
+            icon_set.icons, latents, small_tokenizer(), SMALL, 3, folder,
+            stop_after=stop_after, settle=settle,
+        )  # fmt: skip
     return load_file(folder / f"{stage}.safetensors")
 
 
@@ -229,39 +193,29 @@ def test_rare_token_keeps_its_first_embedding(tmp_path: Path):
     tokenizer = small_tokenizer()
     name = "model/text_encoder.embeddings.token_embedding.weight"
     name = name if name in stored else name.replace("embeddings", "text_model.embeddings")
-    settings = text2image.TextToImageSettings(
-        steps=4, batch_size=4, unet_channels=(32, 64), text_width=32
-    )
     torch.manual_seed(3)
-    fresh = dict(text2image.TextToImage(settings, tokenizer).named_parameters())[
-        name.removeprefix("model/")
-    ]
+    model = text2image.TextToImage(SMALL, tokenizer)
+    fresh = dict(model.named_parameters())[name.removeprefix("model/")]
     rare = tokenizer.convert_tokens_to_ids(RARE_WORD + "</w>")
     changed = (stored[name] != fresh).any(dim=1)
     assert changed.any()
     assert not changed[rare]
 
 
-def test_checkpoint_of_other_settings_is_refused(tmp_path: Path):
-    module = torch.nn.Linear(2, 2)
-    plan = trainer.Plan(steps=2, learning_rate=1e-3, decay_fraction=0.5, ema_decay=0.9)
-
-    def loss_at(step: int) -> torch.Tensor:
-        return module(torch.ones(1, 2)).square().mean()
-
-    trainer.fit(module, loss_at, plan, tmp_path / "stage.safetensors", {"width": 1})
-    with pytest.raises(ValueError, match="belongs to other settings"):
-        trainer.fit(module, loss_at, plan, tmp_path / "stage.safetensors", {"width": 2})
-
-
-def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path: Path):
+def test_other_settings_and_a_loss_that_is_not_finite_keep_the_checkpoint(tmp_path: Path):
     module = torch.nn.Linear(2, 2)
     plan = trainer.Plan(steps=3, learning_rate=1e-3, decay_fraction=0.5, ema_decay=0.9)
     path = tmp_path / "stage.safetensors"
-    trainer.fit(module, lambda step: module.weight.square().mean(), plan, path, {}, stop_after=1)
+
+    def fit(settings: dict[str, object], loss: Callable[[], torch.Tensor], **more: Any) -> None:
+        trainer.fit(module, lambda step: loss(), plan, path, settings, **more)
+
+    fit({"width": 1}, lambda: module.weight.square().mean(), stop_after=1)
     before = path.read_bytes()
+    with pytest.raises(ValueError, match="other settings"):
+        fit({"width": 2}, lambda: module.weight.square().mean())
     with pytest.raises(FloatingPointError, match="stage: the loss is nan at step 1"):
-        trainer.fit(module, lambda step: module.weight.sum() * float("nan"), plan, path, {})
+        fit({"width": 1}, lambda: module.weight.sum() * float("nan"))
     assert path.read_bytes() == before
 
 
