@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
@@ -67,11 +68,11 @@ def pickled(part: str) -> Damage:
     return damage
 
 
-def written(file: str, content: bytes | None) -> Damage:
+def written(file: str, content: str | None) -> Damage:
     def damage(folder: Path) -> None:
-        (folder / file).unlink()
+        (folder / file).unlink(missing_ok=True)
         if content is not None:
-            (folder / file).write_bytes(content)
+            (folder / file).write_text(content)
 
     return damage
 
@@ -90,21 +91,11 @@ def spoil(tensors: Tensors, name: str) -> None:
 
 def inpainting(folder: Path) -> None:
     configured("unet/config.json", in_channels=17)(folder)
-
-    def widen(tensors: Tensors, _: str) -> None:
-        tensors["conv_in.weight"] = torch.zeros(128, 17, 3, 3)
-
-    weighed("unet", widen)(folder)
+    wide = {"conv_in.weight": torch.zeros(128, 17, 3, 3)}
+    weighed("unet", lambda tensors, _: tensors.update(wide))(folder)
 
 
-def indexed_pickle(folder: Path) -> None:
-    """An index of safetensors that names a pickle, which libraries would read."""
-    index = {"metadata": {}, "weight_map": {"conv_in.weight": "part-1.bin"}}
-    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps(index)
-    )
-
-
+INDEX = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "part-1.bin"}})
 SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
 CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("inpainting", inpainting, ("UNet", "17 in_channels", "text-to-image")),
@@ -120,26 +111,20 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
         (f"{part} pickled", pickled(part), (part, "pytorch_model.bin", "convert"))
         for part in ("unet", "vae", "text_encoder")
     ),
-    ("index of pickles", indexed_pickle, ("unet", "part-1.bin", "convert")),
-    ("cut", written("text_encoder_2/model.safetensors", b"1234"), ("text_encoder_2", "again")),
+    (  # which libraries would read
+        "index of pickles",
+        written("unet/diffusion_pytorch_model.safetensors.index.json", INDEX),
+        ("unet", "part-1.bin", "convert"),
+    ),
+    ("cut", written("text_encoder_2/model.safetensors", "1234"), ("text_encoder_2", "again")),
     ("no timesteps", configured(SCHEDULER, num_train_timesteps=0), ("num_train_timesteps 0",)),
     ("worded timesteps", configured(SCHEDULER, num_train_timesteps="1000"), ("correct its",)),
-    (
-        "no noise",
-        configured(SCHEDULER, beta_start=0.0, beta_end=0.0),
-        ("scheduler", "noise levels"),
+    ("no noise", configured(SCHEDULER, beta_start=0.0, beta_end=0.0), ("noise levels",)),
+    *(
+        (name, configured("model_index.json", scheduler=["diffusers", name]), (name,))
+        for name in ("NoScheduler", "FlowMatchEulerDiscreteScheduler")
     ),
-    (
-        "unknown scheduler",
-        configured("model_index.json", scheduler=["diffusers", "NoScheduler"]),
-        ("NoScheduler",),
-    ),
-    (
-        "flow",
-        configured("model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
-        ("FlowMatchEulerDiscreteScheduler", "noise levels"),
-    ),
-    ("index", written("model_index.json", b"[1]"), ("correct its files",)),
+    ("index", written("model_index.json", "[1]"), ("correct its files",)),
     ("no sample size", configured("unet/config.json", sample_size=None), ("sample_size", "128")),
     ("worded size", configured("unet/config.json", in_channels="8"), ("unet", "read")),
     ("time ids", configured("unet/config.json", addition_time_embed_dim=16), ("288", "192")),
@@ -147,7 +132,7 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("means", configured("vae/config.json", latents_mean=[0, 0]), ("latents_mean", "8 channels")),
     ("worded width", configured("text_encoder/config.json", hidden_size="96"), ("hidden_size",)),
     ("no tokenizer", written("tokenizer_2/tokenizer.json", None), ("tokenizer_2", "no words")),
-    ("cut tokenizer", written("tokenizer/tokenizer.json", b"[]"), ("correct its files",)),
+    ("cut tokenizer", written("tokenizer/tokenizer.json", "[]"), ("correct its files",)),
     ("long prompts", configured(TOKENIZER, model_max_length=1000), ("1000", "32 tokens")),
 ]
 
@@ -166,8 +151,6 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
 
 
 def test_another_autoencoder_has_to_fit(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
     AutoencoderKL(latent_channels=4).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="8 in_channels where its autoencoder has 4"):
         load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path))

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilora_diffusion.seeds import digest, digest_texts, generator, seed_of
-from bilora_diffusion.train.order import SampleOrder
+from bilora_diffusion.train.order import LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
 KEYS = st.lists(PARTS, max_size=4).map(tuple)
+LENGTHS = [(7 * i) % 101 for i in range(500)]
 
 
 @given(KEYS, KEYS)
@@ -73,24 +74,44 @@ def test_each_epoch_shows_each_sample_equally_often(
 def test_a_position_depends_on_nothing_that_was_asked_before(
     n: int, seed: int, positions: list[int]
 ) -> None:
-    shared = SampleOrder(n, seed)
-    assert [shared.sample(p) for p in positions] == [
-        SampleOrder(n, seed).sample(p) for p in positions
-    ]
+    for make in (
+        lambda: SampleOrder(n, seed),
+        lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5),
+    ):
+        shared = make()
+        assert [shared.sample(p) for p in positions] == [make().sample(p) for p in positions]
 
 
 def test_orders_differ_between_epochs_seeds_and_purposes() -> None:
-    order = SampleOrder(50, 0)
-    permutations = [
-        order.permutation(0),
-        order.permutation(1),
-        SampleOrder(50, 1).permutation(0),
-        SampleOrder(50, 0, purpose="class order").permutation(0),
+    orders = [
+        SampleOrder(50, 0),
+        SampleOrder(50, 1),
+        SampleOrder(50, 0, purpose="class order"),
+        LengthGroupedOrder(LENGTHS[:50], 0, 4, 5),
+        LengthGroupedOrder(LENGTHS[:50], 1, 4, 5),
     ]
-    assert len({tuple(p.tolist()) for p in permutations}) == 4
+    epochs = {
+        tuple(order.sample(i) for i in range(start, start + 50))
+        for order in orders
+        for start in (0, 50)
+    }
+    assert len(epochs) == 2 * len(orders)
 
 
 def test_there_is_no_sample_of_nothing() -> None:
     for n, repeats, position in ((0, 1, 0), (3, 0, 0), (3, 1, -1)):
         with pytest.raises(ValueError, match="at least"):
             SampleOrder(n, 0, repeats).sample(position)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 7), st.integers(1, 4))
+def test_each_epoch_grouped_by_length_shows_each_sample_once_and_the_longest_first(
+    lengths: list[int], batch: int, group: int
+) -> None:
+    order = LengthGroupedOrder(lengths, 3, batch, group)
+    n = len(order)
+    assert n == len(lengths)
+    for epoch in range(2):
+        seen = [order.sample(epoch * n + i) for i in range(n)]
+        assert sorted(seen) == list(range(n))
+        assert lengths[seen[0]] == max(lengths)
