@@ -13,15 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bilora_diffusion import mini
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.run.runlog import RunLog
 from eval import landscape, table
 from eval.landscape import measure, models
 from eval.landscape.runs import Point
 from eval.landscape.weights import Weight
-from eval.provenance import ROOT
 from eval.table import Result
+from tests.scripts.runs import flags, two_icons
 
 TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "1"]
 
@@ -30,13 +29,8 @@ TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders as training leaves them, with weights that nothing was learned in."""
     root = tmp_path_factory.mktemp("landscape")
-    for name, source in (("train", mini.train_dir()), ("heldout", mini.heldout_dir())):
-        (root / name).mkdir()
-        for picture in sorted(source.glob("**/*.png"))[:2]:
-            (root / name / picture.name).write_bytes(picture.read_bytes())
-    words = ["--config", str(ROOT / "recipes" / "mini.yaml"), f"--dataset={root / 'train'}"]
-    words += ["--pretrained_model_name_or_path=mini", "--instance_prompt=a TOK icon"]
-    config = parse([*words, "--validation_dataset=none", f"--output_dir={root}"]).to_dict()
+    given = {**two_icons(root), "validation_dataset": "none"}
+    config = parse(flags(root, **given)).to_dict()
 
     def run(name: str, method: str = "lora", seed: int = 0, **options: Any) -> None:
         log = RunLog(root / name)
@@ -66,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = json.loads((root / "text" / "run.json").read_text())
     del record["config"]["pretrained_model_name_or_path"]
     (root / "text" / "run.json").write_text(json.dumps(record))
-    run("other-images", dataset_name=str(root / "heldout"))
+    run("other-images", dataset_name=str(root / "validation_dataset"))
     run("small", resolution=32)
     run("other-base", pretrained_model_name_or_path="some/base")
     (root / "a-file").touch()
@@ -183,12 +177,9 @@ def test_a_loss_that_is_not_finite_is_left_open_or_refused(
     assert "the loss of" in capsys.readouterr().err
 
 
-Case = tuple[list[str], str]
-CASES: list[Case] = [
-    ([], "no runs are given"),
+CASES: list[tuple[list[str], str]] = [
     (["base"], "no training images"),
-    (["{runs}/missing"], "missing"),
-    (["{runs}/train"], "run.json"),
+    (["{runs}/dataset"], "run.json"),
     (["{runs}/text"], "no run of SDXL DreamBooth"),
     (["{runs}/unfinished"], "pytorch_lora_weights.safetensors"),
     (["{runs}/lora-0", "--points", "4"], "an odd number from 3 on"),
@@ -204,8 +195,6 @@ CASES: list[Case] = [
     (["{runs}/lora-0", "--split", "held-out"], "heldout"),
     (["{runs}/lora-0", "--split", "heldout"], "--validation_dataset"),
     (["{runs}/lora-0", "--device", "cud"], "cud"),
-    (["{runs}/lora-0", "{runs}/lora-0"], "given twice"),
-    (["{runs}/lora-0", "--control", "LoRa"], 'did you mean "LoRA"'),
     (["{runs}/lora-0", "{runs}/other-images"], "other images"),
     (["{runs}/lora-0", "{runs}/small"], "resolution 32 and not 64"),
     (["{runs}/lora-0", "{runs}/other-base"], "base model"),
@@ -214,7 +203,7 @@ CASES: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), CASES, ids=[" ".join(case[0]) for case in CASES])
+@pytest.mark.parametrize(("words", "told"), CASES)
 def test_bad_input_is_one_sentence(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
 ) -> None:

@@ -1,14 +1,25 @@
-"""Command lines for short runs on the miniature, and comparisons of what they exported."""
+"""Short runs on the miniature, and comparisons of what they exported."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from bilora_diffusion import mini
 from bilora_diffusion.run import runlog
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train_dreambooth_bilora.py"
+TEXT_SCRIPT = ROOT / "train_text_bilora.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 def flags(folder: Path, **values: Any) -> list[str]:
@@ -28,6 +39,45 @@ def flags(folder: Path, **values: Any) -> list[str]:
         if value is not None:
             argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return argv
+
+
+def train(folder: Path, **values: Any) -> Path:
+    """A run in this process; returns its folder."""
+    from bilora_diffusion.image.script import main
+
+    # accelerate keeps one precision for a whole process; each run here is to choose its own.
+    AcceleratorState._reset_state()
+    main(flags(folder, **values))
+    return folder
+
+
+def resumes_exactly(whole: Path, step: int, **values: Any) -> None:
+    """A copy that goes on from one of the run's checkpoints ends as the run did, to the bit."""
+    parts = Path(shutil.copytree(whole, whole.with_name(f"{whole.name}-parts")))
+    train(parts, **values, resume_from_checkpoint=parts / "checkpoints" / f"step-{step}")
+    assert difference(whole, parts) == 0
+    for key in ("step", "loss", "digest", "grad_norm"):
+        assert column(whole, key) == column(parts, key)
+
+
+def process(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python WORDS`` in a process of its own."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **own}, check=False
+    )
+
+
+def two_icons(folder: Path) -> dict[str, Any]:
+    """Flags for training on two icons of the miniature, measured on two others."""
+    sources = {"dataset": mini.train_dir(), "validation_dataset": mini.heldout_dir()}
+    for name, source in sources.items():
+        (folder / name).mkdir(parents=True)
+        for picture in sorted(source.glob("*.png"))[:2]:
+            shutil.copy(picture, folder / name)
+    places = {name: folder / name for name in sources}
+    return {**places, "pretrained_model_name_or_path": "mini", "instance_prompt": "a TOK icon"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

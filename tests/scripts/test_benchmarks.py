@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import statistics
 import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from bilora_diffusion.adapters import AdapterSpec, target_layers
+from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods import names
+from tests.scripts.runs import ROOT, process
 
-ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
@@ -29,15 +29,10 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.mark.slow
 def test_step_cost_prints_a_table_and_json() -> None:
-    done = script("step_cost.py", "--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
+    words = ("--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
+    done = process(BENCHMARKS / "step_cost.py", *words)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[2] == "| method | memory (GB) | time (s) | relative to LoRA (95 % interval) |"
@@ -51,26 +46,35 @@ def test_step_cost_prints_a_table_and_json() -> None:
 
 
 @pytest.mark.slow
-def test_every_adapter_method_has_its_step_measured() -> None:
-    done = script(
-        *("step_cost.py", "--shapes", "mini", "--methods", "all"),
-        *("--steps", "2", "--warmup", "0", "--skip_memory"),
-    )
-    assert done.returncode == 0, done.stderr
-    arms = json.loads(done.stdout.splitlines()[-1])["arms"]
+def test_every_adapter_method_has_its_step_measured(
+    load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--shapes", "mini", "--methods", "all", "--steps", "2", "--warmup", "0"]
+    load("step_cost").main([*words, "--skip_memory"])
+    arms = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
     assert next(iter(arms)) == "lora"
     assert set(arms) == {name for name in names() if name != "full"}
 
 
+@pytest.mark.parametrize(("shapes", "layers"), [("mini", 56), ("llama-7b-layer", 14)])
 def test_both_forwards_of_bilora_are_the_same_training(
-    tmp_path: Path, load: Any, capsys: pytest.CaptureFixture[str]
+    shapes: str,
+    layers: int,
+    load: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = tmp_path / "mini.json"
-    settings = ["--shapes", "mini", "--steps", "5", "--warmup", "1", "--skip_memory"]
-    load("step_cost").main([*settings, "--json", str(file)])
-    result = json.loads(file.read_text())
-    assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]
+    step_cost, file = load("step_cost"), tmp_path / "result.json"
+    llama = step_cost.SHAPES["llama-7b-layer"]
+    narrow = replace(llama, build=partial(load("random_models").llama_7b, "tiny"))
+    monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
+    settings = ["--shapes", shapes, "--steps", "5", "--warmup", "1", "--skip_memory"]
+    step_cost.main([*settings, "--json", str(file)])
     assert "not measured |" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert result["layers"] == layers  # of Llama two layers of seven; the output head has none
+    assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]
     for row in result["arms"].values():
         assert len(row["seconds"]) == 5
         low, high = row["ratio_interval_95"]
@@ -85,70 +89,78 @@ def test_both_forwards_of_bilora_are_the_same_training(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("words", "sentence"),
     [
-        (["--shapes", "t5base"], "error: --shapes has 't5base' (did you mean \"t5-base\"?)"),
-        (
-            ["--shapes", "mini", "--arms", "bilora"],
-            "error: --arms is bilora; name each arm once, and lora among",
-        ),
-        (["--shapes", "mini", "--steps", "0"], "error: --steps is 0"),
-        (["--shapes", "mini", "--batch", "0"], "error: --batch is 0"),
-        (
-            ["--shapes", "mini", "--json", "no/such/folder.json"],
-            "error: --json is no/such/folder.json",
-        ),
-        (["--shape_of_things"], "error: "),
+        ("step_cost --shapes t5base", "error: --shapes has 't5base' (did you mean \"t5-base\"?)"),
+        ("step_cost --shapes mini --arms bilora", "error: --arms is bilora; name each arm once"),
+        ("step_cost --shapes mini --steps 0", "error: --steps is 0"),
+        ("step_cost --shapes mini --batch 0", "error: --batch is 0"),
+        ("step_cost --shapes mini --json no/such/a.json", "error: --json is no/such/a.json"),
+        ("step_cost --shape_of_things", "error: "),
+        ("make_random_sdxl full", "error: full already exists and is not an empty folder"),
+        ("make_random_sdxl new --size ful", "error: --size is 'ful' (did you mean \"full\"?)"),
+        ("make_random_sdxl new --dtype int8", "error: --dtype is 'int8'"),
     ],
 )
-def test_step_cost_refuses(
-    arguments: list[str], sentence: str, load: Any, capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_one_sentence(
+    words: str,
+    sentence: str,
+    load: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    step_cost, errors = load("step_cost"), load("bilora_diffusion.errors")
-    assert errors.run_cli(lambda: step_cost.main(arguments)) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    program, *arguments = words.split(" ")
+    main = load(program).main
+    assert run_cli(lambda: main(arguments)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(sentence)
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full"]
 
 
-def test_a_failing_arm_is_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    step_cost, errors = load("step_cost"), load("bilora_diffusion.errors")
-    failed = subprocess.CompletedProcess(
-        [], 1, stdout="", stderr="Traceback\nMemoryError: no room\n"
-    )
+def test_a_failing_arm_and_a_disk_that_is_too_small_are_named(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step_cost, make = load("step_cost"), load("make_random_sdxl")
+    said = "Traceback\nMemoryError: no room\n"
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
     monkeypatch.setattr(step_cost.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(errors.TrainingError, match=r"arm lora failed .* MemoryError: no room"):
+    with pytest.raises(TrainingError, match=r"arm lora failed .* MemoryError: no room"):
         step_cost.main(["--shapes", "mini"])
+    monkeypatch.setattr(make.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(UserError, match=r"takes 6\.9 GB and .* has 1\.0 GB free"):
+        make.main([str(tmp_path / "new")])
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_rounds_are_fair(load: Any) -> None:
+def test_rounds_are_fair_and_the_ratio_is_paired(load: Any) -> None:
     seen: list[tuple[str, int]] = []
+    measure = load("measure")
 
     def arm(name: str) -> Any:
         return lambda number: (seen.append((name, number)), float(number))[1]
 
-    times = load("measure").interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)
+    times = measure.interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)
     assert times == [[0.0, 1.0, 2.0]] * 3  # warming up does not count
     orders = [
         "".join(name for name, number in seen if number == wanted) for wanted in (-1, 0, 1, 2)
     ]
     assert orders == ["CAB", "ABC", "BCA", "CAB"]
-
-
-def test_the_ratio_is_paired(load: Any) -> None:
-    paired_ratio = load("measure").paired_ratio
     baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow now and then
-    ratio, interval = paired_ratio([1.1 * value for value in baseline], baseline)
+    ratio, interval = measure.paired_ratio([1.1 * value for value in baseline], baseline)
     assert ratio == pytest.approx(1.1)
     assert interval == pytest.approx((1.1, 1.1))
-    assert paired_ratio([1.0], [2.0]) == (0.5, None)
+    assert measure.paired_ratio([1.0], [2.0]) == (0.5, None)
 
 
 def test_arms_share_the_base_but_not_the_adapters(load: Any) -> None:
-    arms, linear = load("arms"), torch.nn.Linear(3, 3)
+    linear = torch.nn.Linear(3, 3)
     model = torch.nn.Sequential(linear, torch.nn.BatchNorm1d(3))
-    copy = arms.share(model)
+    copy = load("arms").share(model)
     assert copy is not model
     assert copy[0] is not linear
     assert copy[0].weight is linear.weight
@@ -169,71 +181,47 @@ def test_arms_share_the_base_but_not_the_adapters(load: Any) -> None:
 def test_the_real_architectures_have_their_published_sizes(
     builder: str, parameters: int, load: Any
 ) -> None:
+    models = load("random_models")
     with torch.device("meta"):
-        model = getattr(load("random_models"), builder)()
+        model = getattr(models, builder)()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    if builder == "sdxl_unet":
+        spec = AdapterSpec(target_modules=load("shapes").ATTENTION)
+        assert len(target_layers(model, spec)) == 560
+    if builder == "llama_7b":
+        with torch.device("meta"):
+            two = models.llama_7b("layers")
+        own = {name: p.shape for name, p in two.model.layers.named_parameters()}
+        assert own == {name: p.shape for name, p in model.model.layers[:2].named_parameters()}
+        rest = 2 * 2048 * 4096 + 4096
+        assert sum(p.numel() for p in two.parameters()) == 2 * 202_383_360 + rest
 
 
-def test_the_layers_of_llama_are_those_of_the_whole_model(load: Any) -> None:
-    models = load("random_models")
-    with torch.device("meta"):
-        whole, two = models.llama_7b(), models.llama_7b("layers")
-    own = {name: p.shape for name, p in two.model.layers.named_parameters()}
-    layers = {name: p.shape for name, p in whole.model.layers[:2].named_parameters()}
-    assert own == layers
-    assert sum(p.numel() for p in two.parameters()) == 2 * 202_383_360 + 2 * 2048 * 4096 + 4096
-
-
-def test_both_forwards_of_bilora_are_the_same_training_of_llama(
-    load: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    step_cost, name = load("step_cost"), "llama-7b-layer"
-    narrow = partial(load("random_models").llama_7b, "tiny")
-    monkeypatch.setitem(step_cost.SHAPES, name, replace(step_cost.SHAPES[name], build=narrow))
-    step_cost.main(["--shapes", name, "--steps", "5", "--warmup", "1", "--skip_memory"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["layers"] == 14  # two layers of seven; the output head has none
-    _, fused, peft = result["arms"].values()
-    assert fused["last_loss"] == pytest.approx(peft["last_loss"], rel=1e-5)
-    assert fused["last_loss"] < fused["first_loss"]
-
-
-def test_rotary_frequencies_are_computed_in_fp32(load: Any) -> None:
-    models = load("random_models")
-    build = partial(models.llama_7b, "tiny")
-    made = models.materialize(build, dtype=torch.bfloat16)
-    assert made.lm_head.weight.dtype == torch.bfloat16
-    for frequencies in ("inv_freq", "original_inv_freq"):
-        expected = getattr(build().model.rotary_emb, frequencies)
-        torch.testing.assert_close(getattr(made.model.rotary_emb, frequencies), expected)
-
-
-def test_random_weights_are_seeded_and_tied(load: Any) -> None:
+def test_random_weights_are_seeded_and_tied_and_rotary_frequencies_in_fp32(load: Any) -> None:
     models = load("random_models")
     build = lambda: models.sdxl_text_encoder("tiny")  # noqa: E731
     first, same, other = (models.materialize(build, dtype=torch.float32, seed=s) for s in (0, 0, 1))
     weights = [m.state_dict()["embeddings.token_embedding.weight"] for m in (first, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    ids = torch.tensor([[3, 1, 2]])
-    assert torch.isfinite(first(ids).last_hidden_state).all()
+    assert torch.isfinite(first(torch.tensor([[3, 1, 2]])).last_hidden_state).all()
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("random") / "tiny"
-    done = script("make_random_sdxl.py", str(folder), "--size", "tiny")
-    assert done.returncode == 0, done.stderr
-    assert "unet: 1,545,956 parameters" in done.stdout
-    return folder
+    llama = partial(models.llama_7b, "tiny")
+    made = models.materialize(llama, dtype=torch.bfloat16)
+    assert made.lm_head.weight.dtype == torch.bfloat16
+    for frequencies in ("inv_freq", "original_inv_freq"):
+        expected = getattr(llama().model.rotary_emb, frequencies)
+        torch.testing.assert_close(getattr(made.model.rotary_emb, frequencies), expected)
 
 
 @pytest.mark.slow
-def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
+def test_the_random_pipeline_is_genuine(tmp_path: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+    tiny = tmp_path / "tiny"
+    done = process(BENCHMARKS / "make_random_sdxl.py", tiny, "--size", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert "unet: 1,545,956 parameters" in done.stdout
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         tiny, dtype=torch.bfloat16, add_watermarker=False
     )
@@ -244,7 +232,6 @@ def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
     assert len(tokens) == 77
     assert tokens[-1] == pipeline.tokenizer_2.pad_token_id == 0
     assert max(tokens) == pipeline.tokenizer_2.eos_token_id  # where CLIP's text model pools
-    pipeline.set_progress_bar_config(disable=True)
     output: Any = pipeline(
         "a TOK icon", num_inference_steps=2, height=64, width=64, output_type="pt"
     )
@@ -254,57 +241,9 @@ def test_the_random_pipeline_is_genuine(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_random_pipeline_takes_a_lora_on_every_attention(tiny: Path, load: Any) -> None:
-    models, adapters = load("random_models"), load("bilora_diffusion.adapters")
-    spec = adapters.AdapterSpec(target_modules=load("shapes").ATTENTION)
-    with torch.device("meta"):
-        assert len(adapters.target_layers(models.sdxl_unet(), spec)) == 560
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["{tiny}"], "already exists and is not an empty folder"),
-        (["new", "--size", "ful"], "error: --size is 'ful' (did you mean \"full\"?)"),
-        (["new", "--dtype", "int8"], "error: --dtype is 'int8'"),
-    ],
-)
-def test_the_random_pipeline_refuses(
-    arguments: list[str],
-    sentence: str,
-    tiny: Path,
-    load: Any,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make, errors = load("make_random_sdxl"), load("bilora_diffusion.errors")
-    before = sorted(tiny.rglob("*"))
-    filled = [argument.format(tiny=tiny) for argument in arguments]
-    assert errors.run_cli(lambda: make.main(filled)) == 2
-    assert sentence in capsys.readouterr().err
-    assert sorted(tiny.rglob("*")) == before
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_is_too_small_is_refused(
-    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    make, errors = load("make_random_sdxl"), load("bilora_diffusion.errors")
-    monkeypatch.setattr(make.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
-    with pytest.raises(errors.UserError, match=r"takes 6\.9 GB and .* has 1\.0 GB free"):
-        make.main([str(tmp_path / "new")])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
 def test_bf16_rounding_tells_small_radii_from_large_ones(tmp_path: Path) -> None:
-    done = script(
-        *("bf16_rounding.py", "--shapes", "mini", "--rho", "0.01", "20", "--train_steps", "1"),
-        *("--output_dir", str(tmp_path)),
-    )
+    words = ("--shapes", "mini", "--rho", "0.01", "20", "--train_steps", "1")
+    done = process(BENCHMARKS / "bf16_rounding.py", *words, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "mini.json").read_text())
     assert (tmp_path / "mini.md").read_text() == done.stdout

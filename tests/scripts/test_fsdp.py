@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import column
+from tests.scripts.runs import ROOT, TEXT_SCRIPT, TORCHRUN, column, process
 from tests.text.text_builders import (
     SAVERS,
     exported,
@@ -26,14 +24,11 @@ from tests.text.text_builders import (
     write_rows,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "train_text_bilora.py"
 ENGINE = {
     "ACCELERATE_USE_CPU": "true",
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "OMP_NUM_THREADS": "1",
 }
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fsdp")]
 
@@ -99,21 +94,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def launch(file: Path, lines: list[list[str]]) -> subprocess.CompletedProcess[str]:
     """Run these command lines on two processes, under FSDP2 as accelerate has it."""
     file.write_text(json.dumps([[str(word) for word in line] for line in lines]))
-    return torchrun(ROOT / "tests" / "scripts" / "fsdp_on_cpu.py", [str(file)])
-
-
-def torchrun(program: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
-    """Start a program on two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(program), *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENGINE},
-        check=False,
-        timeout=900,
-    )
+    return process(*TORCHRUN, 2, ROOT / "tests" / "scripts" / "fsdp_on_cpu.py", file, **ENGINE)
 
 
 def test_frozen_weights_are_split(setting: Setting) -> None:
@@ -154,33 +135,23 @@ def test_two_processes_leave_what_one_leaves(setting: Setting, name: str) -> Non
                 torch.testing.assert_close(held[key], value, rtol=0, atol=close)
 
 
-def test_a_resumed_run_is_exact(setting: Setting) -> None:
+def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting: Setting) -> None:
     whole, resumed = (setting.run(name, "two") for name in ("causal-bilora", "resumed"))
     assert text_difference(whole, resumed) == 0
     assert column(whole, "loss")[-3:] == column(resumed, "loss")[-3:]
-
-
-def test_one_process_goes_on_where_two_stopped(setting: Setting) -> None:
-    flags = options(setting.folder, "causal-bilora", 1) | {
-        "resume_from_checkpoint": setting.run("causal-bilora", "two") / "checkpoints" / "step-3"
-    }
-    folder = train_text(setting.folder / "one" / "resumed", **flags)
-    assert text_difference(folder, setting.run("causal-bilora", "two")) < 1e-5
+    step = {"resume_from_checkpoint": whole / "checkpoints" / "step-3"}
+    flags = options(setting.folder, "causal-bilora", 1) | step
+    assert text_difference(train_text(setting.run("resumed", "one"), **flags), whole) < 1e-5
 
 
 def test_refusals_come_before_anything_is_written(setting: Setting) -> None:
-    values = options(setting.folder, "causal-bilora", 2) | {"method": "full"}
-    out = setting.folder / "refused"
-    said = launch(setting.folder / "refused.json", [text_flags(out, **values)])
+    """The last is accelerate as it is, without the help of these tests: CPUs split nothing."""
+    out, values = setting.folder / "refused", options(setting.folder, "causal-bilora", 2)
+    full = text_flags(out, **{**values, "method": "full"})
+    said = launch(setting.folder / "refused.json", [full])
     assert said.returncode != 0
     assert re.search(r"--method full .*FSDP2.* is refused, since", said.stderr)
-    assert not out.exists()
-
-
-def test_the_script_says_that_cpus_split_nothing(setting: Setting) -> None:
-    """As accelerate is: the script itself, without the help of these tests."""
-    out = setting.folder / "on-cpus"
-    said = torchrun(SCRIPT, text_flags(out, **options(setting.folder, "causal-bilora", 2)))
+    said = process(*TORCHRUN, 2, TEXT_SCRIPT, *text_flags(out, **values), **ENGINE)
     assert said.returncode != 0
     assert len(re.findall(r"error: FSDP .*CPUs .*is refused, since", said.stderr)) == 1
     assert not out.exists()

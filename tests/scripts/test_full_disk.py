@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import script
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots
-from tests.scripts.runs import difference
+from tests.scripts.runs import difference, train
 
 SHORT = {
     **{"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1},
@@ -71,9 +71,7 @@ def full_at(disk: Path, owner: Any, writer: str, call: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_whenever_there_is_room_again(
-    train: Callable[..., Path], tmp_path: Path, disk: Path
-) -> None:
+def test_a_run_goes_on_whenever_there_is_room_again(tmp_path: Path, disk: Path) -> None:
     whole, folder = train(tmp_path / "whole", **SHORT), disk / "run"
     resume: dict[str, Any] = {}
     for owner, writer, call, kept in WRITERS:

@@ -27,6 +27,7 @@ from bilora_diffusion.train.loop import fit
 from bilora_diffusion.train.order import SampleOrder
 from bilora_diffusion.train.trainer import Trainer as Loop
 from tests.integrations.trainers import losses, settings, tiny_llm
+from tests.text.text_builders import WORDS
 
 pytest.importorskip("trl")
 
@@ -43,23 +44,7 @@ def folder(tmp_path: Path) -> Path:
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    words = [
-        "what",
-        "is",
-        "the",
-        "colour",
-        "of",
-        "this",
-        "apple",
-        "it",
-        "is",
-        "red",
-        "and",
-        "that",
-        "one",
-        "green",
-    ]
-    rows = [{"input": words[: 2 + n % 7], "target": words[n % 9 :]} for n in range(30)]
+    rows = [{"input": WORDS[: 2 + n % 7], "target": WORDS[n % 9 : 14]} for n in range(30)]
     lines = [json.dumps({key: " ".join(value) for key, value in row.items()}) for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     return tmp_path
@@ -70,18 +55,13 @@ class OurRun:
 
     def __init__(self, folder: Path, method: str) -> None:
         AcceleratorState._reset_state(True)
-        cfg = parse_text(
-            [
-                *("--model_name_or_path", str(folder / "model"), "--task_type", "causal"),
-                *("--max_length", "64"),
-                *("--train_file", str(folder / "rows.jsonl"), "--method", method),
-                *("--rank", "4", "--lora_alpha", "8", "--learning_rate", str(RATE)),
-                *("--train_batch_size", "2", "--gradient_accumulation_steps", "2"),
-                *("--max_train_steps", str(STEPS), "--lr_scheduler", "cosine"),
-                *("--lr_warmup_steps", "3", "--max_grad_norm", "0.5"),
-                *("--output_dir", str(folder / method), "--report_to", "none"),
-            ]
-        )
+        model, rows = folder / "model", folder / "rows.jsonl"
+        argv = f"""--model_name_or_path {model} --task_type causal --max_length 64
+            --train_file {rows} --method {method} --rank 4 --lora_alpha 8 --learning_rate {RATE}
+            --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps {STEPS}
+            --lr_scheduler cosine --lr_warmup_steps 3 --max_grad_norm 0.5
+            --output_dir {folder / method} --report_to none"""
+        cfg = parse_text(argv.split())
         accelerator = Accelerator(mixed_precision="no")
         task = build_task(cfg, accelerator)
         self.kind, self.pad = task.loaded.kind, task.loaded.tokenizer.pad_token_id
@@ -127,59 +107,37 @@ class OurRun:
         )
 
 
-def fresh(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder / "model")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Trainer", "SFTTrainer"])
-def test_bilora_is_the_same_through_a_trainer(
+@pytest.mark.parametrize("name", ["Bi-LoRA, Trainer", "Bi-LoRA, SFTTrainer", "LoRA, Trainer"])
+def test_a_trainer_takes_our_steps(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     monkeypatch.chdir(folder)
-    ours = OurRun(folder, "bilora")
-    model = fresh(folder)
-    torch.manual_seed(ours.seed)
-    bilora = attach(model, BiLoRAConfig(rank=4, alpha=8, rho=ours.rho))
-    for adapter in (PRIMARY, AUXILIARY):
-        own = adapters.state_dict(model, adapter)
-        first = ours.first[adapter]
-        assert all(torch.equal(first[key], value) for key, value in own.items())
-    kinds: dict[str, Any] = {
-        "Trainer": (Trainer, TrainingArguments),
-        "SFTTrainer": (SFTTrainer, SFTConfig),
-    }
-    kind, args = kinds[name]
-    trainer = ours.trainer(kind, args, model)
-    use_bilora(trainer, bilora)
+    kinds: Any = (SFTTrainer, SFTConfig) if "SFT" in name else (Trainer, TrainingArguments)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
+    if name.startswith("LoRA"):
+        ours = OurRun(folder, "lora")
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        first = {adapters.peft_path(key): value for key, value in ours.first[PRIMARY].items()}
+        adapters.load_state_dict(model, PRIMARY, first)
+        trainer = ours.trainer(*kinds, model)
+    else:
+        ours = OurRun(folder, "bilora")
+        torch.manual_seed(ours.seed)
+        bilora = attach(model, BiLoRAConfig(rank=4, alpha=8, rho=ours.rho))
+        for adapter, first in ours.first.items():
+            own = adapters.state_dict(model, adapter)
+            assert all(torch.equal(first[key], value) for key, value in own.items())
+        trainer = ours.trainer(*kinds, model)
+        use_bilora(trainer, bilora)
     trainer.train()
     assert losses(trainer) == pytest.approx(ours.losses, abs=1e-5)
-    for adapter in (PRIMARY, AUXILIARY):
-        left, right = (adapters.state_dict(m, adapter) for m in (ours.model, model))
-        worst = max((left[key] - right[key]).abs().max().item() for key in left)
-        assert worst < 1e-5, adapter
-        moved = max((left[key] - ours.first[adapter][key]).abs().max().item() for key in left)
-        assert moved > 1e-3
-
-
-@pytest.mark.slow
-def test_lora_is_the_same_through_peft_and_a_trainer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder)
-    ours = OurRun(folder, "lora")
-    model = get_peft_model(
-        fresh(folder), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    )
-    adapters.load_state_dict(
-        model,
-        PRIMARY,
-        {adapters.peft_path(key): value for key, value in ours.first[PRIMARY].items()},
-    )
-    trainer = ours.trainer(Trainer, TrainingArguments, model)
-    trainer.train()
-    assert losses(trainer) == pytest.approx(ours.losses, abs=1e-5)
+    if name.startswith("Bi-LoRA"):
+        assert list(ours.first) == [PRIMARY, AUXILIARY]
+        for adapter, first in ours.first.items():
+            left, right = (adapters.state_dict(m, adapter) for m in (ours.model, model))
+            assert max((left[key] - right[key]).abs().max().item() for key in left) < 1e-5
+            assert max((left[key] - first[key]).abs().max().item() for key in left) > 1e-3

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilora_diffusion import mini
 from bilora_diffusion.run import runlog
 from eval import table
 from eval.landscape import models
 from eval.landscape.runs import points
 from eval.landscape.weights import evaluate
 from eval.subjects import gather
-from tests.scripts.conftest import ROOT
-from tests.scripts.runs import flags
+from tests.scripts.runs import process, train, two_icons
 
 pytestmark = pytest.mark.slow
 
@@ -36,26 +31,10 @@ ARMS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two-step runs on two icons, measured on two others."""
-    from accelerate.state import AcceleratorState
-
-    from bilora_diffusion.image.script import main
-
     root = tmp_path_factory.mktemp("landscape")
-    for name, source in (("train", mini.train_dir()), ("heldout", mini.heldout_dir())):
-        (root / name).mkdir()
-        for picture in sorted(source.glob("**/*.png"))[:2]:
-            (root / name / picture.name).write_bytes(picture.read_bytes())
+    shared = {**two_icons(root), "train_batch_size": 1, "gradient_accumulation_steps": 1}
     for name, arm in ARMS.items():
-        AcceleratorState._reset_state()
-        shared: dict[str, Any] = {
-            "dataset": root / "train",
-            "validation_dataset": root / "heldout",
-            "pretrained_model_name_or_path": "mini",
-            "instance_prompt": "a ToK icon",
-            "train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-        }
-        main(flags(root / name, seed=0, **shared | arm))
+        train(root / name, seed=0, **shared, **arm)
     return root
 
 
@@ -95,14 +74,7 @@ def test_a_process_of_its_own_measures_every_point_at_its_own_weights(
     words = ["--full_weights", "adapted", "--split", "heldout", "--eigenvalue", "--directions", "1"]
     words += ["--points", "3", "--grid", "3", "--max_images", "1", "--levels", "1"]
     words += ["--ascent_steps", "1", "--output_dir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "eval.landscape", str(runs / "lora"), "base", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = process("-m", "eval.landscape", runs / "lora", "base", *words)
     assert done.returncode == 0, done.stderr
     assert "landscape_grid.png" in done.stdout
     assert "Mean held-out loss of 1 images" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,14 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import create, names
+from bilora_diffusion.methods import names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import column, difference
-
-Train = Callable[..., Path]
+from tests.scripts.runs import column, difference, resumes_exactly, train
 
 
 @pytest.mark.slow
-def test_all_methods_see_the_same_and_resume_exactly(train: Train, tmp_path: Path) -> None:
+def test_all_methods_see_the_same_and_resume_exactly(tmp_path: Path) -> None:
     """What the contract suite has of each method holds for whole runs: data, first loss, resume."""
     shared = {"checkpointing_steps": 1, "train_batch_size": 1}
     folders = [train(tmp_path / method, method=method, **shared) for method in names()]
@@ -30,16 +26,10 @@ def test_all_methods_see_the_same_and_resume_exactly(train: Train, tmp_path: Pat
     first = {column(folder, "loss")[0] for folder in folders if "flat" not in folder.name}
     assert max(first) - min(first) < 1e-6  # adapters start as the base; the noise is Flat-LoRA's
     for whole in folders:
-        parts = tmp_path / f"{whole.name}-parts"
-        shutil.copytree(whole, parts)
-        step = parts / "checkpoints" / "step-1"
-        train(parts, method=whole.name, **shared, resume_from_checkpoint=step)
-        assert difference(whole, parts) == 0
-        for key in ("step", "loss", "digest", "grad_norm"):
-            assert column(whole, key) == column(parts, key)
+        resumes_exactly(whole, 1, method=whole.name, **shared)
 
 
-def test_micro_batches_do_not_change_the_result(train: Train, tmp_path: Path) -> None:
+def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
     shared = {"learning_rate": 5e-5, "method": "bilora"}
     one, other = (
         train(tmp_path / f"{n}", **shared, train_batch_size=n, gradient_accumulation_steps=8 // n)
@@ -51,7 +41,7 @@ def test_micro_batches_do_not_change_the_result(train: Train, tmp_path: Path) ->
     assert difference(one, other) < 2e-6
 
 
-def test_full_fine_tuning_leaves_a_unet_that_loads(train: Train, tmp_path: Path) -> None:
+def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path: Path) -> None:
     folder = train(tmp_path / "run", method="full", learning_rate=1e-5)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     pipeline = StableDiffusionXLPipeline.from_pretrained(pipeline_dir(), unet=unet)
@@ -67,7 +57,7 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(train: Train, tmp_path: Path)
     assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1
 
 
-def test_the_average_is_exported_and_both_are_kept(train: Train, tmp_path: Path) -> None:
+def test_the_average_is_exported_and_both_are_kept(tmp_path: Path) -> None:
     shared = {"max_train_steps": 3, "checkpointing_steps": 3, "method": "lora"}
     plain = train(tmp_path / "plain", **shared)
     averaged = train(tmp_path / "averaged", **shared, use_ema=True, ema_decay=0.5)
@@ -81,9 +71,8 @@ def test_the_average_is_exported_and_both_are_kept(train: Train, tmp_path: Path)
     assert len(stored) == 2 * len(kept)
 
 
-def test_a_schedule_does_not_go_on_beyond_its_length(train: Train, tmp_path: Path) -> None:
+def test_a_schedule_does_not_go_on_beyond_its_length(tmp_path: Path) -> None:
     """Flat-LoRA's noise depends on how long the run is, so a longer one is another run."""
-    assert create("flat-lora").depends_on_length
     train(tmp_path / "run", method="flat-lora", checkpointing_steps=2)
     longer = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match="num_steps was 2 and is 4"):

@@ -11,38 +11,24 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from bilora_diffusion import mini
 from bilora_diffusion.run import runlog
 from eval import table
-from tests.scripts.conftest import ROOT
-
-RECIPE = """
-dataset: {images}/train
-validation_dataset: {images}/heldout
-pretrained_model_name_or_path: mini
-instance_prompt: a ToK icon
-validation_loss_steps: 1
-num_validation_images: 0
-max_train_steps: 2
-train_batch_size: 1
-gradient_accumulation_steps: 1
-learning_rate: 1.0e-3
-report_to: none
-"""
+from tests.scripts.runs import ROOT, two_icons
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """Two steps on two icons, measured on two others."""
-    for name, source in (("train", mini.train_dir()), ("heldout", mini.heldout_dir())):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
-        for picture in sorted(source.glob("**/*.png"))[:2]:
-            (folder / picture.name).write_bytes(picture.read_bytes())
-        assert len(list(folder.iterdir())) == 2
+    values = {
+        **{name: str(value) for name, value in two_icons(tmp_path / "images").items()},
+        **{"validation_loss_steps": 1, "num_validation_images": 0, "max_train_steps": 2},
+        **{"train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-3},
+        "report_to": "none",
+    }
     file = tmp_path / "tiny.yaml"
-    file.write_text(RECIPE.format(images=tmp_path / "images"))
+    file.write_text(yaml.safe_dump(values))
     return file
 
 

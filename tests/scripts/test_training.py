@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bilora_diffusion import mini
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.export import inspect
+from bilora_diffusion.export import FILE_NAME, inspect
+from bilora_diffusion.export import main as export
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import running, trainer
-from tests.scripts.runs import column, difference, weights
+from tests.scripts.runs import (
+    column,
+    difference,
+    resumes_exactly,
+    train,
+    two_icons,
+    weights,
+)
 
-Train = Callable[..., Path]
-DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "adam_weight_decay": 1e4}
-"""Takes the weights out of the range of numbers within one step."""
 
-
-def test_arms_are_paired_and_seeds_are_not(train: Train, tmp_path: Path) -> None:
+def test_arms_are_paired_and_seeds_are_not(tmp_path: Path) -> None:
     shared = {"max_train_steps": 4, "train_batch_size": 1}
     plain = train(tmp_path / "lora", method="lora", **shared)
     folder = train(tmp_path / "run", rho=0.01, **shared)
@@ -50,39 +53,75 @@ def test_arms_are_paired_and_seeds_are_not(train: Train, tmp_path: Path) -> None
     assert inspect(folder / "run.safetensors").format == "kohya"
 
 
+PISSA, GA = ({"init_lora_weights": name} for name in ("pissa", "lora-ga"))
+GA["lora_ga_samples"] = 4
+TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
+OPTIONS: list[dict[str, Any]] = [
+    {
+        **{"use_dora": True, "lora_dropout": 0.2, "report_to": "tensorboard", "lora_alpha": 6},
+        **{"use_ema": True, "ema_decay": 0.5},
+    },
+    {"mixed_precision": "bf16", "snr_gamma": 5.0, "gradient_checkpointing": True},
+    {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
+    {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
+    {
+        **{"init_lora_weights": "gaussian", "lora_alpha": 6, "scale_lr": True},
+        **{"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
+        **{"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+    },
+]
+SLOW_OPTIONS: list[dict[str, Any]] = [
+    {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
+    {**PISSA, "mixed_precision": "bf16"},
+    {**GA, "method": "lora", **TEXT_ENCODERS, "gradient_checkpointing": True},
+    {"quantize": "nf4", "use_dora": True, **TEXT_ENCODERS},
+    {"quantize": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True},
+]
+
+
 @pytest.mark.parametrize(
     "values",
-    [
-        {"use_dora": True, "lora_dropout": 0.2, "report_to": "tensorboard"},
-        {"mixed_precision": "bf16", "snr_gamma": 5.0, "gradient_checkpointing": True},
-        {"train_text_encoder": True, "text_encoder_lr": 1e-3, "no_output_kohya_format": True},
-        {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
-        {
-            **{"init_lora_weights": "gaussian", "lora_alpha": 6, "scale_lr": True},
-            **{"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
-            **{"lr_scheduler": "cosine", "lr_warmup_steps": 1},
-        },
-    ],
-    ids=lambda values: next(iter(values)),
+    [*OPTIONS, *(pytest.param(values, marks=pytest.mark.slow) for values in SLOW_OPTIONS)],
+    ids=lambda values: "-".join(map(str, values.values())),
 )
-def test_options_train_and_resume_exactly(
-    train: Train, tmp_path: Path, values: dict[str, Any]
+def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
     shared = {"max_train_steps": 3, "checkpointing_steps": 1, "train_batch_size": 1, **values}
     whole = train(tmp_path / "whole", **shared)
-    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
-    train(parts, **shared, resume_from_checkpoint=parts / "checkpoints" / "step-2")
-    assert difference(whole, parts) == 0
-    assert column(whole, "loss") == column(parts, "loss")
-    assert all(torch.isfinite(value).all() for value in weights(whole).values())
+    for name in ("compute", "mean_gradients"):  # a resumed run does not compute its init anew
+        monkeypatch.setattr(f"bilora_diffusion.train.gradients.{name}", pytest.fail)
+    resumes_exactly(whole, 2, **shared)
+    file = weights(whole)
+    assert all(torch.isfinite(value).all() for value in file.values())
     models = {"unet", *(["text_encoder", "text_encoder_2"] if "text_encoder_lr" in values else [])}
-    assert {key.split(".")[0] for key in weights(whole)} == models
+    assert {key.split(".")[0] for key in file} == models
+    exported = runlog.read_run(whole)["results"]["export"]
+    assert exported["auxiliary_keys"] == 0
+    assert exported["max_relative_difference"] < 1e-6
+    rank = (
+        8 if values.get("init_lora_weights") in ("pissa", "lora-ga") else 4
+    )  # the first values go too
+    assert {value.shape[0] for key, value in file.items() if "lora_A" in key} == {rank}
+    assert ("| rank of the file | 8 |" in (whole / "README.md").read_text()) == (rank == 8)
     with pytest.raises(UserError, match="rank"):
-        train(parts, **{**shared, "rank": 2}, resume_from_checkpoint="latest")
+        train(tmp_path / "whole-parts", **{**shared, "rank": 2}, resume_from_checkpoint="latest")
+
+    assert export([str(whole), "--step", "3"]) == 0
+    made = whole / "exports" / "step-3"
+    assert difference(made, whole) == 0
+    kohya = whole / "whole.safetensors"
+    if kohya.exists():
+        left, right = load_file(made / "whole-step-3.safetensors"), load_file(kohya)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(value, right[key]) for key, value in left.items())
+    facts = [inspect(folder / FILE_NAME).metadata for folder in (made, whole)]
+    for key in ("bilora.steps", "bilora.original_alpha", "ss_network_dim", "sshs_model_hash"):
+        assert facts[0].get(key) == facts[1].get(key)
 
 
 @pytest.mark.slow
-def test_prior_preservation_makes_and_uses_class_images(train: Train, tmp_path: Path) -> None:
+def test_prior_preservation_makes_and_uses_class_images(tmp_path: Path) -> None:
     values = {
         "with_prior_preservation": True,
         "class_data_dir": tmp_path / "class",
@@ -102,22 +141,13 @@ def test_prior_preservation_makes_and_uses_class_images(train: Train, tmp_path: 
 
 
 def test_validation_images_and_heldout_loss_do_not_disturb_training(
-    train: Train,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, source in (("icons", mini.train_dir()), ("heldout", mini.heldout_dir())):
-        (tmp_path / name).mkdir()
-        for file in sorted(source.glob("*.png"))[:2]:
-            shutil.copy(file, tmp_path / name)
-    shared = {
-        "dataset": tmp_path / "icons",
-        "pretrained_model_name_or_path": "mini",
-        "instance_prompt": "a TOK icon",
-        "max_train_steps": 3,
-    }
-    quiet = train(tmp_path / "quiet", **shared)
+    icons = two_icons(tmp_path / "icons")
+    shared = {**icons, "max_train_steps": 3}
+    quiet = train(tmp_path / "quiet", **{**shared, "validation_dataset": "none"})
     caplog.clear()
     caplog.set_level("INFO", logger="bilora_diffusion")
     looked = train(
@@ -127,7 +157,6 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
         validation_prompt="a TOK icon of a rabbit",
         num_validation_images=1,
         validation_epochs=3,
-        validation_dataset=tmp_path / "heldout",
         validation_loss_steps=2,
     )
     assert difference(quiet, looked) == 0
@@ -156,16 +185,8 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     assert (shown.step, shown.width, shown.height) == (3, 64, 64)
 
 
-def test_a_nonfinite_loss_stops_and_names_the_samples(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"step 2 is not finite for .+\.png"):
-        train(tmp_path / "run", max_train_steps=6, checkpointing_steps=1, **DIVERGING)
-    record = runlog.read_run(tmp_path / "run")
-    assert record["status"] == "failed"
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
-
-
 def test_in_fp16_steps_without_a_finite_loss_are_left_out(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
     build, whole, optimizer = (
@@ -203,7 +224,7 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_a_smaller_card(train: Train, tmp_path: Path) -> None:
+def test_a_run_goes_on_on_a_smaller_card(tmp_path: Path) -> None:
     """With checkpointing and without kept latents, and without the images of before."""
     shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon", "random_flip": True}
     whole = train(tmp_path / "whole", **shared, num_validation_images=1)
@@ -217,7 +238,7 @@ def test_a_run_goes_on_on_a_smaller_card(train: Train, tmp_path: Path) -> None:
         assert "validation/" not in (parts / "README.md").read_text()
 
 
-def test_own_photos_of_any_shape(train: Train, tmp_path: Path) -> None:
+def test_own_photos_of_any_shape(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for number, size in enumerate([(90, 70), (64, 64), (50, 120)]):
