@@ -116,7 +116,7 @@ def test_a_trainer_takes_our_steps(
     from trl import SFTConfig, SFTTrainer
 
     monkeypatch.chdir(folder)
-    kinds: Any = (SFTTrainer, SFTConfig) if "SFT" in name else (Trainer, TrainingArguments)
+    kinds: tuple[Any, Any] = (SFTTrainer, SFTConfig) if "SFT" in name else (Trainer, TrainingArguments)
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
     if name.startswith("LoRA"):
         ours = OurRun(folder, "lora")

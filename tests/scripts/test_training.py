@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def test_arms_are_paired_and_seeds_are_not(tmp_path: Path) -> None:
     assert inspect(folder / "run.safetensors").format == "kohya"
 
 
-PISSA, GA = ({"init_lora_weights": name} for name in ("pissa", "lora-ga"))
-GA["lora_ga_samples"] = 4
+PISSA = {"init_lora_weights": "pissa"}
+GA = {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}
 TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
 OPTIONS: list[dict[str, Any]] = [
     {
@@ -118,6 +119,32 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     facts = [inspect(folder / FILE_NAME).metadata for folder in (made, whole)]
     for key in ("bilora.steps", "bilora.original_alpha", "ss_network_dim", "sshs_model_hash"):
         assert facts[0].get(key) == facts[1].get(key)
+
+
+def test_an_early_step_in_a_format_and_refusals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, early = train(tmp_path / "run", checkpointing_steps=1), tmp_path / "early.safetensors"
+    assert export([str(run), "--step", "1", "--to", "kohya", "--output", str(early)]) == 0
+    facts, last = inspect(early), inspect(run / "run.safetensors")
+    assert (facts.format, facts.metadata["bilora.steps"]) == ("kohya", "1")
+    assert facts.metadata["sshs_model_hash"] != last.metadata["sshs_model_hash"]
+
+    (tmp_path / "whole").mkdir()
+    record = {"schema_version": runlog.SCHEMA_VERSION, "method": "full", "config": {}}
+    (tmp_path / "whole" / "run.json").write_text(json.dumps(record))
+    (run / "exports" / "step-1").mkdir(parents=True)
+    (run / "exports" / "step-1" / FILE_NAME).write_text("")
+    capsys.readouterr()
+    for arguments, said in (
+        ([str(run), "--step", "7"], "1, 2"),
+        ([str(run), "--step", "1"], "exists"),
+        ([str(run), "--step", "1", "--output", "a.safetensors"], "--to"),
+        ([str(tmp_path / "whole"), "--step", "1"], "--max_train_steps"),
+        ([str(tmp_path), "--step", "1"], "run.json"),
+    ):
+        assert export(arguments) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
