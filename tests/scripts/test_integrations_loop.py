@@ -116,7 +116,8 @@ def test_a_trainer_takes_our_steps(
     from trl import SFTConfig, SFTTrainer
 
     monkeypatch.chdir(folder)
-    kinds: tuple[Any, Any] = (SFTTrainer, SFTConfig) if "SFT" in name else (Trainer, TrainingArguments)
+    plain, sft = (Trainer, TrainingArguments), (SFTTrainer, SFTConfig)
+    kinds: tuple[Any, Any] = sft if "SFT" in name else plain
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
     if name.startswith("LoRA"):
         ours = OurRun(folder, "lora")
