@@ -1,7 +1,7 @@
 """What lies under the viewer's root: run folders, score folders and figures. No widgets here.
 
     catalog = Catalog(Path("demo"))
-    catalog.runs(), catalog.scores(), catalog.figures(), catalog.broken()
+    catalog.now.runs, catalog.now.scores, catalog.now.figures, catalog.now.broken
     catalog.resolve("lora/metrics.jsonl")        # refuses whatever leads out of the root
 
 All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
@@ -23,7 +23,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.runlog import RUN
 from eval import table
-from eval.table import EARLIER, FILE, REPORT
+from eval.table import EARLIER, FILE
 
 from .runs import RunItem, named
 from .scored import Scored, scored
@@ -40,6 +40,7 @@ SKIPPED = frozenset(
 )
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
+LINK = "it is a link out of the root: copy it, or give its own folder as the root"
 FRESH_SECONDS = 2.0
 """So long a look at the root serves all visitors."""
 Item = TypeVar("Item")
@@ -67,14 +68,12 @@ class FigureItem:
         name: what lists show; unique within a kind.
         kind: "landscape", "dynamics", "generalization", "sweep" or "text_scores".
         figures: its PNG files, relative to the root.
-        report: its Markdown file, relative to the root.
     """
 
     path: str
     name: str
     kind: str
     figures: list[str]
-    report: str
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,18 @@ class Broken:
 
 
 @dataclass
-class _Scan:
+class Scan:
+    """What one look at the root finds, each by path; ``read`` keeps files with their stamps."""
+
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ScoresItem] = field(default_factory=list)
     figures: list[FigureItem] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
-    files: set[tuple[str, str]] = field(default_factory=set)
+    read: dict[tuple[str, str], tuple[tuple[int, int], Any]] = field(default_factory=dict)
 
 
 class Catalog:
-    """The folders under a root, as they were at the last :meth:`refresh`.
+    """The folders under a root; ``now`` has them as they were at the last :meth:`refresh`.
 
     Args:
         root: an existing folder.
@@ -113,8 +114,7 @@ class Catalog:
             raise UserError(f"{root} is a file: give the folder that holds your runs")
         self.root, self._public = root.resolve(), public
         self._lock = threading.Lock()
-        self._read: dict[tuple[str, str], tuple[tuple[int, int], Any]] = {}
-        self._scan, self._looked = _Scan(), 0.0
+        self.now, self._looked = Scan(), 0.0
         self.refresh()
 
     @property
@@ -138,28 +138,12 @@ class Catalog:
 
         A run that goes on counts as the same until its status, weights or images change.
         """
+        now = self.now
         if kind == "runs":
-            parts = [(r.path, r.name, r.status, r.weights, r.steps) for r in self._scan.runs]
+            parts = [(r.path, r.name, r.status, r.weights, r.steps) for r in now.runs]
         else:
-            items = self._scan.scores if kind == "scores" else self._scan.figures
-            parts = [(item.path, self._read[item.path, FILE][0]) for item in items]
+            parts = [(item.path, now.read[item.path, FILE][0]) for item in getattr(now, kind)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def runs(self) -> list[RunItem]:
-        """Run folders, by path."""
-        return list(self._scan.runs)
-
-    def scores(self) -> list[ScoresItem]:
-        """Score folders, by path."""
-        return list(self._scan.scores)
-
-    def figures(self) -> list[FigureItem]:
-        """Results with figures, by path."""
-        return list(self._scan.figures)
-
-    def broken(self) -> list[Broken]:
-        """What is not shown, by path."""
-        return list(self._scan.broken)
 
     def resolve(self, relative: str) -> Path:
         """The file or folder that ``relative`` names.
@@ -189,14 +173,13 @@ class Catalog:
     def refresh(self) -> None:
         """Look at the root again; files that have not changed are not read again."""
         with self._lock:
-            scan = _Scan()
+            scan = Scan()
             for folder, names in self._folders(scan):
                 self._look(folder, names, scan)
             scan.runs = named(scan.runs)
-            self._read = {at: read for at, read in self._read.items() if at in scan.files}
-            self._scan, self._looked = scan, time.monotonic()
+            self.now, self._looked = scan, time.monotonic()
 
-    def _folders(self, scan: _Scan) -> Iterator[tuple[str, set[str]]]:
+    def _folders(self, scan: Scan) -> Iterator[tuple[str, set[str]]]:
         """Folders below the root and the names of the files in each, by path."""
         waiting = [(".", 0)]
         while waiting:
@@ -213,7 +196,9 @@ class Catalog:
                 if entry.name in SKIPPED or entry.name.startswith("."):
                     continue
                 if entry.is_symlink() and Path(entry.path).is_dir():
-                    self._report_link(path, scan)
+                    # One that stays inside is shown where it leads to; followed, it could circle.
+                    if not Path(entry.path).resolve().is_relative_to(self.root):
+                        scan.broken.append(Broken(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
                     below.append((path, depth + 1))
             names = {entry.name for entry in entries}
@@ -221,15 +206,7 @@ class Catalog:
                 waiting += reversed(below)
                 yield folder, names
 
-    def _report_link(self, path: str, scan: _Scan) -> None:
-        # Links that stay inside are shown where they lead to; following them could go in circles.
-        try:
-            self.resolve(path)
-        except UserError:
-            reason = "it is a link out of the root: copy it, or give its own folder as the root"
-            scan.broken.append(Broken(path, reason))
-
-    def _look(self, folder: str, names: set[str], scan: _Scan) -> None:
+    def _look(self, folder: str, names: set[str], scan: Scan) -> None:
         shown = self.name if folder == "." else folder
         if RUN in names:
             record = self._one(folder, RUN, read_run, scan)
@@ -247,28 +224,22 @@ class Catalog:
                     reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
                     scan.broken.append(Broken(folder, reason))
                 pictures = [_join(folder, name) for name in listed if name in names]
-                item = FigureItem(folder, shown, result["kind"], pictures, _join(folder, REPORT))
-                scan.figures.append(item)
+                scan.figures.append(FigureItem(folder, shown, result["kind"], pictures))
             return
         for file in sorted(EARLIER.keys() & names):
             again = f"run python -m eval.{EARLIER[file]} again"
             scan.broken.append(Broken(folder, f"{file} is of an earlier version: {again}"))
 
-    def _one(
-        self, folder: str, file: str, read: Callable[[Path], Item], scan: _Scan
-    ) -> Item | None:
+    def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
         """What ``read`` returns for a file, or None and a line among the broken ones."""
-        path = self.root / folder / file
-        scan.files.add((folder, file))
         try:
-            path = self.resolve(_join(folder, file))
-            status = path.stat()
+            status = self.resolve(_join(folder, file)).stat()
             stamp = (status.st_mtime_ns, status.st_size)
-            kept = self._read.get((folder, file))
+            kept = self.now.read.get((folder, file))
             if kept is None or kept[0] != stamp:
                 # The reader gets the folder's own name for the file, so that messages have it too.
                 kept = (stamp, read(self.root / folder / file))
-                self._read[folder, file] = kept
+            scan.read[folder, file] = kept
             return kept[1]
         except UserError as error:
             reason = " ".join(str(error).split())

@@ -18,8 +18,9 @@ from bilora_diffusion.text.metrics import METRICS
 from .runs import CONTROL, RunItem
 from .training_data import Points, Progress, radius, series, smooth, thin
 
-COLORS = ("#0f766e", "#c2410c", "#4f46e5", "#be185d", "#4d7c0f", "#0369a1", "#854d0e", "#7e22ce")
-"""Of runs, in light; ``style.css`` has the same places for the dark."""
+COLORS = 8
+"""So many ``style.css`` has for runs, each in light and dark."""
+DIFFERENCES = ("loss-difference", "heldout-difference")
 TICKS = 5
 LABEL_HEIGHT = 0.065
 """Of a line's name, as a share of the plot's height."""
@@ -29,7 +30,7 @@ LOWEST = 0.95
 
 @dataclass(frozen=True)
 class Shown:
-    """A chosen run as it is now; ``color`` is a place in :data:`COLORS`."""
+    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`."""
 
     run: RunItem
     color: int
@@ -73,38 +74,27 @@ def draw(runs: Sequence[Shown], window: int) -> str:
 
 
 def _plots(runs: Sequence[Shown], window: int) -> str:
-    what = "Below zero: better than LoRA of the same seed."
-    suffix = "-text" if runs[0].run.is_text else ""
-    held = "Faint: on the training set."
-    drawn = [
-        plot(
-            "loss" + suffix, "Training loss", "Running mean; faint: each step.", loss(runs, window)
-        ),
-        plot(
-            *("loss-difference" + suffix, "Training loss, difference to LoRA", what),
-            differences(runs, "loss", window),
-            zero=True,
-        ),
-        plot(
-            "heldout" + suffix, "Held-out loss", held, over(runs, "heldout_loss", "train_grid_loss")
-        ),
-        plot(
-            *("heldout-difference" + suffix, "Held-out loss, difference to LoRA", what),
-            differences(runs, "heldout_loss"),
-            zero=True,
-        ),
-        *(
-            plot(f"{name}{suffix}", name.replace("_", " "), "On held-out rows.", over(runs, name))
+    held = over(runs, "heldout_loss", "train_grid_loss")
+    norms = [*over(runs, "auxiliary_norm", "auxiliary_norm_before"), *radii(runs)]
+    to_lora, below = "difference to LoRA", "Below zero: better than LoRA of the same seed."
+    projected = "After the projection; faint: before it. Grey: the radius ρ."
+    lines = {
+        ("loss", "Training loss", "Running mean; faint: each step."): loss(runs, window),
+        (DIFFERENCES[0], f"Training loss, {to_lora}", below): differences(runs, "loss", window),
+        ("heldout", "Held-out loss", "Faint: on the training set."): held,
+        (DIFFERENCES[1], f"Held-out loss, {to_lora}", below): differences(runs, "heldout_loss"),
+        **{
+            (name, name.replace("_", " "), "On held-out rows."): over(runs, name)
             for name in METRICS
-        ),
-        plot(
-            *("norm" + suffix, "Norm of the auxiliary, ‖B₂A₂‖"),
-            "After the projection; faint: before it. Grey: the radius ρ.",
-            [*over(runs, "auxiliary_norm", "auxiliary_norm_before"), *radii(runs)],
-        ),
-        plot("rate" + suffix, "Learning rate", "Of the primary adapter.", rates(runs)),
-    ]
-    return "".join(drawn)
+        },
+        ("norm", "Norm of the auxiliary, ‖B₂A₂‖", projected): norms,
+        ("rate", "Learning rate", "Of the primary adapter."): rates(runs),
+    }
+    suffix = "-text" if runs[0].run.is_text else ""
+    return "".join(
+        plot(name + suffix, title, caption, own, zero=name in DIFFERENCES)
+        for (name, title, caption), own in lines.items()
+    )
 
 
 def loss(runs: Sequence[Shown], window: int) -> list[Line]:
@@ -169,9 +159,9 @@ def colors_of(chosen: Sequence[str], known: Sequence[str]) -> dict[str, int]:
     Args:
         known: all runs there are.
     """
-    free, found = list(range(len(COLORS))), {}
-    for path in chosen[: len(COLORS)]:
-        own = known.index(path) % len(COLORS) if path in known else free[0]
+    free, found = list(range(COLORS)), {}
+    for path in chosen[:COLORS]:
+        own = known.index(path) % COLORS if path in known else free[0]
         found[path] = own if own in free else free[0]
         free.remove(found[path])
     return found
@@ -183,7 +173,7 @@ class Line:
 
     Args:
         name: at its end and for screen readers.
-        color: place in :data:`COLORS`; None for a line that belongs to no run, such as rho.
+        color: place among :data:`COLORS`; None for a line that belongs to no run, such as rho.
         faint: whether it stands behind the others, without a name of its own.
         wide: whether it is drawn broadly under the others, so that it shows beside one on it.
     """

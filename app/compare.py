@@ -1,4 +1,4 @@
-"""The Compare tab: validation images, then scored images side by side and a slider over a pair.
+"""The Compare tab's lower part: scored images side by side and a slider over a pair.
 
 What is shown is computed in ``compare_data`` and written in ``compare_html``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from bilora_diffusion.errors import UserError
 from eval.clip_scores.names import METRICS
 
 from . import compare_data as data
-from . import compare_html, parts, validation
+from . import compare_html, parts
 from .catalog import Catalog, ScoresItem
 from .compare_data import View
-from .parts import QUIET
+from .parts import QUIET, Update
 
 UNSCORED = "no image has a score"
 MEASURE = "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
@@ -63,7 +64,9 @@ ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_li
 """One after the other, so that the last choice is the one that stays on the screen."""
 
 
-class _Tab:
+class Tab:
+    """The widgets of the scored images, and what happens when they are used."""
+
     def __init__(self, catalog: Catalog, page: gr.Blocks, signs: Sequence[Any]) -> None:
         self.catalog = catalog
         self._widgets()
@@ -71,27 +74,22 @@ class _Tab:
 
     def _widgets(self) -> None:
         self.prompt = gr.State("")
-        self.empty = gr.HTML(visible=False, apply_default_css=False)
-        self.means = gr.HTML(elem_id="compare-means", apply_default_css=False, visible=False)
+        self.empty = parts.html(visible=False)
+        self.means = parts.html("compare-means", visible=False)
         with gr.Column(visible=False) as self.body, gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
                 self._choice()
             with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                 with gr.Row(elem_id="compare-steps"):
                     self.previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
-                    self.place = gr.HTML(elem_id="compare-place", apply_default_css=False)
+                    self.place = parts.html("compare-place")
                     self.next = gr.Button("Next →", elem_id="compare-next", size="sm")
-                self.title = gr.HTML(elem_id="compare-prompt", apply_default_css=False)
-                self.cards = gr.HTML(elem_id="compare-cards", apply_default_css=False)
-                self.slider = gr.HTML(elem_id="compare-slider", apply_default_css=False)
+                self.title = parts.html("compare-prompt")
+                self.cards = parts.html("compare-cards")
+                self.slider = parts.html("compare-slider")
                 self.query = gr.Textbox(visible=False)
-                self.link = gr.Textbox(
-                    label="Link to this view",
-                    elem_id="compare-link",
-                    interactive=False,
-                    buttons=["copy"],
-                    max_lines=1,
-                )
+                fixed: dict[str, Any] = {"interactive": False, "buttons": ["copy"], "max_lines": 1}
+                self.link = gr.Textbox(label="Link to this view", elem_id="compare-link", **fixed)
 
     def _choice(self) -> None:
         self.scores = gr.Dropdown(label="Scores", elem_id="compare-scores")
@@ -111,57 +109,47 @@ class _Tab:
         self.words = gr.Textbox(
             label="Filter", placeholder="words of the prompt", elem_id="compare-words"
         )
-        self.list = gr.HTML(elem_id="compare-list", js_on_load=PICK, apply_default_css=False)
+        self.list = parts.html("compare-list", js_on_load=PICK)
 
     def _events(self, page: gr.Blocks, signs: Sequence[Any]) -> None:
-        choice = [self.scores, self.a, self.b, self.also, self.seed, self.metric]
-        choice += [self.order, self.words, self.prompt]
+        chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
+        choice = [self.scores, self.a, self.b, self.also, self.prompt]
+        choice += [self.seed, self.metric, self.order, self.words]  # as View has them
         shown = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
         shown += [self.query, self.means]
-        everything = [self.empty, self.body, *choice[:-1], *shown]
+        everything = list(dict.fromkeys([self.empty, self.body, *choice, *shown]))
         page.load(self.open, inputs=[], outputs=everything, **ORDERED)
         gr.on(signs, self.again, self.query, everything, **ORDERED)
         self.scores.input(self.change_scores, self.scores, everything, **ORDERED)
-        chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
-        gr.on(
-            [*(widget.input for widget in chosen), self.words.change],
-            self.show,
-            choice,
-            shown,
-            trigger_mode="always_last",
-            **ORDERED,
-        )
+        last: dict[str, Any] = {"trigger_mode": "always_last", **ORDERED}
+        changes = [*(widget.input for widget in chosen), self.words.change]
+        gr.on(changes, self.show, choice, shown, **last)
         self.list.select(self.pick, choice, shown, **ORDERED)
+        every: dict[str, Any] = {"trigger_mode": "multiple", **ORDERED}
         for button, by in ((self.previous, -1), (self.next, 1)):
-            button.click(
-                lambda *values, by=by: self.step(by, *values),
-                choice,
-                shown,
-                trigger_mode="multiple",
-                **ORDERED,
-            )
+            button.click(partial(self.step, by), choice, shown, **every)
         self.query.change(None, self.query, self.link, js=ADDRESS)
 
-    def open(self, request: gr.Request) -> list[Any]:
+    def open(self, request: gr.Request) -> Update:
         """Fill the tab when the page is loaded, by the link's query if there is one."""
         return self._opened(dict(request.query_params))
 
-    def again(self, query: str | None) -> list[Any]:
+    def again(self, query: str | None) -> Update:
         """The same view where the folders have changed; the first one where there was none."""
         return self._opened(dict(parse_qsl((query or "").removeprefix("?"))), quiet=True)
 
-    def change_scores(self, path: str) -> list[Any]:
+    def change_scores(self, path: str) -> Update:
         """Another score folder."""
         return self._opened({"scores": path})
 
-    def _opened(self, query: dict[str, str], quiet: bool = False) -> list[Any]:
-        there = {item.path: item for item in self.catalog.scores()}
+    def _opened(self, query: dict[str, str], quiet: bool = False) -> Update:
+        there = {item.path: item for item in self.catalog.now.scores}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
             command = parts.measure(self.catalog, "clip_scores", MEASURE)
             runs = parts.measurable(self.catalog, "clip_scores")
             text = parts.empty("No scored images yet", command) if runs else ""
-            return [parts.shown(text), gr.update(visible=False), *[gr.skip()] * 16]
+            return {self.empty: parts.shown(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
         if asked and asked not in items and not quiet:
@@ -171,33 +159,31 @@ class _Tab:
         view, missing = data.opened(query, item.path, item.result)
         for sentence in [] if quiet else missing:
             gr.Warning(sentence)
-        return [gr.update(visible=False), gr.update(visible=True), *self._set(view, items)]
-
-    def _set(self, view: View, items: dict[str, ScoresItem]) -> list[Any]:
-        result, names = items[view.scores].result, items[view.scores].result.labels
-        scores = [(METRICS[name].title, name) for name in data.metrics(result)]
+        names = item.result.labels
+        scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
         scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
-        seeds = [(str(seed), seed) for seed in result.settings.seeds]
+        seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
         folders = [(item.name, path) for path, item in items.items()]
-        return [
-            gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
-            gr.update(choices=names, value=view.a),
-            gr.update(choices=names, value=view.b),
-            gr.update(choices=names, value=list(view.also), visible=len(names) > 2),
-            gr.update(choices=seeds, value=view.seed),
-            gr.update(choices=scores, value=view.metric),
-            view.order,
-            view.words,
-            *self._shown(view, items[view.scores]),
-        ]
+        many = len(names) > 2
+        return {
+            self.empty: gr.update(visible=False),
+            self.body: gr.update(visible=True),
+            self.scores: gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
+            self.a: gr.update(choices=names, value=view.a),
+            self.b: gr.update(choices=names, value=view.b),
+            self.also: gr.update(choices=names, value=list(view.also), visible=many),
+            self.seed: gr.update(choices=seeds, value=view.seed),
+            self.metric: gr.update(choices=scores, value=view.metric),
+            self.order: view.order,
+            self.words: view.words,
+            **self._shown(view, item),
+        }
 
-    def show(self, *values: Any) -> list[Any]:
+    def show(self, *values: Any) -> Update:
         """What the widgets choose; nothing while the page is being filled."""
-        if not values[0]:
-            return [gr.skip()] * 8
-        return self._shown(*self._view(*values))
+        return self._shown(*self._view(*values)) if values[0] else {self.query: gr.skip()}
 
-    def pick(self, event: gr.EventData, *values: Any) -> list[Any]:
+    def pick(self, event: gr.EventData, *values: Any) -> Update:
         """A prompt of the list."""
         view, item = self._view(*values)
         at, texts = event._data["prompt"], item.result.texts
@@ -205,38 +191,37 @@ class _Tab:
             raise gr.Error("There is no such prompt.")
         return self._shown(replace(view, prompt=texts[at]), item)
 
-    def step(self, by: int, *values: Any) -> list[Any]:
+    def step(self, by: int, *values: Any) -> Update:
         """The next or the previous prompt of the list."""
         view, item = self._view(*values)
         prompt = data.neighbour(data.listed(view, item.result), view.prompt, by)
         return self._shown(replace(view, prompt=prompt), item)
 
     def _view(self, *values: Any) -> tuple[View, ScoresItem]:
-        scores, a, b, also, seed, metric, order, words, prompt = values
-        for item in self.catalog.scores():
-            known = item.result.labels
-            if item.path == scores and prompt in item.result.texts and {a, b} <= set(known):
-                also = tuple(label for label in also or () if label in known)
-                return View(scores, a, b, also, prompt, seed, metric, order, words or ""), item
+        view = View(*values)
+        for item in self.catalog.now.scores:
+            known, prompts = item.result.labels, item.result.texts
+            if item.path == view.scores and view.prompt in prompts and {view.a, view.b} <= {*known}:
+                also = tuple(label for label in view.also or () if label in known)
+                return replace(view, also=also, words=view.words or ""), item
         raise gr.Error("These scores have gone or changed: load the page again.")
 
-    def _shown(self, view: View, item: ScoresItem) -> list[Any]:
-        """Prompt, title, place, list, cards, slider, query and means."""
+    def _shown(self, view: View, item: ScoresItem) -> Update:
         result, listed = item.result, data.listed(view, item.result)
         pictures = {label: self._picture(item, view, label) for label in view.adapters}
         order = [row.text for row in listed]
         place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
         means = f'<h3 id="scores">Scored images</h3><p class="quiet">{escape(item.name)}</p>'
-        return [
-            view.prompt,
-            f"<h3>{escape(view.prompt)}</h3>",
-            place,
-            compare_html.prompt_list(listed, view.prompt, view.a, view.b),
-            compare_html.cards(result, self._cards(item, view, pictures)),
-            parts.slider(pictures[view.a], pictures[view.b], (view.a, view.b)),
-            data.link(view),
-            parts.shown(means + compare_html.summary(result, view.a, view.b)),
-        ]
+        return {
+            self.prompt: view.prompt,
+            self.title: f"<h3>{escape(view.prompt)}</h3>",
+            self.place: place,
+            self.list: compare_html.prompt_list(listed, view.prompt, view.a, view.b),
+            self.cards: compare_html.cards(result, self._cards(item, view, pictures)),
+            self.slider: parts.slider(pictures[view.a], pictures[view.b], (view.a, view.b)),
+            self.query: data.link(view),
+            self.means: parts.shown(means + compare_html.summary(result, view.a, view.b)),
+        }
 
     def _picture(self, item: ScoresItem, view: View, label: str) -> Image.Image | None:
         image = item.result.images.get((label, view.prompt, view.seed))
@@ -275,13 +260,3 @@ class _Tab:
         except UserError:  # the card still names it
             return None
         return found or (parts.address(package / name) if name == Path(name).name else None)
-
-
-def build(catalog: Catalog, page: gr.Blocks, runs: Sequence[Any], scores: Sequence[Any]) -> None:
-    """Build the tab inside the current ``gr.Tab``.
-
-    Args:
-        runs, scores: events at which there may be others.
-    """
-    validation.build(catalog, runs)
-    _Tab(catalog, page, scores)

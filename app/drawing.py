@@ -148,15 +148,12 @@ class Pipelines:
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-        with (
-            applied(pipeline, subject, request.scale),
-            _watched(pipeline.unet, stop, on_step),
-        ):
+        with applied(pipeline, subject, request.scale), _watched(pipeline.unet, stop, on_step):
             return generate(
                 pipeline,
                 [request.prompt],
                 [request.seed],
-                size=request.size or side(pipeline),
+                size=request.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
             )[0]
@@ -193,11 +190,6 @@ def local(base: BaseChoice) -> str:
             f'the base model "{base.name}" is not on this machine: download it with'
             f" hf download {base.name}, or put its folder there"
         ) from error
-
-
-def side(pipeline: Any) -> int:
-    """Side of the images that a pipeline makes by itself, in pixels."""
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 @contextmanager
@@ -246,8 +238,14 @@ class Work:
         """Wait for a turn and draw each side; report the course and how it ended."""
         try:
             with models.turn(self.stop, lambda ahead: self.news.put(("wait", ahead))):
-                for position in range(len(self.sides)):
-                    self.news.put(("image", self._draw(models, position)))
+                for position, (_, adapter) in enumerate(self.sides):
+                    self.news.put(("begun", position))
+                    image = models.draw(
+                        *(self.base, adapter, self.request),
+                        stop=self.stop,
+                        on_step=lambda step, at=position: self.news.put(("step", (at, step))),
+                    )
+                    self.news.put(("image", image))
             self.news.put(("end", "Done."))
         except Stopped:
             self.news.put(("stopped", "Cancelled."))
@@ -257,16 +255,6 @@ class Work:
             # The page has to hear of it; the traceback goes to the terminal.
             self.news.put(("error", f"The images could not be made ({type(error).__name__})."))
             raise
-
-    def _draw(self, models: Pipelines, position: int) -> Image:
-        self.news.put(("begun", position))
-        return models.draw(
-            self.base,
-            self.sides[position][1],
-            self.request,
-            stop=self.stop,
-            on_step=lambda step: self.news.put(("step", (position, step))),
-        )
 
 
 def sides(
@@ -281,7 +269,7 @@ def sides(
         UserError: a run has gone, the two have different base models, or its files lead out of the
             root.
     """
-    runs = {run.path: run for run in catalog.runs() if drawable(run)}
+    runs = {run.path: run for run in catalog.now.runs if drawable(run)}
     chosen: list[RunItem | None] = []
     for path in (a, b):
         if path != BASE and path not in runs:
@@ -295,12 +283,13 @@ def sides(
         )
     if not bases:  # the base model of the first run, or the miniature
         bases = [BaseChoice.of(run.record["config"]) for run in runs.values()] or [BaseChoice(MINI)]
-    found = []
+    found: list[tuple[str, Path | None]] = []
     for run in chosen:
-        if run is not None and run.weights is not None:
-            catalog.resolve(run.weights)  # a link out of the root is refused
-        folder = None if run is None else catalog.resolve(run.path)
-        found.append(("base model" if run is None else run.name, folder))
+        if run is None:
+            found.append(("base model", None))
+            continue
+        catalog.resolve(run.weights or run.path)  # a link out of the root is refused
+        found.append((run.name, catalog.resolve(run.path)))
     sizes = [run.record["config"].get("resolution") for run in chosen if run is not None]
     return bases[0], found, next((size for size in sizes if isinstance(size, int)), None)
 

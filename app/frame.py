@@ -1,15 +1,16 @@
 """The page around the tabs: title, what was found, notices, how it is served, and what of Gradio's
 server is closed: outside addresses and uploads.
 
-A tab is a module with ``build(catalog, ...)``, called inside its ``gr.Tab``. The page's layout is
+A tab is a module with ``Tab(catalog, signs)``, made inside its ``gr.Tab``. The page's layout is
 made once, when the viewer starts, so a tab fills its lists when a page is loaded, and again when
-there is something new under the root, at which is looked at every load and every few seconds.
+there is something new under the root, at which is looked at every load and every few seconds: at
+the events ``signs``.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import compare, generate, results, training, vote
+from . import compare, generate, results, training, validation, vote
 from .catalog import Catalog
-from .parts import QUIET, shown
+from .parts import QUIET, html, shown
 
 HERE = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
@@ -50,16 +51,19 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
-        heading = gr.HTML(elem_id="frame-title", apply_default_css=False)
-        notice = gr.HTML(elem_id="frame-notice", apply_default_css=False, visible=False)
+        heading = html("frame-title")
+        notice = html("frame-notice", visible=False)
         kinds = ("runs", "scores", "figures")
         seen = {kind: gr.Textbox(catalog.sign(kind), visible=False) for kind in kinds}
         runs, scores, figures = ([page.load, seen[kind].change] for kind in kinds)
-        tabs: dict[str, Callable[[], None]] = {
-            "Compare": lambda: compare.build(catalog, page, runs, scores[1:]),
-            "Generate": lambda: generate.build(catalog, runs, device),
-            "Vote": lambda: vote.build(catalog, scores),
-            "Training": lambda: training.build(catalog, runs),
+        tabs: dict[str, Callable[[], object]] = {
+            "Compare": lambda: (
+                validation.build(catalog, runs),
+                compare.Tab(catalog, page, scores[1:]),
+            ),
+            "Generate": lambda: generate.Tab(catalog, runs, device),
+            "Vote": lambda: vote.Tab(catalog, scores),
+            "Training": lambda: training.Tab(catalog, runs),
             "Results": lambda: results.build(catalog, figures),
         }
         with gr.Tabs(elem_id="frame-tabs", overflow_behavior="wrap"):
@@ -83,19 +87,22 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 def title(catalog: Catalog) -> str:
     """The page's heading: the root's name and how much was found there."""
-    items = {"run": catalog.runs(), "score folder": catalog.scores(), "result": catalog.figures()}
+    items = {
+        "run": catalog.now.runs,
+        "score folder": catalog.now.scores,
+        "result": catalog.now.figures,
+    }
     counts = [f"{len(some)} {what}{'s' * (len(some) != 1)}" for what, some in items.items()]
-    return f"<h1>{TITLE}</h1><p><b>{html.escape(catalog.name)}</b> · {', '.join(counts)}</p>"
+    return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
 
 def notices(catalog: Catalog) -> str:
     """Which folders are broken; "" without one."""
-    broken = catalog.broken()
+    broken = catalog.now.broken
     if not broken:
         return ""
     rows = "".join(
-        f"<li><code>{html.escape(row.path)}</code> {html.escape(row.reason)}</li>"
-        for row in broken[:LISTED]
+        f"<li><code>{escape(row.path)}</code> {escape(row.reason)}</li>" for row in broken[:LISTED]
     )
     more = len(broken) - LISTED
     rows += f"<li>and {more} more</li>" if more > 0 else ""

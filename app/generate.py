@@ -26,46 +26,27 @@ VISITORS = 16
 """Those who may stand in line with their place shown; Gradio's own queue holds the others."""
 
 
-def build(catalog: Catalog, signs: Sequence[Any], device: str | None = None) -> None:
-    """Build the tab inside the current ``gr.Tab``.
+class Tab:
+    """The widgets, and what happens when they are used."""
 
-    Args:
-        signs: events at which there may be other runs.
-    """
-    _Tab(catalog, Pipelines(device), signs)
-
-
-class _Tab:
-    def __init__(self, catalog: Catalog, models: Pipelines, signs: Sequence[Any]) -> None:
-        self.catalog = catalog
-        self.models = models
+    def __init__(self, catalog: Catalog, signs: Sequence[Any], device: str | None) -> None:
+        self.catalog, self.models = catalog, Pipelines(device)
         self.running: dict[str | None, Work] = {}
         self._widgets()
         self._events(signs)
 
     def _widgets(self) -> None:
-        self.empty = gr.HTML(visible=False, apply_default_css=False, elem_id="generate-empty")
+        self.empty = parts.html("generate-empty", visible=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
                 with gr.Row():
                     self.a = gr.Dropdown(label="A", elem_id="generate-a", min_width=120)
                     self.b = gr.Dropdown(label="B", elem_id="generate-b", min_width=120)
+                whole: dict[str, Any] = {"precision": 0, "min_width": 90}
                 with gr.Row():
-                    self.seed = gr.Number(
-                        0,
-                        label="Seed",
-                        precision=0,
-                        elem_id="generate-seed",
-                        min_width=90,
-                    )
-                    self.steps = gr.Number(
-                        25,
-                        label="Steps",
-                        precision=0,
-                        elem_id="generate-steps",
-                        min_width=90,
-                    )
+                    self.seed = gr.Number(0, label="Seed", elem_id="generate-seed", **whole)
+                    self.steps = gr.Number(25, label="Steps", elem_id="generate-steps", **whole)
                 self.guidance = gr.Slider(
                     1, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
                 )
@@ -76,9 +57,9 @@ class _Tab:
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate-go")
                     self.cancel = gr.Button("Cancel", elem_id="generate-cancel")
             with gr.Column(scale=5, min_width=300):
-                self.status = gr.HTML(elem_id="generate-status", apply_default_css=False)
-                self.cards = gr.HTML(elem_id="generate-cards", apply_default_css=False)
-                self.slider = gr.HTML(elem_id="generate-slider", apply_default_css=False)
+                self.status = parts.html("generate-status")
+                self.cards = parts.html("generate-cards")
+                self.slider = parts.html("generate-slider")
 
     def _events(self, signs: Sequence[Any]) -> None:
         gr.on(signs, self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
@@ -101,15 +82,14 @@ class _Tab:
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
         """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
-        runs = ordered([run for run in self.catalog.runs() if drawable(run)])
+        runs = ordered([run for run in self.catalog.now.runs if drawable(run)])
         named = [("base model", BASE), *((run.name, run.path) for run in runs)]
         first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
         there = {path for _, path in named}
         kept = a in there and b in there and {a, b} != {BASE}
         a, b = (a, b) if kept else first
         text = "" if runs else parts.empty("No trained run yet", parts.demo(self.catalog))
-        lists = [gr.update(choices=named, value=value) for value in (a, b)]
-        return [*lists, parts.shown(text)]
+        return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.shown(text)]
 
     def generate(
         self,
@@ -165,15 +145,12 @@ def _followed(work: Work) -> Iterator[Any]:
         if kind == "error":
             yield "", gr.skip(), gr.skip()
             raise gr.Error(value, print_exception=False)
-        if kind == "end":
-            yield (
-                message(value),
-                _cards(work, images),
-                parts.slider(images[0], images[1], (work.sides[0][0], work.sides[1][0])),
-            )
-            return
         if kind == "stopped":
             yield message(value), gr.skip(), gr.skip()
+            return
+        if kind == "end":
+            (a, _), (b, _) = work.sides
+            yield message(value), _cards(work, images), parts.slider(images[0], images[1], (a, b))
             return
         if kind == "wait":
             ahead = value

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .catalog import Catalog
 from .runs import RunItem, pair
@@ -25,6 +25,13 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SMALLEST, LARGEST = 256, 768
 """Sides in pixels between which a picture is shown."""
 SLIDER_SMALLEST = 384
+Update = dict[Any, Any]
+"""Widget -> what an event makes of it."""
+
+
+def html(elem_id: str | None = None, **more: Any) -> gr.HTML:
+    """A place for HTML with none of Gradio's own style."""
+    return gr.HTML(elem_id=elem_id, apply_default_css=False, **more)
 
 
 def shown(text: str) -> Any:
@@ -46,9 +53,7 @@ def read(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError):
-        return None
-    except Image.DecompressionBombError:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
@@ -157,19 +162,14 @@ def demo(catalog: Catalog) -> tuple[str, str]:
 
 def train(catalog: Catalog, *flags: str) -> tuple[str, str]:
     """Training on pictures of one's own."""
-    words = ["accelerate", "launch", "train_dreambooth_bilora.py", "--method", "bilora"]
-    words += ["--instance_data_dir", "PICTURES", "--instance_prompt", "a photo of TOK"]
-    words += ["--output_dir", catalog.place("bilora"), *flags]
-    return "Or train on pictures of your own:", shlex.join(words)
+    command = "accelerate launch train_dreambooth_bilora.py --method bilora"
+    command += " --instance_data_dir PICTURES --instance_prompt 'a photo of TOK' "
+    flags = ("--output_dir", catalog.place("bilora"), *flags)
+    return "Or train on pictures of your own:", command + shlex.join(flags)
 
 
 def measure(catalog: Catalog, module: str, what: str, *flags: str) -> tuple[str, str]:
-    """A command of ``eval`` on the runs that are there.
-
-    Args:
-        module: of ``eval``.
-        what: it does.
-    """
+    """What a module of ``eval`` does, and its command on the runs that are there."""
     runs = [catalog.place(run.path) for run in measurable(catalog, module)]
     names = runs or [catalog.place("lora"), catalog.place("bilora")]
     return what, shlex.join(["python", "-m", f"eval.{module}", *names, *flags])
@@ -177,7 +177,7 @@ def measure(catalog: Catalog, module: str, what: str, *flags: str) -> tuple[str,
 
 def measurable(catalog: Catalog, module: str) -> Sequence[RunItem]:
     """The two runs that a command is shown with: of text for text_scores, else of images."""
-    runs = catalog.runs()
+    runs = catalog.now.runs
     if module in ("clip_scores", "landscape", "text_scores"):
         runs = [run for run in runs if run.is_text == (module == "text_scores")]
     if module == "dynamics":

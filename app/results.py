@@ -11,10 +11,11 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
+from eval.table import REPORT
 
 from . import parts
 from .catalog import Catalog, FigureItem
-from .parts import QUIET
+from .parts import QUIET, Update
 
 TITLES = {
     "landscape": "Loss landscape",
@@ -26,16 +27,11 @@ TITLES = {
 """Kinds of results in the order in which the list has them."""
 REPORT_BYTES = 1_000_000
 _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>", re.IGNORECASE)
-Update = dict[Any, Any]
 
 
 def build(catalog: Catalog, signs: Sequence[Any]) -> None:
-    """Build the tab inside the current ``gr.Tab``.
-
-    Args:
-        signs: events at which there may be other results.
-    """
-    notice = gr.HTML(visible=False, elem_id="results-notice", apply_default_css=False)
+    """Build the tab."""
+    notice = parts.html("results-notice", visible=False)
     with gr.Column(visible=False) as body:
         chosen = gr.Dropdown([], label="Result", elem_id="results-result")
 
@@ -53,18 +49,17 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
             chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
 
-    shown = [notice, body, chosen]
-    gr.on(signs, load, [chosen], shown, **QUIET)
+    gr.on(signs, load, [chosen], [notice, body, chosen], **QUIET)
 
     @gr.render([chosen], triggers=[chosen.change, *signs[1:]], show_progress="hidden")
     def show(key: str | None) -> None:
-        item = next((item for item in catalog.figures() if _key(item) == key), None)
+        item = next((item for item in catalog.now.figures if _key(item) == key), None)
         if item is not None:
             _show(catalog, item)
 
 
 def _empty(catalog: Catalog) -> str:
-    runs = catalog.runs()
+    runs = catalog.now.runs
     steps = [("generalization", "Training and held-out loss over time, of runs that measured it:")]
     if any(run.is_text for run in runs):
         steps = [*steps, ("text_scores", "Scores of text runs by what they recorded:")]
@@ -98,7 +93,9 @@ def _show(catalog: Catalog, item: FigureItem) -> None:
 def listed(catalog: Catalog) -> list[FigureItem]:
     """The results, by kind and path."""
     order = {kind: place for place, kind in enumerate(TITLES)}
-    return sorted(catalog.figures(), key=lambda item: (order.get(item.kind, len(order)), item.path))
+    return sorted(
+        catalog.now.figures, key=lambda item: (order.get(item.kind, len(order)), item.path)
+    )
 
 
 def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
@@ -117,11 +114,11 @@ def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image
 def text(catalog: Catalog, item: FigureItem) -> str:
     """The report of a result, its pictures left out, since they stand above it."""
     try:
-        with catalog.resolve(item.report).open(encoding="utf-8", errors="replace") as file:
+        path = catalog.resolve(f"{item.path}/{REPORT}")
+        with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
-        name = PurePosixPath(item.report).name
-        return f"The report {name} can't be read: run `python -m eval.{item.kind}` again."
+        return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
     return _PICTURE.sub("", report)
 
 

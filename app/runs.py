@@ -39,11 +39,6 @@ class RunItem:
         return self.record["method"]
 
     @property
-    def title(self) -> str:
-        """The method's title."""
-        return title(self.method)
-
-    @property
     def seed(self) -> Any:
         """A whole number, where the record has one."""
         return self.record.get("seed")
@@ -59,19 +54,14 @@ class RunItem:
         return "model_name_or_path" in self.record["config"]
 
     @property
-    def base_model(self) -> str | None:
-        """The model it was trained on: folder, hub id, or ``mini``."""
-        config = self.record["config"]
-        return config.get("pretrained_model_name_or_path") or config.get("model_name_or_path")
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompt of each validation image, in their order."""
+    def images(self) -> dict[tuple[str, int], int]:
+        """The number of each validation image, by its prompt and how many of it come before."""
         config = self.record["config"]
         prompts, count = config.get("validation_prompts"), config.get("num_validation_images")
         if not isinstance(prompts, list) or not isinstance(count, int):
-            return []
-        return [str(prompt) for prompt in prompts for _ in range(count)]
+            return {}
+        asked = [str(prompt) for prompt in prompts for _ in range(count)]
+        return {(text, asked[:at].count(text)): at for at, text in enumerate(asked)}
 
     def image(self, step: int, number: int) -> str:
         """A validation image, relative to the root."""
@@ -103,7 +93,7 @@ def named(runs: Sequence[RunItem]) -> list[RunItem]:
             return ""
         return f", ρ {value:g}"
 
-    names = [f"{run.title}{rho(run)}, seed {run.seed}" for run in runs]
+    names = [f"{title(run.method)}{rho(run)}, seed {run.seed}" for run in runs]
     count = Counter(names)
     return [
         replace(run, name=name if count[name] == 1 else f"{name} ({run.name})")

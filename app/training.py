@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -16,7 +16,7 @@ from bilora_diffusion.run.durations import duration
 from . import parts
 from .catalog import Catalog, read_run
 from .charts import COLORS, Failed, Shown, colors_of, draw
-from .parts import QUIET
+from .parts import QUIET, Update
 from .runs import RunItem, ordered
 from .training_data import Reader, memory, progress, radius
 
@@ -28,18 +28,17 @@ WINDOW = 25
 
 def cards(runs: Sequence[Shown | Failed]) -> str:
     """The state of each run, as HTML; also the legend of the plots."""
-    items = []
+    items = ""
     for run in runs:
-        name = html.escape(run.name)
-        if isinstance(run, Failed):
-            status, text = "failed", _line(html.escape(run.reason))
-        else:
-            status, text = run.state.status, "".join(_line(line) for line in _lines(run))
-        items.append(
-            f'<li class="{html.escape(status)} of-{run.color}">'
-            f'<span class="state">{html.escape(status)}</span><b>{name}</b>{text}</li>'
+        failed = isinstance(run, Failed)
+        status = escape("failed" if failed else run.state.status)
+        lines = [run.reason] if failed else _lines(run)
+        text = "".join(f'<div class="line">{escape(line)}</div>' for line in lines)
+        items += (
+            f'<li class="{status} of-{run.color}"><span class="state">{status}</span>'
+            f"<b>{escape(run.name)}</b>{text}</li>"
         )
-    return f"<ul>{''.join(items)}</ul>"
+    return f"<ul>{items}</ul>"
 
 
 def _lines(run: Shown) -> list[str]:
@@ -55,61 +54,33 @@ def _lines(run: Shown) -> list[str]:
         unscaled = ", unscaled norm" if config.get("rho_norm") == "unscaled" else ""
         about.append(f"ρ {config['rho']:g}{unscaled}")
     lines = [" · ".join(about), " · ".join(facts), state.reason]
-    return [html.escape(line) for line in lines if line]
+    return [line for line in lines if line]
 
 
-def _line(text: str) -> str:
-    return f'<div class="line">{text}</div>'
-
-
-def build(catalog: Catalog, signs: Sequence[Any]) -> None:
-    """Build the tab inside the current ``gr.Tab``.
-
-    Args:
-        signs: events at which there may be other runs.
-    """
-    page = _Page(catalog)
-    page.connect(signs)
-
-
-class _Page:
+class Tab:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, signs: Sequence[Any]) -> None:
         self.catalog, self.reader = catalog, Reader()
-        self.notice = gr.HTML(visible=False, elem_id="training-notice", apply_default_css=False)
+        self.notice = parts.html("training-notice", visible=False)
         with gr.Column(visible=False) as self.body:
             with gr.Row():
-                self.runs = gr.Dropdown(
-                    [],
-                    label="Runs",
-                    multiselect=True,
-                    max_choices=len(COLORS),
-                    elem_id="training-runs",
-                    scale=3,
-                )
-                self.window = gr.Slider(
-                    *(1, 200, WINDOW),
-                    step=1,
-                    label="Running mean over steps",
-                    elem_id="training-window",
-                    min_width=200,
-                )
-            self.cards = gr.HTML(elem_id="training-cards", apply_default_css=False)
-            self.plots = gr.HTML(elem_id="training-plots", apply_default_css=False)
+                many: dict[str, Any] = {"multiselect": True, "max_choices": COLORS, "scale": 3}
+                self.runs = gr.Dropdown([], label="Runs", elem_id="training-runs", **many)
+                mean: dict[str, Any] = {"label": "Running mean over steps", "min_width": 200}
+                self.window = gr.Slider(1, 200, WINDOW, step=1, elem_id="training-window", **mean)
+            self.cards = parts.html("training-cards")
+            self.plots = parts.html("training-plots")
         self.drawn = gr.State(None)
-        self.timer = gr.Timer(TICK_SECONDS)
-
-    def connect(self, signs: Sequence[Any]) -> None:
-        """Attach what happens to the widgets."""
+        timer = gr.Timer(TICK_SECONDS)
         chosen, shown = [self.runs, self.window], [self.cards, self.drawn, self.plots]
         gr.on(signs, self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, self.window.release], self._draw, chosen, shown, **QUIET)
-        self.timer.tick(self._tick, [*chosen, self.drawn], shown, **QUIET)
+        timer.tick(self._tick, [*chosen, self.drawn], shown, **QUIET)
 
-    def _load(self, chosen: Sequence[str] | None) -> dict[Any, Any]:
+    def _load(self, chosen: Sequence[str] | None) -> Update:
         runs = sorted(
-            self.catalog.runs(), key=lambda run: str(run.record.get("started_at")), reverse=True
+            self.catalog.now.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
         )
         if not runs:
             what = parts.demo(self.catalog), parts.train(self.catalog)
@@ -119,7 +90,7 @@ class _Page:
         latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
         first = [run.path for run in ordered(latest)]
         kept = [path for path in chosen or [] if path in there]
-        new = [path for path in going if path not in kept][: len(COLORS) - len(kept)]
+        new = [path for path in going if path not in kept][: COLORS - len(kept)]
         choices = [(run.name, run.path) for run in runs]
         return {
             self.notice: parts.shown(""),
@@ -127,7 +98,7 @@ class _Page:
             self.runs: gr.update(choices=choices, value=[*kept, *new] if kept else first),
         }
 
-    def _draw(self, paths: Sequence[str] | None, window: int) -> dict[Any, Any]:
+    def _draw(self, paths: Sequence[str] | None, window: int) -> Update:
         runs = self._read(paths or [])
         good = [run for run in runs if isinstance(run, Shown)]
         return {
@@ -136,13 +107,13 @@ class _Page:
             self.plots: draw(good, int(window)),
         }
 
-    def _tick(self, paths: Sequence[str] | None, window: int, drawn: Any) -> dict[Any, Any]:
+    def _tick(self, paths: Sequence[str] | None, window: int, drawn: Any) -> Update:
         if self._seen(self._read(paths or []), window) == drawn:
             return {self.cards: gr.skip()}
         return self._draw(paths, window)
 
     def _read(self, paths: Sequence[str]) -> list[Shown | Failed]:
-        runs = {run.path: run for run in self.catalog.runs()}
+        runs = {run.path: run for run in self.catalog.now.runs}
         colors = colors_of(paths, list(runs))
         return [
             self._one(runs[path], color) if path in runs else Failed(path, color, "it has gone")
@@ -153,23 +124,15 @@ class _Page:
         path = run.path
         try:
             folder = self.catalog.resolve(path)
-            files = [
-                self.catalog.resolve(f"{path}/{file}") for file in (runlog.RUN, runlog.METRICS)
-            ]
-            record = read_run(folder / runlog.RUN)
-            rows = self.reader.read(folder)
+            names = (runlog.RUN, runlog.METRICS)
+            files = [self.catalog.resolve(f"{path}/{name}") for name in names]
+            record, rows = read_run(folder / runlog.RUN), self.reader.read(folder)
             written = max(file.stat().st_mtime for file in files if file.exists())
-            state = progress(record, rows, written)
-            return Shown(replace(run, record=record), color, rows, state)
+            return Shown(replace(run, record=record), color, rows, progress(record, rows, written))
         except (UserError, OSError) as error:
             return Failed(run.name, color, parts.plain(error, self.catalog))
 
     def _seen(self, runs: Sequence[Shown | Failed], window: int) -> tuple[Any, ...]:
         """Changes whenever there is something new to show."""
-        keys = [
-            (run.name, run.reason)
-            if isinstance(run, Failed)
-            else (run.name, len(run.rows), run.state)
-            for run in runs
-        ]
-        return (window, *keys)
+        keys = [r if isinstance(r, Failed) else (r.name, len(r.rows), r.state) for r in runs]
+        return window, *keys

@@ -5,6 +5,7 @@ It needs no scores: training leaves the images. The base model's column is a run
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from html import escape
@@ -16,7 +17,7 @@ from bilora_diffusion.errors import UserError
 
 from . import parts
 from .catalog import Catalog
-from .parts import QUIET
+from .parts import QUIET, Update
 from .runs import RunItem, ordered, pair
 
 COLUMNS = 6
@@ -32,70 +33,54 @@ element.addEventListener('input', (event) => {
 
 
 def build(catalog: Catalog, signs: Sequence[Any]) -> None:
-    """Build the part inside the current ``gr.Tab``.
-
-    Args:
-        signs: events at which there may be other runs.
-    """
-    empty = gr.HTML(visible=False, apply_default_css=False, elem_id="validation-empty")
+    """Build the part inside the current ``gr.Tab``."""
+    empty = parts.html("validation-empty", visible=False)
     with gr.Column(visible=False, elem_id="validation") as body:
         with gr.Row(equal_height=True):
-            chosen = gr.Dropdown(
-                [],
-                label="Runs",
-                multiselect=True,
-                max_choices=COLUMNS,
-                elem_id="validation-runs",
-                scale=2,
-                min_width=300,
-            )
-            slider = gr.HTML(
-                elem_id="validation-step",
-                js_on_load=STEPS_JS,
-                apply_default_css=False,
-            )
-        images = gr.HTML(elem_id="validation-images", apply_default_css=False)
+            place: dict[str, Any] = {"elem_id": "validation-runs", "scale": 2, "min_width": 300}
+            chosen = gr.Dropdown([], label="Runs", multiselect=True, max_choices=COLUMNS, **place)
+            slider = parts.html("validation-step", js_on_load=STEPS_JS)
+        images = parts.html("validation-images")
     step = gr.State(None)
-    shown = [slider, images]
 
-    def fill(paths: list[str], at: int | None) -> list[Any]:
+    def fill(paths: list[str], at: int | None) -> Update:
         runs = ordered(with_images(catalog))
         if not runs:
-            text = _empty(catalog) if not catalog.scores() else ""
-            return [parts.shown(text), gr.update(visible=False), *[gr.skip()] * 3]
+            text = _empty(catalog) if not catalog.now.scores else ""
+            return {empty: parts.shown(text), body: gr.update(visible=False)}
         there = {run.path for run in runs}
         paths = [path for path in paths if path in there] or [run.path for run in pair(runs)]
-        choices = [(run.name, run.path) for run in runs]
-        return [
-            gr.update(visible=False),
-            gr.update(visible=True),
-            gr.update(choices=choices, value=paths),
-            *show(paths, at),
-        ]
+        return {
+            empty: gr.update(visible=False),
+            body: gr.update(visible=True),
+            chosen: gr.update(choices=[(run.name, run.path) for run in runs], value=paths),
+            **show(paths, at),
+        }
 
-    def show(paths: list[str], at: int | None) -> list[Any]:
+    def show(paths: list[str], at: int | None) -> Update:
         runs = {run.path: run for run in with_images(catalog)}
         there = [runs[path] for path in paths if path in runs]
         steps = common_steps(there)
         at = at if at in steps else (steps or [0])[-1]
-        return [range_of(steps, at), table(catalog, there, at)]
+        return {slider: range_of(steps, at), images: table(catalog, there, at)}
 
-    def move(paths: list[str], event: gr.EventData) -> tuple[Any, Any]:
+    def move(paths: list[str], event: gr.EventData) -> Update:
         at = event._data["step"]
-        return at, show(paths, at if isinstance(at, int) else None)[1]
+        drawn = show(paths, at if isinstance(at, int) else None)
+        return {step: at, images: drawn[images]}
 
-    gr.on(signs, fill, [chosen, step], [empty, body, chosen, *shown], **QUIET)
-    chosen.input(show, [chosen, step], shown, **QUIET)
+    gr.on(signs, fill, [chosen, step], [empty, body, chosen, slider, images], **QUIET)
+    chosen.input(show, [chosen, step], [slider, images], **QUIET)
     slider.select(move, [chosen], [step, images], trigger_mode="always_last", **QUIET)
 
 
 def with_images(catalog: Catalog) -> list[RunItem]:
     """Runs that have validation images."""
-    return [run for run in catalog.runs() if run.steps]
+    return [run for run in catalog.now.runs if run.steps]
 
 
 def _empty(catalog: Catalog) -> str:
-    if catalog.runs():
+    if catalog.now.runs:
         what = "Let a run make images while it trains:"
         command = parts.train(catalog, "--validation_prompt", "a photo of TOK")[1]
         return parts.empty("No validation images yet", (what, command))
@@ -127,7 +112,7 @@ def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
     columns = [("base model", base, 0)] if base else []
     columns += [(run.name, run, at) for run in runs]
     blocks = ""
-    for prompt, place in dict.fromkeys(key for run in runs for key in _keys(run)):
+    for prompt, place in dict.fromkeys(key for run in runs for key in run.images):
         cells = "".join(
             _cell(catalog, name, run, step, (prompt, place)) for name, run, step in columns if run
         )
@@ -139,18 +124,10 @@ def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
     return f'<div class="subjects" style="--columns: {len(columns)}">{blocks}</div>'
 
 
-def _keys(run: RunItem) -> list[tuple[str, int]]:
-    """The prompt of each image, and how many images of it come before."""
-    prompts = run.prompts
-    return [(prompt, prompts[:number].count(prompt)) for number, prompt in enumerate(prompts)]
-
-
 def _cell(catalog: Catalog, name: str, run: RunItem, step: int, key: tuple[str, int]) -> str:
-    address, keys = None, _keys(run)
-    if key in keys:
-        try:
-            address = parts.address(catalog.resolve(run.image(step, keys.index(key))))
-        except UserError:  # a link out of the root
-            address = None
+    address, number = None, run.images.get(key)
+    if number is not None:
+        with contextlib.suppress(UserError):  # a link out of the root
+            address = parts.address(catalog.resolve(run.image(step, number)))
     picture = parts.image(address, f"{name}: {key[0]}", f"none at step {step}")
     return f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import base64
 import functools
-import html
 import random
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,62 +24,49 @@ from bilora_diffusion.errors import UserError
 from . import parts
 from .ballots import Ballot
 from .catalog import Catalog
-from .parts import QUIET, shown
+from .parts import QUIET, Update, shown
 from .voting import ANY, Booth, Polls, Tally
 
-Update = dict[Any, Any]
 
-
-def build(catalog: Catalog, signs: Sequence[Any], rng: random.Random | None = None) -> None:
-    """Build the tab inside the current ``gr.Tab``.
-
-    Args:
-        signs: events at which there may be other scores.
-        rng: of pairs and sides; by default the system's.
-    """
-    page = _Page(catalog, Polls(catalog, rng or random.SystemRandom()))
-    page.connect(signs)
-
-
-class _Page:
+class Tab:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog, polls: Polls) -> None:
-        self.catalog, self.polls = catalog, polls
+    def __init__(self, catalog: Catalog, signs: Sequence[Any]) -> None:
+        self.catalog, self.polls = catalog, Polls(catalog, random.SystemRandom())
         self.voter = gr.BrowserState("", storage_key="bilora-voter", secret="bilora-voter")
         self.booth = gr.State(None)
-        self.notice = gr.HTML(visible=False, elem_id="vote-notice", apply_default_css=False)
+        self.notice = parts.html("vote-notice", visible=False)
         with gr.Column(visible=False, elem_id="vote-setup") as self.setup:
             with gr.Row():
                 self.scores = gr.Dropdown([], label="Score folder", elem_id="vote-scores")
-                self.pair = gr.Dropdown(
-                    [("any pair", ANY)], value=ANY, label="Adapters", elem_id="vote-pair"
-                )
+                first = [("any pair", ANY)]
+                self.pair = gr.Dropdown(first, value=ANY, label="Adapters", elem_id="vote-pair")
             self.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
         with gr.Column(visible=False, elem_id="vote-booth") as self.stage:
-            self.ballot = gr.HTML(elem_id="vote-ballot", apply_default_css=False)
+            self.ballot = parts.html("vote-ballot")
             with gr.Row():
+                looks: dict[str, Any] = {"left": "primary", "tie": "secondary", "right": "primary"}
                 self.buttons = {
-                    "left": _button("Left", "vote-left", "primary"),
-                    "tie": _button("Tie", "vote-tie", "secondary"),
-                    "right": _button("Right", "vote-right", "primary"),
+                    name: gr.Button(
+                        name.title(), elem_id=f"vote-{name}", variant=look, min_width=80
+                    )
+                    for name, look in looks.items()
                 }
-            self.standing = gr.HTML(elem_id="vote-standing", apply_default_css=False)
+            self.standing = parts.html("vote-standing")
         with gr.Row(visible=False) as self.below:
             small: dict[str, Any] = {"size": "sm", "min_width": 140}
-            self.stop = gr.Button(
-                "Choose other adapters", visible=False, elem_id="vote-stop", **small
-            )
+            other: dict[str, Any] = {"visible": False, "elem_id": "vote-stop", **small}
+            self.stop = gr.Button("Choose other adapters", **other)
             self.show = gr.Button("Show the result so far", elem_id="vote-show", **small)
             self.export = gr.Button("Votes as CSV", elem_id="vote-export", **small)
         self.file = gr.DownloadButton("votes.csv", visible="hidden", elem_id="vote-file")
-        self.result = gr.HTML(elem_id="vote-result", visible=False, apply_default_css=False)
+        self.result = parts.html("vote-result", visible=False)
         # The browser sends the token of the ballot that it shows, so that a second click on it that
         # is still on its way when the next one is drawn is not taken for a vote on the next.
         self.token = gr.Textbox(visible=False)
+        self._connect(signs)
 
-    def connect(self, signs: Sequence[Any]) -> None:
-        """Attach what happens to the widgets."""
+    def _connect(self, signs: Sequence[Any]) -> None:
         booth = [self.booth, self.voter, self.setup, self.stage, self.stop]
         booth += [self.notice, self.result]
         booth += [self.ballot, self.standing, self.token]
@@ -90,7 +77,7 @@ class _Page:
         for choice, button in self.buttons.items():
             cast = functools.partial(self._cast, choice)
             button.click(cast, [self.token, self.booth, self.voter], booth, **QUIET)
-        self.stop.click(lambda: {self.booth: None, **self._choosing()}, [], booth, **QUIET)
+        self.stop.click(lambda: {self.booth: None, **self._stage(False)}, [], booth, **QUIET)
         self.show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
         self.export.click(self._export, [], [self.file, self.notice], **QUIET).success(
             None, js="() => { document.getElementById('vote-file').click(); }"
@@ -128,12 +115,11 @@ class _Page:
         return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice, voter), voter))
 
     def _report(self, path: str | None, pair: str) -> Update:
-        return self._or_notice(
-            lambda: {
-                self.result: shown(table(*self.polls.result(path, pair))),
-                self.notice: shown(""),
-            }
-        )
+        def count() -> Update:
+            text = table(*self.polls.result(path, pair))
+            return {self.result: shown(text), self.notice: shown("")}
+
+        return self._or_notice(count)
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
@@ -145,22 +131,20 @@ class _Page:
         try:
             return act()
         except (UserError, OSError) as error:
-            text = html.escape(parts.plain(error, self.catalog))
+            text = escape(parts.plain(error, self.catalog))
             return {self.notice: shown(f'<section class="broken"><b>{text}</b></section>')}
 
-    def _choosing(self) -> Update:
+    def _stage(self, voting: bool) -> Update:
         return {
-            self.setup: gr.update(visible=True),
-            **{part: gr.update(visible=False) for part in (self.stage, self.stop)},
+            self.setup: gr.update(visible=not voting),
+            **{part: gr.update(visible=voting) for part in (self.stage, self.stop)},
             **{part: shown("") for part in (self.notice, self.result)},
         }
 
     def _voting(self, booth: Booth, voter: str) -> Update:
         return {
             self.booth: booth,
-            self.setup: gr.update(visible=False),
-            **{part: gr.update(visible=True) for part in (self.stage, self.stop)},
-            **{part: shown("") for part in (self.notice, self.result)},
+            **self._stage(True),
             self.ballot: ballot(booth.ballot, *self.polls.images(booth.ballot)),
             self.standing: standing(*self.polls.done(booth, voter)),
             self.token: booth.ballot.token,
@@ -180,7 +164,7 @@ def ballot(drawn: Ballot, left: bytes, right: bytes) -> str:
     )
     return (
         f'<p data-ballot="{drawn.token}">Which is the better image of</p>'
-        f'<h3>{html.escape(drawn.prompt)}</h3><div class="ballot">{sides}</div>'
+        f'<h3>{escape(drawn.prompt)}</h3><div class="ballot">{sides}</div>'
     )
 
 
@@ -211,10 +195,6 @@ def _cells(row: Tally) -> str:
     share = "–" if decided is None else f"{100 * decided:.0f} %"
     if interval is not None:
         share += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-    names = f"<b>{html.escape(row.adapter.label)}</b> over {html.escape(row.other.label)}"
+    names = f"<b>{escape(row.adapter.label)}</b> over {escape(row.other.label)}"
     counts = f"{row.wins}, {row.ties}, {row.losses}"
     return f"<td>{names}</td><td>{counts}</td><td>{100 * row.rate:.0f} %</td><td>{share}</td>"
-
-
-def _button(text: str, name: str, variant: Any) -> gr.Button:
-    return gr.Button(text, elem_id=name, variant=variant, min_width=80)

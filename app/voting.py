@@ -144,7 +144,7 @@ class Polls:
 
     def items(self) -> list[ScoresItem]:
         """Score folders in which there is something to vote on."""
-        return [item for item in self._catalog.scores() if pairings(item.path, item.result)]
+        return [item for item in self._catalog.now.scores if pairings(item.path, item.result)]
 
     def pairs(self, path: str | None) -> list[tuple[str, str]]:
         """Names and values of the pairs of adapters of a score folder, "any pair" first."""
@@ -220,7 +220,7 @@ class Polls:
         return path
 
     def _item(self, path: str | None) -> ScoresItem:
-        for item in self._catalog.scores():
+        for item in self._catalog.now.scores:
             if item.path == path:
                 return item
         raise UserError(f"there is no score folder {path!r} any more: choose another")

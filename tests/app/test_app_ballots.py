@@ -1,4 +1,4 @@
-"""Blind votes: sides by chance, nothing lost, and counts that scipy agrees with."""
+"""Blind votes: sides by chance, nothing lost, and a count that is the same from both sides."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor, PngImagePlugin
-from scipy import stats
 
-from app.ballots import COLUMNS, SCHEMA_VERSION, Ballot, Contestant, Vote, Votes, write_csv
+from app.ballots import SCHEMA_VERSION, Ballot, Contestant, Vote, Votes, write_csv
 from app.catalog import Catalog
 from app.scored import Scored, ScoredImage, ScoredPrompt
 from app.voting import ANY, Polls, Tally, draw, pairings, tallies
 from bilora_diffusion.errors import UserError
+from eval.compare import win_rate_interval
 from tests.app.scored_images import scores_of, write
 
 LORA, BILORA = Contestant("LoRA", "aa"), Contestant("Bi-LoRA", "bb")
@@ -43,13 +43,12 @@ def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> S
         for text in texts
         for seed in (0, 1)
     }
-    return scores_of(
-        labels, [ScoredPrompt(text, general=text == "a photo") for text in texts], images
-    )
+    about = [ScoredPrompt(text, general=text == "a photo") for text in texts]
+    return scores_of(labels, about, images)
 
 
-def ballot(token: str, left: Contestant = LORA, right: Contestant = BILORA) -> Ballot:
-    return Ballot("scores", "a ToK icon", 7, left, right, "left.png", "right.png", token)
+def ballot(token: str) -> Ballot:
+    return Ballot("scores", "a ToK icon", 7, LORA, BILORA, "left.png", "right.png", token)
 
 
 def vote(choice: str, left: Contestant = LORA, right: Contestant = BILORA) -> Vote:
@@ -63,25 +62,30 @@ def test_only_images_of_one_prompt_and_seed_are_paired() -> None:
     assert len(found) == 3 * 2 * 2 - 2, "general prompts are left out, and what one alone has"
     assert {(p.left.label, p.right.label) for p in found} == {("a", "b"), ("a", "c"), ("b", "c")}
     for pair in found:
-        sides = ((pair.left, pair.file_left), (pair.right, pair.file_right))
-        for side, file in sides:
+        for side, file in ((pair.left, pair.file_left), (pair.right, pair.file_right)):
             assert file == f"images/{side.label}/{pair.seed}/{pair.prompt}.png"
             assert side.digest == f"digest {side.label}"
     chosen = pairings("scores", scores, ("c", "a"))
-    assert {(p.left.label, p.right.label) for p in chosen} == {("a", "c")}
-    assert len(chosen) == 2 * 2
+    assert [(p.left.label, p.right.label) for p in chosen] == [("a", "c")] * 4
 
 
-def test_nothing_comes_twice_before_everything_was_seen() -> None:
+def test_pairs_come_once_before_any_comes_twice_and_sides_by_a_fair_coin() -> None:
     choices, seen, rng = pairings("s", result()), Counter(), random.Random(0)
     keys = []
     for _ in range(2 * len(choices)):
-        drawn = draw(choices, seen, rng)
-        seen[drawn.key] += 1
-        keys.append(drawn.key)
+        keys.append(draw(choices, seen, rng).key)
+        seen[keys[-1]] += 1
     half = len(choices)
     assert len(set(keys[:half])) == len(set(keys[half:])) == half
     assert keys[:half] != keys[half:], "the order is drawn, too"
+    again = [draw(choices, {}, random.Random(1)) for _ in range(20)]
+    assert len({drawn.left for drawn in again}) == 1, "a seed fixes the sides"
+    assert len({drawn.token for drawn in again}) == 20, "but no token"
+    # Four standard deviations of a fair coin, for how often each side comes and how often it stays.
+    n = 4000
+    lefts = [draw(choices, {}, rng).left.label == "LoRA" for _ in range(n)]
+    for hits in (sum(lefts), sum(one == two for one, two in pairwise(lefts))):
+        assert abs(hits - n / 2) < 4 * math.sqrt(n) / 2
 
 
 def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> None:
@@ -109,47 +113,17 @@ def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> 
     assert (tally.wins + tally.losses, voters) == (4, 1)
 
 
-def test_sides_are_balanced_and_without_memory() -> None:
-    choices, rng, n = pairings("s", result()), random.Random(1), 4000
-    lefts = [draw(choices, {}, rng).left.label == "LoRA" for _ in range(n)]
-    again = [draw(choices, {}, random.Random(1)).left.label for _ in range(2)]
-    assert again[0] == again[1], "a seed fixes the sides"
-    assert len({draw(choices, {}, random.Random(1)).token for _ in range(20)}) == 20, "not these"
-    # Four standard deviations of a fair coin, for how often each side comes and how often it stays.
-    band = 4 * math.sqrt(n) / 2
-    assert abs(sum(lefts) - n / 2) < band
-    assert abs(sum(one == two for one, two in pairwise(lefts)) - n / 2) < band
-
-
-@pytest.mark.parametrize(("wins", "ties", "losses"), [(7, 3, 2), (10, 0, 0), (0, 1, 4), (1, 0, 1)])
-def test_rate_and_interval(wins: int, ties: int, losses: int) -> None:
-    found = Tally(LORA, BILORA, wins, ties, losses)
-    n, z = wins + losses, stats.norm.ppf(0.975)
-    share = wins / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    assert found.rate == pytest.approx((wins + 0.5 * ties) / (wins + ties + losses))
-    assert found.decided_rate == pytest.approx(share)
-    assert found.interval is not None
-    assert found.interval.low == pytest.approx(max(0.0, centre - half), abs=1e-12)
-    assert found.interval.high == pytest.approx(min(1.0, centre + half), abs=1e-12)
+def test_a_vote_counts_the_same_from_both_sides_and_apart_for_weights_trained_again() -> None:
+    cast = [vote("left"), vote("tie"), vote("right", BILORA, LORA), vote("tie", BILORA, LORA)]
+    newer = Contestant("LoRA", "cc")
+    assert [v.winner for v in cast] == [LORA, None, LORA, None]
+    (tally, other) = tallies([*cast, vote("left", BILORA, LORA), vote("left", newer, BILORA)])
+    assert tally == Tally(BILORA, LORA, wins=1, ties=2, losses=2)
+    assert other == Tally(BILORA, newer, wins=0, ties=0, losses=1)
+    assert (tally.rate, tally.decided_rate) == pytest.approx((2 / 5, 1 / 3))
+    assert tally.interval == win_rate_interval(1, 0, 2)
     even = Tally(LORA, BILORA, 0, 4, 0)
     assert (even.rate, even.decided_rate, even.interval) == (0.5, None, None)
-
-
-def test_a_vote_counts_the_same_from_both_sides() -> None:
-    cast = [
-        *(vote("left"), vote("right", BILORA, LORA), vote("tie"), vote("tie", BILORA, LORA)),
-        vote("left", BILORA, LORA),
-    ]
-    assert tallies(cast) == [Tally(BILORA, LORA, wins=1, ties=2, losses=2)]
-    assert [v.winner for v in cast] == [LORA, LORA, None, None, BILORA]
-
-
-def test_weights_trained_again_are_counted_apart() -> None:
-    newer = Contestant("LoRA", "cc")
-    found = tallies([vote("left"), vote("left", newer, BILORA)])
-    assert [(t.adapter, t.other) for t in found] == [(BILORA, LORA), (BILORA, newer)]
 
 
 def test_votes_come_back_as_they_were_cast(tmp_path: Path) -> None:
@@ -160,19 +134,14 @@ def test_votes_come_back_as_they_were_cast(tmp_path: Path) -> None:
     assert votes.add(odd, "left", "me'; --")
     assert votes.add(ballot("2"), "tie", "you")
     assert not votes.add(ballot("2"), "right", "you"), "a second click changes nothing"
+    with pytest.raises(sqlite3.IntegrityError):
+        votes.add(ballot("3"), "both", "me")
     assert [v.prompt for v in votes.read()] == [odd.prompt, "a ToK icon"]
     (kept,) = votes.read(odd.scores)
     assert (kept.left, kept.right, kept.choice, kept.session) == (LORA, BILORA, "left", "me'; --")
     assert [v.choice for v in votes.read(session="you")] == ["tie"]
     assert votes.seen("scores", "you") == {("a ToK icon", 7, (BILORA, LORA)): 1}
     assert votes.seen("scores", "me'; --") == {}
-
-
-def test_the_file_is_in_wal_mode_and_refuses_an_unknown_choice(tmp_path: Path) -> None:
-    votes = Votes(tmp_path / "votes.sqlite")
-    with pytest.raises(sqlite3.IntegrityError, match="choice"):
-        votes.add(ballot("1"), "both", "me")
-    assert votes.read() == []
     with closing(sqlite3.connect(votes.path)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
@@ -196,25 +165,18 @@ def test_threads_and_processes_lose_nothing(tmp_path: Path) -> None:
     assert Counter(v.session for v in Votes(path).read()) == {name: 15 for _, name, _ in jobs}
 
 
-def test_another_schema_version_is_refused(tmp_path: Path) -> None:
-    votes = Votes(tmp_path / "votes.sqlite")
-    votes.add(ballot("1"), "left", "me")
-    with sqlite3.connect(votes.path) as connection:
+def test_a_file_that_is_none_of_this_versions_votes_is_refused_and_kept(tmp_path: Path) -> None:
+    newer, other = Votes(tmp_path / "newer.sqlite"), Votes(tmp_path / "other.sqlite")
+    newer.add(ballot("1"), "left", "me")
+    with closing(sqlite3.connect(newer.path)) as connection:
         connection.execute("PRAGMA user_version = 7")
-    connection.close()
-    for act in (votes.check, votes.read, lambda: votes.add(ballot("2"), "left", "me")):
-        with pytest.raises(UserError, match=r"^votes.sqlite has schema version 7.*move the file"):
-            act()
-
-
-def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "votes.sqlite"
-    path.write_text("not a database, but long enough to look at" * 30)
-    before = path.read_bytes()
-    for act in (Votes(path).check, Votes(path).read):
-        with pytest.raises(UserError, match=r"votes.sqlite is no file of votes"):
-            act()
-    assert path.read_bytes() == before
+    other.path.write_text("not a database, but long enough to look at" * 30)
+    for votes, words in ((newer, "newer.sqlite .* 7"), (other, "other.sqlite")):
+        before = votes.path.read_bytes()
+        for act in (votes.check, votes.read, lambda own=votes: own.add(ballot("2"), "left", "me")):
+            with pytest.raises(UserError, match=words):
+                act()
+        assert votes.path.read_bytes() == before
 
 
 @pytest.fixture
@@ -247,12 +209,11 @@ def test_a_read_only_folder_is_read_but_refused_for_votes(closed_folder: Path) -
     answers = fork.Queue()
     worker = fork.Process(target=in_closed_folder, args=(closed_folder, answers))
     worker.start()
-    found = [answers.get(timeout=60) for _ in range(3)]
+    read, *refused = [answers.get(timeout=60) for _ in range(3)]
     worker.join(60)
-    assert found[0] == "1 read"
-    for sentence in found[1:]:
-        assert sentence.startswith("votes.sqlite can't be written (")
-        assert "may write to" in sentence
+    assert read == "1 read"
+    for sentence in refused:
+        assert sentence.startswith("votes.sqlite can't be written")
         assert str(closed_folder) not in sentence
 
 
@@ -260,12 +221,9 @@ def test_the_csv_file() -> None:
     odd = replace(vote("right"), prompt='a "ToK", icon\nof two lines')
     text = io.StringIO(newline="")
     write_csv([vote("tie"), odd], text)
-    rows = list(csv.DictReader(io.StringIO(text.getvalue(), newline="")))
-    assert tuple(rows[0]) == COLUMNS
-    assert ",".join(COLUMNS) == (
-        "time UTC,score folder,prompt,seed,adapter left,adapter right,choice,winner,session"
-    )
-    assert list(rows[0].values()) == [
-        *("2026-01-02T03:04:05+00:00", "scores", "icon", "0", "LoRA", "Bi-LoRA", "tie", "", "me"),
-    ]
-    assert (rows[1]["prompt"], rows[1]["winner"]) == (odd.prompt, "Bi-LoRA")
+    head, first, second = csv.reader(io.StringIO(text.getvalue(), newline=""))
+    columns = "time UTC,score folder,prompt,seed,adapter left,adapter right,choice,winner,session"
+    assert ",".join(head) == columns
+    about = ["2026-01-02T03:04:05+00:00", "scores"]
+    assert first == [*about, "icon", "0", "LoRA", "Bi-LoRA", "tie", "", "me"]
+    assert second == [*about, odd.prompt, "0", "LoRA", "Bi-LoRA", "right", "Bi-LoRA", "me"]

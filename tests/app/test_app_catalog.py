@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from app.scored import ScoredImage, ScoredPrompt
 from eval import table
 from tests.app.scored_images import scores_of, write
 
-ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def make_run(folder: Path, **changes: Any) -> Path:
@@ -35,7 +36,7 @@ def make_run(folder: Path, **changes: Any) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(record | changes), encoding="utf-8")
-    (folder / "pytorch_lora_weights.safetensors").touch()
+    (folder / WEIGHTS).touch()
     return folder
 
 
@@ -54,38 +55,39 @@ def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
-def test_finds_what_is_there_by_path(tmp_path: Path) -> None:
+def paths(catalog: Catalog) -> list[str]:
+    return [run.path for run in catalog.now.runs]
+
+
+def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_path: Path) -> None:
     make_run(tmp_path / "b" / "lora")
     make_run(tmp_path / "a", method="bilora", status="running")
+    deep = tmp_path.joinpath(*"cdefghij"[:DEPTH])
+    for folder in (deep, deep / "x", tmp_path / "env" / "run"):
+        make_run(folder)
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    for name in ("checkpoints", ".hidden", "site-packages"):
+        make_run(tmp_path / name / "run")
     make_scores(tmp_path / "scores")
     make_figures(tmp_path / "flat", "landscape")
-    make_figures(tmp_path / "sweep", "sweep", figures=None)
-    catalog = Catalog(tmp_path)
-    assert [(run.path, run.method, run.status) for run in catalog.runs()] == [
-        ("a", "bilora", "running"),
-        ("b/lora", "lora", "finished"),
+    now = Catalog(tmp_path).now
+    assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
+        ("a", "bilora", "running", f"a/{WEIGHTS}"),
+        ("b/lora", "lora", "finished", f"b/lora/{WEIGHTS}"),
+        ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
-    assert catalog.runs()[0].base_model == "mini"
-    assert catalog.runs()[1].weights == "b/lora/pytorch_lora_weights.safetensors"
-    (scores,) = catalog.scores()
-    assert (scores.path, scores.file("images/0.png")) == ("scores", "scores/images/0.png")
-    assert [(found.kind, found.figures) for found in catalog.figures()] == [
-        ("landscape", ["flat/loss.png"])
-    ]
-    assert [row.path for row in catalog.broken()] == ["sweep"]
-
-
-def test_the_root_itself_can_be_a_run(tmp_path: Path) -> None:
-    (run,) = Catalog(make_run(tmp_path / "lora")).runs()
-    assert (run.path, run.name) == (".", "LoRA, seed 0")
-    assert run.weights == "pytorch_lora_weights.safetensors"
+    assert [item.file("images/0.png") for item in now.scores] == ["scores/images/0.png"]
+    assert [(item.kind, item.figures) for item in now.figures] == [("landscape", ["flat/loss.png"])]
+    assert now.broken == []
+    (run,) = Catalog(tmp_path / "a").now.runs
+    assert (run.path, run.name, run.weights) == (".", "Bi-LoRA, seed 0", WEIGHTS)
 
 
 def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(
     tmp_path: Path,
 ) -> None:
     def names() -> dict[str, str]:
-        return {run.path: run.name for run in Catalog(tmp_path).runs()}
+        return {run.path: run.name for run in Catalog(tmp_path).now.runs}
 
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", method="bilora", config={"rho": 0.05})
@@ -111,12 +113,14 @@ def test_the_first_pair_is_of_one_seed_and_of_one_folder(tmp_path: Path) -> None
         ("x/bilora-0", "bilora", 0),
     ):
         make_run(tmp_path / path, method=method, seed=seed)
-    runs = Catalog(tmp_path).runs()
+    runs = Catalog(tmp_path).now.runs
     assert [run.path for run in pair(runs)] == ["x/lora", "x/bilora"]
     assert len(pair(runs[:1])) == 1
 
 
-def test_what_is_new_is_seen(tmp_path: Path) -> None:
+def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "lora", status="running")
     image = run / "validation" / "step-50" / "000.png"
     catalog, kinds = Catalog(tmp_path), ("runs", "scores", "figures")
@@ -129,9 +133,16 @@ def test_what_is_new_is_seen(tmp_path: Path) -> None:
 
     assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
     assert after(lambda: (image.parent.mkdir(parents=True), image.touch())) == {"runs"}
-    assert catalog.runs()[0].steps == (50,)
+    assert catalog.now.runs[0].steps == (50,)
     assert after(lambda: make_scores(tmp_path / "scores")) == {"scores"}
     assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
+    assert after(lambda: make_run(run, status="failed")) == {"runs"}
+    assert catalog.now.runs[0].status == "failed"
+    make_run(tmp_path / "other")
+    catalog.refresh()
+    monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
+    assert after(lambda: shutil.rmtree(run)) == {"runs"}
+    assert paths(catalog) == ["other"]
 
 
 def test_commands_have_the_paths_that_a_shell_needs(
@@ -172,36 +183,20 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) 
     assert validation.table(catalog, runs, 100).count("none at step 100") == 2
 
 
-def test_looks_no_deeper_than_said_and_not_into_checkpoints(tmp_path: Path) -> None:
-    deep = tmp_path.joinpath(*"abcdefgh"[:DEPTH])
-    make_run(deep)
-    make_run(deep / "x")
-    for name in ("checkpoints", ".hidden", "site-packages"):
-        make_run(tmp_path / name / "run")
-    make_run(tmp_path / "env" / "run")
-    (tmp_path / "env" / "pyvenv.cfg").touch()
-    assert [run.path for run in Catalog(tmp_path).runs()] == ["a/b/c/d/e/f"]
-
-
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("run.json", "{", "run.json is damaged"),
-        ("run.json", "[]", "run.json is damaged"),
+        ("run.json", "{", "run.json"),
         ("run.json", "[" * 100_000, "RecursionError"),
-        ("run.json", '{"schema_version": 1, "method": "lora"}', "has no status"),
-        ("run.json", b"\xff\xfe", "run.json is damaged"),
-        ("result.json", "{}", "result.json is damaged"),
-        ("result.json", '{"schema_version": 1, "kind": "clip_scores"}', "result.json is damaged"),
+        ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
+        ("run.json", b"\xff\xfe", "run.json"),
+        ("result.json", "{}", "result.json"),
+        ("result.json", '{"schema_version": 1, "kind": "clip_scores"}', "result.json"),
         ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
-        ("result.json", '{"schema_version": 1, "kind": "sweep"}', "run python -m eval.sweep again"),
-        (
-            "result.json",
-            '{"schema_version": 1, "kind": "dynamics", "figures": ["../x.png"]}',
-            "is damaged",
-        ),
+        ("result.json", '{"schema_version": 1, "kind": "sweep"}', "python -m eval.sweep"),
+        ("result.json", '{"schema_version": 1, "kind": "a", "figures": ["../x.png"]}', "eval.a"),
         ("result.json", '{"schema_version": 1, "kind": "sweep", "figures": ["x.png"]}', "x.png"),
-        ("scores.json", "", "of an earlier version: run python -m eval.clip_scores again"),
+        ("scores.json", "", "python -m eval.clip_scores"),
     ],
 )
 def test_a_broken_folder_is_named_and_the_rest_is_shown(
@@ -212,8 +207,8 @@ def test_a_broken_folder_is_named_and_the_rest_is_shown(
     bad.mkdir()
     (bad / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     catalog = Catalog(tmp_path)
-    assert [run.path for run in catalog.runs()] == ["good"]
-    (broken,) = catalog.broken()
+    assert paths(catalog) == ["good"]
+    (broken,) = catalog.now.broken
     assert broken.path == "bad"
     assert words in broken.reason
     assert str(tmp_path) not in broken.reason
@@ -237,8 +232,8 @@ def test_scores_that_do_not_fit_together_are_broken(
     assert old in path.read_text(encoding="utf-8")
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     catalog = Catalog(tmp_path)
-    assert catalog.scores() == []
-    assert "result.json is damaged" in catalog.broken()[0].reason
+    assert catalog.now.scores == []
+    assert "result.json is damaged" in catalog.now.broken[0].reason
 
 
 def test_a_folder_that_can_not_be_read_is_named(
@@ -255,22 +250,5 @@ def test_a_folder_that_can_not_be_read_is_named(
 
     monkeypatch.setattr(os, "scandir", refuse)
     catalog = Catalog(tmp_path)
-    assert [run.path for run in catalog.runs()] == ["good"]
-    assert [row.path for row in catalog.broken()] == ["locked"]
-
-
-def test_refresh_sees_what_is_new_changed_and_gone_and_reads_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "a")
-    catalog = Catalog(tmp_path)
-    make_run(tmp_path / "b")
-    make_run(tmp_path / "a", status="running ")  # another size, so another stamp
-    assert [run.path for run in catalog.runs()] == ["a"]
-    catalog.refresh()
-    states = [(run.path, run.status) for run in catalog.runs()]
-    assert states == [("a", "running "), ("b", "finished")]
-    (tmp_path / "a" / "run.json").unlink()
-    monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
-    catalog.refresh()
-    assert [run.path for run in catalog.runs()] == ["b"]
+    assert paths(catalog) == ["good"]
+    assert [row.path for row in catalog.now.broken] == ["locked"]

@@ -57,55 +57,38 @@ def result() -> Scored:
     return made(I2T)
 
 
-def test_a_change_is_the_mean_over_common_seeds(result: Scored) -> None:
+def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
+    result: Scored,
+) -> None:
     listed = rows(result, LORA, BILORA, "i2t")
     assert [row.text for row in listed] == list(TEXTS)
     assert [row.change for row in listed] == pytest.approx([0.01, -0.05, 0.09])
     assert rows(result, LORA, LORA, "i2t")[0].change == 0
-    lonely = replace(
-        result.result,
-        rows=[
-            *result.result.rows,
-            replace(result.result.select("i2t", BILORA)[0], seed=7, value=1),
-        ],
-    )
-    listed = rows(replace(result, result=lonely), LORA, BILORA, "i2t")
-    assert listed[0].b == pytest.approx(0.31), "a seed of one adapter alone does not count"
-
-
-def test_a_missing_score_is_none_and_comes_last(result: Scored) -> None:
-    listed = rows(result, LORA, BASE, "i2t")
-    assert all(row.change is None and row.b is None for row in listed)
+    lonely = made({**I2T, RABBIT: {**I2T[RABBIT], 7: (0.9,)}})
+    assert rows(lonely, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3), "one adapter's seed"
+    assert {(row.b, row.change) for row in rows(result, LORA, BASE, "i2t")} == {(None, None)}
+    some = rows(made({**I2T, LION: {0: (0.2,)}}), LORA, BILORA, "i2t")
     for order in ("gain", "loss"):
-        some = made({**I2T, LION: {0: (0.2,)}})
-        assert arranged(rows(some, LORA, BILORA, "i2t"), "i2t", order)[-1].text == LION
+        assert arranged(some, "i2t", order)[-1].text == LION
 
 
-@pytest.mark.parametrize(
-    ("metric", "order", "expected"),
-    [
-        ("i2t", "gain", [LION, RABBIT, CLOUD]),
-        ("i2t", "loss", [CLOUD, RABBIT, LION]),
-        ("i2t", "name", [CLOUD, LION, RABBIT]),
-        ("i2t", "list", [RABBIT, CLOUD, LION]),
-        ("nearest", "gain", [CLOUD, RABBIT, LION]),  # less memorization is the gain
-        ("nearest", "loss", [LION, RABBIT, CLOUD]),
-    ],
-)
-def test_orders(result: Scored, metric: str, order: str, expected: list[str]) -> None:
-    assert order in ORDERS
-    listed = arranged(rows(result, LORA, BILORA, metric), metric, order)
-    assert [row.text for row in listed] == expected
+def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None:
+    def texts(metric: str, order: str, words: str = "") -> list[str]:
+        listed = rows(result, LORA, BILORA, metric)
+        return [row.text for row in arranged(listed, metric, order, words)]
 
-
-def test_the_filter_takes_all_words_in_any_case(result: Scored) -> None:
-    listed = rows(result, LORA, BILORA, "i2t")
-    assert [row.text for row in arranged(listed, "i2t", "list", "ICON cloud")] == [CLOUD]
-    assert arranged(listed, "i2t", "list", "cloud lion") == []
-
-
-def test_steps_stop_at_both_ends(result: Scored) -> None:
-    listed = arranged(rows(result, LORA, BILORA, "i2t"), "i2t", "gain")  # lion, rabbit, cloud
+    orders = {
+        "gain": [LION, RABBIT, CLOUD],
+        "loss": [CLOUD, RABBIT, LION],
+        "name": [CLOUD, LION, RABBIT],
+        "list": [RABBIT, CLOUD, LION],
+    }
+    assert {order: texts("i2t", order) for order in ORDERS} == orders
+    assert texts("nearest", "gain") == orders["loss"], "less memorization is the gain"
+    assert texts("nearest", "loss") == orders["gain"]
+    assert texts("i2t", "list", "ICON cloud") == [CLOUD]
+    assert texts("i2t", "list", "cloud lion") == []
+    listed = arranged(rows(result, LORA, BILORA, "i2t"), "i2t", "gain")
     assert neighbour(listed, LION, 1) == RABBIT
     assert neighbour(listed, LION, -1) == LION
     assert neighbour(listed, CLOUD, 1) == CLOUD
@@ -113,19 +96,18 @@ def test_steps_stop_at_both_ends(result: Scored) -> None:
     assert neighbour([], CLOUD, 1) == CLOUD
 
 
-def test_only_scores_that_an_image_has_are_offered_and_the_best_is_marked(result: Scored) -> None:
+def test_scores_that_an_image_has_are_offered_the_best_marked_and_all_shown_times_100(
+    result: Scored,
+) -> None:
     assert metrics(result) == ["i2t", "nearest"]
     pair = [result.images[label, LION, 0] for label in (LORA, BILORA)]
     assert best(pair) == {"i2t": 0.29, "nearest": 0.20}
     assert best(pair[:1] * 2) == {}, "a tie"
-
-
-def test_scores_are_shown_times_100() -> None:
     shown = [times_100(value) for value in (0.31417, -0.005, 0.0, None)]
     assert shown == ["31.42", "-0.50", "0.00", "–"]
 
 
-def test_a_link_reopens_its_view(result: Scored) -> None:
+def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Scored) -> None:
     first = first_view("scores", result)
     about = {"a": BILORA, "b": LORA, "also": (BASE,), "prompt": CLOUD, "seed": 1}
     view = replace(first, **about, order="name", words="n")
@@ -133,14 +115,11 @@ def test_a_link_reopens_its_view(result: Scored) -> None:
     assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%2C+plain&prompt=")
     assert opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
     assert opened({}, "scores", result) == (first, [])
-
-
-def test_what_a_link_names_in_vain_is_said(result: Scored) -> None:
-    query = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
-    view, missing = opened(query, "scores", result)
-    assert view == replace(first_view("scores", result), also=())
+    lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
+    view, missing = opened(lost, "scores", result)
+    assert view == replace(first, also=())
     assert len(missing) == 5
-    assert '"lora-2"' in missing[0]
+    assert all(f'"{word}"' in said for word, said in zip(lost.values(), missing, strict=True))
 
 
 def test_a_result_with_one_adapter_or_no_image_can_be_opened() -> None:
@@ -158,8 +137,8 @@ def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards
-    assert "+1.00" in prompts
     assert prompts.count("aria-current") == 1
+    assert f'class="{listed[0].tone}">+1.00' in prompts
 
 
 @pytest.mark.parametrize(
@@ -175,17 +154,14 @@ def test_a_difference_that_chance_explains_has_no_colour(
     gains: tuple[float, ...], tone: str
 ) -> None:
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
-    listed = rows(made(scores), LORA, BILORA, "i2t")
-    html = compare_html.prompt_list(listed, RABBIT, LORA, BILORA)
-    assert html.split('class="')[-1].split('"')[0] == tone
+    assert rows(made(scores), LORA, BILORA, "i2t")[0].tone == tone
 
 
 def test_means_with_the_difference_of_the_pair(result: Scored) -> None:
     def shown(low: float, high: float) -> str:
-        means = [Summary(label, "i2t", mean=0.3) for label in (LORA, BILORA)]
-        ends = {"difference_low": low, "difference_high": high}
-        means[1] = replace(means[1], control=LORA, difference=0.02, higher=1, **ends)
-        scores = made(I2T, means)
+        ends = {"difference_low": low, "difference_high": high, "higher": 1}
+        ours = Summary(BILORA, "i2t", mean=0.3, control=LORA, difference=0.02, **ends)
+        scores = made(I2T, [Summary(LORA, "i2t", mean=0.3), ours])
         pairs = ((LORA, BILORA), (BILORA, LORA))
         return "".join(compare_html.summary(scores, a, b) for a, b in pairs)
 
@@ -197,10 +173,7 @@ def test_means_with_the_difference_of_the_pair(result: Scored) -> None:
 
 
 def test_small_pictures_are_enlarged_and_large_ones_reduced() -> None:
-    for size, shown in (
-        ((64, 32), (256, 128)),
-        ((300, 200), (300, 200)),
-        ((1536, 768), (768, 384)),
-    ):
+    sizes = {(64, 32): (256, 128), (300, 200): (300, 200), (1536, 768): (768, 384)}
+    for size, shown in sizes.items():
         assert parts.fitted(Image.new("RGB", size)).size == shown
     assert parts.data_uri(Image.new("RGB", (64, 64))).startswith("data:image/webp;base64,")

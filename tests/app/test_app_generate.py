@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from app.drawing import (
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
-from tests.app.test_app_catalog import make_run
+from tests.app.test_app_catalog import WEIGHTS, make_run
 
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
@@ -37,18 +38,9 @@ def models() -> Pipelines:
     return Pipelines("cpu")
 
 
-def test_an_image_is_that_of_the_evaluation(models: Pipelines) -> None:
-    steps: list[int] = []
-    image = models.draw(
-        BaseChoice("mini"), None, REQUEST, stop=threading.Event(), on_step=steps.append
-    )
-    assert steps == [1, 2]
-    pipeline = load_pipeline("mini", dtype=torch.float32)
-    (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
-    assert np.array_equal(np.asarray(image), np.asarray(expected))
-
-
-def test_a_stop_ends_the_work_at_the_next_step_and_frees_the_pipeline(models: Pipelines) -> None:
+def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(
+    models: Pipelines,
+) -> None:
     stop, steps = threading.Event(), []
 
     def on_step(step: int) -> None:
@@ -56,14 +48,17 @@ def test_a_stop_ends_the_work_at_the_next_step_and_frees_the_pipeline(models: Pi
         if step == 2:
             stop.set()
 
-    many = Request(PROMPT, seed=0, steps=50, guidance_scale=4.0, scale=1.0)
+    mini, many = BaseChoice("mini"), replace(REQUEST, steps=50)
     with pytest.raises(Stopped):
-        models.draw(BaseChoice("mini"), None, many, stop=stop, on_step=on_step)
-    assert steps == [1, 2]
+        models.draw(mini, None, many, stop=stop, on_step=on_step)
+    assert steps == [1, 2], "it ends before the next step"
     loaded = models._pipeline
-    models.draw(BaseChoice("mini"), None, REQUEST, stop=threading.Event(), on_step=steps.append)
+    image = models.draw(mini, None, REQUEST, stop=threading.Event(), on_step=steps.append)
     assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
     assert models._pipeline is loaded  # and the pipeline stays
+    pipeline = load_pipeline("mini", dtype=torch.float32)
+    (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Pipelines) -> None:
@@ -96,55 +91,44 @@ def test_work_reports_its_course_and_what_is_wrong_without_places(
     course = ["begun", "step", "step", "image"] * 2
     assert [kind for kind, _ in news] == [*course, "begun", "error"]
     assert [value for kind, value in news if kind == "step"] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    sentence = news[-1][1]
-    assert "lora" in sentence
-    assert str(tmp_path) not in sentence
+    assert "lora" in news[-1][1]
+    assert str(tmp_path) not in news[-1][1]
 
 
-def test_two_choices_become_a_base_and_folders(tmp_path: Path) -> None:
-    config = {"pretrained_model_name_or_path": "mini", "resolution": 64}
-    make_run(tmp_path / "a", config=config)
-    make_run(tmp_path / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
-    catalog = Catalog(tmp_path)
+def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "root"
+    make_run(root / "a", config={"pretrained_model_name_or_path": "mini", "resolution": 64})
+    make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
+    text = make_run(root / "text")
+    (text / WEIGHTS).rename(text / "adapter_model.safetensors")
+    for name in ("young", "linked"):
+        (make_run(root / name) / WEIGHTS).unlink()
+    (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
+    catalog = Catalog(root)
+    assert [run.path for run in catalog.now.runs if drawable(run)] == ["a", "b", "linked"]
     base, chosen, size = sides(catalog, "a", BASE)
     assert (base, size) == (BaseChoice("mini"), 64)
-    assert chosen == [("LoRA, seed 0", (tmp_path / "a").resolve()), ("base model", None)]
-    with pytest.raises(UserError, match="different base models, mini and owner/other"):
-        sides(catalog, "a", "b")
-    with pytest.raises(UserError, match='the run "c" has gone'):
-        sides(catalog, "c", "a")
+    assert chosen == [("LoRA, seed 0 (a)", root / "a"), ("base model", None)]
+    for a, b, words in (
+        ("a", "b", "mini and owner/other"),
+        ("young", "a", '"young"'),
+        ("linked", BASE, "out of the root"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sides(catalog, a, b)
 
 
-def test_only_runs_with_weights_for_sdxl_below_the_root_can_be_drawn(tmp_path: Path) -> None:
-    weights, root = "pytorch_lora_weights.safetensors", tmp_path / "root"
-    text = make_run(root / "text")
-    (text / weights).rename(text / "adapter_model.safetensors")
-    (make_run(root / "young") / weights).unlink()
-    (make_run(root / "icons") / weights).unlink()
-    (root / "icons" / weights).symlink_to(make_run(tmp_path / "outside") / weights)
-    catalog = Catalog(root)
-    assert [run.path for run in catalog.runs() if drawable(run)] == ["icons"]
-    with pytest.raises(UserError, match="leads out of the root"):
-        sides(catalog, "icons", BASE)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ((" ", 0, 25, 4, 1), "prompt is empty"),
-        ((PROMPT, None, 25, 4, 1), "the seed is None"),
-        ((PROMPT, -1, 25, 4, 1), "the seed is -1"),
-        ((PROMPT, 2**32, 25, 4, 1), "the seed is 4294967296"),
-        ((PROMPT, 0, 0, 4, 1), "number of steps is 0"),
-        ((PROMPT, 0, 10_000, 4, 1), "number of steps is 10000"),
-    ],
-)
-def test_bad_values_are_refused(values: tuple, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        checked(*values)
-
-
-def test_a_model_that_is_not_here_and_a_device_that_is_not_here_are_refused() -> None:
+def test_bad_values_and_what_is_not_here_are_refused() -> None:
+    for name, value in (
+        ("prompt", " "),
+        *(("seed", seed) for seed in (None, -1, 2**32)),
+        *(("steps", count) for count in (None, 0, 10_000)),
+    ):
+        values = {"prompt": PROMPT, "seed": 0, "steps": 25, "guidance": 4, "scale": 1, name: value}
+        with pytest.raises(UserError, match=f"{name} is {'empty' if value == ' ' else value}"):
+            checked(**values)
     with pytest.raises(UserError, match="hf download owner/absent"):
         local(BaseChoice("owner/absent"))
     with pytest.raises(UserError, match='--device "abacus"'):

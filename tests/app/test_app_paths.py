@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -17,15 +18,9 @@ from tests.app.test_app_catalog import make_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    "path", ["../x", "a/../../x", "/etc/passwd", "..", "a/..", "a\\..\\..\\x", "a\0b", "//etc"]
-)
-def test_paths_out_of_the_root_are_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match="below the root"):
-        Catalog(tmp_path).resolve(path)
-
-
-def test_links_out_of_the_root_are_refused_and_those_that_stay_are_followed(tmp_path: Path) -> None:
+def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
+    tmp_path: Path,
+) -> None:
     outside = make_run(tmp_path / "outside")
     root = tmp_path / "root"
     inside = make_run(root / "inside")
@@ -36,14 +31,16 @@ def test_links_out_of_the_root_are_refused_and_those_that_stay_are_followed(tmp_
     (root / "record").mkdir()
     (root / "record" / "run.json").symlink_to(outside / "run.json")
     (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    led_out = ("folder", "folder/run.json", "file.json", "record/run.json", "loop")
+    out = ("../x", "a/../../x", "/etc/passwd", "..", "a/..", "a\\..\\..\\x", "a\0b", "//etc")
     for catalog in (Catalog(root), Catalog(tmp_path / "link")):
-        for path in ("folder", "folder/run.json", "file.json", "record/run.json"):
-            with pytest.raises(UserError, match="leads out of the root"):
+        for path in (*led_out, *out):
+            with pytest.raises(UserError, match=re.escape(repr(path))):
                 catalog.resolve(path)
         assert catalog.resolve("kept/run.json") == inside.resolve() / "run.json"
         assert catalog.resolve("not/there").parent.parent == catalog.root
-        assert [run.path for run in catalog.runs()] == ["inside"]
-        assert {row.path for row in catalog.broken()} == {"folder", "record"}
+        assert [run.path for run in catalog.now.runs] == ["inside"]
+        assert {row.path for row in catalog.now.broken} == {"folder", "record"}
 
 
 @pytest.mark.parametrize(
@@ -80,10 +77,8 @@ def test_without_gradio_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)  # importing it now raises ImportError
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    assert viewer.main([str(tmp_path), "--port", str(port)]) == 2
+    monkeypatch.setattr(viewer, "check_address", lambda host, port: None)
+    assert viewer.main([str(tmp_path)]) == 2
     assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err
 
 

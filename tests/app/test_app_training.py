@@ -1,4 +1,4 @@
-"""Training curves: files that grow under the reader, smoothing, rho over the steps, the state."""
+"""Training curves: files that grow under the reader, rho over the steps, the state, the plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.charts import Line, Shown, draw, over, radii
+from app import charts
+from app.charts import COLORS, Line, Shown, colors_of, differences, draw, plot, radii
 from app.runs import RunItem
 from app.training_data import (
     BUSY_SECONDS,
@@ -57,7 +58,9 @@ def write(folder: Path, text: str, mode: str = "a") -> None:
         file.write(text)
 
 
-def test_a_file_that_grows_is_read_again_and_only_then(tmp_path: Path) -> None:
+def test_a_file_is_read_again_where_it_grew_was_cut_or_mended_and_only_then(
+    tmp_path: Path,
+) -> None:
     log = RunLog(tmp_path)
     log.start({}, method="bilora", seed=0, resume_step=None)
     reader = Reader()
@@ -70,44 +73,20 @@ def test_a_file_that_grows_is_read_again_and_only_then(tmp_path: Path) -> None:
     write(tmp_path, 'ss": 0.25}\n')
     assert series(reader.read(tmp_path), "loss") == [(1, 0.5), (2, 0.25)]
     assert len(first) == 1, "what was handed out does not change"
-
-
-def test_a_resumed_run_is_read_anew_and_one_that_is_gone_has_no_rows(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.start({}, method="lora", seed=0, resume_step=None)
-    for step in range(1, 6):
-        log.metric(step, loss=1.0)
-    reader = Reader()
-    assert len(reader.read(tmp_path)) == 5
     again = RunLog(tmp_path)
-    again.start({}, method="lora", seed=0, resume_step=2)  # cuts off what came after step 2
-    for step in range(3, 6):
-        again.metric(step, loss=2.0)
-    assert [row["loss"] for row in reader.read(tmp_path)] == [1.0] * 2 + [2.0] * 3
-    (tmp_path / "metrics.jsonl").unlink()
-    assert reader.read(tmp_path) == []
-
-
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    reader = Reader()
-    write(tmp_path, '{"step": 1}\nnonsense\n')
-    with pytest.raises(UserError, match=r"^line 2 of .* is not a metrics line"):
+    again.start({}, method="bilora", seed=0, resume_step=1)  # cuts off what came after step 1
+    for step, loss in ((2, math.nan), (3, math.inf), (4, 0.125)):
+        again.metric(step, loss=loss, skipped=True)
+    found = reader.read(tmp_path)
+    assert series(found, "loss") == [(1, 0.5), (4, 0.125)], "without what is not finite"
+    assert series(found, "skipped") == series(found, "unknown") == []
+    write(tmp_path, "nonsense\n")
+    with pytest.raises(UserError, match="line 5 of "):
         reader.read(tmp_path)
     write(tmp_path, '{"step": 1}\n{"step": 2}\n', mode="w")
-    assert len(reader.read(tmp_path)) == 2, "mended"
-
-
-def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.start({}, method="bilora", seed=0, resume_step=None)
-    for step, loss in enumerate((0.5, math.nan, math.inf, 0.25), start=1):
-        log.metric(step, loss=loss, skipped=True)
-    log.metric(4, heldout_loss=0.1)
-    found = Reader().read(tmp_path)
-    assert found[1]["loss"] is None
-    assert series(found, "loss") == [(1, 0.5), (4, 0.25)]
-    assert series(found, "heldout_loss") == [(4, 0.1)]
-    assert series(found, "skipped") == series(found, "unknown") == []
+    assert len(reader.read(tmp_path)) == 2
+    (tmp_path / "metrics.jsonl").unlink()
+    assert reader.read(tmp_path) == []
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 500])
@@ -133,12 +112,6 @@ def test_thinning_keeps_ends_and_peaks() -> None:
     assert thin(points[:400], 400) == points[:400]
 
 
-@pytest.mark.parametrize("norm", ["scaled", "unscaled"])
-def test_rho_is_a_horizontal_line_in_the_units_of_the_norm(norm: str) -> None:
-    assert radius(record(rho_norm=norm), 40) == [(1, 0.05), (40, 0.05)]
-    assert radius(record(rho_norm=norm), 1) == [(1, 0.05)]
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_scheduled_rho_is_the_methods_own(schedule: str) -> None:
     line = radius(record(rho_schedule=schedule, max_train_steps=80), 40)
@@ -149,22 +122,21 @@ def test_a_scheduled_rho_is_the_methods_own(schedule: str) -> None:
         assert value == pytest.approx(method._radius())
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
+def test_a_constant_rho_is_a_horizontal_line_in_the_units_of_the_norm_where_there_is_a_ball() -> (
+    None
+):
+    for norm in ("scaled", "unscaled"):
+        assert radius(record(rho_norm=norm), 40) == [(1, 0.05), (40, 0.05)]
+    assert radius(record(), 1) == [(1, 0.05)]
+    for run in (
         record("lora"),
         record("lora-sam"),  # its rho bounds a perturbation, not an auxiliary
         record(rho=None),
         record(ball="none"),
         record(rho_schedule="linear", max_train_steps=None),
-    ],
-)
-def test_where_there_is_no_line(run: dict[str, Any]) -> None:
-    assert radius(run, 40) == []
-
-
-def test_nothing_is_drawn_before_the_first_step() -> None:
-    assert radius(record(), 0) == []
+    ):
+        assert radius(run, 40) == []
+    assert radius(record(), 0) == [], "before the first step"
     assert draw([], 5) == ""
     assert "<path" not in draw([shown("a", [])], 5)
 
@@ -182,7 +154,7 @@ def test_progress_of_a_running_run() -> None:
     assert total_steps({**epochs, "num_steps": 60}) == 60
 
 
-def test_a_run_without_a_heartbeat_is_stalled() -> None:
+def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does() -> None:
     found = rows(0.1, 0.1)
     assert progress(record(), found, 0.0, STALE_SECONDS - 1).status == "running"
     stale = progress(record(), found, 0.0, STALE_SECONDS + 1)
@@ -192,9 +164,6 @@ def test_a_run_without_a_heartbeat_is_stalled() -> None:
     slow = [{"step": 1, "seconds": 60.0}]
     assert progress(record(), slow, 0.0, STALE_SECONDS + 1).status == "running", "a step takes long"
     assert progress(record(status="finished"), found, 0.0, 1e9).status == "finished"
-
-
-def test_validating_is_told_from_stalled() -> None:
     busy = {**record(), "doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
     state = progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
     assert (state.status, state.reason) == ("validation images", "since 3 min 1 s")
@@ -219,8 +188,66 @@ def test_the_record_of_a_real_run(tmp_path: Path) -> None:
     assert (state.status, state.steps, state.total) == ("finished", 2, 2)
     assert state.peak_memory_bytes > 0
     runs = [shown("x", found, run)]
-    assert [line.points for line in over(runs, "auxiliary_norm", "auxiliary_norm_before")] == [
-        [(1, 0.05), (2, 0.05)],
-        [(1, 0.2), (2, 0.1)],
-    ]
+    norms = charts.over(runs, "auxiliary_norm", "auxiliary_norm_before")
+    assert [line.points for line in norms] == [[(1, 0.05), (2, 0.05)], [(1, 0.2), (2, 0.1)]]
     assert radii(runs) == [Line("ρ = 0.05", [(1, 0.05), (2, 0.05)], None)]
+
+
+def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_seed() -> None:
+    lora, other_seed = record("lora"), record("lora") | {"seed": 1}
+    runs = [
+        shown("lora", rows(1.0, 0.5, 0.25), lora),
+        shown("lora 1", rows(9.0, 9.0), other_seed, 1),
+        shown("ours", rows(0.75, 0.25), None, 2),
+    ]
+    assert charts.loss(runs[2:], window=2) == [
+        Line("ours", [(1, 0.75), (2, 0.25)], 2, faint=True),
+        Line("ours", [(1, 0.75), (2, 0.5)], 2),
+    ]
+    assert differences(runs, "loss") == [Line("ours", [(1, -0.25), (2, -0.25)], 2)]
+    assert differences(runs[1:], "loss") == []
+
+
+def test_equal_rates_and_equal_radii_are_one_line() -> None:
+    one, other = [{"step": 1, "lr": 0.5}], [{"step": 1, "lr": 0.1}]
+    equal = charts.rates([shown("a", one), shown("b", one)])
+    assert equal == [Line("all runs", [(1, 0.5)], None)]
+    assert len(charts.rates([shown("a", one), shown("b", other)])) == 2
+    short, long, linear = rows(1.0, 1.0), rows(*[1.0] * 9), record(rho_schedule="linear")
+    found = radii(
+        [shown("a", short), shown("b", long), shown("c", short), shown("d", short, linear)]
+    )
+    assert [line.name for line in found] == ["ρ = 0.05", "ρ of d"]
+    assert found[0].points == [(1, 0.05), (9, 0.05)], "as long as the longest run"
+
+
+def test_a_plot_names_its_lines_and_its_axis_and_holds_no_foreign_markup() -> None:
+    text = record(model_name_or_path="t5")
+    found = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]
+    both = draw([shown("a", found), shown("b", found, text)], 5)
+    for name in ("loss", "loss-text", "accuracy-text"):
+        assert f'id="training-{name}"' in both, "those of text have their own"
+    assert both.count("<h3>") == 2
+    assert "<h3>" not in draw([shown("b", found, text)], 5)
+    evil = "<b>"
+    html = plot("x", evil, evil, [Line(evil, [(0, 1.0), (4, 0.5)], 3)], zero=True)
+    assert evil not in html
+    assert 'class="of-3"' in html
+    assert "&lt;b&gt; ends at 0.5" in html
+    assert plot("x", "t", "c", [Line("a", [], 0)]) == ""
+    assert charts.ticks(0, 200) == [0, 50, 100, 150, 200]
+    assert charts.ticks(0.061, 0.119) == [0.08, 0.1]
+    assert charts.limits([0.5, 0.5]) == (0.475, 0.525)
+    low, high = charts.limits([1.0, 2.0], zero=True)
+    assert low < 0 < 2 < high
+    assert charts.limits([*[1.0] * 99, 2.0, 500.0])[1] < 10, "a rare peak is cut off"
+
+
+def test_a_run_keeps_its_colour() -> None:
+    known = [f"run{at}" for at in range(20)]
+    alone = colors_of(["run3"], known)
+    assert colors_of(["run1", "run3"], known)["run3"] == alone["run3"]
+    crowded = colors_of([f"run{at}" for at in (3, 11, 19, 0, 1, 2, 4, 5)], known)
+    assert sorted(crowded.values()) == list(range(COLORS))
+    assert crowded["run3"] == alone["run3"]
+    assert len(colors_of([*known, "gone"], known)) == COLORS

@@ -15,8 +15,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -40,45 +40,52 @@ LOADED = 60_000
 """Milliseconds that a page may take on a machine with other work."""
 
 
-@dataclass
-class Viewer:
-    """A running viewer: its address, its root, and what it has printed."""
+class Viewer(NamedTuple):
+    """A running viewer."""
 
     url: str
     root: Path
-    process: subprocess.Popen[bytes]
-    log: Path
 
 
-@dataclass
-class Visit:
-    """A page of a running viewer, and every address that it asked for."""
+def go(page: Page, address: str, tab: str | None = None) -> Page:
+    """Go there, wait until the page has settled, and choose a tab."""
+    page.goto(address)
+    page.locator("#frame-title h1").wait_for()
+    if tab is not None:
+        found = page.get_by_role("tab", name=tab)
+        if not found.is_visible():  # where they don't all fit, the others are in a menu
+            page.locator(".overflow-menu > button").click()
+            found = page.locator(".overflow-dropdown").get_by_text(tab)
+        found.click()
+    return page
 
-    page: Page
-    requests: list[str] = field(default_factory=list)
 
-    def open(self, address: str, tab: str | None = None) -> Page:
-        """Go there, wait until the page has settled, and choose a tab."""
-        self.page.goto(address)
-        self.page.locator("#frame-title h1").wait_for()
-        if tab is not None:
-            self.page.get_by_role("tab", name=tab).click()
-        return self.page
+def pick(page: Page, field: str, option: str) -> None:
+    """Choose an option of a drop-down list."""
+    page.locator(f"#{field} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+    expect(page.get_by_role("option")).to_have_count(0)  # the list fades away
+
+
+def fits(page: Page) -> bool:
+    """Whether nothing is wider than the window."""
+    widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    return widths[0] <= widths[1]
 
 
 @contextmanager
-def serving(root: Path, log: Path, *arguments: str) -> Iterator[Viewer]:
+def serving(root: Path, log: Path) -> Iterator[Viewer]:
     """A viewer on a free port, ended afterwards."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "app.viewer", str(root), "--port", str(port), *arguments]
-    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "app.viewer", str(root), "--port", str(port)]
+    viewer = Viewer(f"http://127.0.0.1:{port}", root)
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait(url, process, log)
-            yield Viewer(url, root, process, log)
+            _wait(viewer.url, process, log)
+            yield viewer
         finally:
             process.terminate()
             try:
@@ -90,15 +97,13 @@ def serving(root: Path, log: Path, *arguments: str) -> Iterator[Viewer]:
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise AssertionError(f"the viewer ended: {log.read_text(encoding='utf-8')}")
+    while time.monotonic() < until and process.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise AssertionError(f"the viewer did not start in {PATIENCE} s: {log.read_text('utf-8')}")
+    pytest.fail(f"the viewer ended or did not start: {log.read_text('utf-8')}")
 
 
 @pytest.fixture(scope="session")
@@ -107,36 +112,24 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("viewer") / "studio"
     root.mkdir()
     roots.make_runs(root)
-    roots.make_scores(root)
+    roots.make_scores(root / "scores", roots.METHODS)
     return root
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """The files of a folder in another one, without checkpoints."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file() and "checkpoints" not in path.parts:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, copy)
-
-
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Viewer]]:
-    """``start(root, *arguments)`` runs a viewer until the tests end."""
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Viewer]]:
+    """``start(root)`` runs a viewer until the tests end."""
     logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack:
-        count = 0
 
-        def run(root: Path, *arguments: str) -> Viewer:
-            nonlocal count
-            count += 1
-            return stack.enter_context(serving(root, logs / f"{count}.log", *arguments))
+        def run(root: Path) -> Viewer:
+            return stack.enter_context(serving(root, logs / f"{len(list(logs.iterdir()))}.log"))
 
         yield run
 
 
 @pytest.fixture(scope="session")
-def viewer(full_root: Path, start: Callable[..., Viewer]) -> Viewer:
+def viewer(full_root: Path, start: Callable[[Path], Viewer]) -> Viewer:
     """A viewer of ``full_root``, shared by the tests of one process."""
     return start(full_root)
 
@@ -155,28 +148,26 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
-    """``visit(phone=False, dark=False)`` is a new visitor with a browser context of their own."""
+def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """``visit(phone=False, dark=False)`` is a page of a new visitor's own browser context."""
     with ExitStack() as stack:
 
-        def enter(phone: bool = False, dark: bool = False) -> Visit:
+        def enter(phone: bool = False, dark: bool = False) -> Page:
             context = browser.new_context(
                 viewport={"width": 360, "height": 740} if phone else {"width": 1280, "height": 900},
                 color_scheme="dark" if dark else "light",
             )
             stack.callback(context.close)
             context.set_default_timeout(LOADED)
-            found = Visit(context.new_page())
-            context.on("request", lambda request: found.requests.append(request.url))
-            return found
+            return context.new_page()
 
         yield enter
 
 
 @pytest.fixture
-def page(visit: Callable[..., Visit]) -> Page:
+def page(visit: Callable[..., Page]) -> Page:
     """A page of a desktop browser, at no address yet."""
-    return visit().page
+    return visit()
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,17 @@
-"""Real folders for the viewer: two short runs on the miniature and the scores of their images."""
+"""Folders for the viewer: two short runs on the miniature, and scores of pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.state import AcceleratorState
-from PIL.Image import Image
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from app.scored import Key, Scored, ScoredImage, ScoredPrompt, ScoringModel
 from bilora_diffusion.image import script as train
-from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.sampling import generate
 from tests.app.scored_images import scores_of, write
 from tests.scripts.runs import flags
 
@@ -36,42 +34,43 @@ def make_runs(root: Path) -> None:
         train.main(flags(root / method, method=method, **values))
 
 
-def make_scores(root: Path) -> Scored:
-    """Write ``root/scores``: images of both runs and measurements of them.
+def picture(adapter: int, prompt: int, seed: int) -> Image.Image:
+    """An image that only this adapter makes: its colour tells it."""
+    image = Image.new("RGB", (64, 64), ("white", "ivory")[adapter])
+    box = (8, 8 + 8 * seed, 30 + 6 * prompt, 40 + 4 * prompt)
+    ImageDraw.Draw(image).ellipse(box, fill=("teal", "orange")[adapter])
+    return image
 
-    The scorer is another part with tests of its own, so brightness and contrast stand in for it.
+
+def make_scores(folder: Path, labels: Sequence[str]) -> Scored:
+    """Write pictures of two adapters and measurements of them.
+
+    As in real folders, files and PNG texts name the adapter. The scorer is another part with tests
+    of its own, so brightness and contrast stand in for it.
     """
-    folder, pipeline = root / "scores", load_pipeline("mini", dtype=torch.float32)
-    jobs = [(prompt, seed) for prompt in range(len(SUBJECTS)) for seed in SEEDS]
     texts = [f"a ToK icon of a {name}, in the style of ToK" for name in SUBJECTS]
     images: dict[Key, ScoredImage] = {}
-    for method in METHODS:
-        pipeline.load_lora_weights(str(root / method))
-        drawn = generate(
-            pipeline,
-            [texts[prompt] for prompt, _ in jobs],
-            [seed for _, seed in jobs],
-            size=64,
-            steps=6,
-            guidance_scale=4.0,
-        )
-        pipeline.unload_lora_weights()
-        for (prompt, seed), image in zip(jobs, drawn, strict=True):
-            file = f"images/{method}/seed-{seed}/{prompt:03}.png"
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            image.save(folder / file)
-            images[method, texts[prompt], seed] = _score(file, image)
+    for adapter, label in enumerate(labels):
+        for prompt, text in enumerate(texts):
+            for seed in SEEDS:
+                file = f"images/{label}/seed-{seed}/{prompt:03}-{label}.png"
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                written = PngImagePlugin.PngInfo()
+                written.add_text("parameters", f'{{"adapter": "{label}"}}')
+                image = picture(adapter, prompt, seed)
+                image.save(folder / file, pnginfo=written)
+                images[label, text, seed] = _score(file, image)
     prompts = [
         ScoredPrompt(text, name, reference)
         for text, (name, reference) in zip(texts, SUBJECTS.items(), strict=True)
     ]
     scorer, captioner = ScoringModel("test-CLIP", "For tests only."), ScoringModel("test-captioner")
-    scored = scores_of(METHODS, prompts, images, SEEDS, scorer, captioner)
+    scored = scores_of(labels, prompts, images, SEEDS, scorer, captioner)
     write(scored, folder)
     return scored
 
 
-def _score(file: str, image: Image) -> ScoredImage:
+def _score(file: str, image: Image.Image) -> ScoredImage:
     pixels = np.asarray(image, dtype=float) / 255
     brightness, contrast = float(pixels.mean()), float(pixels.std())
     scores = {"i2t": brightness, "t2t": contrast, "truth": 1 - brightness, "nearest": contrast / 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from app.compare_data import arranged, rows, times_100
 from app.scored import Scored, scored
 from eval import table
 from tests.app.scored_images import scores_of, write
-from tests.browser.conftest import Viewer, Visit, link_tree
+from tests.browser.conftest import Viewer, go, pick
 
 pytestmark = pytest.mark.slow
 
@@ -41,19 +42,12 @@ def pictures(page: Page) -> list[str | None]:
     return [image.get_attribute("src") for image in page.locator(f"{CARD} > img").all()]
 
 
-def choose(page: Page, name: str, option: str) -> None:
-    """Pick an option of a drop-down list."""
-    page.locator(f"#compare-{name} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
-    expect(page.get_by_role("option")).to_have_count(0)  # the list fades away
-
-
 def expected(result: Scored, order: str, metric: str = "i2t") -> list[str]:
     """The names as the data has them."""
     return [row.name for row in arranged(rows(result, "lora", "bilora", metric), metric, order)]
 
 
-def test_images_side_by_side_with_scores(
+def test_images_side_by_side_with_scores_chosen_by_order_words_prompt_and_seed(
     page: Page, viewer: Viewer, result: Scored, shot: Callable[[Page, str], Path]
 ) -> None:
     opened(page, viewer)
@@ -75,10 +69,7 @@ def test_images_side_by_side_with_scores(
     assert cards.first.locator("> img").evaluate("image => image.naturalWidth") == 256
     shot(page, "compare-desktop")
 
-
-def test_sorting_filtering_and_choosing(page: Page, viewer: Viewer, result: Scored) -> None:
-    opened(page, viewer)
-    choose(page, "order", "Largest loss first")
+    pick(page, "compare-order", "Largest loss first")
     first = page.locator("#compare-list button.prompt").first
     expect(first).to_contain_text(expected(result, "loss")[0])
     names = page.locator("#compare-list button.prompt span:first-child").all_inner_texts()
@@ -89,14 +80,14 @@ def test_sorting_filtering_and_choosing(page: Page, viewer: Viewer, result: Scor
     expect(page.locator(CHOSEN)).to_contain_text("rabbit")
     expect(page.locator(f"{CARD} > img").first).not_to_have_attribute("src", before[0] or "")
     before = pictures(page)
-    choose(page, "seed", "1")
+    pick(page, "compare-seed", "1")
     expect(page.locator(f"{CARD} > img").first).not_to_have_attribute("src", before[0] or "")
     assert pictures(page)[2] == before[2]  # the held-out picture has no seed
     page.locator("#compare-words textarea, #compare-words input").fill("zebra")
     expect(page.locator("#compare-list")).to_contain_text("No prompt contains these words")
 
 
-def test_the_slider_goes_by_mouse_and_keyboard(page: Page, viewer: Viewer) -> None:
+def test_slider_and_enlargement_go_by_mouse_and_keyboard(page: Page, viewer: Viewer) -> None:
     opened(page, viewer)
     slider = page.locator("#compare-slider figure.pair")
     sources = [image.get_attribute("src") for image in slider.locator("img").all()]
@@ -117,9 +108,6 @@ def test_the_slider_goes_by_mouse_and_keyboard(page: Page, viewer: Viewer) -> No
     assert slider.locator("> div").evaluate(style) == "solid", "it can be seen where the keys go"
     expect(page.locator("#compare-place")).to_have_text("1 of 4")  # the keys were the slider's
 
-
-def test_images_are_enlarged_by_mouse_and_keyboard(page: Page, viewer: Viewer) -> None:
-    opened(page, viewer)
     images, zoom = page.locator("img.zoom"), page.locator("dialog#zoom")
     images.first.click()
     expect(zoom).to_be_visible()
@@ -137,26 +125,24 @@ def test_images_are_enlarged_by_mouse_and_keyboard(page: Page, viewer: Viewer) -
 
 
 def test_runs_side_by_side_before_any_scoring_then_their_scores(
-    visit: Callable[..., Visit],
-    start: Callable[..., Viewer],
+    page: Page,
+    start: Callable[[Path], Viewer],
     full_root: Path,
     tmp_path: Path,
     shot: Callable[[Page, str], Path],
 ) -> None:
     for name in ("lora", "bilora"):
-        link_tree(full_root / name, tmp_path / name)
+        shutil.copytree(full_root / name, tmp_path / name, copy_function=os.link)
     shown = tmp_path / "lora" / "validation"
     shutil.copytree(shown / "step-0", shown / "step-1")  # as if the first step had changed nothing
-    page = visit().open(start(tmp_path).url)
+    go(page, start(tmp_path).url)
     subjects = page.locator("#validation-images section.subject")
     expect(subjects).to_have_count(6)
     names = ["base model", "LoRA, seed 0", "Bi-LoRA, seed 0"]
     for at in range(6):
         expect(subjects.nth(at).locator("figcaption")).to_have_text(names)
-        assert (
-            len({image.get_attribute("src") for image in subjects.nth(at).locator("img").all()})
-            == 3
-        )
+        images = subjects.nth(at).locator("img").all()
+        assert len({image.get_attribute("src") for image in images}) == 3
     expect(subjects.first.locator("h4")).to_contain_text("icon of a rabbit")
     expect(page.locator("#validation-step output")).to_have_text("step 2")
     page.locator("#validation-step input").focus()
@@ -169,7 +155,7 @@ def test_runs_side_by_side_before_any_scoring_then_their_scores(
     expect(page.locator("#tab-compare .command code")).to_have_text(command)
     shot(page, "before-scoring")
     page.evaluate("window.notReloaded = true")
-    link_tree(full_root / "scores", tmp_path / "aside")
+    shutil.copytree(full_root / "scores", tmp_path / "aside")
     (tmp_path / "aside").rename(tmp_path / "scores")
     expect(page.locator(CARD)).to_have_count(3)
     expect(page.locator("#compare-means")).to_contain_text("Scored images")
@@ -207,11 +193,10 @@ def test_buttons_and_keys_step_through_the_list_and_a_field_keeps_its_keys(
     expect(page.locator("#compare-place")).to_have_text("1 of 4")
 
 
-def test_a_link_reopens_the_same_view(visit: Callable[..., Visit], viewer: Viewer) -> None:
-    page = opened(visit().page, viewer)
-    choose(page, "a", "bilora")
-    choose(page, "b", "lora")
-    choose(page, "seed", "1")
+def test_a_link_reopens_the_same_view(visit: Callable[..., Page], viewer: Viewer) -> None:
+    page = opened(visit(), viewer)
+    for field, option in (("a", "bilora"), ("b", "lora"), ("seed", "1")):
+        pick(page, f"compare-{field}", option)
     page.locator("#compare-list button.prompt", has_text="frog").click()
     expect(page.locator("#compare-prompt")).to_contain_text("frog")
     link = page.locator("#compare-link textarea, #compare-link input")
@@ -219,7 +204,7 @@ def test_a_link_reopens_the_same_view(visit: Callable[..., Visit], viewer: Viewe
     address = link.input_value()
     assert address.startswith(viewer.url)
     assert "prompt=" in page.url  # the browser's own address follows
-    other = visit().page
+    other = visit()
     other.goto(address)
     expect(other.locator("#compare-prompt")).to_contain_text("frog")
     expect(other.locator(f"{CARD} .name").first).to_have_text("Abilora")
@@ -232,7 +217,7 @@ def test_a_link_reopens_the_same_view(visit: Callable[..., Visit], viewer: Viewe
 
 
 def test_images_without_scores_are_shown_and_it_is_said(
-    page: Page, start: Callable[..., Viewer], full_root: Path, result: Scored, tmp_path: Path
+    page: Page, start: Callable[[Path], Viewer], full_root: Path, result: Scored, tmp_path: Path
 ) -> None:
     shutil.copytree(full_root / "scores", tmp_path / "bare")
     images = {key: replace(image, scores={}) for key, image in result.images.items()}
@@ -241,7 +226,7 @@ def test_images_without_scores_are_shown_and_it_is_said(
     viewer = start(tmp_path)
     opened(page, viewer)
     expect(page.locator("#compare-metric input")).to_have_value("no image has a score")
-    choose(page, "seed", "1")
+    pick(page, "compare-seed", "1")
     page.locator("#compare-next").click()
     expect(page.locator("#compare-place")).to_have_text("2 of 4")
     expect(page.get_by_test_id("toast-body")).to_have_count(0)

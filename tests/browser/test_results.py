@@ -11,8 +11,7 @@ from playwright.sync_api import Page, expect
 
 from eval import table
 from eval.table import Result
-from tests.browser.conftest import Viewer, Visit
-from tests.browser.test_vote import choose
+from tests.browser.conftest import Viewer, fits, go, pick
 
 pytestmark = pytest.mark.slow
 
@@ -47,16 +46,17 @@ def make_landscape(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Viewer]) -> Viewer:
+def studio(tmp_path_factory: pytest.TempPathFactory, start: Callable[[Path], Viewer]) -> Viewer:
     """A viewer of an empty root."""
     return start(tmp_path_factory.mktemp("empty"))
 
 
-def test_figures_and_report(
-    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+def test_figures_and_report_come_while_the_page_is_open_and_a_lost_figure_is_named(
+    studio: Viewer, visit: Callable[..., Page], shot: Callable[[Page, str], Path]
 ) -> None:
-    look = visit()
-    page = look.open(studio.url, "Results")
+    page, asked = visit(), []
+    page.on("request", lambda request: asked.append(request.url))
+    go(page, studio.url, "Results")
     expect(page.locator("#results-notice")).to_contain_text("python -m eval.landscape")
     make_landscape(studio.root / "landscape")
     images = page.locator("#results-figures img")
@@ -74,28 +74,19 @@ def test_figures_and_report(
     expect(report.locator("table")).to_be_visible()
     assert report.locator("img").count() == 0
     assert not page.evaluate("Boolean(window.ranReport)")
-    assert all(url.startswith((studio.url, "data:", "blob:")) for url in look.requests)
+    assert all(url.startswith((studio.url, "data:", "blob:")) for url in asked)
     shot(page, "results-figures")
 
-
-def test_a_lost_figure_is_named_and_a_wide_report_fits_a_phone(
-    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
-) -> None:
-    folder = studio.root / "landscape"
-    if not folder.exists():
-        make_landscape(folder)
-    (folder / FIGURES[1]).write_bytes(b"no picture")
+    (studio.root / "landscape" / FIGURES[1]).write_bytes(b"no picture")
     wide = "| a | " + "very wide " * 30 + "|\n| --- | --- |\n| gsm8k | 12.5 |\n"
     other = studio.root / "text_scores"
     other.mkdir()
     table.write(Result("text_scores"), other, "# Scores of texts\n\n" + wide)
-    page = visit(phone=True, dark=True).open(studio.url)
-    choose(page, "Results")
+    page = go(visit(phone=True, dark=True), studio.url, "Results")
     expect(page.locator("#results-figures img")).to_have_count(1)
     expect(page.locator("#results-report")).to_contain_text("landscape_plane.png can't be read")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert fits(page)
     shot(page, "results-figures-phone-dark")
-    page.locator("#results-result input").click()
-    page.get_by_role("option", name="Text scores: text_scores").click()
+    pick(page, "results-result", "Text scores: text_scores")
     expect(page.locator("#results-report")).to_contain_text("gsm8k")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert fits(page), "a wide table too"

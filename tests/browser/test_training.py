@@ -12,8 +12,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from bilora_diffusion.run.runlog import RunLog
-from tests.browser.conftest import Viewer, Visit
-from tests.browser.test_vote import choose
+from tests.browser.conftest import Viewer, fits, go
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +69,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> RunLog:
 
 
 @pytest.fixture(scope="module")
-def studio(live: RunLog, start: Callable[..., Viewer]) -> Viewer:
+def studio(live: RunLog, start: Callable[[Path], Viewer]) -> Viewer:
     """A viewer of these runs."""
     return start(live.folder.parent)
 
@@ -87,31 +86,29 @@ def lines(page: Page, chart: str) -> Locator:
 
 
 def test_curves_on_a_phone_in_the_dark(
-    studio: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+    studio: Viewer, visit: Callable[..., Page], shot: Callable[[Page, str], Path]
 ) -> None:
-    page = visit(phone=True, dark=True).open(studio.url)
+    page = go(visit(phone=True, dark=True), studio.url, "Training")
     expect(page.locator("#frame-notice")).to_contain_text("broken")
-    choose(page, "Training")
     expect(card(page, "LoRA")).to_contain_text(f"200 of {STEPS} steps")
     expect(card(page, "LoRA")).to_contain_text("finished")
     for chart, count in LINES.items():
         expect(lines(page, chart)).to_have_count(count)
         names = page.locator(f"#training-{chart} .names span").all()
-        boxes = [page.locator(f"#training-{chart} .area").bounding_box()]
-        boxes += [name.bounding_box() for name in names]
-        assert all(box and box["x"] + box["width"] <= 360 for box in boxes)
-        assert boxes[0] is not None
-        assert boxes[0]["width"] > 150
+        area: Any = page.locator(f"#training-{chart} .area").bounding_box()
+        boxes: list[Any] = [area, *(name.bounding_box() for name in names)]
+        assert all(box["x"] + box["width"] <= 360 for box in boxes)
+        assert area["width"] > 150
     assert "NaN" not in page.locator("#training-plots").inner_html()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert fits(page)
     shot(page, "training-phone-dark")
 
 
 def test_a_run_that_goes_on_is_followed_and_runs_are_chosen(
-    studio: Viewer, live: RunLog, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+    studio: Viewer, live: RunLog, page: Page, shot: Callable[[Page, str], Path]
 ) -> None:
     live.sync()  # the heartbeat
-    page = visit().open(studio.url, "Training")
+    go(page, studio.url, "Training")
     mine = card(page, "Bi-LoRA")
     for text in (f"100 of {STEPS} steps", "running", "ρ 0.05"):
         expect(mine).to_contain_text(text)

@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from app.ballots import COLUMNS, FILE, Votes
-from app.scored import Key, ScoredImage, ScoredPrompt
 from app.voting import tallies
-from tests.app.scored_images import scores_of, write
-from tests.browser.conftest import Viewer, Visit
+from tests.browser.conftest import Viewer, fits, go, pick
+from tests.browser.roots import SEEDS, SUBJECTS, make_scores
 
 pytestmark = pytest.mark.slow
 
 LABELS = ("quagga-run", "zebra-run")
 """Words that stand nowhere else in the page."""
-PROMPTS = ("a rabbit", "a cloud", "a lion", "a frog")
-SEEDS = (0, 1)
-PAIRS = len(PROMPTS) * len(SEEDS)
+PAIRS = len(SUBJECTS) * len(SEEDS)
 KEYS = {"1": "left", "2": "right", "0": "tie"}
 VOTES = ("1", "left", "0", "right", "2", "tie", "1", "left", "2", "0")
 """Ten votes by keyboard and mouse."""
@@ -50,35 +47,11 @@ window.fetch = async (...request) => {
 """Keeps what the server answers, its streams of events too, which the browser itself forgets."""
 
 
-def picture(adapter: int, prompt: int, seed: int) -> Image.Image:
-    """An image that only this adapter makes: its colour tells it."""
-    image = Image.new("RGB", (64, 64), ("white", "ivory")[adapter])
-    draw = ImageDraw.Draw(image)
-    box = (8 + 4 * prompt, 8 + 8 * seed, 40 + 4 * prompt, 40 + 8 * seed)
-    draw.ellipse(box, fill=("teal", "orange")[adapter])
-    return image
-
-
-def make_scores(folder: Path) -> None:
-    """A score folder of two adapters; as in real ones, folders and PNG texts name the adapter."""
-    images: dict[Key, ScoredImage] = {}
-    for adapter, label in enumerate(LABELS):
-        for prompt, text in enumerate(PROMPTS):
-            for seed in SEEDS:
-                file = f"images/{label}/seed-{seed}/{prompt:03}-{label}.png"
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                written = PngImagePlugin.PngInfo()
-                written.add_text("parameters", f'{{"adapter": "{label}"}}')
-                picture(adapter, prompt, seed).save(folder / file, pnginfo=written)
-                images[label, text, seed] = ScoredImage(file, {"i2t": 0.2, "t2t": 0.3})
-    write(scores_of(LABELS, [ScoredPrompt(text) for text in PROMPTS], images, SEEDS), folder)
-
-
 @pytest.fixture(scope="module")
-def polls(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Viewer]) -> Viewer:
+def polls(tmp_path_factory: pytest.TempPathFactory, start: Callable[[Path], Viewer]) -> Viewer:
     """A viewer of one score folder."""
     root = tmp_path_factory.mktemp("polls")
-    make_scores(root / "scores")
+    make_scores(root / "scores", LABELS)
     return start(root)
 
 
@@ -118,12 +91,10 @@ def download(page: Page) -> list[dict[str, str]]:
         return list(reader)
 
 
-def test_ten_votes(
-    polls: Viewer, page: Page, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
-) -> None:
+def test_ten_votes(polls: Viewer, page: Page, shot: Callable[[Page, str], Path]) -> None:
     addresses: list[str] = []
     page.add_init_script(LISTEN)
-    Visit(page).open(polls.url, "Vote")
+    go(page, polls.url, "Vote")
     expect(page.locator("#vote-start")).to_be_visible()
     wait_for_lists(page)
     page.evaluate("window.heard = []")
@@ -187,8 +158,8 @@ def require_blind(heard: str, addresses: list[str]) -> None:
             assert max(image.size) > 64, "enlarged"
 
 
-def test_two_voters_at_once_and_a_second_click(polls: Viewer, visit: Callable[..., Visit]) -> None:
-    one, two = visit().open(polls.url, "Vote"), visit().open(polls.url, "Vote")
+def test_two_voters_at_once_and_a_second_click(polls: Viewer, visit: Callable[..., Page]) -> None:
+    one, two = go(visit(), polls.url, "Vote"), go(visit(), polls.url, "Vote")
     for page in (one, two):
         begin(page)
     for how in ("left", "tie"):
@@ -207,29 +178,16 @@ def test_two_voters_at_once_and_a_second_click(polls: Viewer, visit: Callable[..
     two.locator("#vote-show").click()
     expect(two.locator("#vote-result")).to_contain_text("Votes of 2 voters")
     assert len(Votes(polls.root / FILE).read()) == 6, "a second click is no second vote"
-    one.reload()  # the same browser is the same voter
-    one.get_by_role("tab", name="Vote").click()
-    begin(one)
+    begin(go(one, polls.url, "Vote"))  # the same browser is the same voter
     expect(one.locator("#vote-standing")).to_contain_text(f"2 of {PAIRS}")
 
 
-def choose(page: Page, tab: str) -> None:
-    """Open a tab where they don't all fit: the others are in a menu."""
-    found = page.get_by_role("tab", name=tab)
-    if not found.is_visible():
-        page.locator(".overflow-menu > button").click()
-        found = page.locator(".overflow-dropdown").get_by_text(tab)
-    found.click()
-
-
 def test_on_a_phone_and_where_votes_cant_be_kept(
-    polls: Viewer, visit: Callable[..., Visit], shot: Callable[[Page, str], Path]
+    polls: Viewer, visit: Callable[..., Page], shot: Callable[[Page, str], Path]
 ) -> None:
     (polls.root / FILE).mkdir()
-    page = visit(phone=True).open(polls.url)
-    choose(page, "Vote")
-    page.locator("#vote-pair input").click()
-    page.get_by_role("option", name=re.compile("quagga-run and zebra-run")).click()
+    page = go(visit(phone=True), polls.url, "Vote")
+    pick(page, "vote-pair", " and ".join(LABELS))
     page.locator("#vote-start").click()
     expect(page.locator("#vote-notice")).to_contain_text("votes.sqlite can't be written")
     assert str(polls.root) not in page.content()
@@ -240,5 +198,5 @@ def test_on_a_phone_and_where_votes_cant_be_kept(
     assert boxes[0]["y"] == boxes[1]["y"], "side by side"
     assert all(box["width"] > 120 for box in boxes)
     cast(page, "right")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert fits(page)
     shot(page, "vote-phone")
