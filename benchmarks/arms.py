@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,17 @@ class Arm:
             loss = self.shape.loss(self.model, self.inputs)
         loss.backward()
         return loss.detach()
+
+
+def make(
+    kinds: Sequence[str], shape: Shape, batch: int, dtype: torch.dtype, device: Any, seed: int
+) -> list[Arm]:
+    """Arms on one base model and one batch; under autocast, but for fp32."""
+    base = shape.make(dtype, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = shape.inputs(base, batch, dtype, device, generator)
+    amp = None if dtype == torch.float32 else dtype
+    return [Arm(kind, shape, base, inputs, amp, seed) for kind in kinds]
 
 
 def share(base: nn.Module) -> nn.Module:

@@ -28,8 +28,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import arms
 import torch
 from arms import Arm
+from measure import circumstances
 from shapes import SHAPES
 from torch import Tensor
 
@@ -38,7 +40,6 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import run_cli
 from bilora_diffusion.methods import ball
 from bilora_diffusion.methods.rounding import effect
-from bilora_diffusion.run import provenance
 
 RADII = (0.05, 0.1, 0.5, 1.0, 5.0)
 FIGURES = ("changed", "cosine", "kept", "relative")
@@ -49,14 +50,10 @@ HEAD = "| rho | outputs changed | cosine | kept | wanted / output |"
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Train a little, then look at every radius; returns what is written."""
     shape, device = SHAPES[args.shapes], torch.device("cpu")
-    model = shape.make(torch.bfloat16, device, args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    inputs = shape.inputs(model, shape.batch, torch.bfloat16, device, generator)
-    arm = Arm("bilora", shape, model, inputs, torch.bfloat16, args.seed)
+    (arm,) = arms.make(["bilora"], shape, shape.batch, torch.bfloat16, device, args.seed)
     losses = [float(arm.train_step()) for _ in range(args.train_steps)]
     passes = [_layers_at(arm, rho) for rho in args.rho]
     network = [] if args.no_network else _network(arm, args.rho)
-    commit, changed = provenance.commit()
     return {
         "shapes": args.shapes,
         "note": shape.note.format(batch=shape.batch),
@@ -68,10 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "layer_names": [name for name, _ in arm.method.layers(AUXILIARY)],
         "by_layer": passes,
         "network": network,
-        "device": provenance.device(device),
-        "versions": provenance.versions(),
-        "commit": commit,
-        "commit_differs": changed,
+        **circumstances(device),
     }
 
 

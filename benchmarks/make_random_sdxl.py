@@ -32,13 +32,13 @@ from random_models import (
     sdxl_unet,
     sdxl_vae,
 )
+from shapes import DTYPES, require
 from torch import nn
 from transformers import CLIPTokenizer
 
-from bilora_diffusion.errors import UserError, did_you_mean, run_cli
+from bilora_diffusion.errors import UserError, run_cli
 from bilora_diffusion.mini import pipeline_dir
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD = "2GB"  # largest file, and so the largest copy that writing can need
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "unet": sdxl_unet,
@@ -64,8 +64,8 @@ def write_pipeline(
     Raises:
         UserError: an unknown dtype or size, a folder in use, or too little space on the disk.
     """
-    _check_choice("--dtype", dtype, DTYPES)
-    _check_choice("--size", size, UNET)
+    require("--dtype is", dtype, DTYPES)
+    require("--size is", size, UNET)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} already exists and is not an empty folder; name a new one or remove it."
@@ -125,13 +125,6 @@ def _tokenizer(**special_tokens: str) -> CLIPTokenizer:
 def _count(build: Callable[[str], nn.Module], size: str) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build(size).parameters())
-
-
-def _check_choice(flag: str, value: str, choices: dict[str, Any]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{flag} is {value!r}{did_you_mean(value, choices)}; use one of {', '.join(choices)}."
-        )
 
 
 def _check_space(where: Path, needed: int) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from bilora_diffusion.run import provenance
+
 MIN_FOR_INTERVAL = 5
 
 
@@ -75,6 +77,13 @@ def median_seconds(work: Callable[[], Any], device: torch.device, *, calls: int 
     for _ in range(3):
         work()
     return statistics.median(seconds(work, device) for _ in range(calls))
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    commit, changed = provenance.commit()
+    about = {"device": provenance.device(device), "versions": provenance.versions()}
+    return {**about, "commit": commit, "commit_differs": changed}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -84,33 +84,20 @@ _VAE_COMMON: dict[str, Any] = {
     "force_upcast": True,
 }
 
+
+def _clip(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "projection_dim": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
 # The two text encoders: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14.
-TEXT_ENCODER: dict[str, dict[str, Any]] = {
-    "full": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "projection_dim": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "projection_dim": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },
-}
-TEXT_ENCODER_2: dict[str, dict[str, Any]] = {
-    "full": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "projection_dim": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-    },
-    "tiny": TEXT_ENCODER["tiny"],
-}
+TEXT_ENCODER = {"full": _clip(768, 3072, 12, 12), "tiny": _clip(32, 64, 2, 2)}
+TEXT_ENCODER_2 = {"full": _clip(1280, 5120, 32, 20), "tiny": TEXT_ENCODER["tiny"]}
 # SDXL's files say that the end of text is 2: transformers then pools at the highest token id.
 _TEXT_COMMON: dict[str, Any] = {
     "vocab_size": 49408,

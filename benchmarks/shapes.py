@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.mini import pipeline_dir
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Inputs = dict[str, Any]
+
+
+def require(flag: str, value: str, known: Iterable[str]) -> None:
+    """Refuse an unknown value; ``flag`` comes with the verb, as in "--dtype is".
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if value not in known:
+        hint = did_you_mean(value, known)
+        raise UserError(f"{flag} {value!r}{hint}; use one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

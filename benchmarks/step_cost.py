@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from arms import BASELINE, KINDS, METHODS, Arm
-from measure import interleave, median_seconds, paired_ratio, seconds
-from shapes import SHAPES
+from arms import BASELINE, KINDS, METHODS, Arm, make
+from measure import circumstances, interleave, median_seconds, paired_ratio, seconds
+from shapes import DTYPES, SHAPES, require
 
-from bilora_diffusion.errors import TrainingError, UserError, did_you_mean, run_cli
+from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods.bilora import BiLoRA
 from bilora_diffusion.run import provenance
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = ("bf16", "fp32")
 DEFAULT_ARMS = ("lora", "bilora", "bilora-peft")
 MEMORY_STEPS = 2
 
@@ -61,7 +61,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             "last_loss": arm.losses[-1],
             "seconds": own,
         }
-    commit, changed = provenance.commit()
     return {
         "shapes": args.shapes,
         "note": SHAPES[args.shapes].note.format(batch=args.batch),
@@ -73,20 +72,13 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "arms": rows,
         "projection": _projection(arms, rows, device),
-        "device": provenance.device(device),
-        "versions": provenance.versions(),
-        "commit": commit,
-        "commit_differs": changed,
+        **circumstances(device),
     }
 
 
 def _make_arms(args: argparse.Namespace, kinds: Sequence[str]) -> list[Arm]:
     shape, dtype, device = SHAPES[args.shapes], DTYPES[args.dtype], torch.device(args.device)
-    base = shape.make(dtype, device, args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    inputs = shape.inputs(base, args.batch, dtype, device, generator)
-    amp = None if dtype == torch.float32 else dtype
-    return [Arm(kind, shape, base, inputs, amp, args.seed) for kind in kinds]
+    return make(kinds, shape, args.batch, dtype, device, args.seed)
 
 
 def _time_steps(
@@ -120,17 +112,9 @@ def _projection(
 
 def _memory_of(kind: str, args: argparse.Namespace) -> int:
     """Peak memory of one arm, from a process of its own; started before this one holds a model."""
-    command = [
-        sys.executable,
-        __file__,
-        "--arm",
-        kind,
-        "--shapes",
-        args.shapes,
-        "--dtype",
-        args.dtype,
-    ]
-    command += ["--device", args.device, "--seed", str(args.seed), "--batch", str(args.batch)]
+    command = [sys.executable, __file__, "--arm", kind]
+    for name in ("shapes", "dtype", "device", "seed", "batch"):
+        command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -168,10 +152,7 @@ def table(result: dict[str, Any]) -> str:
     device, versions = result["device"], result["versions"]
     where = f"{device['cpu_model']}, {device['cpu_cores']} cores, {device['torch_threads']} threads"
     gpu = f"{device['gpu']}, " if device["gpu"] else ""
-    lines += [
-        "",
-        f"{result['steps']} rounds; {gpu}{where}, torch {versions['torch']}.",
-    ]
+    lines += ["", f"{result['steps']} rounds; {gpu}{where}, torch {versions['torch']}."]
     return "\n".join(lines)
 
 
@@ -217,20 +198,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.methods:
         wanted = METHODS if args.methods == "all" else tuple(args.methods.split(","))
         args.arms = [BASELINE, *(name for name in wanted if name != BASELINE)]
-    _choice("--shapes", args.shapes, SHAPES)
+    require("--shapes has", args.shapes, SHAPES)
     shape = SHAPES[args.shapes]
-    args.dtype = args.dtype or shape.dtype
-    args.steps = shape.steps if args.steps is None else args.steps
-    args.warmup = shape.warmup if args.warmup is None else args.warmup
-    args.batch = shape.batch if args.batch is None else args.batch
+    for name in ("dtype", "steps", "warmup", "batch"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(shape, name))
     _check(args)
     return args
 
 
 def _check(args: argparse.Namespace) -> None:
-    _choice("--dtype", args.dtype, DTYPES)
+    require("--dtype has", args.dtype, PRECISIONS)
     for kind in [*args.arms, *([args.arm] if args.arm else [])]:
-        _choice("--arms", kind, KINDS)
+        require("--arms has", kind, KINDS)
     if BASELINE not in args.arms or len(set(args.arms)) < len(args.arms):
         raise UserError(
             f"--arms is {','.join(args.arms)}; name each arm once, and {BASELINE} among them."
@@ -247,13 +227,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--device is {args.device!r}; use cpu, or cuda where there is a GPU.")
     if args.json is not None and (not args.json.parent.is_dir() or args.json.is_dir()):
         raise UserError(f"--json is {args.json}; name a file in a folder that exists.")
-
-
-def _choice(flag: str, value: str, known: dict[str, Any]) -> None:
-    if value not in known:
-        raise UserError(
-            f"{flag} has {value!r}{did_you_mean(value, known)}; use one of {', '.join(known)}."
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
