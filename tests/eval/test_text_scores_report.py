@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,21 +18,17 @@ SHARE = Metric("Bench", "", True, 100.0, ".2f")
 LOSS = Metric("Bench", "", False, 1.0, ".4f")
 
 
-def result(
-    scores: Scores, metric: Metric = SHARE, peaks: Mapping[str, int] | None = None
-) -> Result:
-    """A result of one benchmark: group -> seed -> scores of items."""
+def result(scores: Scores, metric: Metric = SHARE, peaks: Sequence[int] = ()) -> Result:
+    """A result of one benchmark: group -> seed -> scores of items; and each run's peak memory."""
     subjects, rows = [], []
-    for group, seed, items in (
-        (g, s, items) for g, own in scores.items() for s, items in own.items()
-    ):
-        kind, method = ("base", None) if group == "base" else ("run", group)
-        label = f"{group}-{seed}"
-        about = {"cost": None if kind == "base" else 1, "peak_memory": (peaks or {}).get(label)}
-        subject = Subject(label, group, kind, method=method, seed=seed, about=about)
-        subjects.append(subject)
-        rows.append(subject.row("b", sum(items) / len(items)))
-        rows += [subject.row("b", v, item=f"q{n}") for n, v in enumerate(items)]
+    for group, seeds in scores.items():
+        kind, method, cost = ("base", None, None) if group == "base" else ("run", group, 1)
+        for seed, items in seeds.items():
+            about = {"cost": cost, "peak_memory": (*peaks, *[None] * 9)[len(subjects)]}
+            subject = Subject(f"{group}-{seed}", group, kind, method=method, seed=seed, about=about)
+            subjects.append(subject)
+            rows.append(subject.row("b", sum(items) / len(items)))
+            rows += [subject.row("b", v, item=f"q{n}") for n, v in enumerate(items)]
     control = compare.control(subjects, None)
     lines = differences.summaries(rows, ["b"], control)
     settings = {"benchmarks": {"b": {"num_fewshot": 5}}}
@@ -89,20 +85,17 @@ def test_the_table_has_the_papers_shape(tmp_path: Path) -> None:
     assert "num_fewshot 5" in text
     table.write(found, tmp_path, text)
     assert report.to_markdown(table.read(tmp_path)) == text
-
-
-def test_of_losses_the_lower_is_better() -> None:
-    found = result({"lora": {0: [2.0], 1: [2.1]}, "bilora": {0: [1.0], 1: [1.1]}}, LOSS)
-    assert "**1.0500 ± 0.0500**" in report.table(found)
-    assert "Bench (lower is better)" in report.table(found)
-    assert "bilora is better than lora: -1.0000 [-1.0000, -1.0000]" in report.sentences(found)[0]
+    losses = result({"lora": {0: [2.0], 1: [2.1]}, "bilora": {0: [1.0], 1: [1.1]}}, LOSS)
+    assert "Bench (lower is better)" in report.table(losses)
+    assert "**1.0500 ± 0.0500**" in report.table(losses)
+    assert "bilora is better than lora: -1.0000 [-1.0000, -1.0000]" in report.sentences(losses)[0]
 
 
 def test_the_most_memory_that_a_run_of_the_row_took() -> None:
     scores: Scores = {"base": {0: [0.0], 1: [1.0]}, "lora": {0: [1.0], 1: [0.0]}}
     assert "peak memory" not in report.table(result(scores))
-    peaks = {"lora-0": 2**30, "lora-1": 3 * 2**29}
-    head, _, base, lora = report.table(result(scores, peaks=peaks)).splitlines()
+    shown = report.table(result(scores, peaks=(0, 0, 2**30, 3 * 2**29)))
+    head, _, base, lora = shown.splitlines()
     assert head.startswith("| method | cost | peak memory | Bench")
     assert base.startswith("| base | – | – | 50.00 ± 50.00 |")
     assert lora.startswith("| lora | ×1 | 1.50 GiB |")

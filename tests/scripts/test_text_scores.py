@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from bilora_diffusion.errors import UserError
 from eval import table, text_scores
 from eval.table import Result
-from eval.text_scores import models
+from eval.text_scores import harness, models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
 from tests.scripts.conftest import ROOT
-from tests.text.text_builders import write_rows
+from tests.text.text_builders import ADAPTER, SAVERS, rows_for, train_text, write_rows
 
 pytest.importorskip("lm_eval")
 
@@ -111,12 +112,68 @@ def test_a_zero_adapter_scores_as_the_base_model_and_another_one_does_not(
     look: Callable[..., Result],
 ) -> None:
     found = look("zero", "lora-0", "base")
-    answers: dict[str, list[Any]] = {}
-    for row in found.rows:
-        if row.metric in ("toy_choice", "toy_text"):
-            answers.setdefault(row.subject, []).append((row.metric, row.item, row.value, row.note))
-    assert answers["zero"] == answers["base"] != answers["lora-0"]
+    told = answers(found)
+    assert told["zero"] == told["base"] != told["lora-0"]
     assert any("zero is zero" in note for note in found.notes)
+
+
+def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
+    """Subject -> what it answered to each item."""
+    told: dict[str, dict[tuple[str, str], Any]] = {}
+    for row in found.rows:
+        if row.item:
+            told.setdefault(row.subject, {})[row.metric, row.item] = row.value, row.note
+    return told
+
+
+def train(folder: Path, kind: str, method: str, **values: Any) -> Path:
+    """Two steps on a tiny model, at a rate that changes its answers."""
+    base = folder / "base"
+    if not base.exists():
+        SAVERS[kind](base)
+    rows = write_rows(folder / "rows.jsonl", rows_for(kind, 8))
+    given = {"model_name_or_path": base, "train_file": rows, "learning_rate": 0.1}
+    return train_text(folder / method, method=method, train_batch_size=4, **given, **values)
+
+
+def zero_of(run: Path, folder: Path) -> Path:
+    """The run's adapter, as a folder of its own that adds nothing."""
+    folder.mkdir()
+    shutil.copy(run / "adapter_config.json", folder)
+    weights = load_file(run / ADAPTER)
+    save_file({k: v * 0 if "lora_B" in k else v for k, v in weights.items()}, folder / ADAPTER)
+    return folder
+
+
+def effects(found: Result) -> dict[str, float | None]:
+    return {row.subject: row.value for row in found.select("toy_text effect of adapter")}
+
+
+def test_a_causal_model_with_an_adapter_and_trained_whole(
+    look: Callable[..., Result], tmp_path: Path
+) -> None:
+    bilora = train(tmp_path, "causal", "bilora", template="plain")
+    full = train(tmp_path, "causal", "full", template="plain")
+    found = look(str(bilora), str(full), str(zero_of(bilora, tmp_path / "none")), "base")
+    changed, told = effects(found), answers(found)
+    assert changed.pop("bilora")
+    assert changed == {"none": 0}
+    assert told["none"] == told["base"]
+    assert told["bilora"] != told["base"]  # both runs answer as what was trained
+    assert told["full"] not in (told["base"], told["bilora"])
+
+
+def test_a_seq2seq_model_is_asked_without_a_template_as_it_was_trained(
+    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "context_text", lambda *_: pytest.fail("a template was used"))
+    bilora = train(tmp_path, "seq2seq", "bilora")
+    none = zero_of(bilora, tmp_path / "none")
+    found = look(str(bilora), str(none), "base", "--template", "run")
+    changed, told = effects(found), answers(found)
+    assert changed.pop("bilora")
+    assert changed == {"none": 0}
+    assert told["none"] == told["base"]
 
 
 def test_what_is_finished_is_not_repeated(
@@ -188,27 +245,27 @@ def test_mtbench(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("line", "told"),
     [
-        (["mmlu", "--limit", "0"], "--limit is 0"),
-        pytest.param(["gsm8"], 'did you mean "gsm8k"', marks=pytest.mark.slow),
-        (["mmlu", "--num_fewshot", "few"], '--num_fewshot "few"'),
-        (["mtbench"], "--judge_base_url"),
-        (["humaneval"], "164 problems x 1"),
-        (["humaneval", "--num_samples", "5"], "--num_samples 5 at temperature 0"),
-        (["humaneval", "--temperature", "-1"], "--temperature is -1"),
-        (["humaneval", "--top_p", "2"], "--top_p is 2"),
-        (["mmlu", "--device", "cuda:9"], '--device "cuda:9"'),
-        (["mmlu", "--include_path", "nowhere"], '"nowhere"'),
-        (["mmlu", "--template", "fancy"], '--template "fancy"'),
-        (["mmlu", "--control", "none"], '--control is "none"'),
-        (["mmlu"], 'the data of "mmlu"'),
+        ("mmlu --limit 0", "--limit is 0"),
+        pytest.param("gsm8", 'did you mean "gsm8k"', marks=pytest.mark.slow),
+        ("mmlu --num_fewshot few", '--num_fewshot "few"'),
+        ("mtbench", "--judge_base_url"),
+        ("humaneval", "164 problems x 1"),
+        ("humaneval --num_samples 5", "--num_samples 5 at temperature 0"),
+        ("humaneval --temperature -1", "--temperature is -1"),
+        ("humaneval --top_p 2", "--top_p is 2"),
+        ("mmlu --device cuda:9", '--device "cuda:9"'),
+        ("mmlu --include_path nowhere", '"nowhere"'),
+        ("mmlu --template fancy", '--template "fancy"'),
+        ("mmlu --control none", '--control is "none"'),
+        ("mmlu", 'the data of "mmlu"'),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(
-    words: list[str], told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *words]
+    given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *line.split()]
     assert told in refuse(capsys, *given)
 
 
@@ -226,7 +283,7 @@ def test_an_adapter_of_another_model_and_a_classifier_are_refused(
     local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
     local += ["--output_dir", tmp_path / "out"]
     adapter = save_adapter(folder / "base", tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
+    file = adapter / ADAPTER
     whole = load_file(file)
     renamed = {name.replace("layers.1", "layers.7"): value for name, value in whole.items()}
     reshaped = {name: torch.zeros(3, 3) for name in whole}
