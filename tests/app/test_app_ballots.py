@@ -8,12 +8,10 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import sqlite3
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
@@ -179,18 +177,6 @@ def test_a_file_that_is_none_of_this_versions_votes_is_refused_and_kept(tmp_path
         assert votes.path.read_bytes() == before
 
 
-@pytest.fixture
-def closed_folder() -> Iterator[Path]:
-    """A folder with one vote that its reader may not write to, outside pytest's private ones."""
-    folder = Path(tempfile.mkdtemp(prefix="bilora-votes-"))
-    Votes(folder / "votes.sqlite").add(ballot("1"), "left", "me")
-    (folder / "votes.sqlite").chmod(0o444)
-    folder.chmod(0o555)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
 def in_closed_folder(folder: Path, answers: multiprocessing.Queue[str]) -> None:
     if os.getuid() == 0:  # root may write everywhere
         os.setuid(NOBODY)
@@ -204,17 +190,24 @@ def in_closed_folder(folder: Path, answers: multiprocessing.Queue[str]) -> None:
             answers.put(str(error))
 
 
-def test_a_read_only_folder_is_read_but_refused_for_votes(closed_folder: Path) -> None:
+def test_a_read_only_folder_is_read_but_refused_for_votes() -> None:
     fork = multiprocessing.get_context("fork")
     answers = fork.Queue()
-    worker = fork.Process(target=in_closed_folder, args=(closed_folder, answers))
-    worker.start()
-    read, *refused = [answers.get(timeout=60) for _ in range(3)]
-    worker.join(60)
+    # Outside pytest's own folders, which are private.
+    with tempfile.TemporaryDirectory(prefix="bilora-votes-") as name:
+        folder = Path(name)
+        Votes(folder / "votes.sqlite").add(ballot("1"), "left", "me")
+        (folder / "votes.sqlite").chmod(0o444)
+        folder.chmod(0o555)
+        worker = fork.Process(target=in_closed_folder, args=(folder, answers))
+        worker.start()
+        read, *refused = [answers.get(timeout=60) for _ in range(3)]
+        worker.join(60)
+        folder.chmod(0o755)
     assert read == "1 read"
     for sentence in refused:
         assert sentence.startswith("votes.sqlite can't be written")
-        assert str(closed_folder) not in sentence
+        assert name not in sentence
 
 
 def test_the_csv_file() -> None:
