@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,14 +35,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "nf4": {},
 }
 """The options of the adapter that every method is combined with, unless the table refuses it."""
-FLAGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "pissa": {"init_lora_weights": "pissa"},
-    "lora-ga": {"init_lora_weights": "lora-ga"},
-    "dora": {"use_dora": True},
-    "nf4": {"quantize": "nf4"},
-}
-"""The same as the command line says them."""
 MAIN_KINDS = ("unet", "t5", "llm")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "option": tuple(SPECS),
@@ -69,9 +61,11 @@ def combos() -> list[tuple[str, str, str]]:
     return plain + others
 
 
-def allowed(name: str, option: str) -> bool:
-    """Whether the table of combinations lets this pair through."""
-    return refusals.refused({"method": name, **FLAGS[option]}) is None
+def allowed(name: str, option: str, **own: Any) -> bool:
+    """Whether the table of combinations lets these through."""
+    said = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
+    quantize = "nf4" if option == "nf4" else "none"
+    return refusals.refused({"method": name, "quantize": quantize, **said, **own}) is None
 
 
 def pairwise(name: str) -> list[dict[str, Any]]:
@@ -86,7 +80,7 @@ def pairwise(name: str) -> list[dict[str, Any]]:
     rows = [
         row
         for values in itertools.product(*CHOICES.values())
-        if _is_allowed(name, row := dict(zip(CHOICES, values, strict=True)))
+        if allowed(name, **(row := dict(zip(CHOICES, values, strict=True))))
     ]
     chosen = []
     while gains := [(len(left & _pairs(row)), number) for number, row in enumerate(rows)]:
@@ -100,11 +94,6 @@ def pairwise(name: str) -> list[dict[str, Any]]:
 
 def _pairs(row: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
     return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
-
-
-def _is_allowed(name: str, row: dict[str, Any]) -> bool:
-    own = {key: value for key, value in row.items() if key != "option"}
-    return refusals.refused({"method": name, **own, **FLAGS[row["option"]]}) is None
 
 
 class Run:
@@ -228,6 +217,3 @@ class Run:
             for name, parameter in self.model.named_parameters()
             if "lora_" not in name
         }
-
-
-Start = Callable[..., Run]

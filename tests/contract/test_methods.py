@@ -17,7 +17,7 @@ from bilora_diffusion.adapters import INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize_nf4
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import create, names
-from tests.contract.harness import MAIN_KINDS, SPECS, Run, Start, allowed, combos, pairwise
+from tests.contract.harness import MAIN_KINDS, SPECS, Run, allowed, combos, pairwise
 from tests.contract.models import CASES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,16 +41,20 @@ every = cases(ALL)
 every_adapter = cases([case for case in ALL if not create(case[0]).exports_weights])
 
 
-def life(start: Start, folder: Path, quantized: bool = False) -> None:
+def life(folder: Path, name: str, option: str, kind: str, **options: Any) -> None:
     """Start as the base, learn, evaluate, export, resume: what every method promises."""
-    run = start()
+
+    def start() -> Run:
+        return Run(name, option, kind, options=options)
+
+    run, quantized = start(), option == "nf4"
     exports_adapter = not run.method.exports_weights
     if exports_adapter:
         starts_as_the_model_came(run, quantized)
     else:
         run.initialise()
     initial, base = run.tensors(), run.base_weights()
-    clipping_sees_trained_parameters_only(run)
+    clipping_sees_the_result_only(run)
     losses = run.train(2)
     state = run.checkpoint()
     assert all(isinstance(value, float) for value in run.method.metrics().values())
@@ -78,11 +82,11 @@ def starts_as_the_model_came(run: Run, quantized: bool) -> None:
             torch.testing.assert_close(run.case.output(run.model), expected, rtol=1e-4, atol=1e-5)
 
 
-def clipping_sees_trained_parameters_only(run: Run) -> None:
+def clipping_sees_the_result_only(run: Run) -> None:
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     clipped = {id(p) for p in run.method.clip_parameters()}
-    assert clipped
-    assert clipped <= trained
+    primary = {id(p) for p in adapters.parameters(run.model, PRIMARY)}
+    assert clipped == (trained if run.method.exports_weights else primary)
     assert trained == {id(p) for p in run.model.parameters() if p.requires_grad}
 
 
@@ -139,17 +143,12 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -
 
 @every
 def test_the_life_of_a_run(name: str, option: str, kind: str, tmp_path: Path) -> None:
-    life(lambda: Run(name, option, kind), tmp_path, option == "nf4")
+    life(tmp_path, name, option, kind)
 
 
 @pytest.mark.parametrize("options", pairwise("bilora"), ids=str)
 def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_path: Path) -> None:
-    own = {key: value for key, value in options.items() if key != "option"}
-    life(
-        lambda: Run("bilora", options["option"], "llm", options=own),
-        tmp_path,
-        options["option"] == "nf4",
-    )
+    life(tmp_path, "bilora", kind="llm", **options)
 
 
 @every

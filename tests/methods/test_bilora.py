@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,146 +13,98 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.methods import Method, MethodOptions, Target, create
+from bilora_diffusion.methods import MethodOptions, Target, create
+from tests.methods.runs import Run, batch, frozen
 from tests.references import bilora as reference
 
 
-def two_layers() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-
-
-def batch(k: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 + k)
-    x = torch.randn(7, 6, dtype=torch.float64, generator=generator)
-    return x, torch.randn(7, 5, dtype=torch.float64, generator=generator)
-
-
-def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((model(x) - y).square().mean().detach())
-
-
-def run(
-    method: Method, model: nn.Module, groups: list[dict[str, Any]], kind: str, steps: int
-) -> list[float]:
-    """Train on `batch(0)`, `batch(1)`, ...; returns the losses."""
-    optimizer = getattr(torch.optim, kind)(groups)
-    method.bind(optimizer)
-    losses = []
-    for k in range(steps):
-        x, y = batch(k)
-
-        def forward_backward(x: Tensor = x, y: Tensor = y) -> Tensor:
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            return loss.detach()
-
-        losses.append(float(method.step(forward_backward, optimizer)))
-    return losses
-
-
 def naive_copy(model: nn.Module) -> list[reference.Layer]:
+    first, second = (adapters.factors(model, name) for name in (PRIMARY, AUXILIARY))
     layers = []
-    pairs = zip(adapters.factors(model, PRIMARY), adapters.factors(model, AUXILIARY), strict=True)
-    for (first, second), (_, layer) in zip(pairs, adapters.layers(model), strict=True):
-        frozen = cast(Any, layer).base_layer
-        tensors = (frozen.weight, frozen.bias, first.A, first.B, second.A, second.B)
-        copies = [t.detach().clone() for t in tensors]
-        layers.append(reference.Layer(*copies, s1=first.scale, s2=second.scale))
+    for (W0, b), one, two in zip(frozen(model), first, second, strict=True):
+        A1, B1, A2, B2 = (t.clone() for t in (one.A, one.B, two.A, two.B))
+        layers.append(reference.Layer(W0, b, A1, B1, A2, B2, s1=one.scale, s2=two.scale))
     return layers
 
 
-@pytest.mark.parametrize("rho_norm", ["scaled", "unscaled"])
+def project(
+    layers: list[reference.Layer],
+    rules: list[dict[str, Any]],
+    rho: float,
+    progress: float,
+    options: dict[str, Any],
+) -> None:
+    """What follows a step under these options."""
+    rises = {"linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
+    rho *= rises.get(options.get("rho_schedule", ""), 1.0)
+    if options.get("ball") == "per-layer":
+        reference.clip_each(layers, rho)
+    elif options.get("rescale_moments"):
+        reference.clip_and_rescale(layers, rules, rho)
+    elif options.get("ball") != "none":
+        reference.clip(layers, rho, scaled=options.get("rho_norm") != "unscaled")
+
+
 @pytest.mark.parametrize(
-    ("kind", "lr", "rho", "decay"),
-    [("SGD", 0.1, 0.05, 0.0), ("AdamW", 5e-3, 0.05, 0.01), ("AdamW", 5e-3, 0.5, 0.0)],
+    ("kind", "lr", "rho", "decay", "options"),
+    [
+        *(
+            (*optimizer, {"rho_norm": norm})
+            for norm in ("scaled", "unscaled")
+            for optimizer in (
+                ("SGD", 0.1, 0.05, 0.0),
+                ("AdamW", 5e-3, 0.05, 0.01),
+                ("AdamW", 5e-3, 0.5, 0.0),
+            )
+        ),
+        ("AdamW", 5e-3, 0.05, 0.0, {"ball": "per-layer"}),
+        ("AdamW", 5e-3, 0.05, 0.0, {"ball": "none"}),
+        ("AdamW", 5e-3, 0.05, 0.0, {"auxiliary_direction": "descent"}),
+        ("AdamW", 5e-3, 0.05, 0.0, {"rescale_moments": True}),
+        ("AdamW", 5e-3, 0.05, 0.0, {"rho_schedule": "linear"}),
+        ("AdamW", 5e-3, 0.05, 0.0, {"rho_schedule": "cosine"}),
+    ],
+    ids=str,
 )
 def test_50_steps_follow_the_naive_reference(
-    kind: str, lr: float, rho: float, decay: float, rho_norm: str
+    kind: str, lr: float, rho: float, decay: float, options: dict[str, Any]
 ) -> None:
     """Acceptance: float64, with different ranks, scales and learning rates of the two adapters."""
-    model = two_layers()
-    options = MethodOptions(
-        rho=rho,
-        rho_norm=rho_norm,
-        auxiliary_rank=2,
-        auxiliary_alpha=3,
-        auxiliary_learning_rate=2 * lr,
-    )
-    method = create("bilora", options)
-    spec = AdapterSpec(rank=3, alpha=6, target_modules=("0", "2"))
-    groups = method.setup([Target("model", model, spec, lr, decay)])
-    layers = naive_copy(model)
+    given: dict[str, Any] = {"rho": rho, "auxiliary_rank": 2, "auxiliary_alpha": 3}
+    given |= {"auxiliary_learning_rate": 2 * lr, "num_steps": 50, **options}
+    run = Run("bilora", MethodOptions(**given), kind, lr, decay)
+    layers = naive_copy(run.model)
 
     def rule(name: str) -> reference.SGD | reference.AdamW:
-        ascend = name.endswith("2")
-        rate = 2 * lr if ascend else lr
+        own = name.endswith("2")
+        ascend, rate = own and "auxiliary_direction" not in options, 2 * lr if own else lr
         if kind == "SGD":
             return reference.SGD(rate, ascend)
-        return reference.AdamW(rate, 0.0 if ascend else decay, ascend)
+        return reference.AdamW(rate, 0.0 if own else decay, ascend)
 
     rules = [{name: rule(name) for name in ("B1", "A1", "B2", "A2")} for _ in layers]
-    scaled = rho_norm == "scaled"
-    losses, clipped = [], 0
+    losses, outside = [], 0
     for k in range(50):
         losses.append(reference.step(layers, rules, *batch(k)))
-        clipped += reference.clip(layers, rho, scaled) > rho
-    found = run(method, model, groups, kind, 50)
-    assert clipped >= 10, "the ball must have been at work"
-    torch.testing.assert_close(found, losses, rtol=1e-12, atol=1e-12)
+        outside += reference.c_norm(layers, options.get("rho_norm") != "unscaled") > rho
+        project(layers, rules, rho, (k + 1) / 50, options)
+    assert outside >= 5, "the ball must have been at work"
+    torch.testing.assert_close(run.train(50), losses, rtol=1e-12, atol=1e-12)
     for name, letters in ((PRIMARY, ("A1", "B1")), (AUXILIARY, ("A2", "B2"))):
-        for factor, layer in zip(adapters.factors(model, name), layers, strict=True):
+        for factor, layer in zip(adapters.factors(run.model, name), layers, strict=True):
             for tensor, letter in zip((factor.A, factor.B), letters, strict=True):
                 torch.testing.assert_close(tensor, getattr(layer, letter), rtol=1e-12, atol=1e-12)
 
 
-def trained(name: str, options: MethodOptions, kind: str) -> tuple[list[float], dict[str, Tensor]]:
-    model = two_layers()
-    method = create(name, options)
-    spec = AdapterSpec(rank=3, target_modules=("0", "2"))
-    torch.manual_seed(1)
-    groups = method.setup([Target("model", model, spec, 0.02)])
-    losses = run(method, model, groups, kind, 50)
-    return losses, adapters.state_dict(model, PRIMARY)
-
-
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_without_an_auxiliary_step_it_is_lora(kind: str) -> None:
-    """Auxiliary learning rate 0, rho large: B2 stays zero, and the trajectory is LoRA's.
-
-    Up to rounding: some processors' products add up in an order that depends on the rank.
-    """
-    options = MethodOptions(rho=1e5, auxiliary_learning_rate=0.0)
-    losses, state = trained("bilora", options, kind)
-    lora_losses, lora_state = trained("lora", MethodOptions(), kind)
-    torch.testing.assert_close(losses, lora_losses, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state, lora_state, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_as_rho_goes_to_zero_it_becomes_lora(kind: str) -> None:
-    lora_losses, _ = trained("lora", MethodOptions(), kind)
+    lora = Run("lora", None, kind, 0.02).train(50)
     gaps = []
     for rho in (1e-2, 1e-4, 1e-6):
-        losses, _ = trained("bilora", MethodOptions(rho=rho), kind)
-        gaps.append(max(abs(a - b) for a, b in zip(losses, lora_losses, strict=True)))
+        losses = Run("bilora", MethodOptions(rho=rho), kind, 0.02).train(50)
+        gaps.append(max(abs(a - b) for a, b in zip(losses, lora, strict=True)))
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-5
-
-
-def test_the_two_adapters_pull_in_opposite_directions() -> None:
-    """With a frozen primary the auxiliary alone raises the loss, within the ball."""
-    model = two_layers()
-    method = create("bilora", MethodOptions(rho=0.1))
-    spec = AdapterSpec(rank=3, target_modules=("0", "2"))
-    groups = method.setup([Target("model", model, spec, 0.0)])
-    groups[1]["lr"] = 0.05
-    x, y = batch(0)
-    before = error(model, x, y)
-    run(method, model, groups, "SGD", 20)
-    assert error(model, x, y) > before
-    with method.evaluating():
-        assert error(model, x, y) == before
 
 
 def weight_change(layer: Any, scaled: bool) -> Tensor:
@@ -189,19 +141,18 @@ def test_the_norm_is_within_rho_after_every_step(
     model = nn.Sequential(
         nn.Conv2d(n, h, 3, padding=1), nn.Flatten(2), nn.Linear(4, m), nn.Linear(m, m)
     ).to(dtype)
-    options = MethodOptions(rho, rho_norm, auxiliary_rank=ranks[1], auxiliary_alpha=alphas[1])
-    method = create("bilora", options)
+    given: dict[str, Any] = {"auxiliary_rank": ranks[1], "auxiliary_alpha": alphas[1]}
+    # slow for the primary, that no run diverges
+    method = create("bilora", MethodOptions(rho, rho_norm, auxiliary_learning_rate=0.3, **given))
     spec = AdapterSpec(rank=ranks[0], alpha=alphas[0], target_modules=("0", "2", "3"))
-    groups = method.setup([Target("model", model, spec, 0.3)])
-    optimizer = getattr(torch.optim, kind)(groups)
+    optimizer = getattr(torch.optim, kind)(method.setup([Target("model", model, spec, 1e-4)]))
     method.bind(optimizer)
+    scaled = rho_norm == "scaled"
     for k in range(6):
         x = torch.randn(2, n, 2, 2, generator=torch.Generator().manual_seed(k)).to(dtype)
         model(x).float().sin().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        changes = [
-            weight_change(layer, rho_norm == "scaled") for _, layer in adapters.layers(model)
-        ]
+        changes = [weight_change(layer, scaled) for _, layer in adapters.layers(model)]
         total = math.sqrt(math.fsum(float(change.square().sum()) for change in changes))
         assert total <= rho * (1 + 1e-6)

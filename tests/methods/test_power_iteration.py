@@ -1,84 +1,31 @@
-"""The ablations of Bi-LoRA: against naive references, and the theory of the power iteration."""
+"""Power iteration for the auxiliary: against its naive reference, and its theory."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters import AUXILIARY, AdapterSpec
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.prompts import encode
-from bilora_diffusion.methods import Method, MethodOptions, Target, create
+from bilora_diffusion.methods import MethodOptions, Target, ball, create
 from tests.contract.models import tiny_clip
-from tests.methods.test_bilora import batch, naive_copy, run, two_layers
+from tests.methods.runs import SPEC, STEPS, Run, batch, two_layers
+from tests.methods.test_bilora import naive_copy
 from tests.references import bilora as reference
 
-STEPS, RHO, LR = 20, 0.05, 5e-3
-SPEC = AdapterSpec(rank=3, alpha=6, target_modules=("0", "2"))
+RHO, LR = 0.05, 5e-3
 
 
-def started(**options: Any) -> tuple[nn.Module, Method, list[dict[str, Any]]]:
-    model = two_layers()
-    method = create(
-        "bilora", MethodOptions(rho=RHO, auxiliary_rank=2, auxiliary_alpha=3, **options)
-    )
-    torch.manual_seed(1)
-    return model, method, method.setup([Target("model", model, SPEC, LR)])
-
-
-def rules(descent: bool = False) -> list[dict[str, Any]]:
-    def rule(name: str) -> reference.AdamW:
-        return reference.AdamW(LR, 0.0, ascend=name.endswith("2") and not descent)
-
-    return [{name: rule(name) for name in ("B1", "A1", "B2", "A2")} for _ in range(2)]
-
-
-def same(model: nn.Module, layers: list[reference.Layer]) -> None:
-    for name, letters in ((PRIMARY, ("A1", "B1")), (AUXILIARY, ("A2", "B2"))):
-        for factor, layer in zip(adapters.factors(model, name), layers, strict=True):
-            for tensor, letter in zip((factor.A, factor.B), letters, strict=True):
-                torch.testing.assert_close(tensor, getattr(layer, letter), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"ball": "per-layer"},
-        {"ball": "none"},
-        {"auxiliary_direction": "descent"},
-        {"rescale_moments": True},
-        {"rho_schedule": "linear"},
-        {"rho_schedule": "cosine"},
-    ],
-    ids=str,
-)
-def test_20_steps_follow_the_naive_reference(options: dict[str, Any]) -> None:
-    model, method, groups = started(num_steps=STEPS, **options)
-    layers = naive_copy(model)
-    rule = rules(descent=options.get("auxiliary_direction") == "descent")
-    losses = []
-    for k in range(STEPS):
-        losses.append(reference.step(layers, rule, *batch(k)))
-        t = (k + 1) / STEPS
-        rises = {"linear": t, "cosine": (1 - math.cos(math.pi * t)) / 2}
-        radius = RHO * rises.get(options.get("rho_schedule", ""), 1.0)
-        if options.get("ball") == "per-layer":
-            reference.clip_each(layers, RHO)
-        elif options.get("rescale_moments"):
-            reference.clip_and_rescale(layers, rule, RHO)
-        elif options.get("ball") != "none":
-            reference.clip(layers, radius, scaled=True)
-    torch.testing.assert_close(
-        run(method, model, groups, "AdamW", STEPS), losses, rtol=1e-10, atol=1e-10
-    )
-    same(model, layers)
+def power(**options: Any) -> Run:
+    given = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "auxiliary_update": "power", **options}
+    return Run("bilora", MethodOptions(rho=RHO, **given), lr=LR)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +41,9 @@ def test_power_iteration_follows_its_reference(
     direction: str, missing: dict[int, set[int]]
 ) -> None:
     """`missing` are the layers that have no gradient, by step."""
-    model, method, groups = started(auxiliary_update="power", auxiliary_direction=direction)
-    layers = naive_copy(model)
-    power = reference.Power(
+    run = power(auxiliary_direction=direction)
+    layers = naive_copy(run.model)
+    naive = reference.Power(
         [layer.A2.clone() for layer in layers], RHO, 1.0 if direction == "ascent" else -1.0
     )
     for layer in layers:
@@ -104,7 +51,8 @@ def test_power_iteration_follows_its_reference(
         torch.testing.assert_close(layer.A2 @ layer.A2.T, eye, rtol=0, atol=1e-12)
         layer.W0, layer.s2 = layer.W0.clone(), 0.0
     base = [layer.W0.clone() for layer in layers]
-    rule, losses, auxiliary = rules(), [], []
+    rule = [{name: reference.AdamW(LR, 0.0, False) for name in ("B1", "A1")} for _ in layers]
+    losses, auxiliary = [], []
     for k in range(STEPS):
         without = missing.get(k, set())
         loss, found = reference.loss_and_weight_gradients(layers, *batch(k))
@@ -115,49 +63,34 @@ def test_power_iteration_follows_its_reference(
                 parts = reference.factor_gradients(layer, dW)
                 new = {n: own[n].update(getattr(layer, n), parts[n]) for n in ("B1", "A1")}
                 layer.B1, layer.A1 = new["B1"], new["A1"]
-        auxiliary = power.update(gradients)
+        auxiliary = naive.update(gradients)
         for layer, W, E in zip(layers, base, auxiliary, strict=True):
             layer.W0 = W + E  # E takes the place of s2 B2 A2
-    found = train_without(missing, method, model, groups)
-    torch.testing.assert_close(found, losses, rtol=1e-10, atol=1e-10)
-    for f, E in zip(adapters.factors(model, AUXILIARY), auxiliary, strict=True):
+
+    def backward(k: int) -> Tensor:
+        loss = run.backward(k)
+        for i in missing.get(k, ()):
+            for parameter in run.model[(0, 2)[i]].parameters():
+                parameter.grad = None
+        return loss
+
+    torch.testing.assert_close(run.train(backward=backward), losses, rtol=1e-10, atol=1e-10)
+    for f, E in zip(adapters.factors(run.model, AUXILIARY), auxiliary, strict=True):
         product = f.scale * f.B @ f.A
         torch.testing.assert_close(product, E.expand_as(product), rtol=1e-10, atol=1e-10)
-    assert method.metrics()["auxiliary_norm"] == pytest.approx(RHO, rel=1e-6)
-
-
-def train_without(
-    missing: dict[int, set[int]], method: Method, model: Any, groups: list[dict[str, Any]]
-) -> list[float]:
-    optimizer = torch.optim.AdamW(groups)
-    method.bind(optimizer)
-    losses = []
-    for k in range(STEPS):
-
-        def forward_backward(k: int = k) -> Tensor:
-            x, y = batch(k)
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            for i in missing.get(k, ()):
-                for parameter in model[(0, 2)[i]].parameters():
-                    parameter.grad = None
-            return loss.detach()
-
-        losses.append(float(method.step(forward_backward, optimizer)))
-    return losses
+    assert run.method.metrics()["auxiliary_norm"] == pytest.approx(RHO, rel=1e-6)
 
 
 def test_power_iteration_moves_what_sdxl_reads_of_its_text_encoders() -> None:
     """SDXL reads the last but one hidden state, so the last layer never has a gradient."""
-    first = cast(Any, tiny_clip())
-    torch.manual_seed(1)
-    second = CLIPTextModelWithProjection(first.config)
+    first, second = tiny_clip(), tiny_clip(projection=True)
     method = create("bilora", MethodOptions(rho=RHO, auxiliary_update="power"))
     spec = AdapterSpec(rank=3)
     targets = [Target(n, m, spec, LR) for n, m in (("one", first), ("two", second))]
     optimizer = torch.optim.AdamW(method.setup(targets))
     method.bind(optimizer)
     ids = torch.arange(1, 13).view(2, 6)
+    ids[:, -1] = first.config.eos_token_id  # where the pooled output is taken
 
     def forward_backward() -> Tensor:
         read = encode((first, second), (ids, ids))
@@ -171,6 +104,9 @@ def test_power_iteration_moves_what_sdxl_reads_of_its_text_encoders() -> None:
     still = {name for name, moves in moved.items() if not moves}
     assert still == {name for name in moved if name.startswith("one.encoder.layers.1.")}
     assert method.metrics()["auxiliary_norm"] == pytest.approx(RHO, rel=1e-6)
+    norms = [float(ball.frobenius_norm(adapters.factors(t.model, AUXILIARY))) for t in targets]
+    assert min(norms) > 0
+    assert math.hypot(*norms) == pytest.approx(RHO, rel=1e-6)  # one ball bounds both
     # each half was taken twice where there is a gradient: A is the one that is orthonormal
     for f in (f for target in targets for f in factors_named(target) if moved[f.name]):
         gram = f.A @ f.A.T
@@ -262,21 +198,13 @@ def test_power_iteration_refuses_a_rank_that_a_layer_has_not() -> None:
 
 
 def test_power_iteration_survives_a_zero_gradient() -> None:
-    model, method, groups = started(auxiliary_update="power")
-    optimizer = torch.optim.AdamW(groups)
-    method.bind(optimizer)
+    run = power()
 
-    def forward_backward() -> Tensor:
-        loss = 0 * model(batch(0)[0]).sum()
+    def backward(k: int) -> Tensor:
+        loss = 0 * run.model(batch(k)[0]).sum()
         loss.backward()
         return loss.detach()
 
-    for _ in range(4):
-        method.step(forward_backward, optimizer)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert method.metrics()["auxiliary_norm"] == 0
-
-
-def test_the_length_of_the_run_matters_to_schedules_only() -> None:
-    assert not create("bilora").depends_on_length
-    assert create("bilora", MethodOptions(rho_schedule="cosine", num_steps=9)).depends_on_length
+    run.train(4, backward=backward)
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert run.method.metrics()["auxiliary_norm"] == 0
