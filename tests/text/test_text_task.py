@@ -23,7 +23,6 @@ from tests.text.text_builders import (
     SAVERS,
     rows_for,
     save_gpt2,
-    save_llama,
     text_flags,
     write_rows,
 )
@@ -62,24 +61,33 @@ def their_loss(task: TextTask, rows: Encoded, count: int) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mean_over_slots_is_transformers_loss_however_it_is_cut(
+def test_losses_and_measures_are_transformers_however_they_are_cut(
     tmp_path: Path, kind: str
 ) -> None:
-    task = task_of(tmp_path, kind)
+    task = task_of(tmp_path, kind, eval_train_samples=5)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
     given = {name: value for name, value in batch.inputs.items() if name != "weights"}
     with torch.no_grad():
-        theirs = task.loaded.model(**given).loss
+        loss = task.loaded.model(**given).loss
     whole = step_losses(task, 8, 1)
-    assert float(whole.mean()) == pytest.approx(float(theirs), abs=1e-6)
+    assert float(whole.mean()) == pytest.approx(float(loss), abs=1e-6)
     for pieces in (2, 4, 8):
         torch.testing.assert_close(step_losses(task, 8, pieces), whole, atol=1e-6, rtol=0)
     if kind != "classification":  # the targets are of different lengths, so a mean of means is not
         assert len({task.data.train.target_tokens[i] for i in range(8)}) > 1
+    evaluation = task.evaluation
+    assert evaluation is not None
+    measured = evaluation.measure()
+    theirs = their_loss(task, evaluation.rows, 7)
+    assert measured["heldout_loss"] == pytest.approx(theirs, abs=1e-6)
+    theirs = their_loss(task, task.data.train, 5)
+    assert measured["train_grid_loss"] == pytest.approx(theirs, abs=1e-6)
+    evaluation.cfg = dataclasses.replace(task.cfg, eval_batch_size=1)
+    assert evaluation.measure() == pytest.approx(measured, abs=1e-6)
 
 
 def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
-    task = task_of(tmp_path, "causal")
+    task = task_of(tmp_path, "causal", validation_file=None)
     (whole,) = task.micro_batches([(0, (0, 1, 2, 3))], 4)
     parts = list(task.micro_batches([(0, (0, 1)), (0, (2, 3))], 4))
     assert whole.digests == parts[0].digests + parts[1].digests
@@ -88,15 +96,9 @@ def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
     assert all(
         name.startswith("line ") and name.endswith(" of train.jsonl") for name in whole.names
     )
-
-
-def test_a_chat_template_is_used_where_there_is_one(tmp_path: Path) -> None:
-    base = save_llama(tmp_path / "chat", chat=True)
-    auto, chat, plain = (
-        task_of(tmp_path, "causal", base, template=template).data.train.row(0)
-        for template in (None, "chat", "plain")
-    )
-    assert auto == chat != plain
+    nothing: Any = contextlib.nullcontext()  # is measured without held-out rows
+    assert task.heldout_loss(nothing) == task.validate(1, tmp_path / "run", nothing) == {}
+    assert not (tmp_path / "run").exists()
 
 
 def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:
@@ -108,28 +110,6 @@ def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:
         return sum(int((b.inputs["attention_mask"] == 0).sum()) for b in batches)
 
     assert padding(grouped) < padding(plain) / 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_measures_are_transformers_losses_whatever_the_batch_size(
-    tmp_path: Path, kind: str
-) -> None:
-    task = task_of(tmp_path, kind, eval_train_samples=5)
-    evaluation = task.evaluation
-    assert evaluation is not None
-    whole = evaluation.measure()
-    assert whole["heldout_loss"] == pytest.approx(their_loss(task, evaluation.rows, 7), abs=1e-6)
-    theirs = their_loss(task, task.data.train, 5)
-    assert whole["train_grid_loss"] == pytest.approx(theirs, abs=1e-6)
-    evaluation.cfg = dataclasses.replace(task.cfg, eval_batch_size=1)
-    assert evaluation.measure() == pytest.approx(whole, abs=1e-6)
-
-
-def test_a_task_without_held_out_rows_measures_nothing(tmp_path: Path) -> None:
-    task = task_of(tmp_path, "causal", validation_file=None)
-    nothing: Any = contextlib.nullcontext()
-    assert task.heldout_loss(nothing) == task.validate(1, tmp_path / "run", nothing) == {}
-    assert not (tmp_path / "run").exists()
 
 
 def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:

@@ -47,18 +47,18 @@ def plain_tokenizer(**settings: Any) -> Any:
     return chat_tokenizer(**settings)
 
 
-def t5_tokenizer(**settings: Any) -> Any:
+def t5_tokenizer() -> Any:
     """Words; </s> after every text."""
     raw = _words(["<pad>", "</s>", "<unk>"], "<unk>")
     raw.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", **settings
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
 
 
-def bert_tokenizer(**settings: Any) -> Any:
+def bert_tokenizer() -> Any:
     """Words; [CLS] a [SEP] b [SEP] with token types."""
     raw = _words(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[UNK]")
     raw.post_processor = processors.TemplateProcessing(
@@ -74,7 +74,6 @@ def bert_tokenizer(**settings: Any) -> Any:
         cls_token="[CLS]",
         unk_token="[UNK]",
         model_input_names=names,
-        **settings,
     )
 
 
