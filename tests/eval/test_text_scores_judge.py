@@ -69,8 +69,8 @@ def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service
 @pytest.mark.parametrize(
     ("reply", "requests", "told"),
     [
-        ((401, f"the key {SECRET} is unknown"), 1, "401"),
-        ((500, f"failed on {SECRET}"), 3, "500"),
+        ((401, json.dumps({"error": {"message": f"key {SECRET} is unknown"}})), 1, "401.*unknown"),
+        ((500, json.dumps({"error": {"message": f"failed on {SECRET}"}})), 3, "500.*failed on"),
         ((200, "<html>"), 1, "gave no answer"),
         ((200, "{}"), 1, "no chat completion"),
     ],
