@@ -84,13 +84,7 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (mini, "--optimizer prodigy --no_prodigy_decouple", {"prodigy_decouple": False}),
     (mini, "--center_crop", {"center_crop": True}),
     (mini, "--center_crop false", {"center_crop": False}),
-    # learning rates, steps and epochs
-    (mini, "--optimizer ADAMW", {"learning_rate": 2e-4}),
-    (mini, "--optimizer prodigy --learning_rate 0.5", {"learning_rate": 0.5}),
-    (mini, "--optimizer prodigy --train_text_encoder", {"text_encoder_lr": 1.0}),
-    (mini, "--train_text_encoder", {"text_encoder_lr": 5e-6}),
-    (mini, "--num_train_epochs 7", {"max_train_steps": None, "num_train_epochs": 7}),
-    (mini, "--max_train_steps 9 --num_train_epochs 7", {"max_train_steps": 9}),
+    # steps and epochs; those of images, and rates, are compared in test_diffusers_command_lines.py
     (text, "--max_train_steps 9", {"max_train_steps": 9, "num_train_epochs": None}),
 ]
 
