@@ -33,7 +33,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def words(output: Path, *more: str, steps: int = 2, seeds: str = "0") -> list[str]:
-    prompts = output.with_suffix(".txt")
+    prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return [
         *more,
