@@ -1,4 +1,4 @@
-"""Small text models and data, a trainer's arguments for them, and the loop to compare it with."""
+"""Data for small text models, trainers with Bi-LoRA, and the loop to compare them with."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
     TrainingArguments,
     get_scheduler,
 )
@@ -22,35 +22,14 @@ from transformers import (
 from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.api import BiLoRA
+from bilora_diffusion.integrations import use_bilora
+from tests.contract.models import WORDS, tiny_llm, tiny_t5
+
+__all__ = ["tiny_llm", "tiny_t5"]
 
 CONFIG = BiLoRAConfig(rank=4, alpha=8, rho=0.02)
-RATE, STEPS, BATCH, LENGTH, WORDS = 1e-2, 20, 4, 8, 40
-
-
-def tiny_llm(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
-
-
-def tiny_t5(seed: int = 0) -> T5ForConditionalGeneration:
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=WORDS, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.0
-    )
-    config.decoder_start_token_id = 0  # pyright: ignore[reportAttributeAccessIssue]
-    return T5ForConditionalGeneration(config)
+RATE, STEPS, BATCH, LENGTH = 1e-2, 20, 4, 8
+BESIDE = ("callbacks", "eval_dataset", "optimizers", "peft_config", "optimizer_cls_and_kwargs")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -96,8 +75,32 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
     }
 
 
-def arguments(folder: Path, **values: Any) -> TrainingArguments:
-    return TrainingArguments(**settings(folder, **values))
+def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any:
+    """A trainer over `rows()`; `values` are its arguments, those in `BESIDE` and the data its own.
+
+    Args:
+        kind: "trainer", "seq2seq" or "sft".
+    """
+    own = {key: values.pop(key) for key in BESIDE if key in values}
+    own["train_dataset"] = values.pop("data", None) or rows()
+    make: Any = Trainer
+    form: Any = TrainingArguments
+    if kind == "seq2seq":
+        make, form = Seq2SeqTrainer, Seq2SeqTrainingArguments
+        own["processing_class"] = tiny_tokenizer()
+    elif kind == "sft":
+        trl = pytest.importorskip("trl")
+        make, form = trl.SFTTrainer, trl.SFTConfig
+        own["processing_class"] = tiny_tokenizer()
+        values = {"bf16": False, "gradient_checkpointing": False, **values}
+    return make(model=model, args=form(**settings(folder, **values)), **own)
+
+
+def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: Any) -> Any:
+    """The same on the model that has these adapters, which it trains."""
+    trainer = plain(folder, bilora.model, kind, **values)
+    assert use_bilora(trainer, bilora) is bilora
+    return trainer
 
 
 def batches(data: Dataset, size: int = BATCH) -> list[dict[str, Tensor]]:
@@ -157,21 +160,13 @@ def by_hand(
 
 def difference(left: BiLoRA, right: BiLoRA) -> float:
     """The largest difference between the weights of both adapters of two models."""
-    worst = 0.0
-    for adapter in (PRIMARY, AUXILIARY):
-        pair = [adapters.state_dict(bilora.model, adapter) for bilora in (left, right)]
-        stripped = [
-            {key.removeprefix("base_model.model."): value for key, value in state.items()}
-            for state in pair
-        ]
-        assert stripped[0].keys() == stripped[1].keys()
-        worst = max(
-            worst,
-            *((stripped[0][key] - stripped[1][key]).abs().max().item() for key in stripped[0]),
-        )
-    return worst
+    states = []
+    for bilora in (left, right):
+        pair = (adapters.state_dict(bilora.model, name) for name in (PRIMARY, AUXILIARY))
+        states.append([state[key] for state in pair for key in sorted(state)])
+    return max(float((a - b).abs().max()) for a, b in zip(*states, strict=True))
 
 
-def losses(trainer: Any) -> list[float]:
-    """The training loss that a trainer logged at each step."""
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+def losses(trainer: Any, name: str = "loss") -> list[float]:
+    """What a trainer logged under a name, by default the training loss of each step."""
+    return [line[name] for line in trainer.state.log_history if name in line]
