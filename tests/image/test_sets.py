@@ -233,7 +233,7 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(
 ) -> None:
     """The hub is played by a folder of Parquet files, with a preview beside them."""
     pictures = [Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)]
-    rows = dict(zip(("zero", "", "two", "nothing"), [*pictures, None], strict=True))
+    rows: dict[str, Any] = dict(zip(("zero", "", "two", "nothing"), [*pictures, None], strict=True))
     table(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", rows)
     save(tmp_path / "set" / "preview.png")
     real, asked, cache = datasets.load_dataset, [], str(tmp_path / "cache")
@@ -243,7 +243,11 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(
         return real(str(tmp_path / "set"), cache_dir=cache_dir)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options = {"image_column": "picture", "config_name": "small", "cache_dir": cache}
+    options: dict[str, Any] = {
+        "image_column": "picture",
+        "config_name": "small",
+        "cache_dir": cache,
+    }
     with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
         open_images("someone/icons", **options)
     options["caption_column"] = "prompt"
