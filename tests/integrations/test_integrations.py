@@ -74,7 +74,6 @@ def test_the_package_needs_no_trl() -> None:
         ("sft", tiny_llm, {"gradient_checkpointing": True}, {}),
         ("sft", tiny_llm, FOUR, {"accumulate": 4, "clip": 0.05}),
     ],
-    ids=str,
 )
 def test_a_trainer_takes_the_steps_of_a_loop(
     kind: str, make: Any, given: dict[str, Any], asked: dict[str, Any], tmp_path: Path
