@@ -42,6 +42,24 @@ def digest_texts(texts: Iterable[str]) -> str:
     return _hash(_encode(text) for text in texts).hex()
 
 
+def parts(names: Iterable[str], count: int) -> list[list[int]]:
+    """The positions of ``names`` dealt into ``count`` parts whose sizes differ by one at most.
+
+    Which part a name falls into depends on the names and the count alone, not on their order or on
+    a run's seed, so that all runs which are compared hold out the same.
+
+    Raises:
+        ValueError: fewer names than parts, or a name that stands twice.
+    """
+    listed = list(names)
+    if not 0 < count <= len(listed):
+        raise ValueError(f"{len(listed)} names can't be dealt into {count} parts.")
+    if len(set(listed)) < len(listed):
+        raise ValueError("A name stands twice.")
+    order = sorted(range(len(listed)), key=lambda i: (seed_of("part", listed[i]), listed[i]))
+    return [sorted(order[part::count]) for part in range(count)]
+
+
 def _tensor_parts(tensor: Tensor) -> tuple[bytes, bytes]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     values = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.seeds import digest, digest_texts, generator, seed_of
+from bilora_diffusion.seeds import digest, digest_texts, generator, parts, seed_of
 from bilora_diffusion.train.order import LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
@@ -35,6 +37,22 @@ def test_a_generator_ignores_and_spares_global_randomness() -> None:
 def test_seeds_are_the_same_in_every_process_and_version() -> None:
     """A resumed run draws what the interrupted one would have drawn: the value is fixed here."""
     assert seed_of(0, "noise", 12, "a") == 5504335286977931919
+
+
+@given(st.sets(st.text(max_size=8), min_size=1, max_size=30), st.integers(1, 8), st.randoms())
+def test_parts_are_disjoint_even_and_independent_of_order(
+    names: set[str], count: int, shuffle: random.Random
+) -> None:
+    listed = sorted(names)
+    if count > len(listed):
+        with pytest.raises(ValueError, match=str(count)):
+            parts(listed, count)
+        return
+    dealt = [{listed[i] for i in part} for part in parts(listed, count)]
+    assert sorted(name for part in dealt for name in part) == sorted(names)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    shuffle.shuffle(listed)
+    assert [{listed[i] for i in part} for part in parts(listed, count)] == dealt
 
 
 @pytest.mark.parametrize("part", [1.0, True, None, b"a"])
