@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
@@ -40,8 +40,9 @@ from . import findings
 from .findings import FINISHED, HELDOUT, SECONDS, TRAINING
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from .axes import Values
     from .cells import Outcome, Runner
-    from .grid import Grid
+    from .grid import Grid, Planner
 
 
 class Sweep(Evaluation):
@@ -65,7 +66,7 @@ class Sweep(Evaluation):
     @classmethod
     def arguments(cls, parser: Parser) -> None:
         add = parser.add_argument
-        add("recipe", type=Path, help="YAML file of options that all cells share")
+        cls.running_arguments(parser)
         add(
             "--over",
             nargs="+",
@@ -75,12 +76,18 @@ class Sweep(Evaluation):
             " pairs",
         )
         add("--arms", type=Path, help="YAML file: label to mapping of options")
-        add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of all cells")
-        add("--control", help="the arm to compare with, by label or option; default: the first")
         add("--metric", default=HELDOUT, help="key in metrics.jsonl")
         add("--higher_is_better", action="store_true", help="of the metric, such as accuracy")
-        add("--output_dir", type=Path, help="default: sweep, in --runs_dir")
-        add("--runs_dir", type=Path, default=Path("runs/sweep"))
+
+    @classmethod
+    def running_arguments(cls, parser: Parser) -> None:
+        """Add the flags that say what is run, how and where."""
+        add = parser.add_argument
+        add("recipe", type=Path, help="YAML file of options that all cells share")
+        add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of all cells")
+        add("--control", help="the arm to compare with, by label or option; default: the first")
+        add("--output_dir", type=Path, help=f"default: {cls.name}, in --runs_dir")
+        add("--runs_dir", type=Path, default=Path("runs", cls.name))
         add(
             "--launch",
             default="",
@@ -88,27 +95,17 @@ class Sweep(Evaluation):
             help='for accelerate launch, such as --launch="--num_processes 2 --multi_gpu"',
         )
         add("--script", default="train_dreambooth_bilora.py", help="the training script")
+        add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
         add("--dry_run", action="store_true", help="check and list the cells only")
 
     def work(self) -> int | None:
         """Plan, run, compare and write; 1 when a cell failed."""
-        from . import cells
-
         grid, runner = self.plan()
         if self.args.dry_run:
-            for cell in grid.cells:
-                print(f"\n{cell.name} ({cells.state(self.args.runs_dir / cell.name)})")
-                print(shlex.join(runner.command(cell)))
+            show(grid, runner)
             return None
-        open_folder(self.args.runs_dir, "--runs_dir")
-        open_folder(self.folder)
-        require_free(self.folder, self.name)
-        outcomes = runner.run_all(grid.cells)
-        subjects = [_subject(self.args.runs_dir, outcome) for outcome in outcomes]
-        self._require_metric(subjects)
-        rows = [row for subject in subjects for row in self.rows(subject)]
-        self.write(self.complete(subjects, rows))
-        return _report_failures(outcomes, self.args.runs_dir)
+        self.open_folders(runner.runs_dir)
+        return self.judge(runner.run_all(grid.cells), runner.runs_dir)
 
     def plan(self) -> tuple[Grid, Runner]:
         """What is to be run, checked and shown.
@@ -116,15 +113,10 @@ class Sweep(Evaluation):
         Raises:
             UserError: bad input; nothing was run.
         """
-        from . import axes, cells
-        from .grid import Planner, open_script
+        from . import axes
 
-        given, launch = self.args, shlex.split(self.args.launch)
-        if not given.recipe.is_file():
-            raise UserError(f'there is no recipe "{given.recipe}": correct the first argument.')
-        script = open_script(given.script)
-        shared = axes.settings(given.set, "--set")
-        planner = Planner(given.recipe, script, shared, launch, given.metric)
+        given = self.args
+        planner = self.planner()
         arms = axes.load_arms(given.arms) if given.arms else {}
         grid = planner.grid(axes.axes(given.over), arms)
         self.control = grid.control(given.control).label
@@ -133,23 +125,70 @@ class Sweep(Evaluation):
             note = " (control)" if arm.label == self.control else ""
             also = f" (the same run: {', '.join(arm.also)})" if arm.also else ""
             print(f"  {arm.label}{note}{also}")
+        self.describe(grid)
+        return grid, self.runner(planner, given.runs_dir)
+
+    def planner(self, **shared: Any) -> Planner:
+        """Reads cells as the command line says.
+
+        Args:
+            shared: options of all cells, before those of ``--set``.
+
+        Raises:
+            UserError: there is no such recipe or script, or ``--set`` is malformed.
+        """
+        from . import axes
+        from .grid import Planner, open_script
+
+        given, launch = self.args, shlex.split(self.args.launch)
+        if not given.recipe.is_file():
+            raise UserError(f'there is no recipe "{given.recipe}": correct the first argument.')
+        shared |= axes.settings(given.set, "--set")
+        return Planner(given.recipe, open_script(given.script), shared, launch, given.metric)
+
+    def runner(self, planner: Planner, folder: Path) -> Runner:
+        """What runs the cells of a planner.
+
+        Raises:
+            UserError: no job at a time.
+        """
+        from .cells import Runner
+
+        if self.args.jobs < 1:
+            raise UserError(f"--jobs is {self.args.jobs}: give 1 or more.")
+        return Runner(planner.script, planner.recipe, folder, planner.launch, self.args.jobs)
+
+    def describe(self, grid: Grid) -> None:
+        """Put what is compared into the settings."""
+        given = self.args
         self.settings |= {
             "recipe": given.recipe.name,
             "metric": given.metric,
             "higher_is_better": given.higher_is_better,
             "seeds": list(grid.seeds),
             "arms": {
-                arm.label: {
-                    "also": list(arm.also),
-                    "options": {
-                        name: without_paths(value) if isinstance(value, str) else value
-                        for name, value in arm.values.items()
-                    },
-                }
+                arm.label: {"also": list(arm.also), "options": shown_options(arm.values)}
                 for arm in grid.arms
             },
         }
-        return grid, cells.Runner(script, given.recipe, given.runs_dir, launch)
+
+    def open_folders(self, runs: Path) -> None:
+        """Make the folders of the runs and of the result.
+
+        Raises:
+            UserError: one can't be written, or holds the result of another command.
+        """
+        open_folder(runs, "--runs_dir")
+        open_folder(self.folder)
+        require_free(self.folder, self.name)
+
+    def judge(self, outcomes: Sequence[Outcome], runs: Path) -> int:
+        """Compare what was run, and write the result; 1 when a cell failed."""
+        subjects = [subject_of(runs, outcome) for outcome in outcomes]
+        self._require_metric(subjects)
+        rows = [row for subject in subjects for row in self.rows(subject)]
+        self.write(self.complete(subjects, rows))
+        return report_failures(outcomes, runs)
 
     def _require_metric(self, subjects: Sequence[Subject]) -> None:
         lines = [line for subject in subjects for line in subject.log()]
@@ -203,7 +242,24 @@ class Sweep(Evaluation):
         return findings.report(result)
 
 
-def _subject(runs_dir: Path, outcome: Outcome) -> Subject:
+def show(grid: Grid, runner: Runner) -> None:
+    """Print the command line of each cell, and what its folder holds."""
+    from .cells import state
+
+    for cell in grid.cells:
+        print(f"\n{cell.name} ({state(runner.runs_dir / cell.name)})")
+        print(shlex.join(runner.command(cell)))
+
+
+def shown_options(values: Values) -> dict[str, Any]:
+    """An arm's options without machine paths."""
+    return {
+        name: without_paths(value) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
     """A cell; one that is not finished has nothing but what became of it."""
     facts = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
     if outcome.status == FINISHED:
@@ -213,7 +269,7 @@ def _subject(runs_dir: Path, outcome: Outcome) -> Subject:
     return Subject(cell, arm, source=cell, seed=seed, about=facts)
 
 
-def _report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
+def report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
     """The exit code, after a sentence for what failed."""
     failed = [outcome for outcome in outcomes if outcome.status != FINISHED]
     if failed:

@@ -42,25 +42,34 @@ def axes(words: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         UserError: a word that is neither, or a value that comes twice.
     """
-    found: dict[str, list[str]] = {}
-    for name, text in settings(words, "--over").items():
-        values: list[str] = []
-        for part in (part.strip() for part in text.split(",")):
-            ends = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})", part)
-            span = range(int(ends[1]), int(ends[2]) + 1) if ends else ()
-            if not part or (ends and not span):
-                raise UserError(f'--over has "{name}={text}": write v1,v2 or a..b with a <= b.')
-            if len(span) > MOST_VALUES:
-                raise UserError(
-                    f'--over has "{name}={text}", which is {len(span)} runs or more: give at most'
-                    f" {MOST_VALUES} values."
-                )
-            values += map(str, span) if ends else [part]
-        twice = next((value for value in values if values.count(value) > 1), None)
-        if twice is not None:
-            raise UserError(f'--over has {twice} twice in "{name}={text}": keep one.')
-        found[name] = values
-    return found
+    given = settings(words, "--over").items()
+    return {name: listed(text, f'--over has "{name}={text}"') for name, text in given}
+
+
+def listed(text: str, shown: str) -> list[str]:
+    """The values of ``v1,v2`` or ``a..b`` (whole numbers, b included).
+
+    Args:
+        shown: the beginning of a sentence about them.
+
+    Raises:
+        UserError: it is neither, or a value comes twice.
+    """
+    values: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        ends = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})", part)
+        span = range(int(ends[1]), int(ends[2]) + 1) if ends else ()
+        if not part or (ends and not span):
+            raise UserError(f"{shown}: write v1,v2 or a..b with a <= b.")
+        if len(span) > MOST_VALUES:
+            raise UserError(
+                f"{shown}, which is {len(span)} runs or more: give at most {MOST_VALUES} values."
+            )
+        values += map(str, span) if ends else [part]
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise UserError(f"{shown}, with {twice} twice: keep one.")
+    return values
 
 
 def load_arms(path: Path) -> dict[str, dict[str, Any]]:

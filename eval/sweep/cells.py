@@ -1,4 +1,4 @@
-"""Running cells one after another, each in a process of its own, so that any of them may die.
+"""Running cells, some at a time, each in a process of its own, so that any of them may die.
 
 A cell's output goes to ``<folder>.log``. The log is locked while any process of the cell lives, so
 a sweep that finds a cell still running (its own sweep was killed) waits for it instead of starting
@@ -36,6 +36,9 @@ RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
 PATIENCE_SECONDS = 30.0
 """How long a cell that is told to end may take before it is killed."""
+PAUSE_SECONDS = 0.05
+"""Between two looks at the running cells."""
+THREADS = "OMP_NUM_THREADS"
 _EXCEPTION = re.compile(r"(?:\[\w+\]: *)?[\w.]*(?:Error|Exception|Exit)\b.*")
 _SENTENCE = re.compile(r"(?:.*\])?error: (.+)")  # also behind a progress bar that was cut short
 _OF_LAUNCHER = ("subprocess.CalledProcessError", "torch.distributed.elastic")
@@ -81,12 +84,14 @@ class Runner:
         recipe: its ``--config``.
         runs_dir: folder of the run folders; must exist.
         launch: more arguments for accelerate launch.
+        jobs: cells at a time; several share the cores among them.
     """
 
     script: Path
     recipe: Path
     runs_dir: Path
     launch: Sequence[str] = ()
+    jobs: int = 1
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def command(self, cell: Cell) -> list[str]:
@@ -103,7 +108,7 @@ class Runner:
         """Run what is not finished; a cell that fails does not keep the others from running.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; the running cell has been ended.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the running cells have been ended.
         """
         done = {c.name for c in cells if state(self.runs_dir / c.name) == FINISHED}
         for cell in cells:
@@ -112,33 +117,36 @@ class Runner:
         self._record()
         # Cells that were there already took no time, and say nothing about how long one takes.
         bar = tqdm(total=len(cells), initial=len(done), desc="cells", unit="cell", smoothing=0)
+        waiting = [cell for cell in cells if cell.name not in done]
+        running: list[_Run] = []
         with bar, _sigterm_as_interrupt():
-            for cell in (cell for cell in cells if cell.name not in done):
-                bar.set_postfix_str(cell.name)
-                outcome = self.run(cell)
-                self.outcomes[cell.name] = outcome
-                self._record()
-                bar.update()
-                if outcome.status == "failed":
-                    bar.write(f"{cell.name} failed: {outcome.error}", file=sys.stderr)
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.jobs:
+                        running.append(_Run(self, waiting.pop(0)))
+                        bar.set_postfix_str(", ".join(run.cell.name for run in running))
+                    for run in [run for run in running if run.is_over()]:
+                        running.remove(run)
+                        self._keep(run.outcome(), bar)
+                    time.sleep(PAUSE_SECONDS)
+            finally:
+                _end([run.process for run in running if run.process is not None])
+                for run in running:
+                    run.log.close()
         return list(self.outcomes.values())
 
-    def run(self, cell: Cell) -> Outcome:
-        """Run one cell to its end, however it ends."""
-        folder = self.runs_dir / cell.name
-        with open(f"{folder}.log", "ab") as log:
-            _lock(log, cell.name)
-            if state(folder) == FINISHED:  # by the process that held the lock
-                return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
-            if state(folder) != "checkpoint":
-                log.truncate(0)
-            began = log.seek(0, os.SEEK_END)
-            code = _run_to_end(self.command(cell), log)
-        if state(folder) == FINISHED:
-            return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
-        said = Path(f"{folder}.log").read_bytes()[began:].decode("utf-8", errors="replace")
-        code, error = explain(code, said)
-        return Outcome(cell.name, cell.arm, cell.seed, "failed", code, error)
+    def _keep(self, outcome: Outcome, bar: Any) -> None:
+        self.outcomes[outcome.cell] = outcome
+        self._record()
+        bar.update()
+        if outcome.status == "failed":
+            bar.write(f"{outcome.cell} failed: {outcome.error}", file=sys.stderr)
+
+    def environment(self) -> dict[str, str] | None:
+        """Of each cell's process; several at a time share the cores, unless the user says how."""
+        if self.jobs == 1 or THREADS in os.environ:
+            return None
+        return {**os.environ, THREADS: str(max(1, (os.cpu_count() or 1) // self.jobs))}
 
     def _record(self) -> None:
         record: dict[str, Any] = {
@@ -172,27 +180,69 @@ def explain(code: int, said: str) -> tuple[int, str]:
     return code, without_paths((errors or raised or own or ["it said nothing"])[-1])
 
 
-def _lock(log: IO[bytes], name: str) -> None:
-    """Lock the log until the last process that writes to it ends; wait while another has it."""
+class _Run:
+    """A cell that runs, or waits until another sweep's process of it has ended."""
+
+    def __init__(self, runner: Runner, cell: Cell) -> None:
+        self.runner, self.cell = runner, cell
+        self.folder = runner.runs_dir / cell.name
+        self.log = open(f"{self.folder}.log", "ab")  # noqa: SIM115, closed by `outcome`
+        self.began = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.told = False
+
+    def is_over(self) -> bool:
+        """Look after it: start it where it waits."""
+        if self.process is None and not self._start():
+            return self._finished()
+        return self.process is not None and self.process.poll() is not None
+
+    def outcome(self) -> Outcome:
+        """What became of it, however it ended."""
+        self.log.close()
+        cell, code = self.cell, self.process.returncode if self.process else 0
+        if self._finished():
+            return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
+        said = Path(f"{self.folder}.log").read_bytes()[self.began :]
+        code, error = explain(code, said.decode("utf-8", errors="replace"))
+        return Outcome(cell.name, cell.arm, cell.seed, "failed", code, error)
+
+    def _finished(self) -> bool:
+        return state(self.folder) == FINISHED
+
+    def _start(self) -> bool:
+        """Start it in a process group of its own, unless another has it, or had it and ended it."""
+        if not _lock(self.log):
+            if not self.told:
+                told = f"waiting for {self.cell.name}, which another sweep has left running"
+                tqdm.write(told, file=sys.stderr)
+            self.told = True
+            return False
+        if self._finished():
+            return False
+        if state(self.folder) != "checkpoint":
+            self.log.truncate(0)
+        self.began = self.log.seek(0, os.SEEK_END)
+        self.process = subprocess.Popen(
+            self.runner.command(self.cell),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+            env=self.runner.environment(),
+        )
+        return True
+
+
+def _lock(log: IO[bytes]) -> bool:
+    """Lock the log until the last process that writes to it ends; False while another has it."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        tqdm.write(f"waiting for {name}, which another sweep has left running", file=sys.stderr)
-        fcntl.flock(log, fcntl.LOCK_EX)
+        return False
     except OSError:
-        return  # a file system without locks
-
-
-def _run_to_end(command: Sequence[str], log: IO[bytes]) -> int:
-    """Run a command in a process group of its own; end the whole group if this is interrupted."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-    )
-    try:
-        return process.wait()
-    except BaseException:
-        _end(process)
-        raise
+        return True  # a file system without locks
+    return True
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -202,19 +252,25 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes with all that they started: told first, killed where that does not help."""
     gone = (ProcessLookupError, psutil.Error)
-    with contextlib.suppress(*gone, subprocess.TimeoutExpired, KeyboardInterrupt):
-        launched = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(PATIENCE_SECONDS)
-        # The launcher ends at once, what it launched after a step and a checkpoint.
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        launched: list[psutil.Process] = []
+        for process in processes:
+            with contextlib.suppress(*gone):
+                launched += psutil.Process(process.pid).children(recursive=True)
+                os.killpg(process.pid, signal.SIGTERM)
         patience = time.monotonic() + PATIENCE_SECONDS
+        for process in processes:
+            process.wait(max(0.0, patience - time.monotonic()))
+        # The launcher ends at once, what it launched after a step and a checkpoint.
         while any(map(_alive, launched)) and time.monotonic() < patience:
-            time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):  # also what the launcher has left behind
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            time.sleep(PAUSE_SECONDS)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # also what the launcher has left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextlib.contextmanager

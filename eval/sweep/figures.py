@@ -15,6 +15,7 @@ from .. import plot
 from ..table import Result
 from .findings import is_finished, suffix
 
+FINAL = "final"
 ASTRAY = 30.0
 """An arm is off the scale when its difference is so many times the median arm's."""
 
@@ -29,16 +30,16 @@ def draw(result: Result, picture: Path) -> None:
     looks = plot.looks(result.groups, result.control)
     height = max(3.6, 0.34 * len(result.groups) + 1.6)
     with plot.canvas(picture, 1, 2, figsize=(12, height)) as (figure, ((left, right),)):
-        _differences(left, result, looks)
-        _curves(right, result, looks)
+        differences(left, result, looks)
+        curves(right, result, looks)
         handles, labels = right.get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
 
 
-def final_differences(result: Result) -> dict[str, float]:
+def mean_differences(result: Result, what: str = FINAL) -> dict[str, float]:
     """Of each arm that has one."""
-    name = f"final {result.settings['metric']}"
+    name = f"{what} {result.settings['metric']}"
     lines = {arm: result.summary(arm, name) for arm in result.groups}
     return {
         arm: line.difference
@@ -47,16 +48,21 @@ def final_differences(result: Result) -> dict[str, float]:
     }
 
 
-def astray(result: Result) -> frozenset[str]:
+def astray(result: Result, what: str = FINAL) -> frozenset[str]:
     """The arms whose difference is too large to be drawn beside the others."""
-    sizes = {arm: abs(value) for arm, value in final_differences(result).items()}
+    sizes = {arm: abs(value) for arm, value in mean_differences(result, what).items()}
     usual = statistics.median(sizes.values()) if sizes else 0.0
     return frozenset(arm for arm, size in sizes.items() if usual and size > ASTRAY * usual)
 
 
-def _differences(axis: Any, result: Result, looks: Any) -> None:
-    name, off = f"final {result.settings['metric']}", astray(result)
-    scale, values = result.metric(name).scale, final_differences(result)
+def differences(axis: Any, result: Result, looks: Any, what: str = FINAL) -> None:
+    """The paired difference of each arm with its interval.
+
+    Args:
+        what: "final", or another word before the metric's name.
+    """
+    name, off = f"{what} {result.settings['metric']}", astray(result, what)
+    scale, values = result.metric(name).scale, mean_differences(result, what)
     axis.axvline(0, color="black", lw=0.8)
     for row, arm in enumerate(result.groups):
         color = looks[arm]["color"]
@@ -81,7 +87,7 @@ def _differences(axis: Any, result: Result, looks: Any) -> None:
     side = "right" if result.settings["higher_is_better"] else "left"
     metric = f"{result.settings['metric']}{suffix(result)}"
     axis.set_xlabel(f"difference of {metric}; {side} is better")
-    axis.set_title(f"final, minus {result.control}: mean and 95 % interval", fontsize=9)
+    axis.set_title(f"{what}, minus {result.control}: mean and 95 % interval", fontsize=9)
 
 
 def _written(axis: Any, row: int, text: str, x: float, coordinates: Any, color: Any) -> None:
@@ -107,8 +113,9 @@ def _why_none(arm: str, result: Result) -> str:
     return "not paired" if result.settings["paired"].get(arm) is False else "n/a"
 
 
-def _curves(axis: Any, result: Result, looks: Any) -> None:
-    name, off = result.settings["metric"], astray(result)
+def curves(axis: Any, result: Result, looks: Any, what: str = FINAL) -> None:
+    """The metric over steps, mean over seeds; ``what`` as for the differences."""
+    name, off = result.settings["metric"], astray(result, what)
     scale = result.metric(name).scale
     done = replace(result, subjects=[one for one in result.subjects if is_finished(one)])
     for arm in sorted(done.groups, key=lambda arm: arm in off):

@@ -25,7 +25,10 @@ from ..provenance import ROOT, without_paths
 from .axes import SEED, Values, settings
 from .findings import HELDOUT
 
-MEASURED = ("validation_dataset", "validation_loss_steps")
+MEASURED = (
+    *("validation_dataset", "validation_file", "validation_part", "max_eval_samples"),
+    "validation_loss_steps",
+)
 """Options that don't touch what is learned, but decide what there is to compare."""
 CONFIGS = {"train_dreambooth_bilora.py": DreamBoothConfig, "train_text_bilora.py": TextConfig}
 """Training script -> what its command line is read as."""
@@ -151,7 +154,7 @@ class Planner:
         seeds = None if given is None else tuple(map(_whole, given))
         merged = self._merge(over, arms or {"": {}}, seeds[0] if seeds else None)
         if seeds is None:
-            seeds = (int(self._read(merged[0].label, merged[0].values, None)[0].seed),)
+            seeds = (int(self.read(merged[0].label, merged[0].values, None)[0].seed),)
         cells = tuple(self._cell(arm, seed) for seed in seeds for arm in merged)
         return Grid(merged, seeds, cells)
 
@@ -164,7 +167,7 @@ class Planner:
             axes = dict(zip(over, point, strict=True))
             values = {**named[base], **axes}
             spoken = base or ", ".join(f"{name}={value}" for name, value in axes.items())
-            config, _ = self._read(spoken or self.recipe.stem, values, seed)
+            config, _ = self.read(spoken or self.recipe.stem, values, seed)
             unread = unread_options(config)
             parts = [f"{n}={without_paths(str(v))}" for n, v in axes.items() if n not in unread]
             label = ", ".join([base, *parts] if base else parts) or self.recipe.stem
@@ -177,8 +180,15 @@ class Planner:
                 arms[key] = dataclasses.replace(arms[key], also=(*arms[key].also, label))
         return tuple(arms.values())
 
-    def _read(self, label: str, values: Values, seed: int | None) -> tuple[Any, tuple[str, ...]]:
-        """The configuration of an arm with a seed, as the script will see it, and its flags."""
+    def read(self, label: str, values: Values, seed: int | None) -> tuple[Any, tuple[str, ...]]:
+        """The configuration of an arm with a seed, as the script will see it, and its flags.
+
+        Args:
+            seed: None for the recipe's.
+
+        Raises:
+            UserError: the script would refuse it.
+        """
         merged = {**self.shared, **values, **({} if seed is None else {SEED: seed})}
         flags = to_flags(merged)
         own = ("--output_dir=run", "--overwrite_output_dir")
@@ -195,7 +205,7 @@ class Planner:
         return config, flags
 
     def _cell(self, arm: Arm, seed: int) -> Cell:
-        config, flags = self._read(arm.label, arm.values, seed)
+        config, flags = self.read(arm.label, arm.values, seed)
         slug = re.sub(r"[^a-z0-9.]+", "-", arm.label.lower()).strip("-.")[:60] or "arm"
         name = f"{slug}-seed{seed}-{_digest(self._identity(config))}"
         return Cell(name, arm.label, seed, flags)
