@@ -11,15 +11,19 @@ from .. import mini
 from ..config.machine import device_type
 from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
-from ..mini import MINI
+from ..mini import ANIMALS, MINI
+from ..run.heldout_part import read_part
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
-HELDOUT = "mini-heldout"
-BUILT_IN = (MINI, HELDOUT)
+HELDOUT = f"{MINI}-heldout"
+ANIMALS_HELDOUT = f"{ANIMALS}-heldout"
+BUILT_IN = (MINI, HELDOUT, ANIMALS, ANIMALS_HELDOUT)
 ICONS = "linoyts/3d_icon"
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
 """The six subjects of the paper's Table 4; they are in no training set."""
+ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")
+"""Six of the held-out animals."""
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 TABLE_A8_STEPS = 500
@@ -35,18 +39,27 @@ class Preset:
     """What a well-known set brings along; each value gives way to one that the user gives."""
 
     instance_prompt: str = "a TOK icon, in the style of TOK"
-    validation_prompts: tuple[str, ...] = tuple(
-        f"a TOK icon of a {subject}, in the style of TOK" for subject in SUBJECTS
-    )
+    subjects: tuple[str, ...] = SUBJECTS
     num_validation_images: int = 1
     caption_column: str | None = None
     validation_dataset: str | None = None
     model: str | None = None
 
+    @property
+    def validation_prompts(self) -> list[str]:
+        """One for each subject."""
+        return [f"a TOK icon of a {subject}, in the style of TOK" for subject in self.subjects]
+
 
 PRESETS = {
     ICONS: Preset(),  # Appendix H.3
     MINI: Preset(caption_column="prompt", validation_dataset=HELDOUT, model=MINI),
+    ANIMALS: Preset(
+        subjects=ANIMAL_SUBJECTS,
+        caption_column="prompt",
+        validation_dataset=ANIMALS_HELDOUT,
+        model=MINI,
+    ),
 }
 
 
@@ -95,7 +108,7 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
         if "instance_prompt" not in given:
             values["instance_prompt"] = preset.instance_prompt
         if not given & {"validation_prompt", "validation_prompts"}:
-            values["validation_prompts"] = list(preset.validation_prompts)
+            values["validation_prompts"] = preset.validation_prompts
             if "num_validation_images" not in given:
                 values["num_validation_images"] = preset.num_validation_images
         if "validation_dataset" not in given:
@@ -153,6 +166,8 @@ def check_inputs(values: dict[str, Any]) -> None:
         UserError: one sentence with the option, its value and the fix.
     """
     _check_model(values)
+    if values["validation_part"] is not None:
+        read_part(values["validation_part"])
     for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):
         if values[name] is not None and values[name] not in BUILT_IN:
             _check_folder_or_id(f"--{name}", values[name])

@@ -22,12 +22,17 @@ from ..files import (
     reason,
     require_column,
 )
-from ..mini import MINI
-from .inputs import HELDOUT
+from ..mini import ANIMALS, MINI
+from .inputs import ANIMALS_HELDOUT, HELDOUT
 from .listing import METADATA, Listing, look
 from .sets import NO_CAPTIONS, ImageSet
 
-FOLDERS = {MINI: mini.train_dir, HELDOUT: mini.heldout_dir}
+FOLDERS = {
+    MINI: mini.train_dir,
+    HELDOUT: mini.heldout_dir,
+    ANIMALS: mini.animals_train_dir,
+    ANIMALS_HELDOUT: mini.animals_heldout_dir,
+}
 BESIDE = "the .txt files beside them"
 TEXT = "text"
 """The column of the captions that lie beside the images."""
@@ -48,9 +53,9 @@ def open_images(
     """Open a set of images; each is looked at once here and read again when needed.
 
     Args:
-        dataset: "mini" or "mini-heldout"; a local folder with images alone, with images and a
-            ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any layout that
-            ``datasets`` reads; or the id of a set on the hub. Their split "train" is taken.
+        dataset: one of ``FOLDERS``, such as "mini"; a local folder with images alone, with images
+            and a ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any layout
+            that ``datasets`` reads; or the id of a set on the hub. Their split "train" is taken.
         image_column: where the images are; a folder's own images are in column "image".
         caption_column: where their captions are; "none" to have none; None for those of the
             ``.txt`` files beside the images of a folder without metadata.

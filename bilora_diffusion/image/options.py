@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, option, unless
+from ..config.fields import Idle, like, option, unless
 from ..config.values import BATCHES, DECAYS, FACTORS, RATES, STEPS, WORKERS, Range
-from ..run.options import OutputOptions
+from ..run.options import HeldOutOptions, OutputOptions
 from . import inputs
 
 INTERPOLATIONS = (
@@ -47,7 +47,7 @@ class ModelOptions:
     pretrained_model_name_or_path: str = option(
         inputs.SDXL_BASE,
         "Stable Diffusion XL pipeline to start from: hub id, local folder, or mini. With --dataset"
-        " mini it defaults to mini.",
+        " mini or mini-animals it defaults to mini.",
         place=True,
     )
     pretrained_vae_model_name_or_path: str | None = option(
@@ -76,7 +76,8 @@ class DataOptions:
     dataset_name: str | None = option(
         None,
         "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
-        " metadata.csv), or mini. linoyts/3d_icon and mini bring the paper's prompts along.",
+        " metadata.csv), mini, or mini-animals (12 pictures, soon overfitted). linoyts/3d_icon and"
+        " mini bring the paper's prompts along.",
         aliases=("--dataset",),
         place=True,
     )
@@ -274,8 +275,19 @@ class ValidationOptions:
     validation_dataset: str | None = option(
         None,
         "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
-        " mini: mini-heldout.",
+        " mini: mini-heldout, for mini-animals: mini-animals-heldout.",
         place=True,
+    )
+    validation_part: str | None = like(
+        HeldOutOptions,
+        "validation_part",
+        idle=(
+            Idle(
+                lambda v: not v["validation_dataset"],
+                "without held-out images",
+                "add `--validation_dataset` or drop it",
+            ),
+        ),
     )
     validation_loss_steps: int = option(
         0,

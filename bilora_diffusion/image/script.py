@@ -25,6 +25,7 @@ from ..export import (
     verify,
 )
 from ..methods import get
+from ..run.heldout_part import chosen
 from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
@@ -44,9 +45,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data first, since it is quick to refuse; then the models; then both on the device."""
     source = str(cfg.dataset_name or cfg.instance_data_dir)
     instance = images(cfg, source, cfg.dataset_config_name)
-    validation = None
-    if cfg.validation_dataset:
-        validation = images(cfg, cfg.validation_dataset)
+    validation = heldout_images(cfg)
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
         dtype=weights_dtypes(cfg, accelerator.mixed_precision),
@@ -102,6 +101,15 @@ def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) 
     for line in opened.remarks():
         logger.warning("%s", line)
     return opened
+
+
+def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
+    """The images that the run measures its loss on; None where it has none."""
+    if not cfg.validation_dataset:
+        return None
+    opened = images(cfg, cfg.validation_dataset)
+    names = [opened.name(i) for i in range(len(opened))]
+    return opened.only(chosen(cfg.validation_part, names, opened.label))
 
 
 def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,14 @@ class ImageSet:
             f"the image {name} in {self.label} can't be read ({reason(error)}): replace or remove"
             " it, or give --skip_bad_images."
         )
+
+    def only(self, chosen: Sequence[int]) -> ImageSet:
+        """A set of some of the images, in the given order; they are not looked at again."""
+        part = copy.copy(self)
+        part._indices = [self._indices[i] for i in chosen]
+        part._sizes = [self._sizes[i] for i in chosen]
+        part._fingerprint = None
+        return part
 
     def __len__(self) -> int:
         return len(self._indices)

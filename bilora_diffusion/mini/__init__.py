@@ -11,6 +11,8 @@ from pathlib import Path
 
 MINI = "mini"
 """What stands for it where a model or a data set is named."""
+ANIMALS = "mini-animals"
+"""A second set of icons, so small that adapters soon learn them by heart."""
 _HERE = Path(__file__).resolve().parent
 
 
@@ -31,3 +33,15 @@ def heldout_dir() -> Path:
     come first.
     """
     return _HERE / "heldout"
+
+
+def animals_train_dir() -> Path:
+    """Folder of the 12 animals of Noto Emoji to learn from (64 x 64 RGB PNG) and their
+    ``metadata.jsonl``.
+    """
+    return _HERE / "animals" / "train"
+
+
+def animals_heldout_dir() -> Path:
+    """Folder of the 64 held-out animals and their ``metadata.jsonl``."""
+    return _HERE / "animals" / "heldout"

@@ -96,6 +96,18 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
+class HeldOutOptions:
+    """What is held out; each script has them in a section of its own."""
+
+    validation_part: str | None = option(
+        None,
+        "Measure only part i of n of the validation set, such as 1/2; names decide which samples it"
+        " has, whatever the seed. Choose by one part and judge by another. Default: all.",
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer and learning rates."""
 

@@ -13,6 +13,7 @@ from ..choices import ALL_LINEAR
 from ..errors import UserError
 from ..files import TABLES, is_file
 from ..run.config import RunConfig, without_influence
+from ..run.heldout_part import read_part
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -94,6 +95,8 @@ class TextConfig(
             from . import catalog
 
             catalog.get(values["task"])
+        if values["validation_part"] is not None:
+            read_part(values["validation_part"])
         for name in ("train_file", "validation_file"):
             if values[name]:
                 _check_file(name, values[name])

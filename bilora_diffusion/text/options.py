@@ -9,7 +9,13 @@ from ..choices import ALL_LINEAR, KINDS, TEMPLATES
 from ..config.fields import Idle, like, option
 from ..config.values import BATCHES, ROWS, SHARES, STEPS, TOKENS, WORKERS
 from ..methods.options import AdapterOptions, MethodFlags
-from ..run.options import AT_A_CONSTANT_RATE, OptimizerOptions, OutputOptions, StepOptions
+from ..run.options import (
+    AT_A_CONSTANT_RATE,
+    HeldOutOptions,
+    OptimizerOptions,
+    OutputOptions,
+    StepOptions,
+)
 
 WITHOUT_ROWS = Idle(
     lambda v: not v["task"] and not v["validation_file"],
@@ -214,6 +220,17 @@ class EvaluationOptions:
         "Held-out rows of one forward pass.",
         aliases=("--per_device_eval_batch_size",),
         range=BATCHES,
+    )
+    validation_part: str | None = like(
+        HeldOutOptions,
+        "validation_part",
+        idle=(
+            Idle(
+                lambda v: not v["task"] and not v["validation_file"],
+                "without a validation set",
+                "add `--validation_file` or drop it",
+            ),
+        ),
     )
     validation_loss_steps: int = option(
         0,

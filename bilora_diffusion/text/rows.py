@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ..errors import UserError
 from ..files import reason
+from ..run.heldout_part import chosen
 from ..seeds import digest_texts, generator, seed_of
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask
@@ -62,12 +63,12 @@ def open_rows(cfg: TextConfig) -> Rows:
         UserError: they can't be found or read, or don't suit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
-    held = rows.validation
-    return replace(
-        rows,
-        train=subset(rows.train, cfg.max_train_samples, "train"),
-        validation=held and subset(held, cfg.max_eval_samples, "validation"),
-    )
+    held = rows.validation and subset(rows.validation, cfg.max_eval_samples, "validation")
+    if held:
+        names = [digest_texts([row.prompt, row.input, row.pair or "", row.answer]) for row in held]
+        what = f"the held-out rows of {rows.name}"
+        held = [held[i] for i in chosen(cfg.validation_part, names, what)]
+    return replace(rows, train=subset(rows.train, cfg.max_train_samples, "train"), validation=held)
 
 
 def _task_rows(cfg: TextConfig) -> Rows:

@@ -12,7 +12,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.pipeline import resolve
-from bilora_diffusion.image.script import images
+from bilora_diffusion.image.script import heldout_images, images
 from bilora_diffusion.image.sets import ImageSet
 
 from ..subjects import BASE, Subject
@@ -31,6 +31,7 @@ SET_OPTIONS = (
     "dataset_config_name",
     "instance_data_dir",
     "validation_dataset",
+    "validation_part",
     "image_column",
     "caption_column",
     "skip_bad_images",
@@ -98,12 +99,13 @@ def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
     if split == "train":
         source = str(config.dataset_name or config.instance_data_dir)
         return images(config, source, config.dataset_config_name)
-    if not config.validation_dataset:
+    heldout = heldout_images(config)
+    if heldout is None:
         raise UserError(
             f"the run in {config.output_dir} had no held-out images: take --split train, or give"
             " runs with --validation_dataset."
         )
-    return images(config, config.validation_dataset)
+    return heldout
 
 
 def base_key(config: DreamBoothConfig) -> list[Any]:

@@ -20,8 +20,16 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from bilora_diffusion import mini
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.opening import open_images
 from tools.mini import icons, text2image, trainer, vae
 from tools.mini.tokenizer import RARE_WORD, build_tokenizer
+
+SHIPPED = {"train": (mini.train_dir(), 23), "heldout": (mini.heldout_dir(), 128)}
+ANIMALS = {
+    "animals": (mini.animals_train_dir(), 12),
+    "held-out animals": (mini.animals_heldout_dir(), 64),
+}
 
 
 def read_metadata(folder: Path) -> list[dict[str, str]]:
@@ -71,22 +79,35 @@ def test_split_does_not_depend_on_the_order_of_the_icons():
         assert [every[i].codepoint for i in forward] == [backwards[i].codepoint for i in reverse]
 
 
-def test_shipped_folders_are_whole_disjoint_and_begin_with_the_subjects():
-    shipped = []
-    for folder, count in ((mini.train_dir(), 23), (mini.heldout_dir(), 128)):
-        rows = read_metadata(folder)
-        assert len({row["codepoint"] for row in rows}) == count
-        assert {row["file_name"] for row in rows} == {path.name for path in folder.glob("*.png")}
-        for row in rows:
-            assert row["prompt"] == f"a TOK icon of a {row['label']}, in the style of TOK"
-            assert row["file_name"] == f"{row['codepoint']}.png"
-            with Image.open(folder / row["file_name"]) as image:
-                assert (image.size, image.mode) == ((64, 64), "RGB")
-        shipped.append(rows)
-    train, heldout = shipped
+@pytest.mark.parametrize("name", SHIPPED | ANIMALS)
+def test_shipped_folder(name: str):
+    folder, count = (SHIPPED | ANIMALS)[name]
+    rows = read_metadata(folder)
+    assert len({row["codepoint"] for row in rows}) == count
+    assert {row["file_name"] for row in rows} == {path.name for path in folder.glob("*.png")}
+    for row in rows:
+        assert row["prompt"] == f"a TOK icon of a {row['label']}, in the style of TOK"
+        assert row["file_name"] == f"{row['codepoint']}.png"
+        with Image.open(folder / row["file_name"]) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_shipped_folders_are_disjoint_and_begin_with_the_subjects():
+    train, heldout = (read_metadata(folder) for folder, _ in SHIPPED.values())
     assert not {row["codepoint"] for row in train} & {row["codepoint"] for row in heldout}
     subjects = ["rabbit", "cloud", "lion", "droplet", "frog", "sun"]
     assert [row["label"] for row in heldout[:6]] == subjects
+
+
+def test_the_animals_are_disjoint_and_held_out_ones_are_what_is_drawn_for_show():
+    train, heldout = (read_metadata(folder) for folder, _ in ANIMALS.values())
+    assert not {row["codepoint"] for row in train} & {row["codepoint"] for row in heldout}
+    cfg = parse(["--dataset", "mini-animals"])
+    assert (cfg.pretrained_model_name_or_path, cfg.caption_column) == ("mini", "prompt")
+    assert cfg.validation_dataset == "mini-animals-heldout"
+    assert set(cfg.validation_prompts) < {row["prompt"] for row in heldout}
+    both = [open_images(name) for name in ("mini-animals", "mini-animals-heldout")]
+    assert list(map(len, both)) == [12, 64]
 
 
 def test_written_folder_pairs_labels_and_pictures(tmp_path: Path):

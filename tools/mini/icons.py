@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,11 @@ class IconSet:
     solid: np.ndarray
 
 
-def fetch_packages(cache_dir: Path) -> Path:
-    """Install ``PACKAGES`` under ``cache_dir`` with npm where missing; return ``node_modules``.
+def fetch_packages(cache_dir: Path, packages: Mapping[str, str] = PACKAGES) -> Path:
+    """Install packages under ``cache_dir`` with npm where missing; return ``node_modules``.
+
+    Args:
+        packages: version of each by name.
 
     Raises:
         FileNotFoundError: a package is missing and so is npm.
@@ -80,7 +84,7 @@ def fetch_packages(cache_dir: Path) -> Path:
     modules = cache_dir / "node_modules"
     missing = [
         f"{name}@{version}"
-        for name, version in PACKAGES.items()
+        for name, version in packages.items()
         if not _installed(modules / name, version)
     ]
     if missing:
@@ -102,7 +106,7 @@ def _installed(package: Path, version: str) -> bool:
     return manifest.is_file() and json.loads(manifest.read_text())["version"] == version
 
 
-def _plain(codepoint: str) -> str:
+def plain(codepoint: str) -> str:
     """Lower case without the variation selector, on whose presence the packages disagree."""
     return "-".join(part for part in codepoint.lower().split("-") if part != "fe0f")
 
@@ -113,14 +117,14 @@ def load_icons(cache_dir: Path) -> IconSet:
     flat_folder = modules / "@iconify-json" / "fluent-emoji-flat"
     bodies = json.loads((flat_folder / "icons.json").read_text())["icons"]
     names = {
-        _plain(code): name
+        plain(code): name
         for code, name in json.loads((flat_folder / "chars.json").read_text()).items()
     }
     solids = {
-        _plain(path.stem): path
+        plain(path.stem): path
         for path in (modules / "@lobehub" / "fluent-emoji-3d" / "assets").glob("*.webp")
     }
-    emoji = _read_labels(modules / "emojibase-data" / "en")
+    emoji = read_labels(modules / "emojibase-data" / "en")
     icons = tuple(
         emoji[code] for code in sorted(emoji) if code in solids and names.get(code) in bodies
     )
@@ -139,7 +143,7 @@ def load_icons(cache_dir: Path) -> IconSet:
     return IconSet(icons, flat, solid)
 
 
-def _read_labels(folder: Path) -> dict[str, Icon]:
+def read_labels(folder: Path) -> dict[str, Icon]:
     """emojibase's English data by code point. Skin tones are nested in their emoji: left out.
 
     So are tags that are another icon's label: "cloud" must mean the cloud, not rain.
@@ -152,21 +156,23 @@ def _read_labels(folder: Path) -> dict[str, Icon]:
     labels = {entry["label"] for entry in entries}
     icons = {}
     for entry in entries:
-        code = _plain(entry["hexcode"])
+        code = plain(entry["hexcode"])
         tags = tuple(tag for tag in entry.get("tags", ()) if tag not in labels)
         icons[code] = Icon(code, entry["label"], tags, groups[entry["group"]])
     return icons
 
 
-def render_svg(body: str, size: int = SIZE) -> np.ndarray:
-    """An SVG body on iconify's 32 x 32 canvas as (size, size, 3) uint8 on white, rendered 4x larger
-    first.
+def render_svg(body: str, size: int = SIZE, canvas: int = 32) -> np.ndarray:
+    """An SVG body on a square canvas as (size, size, 3) uint8 on white, rendered 4x larger first.
+
+    Args:
+        canvas: its side in the body's units; iconify's Fluent Emoji have 32.
     """
     import resvg_py
 
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 32 32" width="{4 * size}" height="{4 * size}">{body}</svg>'
+        f'viewBox="0 0 {canvas} {canvas}" width="{4 * size}" height="{4 * size}">{body}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, background="white")
     data = base64.b64decode(png) if isinstance(png, str) else bytes(png)
@@ -230,15 +236,21 @@ def split(icons: tuple[Icon, ...], seed: int = SPLIT_SEED) -> tuple[list[int], l
 
 
 def write_image_folder(folder: Path, icon_set: IconSet, indices: list[int]) -> None:
-    """PNG files of the 3D style and a ``metadata.jsonl`` (file_name, prompt, label, codepoint), in
-    order of ``indices``.
+    """PNG files of the 3D style and a ``metadata.jsonl``, in order of ``indices``."""
+    write_pictures(folder, [(icon_set.icons[i], icon_set.solid[i]) for i in indices])
+
+
+def write_pictures(folder: Path, pictures: Sequence[tuple[Icon, np.ndarray]]) -> None:
+    """A PNG file of each, and a ``metadata.jsonl`` (file_name, prompt, label, codepoint).
+
+    Args:
+        pictures: icons with (h, w, 3) uint8.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for index in indices:
-        icon = icon_set.icons[index]
+    for icon, pixels in pictures:
         name = f"{icon.codepoint}.png"
-        Image.fromarray(icon_set.solid[index]).save(folder / name, optimize=True)
+        Image.fromarray(pixels).save(folder / name, optimize=True)
         prompt = DREAMBOOTH_PROMPT.format(label=icon.label)
         rows.append(
             {"file_name": name, "prompt": prompt, "label": icon.label, "codepoint": icon.codepoint}

@@ -1,0 +1,7 @@
+"""``python -m eval.tune``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
