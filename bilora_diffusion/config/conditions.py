@@ -72,6 +72,14 @@ def unlike(other: str) -> Condition:
     )
 
 
+def beyond(other: str) -> Condition:
+    """A number above that of another option."""
+    return Condition(
+        lambda value, facts: value is not None and value > (facts.get(other) or value),
+        f"{{}} above `--{other}`",
+    )
+
+
 GIVEN = Condition(lambda value, _: value is not None and value is not False and value != "")
 ABSENT = Condition(lambda value, _: value is None or value == "", "no {}")
 

@@ -8,7 +8,7 @@ stand here are right. The facts of a launch are read by ``train.engines``, those
 
 from __future__ import annotations
 
-from .conditions import GIVEN, Refusal, above, refusal
+from .conditions import ABSENT, GIVEN, Refusal, above, refusal
 
 FSDP2, DDP = "FSDP2", "DDP"
 _USE_FSDP2 = (
@@ -82,6 +82,13 @@ LAUNCHES: tuple[Refusal, ...] = (
         "accelerate unscales the gradients twice there when a part of them is clipped",
         "use `--mixed_precision bf16` or `no`",
         mixed_precision="fp16",
+        engine=FSDP2,
+    ),
+    refusal(
+        "each fold splits a model of its own, and accelerate is set up for one in a process",
+        "launch with `--multi_gpu` (DDP), or make each by `--fold` in a launch of its own",
+        folds=GIVEN,
+        fold=ABSENT,
         engine=FSDP2,
     ),
     # how it is split

@@ -15,7 +15,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
-from .conditions import ABSENT, GIVEN, Refusal, above, other_than, refusal, same_as, unlike
+from .conditions import (
+    ABSENT,
+    GIVEN,
+    Refusal,
+    above,
+    beyond,
+    other_than,
+    refusal,
+    same_as,
+    unlike,
+)
 from .launches import LAUNCHES
 
 _NEEDS_ADAPTERS = {
@@ -28,6 +38,13 @@ _NEEDS_ADAPTERS = {
     ),
     "log_dynamics": (True, "there are no factors whose course could be recorded"),
 }
+
+_BY_THE_LOSS = {"early_stopping_patience": GIVEN, "keep_best": True}
+_NOTHING_HELD_OUT = {
+    "validation_dataset": {"validation_dataset": ABSENT},
+    "validation_file": {"task": ABSENT, "validation_file": ABSENT},
+}
+
 
 REFUSED: tuple[Refusal, ...] = (
     # what is learned from
@@ -192,6 +209,36 @@ REFUSED: tuple[Refusal, ...] = (
         use_8bit_adam=True,
         rescale_moments=True,
     ),
+    # when to stop
+    *(
+        refusal(
+            "there is no held-out loss to go by",
+            f"add `--{place}`, or drop it and use `--folds`",
+            **{name: wanted, **absent},
+        )
+        for name, wanted in _BY_THE_LOSS.items()
+        for place, absent in _NOTHING_HELD_OUT.items()
+    ),
+    *(
+        refusal(
+            "the held-out loss would be known at the start and the end only",
+            "say how often to measure it, for example `--validation_loss_steps 50`",
+            **{name: wanted, "validation_loss_steps": 0},
+        )
+        for name, wanted in {**_BY_THE_LOSS, "folds": GIVEN}.items()
+    ),
+    *(
+        refusal("the folds say when to stop", "drop one of them", **{name: wanted, "folds": GIVEN})
+        for name, wanted in _BY_THE_LOSS.items()
+    ),
+    refusal(
+        "an epoch of a fold is shorter than one of all",
+        "give the most steps to try by `--max_train_steps`",
+        folds=GIVEN,
+        num_train_epochs=GIVEN,
+    ),
+    refusal("it is one of several", "add `--folds`", fold=GIVEN, folds=ABSENT),
+    refusal("there are not so many `--folds`", "give a lower number", fold=beyond("folds")),
     # the run
     refusal("a run needs a folder", "name it", output_dir=ABSENT),
     refusal(

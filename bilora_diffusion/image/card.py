@@ -20,8 +20,10 @@ from ..run.card import (
     python_block,
     source,
     table,
+    when_it_stopped,
     write_card,
 )
+from ..run.folder import FOLDS_FIGURE
 
 MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
 # Read in the sources: ComfyUI's weight_decompose (comfy/weight_adapter/base.py; the axis since its
@@ -52,12 +54,14 @@ def write_dreambooth_card(
     base, dataset = source(cfg.pretrained_model_name_or_path), cfg.dataset_name
     data = source(dataset or cfg.instance_data_dir)
     whole = methods.get(cfg.method).exports_weights
-    files = sorted((folder / "validation" / f"step-{results['steps']}").glob("*.png"))
+    step = results.get("best_step", results["steps"])
+    files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
     prompts = cfg.sampled_prompts
     if len(files) != len(prompts):  # they are of an earlier setting of a resumed run
         files = prompts = []
     urls = [quote(file.relative_to(folder).as_posix()) for file in files]
     gallery = list(zip(prompts, urls, strict=True))
+    measured = {title: results[key] for title, key in MEASURED.items() if key in results}
     trigger = cfg.instance_prompt
     use = [
         *_pipeline(base, cfg.pretrained_vae_model_name_or_path),
@@ -78,7 +82,8 @@ def write_dreambooth_card(
             *([] if whole else _other_programs(cfg, base, folder)),
         ],
         results=[
-            *table("## Results", {t: results[k] for t, k in MEASURED.items() if k in results}),
+            *table("## Results", measured | when_it_stopped(cfg, results)),
+            *([f"![Held-out loss of the folds]({FOLDS_FIGURE})"] if cfg.folds else []),
             *(["## Images"] if gallery else []),
             *(f"![{escaped(prompt)}]({url})\n\n{code(prompt)}" for prompt, url in gallery),
         ],

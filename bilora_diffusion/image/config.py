@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from ..methods.options import AdapterOptions, MethodFlags
 from ..run.config import RunConfig, without_influence
-from ..run.options import OptimizerOptions, StepOptions
+from ..run.options import OptimizerOptions, StepOptions, StoppingOptions
 from . import inputs
 from .options import (
     DataOptions,
@@ -26,6 +27,7 @@ GROUPS = (
     AdapterOptions,
     MethodFlags,
     StepOptions,
+    StoppingOptions,
     OptimizerOptions,
     DiffusionOptions,
     PriorOptions,
@@ -54,6 +56,7 @@ class DreamBoothConfig(
     modality: ClassVar[str] = "image"
     groups: ClassVar[tuple[Any, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
+    without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType({"num_validation_images": 0})
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("dataset_name", "instance_data_dir"),
         ("max_train_steps", "num_train_epochs"),

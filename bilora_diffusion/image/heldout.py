@@ -17,6 +17,9 @@ from .latents import Encoder
 from .sets import ImageSet
 from .visits import centered_visits
 
+BY_LEVEL = "heldout_loss_by_level/"
+"""Stands before a noise level in the name of the loss at it."""
+
 
 def grid_levels(total: int) -> list[int]:
     """The noise levels of the grid, for a schedule of ``total`` timesteps."""
@@ -80,20 +83,27 @@ class GridLoss:
         return grid
 
     def __call__(self) -> dict[str, float]:
-        """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels."""
+        """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels; and
+        ``heldout_loss_by_level/LEVEL`` of each level, a mean over the held-out images.
+        """
         with inference(self.task.module):
-            return {
-                name: float(self.per_image(images).mean()) for name, images in self.sets.items()
-            }
+            tables = {name: self.table(images) for name, images in self.sets.items()}
+        levels = zip(self._known(), tables["heldout_loss"].mean(1).tolist(), strict=True)
+        return {
+            **{name: float(losses.mean(0).mean()) for name, losses in tables.items()},
+            **{f"{BY_LEVEL}{level}": loss for level, loss in levels},
+        }
 
-    def per_image(self, images: Sequence[GridImage]) -> Tensor:
-        """Loss of each image averaged over the noise levels, (images,)."""
-        levels = grid_levels(self.task.module.denoising.num_timesteps)
-        means = [
-            torch.stack([self.losses(chunk, level) for level in levels]).mean(0)
+    def _known(self) -> list[int]:
+        return grid_levels(self.task.module.denoising.num_timesteps)
+
+    def table(self, images: Sequence[GridImage]) -> Tensor:
+        """Loss at each noise level of each image, (levels, images)."""
+        parts = [
+            torch.stack([self.losses(chunk, level) for level in self._known()])
             for chunk in self.batches(images)
         ]
-        return torch.cat(means)
+        return torch.cat(parts, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
         """As many images at a time as the memory is sure to hold."""

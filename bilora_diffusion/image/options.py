@@ -295,9 +295,9 @@ class ValidationOptions:
         range=STEPS.or_zero,
         idle=(
             Idle(
-                lambda v: not v["validation_dataset"],
+                lambda v: not v["validation_dataset"] and not v["folds"],
                 "without held-out images",
-                "add `--validation_dataset` or drop it",
+                "add `--validation_dataset`, `--folds 4`, or drop it",
             ),
         ),
     )

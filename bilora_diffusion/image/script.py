@@ -26,7 +26,7 @@ from ..export import (
 )
 from ..methods import get
 from ..run.heldout_part import chosen
-from ..train import running
+from ..train import folds, running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_dreambooth_card
@@ -46,6 +46,9 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     source = str(cfg.dataset_name or cfg.instance_data_dir)
     instance = images(cfg, source, cfg.dataset_config_name)
     validation = heldout_images(cfg)
+    if cfg.fold:
+        names = [instance.name(i) for i in range(len(instance))]
+        instance, validation = map(instance.only, folds.dealt(cfg, names, "images"))
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
         dtype=weights_dtypes(cfg, accelerator.mixed_precision),
@@ -129,7 +132,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
             title=Path(cfg.output_dir).resolve().name,
             resolution=cfg.resolution,
             prediction_type=task.pipeline.scheduler.config["prediction_type"],
-            steps=trainer.step,
+            steps=trainer.outcome.step(trainer.step),
             seed=cfg.seed,
             init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
         ),

@@ -72,6 +72,16 @@ def run_settings(cfg: Any, steps: int) -> dict[str, Any]:
     }
 
 
+def when_it_stopped(cfg: Any, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card says of how the held-out loss had a say in the number of steps."""
+    early = results["steps"] if results.get("stopped_early") else None
+    return {
+        "step of these weights, with the lowest held-out loss": results.get("best_step"),
+        "stopped early, after steps": early,
+        f"steps chosen by {cfg.folds} folds": results.get("chosen_steps"),
+    }
+
+
 def method_settings(cfg: Any) -> dict[str, Any]:
     """What was set of the method's own options: its radius, and what is not as usual."""
     own = {}

@@ -14,7 +14,7 @@ from ..config.conditions import said
 from ..config.values import check_choice
 from ..errors import UserError
 from ..methods.options import AdapterOptions, MethodFlags
-from .options import OPTIMIZERS, OptimizerOptions, OutputOptions, StepOptions
+from .options import OPTIMIZERS, OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
 Values = dict[str, Any]
 SAMPLES_OF_A_STEP = 10**6
@@ -25,7 +25,9 @@ TRACKERS = (
 )
 
 
-class RunConfig(AdapterOptions, MethodFlags, StepOptions, OptimizerOptions, OutputOptions):
+class RunConfig(
+    AdapterOptions, MethodFlags, StepOptions, StoppingOptions, OptimizerOptions, OutputOptions
+):
     """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options.
 
     ``read`` makes one of a command line, which decides all that can be known before anything is
@@ -38,6 +40,7 @@ class RunConfig(AdapterOptions, MethodFlags, StepOptions, OptimizerOptions, Outp
         description, usage: of ``--help``.
         without_influence: options that a resumed run may change freely: they do not touch what is
             learned, or only in the last digits, as another card does.
+        without_samples: values with which no images or answers are made.
     """
 
     modality: ClassVar[str]
@@ -46,6 +49,7 @@ class RunConfig(AdapterOptions, MethodFlags, StepOptions, OptimizerOptions, Outp
     description: ClassVar[str]
     usage: ClassVar[str]
     without_influence: ClassVar[frozenset[str]]
+    without_samples: ClassVar[Mapping[str, Any]]
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False
@@ -127,6 +131,15 @@ class RunConfig(AdapterOptions, MethodFlags, StepOptions, OptimizerOptions, Outp
     def warmup_steps(self, num_steps: int) -> int:
         """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
         return self.lr_warmup_steps or 0
+
+    def of_fold(self, number: int, folder: str) -> Self:
+        """The configuration of one of the runs that ``--folds`` makes, in a folder of its own."""
+        changes: dict[str, Any] = {
+            **{"fold": number, "output_dir": folder, "report_to": "none", "push_to_hub": False},
+            **{"resume_from_checkpoint": None, "overwrite_output_dir": False},
+            **{"log_dynamics": False, "eval_on_start": False, **self.without_samples},
+        }
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def to_dict(self) -> Values:
         """All options as JSON values; the hub token is left out."""

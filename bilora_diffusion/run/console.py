@@ -87,15 +87,18 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["checkpoints"] = f"{where} (steps {', '.join(map(str, kept))})"
     rows = runlog.read_metrics(folder)
     losses = {r["step"]: r["heldout_loss"] for r in rows if r.get("heldout_loss") is not None}
+    record = runlog.read_run(folder)
     if losses:
         lines["held-out loss"], best = _course(losses)
-        if best in kept and best != max(losses):
+        if "best_step" in record["results"]:
+            lines["held-out loss"] += "; what is saved is of the lowest"
+        elif best in kept and best != max(losses):
             command = f"python -m bilora_diffusion.export {quoted} --step {best}"
             lines[f"step {best}'s adapter"] = command
     lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
     lines["score it"] = f"python -m {scores} {quoted} base"
     width = max(map(len, lines))
-    took = duration(runlog.read_run(folder)["wall_seconds"])
+    took = duration(record["wall_seconds"])
     return "\n".join([f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())])
 
 

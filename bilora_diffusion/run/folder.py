@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ RESULTS = (
 )
 # What else a run leaves, and a fresh start deletes.
 EXPORTS = "exports"  # adapters of checkpoints
-BESIDES = ("validation", "logs", EXPORTS, snapshots.FOLDER, ERROR)
+FOLDS, FOLDS_CURVES, FOLDS_FIGURE = "folds", "folds.json", "folds.png"
+OF_FOLDS = (FOLDS, FOLDS_CURVES, FOLDS_FIGURE)
+BESIDES = ("validation", "logs", EXPORTS, *OF_FOLDS, snapshots.FOLDER, ERROR)
 WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
 # Folders of the system, in which nobody keeps runs, but for the places named after them.
 SYSTEM = (
@@ -159,10 +162,13 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path, keep: Collection[str] = ()) -> None:
     """Delete an earlier run, which `guard` must have allowed.
 
     Its ``run.json`` goes last, so that a crash leaves it known.
+
+    Args:
+        keep: names of what stays.
     """
     if not holds_run(folder):
         return
@@ -170,6 +176,8 @@ def clear(folder: Path) -> None:
     card = (CARD,) if wrote_card(_own(folder) or {}) else ()
     for name in (*BESIDES, *card, *whole, *RESULTS, kohya_file_name(folder), RUN):
         path = folder / name
+        if name in keep:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.exists():

@@ -15,19 +15,35 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from ..errors import Interrupted, is_main_process
 from . import checkpoint, runlog
 from .config import RunConfig
+from .folder import FOLDS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
 """Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
 TOKEN = "$HF_TOKEN"
 CommandLine = tuple[list[str], int]
+
+
+class Stop(NamedTuple):
+    """Where a signal ended a run.
+
+    Args:
+        number: of the signal.
+        step, num_steps: optimizer steps taken, and of the whole run.
+        fold: which of a run's ``--folds`` it was.
+    """
+
+    number: int
+    step: int
+    num_steps: int
+    fold: int | None = None
 
 
 class Interruption:
@@ -87,28 +103,27 @@ def ends_in(said: str) -> Iterator[None]:
         raise Interrupted(said, getattr(stop, "number", signal.SIGINT)) from None
 
 
-def farewell(
-    folder: Path, number: int, step: int, num_steps: int, typed: CommandLine | None, cfg: RunConfig
-) -> Interrupted:
+def farewell(folder: Path, stop: Stop, typed: CommandLine | None, cfg: RunConfig) -> Interrupted:
     """What an interrupted run says at its end.
 
     Args:
         folder: the run folder.
-        number: of the signal.
-        step, num_steps: optimizer steps taken, and of the whole run.
+        stop: where it ended.
         typed: the command that started it; None for a call from Python.
         cfg: the run's configuration.
     """
+    number, step, num_steps, fold = stop
     if step == num_steps and runlog.read_run(folder).get("status") == "finished":
         return Interrupted(f"interrupted when the run in {folder} had already finished", number)
-    saved = checkpoint.latest(folder)
-    value = "auto" if saved is None else "latest"
+    saved = checkpoint.latest(folder if fold is None else folder / FOLDS / str(fold))
+    value = "auto" if saved is None or fold is not None else "latest"
     kept = "nothing was saved yet" if saved is None else f"{saved} is saved"
     how = f"the same arguments and --resume_from_checkpoint {value}"
     if typed is not None:
         words = resuming(*typed, value, cfg.overwrite_output_dir)
         how = shlex.join(words).replace(f"'{TOKEN}'", f'"{TOKEN}"')
-    said = f"interrupted at step {step} of {num_steps}, {kept}: go on with\n\n    {how}\n"
+    where = "" if fold is None else f" of fold {fold}"
+    said = f"interrupted at step {step} of {num_steps}{where}, {kept}: go on with\n\n    {how}\n"
     return Interrupted(said, number)
 
 

@@ -96,6 +96,39 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
+class StoppingOptions:
+    """How the held-out loss says when to stop."""
+
+    section: ClassVar[str] = "when to stop"
+
+    early_stopping_patience: int | None = option(
+        None,
+        "End the run after so many measurements of the held-out loss in a row, one every"
+        " --validation_loss_steps, without a new lowest; the base model's at step 0 is the first.",
+        range=STEPS,
+        free=True,
+    )
+    keep_best: bool = option(
+        False,
+        "Leave the weights of the step with the lowest held-out loss instead of the last one's;"
+        " averaged with --use_ema.",
+    )
+    folds: int | None = option(
+        None,
+        "Choose the number of steps without a validation set: so many runs of --max_train_steps"
+        " first, each of which holds out another part of what is learned from and measures it every"
+        " --validation_loss_steps; then one on everything, to the step where the mean of their"
+        " held-out losses is lowest.",
+        range=Range(1000, "as many runs are made", at_least=2),
+    )
+    fold: int | None = option(
+        None,
+        "Make only this one of the --folds, from 1; it exports nothing.",
+        range=Range(1000, "there are as many --folds at most", at_least=1),
+    )
+
+
+@dataclass(frozen=True)
 class HeldOutOptions:
     """What is held out; each script has them in a section of its own."""
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from ..errors import UserError
 
 # Of exports, diffusers would load one by its name where no file is named.
-NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", ".*"]
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "folds/*", "logs/*", ".*"]
 
 
 def repository(cfg: Any) -> str:

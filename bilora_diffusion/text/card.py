@@ -8,7 +8,16 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .. import methods
-from ..run.card import is_hub_id, loaded_from, python_block, source, table, write_card
+from ..run.card import (
+    is_hub_id,
+    loaded_from,
+    python_block,
+    source,
+    table,
+    when_it_stopped,
+    write_card,
+)
+from ..run.folder import FOLDS_FIGURE
 from .models import AUTO_CLASSES
 from .places import PACKAGED
 
@@ -50,7 +59,10 @@ def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: st
         base=base,
         data=data,
         use=["## Use", python_block(_snippet(cfg, base, here, results["export"]))],
-        results=table("## Results on held-out rows", measured),
+        results=[
+            *table("## Results on held-out rows", measured | when_it_stopped(cfg, results)),
+            *([f"![Held-out loss of the folds]({FOLDS_FIGURE})"] if cfg.folds else []),
+        ],
     )
 
 

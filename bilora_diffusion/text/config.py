@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from ..choices import ALL_LINEAR
@@ -14,6 +15,7 @@ from ..errors import UserError
 from ..files import TABLES, is_file
 from ..run.config import RunConfig, without_influence
 from ..run.heldout_part import read_part
+from ..run.options import StoppingOptions
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -31,6 +33,7 @@ GROUPS = (
     TextAdapterOptions,
     TextMethodFlags,
     TextStepOptions,
+    StoppingOptions,
     TextOptimizerOptions,
     EvaluationOptions,
     TextOutputOptions,
@@ -60,6 +63,7 @@ class TextConfig(
     modality: ClassVar[str] = "text"
     groups: ClassVar[tuple[Any, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
+    without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType({"max_predictions": 0})
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("task", "train_file"),
         ("max_train_steps", "num_train_epochs"),

@@ -6,6 +6,7 @@ python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.js
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..adapters.quantize import quantize_nf4
 from ..errors import UserError
 from ..export import save_adapter, save_models, verify_adapter
 from ..methods import get
-from ..train import running
+from ..train import folds, running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
@@ -46,6 +47,10 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         )
     cfg = cfg.completed(accelerator.num_processes, source.kind)
     rows = open_rows(cfg)
+    if cfg.fold:
+        dealt = folds.dealt(cfg, [example.where for example in rows.train], "rows")
+        train, held = ([rows.train[i] for i in part] for part in dealt)
+        rows = dataclasses.replace(rows, train=train, validation=held)
     full = get(cfg.method).exports_weights
     loaded = source.load(
         # Weights that are trained are kept in fp32, since bf16 would lose small updates.

@@ -33,6 +33,8 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             if trainer.cfg.eval_on_start:
                 _validate(trainer, folder, log, bar)
         trainer.interruption.patient = True
+        if trainer.finished:  # a resume of a run that had come to its end
+            return
         for batches in trainer.micro_batches():
             values = trainer.train_step(batches)
             bar.step(values)
@@ -43,24 +45,23 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
 def _after_step(
     trainer: Trainer, values: dict[str, Any], folder: Path, log: RunLog | None, bar: Bar
 ) -> bool:
-    """Write down what a step gave, and whatever falls due after it; True if the run stops here."""
+    """Write down what a step gave, and whatever falls due after it; True if the run ends here."""
     cfg = trainer.cfg
     numbers = {k: v for k, v in values.items() if isinstance(v, float)}
     trainer.accelerator.log(numbers, step=trainer.step)
     if log is not None:
         log.metric(trainer.step, **values)
     _snapshot(trainer, folder)
-    done = trainer.step == trainer.num_steps
-    if done or _due(trainer.step, cfg.validation_loss_steps):
+    if trainer.finished or _due(trainer.step, cfg.validation_loss_steps):
         _heldout(trainer, log, bar)
-    if done or _due(trainer.step, trainer.validation_steps):
+    if trainer.finished or _due(trainer.step, trainer.validation_steps):
         _validate(trainer, folder, log, bar)
     stops = trainer.asked_to_stop() is not None
     if stops or _due(trainer.step, cfg.checkpointing_steps):
         if log is not None:
             log.sync()
         trainer.save(folder)
-    return stops
+    return stops or trainer.finished
 
 
 def _snapshot(trainer: Trainer, folder: Path) -> None:
@@ -76,17 +77,22 @@ def _heldout(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
     """The loss on the validation set, written to the log by the main process, which computes it;
     where weights are split, every process does.
     """
+    values = {}
     if log is not None or trainer.accelerator.is_fsdp2:
         with bar.waiting_for("held-out loss"):
             values = trainer.task.heldout_loss(trainer.evaluating())
-        _measured(trainer, log, values)
+        _measured(trainer, log, trainer.step, values)
     trainer.accelerator.wait_for_everyone()
+    trainer.outcome.measured(values.get("heldout_loss"), trainer.step)
 
 
 def _validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
     """Images or answers of the validation set, made by the main process; where weights are split,
-    every process makes them, and what the others write is dropped.
+    every process makes them, and what the others write is dropped. The last ones are of what the
+    run leaves.
     """
+    last = trainer.finished
+    step = trainer.outcome.step(trainer.step) if last else trainer.step
     if log is not None or trainer.accelerator.is_fsdp2:
         with (
             bar.waiting_for("validation"),
@@ -94,14 +100,15 @@ def _validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> N
             tempfile.TemporaryDirectory() as aside,
         ):
             kept = folder if log is not None else Path(aside)
-            values = trainer.task.validate(trainer.step, kept, trainer.evaluating())
+            values = trainer.task.validate(step, kept, trainer.evaluating(result=last))
             if log is not None:
-                show_images(trainer, kept)
-        _measured(trainer, log, values)
+                show_images(trainer, kept, step)
+        _measured(trainer, log, step, values)
     trainer.accelerator.wait_for_everyone()
 
 
-def _measured(trainer: Trainer, log: RunLog | None, values: dict[str, float]) -> None:
+def _measured(trainer: Trainer, log: RunLog | None, step: int, values: dict[str, float]) -> None:
     if values and log is not None:
-        log.metric(trainer.step, **values)
+        log.metric(step, **values)
+        # Trackers take no step that is behind.
         trainer.accelerator.log(values, step=trainer.step)

@@ -29,7 +29,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
     """Say what is about to be trained on what, for how long, where, and where to; and whether the
     disk will plainly not hold it.
     """
-    cfg, steps, size = trainer.cfg, trainer.num_steps, trainer.schedule.step_size
+    cfg, steps, size = trainer.cfg, trainer.last_step, trainer.schedule.step_size
     facts = [
         trainer.task.data_summary(),
         f"{_count(steps, 'step')} of {size} ({steps * size / trainer.task.num_samples:.3g} epochs)",
@@ -70,29 +70,31 @@ def _count(number: int, noun: str) -> str:
 def bytes_to_write(trainer: Trainer) -> int:
     """Bytes that a run still writes, roughly: checkpoints, exported file, images, snapshots."""
     cfg, method = trainer.cfg, trainer.method
-    ahead = trainer.num_steps - trainer.step
+    ahead = trainer.last_step - trainer.step
     trained = sum(t.numel() * t.element_size() for t in method.tensors().values())
     moments = 0.5 if cfg.use_8bit_adam else 4 if cfg.optimizer == "prodigy" else 2
     saved = ahead // cfg.checkpointing_steps
     if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
         saved = min(saved, cfg.checkpoints_total_limit + 1)
     snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.every
-    tensors = (saved * (1 + moments) + snapshots + 1) * trained
+    each = 1 + moments + (1 if cfg.keep_best else 0)
+    tensors = (saved * each + snapshots + 1) * trained
     every = trainer.validation_steps
     images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)
     pixels = images * (cfg.resolution or 0) ** 2
     return int(tensors + pixels * PNG + ahead * LINE)
 
 
-def show_images(trainer: Trainer, folder: Path) -> None:
-    """Show this step's validation images in TensorBoard and in Weights & Biases, as diffusers'
-    scripts send them.
+def show_images(trainer: Trainer, folder: Path, step: int) -> None:
+    """Show a step's validation images in TensorBoard and in Weights & Biases, as diffusers' scripts
+    send them.
 
     Args:
-        trainer: whose step, prompts and trackers they are.
+        trainer: whose prompts and trackers they are.
         folder: holds ``validation/step-N``.
+        step: N, whose images they are; trackers show them at the trainer's own step.
     """
-    files = sorted((folder / "validation" / f"step-{trainer.step}").glob("*.png"))
+    files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
     if not files:
         return
     images = [Image.open(file).convert("RGB") for file in files]

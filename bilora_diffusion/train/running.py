@@ -6,6 +6,7 @@ same run folder, the same resume and the same way of stopping.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import signal
@@ -23,8 +24,9 @@ from ..errors import UserError
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, publish, runlog
 from ..run.config import RunConfig
-from ..run.folder import clear, guard, refuse_foreign_models
-from . import engines
+from ..run.folder import OF_FOLDS, clear, guard, refuse_foreign_models
+from ..run.interruption import Stop
+from . import engines, folds
 from .loop import fit
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
@@ -84,14 +86,36 @@ def main(
         refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
-    stopped = _run(script, cfg, accelerator, folder, resume)
-    # DDP's reducer must be gone before the process group is taken down: the other way round, its
-    # end waits for the group's thread while that thread waits for the interpreter.
+    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
+    stop, last_step = None, None
+    if cfg.folds and not cfg.fold:
+        chosen = folds.choose(cfg, accelerator, functools.partial(_run_fold, script))
+        stop, last_step = (chosen, None) if isinstance(chosen, Stop) else (None, chosen)
+    if stop is None:
+        stop = _run(script, cfg, accelerator, folder, resume, last_step, repo_id)
+    _let_go(accelerator)
+    accelerator.end_training()
+    if stop is not None:
+        raise interruption.farewell(folder, stop, typed, cfg)
+
+
+def _run_fold(
+    script: Script[Config], cfg: Config, folder: Path, resume: Path | None
+) -> Stop | None:
+    """One of a run's folds, with an engine of its own in the processes that are there."""
+    accelerator = build_accelerator(cfg)
+    stop = _run(script, cfg, accelerator, folder, resume)
+    _let_go(accelerator)
+    return stop
+
+
+def _let_go(accelerator: Accelerator) -> None:
+    """Forget models and optimizer. DDP's reducer must be gone before the process group is taken
+    down: the other way round, its end waits for the group's thread while that waits for the
+    interpreter.
+    """
     accelerator.free_memory()
     gc.collect()
-    accelerator.end_training()
-    if stopped is not None:
-        raise interruption.farewell(folder, *stopped, typed, cfg)
 
 
 def _run(
@@ -100,47 +124,50 @@ def _run(
     accelerator: Accelerator,
     folder: Path,
     resume: Path | None,
-) -> tuple[int, int, int] | None:
+    last_step: int | None = None,
+    repo_id: str | None = None,
+) -> Stop | None:
     """Build, train and finish; nothing of it is alive when this returns.
 
+    Args:
+        last_step: where the folds end it.
+        repo_id: hub repository the folder goes to.
+
     Returns:
-        None, or what stopped it: the signal's number, the steps taken, and of the whole run.
+        What stopped it, if anything did.
     """
-    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     task: Any = script.build_task(cfg, accelerator)
     cfg = task.cfg
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
     method = for_run(cfg, steps)
-    trainer = Trainer(task, method, cfg, accelerator)
+    trainer = Trainer(task, method, cfg, accelerator, last_step)
     if resume is not None:
         trainer.load(resume)
         logger.info("resuming from %s", resume)
     log = None
     if accelerator.is_main_process:
         if resume is None:
-            clear(folder)
+            clear(folder, keep=OF_FOLDS if last_step else ())
         log = runlog.RunLog(folder, accelerator.device)
-        log.start(
-            cfg.to_dict(), cfg.method, cfg.seed, trainer.step if resume else None, num_steps=steps
-        )
+        resumed, steps = trainer.step if resume else None, trainer.last_step
+        log.start(cfg.to_dict(), cfg.method, cfg.seed, resumed, num_steps=steps)
         announce(trainer, folder)
     try:
         with trainer.interruption, recorded(log, folder, trainer):
             accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
             fit(trainer, folder, log)
-            if trainer.step < steps:
+            if not trainer.finished:
                 raise KeyboardInterrupt
-            if log is not None:
-                log.writes_card()
-            results = _finish(script, cfg, trainer, folder, repo_id)
+            results = _finish(script, cfg, trainer, folder, log, repo_id)
     except KeyboardInterrupt:
         number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT
-        return number, trainer.step, steps
+        return Stop(number, trainer.step, trainer.last_step)
     if log is not None:
         log.finish(**results)
-        logger.info(console.closing(folder, script.files(folder), script.scores))
+        if cfg.fold is None:
+            logger.info(console.closing(folder, script.files(folder), script.scores))
     late = trainer.interruption.number  # too late to stop the run, but not what comes after it
-    return None if late is None else (late, steps, steps)
+    return None if late is None else Stop(late, trainer.last_step, trainer.last_step)
 
 
 def build_accelerator(cfg: RunConfig) -> Accelerator:
@@ -172,14 +199,25 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
 
 
 def _finish(
-    script: Script[Config], cfg: Config, trainer: Trainer, folder: Path, repo_id: str | None
+    script: Script[Config],
+    cfg: Config,
+    trainer: Trainer,
+    folder: Path,
+    log: runlog.RunLog | None,
+    repo_id: str | None,
 ) -> dict[str, Any]:
-    """Export the primary, prove it from the file, write the model card; returns the results."""
-    results: dict[str, Any] = {"steps": trainer.step}
-    if trainer.accelerator.is_main_process:
-        with trainer.averaged():
+    """Export the primary, prove it from the file, write the model card; returns the results. A fold
+    has only the results.
+    """
+    results: dict[str, Any] = {"steps": trainer.step, **trainer.outcome.results()}
+    if log is not None:
+        results |= last_measured(folder, trainer.outcome.step(trainer.step))
+    if log is not None and cfg.fold is None:
+        if cfg.folds:
+            results["chosen_steps"] = trainer.last_step
+        log.writes_card()
+        with trainer.outcome.applied():
             results["export"] = script.export(cfg, trainer, folder)
-        results |= last_measured(folder)
         script.card(cfg, folder, results, repo_id)
         if repo_id is not None:
             publish.push(folder, repo_id, cfg.hub_token)
@@ -187,14 +225,20 @@ def _finish(
     return results
 
 
-def last_measured(folder: Path) -> dict[str, float]:
-    """The newest of each held-out loss and metric in the folder's record, {} without any."""
+def last_measured(folder: Path, step: int) -> dict[str, float]:
+    """The newest of each held-out loss and metric up to a step in the folder's record, but for
+    those of single noise levels; {} without any.
+    """
     return {
         key: value
         for row in runlog.read_metrics(folder)
         for key, value in row.items()
-        if key.startswith("heldout_") or key == "train_grid_loss"
+        if row["step"] <= step and _is_measured(key)
     }
+
+
+def _is_measured(key: str) -> bool:
+    return key == "train_grid_loss" or (key.startswith("heldout_") and "/" not in key)
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from .. import adapters
-from ..adapters import PRIMARY
 from ..errors import TrainingError
 from ..methods import Method
 from ..run import checkpoint
@@ -31,10 +30,10 @@ from ..run.interruption import Interruption
 from ..run.matching import load_tensors, require_same_settings
 from ..seeds import digest_texts, seed_of
 from . import sharding
-from .averaging import Average
 from .dynamics import Dynamics
 from .gradients import initialise
 from .optimizers import build_optimizer, build_scheduler
+from .outcome import Outcome
 from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
 from .task import MicroBatch, Task
 
@@ -50,14 +49,21 @@ class Trainer:
         method: how; its adapters are attached here.
         cfg: training configuration.
         accelerator: made with ``gradient_accumulation_steps=1``: steps are cut here.
+        last_step: where the run ends, if not at the end of its schedules.
     """
 
     def __init__(
-        self, task: Task, method: Method, cfg: RunConfig, accelerator: Accelerator
+        self,
+        task: Task,
+        method: Method,
+        cfg: RunConfig,
+        accelerator: Accelerator,
+        last_step: int | None = None,
     ) -> None:
         self.task, self.method, self.cfg, self.accelerator = task, method, cfg, accelerator
         self.schedule = Schedule.of(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.schedule.step_size)
+        self.last_step = last_step or self.num_steps
         # The adapters' first values depend on the seed alone, whatever was drawn before.
         torch.manual_seed(seed_of(cfg.seed, "adapters"))
         raw = build_optimizer(cfg, method.setup(task.targets()))
@@ -69,15 +75,11 @@ class Trainer:
         models = [target.model for target in method.targets]
         self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
-        self.average = self._new_average()
+        self.outcome = Outcome(method, cfg)
         # Several processes stop together, which they can't before they share a first step.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._agreed: int | None = None
         self._spoilt = 0  # steps in a row whose loss was not finite
-
-    def _new_average(self) -> Average | None:
-        cfg = self.cfg
-        return Average(self.method.clip_parameters(), cfg.ema_decay) if cfg.use_ema else None
 
     @property
     def validation_steps(self) -> int | None:
@@ -95,7 +97,7 @@ class Trainer:
             TrainingError: a loss or a gradient is not finite.
         """
         if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
-            self.average = self._new_average()  # of the values that training starts from
+            self.outcome.begin()
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
         """The remaining steps, each as this process's micro-batches."""
@@ -112,8 +114,7 @@ class Trainer:
         lr = self.lr_scheduler.get_last_lr()[0]
         if not self.clipped.skipped:
             self.lr_scheduler.step()
-            if self.average is not None:
-                self.average.update()
+            self.outcome.update()
         self.step += 1
         value = float(loss)
         self._spoilt = 0 if math.isfinite(value) else self._spoilt + 1
@@ -174,21 +175,25 @@ class Trainer:
         """The signal that ends the run after this step, the same on every process."""
         return self._agreed if self.accelerator.num_processes > 1 else self.interruption.number
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within the context what is trained holds its average, where averages are kept."""
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
+    @property
+    def finished(self) -> bool:
+        """Whether the run ends here: at its last step, or earlier by its held-out loss."""
+        return self.step >= self.last_step or self.outcome.best.exhausted
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within the context the models are what the run would leave: the primary alone, averaged
-        where averages are kept.
+    def evaluating(self, result: bool = False) -> Iterator[None]:
+        """Within the context the models act as in use: the primary alone.
+
+        Args:
+            result: with the weights that the run leaves, not those of this step; either are
+                averaged where averages are kept.
         """
-        with self.method.evaluating(), self.averaged():
+        held = self.outcome.applied() if result else self.outcome.averaged()
+        with self.method.evaluating(), held:
             yield
 
     def _tensors(self) -> dict[str, Tensor]:
-        averages = {} if self.average is None else self.average.tensors()
-        return {**self.method.tensors(), **averages}
+        return {**self.method.tensors(), **self.outcome.tensors()}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this step; only the main process does."""
@@ -210,8 +215,7 @@ class Trainer:
                 **self._size(),
                 "config": self.cfg.fingerprint(),
                 "method": self.method.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-                "result": result_of(self.method),
+                **self.outcome.state_dict(),
             },
         )
 
@@ -244,8 +248,7 @@ class Trainer:
         if saved.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.method.load_state_dict(saved.extra["method"])
-        if self.average is not None:
-            self.average.load_state_dict(saved.extra["average"])
+        self.outcome.load_state_dict(saved.extra)
         self.step = saved.step
 
     def _may_change(self) -> set[str]:
@@ -259,27 +262,3 @@ class Trainer:
 
     def _raw_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
-
-
-def result_of(method: Method) -> dict[str, Any]:
-    """What an export must know of a checkpoint beside its tensors, as JSON can hold it.
-
-    Returns:
-        "adapters", PEFT's configuration of each target's primary, and "averaged", the keys in
-        `Method.tensors` of what an average is kept of, in its order; {} where whole models are
-        trained.
-    """
-    if method.exports_weights:
-        return {}
-    models = {target.name: target.model for target in method.targets}
-    return {
-        "adapters": {name: adapters.lora_config(model, PRIMARY) for name, model in models.items()},
-        "averaged": [
-            key
-            for name, model in models.items()
-            for key in (
-                *(f"{name}/{PRIMARY}/{p}" for p in adapters.named_parameters(model, PRIMARY)),
-                *(f"{name}/whole/{p}" for p in adapters.whole(model, PRIMARY)),
-            )
-        ],
-    }

@@ -198,7 +198,9 @@ def heldout_of(base: Path, folder: Path) -> dict[str, float]:
     """A run's held-out figures, measured anew on the base with its adapter as PEFT loads it, or on
     the whole model that it left.
     """
-    cfg = TextConfig(**runlog.read_run(folder)["config"])
+    known = {field.name for field in dataclasses.fields(TextConfig)}  # not those of single methods
+    config = runlog.read_run(folder)["config"]
+    cfg = TextConfig(**{name: value for name, value in config.items() if name in known})
     rows = open_rows(cfg)
     whole = cfg.method == "full"
     loaded = load_text_model(

@@ -21,7 +21,7 @@ def trainer(**options: Any) -> Any:
     cfg = {
         **{"use_8bit_adam": False, "optimizer": "adamw", "checkpointing_steps": 100},
         **{"checkpoints_total_limit": 2, "sampled_prompts": [], "mixed_precision": "no"},
-        **{"resolution": 1000, **options},
+        **{"resolution": 1000, "keep_best": False, **options},
     }
     weights = {"w": torch.zeros(1, device="meta").expand(250_000)}
     method = SimpleNamespace(
@@ -33,7 +33,7 @@ def trainer(**options: Any) -> Any:
         accelerator=SimpleNamespace(device="cpu", num_processes=1),
         dynamics=None,
         step=0,
-        num_steps=1000,
+        last_step=1000,
         validation_steps=50,
         task=SimpleNamespace(num_samples=8, data_summary=lambda: "8 images"),
         schedule=SimpleNamespace(step_size=4),
@@ -85,5 +85,5 @@ def test_wandb_gets_each_image_with_its_prompt(
     tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
     run = trainer(sampled_prompts=["a frog", "a sun"])
     run.accelerator.trackers = [tracker]
-    recording.show_images(run, tmp_path)
+    recording.show_images(run, tmp_path, 0)
     assert logged == [({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, 0)]

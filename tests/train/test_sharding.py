@@ -57,6 +57,7 @@ WRONG: dict[str, tuple[Any, Any]] = {
     "a parallelism config": (accelerator("MULTI_GPU", parallelism_config=object()), config()),
     "image models": (accelerator(), config("image")),
     "--method full": (accelerator(), config(method="full")),
+    "--folds": (accelerator(), config(folds=4, fold=None)),
     "FSDP_OFFLOAD_PARAMS": (accelerator(cpu_offload=CPUOffloadPolicy()), config()),
     "FSDP_ACTIVATION_CHECKPOINTING": (accelerator(activation_checkpointing=True), config()),
     "FSDP_IGNORED_MODULES": (accelerator(ignored_modules="a.*"), config()),

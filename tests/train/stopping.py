@@ -1,0 +1,18 @@
+"""The plain reading of a run's held-out losses that stopping and keeping must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def reading(
+    rows: Sequence[tuple[int, float | None]], patience: int
+) -> tuple[int | None, int | None]:
+    """The step of the lowest loss up to the end, and the step at which the patience ended."""
+    lowest, best, since = float("inf"), None, 0
+    for step, loss in rows:
+        lower = loss is not None and loss < lowest
+        lowest, best, since = (loss, step, 0) if lower else (lowest, best, since + 1)
+        if since == patience:
+            return best, step
+    return best, None

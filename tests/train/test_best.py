@@ -1,0 +1,55 @@
+"""The lowest held-out loss: its step, where the patience ends, and which weights are kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bilora_diffusion.train.best import Best
+from tests.train.stopping import reading
+
+LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
+
+
+@given(LOSSES, st.integers(1, 4))
+def test_it_stops_and_keeps_as_a_reading_of_the_record_would(
+    losses: list[float], patience: int
+) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    best = Best([weight], patience)
+    taken = []
+    for step, loss in enumerate(losses):
+        with torch.no_grad():
+            weight.fill_(step)
+        if best.lowered_by(loss, step):
+            best.keep()
+        taken.append((step, None if not math.isfinite(loss) else loss))
+        if best.exhausted:
+            break
+    assert (best.step, taken[-1][0] if best.exhausted else None) == reading(taken, patience)
+    if best.step is not None:
+        with best.applied():
+            assert weight.tolist() == [best.step] * 2
+    assert weight.tolist() == [taken[-1][0]] * 2
+
+
+def test_a_new_one_goes_on_where_another_was_left() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    first, second = Best([weight], 2), Best([weight], 2)
+    assert first.lowered_by(0.5, 10)
+    first.keep()
+    first.lowered_by(0.7, 20)
+    with torch.no_grad():
+        weight.zero_()
+    for name, value in second.tensors().items():
+        value.copy_(first.tensors()[name])
+    second.load_state_dict(first.state_dict())
+    assert (second.step, second.loss, second.since) == (10, 0.5, 1)
+    second.lowered_by(0.6, 30)
+    assert second.exhausted
+    with second.applied():
+        assert weight.tolist() == [1.0, 1.0]
