@@ -66,7 +66,7 @@ class FigureItem:
     Args:
         path: of its folder.
         name: what lists show; unique within a kind.
-        kind: "landscape", "dynamics", "generalization", "sweep" or "text_scores".
+        kind: "landscape", "dynamics", "generalization", "sweep", "tune" or "text_scores".
         figures: its PNG files, relative to the root.
     """
 

@@ -22,6 +22,7 @@ TITLES = {
     "dynamics": "Training dynamics",
     "generalization": "Generalization",
     "sweep": "Sweep",
+    "tune": "Tuned comparison",
     "text_scores": "Text scores",
 }
 """Kinds of results in the order in which the list has them."""
