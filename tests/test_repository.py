@@ -158,11 +158,16 @@ def test_the_readme_begins_with_the_demo_and_names_what_ci_runs() -> None:
 def run_example(folder: Path, module: str, *arguments: str) -> str:
     """Write down CONTRIBUTING's examples, import one, run pytest, and return what that printed."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
-    for text, name in re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL):
-        (folder / Path(name).name).write_text(text)
     package, _, name = module.rpartition(".")
+    additions = ""
+    for text, file in re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL):
+        if Path(file).name != "__init__.py":
+            (folder / Path(file).name).write_text(text)
+        elif Path(file).parent == Path(package.replace(".", "/")):
+            additions = text
     runner = (
         f"import importlib.util as u, sys, pytest, {package}\n"
+        f"exec({additions!r}, vars({package}))\n"
         f"path = {str(folder / name) + '.py'!r}\n"
         f"spec = u.spec_from_file_location({module!r}, path)\n"
         "module = sys.modules[spec.name] = u.module_from_spec(spec)\n"

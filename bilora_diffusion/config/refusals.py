@@ -127,8 +127,20 @@ REFUSED: tuple[Refusal, ...] = (
     refusal(
         "the gradients of its two passes would have to be unscaled twice by one loss scaler",
         "use `--mixed_precision bf16` or `no`",
-        method="lora-sam",
+        method=("lora-sam", "lora-looksam"),
         mixed_precision="fp16",
+    ),
+    refusal(
+        "8-bit moments are codes, and it moves the weights by the first of them",
+        "drop `--use_8bit_adam` or use `--method lora-sam`",
+        method="lora-msam",
+        use_8bit_adam=True,
+    ),
+    refusal(
+        "there is then no momentum, by which it moves the weights",
+        "give `--adam_beta1 0.9` or use `--method lora-sam`",
+        method="lora-msam",
+        adam_beta1=0,
     ),
     refusal("it does not work there", "use fp16 or no", mixed_precision="bf16", device="mps"),
     refusal("it needs a GPU", "use bf16 or no", mixed_precision="fp16", device="cpu"),

@@ -1,15 +1,19 @@
 """The fine-tuning methods. Importing the file of one registers it; a new one is named in `FILES`.
 
 The files are imported when a method is first asked for: torch and PEFT take seconds, which a
-script's ``--help`` has no use for.
+script's ``--help`` has no use for. So the options that single methods have are declared here, as
+`OwnOptions`, and taken up in `OWN_OPTIONS`.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..config.fields import option
+from ..config.values import FACTORS, STEPS, Range
 from .options import MethodOptions, OwnOptions
 
 if TYPE_CHECKING:
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
         Method,
         StepOptimizer,
         Target,
+        check_rho,
         create,
         default_rho,
         for_run,
@@ -27,17 +32,55 @@ if TYPE_CHECKING:
         register,
     )
 
-FILES = ("bar", "bilora", "flat_lora", "full", "lora", "lora_sam")
-WITH_OWN_OPTIONS: tuple[str, ...] = ()
-"""Those of `FILES` that declare `OwnOptions`: they are imported even for ``--help``."""
+FILES = (
+    *("bar", "bilora", "efm_lora", "flat_lora", "full"),
+    *("lora", "lora_looksam", "lora_msam", "lora_sam"),
+)
+
+
+@dataclass(frozen=True)
+class EFMLoRAOptions(OwnOptions):
+    """What only EFMLoRA reads."""
+
+    efm_beta: float = option(
+        0.9,
+        "efm-lora: share of the newest perturbation in the average, in (0, 1] (Equation 18).",
+        range=Range(1, "it is a share", above=0),
+    )
+    efm_schedule: str = option(
+        "constant",
+        "efm-lora: rho constant, or falling as rho / sqrt(step) (its Theorem 2).",
+        choices=("constant", "sqrt"),
+    )
+
+
+@dataclass(frozen=True)
+class LookSAMOptions(OwnOptions):
+    """What only LoRA-LookSAM reads."""
+
+    looksam_k: int = option(
+        5, "lora-looksam: steps from one look uphill to the next (Liu et al. 2022).", range=STEPS
+    )
+    looksam_alpha: float = option(
+        0.7,
+        "lora-looksam: weight, in the steps between, of the direction kept from the last look.",
+        range=FACTORS,
+    )
+
+
+OWN_OPTIONS: tuple[type[OwnOptions], ...] = (EFMLoRAOptions, LookSAMOptions)
 
 __all__ = [
     "FILES",
+    "OWN_OPTIONS",
+    "EFMLoRAOptions",
+    "LookSAMOptions",
     "Method",
     "MethodOptions",
     "OwnOptions",
     "StepOptimizer",
     "Target",
+    "check_rho",
     "create",
     "default_rho",
     "for_run",
@@ -51,11 +94,11 @@ __all__ = [
 
 
 def own_options() -> tuple[type[OwnOptions], ...]:
-    """The options that single methods declare in their own files, a dataclass for each."""
-    for file in WITH_OWN_OPTIONS:
-        import_module(f".{file}", __name__)
+    """The options that single methods have, a dataclass for each; also those of methods that were
+    registered elsewhere.
+    """
     base = sys.modules.get(f"{__name__}.base")
-    return () if base is None else base.own_options()
+    return tuple(dict.fromkeys((*OWN_OPTIONS, *(base.own_options() if base else ()))))
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,7 @@ def orthonormalize_rows_(factors: Sequence[Factors]) -> None:
     Args:
         factors: A (r, n), B (m, r) with r <= n.
     """
-    for group in _same_shape(factors):
+    for group in same_shape(factors):
         basis, _ = _qr(torch.stack([factors[i].A for i in group]).mT)
         for i, rows in zip(group, basis.mT, strict=True):
             factors[i].A.copy_(rows)
@@ -65,7 +65,7 @@ def power_step_(
     """
     following = list(halves)
     states = [(half, g is None) for half, g in zip(halves, gradients, strict=True)]
-    for group in _same_shape(factors, states):
+    for group in same_shape(factors, states):
         first = group[0]
         scale, half = factors[first].scale, halves[first]
         A, B = (torch.stack([getattr(factors[i], name) for i in group]) for name in "AB")
@@ -119,7 +119,7 @@ def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(wide)
 
 
-def _same_shape(
+def same_shape(
     factors: Sequence[Factors], others: Sequence[object] | None = None
 ) -> Iterator[list[int]]:
     """The positions of layers of one shape, for which `others` are equal too."""

@@ -1,6 +1,6 @@
 """The options of adapters and methods; importing this needs no torch.
 
-A method with options of its own declares them in its own file, as `OwnOptions`.
+The options that one method alone has stand beside its name, in `methods/__init__.py`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class AdapterOptions:
         "bilora",
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
-        " 2024b) or full (all weights). Runs that differ only here see the same data and noise, so"
-        " the options of the other methods may stand.",
+        " 2024b), efm-lora (Deng et al. 2025), lora-msam (Becker et al. 2024), lora-looksam (Liu et"
+        " al. 2022) or full (all weights). Runs that differ only here see the same data and noise,"
+        " so the options of the other methods may stand.",
     )
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
     lora_alpha: float | None = option(
@@ -102,8 +103,8 @@ class MethodFlags:
     rho: float | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05 for the first two, 0.1 for the"
-        " last.",
+        " (lora-sam, lora-looksam, Eq. 4), of the noise (flat-lora), of the move of the weights"
+        " (efm-lora, in each layer; lora-msam). Default: 0.05, for flat-lora 0.1.",
         range=RADII,
     )
     rho_norm: str = option(
@@ -168,7 +169,7 @@ class MethodFlags:
 
 @dataclass(frozen=True)
 class OwnOptions:
-    """Base of the options that a method declares in its own file (`Method.own_options`).
+    """Base of the options that one method alone has (`Method.own_options`).
 
     Raises:
         UserError: a value outside its range.

@@ -52,12 +52,40 @@ def climb_(weights: Sequence[Tensor], rho: float) -> Tensor:
     """
     moved = [weight for weight in weights if weight.grad is not None]
     gradients = [weight.grad for weight in moved if weight.grad is not None]
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g)) for g in gradients])
-    )
-    torch._foreach_mul_(gradients, [(rho / (norm + 1e-12)).to(g.dtype) for g in gradients])
+    length = norm(gradients)
+    torch._foreach_mul_(gradients, [(rho / (length + 1e-12)).to(g.dtype) for g in gradients])
     torch._foreach_add_(moved, gradients)
-    return norm
+    return length
+
+
+@torch.no_grad()
+def move_(tensors: Sequence[Tensor], along: Sequence[Tensor], length: float | Tensor) -> None:
+    """Add length v / ||v||, one norm over all of v, in place; nothing where v is zero.
+
+    Args:
+        tensors: what is moved.
+        along: v, a tensor of the same shape for each; left as they are.
+        length: of the step over all tensors together; a negative one goes the other way.
+    """
+    if not along:
+        return
+    whole = norm(along)
+    factor = torch.where(whole > 0, length / whole, 0.0)
+    steps = torch._foreach_mul(list(along), [factor.to(v.device, v.dtype) for v in along])
+    torch._foreach_add_(list(tensors), steps)
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors])
+    )
+
+
+def dot(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """sum_i <t_i, o_i> in fp32 or wider, 0-d."""
+    pairs = zip(tensors, others, strict=True)
+    return torch.stack([(t.to(_wide(t)) * o).sum() for t, o in pairs]).sum()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -97,16 +98,13 @@ class RunConfig(
     @classmethod
     def _with_own_options(cls) -> type[Self]:
         """This class with the options that single methods have."""
-        if not (own := methods.own_options()):
-            return cls
-        declared = [
-            (name, field.type, fields.like(group, name))
-            for group in own
-            for name, field in fields.options_of([group]).items()
-        ]
-        kind = dataclasses.make_dataclass(cls.__name__, declared, bases=(cls,), frozen=True)
-        kind.groups = (*cls.groups, *own)
-        return kind
+        own = methods.own_options()
+        return _extended(cls, own) if own else cls
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers that read images send it along, and pickle finds no class that was made here.
+        cls, own = getattr(type(self), "_extends", (type(self), ()))
+        return _again, (cls, own, vars(self))
 
     @property
     def sampled_prompts(self) -> list[str]:
@@ -151,6 +149,24 @@ class RunConfig(
     def fingerprint(self) -> Values:
         """The options that decide what is learned: a resumed run must have the same."""
         return {k: v for k, v in self.to_dict().items() if k not in self.without_influence}
+
+
+@functools.cache
+def _extended(cls: Any, own: tuple[Any, ...]) -> Any:
+    """A configuration's class with further groups of options, the same one at each call."""
+    declared = [
+        (name, field.type, fields.like(group, name))
+        for group in own
+        for name, field in fields.options_of([group]).items()
+    ]
+    kind: Any = dataclasses.make_dataclass(cls.__name__, declared, bases=(cls,), frozen=True)
+    kind.groups, kind._extends = (*cls.groups, *own), (cls, own)
+    return kind
+
+
+def _again(cls: Any, own: tuple[Any, ...], values: Values) -> Any:
+    """A configuration out of a pickle."""
+    return (_extended(cls, own) if own else cls)(**values)
 
 
 def without_influence(groups: Sequence[Any]) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -291,3 +292,9 @@ def test_a_process_of_its_own(code: str, said: str) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == said
+
+
+def test_a_configuration_can_be_sent_to_a_worker() -> None:
+    for config in (parse(["--dataset", "mini"]), DreamBoothConfig()):
+        sent = pickle.loads(pickle.dumps(config))
+        assert (type(sent), sent) == (type(config), config)

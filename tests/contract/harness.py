@@ -126,7 +126,9 @@ class Run:
         torch.manual_seed(3)
         groups = self.method.setup([Target("model", self.model, spec, lr, 0.01)])
         self.spec = spec
-        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, optimizer)(groups)
+        # There are methods that read the momentum.
+        settings = {"momentum": 0.5} if optimizer == "SGD" else {}
+        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, optimizer)(groups, **settings)
         self.method.bind(self.optimizer)
         self.forward_model: nn.Module = self.model
         self.rows = slice(0, ROWS)

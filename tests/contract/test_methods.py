@@ -16,7 +16,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize_nf4
 from bilora_diffusion.config import refusals
-from bilora_diffusion.methods import create, names
+from bilora_diffusion.methods import Method, create, names
 from tests.contract.harness import MAIN_KINDS, SPECS, Run, allowed, combos, pairwise
 from tests.contract.models import CASES
 
@@ -151,6 +151,17 @@ def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_pat
     life(tmp_path, "bilora", kind="llm", **options)
 
 
+def equal_but_for_rounding(
+    method: Method, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        # What a method remembers may be a direction: a small gradient's, with all its rounding.
+        trained = key.split("/")[1] in (*method.adapters, INITIAL, "whole", "full")
+        atol = 2e-5 if trained else max(2e-5, 0.02 * float(value.abs().max()))
+        torch.testing.assert_close(value, other[key], rtol=1e-4, atol=atol)
+
+
 @every
 def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind: str) -> None:
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
@@ -159,8 +170,7 @@ def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind
     for pieces in (2, 4):
         cut = Run(name, option, kind, lr=0.1, optimizer="SGD", pieces=pieces).initialise()
         torch.testing.assert_close(cut.train(), losses, rtol=1e-5, atol=1e-6)
-        for key, value in cut.tensors().items():
-            torch.testing.assert_close(value, final[key], rtol=1e-4, atol=2e-5)
+        equal_but_for_rounding(cut.method, cut.tensors(), final)
 
 
 @every_adapter
@@ -219,8 +229,7 @@ def test_two_processes_agree_with_one(name: str, kind: str, two_processes: Path)
         one = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
         one.train()
         both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
-        for key, value in one.tensors().items():
-            torch.testing.assert_close(both[key], value, rtol=1e-4, atol=2e-5)
+        equal_but_for_rounding(one.method, one.tensors(), both)
 
 
 def test_every_kind_of_model_is_covered() -> None:

@@ -200,10 +200,13 @@ def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name: str
     assert all(torch.equal(run.primary()[key], value) for key, value in last.items())
 
 
-@pytest.mark.parametrize(("name", "number"), [("lora-sam", 2), ("flat-lora", 1)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("lora-sam", 2), ("flat-lora", 1), ("lora-msam", 1), ("efm-lora", 1), ("lora-looksam", 2)],
+)
 def test_a_failing_pass_leaves_no_perturbation(name: str, number: int) -> None:
-    run = Run(name, MethodOptions(rho=0.5, num_steps=STEPS), "SGD", 0.1)
-    run.train(3)
+    run = Run(name, MethodOptions(rho=0.5, num_steps=STEPS), "AdamW", 0.01)
+    run.train(5)  # the next is a look of LookSAM
     before = copy.deepcopy(run.model.state_dict())
     run.passes = 0
 

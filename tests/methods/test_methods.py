@@ -21,6 +21,7 @@ from bilora_diffusion.methods import (
     default_rho,
     names,
     option_names,
+    own_options,
     reads,
     register,
 )
@@ -89,7 +90,11 @@ def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
     register("other")(cast(type[Method], type("Other", (Method,), {})))
     assert names()[-1] == create("other").name == "other"
-    fields = {field.name for field in dataclasses.fields(MethodOptions)}
+
+
+def test_the_registry_tells_what_a_method_reads() -> None:
+    groups = (MethodOptions, *own_options())
+    fields = {field.name for group in groups for field in dataclasses.fields(group)}
     assert option_names() <= fields
     assert reads("lora") == frozenset()
     assert "rho" in reads("bilora") & reads("lora-sam") & reads("flat-lora")

@@ -20,7 +20,7 @@ from transformers import BertForSequenceClassification
 
 from bilora_diffusion.adapters import Factors
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import ball
+from bilora_diffusion.methods import ball, names
 from bilora_diffusion.train import engines, sharding
 from tests.text.text_builders import bert_config
 
@@ -82,7 +82,7 @@ def test_a_launch_that_would_be_wrong_is_refused(
 def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for method in ("lora", "bilora", "lora-sam", "lora-obar", "lora-nbar"):
+    for method in set(names()) - {"flat-lora", "full"}:
         engines.check(config(method=method), accelerator())
     for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
         for modality in ("image", "text"):

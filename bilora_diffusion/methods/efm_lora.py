@@ -1,0 +1,175 @@
+"""EFMLoRA: SAM's step of the whole weight, carried over to B and remembered from earlier steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .. import adapters
+from ..adapters import PRIMARY, Factors
+from . import EFMLoRAOptions, ball, perturb
+from .ascent import same_shape
+from .base import Counting, MethodOptions, StepOptimizer, register
+from .hooks import unwrapped
+
+PERTURBATION = "perturbation"
+
+
+@register("efm-lora")
+class EFMLoRA(Counting):
+    """The gradient at W0 + s (B + E) A, E on average the best step of the whole weight, one pass.
+
+    For each layer, with G the mean of what dL/dB and dL/dA tell of dL/dW (Equation 12),
+
+        E_t = rho / s  G / ||G||_F  A^+                                       (Equations 13, 15)
+        E  <-  (1 - beta) E + beta E_t,   at the first step E_t               (Equation 18)
+
+    where E_t belongs to the gradient at the moved weights that the step is taken with, so the norms
+    are of single layers and E serves the next step. A is not moved. Steps that a gradient scaler
+    skips leave E alone, as does a step without a layer's gradient that layer's. The logged loss is
+    that of the moved weights, `perturbation_norm` is sqrt(sum ||s E A||_F^2) over all layers, in
+    Bi-LoRA's units. E is in checkpoints.
+
+    Source: https://arxiv.org/abs/2508.00522v3, Algorithm 2. The sign in its Equations 9 and 13 is
+    left out: it would turn the gradient into its absolute value.
+    """
+
+    title = "EFMLoRA"
+    summary = (
+        "Trained with EFMLoRA: each gradient is taken at B moved by a running average of SAM's "
+        "steps of the whole weight."
+    )
+
+    own_options = EFMLoRAOptions
+    reads: ClassVar[frozenset[str]] = frozenset({"rho"})
+    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._layers: list[tuple[str, adapters.LoraLayer]] = []
+        self._moves: dict[str, Tensor] = {}
+        self._hook: RemovableHandle | None = None
+
+    def inject_others(self) -> None:
+        self._layers = self.layers()
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Look at the gradients before each step that `optimizer` takes.
+
+        Raises:
+            UserError: it can't be hooked.
+        """
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = unwrapped(optimizer).register_step_pre_hook(self._remember)
+
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        with self._moved():
+            loss = forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), **self._E()}
+
+    def metrics(self) -> dict[str, float]:
+        """How far the next perturbation moves the weights."""
+        moves = [
+            factors._replace(B=E.flatten(1))
+            for factors, E in zip(self._factors(), self._E().values(), strict=True)
+        ]
+        return {"perturbation_norm": float(ball.frobenius_norm(moves))}
+
+    def _factors(self) -> list[Factors]:
+        return adapters.factors_of(self._layers, PRIMARY)
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [cast(nn.Parameter, layer.lora_B[PRIMARY].weight) for _, layer in self._layers]
+
+    def _E(self) -> dict[str, Tensor]:
+        """E of each layer by name, like its B; zero before the first step."""
+        if not self._moves:
+            for target in self.targets:
+                for path, layer in adapters.layers(target.model, PRIMARY):
+                    weight = cast(nn.Parameter, layer.lora_B[PRIMARY].weight)
+                    name = f"{target.name}/{PERTURBATION}/{path}.lora_B.weight"
+                    self._moves[name] = torch.zeros_like(weight, requires_grad=False)
+        return self._moves
+
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
+        """Within the context the layers hold B + E."""
+        weights = self._weights()
+        with perturb.restored(weights):
+            with torch.no_grad():
+                torch._foreach_add_(weights, list(self._E().values()))
+            yield
+
+    @torch.no_grad()
+    def _remember(self, *_: Any) -> None:
+        self.taken += 1
+        rho, beta = self.rho, self.own.efm_beta
+        if self.own.efm_schedule == "sqrt":
+            rho /= math.sqrt(self.taken)
+        with self._moved():  # the gradients are of these weights
+            gradients = adapters.gradients_of(self._layers, PRIMARY)
+            steps = perturbations(self._factors(), gradients, rho)
+        for E, step in zip(self._E().values(), steps, strict=True):
+            if step is not None:
+                E.lerp_(step.view_as(E), beta if self.taken > 1 else 1.0)
+
+
+@torch.no_grad()
+def perturbations(
+    factors: Sequence[Factors], gradients: Sequence[Factors | None], rho: float
+) -> list[Tensor | None]:
+    """rho / s G / ||G||_F A^+ of each layer (Equations 12, 13, 15), without forming G.
+
+    With A^T = Q R and B = P S (QR), A^+ = Q R^+^T and, for the gradients g_A and g_B of A and B,
+
+        2 s G = g_B (A^T)^+ + (B^T)^+ g_A = U Q^T + P V,   U = g_B R^+,   V = (S^+)^T g_A
+
+    so that nothing larger than the factors is made, and only r x r matrices are inverted; a zero B
+    has the pseudo-inverse zero.
+
+    Args:
+        factors: A (r, n), B (m, r) of each layer.
+        gradients: of the same, in the same form; None for a layer that has none.
+        rho: norm of each layer's step before it is carried over to B.
+
+    Returns:
+        (m, r) of each layer, zero for a zero gradient; None for a layer without one.
+    """
+    found: list[Tensor | None] = [None] * len(factors)
+    for group in same_shape(factors, [gradient is None for gradient in gradients]):
+        first = group[0]
+        if gradients[first] is None:
+            continue
+        A, B, g_A, g_B = (
+            torch.stack([getattr(each[i], side) for i in group])
+            for each in (factors, gradients)
+            for side in "AB"
+        )
+        dtype, wide = B.dtype, torch.promote_types(B.dtype, torch.float32)
+        A, B, g_A, g_B = (stack.to(wide) for stack in (A, B, g_A, g_B))
+        (Q, R), (P, S) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
+        # What a gradient says along a direction that a factor hardly has is its rounding.
+        R, S = (torch.linalg.pinv(x, rtol=torch.finfo(wide).eps ** 0.5) for x in (R, S))
+        U, V = g_B @ R, S.mT @ g_A
+        inner = V @ Q  # (r, r)
+        square = (U * U).sum((1, 2)) + (V * V).sum((1, 2)) + 2 * ((P.mT @ U) * inner).sum((1, 2))
+        norm = square.clamp_min(0).sqrt()[:, None, None]
+        step = (U + P @ inner) @ R.mT * (rho / factors[first].scale)
+        step = torch.where(norm > 0, step / norm, 0.0).to(dtype)
+        for i, own in zip(group, step, strict=True):
+            found[i] = own
+    return found
