@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 from bilora_diffusion import mini
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.script import heldout_images
 from tools.mini import icons, text2image, trainer, vae
 from tools.mini.tokenizer import RARE_WORD, build_tokenizer
 
@@ -108,6 +109,12 @@ def test_the_animals_are_disjoint_and_held_out_ones_are_what_is_drawn_for_show()
     assert set(cfg.validation_prompts) < {row["prompt"] for row in heldout}
     both = [open_images(name) for name in ("mini-animals", "mini-animals-heldout")]
     assert list(map(len, both)) == [12, 64]
+    halves = [
+        heldout_images(parse(["--dataset", "mini-animals", "--validation_part", part]))
+        for part in ("1/2", "2/2")
+    ]
+    names = [half.name(i) for half in halves if half for i in range(len(half))]
+    assert sorted(names) == sorted(row["file_name"] for row in heldout)
 
 
 def test_written_folder_pairs_labels_and_pictures(tmp_path: Path):

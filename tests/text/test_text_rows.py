@@ -11,8 +11,9 @@ import pytest
 from pyarrow import parquet
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
-from bilora_diffusion.text.rows import subset
+from bilora_diffusion.text.rows import open_rows, subset
 
 ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
 
@@ -117,6 +118,24 @@ def test_label_words_are_the_answers_in_order() -> None:
     assert [example.label for example in labelled] == [1, 0]
     with pytest.raises(UserError, match=r'"yess" of row 2 .*did you mean "yes"'):
         with_labels([Example("y", "yess", where="row 2")], ("no", "yes"))
+
+
+def test_each_held_out_row_is_in_one_part(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n}", "answer": "a"} for n in range(40)]
+    file = str(write(tmp_path, ".csv", rows))
+    words = ["--model_name_or_path", "smollm2", "--train_file", file, "--validation_file", file]
+
+    def held(*more: str) -> list[str]:
+        found = open_rows(parse_text([*words, *more]))
+        assert len(found.train) == 40
+        return [example.prompt for example in found.validation or ()]
+
+    few = ["--max_eval_samples", "30"]
+    first, second = (held(*few, "--validation_part", part) for part in ("1/2", "2/2"))
+    assert len(first) == len(second) == 15
+    assert sorted([*first, *second]) == sorted(held(*few))
+    with pytest.raises(UserError, match=r"asks for 31 parts of .* train\.csv"):
+        held(*few, "--validation_part", "1/31")
 
 
 def test_a_subset_is_always_the_same_and_in_order() -> None:
