@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
+from bilora_diffusion.run.folder import FOLDS
 from bilora_diffusion.run.runlog import RUN
 from eval import table
 from eval.table import EARLIER, FILE
@@ -190,10 +191,11 @@ class Catalog:
             except OSError as error:
                 scan.broken.append(Broken(folder, f"it can't be read ({error.strerror})"))
                 continue
-            below = []
+            below, names = [], {entry.name for entry in entries}
             for entry in entries:
                 path = _join(folder, entry.name)
-                if entry.name in SKIPPED or entry.name.startswith("."):
+                of_a_run = entry.name == FOLDS and RUN in names
+                if entry.name in SKIPPED or entry.name.startswith(".") or of_a_run:
                     continue
                 if entry.is_symlink() and Path(entry.path).is_dir():
                     # One that stays inside is shown where it leads to; followed, it could circle.
@@ -201,7 +203,6 @@ class Catalog:
                         scan.broken.append(Broken(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
                     below.append((path, depth + 1))
-            names = {entry.name for entry in entries}
             if "pyvenv.cfg" not in names:
                 waiting += reversed(below)
                 yield folder, names

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
 from bilora_diffusion.text.metrics import METRICS
 
 from .runs import CONTROL, RunItem
-from .training_data import Points, Progress, radius, series, smooth, thin
+from .training_data import (
+    Points,
+    Progress,
+    Row,
+    by_level,
+    pairs,
+    radius,
+    series,
+    smooth,
+    thin,
+)
 
 COLORS = 8
 """So many ``style.css`` has for runs, each in light and dark."""
 DIFFERENCES = ("loss-difference", "heldout-difference")
+BY_ZERO = (*DIFFERENCES, "levels")
 TICKS = 5
 LABEL_HEIGHT = 0.065
 """Of a line's name, as a share of the plot's height."""
@@ -36,6 +47,7 @@ class Shown:
     color: int
     rows: list[dict[str, Any]]
     state: Progress
+    folds: Row = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -78,11 +90,17 @@ def _plots(runs: Sequence[Shown], window: int) -> str:
     norms = [*over(runs, "auxiliary_norm", "auxiliary_norm_before"), *radii(runs)]
     to_lora, below = "difference to LoRA", "Below zero: better than LoRA of the same seed."
     projected = "After the projection; faint: before it. Grey: the radius ρ."
+    at_levels = "The last measurement minus the base model's; across: the timestep."
+    of_all = "Their mean, which chose the number of steps; faint: each of them."
     lines = {
         ("loss", "Training loss", "Running mean; faint: each step."): loss(runs, window),
         (DIFFERENCES[0], f"Training loss, {to_lora}", below): differences(runs, "loss", window),
         ("heldout", "Held-out loss", "Faint: on the training set."): held,
         (DIFFERENCES[1], f"Held-out loss, {to_lora}", below): differences(runs, "heldout_loss"),
+        ("levels", "Held-out loss at each noise level", at_levels): [
+            Line(run.name, by_level(run.rows), run.color, wide=run.wide) for run in runs
+        ],
+        ("folds", "Held-out loss of the folds", of_all): of_folds(runs),
         **{
             (name, name.replace("_", " "), "On held-out rows."): over(runs, name)
             for name in METRICS
@@ -92,7 +110,7 @@ def _plots(runs: Sequence[Shown], window: int) -> str:
     }
     suffix = "-text" if runs[0].run.is_text else ""
     return "".join(
-        plot(name + suffix, title, caption, own, zero=name in DIFFERENCES)
+        plot(name + suffix, title, caption, own, zero=name in BY_ZERO)
         for (name, title, caption), own in lines.items()
     )
 
@@ -112,6 +130,16 @@ def over(runs: Sequence[Shown], key: str, behind: str | None = None) -> list[Lin
     lines = [Line(run.name, series(run.rows, key), run.color, wide=run.wide) for run in runs]
     if behind:
         lines += [Line(run.name, series(run.rows, behind), run.color, faint=True) for run in runs]
+    return lines
+
+
+def of_folds(runs: Sequence[Shown]) -> list[Line]:
+    """The folds' held-out losses over the steps, and their mean."""
+    lines = []
+    for run in runs:
+        for curve in (*run.folds["folds"], run.folds["mean"]) if run.folds else ():
+            faint = curve is not run.folds["mean"]
+            lines.append(Line(run.name, pairs(run.folds["steps"], curve), run.color, faint))
     return lines
 
 

@@ -12,13 +12,14 @@ import gradio as gr
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.durations import duration
+from bilora_diffusion.run.folder import FOLDS_CURVES
 
 from . import parts
 from .catalog import Catalog, read_run
 from .charts import COLORS, Failed, Shown, colors_of, draw
 from .parts import QUIET, Update
 from .runs import RunItem, ordered
-from .training_data import Reader, memory, progress, radius
+from .training_data import Reader, memory, progress, radius, read_folds
 
 TICK_SECONDS = 3.0
 CHOSEN = 4
@@ -53,6 +54,8 @@ def _lines(run: Shown) -> list[str]:
     if radius(run.run.record, state.steps):
         unscaled = ", unscaled norm" if config.get("rho_norm") == "unscaled" else ""
         about.append(f"ρ {config['rho']:g}{unscaled}")
+    if run.folds.get("chosen_steps"):
+        about.append(f"{run.folds['chosen_steps']} steps chosen by {len(run.folds['folds'])} folds")
     lines = [" · ".join(about), " · ".join(facts), state.reason]
     return [line for line in lines if line]
 
@@ -128,7 +131,9 @@ class Tab:
             files = [self.catalog.resolve(f"{path}/{name}") for name in names]
             record, rows = read_run(folder / runlog.RUN), self.reader.read(folder)
             written = max(file.stat().st_mtime for file in files if file.exists())
-            return Shown(replace(run, record=record), color, rows, progress(record, rows, written))
+            state = progress(record, rows, written)
+            folds = read_folds(self.catalog.resolve(f"{path}/{FOLDS_CURVES}"))
+            return Shown(replace(run, record=record), color, rows, state, folds)
         except (UserError, OSError) as error:
             return Failed(run.name, color, parts.plain(error, self.catalog))
 

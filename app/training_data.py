@@ -7,6 +7,7 @@ radius(record, last_step=120)             # rho over the steps
 
 from __future__ import annotations
 
+import json
 import statistics
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.methods.options import rising
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.durations import duration
@@ -57,6 +59,30 @@ class Reader:
             if kept is None or kept[0] != stamp:
                 kept = self._kept[path] = (stamp, runlog.read_metrics(folder))
             return kept[1]
+
+
+def read_folds(path: Path) -> dict[str, Any]:
+    """A run's ``folds.json``; {} where there is none, or one that can't be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if len(found["mean"]) == len(found["steps"]) > 0 else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def pairs(steps: Sequence[int], values: Sequence[float | None]) -> Points:
+    """Values at their steps; those that were not finite are left out."""
+    both = zip(steps, values, strict=True)
+    return [(int(step), value) for step, value in both if value is not None]
+
+
+def by_level(rows: Sequence[Row]) -> Points:
+    """Held-out loss at each noise level: the last measurement minus the first."""
+    measured = [row for row in rows if "heldout_loss" in row] or [{}]
+    first, last = measured[0], measured[-1]
+    levels = {key: int(key.removeprefix(BY_LEVEL)) for key in last if key.startswith(BY_LEVEL)}
+    both = [(level, last[key], first.get(key)) for key, level in levels.items()]
+    return [(level, end - start) for level, end, start in both if None not in (end, start)]
 
 
 def series(rows: Sequence[Row], key: str) -> Points:

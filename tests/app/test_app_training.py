@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.training_data import (
     BUSY_SECONDS,
     STALE_SECONDS,
     Reader,
+    by_level,
     memory,
     progress,
     radius,
@@ -251,3 +253,19 @@ def test_a_run_keeps_its_colour() -> None:
     assert sorted(crowded.values()) == list(range(COLORS))
     assert crowded["run3"] == alone["run3"]
     assert len(colors_of([*known, "gone"], known)) == COLORS
+
+
+def test_noise_levels_are_a_change_since_the_start_and_folds_stand_behind_their_mean() -> None:
+    key = "heldout_loss_by_level/"
+    found = [
+        {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
+        {"step": 9, "heldout_loss": 0.5, f"{key}25": 0.5, f"{key}75": 2.5, f"{key}125": 1.0},
+    ]
+    assert by_level(found) == [(25, -0.5), (75, 0.5)]
+    assert by_level(rows(1.0)) == []
+    folds = {"steps": [0, 5], "folds": [[1.0, 0.5], [2.0, None]], "mean": [1.5, None]}
+    assert charts.of_folds([shown("a", []), replace(shown("b", []), folds=folds)]) == [
+        Line("b", [(0, 1.0), (5, 0.5)], 0, faint=True),
+        Line("b", [(0, 2.0)], 0, faint=True),
+        Line("b", [(0, 1.5)], 0),
+    ]

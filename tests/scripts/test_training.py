@@ -14,10 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.export import main as export
 from bilora_diffusion.image.denoising import DreamBoothModule
+from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import running, trainer
 from tests.scripts.runs import (
@@ -190,6 +192,10 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     assert len(list((looked / "validation").rglob("*.png"))) == 1
     rows = [row for row in runlog.read_metrics(looked) if "heldout_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 3]
+    for row in rows:
+        levels = [value for key, value in row.items() if key.startswith(BY_LEVEL)]
+        assert len(levels) == NOISE_LEVELS
+        assert sum(levels) / NOISE_LEVELS == pytest.approx(row["heldout_loss"], rel=1e-5)
     assert runlog.read_run(looked)["results"]["heldout_loss"] > 0
 
     opening = next(r.message for r in caplog.records if str(looked) in r.message)
@@ -208,6 +214,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     ):
         assert fact in closing
     events = EventAccumulator(str(looked / "logs" / "dreambooth-bilora")).Reload()
+    assert f"{BY_LEVEL}25" in events.Tags()["scalars"]
     (shown,) = events.Images("validation")
     assert (shown.step, shown.width, shown.height) == (3, 64, 64)
 

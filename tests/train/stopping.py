@@ -11,8 +11,8 @@ def reading(
     """The step of the lowest loss up to the end, and the step at which the patience ended."""
     lowest, best, since = float("inf"), None, 0
     for step, loss in rows:
-        lower = loss is not None and loss < lowest
-        lowest, best, since = (loss, step, 0) if lower else (lowest, best, since + 1)
+        value = float("inf") if loss is None else loss
+        lowest, best, since = (value, step, 0) if value < lowest else (lowest, best, since + 1)
         if since == patience:
             return best, step
     return best, None
