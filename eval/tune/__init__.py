@@ -52,8 +52,8 @@ class Tune(Sweep):
     and the trial's number as item.
 
     ``settings``: those of a sweep, of the test runs; ``trials``, by method the options of each
-    trial, in order, and the ``runs`` that failed; ``chosen``, by method ``trial``, ``step`` and
-    ``loss`` on the first half; ``trial_seeds``, ``search_seed``, ``parts``.
+    trial, in order; ``chosen``, by method ``trial``, ``step`` and ``loss`` on the first half;
+    ``trial_seeds``, ``search_seed``, ``parts``.
     """
 
     name = "tune"
@@ -127,6 +127,7 @@ class Tune(Sweep):
             )
         if "validation_part" in settings(given.set, "--set"):
             raise UserError('--set has "validation_part", which --parts says: leave it out.')
+        self.settings["parts"] = parts
         return load(given.space), seeds, tests, parts
 
     def trials(
@@ -156,7 +157,6 @@ class Tune(Sweep):
             "trials": {method: list(map(shown_options, own)) for method, own in drawn.items()},
             "trial_seeds": list(map(int, seeds)),
             "search_seed": self.args.search_seed,
-            "parts": self.args.parts.split(","),
         }
         print(f"{len(drawn)} methods x {len(numbers)} trials: {len(grid.cells)} runs to choose by")
         return grid, {arm.label: [labels[name] for name in (arm.label, *arm.also)]
