@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -92,15 +92,15 @@ class EFMLoRA(Counting):
     def _factors(self) -> list[Factors]:
         return adapters.factors_of(self._layers, PRIMARY)
 
-    def _weights(self) -> list[nn.Parameter]:
-        return [cast(nn.Parameter, layer.lora_B[PRIMARY].weight) for _, layer in self._layers]
+    def _weights(self) -> list[Tensor]:
+        return [cast(Tensor, layer.lora_B[PRIMARY].weight) for _, layer in self._layers]
 
     def _E(self) -> dict[str, Tensor]:
         """E of each layer by name, like its B; zero before the first step."""
         if not self._moves:
             for target in self.targets:
                 for path, layer in adapters.layers(target.model, PRIMARY):
-                    weight = cast(nn.Parameter, layer.lora_B[PRIMARY].weight)
+                    weight = cast(Tensor, layer.lora_B[PRIMARY].weight)
                     name = f"{target.name}/{PERTURBATION}/{path}.lora_B.weight"
                     self._moves[name] = torch.zeros_like(weight, requires_grad=False)
         return self._moves
