@@ -242,7 +242,7 @@ def test_two_processes_agree_with_one(
     two = tmp_path / "two"
     for key in ("steps", "best_step", "chosen_steps"):
         assert results(one).get(key) == results(two).get(key)
-    assert difference(one, two) < 1e-4
+    assert difference(one, two) < given["learning_rate"] / 10
 
 
 def folds_of(folder: Path, count: int = 2) -> list[dict[int, Any]]:
