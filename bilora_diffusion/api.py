@@ -30,9 +30,11 @@ class BiLoRAConfig:
         alpha: the primary's scale is alpha / rank.
         auxiliary_rank: rank of the auxiliary; None is the primary's.
         auxiliary_alpha: alpha of the auxiliary; None is the primary's.
-        rho: radius of the ball that bounds the auxiliary (Eq. 8).
+        rho: radius of the ball that bounds the auxiliary (Eq. 8); "auto" sets itself, by the losses
+            that `BiLoRA.observe` is told.
         rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
-            B2 @ A2.
+            B2 @ A2; "relative" each layer's change over the norm of its weight.
+        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to raise it.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
@@ -53,8 +55,9 @@ class BiLoRAConfig:
     alpha: float = like(AdapterOptions, "lora_alpha", default=16)
     auxiliary_rank: int | None = like(MethodFlags, "auxiliary_rank")
     auxiliary_alpha: float | None = like(MethodFlags, "auxiliary_alpha")
-    rho: float = like(MethodFlags, "rho", default=_Method.default_rho)
+    rho: float | str = like(MethodFlags, "rho", default=_Method.default_rho)
     rho_norm: str = like(MethodFlags, "rho_norm")
+    loss_rise: float = like(MethodFlags, "loss_rise")
     auxiliary_learning_rate: float | None = like(MethodFlags, "auxiliary_learning_rate")
     target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
@@ -86,6 +89,7 @@ class BiLoRAConfig:
         return MethodOptions(
             rho=self.rho,
             rho_norm=self.rho_norm,
+            loss_rise=self.loss_rise,
             auxiliary_rank=self.auxiliary_rank,
             auxiliary_alpha=self.auxiliary_alpha,
             auxiliary_learning_rate=self.auxiliary_learning_rate,
@@ -160,6 +164,14 @@ class BiLoRA:
             UserError: bound to it already, or the optimizer was not made from `param_groups`.
         """
         self._method.bind(optimizer)
+
+    def observe(self, loss: Tensor) -> None:
+        """Tell the loss before each `optimizer.step()`; needed only where rho is "auto".
+
+        Args:
+            loss: 0-d, the mean over what the step's gradient was taken of.
+        """
+        self._method.observe(loss)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """A context in which the auxiliary is off: for evaluation, not for backward passes."""

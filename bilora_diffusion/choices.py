@@ -7,7 +7,9 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
-RHO_NORMS = ("scaled", "unscaled")
+AUTO = "auto"
+"""A radius that sets itself."""
+RHO_NORMS = ("scaled", "unscaled", "relative")
 BALLS = ("global", "per-layer", "none")
 DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")

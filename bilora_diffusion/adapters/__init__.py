@@ -23,6 +23,7 @@ from .access import (
     names,
     parameters,
     rows,
+    weight_norm,
     whole,
 )
 from .initial import (
@@ -96,6 +97,7 @@ __all__ = [
     "to_full_precision",
     "twice_the_rank",
     "weight_delta",
+    "weight_norm",
     "whole",
     "write_pretrained",
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from .fields import NO_TRUTH, add_flags, check, default_of, options_of
+from .fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
 from .recipe import read_options
 from .values import check_choice, short
 
@@ -156,6 +156,9 @@ class CommandLine(argparse.ArgumentParser):
         if wrong is not None:
             kind = "a whole number" if wrong[1] == "int" else "a number"
             raise UserError(f"{flag} is {short(wrong[2])}: give {kind}.")
+        word = re.match(rf"{NO_NUMBER}([\w ]+): (.*)", complaint, flags=re.DOTALL)
+        if word is not None:
+            raise UserError(f"{flag} is {short(word[2])}: give a number, or {word[1]}.")
         truth = re.match(rf"{NO_TRUTH}(.*)", complaint, flags=re.DOTALL)
         if truth is not None:
             raise UserError(

@@ -19,6 +19,7 @@ from .values import SMALLEST, Range, check_choice, check_number, check_place, ch
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
 NO_TRUTH = "neither true nor false: "
+NO_NUMBER = "neither a number nor "
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Option:
         free: whether a resumed run may change it, since it does not touch what is learned, or only
             in the last digits, as another card does.
         choices: what it may be.
+        words: what it may be instead of a number.
         aliases: further flags.
     """
 
@@ -65,6 +67,7 @@ class Option:
     place: bool = False
     free: bool = False
     choices: tuple[str, ...] | None = None
+    words: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
 
@@ -132,7 +135,7 @@ def check(
     """
     for name, field in fields.items():
         value, declared = values[name], option_of(field)
-        if value is None:
+        if value is None or value in declared.words:
             continue
         shown = f"{dashes}{name}"
         check_text(shown, value)
@@ -186,11 +189,27 @@ def _reading(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if field.default_factory is not dataclasses.MISSING:
         (item,) = typing.get_args(hint)
         return {"type": item, "nargs": "+", "default": default_of(field)}
+    if words := option_of(field).words:
+        return {"type": _number_or(words), "default": field.default}
     if isinstance(hint, types.UnionType):  # of a type and None
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is not bool:
         return {"type": hint, "default": field.default}
     return {"type": _truth, "default": field.default, "nargs": "?", "const": True}
+
+
+def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
+    """Reads one of a few words, or a number."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        try:
+            return float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{NO_NUMBER}{' or '.join(words)}: {text}") from error
+
+    return read
 
 
 def _truth(word: str) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..choices import AUTO
 from ..errors import UserError
 from .conditions import (
     ABSENT,
@@ -45,6 +46,32 @@ _NOTHING_HELD_OUT = {
     "validation_file": {"task": ABSENT, "validation_file": ABSENT},
 }
 
+_WITHOUT_AUTO = (
+    (
+        "rho_schedule",
+        ("linear", "cosine"),
+        "a radius that sets itself has no course that is given",
+        "drop `--rho_schedule` or give `--rho` a number",
+    ),
+    (
+        "ball",
+        "none",
+        "there is no ball whose radius could set itself",
+        "use `--ball global` or `per-layer`",
+    ),
+    (
+        "auxiliary_direction",
+        "descent",
+        "an auxiliary that descends does not raise the loss",
+        "drop `--auxiliary_direction` or give `--rho` a number",
+    ),
+    (
+        "auxiliary_update",
+        "power",
+        "it starts at the length of the optimizer's first step, and power iteration has none",
+        "drop `--auxiliary_update` or give `--rho` a number",
+    ),
+)
 
 REFUSED: tuple[Refusal, ...] = (
     # what is learned from
@@ -206,6 +233,10 @@ REFUSED: tuple[Refusal, ...] = (
         method="bilora",
         ball="none",
         rho_schedule=("linear", "cosine"),
+    ),
+    *(
+        refusal(reason, instead, method="bilora", rho=AUTO, **{name: values})
+        for name, values, reason, instead in _WITHOUT_AUTO
     ),
     refusal(
         "the step size that Prodigy estimates would not shrink along with them",

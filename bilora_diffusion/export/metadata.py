@@ -32,7 +32,7 @@ _READS_WIDTH = {"unet": ("attn2.to_k", "attn2.to_v")} | dict.fromkeys(
 def training_facts(
     *,
     method: str,
-    rho: float | None = None,
+    rho: float | str | None = None,
     date: str | None = None,
     title: str | None = None,
     resolution: int | None = None,
@@ -43,7 +43,7 @@ def training_facts(
 
     Args:
         method: the training method, such as "bilora".
-        rho: radius of the auxiliary's ball, for a method that has one.
+        rho: radius of the auxiliary's ball, for a method that has one, or "auto".
         date: ISO 8601; passed in, so that equal weights give an equal file.
         title: a name for people.
         resolution: edge of the training images in pixels.

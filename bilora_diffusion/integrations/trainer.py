@@ -57,7 +57,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
             adapters.to_full_precision(bilora.model, name)
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
-    trainer.add_callback(_Watch(bilora))
+    trainer.add_callback(_Watch(bilora, cast(WithBiLoRA, trainer)))
     return bilora
 
 
@@ -66,6 +66,7 @@ class WithBiLoRA(Trainer):
 
     bilora: BiLoRA
     _alone: bool = False
+    _loss: torch.Tensor | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         checks.check_trainable(self.bilora)
@@ -92,6 +93,19 @@ class WithBiLoRA(Trainer):
         if not checks.is_bound(self.optimizer, self.bilora):
             self.bilora.bind(self.optimizer)
         return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.bilora._method.sets_rho:
+            self._loss = loss + (0 if self._loss is None else self._loss)
+        return loss
+
+    def step_loss(self) -> torch.Tensor:
+        """The loss of the step that is about to be taken, of all its micro-batches and processes;
+        once a step.
+        """
+        loss, self._loss = self._loss, None
+        return self.accelerator.reduce(loss, reduction="mean")  # pyright: ignore
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(
@@ -163,8 +177,8 @@ class WithBiLoRA(Trainer):
 class _Watch(TrainerCallback):
     """Sees to it that the optimizer that trains is the one that climbs and projects."""
 
-    def __init__(self, bilora: BiLoRA) -> None:
-        self.bilora = bilora
+    def __init__(self, bilora: BiLoRA, trainer: WithBiLoRA) -> None:
+        self.bilora, self.trainer = bilora, trainer
         self.taken = 0
 
     def on_train_begin(
@@ -176,6 +190,8 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
         self.taken = self.bilora._method.taken
+        if self.bilora._method.sets_rho:
+            self.bilora.observe(self.trainer.step_loss())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
@@ -197,7 +213,7 @@ def _check_version(kind: type[Trainer]) -> None:
     """Refuse a Transformers that would pass by what `WithBiLoRA` does otherwise."""
     own = [name for name, value in vars(WithBiLoRA).items() if callable(value)]
     for name in own:
-        if name != "_primary_alone" and not hasattr(kind, name):
+        if name not in ("_primary_alone", "step_loss") and not hasattr(kind, name):
             raise UserError(
                 f"The trainer of Transformers {transformers.__version__} has no {name}, where "
                 "Bi-LoRA comes in; install Transformers 5.24."

@@ -60,7 +60,7 @@ def frobenius_norm(factors: Sequence[Factors], scaled: bool = True) -> Tensor:
 
 @torch.no_grad()
 def project_(
-    factors: Sequence[Factors], rho: float, scaled: bool = True, onto: bool = False
+    factors: Sequence[Factors], rho: float | Tensor, scaled: bool = True, onto: bool = False
 ) -> Projection:
     """Equation 10, in place: if the norm c exceeds rho, multiply every A and B by sqrt(rho / c).
 
@@ -70,7 +70,7 @@ def project_(
 
     Args:
         factors: as in `frobenius_norm`.
-        rho: the radius, in units of the weights if `scaled`.
+        rho: the radius, in units of the weights if `scaled`; a tensor is 0-d, of any precision.
         onto: put what lies inside the ball on its surface too, unless it is zero.
 
     Raises:
@@ -79,6 +79,8 @@ def project_(
     sums = _measure(factors, scaled)
     before = sums.norm.clamp_min(0).sqrt()
     # ||E'|| <= f^2 (a + b) + f d with E' the stored product after multiplying by f: solve for = rho
+    if isinstance(rho, Tensor):
+        rho = rho.to(before)
     a = (sums.norm.clamp_min(0) + 8 * torch.finfo(before.dtype).eps * sums.magnitude).sqrt()
     b, d = sums.relative.sqrt(), sums.absolute.sqrt()
     root = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
@@ -99,18 +101,18 @@ def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
     if not factors:
         raise ValueError("There are no factors to measure.")
     device = factors[0].A.device
-    total = [torch.zeros((), dtype=_wide(device), device=device) for _ in _Sums._fields]
+    total = [torch.zeros((), dtype=wide(device), device=device) for _ in _Sums._fields]
     for stack_A, stack_B, scale, dtype in _stacks(factors, scaled):
         r, n, m = stack_A.shape[1], stack_A.shape[2], stack_B.shape[1]
         gram_A, gram_B = stack_A @ stack_A.mT, stack_B.mT @ stack_B
         diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
         rounding = torch.finfo(dtype).eps / 2
         least = torch.finfo(dtype).smallest_normal * rounding
-        norm = (gram_A * gram_B).sum() * scale**2
-        magnitude = (diagonal_A * diagonal_B).sqrt().sum(1).square().sum() * scale**2
+        norm = ((gram_A * gram_B).sum((1, 2)) * scale**2).sum()
+        magnitude = ((diagonal_A * diagonal_B).sqrt().sum(1) * scale).square().sum()
         norm_A, norm_B = diagonal_A.sum(1).sqrt(), diagonal_B.sum(1).sqrt()
-        absolute = (math.sqrt(r * n) * norm_B + math.sqrt(m * r) * norm_A).square().sum()
-        absolute = absolute * (scale * least) ** 2
+        absolute = math.sqrt(r * n) * norm_B + math.sqrt(m * r) * norm_A
+        absolute = (absolute * scale * least).square().sum()
         for i, value in enumerate((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute)):
             total[i] += value.to(device)
     return _Sums(*total)
@@ -118,23 +120,29 @@ def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
 
 def _stacks(
     factors: Sequence[Factors], scaled: bool
-) -> Iterator[tuple[Tensor, Tensor, float, torch.dtype]]:
-    """Layers of one kind as (L, r, n) and (L, m, r) in wide precision, with their common scale."""
+) -> Iterator[tuple[Tensor, Tensor, float | Tensor, torch.dtype]]:
+    """Layers of one kind as (L, r, n) and (L, m, r) in wide precision, with their scales: a number
+    where they have one in common, else (L,).
+    """
     groups: dict[tuple[object, ...], list[Factors]] = {}
     for f in factors:
-        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale if scaled else 1.0)
+        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device)
         groups.setdefault(key, []).append(f)
     for group in groups.values():
         first = group[0]
-        wide = _wide(first.A.device)
+        precision = wide(first.A.device)
         most = _STACK_ELEMENTS.get(first.A.device.type, _STACK_ELEMENTS_ELSEWHERE)
         at_once = max(1, most // (first.A.numel() + first.B.numel()))
         for start in range(0, len(group), at_once):
             chunk = group[start : start + at_once]
+            scales = [f.scale if scaled else 1.0 for f in chunk]
+            alike = len(set(scales)) == 1
             yield (
-                torch.stack([_whole(f.A) for f in chunk]).to(wide),
-                torch.stack([_whole(f.B) for f in chunk]).to(wide),
-                first.scale if scaled else 1.0,
+                torch.stack([whole(f.A) for f in chunk]).to(precision),
+                torch.stack([whole(f.B) for f in chunk]).to(precision),
+                scales[0]
+                if alike
+                else torch.tensor(scales, dtype=precision, device=first.A.device),
                 first.A.dtype,
             )
 
@@ -151,7 +159,7 @@ def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
                 tensor.copy_(tensor.float() * factor.to(device=device, dtype=torch.float32))
 
 
-def _whole(tensor: Any) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of a tensor that FSDP2 has split over processes (a DTensor)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -161,6 +169,6 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide(device: torch.device) -> torch.dtype:
     """float64 where the device has it: it costs little here and makes the bound certain."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .. import adapters, inits
 from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused
+from ..choices import AUTO
 from ..errors import UserError, did_you_mean
 from .options import MethodOptions, OwnOptions
 
@@ -86,8 +87,9 @@ class Method:
 
     @property
     def rho(self) -> float:
-        """The radius asked for, or the method's own."""
-        return self.default_rho if self.options.rho is None else self.options.rho
+        """The radius asked for, or the method's own; not for one that sets itself."""
+        rho = self.options.rho
+        return self.default_rho if rho is None or isinstance(rho, str) else rho
 
     @property
     def own(self) -> Any:
@@ -280,9 +282,11 @@ def create(name: str, options: MethodOptions | None = None) -> Method:
     """A new method by name.
 
     Raises:
-        UserError: no such method.
+        UserError: no such method, or one that can't follow the radius.
     """
-    return get(name)(options)
+    method = get(name)
+    check_rho(name, options and options.rho)
+    return method(options)
 
 
 def get(name: str) -> type[Method]:
@@ -305,6 +309,18 @@ def names() -> tuple[str, ...]:
 def reads(name: str) -> frozenset[str]:
     """The fields of `MethodOptions` that make a difference to a method."""
     return _METHODS[name].reads
+
+
+def check_rho(name: str, rho: float | str | None) -> None:
+    """Refuse a radius that is to set itself where the method can't.
+
+    Raises:
+        UserError: it names the method and what to use instead.
+    """
+    if rho == AUTO and "rho" in reads(name) and "loss_rise" not in reads(name):
+        raise UserError(
+            f"rho is {AUTO}, which bilora alone can follow, and the method {name}: give a number."
+        )
 
 
 def default_rho(name: str, modality: str = "image") -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
+from ..choices import AUTO
 from ..errors import UserError
-from . import ascent, ball, rounding
-from .base import Counting, MethodOptions, Target, register, trained
-from .hooks import unwrapped
+from . import ascent, ball, perturb, radius, rounding
+from .base import Counting, MethodOptions, StepOptimizer, Target, register, trained
+from .hooks import check_groups, refuse_closure, unwrapped
 from .options import rising
 
 
@@ -44,6 +45,7 @@ class BiLoRA(Counting):
     reads: ClassVar[frozenset[str]] = frozenset(
         {
             "rho",
+            "loss_rise",
             "rho_norm",
             "rho_schedule",
             "ball",
@@ -62,7 +64,11 @@ class BiLoRA(Counting):
         self._layers: list[tuple[str, adapters.LoraLayer]] = []
         self._optimizer: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
+        self._scales: list[float] = []  # what the norm of each layer's B A is multiplied with
         self._last: ball.Projection | None = None
+        self._auto: radius.AutoRadius | None = None
+        self._loss: Tensor | None = None  # of the step that is being taken
+        self._gamma: Tensor | None = None
         self._halves: list[int] = []  # of a power iteration: whose turn it is on each layer
         self._probe = rounding.Probe()
 
@@ -84,6 +90,10 @@ class BiLoRA(Counting):
             )
             adapters.inject(target.model, auxiliary, AUXILIARY)
         self._layers = self.layers(AUXILIARY)
+        self._scales = radius.scales(self._layers, self.options.rho_norm)
+        if self.sets_rho:
+            most = radius.MOST * radius.of_weights(self._layers, self._scales)
+            self._auto = radius.AutoRadius(self.options.loss_rise, most)
         if self._power:
             for name, A, B, _ in self._factors():
                 if A.shape[0] > min(A.shape[1], B.shape[0]):
@@ -133,14 +143,17 @@ class BiLoRA(Counting):
         optimizer = unwrapped(optimizer)
         if optimizer is self._optimizer:
             raise UserError("bind got the same optimizer twice; call it once, after making it.")
-        self._check_groups(optimizer)
+        primary = [p for target in self.targets for p in trained(target.model)]
+        check_groups(optimizer, primary, self._parameters(self._layers), self._climbs)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._auto is not None:  # before the gradients are turned
+            self._hooks.append(optimizer.register_step_pre_hook(self._look))
         if self._power:
             self._hooks.append(optimizer.register_step_pre_hook(self._power_step))
         elif self._climbs and "maximize" not in optimizer.defaults:
-            self._hooks.append(optimizer.register_step_pre_hook(self._refuse_closure))
+            self._hooks.append(optimizer.register_step_pre_hook(refuse_closure))
             self._hooks.append(optimizer.register_step_pre_hook(self._negate))
             self._hooks.append(optimizer.register_step_post_hook(self._negate))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -148,51 +161,81 @@ class BiLoRA(Counting):
 
     def project(self) -> ball.Projection:
         """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""
-        rho, scaled = self._radius(), self._scaled
-        factors = self._factors()
+        factors = self._measured()
         if self.options.ball == "none":
-            norm = ball.frobenius_norm(factors, scaled=scaled)
+            norm = ball.frobenius_norm(factors)
             return ball.Projection(norm, norm, torch.ones_like(norm))
+        rho = self._radius()
         if self.options.ball == "global":
-            last = ball.project_(factors, rho, scaled, onto=self._power)
+            last = ball.project_(factors, rho, onto=self._power)
             self._rescale(self._layers, last.factor)
             return last
         share = rho / math.sqrt(len(factors))
         each = []
         for layer, own in zip(self._layers, factors, strict=True):
-            each.append(ball.project_([own], share, scaled, onto=self._power))
+            each.append(ball.project_([own], share, onto=self._power))
             self._rescale([layer], each[-1].factor)
         before, after, factor = (torch.stack(column) for column in zip(*each, strict=True))
         return ball.Projection(before.norm(), after.norm(), factor.amin())
 
     def auxiliary_norm(self) -> float:
         """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
-        return float(ball.frobenius_norm(self._factors(), scaled=self._scaled))
+        return float(ball.frobenius_norm(self._measured()))
+
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        def observed() -> Tensor:
+            loss = forward_backward()
+            self.observe(loss)
+            return loss
+
+        return super().step(observed, optimizer)
+
+    def observe(self, loss: Tensor) -> None:
+        """Tell the loss whose gradient the optimizer's next step takes: rho "auto" needs it.
+
+        Args:
+            loss: 0-d, of all the step's micro-batches and processes.
+        """
+        self._loss = loss.detach()
 
     def metrics(self) -> dict[str, float]:
-        """The auxiliary's norm before and after the last projection; in bf16 or fp16, now and then,
-        what rounding leaves of its effect (`rounding`).
+        """The auxiliary's norm before and after the last projection; of rho "auto" the radius and
+        by which share of the loss the auxiliary raised it; in bf16 or fp16, now and then, what
+        rounding leaves of the auxiliary's effect (`rounding`).
         """
         if self._last is None:
             return {}
         return {
             "auxiliary_norm_before": float(self._last.before),
             "auxiliary_norm": float(self._last.after),
-            **self._probe.read(self.rho),
+            **({} if self._auto is None else self._auto.metrics()),
+            **self._probe.read(float(self._radius())),
         }
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        return {**state, "halves": list(self._halves)} if self._power else state
+        if self._power:
+            state["halves"] = list(self._halves)
+        if self._auto is not None:
+            state["radius"] = self._auto.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._halves = list(state.get("halves", ()))
+        if self._auto is not None:
+            self._auto.load_state_dict(state["radius"], self._factors()[0].A.device)
         self._probe.arm(self._layers, self.taken)
 
     @property
-    def _scaled(self) -> bool:
-        return self.options.rho_norm == "scaled"
+    def sets_rho(self) -> bool:
+        """Whether the radius sets itself."""
+        return self.options.rho == AUTO
+
+    def _measured(self) -> list[adapters.Factors]:
+        """The factors with what their norm is multiplied with as scale."""
+        pairs = zip(self._factors(), self._scales, strict=True)
+        return [factors._replace(scale=scale) for factors, scale in pairs]
 
     def _factors(self) -> list[adapters.Factors]:
         return adapters.factors_of(self._layers, AUXILIARY)
@@ -205,16 +248,33 @@ class BiLoRA(Counting):
     def _power(self) -> bool:
         return self.options.auxiliary_update == "power"
 
-    def _radius(self) -> float:
+    def _radius(self) -> float | Tensor:
         """rho of the step that is being taken."""
+        if self._auto is not None:
+            return self._auto.bound
         if not self.depends_on_length:
             return self.rho
         progress = self.options.progress(max(1, self.taken))
         return self.rho * rising(self.options.rho_schedule, progress)
 
+    def _look(self, *_: Any) -> None:
+        if self._loss is None:
+            raise UserError(
+                'rho "auto" measures the auxiliary by the loss; call observe(loss) before each '
+                "optimizer.step()."
+            )
+        pairs = zip(self._factors(), adapters.gradients_of(self._layers, AUXILIARY), strict=True)
+        both = [(ball.whole(f.B), ball.whole(g.B)) for f, g in pairs if g is not None]
+        self._gamma = perturb.dot([b for b, _ in both], [g for _, g in both])
+
     def _after_step(self, *_: Any) -> None:
         self.taken += 1
+        if self._auto is not None and self._loss is not None and self._gamma is not None:
+            self._auto.update(self._loss, self._gamma)
+            self._loss = None  # each step tells its own
         self._last = self.project()
+        if self._auto is not None:
+            self._auto.projected(self._last.after)
         self._probe.arm(self._layers, self.taken)
 
     def _power_step(self, *_: Any) -> None:
@@ -240,38 +300,3 @@ class BiLoRA(Counting):
         own = self._parameters(self._layers)
         if gradients := [p.grad for p in own if p.grad is not None]:
             torch._foreach_neg_(gradients)
-
-    @staticmethod
-    def _refuse_closure(
-        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if any(value is not None for value in (*args[1:], *kwargs.values())):
-            raise UserError(
-                f"{type(optimizer).__name__} knows no maximize and was given a closure, in which "
-                "the auxiliary's gradients can't be turned; call step() without one."
-            )
-
-    def _check_groups(self, optimizer: Optimizer) -> None:
-        models = [target.model for target in self.targets]
-        auxiliary = {id(p) for model in models for p in adapters.parameters(model, AUXILIARY)}
-        primary = {id(p) for model in models for p in trained(model)}
-        fix = "make the optimizer from param_groups() as it is."
-        missing = auxiliary | primary
-        for group in optimizer.param_groups:
-            held = {id(p) for p in group["params"]}
-            missing -= held
-            ascends = bool(group.get("maximize", False))
-            if held & auxiliary and (
-                held - auxiliary or ascends != self._climbs or group.get("weight_decay", 0) != 0
-            ):
-                raise UserError(
-                    f"The auxiliary's group has maximize={ascends}, "
-                    f"weight_decay={group.get('weight_decay', 0)} "
-                    f"and {len(held - auxiliary)} foreign parameters; {fix}"
-                )
-            if held & primary and ascends:
-                raise UserError(
-                    f"A group with maximize=True holds parameters of the primary; {fix}"
-                )
-        if missing:
-            raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")

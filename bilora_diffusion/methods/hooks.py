@@ -1,9 +1,11 @@
-"""Reaching the optimizer's own steps."""
+"""Reaching the optimizer's own steps, and what an optimizer must be for that."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import UserError
@@ -23,3 +25,48 @@ def unwrapped(optimizer: Any) -> Optimizer:
             )
         optimizer = cast(Any, optimizer).optimizer
     return optimizer
+
+
+def check_groups(
+    optimizer: Optimizer,
+    primary: Sequence[nn.Parameter],
+    auxiliary: Sequence[nn.Parameter],
+    climbs: bool,
+) -> None:
+    """Refuse an optimizer that would not move the auxiliary as Eq. 9 does, apart from the primary.
+
+    Args:
+        climbs: whether the auxiliary's groups have ``maximize=True``.
+
+    Raises:
+        UserError: its groups are not those of `param_groups`.
+    """
+    own, others = {id(p) for p in auxiliary}, {id(p) for p in primary}
+    missing = own | others
+    fix = "make the optimizer from param_groups() as it is."
+    for group in optimizer.param_groups:
+        held = {id(p) for p in group["params"]}
+        missing -= held
+        ascends, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
+        if held & own and (held - own or ascends != climbs or decay != 0):
+            raise UserError(
+                f"The auxiliary's group has maximize={ascends}, weight_decay={decay} and "
+                f"{len(held - own)} foreign parameters; {fix}"
+            )
+        if held & others and ascends:
+            raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
+    if missing:
+        raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
+
+
+def refuse_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before steps of an optimizer without ``maximize``: a closure is called too late.
+
+    Raises:
+        UserError: `step` was given one.
+    """
+    if any(value is not None for value in (*args[1:], *kwargs.values())):
+        raise UserError(
+            f"{type(optimizer).__name__} knows no maximize and was given a closure, in which the "
+            "auxiliary's gradients can't be turned; call step() without one."
+        )

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..choices import AUXILIARY_UPDATES, BALLS, DIRECTIONS, INITS, RHO_NORMS, SCHEDULES
+from ..choices import AUTO, AUXILIARY_UPDATES, BALLS, DIRECTIONS, INITS, RHO_NORMS, SCHEDULES
 from ..config.fields import check, option, options_of, unless
 from ..config.values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
 from ..errors import UserError
@@ -86,9 +86,10 @@ class MethodFlags:
 
     Attributes:
         rho: radius: of the ball that bounds the auxiliary (Eq. 8), of LoRA-SAM's step (Eq. 4),
-            or of Flat-LoRA's noise; None is the method's own default.
+            or of Flat-LoRA's noise; None is the method's own default; "auto" sets itself.
+        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to raise it.
         rho_norm: "scaled" measures s * B2 @ A2, the change of the weights; "unscaled" the literal
-            B2 @ A2.
+            B2 @ A2; "relative" the change of each layer over the norm of its base weight.
         rho_schedule: course of Bi-LoRA's rho: "constant" (the paper), or rising from 0 to rho over
             the run, "linear" or "cosine" (as Flat-LoRA raises its noise).
         ball: what Eq. 10 clips: the norm over all layers ("global", the paper), that of each layer
@@ -100,18 +101,26 @@ class MethodFlags:
 
     section: ClassVar[str] = SECTION
 
-    rho: float | None = option(
+    rho: float | str | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
         " (lora-sam, lora-looksam, Eq. 4), of the noise (flat-lora), of the move of the weights"
-        " (efm-lora, in each layer; lora-msam). Default: 0.05, for flat-lora 0.1.",
+        " (efm-lora, in each layer; lora-msam). Default: 0.05, for flat-lora 0.1. bilora takes auto"
+        " too: a radius that sets itself by --loss_rise.",
         range=RADII,
+        words=(AUTO,),
     )
     rho_norm: str = option(
         "scaled",
-        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
-        " product BA (Eq. 10 to the letter).",
+        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, of the bare"
+        " product BA (Eq. 10 to the letter), or of each layer's change relative to its weight.",
         choices=RHO_NORMS,
+    )
+    loss_rise: float = option(
+        0.04,
+        "bilora with --rho auto: the share of the loss by which the auxiliary is to raise it.",
+        range=Range(10, "the auxiliary would drown what is learned", above=0),
+        idle=(unless("rho", AUTO, "on a radius that is given"),),
     )
     rho_schedule: str = option(
         "constant",

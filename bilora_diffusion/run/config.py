@@ -191,6 +191,7 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
         check_choice(f"--{name}", values[name], choices)
     if values["lora_alpha"] is None:
         values["lora_alpha"] = 2.0 * values["rank"]
+    methods.check_rho(values["method"], values["rho"])
     if values["rho"] is None:
         values["rho"] = methods.default_rho(values["method"], modality)
     if values["optimizer"] == "prodigy" and "learning_rate" not in given:

@@ -158,7 +158,8 @@ def _auxiliary(result: Result, groups: Sequence[str], path: Path) -> None:
             line(gain, result.curve(group, GAIN), color)
             for name, style in (("auxiliary_norm", "-"), ("auxiliary_norm_before", ":")):
                 line(norm, result.curve(group, name), color, ls=style)
-            if (rho := result.settings["options"][group].get("rho")) is not None:
+            rho = result.settings["options"][group].get("rho")
+            if isinstance(rho, int | float):  # one that sets itself is logged, step by step
                 norm.axhline(rho, color="black", lw=0.8, ls="--")
         for label, style in (("Col(B)", "-"), ("Row(A)", "--")):
             overlap.plot([], [], color="black", ls=style, label=f"{label} of both")

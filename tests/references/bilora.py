@@ -177,3 +177,66 @@ class Power:
             self.taken[i] += 1
         length = math.sqrt(sum(float((E**2).sum()) for E in self.found))
         return [self.sign * self.rho / length * E for E in self.found]
+
+
+@dataclass
+class AutoRadius:
+    """Bi-LoRA with a radius that sets itself, in plain numbers and full matrices.
+
+    Args:
+        layers: what is trained; the auxiliary is zero.
+        tau: the share of the loss by which the auxiliary is to raise it.
+        rho_norm: what norms are taken in.
+        most: the largest share of the weights' norm that the radius may be.
+    """
+
+    layers: list[Layer]
+    tau: float
+    rho_norm: str
+    most: float
+    rho: float | None = None
+    norm: float = 0.0
+    slopes: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def sizes(self) -> list[float]:
+        """What each layer's ||B2 A2|| is multiplied with."""
+        if self.rho_norm == "unscaled":
+            return [1.0 for _ in self.layers]
+        if self.rho_norm == "scaled":
+            return [layer.s2 for layer in self.layers]
+        return [layer.s2 / float(torch.linalg.matrix_norm(layer.W0)) for layer in self.layers]
+
+    def c(self) -> float:
+        """The auxiliary's norm."""
+        pairs = zip(self.sizes(), self.layers, strict=True)
+        return math.sqrt(sum(float(((s * own.B2 @ own.A2) ** 2).sum()) for s, own in pairs))
+
+    def limit(self) -> float:
+        """The largest radius: a share of the norm of W0 in the same measure."""
+        pairs = zip(self.sizes(), self.layers, strict=True)
+        whole = sum(float(((s / own.s2 * own.W0) ** 2).sum()) for s, own in pairs)
+        return self.most * math.sqrt(whole)
+
+    def step(self, rules: list[dict[str, SGD | AdamW]], x: Tensor, y: Tensor) -> dict[str, float]:
+        """Algorithm 1 with the radius found anew before each projection."""
+        _, gradients = loss_and_weight_gradients(self.layers, x, y)
+        pairs = zip(gradients, self.layers, strict=True)
+        gamma = sum(float((dW * (own.s2 * own.B2 @ own.A2)).sum()) for dW, own in pairs)
+        loss = step(self.layers, rules, x, y)
+        if self.rho is not None:
+            self.slopes.append(gamma / self.norm)
+            self.losses.append(loss)
+            ages = [0.9**k for k in range(len(self.losses))][::-1]
+            wanted = self.tau * sum(a * v for a, v in zip(ages, self.losses, strict=True))
+            reached = self.rho * sum(a * v for a, v in zip(ages, self.slopes, strict=True))
+            ratio = math.sqrt(wanted / reached) if reached > 0 else math.inf
+            self.rho = min(self.rho * min(max(ratio, 0.9), 1.1), self.limit())
+        before = self.c()
+        bound = self.limit() if self.rho is None else self.rho
+        factor = math.sqrt(min(1.0, bound / before))
+        for layer in self.layers:
+            layer.A2, layer.B2 = factor * layer.A2, factor * layer.B2
+        self.norm = min(before, bound)
+        self.rho = self.norm if self.rho is None else self.rho
+        return {"loss": loss, "rho": self.rho, "norm_before": before}

@@ -1,0 +1,142 @@
+"""A radius that sets itself, so that the auxiliary raises the loss by a given share of it.
+
+To first order a perturbation E raises the loss by gamma = <G, E>, with G the gradient at W + E. In
+factors, E = s B A and g_B = s G A^T, so gamma is the sum over layers of <g_B, B>: it is there after
+the one backward pass, and it knows neither the weights' scale nor rank, depth, alpha or the loss's
+unit. After each step
+
+    rho <- rho clip(sqrt(tau mean(loss) / (rho mean(gamma / ||E||))), DOWN, UP)
+
+with tau the wanted share. The slope gamma / ||E|| is averaged and not gamma itself, which follows
+each change of rho late and so would overshoot. The radius starts at the norm that the auxiliary has
+after its first step, and never passes a share of the norm of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import adapters
+from ..adapters import AUXILIARY
+from ..errors import UserError
+from .ball import wide
+
+DECAY = 0.9
+"""Of both running means: they reach back over some ten steps."""
+DOWN, UP = 0.9, 1.1
+"""What the radius is multiplied with in one step lies between them."""
+MOST = 0.05
+"""Of the norm of the adapted weights, in the measure of the radius."""
+_LEAST = 1e-30
+
+
+def scales(layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str) -> list[float]:
+    """What the norm of each layer's B2 A2 is multiplied with: s, 1 ("unscaled") or s / ||W||_F
+    ("relative", in which rescaling a layer's weights changes nothing).
+    """
+    if rho_norm == "unscaled":
+        return [1.0] * len(layers)
+    scaled = [float(layer.scaling[AUXILIARY]) for _, layer in layers]
+    if rho_norm == "scaled":
+        return scaled
+    norms = [adapters.weight_norm(layer) for _, layer in layers]
+    for (name, _), norm in zip(layers, norms, strict=True):
+        if norm == 0:
+            raise UserError(
+                f'The weight of {name} is zero, so nothing is relative to it; use "scaled".'
+            )
+    return [s / norm for s, norm in zip(scaled, norms, strict=True)]
+
+
+def of_weights(
+    layers: Sequence[tuple[str, adapters.LoraLayer]], measures: Sequence[float]
+) -> float:
+    """The norm of the base weights under the auxiliary, in the measure that `scales` gave."""
+    sizes = [
+        adapters.weight_norm(layer) * measure / float(layer.scaling[AUXILIARY])
+        for (_, layer), measure in zip(layers, measures, strict=True)
+    ]
+    return math.hypot(*sizes)
+
+
+class AutoRadius:
+    """Follows the slope of the loss along the auxiliary; all its numbers stay on the device.
+
+    Args:
+        tau: the share of the loss by which the auxiliary is to raise it.
+        most: the largest radius.
+
+    Attributes:
+        rho: the radius, 0-d; None before the first step.
+        rise: gamma of the last step over its loss, 0-d; None before the second.
+    """
+
+    def __init__(self, tau: float, most: float) -> None:
+        self.tau, self.most = tau, most
+        self.rho: Tensor | None = None
+        self.rise: Tensor | None = None
+        self._norm: Tensor | None = None  # of the auxiliary that the coming gradient sees
+        self._slope: Tensor | None = None
+        self._loss: Tensor | None = None
+
+    @property
+    def bound(self) -> Tensor | float:
+        """What the auxiliary is clipped to now."""
+        return self.most if self.rho is None else self.rho
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, gamma: Tensor) -> None:
+        """Set the radius after one more step.
+
+        Args:
+            loss: of the step, 0-d.
+            gamma: <G, E> of the step, before its update, 0-d.
+        """
+        if self.rho is None or self._norm is None:
+            return  # the auxiliary was zero in the first step
+        loss, gamma = loss.to(self.rho), gamma.to(self.rho)
+        self._slope = self._mean(self._slope, gamma / self._norm.clamp_min(_LEAST))
+        self._loss = self._mean(self._loss, loss)
+        self.rise = gamma / loss
+        # Both means lack the same factor for their start from zero.
+        expected = (self._slope * self.rho).clamp_min(_LEAST)
+        ratio = (self.tau * self._loss / expected).clamp_min(0).sqrt()
+        self.rho = (self.rho * ratio.clamp(DOWN, UP)).clamp(max=self.most)
+
+    def projected(self, norm: Tensor) -> None:
+        """Tell the auxiliary's norm, 0-d, once it was clipped to `bound`."""
+        self._norm = norm
+        if self.rho is None:
+            self.rho = norm
+
+    def metrics(self) -> dict[str, float]:
+        """The radius and the rise, for the log; waits for the device."""
+        values = {"rho": self.rho, "loss_rise": self.rise}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a resume needs, to the bit."""
+        return {name: None if v is None else float(v) for name, v in self._numbers().items()}
+
+    def load_state_dict(self, state: dict[str, float | None], device: torch.device) -> None:
+        """Take back what `state_dict` gave."""
+        for name in self._numbers():
+            value = state[name]
+            kept = None if value is None else torch.tensor(value, dtype=wide(device), device=device)
+            setattr(self, name if name == "rho" else f"_{name}", kept)
+
+    def _numbers(self) -> dict[str, Tensor | None]:
+        return {
+            "rho": self.rho,
+            "norm": self._norm,
+            "slope": self._slope,
+            "loss": self._loss,
+        }
+
+    @staticmethod
+    def _mean(mean: Tensor | None, value: Tensor) -> Tensor:
+        return (1 - DECAY) * value + (0 if mean is None else DECAY * mean)

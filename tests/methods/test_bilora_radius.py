@@ -1,0 +1,183 @@
+"""The radius that sets itself: against a naive reference, what it does not depend on, resumes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bilora_diffusion import BiLoRAConfig, adapters, attach
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import Method, MethodOptions, Target, create, radius
+from tests.methods.test_bilora import batch, naive_copy, two_layers
+from tests.references import bilora as reference
+
+STEPS = 50
+TAU = 0.3
+
+
+def started(
+    model: nn.Module, lr: float = 5e-3, **options: Any
+) -> tuple[Method, list[dict[str, Any]]]:
+    method = create("bilora", MethodOptions(**{"rho": "auto", "loss_rise": TAU, **options}))
+    torch.manual_seed(1)
+    spec = AdapterSpec(rank=3, alpha=6, target_modules=("0", "2"))
+    return method, method.setup([Target("model", model, spec, lr)])
+
+
+def steps(
+    method: Method,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    which: range,
+    unit: float = 1,
+) -> list[dict[str, float]]:
+    """Train on `batch(k)`, the loss in another unit; returns loss and metrics of each step."""
+    rows = []
+    for k in which:
+        x, y = batch(k)
+
+        def forward_backward(x: Tensor = x, y: Tensor = y) -> Tensor:
+            loss = unit * (model(x) - y).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        loss = method.step(forward_backward, optimizer)
+        rows.append({"loss": float(loss), **method.metrics()})
+    return rows
+
+
+@pytest.mark.parametrize("rho_norm", ["scaled", "unscaled", "relative"])
+def test_50_steps_follow_the_naive_reference(rho_norm: str) -> None:
+    model = two_layers()
+    method, groups = started(model, rho_norm=rho_norm)
+    layers = naive_copy(model)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    method.bind(optimizer)
+    rules: list[dict[str, reference.SGD | reference.AdamW]] = [
+        {n: reference.AdamW(5e-3, 0.0, n.endswith("2")) for n in ("B1", "A1", "B2", "A2")}
+        for _ in layers
+    ]
+    naive = reference.AutoRadius(layers, TAU, rho_norm, radius.MOST)
+    expected = [naive.step(rules, *batch(k)) for k in range(STEPS)]
+    found = steps(method, model, optimizer, range(STEPS))
+    assert sum(row["rho"] < row["norm_before"] for row in expected) > 5, "it must have clipped"
+    for row, own in zip(expected, found, strict=True):
+        assert own["loss"] == pytest.approx(row["loss"], rel=1e-10)
+        assert own["rho"] == pytest.approx(row["rho"], rel=1e-10)
+        assert own["auxiliary_norm_before"] == pytest.approx(row["norm_before"], rel=1e-10)
+    for name, letters in ((PRIMARY, ("A1", "B1")), (AUXILIARY, ("A2", "B2"))):
+        for factor, layer in zip(adapters.factors(model, name), layers, strict=True):
+            for tensor, letter in zip((factor.A, factor.B), letters, strict=True):
+                torch.testing.assert_close(tensor, getattr(layer, letter), rtol=1e-10, atol=1e-10)
+
+
+def test_the_unit_of_the_loss_plays_no_part() -> None:
+    courses = []
+    for unit in (1.0, 10.0):
+        model = two_layers()
+        method, groups = started(model)
+        optimizer = torch.optim.AdamW(groups, eps=1e-8 * unit)
+        method.bind(optimizer)
+        courses.append(steps(method, model, optimizer, range(20), unit))
+    for one, ten in zip(*courses, strict=True):
+        assert ten["loss"] == pytest.approx(10 * one["loss"], rel=1e-6)
+        assert ten["rho"] == pytest.approx(one["rho"], rel=1e-6)
+
+
+def test_rescaling_a_pair_of_layers_plays_no_part_in_a_relative_norm() -> None:
+    """ReLU lets a factor pass from one layer to the next; first values and rates go along."""
+    courses = []
+    for factor in (1.0, 7.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).double()
+        parts: list[Any] = [model[0], model[2]]
+        with torch.no_grad():
+            parts[0].bias.mul_(factor)
+            parts[0].weight.mul_(factor)
+            parts[1].weight.div_(factor)
+        method, _ = started(model, rho_norm="relative")
+        groups: list[dict[str, Any]] = []
+        for (_, layer), by in zip(adapters.layers(model), (factor, 1 / factor), strict=True):
+            for name in (PRIMARY, AUXILIARY):
+                shared = {"maximize": name == AUXILIARY, "weight_decay": 0.0}
+                A, B = (cast(Any, side[name]).weight for side in (layer.lora_A, layer.lora_B))
+                A.data.mul_(by)
+                groups += [{"params": [A], "lr": 5e-3 * by, **shared}]
+                groups += [{"params": [B], "lr": 5e-3, **shared}]
+        optimizer = torch.optim.AdamW(groups, eps=1e-20)
+        method.bind(optimizer)
+        courses.append(steps(method, model, optimizer, range(20)))
+    assert courses[0][0]["loss"] > courses[0][-1]["loss"]
+    for one, other in zip(*courses, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert other["rho"] == pytest.approx(one["rho"], rel=1e-6)
+
+
+def test_a_resumed_run_goes_on_to_the_bit() -> None:
+    model = two_layers()
+    method, groups = started(model)
+    optimizer = torch.optim.AdamW(groups)
+    method.bind(optimizer)
+    steps(method, model, optimizer, range(12))
+    saved = copy.deepcopy((method.tensors(), optimizer.state_dict()))
+    state = json.loads(json.dumps(method.state_dict()))
+    expected = steps(method, model, optimizer, range(12, 24))
+    again = two_layers()
+    other, groups = started(again)
+    optimizer = torch.optim.AdamW(groups)
+    other.bind(optimizer)
+    for key, tensor in other.tensors().items():
+        tensor.copy_(saved[0][key])
+    optimizer.load_state_dict(saved[1])
+    other.load_state_dict(state)
+    assert steps(other, again, optimizer, range(12, 24)) == expected
+
+
+def test_the_radius_never_passes_a_share_of_the_weights() -> None:
+    """However little the loss rises in comparison to what is asked for."""
+    model = two_layers()
+    method, groups = started(model, loss_rise=10.0)
+    weights = [p for name, p in model.named_parameters() if name.endswith("base_layer.weight")]
+    whole = math.sqrt(sum(float(w.square().sum()) for w in weights))
+    optimizer = torch.optim.AdamW(groups)
+    method.bind(optimizer)
+    rows = steps(method, model, optimizer, range(STEPS))
+    assert rows[-1]["rho"] == pytest.approx(radius.MOST * whole)
+    assert all(row["auxiliary_norm"] <= radius.MOST * whole * (1 + 1e-6) for row in rows)
+
+
+def test_a_loop_of_ones_own_tells_the_loss() -> None:
+    model = two_layers()
+    bilora = attach(model, BiLoRAConfig(rank=3, rho="auto", target_modules=("0", "2")))
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=5e-3))
+    bilora.bind(optimizer)
+    x, y = batch(0)
+    for _ in range(3):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        bilora.observe(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert bilora.auxiliary_norm() > 0
+    (model(x) - y).square().mean().backward()
+    with pytest.raises(UserError, match=r"observe\(loss\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["lora-sam", "flat-lora"])
+def test_a_method_whose_radius_can_not_set_itself_refuses(name: str) -> None:
+    with pytest.raises(UserError, match=f"auto.*{name}"):
+        create(name, MethodOptions(rho="auto"))
+
+
+@pytest.mark.parametrize("rho", ["automatic", "AUTO", -1.0, 0.0, math.nan])
+def test_other_words_and_numbers_are_refused(rho: Any) -> None:
+    with pytest.raises(UserError, match="rho"):
+        MethodOptions(rho=rho)
