@@ -17,10 +17,8 @@ from ..config.values import FACTORS, STEPS, Range
 from .options import MethodOptions, OwnOptions
 
 if TYPE_CHECKING:
-    from .base import (
-        Method,
-        StepOptimizer,
-        Target,
+    from .base import Method, StepOptimizer, Target
+    from .registry import (
         check_rho,
         create,
         default_rho,
@@ -97,8 +95,8 @@ def own_options() -> tuple[type[OwnOptions], ...]:
     """The options that single methods have, a dataclass for each; also those of methods that were
     registered elsewhere.
     """
-    base = sys.modules.get(f"{__name__}.base")
-    return tuple(dict.fromkeys((*OWN_OPTIONS, *(base.own_options() if base else ()))))
+    registry = sys.modules.get(f"{__name__}.registry")
+    return tuple(dict.fromkeys((*OWN_OPTIONS, *(registry.own_options() if registry else ()))))
 
 
 def __getattr__(name: str) -> Any:
@@ -106,4 +104,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for file in FILES:
         import_module(f".{file}", __name__)
-    return getattr(import_module(".base", __name__), name)
+    home = ".base" if name in ("Method", "StepOptimizer", "Target") else ".registry"
+    return getattr(import_module(home, __name__), name)

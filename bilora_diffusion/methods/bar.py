@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters import PRIMARY, LoraLayer
 from ..errors import UserError
-from .base import Counting, MethodOptions, register
+from .base import Counting, MethodOptions
 from .hooks import unwrapped
 from .options import falling
+from .registry import register
 
 
 class _BAR(Counting, ABC):

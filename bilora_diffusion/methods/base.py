@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: one file, one class, one registration.
+"""What a fine-tuning method is: one file, one class, one registration (`registry`).
 
 The loop draws the micro-batches, noise and timesteps of one optimizer step, freezes them in a
 `forward_backward` closure, and calls `Method.step(forward_backward, optimizer)`. A method may call
@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters, inits
 from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused
-from ..choices import AUTO
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from .options import MethodOptions, OwnOptions
 
 
@@ -223,9 +222,8 @@ class Method:
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(
-                f"The saved state of the method has the keys {sorted(state)}, but {self.name} "
-                f"keeps {sorted(self.state_dict())}; resume with the method that the run was "
-                "started with."
+                f"The saved state of the method has the keys {sorted(state)}, but {self.name} keeps"
+                f" {sorted(self.state_dict())}; resume with the method of the run's start."
             )
 
 
@@ -250,109 +248,3 @@ class Counting(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.taken = state["taken"]
-
-
-_METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method known under `name`.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def add(cls: M) -> M:
-        if name in _METHODS:
-            raise ValueError(
-                f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
-            )
-        cls.name = name
-        cls.title = cls.__dict__.get("title") or name
-        if cls.own_options is not None:
-            cls.reads |= {field.name for field in fields(cls.own_options)}
-        _METHODS[name] = cls
-        return cls
-
-    return add
-
-
-def create(name: str, options: MethodOptions | None = None) -> Method:
-    """A new method by name.
-
-    Raises:
-        UserError: no such method, or one that can't follow the radius.
-    """
-    method = get(name)
-    check_rho(name, options and options.rho)
-    return method(options)
-
-
-def get(name: str) -> type[Method]:
-    """The class of a method.
-
-    Raises:
-        UserError: no such method.
-    """
-    if name not in _METHODS:
-        hint = did_you_mean(name, _METHODS)
-        raise UserError(f'method is "{name}"{hint}; use one of {", ".join(names())}.')
-    return _METHODS[name]
-
-
-def names() -> tuple[str, ...]:
-    """The names of all registered methods, in order of registration."""
-    return tuple(_METHODS)
-
-
-def reads(name: str) -> frozenset[str]:
-    """The fields of `MethodOptions` that make a difference to a method."""
-    return _METHODS[name].reads
-
-
-def check_rho(name: str, rho: float | str | None) -> None:
-    """Refuse a radius that is to set itself where the method can't.
-
-    Raises:
-        UserError: it names the method and what to use instead.
-    """
-    if rho == AUTO and "rho" in reads(name) and "loss_rise" not in reads(name):
-        raise UserError(
-            f"rho is {AUTO}, which bilora alone can follow, and the method {name}: give a number."
-        )
-
-
-def default_rho(name: str, modality: str = "image") -> float | None:
-    """A method's own radius, None for one without a radius or an unknown one."""
-    method = _METHODS.get(name)
-    if method is None or "rho" not in method.reads:
-        return None
-    rho = method.default_text_rho if modality == "text" else None
-    return method.default_rho if rho is None else rho
-
-
-def option_names() -> frozenset[str]:
-    """The options that make a difference to some method."""
-    return frozenset[str]().union(*(method.reads for method in _METHODS.values()))
-
-
-def own_options() -> tuple[type[OwnOptions], ...]:
-    """The options that single methods have, a dataclass for each."""
-    return tuple(m.own_options for m in _METHODS.values() if m.own_options is not None)
-
-
-def for_run(cfg: Any, num_steps: int) -> Method:
-    """The method that a run's configuration names, with its options.
-
-    Args:
-        cfg: a `RunConfig`.
-        num_steps: optimizer steps of the whole run.
-    """
-    method = get(cfg.method)
-
-    def told(group: Any) -> dict[str, Any]:
-        return {f.name: getattr(cfg, f.name) for f in fields(group) if hasattr(cfg, f.name)}
-
-    own = method.own_options and method.own_options(**told(method.own_options))
-    return method(MethodOptions(**{**told(MethodOptions), "num_steps": num_steps, "own": own}))

@@ -18,9 +18,10 @@ from ..adapters import AUXILIARY, PRIMARY
 from ..choices import AUTO
 from ..errors import UserError
 from . import ascent, ball, perturb, radius, rounding
-from .base import Counting, MethodOptions, StepOptimizer, Target, register, trained
+from .base import Counting, MethodOptions, StepOptimizer, Target, trained
 from .hooks import check_groups, refuse_closure, unwrapped
 from .options import rising
+from .registry import register
 
 
 @register("bilora")

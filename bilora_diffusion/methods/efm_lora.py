@@ -17,8 +17,9 @@ from .. import adapters
 from ..adapters import PRIMARY, Factors
 from . import EFMLoRAOptions, ball, perturb
 from .ascent import same_shape
-from .base import Counting, MethodOptions, StepOptimizer, register
+from .base import Counting, MethodOptions, StepOptimizer
 from .hooks import unwrapped
+from .registry import register
 
 PERTURBATION = "perturbation"
 

@@ -15,8 +15,9 @@ from .. import adapters
 from ..adapters import PRIMARY
 from ..seeds import seed_of
 from . import perturb
-from .base import Counting, MethodOptions, StepOptimizer, register
+from .base import Counting, MethodOptions, StepOptimizer
 from .options import rising
+from .registry import register
 
 
 @register("flat-lora")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .base import Method, Target, register
+from .base import Method, Target
+from .registry import register
 
 BYTES_PER_WEIGHT = 16  # fp32: the weight, its gradient, and AdamW's two moments
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import PRIMARY
 from . import LookSAMOptions, perturb
-from .base import Counting, MethodOptions, StepOptimizer, register
+from .base import Counting, MethodOptions, StepOptimizer
+from .registry import register
 
 DIRECTION = "direction"
 

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from . import perturb
-from .base import Method, MethodOptions, StepOptimizer, register
+from .base import Method, MethodOptions, StepOptimizer
 from .hooks import unwrapped
+from .registry import register
 
 MOMENTA = ("exp_avg", "momentum_buffer")
 """The momentum's names in an optimizer's state: of Adam's family with Prodigy, and of SGD."""

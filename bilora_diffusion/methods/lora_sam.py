@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from . import perturb
-from .base import Method, MethodOptions, StepOptimizer, register
+from .base import Method, MethodOptions, StepOptimizer
+from .registry import register
 
 
 @register("lora-sam")

@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 
 from ..errors import UserError
-from ..seeds import parts
 
 MOST_PARTS = 1000
 
@@ -44,6 +43,8 @@ def chosen(part: str | None, names: Sequence[str], what: str) -> list[int]:
     """
     if part is None:
         return list(range(len(names)))
+    from ..seeds import parts  # which takes torch, and a command line is read before
+
     number, count = read_part(part)
     different = list(dict.fromkeys(names))
     if len(different) < count:

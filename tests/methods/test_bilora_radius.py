@@ -15,7 +15,8 @@ from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, radius
-from tests.methods.test_bilora import batch, naive_copy, two_layers
+from tests.methods.runs import batch, two_layers
+from tests.methods.test_bilora import naive_copy
 from tests.references import bilora as reference
 
 STEPS = 50

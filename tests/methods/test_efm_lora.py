@@ -14,8 +14,8 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, Factors
 from bilora_diffusion.methods import EFMLoRAOptions, MethodOptions
 from bilora_diffusion.methods.efm_lora import perturbations
+from tests.methods.runs import batch
 from tests.methods.test_baselines import OPTIMIZERS, STEPS, Run, follow, rules
-from tests.methods.test_bilora import batch
 from tests.references import baselines as reference
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.methods import LookSAMOptions, MethodOptions
+from tests.methods.runs import batch
 from tests.methods.test_baselines import OPTIMIZERS, STEPS, Run, follow, rules
-from tests.methods.test_bilora import batch
 from tests.references import baselines as reference
 
 Gradients = list[dict[str, Tensor]]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import MethodOptions, Target, create
+from tests.methods.runs import batch, two_layers
 from tests.methods.test_baselines import SPEC, STEPS, Run, follow, rules
-from tests.methods.test_bilora import batch, two_layers
 from tests.references import baselines as reference
 
 

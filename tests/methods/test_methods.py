@@ -16,7 +16,6 @@ from bilora_diffusion.methods import (
     Method,
     MethodOptions,
     Target,
-    base,
     create,
     default_rho,
     names,
@@ -24,6 +23,7 @@ from bilora_diffusion.methods import (
     own_options,
     reads,
     register,
+    registry,
 )
 from bilora_diffusion.methods.options import falling, rising
 from tests.contract.models import CASES, tiny_mlp
@@ -87,7 +87,7 @@ def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         create("bi-lora")
     with pytest.raises(ValueError, match="registered already"):
         register("lora")(type("Other", (Method,), {}))
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     register("other")(cast(type[Method], type("Other", (Method,), {})))
     assert names()[-1] == create("other").name == "other"
 

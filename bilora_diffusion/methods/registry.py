@@ -1,0 +1,115 @@
+"""The methods by name, what each of them reads, and the one that a run's configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from ..choices import AUTO
+from ..errors import UserError, did_you_mean
+from .base import Method
+from .options import MethodOptions, OwnOptions
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(cls: M) -> M:
+        if name in _METHODS:
+            raise ValueError(
+                f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
+            )
+        cls.name = name
+        cls.title = cls.__dict__.get("title") or name
+        if cls.own_options is not None:
+            cls.reads |= {field.name for field in fields(cls.own_options)}
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def create(name: str, options: MethodOptions | None = None) -> Method:
+    """A new method by name.
+
+    Raises:
+        UserError: no such method, or one that can't follow the radius.
+    """
+    method = get(name)
+    check_rho(name, options and options.rho)
+    return method(options)
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        UserError: no such method.
+    """
+    if name not in _METHODS:
+        hint = did_you_mean(name, _METHODS)
+        raise UserError(f'method is "{name}"{hint}; use one of {", ".join(names())}.')
+    return _METHODS[name]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all registered methods, in order of registration."""
+    return tuple(_METHODS)
+
+
+def reads(name: str) -> frozenset[str]:
+    """The fields of `MethodOptions` that make a difference to a method."""
+    return _METHODS[name].reads
+
+
+def check_rho(name: str, rho: float | str | None) -> None:
+    """Refuse a radius that is to set itself where the method can't.
+
+    Raises:
+        UserError: it names the method.
+    """
+    if rho == AUTO and reads(name) & {"rho", "loss_rise"} == {"rho"}:
+        raise UserError(f"rho is {AUTO}, which only bilora can follow: give {name} a number.")
+
+
+def default_rho(name: str, modality: str = "image") -> float | None:
+    """A method's own radius, None for one without a radius or an unknown one."""
+    method = _METHODS.get(name)
+    if method is None or "rho" not in method.reads:
+        return None
+    rho = method.default_text_rho if modality == "text" else None
+    return method.default_rho if rho is None else rho
+
+
+def option_names() -> frozenset[str]:
+    """The options that make a difference to some method."""
+    return frozenset[str]().union(*(method.reads for method in _METHODS.values()))
+
+
+def own_options() -> tuple[type[OwnOptions], ...]:
+    """The options that single methods have, a dataclass for each."""
+    return tuple(m.own_options for m in _METHODS.values() if m.own_options is not None)
+
+
+def for_run(cfg: Any, num_steps: int) -> Method:
+    """The method that a run's configuration names, with its options.
+
+    Args:
+        cfg: a `RunConfig`.
+        num_steps: optimizer steps of the whole run.
+    """
+    method = get(cfg.method)
+
+    def told(group: Any) -> dict[str, Any]:
+        return {f.name: getattr(cfg, f.name) for f in fields(group) if hasattr(cfg, f.name)}
+
+    own = method.own_options and method.own_options(**told(method.own_options))
+    return method(MethodOptions(**{**told(MethodOptions), "num_steps": num_steps, "own": own}))
