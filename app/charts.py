@@ -91,6 +91,7 @@ def _plots(runs: Sequence[Shown], window: int) -> str:
     to_lora, below = "difference to LoRA", "Below zero: better than LoRA of the same seed."
     projected = "After the projection; faint: before it. Grey: the radius ρ."
     at_levels = "The last measurement minus the base model's; across: the timestep."
+    risen = "To first order, as a share of it; running mean. A radius that sets itself goes by it."
     of_all = "Their mean, which chose the number of steps; faint: each of them."
     lines = {
         ("loss", "Training loss", "Running mean; faint: each step."): loss(runs, window),
@@ -106,6 +107,10 @@ def _plots(runs: Sequence[Shown], window: int) -> str:
             for name in METRICS
         },
         ("norm", "Norm of the auxiliary, ‖B₂A₂‖", projected): norms,
+        ("rise", "Rise of the loss by the auxiliary", risen): [
+            Line(run.name, smooth(series(run.rows, "loss_rise"), window), run.color, wide=run.wide)
+            for run in runs
+        ],
         ("rate", "Learning rate", "Of the primary adapter."): rates(runs),
     }
     suffix = "-text" if runs[0].run.is_text else ""
@@ -158,13 +163,13 @@ def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
 
 
 def radii(runs: Sequence[Shown]) -> list[Line]:
-    """rho: one line for all runs with the same constant one, one a run where it is scheduled."""
+    """rho: one line for all runs with the same constant one, one a run where it changes."""
     lines: dict[str, Points] = {}
     for run in runs:
-        line = radius(run.run.record, run.state.steps)
+        line = series(run.rows, "rho") or radius(run.run.record, run.state.steps)
         if not line:
             continue
-        constant = run.run.record["config"].get("rho_schedule", "constant") == "constant"
+        constant = len({value for _, value in line}) == 1
         name = f"ρ = {line[0][1]:g}" if constant else f"ρ of {run.name}"
         if name not in lines or lines[name][-1][0] < line[-1][0]:  # as long as the longest run
             lines[name] = line

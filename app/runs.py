@@ -76,6 +76,11 @@ def title(method: str) -> str:
         return method
 
 
+def short(value: float | str) -> str:
+    """A radius in few letters: a number, or the word for one that sets itself."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def named(runs: Sequence[RunItem]) -> list[RunItem]:
     """The runs, named by method and seed, by rho where it tells runs of one method apart, and by
     the folder where two would still be called alike.
@@ -87,11 +92,9 @@ def named(runs: Sequence[RunItem]) -> list[RunItem]:
     def rho(run: RunItem) -> str:
         value = run.record["config"].get("rho")
         others = [other for other in runs if other.method == run.method]
-        if not isinstance(value, int | float) or not any(
-            other.record["config"].get("rho") != value for other in others
-        ):
+        if value is None or all(other.record["config"].get("rho") == value for other in others):
             return ""
-        return f", ρ {value:g}"
+        return f", ρ {short(value)}"
 
     names = [f"{title(run.method)}{rho(run)}, seed {run.seed}" for run in runs]
     count = Counter(names)

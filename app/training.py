@@ -18,8 +18,8 @@ from . import parts
 from .catalog import Catalog, read_run
 from .charts import COLORS, Failed, Shown, colors_of, draw
 from .parts import QUIET, Update
-from .runs import RunItem, ordered
-from .training_data import Reader, memory, progress, radius, read_folds
+from .runs import RunItem, ordered, short
+from .training_data import Reader, memory, progress, radius, read_folds, series
 
 TICK_SECONDS = 3.0
 CHOSEN = 4
@@ -51,9 +51,9 @@ def _lines(run: Shown) -> list[str]:
     if state.peak_memory_bytes:
         facts.append(f"peak {memory(state.peak_memory_bytes)}")
     about = [run.run.path]
-    if radius(run.run.record, state.steps):
-        unscaled = ", unscaled norm" if config.get("rho_norm") == "unscaled" else ""
-        about.append(f"ρ {config['rho']:g}{unscaled}")
+    if series(run.rows, "rho") or radius(run.run.record, state.steps):
+        norm = config.get("rho_norm", "scaled")
+        about.append(f"ρ {short(config['rho'])}" + ("" if norm == "scaled" else f", {norm} norm"))
     if run.folds.get("chosen_steps"):
         about.append(f"{run.folds['chosen_steps']} steps chosen by {len(run.folds['folds'])} folds")
     lines = [" · ".join(about), " · ".join(facts), state.reason]

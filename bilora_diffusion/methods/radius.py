@@ -25,8 +25,9 @@ from ..adapters import AUXILIARY
 from ..errors import UserError
 from .ball import wide
 
-DECAY = 0.9
-"""Of both running means: they reach back over some ten steps."""
+DECAY = 0.98
+"""Of both running means, which reach back over fifty steps: over ten, the radius swings, and an
+auxiliary that grows while it swings is one that the primary has learned to lean on."""
 DOWN, UP = 0.9, 1.1
 """What the radius is multiplied with in one step lies between them."""
 MOST = 0.05

@@ -269,3 +269,11 @@ def test_noise_levels_are_a_change_since_the_start_and_folds_stand_behind_their_
         Line("b", [(0, 2.0)], 0, faint=True),
         Line("b", [(0, 1.5)], 0),
     ]
+
+
+def test_a_radius_that_sets_itself_is_drawn_from_the_log() -> None:
+    found = [{"step": step, "loss": 1.0, "rho": rho} for step, rho in ((1, 0.3), (2, 0.5))]
+    run = shown("auto", found, record(rho="auto"))
+    (line,) = radii([run])
+    assert (line.name, line.points) == ("ρ of auto", [(1, 0.3), (2, 0.5)])
+    assert radius(record(rho="auto"), 2) == []

@@ -15,6 +15,7 @@ from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize_nf4
 from bilora_diffusion.choices import (
+    AUTO,
     AUXILIARY_UPDATES,
     BALLS,
     DIRECTIONS,
@@ -38,6 +39,7 @@ SPECS: dict[str, dict[str, Any]] = {
 MAIN_KINDS = ("unet", "t5", "llm")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "option": tuple(SPECS),
+    "rho": (0.05, AUTO),
     "ball": BALLS,
     "rho_norm": RHO_NORMS,
     "rho_schedule": SCHEDULES,
@@ -207,6 +209,9 @@ class Run:
             for parameter in self.method.clip_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
+        if torch.distributed.is_initialized():  # the loss is that of all processes, as the loop's
+            torch.distributed.all_reduce(total)
+            total /= torch.distributed.get_world_size()
         return total
 
     def tensors(self) -> dict[str, Tensor]:
@@ -219,3 +224,11 @@ class Run:
             for name, parameter in self.model.named_parameters()
             if "lora_" not in name
         }
+
+
+def compared(name: str, option: str, kind: str) -> Run:
+    """A run that one process and two take alike; the option "auto" is a radius that sets itself."""
+    if option == AUTO:
+        own = {"options": {"rho": AUTO, "loss_rise": 0.3}}
+        return Run(name, "default", kind, lr=0.1, optimizer="SGD", **own).initialise()
+    return Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()

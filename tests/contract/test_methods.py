@@ -15,9 +15,10 @@ from peft import PeftModel
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize_nf4
+from bilora_diffusion.choices import AUTO
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, create, names
-from tests.contract.harness import MAIN_KINDS, SPECS, Run, allowed, combos, pairwise
+from tests.contract.harness import MAIN_KINDS, SPECS, Run, allowed, combos, compared, pairwise
 from tests.contract.models import CASES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -223,10 +224,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", MAIN_KINDS)
 @pytest.mark.parametrize("name", names())
 def test_two_processes_agree_with_one(name: str, kind: str, two_processes: Path) -> None:
-    for option in SPECS:
-        if not allowed(name, option):
-            continue
-        one = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
+    options = [option for option in SPECS if allowed(name, option)]
+    for option in [*options, *([AUTO] if name == "bilora" else [])]:
+        one = compared(name, option, kind)
         one.train()
         both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
         equal_but_for_rounding(one.method, one.tensors(), both)

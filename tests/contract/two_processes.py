@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from tests.contract.harness import MAIN_KINDS, Run, allowed, combos
+from tests.contract.harness import MAIN_KINDS, allowed, combos, compared
 
 
 def main(folder: Path) -> None:
     """Write ``method-option-kind.pt``, the tensors after three steps, from the first process."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    for name, option, kind in combos():
-        if kind in MAIN_KINDS and allowed(name, option):
-            run = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise().share()
-            run.train()
-            if torch.distributed.get_rank() == 0:
-                torch.save(run.tensors(), folder / f"{name}-{option}-{kind}.pt")
-            del run
+    every = [c for c in combos() if c[2] in MAIN_KINDS and allowed(*c[:2])]
+    for name, option, kind in [*every, *(("bilora", "auto", kind) for kind in MAIN_KINDS)]:
+        run = compared(name, option, kind).share()
+        run.train()
+        if torch.distributed.get_rank() == 0:
+            torch.save(run.tensors(), folder / f"{name}-{option}-{kind}.pt")
+        del run
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -227,7 +227,7 @@ class AutoRadius:
         if self.rho is not None:
             self.slopes.append(gamma / self.norm)
             self.losses.append(loss)
-            ages = [0.9**k for k in range(len(self.losses))][::-1]
+            ages = [0.98**k for k in range(len(self.losses))][::-1]
             wanted = self.tau * sum(a * v for a, v in zip(ages, self.losses, strict=True))
             reached = self.rho * sum(a * v for a, v in zip(ages, self.slopes, strict=True))
             ratio = math.sqrt(wanted / reached) if reached > 0 else math.inf
