@@ -127,7 +127,7 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
     Raises:
         UserError: it was not made from `bilora.param_groups`, or is not the one that was bound.
     """
-    bilora._method._check_groups(unwrapped(optimizer))
+    bilora._method.check_groups(unwrapped(optimizer))
     if not is_bound(optimizer, bilora):
         raise UserError(
             "The optimizer that trains is not the one that was bound, so the auxiliary would leave "

@@ -144,8 +144,7 @@ class BiLoRA(Counting):
         optimizer = unwrapped(optimizer)
         if optimizer is self._optimizer:
             raise UserError("bind got the same optimizer twice; call it once, after making it.")
-        primary = [p for target in self.targets for p in trained(target.model)]
-        check_groups(optimizer, primary, self._parameters(self._layers), self._climbs)
+        self.check_groups(optimizer)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -159,6 +158,15 @@ class BiLoRA(Counting):
             self._hooks.append(optimizer.register_step_post_hook(self._negate))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._optimizer = optimizer
+
+    def check_groups(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that does not climb on the auxiliary.
+
+        Raises:
+            UserError: its groups are not those of `param_groups`.
+        """
+        primary = [p for target in self.targets for p in trained(target.model)]
+        check_groups(optimizer, primary, self._parameters(self._layers), self._climbs)
 
     def project(self) -> ball.Projection:
         """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""

@@ -229,6 +229,6 @@ class Run:
 def compared(name: str, option: str, kind: str) -> Run:
     """A run that one process and two take alike; the option "auto" is a radius that sets itself."""
     if option == AUTO:
-        own = {"options": {"rho": AUTO, "loss_rise": 0.3}}
-        return Run(name, "default", kind, lr=0.1, optimizer="SGD", **own).initialise()
+        own = {"rho": AUTO, "loss_rise": 0.3}
+        return Run(name, "default", kind, options=own, lr=0.1, optimizer="SGD").initialise()
     return Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()

@@ -20,6 +20,7 @@ from bilora_diffusion.integrations import use_bilora
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations.trainers import (
     CONFIG,
+    RHO,
     STEPS,
     attached,
     batches,
@@ -86,7 +87,7 @@ def test_a_trainer_takes_the_steps_of_a_loop(
     assert losses(trainer) == pytest.approx(expected, abs=1e-5)
     assert difference(bilora, reference) < 1e-5
     assert difference(bilora, untrained) > 1e-3
-    assert 0 < bilora.auxiliary_norm() <= CONFIG.rho * (1 + 1e-6)
+    assert 0 < bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
 
 
 def test_clipping_all_parameters_jointly_would_differ() -> None:
@@ -122,8 +123,8 @@ def test_the_log_tells_of_the_primary_and_the_ball_and_a_second_training_goes_on
     values: dict[str, Any] = {"max_steps": 2, "max_grad_norm": 0.01, "callbacks": [Norm()]}
     trainer = with_bilora(tmp_path, bilora, **values)
     trainer.train()
-    assert all(norm <= CONFIG.rho * (1 + 1e-6) for norm in losses(trainer, "auxiliary_norm"))
-    assert losses(trainer, "auxiliary_norm_before")[0] > CONFIG.rho
+    assert all(norm <= RHO * (1 + 1e-6) for norm in losses(trainer, "auxiliary_norm"))
+    assert losses(trainer, "auxiliary_norm_before")[0] > RHO
     assert all(norm > 0.01 for norm in losses(trainer, "grad_norm"))
     assert seen == pytest.approx([0.01, 0.01], rel=1e-3)
     assert adapters.active(bilora.model) == (PRIMARY,)
@@ -256,4 +257,4 @@ def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path: Path) -> Non
     assert not any("score" in name for name, _ in adapters.layers(model))
     stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     torch.testing.assert_close(stored["base_model.model.score.weight"], model.score.weight.detach())
-    assert bilora.auxiliary_norm() <= CONFIG.rho * (1 + 1e-6)
+    assert bilora.auxiliary_norm() <= RHO * (1 + 1e-6)

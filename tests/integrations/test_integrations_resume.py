@@ -23,7 +23,15 @@ from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.integrations.state import STATE
 from tests.contract.models import tiny_llm
-from tests.integrations.trainers import CONFIG, attached, batches, difference, rows, with_bilora
+from tests.integrations.trainers import (
+    CONFIG,
+    RHO,
+    attached,
+    batches,
+    difference,
+    rows,
+    with_bilora,
+)
 
 STOP = 7
 
@@ -103,7 +111,7 @@ def test_resumed_equals_uninterrupted(
     group = second.optimizer.param_groups[1]
     assert (group["maximize"], group["weight_decay"]) == (True, 0)
     assert all(p.dtype == torch.float32 for p in bilora.clip_parameters())
-    assert 0 < bilora.auxiliary_norm() <= CONFIG.rho * (1 + 1e-6)
+    assert 0 < bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from tests.contract.models import WORDS, tiny_llm, tiny_t5
 
 __all__ = ["tiny_llm", "tiny_t5"]
 
-CONFIG = BiLoRAConfig(rank=4, alpha=8, rho=0.02)
+RHO = 0.02
+CONFIG = BiLoRAConfig(rank=4, alpha=8, rho=RHO)
 RATE, STEPS, BATCH, LENGTH = 1e-2, 20, 4, 8
 BESIDE = ("callbacks", "eval_dataset", "optimizers", "peft_config", "optimizer_cls_and_kwargs")
 
