@@ -14,9 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from bilora_diffusion import adapters
+from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.integrations import use_bilora
+from bilora_diffusion.methods import radius
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations.trainers import (
     CONFIG,
@@ -88,6 +89,22 @@ def test_a_trainer_takes_the_steps_of_a_loop(
     assert difference(bilora, reference) < 1e-5
     assert difference(bilora, untrained) > 1e-3
     assert 0 < bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_a_radius_that_sets_itself_goes_by_the_loss_of_the_whole_step(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(radius, "MOST", 10.0)  # the weights of so small a model are small, too
+    config = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
+    bilora, reference = (attached(tiny_llm(), config) for _ in range(2))
+    trainer = with_bilora(tmp_path, bilora, kind, **FOUR | {"max_grad_norm": 0.0})
+    trainer.train()
+    by_hand(reference, batches(rows()), accumulate=4)
+    assert difference(bilora, reference) < 1e-5
+    radii = losses(trainer, "rho")
+    assert len(set(radii)) == len(radii) == 5
+    assert reference.auxiliary_norm() <= radii[-1] * (1 + 1e-4)
 
 
 def test_clipping_all_parameters_jointly_would_differ() -> None:

@@ -152,6 +152,7 @@ def by_hand(
             total += float(loss.detach())
         if clip:
             torch.nn.utils.clip_grad_norm_(bilora.clip_parameters(), clip)
+        bilora.observe(torch.tensor(total))
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
