@@ -71,7 +71,7 @@ class RunConfig(
         Raises:
             UserError: a value or a combination that can't be honoured; it names the fix.
         """
-        kind = cls._with_own_options()
+        kind = cls.with_own_options()
         line = CommandLine(kind.groups, description=cls.description, usage=cls.usage)
         values, given = line.read(argv, cls.alternatives)
         values = cls.complete(_completed(values, given, cls.modality), given)
@@ -96,7 +96,7 @@ class RunConfig(
         raise NotImplementedError
 
     @classmethod
-    def _with_own_options(cls) -> type[Self]:
+    def with_own_options(cls) -> type[Self]:
         """This class with the options that single methods have."""
         own = methods.own_options()
         return _extended(cls, own) if own else cls

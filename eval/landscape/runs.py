@@ -122,7 +122,8 @@ def _config(subject: Subject) -> DreamBoothConfig:
     folder, values = subject.folder, subject.record.get("config")
     if not isinstance(values, dict) or "pretrained_model_name_or_path" not in values:
         raise UserError(f"{subject.source} is no run of SDXL DreamBooth: give the folder of one.")
-    if unknown := sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)}):
+    kind = DreamBoothConfig.with_own_options()
+    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
         raise UserError(
             f"{folder} was trained with the option {unknown[0]}, which this version does not know:"
             " read it with the version that trained it."
@@ -132,7 +133,7 @@ def _config(subject: Subject) -> DreamBoothConfig:
             f"{subject.weights} holds more than the primary ({inside.evidence[0]}): export it"
             " again."
         )
-    return DreamBoothConfig(**values)
+    return kind(**values)
 
 
 def _require_comparable(opened: Mapping[str, Point]) -> None:
