@@ -61,8 +61,10 @@
   };
   const step = (by) => {
     const all = [...document.querySelectorAll(PICTURE)].filter((one) => one.offsetParent !== null);
-    const at = all.indexOf(shown) + by;
-    if (all[at]) enlarge(all[at]);
+    // A part of the page that was drawn anew has the same picture in another element.
+    const same = (one) => one === shown || (!shown.isConnected && one.src === shown.src);
+    const at = all.findIndex(same);
+    if (at >= 0 && all[at + by]) enlarge(all[at + by]);
   };
 
   // Two pictures in one place: how much of the first is seen.

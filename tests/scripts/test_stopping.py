@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from bilora_diffusion.export import FILE_NAME
 from bilora_diffusion.export import main as export
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train.trainer import Trainer
-from tests.scripts.runs import column, difference, flags, weights
+from tests.scripts.runs import SCRIPT, column, difference, flags, process, train, weights
 from tests.text.text_builders import (
     ADAPTER,
     heldout_of,
@@ -32,7 +30,6 @@ from tests.text.text_builders import (
 )
 from tests.train.stopping import reading
 
-Train = Callable[..., Path]
 PATIENCE = 3
 STOPPING = {"early_stopping_patience": PATIENCE, "keep_best": True}
 
@@ -119,9 +116,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(
 
 
 @pytest.mark.slow
-def test_images_are_of_the_step_that_is_exported(
-    train: Train, tmp_path: Path, icons: dict[str, Any]
-) -> None:
+def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str, Any]) -> None:
     given = {
         **{**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9},
         **{"train_text_encoder": True, "text_encoder_lr": 1e-3},
@@ -147,9 +142,7 @@ def test_images_are_of_the_step_that_is_exported(
 
 
 @pytest.mark.slow
-def test_folds_choose_the_steps_of_the_run_on_all(
-    train: Train, tmp_path: Path, icons: dict[str, Any]
-) -> None:
+def test_folds_choose_the_steps_of_the_run_on_all(tmp_path: Path, icons: dict[str, Any]) -> None:
     given = {
         **{**icons, "validation_loss_steps": 2, "max_train_steps": 6, "learning_rate": 3e-3},
         # a schedule that ends with the steps tried, which the last run keeps
@@ -175,7 +168,7 @@ def test_folds_choose_the_steps_of_the_run_on_all(
 
 @pytest.mark.slow
 def test_folds_go_on_where_they_were_interrupted(
-    train: Train, tmp_path: Path, icons: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, icons: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {**icons, "max_train_steps": 4, "validation_loss_steps": 2, "folds": 2}
     whole = train(tmp_path / "whole", **given)
@@ -228,8 +221,6 @@ def test_text_has_folds_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("values", [STOPPING, {"folds": 2}], ids=["best", "folds"])
 def test_two_processes_agree_with_one(
-    train: Train,
-    script: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
     icons: dict[str, Any],
     values: dict[str, Any],
@@ -237,7 +228,8 @@ def test_two_processes_agree_with_one(
     given = {**icons, **values, "max_train_steps": 6, "train_batch_size": 2}
     one = train(tmp_path / "one", **given)
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    said = script(flags(tmp_path / "two", **{**given, "train_batch_size": 1}), launcher)
+    own = flags(tmp_path / "two", **{**given, "train_batch_size": 1})
+    said = process(*launcher, SCRIPT, *own)
     assert said.returncode == 0, said.stderr
     two = tmp_path / "two"
     for key in ("steps", "best_step", "chosen_steps"):
