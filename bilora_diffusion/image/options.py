@@ -291,7 +291,8 @@ class ValidationOptions:
     )
     validation_loss_steps: int = option(
         0,
-        "Measure that loss every so many steps; 0 measures it at the start and the end only.",
+        "Measure that loss every so many steps; 0 measures it at the start and the end only."
+        " --folds, --keep_best and --early_stopping_patience measure it twenty times by default.",
         range=STEPS.or_zero,
         idle=(
             Idle(

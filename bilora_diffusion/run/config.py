@@ -75,6 +75,7 @@ class RunConfig(
         line = CommandLine(kind.groups, description=cls.description, usage=cls.usage)
         values, given = line.read(argv, cls.alternatives)
         values = cls.complete(_completed(values, given, cls.modality), given)
+        values["validation_loss_steps"] = _measured_every(values, given)
         options = fields.options_of(kind.groups)
         values, idle = notes.set_aside(options, values, given)
         remarks = _remarks(values, given)
@@ -202,9 +203,28 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
     return values
 
 
+def _measured_every(values: Values, given: frozenset[str]) -> int:
+    """Steps from one held-out loss to the next: twenty in a run that goes by it, unless given."""
+    every, steps = values["validation_loss_steps"], values["max_train_steps"]
+    if "validation_loss_steps" in given or steps is None or not _goes_by_the_loss(values):
+        return every
+    return max(1, steps // 20)
+
+
+def _goes_by_the_loss(values: Mapping[str, Any]) -> bool:
+    names = ("folds", "keep_best", "early_stopping_patience")
+    return any(values[name] for name in names)
+
+
 def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
     """A sentence for each default that follows from what was given and might surprise."""
     remarks = []
+    chosen = "validation_loss_steps" not in given and values["validation_loss_steps"]
+    if chosen and _goes_by_the_loss(values):
+        remarks.append(
+            f"the held-out loss is measured every {chosen} steps: change it with"
+            " --validation_loss_steps."
+        )
     if "rank" in given and "lora_alpha" not in given:
         remarks.append(
             f"--rank {values['rank']} comes with --lora_alpha {values['lora_alpha']:g}, the paper's"

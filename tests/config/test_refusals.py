@@ -61,10 +61,16 @@ BOTH: list[tuple[str, str]] = [
     ("--max_train_steps 1000000000000000000", "three years"),
     ("--train_batch_size 60000 --gradient_accumulation_steps 60000", "samples a step"),
     # when to stop
-    ("--keep_best", "--keep_best with --validation_loss_steps 0.*--validation_loss_steps 50"),
+    (
+        "--keep_best --validation_loss_steps 0",
+        "--keep_best with --validation_loss_steps 0.*--validation_loss_steps 50",
+    ),
     ("--early_stopping_patience 0", "--early_stopping_patience is 0.*1 or more"),
     ("--folds 1", "--folds is 1.*2 or more"),
-    ("--folds 4 --max_train_steps 9", "--folds 4 with --validation_loss_steps 0"),
+    (
+        "--folds 4 --max_train_steps 9 --validation_loss_steps 0",
+        "--folds 4 with --validation_loss_steps 0",
+    ),
     (f"{FOLDS} --early_stopping_patience 2", "--early_stopping_patience 2 with --folds 4.*drop"),
     ("--folds 4 --validation_loss_steps 3 --num_train_epochs 2", "--max_train_steps"),
     ("--fold 2", "--fold 2 and no --folds.*add --folds"),
