@@ -39,6 +39,7 @@ TASK_TYPES["headless"] = TASK_TYPES["classification"]
 LIVES: list[tuple[str, str, Given]] = [
     ("causal", "bilora", {"packing": True, "mixed_precision": "bf16"}),
     ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
+    ("causal", "bilora", {"rho": "auto", "loss_rise": 0.2}),
     ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
     ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
     ("seq2seq", "lora", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
