@@ -43,8 +43,8 @@ class _Sums(NamedTuple):
 
 
 @torch.no_grad()
-def frobenius_norm(factors: Sequence[Factors], scaled: bool = True) -> Tensor:
-    """sqrt(sum_i ||s_i B_i A_i||_F^2); without the scales s_i if not `scaled`.
+def frobenius_norm(factors: Sequence[Factors]) -> Tensor:
+    """sqrt(sum_i ||s_i B_i A_i||_F^2), s_i each layer's `Factors.scale`, whatever it measures.
 
     Args:
         factors: A (r, n) and B (m, r) of each layer; shapes, dtypes and devices may differ.
@@ -55,13 +55,11 @@ def frobenius_norm(factors: Sequence[Factors], scaled: bool = True) -> Tensor:
     Raises:
         ValueError: no factors.
     """
-    return _measure(factors, scaled).norm.clamp_min(0).sqrt()
+    return _measure(factors).norm.clamp_min(0).sqrt()
 
 
 @torch.no_grad()
-def project_(
-    factors: Sequence[Factors], rho: float | Tensor, scaled: bool = True, onto: bool = False
-) -> Projection:
+def project_(factors: Sequence[Factors], rho: float | Tensor, onto: bool = False) -> Projection:
     """Equation 10, in place: if the norm c exceeds rho, multiply every A and B by sqrt(rho / c).
 
     Inside the ball nothing changes, to the bit. Outside, c is taken with an upper bound on what the
@@ -70,13 +68,13 @@ def project_(
 
     Args:
         factors: as in `frobenius_norm`.
-        rho: the radius, in units of the weights if `scaled`; a tensor is 0-d, of any precision.
+        rho: the radius, in the units of that norm; a tensor is 0-d, of any precision.
         onto: put what lies inside the ball on its surface too, unless it is zero.
 
     Raises:
         ValueError: no factors.
     """
-    sums = _measure(factors, scaled)
+    sums = _measure(factors)
     before = sums.norm.clamp_min(0).sqrt()
     # ||E'|| <= f^2 (a + b) + f d with E' the stored product after multiplying by f: solve for = rho
     if isinstance(rho, Tensor):
@@ -89,7 +87,7 @@ def project_(
     return Projection(before, before * factor * factor, factor)
 
 
-def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
+def _measure(factors: Sequence[Factors]) -> _Sums:
     """Sums over layers: of ||s B A||^2; and of bounds on what goes into rounding errors, squared.
 
     - magnitude: (s sum_k |b_k| |a_k|)^2 >= ||s |B| |A| ||^2, b_k a column of B, a_k a row of A.
@@ -102,7 +100,7 @@ def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
         raise ValueError("There are no factors to measure.")
     device = factors[0].A.device
     total = [torch.zeros((), dtype=wide(device), device=device) for _ in _Sums._fields]
-    for stack_A, stack_B, scale, dtype in _stacks(factors, scaled):
+    for stack_A, stack_B, scale, dtype in _stacks(factors):
         r, n, m = stack_A.shape[1], stack_A.shape[2], stack_B.shape[1]
         gram_A, gram_B = stack_A @ stack_A.mT, stack_B.mT @ stack_B
         diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
@@ -119,7 +117,7 @@ def _measure(factors: Sequence[Factors], scaled: bool) -> _Sums:
 
 
 def _stacks(
-    factors: Sequence[Factors], scaled: bool
+    factors: Sequence[Factors],
 ) -> Iterator[tuple[Tensor, Tensor, float | Tensor, torch.dtype]]:
     """Layers of one kind as (L, r, n) and (L, m, r) in wide precision, with their scales: a number
     where they have one in common, else (L,).
@@ -135,7 +133,7 @@ def _stacks(
         at_once = max(1, most // (first.A.numel() + first.B.numel()))
         for start in range(0, len(group), at_once):
             chunk = group[start : start + at_once]
-            scales = [f.scale if scaled else 1.0 for f in chunk]
+            scales = [f.scale for f in chunk]
             alike = len(set(scales)) == 1
             yield (
                 torch.stack([whole(f.A) for f in chunk]).to(precision),
