@@ -1,15 +1,17 @@
-"""A radius that sets itself, so that the auxiliary raises the loss by a given share of it.
+"""A radius that sets itself, so that the auxiliary moves the loss by a given share of it.
 
 To first order a perturbation E raises the loss by gamma = <G, E>, with G the gradient at W + E. In
 factors, E = s B A and g_B = s G A^T, so gamma is the sum over layers of <g_B, B>: it is there after
 the one backward pass, and it knows neither the weights' scale nor rank, depth, alpha or the loss's
 unit. After each step
 
-    rho <- rho clip(sqrt(tau mean(loss) / (rho mean(gamma / ||E||))), DOWN, UP)
+    rho <- rho clip(sqrt(tau mean(loss) / (rho rms(gamma / ||E||))), DOWN, UP)
 
 with tau the wanted share. The slope gamma / ||E|| is averaged and not gamma itself, which follows
-each change of rho late and so would overshoot. The radius starts at the norm that the auxiliary has
-after its first step, and never passes a share of the norm of the weights.
+each change of rho late and so would overshoot; and its root mean square and not its mean, since a
+primary that leans on the auxiliary makes it negative, which is a reason to shrink the ball, not to
+widen it. The radius starts at the norm that the auxiliary has after its first step, and never
+passes a share of the norm of the weights.
 """
 
 from __future__ import annotations
@@ -26,8 +28,7 @@ from ..errors import UserError
 from .ball import wide
 
 DECAY = 0.98
-"""Of both running means, which reach back over fifty steps: over ten, the radius swings, and an
-auxiliary that grows while it swings is one that the primary has learned to lean on."""
+"""Of both running means, which reach back over fifty steps: over ten, the radius swings."""
 DOWN, UP = 0.9, 1.1
 """What the radius is multiplied with in one step lies between them."""
 MOST = 0.05
@@ -81,7 +82,8 @@ class AutoRadius:
         self.rho: Tensor | None = None
         self.rise: Tensor | None = None
         self._norm: Tensor | None = None  # of the auxiliary that the coming gradient sees
-        self._slope: Tensor | None = None
+        self._weight: Tensor | None = None  # of all steps so far in either mean
+        self._square: Tensor | None = None  # mean of the squared slope
         self._loss: Tensor | None = None
 
     @property
@@ -100,12 +102,14 @@ class AutoRadius:
         if self.rho is None or self._norm is None:
             return  # the auxiliary was zero in the first step
         loss, gamma = loss.to(self.rho), gamma.to(self.rho)
-        self._slope = self._mean(self._slope, gamma / self._norm.clamp_min(_LEAST))
+        slope = gamma / self._norm.clamp_min(_LEAST)
+        self._weight = self._mean(self._weight, torch.ones_like(loss))
+        self._square = self._mean(self._square, slope * slope)
         self._loss = self._mean(self._loss, loss)
         self.rise = gamma / loss
-        # Both means lack the same factor for their start from zero.
-        expected = (self._slope * self.rho).clamp_min(_LEAST)
-        ratio = (self.tau * self._loss / expected).clamp_min(0).sqrt()
+        # loss / weight over the root of square / weight
+        expected = self.rho * (self._square * self._weight).sqrt()
+        ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
         self.rho = (self.rho * ratio.clamp(DOWN, UP)).clamp(max=self.most)
 
     def projected(self, norm: Tensor) -> None:
@@ -134,7 +138,8 @@ class AutoRadius:
         return {
             "rho": self.rho,
             "norm": self._norm,
-            "slope": self._slope,
+            "weight": self._weight,
+            "square": self._square,
             "loss": self._loss,
         }
 

@@ -154,6 +154,19 @@ def test_the_radius_never_passes_a_share_of_the_weights() -> None:
     assert all(row["auxiliary_norm"] <= radius.MOST * whole * (1 + 1e-6) for row in rows)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) -> None:
+    """A negative slope is that of a primary which leans on the auxiliary."""
+    auto = radius.AutoRadius(0.1, most=100.0)
+    norm = torch.tensor(2.0, dtype=torch.float64)
+    for _ in range(30):
+        auto.projected(norm)
+        gamma = sign * 0.5 * norm  # half of the loss at a radius of 1
+        auto.update(torch.ones_like(norm), gamma)
+        norm = torch.as_tensor(auto.bound)
+    assert float(norm) == pytest.approx(0.2, rel=1e-2)
+
+
 def test_a_loop_of_ones_own_tells_the_loss() -> None:
     model = two_layers()
     bilora = attach(model, BiLoRAConfig(rank=3, rho="auto", target_modules=("0", "2")))

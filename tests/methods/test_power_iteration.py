@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, AdapterSpec
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.prompts import encode
+from bilora_diffusion.image.families.sdxl import encode
 from bilora_diffusion.methods import MethodOptions, Target, ball, create
 from tests.contract.models import tiny_clip
 from tests.methods.runs import SPEC, STEPS, Run, batch, two_layers
@@ -94,7 +94,7 @@ def test_power_iteration_moves_what_sdxl_reads_of_its_text_encoders() -> None:
 
     def forward_backward() -> Tensor:
         read = encode((first, second), (ids, ids))
-        loss = read.sequence.square().mean() + (read.pooled - 1).square().mean()
+        loss = read["sequence"].square().mean() + (read["pooled"] - 1).square().mean()
         loss.backward()
         return loss.detach()
 

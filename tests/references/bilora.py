@@ -185,7 +185,7 @@ class AutoRadius:
 
     Args:
         layers: what is trained; the auxiliary is zero.
-        tau: the share of the loss by which the auxiliary is to raise it.
+        tau: the share of the loss by which the auxiliary is to move it.
         rho_norm: what norms are taken in.
         most: the largest share of the weights' norm that the radius may be.
     """
@@ -228,9 +228,9 @@ class AutoRadius:
             self.slopes.append(gamma / self.norm)
             self.losses.append(loss)
             ages = [0.98**k for k in range(len(self.losses))][::-1]
-            wanted = self.tau * sum(a * v for a, v in zip(ages, self.losses, strict=True))
-            reached = self.rho * sum(a * v for a, v in zip(ages, self.slopes, strict=True))
-            ratio = math.sqrt(wanted / reached) if reached > 0 else math.inf
+            loss_mean = sum(a * v for a, v in zip(ages, self.losses, strict=True)) / sum(ages)
+            square = sum(a * v**2 for a, v in zip(ages, self.slopes, strict=True)) / sum(ages)
+            ratio = math.sqrt(self.tau * loss_mean / (self.rho * math.sqrt(square)))
             self.rho = min(self.rho * min(max(ratio, 0.9), 1.1), self.limit())
         before = self.c()
         bound = self.limit() if self.rho is None else self.rho
