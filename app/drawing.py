@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import MINI, load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run.console import quiet
@@ -148,12 +149,14 @@ class Pipelines:
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-        with applied(pipeline, subject, request.scale), _watched(pipeline.unet, stop, on_step):
+        family = of(pipeline)
+        watched = _watched(family.model(pipeline), stop, on_step)
+        with applied(pipeline, subject, request.scale), watched:
             return generate(
                 pipeline,
                 [request.prompt],
                 [request.seed],
-                size=request.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+                size=request.size or family.pixels(pipeline),
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
             )[0]

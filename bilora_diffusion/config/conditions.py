@@ -9,6 +9,7 @@ from typing import Any
 
 FACTS = {
     "modality": "{} models",
+    "pipeline": "a {}",
     "device": "the device {}",
     "alone": "no variable LOCAL_RANK",
     "engine": "{}",

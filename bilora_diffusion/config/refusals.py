@@ -29,6 +29,8 @@ from .conditions import (
 )
 from .launches import LAUNCHES
 
+FLOWS = other_than("StableDiffusionXLPipeline")
+
 _NEEDS_ADAPTERS = {
     "use_dora": (True, "there is no adapter whose magnitude could be trained apart"),
     "init_lora_weights": (("gaussian", "pissa", "lora-ga"), "there is no adapter to start"),
@@ -182,6 +184,20 @@ REFUSED: tuple[Refusal, ...] = (
         "drop one of the two",
         do_edm_style_training=True,
         snr_gamma=above(0),
+    ),
+    *(
+        refusal(
+            "it predicts the velocity of a flow, which has no signal-to-noise ratios",
+            "drop it, or weigh by `--weighting_scheme`",
+            **{name: wanted, "pipeline": FLOWS},
+        )
+        for name, wanted in {"snr_gamma": above(0), "do_edm_style_training": True}.items()
+    ),
+    refusal(
+        "its text encoders are large and serve once, before training",
+        "drop it",
+        train_text_encoder=True,
+        pipeline=FLOWS,
     ),
     refusal(
         "both say how the rate rises", "give only one", warmup_ratio=GIVEN, lr_warmup_steps=GIVEN

@@ -12,6 +12,7 @@ from ..methods.options import AdapterOptions, MethodFlags
 from ..run.config import RunConfig, without_influence
 from ..run.options import OptimizerOptions, StepOptions, StoppingOptions
 from . import inputs
+from .flow_options import FlowOptions
 from .options import (
     DataOptions,
     DiffusionOptions,
@@ -30,6 +31,7 @@ GROUPS = (
     StoppingOptions,
     OptimizerOptions,
     DiffusionOptions,
+    FlowOptions,
     PriorOptions,
     ValidationOptions,
     ImageOutputOptions,
@@ -41,6 +43,7 @@ class DreamBoothConfig(
     ModelOptions,
     DataOptions,
     DiffusionOptions,
+    FlowOptions,
     PriorOptions,
     ValidationOptions,
     ImageOutputOptions,
@@ -63,13 +66,14 @@ class DreamBoothConfig(
         ("validation_prompt", "validation_prompts"),
     )
     description: ClassVar[str] = (
-        "Fine-tune Stable Diffusion XL on a few images with Bi-LoRA or LoRA. Flags of diffusers'"
-        " train_dreambooth_lora_sdxl.py keep their names and meaning; defaults are those of the"
-        " Bi-LoRA paper's Table A8."
+        "Fine-tune Stable Diffusion XL, or a flow-matching transformer, on a few images with"
+        " Bi-LoRA or LoRA. Flags of diffusers' train_dreambooth_lora_*.py keep their names and"
+        " meaning; defaults are those of the Bi-LoRA paper's Table A8."
     )
     usage: ClassVar[str] = "%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]"
     complete = staticmethod(inputs.complete)
     check_inputs = staticmethod(inputs.check_inputs)
+    facts = staticmethod(inputs.facts)
 
     @property
     def sampled_prompts(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
@@ -17,7 +17,31 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..train.task import precision
-from .prompts import PromptEmbedding, encode
+from .families.base import Family, moved
+from .families.sdxl import encode
+
+_DRAWN = ("latents", "noise", "index", "instance", "ids")
+"""The inputs that are no conditions."""
+
+
+class Schedule(Protocol):
+    """Noise levels and the loss that belongs to them: :class:`Denoising`, or ``FlowMatching``."""
+
+    @property
+    def num_timesteps(self) -> int: ...
+
+    def draw(self, random: torch.Generator) -> Tensor: ...
+
+    def level(self, index: Tensor) -> Tensor: ...
+
+    def loss(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        latents: Tensor,
+        noise: Tensor,
+        index: Tensor,
+        weighted: Tensor,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,14 @@ class Denoising:
     def num_timesteps(self) -> int:
         """How many noise levels the schedule has."""
         return int(self.scheduler.config["num_train_timesteps"])
+
+    def draw(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d."""
+        return torch.randint(self.num_timesteps, (), generator=random)
+
+    def level(self, index: Tensor) -> Tensor:
+        """Noise levels as logs name them: their numbers."""
+        return index
 
     def loss(
         self,
@@ -156,7 +188,7 @@ class DreamBoothModule(nn.Module):
     """The trained models and their loss.
 
     ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
-    ``instance`` (n,), ``time_ids`` (n, 6) and either ``sequence`` and ``pooled`` or, where the text
+    ``instance`` (n,), ``time_ids`` (n, 6) and either the family's conditions or, where the text
     encoders are trained, ``ids`` (two tensors (n, tokens)). The first rows are instance images;
     with prior preservation as many class images follow. It returns (slots,): the instance loss
     plus ``prior_loss_weight`` times the class loss.
@@ -164,13 +196,15 @@ class DreamBoothModule(nn.Module):
 
     def __init__(
         self,
-        unet: nn.Module,
+        family: Family,
+        denoiser: nn.Module,
         text_encoders: Sequence[nn.Module],
-        denoising: Denoising,
+        denoising: Schedule,
         prior_loss_weight: float | None = None,
     ) -> None:
         super().__init__()
-        self.unet = unet
+        self.family = family
+        self.denoiser = denoiser
         self.text_encoders = nn.ModuleList(text_encoders)
         self.denoising = denoising
         self.prior_loss_weight = prior_loss_weight
@@ -185,24 +219,14 @@ class DreamBoothModule(nn.Module):
 
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per row, (n,), in float32."""
-        text = self.embed(inputs)
-        dtype = precision(self.unet)
-        conditions = {
-            "text_embeds": text.pooled.to(dtype),
-            "time_ids": inputs["time_ids"].to(dtype),
-        }
+        dtype, device = precision(self.denoiser), inputs["latents"].device
+        text = encode(list(self.text_encoders), inputs["ids"]) if "ids" in inputs else inputs
+        told = {name: values for name, values in text.items() if name not in _DRAWN}
+        conditions = moved({**told, "time_ids": inputs["time_ids"]}, device, dtype)
 
-        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return self.unet(
-                noisy.to(dtype), timesteps, text.sequence.to(dtype), added_cond_kwargs=conditions
-            ).sample
+        def predict(noisy: Tensor, levels: Tensor) -> Tensor:
+            return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
 
         return self.denoising.loss(
             predict, inputs["latents"], inputs["noise"], inputs["index"], inputs["instance"]
         )
-
-    def embed(self, inputs: dict[str, Any]) -> PromptEmbedding:
-        """The rows' prompt embeddings: given, or computed by the encoders in training."""
-        if "ids" in inputs:
-            return encode(list(self.text_encoders), inputs["ids"])
-        return PromptEmbedding(inputs["sequence"], inputs["pooled"])

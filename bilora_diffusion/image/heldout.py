@@ -68,7 +68,8 @@ class GridLoss:
 
     def __init__(self, task: Conditioned, train: Any, validation: Any) -> None:
         self.task = task
-        encoder = Encoder(task.pipeline.vae, task.device)
+        vae = task.pipeline.vae
+        encoder = Encoder(vae, task.module.family.space(vae), task.device)
         self.sets = {
             "heldout_loss": self._load(encoder, validation),
             "train_grid_loss": self._load(encoder, train.images),
@@ -88,7 +89,8 @@ class GridLoss:
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
-        levels = zip(self._known(), tables["heldout_loss"].mean(1).tolist(), strict=True)
+        names = self.task.module.denoising.level(torch.tensor(self._known())).round().int().tolist()
+        levels = zip(names, tables["heldout_loss"].mean(1).tolist(), strict=True)
         return {
             **{name: float(losses.mean(0).mean()) for name, losses in tables.items()},
             **{f"{BY_LEVEL}{level}": loss for level, loss in levels},

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
 from ..mini import ANIMALS, MINI
 from ..run.heldout_part import read_part
+from .families import FAMILIES, SDXL, named
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
@@ -24,7 +25,6 @@ SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
 """The six subjects of the paper's Table 4; they are in no training set."""
 ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")
 """Six of the held-out animals."""
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 TABLE_A8_STEPS = 500
 BATCH = ("train_batch_size", "gradient_accumulation_steps")
@@ -94,6 +94,8 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         values["pretrained_vae_model_name_or_path"] = FP16_FIX
     if values["resolution"] is None:
         values["resolution"] = pipeline_side(model)
+    words = " ".join(values["lora_layers"]).replace(",", " ").split()
+    values["lora_layers"] = list(dict.fromkeys(words))
     return values
 
 
@@ -141,21 +143,44 @@ def pipeline_folder(model: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def facts(values: dict[str, Any]) -> dict[str, Any]:
+    """What refusals may ask of the model beside the options (`conditions.FACTS`)."""
+    kind = pipeline_class(values["pretrained_model_name_or_path"])
+    return {} if kind is None else {"pipeline": kind}
+
+
+def pipeline_class(model: str) -> str | None:
+    """The class of a model's pipeline as its ``model_index.json`` has it; None where only the hub
+    knows, or the file is damaged.
+    """
+    if model == SDXL_BASE:
+        return SDXL
+    folder = pipeline_folder(model)
+    index = _json(folder / "model_index.json") if folder else None
+    return None if index is None else index.get("_class_name")
+
+
 def pipeline_side(model: str) -> int | None:
     """Pixels a side that a model was made for; None where only loading it will tell."""
     if model == SDXL_BASE:
         return 1024
-    folder = pipeline_folder(model)
-    if folder is None:
+    folder, kind = pipeline_folder(model), pipeline_class(model)
+    if folder is None or kind not in FAMILIES:
         return None
+    family = named(kind, model)()
+    configs = {part: _json(folder / part / "config.json") for part in (family.denoiser, "vae")}
     try:
-        unet, vae = (
-            json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-            for part in ("unet", "vae")
-        )
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError):
+        return family.pixels_by_config({name: config or {} for name, config in configs.items()})
+    except (KeyError, TypeError):
         return None
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def check_inputs(values: dict[str, Any]) -> None:
@@ -200,18 +225,25 @@ def _check_model(values: dict[str, Any]) -> None:
     if folder is None:
         _check_folder_or_id(flag, model)
         return
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        index = {}
-    missing = [part for part in PARTS if part not in index or not (folder / part).is_dir()]
-    if missing:
+    index = _json(folder / "model_index.json") or {}
+    if "_class_name" not in index:
         raise UserError(
-            f'{flag} "{model}" is no Stable Diffusion XL pipeline in diffusers format (it has no'
+            f'{flag} "{model}" is no pipeline in diffusers format (it has no model_index.json that'
+            " names its class): give one, for example mini."
+        )
+    family = named(str(index["_class_name"]), f"{flag} {model}")()
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in family.encoders]
+    needed = set(family.parts) | set(tokenizers)
+    there = {part for part in needed if part in index and (folder / part).is_dir()}
+    if missing := sorted(needed - there - family.optional):
+        raise UserError(
+            f'{flag} "{model}" is no {family.title} pipeline in diffusers format (it has no'
             f" {missing[0]}): give one, for example mini."
         )
     variant = values["variant"]
-    if variant is not None and not any((folder / "unet").glob(f"*.{variant}*.safetensors")):
+    if variant is not None and not any(
+        (folder / family.denoiser).glob(f"*.{variant}*.safetensors")
+    ):
         raise UserError(f'--variant "{variant}" is not among the files of "{model}": drop it.')
 
 

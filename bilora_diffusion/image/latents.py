@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,34 +15,53 @@ from .visits import Visit
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """How an autoencoder's latents are scaled for the denoiser (and back)."""
+    """How an autoencoder's latents are made, scaled for the denoiser, and turned back.
+
+    Args:
+        scale: what centered latents are multiplied with.
+        mean, std: of each channel, (1, c, 1, 1), if the autoencoder has them.
+        shift: of all channels.
+        drawn: whether an image's latents are drawn from its Gaussian; else they are its mean.
+    """
 
     scale: float
     mean: Tensor | None = None
     std: Tensor | None = None
+    shift: float = 0.0
+    drawn: bool = True
 
     @classmethod
-    def of(cls, vae: Any) -> LatentSpace:
+    def of(cls, vae: Any, *, drawn: bool = True) -> Self:
         """Read the scaling from the autoencoder's configuration."""
 
         def per_channel(name: str) -> Tensor | None:
             values = getattr(vae.config, name, None)
             return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
 
-        scale = vae.config.scaling_factor
-        return cls(scale, per_channel("latents_mean"), per_channel("latents_std"))
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scale = getattr(vae.config, "scaling_factor", None) or 1.0
+        return cls(scale, per_channel("latents_mean"), per_channel("latents_std"), shift, drawn)
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents as the denoiser sees them, (n, c, h, w)."""
         if self.mean is None or self.std is None:
-            return latents * self.scale
+            return (latents - self.shift) * self.scale
         return (latents - self.mean.to(latents)) * self.scale / self.std.to(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder sees them, (n, c, h, w)."""
         if self.mean is None or self.std is None:
-            return latents / self.scale
+            return latents / self.scale + self.shift
         return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
+
+    def distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images (n, 3, H, W), (n, c, h, w) each."""
+        posterior = vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
+
+    def pixels(self, vae: Any, latents: Tensor) -> Tensor:
+        """Images (n, 3, H, W) in [-1, 1] of latents as the autoencoder sees them."""
+        return vae.decode(latents).sample
 
 
 class Posterior(NamedTuple):
@@ -61,13 +80,15 @@ class Encoder:
 
     Args:
         vae: the autoencoder, already on its device.
+        space: how its latents are scaled.
         device: where the pixels are moved to.
         keep: encode each image, crop and flip at its first visit only.
     """
 
-    def __init__(self, vae: Any, device: torch.device, *, keep: bool = False) -> None:
-        self._vae, self._device, self._keep = vae, device, keep
-        self.space = LatentSpace.of(vae)
+    def __init__(
+        self, vae: Any, space: LatentSpace, device: torch.device, *, keep: bool = False
+    ) -> None:
+        self._vae, self.space, self._device, self._keep = vae, space, device, keep
         self._kept: dict[tuple[Any, ...], Posterior] = {}
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
@@ -85,8 +106,9 @@ class Encoder:
     @torch.no_grad()
     def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:
         batch = torch.stack([visit.pixels() for visit in visits]).to(self._device, self._vae.dtype)
-        distribution = self._vae.encode(batch).latent_dist
-        mean, std = distribution.mean.float().cpu(), distribution.std.float().cpu()
+        mean, std = (part.float().cpu() for part in self.space.distribution(self._vae, batch))
+        if not self.space.drawn:
+            std = torch.zeros_like(std)
         for row, visit in enumerate(visits):
             if not (torch.isfinite(mean[row]).all() and torch.isfinite(std[row]).all()):
                 raise TrainingError(

@@ -46,8 +46,8 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str = option(
         inputs.SDXL_BASE,
-        "Stable Diffusion XL pipeline to start from: hub id, local folder, or mini. With --dataset"
-        " mini or mini-animals it defaults to mini.",
+        "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
+        " folder, or mini. With --dataset mini or mini-animals it defaults to mini.",
         place=True,
     )
     pretrained_vae_model_name_or_path: str | None = option(

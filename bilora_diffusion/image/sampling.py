@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL.Image import Image
 
 from ..train.task import precision
-from .latents import LatentSpace
-from .prompts import PromptEmbedding, embed, embed_negative
+from .families import of
+from .families.base import Conditions, Family, moved
+from .prompts import embed, embed_negative
 
 
 @torch.no_grad()
@@ -22,17 +23,18 @@ def generate(
     *,
     size: int,
     steps: int = 25,
-    guidance_scale: float = 5.0,
-    embeddings: tuple[PromptEmbedding, PromptEmbedding] | None = None,
+    guidance_scale: float | None = None,
+    embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,
 ) -> list[Image]:
     """One image per prompt; the same seed gives the same initial noise on every device.
 
     Args:
-        pipeline: an SDXL pipeline; its text encoders are used only without ``embeddings``.
+        pipeline: of a known kind; its text encoders are used only without ``embeddings``.
         prompts: n prompts.
         seeds: n seeds.
         size: side of the square images, pixels.
+        guidance_scale: of the prompt; None is usual for the kind of model.
         embeddings: of the prompts and of their negatives, (n, ...) each.
 
     Returns:
@@ -42,40 +44,38 @@ def generate(
         embed(pipeline, prompts),
         embed_negative(pipeline, len(prompts)),
     )
-    device, dtype = pipeline.unet.device, precision(pipeline.unet)
-    sampler = _sampler(pipeline)
+    family = of(pipeline)
+    model = family.model(pipeline)
+    dtype = precision(model)
+    guidance = family.guidance if guidance_scale is None else guidance_scale
+    sampler = _sampler(family, pipeline)
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
+        told, untold = (
+            moved({name: values[rows] for name, values in side.items()}, model.device, dtype)
+            for side in (positive, negative)
+        )
         output: Any = sampler(
-            prompt_embeds=positive.sequence[rows].to(device, dtype),
-            pooled_prompt_embeds=positive.pooled[rows].to(device, dtype),
-            negative_prompt_embeds=negative.sequence[rows].to(device, dtype),
-            negative_pooled_prompt_embeds=negative.pooled[rows].to(device, dtype),
+            **family.sampling(told, untold, guidance),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
             height=size,
             width=size,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             output_type="latent",
         )
-        images += decode(pipeline, output.images)
+        images += decode(pipeline, family.unpacked(output.images, size))
     return images
 
 
-def _sampler(pipeline: Any) -> StableDiffusionXLPipeline:
-    # Without encoders and autoencoder the pipeline's device is the UNet's, wherever they rest.
-    absent: Any = None
-    sampler = StableDiffusionXLPipeline(
-        vae=absent,
-        text_encoder=absent,
-        text_encoder_2=absent,
-        tokenizer=absent,
-        tokenizer_2=absent,
-        unet=pipeline.unet,
-        scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
-        add_watermarker=False,
-    )
+def _sampler(family: Family, pipeline: Any) -> Any:
+    # Without encoders and autoencoder the pipeline's device is the denoiser's, wherever they rest.
+    kind: Any = type(pipeline)
+    known = inspect.signature(kind.__init__).parameters
+    settings = {name: value for name, value in pipeline.config.items() if name in known}
+    settings |= dict.fromkeys(set(pipeline.components) & set(known))
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    sampler = kind(**settings | {family.denoiser: family.model(pipeline), "scheduler": scheduler})
     sampler.vae_scale_factor = pipeline.vae_scale_factor
     sampler.set_progress_bar_config(disable=True)
     return sampler
@@ -87,8 +87,9 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list[Image]:
     vae = pipeline.vae
     home = vae.device
     vae.to(latents.device)
-    scaled = LatentSpace.of(vae).decode(latents.to(vae.dtype))
+    space = of(pipeline).space(vae)
+    scaled = space.decode(latents.to(vae.dtype))
     # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
-    pixels = torch.cat([vae.decode(latent[None]).sample.cpu() for latent in scaled])
+    pixels = torch.cat([space.pixels(vae, latent[None]).cpu() for latent in scaled])
     vae.to(home)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -1,4 +1,4 @@
-"""SDXL DreamBooth from a command line: parse, build, fit, export.
+"""DreamBooth from a command line: parse, build, fit, export.
 
 accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
 python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ..adapters.quantize import quantize_nf4
+from ..config import refusals
 from ..export import (
     FILE_NAME,
     kohya_file_name,
@@ -32,8 +33,9 @@ from ..train.trainer import Trainer
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, parse
+from .families.base import Family
 from .opening import open_images
-from .pipeline import load_pipeline
+from .pipeline import kind_of, load_pipeline
 from .sets import ImageSet
 from .task import DreamBooth
 from .visits import VisitStream
@@ -49,16 +51,19 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     if cfg.fold:
         names = [instance.name(i) for i in range(len(instance))]
         instance, validation = map(instance.only, folds.dealt(cfg, names, "images"))
+    kind = kind_of(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
+    refusals.check({**cfg.to_dict(), "pipeline": kind.pipeline})
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
-        dtype=weights_dtypes(cfg, accelerator.mixed_precision),
+        dtype=weights_dtypes(cfg, kind, accelerator.mixed_precision),
         revision=cfg.revision,
         variant=cfg.variant,
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
     )
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    cfg = cfg.completed(accelerator.num_processes, side)
+    family = kind()
+    cfg = cfg.completed(accelerator.num_processes, family.pixels(pipeline))
+    family.require_resolution(int(cfg.resolution or 0), pipeline)
     classes = None
     if cfg.with_prior_preservation:
         ensure_class_images(cfg, accelerator)
@@ -77,7 +82,9 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     return task
 
 
-def weights_dtypes(cfg: DreamBoothConfig, precision: str) -> dict[str, torch.dtype]:
+def weights_dtypes(
+    cfg: DreamBoothConfig, kind: type[Family], precision: str
+) -> dict[str, torch.dtype]:
     """The dtype of each part of the pipeline, "default" for the rest.
 
     Frozen weights need no more than the arithmetic has; trained ones are kept in fp32, since bf16
@@ -85,9 +92,9 @@ def weights_dtypes(cfg: DreamBoothConfig, precision: str) -> dict[str, torch.dty
     """
     dtypes = {"default": DTYPES[precision]}
     if get(cfg.method).exports_weights:
-        dtypes["unet"] = torch.float32
+        dtypes[kind.denoiser] = torch.float32
         if cfg.train_text_encoder:
-            dtypes |= dict.fromkeys(("text_encoder", "text_encoder_2"), torch.float32)
+            dtypes |= dict.fromkeys(kind().encoders, torch.float32)
     return dtypes
 
 
@@ -131,7 +138,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
             title=Path(cfg.output_dir).resolve().name,
             resolution=cfg.resolution,
-            prediction_type=task.pipeline.scheduler.config["prediction_type"],
+            prediction_type=task.pipeline.scheduler.config.get("prediction_type"),
             steps=trainer.outcome.step(trainer.step),
             seed=cfg.seed,
             init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,

@@ -1,4 +1,4 @@
-"""DreamBooth fine-tuning of Stable Diffusion XL (Ruiz et al. 2023; paper, Section 5.4 and H.3)."""
+"""DreamBooth fine-tuning of image models (Ruiz et al. 2023; paper, Section 5.4 and H.3)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from ..adapters import AdapterSpec
 from ..methods import Target
 from ..seeds import digest, generator
 from ..train.task import MicroBatch, inference
-from .denoising import Denoising, DreamBoothModule
+from .denoising import Denoising, DreamBoothModule, Schedule
+from .families import of
+from .families.base import Family
+from .families.sdxl import tokenize
+from .flow import FlowMatching
 from .heldout import GridLoss
 from .latents import Encoder
-from .prompts import PromptCache, tokenize
+from .prompts import PromptCache
 from .sampling import generate
 from .sets import ImageSet
 from .visits import Visit, VisitStream
 
-UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -31,7 +34,7 @@ class DreamBooth:
 
     Args:
         cfg: the command line's configuration.
-        pipeline: a loaded SDXL pipeline.
+        pipeline: loaded, of a known kind.
         stream: the training images in their drawn order.
         validation: held-out images with captions, or None.
     """
@@ -40,25 +43,25 @@ class DreamBooth:
         self, cfg: Any, pipeline: Any, stream: VisitStream, validation: ImageSet | None = None
     ) -> None:
         self.cfg, self.pipeline, self.stream, self.validation = cfg, pipeline, stream, validation
-        denoising = Denoising.from_config(
-            dict(pipeline.scheduler.config),
-            edm=cfg.do_edm_style_training,
-            snr_gamma=cfg.snr_gamma,
-            snr_weighting=cfg.snr_weighting,
+        self.family = _family(cfg, pipeline)
+        denoiser = self.family.model(pipeline)
+        trained = (
+            [getattr(pipeline, name) for name in self.family.encoders]
+            if cfg.train_text_encoder
+            else []
         )
-        trained = [pipeline.text_encoder, pipeline.text_encoder_2] if cfg.train_text_encoder else []
         weight = cfg.prior_loss_weight if cfg.with_prior_preservation else None
-        self.module = DreamBoothModule(pipeline.unet, trained, denoising, weight)
+        schedule = _schedule(cfg, self.family, pipeline)
+        self.module = DreamBoothModule(self.family, denoiser, trained, schedule, weight)
         if cfg.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
             for encoder in trained:
                 encoder.activation_checkpointing_enable()
         if cfg.enable_xformers_memory_efficient_attention:
-            pipeline.unet.enable_xformers_memory_efficient_attention()
+            denoiser.enable_xformers_memory_efficient_attention()
         self.num_samples = stream.num_samples
-        self.models: dict[str, nn.Module] = {"unet": pipeline.unet}
-        if trained:
-            self.models |= {"text_encoder": trained[0], "text_encoder_2": trained[1]}
+        self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
+        self.models |= dict(zip(self.family.encoders, trained, strict=False))
 
     def data_summary(self) -> str:
         """What it is trained on, in a few words."""
@@ -67,7 +70,9 @@ class DreamBooth:
         return f"{len(self.stream.images)} images{prior} at {self.cfg.resolution} px"
 
     def targets(self) -> list[Target]:
-        """Attention projections of the UNet, and of the text encoders where they are trained."""
+        """Attention projections of the denoiser, or the layers asked for, and those of the text
+        encoders where they are trained.
+        """
         cfg = self.cfg
 
         def spec(modules: tuple[str, ...]) -> AdapterSpec:
@@ -84,27 +89,29 @@ class DreamBooth:
         if cfg.optimizer.lower() == "prodigy" or not rate:
             # Prodigy estimates one step size and takes the learning rate as a common factor.
             rate = cfg.learning_rate
-        unet, *encoders = self.models.items()
+        denoiser, *encoders = self.models.items()
         text, decay = spec(TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
+        layers = tuple(cfg.lora_layers) or self.family.targets
         return [
-            Target(*unet, spec(UNET_TARGETS), cfg.learning_rate, cfg.adam_weight_decay),
+            Target(*denoiser, spec(layers), cfg.learning_rate, cfg.adam_weight_decay),
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
 
     def to_device(self, device: torch.device) -> None:
         """Move the autoencoder, embed all prompts, and set up the latent cache."""
         self.device = device
-        self.pipeline.vae.to(device)
-        self.encoder = Encoder(self.pipeline.vae, device, keep=self.stream.cacheable)
+        vae = self.pipeline.vae.to(device)
+        space = self.family.space(vae)
+        self.encoder = Encoder(vae, space, device, keep=self.stream.cacheable)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)
         else:
-            self.prompts = PromptCache(self.pipeline, device)
+            self.prompts = PromptCache(self.pipeline, device, self.family)
             self.prompts.add(self.stream.captions())
             if self.cfg.validation_prompts:
                 self.prompts.add([*self.cfg.validation_prompts, ""])
-        self.pipeline.unet.to(device)
+        self.module.denoiser.to(device)
         held = self.validation
         self.grid = None if held is None else GridLoss(self, self.stream, held)
 
@@ -112,8 +119,7 @@ class DreamBooth:
         """The text part of a module's inputs for these captions."""
         if self.cfg.train_text_encoder:
             return {"ids": tokenize(self.pipeline, captions)}
-        text = self.prompts(captions)
-        return {"sequence": text.sequence, "pooled": text.pooled}
+        return self.prompts(captions)
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
@@ -130,7 +136,7 @@ class DreamBooth:
             random = generator(self.cfg.seed, "noise", step, visit.sample, visit.slot, visit.kind)
             draw = self.encoder.space.encode(posterior.sample(random)[None])[0]
             noise.append(torch.randn(draw.shape, generator=random))
-            index.append(torch.randint(self.module.denoising.num_timesteps, (), generator=random))
+            index.append(self.module.denoising.draw(random))
             latents.append(draw)
             digests.append(visit.digest(digest(noise[-1], index[-1])))
         inputs = {
@@ -173,3 +179,32 @@ class DreamBooth:
         for image, file in zip(images, files, strict=True):
             image.save(file)
         return {}
+
+
+def _family(cfg: Any, pipeline: Any) -> Family:
+    """The pipeline's kind with the run's settings."""
+    kind = type(of(pipeline))
+    names = ("max_sequence_length", "guidance_scale")
+    return kind(**{name: value for name in names if (value := getattr(cfg, name)) is not None})
+
+
+def _schedule(cfg: Any, family: Family, pipeline: Any) -> Schedule:
+    """The noise levels of the pipeline's scheduler, drawn and weighed as the run says."""
+    config = dict(pipeline.scheduler.config)
+    if not family.flow:
+        return Denoising.from_config(
+            config,
+            edm=cfg.do_edm_style_training,
+            snr_gamma=cfg.snr_gamma,
+            snr_weighting=cfg.snr_weighting,
+        )
+    side = cfg.resolution or family.pixels(pipeline)
+    shifts = cfg.timestep_shift == "pipeline"
+    return FlowMatching.from_config(
+        config,
+        family.mu(pipeline, family.tokens(side)) if shifts else None,
+        scheme=cfg.weighting_scheme or family.weighting,
+        logit_mean=cfg.logit_mean,
+        logit_std=cfg.logit_std,
+        mode_scale=cfg.mode_scale,
+    )

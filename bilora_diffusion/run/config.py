@@ -80,7 +80,7 @@ class RunConfig(
         values, idle = notes.set_aside(options, values, given)
         remarks = _remarks(values, given)
         facts = {"device": machine.device_type(), "alone": "LOCAL_RANK" not in os.environ}
-        refusals.check({**values, **facts})
+        refusals.check({**values, **facts, **cls.facts(values)})
         cls.check_inputs(values)
         _check_packages(values)
         notes.tell(idle + remarks)
@@ -95,6 +95,11 @@ class RunConfig(
     def check_inputs(values: Values) -> None:
         """Refuse what only this script can be given: files, folders, hub ids."""
         raise NotImplementedError
+
+    @staticmethod
+    def facts(values: Values) -> Values:
+        """What the table of refusals may ask beside the options (`conditions.FACTS`)."""
+        return {}
 
     @classmethod
     def with_own_options(cls) -> type[Self]:

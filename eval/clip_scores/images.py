@@ -28,8 +28,9 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from bilora_diffusion import methods
+from bilora_diffusion.image.families.base import joined
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.prompts import PromptEmbedding, embed, embed_negative
+from bilora_diffusion.image.prompts import embed, embed_negative
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import versions
@@ -227,15 +228,10 @@ def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image
         size=sampling.size,
         steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
-        embeddings=(_joined([embedded[t] for t in texts]), _joined([negative] * len(texts))),
+        embeddings=(joined([embedded[t] for t in texts]), joined([negative] * len(texts))),
         batch=sampling.lanes,
     )
     return images[: len(jobs)]
-
-
-def _joined(rows: Sequence[PromptEmbedding]) -> PromptEmbedding:
-    sequence = torch.cat([row.sequence.cpu() for row in rows])
-    return PromptEmbedding(sequence, torch.cat([row.pooled.cpu() for row in rows]))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.families import of
 from bilora_diffusion.image.inputs import MINI, pipeline_side
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
@@ -161,4 +162,4 @@ def _loaded_side(base: str) -> int:
     import torch
 
     pipeline = load_pipeline(base, dtype=torch.float32)
-    return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+    return of(pipeline).pixels(pipeline)

@@ -274,11 +274,11 @@ def test_the_layers_that_are_kept_are_worth_it() -> None:
     torch.manual_seed(0)
     noisy, times = torch.randn(4, unet.config.in_channels, 8, 8), torch.tensor([100, 400, 700, 950])
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 4)
-    conditions = {"text_embeds": text.pooled, "time_ids": sizes}
+    conditions = {"text_embeds": text["pooled"], "time_ids": sizes}
 
     @torch.no_grad()
     def predict(model: Any) -> Tensor:
-        return model(noisy, times, text.sequence, added_cond_kwargs=conditions).sample
+        return model(noisy, times, text["sequence"], added_cond_kwargs=conditions).sample
 
     exact, errors = predict(unet), []
     for skip in ((), KEPT):

@@ -18,6 +18,7 @@ from torch import nn
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, parse
+from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
@@ -127,7 +128,10 @@ def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: in
     batch = Schedule(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
     steps = total_steps(cfg, stream.num_samples, batch)
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
-    task: Any = SimpleNamespace(cfg=cfg, models={name: nn.Identity() for name in models})
+    kind = StableDiffusionXL()
+    task: Any = SimpleNamespace(
+        cfg=cfg, family=kind, models={name: nn.Identity() for name in models}
+    )
     unet, *encoders = DreamBooth.targets(task)
     assert len({encoder.lr for encoder in encoders}) <= 1
     return Meaning(

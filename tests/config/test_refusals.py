@@ -106,7 +106,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--validation_dataset none --keep_best", "no --validation_dataset.*or drop it.*--folds"),
     ("--variant fp16", '--variant "fp16".*mini'),
     ("--pretrained_model_name_or_path ./nothing", '"./nothing".*not exist'),
-    ("--pretrained_model_name_or_path {tmp}/full", "full.*no Stable Diffusion XL pipeline"),
+    ("--pretrained_model_name_or_path {tmp}/full", "full.*no pipeline in diffusers format"),
     ("--pretrained_model_name_or_path {tmp}/other", "it has no text_encoder_2"),
     ("--pretrained_vae_model_name_or_path ../vae", '"../vae".*not exist'),
     # what does not go together

@@ -199,7 +199,8 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     with applied(pipeline, one(files / name)):
         inside = picture(pipeline)
         assert not np.array_equal(inside, image)
-        assert torch.equal(embed(pipeline, [PROMPT]).sequence, text.sequence) == (name != "text")
+        same = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
+        assert same == (name != "text")
         assert not any(p.requires_grad for p in pipeline.unet.parameters())
         assert not pipeline.unet.training
         if name == "whole":
@@ -216,7 +217,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     after = pipeline.unet.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[key], value) for key, value in state.items())
-    assert torch.equal(embed(pipeline, [PROMPT]).sequence, text.sequence)
+    assert torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
     assert np.array_equal(picture(pipeline), image)
 
 

@@ -24,11 +24,11 @@ def pipeline() -> Any:
 def test_embeddings_equal_the_pipelines(pipeline: Any) -> None:
     theirs = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
     for ours in (embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)):
-        assert torch.equal(ours.sequence, theirs[0])
-        assert torch.equal(ours.pooled, theirs[2])
+        assert torch.equal(ours["sequence"], theirs[0])
+        assert torch.equal(ours["pooled"], theirs[2])
     negative = embed_negative(pipeline, 2)
-    assert torch.equal(negative.sequence, theirs[1])
-    assert torch.equal(negative.pooled, theirs[3])
+    assert torch.equal(negative["sequence"], theirs[1])
+    assert torch.equal(negative["pooled"], theirs[3])
 
 
 def test_images_equal_the_pipelines(pipeline: Any) -> None:

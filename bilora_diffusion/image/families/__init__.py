@@ -1,0 +1,44 @@
+"""The kinds of image models that can be trained, by the class of their pipeline.
+
+One row here and one file beside it make a kind known to training, evaluation and viewer. The
+files are imported where they are needed: options are checked before torch is there.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ...errors import UserError, did_you_mean
+
+SDXL = "StableDiffusionXLPipeline"
+FAMILIES: dict[str, tuple[str, str]] = {
+    SDXL: ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+}
+"""The class of a pipeline: the file here that knows it, and the class there."""
+
+
+def named(pipeline: str, model: str) -> Any:
+    """The kind of a pipeline, a ``base.Family``, by the name of its class.
+
+    Args:
+        pipeline: such as "StableDiffusionXLPipeline".
+        model: the model that it is of, in the user's words.
+
+    Raises:
+        UserError: no kind that is known.
+    """
+    if pipeline not in FAMILIES:
+        raise UserError(
+            f'"{model}" is a {pipeline}{did_you_mean(pipeline, FAMILIES)}, which can\'t be trained'
+            f" here: give the model of a {', '.join(FAMILIES)}."
+        )
+    module, kind = FAMILIES[pipeline]
+    return getattr(import_module(f"{__name__}.{module}"), kind)
+
+
+def of(pipeline: Any) -> Any:
+    """The kind of a loaded pipeline with its usual settings: a ``base.Family``."""
+    kind = type(pipeline).__name__
+    return named(kind, getattr(pipeline, "name_or_path", kind))()

@@ -1,0 +1,203 @@
+"""What one kind of image model has of its own: its parts, prompts, latents and how it is called.
+
+Everything else of a run - images, noise, methods, held-out loss, export - is shared. A kind is one
+file here and one row in the table of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..fit import require_scheduler, require_tokenizer
+from ..latents import LatentSpace
+
+Conditions = dict[str, Any]
+"""What a model is told beside the noisy latents, for n rows: tensors (n, ...), or lists of n
+tensors where rows differ in length."""
+
+
+def rows(conditions: Conditions) -> list[Conditions]:
+    """Each row on its own, on the CPU."""
+    count = len(next(iter(conditions.values())))
+    return [
+        {name: _cpu(values[i : i + 1]) for name, values in conditions.items()} for i in range(count)
+    ]
+
+
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """Rows one below the other."""
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if isinstance(first, Tensor)
+        else [row for part in parts for row in part[name]]
+        for name, first in parts[0].items()
+    }
+
+
+def moved(conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Conditions:
+    """On a device, floating-point values in a dtype."""
+
+    def move(value: Tensor) -> Tensor:
+        return value.to(device, dtype if value.is_floating_point() else None)
+
+    return {
+        name: move(values) if isinstance(values, Tensor) else [move(value) for value in values]
+        for name, values in conditions.items()
+    }
+
+
+def padded(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences (length, ...) as one tensor (n, longest, ...), zeros behind, and its mask of ones
+    and zeros, (n, longest).
+    """
+    lengths = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+    whole = nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)
+    return whole, (torch.arange(whole.shape[1], device=whole.device) < lengths[:, None]).long()
+
+
+def _cpu(values: Any) -> Any:
+    return values.cpu() if isinstance(values, Tensor) else [value.cpu() for value in values]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of image model, with what a run may change about it.
+
+    Attributes:
+        title: its name for people.
+        pipeline: name of diffusers' class, as ``model_index.json`` has it.
+        parts: the models of the pipeline and the names of their classes, in diffusers or
+            Transformers.
+        optional: those that a pipeline may lack.
+        denoiser: the part that is trained; adapters' keys in files begin with its name.
+        encoders: the text encoders among the parts.
+        targets: the layers that get adapters by default.
+        flow: whether it predicts a velocity along straight paths (``flow``).
+        guidance: with which its images are drawn by default.
+        patch: pixels a side of the smallest patch that it sees, which divides the resolution.
+        max_sequence_length: tokens of a prompt, where the model leaves that open.
+        guidance_scale: that a model with a guidance embedding is told in training.
+    """
+
+    title: ClassVar[str]
+    pipeline: ClassVar[str]
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    optional: ClassVar[frozenset[str]] = frozenset()
+    denoiser: ClassVar[str] = "transformer"
+    targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    flow: ClassVar[bool] = True
+    weighting: ClassVar[str] = "none"
+    guidance: ClassVar[float] = 5.0
+    patch: ClassVar[int] = 16
+    side: ClassVar[int] = 1024
+    trains_encoders: ClassVar[bool] = False
+
+    max_sequence_length: int = 512
+    guidance_scale: float = 3.5
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders among the parts."""
+        return tuple(name for name in self.parts if name.startswith("text_encoder"))
+
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
+        """Embeddings of prompts by the pipeline's own encoders, as and where they are now."""
+        raise NotImplementedError
+
+    def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
+        """What stands for no prompt in guidance, given the embedding of empty prompts."""
+        return empty
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
+    ) -> Tensor:
+        """The denoiser's prediction, (n, c, h, w): of a flow model the velocity, noise minus image.
+
+        Args:
+            model: the denoiser.
+            noisy: latents in the model's dtype, (n, c, h, w).
+            levels: (n,): sigma in [0, 1] of a flow model, else the timestep.
+            conditions: of the n rows, on the model's device.
+        """
+        raise NotImplementedError
+
+    def space(self, vae: Any) -> LatentSpace:
+        """How images become latents that the denoiser sees."""
+        return LatentSpace.of(vae)
+
+    def tokens(self, side: int) -> int:
+        """How many image tokens the denoiser sees of a square image of so many pixels a side."""
+        return (side // self.patch) ** 2
+
+    def mu(self, pipeline: Any, tokens: int) -> float:
+        """The logarithm of the shift of the noise levels for so many tokens, where it depends on
+        them.
+        """
+        config = pipeline.scheduler.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return least + (most - least) * (tokens - low) / (high - low)
+
+    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
+        """Arguments of the pipeline's call: the embedded prompts and the guidance."""
+        raise NotImplementedError
+
+    def unpacked(self, latents: Tensor, side: int) -> Tensor:
+        """Latents (n, c, h, w) of what the pipeline gives as ``output_type="latent"``."""
+        return latents
+
+    def pixels(self, pipeline: Any) -> int:
+        """Side of the images that a loaded pipeline was made for."""
+        side = getattr(self.model(pipeline).config, "sample_size", None)
+        return int(side) * pipeline.vae_scale_factor if isinstance(side, int) else self.side
+
+    def pixels_by_config(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """The same from the configurations of denoiser and autoencoder.
+
+        Raises:
+            KeyError, TypeError: they lack what it takes.
+        """
+        side = configs[self.denoiser].get("sample_size")
+        if not isinstance(side, int):
+            return self.side
+        return side * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+
+    def model(self, pipeline: Any) -> Any:
+        """The denoiser of a pipeline."""
+        return getattr(pipeline, self.denoiser)
+
+    def require_fit(self, name: str, pipeline: Any) -> None:
+        """Refuse a pipeline whose parts load, but can't be trained together.
+
+        Args:
+            name: as the user gave it.
+            pipeline: whole and finite.
+
+        Raises:
+            UserError: one sentence with the model, the part and the fix.
+        """
+        for part in self.encoders:
+            if (encoder := getattr(pipeline, part)) is not None:
+                tokenizer = part.replace("text_encoder", "tokenizer")
+                require_tokenizer(name, tokenizer, pipeline, encoder)
+        require_scheduler(name, pipeline.scheduler, flow=self.flow)
+
+    def require_resolution(self, resolution: int, pipeline: Any) -> None:
+        """Refuse a side that the model can't take.
+
+        Raises:
+            UserError: it is no multiple of ``patch``.
+        """
+        if resolution % self.patch:
+            nearest = max(self.patch, resolution // self.patch * self.patch)
+            raise UserError(
+                f"--resolution {resolution} does not divide into {self.title}'s patches of"
+                f" {self.patch} pixels: give {nearest}, a multiple of {self.patch}."
+            )

@@ -1,0 +1,79 @@
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, which a pipeline may lack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from .base import Conditions, Family
+
+
+@dataclass(frozen=True)
+class StableDiffusion3(Family):
+    """https://arxiv.org/abs/2403.03206"""
+
+    title: ClassVar[str] = "Stable Diffusion 3"
+    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "transformer": "SD3Transformer2DModel",
+            "vae": "AutoencoderKL",
+            "text_encoder": "CLIPTextModelWithProjection",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+            "text_encoder_3": "T5EncoderModel",
+        }
+    )
+    optional: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
+    targets: ClassVar[tuple[str, ...]] = (
+        *("to_k", "to_q", "to_v", "to_out.0"),
+        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    )
+    weighting: ClassVar[str] = "logit_normal"
+    guidance: ClassVar[float] = 7.0
+
+    max_sequence_length: int = 77
+
+    @torch.no_grad()
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
+        sequence, _, pooled, _ = pipeline.encode_prompt(
+            *[list(prompts)] * 3,
+            device=pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"sequence": sequence, "pooled": pooled}
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
+    ) -> Tensor:
+        return model(
+            noisy,
+            timestep=1000 * levels,
+            encoder_hidden_states=conditions["sequence"],
+            pooled_projections=conditions["pooled"],
+        ).sample
+
+    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
+        return {
+            "prompt_embeds": positive["sequence"],
+            "pooled_prompt_embeds": positive["pooled"],
+            "negative_prompt_embeds": negative["sequence"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+            "guidance_scale": guidance,
+        }
+
+    def require_resolution(self, resolution: int, pipeline: Any) -> None:
+        super().require_resolution(resolution, pipeline)
+        config = pipeline.transformer.config
+        most = config.pos_embed_max_size * config.patch_size * pipeline.vae_scale_factor
+        if resolution > most:
+            raise UserError(
+                f"--resolution {resolution} is more than this {self.title} has positions for: give"
+                f" {most} at most."
+            )

@@ -1,0 +1,136 @@
+"""Stable Diffusion XL: a UNet that reads two CLIP encoders, sizes and crops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..fit import ANOTHER, require_vae
+from .base import Conditions, Family
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class StableDiffusionXL(Family):
+    """https://arxiv.org/abs/2307.01952"""
+
+    title: ClassVar[str] = "Stable Diffusion XL"
+    pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "unet": "UNet2DConditionModel",
+            "vae": "AutoencoderKL",
+            "text_encoder": "CLIPTextModel",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+        }
+    )
+    denoiser: ClassVar[str] = "unet"
+    flow: ClassVar[bool] = False
+    patch: ClassVar[int] = 8
+    trains_encoders: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
+        device = next(pipeline.text_encoder.parameters()).device
+        ids = [tokens.to(device) for tokens in tokenize(pipeline, prompts)]
+        return encode([getattr(pipeline, name) for name in ENCODERS], ids)
+
+    def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
+        if not pipeline.config.force_zeros_for_empty_prompt:  # SDXL base has it
+            return empty
+        return {name: torch.zeros_like(values) for name, values in empty.items()}
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
+    ) -> Tensor:
+        added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
+        return model(noisy, levels, conditions["sequence"], added_cond_kwargs=added).sample
+
+    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
+        return {
+            "prompt_embeds": positive["sequence"],
+            "pooled_prompt_embeds": positive["pooled"],
+            "negative_prompt_embeds": negative["sequence"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+            "guidance_scale": guidance,
+        }
+
+    def require_fit(self, name: str, pipeline: Any) -> None:
+        _require_unet(name, pipeline)
+        require_vae(name, pipeline.vae)
+        super().require_fit(name, pipeline)
+
+
+def tokenize(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+    """Token ids, (n, tokens) of either tokenizer, padded and cut to the model's length."""
+    return tuple(
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    )
+
+
+def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
+    """Embed token ids as ``StableDiffusionXLPipeline.encode_prompt`` does.
+
+    Returns:
+        ``sequence``, the penultimate hidden states of both encoders side by side, (n, tokens,
+        widths), and ``pooled``, the projected pooled output of the second, (n, width).
+    """
+    states, pooled = [], None
+    for encoder, tokens in zip(encoders, ids, strict=True):
+        output = encoder(tokens, output_hidden_states=True)
+        pooled = output[0]
+        states.append(output.hidden_states[-2])
+    assert pooled is not None
+    return {"sequence": torch.cat(states, dim=-1), "pooled": pooled}
+
+
+def _require_unet(name: str, pipeline: Any) -> None:
+    config: Any = pipeline.unet.config
+    latent = pipeline.vae.config.latent_channels
+    for side in ("in_channels", "out_channels"):
+        if config[side] != latent:
+            raise UserError(
+                f'the UNet of "{name}" has {config[side]} {side} where its autoencoder has {latent}'
+                " (9 are an inpainting model's): give a text-to-image model, and the autoencoder"
+                " that belongs to it."
+            )
+    encoders = [getattr(pipeline, part).config for part in ENCODERS]
+    width = sum(encoder.hidden_size for encoder in encoders)
+    wanted = config.cross_attention_dim
+    if wanted != width and set(wanted if isinstance(wanted, list | tuple) else ()) != {width}:
+        raise UserError(
+            f'the UNet of "{name}" has cross_attention_dim {wanted} where its text encoders give'
+            f" {width}: {ANOTHER}."
+        )
+    if config.addition_embed_type != "text_time":
+        raise UserError(
+            f'the UNet of "{name}" has addition_embed_type {config.addition_embed_type}, and that'
+            f" of Stable Diffusion XL has text_time: {ANOTHER}."
+        )
+    given = encoders[1].projection_dim + 6 * config.addition_time_embed_dim
+    if config.projection_class_embeddings_input_dim != given:
+        raise UserError(
+            f'the UNet of "{name}" has projection_class_embeddings_input_dim'
+            f" {config.projection_class_embeddings_input_dim} where prompt and sizes give {given}:"
+            f" {ANOTHER}."
+        )
+    side = config.sample_size
+    if not (isinstance(side, int) and side > 0):
+        raise UserError(
+            f'the UNet of "{name}" has sample_size {side!r}: write the side of its latents into'
+            " unet/config.json, 128 for Stable Diffusion XL."
+        )

@@ -1,0 +1,99 @@
+"""Flow matching along straight paths: what SD3, FLUX and later image models are trained on.
+
+x_s = (1 - s) x0 + s e with noise e; the model predicts the velocity e - x0 (Liu et al. 2022,
+https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.03206).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The noise levels of a model's own schedule, how they are drawn and weighed, and the loss.
+
+    Args:
+        sigmas: noise levels from 1 downwards, (T,).
+        scheme: how levels are drawn and weighed (Section 3.1 of Esser et al. 2024): "none" draws
+            all alike, "logit_normal" and "mode" draw the middle more often, "sigma_sqrt" and
+            "cosmap" weigh.
+        logit_mean, logit_std: of "logit_normal".
+        mode_scale: of "mode".
+    """
+
+    sigmas: Tensor
+    scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], mu: float | None, **drawing: Any) -> Self:
+        """With the levels that a pipeline's scheduler goes through in as many steps as it has.
+
+        Args:
+            config: of the scheduler; its ``shift`` acts, or, where it shifts by resolution,
+            mu: the logarithm of the shift; None leaves such levels unshifted.
+            drawing: the other arguments.
+        """
+        if mu is None and config.get("use_dynamic_shifting"):
+            config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
+        steps = int(scheduler.config["num_train_timesteps"])
+        even = [(steps - i) / steps for i in range(steps)]
+        scheduler.set_timesteps(sigmas=even, mu=mu)
+        return cls(scheduler.sigmas[:-1].float(), **drawing)
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many noise levels the schedule has."""
+        return len(self.sigmas)
+
+    def draw(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d."""
+        share = compute_density_for_timestep_sampling(
+            self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
+        )
+        return (share * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)[0]
+
+    def level(self, index: Tensor) -> Tensor:
+        """Noise levels in thousandths, for logs, by their numbers."""
+        return 1000 * self.sigmas[index]
+
+    def loss(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        latents: Tensor,
+        noise: Tensor,
+        index: Tensor,
+        weighted: Tensor,
+    ) -> Tensor:
+        """Loss of each sample, w(s) times the mean square of the velocity's error.
+
+        Args:
+            model: maps (noisy latents, noise levels in [0, 1]) to the velocity.
+            latents: clean latents, (n, c, h, w).
+            noise: standard normal, like ``latents``.
+            index: number of each sample's noise level, (n,).
+            weighted: unused: class images are weighed like the others.
+
+        Returns:
+            (n,) in float32.
+        """
+        sigma = self.sigmas.to(latents.device)[index]
+        along = sigma.view(-1, 1, 1, 1)
+        velocity = model((1 - along) * latents + along * noise, sigma).float()
+        squares = (velocity - (noise - latents).float()) ** 2
+        weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
+        return weights.float() * squares.flatten(1).mean(dim=1)
