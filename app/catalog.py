@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHTS
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.folder import FOLDS
 from bilora_diffusion.run.runlog import RUN
@@ -30,13 +31,13 @@ from .runs import RunItem, named
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
-WEIGHTS = ("pytorch_lora_weights.safetensors", "unet", "adapter_model.safetensors")
+EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 """What a run exports: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
 DEPTH = 6
 """How deep below the root folders are looked at."""
 SKIPPED = frozenset(
-    {"checkpoints", "images", "validation", "logs", "unet", "text_encoder", "text_encoder_2"}
+    {"checkpoints", "images", "validation", "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
 )
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""
@@ -212,7 +213,7 @@ class Catalog:
         if RUN in names:
             record = self._one(folder, RUN, read_run, scan)
             if record is not None:
-                weights = next((_join(folder, name) for name in WEIGHTS if name in names), None)
+                weights = next((_join(folder, name) for name in EXPORTED if name in names), None)
                 steps = read_steps(self.root / folder)
                 scan.runs.append(RunItem(folder, shown, record, weights, steps))
         if FILE in names:

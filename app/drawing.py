@@ -141,7 +141,7 @@ class Pipelines:
             base: loaded when it is not.
             adapter: run folder; None for the base model alone.
             stop: when set, work ends before the next step.
-            on_step: called with the number of each step, from 1, before it is taken.
+            on_step: called with the number of each step, from 1, when it was taken.
 
         Raises:
             Stopped: ``stop`` was set.
@@ -149,16 +149,21 @@ class Pipelines:
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-        family = of(pipeline)
-        watched = _watched(family.model(pipeline), stop, on_step)
-        with applied(pipeline, subject, request.scale), watched:
+
+        def watched(step: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            on_step(step)
+
+        with applied(pipeline, subject, request.scale):
             return generate(
                 pipeline,
                 [request.prompt],
                 [request.seed],
-                size=request.size or family.pixels(pipeline),
+                size=request.size or of(pipeline).pixels(pipeline),
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
+                on_step=watched,
             )[0]
 
     def _load(self, base: BaseChoice) -> Any:
@@ -193,27 +198,6 @@ def local(base: BaseChoice) -> str:
             f'the base model "{base.name}" is not on this machine: download it with'
             f" hf download {base.name}, or put its folder there"
         ) from error
-
-
-@contextmanager
-def _watched(
-    unet: torch.nn.Module, stop: threading.Event, on_step: Callable[[int], None]
-) -> Iterator[None]:
-    """Count the denoiser's calls, one a step, and end the sampling when told to."""
-    taken = 0
-
-    def before(*_: Any) -> None:
-        nonlocal taken
-        if stop.is_set():
-            raise Stopped
-        taken += 1
-        on_step(taken)
-
-    handle = unet.register_forward_pre_hook(before)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass

@@ -34,7 +34,7 @@ class BiLoRAConfig:
             that `BiLoRA.observe` is told.
         rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
             B2 @ A2; "relative" each layer's change over the norm of its weight.
-        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to raise it.
+        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or

@@ -12,7 +12,11 @@ PRIMARY = "default"
 AUXILIARY = "auxiliary"
 INITIAL = "initial"
 """First values of a primary that were taken out of the base weights; never acts, never trained."""
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+DENOISERS = ("unet", "transformer")
+"""Of pipelines, which have one of them."""
+ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = (*DENOISERS, *ENCODERS)
+"""Models of a pipeline that files hold adapters of."""
 FORMATS = ("diffusers", "kohya", "peft")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """The two files of PEFT's folder."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.export import FILE_NAME, inspect
+from bilora_diffusion.lora_names import DENOISERS, ENCODERS
 
 from . import digests
 from .digests import PEFT_CONFIG, PEFT_FILE
@@ -199,8 +200,20 @@ def _needed(subject: Subject) -> tuple[str, ...]:
         return ("model",) if whole else (PEFT_FILE, PEFT_CONFIG)
     if not whole:
         return (FILE_NAME,)
-    encoders = ("text_encoder", "text_encoder_2") if subject.option("train_text_encoder") else ()
-    return ("unet", *encoders)
+    encoders = ENCODERS if subject.option("train_text_encoder") else ()
+    return (_denoiser(subject), *encoders)
+
+
+def _denoiser(subject: Subject) -> str:
+    """Which model of its pipeline an image run trains: the one that is there, else by its base."""
+    from bilora_diffusion.image.families import SDXL
+    from bilora_diffusion.image.inputs import pipeline_class
+
+    folder = subject.folder
+    assert folder is not None
+    there = [name for name in DENOISERS if (folder / name).is_dir()]
+    flow = pipeline_class(str(subject.base_model)) not in (None, SDXL)
+    return there[0] if there else DENOISERS[flow]
 
 
 def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = None) -> Subject:

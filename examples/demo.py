@@ -1,4 +1,5 @@
-"""The demo: LoRA and Bi-LoRA on the miniature's 23 icons, and one picture of what they make.
+"""The demo: LoRA and Bi-LoRA on the miniature's 23 icons, and one picture of their course and of
+what they make.
 
     python -m examples.demo --output_dir demo
 
@@ -28,6 +29,9 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.run.interruption import ends_in
 
 METHODS = ("lora", "bilora")
+OWN = {"bilora": ("--rho", "auto")}
+"""What a method is told beside its name."""
+COLORS = {"lora": "#111111", "bilora": "#d95f02"}
 TITLES = {
     "base": "base model",
     **{name: get(name).title for name in METHODS},
@@ -35,9 +39,12 @@ TITLES = {
 }
 SUBJECTS = 6
 """The subjects of the paper's Table 4 stand first among the held-out icons."""
+Course = list[tuple[int, float]]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mini.yaml"
-HALF_WAY = ("--validation_epochs", "17")
-"""Images at half of the recipe's steps and at their end."""
+COURSE = (
+    *("--validation_epochs", "17"),  # images at half of the recipe's steps and at their end
+    *("--validation_loss_steps", "25", "--validation_part", "1/4"),  # 32 icons: a few seconds each
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,21 +72,23 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         print(f"\n== {TITLES[method]}")
         train.main(
             [
-                *("--config", str(recipe), "--method", method, "--seed", str(seed)),
+                *("--config", str(recipe), "--method", method, *OWN.get(method, ())),
+                *("--seed", str(seed)),
                 *("--output_dir", str(folder / method), "--overwrite_output_dir"),
                 *(("--eval_on_start",) if method == METHODS[0] else ()),  # the base's, once
-                *(*HALF_WAY, *flags),
+                *(*COURSE, *flags),
             ]
         )
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"
-    draw_grid(folder, picture)
+    rows, labels = icons(folder)
+    draw(rows, labels, {method: course(folder / method) for method in METHODS}, picture)
     print(f"\nBoth runs saw the same data and noise in all {steps} steps (equal digests).")
     print(losses(folder))
     print("\nRun folders:")
     for method in METHODS:
         print(f"  {TITLES[method]:8} {folder / method}")
-    print(f"Images of six icons that no run has seen: {picture}")
+    print(f"Their held-out loss, and six icons that no run has seen: {picture}")
     print(f"\nScore both: python -m eval.clip_scores {' '.join(str(folder / m) for m in METHODS)}")
     print(f"Look at them: python -m app.viewer {folder}")
 
@@ -103,8 +112,10 @@ def require_paired(folders: Sequence[Path]) -> int:
     return len(digests[0])
 
 
-def draw_grid(folder: Path, picture: Path, seed: int = 0) -> None:
-    """Rows: base, LoRA, Bi-LoRA, ground truth; columns: the subjects of Table 4, same noise."""
+def icons(folder: Path, seed: int = 0) -> tuple[dict[str, list[Image]], list[str]]:
+    """Rows of icons from base, LoRA, Bi-LoRA and ground truth, of equal noise, and the columns'
+    labels, the subjects of Table 4.
+    """
     heldout = open_images("mini-heldout", caption_column="label")
     labels = [str(heldout.caption(i)) for i in range(SUBJECTS)]
     prompts = [f"a TOK icon of a {label}, in the style of TOK" for label in labels]
@@ -115,7 +126,7 @@ def draw_grid(folder: Path, picture: Path, seed: int = 0) -> None:
         rows[method] = images(pipeline, prompts, seed)
         pipeline.unload_lora_weights()
     rows["truth"] = [heldout.image(i) for i in range(SUBJECTS)]
-    save_grid(rows, labels, picture)
+    return rows, labels
 
 
 def images(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image]:
@@ -124,45 +135,80 @@ def images(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image]:
     return generate(pipeline, prompts, seeds, size=64, steps=25, guidance_scale=4.0)
 
 
-def save_grid(rows: dict[str, list[Image]], labels: Sequence[str], picture: Path) -> None:
-    """Write labelled rows of images as one PNG."""
+def draw(
+    rows: dict[str, list[Image]],
+    labels: Sequence[str],
+    courses: dict[str, Course],
+    picture: Path,
+) -> None:
+    """One PNG: the courses of the held-out loss left, rows of icons right."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        len(rows), len(labels), figsize=(1.45 * len(labels) + 1, 1.5 * len(rows)), squeeze=False
-    )
+    figure = plt.figure(figsize=(1.3 * len(labels) + 5.2, 1.35 * len(rows) + 0.3))
+    sides: Any = figure.subfigures(1, 2, width_ratios=[4.2, 1.3 * len(labels) + 1])
+    left, right = sides
+    _draw_courses(left.add_subplot(), courses)
+    left.subplots_adjust(left=0.13, right=0.8, bottom=0.11, top=0.9)
+    axes = right.subplots(len(rows), len(labels), squeeze=False)
+    right.subplots_adjust(left=0.05, right=0.995, bottom=0.01, top=0.94, wspace=0.06, hspace=0.06)
     for row, (name, pictures) in enumerate(rows.items()):
-        axes[row][0].set_ylabel(TITLES.get(name, name), fontsize=11)
+        axes[row][0].set_ylabel(TITLES.get(name, name), color=COLORS.get(name, "#555555"))
         for column, image in enumerate(pictures):
             axis = axes[row][column]
             axis.imshow(image, interpolation="lanczos")
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(labels[column], fontsize=11)
-    figure.tight_layout(pad=0.4)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
-def losses(folder: Path) -> str:
-    """A table of held-out losses: base, then each method at its last step.
+def _draw_courses(axis: Any, courses: dict[str, Course]) -> None:
+    for method, course in courses.items():
+        steps, values = zip(*((step, 1000 * loss) for step, loss in course if step), strict=True)
+        color, least = COLORS[method], min(range(len(values)), key=values.__getitem__)
+        axis.plot(steps, values, color=color, lw=2)
+        axis.plot(steps[least], values[least], "o", color=color, ms=7)
+        axis.annotate(
+            f"{TITLES[method]}\nlowest\n{values[least]:.1f}",
+            (steps[-1], values[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+        )
+    axis.set_xlabel("steps")
+    axis.set_title("loss on unseen icons x 1000", fontsize=11, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(y=0.14)
+
+
+def course(folder: Path) -> Course:
+    """(step, held-out loss) of a run, in its order.
 
     Raises:
-        UserError: a run has no held-out loss.
+        UserError: it has none.
     """
-    lines = ["", f"{'':12}{'held-out loss':>14}{'train loss':>12}   (fixed noise and timesteps)"]
-    for method in METHODS:
-        rows = [r for r in runlog.read_metrics(folder / method) if "heldout_loss" in r]
-        if not rows:
-            raise UserError(f"{folder / method} has no held-out loss: set --validation_dataset.")
-        named = ([("base", rows[0])] if method == METHODS[0] else []) + [(method, rows[-1])]
-        lines += [
-            f"{TITLES[name]:12}{row['heldout_loss']:14.4f}{row['train_grid_loss']:12.4f}"
-            for name, row in named
-        ]
+    rows = [row for row in runlog.read_metrics(folder) if "heldout_loss" in row]
+    if not rows:
+        raise UserError(f"{folder} has no held-out loss: set --validation_dataset.")
+    return [(row["step"], row["heldout_loss"]) for row in rows]
+
+
+def losses(folder: Path) -> str:
+    """A table of held-out losses: base, then each method at its lowest and at its end.
+
+    Raises:
+        UserError: a run has none.
+    """
+    courses = {method: course(folder / method) for method in METHODS}
+    lines = ["", f"{'held-out loss':12}{'lowest':>11}{'at step':>9}{'at the end':>12}"]
+    lines.append(f"{TITLES['base']:12}{courses[METHODS[0]][0][1]:12.4f}")
+    for method, found in courses.items():
+        step, least = min(found, key=lambda point: point[1])
+        lines.append(f"{TITLES[method]:12}{least:12.4f}{step:9}{found[-1][1]:12.4f}")
     return "\n".join(lines)
 
 

@@ -231,6 +231,18 @@ def test_the_own_option_is_an_option_like_any_other(capsys: pytest.CaptureFixtur
 """
 
 
+def test_an_image_model_is_one_row_and_one_short_file_with_a_tiny_pipeline() -> None:
+    from bilora_diffusion.image.families import FAMILIES, SDXL
+    from tests.image.tiny import FILES
+
+    folder = ROOT / "bilora_diffusion" / "image" / "families"
+    lengths = {path.stem: len(path.read_text().splitlines()) for path in folder.glob("*.py")}
+    assert lengths.keys() == {"__init__", "base", *(file for file, _ in FAMILIES.values())}
+    long = {file for file, length in lengths.items() if length > 120}
+    assert long <= {"base", "sdxl"}  # SDXL is no flow, and its encoders are trained too
+    assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
+
+
 def test_an_option_of_the_example_touches_no_further_file(tmp_path: Path) -> None:
     (tmp_path / "test_own_option.py").write_text(OWN_OPTION)
     test = f"{tmp_path}/test_own_option.py"

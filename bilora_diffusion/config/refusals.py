@@ -194,6 +194,13 @@ REFUSED: tuple[Refusal, ...] = (
         for name, wanted in {"snr_gamma": above(0), "do_edm_style_training": True}.items()
     ),
     refusal(
+        "kohya's format is written for Stable Diffusion XL alone",
+        "drop it or give `--no_output_kohya_format`; ComfyUI reads the file for diffusers of most"
+        " other models (docs/files.md)",
+        output_kohya_format=True,
+        pipeline=FLOWS,
+    ),
+    refusal(
         "its text encoders are large and serve once, before training",
         "drop it",
         train_text_encoder=True,

@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a .safetensors file in diffusers', kohya's or PEFT's format, a folder of PEFT, or a"
         " run folder",
     )
-    parser.add_argument("--to", choices=FORMATS, help="convert it; kohya is for ComfyUI and A1111")
+    parser.add_argument(
+        "--to",
+        choices=FORMATS,
+        help="convert it; kohya, for SDXL only, is what ComfyUI and A1111 read",
+    )
     parser.add_argument(
         "--step",
         type=int,

@@ -14,23 +14,24 @@ from ..errors import UserError
 from ..lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
+    ENCODERS,
     FILE_NAME,
     WEIGHTS,
     kohya_file_name,
 )
 from .comparison import compare
+from .kinds import names_by_shape
 from .layers import Part
 from .lorafile import lora_files
-from .metadata import file_metadata, look_like_sdxl
+from .metadata import file_metadata
 from .reader import COMPONENT, Contents, read
-from .writer import diffusers_content, kohya_content, write_file
+from .writer import diffusers_content, kohya_content, refuse_kohya, write_file
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OWN = (  # metadata that follows from the tensors or from the new file's name
     *("format", ADAPTER_METADATA, COMPONENT, "sshs_model_hash", "sshs_legacy_hash"),
     *("ss_network_dim", "ss_network_alpha", "ss_output_name"),
 )
-_TELLS_SDXL = ("ss_base_model_version", "modelspec.architecture")
 
 
 def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
@@ -97,9 +98,11 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
         what = "a model that PEFT names" if odd[0] == "model" else f'"{odd[0]}"'
         base = f" ({contents.base_model})" if contents.base_model else ""
         raise UserError(
-            f"The adapter is for {what}{base}, and files in {to}'s format are written for SDXL's"
-            " UNet and text encoders only; use --to peft."
+            f"The adapter is for {what}{base}, and files in {to}'s format are written for the"
+            " models of image pipelines only; use --to peft."
         )
+    if to == "kohya":
+        refuse_kohya(contents.parts)
     path = place
     if place.suffix in _PICKLES:
         raise UserError(f"{place} would be a pickle; name a .safetensors file or a folder.")
@@ -117,12 +120,8 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
 
 def _metadata(contents: Contents, name: str) -> dict[str, str]:
     kept = {key: value for key, value in contents.metadata.items() if key not in _OWN}
-    real = look_like_sdxl(contents.parts)
-    entries = file_metadata(contents.parts, real, contents.base_model, name, kept)
-    if not real:  # a file for another model must not claim to be SDXL's
-        for key in _TELLS_SDXL:
-            if key not in kept:
-                del entries[key]
+    names = names_by_shape(contents.parts)  # else what the source says, or nothing
+    entries = file_metadata(contents.parts, names, contents.base_model, name, kept)
     return {key: value for key, value in entries.items() if value or key in kept}
 
 
@@ -170,7 +169,7 @@ def _for_peft(component: str, part: Part, base: str) -> tuple[dict[str, Tensor],
 
 def _module(component: str, name: str) -> str:
     """A layer's name in the installed version of Transformers, which PEFT's format follows."""
-    if component not in ("text_encoder", "text_encoder_2"):
+    if component not in ENCODERS:
         return name
     plain = name.removeprefix("text_model.")
     inner = _has_inner_model(component == "text_encoder_2")

@@ -39,6 +39,11 @@ _SGM_PARTS = {
     "skip_connection": "conv_shortcut",
     "downsamplers_0_op": "downsamplers_0_conv",
 }
+# What names of the UNet start with, in either.
+_TOPS = (
+    *(*_SGM_BLOCKS, *_SGM_WHOLE, *_SGM_WHOLE.values()),
+    *("down_blocks_", "mid_block_", "up_blocks_", "time_embedding_", "add_embedding_"),
+)
 
 
 def with_dots(flat: str) -> str:
@@ -62,9 +67,14 @@ def unet_names(flats: Iterable[str]) -> dict[str, str]:
     """Module names of diffusers' UNet for flattened names, of diffusers or SDXL's original ones.
 
     Raises:
-        UserError: an original name that SDXL does not have, or both kinds of names.
+        UserError: a name that SDXL does not have, or both kinds of names.
     """
     names = list(dict.fromkeys(flats))
+    if odd := [name for name in names if not name.startswith(_TOPS)]:
+        raise UserError(
+            f"{odd[0]} is no layer of SDXL's UNet, for which alone kohya's names are known; give a"
+            " file in diffusers' or PEFT's format."
+        )
     blocks = [name for name in names if _in_sgm_block(name)]
     found = {name: _SGM_WHOLE.get(name, name) for name in names if name not in blocks}
     if blocks and any("down_blocks" in name or "up_blocks" in name for name in names):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError, UserError
-from ..lora_names import PRIMARY
+from ..lora_names import ENCODERS, PRIMARY
 
 PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -129,12 +129,12 @@ def part_of(
 def diffusers_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
     """Tensors under the keys that diffusers reads.
 
-    The UNet has PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers can't
-    read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
+    Denoisers have PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers
+    can't read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
     Transformers leaves them out.
     """
     down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-    if component != "unet":
+    if component in ENCODERS:
         down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
         magnitude = "lora_magnitude_vector.weight"
     tensors = {}
@@ -178,7 +178,7 @@ def kohya_name(component: str, layer: str) -> str:
 
 def _file_name(component: str, layer: str) -> str:
     """Files keep the `text_model.` that Transformers 5 dropped from CLIPTextModel; readers cope."""
-    if component == "unet" or layer.startswith(("text_model.", "text_projection")):
+    if component not in ENCODERS or layer.startswith(("text_model.", "text_projection")):
         return layer
     return f"text_model.{layer}"
 

@@ -10,23 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..lora_names import ADAPTER_METADATA
+from .kinds import Names
 from .layers import Part
 
 _RESERVED = ("format", ADAPTER_METADATA, "sshs_model_hash", "ss_network_dim", "ss_network_alpha")
-# What marks SDXL itself: a file for a smaller pipeline of its kind must not be offered to it.
-_SDXL_WIDTH = {
-    "unet": ("cross_attention_dim", 2048),
-    "text_encoder": ("hidden_size", 768),
-    "text_encoder_2": ("hidden_size", 1280),
-}
-# The layers that read so many numbers.
-_READS_WIDTH = {"unet": ("attn2.to_k", "attn2.to_v")} | dict.fromkeys(
-    ("text_encoder", "text_encoder_2"), ("q_proj", "k_proj", "v_proj")
-)
 
 
 def training_facts(
@@ -87,13 +78,17 @@ def run_facts(
 
 
 def file_metadata(
-    parts: Mapping[str, Part], real: bool, base_model: str, name: str, extra: Mapping[str, str]
+    parts: Mapping[str, Part],
+    names: Names | None,
+    base_model: str,
+    name: str,
+    extra: Mapping[str, str],
 ) -> dict[str, str]:
     """The entries that both formats share; "modelspec" is Stability AI's ModelSpec 1.0.0.
 
     Args:
         parts: what the file holds, by model.
-        real: whether it is for SDXL itself.
+        names: what tools call the model that it is for; None where that is not known.
         base_model: hub id or folder of the pipeline.
         name: what the file is called, without its ending.
         extra: more entries; they win over the others.
@@ -115,15 +110,13 @@ def file_metadata(
     rank = str(next(iter(ranks.values()))) if uniform else "Dynamic"
     known = None not in trained.values()
     return {
+        **_model_entries(parts, names),
         "format": "pt",
-        "ss_base_model_version": "sdxl_base_v1-0" if real else "sdxl_custom",
         "ss_sd_model_name": Path(base_model).name if Path(base_model).is_dir() else base_model,
-        "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
         "ss_output_name": name,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-xl-{'v1-base' if real else 'custom'}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         **({"bilora.original_alpha": json.dumps(alphas)} if known else {}),
@@ -132,11 +125,22 @@ def file_metadata(
     }
 
 
+def _model_entries(parts: Mapping[str, Part], names: Names | None) -> dict[str, str]:
+    """Which model it is for. The module of kohya's that made it stands for its names of layers,
+    which files for transformers do not have.
+    """
+    entries = {} if "transformer" in parts else {"ss_network_module": "networks.lora"}
+    if names is not None:
+        entries["ss_base_model_version"] = names.version
+        entries["modelspec.architecture"] = f"{names.architecture}/lora"
+    return entries
+
+
 def adapter_metadata(parts: Mapping[str, Part]) -> str:
     """PEFT's configuration of each primary as JSON, with keys prefixed by the model, for diffusers.
 
     Only long-standing fields are given, as PEFT refuses unknown ones. Alpha is the rank because B
-    has the scale. Dropout is 0: diffusers adds UNet layers in training mode, where it would act.
+    has the scale. Dropout is 0: diffusers adds layers in training mode, where it would act.
     """
     entries: dict[str, Any] = {}
     for component, part in parts.items():
@@ -165,23 +169,3 @@ def model_hash(tensors: dict[str, Tensor]) -> str:
     content = safetensors.torch.save(tensors)
     header = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[header:]).hexdigest()
-
-
-def are_sdxl(models: Mapping[str, nn.Module]) -> bool:
-    """Whether all of these are as wide as SDXL's."""
-    widths = {name: _SDXL_WIDTH[name] for name in models}
-    return all(
-        getattr(getattr(models[name], "config", None), field, None) == width
-        for name, (field, width) in widths.items()
-    )
-
-
-def look_like_sdxl(parts: Mapping[str, Part]) -> bool:
-    """Whether the layers of all parts that tell read what SDXL's read; False where none tells."""
-    widths = {
-        layer.A.shape[1] == _SDXL_WIDTH[component][1]
-        for component, part in parts.items()
-        for layer in part.layers
-        if layer.name.endswith(_READS_WIDTH[component])
-    }
-    return widths == {True}

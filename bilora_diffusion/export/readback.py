@@ -11,8 +11,9 @@ from torch import nn
 
 from ..adapters import INITIAL, PRIMARY, factors, names, state_dict
 from ..errors import TrainingError, UserError
-from ..lora_names import FILE_NAME, kohya_file_name
+from ..lora_names import DENOISERS, FILE_NAME, kohya_file_name
 from .comparison import compare
+from .kinds import kind_of
 from .layers import PEFT_PREFIX, Layer
 from .lorafile import inspect
 from .reader import read
@@ -91,25 +92,27 @@ def _check_contents(path: Path, models: Mapping[str, nn.Module]) -> None:
 
 
 def _load(path: Path, models: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> None:
-    from diffusers import StableDiffusionXLPipeline  # slow to import, and `inspect` needs it not
+    import diffusers  # slow to import, and `inspect` needs it not
 
-    loader = cast(Any, StableDiffusionXLPipeline)
-    tensors, alphas, metadata = loader.lora_state_dict(
+    transformer = models.get("transformer")
+    name = "StableDiffusionXLPipeline" if transformer is None else kind_of(transformer).pipeline
+    loader: Any = getattr(diffusers, name)
+    tensors, *_, metadata = loader.lora_state_dict(
         str(path.parent),
         weight_name=path.name,
         use_safetensors=True,
         local_files_only=True,
         return_lora_metadata=True,
     )
-    common = {"network_alphas": alphas, "metadata": metadata, "adapter_name": PRIMARY}
+    common = {"network_alphas": None, "metadata": metadata, "adapter_name": PRIMARY}
     for component in models:
         if component not in others:
             raise UserError(f"fresh() makes no {component}; return every model that was exported.")
         if present := names(others[component]):
             raise UserError(f"fresh() makes a {component} with adapters {present}; add none to it.")
         model = others[component].float()
-        if component == "unet":
-            loader.load_lora_into_unet(tensors, unet=model, **common)
+        if component in DENOISERS:
+            cast(Any, model).load_lora_adapter(tensors, prefix=component, **common)
         else:
             loader.load_lora_into_text_encoder(
                 tensors, text_encoder=model, prefix=component, **common

@@ -7,6 +7,7 @@ exact, as it is for a power of two, and are fp32 otherwise.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..lora_names import COMPONENTS
+from ..lora_names import COMPONENTS, ENCODERS
 from .kohya_names import unet_names, with_dots
 from .layers import Layer, Part
 from .lorafile import DOWN, KEY, MAGNITUDE, MODELS, LoraFile, adapter_config, inspect
@@ -37,6 +38,9 @@ _UNET_BLOCKS = (
     "conv_in",
     "conv_out",
 )
+_TRANSFORMER_BLOCKS = re.compile(
+    r"(?:single_)?transformer_blocks\.|(?:context|noise)_refiner\.|layers\.\d+\.att\w+\.to_"
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Contents:
     """What a LoRA file holds.
 
     Attributes:
-        parts: by model: "unet", "text_encoder", "text_encoder_2", another name in the file, or
-            "model" where the file does not say which.
+        parts: by model: one of `COMPONENTS`, another name in the file, or "model" where the file
+            does not say which.
         metadata: of the file.
         base_model: what the adapter belongs on, "" where it is not known.
     """
@@ -132,6 +136,8 @@ def _component(path: Path, component: str, names: Any, header: LoraFile) -> str:
         return str(told)
     if any(name.startswith(_UNET_BLOCKS) for name in names):
         return "unet"
+    if any(_TRANSFORMER_BLOCKS.match(name) for name in names):
+        return "transformer"
     if path.parent.name in COMPONENTS:
         return path.parent.name
     if header.format == "unknown":
@@ -144,7 +150,7 @@ def _component(path: Path, component: str, names: Any, header: LoraFile) -> str:
 
 def _canonical(component: str, name: str) -> str:
     """One name for what versions of Transformers and diffusers call differently."""
-    if component in ("text_encoder", "text_encoder_2"):
+    if component in ENCODERS:
         name = name.removeprefix("text_model.")
         for old, new in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj")):
             name = name.replace(f"self_attn.{old}", f"self_attn.{new}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -17,8 +17,9 @@ from ..lora_names import (
     KOHYA_FILE_NAME_BEFORE,
     kohya_file_name,
 )
+from .kinds import names_of
 from .layers import Layer, Part, diffusers_tensors, kohya_tensors, primary_part
-from .metadata import adapter_metadata, are_sdxl, file_metadata, model_hash
+from .metadata import adapter_metadata, file_metadata, model_hash
 
 Content = tuple[dict[str, Tensor], dict[str, str]]
 
@@ -31,7 +32,7 @@ def save_diffusers(
     kohya: bool = False,
     extra_metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the file that `StableDiffusionXLPipeline.load_lora_weights(folder)` reads.
+    """Write the file that `load_lora_weights(folder)` of the models' pipeline reads.
 
     The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
     readers which ignore alpha are right too; the alpha of training is in the metadata. Where the
@@ -40,27 +41,30 @@ def save_diffusers(
 
     Args:
         folder: where `pytorch_lora_weights.safetensors` goes; made if need be.
-        models: what was trained, by name ("unet", "text_encoder", "text_encoder_2"), each with
-            its adapters; only the primary is read.
+        models: what was trained, by name ("unet" or "transformer", "text_encoder",
+            "text_encoder_2"), each with its adapters; only the primary is read.
         base_model: hub id or folder of the pipeline that was trained.
         kohya: also write a file that is named after the folder (`kohya_file_name`) for ComfyUI, web
-            UIs and kohya's scripts; without it an older such file is removed, as its weights
-            differ.
+            UIs and kohya's scripts, which is for SDXL; without it an older such file is removed, as
+            its weights differ.
         extra_metadata: more text entries, see `training_facts`; they win over the defaults.
 
     Returns:
         The path of the diffusers file.
 
     Raises:
-        UserError: an unknown model name, a model without a primary, a folder that is a file.
+        UserError: an unknown model name, a model without a primary, a folder that is a file, or
+            kohya's format for a transformer.
         TrainingError: a value is not finite.
     """
     folder = Path(folder)
     _check(folder, models)
+    if kohya:
+        refuse_kohya(models)
     parts = {name: primary_part(name, model) for name, model in models.items()}
     kohya_file = folder / kohya_file_name(folder)
-    real = are_sdxl(models)
-    metadata = file_metadata(parts, real, base_model, kohya_file.stem, extra_metadata or {})
+    names = names_of(models)
+    metadata = file_metadata(parts, names, base_model, kohya_file.stem, extra_metadata or {})
     files = {folder / FILE_NAME: diffusers_content(parts, metadata)}
     if kohya:
         files[kohya_file] = kohya_content(parts, metadata)
@@ -107,6 +111,19 @@ def _check(folder: Path, models: Mapping[str, nn.Module]) -> None:
             )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder to export to.")
+
+
+def refuse_kohya(components: Iterable[str]) -> None:
+    """Refuse kohya's format for what it is not written for.
+
+    Raises:
+        UserError: there is a transformer among them.
+    """
+    if "transformer" in components:
+        raise UserError(
+            "kohya's format is written for SDXL only; of a transformer use the file in diffusers'"
+            " format, which ComfyUI reads too (docs/files.md says of which models)."
+        )
 
 
 def write_file(

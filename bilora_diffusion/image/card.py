@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
+from safetensors import safe_open
 
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name
@@ -39,6 +40,11 @@ These weights are DoRA's, whose scales programs read differently:
 - A1111, and ComfyUI and Forge before, take the scales along the wrong axis, which spoils the
   images: use another program, or train without `--use_dora`."""
 
+IN_COMFYUI = f"""\
+- **ComfyUI** reads {code(FILE_NAME)} itself for SD3, FLUX, Z-Image, Qwen-Image and Krea 2: put it,
+  under a name of your own, into `models/loras`, and choose it in a *Load LoRA* node with a strength
+  of 1.0, which is what was trained."""
+
 
 def write_dreambooth_card(
     cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None
@@ -48,7 +54,7 @@ def write_dreambooth_card(
     Args:
         cfg: the run's configuration.
         folder: the run folder.
-        results: steps, the held-out figures, and under "export" the names of whole models.
+        results: steps, the held-out figures, and under "export" what was found of each model.
         repo_id: hub repository the folder goes to.
     """
     base, dataset = source(cfg.pretrained_model_name_or_path), cfg.dataset_name
@@ -63,6 +69,7 @@ def write_dreambooth_card(
     gallery = list(zip(prompts, urls, strict=True))
     measured = {title: results[key] for title, key in MEASURED.items() if key in results}
     trigger = cfg.instance_prompt
+    flow = _of_transformer(folder)
     use = [
         *_pipeline(base, cfg.pretrained_vae_model_name_or_path),
         *(_whole_models(repo_id, results["export"]) if whole else _adapter(repo_id)),
@@ -73,13 +80,13 @@ def write_dreambooth_card(
         cfg,
         folder,
         results["steps"],
-        meta=_front_matter(cfg, base, data, gallery),
+        meta=_front_matter(cfg, base, data, gallery, flow),
         base=_name(base),
         data=_name(data),
         use=[
             *(["## Trigger words", f"Use {code(trigger)} in the prompt."] if trigger else []),
             *("## Use", python_block(use)),
-            *([] if whole else _other_programs(cfg, base, folder)),
+            *([] if whole else [IN_COMFYUI] if flow else _other_programs(cfg, base, folder)),
         ],
         results=[
             *table("## Results", measured | when_it_stopped(cfg, results)),
@@ -90,17 +97,28 @@ def write_dreambooth_card(
     )
 
 
+def _of_transformer(folder: Path) -> bool:
+    """Whether a run trained a flow-matching transformer, by the weights that it left."""
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return (folder / "transformer").is_dir()
+    with safe_open(file, framework="pt") as weights:
+        return any(key.startswith("transformer.") for key in weights.keys())  # noqa: SIM118
+
+
 def _name(name: str) -> str:
     return "bilora_diffusion's miniature" if name == MINI else name
 
 
 def _front_matter(
-    cfg: Any, base: str, data: str, gallery: Sequence[tuple[str, str]]
+    cfg: Any, base: str, data: str, gallery: Sequence[tuple[str, str]], flow: bool
 ) -> ModelCardData:
     whole = methods.get(cfg.method).exports_weights
     kinds = ["full-fine-tuning"] if whole else ["lora", "template:sd-lora"]
     tags = ["text-to-image", "diffusers", *kinds]
-    if base != MINI:  # the miniature has SDXL's architecture, but its weights fit nothing else
+    if (
+        base != MINI and not flow
+    ):  # the miniature has SDXL's architecture, but its weights fit nothing else
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
     return ModelCardData(
         library_name="diffusers",

@@ -12,6 +12,7 @@ from ..methods.options import AdapterOptions, MethodFlags
 from ..run.config import RunConfig, without_influence
 from ..run.options import OptimizerOptions, StepOptions, StoppingOptions
 from . import inputs
+from .families import SDXL
 from .flow_options import FlowOptions
 from .options import (
     DataOptions,
@@ -74,6 +75,12 @@ class DreamBoothConfig(
     complete = staticmethod(inputs.complete)
     check_inputs = staticmethod(inputs.check_inputs)
     facts = staticmethod(inputs.facts)
+
+    @property
+    def leaves_unused(self) -> bool:
+        # The last layer of SDXL's first encoder; what the last block of a transformer makes of text
+        model = self.pretrained_model_name_or_path
+        return self.train_text_encoder or inputs.pipeline_class(model) != SDXL
 
     @property
     def sampled_prompts(self) -> list[str]:

@@ -35,8 +35,17 @@ def require_vae(name: str, vae: Any) -> None:
             )
 
 
-def require_tokenizer(name: str, part: str, pipeline: Any, encoder: Any) -> None:
+def require_tokenizer(
+    name: str, part: str, pipeline: Any, encoder: Any, *, cut: bool = True
+) -> None:
     """Refuse a tokenizer of other words or longer texts than its encoder reads.
+
+    Args:
+        name: of the model, as the user gave it.
+        part: such as "tokenizer_2".
+        pipeline: that has it.
+        encoder: that reads its tokens.
+        cut: whether texts are cut to the tokenizer's length; else the pipeline cuts them.
 
     Raises:
         UserError: it knows none, makes numbers that the encoder does not know, or is too long.
@@ -46,7 +55,7 @@ def require_tokenizer(name: str, part: str, pipeline: Any, encoder: Any) -> None
     require_words(what, tokenizer, encoder.get_input_embeddings().num_embeddings, fix)
     length = tokenizer.model_max_length
     most = getattr(encoder.config, "max_position_embeddings", None)
-    if most is not None and not (isinstance(length, int) and 0 < length <= most):
+    if cut and most is not None and not (isinstance(length, int) and 0 < length <= most):
         raise UserError(
             f"{what} has model_max_length {length!r} where the text encoder reads {most} tokens:"
             f" correct {part}/tokenizer_config.json."

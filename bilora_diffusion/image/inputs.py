@@ -83,12 +83,15 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
             values[other] = 1
     if values["num_train_epochs"] is None and values["max_train_steps"] is None:
         values["max_train_steps"] = TABLE_A8_STEPS
-    if values["method"] == "full" and "output_kohya_format" not in given:
-        values["output_kohya_format"] = False  # kohya's format is for adapters
+    model = values["pretrained_model_name_or_path"]
+    # kohya's format is for adapters, and is written for SDXL alone; a model that only the hub knows
+    # is taken for one
+    kohya = values["method"] != "full" and pipeline_class(model) in (None, SDXL)
+    if "output_kohya_format" not in given and not kohya:
+        values["output_kohya_format"] = False
     if values["train_text_encoder"] and values["text_encoder_lr"] is None:
         prodigy = values["optimizer"] == "prodigy"
         values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
-    model = values["pretrained_model_name_or_path"]
     overflows = model == SDXL_BASE and values["mixed_precision"] == "fp16"
     if values["pretrained_vae_model_name_or_path"] is None and overflows:
         values["pretrained_vae_model_name_or_path"] = FP16_FIX

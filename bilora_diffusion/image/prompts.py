@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,7 @@ class PromptCache:
         new = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if not new:
             return
-        parts = (getattr(self._pipeline, name) for name in self.family.encoders)
-        encoders = [encoder for encoder in parts if encoder is not None]
+        encoders = self._encoders()
         for encoder in encoders:
             encoder.to(self._device)
         for start in range(0, len(new), batch):
@@ -55,6 +55,18 @@ class PromptCache:
         """Embeddings of ``prompts`` on the CPU, in order."""
         self.add(prompts)
         return joined([self._known[prompt] for prompt in prompts])
+
+    def release(self) -> None:
+        """Let go of the encoders, of which those of a flow model are as large as the denoiser."""
+        for name in self.family.encoders:
+            setattr(self._pipeline, name, None)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encoders(self) -> list[Any]:
+        parts = (getattr(self._pipeline, name) for name in self.family.encoders)
+        return [encoder for encoder in parts if encoder is not None]
 
     def with_negative(self, prompts: Sequence[str]) -> tuple[Conditions, Conditions]:
         """Embeddings of ``prompts`` and of as many empty ones, as ``sampling.generate`` takes."""

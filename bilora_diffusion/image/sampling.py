@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def generate(
     guidance_scale: float | None = None,
     embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[Image]:
     """One image per prompt; the same seed gives the same initial noise on every device.
 
@@ -36,6 +37,7 @@ def generate(
         size: side of the square images, pixels.
         guidance_scale: of the prompt; None is usual for the kind of model.
         embeddings: of the prompts and of their negatives, (n, ...) each.
+        on_step: called with the number of each step, from 1, when it was taken.
 
     Returns:
         n PIL images, RGB.
@@ -49,6 +51,12 @@ def generate(
     dtype = precision(model)
     guidance = family.guidance if guidance_scale is None else guidance_scale
     sampler = _sampler(family, pipeline)
+
+    def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1)
+        return values
+
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
@@ -63,6 +71,7 @@ def generate(
             width=size,
             num_inference_steps=steps,
             output_type="latent",
+            callback_on_step_end=callback,
         )
         images += decode(pipeline, family.unpacked(output.images, size))
     return images
@@ -77,6 +86,7 @@ def _sampler(family: Family, pipeline: Any) -> Any:
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     sampler = kind(**settings | {family.denoiser: family.model(pipeline), "scheduler": scheduler})
     sampler.vae_scale_factor = pipeline.vae_scale_factor
+    family.ready(sampler)
     sampler.set_progress_bar_config(disable=True)
     return sampler
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, parse
 from .families.base import Family
+from .inputs import pipeline_class
 from .opening import open_images
 from .pipeline import kind_of, load_pipeline
 from .sets import ImageSet
@@ -52,6 +54,8 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         names = [instance.name(i) for i in range(len(instance))]
         instance, validation = map(instance.only, folds.dealt(cfg, names, "images"))
     kind = kind_of(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
+    if kind.flow and pipeline_class(cfg.pretrained_model_name_or_path) is None:
+        cfg = replace(cfg, output_kohya_format=False)  # the default, as only the hub knew the kind
     refusals.check({**cfg.to_dict(), "pipeline": kind.pipeline})
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
@@ -64,6 +68,8 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     family = kind()
     cfg = cfg.completed(accelerator.num_processes, family.pixels(pipeline))
     family.require_resolution(int(cfg.resolution or 0), pipeline)
+    if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
+        logger.warning("%s", remark)
     classes = None
     if cfg.with_prior_preservation:
         ensure_class_images(cfg, accelerator)
@@ -74,12 +80,23 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
             logger.warning("%s", line)
     task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
     if cfg.quantize == "nf4":
-        dtype = DTYPES[accelerator.mixed_precision]
-        for name, model in task.models.items():
-            count = quantize_nf4(model, dtype, device=accelerator.device)
-            logger.info("%s: the weights of %d layers are held in 4 bits", name, count)
+        quantize(task, DTYPES[accelerator.mixed_precision], accelerator.device)
     task.to_device(accelerator.device)
     return task
+
+
+def quantize(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
+    """Hold the denoiser's weights in 4 bits; of a flow model, whose encoders are as large, theirs
+    too, and these are let go of before the denoiser comes to the device.
+    """
+    if task.family.flow:
+        encoders = {name: getattr(task.pipeline, name) for name in task.family.encoders}
+        for model in filter(None, encoders.values()):
+            quantize_nf4(model, dtype, device=device)
+        task.embed(device)
+    for name, model in task.models.items():
+        count = quantize_nf4(model, dtype, device=device)
+        logger.info("%s: the weights of %d layers are held in 4 bits", name, count)
 
 
 def weights_dtypes(
@@ -153,6 +170,7 @@ def files(folder: Path) -> dict[str, str]:
         "for diffusers": FILE_NAME,
         "for ComfyUI, A1111": kohya_file_name(folder),
         "UNet": "unet",
+        "transformer": "transformer",
         "model card": "README.md",
         "images": "validation",
     }

@@ -59,6 +59,7 @@ class DreamBooth:
                 encoder.activation_checkpointing_enable()
         if cfg.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
+        self.prompts: PromptCache | None = None
         self.num_samples = stream.num_samples
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
         self.models |= dict(zip(self.family.encoders, trained, strict=False))
@@ -97,8 +98,20 @@ class DreamBooth:
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
 
+    def embed(self, device: torch.device) -> None:
+        """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
+        self.prompts = PromptCache(self.pipeline, device, self.family)
+        texts = self.stream.captions()
+        if self.validation is not None and self.family.flow:
+            texts += self.validation.prompts(self.cfg.instance_prompt)
+        if self.cfg.validation_prompts:
+            texts += [*self.cfg.validation_prompts, ""]
+        self.prompts.add(texts)
+        if self.family.flow:
+            self.prompts.release()
+
     def to_device(self, device: torch.device) -> None:
-        """Move the autoencoder, embed all prompts, and set up the latent cache."""
+        """Move the models, embed all prompts if need be, and set up the latent cache."""
         self.device = device
         vae = self.pipeline.vae.to(device)
         space = self.family.space(vae)
@@ -106,11 +119,8 @@ class DreamBooth:
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)
-        else:
-            self.prompts = PromptCache(self.pipeline, device, self.family)
-            self.prompts.add(self.stream.captions())
-            if self.cfg.validation_prompts:
-                self.prompts.add([*self.cfg.validation_prompts, ""])
+        elif self.prompts is None:
+            self.embed(device)
         self.module.denoiser.to(device)
         held = self.validation
         self.grid = None if held is None else GridLoss(self, self.stream, held)
@@ -119,6 +129,7 @@ class DreamBooth:
         """The text part of a module's inputs for these captions."""
         if self.cfg.train_text_encoder:
             return {"ids": tokenize(self.pipeline, captions)}
+        assert self.prompts is not None
         return self.prompts(captions)
 
     def micro_batches(
@@ -170,7 +181,7 @@ class DreamBooth:
                 prompts,
                 [cfg.seed + n % cfg.num_validation_images for n in range(len(prompts))],
                 size=cfg.resolution,
-                embeddings=None if cfg.train_text_encoder else self.prompts.with_negative(prompts),
+                embeddings=self.prompts.with_negative(prompts) if self.prompts else None,
                 batch=cfg.sample_batch_size,
             )
         target = folder / "validation" / f"step-{step}"

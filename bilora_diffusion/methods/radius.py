@@ -69,7 +69,7 @@ class AutoRadius:
     """Follows the slope of the loss along the auxiliary; all its numbers stay on the device.
 
     Args:
-        tau: the share of the loss by which the auxiliary is to raise it.
+        tau: the share of the loss by which the auxiliary is to move it.
         most: the largest radius.
 
     Attributes:

@@ -113,6 +113,11 @@ class RunConfig(
         return _again, (cls, own, vars(self))
 
     @property
+    def leaves_unused(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient, which DDP must know."""
+        return False
+
+    @property
     def sampled_prompts(self) -> list[str]:
         """The prompt of each validation image, in their order; none for text."""
         return []

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..lora_names import CONFIG, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, kohya_file_name
+from ..lora_names import (
+    COMPONENTS,
+    CONFIG,
+    FILE_NAME,
+    KOHYA_FILE_NAME_BEFORE,
+    WEIGHTS,
+    kohya_file_name,
+)
 from ..methods import get
 from . import checkpoint, snapshots
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
@@ -34,7 +41,7 @@ EXPORTS = "exports"  # adapters of checkpoints
 FOLDS, FOLDS_CURVES, FOLDS_FIGURE = "folds", "folds.json", "folds.png"
 OF_FOLDS = (FOLDS, FOLDS_CURVES, FOLDS_FIGURE)
 BESIDES = ("validation", "logs", EXPORTS, *OF_FOLDS, snapshots.FOLDER, ERROR)
-WHOLE_MODELS = ("unet", "text_encoder", "text_encoder_2", "model")  # what full fine-tuning leaves
+WHOLE_MODELS = (*COMPONENTS, "model")  # what full fine-tuning leaves
 # Folders of the system, in which nobody keeps runs, but for the places named after them.
 SYSTEM = (
     *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys"),

@@ -177,7 +177,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
         UserError: the device can't compute in it, or the engine can't train what is asked for.
     """
     # A text encoder's last layers may be left out of the loss.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.train_text_encoder)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.leaves_unused)
     project = ProjectConfiguration(
         project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
     )

@@ -29,7 +29,7 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
     """Within the context the pipeline has the subject's weights; afterwards, its own exactly.
 
     Args:
-        pipeline: an SDXL pipeline without an adapter.
+        pipeline: one without an adapter.
         subject: with weights; the base model has none.
         scale: factor of the adapter's change of the weights.
 
@@ -66,9 +66,9 @@ def _lora(pipeline: Any, file: Path, scale: float) -> Iterator[None]:
                 f"{file} does not fit the base model, which has no layer for {len(absent)} of its"
                 f" {len(wanted)}, such as {absent[0]}: give the base model that it was trained on."
             )
-        for name in COMPONENTS:
+        for model in _parts(pipeline).values():
             # diffusers adds layers in training mode, in which a dropout acts
-            getattr(pipeline, name).eval().requires_grad_(False)
+            model.eval().requires_grad_(False)
         yield
     finally:
         pipeline.unload_lora_weights()
@@ -96,12 +96,18 @@ def _load_lora(pipeline: Any, file: Path, scale: float) -> None:
         diffusers_logging.set_verbosity(verbosity)
 
 
+def _parts(pipeline: Any) -> dict[str, Any]:
+    """The models of a pipeline that files may hold adapters of, by name."""
+    parts = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: model for name, model in parts.items() if model is not None}
+
+
 def _adapted(pipeline: Any) -> set[str]:
     """The layers that an adapter was put on, as :func:`read` calls them."""
     return {
         f"{component}.{name.removeprefix('text_model.')}"
-        for component in COMPONENTS
-        for name, _ in adapters.layers(getattr(pipeline, component), _NAME)
+        for component, model in _parts(pipeline).items()
+        for name, _ in adapters.layers(model, _NAME)
     }
 
 
@@ -112,16 +118,18 @@ def _models(pipeline: Any, folder: Path, scale: float) -> Iterator[None]:
             f"{folder} holds whole models, which have no scale: leave the scale at 1, not"
             f" {scale:g}."
         )
-    before = {
-        name: (getattr(pipeline, name), getattr(pipeline, name).device)
-        for name in COMPONENTS
-        if (folder / name).is_dir()
-    }
+    parts, trained = _parts(pipeline), [name for name in COMPONENTS if (folder / name).is_dir()]
+    if absent := [name for name in trained if name not in parts]:
+        raise UserError(
+            f"{folder / absent[0]} does not fit the base model, which has no {absent[0]}: give the"
+            " base model that it was trained on."
+        )
+    before = {name: (parts[name], parts[name].device) for name in trained}
     try:
         for name, (model, device) in before.items():
-            trained = _load_model(model, folder / name)
+            other = _load_model(model, folder / name)
             model.to("cpu")  # two of SDXL's UNets need not share a device's memory
-            setattr(pipeline, name, trained.to(device))
+            setattr(pipeline, name, other.to(device))
         yield
     finally:
         for name, (model, device) in before.items():

@@ -15,6 +15,12 @@ SDXL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[str, str]] = {
     SDXL: ("sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "Krea2Pipeline": ("krea2", "Krea2"),
+    "Lumina2Pipeline": ("lumina2", "Lumina2"),
 }
 """The class of a pipeline: the file here that knows it, and the class there."""
 

@@ -62,6 +62,17 @@ def padded(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return whole, (torch.arange(whole.shape[1], device=whole.device) < lengths[:, None]).long()
 
 
+def packed(latents: Tensor) -> Tensor:
+    """Patches of 2 x 2 latents (n, c, h, w) as tokens, (n, h/2 w/2, 4 c)."""
+    return nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The reverse, for latents of this height and width."""
+    patches = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    return nn.functional.pixel_shuffle(patches, 2)
+
+
 def _cpu(values: Any) -> Any:
     return values.cpu() if isinstance(values, Tensor) else [value.cpu() for value in values]
 
@@ -149,6 +160,9 @@ class Family:
         """Arguments of the pipeline's call: the embedded prompts and the guidance."""
         raise NotImplementedError
 
+    def ready(self, sampler: Any) -> None:
+        """Give a pipeline that has denoiser and scheduler only what else its call reads."""
+
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         """Latents (n, c, h, w) of what the pipeline gives as ``output_type="latent"``."""
         return latents
@@ -186,8 +200,18 @@ class Family:
         for part in self.encoders:
             if (encoder := getattr(pipeline, part)) is not None:
                 tokenizer = part.replace("text_encoder", "tokenizer")
-                require_tokenizer(name, tokenizer, pipeline, encoder)
+                require_tokenizer(
+                    name, tokenizer, pipeline, encoder, cut="CLIP" in self.parts[part]
+                )
         require_scheduler(name, pipeline.scheduler, flow=self.flow)
+
+    def remark(self, name: str, pipeline: Any) -> str | None:
+        """What to know of a model before it is trained, as one sentence, if there is something.
+
+        Args:
+            name: as the user gave it.
+            pipeline: loaded.
+        """
 
     def require_resolution(self, resolution: int, pipeline: Any) -> None:
         """Refuse a side that the model can't take.

@@ -1,0 +1,88 @@
+"""FLUX.1: CLIP gives one vector of a prompt, T5 its sequence; FLUX.1-dev is told its guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import Conditions, Family, packed, unpacked
+
+
+@dataclass(frozen=True)
+class Flux(Family):
+    """https://github.com/black-forest-labs/flux
+
+    Default targets are the projections of attention, in both kinds of blocks. In the single ones
+    the output is one layer with that of the feed-forward part (``proj_out``), and is left out.
+    """
+
+    title: ClassVar[str] = "FLUX.1"
+    pipeline: ClassVar[str] = "FluxPipeline"
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "transformer": "FluxTransformer2DModel",
+            "vae": "AutoencoderKL",
+            "text_encoder": "CLIPTextModel",
+            "text_encoder_2": "T5EncoderModel",
+        }
+    )
+    targets: ClassVar[tuple[str, ...]] = (
+        *("to_k", "to_q", "to_v", "to_out.0"),
+        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    )
+    guidance: ClassVar[float] = 3.5
+
+    @torch.no_grad()
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
+        sequence, pooled, _ = pipeline.encode_prompt(
+            list(prompts),
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"sequence": sequence, "pooled": pooled}
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
+    ) -> Tensor:
+        config: Any = model.config
+        count, _, height, width = noisy.shape
+        sequence = conditions["sequence"]
+        told = noisy.new_full((count,), self.guidance_scale) if config.guidance_embeds else None
+        tokens = model(
+            hidden_states=packed(noisy),
+            timestep=levels,  # the model takes it a thousandfold
+            guidance=told,
+            pooled_projections=conditions["pooled"],
+            encoder_hidden_states=sequence,
+            txt_ids=levels.new_zeros(sequence.shape[1], 3),
+            img_ids=places(1, height // 2, width // 2, device=levels.device),
+        ).sample
+        return unpacked(tokens, height, width)
+
+    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
+        return {
+            "prompt_embeds": positive["sequence"],
+            "pooled_prompt_embeds": positive["pooled"],
+            "guidance_scale": guidance,
+        }
+
+    def unpacked(self, latents: Tensor, side: int) -> Tensor:
+        return unpacked(latents, side // 8, side // 8)
+
+    def remark(self, name: str, pipeline: Any) -> str | None:
+        if pipeline.transformer.config.guidance_embeds:
+            return None
+        return (
+            f'"{name}" has no guidance embedding, as FLUX.1-schnell, which is distilled to a few'
+            " steps: training undoes that, so train on FLUX.1-dev."
+        )
+
+
+def places(*counts: int, device: torch.device) -> Tensor:
+    """Where tokens are on each axis, of ``counts`` places each: (product of counts, axes)."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))

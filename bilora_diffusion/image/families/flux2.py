@@ -1,0 +1,114 @@
+"""FLUX.2 klein: states of three layers of Qwen3, and latents normalized as patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from torch import Tensor, nn
+
+from ..latents import LatentSpace
+from .base import Conditions, Family
+from .flux import places
+
+SINGLE_BLOCKS = 48
+"""Of FLUX.2-dev, the most that there are; klein has 20 or 24."""
+
+
+@dataclass(frozen=True)
+class PatchSpace(LatentSpace):
+    """Latents (n, c, 2 h, 2 w) of the autoencoder as normalized patches, (n, 4 c, h, w)."""
+
+    def encode(self, latents: Tensor) -> Tensor:
+        return super().encode(nn.functional.pixel_unshuffle(latents, 2))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(super().decode(latents), 2)
+
+
+@dataclass(frozen=True)
+class Flux2Klein(Family):
+    """https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence
+
+    Default targets are the projections of attention, and in the single blocks, which are most of
+    the model, the two layers that these are one with.
+    """
+
+    title: ClassVar[str] = "FLUX.2 klein"
+    pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "transformer": "Flux2Transformer2DModel",
+            "vae": "AutoencoderKLFlux2",
+            "text_encoder": "Qwen3ForCausalLM",
+        }
+    )
+    targets: ClassVar[tuple[str, ...]] = (
+        *("to_k", "to_q", "to_v", "to_out.0"),
+        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+        "to_qkv_mlp_proj",
+        # One by one: a "to_out" is a list in the other blocks.
+        *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
+    )
+    guidance: ClassVar[float] = 4.0
+    steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
+
+    @torch.no_grad()
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
+        sequence, _ = pipeline.encode_prompt(
+            list(prompts),
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"sequence": sequence}
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
+    ) -> Tensor:
+        height, width = noisy.shape[2:]
+        sequence = conditions["sequence"]
+        tokens = model(
+            hidden_states=noisy.flatten(2).transpose(1, 2),
+            timestep=levels,  # the model takes it a thousandfold
+            encoder_hidden_states=sequence,
+            txt_ids=places(1, 1, 1, sequence.shape[1], device=levels.device),
+            img_ids=places(1, height, width, 1, device=levels.device),
+        ).sample
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def space(self, vae: Any) -> LatentSpace:
+        mean, variance = (
+            values.view(1, -1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var)
+        )
+        return PatchSpace(1.0, mean, (variance + vae.config.batch_norm_eps).sqrt(), drawn=False)
+
+    def mu(self, pipeline: Any, tokens: int) -> float:
+        return compute_empirical_mu(tokens, self.steps)
+
+    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
+        return {
+            "prompt_embeds": positive["sequence"],
+            "negative_prompt_embeds": negative["sequence"],
+            "guidance_scale": guidance,
+        }
+
+    def ready(self, sampler: Any) -> None:
+        # The pipeline hands latents back in the autoencoder's scale, as single pixels. With such
+        # statistics it leaves their values alone.
+        statistics = SimpleNamespace(running_mean=torch.zeros(1), running_var=torch.ones(1))
+        sampler.vae = SimpleNamespace(bn=statistics, config=SimpleNamespace(batch_norm_eps=0.0))
+
+    def unpacked(self, latents: Tensor, side: int) -> Tensor:
+        return nn.functional.pixel_unshuffle(latents, 2)
+
+    def remark(self, name: str, pipeline: Any) -> str | None:
+        if not pipeline.config.is_distilled:
+            return None
+        return (
+            f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
+            " on its base model, such as FLUX.2-klein-base-4B, and draw with this one."
+        )

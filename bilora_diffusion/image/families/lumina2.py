@@ -1,0 +1,81 @@
+"""Lumina-Image 2.0: time runs from noise to image, and Gemma 2 is told what it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from .base import Conditions, Family, padded
+
+
+@dataclass(frozen=True)
+class Lumina2(Family):
+    """https://arxiv.org/abs/2503.21758"""
+
+    title: ClassVar[str] = "Lumina 2"
+    pipeline: ClassVar[str] = "Lumina2Pipeline"
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "transformer": "Lumina2Transformer2DModel",
+            "vae": "AutoencoderKL",
+            "text_encoder": "Gemma2Model",
+        }
+    )
+    guidance: ClassVar[float] = 4.0
+
+    max_sequence_length: int = 256
+
+    @torch.no_grad()
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
+        # The image's tokens come one position after the text's last.
+        most = pipeline.transformer.config.axes_lens[0] - 1
+        if self.max_sequence_length > most:
+            raise UserError(
+                f"--max_sequence_length {self.max_sequence_length} is more than this {self.title}"
+                f" has positions for: give {most} at most."
+            )
+        sequence, mask, _, _ = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"sequence": [row[real.bool()] for row, real in zip(sequence, mask, strict=True)]}
+
+    def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
+        # The pipeline puts its system prompt before the prompt only. What is left of "" is the
+        # token that all texts begin with, and its state depends on nothing that follows.
+        return {"sequence": [row[:1] for row in empty["sequence"]]}
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
+    ) -> Tensor:
+        sequence, mask = padded(conditions["sequence"])
+        return -model(
+            noisy,
+            timestep=1 - levels,
+            encoder_hidden_states=sequence,
+            encoder_attention_mask=mask,
+        ).sample
+
+    def mu(self, pipeline: Any, tokens: int) -> float:
+        # The pipeline takes the channels of its latents, which it does not pack, for tokens.
+        return super().mu(pipeline, pipeline.transformer.config.in_channels)
+
+    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
+        # Equally long, as the pipeline demands.
+        sequence, mask = padded([*positive["sequence"], *negative["sequence"]])
+        (wanted, unwanted), (its_mask, the_other) = sequence.chunk(2), mask.chunk(2)
+        return {
+            "prompt_embeds": wanted,
+            "prompt_attention_mask": its_mask,
+            "negative_prompt_embeds": unwanted,
+            "negative_prompt_attention_mask": the_other,
+            "guidance_scale": guidance,
+        }

@@ -1,0 +1,73 @@
+"""What ComfyUI calls the layers that get adapters by default, by their names in diffusers.
+
+Facts read in its comfy/lora.py and comfy/utils.py of 2026: for these models it takes a key
+"transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file, and changes the weight of the layer of
+its own that the table names. "#" stands for a number and "[i]" for the i-th part of a weight that
+several of diffusers' layers are fused in. Lumina 2 is missing: ComfyUI has no such names for it.
+"""
+
+from __future__ import annotations
+
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
+_IMAGE = ("to_q", "to_k", "to_v")
+
+
+def _fused(ours: str, names: tuple[str, ...], theirs: str) -> dict[str, str]:
+    return {f"{ours}.{name}": f"{theirs}[{part}]" for part, name in enumerate(names)}
+
+
+_BLOCK, _SINGLE = "transformer_blocks.#.attn", "single_transformer_blocks.#.attn"
+_JOINT, _DOUBLE = "joint_blocks.#", "double_blocks.#"
+
+_FLUX = {
+    **_fused(_BLOCK, _IMAGE, f"{_DOUBLE}.img_attn.qkv"),
+    **_fused(_BLOCK, _TEXT, f"{_DOUBLE}.txt_attn.qkv"),
+    f"{_BLOCK}.to_out.0": f"{_DOUBLE}.img_attn.proj",
+    f"{_BLOCK}.to_add_out": f"{_DOUBLE}.txt_attn.proj",
+}
+_QWEN = (*_IMAGE, *_TEXT, "to_out.0", "to_add_out")
+_KREA = {
+    "transformer_blocks.#": "blocks.#",
+    "text_fusion.layerwise_blocks.#": "txtfusion.layerwise_blocks.#",
+    "text_fusion.refiner_blocks.#": "txtfusion.refiner_blocks.#",
+}
+_KREA_ATTENTION = {
+    "to_q": "wq",
+    "to_k": "wk",
+    "to_v": "wv",
+    "to_gate": "gate",
+    "to_out.0": "wo",
+}
+_Z_IMAGE = ("layers.#", "context_refiner.#", "noise_refiner.#")
+
+NAMES: dict[str, dict[str, str]] = {
+    "SD3Transformer2DModel": {
+        **_fused(_BLOCK, _IMAGE, f"{_JOINT}.x_block.attn.qkv"),
+        **_fused(_BLOCK, _TEXT, f"{_JOINT}.context_block.attn.qkv"),
+        **_fused("transformer_blocks.#.attn2", _IMAGE, f"{_JOINT}.x_block.attn2.qkv"),
+        f"{_BLOCK}.to_out.0": f"{_JOINT}.x_block.attn.proj",
+        f"{_BLOCK}.to_add_out": f"{_JOINT}.context_block.attn.proj",
+        "transformer_blocks.#.attn2.to_out.0": f"{_JOINT}.x_block.attn2.proj",
+    },
+    "FluxTransformer2DModel": _FLUX | _fused(_SINGLE, _IMAGE, "single_blocks.#.linear1"),
+    "Flux2Transformer2DModel": {
+        **_FLUX,
+        f"{_SINGLE}.to_qkv_mlp_proj": "single_blocks.#.linear1",
+        f"{_SINGLE}.to_out": "single_blocks.#.linear2",
+    },
+    "QwenImageTransformer2DModel": {f"{_BLOCK}.{name}": f"{_BLOCK}.{name}" for name in _QWEN},
+    "ZImageTransformer2DModel": {
+        ours: theirs
+        for block in _Z_IMAGE
+        for ours, theirs in {
+            **_fused(f"{block}.attention", _IMAGE, f"{block}.attention.qkv"),
+            f"{block}.attention.to_out.0": f"{block}.attention.out",
+        }.items()
+    },
+    "Krea2Transformer2DModel": {
+        f"{block}.attn.{ours}": f"{own}.attn.{theirs}"
+        for block, own in _KREA.items()
+        for ours, theirs in _KREA_ATTENTION.items()
+    },
+}
+"""By the class of the transformer in diffusers."""

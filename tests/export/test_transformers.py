@@ -1,0 +1,258 @@
+"""Files of transformers: what their pipelines, ComfyUI and conversions make of them."""
+
+from __future__ import annotations
+
+import inspect as signatures
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY, AdapterSpec
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import (
+    FILE_NAME,
+    convert,
+    inspect,
+    main,
+    save_diffusers,
+    training_facts,
+    verify,
+)
+from bilora_diffusion.export.kinds import KINDS
+from bilora_diffusion.image.families import of
+from tests.export.comfy_names import NAMES
+from tests.export.export_models import add_adapters, read_metadata
+from tests.image.tiny import FILES, made
+
+SD3 = "StableDiffusion3Pipeline"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def trained(kind: str, **options: Any) -> Any:
+    """A tiny pipeline whose transformer has a primary and an auxiliary of random values."""
+    pipeline = made(kind)
+    spec = AdapterSpec(target_modules=of(pipeline).targets, **{"rank": 2, "alpha": 3, **options})
+    model = add_adapters(pipeline.transformer, spec)
+    with torch.no_grad():
+        for parameter in adapters.parameters(model, PRIMARY):
+            parameter.mul_(0.3 if parameter.dim() > 1 else 1)
+    return pipeline
+
+
+def exported(folder: Path, pipeline: Any) -> Path:
+    facts = training_facts(method="bilora", rho=0.05)
+    models = {"transformer": pipeline.transformer}
+    return save_diffusers(folder, models, base_model="some/base", extra_metadata=facts)
+
+
+@torch.no_grad()
+def output(pipeline: Any) -> Tensor:
+    """The transformer's prediction for latents of noise and two prompts."""
+    family, random = of(pipeline), torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 64, 64, generator=random)
+    space = family.space(pipeline.vae)
+    latents = space.encode(space.distribution(pipeline.vae, pixels)[0])
+    told = family.embed(pipeline, ["a fox", "an icon of a cat"])
+    pipeline.transformer.eval()
+    return family.predict(pipeline.transformer, latents, torch.tensor([0.3, 0.8]), told)
+
+
+def pipeline_that_loads(kind: str) -> Any:
+    pipeline = made(kind)
+    if not hasattr(pipeline, "load_lora_weights"):
+        pytest.skip(f"diffusers' {kind} has no load_lora_weights")
+    return pipeline
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", FILES)
+def test_the_pipeline_loads_what_was_trained(kind: str, dora: bool, tmp_path: Path) -> None:
+    source, other = trained(kind, use_dora=dora), pipeline_that_loads(kind)
+    with adapters.only(source.transformer, [PRIMARY]):
+        expected = output(source)
+    exported(tmp_path, source)
+    models = {"transformer": source.transformer}
+    assert verify(tmp_path, models)["max_relative_difference"] < 2e-7
+    before = output(other)
+    other.load_lora_weights(tmp_path)
+    size = (expected - before).abs().max()
+    assert size > 1e-2
+    torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=1e-5)
+    other.unload_lora_weights()
+    assert torch.equal(output(other), before)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_keys_and_metadata(kind: str, tmp_path: Path) -> None:
+    pipeline = trained(kind)
+    file = exported(tmp_path, pipeline)
+    layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
+    sides = [f"transformer.{name}.lora_{side}.weight" for name in layers for side in "AB"]
+    assert set(load_file(file)) == set(sides)
+    contents = inspect(file)
+    assert contents.format == "diffusers"
+    assert contents.layers == {"transformer": len(layers)}
+    assert not contents.auxiliary
+    described = json.loads(contents.metadata["lora_adapter_metadata"])
+    assert all(name.startswith("transformer.") for name in described)
+    assert described["transformer.r"] == described["transformer.lora_alpha"] == 2
+    assert contents.metadata["ss_network_dim"] == "2"
+    assert "ss_network_module" not in contents.metadata  # kohya's module reads other keys
+    # the sizes are not those of the real model, so the file must not be offered to it
+    assert contents.metadata["modelspec.architecture"].endswith("-custom/lora")
+    assert contents.metadata["ss_base_model_version"].endswith("_custom")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_comfyui_finds_a_layer_for_every_key_of_the_models_that_the_docs_name(
+    kind: str, tmp_path: Path
+) -> None:
+    pipeline = trained(kind)
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", _page(), re.MULTILINE)
+    reads = {title: comfyui for title, _, comfyui in rows}
+    known = NAMES.get(type(pipeline.transformer).__name__)
+    assert reads[of(pipeline).title] == ("yes" if known else "no")
+    if known is None:
+        return
+    keys = load_file(exported(tmp_path, pipeline))
+    layers = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in keys}
+    places = set()
+    for layer in layers:
+        numbers = re.findall(r"(?<=s\.)\d+|(?<=refiner\.)\d+", layer)
+        name = re.sub(r"(?<=s\.)\d+|(?<=refiner\.)\d+", "#", layer.removeprefix("transformer."))
+        places.add((known[name], *numbers))
+    assert len(places) == len(layers)  # no two of them in one place
+
+
+def _page() -> str:
+    return (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("transformer", "options", "architecture", "version"),
+    [
+        (
+            "SD3Transformer2DModel",
+            {"num_layers": 24, "num_attention_heads": 24},
+            "stable-diffusion-3-medium",
+            "medium",
+        ),
+        (
+            "SD3Transformer2DModel",
+            {"num_layers": 38, "num_attention_heads": 38, "qk_norm": "rms_norm"},
+            "stable-diffusion-3-5-large",
+            "5-large",
+        ),
+        ("FluxTransformer2DModel", {"guidance_embeds": True}, "flux-1-dev", "flux1"),
+        ("FluxTransformer2DModel", {}, "flux-1-schnell", "flux1"),
+        ("FluxTransformer2DModel", {"in_channels": 384}, "flux-1-custom", "flux1_custom"),
+        ("Flux2Transformer2DModel", {}, "Flux.2-dev", "flux_2_dev"),
+        (
+            "Flux2Transformer2DModel",
+            {
+                "num_layers": 5,
+                "num_single_layers": 20,
+                "num_attention_heads": 24,
+                "guidance_embeds": False,
+            },
+            "Flux.2-klein-4b",
+            "flux_2_klein_4b",
+        ),
+        ("QwenImageTransformer2DModel", {}, "Qwen-Image", "qwen_image"),
+        ("ZImageTransformer2DModel", {}, "Z-Image", "z_image"),
+        ("Krea2Transformer2DModel", {}, "Krea-2", "krea2"),
+        ("Lumina2Transformer2DModel", {}, "lumina-2", "lumina2"),
+    ],
+)
+def test_the_real_models_are_named_by_their_sizes(
+    transformer: str, options: dict[str, Any], architecture: str, version: str
+) -> None:
+    parameters = signatures.signature(getattr(diffusers, transformer).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    config = SimpleNamespace(**{**defaults, **options})
+    assert KINDS[transformer].names(config) == (architecture, version)
+
+
+def test_a_transformer_of_another_class_is_called_by_it(tmp_path: Path) -> None:
+    class PixelTransformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q = nn.Linear(4, 4)
+
+    model = add_adapters(PixelTransformer(), AdapterSpec(target_modules=("to_q",)))
+    metadata = read_metadata(save_diffusers(tmp_path, {"transformer": model}, base_model="b"))
+    assert metadata["modelspec.architecture"] == "PixelTransformer-custom/lora"
+    assert metadata["ss_base_model_version"] == "PixelTransformer_custom"
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_around_the_formats(dora: bool, tmp_path: Path) -> None:
+    pipeline = trained(SD3, use_dora=dora)
+    source = exported(tmp_path / "run", pipeline)
+    peft = convert(source, "peft", tmp_path / "peft")
+    back = convert(peft, "diffusers", tmp_path / "back.safetensors")
+    assert _equal(back, source)
+    for key in ("modelspec.architecture", "ss_base_model_version", "bilora.rho"):
+        assert inspect(back).metadata[key] == inspect(source).metadata[key]
+    loaded: Any = PeftModel.from_pretrained(made(SD3).transformer, str(peft))
+    other = made(SD3)
+    other.load_lora_weights(source)
+    assert len(adapters.factors(loaded, PRIMARY)) == inspect(source).layers["transformer"]
+    expected = output(other)
+    other.transformer = loaded.base_model.model
+    torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=1e-5)
+
+
+def _equal(one: Path, other: Path) -> bool:
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_foreign_files_layers_are_known_for_a_transformers(kind: str, tmp_path: Path) -> None:
+    """PEFT's keys and those that diffusers' `save_lora_adapter` writes do not say it."""
+    source = exported(tmp_path / "run", trained(kind))
+    tensors = load_file(source)
+    for number, prefix in enumerate(("", "base_model.model.")):
+        given = tmp_path / f"{number}.safetensors"
+        keys = {key: prefix + key.removeprefix("transformer.") for key in tensors}
+        save_file({keys[key]: value for key, value in tensors.items()}, given)
+        assert _equal(convert(given, "diffusers", tmp_path / f"{number}-back.safetensors"), source)
+
+
+def test_kohyas_format_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    pipeline = trained(SD3)
+    models = {"transformer": pipeline.transformer}
+    with pytest.raises(UserError, match="SDXL only"):
+        save_diffusers(tmp_path / "run", models, base_model="some/base", kohya=True)
+    assert not (tmp_path / "run").exists()
+    source = exported(tmp_path / "run", pipeline)
+    assert main([str(source), "--to", "kohya"]) == 2
+    assert "diffusers' format" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE_NAME]
+    key = "lora_unet_double_blocks_0_img_attn_proj"
+    foreign = {f"{key}.lora_down.weight": torch.ones(2, 4)}
+    foreign[f"{key}.lora_up.weight"] = torch.ones(4, 2)
+    save_file(foreign, tmp_path / "flux.safetensors")
+    assert main([str(tmp_path / "flux.safetensors")]) == 0  # a look at it needs no names
+    with pytest.raises(UserError, match="double_blocks_0_img_attn_proj is no layer of SDXL"):
+        convert(tmp_path / "flux.safetensors", "diffusers")
+
+
+def test_a_folder_of_whole_models_is_no_adapter(tmp_path: Path) -> None:
+    made(SD3).transformer.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(UserError, match="is a folder without"):
+        convert(tmp_path, "peft")
+    shutil.copy(exported(tmp_path / "run", trained(SD3)), tmp_path)
+    assert set(inspect(tmp_path / FILE_NAME).layers) == {"transformer"}

@@ -1,0 +1,269 @@
+"""Every flow-matching model against diffusers' own pipeline, and its loss against the formula."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bilora_diffusion.adapters import AdapterSpec, inject
+from bilora_diffusion.adapters.access import layers
+from bilora_diffusion.adapters.targets import base_of, target_layers
+from bilora_diffusion.image.denoising import DreamBoothModule
+from bilora_diffusion.image.families import of
+from bilora_diffusion.image.families.base import Conditions, joined
+from bilora_diffusion.image.flow import FlowMatching
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import _sampler, generate
+from tests.image.tiny import FILES, flux, made, saved
+from tests.references.velocities import velocity
+
+SIDE = 64
+PROMPT = "a TOK icon of a rabbit, in the style of TOK"
+PROMPTS = [PROMPT, "an icon"]
+LONG = ", ".join([PROMPT] * 8)
+WITHOUT = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
+"""The guidance that is none; where it is 1, it is not here. FLUX.1 always is told one."""
+
+each_kind = pytest.mark.parametrize("kind", FILES)
+
+
+@cache
+def pipeline_of(kind: str) -> Any:
+    pipeline = made(kind)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.requires_grad_(False)
+    return pipeline
+
+
+def noise_of(pipeline: Any, seeds: list[int]) -> Tensor:
+    """(n, c, h, w), as a pipeline draws it from a generator for each image."""
+    shape = latents_of(pipeline, 1).shape
+    return torch.cat([torch.randn(shape, generator=generator(seed)) for seed in seeds])
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def latents_of(pipeline: Any, count: int) -> Tensor:
+    """Of images of noise, as the denoiser sees them."""
+    pixels = torch.rand(count, 3, SIDE, SIDE, generator=generator(5)) * 2 - 1
+    space = of(pipeline).space(pipeline.vae)
+    return space.encode(space.distribution(pipeline.vae, pixels)[0])
+
+
+def module_of(pipeline: Any, scheme: str) -> DreamBoothModule:
+    family = of(pipeline)
+    mu = family.mu(pipeline, family.tokens(SIDE))
+    schedule = FlowMatching.from_config(dict(pipeline.scheduler.config), mu, scheme=scheme)
+    return DreamBoothModule(family, pipeline.transformer, [], schedule)
+
+
+def inputs_of(pipeline: Any, told: Conditions, count: int) -> dict[str, Any]:
+    return {
+        "latents": latents_of(pipeline, count),
+        "noise": noise_of(pipeline, list(range(count))),
+        "index": torch.tensor([150, 420, 800])[:count],
+        "instance": torch.ones(count, dtype=torch.bool),
+        "time_ids": torch.zeros(count, 6),
+        **told,
+    }
+
+
+@each_kind
+@torch.no_grad()
+def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind: str) -> None:
+    pipeline = pipeline_of(kind)
+    family = of(pipeline)
+    told = family.embed(pipeline, PROMPTS)
+    untold = family.negative(pipeline, family.embed(pipeline, [""] * 2))
+    sampler = _sampler(family, pipeline)
+    output = sampler(
+        **family.sampling(told, untold, WITHOUT.get(kind, 1.0)),
+        generator=[generator(3), generator(4)],
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=2,
+        output_type="latent",
+    )
+    start = x = noise_of(pipeline, [3, 4])
+    for level, following in pairwise(sampler.scheduler.sigmas):
+        v = family.predict(pipeline.transformer, x, level.expand(2), told)
+        x = x + (following - level) * v
+    theirs = family.unpacked(output.images, SIDE)
+    assert theirs.shape == start.shape
+    assert (theirs - start).abs().max() > 0.1
+    torch.testing.assert_close(x, theirs, rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+def test_the_shift_is_the_pipelines(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = pipeline_of(kind)
+    family = of(pipeline)
+    seen: list[float | None] = []
+
+    class Seen(Exception):
+        pass
+
+    def set_timesteps(
+        self: Any,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        seen.append(mu)
+        raise Seen
+
+    monkeypatch.setattr(type(pipeline.scheduler), "set_timesteps", set_timesteps)
+    with pytest.raises(Seen):
+        pipeline(prompt=PROMPT, height=SIDE, width=SIDE)
+    if seen[0] is None:
+        assert not pipeline.scheduler.config.use_dynamic_shifting
+    else:
+        assert family.mu(pipeline, family.tokens(SIDE)) == pytest.approx(seen[0])
+
+
+@each_kind
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt"])
+def test_the_loss_is_the_formula(kind: str, scheme: str) -> None:
+    pipeline = pipeline_of(kind)
+    module = module_of(pipeline, scheme)
+    inputs = inputs_of(pipeline, of(pipeline).embed(pipeline, PROMPTS), 2)
+    with torch.no_grad():
+        losses = module(inputs)
+
+    levels = module.denoising.sigmas[inputs["index"]]  # pyright: ignore[reportAttributeAccessIssue]
+    s, x0, e = levels.double().view(-1, 1, 1, 1), inputs["latents"].double(), inputs["noise"]
+    v = velocity(pipeline, PROMPTS, ((1 - s) * x0 + s * e).float(), levels).double()
+    weight = s**-2 if scheme == "sigma_sqrt" else 1.0
+    expected = (weight * (v - (e - x0)) ** 2).mean(dim=(1, 2, 3))
+    assert expected.min() > 0.1
+    assert (expected[0] - expected[1]).abs() > 1e-3
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+@torch.no_grad()
+def test_the_loss_of_a_row_does_not_depend_on_the_others(kind: str) -> None:
+    pipeline = pipeline_of(kind)
+    family = of(pipeline)
+    module = module_of(pipeline, "none")
+    apart = [family.embed(pipeline, [prompt]) for prompt in (PROMPT, LONG, "")]
+    inputs = inputs_of(pipeline, {}, 3)
+    together = module({**inputs, **joined(apart)})
+    embedded = module({**inputs, **family.embed(pipeline, [PROMPT, LONG, ""])})
+    alone = [
+        module({**{name: rows[i : i + 1] for name, rows in inputs.items()}, **told})
+        for i, told in enumerate(apart)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, embedded, rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+def test_gradients_reach_every_default_target(kind: str) -> None:
+    pipeline = made(kind)
+    model, family = pipeline.transformer, of(pipeline)
+    spec = AdapterSpec(rank=2, target_modules=family.targets)
+    names = set(target_layers(model, spec))
+    inject(model, spec)
+    random = generator(0)
+    for _, layer in layers(model):
+        B: Any = layer.lora_B["default"].weight
+        torch.nn.init.normal_(B, generator=random)
+        base_of(layer).weight.requires_grad_(True)
+    told = family.embed(pipeline, PROMPTS)
+    module_of(pipeline, "none")(inputs_of(pipeline, told, 2)).mean().backward()
+
+    def moved(weight: Any) -> bool:
+        return weight.grad is not None and bool(weight.grad.abs().max() > 0)
+
+    reached = {
+        name
+        for name, layer in layers(model)
+        if all(moved(side["default"].weight) for side in (layer.lora_A, layer.lora_B))
+    }
+    # Where the last block gives out no text, nothing reads the text's queries.
+    unread = {name for name, layer in layers(model) if not moved(base_of(layer).weight)}
+    last = f"transformer_blocks.{len(getattr(model, 'transformer_blocks', [])) - 1}.attn."
+    assert unread <= {f"{last}add_q_proj", f"{last}to_add_out"}
+    assert reached == names - unread
+
+
+@each_kind
+@torch.no_grad()
+def test_decoding_latents_is_the_inverse_of_encoding(kind: str) -> None:
+    pipeline = pipeline_of(kind)
+    space = of(pipeline).space(pipeline.vae)
+    pixels = torch.rand(2, 3, SIDE, SIDE, generator=generator(0)) * 2 - 1
+    latents, _ = space.distribution(pipeline.vae, pixels)
+    encoded = space.encode(latents)
+    assert encoded.shape == latents_of(pipeline, 2).shape
+    assert (encoded.shape != latents.shape) or (encoded - latents).abs().max() > 1e-3
+    torch.testing.assert_close(space.decode(encoded), latents, rtol=1e-5, atol=1e-6)
+
+
+@each_kind
+def test_images_equal_the_pipelines(kind: str) -> None:
+    pipeline = pipeline_of(kind)
+    family = of(pipeline)
+    (ours,) = generate(pipeline, [PROMPT], [7], size=SIDE, steps=2)
+    guided = {"guidance_scale": family.guidance}
+    if kind == "QwenImagePipeline":
+        guided = {"true_cfg_scale": family.guidance, "negative_prompt": ""}
+    (theirs,) = pipeline(
+        prompt=PROMPT,
+        generator=generator(7),
+        num_inference_steps=2,
+        height=SIDE,
+        width=SIDE,
+        max_sequence_length=family.max_sequence_length,
+        **guided,
+    ).images
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
+    assert difference.max() <= 1
+    assert np.asarray(theirs).std() > 5
+
+
+@each_kind
+def test_a_saved_pipeline_loads(kind: str, tmp_path: Path) -> None:
+    loaded = load_pipeline(str(saved(kind, tmp_path / "model")), dtype=torch.float32)
+    assert type(loaded).__name__ == kind
+    known = pipeline_of(kind)
+    for name, tensor in known.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[name], tensor)
+    a, b = (of(pipeline).embed(pipeline, [PROMPT]) for pipeline in (known, loaded))
+    for name, rows in a.items():
+        torch.testing.assert_close(rows[0], b[name][0])
+
+
+@each_kind
+def test_distilled_models_are_remarked_on_and_no_others(kind: str) -> None:
+    pipeline = made(kind)
+    remark = of(pipeline).remark
+    assert remark("org/model", pipeline) is None
+    if kind == "FluxPipeline":
+        pipeline.transformer.register_to_config(guidance_embeds=False)
+    elif "is_distilled" in pipeline.config:
+        pipeline.register_to_config(is_distilled=True)
+    elif kind != "ZImagePipeline":
+        return
+    assert '"org/model-Turbo"' in (remark("org/model-Turbo", pipeline) or "")
+
+
+@torch.no_grad()
+def test_a_flux_model_without_guidance_embedding_is_not_told_any() -> None:
+    pipeline = flux.pipeline(guidance_embeds=False)
+    family, x, levels = of(pipeline), noise_of(pipeline, [0, 1]), torch.tensor([0.3, 0.7])
+    v = family.predict(pipeline.transformer, x, levels, family.embed(pipeline, PROMPTS))
+    torch.testing.assert_close(v, velocity(pipeline, PROMPTS, x, levels))

@@ -1,0 +1,94 @@
+"""What only some of the flow-matching models have: distilled ones, limits, a system prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.families import of
+from bilora_diffusion.image.families.base import Family
+from bilora_diffusion.image.flow import FlowMatching
+from bilora_diffusion.image.sampling import _sampler
+from tests.image.tiny import krea2, lumina2, qwen_image
+
+SIDE, STEPS = 64, 10
+
+
+def drawn_levels(pipeline: Any) -> torch.Tensor:
+    """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
+    family = of(pipeline)
+    sampler = _sampler(family, pipeline)
+    told = family.embed(pipeline, ["an icon"])
+    sampler(
+        **family.sampling(told, family.negative(pipeline, told), 0.0),
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=STEPS,
+        output_type="latent",
+    )
+    return sampler.scheduler.sigmas[:-1]
+
+
+@pytest.mark.parametrize("make", [lambda: krea2.pipeline(is_distilled=True), lumina2.pipeline])
+def test_levels_that_depend_on_the_resolution_are_the_pipelines(make: Callable[[], Any]) -> None:
+    pipeline = make()
+    levels = qwen_image.shifted(num_train_timesteps=STEPS, max_image_seq_len=6400)
+    pipeline.register_modules(scheduler=levels)
+    family: Family = of(pipeline)
+    mu = family.mu(pipeline, family.tokens(SIDE))
+    ours = FlowMatching.from_config(dict(levels.config), mu).sigmas
+    torch.testing.assert_close(ours, drawn_levels(pipeline))
+
+
+def test_a_distilled_krea_2_is_remarked_upon() -> None:
+    base, distilled = krea2.pipeline(), krea2.pipeline(is_distilled=True)
+    assert of(base).remark("krea", base) is None
+    assert '"krea" is distilled' in of(distilled).remark("krea", distilled)
+
+
+def test_a_qwen_image_that_diffusers_cannot_run_is_refused() -> None:
+    pipeline = qwen_image.pipeline(guidance_embeds=True)
+    with pytest.raises(UserError, match='"qwen" has guidance_embeds'):
+        of(pipeline).require_fit("qwen", pipeline)
+
+
+def test_prompts_longer_than_lumina_2_has_positions_are_refused() -> None:
+    pipeline = lumina2.pipeline()
+    family = of(pipeline)
+    with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give 299 at most"):
+        replace(family, max_sequence_length=300).embed(pipeline, ["an icon"])
+    told = replace(family, max_sequence_length=299).embed(pipeline, ["an icon " * 99])
+    (rows,) = told["sequence"]
+    assert len(rows) == 299
+    noisy, levels = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
+    assert torch.isfinite(family.predict(pipeline.transformer, noisy, levels, told)).all()
+
+
+@torch.no_grad()
+def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from() -> None:
+    pipeline = lumina2.pipeline()
+    family = of(pipeline)
+    (ours,) = family.negative(pipeline, family.embed(pipeline, [""]))["sequence"]
+    _, _, theirs, mask = pipeline.encode_prompt("an icon", negative_prompt="")
+    torch.testing.assert_close(ours, theirs[mask.bool()])
+    assert len(family.embed(pipeline, [""])["sequence"][0]) > len(ours)
+
+
+@torch.no_grad()
+def test_an_image_is_one_frame_of_a_video() -> None:
+    pipeline = qwen_image.pipeline()
+    vae, pixels = pipeline.vae, torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    space = of(pipeline).space(vae)
+    mean, std = space.distribution(vae, pixels)
+    posterior = vae.encode(pixels[:, :, None]).latent_dist
+    assert torch.equal(mean, posterior.mean[:, :, 0])
+    assert torch.equal(std, posterior.std[:, :, 0])
+    scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)
+    shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1)
+    torch.testing.assert_close(space.encode(mean), (mean - shift) / scale)
+    assert torch.equal(space.pixels(vae, mean), vae.decode(mean[:, :, None]).sample[:, :, 0])

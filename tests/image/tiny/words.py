@@ -1,0 +1,73 @@
+"""Small tokenizers of the classes that the models have, made in code, and Qwen3 for one."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Tokenizer, Qwen3Config, T5Tokenizer
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
+    " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+"""What Qwen-Image puts before a prompt: 34 tokens for Qwen's tokenizer, and for the one here."""
+
+WORDS = " a icon in style TOK rabbit photo of"
+STARTS = ("system", "Describe", "user", "assistant")
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """Byte-level BPE that knows the words of the templates whole; right padding, and the length
+    that Qwen's has.
+    """
+    vocab = {
+        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    merges: list[tuple[str, str]] = []
+    words = re.findall("[A-Za-z]+", re.sub(r"<\|\w+\|>", " ", TEMPLATE) + WORDS)
+    # Merges are applied in this order: words after a space first, so that no other splits them.
+    for word in (*(f"Ġ{word}" for word in words), *STARTS):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab[word[:end]] = len(vocab)
+                merges.append((word[: end - 1], word[end - 1]))
+    pairs: Any = merges
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=pairs, model_max_length=131072)
+    marks: Any = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.chat_template = CHAT
+    assert len(tokenizer(TEMPLATE).input_ids) == 34
+    return tokenizer
+
+
+def qwen3(vocabulary: int, width: int, depth: int) -> Qwen3Config:
+    """Two heads; as many positions as Qwen3 has, fewer than its tokenizer's length."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
+
+
+def t5_tokenizer() -> Any:
+    """Unigrams: characters and a few words."""
+    words = [f"▁{word}" for word in (*WORDS.split(), *string.ascii_lowercase)]
+    letters = sorted(set(string.ascii_letters + string.digits + string.punctuation))
+    scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -4.0}
+    scores |= dict.fromkeys(words, -2.0) | dict.fromkeys(letters, -3.0)
+    return T5Tokenizer(vocab=list(scores.items()), extra_ids=1, model_max_length=512)
