@@ -65,11 +65,13 @@ class BiLoRA(Counting):
         self._layers: list[tuple[str, adapters.LoraLayer]] = []
         self._optimizer: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
-        self._scales: list[float] = []  # what the norm of each layer's B A is multiplied with
+        self._scales: list[float] = []  # what the norm of each layer's B2 A2 is multiplied with
+        self._primary: list[float] = []  # and of its B1 A1
         self._last: ball.Projection | None = None
         self._auto: radius.AutoRadius | None = None
         self._loss: Tensor | None = None  # of the step that is being taken
         self._gamma: Tensor | None = None
+        self._bound: Tensor | float = math.inf  # the radius, where it sets itself
         self._halves: list[int] = []  # of a power iteration: whose turn it is on each layer
         self._probe = rounding.Probe()
 
@@ -93,8 +95,8 @@ class BiLoRA(Counting):
         self._layers = self.layers(AUXILIARY)
         self._scales = radius.scales(self._layers, self.options.rho_norm)
         if self.sets_rho:
-            most = radius.MOST * radius.of_weights(self._layers, self._scales)
-            self._auto = radius.AutoRadius(self.options.loss_rise, most)
+            self._auto = radius.AutoRadius(self.options.loss_rise)
+            self._primary = radius.scales(self._layers, self.options.rho_norm, PRIMARY)
         if self._power:
             for name, A, B, _ in self._factors():
                 if A.shape[0] > min(A.shape[1], B.shape[0]):
@@ -234,6 +236,7 @@ class BiLoRA(Counting):
         self._halves = list(state.get("halves", ()))
         if self._auto is not None:
             self._auto.load_state_dict(state["radius"], self._factors()[0].A.device)
+            self._bound = math.inf if self._auto.rho is None else self._auto.rho
         self._probe.arm(self._layers, self.taken)
 
     @property
@@ -260,7 +263,7 @@ class BiLoRA(Counting):
     def _radius(self) -> float | Tensor:
         """rho of the step that is being taken."""
         if self._auto is not None:
-            return self._auto.bound
+            return self._bound
         if not self.depends_on_length:
             return self.rho
         progress = self.options.progress(max(1, self.taken))
@@ -279,7 +282,8 @@ class BiLoRA(Counting):
     def _after_step(self, *_: Any) -> None:
         self.taken += 1
         if self._auto is not None and self._loss is not None and self._gamma is not None:
-            self._auto.update(self._loss, self._gamma)
+            moved = ball.frobenius_norm(radius.changes(self._layers, self._primary))
+            self._bound = self._auto.update(self._loss, self._gamma, moved)
             self._loss = None  # each step tells its own
         self._last = self.project()
         if self._auto is not None:

@@ -11,19 +11,20 @@ with tau the wanted share. The slope gamma / ||E|| is averaged and not gamma its
 each change of rho late and so would overshoot; and its root mean square and not its mean, since a
 primary that leans on the auxiliary makes it negative, which is a reason to shrink the ball, not to
 widen it. The radius starts at the norm that the auxiliary has after its first step, and never
-passes a share of the norm of the weights.
+passes a share of how far the primary has come: where the loss is flat at first, as of a classifier
+that knows nothing yet, no radius would move it by tau, and a ball that grew all the same would keep
+the primary from learning.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import adapters
-from ..adapters import AUXILIARY
+from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..errors import UserError
 from .ball import wide
 
@@ -31,18 +32,20 @@ DECAY = 0.98
 """Of both running means, which reach back over fifty steps: over ten, the radius swings."""
 DOWN, UP = 0.9, 1.1
 """What the radius is multiplied with in one step lies between them."""
-MOST = 0.05
-"""Of the norm of the adapted weights, in the measure of the radius."""
+MOST = 0.4
+"""Of the norm of the primary's change of the weights, in the measure of the radius."""
 _LEAST = 1e-30
 
 
-def scales(layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str) -> list[float]:
-    """What the norm of each layer's B2 A2 is multiplied with: s, 1 ("unscaled") or s / ||W||_F
+def scales(
+    layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str, adapter: str = AUXILIARY
+) -> list[float]:
+    """What the norm of each layer's B A is multiplied with: s, 1 ("unscaled") or s / ||W||_F
     ("relative", in which rescaling a layer's weights changes nothing).
     """
     if rho_norm == "unscaled":
         return [1.0] * len(layers)
-    scaled = [float(layer.scaling[AUXILIARY]) for _, layer in layers]
+    scaled = [float(layer.scaling[adapter]) for _, layer in layers]
     if rho_norm == "scaled":
         return scaled
     norms = [adapters.weight_norm(layer) for _, layer in layers]
@@ -54,15 +57,29 @@ def scales(layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str) -> l
     return [s / norm for s, norm in zip(scaled, norms, strict=True)]
 
 
-def of_weights(
+def changes(
     layers: Sequence[tuple[str, adapters.LoraLayer]], measures: Sequence[float]
-) -> float:
-    """The norm of the base weights under the auxiliary, in the measure that `scales` gave."""
-    sizes = [
-        adapters.weight_norm(layer) * measure / float(layer.scaling[AUXILIARY])
-        for (_, layer), measure in zip(layers, measures, strict=True)
+) -> list[adapters.Factors]:
+    """How the primary changes each layer's weight: B A, without the first values that an init took
+    out of the weight, as [B, -B0] [A; A0].
+
+    Args:
+        measures: what the norms are multiplied with, as `scales` gives them for the primary.
+    """
+    own = adapters.factors_of(layers, PRIMARY)
+    held = [pair for pair in layers if INITIAL in pair[1].lora_A]
+    first = {factors.name: factors for factors in adapters.factors_of(held, INITIAL)}
+    return [
+        factors._replace(scale=measure)
+        if factors.name not in first
+        else adapters.Factors(
+            factors.name,
+            torch.cat([factors.A, first[factors.name].A]),
+            torch.cat([factors.B, -first[factors.name].B], dim=1),
+            measure,
+        )
+        for factors, measure in zip(own, measures, strict=True)
     ]
-    return math.hypot(*sizes)
 
 
 class AutoRadius:
@@ -70,15 +87,14 @@ class AutoRadius:
 
     Args:
         tau: the share of the loss by which the auxiliary is to move it.
-        most: the largest radius.
 
     Attributes:
         rho: the radius, 0-d; None before the first step.
         rise: gamma of the last step over its loss, 0-d; None before the second.
     """
 
-    def __init__(self, tau: float, most: float) -> None:
-        self.tau, self.most = tau, most
+    def __init__(self, tau: float) -> None:
+        self.tau = tau
         self.rho: Tensor | None = None
         self.rise: Tensor | None = None
         self._norm: Tensor | None = None  # of the auxiliary that the coming gradient sees
@@ -86,21 +102,18 @@ class AutoRadius:
         self._square: Tensor | None = None  # mean of the squared slope
         self._loss: Tensor | None = None
 
-    @property
-    def bound(self) -> Tensor | float:
-        """What the auxiliary is clipped to now."""
-        return self.most if self.rho is None else self.rho
-
     @torch.no_grad()
-    def update(self, loss: Tensor, gamma: Tensor) -> None:
-        """Set the radius after one more step.
+    def update(self, loss: Tensor, gamma: Tensor, moved: Tensor) -> Tensor:
+        """Set the radius after one more step, and give it.
 
         Args:
             loss: of the step, 0-d.
             gamma: <G, E> of the step, before its update, 0-d.
+            moved: norm of the primary's change of the weights after the step, 0-d.
         """
+        most = MOST * moved
         if self.rho is None or self._norm is None:
-            return  # the auxiliary was zero in the first step
+            return most  # the auxiliary was zero in the first step
         loss, gamma = loss.to(self.rho), gamma.to(self.rho)
         slope = gamma / self._norm.clamp_min(_LEAST)
         self._weight = self._mean(self._weight, torch.ones_like(loss))
@@ -110,10 +123,11 @@ class AutoRadius:
         # loss / weight over the root of square / weight
         expected = self.rho * (self._square * self._weight).sqrt()
         ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
-        self.rho = (self.rho * ratio.clamp(DOWN, UP)).clamp(max=self.most)
+        self.rho = torch.minimum(self.rho * ratio.clamp(DOWN, UP), most.to(self.rho))
+        return self.rho
 
     def projected(self, norm: Tensor) -> None:
-        """Tell the auxiliary's norm, 0-d, once it was clipped to `bound`."""
+        """Tell the auxiliary's norm, 0-d, once it was clipped to what `update` gave."""
         self._norm = norm
         if self.rho is None:
             self.rho = norm

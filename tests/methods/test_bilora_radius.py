@@ -24,11 +24,11 @@ TAU = 0.3
 
 
 def started(
-    model: nn.Module, lr: float = 5e-3, **options: Any
+    model: nn.Module, lr: float = 5e-3, init: str = "default", **options: Any
 ) -> tuple[Method, list[dict[str, Any]]]:
     method = create("bilora", MethodOptions(**{"rho": "auto", "loss_rise": TAU, **options}))
     torch.manual_seed(1)
-    spec = AdapterSpec(rank=3, alpha=6, target_modules=("0", "2"))
+    spec = AdapterSpec(rank=3, alpha=6, init=init, target_modules=("0", "2"))
     return method, method.setup([Target("model", model, spec, lr)])
 
 
@@ -141,29 +141,39 @@ def test_a_resumed_run_goes_on_to_the_bit() -> None:
     assert steps(other, again, optimizer, range(12, 24)) == expected
 
 
-def test_the_radius_never_passes_a_share_of_the_weights() -> None:
-    """However little the loss rises in comparison to what is asked for."""
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_the_radius_never_passes_a_share_of_the_primarys_change(init: str) -> None:
+    """However little the loss moves in comparison to what is asked for."""
     model = two_layers()
-    method, groups = started(model, loss_rise=10.0)
-    weights = [p for name, p in model.named_parameters() if name.endswith("base_layer.weight")]
-    whole = math.sqrt(sum(float(w.square().sum()) for w in weights))
+    weights = [layer.weight.detach().clone() for layer in (model[0], model[2])]
+    method, groups = started(model, loss_rise=10.0, init=init)
     optimizer = torch.optim.AdamW(groups)
     method.bind(optimizer)
-    rows = steps(method, model, optimizer, range(STEPS))
-    assert rows[-1]["rho"] == pytest.approx(radius.MOST * whole)
-    assert all(row["auxiliary_norm"] <= radius.MOST * whole * (1 + 1e-6) for row in rows)
+    for k in range(STEPS):
+        (row,) = steps(method, model, optimizer, range(k, k + 1))
+        with method.evaluating():
+            now = [effective(layer) for _, layer in adapters.layers(model)]
+        moved = math.hypot(*(float((a - b).norm()) for a, b in zip(now, weights, strict=True)))
+        assert row["rho"] <= radius.MOST * moved * (1 + 1e-9)
+    assert row["rho"] == pytest.approx(radius.MOST * moved)
+
+
+def effective(layer: Any) -> Tensor:
+    """The weight that acts where the primary alone does."""
+    inputs = torch.eye(layer.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        return (layer(inputs) - layer(torch.zeros_like(inputs))).T
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) -> None:
     """A negative slope is that of a primary which leans on the auxiliary."""
-    auto = radius.AutoRadius(0.1, most=100.0)
+    auto = radius.AutoRadius(0.1)
     norm = torch.tensor(2.0, dtype=torch.float64)
     for _ in range(30):
         auto.projected(norm)
         gamma = sign * 0.5 * norm  # half of the loss at a radius of 1
-        auto.update(torch.ones_like(norm), gamma)
-        norm = torch.as_tensor(auto.bound)
+        norm = auto.update(torch.ones_like(norm), gamma, moved=100 * norm)
     assert float(norm) == pytest.approx(0.2, rel=1e-2)
 
 

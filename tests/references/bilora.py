@@ -187,7 +187,7 @@ class AutoRadius:
         layers: what is trained; the auxiliary is zero.
         tau: the share of the loss by which the auxiliary is to move it.
         rho_norm: what norms are taken in.
-        most: the largest share of the weights' norm that the radius may be.
+        most: the largest share of the norm of the primary's change that the radius may be.
     """
 
     layers: list[Layer]
@@ -199,23 +199,25 @@ class AutoRadius:
     slopes: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
-    def sizes(self) -> list[float]:
-        """What each layer's ||B2 A2|| is multiplied with."""
+    def sizes(self, adapter: int) -> list[float]:
+        """What each layer's ||B A|| of the adapter 1 or 2 is multiplied with."""
         if self.rho_norm == "unscaled":
             return [1.0 for _ in self.layers]
+        scales = [layer.s1 if adapter == 1 else layer.s2 for layer in self.layers]
         if self.rho_norm == "scaled":
-            return [layer.s2 for layer in self.layers]
-        return [layer.s2 / float(torch.linalg.matrix_norm(layer.W0)) for layer in self.layers]
+            return scales
+        norms = [float(torch.linalg.matrix_norm(layer.W0)) for layer in self.layers]
+        return [s / norm for s, norm in zip(scales, norms, strict=True)]
 
     def c(self) -> float:
         """The auxiliary's norm."""
-        pairs = zip(self.sizes(), self.layers, strict=True)
+        pairs = zip(self.sizes(2), self.layers, strict=True)
         return math.sqrt(sum(float(((s * own.B2 @ own.A2) ** 2).sum()) for s, own in pairs))
 
     def limit(self) -> float:
-        """The largest radius: a share of the norm of W0 in the same measure."""
-        pairs = zip(self.sizes(), self.layers, strict=True)
-        whole = sum(float(((s / own.s2 * own.W0) ** 2).sum()) for s, own in pairs)
+        """The largest radius: a share of the norm of the primary's change in the same measure."""
+        pairs = zip(self.sizes(1), self.layers, strict=True)
+        whole = sum(float(((s * own.B1 @ own.A1) ** 2).sum()) for s, own in pairs)
         return self.most * math.sqrt(whole)
 
     def step(self, rules: list[dict[str, SGD | AdamW]], x: Tensor, y: Tensor) -> dict[str, float]:
