@@ -101,12 +101,12 @@ class DreamBooth:
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
         self.prompts = PromptCache(self.pipeline, device, self.family)
-        texts = self.stream.captions()
+        # Each on its own: what is measured and drawn must not change how captions are rounded.
+        self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
-            texts += self.validation.prompts(self.cfg.instance_prompt)
+            self.prompts.add(self.validation.prompts(self.cfg.instance_prompt))
         if self.cfg.validation_prompts:
-            texts += [*self.cfg.validation_prompts, ""]
-        self.prompts.add(texts)
+            self.prompts.add([*self.cfg.validation_prompts, ""])
         if self.family.flow:
             self.prompts.release()
 
