@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 
 from ..errors import UserError
 from ..train.soundness import reading, require_words
@@ -90,6 +89,8 @@ def require_scheduler(name: str, scheduler: Any, *, flow: bool) -> None:
             f"{what} is a {kind}, which has no noise levels that Stable Diffusion XL is trained on:"
             f" {fix}."
         )
+    from diffusers import DDPMScheduler  # here, so that options are read without it
+
     trained: Any = reading(what, fix, lambda: DDPMScheduler.from_config(scheduler.config))
     levels = trained.alphas_cumprod
     if not bool(torch.isfinite(levels).all() and (levels >= 0).all() and (levels < 1).all()):
