@@ -43,7 +43,7 @@ Course = list[tuple[int, float]]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mini.yaml"
 COURSE = (
     *("--validation_epochs", "17"),  # images at half of the recipe's steps and at their end
-    *("--validation_loss_steps", "25", "--validation_part", "1/4"),  # 32 icons: a few seconds each
+    *("--validation_loss_steps", "40", "--validation_part", "1/4"),  # 32 icons: a few seconds each
 )
 
 
