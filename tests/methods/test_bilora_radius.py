@@ -144,7 +144,7 @@ def test_a_resumed_run_goes_on_to_the_bit() -> None:
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_the_radius_never_passes_a_share_of_the_primarys_change(init: str) -> None:
     """However little the loss moves in comparison to what is asked for."""
-    model = two_layers()
+    model: Any = two_layers()
     weights = [layer.weight.detach().clone() for layer in (model[0], model[2])]
     method, groups = started(model, loss_rise=10.0, init=init)
     optimizer = torch.optim.AdamW(groups)

@@ -157,8 +157,16 @@ class Family:
         return least + (most - least) * (tokens - low) / (high - low)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        """Arguments of the pipeline's call: the embedded prompts and the guidance."""
-        raise NotImplementedError
+        """Arguments of the pipeline's call: the embedded prompts and the guidance; here of those
+        that take a sequence and one pooled vector of each prompt.
+        """
+        return {
+            "prompt_embeds": positive["sequence"],
+            "pooled_prompt_embeds": positive["pooled"],
+            "negative_prompt_embeds": negative["sequence"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+            "guidance_scale": guidance,
+        }
 
     def ready(self, sampler: Any) -> None:
         """Give a pipeline that has denoiser and scheduler only what else its call reads."""

@@ -59,15 +59,6 @@ class StableDiffusion3(Family):
             pooled_projections=conditions["pooled"],
         ).sample
 
-    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        return {
-            "prompt_embeds": positive["sequence"],
-            "pooled_prompt_embeds": positive["pooled"],
-            "negative_prompt_embeds": negative["sequence"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-            "guidance_scale": guidance,
-        }
-
     def require_resolution(self, resolution: int, pipeline: Any) -> None:
         super().require_resolution(resolution, pipeline)
         config = pipeline.transformer.config

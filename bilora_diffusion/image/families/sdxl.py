@@ -53,15 +53,6 @@ class StableDiffusionXL(Family):
         added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
         return model(noisy, levels, conditions["sequence"], added_cond_kwargs=added).sample
 
-    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        return {
-            "prompt_embeds": positive["sequence"],
-            "pooled_prompt_embeds": positive["pooled"],
-            "negative_prompt_embeds": negative["sequence"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-            "guidance_scale": guidance,
-        }
-
     def require_fit(self, name: str, pipeline: Any) -> None:
         _require_unet(name, pipeline)
         require_vae(name, pipeline.vae)
