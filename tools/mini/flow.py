@@ -72,12 +72,8 @@ class Conditioner:
             folder / "text_encoder_2", dtype=torch.float32
         )
         projected = CLIPTextModelWithProjection(first.config)
-        missing, _ = projected.load_state_dict(second.state_dict() | _named(first), strict=False)
-        if missing:
-            raise ValueError(f"the first text encoder lacks {missing}")
-        width = first.config.hidden_size
-        projected.text_projection = nn.Linear(width, width, bias=False)
-        nn.init.eye_(projected.text_projection.weight)
+        projection = {"text_projection.weight": torch.eye(first.config.hidden_size)}
+        projected.load_state_dict(_named(first) | projection)
         self.encoders = [projected.eval().requires_grad_(False), second.requires_grad_(False)]
 
     @torch.no_grad()
