@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,12 @@ def test_the_states_of_a_folder(tmp_path: Path) -> None:
     assert cells.state(tmp_path) == "finished"
 
 
-def when(file: Path, act: Callable[[], object]) -> threading.Thread:
-    """Acts in a thread of its own once a file is there."""
+def when(files: Sequence[Path], act: Callable[[], object]) -> threading.Thread:
+    """Acts in a thread of its own once the files are there."""
 
     def wait() -> None:
         patience = time.monotonic() + 100  # a busy machine may take long to start a process
-        while not file.exists() and time.monotonic() < patience:
+        while not all(map(Path.exists, files)) and time.monotonic() < patience:
             time.sleep(0.01)
         act()
 
@@ -146,7 +146,8 @@ def test_an_interrupt_ends_all_running_cells(
 ) -> None:
     before = signal.signal(signal.SIGINT, sigint)
     runner = dataclasses.replace(runner, jobs=2)
-    thread = when(runner.runs_dir / "b" / "pid", lambda: os.kill(os.getpid(), end))
+    running = [runner.runs_dir / name / "pid" for name in "ab"]  # whichever is the later one
+    thread = when(running, lambda: os.kill(os.getpid(), end))
     try:
         with pytest.raises(KeyboardInterrupt):
             runner.run_all([cell(name, "--sleep") for name in "abc"])
@@ -167,7 +168,7 @@ def test_a_cell_that_outlived_its_sweep_is_waited_for(
         fcntl.flock(log, fcntl.LOCK_EX)
         left = subprocess.Popen(runner.command(cell("a", "--wait")), stdout=log)
     go = runner.runs_dir / "go"
-    thread = when(runner.runs_dir / "a" / "pid", lambda: (time.sleep(0.3), go.touch()))
+    thread = when([runner.runs_dir / "a" / "pid"], lambda: (time.sleep(0.3), go.touch()))
     (outcome,) = runner.run_all([cell("a", "--wait")])
     thread.join()
     assert left.wait() == 0
