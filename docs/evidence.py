@@ -56,9 +56,9 @@ class Claim:
     """One claim.
 
     Args:
-        name: C1 to C12.
+        name: C1 to C12 of the paper, F1 and so on of our own findings.
         says: it, in a sentence.
-        where: in the paper.
+        where: in the paper; what was done, of a finding.
         command: what measures it.
         checks: where to look for it.
         untested: why it can't be tested here, "" if it can.
@@ -158,12 +158,13 @@ def claims() -> list[Claim]:
 
 def page() -> Iterable[str]:
     """The parts of the page after its head: a table of verdicts, then each claim's figures."""
-    rows, sections = [], []
+    rows: dict[str, list[tuple[str, ...]]] = {"C": [], "F": []}
+    sections = []
     for claim in claims():
         found = [figure(check) for check in claim.checks]
         verdicts = [verdict(c, f) for c, f in zip(claim.checks, found, strict=True)]
         said = overall(claim, verdicts)
-        rows.append((claim.name, claim.says, f"**{said}**"))
+        rows[claim.name[0]].append((claim.name, claim.says, f"**{said}**"))
         sections += [
             f"### {claim.name}: {claim.says}",
             f"{claim.where}. Here: **{said}**"
@@ -173,7 +174,11 @@ def page() -> Iterable[str]:
             triples = zip(claim.checks, found, verdicts, strict=True)
             sections.append(table(_HEAD, (_line(c, f, v) for c, f, v in triples)))
         sections.append(f"```bash\n{claim.command.strip()}\n```")
-    return [table(("claim", "of the paper", "here"), rows), *sections]
+    return [
+        table(("claim", "of the paper", "here"), rows["C"]),
+        table(("finding", "of ours", "here"), rows["F"]),
+        *sections,
+    ]
 
 
 _HEAD = ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict")
