@@ -198,9 +198,10 @@ def check_inputs(values: dict[str, Any]) -> None:
         read_part(values["validation_part"])
     for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):
         if values[name] is not None and values[name] not in BUILT_IN:
-            _check_folder_or_id(f"--{name}", values[name])
+            what = "an autoencoder" if "vae" in name else "images"
+            _check_folder_or_id(f"--{name}", values[name], what)
     if values["instance_data_dir"] is not None:
-        _check_images("--instance_data_dir", values["instance_data_dir"])
+        _check_folder("--instance_data_dir", values["instance_data_dir"])
     if values["class_data_dir"] is not None:
         _check_class_folder(values)
     if values["hub_model_id"] is not None:
@@ -250,12 +251,12 @@ def _check_model(values: dict[str, Any]) -> None:
         raise UserError(f'--variant "{variant}" is not among the files of "{model}": drop it.')
 
 
-def _check_folder_or_id(flag: str, value: str) -> None:
+def _check_folder_or_id(flag: str, value: str, what: str = "images") -> None:
     if folder_or_id(value, flag) is not None:
-        _check_images(flag, value)
+        _check_folder(flag, value, what)
 
 
-def _check_images(flag: str, value: str) -> None:
+def _check_folder(flag: str, value: str, what: str = "images") -> None:
     path = Path(value).expanduser()
     if not path.exists():
         raise UserError(f'{flag} "{value}" does not exist: correct the path.')
@@ -266,7 +267,7 @@ def _check_images(flag: str, value: str) -> None:
     except OSError as error:
         raise UserError(f'{flag} "{value}" may not be read: change its permissions.') from error
     if empty:
-        raise UserError(f'{flag} "{value}" is an empty folder: put images into it.')
+        raise UserError(f'{flag} "{value}" is an empty folder: put {what} into it.')
 
 
 def _check_class_folder(values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..fit import require_scheduler, require_tokenizer
+from ..fit import require_channels, require_scheduler, require_tokenizer, require_vae
 from ..latents import LatentSpace
 
 Conditions = dict[str, Any]
@@ -93,6 +93,7 @@ class Family:
         flow: whether it predicts a velocity along straight paths (``flow``).
         guidance: with which its images are drawn by default.
         patch: pixels a side of the smallest patch that it sees, which divides the resolution.
+        packing: places of a latent whose channels are those of one token.
         max_sequence_length: tokens of a prompt, where the model leaves that open.
         guidance_scale: that a model with a guidance embedding is told in training.
     """
@@ -107,6 +108,7 @@ class Family:
     weighting: ClassVar[str] = "none"
     guidance: ClassVar[float] = 5.0
     patch: ClassVar[int] = 16
+    packing: ClassVar[int] = 1
     side: ClassVar[int] = 1024
     trains_encoders: ClassVar[bool] = False
 
@@ -212,6 +214,9 @@ class Family:
                     name, tokenizer, pipeline, encoder, cut="CLIP" in self.parts[part]
                 )
         require_scheduler(name, pipeline.scheduler, flow=self.flow)
+        require_vae(name, pipeline.vae)
+        if self.flow:
+            require_channels(name, self.model(pipeline), pipeline.vae, self.packing)
 
     def remark(self, name: str, pipeline: Any) -> str | None:
         """What to know of a model before it is trained, as one sentence, if there is something.

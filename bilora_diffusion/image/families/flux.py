@@ -35,6 +35,7 @@ class Flux(Family):
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
     )
+    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 3.5
 
     @torch.no_grad()

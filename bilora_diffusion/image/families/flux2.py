@@ -54,6 +54,7 @@ class Flux2Klein(Family):
         # One by one: a "to_out" is a list in the other blocks.
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
     )
+    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
 

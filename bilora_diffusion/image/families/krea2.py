@@ -34,6 +34,7 @@ class Krea2(Family):
         }
     )
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0", "to_gate")
+    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.5
 
     @torch.no_grad()
