@@ -159,7 +159,9 @@ class DreamBooth:
             **self.condition([v.caption for v in visits]),
         }
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
-        return MicroBatch(slots, tuple(v.name for v in visits[: len(slots)]), joined, inputs)
+        names = tuple(v.name for v in visits[: len(slots)])
+        levels = self.module.denoising.level(inputs["index"]).tolist()
+        return MicroBatch(slots, names, joined, inputs, tuple(map(float, levels)))
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Loss on held-out and on training images over the fixed grid; {} without a set."""
