@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
 from ..mini import ANIMALS, MINI
 from ..run.heldout_part import read_part
+from .bnb import quantization
 from .families import FAMILIES, SDXL, named
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -71,13 +72,15 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         given: names of the options that the user gave.
 
     Raises:
-        UserError: the file of validation prompts can't be read.
+        UserError: the file of validation prompts, or of settings for bitsandbytes, can't be read.
     """
     values = dict(values)
     for name in ("instance_data_dir", "class_data_dir"):
         if values[name] in BUILT_IN:
             values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     _apply_preset(values, given)
+    if values["bnb_quantization_config_path"] is not None:
+        values["quantize"] = quantization(values["bnb_quantization_config_path"])
     for one, other in (BATCH, BATCH[::-1]):
         if one in given and other not in given:
             values[other] = 1
@@ -106,13 +109,17 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
     preset = PRESETS.get(values["dataset_name"] or "")
     first = [values["validation_prompt"]] if values["validation_prompt"] else []
     values["validation_prompts"] = first + _prompts(values["validation_prompts"])
+    if values["final_validation_prompt"] and not values["validation_prompts"]:
+        values["validation_prompts"] = [values["final_validation_prompt"]]
+        if "validation_epochs" not in given:
+            values["validation_epochs"] = None  # at the end alone
     if preset is not None:
         # An instance prompt that is given is meant to be used, so captions give way to it.
         if not given & {"caption_column", "instance_prompt"}:
             values["caption_column"] = preset.caption_column
         if "instance_prompt" not in given:
             values["instance_prompt"] = preset.instance_prompt
-        if not given & {"validation_prompt", "validation_prompts"}:
+        if not given & {"validation_prompt", "validation_prompts", "final_validation_prompt"}:
             values["validation_prompts"] = preset.validation_prompts
             if "num_validation_images" not in given:
                 values["num_validation_images"] = preset.num_validation_images

@@ -84,6 +84,7 @@ def load_pipeline(
         ),
     )
     reading(f'the base model "{name}"', ANOTHER, lambda: family.require_fit(name, pipeline))
+    pipeline.register_to_config(_name_or_path=name)  # and not a folder of the hub's cache
     pipeline.set_progress_bar_config(disable=True)
     for module in parts.values():
         module.requires_grad_(False)
