@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
+from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.config.refusals import REFUSED
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import own_options
 from bilora_diffusion.run.config import RunConfig
 from bilora_diffusion.text.config import TextConfig
 
-from .diffusers_flags import BESIDE_FLAGS, FLAGS
+from .diffusers_flags import BESIDE_FLAGS, FLAGS, Flag
+from .diffusers_flow_flags import FLOW_FLAGS
 from .evidence import page as claims_page
 from .evidence import table
 
@@ -53,16 +55,6 @@ def options() -> str:
 
 def diffusers() -> str:
     """Every flag of diffusers' script, and what differs."""
-    here = options_of(DreamBoothConfig.groups)
-    body = [
-        (
-            f"`--{flag.name}`",
-            _value(flag.default),
-            _value(here[flag.name].default),
-            flag.here or "same",
-        )
-        for flag in FLAGS
-    ]
     parts = [
         "# Coming from diffusers",
         MADE,
@@ -74,9 +66,33 @@ def diffusers() -> str:
         " it relied on.",
         "Beside single flags:",
         "\n".join(f"- {sentence}" for sentence in BESIDE_FLAGS),
-        table(("flag", "default there", "default here", "what differs"), body),
+        _flags(FLAGS),
+        "## Its scripts for other models",
+        "The scripts for SD3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Krea 2 and Lumina 2 (of August"
+        " 2026) have most of those flags too, some with other defaults, which do not hold here:"
+        " 512 pixels, for Krea 2 rank and alpha 32. Beside those they have these:",
+        _flags(FLOW_FLAGS),
+        "These are refused with one sentence, which says what to use instead:",
+        table(
+            ("flag", "why it is no option here", "instead"),
+            [(f"`--{name}`", *sentence) for name, sentence in FOREIGN.items()],
+        ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _flags(flags: Iterable[Flag]) -> str:
+    here = options_of(DreamBoothConfig.groups)
+    body = [
+        (
+            f"`--{flag.name}`",
+            _value(flag.default),
+            _value(default_of(here[flag.name])),
+            flag.here or "same",
+        )
+        for flag in flags
+    ]
+    return table(("flag", "default there", "default here", "what differs"), body)
 
 
 def evidence() -> str:
@@ -115,8 +131,7 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
     sentences = option.help
     if option.choices:
         sentences += f" One of {', '.join(f'`{choice}`' for choice in option.choices)}."
-    shown = None if isinstance(default, list) else default
-    return ", ".join(f"`{name}`" for name in names), _value(shown), sentences
+    return ", ".join(f"`{name}`" for name in names), _value(default), sentences
 
 
 def _idle() -> Iterable[tuple[str, str, str]]:
@@ -130,7 +145,7 @@ def _idle() -> Iterable[tuple[str, str, str]]:
 
 
 def _value(value: Any) -> str:
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return ""
     return "on" if value is True else f"`{value}`"
 

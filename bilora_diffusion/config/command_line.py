@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
@@ -44,9 +45,17 @@ class CommandLine(argparse.ArgumentParser):
         groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
         description: first lines of ``--help``.
         usage: the shortest complete command line.
+        foreign: options of other scripts that are none here, with the reason and what to use
+            instead (``foreign.FOREIGN``).
     """
 
-    def __init__(self, groups: Sequence[Any], description: str, usage: str) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Any],
+        description: str,
+        usage: str,
+        foreign: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    ) -> None:
         super().__init__(
             description=description,
             usage=usage,
@@ -55,6 +64,7 @@ class CommandLine(argparse.ArgumentParser):
         )
         add_flags(self, groups)
         self._fields = options_of(groups)
+        self._foreign = foreign
 
     def read(
         self, argv: Sequence[str] | None, alternatives: Sequence[tuple[str, str]] = ()
@@ -94,8 +104,16 @@ class CommandLine(argparse.ArgumentParser):
         if not word.startswith("-"):
             raise UserError(f'unexpected "{word}": put the flag that it belongs to in front of it.')
         flag = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        self._refuse_foreign(flag[2:], flag)
         hint = did_you_mean(flag, [f"--{name}" for name in self._names()])
         raise UserError(f'unknown flag "{word.split("=")[0]}"{hint}: --help lists all flags.')
+
+    def _refuse_foreign(self, name: str, shown: str) -> None:
+        if name in self._foreign:
+            reason, instead = self._foreign[name]
+            raise UserError(
+                f"{shown} is no option here, since {reason}: {instead}.".replace("`", "")
+            )
 
     def _names(self) -> dict[str, str]:
         """Every spelling of an option without its dashes -> the field's name."""
@@ -120,6 +138,7 @@ class CommandLine(argparse.ArgumentParser):
         for key, value in loaded.items():
             name = names.get(str(key).replace("-", "_"))
             if name is None or name == "config" or str(key).startswith("no_"):
+                self._refuse_foreign(str(key).replace("-", "_"), f'"{key}"')
                 known = sorted(set(names) - {"config"})
                 hint = did_you_mean(str(key), known)
                 raise UserError(f'unknown key "{key}"{hint}: --help lists all of them.')

@@ -159,8 +159,9 @@ def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any]) -> None:
     """Add a flag for each option of some groups, dataclasses with a ``section``.
 
     They are those of Transformers' ``HfArgumentParser``, whose import takes a second: underscores
-    and dashes both hold; a boolean stands alone or before a value, and one that is on by default
-    also has a ``--no_`` form; a list takes one or more values.
+    and dashes both hold; a boolean stands alone or before a value, as does a choice of yes, no and
+    others, and a boolean that is on by default also has a ``--no_`` form; a list takes one or more
+    values.
     """
     for name, members in sections(groups).items():
         section = parser.add_argument_group(name)
@@ -191,6 +192,8 @@ def _reading(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         return {"type": item, "nargs": "+", "default": default_of(field)}
     if words := option_of(field).words:
         return {"type": _number_or(words), "default": field.default}
+    if {"yes", "no"} <= set(option_of(field).choices or ()):
+        return {"type": _yes_or_no, "default": field.default, "nargs": "?", "const": "yes"}
     if isinstance(hint, types.UnionType):  # of a type and None
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is not bool:
@@ -216,3 +219,11 @@ def _truth(word: str) -> bool:
     if word.lower() in (*TRUE, *FALSE):
         return word.lower() in TRUE
     raise argparse.ArgumentTypeError(f"{NO_TRUTH}{word}")
+
+
+def _yes_or_no(word: str) -> str:
+    """Whatever says yes or no, by that word; any other as it is."""
+    try:
+        return "yes" if _truth(word) else "no"
+    except argparse.ArgumentTypeError:
+        return word

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from ..config.foreign import FOREIGN
 from ..methods.options import AdapterOptions, MethodFlags
 from ..run.config import RunConfig, without_influence
 from ..run.options import OptimizerOptions, StepOptions, StoppingOptions
@@ -20,8 +21,8 @@ from .options import (
     ImageOutputOptions,
     ModelOptions,
     PriorOptions,
-    ValidationOptions,
 )
+from .validation_options import ValidationOptions
 
 GROUPS = (
     ModelOptions,
@@ -72,6 +73,7 @@ class DreamBoothConfig(
         " meaning; defaults are those of the Bi-LoRA paper's Table A8."
     )
     usage: ClassVar[str] = "%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]"
+    foreign: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType(FOREIGN)
     complete = staticmethod(inputs.complete)
     check_inputs = staticmethod(inputs.check_inputs)
     facts = staticmethod(inputs.facts)

@@ -13,25 +13,54 @@ from ..train.soundness import reading, require_words
 ANOTHER = "give another --pretrained_model_name_or_path"
 
 
+def latent_channels(vae: Any) -> int:
+    """Channels of an autoencoder's latents."""
+    return vae.config.get("z_dim") or vae.config.latent_channels
+
+
 def require_vae(name: str, vae: Any) -> None:
     """Refuse an autoencoder whose latents can't be scaled.
 
     Raises:
-        UserError: a scale that is no number, or statistics of other channels.
+        UserError: a scale or a shift that is no number, or statistics of other channels.
     """
-    scale = vae.config.scaling_factor
+    scale, shift = vae.config.get("scaling_factor", 1.0), vae.config.get("shift_factor") or 0.0
     if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
         raise UserError(
             f'the autoencoder of "{name}" has scaling_factor {scale!r}: write a number above 0 into'
             " its config.json, 0.13025 for Stable Diffusion XL."
         )
+    if not (isinstance(shift, int | float) and math.isfinite(shift)):
+        raise UserError(
+            f'the autoencoder of "{name}" has shift_factor {shift!r}: write a number into its'
+            " config.json, or null for none."
+        )
     for key in ("latents_mean", "latents_std"):
         values = getattr(vae.config, key, None)
-        if values is not None and len(values) != vae.config.latent_channels:
+        if values is not None and len(values) != latent_channels(vae):
             raise UserError(
                 f'the autoencoder of "{name}" has {len(values)} values of {key} for'
-                f" {vae.config.latent_channels} channels: correct its config.json."
+                f" {latent_channels(vae)} channels: correct its config.json."
             )
+
+
+def require_channels(name: str, model: Any, vae: Any, packing: int) -> None:
+    """Refuse a transformer that sees latents of other channels than the autoencoder's.
+
+    Args:
+        name: as the user gave it.
+        model: the transformer.
+        packing: places of a latent that are one token's channels.
+
+    Raises:
+        UserError: it names both numbers.
+    """
+    sees, has = model.config.in_channels, latent_channels(vae)
+    if sees != packing * has:
+        raise UserError(
+            f'the transformer of "{name}" sees latents of {sees / packing:g} channels, and the'
+            f" autoencoder makes {has}: give the autoencoder that belongs to it."
+        )
 
 
 def require_tokenizer(

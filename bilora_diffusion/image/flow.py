@@ -30,6 +30,8 @@ class FlowMatching:
             "cosmap" weigh.
         logit_mean, logit_std: of "logit_normal".
         mode_scale: of "mode".
+        preconditioned: weigh by s^2 as well: the error of x_s - s v, the clean image (Section 5 of
+            Karras et al. 2022, https://arxiv.org/abs/2206.00364).
     """
 
     sigmas: Tensor
@@ -37,6 +39,7 @@ class FlowMatching:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    preconditioned: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any], mu: float | None, **drawing: Any) -> Self:
@@ -96,4 +99,6 @@ class FlowMatching:
         velocity = model((1 - along) * latents + along * noise, sigma).float()
         squares = (velocity - (noise - latents).float()) ** 2
         weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
+        if self.preconditioned:
+            weights = weights * sigma**2
         return weights.float() * squares.flatten(1).mean(dim=1)

@@ -69,6 +69,12 @@ class FlowOptions:
         range=Range(1.75, "the density is negative beyond", at_least=-1),
         idle=(ON_SDXL,),
     )
+    precondition_outputs: bool = option(
+        False,
+        "Weigh the error of the velocity by the square of the noise level, so that it is that of"
+        " the clean image, as diffusers' script for SD3 does unless it is given 0.",
+        idle=(ON_SDXL,),
+    )
     timestep_shift: str = option(
         "pipeline",
         "Noise levels: shifted as the pipeline shifts them at this resolution, or, where that"

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
 from ..mini import ANIMALS, MINI
 from ..run.heldout_part import read_part
+from .bnb import quantization
 from .families import FAMILIES, SDXL, named
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -71,13 +72,15 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         given: names of the options that the user gave.
 
     Raises:
-        UserError: the file of validation prompts can't be read.
+        UserError: the file of validation prompts, or of settings for bitsandbytes, can't be read.
     """
     values = dict(values)
     for name in ("instance_data_dir", "class_data_dir"):
         if values[name] in BUILT_IN:
             values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     _apply_preset(values, given)
+    if values["bnb_quantization_config_path"] is not None:
+        values["quantize"] = quantization(values["bnb_quantization_config_path"])
     for one, other in (BATCH, BATCH[::-1]):
         if one in given and other not in given:
             values[other] = 1
@@ -106,13 +109,17 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
     preset = PRESETS.get(values["dataset_name"] or "")
     first = [values["validation_prompt"]] if values["validation_prompt"] else []
     values["validation_prompts"] = first + _prompts(values["validation_prompts"])
+    if values["final_validation_prompt"] and not values["validation_prompts"]:
+        values["validation_prompts"] = [values["final_validation_prompt"]]
+        if "validation_epochs" not in given:
+            values["validation_epochs"] = None  # at the end alone
     if preset is not None:
         # An instance prompt that is given is meant to be used, so captions give way to it.
         if not given & {"caption_column", "instance_prompt"}:
             values["caption_column"] = preset.caption_column
         if "instance_prompt" not in given:
             values["instance_prompt"] = preset.instance_prompt
-        if not given & {"validation_prompt", "validation_prompts"}:
+        if not given & {"validation_prompt", "validation_prompts", "final_validation_prompt"}:
             values["validation_prompts"] = preset.validation_prompts
             if "num_validation_images" not in given:
                 values["num_validation_images"] = preset.num_validation_images
@@ -198,9 +205,10 @@ def check_inputs(values: dict[str, Any]) -> None:
         read_part(values["validation_part"])
     for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):
         if values[name] is not None and values[name] not in BUILT_IN:
-            _check_folder_or_id(f"--{name}", values[name])
+            what = "an autoencoder" if "vae" in name else "images"
+            _check_folder_or_id(f"--{name}", values[name], what)
     if values["instance_data_dir"] is not None:
-        _check_images("--instance_data_dir", values["instance_data_dir"])
+        _check_folder("--instance_data_dir", values["instance_data_dir"])
     if values["class_data_dir"] is not None:
         _check_class_folder(values)
     if values["hub_model_id"] is not None:
@@ -250,12 +258,12 @@ def _check_model(values: dict[str, Any]) -> None:
         raise UserError(f'--variant "{variant}" is not among the files of "{model}": drop it.')
 
 
-def _check_folder_or_id(flag: str, value: str) -> None:
+def _check_folder_or_id(flag: str, value: str, what: str = "images") -> None:
     if folder_or_id(value, flag) is not None:
-        _check_images(flag, value)
+        _check_folder(flag, value, what)
 
 
-def _check_images(flag: str, value: str) -> None:
+def _check_folder(flag: str, value: str, what: str = "images") -> None:
     path = Path(value).expanduser()
     if not path.exists():
         raise UserError(f'{flag} "{value}" does not exist: correct the path.')
@@ -266,7 +274,7 @@ def _check_images(flag: str, value: str) -> None:
     except OSError as error:
         raise UserError(f'{flag} "{value}" may not be read: change its permissions.') from error
     if empty:
-        raise UserError(f'{flag} "{value}" is an empty folder: put images into it.')
+        raise UserError(f'{flag} "{value}" is an empty folder: put {what} into it.')
 
 
 def _check_class_folder(values: dict[str, Any]) -> None:

@@ -79,9 +79,9 @@ class Encoder:
     """Encodes visits with a frozen autoencoder.
 
     Args:
-        vae: the autoencoder, already on its device.
+        vae: the autoencoder, which comes to the device for the while of encoding.
         space: how its latents are scaled.
-        device: where the pixels are moved to.
+        device: where it encodes.
         keep: encode each image, crop and flip at its first visit only.
     """
 
@@ -105,8 +105,11 @@ class Encoder:
 
     @torch.no_grad()
     def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:
-        batch = torch.stack([visit.pixels() for visit in visits]).to(self._device, self._vae.dtype)
-        mean, std = (part.float().cpu() for part in self.space.distribution(self._vae, batch))
+        vae, home = self._vae, self._vae.device
+        batch = torch.stack([visit.pixels() for visit in visits]).to(self._device, vae.dtype)
+        vae.to(self._device)
+        mean, std = (part.float().cpu() for part in self.space.distribution(vae, batch))
+        vae.to(home)
         if not self.space.drawn:
             std = torch.zeros_like(std)
         for row, visit in enumerate(visits):

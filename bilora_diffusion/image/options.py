@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, like, option, unless
-from ..config.values import BATCHES, DECAYS, FACTORS, RATES, STEPS, WORKERS, Range
-from ..run.options import HeldOutOptions, OutputOptions
+from ..config.fields import Idle, option, unless
+from ..config.values import BATCHES, DECAYS, FACTORS, RATES, WORKERS, Range
+from ..run.options import OutputOptions
 from . import inputs
 
 INTERPOLATIONS = (
@@ -31,11 +31,6 @@ ON_A_LOCAL_MODEL = Idle(
     "give a hub id or drop it",
 )
 ON_FROZEN_ENCODERS = unless("train_text_encoder", True, "on frozen text encoders")
-WITHOUT_PROMPT = Idle(
-    lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
-    "without a prompt",
-    "add `--validation_prompt` or drop it",
-)
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,19 @@ class ModelOptions:
     )
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the hub.", idle=(ON_A_LOCAL_MODEL,)
+    )
+    offload: bool = option(
+        False,
+        "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
+        " are not trained stay there anyway once all prompts are embedded.",
+        free=True,
+    )
+    bnb_quantization_config_path: str | None = option(
+        None,
+        "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
+        " --quantize nf4, any other is refused.",
+        place=True,
+        free=True,
     )
     variant: str | None = option(
         None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
@@ -131,8 +139,8 @@ class DataOptions:
     )
     cache_latents: str = option(
         "auto",
-        "Encode each image once and keep its latents: yes, no, or auto, where nothing about the"
-        " images changes between visits.",
+        "Encode each image once and keep its latents: yes (or the flag alone), no, or auto, where"
+        " nothing about the images changes between visits.",
         choices=("auto", "yes", "no"),
         free=True,
     )
@@ -247,64 +255,6 @@ class PriorOptions:
 
 
 @dataclass(frozen=True)
-class ValidationOptions:
-    """Images and losses that show how training goes."""
-
-    section: ClassVar[str] = "validation"
-    free: ClassVar[bool] = True
-
-    validation_prompt: str | None = option(
-        None, "Prompt to generate images for, during training and at its end."
-    )
-    validation_prompts: list[str] = option(  # noqa: RUF009
-        [], "More such prompts, or one text file with a prompt on each line."
-    )
-    num_validation_images: int = option(
-        4,
-        "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
-        " get 1 each by default.",
-        range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
-        idle=(WITHOUT_PROMPT,),
-    )
-    validation_epochs: int = option(
-        25, "Generate them every so many epochs.", range=STEPS, idle=(WITHOUT_PROMPT,)
-    )
-    eval_on_start: bool = option(
-        False, "Let the untrained model make them, too: the viewer's column of the base model."
-    )
-    validation_dataset: str | None = option(
-        None,
-        "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
-        " mini: mini-heldout, for mini-animals: mini-animals-heldout.",
-        place=True,
-    )
-    validation_part: str | None = like(
-        HeldOutOptions,
-        "validation_part",
-        idle=(
-            Idle(
-                lambda v: not v["validation_dataset"],
-                "without held-out images",
-                "add `--validation_dataset` or drop it",
-            ),
-        ),
-    )
-    validation_loss_steps: int = option(
-        0,
-        "Measure that loss every so many steps; 0 measures it at the start and the end only."
-        " --folds, --keep_best and --early_stopping_patience measure it twenty times by default.",
-        range=STEPS.or_zero,
-        idle=(
-            Idle(
-                lambda v: not v["validation_dataset"] and not v["folds"],
-                "without held-out images",
-                "add `--validation_dataset`, `--folds 4`, or drop it",
-            ),
-        ),
-    )
-
-
-@dataclass(frozen=True)
 class ImageOutputOptions(OutputOptions):
     """The run folder, trackers and the hub."""
 
@@ -312,4 +262,13 @@ class ImageOutputOptions(OutputOptions):
         True,
         "Write the LoRA under kohya's keys too, for ComfyUI, A1111 and others, which read nothing"
         " else; the file is named after the run.",
+    )
+    upcast_before_saving: bool = option(
+        False,
+        "Taken for the sake of diffusers' scripts: what is trained is kept and saved in 32 bits.",
+        idle=(
+            Idle(
+                lambda _: True, "on what is trained here, which is kept and saved in 32 bits anyway"
+            ),
+        ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import UserError
 from ..mini import MINI, pipeline_dir
@@ -68,9 +70,7 @@ def load_pipeline(
         options: dict[str, Any] = {"dtype": torch.float32 if part == "vae" else own}
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
         if part == "vae" and vae:
-            parts[part] = _load(
-                f'the autoencoder "{vae}"', loader, vae, cache_dir=cache_dir, **options
-            )
+            parts[part] = _other_vae(family, loader, vae, cache_dir=cache_dir, **options)
             continue
         if variant and any((folder / part).glob(f"*.{variant}.*")):
             options["variant"] = variant
@@ -84,6 +84,7 @@ def load_pipeline(
         ),
     )
     reading(f'the base model "{name}"', ANOTHER, lambda: family.require_fit(name, pipeline))
+    pipeline.register_to_config(_name_or_path=name)  # and not a folder of the hub's cache
     pipeline.set_progress_bar_config(disable=True)
     for module in parts.values():
         module.requires_grad_(False)
@@ -99,15 +100,34 @@ def kind_of(name: str, revision: str | None = None, cache_dir: str | None = None
     """
     folder = pipeline_folder(name)
     if folder is None:
-        file = reading(
-            f'the base model "{name}"',
-            _GIVE_ONE,
+        file = _from_hub(
+            name,
             lambda: hf_hub_download(
                 name, "model_index.json", revision=revision, cache_dir=cache_dir
             ),
         )
         folder = Path(file).parent
     return named(str(_index(name, folder).get("_class_name")), name)
+
+
+def _from_hub(name: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` downloads of a model.
+
+    Raises:
+        UserError: it can't be downloaded.
+    """
+
+    def permitted() -> Any:
+        try:
+            return load()
+        except RepositoryNotFoundError as error:  # gated ones too
+            raise UserError(
+                f'the hub has no model "{name}" that you may read: check its name, accept its terms'
+                " on its page and log in with `hf auth login` if it is gated or private, or give a"
+                " local folder."
+            ) from error
+
+    return reading(f'the base model "{name}"', _GIVE_ONE, permitted)
 
 
 def _index(name: str, folder: Path) -> dict[str, Any]:
@@ -126,12 +146,25 @@ def _download(name: str, vae: str | None, **options: Any) -> Path:
     given.
     """
     passed = {"vae": None} if vae else {}
-    found = reading(
-        f'the base model "{name}"',
-        _GIVE_ONE,
+    found = _from_hub(
+        name,
         lambda: DiffusionPipeline.download(name, use_safetensors=True, **options, **passed),
     )
     return Path(found)
+
+
+def _other_vae(family: Family, kind: Any, place: str, **options: Any) -> Any:
+    """The autoencoder that a run takes instead of the pipeline's own."""
+    what = f'the autoencoder "{place}"'
+    fix = (
+        "give a folder or a hub id (`hf auth login` if it is gated) that holds an"
+        f" {kind.__name__} by itself as --pretrained_vae_model_name_or_path"
+    )
+    config = reading(what, fix, lambda: kind.load_config(place, cache_dir=options["cache_dir"]))
+    found = config.get("_class_name", kind.__name__)
+    if found != kind.__name__:
+        raise UserError(f"{what} is of the class {found}, which is not {family.title}'s: {fix}.")
+    return _load(what, kind, place, **options)
 
 
 def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:

@@ -22,7 +22,7 @@ def generate(
     seeds: Sequence[int],
     *,
     size: int,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,
@@ -35,7 +35,8 @@ def generate(
         prompts: n prompts.
         seeds: n seeds.
         size: side of the square images, pixels.
-        guidance_scale: of the prompt; None is usual for the kind of model.
+        steps, guidance_scale: of the sampler and of the prompt; None is what is usual for the
+            model.
         embeddings: of the prompts and of their negatives, (n, ...) each.
         on_step: called with the number of each step, from 1, when it was taken.
 
@@ -49,7 +50,8 @@ def generate(
     family = of(pipeline)
     model = family.model(pipeline)
     dtype = precision(model)
-    guidance = family.guidance if guidance_scale is None else guidance_scale
+    usual_steps, usual_guidance = family.drawing(pipeline)
+    guidance = usual_guidance if guidance_scale is None else guidance_scale
     sampler = _sampler(family, pipeline)
 
     def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def generate(
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
             height=size,
             width=size,
-            num_inference_steps=steps,
+            num_inference_steps=steps or usual_steps,
             output_type="latent",
             callback_on_step_end=callback,
         )

@@ -65,11 +65,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
     )
-    family = kind()
-    cfg = cfg.completed(accelerator.num_processes, family.pixels(pipeline))
-    family.require_resolution(int(cfg.resolution or 0), pipeline)
-    if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
-        logger.warning("%s", remark)
+    cfg = _fitted(cfg, kind(), pipeline, accelerator.num_processes)
     classes = None
     if cfg.with_prior_preservation:
         ensure_class_images(cfg, accelerator)
@@ -83,6 +79,22 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         quantize(task, DTYPES[accelerator.mixed_precision], accelerator.device)
     task.to_device(accelerator.device)
     return task
+
+
+def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int) -> Any:
+    """The configuration with what only the loaded model says, and what is to be said of it."""
+    cfg = cfg.completed(processes, family.pixels(pipeline))
+    family.require_resolution(int(cfg.resolution or 0), pipeline)
+    if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
+        logger.warning("%s", remark)
+    if cfg.guidance_scale is not None and not family.is_told_guidance(pipeline):
+        logger.warning(
+            "--guidance_scale %s has no effect on this %s, which has no embedding of guidance: drop"
+            " it.",
+            *(cfg.guidance_scale, family.title),
+        )
+        cfg = replace(cfg, guidance_scale=None)
+    return cfg
 
 
 def quantize(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:

@@ -113,7 +113,9 @@ class DreamBooth:
     def to_device(self, device: torch.device) -> None:
         """Move the models, embed all prompts if need be, and set up the latent cache."""
         self.device = device
-        vae = self.pipeline.vae.to(device)
+        vae = self.pipeline.vae
+        if not self.cfg.offload:
+            vae.to(device)
         space = self.family.space(vae)
         self.encoder = Encoder(vae, space, device, keep=self.stream.cacheable)
         if self.cfg.train_text_encoder:
@@ -159,7 +161,9 @@ class DreamBooth:
             **self.condition([v.caption for v in visits]),
         }
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
-        return MicroBatch(slots, tuple(v.name for v in visits[: len(slots)]), joined, inputs)
+        names = tuple(v.name for v in visits[: len(slots)])
+        levels = self.module.denoising.level(inputs["index"]).tolist()
+        return MicroBatch(slots, names, joined, inputs, tuple(map(float, levels)))
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Loss on held-out and on training images over the fixed grid; {} without a set."""
@@ -181,6 +185,8 @@ class DreamBooth:
                 prompts,
                 [cfg.seed + n % cfg.num_validation_images for n in range(len(prompts))],
                 size=cfg.resolution,
+                steps=cfg.validation_num_inference_steps,
+                guidance_scale=cfg.validation_guidance_scale,
                 embeddings=self.prompts.with_negative(prompts) if self.prompts else None,
                 batch=cfg.sample_batch_size,
             )
@@ -218,4 +224,5 @@ def _schedule(cfg: Any, family: Family, pipeline: Any) -> Schedule:
         logit_mean=cfg.logit_mean,
         logit_std=cfg.logit_std,
         mode_scale=cfg.mode_scale,
+        preconditioned=cfg.precondition_outputs,
     )

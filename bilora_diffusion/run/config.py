@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from .. import methods
@@ -39,6 +40,7 @@ class RunConfig(
         groups: the option dataclasses it is made of, in the order of ``--help``.
         alternatives: pairs of options of which one replaces the other (`CommandLine.read`).
         description, usage: of ``--help``.
+        foreign: flags of other scripts that are refused with what to use instead.
         without_influence: options that a resumed run may change freely: they do not touch what is
             learned, or only in the last digits, as another card does.
         without_samples: values with which no images or answers are made.
@@ -49,12 +51,14 @@ class RunConfig(
     alternatives: ClassVar[tuple[tuple[str, str], ...]]
     description: ClassVar[str]
     usage: ClassVar[str]
+    foreign: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType({})
     without_influence: ClassVar[frozenset[str]]
     without_samples: ClassVar[Mapping[str, Any]]
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False
     eval_on_start: bool = False
+    skip_final_inference: bool = False
     resolution: int | None = None
     validation_epochs: int | None
     validation_loss_steps: int
@@ -72,7 +76,7 @@ class RunConfig(
             UserError: a value or a combination that can't be honoured; it names the fix.
         """
         kind = cls.with_own_options()
-        line = CommandLine(kind.groups, description=cls.description, usage=cls.usage)
+        line = CommandLine(kind.groups, cls.description, cls.usage, cls.foreign)
         values, given = line.read(argv, cls.alternatives)
         values = cls.complete(_completed(values, given, cls.modality), given)
         values["validation_loss_steps"] = _measured_every(values, given)

@@ -54,7 +54,8 @@ def _after_step(
     _snapshot(trainer, folder)
     if trainer.finished or _due(trainer.step, cfg.validation_loss_steps):
         _heldout(trainer, log, bar)
-    if trainer.finished or _due(trainer.step, trainer.validation_steps):
+    last = trainer.finished and not cfg.skip_final_inference
+    if last or _due(trainer.step, trainer.validation_steps):
         _validate(trainer, folder, log, bar)
     stops = trainer.asked_to_stop() is not None
     if stops or _due(trainer.step, cfg.checkpointing_steps):

@@ -21,12 +21,14 @@ class MicroBatch:
     ``inputs`` goes to the task's module as it is; ``slots`` are the positions of its samples in the
     step's whole batch, ``names`` say which samples they are (for error messages), and ``digests``
     identify data and noise of each slot, so that two runs can be proven to have seen the same.
+    ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any.
     """
 
     slots: tuple[int, ...]
     names: tuple[str, ...]
     digests: tuple[str, ...]
     inputs: dict[str, Any] = field(repr=False)
+    levels: tuple[float, ...] = ()
 
 
 class Task(Protocol):

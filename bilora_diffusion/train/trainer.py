@@ -116,6 +116,7 @@ class Trainer:
             self.lr_scheduler.step()
             self.outcome.update()
         self.step += 1
+        digest, levels = self._seen(batches)
         value = float(loss)
         self._spoilt = 0 if math.isfinite(value) else self._spoilt + 1
         return {
@@ -124,7 +125,8 @@ class Trainer:
             "grad_norm": self.clipped.grad_norm,
             **self.method.metrics(),
             "skipped": self.clipped.skipped,
-            "digest": self._digest(batches),
+            **_spread("noise_level", levels),
+            "digest": digest,
             **({} if self.dynamics is None else self.dynamics.values()),
             "seconds": time.perf_counter() - started,
         }
@@ -161,15 +163,19 @@ class Trainer:
                 " --learning_rate or look at these samples; the last checkpoint is untouched."
             )
 
-    def _digest(self, batches: Sequence[MicroBatch]) -> str:
-        """Identifies data, noise and timesteps of the whole step, over all processes."""
+    def _seen(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
+        """What identifies data, noise and timesteps of the whole step, over all processes, and its
+        noise levels.
+        """
         mine = [pair for b in batches for pair in zip(b.slots, b.digests, strict=True)]
+        levels = [level for b in batches for level in b.levels]
         if self.accelerator.num_processes > 1:
             # A signal may reach each process in another step: it goes along with the digests.
-            shared = gather_object([(mine, self.interruption.number)])
-            mine = [pair for own, _ in shared for pair in own]
-            self._agreed = next((number for _, number in shared if number), None)
-        return digest_texts([text for _, text in sorted(mine)])
+            shared = gather_object([(mine, levels, self.interruption.number)])
+            mine = [pair for own, _, _ in shared for pair in own]
+            levels = [level for _, own, _ in shared for level in own]
+            self._agreed = next((number for *_, number in shared if number), None)
+        return digest_texts([text for _, text in sorted(mine)]), levels
 
     def asked_to_stop(self) -> int | None:
         """The signal that ends the run after this step, the same on every process."""
@@ -262,3 +268,11 @@ class Trainer:
 
     def _raw_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and ends of some values, whatever their order; {} of none."""
+    if not values:
+        return {}
+    mean = math.fsum(values) / len(values)
+    return {f"{name}_mean": mean, f"{name}_min": min(values), f"{name}_max": max(values)}

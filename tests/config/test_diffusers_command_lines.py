@@ -6,7 +6,9 @@ But for the one table of differences, which is held to be true and complete as w
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ import pytest
 import torch
 from torch import nn
 
+from bilora_diffusion.config.command_line import CommandLine
+from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, parse
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
@@ -24,6 +28,7 @@ from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
 from bilora_diffusion.train.stepping import Schedule, total_steps
 from docs.diffusers_flags import DEFAULTS, FLAGS, default_here
+from docs.diffusers_flow_flags import FLOW_FLAGS
 from tests.references.diffusers_flags import Meaning, meaning, refuses
 
 # Where images and models come from, and what goes on from elsewhere or leaves the machine.
@@ -196,8 +201,64 @@ def test_epochs_over_more_class_images_than_instance_images() -> None:
     assert ours({**flags, "repeats": 60}, 1, images=5, class_images=200).steps == 1200
 
 
+RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
+OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
+
+
+@pytest.mark.parametrize("name", OF_ALL_SCRIPTS)
+def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(
+    name: str, tmp_path: Path
+) -> None:
+    value = OF_ALL_SCRIPTS[name]["given"]
+    line = CommandLine(DreamBoothConfig.groups, "", "", FOREIGN)
+    argv = [f"--{name}", *value, "--method", "lora"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{name}: {value[0] if value else 'true'}\nmethod: lora\n")
+    for words in (argv, ["--config", str(recipe)]):
+        if name in FOREIGN:
+            _, instead = FOREIGN[name]
+            with pytest.raises(UserError, match=f"{name}.*{re.escape(instead.replace('`', ''))}"):
+                line.read(words)
+            continue
+        values, given = line.read(words)
+        assert given - {"config"} == {name, "method"}
+        if not value:
+            assert values[name] in (True, "yes")
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice: bool, tmp_path: Path) -> None:
+    file = tmp_path / "bnb.json"
+    asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
+    file.write_text(json.dumps(asked))
+    cfg = parse(words({"bnb_quantization_config_path": file}))
+    assert cfg.quantize == "nf4"
+    assert cfg.fingerprint() == parse(words({"quantize": "nf4"})).fingerprint()
+    file.write_text(json.dumps({**asked, "llm_int8_skip_modules": ["proj_out"]}))
+    with pytest.raises(UserError, match=r"bnb.json.*llm_int8_skip_modules"):
+        parse(words({"bnb_quantization_config_path": file}))
+
+
+def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
+    final = {"final_validation_prompt": "a dog"}
+    cfg = parse(words(final))
+    assert (cfg.validation_prompts, cfg.validation_epochs) == (["a dog"], None)
+    assert cfg.num_validation_images == DEFAULTS["num_validation_images"]
+    assert parse(words({**final, "validation_epochs": 5})).validation_epochs == 5
+    both = parse(words({**final, "validation_prompt": "a cat"}))
+    assert (both.validation_prompts, both.validation_epochs) == (["a cat"], 25)
+
+
+def test_every_flag_of_all_scripts_stands_in_one_table() -> None:
+    tables = [*DEFAULTS, *(flag.name for flag in FLOW_FLAGS), *FOREIGN]
+    assert sorted(tables) == sorted(OF_ALL_SCRIPTS)
+    assert {
+        n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]
+    } == set(DEFAULTS)
+
+
 def test_the_table_names_every_default_that_differs_and_no_other_flag() -> None:
     here = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
     assert len(DEFAULTS) == len(FLAGS)
     assert set(DEFAULTS) <= set(here)
-    assert all(flag.here for flag in FLAGS if here[flag.name] != flag.default)
+    assert all(f.here for f in (*FLAGS, *FLOW_FLAGS) if here[f.name] != f.default)

@@ -109,6 +109,11 @@ IMAGES: list[tuple[str, str]] = [
     ("--pretrained_model_name_or_path {tmp}/full", "full.*no pipeline in diffusers format"),
     ("--pretrained_model_name_or_path {tmp}/other", "it has no text_encoder_2"),
     ("--pretrained_vae_model_name_or_path ../vae", '"../vae".*not exist'),
+    ("--pretrained_vae_model_name_or_path {tmp}/empty", "put an autoencoder into it"),
+    ("--bnb_quantization_config_path {tmp}/int8.json", "int8.json.*--quantize nf4"),
+    ("--bnb_quantization_config_path {tmp}/empty.txt", "empty.txt.*no JSON"),
+    ("--validation_model_path x", "--validation_model_path.*load_lora_weights"),
+    ("--cache_latents perhaps", "perhaps.*auto, yes, no"),
     # what does not go together
     ("--method full --quantize nf4", "full with --quantize nf4.*4-bit.*--method bilora"),
     ("--do_edm_style_training --snr_gamma 5", "--snr_gamma 5.0.*drop one"),
@@ -169,6 +174,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).touch()
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("a café\n".encode("latin-1"))
+    (tmp_path / "int8.json").write_text('{"load_in_8bit": true}')
     os.mkfifo(tmp_path / "pipe.jsonl")
     index = json.loads((mini.pipeline_dir() / "model_index.json").read_text())
     del index["text_encoder_2"]

@@ -17,7 +17,7 @@ from bilora_diffusion.adapters.access import layers
 from bilora_diffusion.adapters.targets import base_of, target_layers
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.families.base import Conditions, joined
+from bilora_diffusion.image.families.base import STEPS, Conditions, joined
 from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import _sampler, generate
@@ -248,17 +248,34 @@ def test_a_saved_pipeline_loads(kind: str, tmp_path: Path) -> None:
 
 
 @each_kind
-def test_distilled_models_are_remarked_on_and_no_others(kind: str) -> None:
+def test_distilled_models_and_no_others_are_remarked_on_and_drawn_without_guidance(
+    kind: str,
+) -> None:
     pipeline = made(kind)
-    remark = of(pipeline).remark
+    family = of(pipeline)
+    remark = family.remark
     assert remark("org/model", pipeline) is None
+    assert family.drawing(pipeline) == (STEPS, family.guidance)
+    pipeline.register_to_config(_name_or_path="Turbo/org/Z-Image-Turbo")
     if kind == "FluxPipeline":
-        pipeline.transformer.register_to_config(guidance_embeds=False)
+        pipeline = flux.pipeline(guidance_embeds=False)
     elif "is_distilled" in pipeline.config:
         pipeline.register_to_config(is_distilled=True)
     elif kind != "ZImagePipeline":
         return
     assert '"org/model-Turbo"' in (remark("org/model-Turbo", pipeline) or "")
+    assert family.drawing(pipeline) == (family.few_steps, 0.0)
+    assert family.few_steps < STEPS
+    pipeline.set_progress_bar_config(disable=True)
+    given: list[dict[str, Any]] = [
+        {},
+        {"steps": family.few_steps, "guidance_scale": 0.0},
+        {"steps": 1},
+    ]
+    usual, told, other = (
+        generate(pipeline, [PROMPT], [0], size=SIDE, **settings)[0].tobytes() for settings in given
+    )
+    assert usual == told != other
 
 
 @torch.no_grad()

@@ -79,6 +79,24 @@ def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from
     assert len(family.embed(pipeline, [""])["sequence"][0]) > len(ours)
 
 
+@pytest.mark.parametrize("scheme", ["none", "cosmap"])
+def test_preconditioned_the_error_is_that_of_the_clean_image(scheme: str) -> None:
+    torch.manual_seed(0)
+    x0, e = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    config, index = {"num_train_timesteps": 10, "shift": 3.0}, torch.tensor([1, 5, 9])
+    flow = FlowMatching.from_config(config, None, scheme=scheme, preconditioned=True)
+    plain = FlowMatching.from_config(config, None, scheme=scheme)
+    s = flow.sigmas[index].double().view(-1, 1, 1, 1)
+    noisy = (1 - s) * x0 + s * e
+    clean = noisy - s * noisy.tanh()
+    weight = plain.loss(lambda x, _: x.tanh(), x0, e, index, index) / (
+        (noisy.tanh() - (e - x0)) ** 2
+    ).mean((1, 2, 3))
+    loss = flow.loss(lambda x, _: x.tanh(), x0, e, index, index)
+    expected = weight * ((clean - x0) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-7)
+
+
 @torch.no_grad()
 def test_an_image_is_one_frame_of_a_video() -> None:
     pipeline = qwen_image.pipeline()

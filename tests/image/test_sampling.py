@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bilora_diffusion.image.latents import LatentSpace
+from bilora_diffusion.image.latents import Encoder, LatentSpace
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
@@ -53,6 +54,30 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: Any) -> None:
     for a, b in zip(whole, single, strict=True):
         difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
         assert difference.max() <= 1
+
+
+class Resting:
+    """An autoencoder that says to be elsewhere until it is moved."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae, self.dtype, self.device = vae, vae.dtype, torch.device("meta")
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+    def encode(self, pixels: torch.Tensor) -> Any:
+        assert self.device == pixels.device
+        return self.vae.encode(pixels)
+
+
+def test_an_autoencoder_comes_to_the_device_for_the_while_of_encoding(pipeline: Any) -> None:
+    resting = Resting(pipeline.vae)
+    visit: Any = SimpleNamespace(key=0, name="x", pixels=lambda: torch.zeros(3, 64, 64))
+    space, here = LatentSpace.of(pipeline.vae), torch.device("cpu")
+    (known,) = Encoder(pipeline.vae, space, here)([visit])
+    (posterior,) = Encoder(resting, space, here)([visit])
+    assert torch.equal(posterior.mean, known.mean)
+    assert resting.device.type == "meta"
 
 
 def test_latent_scaling_is_inverted_with_and_without_statistics() -> None:

@@ -19,6 +19,8 @@ import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import checkpoint, runlog
+from tests.image.tiny import saved
+from tests.image.tiny.parts import autoencoder
 from tests.scripts.runs import SCRIPT, flags, process, train
 from tests.text.text_builders import (
     SAVERS,
@@ -40,6 +42,15 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         {"dataset": "{tmp}/wide", "instance_prompt": "x", "cache_latents": "yes"},
         ("center_crop",),
     ),
+    (
+        IMAGE,
+        {
+            "pretrained_vae_model_name_or_path": "{tmp}/vae8",
+            "pretrained_model_name_or_path": "{tmp}/sd3",
+        },
+        ("4 channels", "makes 8"),
+    ),
+    (IMAGE, {"pretrained_model_name_or_path": "{tmp}/sd3", "resolution": 72}, ("72", "give 64")),
     (IMAGE, {"resume_from_checkpoint": "latest"}, ("no checkpoint",)),
     (IMAGE, {"resume_from_checkpoint": "{tmp}/typo.yaml"}, ("typo.yaml",)),
     (IMAGE, {"output_dir": "{tmp}/typo.yaml"}, ("typo.yaml",)),
@@ -72,6 +83,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", size).save(folder / name / "fine.png")
     content = (folder / "damaged" / "fine.png").read_bytes()
     (folder / "damaged" / "broken.png").write_bytes(content[: len(content) // 2])
+    autoencoder(8).save_pretrained(folder / "vae8")
+    saved("StableDiffusion3Pipeline", folder / "sd3")
     (folder / "typo.yaml").write_text("dataset: mini\nlearning_rat: 0.1\n")
     for kind, save in SAVERS.items():
         save(folder / kind)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.image import task
+from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog
@@ -86,6 +88,64 @@ def test_a_run_measures_draws_and_leaves_what_its_pipeline_loads(
     before = generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes()
     pipeline.load_lora_weights(str(folder))
     assert generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes() != before
+
+
+def test_the_noise_levels_in_the_log_are_those_that_were_drawn(
+    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw = [], FlowMatching.draw
+
+    def drawing(self: FlowMatching, random: torch.Generator) -> torch.Tensor:
+        index = draw(self, random)
+        drawn.append(1000 * self.sigmas[index].item())
+        return index
+
+    monkeypatch.setattr(FlowMatching, "draw", drawing)
+    shared = {**SHARED, "pretrained_model_name_or_path": bases(SD3), "max_train_steps": 3}
+    whole = train(tmp_path / "whole", **shared)
+    cut = train(
+        tmp_path / "cut", **{**shared, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    )
+    steps = [drawn[i : i + 2] for i in range(0, 6, 2)]
+    assert len(drawn) == 12
+    for name, of in {"mean": lambda pair: sum(pair) / 2, "min": min, "max": max}.items():
+        logged = column(whole, f"noise_level_{name}")
+        assert logged == pytest.approx([of(pair) for pair in steps], rel=1e-6)
+        assert logged == column(cut, f"noise_level_{name}")
+
+
+def test_images_are_drawn_as_the_command_line_says(
+    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [])
+    shared = {**SHARED, "pretrained_model_name_or_path": bases(SD3), "num_validation_images": 1}
+    final = {**shared, "final_validation_prompt": "a TOK icon"}
+    train(tmp_path / "usual", **final)
+    given = {"validation_guidance_scale": 2.0, "validation_num_inference_steps": 3}
+    train(tmp_path / "given", **final, **given)
+    train(tmp_path / "skipped", **final, skip_final_inference=True)
+    told = [(call["steps"], call["guidance_scale"]) for call in calls]
+    assert told == [(None, None), (3, 2.0)]
+
+
+def test_a_guidance_that_no_model_is_told_is_a_line_and_no_part_of_the_record(
+    bases: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind, told in ((SD3, None), ("FluxPipeline", 2.0)):
+        caplog.clear()
+        shared = {**SHARED, "pretrained_model_name_or_path": bases(kind), "guidance_scale": 2.0}
+        folder = train(tmp_path / kind, **shared, max_train_steps=1)
+        assert ("no embedding of guidance" in caplog.text) == (told is None)
+        assert runlog.read_run(folder)["config"]["guidance_scale"] == told
+
+
+@pytest.mark.slow
+def test_an_autoencoder_at_rest_on_the_cpu_changes_nothing(bases: Any, tmp_path: Path) -> None:
+    shared = {**SHARED, "pretrained_model_name_or_path": bases(SD3), "cache_latents": "no"}
+    one, two = (train(tmp_path / str(o), **shared, offload=o) for o in (False, True))
+    assert column(one, "loss") == column(two, "loss")
+    assert difference(one, two) == 0
 
 
 @pytest.mark.slow

@@ -6,16 +6,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.pipeline import kind_of, load_pipeline
 from bilora_diffusion.mini import pipeline_dir
+from tests.image.tiny import qwen_image, saved
+from tests.image.tiny.parts import autoencoder
 
 Damage = Callable[[Path], None]
 Tensors = dict[str, torch.Tensor]
@@ -96,6 +100,7 @@ def inpainting(folder: Path) -> None:
 
 
 INDEX = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "part-1.bin"}})
+DDPM = ["diffusers", "DDPMScheduler"]
 SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
 CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("inpainting", inpainting, ("UNet", "17 in_channels", "text-to-image")),
@@ -154,6 +159,56 @@ def test_another_autoencoder_has_to_fit(tmp_path: Path) -> None:
     AutoencoderKL(latent_channels=4).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="8 in_channels where its autoencoder has 4"):
         load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path))
+
+
+def channels_of_another(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+    autoencoder(8).save_pretrained(folder / "vae")
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+FLOW_CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
+    ("other channels", channels_of_another, ("latents of 4 channels", "makes 8")),
+    ("no scale", configured("vae/config.json", scaling_factor=0), ("scaling_factor 0",)),
+    ("worded shift", configured("vae/config.json", shift_factor="x"), ("shift_factor 'x'",)),
+    ("lacks", weighed("transformer", drop), ("transformer", "lacks weights")),
+    ("infinite", weighed("transformer", spoil), ("transformer", "not finite")),
+    ("empty weights", written(WEIGHTS, ""), ("transformer", "download or write it again")),
+    ("cut weights", written(WEIGHTS, "1234"), ("transformer", "download or write it again")),
+    ("empty config", written("transformer/config.json", ""), ("transformer", "again")),
+    ("no scheduler", lambda f: shutil.rmtree(f / "scheduler"), ("scheduler", "correct its files")),
+    ("no words", lambda f: shutil.rmtree(f / "tokenizer_2"), ("tokenizer_2", "no words")),
+    ("SDXL's levels", configured("model_index.json", scheduler=DDPM), ("DDPMScheduler",)),
+]
+
+
+@pytest.mark.parametrize("case", FLOW_CASES, ids=lambda case: case[0])
+def test_a_flow_model_that_cannot_be_trained_is_a_sentence(
+    case: tuple[str, Damage, tuple[str, ...]], tmp_path: Path
+) -> None:
+    folder = saved("StableDiffusion3Pipeline", tmp_path / "model")
+    load_pipeline(str(folder), dtype=torch.float32)
+    test_a_pipeline_that_cannot_be_trained_is_a_sentence(case, folder)
+
+
+def test_another_autoencoder_is_of_the_models_class(tmp_path: Path) -> None:
+    qwen_image.video_autoencoder().save_pretrained(tmp_path)
+    said = "AutoencoderKLQwenImage.*AutoencoderKL by itself as --pretrained_vae_model_name_or_path"
+    with pytest.raises(UserError, match=said):
+        load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path))
+    with pytest.raises(UserError, match="AutoencoderKL by itself"):
+        load_pipeline("mini", dtype=torch.float32, vae=str(pipeline_dir()))
+
+
+def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: Any, **__: Any) -> None:
+        raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
+
+    monkeypatch.setattr("bilora_diffusion.image.pipeline.hf_hub_download", gated)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", gated)
+    for load in (kind_of, lambda name: load_pipeline(name, dtype=torch.float32)):
+        with pytest.raises(UserError, match=r'"org/gated".*accept its terms.*hf auth login'):
+            load("org/gated")
 
 
 def test_a_variant_is_taken_where_there_is_one(folder: Path) -> None:

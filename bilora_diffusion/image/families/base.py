@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..fit import require_scheduler, require_tokenizer
+from ..fit import require_channels, require_scheduler, require_tokenizer, require_vae
 from ..latents import LatentSpace
 
+STEPS = 25
+"""In which images are drawn by default."""
 Conditions = dict[str, Any]
 """What a model is told beside the noisy latents, for n rows: tensors (n, ...), or lists of n
 tensors where rows differ in length."""
@@ -92,7 +94,9 @@ class Family:
         targets: the layers that get adapters by default.
         flow: whether it predicts a velocity along straight paths (``flow``).
         guidance: with which its images are drawn by default.
+        few_steps: in which its distilled models draw.
         patch: pixels a side of the smallest patch that it sees, which divides the resolution.
+        packing: places of a latent whose channels are those of one token.
         max_sequence_length: tokens of a prompt, where the model leaves that open.
         guidance_scale: that a model with a guidance embedding is told in training.
     """
@@ -106,7 +110,9 @@ class Family:
     flow: ClassVar[bool] = True
     weighting: ClassVar[str] = "none"
     guidance: ClassVar[float] = 5.0
+    few_steps: ClassVar[int] = STEPS
     patch: ClassVar[int] = 16
+    packing: ClassVar[int] = 1
     side: ClassVar[int] = 1024
     trains_encoders: ClassVar[bool] = False
 
@@ -212,6 +218,23 @@ class Family:
                     name, tokenizer, pipeline, encoder, cut="CLIP" in self.parts[part]
                 )
         require_scheduler(name, pipeline.scheduler, flow=self.flow)
+        require_vae(name, pipeline.vae)
+        if self.flow:
+            require_channels(name, self.model(pipeline), pipeline.vae, self.packing)
+
+    def is_distilled(self, pipeline: Any) -> bool:
+        """Whether a loaded model is distilled to a few steps without guidance."""
+        return False
+
+    def drawing(self, pipeline: Any) -> tuple[int, float]:
+        """Steps and guidance with which a loaded model's images are drawn by default."""
+        if self.is_distilled(pipeline):
+            return self.few_steps, 0.0
+        return STEPS, self.guidance
+
+    def is_told_guidance(self, pipeline: Any) -> bool:
+        """Whether a loaded model has an embedding of guidance, which it is told in training."""
+        return False
 
     def remark(self, name: str, pipeline: Any) -> str | None:
         """What to know of a model before it is trained, as one sentence, if there is something.

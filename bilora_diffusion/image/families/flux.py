@@ -35,7 +35,9 @@ class Flux(Family):
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
     )
+    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 3.5
+    few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -74,8 +76,14 @@ class Flux(Family):
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         return unpacked(latents, side // 8, side // 8)
 
+    def is_distilled(self, pipeline: Any) -> bool:
+        return not self.is_told_guidance(pipeline)
+
+    def is_told_guidance(self, pipeline: Any) -> bool:
+        return pipeline.transformer.config.guidance_embeds
+
     def remark(self, name: str, pipeline: Any) -> str | None:
-        if pipeline.transformer.config.guidance_embeds:
+        if not self.is_distilled(pipeline):
             return None
         return (
             f'"{name}" has no guidance embedding, as FLUX.1-schnell, which is distilled to a few'

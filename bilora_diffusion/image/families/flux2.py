@@ -54,7 +54,9 @@ class Flux2Klein(Family):
         # One by one: a "to_out" is a list in the other blocks.
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
     )
+    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
+    few_steps: ClassVar[int] = 4  # of klein without "base"
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
 
     @torch.no_grad()
@@ -105,8 +107,11 @@ class Flux2Klein(Family):
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         return nn.functional.pixel_unshuffle(latents, 2)
 
+    def is_distilled(self, pipeline: Any) -> bool:
+        return pipeline.config.is_distilled
+
     def remark(self, name: str, pipeline: Any) -> str | None:
-        if not pipeline.config.is_distilled:
+        if not self.is_distilled(pipeline):
             return None
         return (
             f'"{name}" is distilled to a few steps without guidance, which training undoes: train'

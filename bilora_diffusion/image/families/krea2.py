@@ -34,7 +34,9 @@ class Krea2(Family):
         }
     )
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0", "to_gate")
+    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.5
+    few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -65,7 +67,7 @@ class Krea2(Family):
         return VideoSpace.of(vae)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        return 1.15 if pipeline.config.is_distilled else super().mu(pipeline, tokens)
+        return 1.15 if self.is_distilled(pipeline) else super().mu(pipeline, tokens)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         # Equally long, since the pipeline gives both the same positions.
@@ -82,8 +84,11 @@ class Krea2(Family):
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         return unpacked(latents, side // 8, side // 8)
 
+    def is_distilled(self, pipeline: Any) -> bool:
+        return pipeline.config.is_distilled
+
     def remark(self, name: str, pipeline: Any) -> str | None:
-        if not pipeline.config.is_distilled:
+        if not self.is_distilled(pipeline):
             return None
         return (
             f'"{name}" is distilled to a few steps without guidance, which training undoes: train'

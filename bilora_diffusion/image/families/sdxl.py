@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..fit import ANOTHER, require_vae
+from ..fit import ANOTHER
 from .base import Conditions, Family
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -55,7 +55,6 @@ class StableDiffusionXL(Family):
 
     def require_fit(self, name: str, pipeline: Any) -> None:
         _require_unet(name, pipeline)
-        require_vae(name, pipeline.vae)
         super().require_fit(name, pipeline)
 
 

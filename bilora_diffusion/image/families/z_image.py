@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ class ZImage(Family):
         }
     )
     guidance: ClassVar[float] = 5.0
+    few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -55,8 +57,12 @@ class ZImage(Family):
             "guidance_scale": guidance,
         }
 
+    def is_distilled(self, pipeline: Any) -> bool:
+        # Nothing in its files says so.
+        return "turbo" in Path(pipeline.name_or_path or "").name.lower()
+
     def remark(self, name: str, pipeline: Any) -> str | None:
-        if "turbo" not in name.lower():
+        if not self.is_distilled(pipeline):
             return None
         return (
             f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
