@@ -110,7 +110,7 @@ class Arm:
 
     def step(self) -> None:
         """Clip what the method wants clipped, then update; called by the method."""
-        torch.nn.utils.clip_grad_norm_(self.method.clip_parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(self.method.weights, MAX_GRAD_NORM)
         self.optimizer.step()
 
     def zero_grad(self) -> None:

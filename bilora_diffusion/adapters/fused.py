@@ -1,8 +1,11 @@
 """One low-rank product for both adapters: W0 x + [s1 B1, s2 B2] [A1; A2] x, PEFT's sum of two.
 
-The parameters stay separate; they are put side by side in each forward. The product runs in the
-precision of the base's output (autocast's where it is on), so x is not copied to fp32 as PEFT does.
-Where a layer is in a state that one product can't express, that call goes to PEFT's own forward.
+The parameters stay separate; they are put side by side in each forward, or once for all forwards
+within `held`. The product runs in the precision of the base's output (autocast's where it is on),
+so x is not copied to fp32 as PEFT does. Forward and backward are written out, for autograd would
+add the product to the base's output through a view, at the price of six more operations on all of
+the activations. Where a layer is in a state that one product can't express, that call goes to
+PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -38,19 +41,89 @@ class _Fused:
                     return super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = self.base_layer
-        ordinary = type(base) is nn.Linear
-        known = ordinary or self.quantized
+        frozen = type(base) is nn.Linear and not base._forward_hooks and _frozen(base)
+        known = type(base) is nn.Linear or self.quantized
         if known and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapters
-        result = base(x)
-        down, up, scale = _side_by_side(self, active, result.dtype)
-        hidden = F.linear(x.to(result.dtype), down).reshape(-1, down.shape[0])
-        if not result.is_contiguous():
-            return result + F.linear(hidden, up).view(result.shape) * scale
-        rows = result.view(-1, result.shape[-1])
-        if ordinary and not base._forward_hooks:  # the result is nobody else's
-            return rows.addmm_(hidden, up.t(), alpha=scale).view(result.shape)
-        return torch.addmm(rows, hidden, up.t(), alpha=scale).view(result.shape)
+        if frozen:  # its output is nobody else's, so it needs not be kept apart
+            dtype = _computes_in(x, base.weight)
+            weight, bias = (t if t is None else t.to(dtype) for t in (base.weight, base.bias))
+            result, x = None, x.to(dtype)
+        else:
+            result = base(x)
+            weight, bias, x = None, None, x.to(result.dtype)
+        return _Product.apply(  # type: ignore[no-any-return]
+            x, result, weight, bias, *_side_by_side(self, active, x.dtype), *_factors(self, active)
+        )
+
+
+class _Product(torch.autograd.Function):
+    """y + s x A^T B^T, of y = W x + b or given; A (R, n) and B (m, R) of all adapters side by side.
+
+    The gradients are those of the single adapters' factors, in their own precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        result: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scales: tuple[float, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = rows @ A.t()
+        s = scales[0]
+        if result is None:
+            assert weight is not None
+            made = F.linear(rows, weight, bias).addmm_(hidden, B.t(), alpha=s)
+            shape = (*x.shape[:-1], len(weight))
+        else:
+            made = torch.addmm(result.reshape(len(rows), -1), hidden, B.t(), alpha=s)
+            shape = result.shape
+        ctx.save_for_backward(rows, weight, A, B, hidden)
+        ctx.scales, ctx.factors, ctx.shape = scales, [(f.shape, f.dtype) for f in factors], x.shape
+        return made.view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        rows, weight, A, B, hidden = ctx.saved_tensors
+        above = gradient.reshape(-1, gradient.shape[-1])
+        below = (above @ B).mul_(ctx.scales[0])
+        through = None
+        if ctx.needs_input_grad[0]:
+            through = below @ A if weight is None else (above @ weight).addmm_(below, A)
+            through = through.view(ctx.shape)
+        g_A, g_B = below.t() @ rows, (above.t() @ hidden).mul_(ctx.scales[0])
+        of_factors, start = [], 0
+        for (shape, dtype), scale in zip(ctx.factors[::2], ctx.scales, strict=True):
+            own = slice(start, start := start + shape[0])
+            ratio = scale / ctx.scales[0]
+            of_B = g_B[:, own] if ratio == 1 else g_B[:, own] * ratio
+            of_factors += [g_A[own].to(dtype), of_B.to(dtype)]
+        given = gradient if ctx.needs_input_grad[1] else None
+        return through, given, None, None, None, None, None, *of_factors
+
+
+_kept: dict[tuple[Any, ...], tuple[Tensor, Tensor, tuple[float, ...]]] | None = None
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within the context no factor changes, so each layer's are put side by side only once, however
+    many micro-batches and recomputed forwards there are.
+    """
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 class FusedLinear(_Fused, lora.Linear):
@@ -130,14 +203,37 @@ def _ordinary(module: nn.Module) -> bool:
     )
 
 
+def _frozen(base: nn.Linear) -> bool:
+    return not any(p.requires_grad for p in base.parameters())
+
+
+def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision of a linear layer's output."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
+
+
+def _factors(layer: Any, active: list[str]) -> list[Tensor]:
+    """A and B of each adapter in turn."""
+    return [holder[name].weight for name in active for holder in (layer.lora_A, layer.lora_B)]
+
+
 def _side_by_side(
     layer: Any, active: list[str], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, float]:
-    """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1] (m, r1 + r2) and s1; of one adapter: A, B, s."""
-    first, *rest = active
-    down, up, scale = layer.lora_A[first].weight, layer.lora_B[first].weight, layer.scaling[first]
-    for name in rest:
-        other, ratio = layer.lora_B[name].weight, layer.scaling[name] / scale
-        down = torch.cat((down, layer.lora_A[name].weight))
-        up = torch.cat((up, other if ratio == 1 else other * ratio), dim=1)
-    return down.to(dtype), up.to(dtype), scale
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1] (m, r1 + r2) and s1, s2; of one adapter: A, B, s."""
+    kept = None if torch.compiler.is_compiling() else _kept
+    key = (id(layer), tuple(active), dtype)
+    if kept is not None and key in kept:
+        return kept[key]
+    scales = tuple(layer.scaling[name] for name in active)
+    with torch.no_grad():
+        A = [layer.lora_A[name].weight for name in active]
+        B = [layer.lora_B[name].weight for name in active]
+        B = [b if s == scales[0] else b * (s / scales[0]) for b, s in zip(B, scales, strict=True)]
+        down, up = (A[0], B[0]) if len(active) == 1 else (torch.cat(A), torch.cat(B, dim=1))
+        factors = down.to(dtype), up.to(dtype), scales
+    if kept is not None:
+        kept[key] = factors
+    return factors

@@ -95,7 +95,10 @@ def power_step_(
 
 @torch.no_grad()
 def rescale_moments_(
-    optimizer: Optimizer, parameters: Sequence[nn.Parameter], factor: Tensor
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    factor: Tensor,
+    each: bool = False,
 ) -> None:
     """Shrink Adam's moments as the projection shrank the factors: exp_avg by f, exp_avg_sq by f^2.
 
@@ -103,14 +106,15 @@ def rescale_moments_(
     and the auxiliary's steps become small.
 
     Args:
-        parameters: those that were multiplied.
-        factor: f, 0-d.
+        parameters: those that were multiplied, A and B of each layer in turn.
+        factor: f, 0-d, or (layers,) with `each`.
     """
-    for parameter in parameters:
+    by = factor.repeat_interleave(2).unbind() if each else [factor] * len(parameters)
+    for parameter, f in zip(parameters, by, strict=True):
         state = optimizer.state.get(parameter, {})
         if "exp_avg" in state:
-            state["exp_avg"].mul_(factor.to(state["exp_avg"]))
-            state["exp_avg_sq"].mul_((factor * factor).to(state["exp_avg_sq"]))
+            state["exp_avg"].mul_(f.to(state["exp_avg"]))
+            state["exp_avg_sq"].mul_((f * f).to(state["exp_avg_sq"]))
 
 
 def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ _STACK_ELEMENTS_ELSEWHERE = 2**24
 class Projection(NamedTuple):
     """The norm before and after a projection: 0-d float64 tensors on the factors' device.
 
-    `factor` is what every A and B was multiplied by, 1 inside the ball.
+    `factor` is what every A and B was multiplied by, 1 inside the ball; (layers,) of `each`.
     """
 
     before: Tensor
@@ -33,13 +33,29 @@ class Projection(NamedTuple):
     factor: Tensor
 
 
-class _Sums(NamedTuple):
-    """Squares summed over layers, all 0-d: see `_measure`."""
+class Squares(NamedTuple):
+    """What the norms of some layers are made of, each (layers,) on the first one's device.
+
+    - norm: ||s B A||^2.
+    - magnitude: (s sum_k |b_k| |a_k|)^2 >= ||s |B| |A| ||^2, b_k a column of B, a_k a row of A.
+    - relative: the same times (5 u)^2, where u is the unit roundoff of the factors' dtype: both
+      factors rounded, the multiplier in each too, with room for the products of these errors.
+    - absolute: (s v (sqrt(r n) |B| + sqrt(m r) |A|))^2, where v is half the smallest number of the
+      dtype: what rounding adds where numbers are subnormal, as small B are in fp16.
+    """
 
     norm: Tensor
     magnitude: Tensor
     relative: Tensor
     absolute: Tensor
+
+    def of(self, layers: slice) -> Squares:
+        """Those of some of the layers."""
+        return Squares(*(column[layers] for column in self))
+
+    def total(self) -> Tensor:
+        """The norm over all of them, 0-d."""
+        return self.norm.sum().clamp_min(0).sqrt()
 
 
 @torch.no_grad()
@@ -55,11 +71,17 @@ def frobenius_norm(factors: Sequence[Factors]) -> Tensor:
     Raises:
         ValueError: no factors.
     """
-    return _measure(factors).norm.clamp_min(0).sqrt()
+    return squares(factors).total()
 
 
 @torch.no_grad()
-def project_(factors: Sequence[Factors], rho: float | Tensor, onto: bool = False) -> Projection:
+def project_(
+    factors: Sequence[Factors],
+    rho: float | Tensor,
+    onto: bool = False,
+    each: bool = False,
+    measured: Squares | None = None,
+) -> Projection:
     """Equation 10, in place: if the norm c exceeds rho, multiply every A and B by sqrt(rho / c).
 
     Inside the ball nothing changes, to the bit. Outside, c is taken with an upper bound on what the
@@ -70,91 +92,103 @@ def project_(factors: Sequence[Factors], rho: float | Tensor, onto: bool = False
         factors: as in `frobenius_norm`.
         rho: the radius, in the units of that norm; a tensor is 0-d, of any precision.
         onto: put what lies inside the ball on its surface too, unless it is zero.
+        each: one ball of radius rho / sqrt(layers) for each layer instead of one for all.
+        measured: the factors' `squares`, where they are known.
 
     Raises:
         ValueError: no factors.
     """
-    sums = _measure(factors)
+    found = squares(factors) if measured is None else measured
+    whole_norm = found.total()
+    if isinstance(rho, Tensor):
+        rho = rho.to(whole_norm)
+    sums = found if each else Squares(*torch.stack(found).sum(1, keepdim=True))
+    own = rho / math.sqrt(len(factors)) if each else rho
     before = sums.norm.clamp_min(0).sqrt()
     # ||E'|| <= f^2 (a + b) + f d with E' the stored product after multiplying by f: solve for = rho
-    if isinstance(rho, Tensor):
-        rho = rho.to(before)
     a = (sums.norm.clamp_min(0) + 8 * torch.finfo(before.dtype).eps * sums.magnitude).sqrt()
     b, d = sums.relative.sqrt(), sums.absolute.sqrt()
-    root = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
-    factor = torch.where(before > (0 if onto else rho), root, 1.0)
+    root = 2 * own / (d + (d * d + 4 * own * (a + b)).sqrt())
+    factor = torch.where(before > (0 if onto else own), root, 1.0)
     _multiply_(factors, factor)
-    return Projection(before, before * factor * factor, factor)
+    after = (before * factor * factor).norm() if each else (before * factor * factor)[0]
+    return Projection(whole_norm, after, factor if each else factor[0])
 
 
-def _measure(factors: Sequence[Factors]) -> _Sums:
-    """Sums over layers: of ||s B A||^2; and of bounds on what goes into rounding errors, squared.
+@torch.no_grad()
+def squares(factors: Sequence[Factors]) -> Squares:
+    """What the norms of these layers are made of, in their order.
 
-    - magnitude: (s sum_k |b_k| |a_k|)^2 >= ||s |B| |A| ||^2, b_k a column of B, a_k a row of A.
-    - relative: the same times (5 u)^2, where u is the unit roundoff of the factors' dtype: both
-      factors rounded, the multiplier in each too, with room for the products of these errors.
-    - absolute: (s v (sqrt(r n) |B| + sqrt(m r) |A|))^2, where v is half the smallest number of the
-      dtype: what rounding adds where numbers are subnormal, as small B are in fp16.
+    Raises:
+        ValueError: no factors.
     """
     if not factors:
         raise ValueError("There are no factors to measure.")
     device = factors[0].A.device
-    total = [torch.zeros((), dtype=wide(device), device=device) for _ in _Sums._fields]
-    for stack_A, stack_B, scale, dtype in _stacks(factors):
-        r, n, m = stack_A.shape[1], stack_A.shape[2], stack_B.shape[1]
-        gram_A, gram_B = stack_A @ stack_A.mT, stack_B.mT @ stack_B
-        diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
-        rounding = torch.finfo(dtype).eps / 2
-        least = torch.finfo(dtype).smallest_normal * rounding
-        norm = ((gram_A * gram_B).sum((1, 2)) * scale**2).sum()
-        magnitude = ((diagonal_A * diagonal_B).sqrt().sum(1) * scale).square().sum()
-        norm_A, norm_B = diagonal_A.sum(1).sqrt(), diagonal_B.sum(1).sqrt()
-        absolute = math.sqrt(r * n) * norm_B + math.sqrt(m * r) * norm_A
-        absolute = (absolute * scale * least).square().sum()
-        for i, value in enumerate((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute)):
-            total[i] += value.to(device)
-    return _Sums(*total)
+    order: list[int] = []
+    parts = []
+    for chunk in _alike(factors):
+        order += chunk
+        parts.append(_squares([factors[i] for i in chunk]).to(device))
+    columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if order != sorted(order):
+        places = torch.tensor(order).argsort()
+        columns = columns[:, places.to(device, non_blocking=True)]
+    return Squares(*columns)
 
 
-def _stacks(
-    factors: Sequence[Factors],
-) -> Iterator[tuple[Tensor, Tensor, float | Tensor, torch.dtype]]:
-    """Layers of one kind as (L, r, n) and (L, m, r) in wide precision, with their scales: a number
-    where they have one in common, else (L,).
-    """
-    groups: dict[tuple[object, ...], list[Factors]] = {}
-    for f in factors:
-        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device)
-        groups.setdefault(key, []).append(f)
+def _squares(layers: Sequence[Factors]) -> Tensor:
+    """`Squares` of layers of one shape, dtype and device, one below the other: (4, layers)."""
+    A, B = (torch.stack([whole(getattr(f, side)) for f in layers]) for side in "AB")
+    precision = wide(A.device)
+    A, B, dtype = A.to(precision), B.to(precision), A.dtype
+    r, n, m = A.shape[1], A.shape[2], B.shape[1]
+    gram_A, gram_B = A @ A.mT, B.mT @ B
+    diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
+    rounding = torch.finfo(dtype).eps / 2
+    least = torch.finfo(dtype).smallest_normal * rounding
+    norm = (gram_A * gram_B).sum((1, 2))
+    magnitude = (diagonal_A * diagonal_B).sqrt().sum(1).square()
+    norm_A, norm_B = diagonal_A.sum(1).sqrt(), diagonal_B.sum(1).sqrt()
+    absolute = (math.sqrt(r * n) * least * norm_B + math.sqrt(m * r) * least * norm_A).square()
+    rows = torch.stack((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute))
+    scales = [f.scale for f in layers]
+    if len(set(scales)) == 1:
+        return rows * scales[0] ** 2
+    return rows * torch.tensor(scales, dtype=precision, device=A.device) ** 2
+
+
+def _alike(factors: Sequence[Factors]) -> Iterator[list[int]]:
+    """Positions of layers of one shape, dtype and device, as many as are best measured at once."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, f in enumerate(factors):
+        groups.setdefault((f.A.shape, f.B.shape, f.A.dtype, f.A.device), []).append(i)
     for group in groups.values():
-        first = group[0]
-        precision = wide(first.A.device)
+        first = factors[group[0]]
         most = _STACK_ELEMENTS.get(first.A.device.type, _STACK_ELEMENTS_ELSEWHERE)
         at_once = max(1, most // (first.A.numel() + first.B.numel()))
         for start in range(0, len(group), at_once):
-            chunk = group[start : start + at_once]
-            scales = [f.scale for f in chunk]
-            alike = len(set(scales)) == 1
-            yield (
-                torch.stack([whole(f.A) for f in chunk]).to(precision),
-                torch.stack([whole(f.B) for f in chunk]).to(precision),
-                scales[0]
-                if alike
-                else torch.tensor(scales, dtype=precision, device=first.A.device),
-                first.A.dtype,
-            )
+            yield group[start : start + at_once]
 
 
 def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for f in factors:
-        groups.setdefault((f.A.dtype, f.A.device), []).extend((_local(f.A), _local(f.B)))
-    for (dtype, device), tensors in groups.items():
-        if dtype in (torch.float32, torch.float64):
-            torch._foreach_mul_(tensors, factor.to(device=device, dtype=dtype))
-        else:  # the multiplier itself must not be rounded to the narrow dtype
-            for tensor in tensors:
-                tensor.copy_(tensor.float() * factor.to(device=device, dtype=torch.float32))
+    """Multiply A and B in place, by one number, (1,), or by one for each layer, (layers,)."""
+    one = len(factor) == 1
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+    for i, f in enumerate(factors):
+        own = groups.setdefault((f.A.dtype, f.A.device), [])
+        own += [(0 if one else i, _local(f.A)), (0 if one else i, _local(f.B))]
+    for (dtype, device), members in groups.items():
+        tensors = [tensor for _, tensor in members]
+        exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        by = factor.to(device=device, dtype=exact).unbind()
+        if exact is not dtype:  # the multiplier itself must not be rounded to the narrow dtype
+            for i, tensor in members:
+                tensor.copy_(tensor.float() * by[i])
+        elif one:
+            torch._foreach_mul_(tensors, by[0])
+        else:
+            torch._foreach_mul_(tensors, [by[i] for i, _ in members])
 
 
 def whole(tensor: Any) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -196,6 +197,13 @@ class Method:
         averaging averages.
         """
         return [p for target in self.targets for p in trained(target.model)]
+
+    @cached_property
+    def weights(self) -> list[nn.Parameter]:
+        """`clip_parameters()` of the first step, after which they are the same ones for ever: to
+        find them is to walk through the whole model.
+        """
+        return self.clip_parameters()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

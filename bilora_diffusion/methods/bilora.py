@@ -172,22 +172,23 @@ class BiLoRA(Counting):
 
     def project(self) -> ball.Projection:
         """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""
-        factors = self._measured()
+        return self._project(self._measured())
+
+    def _project(
+        self, factors: Sequence[adapters.Factors], measured: ball.Squares | None = None
+    ) -> ball.Projection:
         if self.options.ball == "none":
-            norm = ball.frobenius_norm(factors)
+            norm = (ball.squares(factors) if measured is None else measured).total()
             return ball.Projection(norm, norm, torch.ones_like(norm))
-        rho = self._radius()
-        if self.options.ball == "global":
-            last = ball.project_(factors, rho, onto=self._power)
-            self._rescale(self._layers, last.factor)
-            return last
-        share = rho / math.sqrt(len(factors))
-        each = []
-        for layer, own in zip(self._layers, factors, strict=True):
-            each.append(ball.project_([own], share, onto=self._power))
-            self._rescale([layer], each[-1].factor)
-        before, after, factor = (torch.stack(column) for column in zip(*each, strict=True))
-        return ball.Projection(before.norm(), after.norm(), factor.amin())
+        each = self.options.ball == "per-layer"
+        last = ball.project_(
+            factors, self._radius(), onto=self._power, each=each, measured=measured
+        )
+        if self.options.rescale_moments and self._optimizer is not None:
+            ascent.rescale_moments_(
+                self._optimizer, self._parameters(self._layers), last.factor, each
+            )
+        return last._replace(factor=last.factor.amin())
 
     def auxiliary_norm(self) -> float:
         """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
@@ -281,12 +282,16 @@ class BiLoRA(Counting):
 
     def _after_step(self, *_: Any) -> None:
         self.taken += 1
-        if self._auto is not None and self._loss is not None and self._gamma is not None:
-            moved = ball.frobenius_norm(radius.changes(self._layers, self._primary))
+        if self._auto is None:
+            self._last = self.project()
+        elif self._loss is not None and self._gamma is not None:
+            auxiliary, primary = self._measured(), radius.changes(self._layers, self._primary)
+            both = ball.squares([*auxiliary, *primary])  # of one shape mostly, so at one go
+            count = len(auxiliary)
+            moved = both.of(slice(count, None)).total()
             self._bound = self._auto.update(self._loss, self._gamma, moved)
             self._loss = None  # each step tells its own
-        self._last = self.project()
-        if self._auto is not None:
+            self._last = self._project(auxiliary, both.of(slice(count)))
             self._auto.projected(self._last.after)
         self._probe.arm(self._layers, self.taken)
 
@@ -296,10 +301,6 @@ class BiLoRA(Counting):
         self._halves = ascent.power_step_(self._factors(), gradients, self._halves, sign)
         for parameter in self._parameters(self._layers):
             parameter.grad = None  # the optimizer passes over what has no gradient, and keeps none
-
-    def _rescale(self, found: Sequence[tuple[str, adapters.LoraLayer]], factor: Tensor) -> None:
-        if self.options.rescale_moments and self._optimizer is not None:
-            ascent.rescale_moments_(self._optimizer, self._parameters(found), factor)
 
     @staticmethod
     def _parameters(found: Sequence[tuple[str, adapters.LoraLayer]]) -> list[nn.Parameter]:

@@ -43,7 +43,6 @@ class LoRAMSAM(Method):
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self._optimizer: Optimizer | None = None
-        self._weights: list[nn.Parameter] = []
 
     def bind(self, optimizer: Optimizer) -> None:
         """Read the momentum of `optimizer` before each step.
@@ -59,10 +58,10 @@ class LoRAMSAM(Method):
                     f"{type(optimizer).__name__} as it is set keeps none; use AdamW, or SGD with "
                     "momentum=0.9."
                 )
-        self._optimizer, self._weights = optimizer, self.clip_parameters()
+        self._optimizer = optimizer
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        momenta = [(w, v) for w in self._weights if (v := self._momentum(w)) is not None]
+        momenta = [(w, v) for w in self.weights if (v := self._momentum(w)) is not None]
         weights = [weight for weight, _ in momenta]
         with perturb.restored(weights):
             perturb.move_(weights, [momentum for _, momentum in momenta], -self.rho)

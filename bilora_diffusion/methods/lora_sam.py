@@ -41,9 +41,8 @@ class LoRASAM(Method):
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         loss = forward_backward()
-        weights = self.clip_parameters()
-        with perturb.restored(weights):
-            perturb.climb_(weights, self.rho)
+        with perturb.restored(self.weights):
+            perturb.climb_(self.weights, self.rho)
             if self.observer is not None:
                 self.observer.perturbed()
             optimizer.zero_grad()

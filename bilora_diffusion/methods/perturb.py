@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,14 +15,16 @@ def restored(weights: Sequence[Tensor]) -> Iterator[None]:
     """After the context the weights are bit for bit what they were: by copy, never by subtraction,
     which would drift in a narrow dtype. Takes one copy of them.
     """
+    if not weights:
+        yield
+        return
     with torch.no_grad():
-        kept = [weight.detach().clone() for weight in weights]
+        kept = torch._foreach_clone(list(weights))
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
-                weight.copy_(value)
+            torch._foreach_copy_(list(weights), kept)
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def climb_(weights: Sequence[Tensor], rho: float) -> Tensor:
     moved = [weight for weight in weights if weight.grad is not None]
     gradients = [weight.grad for weight in moved if weight.grad is not None]
     length = norm(gradients)
-    torch._foreach_mul_(gradients, [(rho / (length + 1e-12)).to(g.dtype) for g in gradients])
+    torch._foreach_mul_(gradients, rho / (length + 1e-12))
     torch._foreach_add_(moved, gradients)
     return length
 
@@ -77,16 +80,12 @@ def move_(tensors: Sequence[Tensor], along: Sequence[Tensor], length: float | Te
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors])
-    )
+    wide = functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=wide)))
 
 
 def dot(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """sum_i <t_i, o_i> in fp32 or wider, 0-d."""
-    pairs = zip(tensors, others, strict=True)
-    return torch.stack([(t.to(_wide(t)) * o).sum() for t, o in pairs]).sum()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    wide = functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    both = (torch.cat([t.flatten() for t in side]).to(wide) for side in (tensors, others))
+    return torch.dot(*both)

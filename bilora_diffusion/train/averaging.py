@@ -29,7 +29,7 @@ class Average:
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         self.parameters = list(parameters)
-        self._ema = EMAModel(self.parameters, decay=decay)
+        self._ema = EMAModel(self.parameters, decay=decay, foreach=True)
 
     def update(self) -> None:
         """Take in the parameters of one more step."""

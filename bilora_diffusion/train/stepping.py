@@ -89,9 +89,7 @@ class ClippedOptimizer:
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
-        norm = self._accelerator.clip_grad_norm_(
-            self._method.clip_parameters(), self._max_grad_norm
-        )
+        norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self.grad_norm = None if norm is None else float(norm)
         self._optimizer.step()
 

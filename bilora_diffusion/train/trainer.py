@@ -21,6 +21,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from .. import adapters
+from ..adapters import fused
 from ..errors import TrainingError
 from ..methods import Method
 from ..run import checkpoint
@@ -135,6 +136,7 @@ class Trainer:
         """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called."""
         step, device = self.step, self.accelerator.device
 
+        @fused.held()
         def forward_backward() -> Tensor:
             # Dropout sees the same random numbers at each call and after each resume.
             torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
+from bilora_diffusion.adapters.fused import FusedLinear, fuse, held, unfuse, unfused
 from tests.contract.models import CASES
 
 BOTH = (PRIMARY, AUXILIARY)
@@ -281,3 +281,25 @@ def test_whole_models(kind: str) -> None:
     expected = case.output(model)
     assert fuse(model) > 1
     torch.testing.assert_close(case.output(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_held_factors_are_put_side_by_side_once_and_anew_afterwards() -> None:
+    torch.manual_seed(0)
+    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    fuse(model)
+    wrapped = Checkpointed(model, reentrant=False)
+    expected = results(wrapped, x)
+    puts = mock.Mock(side_effect=torch.cat)
+    with held(), mock.patch.object(torch, "cat", puts):
+        for _ in range(2):  # micro-batches, each with a forward that is made again
+            assert_same(results(wrapped, x), expected, 1e-6)
+        assert puts.call_count == 2  # A and B
+    with torch.no_grad():
+        for parameter in adapters.parameters(model, PRIMARY):
+            parameter.mul_(2)
+    with unfused(model):
+        changed = model(x)
+    assert not torch.allclose(changed, expected["output"])
+    torch.testing.assert_close(model(x), changed)
+    with held():
+        torch.testing.assert_close(model(x), changed)
