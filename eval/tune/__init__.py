@@ -69,6 +69,7 @@ class Tune(Sweep):
         cls.running_arguments(parser)
         add = parser.add_argument
         add("--space", type=Path, required=True, help="YAML file of what is searched")
+        add("--methods", metavar="LABELS", help="of the space, comma-separated; default: all")
         add("--trials", type=int, default=16, help="configurations of each method")
         add("--seeds", default="0,1", metavar="VALUES", help="of each trial: v1,v2 or a..b")
         add("--test_seeds", default="2..6", metavar="VALUES", help="others, to judge with")
@@ -128,7 +129,10 @@ class Tune(Sweep):
         if "validation_part" in settings(given.set, "--set"):
             raise UserError('--set has "validation_part", which --parts says: leave it out.')
         self.settings["parts"] = parts
-        return load(given.space), seeds, tests, parts
+        space = load(given.space)
+        if given.methods is not None:
+            space = space.of(listed(given.methods, f'--methods is "{given.methods}"'))
+        return space, seeds, tests, parts
 
     def trials(
         self, space: Space, planner: Planner, seeds: Sequence[str]

@@ -15,8 +15,8 @@ a method says of an option goes before what is shared.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ class Space:
     options: Values
     shared: Values
     methods: Mapping[str, Values]
+
+    def of(self, methods: Sequence[str]) -> Space:
+        """The space of some of its methods.
+
+        Raises:
+            UserError: it names no such method.
+        """
+        for label in methods:
+            if label not in self.methods:
+                raise UserError(
+                    f'--methods has "{label}"{did_you_mean(label, self.methods)}, which the space'
+                    f" does not name: use some of {', '.join(self.methods)}."
+                )
+        return replace(self, methods={label: self.methods[label] for label in methods})
 
     def configuration(self, method: str, search_seed: int, trial: int) -> dict[str, Any]:
         """The options of one trial.

@@ -84,6 +84,7 @@ WORDS = [
     (["--parts", "1/2,2/3"], "two parts of one split"),
     (["--parts", "1/2,3/2"], '--validation_part is "3/2"'),
     (["--set", "validation_part=1/2"], "which --parts says"),
+    (["--methods", "LoRA,Bi-LORA"], '--methods has "Bi-LORA" (did you mean "Bi-LoRA"?)'),
     (["--control", "DoRA"], '--control is "DoRA"'),
     (["--set", "validation_dataset=none"], "would have no heldout_loss"),
 ]
@@ -186,7 +187,9 @@ def test_methods_are_tuned_on_one_half_and_judged_on_the_other(
     asked: list[Cell], space: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = ["--space", str(space), "--trials", "6", "--test_seeds", "2..4"]
+    space.write_text(f"{space.read_text()}  LoRA-SAM: {{method: lora-sam}}\n")
+    words = ["--space", str(space), "--methods", "LoRA,Bi-LoRA"]
+    words += ["--trials", "6", "--test_seeds", "2..4"]
     words += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(out)]
     assert tune.main([RECIPE, *words]) == 0
     told = capsys.readouterr().out
