@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
@@ -23,7 +24,7 @@ from bilora_diffusion import mini
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
-from tools.mini import icons, text2image, trainer, vae
+from tools.mini import flow, icons, text2image, trainer, vae
 from tools.mini.tokenizer import RARE_WORD, build_tokenizer
 
 SHIPPED = {"train": (mini.train_dir(), 23), "heldout": (mini.heldout_dir(), 128)}
@@ -183,6 +184,7 @@ def test_captions_cover_their_forms_and_drop_a_tenth():
 
 
 SMALL = text2image.TextToImageSettings(steps=4, batch_size=4, unet_channels=(32, 64), text_width=32)
+SMALL_FLOW = flow.FlowSettings(steps=4, settle_steps=1, batch_size=4, width=24, heads=2, layers=1)
 
 
 def train_small(stage: str, folder: Path, stop_after: int | None = None) -> dict[str, torch.Tensor]:
@@ -192,11 +194,14 @@ def train_small(stage: str, folder: Path, stop_after: int | None = None) -> dict
     if stage == "vae":
         settings = vae.VaeSettings(steps=4, batch_size=4, channels=(8, 8, 8, 8))
         vae.train_vae(icon_set, [0, 1], settings, 3, folder, stop_after=stop_after)
+        return load_file(folder / f"{stage}.safetensors")
+    shape = (len(icon_set.icons), len(icons.VARIANTS), 2, 8, 8, 8)
+    latents = text2image.Latents(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.ones(shape), 1.0
+    )
+    if stage == "flow":
+        flow.train(icon_set, latents, SMALL_FLOW, 3, folder, stop_after)
     else:
-        shape = (len(icon_set.icons), len(icons.VARIANTS), 2, 8, 8, 8)
-        latents = text2image.Latents(
-            torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.ones(shape), 1.0
-        )
         settle = text2image.SettleSettings(steps=2)
         text2image.train_text2image(
             icon_set.icons, latents, small_tokenizer(), SMALL, 3, folder,
@@ -205,7 +210,7 @@ def train_small(stage: str, folder: Path, stop_after: int | None = None) -> dict
     return load_file(folder / f"{stage}.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["vae", "text2image"])
+@pytest.mark.parametrize("stage", ["vae", "text2image", "flow"])
 def test_killed_run_resumes_bit_for_bit(stage: str, tmp_path: Path):
     whole = train_small(stage, tmp_path / "whole")
     interrupted = train_small(stage, tmp_path / "parts", stop_after=2)
@@ -214,6 +219,37 @@ def test_killed_run_resumes_bit_for_bit(stage: str, tmp_path: Path):
     assert any(not torch.equal(interrupted[name], whole[name]) for name in whole)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_the_pipeline_of_mini_flow_draws_along_the_velocity_that_was_trained():
+    """One Euler step from noise; and whatever stands in T5's place is zero, as in training."""
+    read = flow.Conditioner(mini.pipeline_dir())
+    torch.manual_seed(0)
+    model = flow.transformer(SMALL_FLOW, sum(e.config.hidden_size for e in read.encoders))
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1)  # it begins at zero
+    autoencoder: Any = AutoencoderKL.from_pretrained(
+        mini.pipeline_dir() / "vae", torch_dtype=torch.float32
+    )
+    autoencoder.register_to_config(shift_factor=0.0)
+    pipeline = flow.pipeline_of(model.eval(), read, autoencoder)
+    noise, text = torch.randn(1, 8, 8, 8), "a flat icon of a rabbit"
+    drawn = pipeline(
+        text, latents=noise, num_inference_steps=1, guidance_scale=0, output_type="latent",
+        max_sequence_length=16,
+    )  # fmt: skip
+    states, pooled = read([text])
+    velocity = model(
+        noise,
+        timestep=torch.tensor([1000.0]),
+        encoder_hidden_states=torch.cat([states, torch.zeros(1, 16, states.shape[-1])], dim=1),
+        pooled_projections=pooled,
+    ).sample
+    assert velocity.abs().mean() > 0.01
+    torch.testing.assert_close(drawn.images, noise - velocity, rtol=1e-4, atol=1e-5)
+    # the loss is zero for what the velocity says itself
+    clean = (noise - velocity).detach()
+    loss = flow.velocity_loss(model, (states, pooled), 16, (clean, noise, torch.ones(1)))
+    assert float(loss) < 1e-8
 
 
 def test_rare_token_keeps_its_first_embedding(tmp_path: Path):

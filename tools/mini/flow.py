@@ -140,10 +140,15 @@ def velocity_loss(
 
 
 def train(
-    icon_set: IconSet, latents: Latents, settings: FlowSettings, seed: int, folder: Path
+    icon_set: IconSet,
+    latents: Latents,
+    settings: FlowSettings,
+    seed: int,
+    folder: Path,
+    stop_after: int | None = None,
 ) -> tuple[Any, Conditioner, float]:
     """From scratch or from the checkpoints in ``folder``: the transformer with averaged weights,
-    the encoders, and the seconds of a step.
+    the encoders, and the seconds of a step. ``stop_after`` ends within the first stage.
     """
     read = Conditioner(pipeline_dir())
     torch.manual_seed(seed)
@@ -176,7 +181,9 @@ def train(
         plan = trainer.Plan(steps, rate, decay_fraction=0.6, ema_decay=0.999, warmup_steps=200)
         identity: dict[str, object] = {"stage": name, "seed": seed, **vars(settings)}
         checkpoint = folder / f"{name}.safetensors"
-        seconds = trainer.fit(model, stage(name, mirrored), plan, checkpoint, identity)
+        seconds = trainer.fit(model, stage(name, mirrored), plan, checkpoint, identity, stop_after)
+        if stop_after is not None:
+            break
     return model, read, seconds
 
 
