@@ -51,6 +51,10 @@ METHODS = tuple(name for name in methods.names() if not methods.get(name).export
 """What `--methods all` means: every method that trains adapters. `full` is run by name only."""
 KINDS = {
     **{name: ArmKind(methods.get(name).title, name, fused=True) for name in methods.names()},
+    "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", fused=True, options={"rho": "auto"}),
+    "bilora-per-layer": ArmKind(
+        "Bi-LoRA, a ball per layer", "bilora", fused=True, options={"ball": "per-layer"}
+    ),
     "bilora-power": ArmKind(
         "Bi-LoRA, power iteration", "bilora", fused=True, options={"auxiliary_update": "power"}
     ),
@@ -104,7 +108,7 @@ class Arm:
 
     def train_step(self) -> Tensor:
         """One whole step: forward, backward, clip, update with projection, gradients forgotten."""
-        loss = self.method.step(self._forward_backward, self)
+        loss = self.method.step(self.forward_backward, self)
         self.zero_grad()
         return loss
 
@@ -117,7 +121,8 @@ class Arm:
         """Forget the gradients; called by the method too."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward_backward(self) -> Tensor:
+    def forward_backward(self) -> Tensor:
+        """Loss and gradients of the batch; called by the method."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext():
             loss = self.shape.loss(self.model, self.inputs)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import bootstrap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion.run import provenance
 
@@ -77,6 +78,32 @@ def median_seconds(work: Callable[[], Any], device: torch.device, *, calls: int 
     for _ in range(3):
         work()
     return statistics.median(seconds(work, device) for _ in range(calls))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are run within the context: kernels on an accelerator, but for
+    those that only look at memory in another way.
+
+    Attributes:
+        count: of all.
+        waits: how many of them ask for a value, for which an accelerator's queue is waited for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        asks = func is torch.ops.aten._local_scalar_dense.default
+        self.waits += asks
+        looks = func.is_view or func in _LOOKS or func.namespace != "aten"
+        self.count += not (asks or looks)
+        return func(*args, **(kwargs or {}))
+
+
+_LOOKS = {torch.ops.aten.detach.default, torch.ops.aten.promote_types.default}
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

@@ -11,8 +11,10 @@
 All arms live in one process on the same base weights and take turns, one step each, in rotating
 order; the ratio to LoRA is the median over rounds, its interval a 95 % bootstrap. A step is
 forward, backward, clipping, optimizer step with the projection onto the ball (Eq. 10), gradients
-forgotten. Weights are random: time does not depend on them. Peak memory cannot be told apart within
-a process, so each arm is also run for two steps in a process of its own.
+forgotten. Weights are random: time does not depend on them. Operations are counted in one more
+step: all, those outside forward and backward passes, and how often the step waits for a value. Peak
+memory cannot be told apart within a process, so each arm is also run for two steps in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 from arms import BASELINE, KINDS, METHODS, Arm, make
-from measure import circumstances, interleave, median_seconds, paired_ratio, seconds
+from measure import Operations, circumstances, interleave, median_seconds, paired_ratio, seconds
 from shapes import DTYPES, SHAPES, require
 
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
@@ -56,6 +58,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             "ratio_to_lora": ratio,
             "ratio_interval_95": interval,
             "peak_memory_bytes": memory.get(arm.kind),
+            **_operations(arm),
             "trained_parameters": arm.trainable,
             "first_loss": arm.losses[0],
             "last_loss": arm.losses[-1],
@@ -74,6 +77,25 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "projection": _projection(arms, rows, device),
         **circumstances(device),
     }
+
+
+def _operations(arm: Arm) -> dict[str, int]:
+    """Operations of one more step: all, those outside forward and backward passes, and how often
+    the step waits for a value.
+    """
+    passes, step = Operations(), Operations()
+    once = arm.forward_backward
+
+    def counted() -> torch.Tensor:
+        with passes:
+            return once()
+
+    arm.forward_backward = counted  # pyright: ignore[reportAttributeAccessIssue]
+    with step:
+        arm.train_step()
+    del arm.forward_backward
+    return {"operations": step.count, "own_operations": step.count - passes.count,
+            "waits": step.waits}  # fmt: skip
 
 
 def _make_arms(args: argparse.Namespace, kinds: Sequence[str]) -> list[Arm]:
@@ -136,8 +158,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['shapes']}: {result['note']}; {result['dtype']}, {result['layers']} layers",
         "",
-        "| method | memory (GB) | time (s) | relative to LoRA (95 % interval) |",
-        "|---|---|---|---|",
+        "| method | memory (GB) | time (s) | relative to LoRA (95 % interval)"
+        " | operations, of which its own | waits |",
+        "|---|---|---|---|---|---|",
     ]
     for row in result["arms"].values():
         interval = row["ratio_interval_95"]
@@ -145,7 +168,11 @@ def table(result: dict[str, Any]) -> str:
         peak = row["peak_memory_bytes"]
         memory = "not measured" if peak is None else f"{peak / 1e9:.2f}"
         ratio = f"{row['ratio_to_lora']:.3f}{spread}"
-        lines.append(f"| {row['label']} | {memory} | {row['median_seconds']:.3f} | {ratio} |")
+        count = f"{row['operations']:,}, {row['own_operations']:,}"
+        lines.append(
+            f"| {row['label']} | {memory} | {row['median_seconds']:.3f} | {ratio} | {count}"
+            f" | {row['waits']} |"
+        )
     if projection := result["projection"]:
         share = f"{100 * projection['share_of_step']:.2f} % of the step"
         lines += ["", f"Projection: {_duration(projection['median_seconds'])}, {share}."]

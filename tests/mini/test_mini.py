@@ -232,8 +232,9 @@ def test_the_pipeline_of_mini_flow_draws_along_the_velocity_that_was_trained():
     )
     autoencoder.register_to_config(shift_factor=0.0)
     pipeline = flow.pipeline_of(model.eval(), read, autoencoder)
-    noise, text = torch.randn(1, 8, 8, 8), "a flat icon of a rabbit"
-    drawn = pipeline(
+    noise: Any = torch.randn(1, 8, 8, 8)
+    text = "a flat icon of a rabbit"
+    drawn: Any = pipeline(
         text, latents=noise, num_inference_steps=1, guidance_scale=0, output_type="latent",
         max_sequence_length=16,
     )  # fmt: skip
