@@ -70,9 +70,9 @@ def make(
 @pytest.mark.parametrize(
     ("kind", "changes", "values"),
     [
-        ("trainer", {"dropout": 0.2}, {}),
-        ("trainer", {"use_dora": True}, {}),
-        ("trainer", {"init": "pissa"}, {}),
+        pytest.param("trainer", {"dropout": 0.2}, {}, marks=pytest.mark.slow),
+        pytest.param("trainer", {"use_dora": True}, {}, marks=pytest.mark.slow),
+        pytest.param("trainer", {"init": "pissa"}, {}, marks=pytest.mark.slow),
         ("trainer", {"auxiliary_rank": 2, "auxiliary_learning_rate": 2e-3}, {}),
         ("trainer", {}, {"bf16": True}),
         ("sft", {}, {"bf16": True}),

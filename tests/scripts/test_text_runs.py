@@ -40,20 +40,22 @@ LIVES: list[tuple[str, str, Given]] = [
     ("causal", "bilora", {"packing": True, "mixed_precision": "bf16"}),
     ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
     ("causal", "bilora", {"rho": "auto", "loss_rise": 0.2}),
-    ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
     ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
+    ("classification", "full", {}),
+]
+SLOW_LIVES: list[tuple[str, str, Given]] = [
+    ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
     ("seq2seq", "lora", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
     ("classification", "flat-lora", {"mixed_precision": "bf16"}),
     ("causal", "lora-obar", {"use_dora": True, "lora_dropout": 0.1}),
     ("seq2seq", "lora-nbar", {"group_by_length": True}),
     ("causal", "full", {"mixed_precision": "bf16"}),
-    ("classification", "full", {}),
     ("headless", "bilora", {}),
     ("headless", "flat-lora", {}),
 ]
 """A checkpoint without a pooler gets a random one, which the next loader would draw anew."""
-LISTED = {method for _, method, _ in LIVES}
-LIVES += [("causal", name, {}) for name in names() if name not in LISTED]
+LISTED = {method for _, method, _ in LIVES + SLOW_LIVES}
+SLOW_LIVES += [("causal", name, {}) for name in names() if name not in LISTED]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,10 @@ def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
     return {**given, "headless": {**given["classification"], "model_name_or_path": bare}}
 
 
-@pytest.mark.parametrize(("kind", "method", "values"), LIVES)
+@pytest.mark.parametrize(
+    ("kind", "method", "values"),
+    [*LIVES, *(pytest.param(*life, marks=pytest.mark.slow) for life in SLOW_LIVES)],
+)
 def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     given_by_kind: dict[str, Given], tmp_path: Path, kind: str, method: str, values: Given
 ) -> None:

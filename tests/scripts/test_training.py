@@ -65,8 +65,6 @@ OPTIONS: list[dict[str, Any]] = [
         **{"use_ema": True, "ema_decay": 0.5},
     },
     {"mixed_precision": "bf16", "snr_gamma": 5.0, "gradient_checkpointing": True},
-    {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
-    {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
     {
         **{"init_lora_weights": "gaussian", "lora_alpha": 6, "scale_lr": True},
         **{"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
@@ -74,6 +72,8 @@ OPTIONS: list[dict[str, Any]] = [
     },
 ]
 SLOW_OPTIONS: list[dict[str, Any]] = [
+    {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
+    {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
     {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
     {**PISSA, "mixed_precision": "bf16"},
     {**GA, "method": "lora", **TEXT_ENCODERS, "gradient_checkpointing": True},
