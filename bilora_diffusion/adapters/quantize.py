@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..errors import UserError
 from .access import within
-from .weightless import empty, is_weightless
+from .weightless import empty, is_weightless, let_move
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
@@ -117,6 +117,7 @@ def _four_bit(
     held = {"compress_statistics": True, "quant_type": "nf4"}
     if is_weightless(layer.weight):
         made.weight = _without_memory(bnb, layer.weight.to(device or layer.weight.device), held)
+        let_move(made)
     else:
         weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
         made.weight = weight.to(device or layer.weight.device)

@@ -16,6 +16,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+PACKED = frozenset({"quant_state", "bnb_quantized", "compress_statistics", "quant_type"})
+"""What a 4-bit weight has beside its numbers."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -43,11 +45,13 @@ def empty(
 def weightless(build: Callable[[], Model], dtype: torch.dtype) -> Model:
     """``build()`` in evaluation mode with frozen weights of a dtype on the CPU, without memory.
 
-    What is no parameter, such as the frequencies of positions, is real. Weights that a model's class
-    keeps in fp32 are.
+    What is no parameter, such as the frequencies of positions, is real. What its class keeps in
+    fp32 is in fp32 here too.
     """
     with init_empty_weights():
         model = build()
+    if tie := getattr(model, "tie_weights", None):
+        tie()  # each use of a shared matrix was made empty on its own
     kept = _kept_whole(model, dtype)
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -60,7 +64,7 @@ def weightless(build: Callable[[], Model], dtype: torch.dtype) -> Model:
                 own = wide if weight.is_floating_point() else weight.dtype
                 made[id(weight)] = nn.Parameter(empty(weight.shape, own), requires_grad=False)
             module._parameters[name] = made[id(weight)]
-        _let_move(module)
+        let_move(module)
     return model.eval()
 
 
@@ -75,7 +79,7 @@ def hide(model: nn.Module) -> None:
             if weight is not None and not is_weightless(weight):
                 bare = empty(weight.shape, weight.dtype, weight.device)
                 module._parameters[name] = nn.Parameter(bare, weight.requires_grad)
-        _let_move(module)
+        let_move(module)
 
 
 def _kept_whole(model: Any, dtype: torch.dtype) -> frozenset[str]:
@@ -89,7 +93,7 @@ def _kept_whole(model: Any, dtype: torch.dtype) -> frozenset[str]:
     return frozenset(names)
 
 
-def _let_move(module: nn.Module) -> None:
+def let_move(module: nn.Module) -> None:
     """Let ``Module.to`` replace parameters, since it can't write into ones that take no memory."""
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -102,7 +106,9 @@ def _let_move(module: nn.Module) -> None:
                 moved = fn(weight)
             if moved is not weight:
                 bare = empty(moved.shape, moved.dtype, moved.device)
-                module._parameters[name] = nn.Parameter(bare, weight.requires_grad)
+                new = nn.Parameter(bare, weight.requires_grad)
+                vars(new).update({key: vars(weight)[key] for key in PACKED & vars(weight).keys()})
+                module._parameters[name] = new
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fn(buffer)

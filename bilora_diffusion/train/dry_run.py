@@ -7,10 +7,9 @@ the optimizer and the method keep, and what is measured and drawn. A `memory.Led
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import psutil
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters import AUXILIARY, INITIAL, PRIMARY, weightless
-from ..durable import bytes_for_people
 from ..errors import UserError
 from ..methods import Method, for_run
 from ..methods.full import free_memory
 from ..run.config import RunConfig
-from .memory import Ledger, Moment, Phase, tensors_of
+from .estimate import TRAINING, Estimate, said
+from .memory import Ledger, tensors_of
 from .stepping import Schedule, total_steps
 from .task import MicroBatch, Task
 from .trainer import Trainer
@@ -35,7 +34,6 @@ CUDA_CONTEXT = 600_000_000
 ADAPTERS = {PRIMARY: "primary", AUXILIARY: "auxiliary", INITIAL: "first values"}
 GRADIENTS, OPTIMIZER = "gradients", "the optimizer's state"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TRAINING = "training"
 
 
 class Rehearsal(Protocol):
@@ -53,42 +51,6 @@ class Rehearsal(Protocol):
     def measured(self, trainer: Trainer, ledger: Ledger) -> None:
         """What is measured and drawn beside the steps, each in a phase of the ledger."""
         ...
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What memory a run takes.
-
-    Attributes:
-        device: on which it computes.
-        phases: in their order.
-        process: bytes that the process takes beside its tensors.
-        free: bytes that tensors can still take on the device.
-    """
-
-    device: torch.device
-    phases: tuple[Phase, ...]
-    process: int
-    free: int
-
-    @property
-    def highest(self) -> Phase:
-        """The phase that takes most."""
-        return max(self.phases, key=lambda phase: self.of(phase).total)
-
-    def of(self, phase: Phase) -> Moment:
-        """A phase's peak on the device."""
-        return phase.peaks.get(self.device.type, Moment({}))
-
-    @property
-    def peak(self) -> int:
-        """The most that the device has to hold, the process's own part included."""
-        return self.of(self.highest).total + self.process
-
-    @property
-    def fits(self) -> bool:
-        """Whether the tensors of the highest phase fit into what is free."""
-        return self.of(self.highest).total <= self.free
 
 
 def main(
@@ -234,15 +196,14 @@ def said_of(trainer: Trainer) -> list[str]:
         "--dry_run: nothing is loaded, trained or written.",
         *(f"model: {target.name} is a {type(target.model).__name__}" for target in method.targets),
     ]
-    return (
-        lines
-        + _layers(trainer)
-        + [
-            f"data: {task.data_summary()}",
-            f"steps: {trainer.last_step:,} of {size}, {trainer.last_step * size / task.num_samples:.3g}"
-            " epochs" + (f"; before them --folds {cfg.folds} runs of as many" if cfg.folds else ""),
-        ]
-    )
+    epochs = trainer.last_step * size / task.num_samples
+    folds = f"; before them --folds {cfg.folds} runs of as many" if cfg.folds else ""
+    return [
+        *lines,
+        *_layers(trainer),
+        f"data: {task.data_summary()}",
+        f"steps: {trainer.last_step:,} of {size}, {epochs:.3g} epochs{folds}",
+    ]
 
 
 def _layers(trainer: Trainer) -> list[str]:
@@ -263,37 +224,3 @@ def _layers(trainer: Trainer) -> list[str]:
     )
     shown = ", ".join(f"{words} {count:,}" for words, count in counts.items() if count)
     return [*lines, f"trained parameters of {method.title}: {shown}"]
-
-
-def said(estimate: Estimate) -> list[str]:
-    """The estimate as a table and a verdict."""
-    highest = estimate.highest
-    kind = estimate.device.type
-    own = "CUDA's context, assumed" if kind == "cuda" else "the process itself, measured now"
-    parts = sorted(estimate.of(highest).parts.items(), key=lambda item: -item[1])
-    rows = [*parts, (own, estimate.process), ("peak", estimate.peak)]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"memory of {kind}, part by part, when it is highest ({highest.name}):"]
-    lines += [f"  {name:<{width}}  {bytes_for_people(size):>8}" for name, size in rows if size]
-    lines += ["", "peak of each phase:"]
-    lines += [
-        f"  {phase.name:<{width}}  {bytes_for_people(estimate.of(phase).total + estimate.process):>8}"
-        for phase in estimate.phases
-    ]
-    step = next((phase for phase in estimate.phases if phase.name == TRAINING), None)
-    if step is not None:
-        lines += ["", f"activations kept for backward: {bytes_for_people(step.activations)}"]
-    return [*lines, "", verdict(estimate)]
-
-
-def verdict(estimate: Estimate) -> str:
-    """Whether it fits, as one sentence."""
-    room = estimate.free + estimate.process
-    words = f"the run needs about {bytes_for_people(estimate.peak)}, and {estimate.device.type} has"
-    words += f" {bytes_for_people(room)} for it"
-    if estimate.fits:
-        return f"It fits: {words}."
-    return (
-        f"It does not fit: {words}; try --gradient_checkpointing, a smaller --train_batch_size,"
-        " --quantize nf4, or a smaller model."
-    )

@@ -15,14 +15,8 @@ from bilora_diffusion.image import dry_run as images
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.script import assembled, settle
 from bilora_diffusion.methods import names
-from bilora_diffusion.train.dry_run import (
-    GRADIENTS,
-    OPTIMIZER,
-    TRAINING,
-    Estimate,
-    trained,
-    verdict,
-)
+from bilora_diffusion.train.dry_run import GRADIENTS, OPTIMIZER, trained
+from bilora_diffusion.train.estimate import TRAINING, Estimate, verdict
 from bilora_diffusion.train.memory import ACTIVATIONS, Ledger, Moment, Phase
 from bilora_diffusion.train.running import build_accelerator
 from bilora_diffusion.train.stepping import Schedule
