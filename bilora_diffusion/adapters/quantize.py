@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..errors import UserError
 from .access import within
+from .weightless import empty, is_weightless, let_move
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
@@ -82,7 +83,7 @@ def quantize_nf4(
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer holds its weight in 4 bits."""
-    return type(getattr(layer, "weight", None)).__name__ == "Params4bit"
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
 def dequantized(layer: nn.Module) -> Tensor:
@@ -113,14 +114,13 @@ def _four_bit(
         compute_dtype=compute_dtype,
         device="meta",  # its own weights would be thrown away
     )
-    weight = bnb.nn.Params4bit(
-        layer.weight.detach(),
-        requires_grad=False,
-        compress_statistics=True,
-        quant_type="nf4",
-        module=made,
-    )
-    made.weight = weight.to(device or layer.weight.device)
+    held = {"compress_statistics": True, "quant_type": "nf4"}
+    if is_weightless(layer.weight):
+        made.weight = _without_memory(bnb, layer.weight.to(device or layer.weight.device), held)
+        let_move(made)
+    else:
+        weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
+        made.weight = weight.to(device or layer.weight.device)
     if layer.bias is not None:
         made.bias = layer.bias
         made.bias.data = layer.bias.detach().to(made.weight.device)
@@ -129,6 +129,17 @@ def _four_bit(
     # divide the width.
     made.support_avx512bf16_for_cpu = False
     return made.train(layer.training)
+
+
+def _without_memory(bnb: Any, weight: Tensor, held: dict[str, Any]) -> nn.Parameter:
+    """What stands for the 4-bit form of a weight that takes no memory, of which bitsandbytes' class
+    can't be made.
+    """
+    packed, state = bnb.functional.quantize_4bit(weight.detach(), **held)
+    made: Any = nn.Parameter(empty(packed.shape, packed.dtype, packed.device), requires_grad=False)
+    made.quant_state, made.bnb_quantized = state, True
+    vars(made).update(held)
+    return made
 
 
 def _bitsandbytes() -> Any:

@@ -11,9 +11,10 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..adapters.weightless import weightless
 from ..errors import UserError
 from ..mini import MINI, pipeline_dir
 from ..train.soundness import reading, require_finite, require_safetensors, require_whole
@@ -22,6 +23,8 @@ from .families.base import Family
 from .fit import ANOTHER
 from .inputs import pipeline_folder
 
+WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Patterns of configurations and tokenizers."""
 _GIVE_ONE = (
     "pass --pretrained_model_name_or_path a hub id (or folder) of a pipeline in diffusers' format,"
     " or 'mini' for the embedded miniature"
@@ -41,6 +44,7 @@ def load_pipeline(
     variant: str | None = None,
     cache_dir: str | None = None,
     vae: str | None = None,
+    weights: bool = True,
 ) -> Any:
     """Load a genuine pipeline with its VAE in float32 and everything else in ``dtype``.
 
@@ -48,15 +52,19 @@ def load_pipeline(
         name: folder, hub id, or ``mini``.
         dtype: of all parts, or of each by name with "default" for the rest.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
+        weights: whether to load any; the models are `adapters.weightless` without, and no more than
+            configurations and tokenizers is downloaded.
 
     Raises:
         UserError: nothing that can be loaded is there, only pickles are, weights are missing or not
             finite, or the parts don't fit together.
     """
-    folder = pipeline_folder(name) or _download(
-        name, vae, revision=revision, variant=variant, cache_dir=cache_dir
-    )
-    if name != MINI and variant and not any(folder.glob(f"*/*.{variant}.*")):
+    places: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    if weights:
+        places["variant"] = variant
+    download, load = (_download, _load) if weights else (_download_configs, _empty)
+    folder = pipeline_folder(name) or download(name, vae, **places)
+    if weights and name != MINI and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
     index = _index(name, folder)
     family = named(str(index.get("_class_name")), name)()
@@ -70,11 +78,11 @@ def load_pipeline(
         options: dict[str, Any] = {"dtype": torch.float32 if part == "vae" else own}
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
         if part == "vae" and vae:
-            parts[part] = _other_vae(family, loader, vae, cache_dir=cache_dir, **options)
+            parts[part] = _other_vae(load, family, loader, vae, cache_dir=cache_dir, **options)
             continue
         if variant and any((folder / part).glob(f"*.{variant}.*")):
             options["variant"] = variant
-        parts[part] = _load(f'the {part} of "{name}"', loader, folder, subfolder=part, **options)
+        parts[part] = load(f'the {part} of "{name}"', loader, folder, subfolder=part, **options)
     whole: Any = getattr(diffusers, family.pipeline)
     pipeline = reading(
         f'the base model "{name}"',
@@ -153,7 +161,9 @@ def _download(name: str, vae: str | None, **options: Any) -> Path:
     return Path(found)
 
 
-def _other_vae(family: Family, kind: Any, place: str, **options: Any) -> Any:
+def _other_vae(
+    load: Callable[..., Any], family: Family, kind: Any, place: str, **options: Any
+) -> Any:
     """The autoencoder that a run takes instead of the pipeline's own."""
     what = f'the autoencoder "{place}"'
     fix = (
@@ -164,7 +174,36 @@ def _other_vae(family: Family, kind: Any, place: str, **options: Any) -> Any:
     found = config.get("_class_name", kind.__name__)
     if found != kind.__name__:
         raise UserError(f"{what} is of the class {found}, which is not {family.title}'s: {fix}.")
-    return _load(what, kind, place, **options)
+    return load(what, kind, place, **options)
+
+
+def _download_configs(name: str, vae: str | None, **options: Any) -> Path:
+    """The folder in the hub's cache that holds all of a pipeline but its weights."""
+    found = _from_hub(
+        name,
+        lambda: snapshot_download(name, allow_patterns=list(WITHOUT_WEIGHTS), **options),
+    )
+    return Path(found)
+
+
+def _empty(
+    what: str,
+    kind: Any,
+    place: str | Path,
+    dtype: torch.dtype,
+    subfolder: str | None = None,
+    cache_dir: str | None = None,
+    **_: Any,
+) -> Any:
+    """One model without its weights."""
+    found = {"subfolder": subfolder or "", "cache_dir": cache_dir}
+
+    def build() -> Any:
+        if issubclass(kind, diffusers.ModelMixin):
+            return kind.from_config(kind.load_config(place, **found))
+        return kind(kind.config_class.from_pretrained(place, **found))
+
+    return reading(what, f"correct its config.json, or {ANOTHER}", lambda: weightless(build, dtype))
 
 
 def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:

@@ -29,11 +29,14 @@ from ..export import (
 from ..methods import get
 from ..run.heldout_part import chosen
 from ..train import folds, running
+from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
+from ..train.stepping import Schedule
 from ..train.trainer import Trainer
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, parse
+from .dry_run import Rehearsal
 from .families.base import Family
 from .inputs import pipeline_class
 from .opening import open_images
@@ -47,6 +50,13 @@ logger = logging.getLogger(__name__)
 
 def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data first, since it is quick to refuse; then the models; then both on the device."""
+    task = assembled(cfg, accelerator)
+    settle(task, accelerator)
+    return task
+
+
+def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
+    """Data and models, these on the CPU; without weights if ``cfg.dry_run``."""
     source = str(cfg.dataset_name or cfg.instance_data_dir)
     instance = images(cfg, source, cfg.dataset_config_name)
     validation = heldout_images(cfg)
@@ -64,21 +74,33 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         variant=cfg.variant,
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
+        weights=not cfg.dry_run,
     )
     cfg = _fitted(cfg, kind(), pipeline, accelerator.num_processes)
-    classes = None
-    if cfg.with_prior_preservation:
-        ensure_class_images(cfg, accelerator)
-        classes = open_images(
-            str(cfg.class_data_dir), caption_column="none", skip_bad_images=cfg.skip_bad_images
-        )
-        for line in classes.remarks():
-            logger.warning("%s", line)
-    task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
-    if cfg.quantize == "nf4":
+    classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None
+    return DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+
+
+def class_images(cfg: DreamBoothConfig, accelerator: Accelerator, instance: ImageSet) -> ImageSet:
+    """The class images, of which those that lack are made; in a dry run the instance's stand for
+    them.
+    """
+    if cfg.dry_run:
+        return instance
+    ensure_class_images(cfg, accelerator)
+    classes = open_images(
+        str(cfg.class_data_dir), caption_column="none", skip_bad_images=cfg.skip_bad_images
+    )
+    for line in classes.remarks():
+        logger.warning("%s", line)
+    return classes
+
+
+def settle(task: DreamBooth, accelerator: Accelerator) -> None:
+    """Bring the models to the device, in 4 bits where that is asked for, and embed the prompts."""
+    if task.cfg.quantize == "nf4":
         quantize(task, DTYPES[accelerator.mixed_precision], accelerator.device)
     task.to_device(accelerator.device)
-    return task
 
 
 def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int) -> Any:
@@ -188,6 +210,15 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+def rehearse(cfg: DreamBoothConfig, accelerator: Accelerator, ledger: Ledger) -> Rehearsal:
+    """The task of a dry run, whose models have no weights, on the device."""
+    task = assembled(cfg, accelerator)
+    rehearsal = Rehearsal(task, Schedule.of(cfg, accelerator), ledger)
+    with ledger.phase("placing the models"):
+        settle(task, accelerator)
+    return rehearsal
+
+
 DREAMBOOTH = Script(
     "dreambooth-bilora",
     parse,
@@ -196,6 +227,7 @@ DREAMBOOTH = Script(
     write_dreambooth_card,
     "eval.clip_scores",
     files,
+    rehearse,
 )
 
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..adapters import weightless
 from ..errors import UserError
 from .base import Method, Target
 from .registry import register
@@ -82,6 +83,8 @@ def say_memory(targets: Sequence[Target]) -> None:
     count = sum(p.numel() for target in targets for p in target.model.parameters())
     held = sum(p.nbytes for target in targets for p in target.model.parameters())
     device = next(targets[0].model.parameters()).device
+    if weightless.is_weightless(next(targets[0].model.parameters())):
+        return  # a dry run says it itself
     need, free = count * BYTES_PER_WEIGHT, free_memory(device)
     sentence = (
         f"full fine-tuning of {', '.join(t.name for t in targets)}: {count / 1e6:.1f} M weights "

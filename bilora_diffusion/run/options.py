@@ -237,6 +237,11 @@ class OutputOptions:
         range=STEPS,
         idle=(unless("log_dynamics", True, "on a run that records none"),),
     )
+    dry_run: bool = option(
+        False,
+        "Only check the options, and say what would be trained and what memory that takes; of a"
+        " model no weights are read or downloaded, and nothing is written.",
+    )
     logging_dir: str = option("logs", "Folder of the trackers' logs, within the run folder.")
     report_to: str = option(
         "tensorboard",

@@ -66,7 +66,7 @@ class Evaluation:
         """Mean loss per target token of the first ``count`` rows, and a classifier's choices."""
         total, classes, kind = 0.0, {}, self.loaded.kind
         with inference(self.module):
-            for numbers in self._batches(rows.lengths[:count]):
+            for numbers in self.batches(rows.lengths[:count]):
                 batch = collate(
                     [rows.row(i) for i in numbers], kind, self.loaded.tokenizer.pad_token_id
                 )
@@ -90,7 +90,7 @@ class Evaluation:
         prompts = [self._prompt(i) for i in range(count)]
         answers: dict[int, str] = {}
         with inference(self.module):
-            for numbers in self._batches([len(prompt) for prompt in prompts]):
+            for numbers in self.batches([len(prompt) for prompt in prompts]):
                 texts = self._generate([prompts[i] for i in numbers])
                 answers.update(zip(numbers, texts, strict=True))
         lines = []
@@ -114,7 +114,7 @@ class Evaluation:
         )
         return {PREFIX + name: value for name, value in figures.items()}
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of rows of about the same length, the longest first."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         for start in range(0, len(order), self.cfg.eval_batch_size):

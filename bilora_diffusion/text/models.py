@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.weightless import weightless
 from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
@@ -107,6 +108,7 @@ class TextSource:
         dtype: torch.dtype = torch.float32,
         labels: Sequence[str] | None = None,
         seed: int = 0,
+        weights: bool = True,
     ) -> TextModel:
         """Model and tokenizer, both on the CPU, without adapters.
 
@@ -114,6 +116,7 @@ class TextSource:
             dtype: of the weights.
             labels: names of the classes, for a classifier.
             seed: of a classifier's new head.
+            weights: whether to read any; the model is `adapters.weightless` without.
 
         Raises:
             UserError: weights or tokenizer can't be read, are damaged, or don't fit.
@@ -126,6 +129,8 @@ class TextSource:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
             arguments["ignore_mismatched_sizes"] = True
+        if not weights:
+            return self._empty(tokenizer, dtype)
         weights, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
         if not packed:
             arguments["use_safetensors"] = True
@@ -142,6 +147,24 @@ class TextSource:
         new = self._new_modules(model, report)
         require_finite(f'the model "{self.name}"', model)
         return TextModel(model.eval(), tokenizer, self.kind, new)
+
+    def _empty(self, tokenizer: Any, dtype: torch.dtype) -> TextModel:
+        """The model without weights; of a classifier all that is no part of the body counts as
+        new, which only stored weights could tell.
+        """
+        options = {"trust_remote_code": self.options.trust_remote_code}
+        if self.options.attn_implementation is not None:
+            options["attn_implementation"] = self.options.attn_implementation
+        build = _auto(AUTO_CLASSES[self.kind]).from_config
+        model = reading(
+            f'the configuration of "{self.name}"',
+            FIX,
+            lambda: weightless(lambda: build(self.config, **options), dtype),
+        )
+        _settle_padding(model, tokenizer)
+        body = f"{model.base_model_prefix}."
+        new = _modules(key for key, _ in model.named_parameters() if not key.startswith(body))
+        return TextModel(model, tokenizer, self.kind, new if self.kind == "classification" else ())
 
     def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
         """Layers without stored weights: those that make a classifier of a language model.

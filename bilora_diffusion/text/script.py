@@ -21,10 +21,12 @@ from ..errors import UserError
 from ..export import save_adapter, save_models, verify_adapter
 from ..methods import get
 from ..train import folds, running
+from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
 from .config import TextConfig, parse_text
+from .dry_run import Rehearsal
 from .models import TextSource
 from .rows import encode_rows, open_rows
 from .task import NAME, TextTask
@@ -57,6 +59,7 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         dtype=torch.float32 if full else DTYPES[accelerator.mixed_precision],
         labels=rows.label_words if cfg.task_type == "classification" else None,
         seed=cfg.seed,
+        weights=not cfg.dry_run,
     )
     task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
     if cfg.quantize == "nf4":
@@ -93,8 +96,20 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+def rehearse(cfg: TextConfig, accelerator: Accelerator, ledger: Ledger) -> Rehearsal:
+    """The task of a dry run, whose model has no weights."""
+    return Rehearsal(build_task(cfg, accelerator), ledger)
+
+
 TEXT = Script(
-    "text-bilora", parse_text, build_task, export, write_text_card, "eval.text_scores", files
+    "text-bilora",
+    parse_text,
+    build_task,
+    export,
+    write_text_card,
+    "eval.text_scores",
+    files,
+    rehearse,
 )
 
 

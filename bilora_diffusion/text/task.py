@@ -80,9 +80,9 @@ class TextTask:
         )
         for step, slots in schedule:
             whole = [order.sample(step * step_size + slot) for slot in range(step_size)]
-            yield self._micro_batch(slots, whole)
+            yield self.micro_batch(slots, whole)
 
-    def _micro_batch(self, slots: tuple[int, ...], whole: Sequence[int]) -> MicroBatch:
+    def micro_batch(self, slots: tuple[int, ...], whole: Sequence[int]) -> MicroBatch:
         """Some slots of a step whose samples are ``whole``."""
         train = self.data.train
         mine = [whole[slot] for slot in slots]

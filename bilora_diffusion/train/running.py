@@ -26,8 +26,9 @@ from ..run import checkpoint, console, interruption, publish, runlog
 from ..run.config import RunConfig
 from ..run.folder import OF_FOLDS, clear, guard, refuse_foreign_models
 from ..run.interruption import Stop
-from . import engines, folds
+from . import dry_run, engines, folds
 from .loop import fit
+from .memory import Ledger
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
 from .task import Task
@@ -51,6 +52,7 @@ class Script(Generic[Config]):
         card: configuration, folder, results, hub repository or None -> writes ``README.md``.
         scores: the module that scores its runs.
         files: what a file of the run folder is for -> its name, to be told at the end.
+        rehearse: builds the task of a dry run.
     """
 
     project: str
@@ -60,6 +62,7 @@ class Script(Generic[Config]):
     card: Callable[[Config, Path, dict[str, Any], str | None], None]
     scores: str
     files: Callable[[Path], dict[str, str]]
+    rehearse: Callable[[Config, Accelerator, Ledger], dry_run.Rehearsal]
 
 
 def main(
@@ -86,6 +89,9 @@ def main(
         refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
+    if cfg.dry_run:
+        dry_run.main(script.rehearse, cfg, accelerator)
+        return
     repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     stop, last_step = None, None
     if cfg.folds and not cfg.fold:

@@ -111,7 +111,7 @@ class Trainer:
     def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
         """One optimizer step on frozen inputs; returns what is logged about it."""
         started = time.perf_counter()
-        loss = self.method.step(self._forward_backward(batches), self.clipped)
+        loss = self.method.step(self.forward_backward(batches), self.clipped)
         lr = self.lr_scheduler.get_last_lr()[0]
         if not self.clipped.skipped:
             self.lr_scheduler.step()
@@ -132,7 +132,7 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def _forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
         """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called."""
         step, device = self.step, self.accelerator.device
 

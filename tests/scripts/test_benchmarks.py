@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilora_diffusion.adapters import AdapterSpec, target_layers
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods import names
-from tests.scripts.runs import ROOT, process
+from tests.scripts.runs import ROOT, flags, process
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -253,3 +255,37 @@ def test_bf16_rounding_tells_small_radii_from_large_ones(tmp_path: Path) -> None
         assert small[figure] < limit < large[figure]
     assert large["relative"] == pytest.approx(2000 * small["relative"], rel=0.2)
     assert result["network"][0]["cosine"] < result["network"][1]["cosine"]
+
+
+SDXL = "Stable Diffusion XL"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "fused", "expected"),
+    [
+        ({}, True, 0.49),
+        ({"batch": 4}, True, 1.95),
+        ({"checkpointing": False}, True, 5.6),
+        ({"checkpointing": False}, False, 18.7),
+    ],
+    ids=str,
+)
+def test_activations_of_sdxl_at_1024_pixels(
+    settings: dict[str, Any], fused: bool, expected: float, load: Any
+) -> None:
+    AcceleratorState._reset_state()
+    made = load("dry_run_memory")
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if fused else [SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        peak, activations = made.step_of(made.MODELS[SDXL], "lora", "bf16", **settings)
+    assert activations / 1e9 == pytest.approx(expected, rel=0.1)
+    assert peak > 5.2e9 + activations
+
+
+@pytest.mark.slow
+def test_an_estimate_is_near_what_a_run_takes(load: Any, tmp_path: Path) -> None:
+    AcceleratorState._reset_state()
+    words = (*flags(tmp_path / "run", max_train_steps=3), "--config", "recipes/mini.yaml")
+    result = load("dry_run_memory").compare(["train_dreambooth_bilora.py", *words])
+    assert result["ratio"] == pytest.approx(1, abs=0.15)

@@ -1,0 +1,86 @@
+"""What a dry run of images goes through beside the shared steps: prompts, autoencoder, drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..train.dry_run import hold_weights
+from ..train.memory import Ledger
+from ..train.stepping import Schedule
+from ..train.task import MicroBatch, inference
+from ..train.trainer import Trainer
+from .heldout import GridLoss, grid_levels
+from .sampling import decode, latents
+from .task import DreamBooth
+
+PROMPTS = 16
+"""Prompts are embedded so many at a time."""
+
+
+class Rehearsal:
+    """A task without weights that stands for one with as many and as long captions.
+
+    All captions are its longest ones, of which no more are embedded than one pass takes, and of
+    held-out images no more are looked at than the grid takes at a time.
+    """
+
+    def __init__(self, task: DreamBooth, schedule: Schedule, ledger: Ledger) -> None:
+        self.task, self._held = task, task.validation
+        longest = sorted(task.stream.captions(), key=len)[
+            : -max(PROMPTS, schedule.step_size) - 1 : -1
+        ]
+        replaced: Any = vars(task)
+        vars(task.stream)["captions"] = lambda: longest
+        task.validation = None  # its grid is made in a phase of its own
+        condition, embed = task.condition, task.embed
+
+        def conditioned(captions: Sequence[str]) -> dict[str, Any]:
+            return condition([longest[i % len(longest)] for i in range(len(captions))])
+
+        def embedded(device: torch.device) -> None:
+            hold_weights(task, ledger)
+            with ledger.phase("embedding the prompts"):
+                embed(device)
+
+        replaced |= {"condition": conditioned, "embed": embedded}
+        hold_weights(task, ledger)
+
+    def batches(self, trainer: Trainer, ledger: Ledger) -> list[MicroBatch]:
+        """The first micro-batch of the first step; all images are of one size."""
+        return next(trainer.micro_batches())[:1]
+
+    def measured(self, trainer: Trainer, ledger: Ledger) -> None:
+        """The held-out loss, and images of the first prompts."""
+        if self._held is not None:
+            with ledger.phase("held-out loss"), trainer.evaluating(), inference(self.task.module):
+                self._heldout_loss()
+        if self.task.cfg.sampled_prompts:
+            with ledger.phase("validation images"), trainer.evaluating():
+                self._draw()
+
+    def _heldout_loss(self) -> None:
+        task, held = self.task, self._held
+        assert held is not None
+        some = held.only(range(min(len(held), 8)))
+        grid = GridLoss(task, SimpleNamespace(images=some.only([0])), some)
+        images = next(iter(grid.batches(grid.sets["heldout_loss"])))
+        grid.losses(images, grid_levels(task.module.denoising.num_timesteps)[0])
+
+    def _draw(self) -> None:
+        task, cfg = self.task, self.task.cfg
+        prompts = cfg.sampled_prompts[: cfg.sample_batch_size]
+        with inference(task.module):
+            drawn = latents(
+                task.pipeline,
+                prompts,
+                list(range(len(prompts))),
+                size=cfg.resolution,
+                steps=2,
+                embeddings=task.prompts.with_negative(prompts) if task.prompts else None,
+                batch=cfg.sample_batch_size,
+            )
+            decode(task.pipeline, next(drawn))
