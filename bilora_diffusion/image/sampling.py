@@ -67,7 +67,7 @@ def latents(
     seeds: Sequence[int],
     *,
     size: int,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,

@@ -131,15 +131,15 @@ class TextSource:
             arguments["ignore_mismatched_sizes"] = True
         if not weights:
             return self._empty(tokenizer, dtype)
-        weights, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
+        stored, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
         if not packed:
             arguments["use_safetensors"] = True
-            require_safetensors(weights, Path(self.location))
+            require_safetensors(stored, Path(self.location))
         load = _auto(AUTO_CLASSES[self.kind]).from_pretrained
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
             model, report = reading(
-                weights, FIX, lambda: load(self.location, **arguments, output_loading_info=True)
+                stored, FIX, lambda: load(self.location, **arguments, output_loading_info=True)
             )
         if packed:
             model = _without_quantization(model, dtype)
@@ -152,7 +152,7 @@ class TextSource:
         """The model without weights; of a classifier all that is no part of the body counts as
         new, which only stored weights could tell.
         """
-        options = {"trust_remote_code": self.options.trust_remote_code}
+        options: dict[str, Any] = {"trust_remote_code": self.options.trust_remote_code}
         if self.options.attn_implementation is not None:
             options["attn_implementation"] = self.options.attn_implementation
         build = _auto(AUTO_CLASSES[self.kind]).from_config
