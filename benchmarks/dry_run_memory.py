@@ -66,7 +66,7 @@ def compare(words: Sequence[str]) -> dict[str, Any]:
     cfg = script.parse([*argv, "--dry_run"])
     estimate = dry_run.main(script.rehearse, cfg, build_accelerator(cfg))
     return {
-        "command": " ".join(words),
+        "command": " ".join(Path(w).name if Path(w).is_absolute() else w for w in words),
         "estimated_bytes": estimate.peak,
         "measured_bytes": measured,
         "ratio": estimate.peak / measured,
