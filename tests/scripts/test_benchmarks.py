@@ -37,7 +37,9 @@ def test_step_cost_prints_a_table_and_json() -> None:
     done = process(BENCHMARKS / "step_cost.py", *words)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[2] == "| method | memory (GB) | time (s) | relative to LoRA (95 % interval) |"
+    assert lines[2].split("|")[1:5] == [
+        *(" method ", " memory (GB) ", " time (s) ", " relative to LoRA (95 % interval) ")
+    ]
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["LoRA", "Bi-LoRA"]
     result = json.loads(lines[-1])
     assert result["layers"] == 56
@@ -45,6 +47,8 @@ def test_step_cost_prints_a_table_and_json() -> None:
     for row in result["arms"].values():
         assert row["peak_memory_bytes"] > 2**27
         assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in done.stdout
+        assert f"| {row['operations']:,}, {row['own_operations']:,} | 0 |" in done.stdout
+        assert 0 < row["own_operations"] < 400 < row["operations"]
 
 
 @pytest.mark.slow
