@@ -165,7 +165,7 @@ def _empty(
     found = {"subfolder": subfolder or "", "cache_dir": cache_dir}
 
     def build() -> Any:
-        if issubclass(kind, diffusers.ModelMixin):
+        if hasattr(kind, "load_config"):  # of diffusers
             return kind.from_config(kind.load_config(place, **found))
         return kind(kind.config_class.from_pretrained(place, **found))
 

@@ -50,7 +50,8 @@ def longest_of(evaluation: Evaluation) -> dict[str, Any]:
     rows, loaded = evaluation.rows, evaluation.loaded
     numbers = next(evaluation.batches(rows.lengths))
     batch = collate([rows.row(i) for i in numbers], loaded.kind, loaded.tokenizer.pad_token_id)
-    return send_to_device(batch, loaded.model.device)
+    moved: Any = send_to_device(batch, loaded.model.device)
+    return moved
 
 
 def _answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> None:

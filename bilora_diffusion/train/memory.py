@@ -168,12 +168,8 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     for tensor in (*model.parameters(), *model.buffers()):
         yield tensor
         state = getattr(tensor, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            yield from (value for value in vars(part or object).values() if _is_tensor(value))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+        for scales in filter(None, (state, getattr(state, "state2", None))):
+            yield from (value for value in vars(scales).values() if isinstance(value, Tensor))
 
 
 def _key(tensor: Tensor) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilora_diffusion.adapters import AdapterSpec, target_layers
@@ -273,6 +274,7 @@ SDXL = "Stable Diffusion XL"
 def test_activations_of_sdxl_at_1024_pixels(
     settings: dict[str, Any], fused: bool, expected: float, load: Any
 ) -> None:
+    AcceleratorState._reset_state()
     made = load("dry_run_memory")
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if fused else [SDPBackend.MATH]
     with sdpa_kernel(backends):
@@ -283,6 +285,7 @@ def test_activations_of_sdxl_at_1024_pixels(
 
 @pytest.mark.slow
 def test_an_estimate_is_near_what_a_run_takes(load: Any, tmp_path: Path) -> None:
+    AcceleratorState._reset_state()
     words = (*flags(tmp_path / "run", max_train_steps=3), "--config", "recipes/mini.yaml")
     result = load("dry_run_memory").compare(["train_dreambooth_bilora.py", *words])
     assert result["ratio"] == pytest.approx(1, abs=0.15)
