@@ -5,8 +5,8 @@
     python benchmarks/dry_run_memory.py --table table.json       # all models at 1024 px
     python benchmarks/dry_run_memory.py --table table.json --models "FLUX.1-dev"
 
-The first runs the command line twice, dry in this process and in earnest in one of its own, whose
-highest resident memory is measured: on a CPU, where that is what counts. The second reads no
+The first runs the command line twice, dry and in earnest, and measures the highest resident memory
+of the second: on a CPU, where that is what counts. The other reads no
 weights and needs no GPU; models that the file has already are left out.
 """
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,16 +36,15 @@ from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.denoising import Denoising, DreamBoothModule
 from bilora_diffusion.image.flow import FlowMatching
-from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.methods import Target
-from bilora_diffusion.text.script import TEXT
 from bilora_diffusion.train import dry_run
 from bilora_diffusion.train.estimate import TRAINING
 from bilora_diffusion.train.memory import Ledger, tensors_of
 from bilora_diffusion.train.running import build_accelerator
 from bilora_diffusion.train.task import MicroBatch
 
-SCRIPTS = {"train_dreambooth_bilora.py": DREAMBOOTH, "train_text_bilora.py": TEXT}
+SCRIPTS = ("train_dreambooth_bilora.py", "train_text_bilora.py")
+UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 METHODS, PRECISIONS, SIDE = ("lora", "bilora"), ("bf16", "nf4"), 1024
 
 
@@ -55,23 +55,38 @@ def compare(words: Sequence[str]) -> dict[str, Any]:
         UserError: no training script is named, or bad input.
         TrainingError: the run failed.
     """
-    name, *argv = words
-    if name not in SCRIPTS:
-        raise UserError(f"{name} is no training script: name one of {', '.join(SCRIPTS)}.")
-    done = subprocess.run([sys.executable, *words], check=False)
-    if done.returncode:
-        raise TrainingError(f"the run ended with {done.returncode}: see above.")
-    measured = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # kibibytes on Linux
-    script: Any = SCRIPTS[name]
-    cfg = script.parse([*argv, "--dry_run"])
-    estimate = dry_run.main(script.rehearse, cfg, build_accelerator(cfg))
+    if words[0] not in SCRIPTS:
+        raise UserError(f"{words[0]} is no training script: name one of {', '.join(SCRIPTS)}.")
+    estimate, measured = estimated(words), measured_of(words)
     return {
         "command": " ".join(Path(w).name if Path(w).is_absolute() else w for w in words),
-        "estimated_bytes": estimate.peak,
+        "estimated_bytes": estimate,
         "measured_bytes": measured,
-        "ratio": estimate.peak / measured,
+        "ratio": estimate / measured,
         **circumstances(torch.device("cpu")),
     }
+
+
+def estimated(words: Sequence[str]) -> int:
+    """Bytes that a dry run says, to three digits, in a process of its own as a user has it."""
+    done = subprocess.run(
+        [sys.executable, *words, "--dry_run"], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise TrainingError(f"the dry run ended with {done.returncode}: {done.stderr}")
+    found = re.search(r"the run needs about ([\d.]+) (bytes|kB|MB|GB|TB),", done.stdout)
+    assert found is not None, done.stdout
+    return round(float(found[1]) * UNITS[found[2]])
+
+
+def measured_of(words: Sequence[str]) -> int:
+    """Bytes of the highest resident memory of a run, in a process of its own."""
+    started = subprocess.Popen([sys.executable, *words])
+    _, status, usage = os.wait4(started.pid, 0)  # of this process, not of the largest ever started
+    started.returncode = os.waitstatus_to_exitcode(status)
+    if started.returncode:
+        raise TrainingError(f"the run ended with {started.returncode}: see above.")
+    return usage.ru_maxrss * 1024  # kibibytes on Linux
 
 
 def step_of(

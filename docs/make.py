@@ -6,6 +6,7 @@ python -m docs.make            # writes all; run it after any change of an optio
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .evidence import table
 
 FOLDER = Path(__file__).parent
 MADE = "<!-- made by python -m docs.make -->"
+END = "<!-- end -->"
+MEMORY = FOLDER.parent / "results" / "dry_run_memory" / "table.json"
 
 
 def options() -> str:
@@ -110,7 +113,26 @@ def evidence() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGES = {"options.md": options, "diffusers.md": diffusers, "evidence.md": evidence}
+def models() -> str:
+    """The page of image models, whose table of memory is made."""
+    before, _, rest = (FOLDER / "models.md").read_text(encoding="utf-8").partition(MADE)
+    _, _, after = rest.partition(END)
+    known: dict[str, Any] = json.loads(MEMORY.read_text(encoding="utf-8"))
+    heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
+    columns = ("lora", "bilora", "activations", "encoders")
+    body = [
+        (*name.rsplit(", ", 1), *(f"{row[column] / 1e9:.1f} GB" for column in columns))
+        for name, row in known.items()
+    ]
+    return f"{before}{MADE}\n\n{table(heads, body)}\n\n{END}{after}"
+
+
+PAGES = {
+    "options.md": options,
+    "diffusers.md": diffusers,
+    "evidence.md": evidence,
+    "models.md": models,
+}
 
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:

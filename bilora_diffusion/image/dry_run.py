@@ -30,11 +30,9 @@ class Rehearsal:
 
     def __init__(self, task: DreamBooth, schedule: Schedule, ledger: Ledger) -> None:
         self.task, self._held = task, task.validation
-        longest = sorted(task.stream.captions(), key=len)[
-            : -max(PROMPTS, schedule.step_size) - 1 : -1
-        ]
+        count = max(PROMPTS, schedule.step_size)
+        longest = sorted(task.stream.captions(), key=len, reverse=True)[:count]
         replaced: Any = vars(task)
-        vars(task.stream)["captions"] = lambda: longest
         task.validation = None  # its grid is made in a phase of its own
         condition, embed = task.condition, task.embed
 
@@ -43,8 +41,11 @@ class Rehearsal:
 
         def embedded(device: torch.device) -> None:
             hold_weights(task, ledger)
+            stream: Any = task.stream
+            replaced["stream"] = SimpleNamespace(captions=lambda: longest)
             with ledger.phase("embedding the prompts"):
                 embed(device)
+            task.stream = stream
 
         replaced |= {"condition": conditioned, "embed": embedded}
         hold_weights(task, ledger)

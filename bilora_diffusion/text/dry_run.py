@@ -49,8 +49,9 @@ def longest_of(evaluation: Evaluation) -> dict[str, Any]:
     """The held-out batch of the longest rows, on the model's device."""
     rows, loaded = evaluation.rows, evaluation.loaded
     numbers = next(evaluation.batches(rows.lengths))
-    batch: Any = collate([rows.row(i) for i in numbers], loaded.kind, loaded.tokenizer.pad_token_id)
-    return dict(send_to_device(batch, loaded.model.device))
+    batch = collate([rows.row(i) for i in numbers], loaded.kind, loaded.tokenizer.pad_token_id)
+    moved: Any = send_to_device(batch, loaded.model.device)
+    return moved
 
 
 def _answer(model: Any, inputs: dict[str, Any], new_tokens: int) -> None:

@@ -131,15 +131,15 @@ class TextSource:
             arguments["ignore_mismatched_sizes"] = True
         if not weights:
             return self._empty(tokenizer, dtype)
-        stored, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
+        what, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
         if not packed:
             arguments["use_safetensors"] = True
-            require_safetensors(stored, Path(self.location))
+            require_safetensors(what, Path(self.location))
         load = _auto(AUTO_CLASSES[self.kind]).from_pretrained
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
             model, report = reading(
-                stored, FIX, lambda: load(self.location, **arguments, output_loading_info=True)
+                what, FIX, lambda: load(self.location, **arguments, output_loading_info=True)
             )
         if packed:
             model = _without_quantization(model, dtype)
@@ -152,15 +152,12 @@ class TextSource:
         """The model without weights; of a classifier all that is no part of the body counts as
         new, which only stored weights could tell.
         """
-        options: dict[str, Any] = {"trust_remote_code": self.options.trust_remote_code}
-        if self.options.attn_implementation is not None:
-            options["attn_implementation"] = self.options.attn_implementation
-        build = _auto(AUTO_CLASSES[self.kind]).from_config
-        model = reading(
-            f'the configuration of "{self.name}"',
-            FIX,
-            lambda: weightless(lambda: build(self.config, **options), dtype),
-        )
+        names = ("trust_remote_code", "attn_implementation")
+        given = {
+            name: value for name in names if (value := getattr(self.options, name)) is not None
+        }
+        make, what = _auto(AUTO_CLASSES[self.kind]).from_config, f'the model "{self.name}"'
+        model = reading(what, FIX, lambda: weightless(lambda: make(self.config, **given), dtype))
         _settle_padding(model, tokenizer)
         body = f"{model.base_model_prefix}."
         new = _modules(key for key, _ in model.named_parameters() if not key.startswith(body))

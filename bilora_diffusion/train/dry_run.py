@@ -70,11 +70,10 @@ def main(
         )
     ledger = Ledger()
     rehearsal = rehearse(cfg, accelerator, ledger)
-    process = CUDA_CONTEXT
-    if accelerator.device.type != "cuda":
-        process = psutil.Process().memory_info().rss
     trainer = trained(rehearsal, accelerator, ledger)
     rehearsal.measured(trainer, ledger)
+    on_cuda = accelerator.device.type == "cuda"
+    process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss
     free = free_memory(accelerator.device)
     estimate = Estimate(accelerator.device, tuple(ledger.phases), process, free)
     print("\n".join([*said_of(trainer), "", *said(estimate)]), flush=True)

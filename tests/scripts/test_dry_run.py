@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from huggingface_hub.utils import filter_repo_objects
 
 import train_dreambooth_bilora
 import train_text_bilora
+from bilora_diffusion.image import pipeline
 from bilora_diffusion.mini import pipeline_dir
 from tests.image.tiny import FILES, saved
 from tests.scripts.runs import flags
@@ -35,6 +37,7 @@ def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
     return "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_the_miniature_runs_dry(capsys: Any, tmp_path: Path) -> None:
     base = without_weights(shutil.copytree(pipeline_dir(), tmp_path / "mini"))
     values = {"pretrained_model_name_or_path": base, "validation_dataset": "mini-heldout"}
@@ -73,6 +76,27 @@ def test_each_family_runs_dry_without_weights(kind: str, capsys: Any, tmp_path: 
     assert "weights: transformer, fp32" in said
     assert "embedding the prompts" in said
     assert "It fits" in said
+
+
+def test_of_a_model_on_the_hub_no_weights_are_downloaded(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, here = saved(SD3, tmp_path / "whole"), tmp_path / "here"
+
+    def download(name: str, allow_patterns: list[str], **_: Any) -> str:
+        assert name == "somebody/sd3"
+        names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
+        for file in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (here / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(whole / file, here / file)
+        return str(here)
+
+    monkeypatch.setattr(pipeline, "snapshot_download", download)
+    monkeypatch.setattr(pipeline, "hf_hub_download", lambda *_, **__: whole / "model_index.json")
+    values = {"pretrained_model_name_or_path": "somebody/sd3", "resolution": 64}
+    assert "It fits" in image_run(capsys, tmp_path / "run", **values)
+    assert not list(here.rglob("*.safetensors"))
+    assert list(here.rglob("tokenizer.json"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
