@@ -6,15 +6,14 @@
     python benchmarks/dry_run_memory.py --table table.json --models "FLUX.1-dev"
 
 The first runs the command line twice, dry and in earnest, and measures the highest resident memory
-of the second: on a CPU, where that is what counts. The other reads no
-weights and needs no GPU; models that the file has already are left out.
+of the second: on a CPU, where that is what counts. The others read no weights and need no GPU;
+models that the file has already are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -79,14 +78,27 @@ def estimated(words: Sequence[str]) -> int:
     return round(float(found[1]) * UNITS[found[2]])
 
 
+# Linux counts the memory of the process that starts another as that other's, until it is replaced:
+# so a small one starts the run and says what the largest of its own children took.
+TAKES = """
+import resource, subprocess, sys
+ended = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(ended)
+"""
+
+
 def measured_of(words: Sequence[str]) -> int:
     """Bytes of the highest resident memory of a run, in a process of its own."""
-    started = subprocess.Popen([sys.executable, *words])
-    _, status, usage = os.wait4(started.pid, 0)  # of this process, not of the largest ever started
-    started.returncode = os.waitstatus_to_exitcode(status)
-    if started.returncode:
-        raise TrainingError(f"the run ended with {started.returncode}: see above.")
-    return usage.ru_maxrss * 1024  # kibibytes on Linux
+    done = subprocess.run(
+        [sys.executable, "-c", TAKES, sys.executable, *words],
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise TrainingError(f"the run ended with {done.returncode}: see above.")
+    return int(done.stdout) * 1024  # kibibytes on Linux
 
 
 def step_of(
@@ -94,21 +106,14 @@ def step_of(
 ) -> tuple[int, int]:
     """Bytes of a training step at its peak, and of the activations that it keeps for backward."""
     with TemporaryDirectory() as folder:
-        words = [
-            "--dataset",
-            "mini",
-            "--validation_dataset",
-            "none",
-            "--num_validation_images",
-            "0",
-        ]
+        words = ["--dataset", "mini", "--validation_dataset=none", "--num_validation_images=0"]
         words += ["--method", method, "--mixed_precision", "bf16", "--report_to", "none"]
         cfg = parse([*words, "--output_dir", folder, "--train_batch_size", str(batch), "--dry_run"])
     accelerator, ledger = build_accelerator(cfg), Ledger()
     task = _task(model, replace(cfg, resolution=SIDE), precision, checkpointing)
     names = tuple(str(n) for n in range(batch))
     once = [MicroBatch(tuple(range(batch)), names, names, model.inputs(batch, SIDE))]
-    rehearsal: Any = SimpleNamespace(task=task, batches=lambda *_: once)
+    rehearsal: Any = SimpleNamespace(task=task, parts=task.models, batches=lambda *_: once)
     dry_run.trained(rehearsal, accelerator, ledger)
     phase = next(phase for phase in ledger.phases if phase.name == TRAINING)
     return phase.peaks["cpu"].total, phase.activations
