@@ -41,11 +41,14 @@ class _Fused:
                     return super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = self.base_layer
-        frozen = type(base) is nn.Linear and not base._forward_hooks and _frozen(base)
-        known = type(base) is nn.Linear or self.quantized
-        if known and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        linear = type(base) is nn.Linear
+        if (
+            (linear or self.quantized)
+            and x.dtype == torch.float32
+            and torch.is_autocast_enabled(x.device.type)
+        ):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapters
-        if frozen:  # its output is nobody else's, so it needs not be kept apart
+        if linear and not base._forward_hooks and _frozen(base):  # its output is nobody else's
             dtype = _computes_in(x, base.weight)
             weight, bias = (t if t is None else t.to(dtype) for t in (base.weight, base.bias))
             result, x = None, x.to(dtype)

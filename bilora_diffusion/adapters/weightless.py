@@ -69,8 +69,9 @@ def weightless(build: Callable[[], Model], dtype: torch.dtype) -> Model:
 
 
 def hide(model: nn.Module) -> None:
-    """Replace the real parameters of a weightless model, its adapters', by such as take no memory;
-    whoever holds them must take the new ones. A model with weights stays as it is.
+    """Let the real parameters of a weightless model, those of a new adapter, take no memory either.
+
+    A model with weights stays as it is.
     """
     if not any(map(is_weightless, model.parameters())):
         return

@@ -14,7 +14,7 @@ from ..train.stepping import Schedule
 from ..train.task import MicroBatch, inference
 from ..train.trainer import Trainer
 from .heldout import GridLoss, grid_levels
-from .sampling import decode, latents
+from .sampling import generate
 from .task import DreamBooth
 
 PROMPTS = 16
@@ -40,7 +40,7 @@ class Rehearsal:
             return condition([longest[i % len(longest)] for i in range(len(captions))])
 
         def embedded(device: torch.device) -> None:
-            hold_weights(task, ledger)
+            hold_weights(self.parts, ledger)
             stream: Any = task.stream
             replaced["stream"] = SimpleNamespace(captions=lambda: longest)
             with ledger.phase("embedding the prompts"):
@@ -48,7 +48,12 @@ class Rehearsal:
             task.stream = stream
 
         replaced |= {"condition": conditioned, "embed": embedded}
-        hold_weights(task, ledger)
+        hold_weights(self.parts, ledger)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The pipeline's."""
+        return self.task.pipeline.components
 
     def batches(self, trainer: Trainer, ledger: Ledger) -> list[MicroBatch]:
         """The first micro-batch of the first step; all images are of one size."""
@@ -74,8 +79,10 @@ class Rehearsal:
     def _draw(self) -> None:
         task, cfg = self.task, self.task.cfg
         prompts = cfg.sampled_prompts[: cfg.sample_batch_size]
+        # What has no values can be no picture.
+        task.pipeline.image_processor = SimpleNamespace(postprocess=lambda pixels, **_: [])
         with inference(task.module):
-            drawn = latents(
+            generate(
                 task.pipeline,
                 prompts,
                 list(range(len(prompts))),
@@ -84,4 +91,3 @@ class Rehearsal:
                 embeddings=task.prompts.with_negative(prompts) if task.prompts else None,
                 batch=cfg.sample_batch_size,
             )
-            decode(task.pipeline, next(drawn))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from ..train.task import precision
 from .families import of
@@ -44,36 +43,6 @@ def generate(
     Returns:
         n PIL images, RGB.
     """
-    drawn = latents(
-        pipeline,
-        prompts,
-        seeds,
-        size=size,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        embeddings=embeddings,
-        batch=batch,
-        on_step=on_step,
-    )
-    processor = pipeline.image_processor
-    parts = (processor.postprocess(decode(pipeline, part), output_type="pil") for part in drawn)
-    return [image for part in parts for image in part]
-
-
-@torch.no_grad()
-def latents(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    size: int,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    embeddings: tuple[Conditions, Conditions] | None = None,
-    batch: int = 8,
-    on_step: Callable[[int], None] | None = None,
-) -> Iterator[Tensor]:
-    """Latents of the denoiser, (n, c, h, w), batch after batch, of the arguments of `generate`."""
     positive, negative = embeddings or (
         embed(pipeline, prompts),
         embed_negative(pipeline, len(prompts)),
@@ -90,6 +59,7 @@ def latents(
             on_step(step + 1)
         return values
 
+    images: list[Image] = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
         told, untold = (
@@ -105,7 +75,8 @@ def latents(
             output_type="latent",
             callback_on_step_end=callback,
         )
-        yield family.unpacked(output.images, size)
+        images += decode(pipeline, family.unpacked(output.images, size))
+    return images
 
 
 def _sampler(family: Family, pipeline: Any) -> Any:
@@ -123,10 +94,8 @@ def _sampler(family: Family, pipeline: Any) -> Any:
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """Latents of the denoiser, (n, c, h, w), to images (n, 3, H, W) in [-1, 1] on the CPU, in the
-    autoencoder's dtype.
-    """
+def decode(pipeline: Any, latents: torch.Tensor) -> list[Image]:
+    """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype."""
     vae = pipeline.vae
     home = vae.device
     vae.to(latents.device)
@@ -135,4 +104,4 @@ def decode(pipeline: Any, latents: Tensor) -> Tensor:
     # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
     pixels = torch.cat([space.pixels(vae, latent[None]).cpu() for latent in scaled])
     vae.to(home)
-    return pixels
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -80,12 +80,16 @@ def move_(tensors: Sequence[Tensor], along: Sequence[Tensor], length: float | Te
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
-    wide = functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    wide = _wide(tensors)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=wide)))
 
 
 def dot(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """sum_i <t_i, o_i> in fp32 or wider, 0-d."""
-    wide = functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    wide = _wide(tensors)
     both = (torch.cat([t.flatten() for t in side]).to(wide) for side in (tensors, others))
     return torch.dot(*both)
+
+
+def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)

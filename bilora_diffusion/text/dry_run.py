@@ -20,7 +20,12 @@ class Rehearsal:
 
     def __init__(self, task: TextTask, ledger: Ledger) -> None:
         self.task = task
-        hold_weights(task, ledger)
+        hold_weights(self.parts, ledger)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The model alone."""
+        return dict(self.task.models)
 
     def batches(self, trainer: Trainer, ledger: Ledger) -> list[MicroBatch]:
         """The longest rows, as many as a pass takes."""

@@ -8,7 +8,7 @@ the optimizer and the method keep, and what is measured and drawn. A `memory.Led
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import adapters
-from ..adapters import AUXILIARY, INITIAL, PRIMARY, weightless
+from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..errors import UserError
-from ..methods import Method, for_run
+from ..methods import for_run
 from ..methods.full import free_memory
 from ..run.config import RunConfig
 from .estimate import TRAINING, Estimate, said
@@ -42,6 +42,11 @@ class Rehearsal(Protocol):
     @property
     def task(self) -> Task:
         """The task, on the device, of models without weights."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """What has weights, by name."""
         ...
 
     def batches(self, trainer: Trainer, ledger: Ledger) -> list[MicroBatch]:
@@ -86,9 +91,8 @@ def trained(rehearsal: Rehearsal, accelerator: Accelerator, ledger: Ledger) -> T
     cfg = replace(task.cfg, log_dynamics=False)
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
     method = for_run(cfg, steps)
-    _hide_adapters(method)
     trainer = Trainer(task, method, cfg, accelerator)
-    hold(trainer, ledger)
+    hold(trainer, rehearsal.parts, ledger)
     if cfg.init_lora_weights in adapters.CHANGE_BASE:
         with ledger.phase("first values"):
             trainer.initialise()
@@ -99,22 +103,9 @@ def trained(rehearsal: Rehearsal, accelerator: Accelerator, ledger: Ledger) -> T
     return trainer
 
 
-def _hide_adapters(method: Method) -> None:
-    """Let what the method attaches take no memory either: it is ready before the optimizer is."""
-    attach: Any = method.setup
-
-    def setup(targets: Sequence[Any]) -> list[dict[str, Any]]:
-        attach(targets)
-        for target in method.targets:
-            weightless.hide(target.model)
-        return method.param_groups(method.targets)
-
-    vars(method)["setup"] = setup
-
-
-def hold(trainer: Trainer, ledger: Ledger) -> None:
+def hold(trainer: Trainer, parts: Mapping[str, Any], ledger: Ledger) -> None:
     """Tell the ledger what the models, the averages and the best weights are for."""
-    hold_weights(trainer.task, ledger)
+    hold_weights(parts, ledger)
     method, outcome = trainer.method, trainer.outcome
     for target in method.targets:
         for adapter, words in ADAPTERS.items():
@@ -126,10 +117,8 @@ def hold(trainer: Trainer, ledger: Ledger) -> None:
     ledger.hold("best weights", outcome.best.tensors().values())
 
 
-def hold_weights(task: Any, ledger: Ledger) -> None:
+def hold_weights(parts: Mapping[str, Any], ledger: Ledger) -> None:
     """Tell the ledger which weights belong to which part, and their dtypes."""
-    pipeline = getattr(task, "pipeline", None)
-    parts: dict[str, Any] = pipeline.components if pipeline is not None else task.models
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             for tensor in tensors_of(part):
