@@ -16,7 +16,7 @@ from tests.scripts.conftest import ROOT
 SPACE = """
 options:
   max_train_steps: 2
-  validation_loss_steps: 1
+  validation_loss_steps: 2
   train_batch_size: 1
   num_validation_images: 0
   output_kohya_format: false
@@ -32,6 +32,7 @@ methods:
 def tune(folder: Path) -> str:
     words = ["--space", str(folder / "space.yaml"), "--trials", "2", "--seeds", "0"]
     words += ["--test_seeds", "1..2", "--set", "dataset=mini-animals", "--jobs", "2"]
+    words += ["--parts", "1/8,2/8"]
     words += ["--runs_dir", str(folder / "runs"), "--output_dir", str(folder / "out")]
     command = [sys.executable, "-m", "eval.tune", str(ROOT / "recipes" / "mini.yaml"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -53,7 +54,7 @@ def test_it_tunes_and_judges_and_repeats_nothing(tmp_path: Path) -> None:
     assert primary.pairs == 2
     runs = sorted((tmp_path / "runs").glob("*/*/run.json"))
     parts = [runlog.read_run(run.parent)["config"]["validation_part"] for run in runs]
-    assert parts == ["2/2"] * 4 + ["1/2"] * 4  # tests come before trials
+    assert parts == ["2/8"] * 4 + ["1/8"] * 4  # tests come before trials
     before = [run.stat().st_mtime_ns for run in runs]
     rows = (tmp_path / "out" / "rows.csv").read_bytes()
     starts = {row.metric: row.value for row in result.rows if row.step == 0}
