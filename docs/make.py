@@ -1,4 +1,4 @@
-"""Make the pages that are made from the code and from results: options, diffusers and evidence.
+"""Make the pages, and the tables in pages, that are made from the code and from results.
 
 python -m docs.make            # writes all; run it after any change of an option or a result
 """
@@ -113,21 +113,60 @@ def evidence() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+EXAMPLES = {
+    "Stable Diffusion XL": "stabilityai/stable-diffusion-xl-base-1.0",
+    "Stable Diffusion 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
+    "Stable Diffusion 3.5 large": "stabilityai/stable-diffusion-3.5-large",
+    "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
+    "FLUX.2 klein 9B": "black-forest-labs/FLUX.2-klein-base-9B",
+    "Z-Image": "Tongyi-MAI/Z-Image",
+    "Qwen-Image": "Qwen/Qwen-Image",
+    "Krea 2": "krea/Krea-2-Raw",
+    "Lumina 2": "Alpha-VLLM/Lumina-Image-2.0",
+}
+"""Model -> what names it on the hub."""
+
+
+def readme() -> str:
+    """The README, whose table of models is made."""
+    known = _memory()
+    body = []
+    for model, name in EXAMPLES.items():
+        needed = []
+        for weights in ("bf16", "nf4"):
+            row = known[f"{model}, {weights}"]
+            # SDXL's encoders only visit the device; those of the others are gone before the step.
+            needed.append(f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB")
+        tested = "full size, random weights" if model == "Stable Diffusion XL" else "tiny weights"
+        body.append((model, f"`{name}`", *needed, tested))
+    heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
+    return _with_table(FOLDER.parent / "README.md", table(heads, body))
+
+
 def models() -> str:
     """The page of image models, whose table of memory is made."""
-    before, _, rest = (FOLDER / "models.md").read_text(encoding="utf-8").partition(MADE)
-    _, _, after = rest.partition(END)
-    known: dict[str, Any] = json.loads(MEMORY.read_text(encoding="utf-8"))
     heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
     columns = ("lora", "bilora", "activations", "encoders")
     body = [
         (*name.rsplit(", ", 1), *(f"{row[column] / 1e9:.1f} GB" for column in columns))
-        for name, row in known.items()
+        for name, row in _memory().items()
     ]
-    return f"{before}{MADE}\n\n{table(heads, body)}\n\n{END}{after}"
+    return _with_table(FOLDER / "models.md", table(heads, body))
+
+
+def _memory() -> dict[str, Any]:
+    return json.loads(MEMORY.read_text(encoding="utf-8"))
+
+
+def _with_table(page: Path, made: str) -> str:
+    """A page with what stands between its two marks made anew."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MADE)
+    _, _, after = rest.partition(END)
+    return f"{before}{MADE}\n\n{made}\n\n{END}{after}"
 
 
 PAGES = {
+    "../README.md": readme,
     "options.md": options,
     "diffusers.md": diffusers,
     "evidence.md": evidence,

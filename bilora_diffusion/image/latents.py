@@ -12,6 +12,9 @@ from torch import Tensor
 from ..errors import TrainingError
 from .visits import Visit
 
+AT_ONCE = 1024 * 1024
+"""Pixels that are encoded together: in float32 a megapixel takes gigabytes."""
+
 
 @dataclass(frozen=True)
 class LatentSpace:
@@ -106,9 +109,13 @@ class Encoder:
     @torch.no_grad()
     def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:
         vae, home = self._vae, self._vae.device
-        batch = torch.stack([visit.pixels() for visit in visits]).to(self._device, vae.dtype)
+        pixels = torch.stack([visit.pixels() for visit in visits])
         vae.to(self._device)
-        mean, std = (part.float().cpu() for part in self.space.distribution(vae, batch))
+        parts = [
+            self.space.distribution(vae, part.to(self._device, vae.dtype))
+            for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))
+        ]
+        mean, std = (torch.cat(side).float().cpu() for side in zip(*parts, strict=True))
         vae.to(home)
         if not self.space.drawn:
             std = torch.zeros_like(std)

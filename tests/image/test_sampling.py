@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bilora_diffusion.image import latents
 from bilora_diffusion.image.latents import Encoder, LatentSpace
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
@@ -78,6 +79,29 @@ def test_an_autoencoder_comes_to_the_device_for_the_while_of_encoding(pipeline: 
     (posterior,) = Encoder(resting, space, here)([visit])
     assert torch.equal(posterior.mean, known.mean)
     assert resting.device.type == "meta"
+
+
+def test_large_images_are_encoded_one_by_one(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Counting(LatentSpace):
+        def distribution(self, vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(len(pixels))
+            return super().distribution(vae, pixels)
+
+    pictures = torch.rand(3, 3, 64, 64)
+    visits: Any = [
+        SimpleNamespace(key=i, name=str(i), pixels=lambda i=i: pictures[i]) for i in range(3)
+    ]
+    encode = Encoder(pipeline.vae, Counting.of(pipeline.vae), torch.device("cpu"))
+    together = encode(visits)
+    monkeypatch.setattr(latents, "AT_ONCE", 64 * 64)
+    for one, other in zip(encode(visits), together, strict=True):
+        assert torch.allclose(one.mean, other.mean, atol=1e-5)
+        assert torch.allclose(one.std, other.std, atol=1e-5)
+    assert seen == [3, 1, 1, 1]
 
 
 def test_latent_scaling_is_inverted_with_and_without_statistics() -> None:
