@@ -24,6 +24,7 @@ from .access import (
     parameters,
     rows,
     weight_norm,
+    weights,
     whole,
 )
 from .initial import (
@@ -98,6 +99,7 @@ __all__ = [
     "twice_the_rank",
     "weight_delta",
     "weight_norm",
+    "weights",
     "whole",
     "write_pretrained",
 ]

@@ -44,12 +44,7 @@ def factors(model: nn.Module, adapter: str) -> list[Factors]:
 def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
     """A and B of these layers; as `factors`, without a walk through the whole model."""
     return [
-        Factors(
-            path,
-            _as_matrix(layer.lora_A[adapter].weight),
-            _as_matrix(layer.lora_B[adapter].weight),
-            float(layer.scaling[adapter]),
-        )
+        Factors(path, *map(_as_matrix, weights(layer, adapter)), float(layer.scaling[adapter]))
         for path, layer in found
     ]
 
@@ -58,11 +53,24 @@ def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[F
     """The gradients of A and B of these layers, as `factors_of`; None for a layer that has none."""
     gradients: list[Factors | None] = []
     for path, layer in found:
-        A, B = layer.lora_A[adapter].weight.grad, layer.lora_B[adapter].weight.grad
+        A, B = (weight.grad for weight in weights(layer, adapter))
         missing = A is None or B is None
         scale = float(layer.scaling[adapter])
         gradients.append(None if missing else Factors(path, _as_matrix(A), _as_matrix(B), scale))
     return gradients
+
+
+def weights(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters A and B of one layer.
+
+    They are looked up where modules keep them: nn.Module's way of finding an attribute takes as
+    long as a small kernel, and this is done for every layer of every step.
+    """
+    A, B = (
+        cast(Any, layer._modules[side])._modules[adapter]._parameters["weight"]
+        for side in ("lora_A", "lora_B")
+    )
+    return A, B
 
 
 def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -21,6 +21,8 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .access import weights
+
 _QUANTIZED = (
     "Linear4bit",
 )  # PEFT layers whose base computes for itself and returns an ordinary tensor
@@ -55,8 +57,10 @@ class _Fused:
         else:
             result = base(x)
             weight, bias, x = None, None, x.to(result.dtype)
+        factors: list[Tensor] = [w for name in active for w in weights(self, name)]
+        side_by_side = _side_by_side(self, active, factors, x.dtype)
         return _Product.apply(  # type: ignore[no-any-return]
-            x, result, weight, bias, *_side_by_side(self, active, x.dtype), *_factors(self, active)
+            x, result, weight, bias, *side_by_side, *factors
         )
 
 
@@ -178,7 +182,9 @@ def _plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
     """The one or two adapters to run as one product, or None if this call is PEFT's."""
     if layer._disable_adapters or layer.merged_adapters:
         return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    # Looked up where modules keep them, as `access.weights` does.
+    A, B, dropout = (layer._modules[kind]._modules for kind in ("lora_A", "lora_B", "lora_dropout"))
+    active = [name for name in layer.active_adapters if name in A]
     if not 1 <= len(active) <= 2:
         return None
     training = layer.training
@@ -189,9 +195,9 @@ def _plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
     for name in active:
         if name in layer.lora_variant or layer.lora_bias[name]:
             return None
-        if training and type(layer.lora_dropout[name]) is not nn.Identity:
+        if training and type(dropout[name]) is not nn.Identity:
             return None
-        if not (_ordinary(layer.lora_A[name]) and _ordinary(layer.lora_B[name])):
+        if not (_ordinary(A[name]) and _ordinary(B[name])):
             return None
     return active
 
@@ -207,7 +213,7 @@ def _ordinary(module: nn.Module) -> bool:
 
 
 def _frozen(base: nn.Linear) -> bool:
-    return not any(p.requires_grad for p in base.parameters())
+    return not any(p is not None and p.requires_grad for p in base._parameters.values())
 
 
 def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -217,26 +223,24 @@ def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _factors(layer: Any, active: list[str]) -> list[Tensor]:
-    """A and B of each adapter in turn."""
-    return [holder[name].weight for name in active for holder in (layer.lora_A, layer.lora_B)]
-
-
 def _side_by_side(
-    layer: Any, active: list[str], dtype: torch.dtype
+    layer: Any, active: list[str], factors: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1] (m, r1 + r2) and s1, s2; of one adapter: A, B, s."""
     kept = None if torch.compiler.is_compiling() else _kept
     key = (id(layer), tuple(active), dtype)
     if kept is not None and key in kept:
         return kept[key]
-    scales = tuple(layer.scaling[name] for name in active)
+    scales = tuple([layer.scaling[name] for name in active])
     with torch.no_grad():
-        A = [layer.lora_A[name].weight for name in active]
-        B = [layer.lora_B[name].weight for name in active]
-        B = [b if s == scales[0] else b * (s / scales[0]) for b, s in zip(B, scales, strict=True)]
-        down, up = (A[0], B[0]) if len(active) == 1 else (torch.cat(A), torch.cat(B, dim=1))
-        factors = down.to(dtype), up.to(dtype), scales
+        if len(active) == 1:
+            down, up = factors
+        else:
+            A, B, A_2, B_2 = factors
+            if scales[1] != scales[0]:
+                B_2 = B_2 * (scales[1] / scales[0])
+            down, up = torch.cat((A, A_2)), torch.cat((B, B_2), dim=1)
+        result = down.to(dtype), up.to(dtype), scales
     if kept is not None:
-        kept[key] = factors
-    return factors
+        kept[key] = result
+    return result

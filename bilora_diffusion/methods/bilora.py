@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -276,9 +276,9 @@ class BiLoRA(Counting):
                 'rho "auto" measures the auxiliary by the loss; call observe(loss) before each '
                 "optimizer.step()."
             )
-        pairs = zip(self._factors(), adapters.gradients_of(self._layers, AUXILIARY), strict=True)
-        both = [(ball.whole(f.B), ball.whole(g.B)) for f, g in pairs if g is not None]
-        self._gamma = perturb.dot([b for b, _ in both], [g for _, g in both])
+        ups = [adapters.weights(layer, AUXILIARY)[1] for _, layer in self._layers]
+        both = [(ball.whole(B), ball.whole(B.grad)) for B in ups if B.grad is not None]
+        self._gamma = perturb.dot([B for B, _ in both], [g for _, g in both])
 
     def _after_step(self, *_: Any) -> None:
         self.taken += 1
@@ -304,11 +304,7 @@ class BiLoRA(Counting):
 
     @staticmethod
     def _parameters(found: Sequence[tuple[str, adapters.LoraLayer]]) -> list[nn.Parameter]:
-        return [
-            cast(nn.Parameter, holder[AUXILIARY].weight)
-            for _, layer in found
-            for holder in (layer.lora_A, layer.lora_B)
-        ]
+        return [weight for _, layer in found for weight in adapters.weights(layer, AUXILIARY)]
 
     def _negate(self, *_: Any) -> None:
         own = self._parameters(self._layers)

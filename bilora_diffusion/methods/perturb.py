@@ -84,6 +84,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=wide)))
 
 
+@torch.no_grad()
 def dot(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """sum_i <t_i, o_i> in fp32 or wider, 0-d."""
     wide = _wide(tensors)
