@@ -29,6 +29,7 @@ FLOW_FLAGS: tuple[Flag, ...] = (
         1,
         "Of all flow models, and 0 where it is not given, in SD3 too.",
     ),
+    flag("caption_dropout", 0.0, "Drawn for each image of a batch, of any model."),
     flag("cache_latents", False, "The flag alone, or before `yes`, `no` or `auto`, the default."),
     flag(
         "offload",

@@ -12,7 +12,6 @@ _NO_FOURTH = ("no model here has a fourth text encoder", "drop it")
 FOREIGN: dict[str, tuple[str, str]] = {
     "aspect_ratio_buckets": _SQUARES,
     "use_aspect_ratio_buckets": _SQUARES,
-    "caption_dropout": ("each image is always learned with its caption", "drop it"),
     "do_fp8_training": (
         "frozen weights are held in the precision of the arithmetic or in 4 bits",
         "use `--quantize nf4`, or `--mixed_precision bf16` alone",

@@ -68,7 +68,7 @@ def write_dreambooth_card(
     urls = [quote(file.relative_to(folder).as_posix()) for file in files]
     gallery = list(zip(prompts, urls, strict=True))
     measured = {title: results[key] for title, key in MEASURED.items() if key in results}
-    trigger = cfg.instance_prompt
+    trigger = cfg.trigger_word or cfg.instance_prompt
     flow = _of_transformer(folder)
     use = [
         *_pipeline(base, cfg.pretrained_vae_model_name_or_path),

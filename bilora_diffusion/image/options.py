@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config.fields import Idle, option, unless
-from ..config.values import BATCHES, DECAYS, FACTORS, RATES, WORKERS, Range
+from ..config.values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
 from ..run.options import OutputOptions
 from . import inputs
 
@@ -108,6 +108,20 @@ class DataOptions:
         None,
         "Prompt that stands for the images, for example 'a photo of TOK dog'. Required unless"
         " captions are given or the set brings its own.",
+    )
+    trigger_word: str | None = option(
+        None,
+        "Word that captions begin with, TOK for example; one that has it somewhere stays as it is.",
+    )
+    shuffle_tags: bool = option(
+        False,
+        "Shuffle what stands between the commas of a caption, at each visit; the trigger word stays"
+        " in front. Each image has up to eight orders.",
+    )
+    caption_dropout: float = option(
+        0.0,
+        "Share of visits that see no caption, in [0, 1), so that guidance keeps its other side.",
+        range=SHARES,
     )
     repeats: int = option(
         1,

@@ -14,6 +14,7 @@ from ..adapters import AdapterSpec
 from ..methods import Target
 from ..seeds import digest, generator
 from ..train.task import MicroBatch, inference
+from .captions import texts
 from .denoising import Denoising, DreamBoothModule, Schedule
 from .families import of
 from .families.base import Family
@@ -104,7 +105,7 @@ class DreamBooth:
         # Each on its own: what is measured and drawn must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
-            self.prompts.add(self.validation.prompts(self.cfg.instance_prompt))
+            self.prompts.add(texts(self.cfg, self.validation))
         if self.cfg.validation_prompts:
             self.prompts.add([*self.cfg.validation_prompts, ""])
         if self.family.flow:

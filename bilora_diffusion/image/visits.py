@@ -15,6 +15,7 @@ from ..run.interruption import SIGNALS
 from ..seeds import digest_texts, generator
 from ..train.order import SampleOrder
 from . import crops
+from .captions import Captions, texts
 from .sets import ImageSet
 
 Slots = tuple[int, tuple[int, ...]]
@@ -81,7 +82,7 @@ class VisitStream:
 
     def __init__(self, cfg: Any, images: ImageSet, classes: ImageSet | None = None) -> None:
         self.cfg, self.images, self.classes = cfg, images, classes
-        self._texts = images.prompts(cfg.instance_prompt)
+        self._captions = Captions(cfg, images)
         self._order = SampleOrder(len(images), cfg.seed, cfg.repeats)
         # Class images have a stream of their own, so that all of them are seen however few the
         # instance images are.
@@ -96,7 +97,8 @@ class VisitStream:
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
-        return list(dict.fromkeys(self._texts + ([self.cfg.class_prompt] if self.classes else [])))
+        of_classes = [self.cfg.class_prompt] if self.classes else []
+        return list(dict.fromkeys(self._captions.every() + of_classes))
 
     def visits(
         self, schedule: Sequence[Slots], step_size: int
@@ -125,7 +127,8 @@ class VisitStream:
             random_flip=self.cfg.random_flip,
             generator=generator(self.cfg.seed, "crop", step, sample, slot, kind),
         )
-        caption = self._texts[sample] if kind == "instance" else self.cfg.class_prompt
+        instance = kind == "instance"
+        caption = self._captions.draw(sample, step, slot) if instance else self.cfg.class_prompt
         return Visit(images, self.cfg, kind, sample, slot, crop, caption)
 
 
@@ -158,7 +161,7 @@ class _Visits(Dataset):
 
 def centered_visits(images: ImageSet, cfg: Any) -> Iterator[Visit]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
-    for sample, caption in enumerate(images.prompts(cfg.instance_prompt)):
+    for sample, caption in enumerate(texts(cfg, images)):
         crop = crops.draw(
             images.size(sample),
             cfg.resolution,

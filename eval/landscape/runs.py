@@ -20,6 +20,7 @@ from ..subjects import BASE, Subject
 LOSS_OPTIONS = (
     "resolution",
     "instance_prompt",
+    "trigger_word",
     "image_interpolation_mode",
     "do_edm_style_training",
     "snr_gamma",

@@ -69,6 +69,7 @@ OPTIONS: list[dict[str, Any]] = [
         **{"init_lora_weights": "gaussian", "lora_alpha": 6, "scale_lr": True},
         **{"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
         **{"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+        **{"trigger_word": "sks", "shuffle_tags": True, "caption_dropout": 0.5},
     },
 ]
 SLOW_OPTIONS: list[dict[str, Any]] = [

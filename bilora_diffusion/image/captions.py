@@ -1,0 +1,78 @@
+"""What is told of an image at each visit: its caption, its tags in another order, or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..seeds import generator
+from .sets import ImageSet
+
+ORDERS = 8
+"""Orders of one image's tags; drawn beforehand, since all prompts are embedded at the start."""
+MOST_TEXTS = 2000
+"""Texts of all images together: an embedding takes 0.3 MB for SDXL and up to 4 MB for others."""
+
+
+class Captions:
+    """The texts of a training set.
+
+    Args:
+        cfg: with ``instance_prompt``, ``trigger_word``, ``shuffle_tags``, ``caption_dropout`` and
+            ``seed``.
+        images: whose captions they are.
+
+    Raises:
+        UserError: an image has no text, or none has tags that could be shuffled.
+    """
+
+    def __init__(self, cfg: Any, images: ImageSet) -> None:
+        self._cfg = cfg
+        self._texts = [[text] for text in texts(cfg, images)]
+        if cfg.shuffle_tags:
+            plain = images.prompts(cfg.instance_prompt)
+            if not any("," in text for text in plain):
+                raise UserError(
+                    f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags"
+                    " with commas between them; drop it."
+                )
+            orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
+            self._texts = [
+                [with_trigger(self._shuffled(text, i, order), cfg.trigger_word) for order in orders]
+                for i, text in enumerate(plain)
+            ]
+
+    def _shuffled(self, text: str, sample: int, order: int) -> str:
+        tags = [tag.strip() for tag in text.split(",")]
+        random = generator(self._cfg.seed, "tags", sample, order)
+        return ", ".join(tags[place] for place in torch.randperm(len(tags), generator=random))
+
+    def every(self) -> list[str]:
+        """Every text that training can meet, without repetition."""
+        shown = [text for orders in self._texts for text in orders]
+        return list(dict.fromkeys([*shown, *([""] if self._cfg.caption_dropout else [])]))
+
+    def draw(self, sample: int, step: int, slot: int) -> str:
+        """The text of one visit; it depends on the seed and the visit alone."""
+        random = generator(self._cfg.seed, "caption", step, sample, slot)
+        dropped, order = torch.rand(2, generator=random, dtype=torch.float64).tolist()
+        if dropped < self._cfg.caption_dropout:
+            return ""
+        orders = self._texts[sample]
+        return orders[int(order * len(orders))]
+
+
+def texts(cfg: Any, images: ImageSet) -> list[str]:
+    """The text of every image as it is where nothing is drawn: how held-out images are measured.
+
+    Raises:
+        UserError: an image has none.
+    """
+    return [with_trigger(text, cfg.trigger_word) for text in images.prompts(cfg.instance_prompt)]
+
+
+def with_trigger(text: str, trigger: str | None) -> str:
+    """A caption that begins with the trigger word, unless it has it somewhere."""
+    return text if not trigger or trigger in text else f"{trigger}, {text}"
