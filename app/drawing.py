@@ -21,8 +21,9 @@ from PIL.Image import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.pipeline import MINI, load_pipeline
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.console import quiet
 from eval.clip_scores.adapters import applied
 from eval.command import open_device
@@ -173,7 +174,7 @@ class Pipelines:
             half = torch.float16 if self.device.type == "cuda" else torch.float32
             pipeline = load_pipeline(
                 local(base),
-                dtype=torch.float32 if base.name == MINI else half,
+                dtype=torch.float32 if base.name in PIPELINES else half,
                 variant=base.variant,
                 vae=local(BaseChoice(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
             )
@@ -187,7 +188,7 @@ def local(base: BaseChoice) -> str:
     Raises:
         UserError: it is not on this machine.
     """
-    if base.name == MINI or Path(base.name).exists():
+    if base.name in PIPELINES or Path(base.name).exists():
         return base.name
     try:
         return snapshot_download(

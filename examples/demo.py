@@ -22,9 +22,10 @@ from PIL.Image import Image
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image import script as train
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.image.pipeline import MINI, load_pipeline
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.methods import get
+from bilora_diffusion.mini import MINI
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.interruption import ends_in
 

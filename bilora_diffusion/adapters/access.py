@@ -66,10 +66,8 @@ def weights(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]
     They are looked up where modules keep them: nn.Module's way of finding an attribute takes as
     long as a small kernel, and this is done for every layer of every step.
     """
-    A, B = (
-        cast(Any, layer._modules[side])._modules[adapter]._parameters["weight"]
-        for side in ("lora_A", "lora_B")
-    )
+    modules: dict[str, Any] = cast(Any, layer)._modules
+    A, B = (modules[side]._modules[adapter]._parameters["weight"] for side in ("lora_A", "lora_B"))
     return A, B
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name
-from ..mini import MINI
+from ..mini import FLOW, MINI, PIPELINES
 from ..run.card import (
     code,
     escaped,
@@ -107,7 +107,8 @@ def _of_transformer(folder: Path) -> bool:
 
 
 def _name(name: str) -> str:
-    return "bilora_diffusion's miniature" if name == MINI else name
+    ours = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flow"}
+    return ours.get(name, name)
 
 
 def _front_matter(
@@ -117,7 +118,7 @@ def _front_matter(
     kinds = ["full-fine-tuning"] if whole else ["lora", "template:sd-lora"]
     tags = ["text-to-image", "diffusers", *kinds]
     if (
-        base != MINI and not flow
+        base not in PIPELINES and not flow
     ):  # the miniature has SDXL's architecture, but its weights fit nothing else
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
     return ModelCardData(
@@ -132,15 +133,16 @@ def _front_matter(
 
 def _pipeline(base: str, vae: str | None) -> list[str]:
     """Python that loads the base model."""
-    if base == MINI:
+    if base in PIPELINES:
+        folder = PIPELINES[base].__name__
         return [
             "import torch",
-            "from bilora_diffusion.mini import pipeline_dir",
+            f"from bilora_diffusion.mini import {folder}",
             "from diffusers import DiffusionPipeline",
             "",
             # Its files are in half precision, in which Transformers would load the text encoders
             # and diffusers not the UNet.
-            "pipeline = DiffusionPipeline.from_pretrained(pipeline_dir(), dtype=torch.float32)",
+            f"pipeline = DiffusionPipeline.from_pretrained({folder}(), dtype=torch.float32)",
         ]
     kinds, load, extra = "DiffusionPipeline", [], ""
     if vae:
@@ -176,7 +178,7 @@ def _other_programs(cfg: Any, base: str, folder: Path) -> list[str]:
     diffusers = code(FILE_NAME)
     file = kohya_file_name(folder) if cfg.output_kohya_format else None
     kohya, name = code(file or ""), Path(file or "").stem
-    if base == MINI:
+    if base in PIPELINES:
         shown = f"; {kohya} shows what a file for them looks like" if file else ""
         return [f"ComfyUI and A1111 don't know the miniature{shown}."]
     if file is None:

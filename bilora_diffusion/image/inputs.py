@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import mini
 from ..config.machine import device_type
 from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
-from ..mini import ANIMALS, MINI
+from ..mini import ANIMALS, FLOW, MINI, PIPELINES
 from ..run.heldout_part import read_part
 from .bnb import quantization
 from .families import FAMILIES, SDXL, named
@@ -31,6 +30,8 @@ TABLE_A8_STEPS = 500
 BATCH = ("train_batch_size", "gradient_accumulation_steps")
 """Whoever gives one of them means a step of that many images, whatever the default of the other."""
 TEXT_ENCODER_LR = 5e-6
+FLOW_TOKENS = 16
+"""Of mini-flow where T5's tokens would be: it has no T5, so zeros stand there, and cost time."""
 CHECKPOINTING_FROM = 512
 MOST_PROMPT_BYTES = 1_000_000
 
@@ -95,6 +96,8 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
     if values["train_text_encoder"] and values["text_encoder_lr"] is None:
         prodigy = values["optimizer"] == "prodigy"
         values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
+    if model == FLOW and "max_sequence_length" not in given:
+        values["max_sequence_length"] = FLOW_TOKENS
     overflows = model == SDXL_BASE and values["mixed_precision"] == "fp16"
     if values["pretrained_vae_model_name_or_path"] is None and overflows:
         values["pretrained_vae_model_name_or_path"] = FP16_FIX
@@ -149,7 +152,7 @@ def default_checkpointing(resolution: int) -> bool:
 
 def pipeline_folder(model: str) -> Path | None:
     """The local folder that a model name stands for, or None for a hub id."""
-    folder = mini.pipeline_dir() if model == MINI else Path(model).expanduser()
+    folder = PIPELINES[model]() if model in PIPELINES else Path(model).expanduser()
     return folder if folder.is_dir() else None
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..adapters.weightless import weightless
 from ..errors import UserError
-from ..mini import MINI, pipeline_dir
+from ..mini import PIPELINES
 from ..train.soundness import reading, require_finite, require_safetensors, require_whole
 from .families import named
 from .families.base import Family
@@ -32,8 +32,8 @@ _GIVE_ONE = (
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that a model name stands for; ``mini`` is the embedded miniature."""
-    return str(pipeline_dir()) if name == MINI else name
+    """The folder or hub id that a model name stands for; some are embedded (`mini.PIPELINES`)."""
+    return str(PIPELINES[name]()) if name in PIPELINES else name
 
 
 def load_pipeline(
@@ -49,7 +49,7 @@ def load_pipeline(
     """Load a genuine pipeline with its VAE in float32 and everything else in ``dtype``.
 
     Args:
-        name: folder, hub id, or ``mini``.
+        name: folder, hub id, or one of `mini.PIPELINES`.
         dtype: of all parts, or of each by name with "default" for the rest.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
         weights: whether to load any; the models are `adapters.weightless` without, and no more than
@@ -64,7 +64,7 @@ def load_pipeline(
         places["variant"] = variant
     download, load = (_download, _load) if weights else (_download_configs, _empty)
     folder = pipeline_folder(name) or download(name, vae, **places)
-    if weights and name != MINI and variant and not any(folder.glob(f"*/*.{variant}.*")):
+    if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
     index = _index(name, folder)
     family = named(str(index.get("_class_name")), name)()

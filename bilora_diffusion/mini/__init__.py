@@ -1,5 +1,5 @@
-"""The embedded miniature: a small, genuine ``StableDiffusionXLPipeline`` and the icons that go with
-it.
+"""The embedded miniatures: a small, genuine ``StableDiffusionXLPipeline``, a
+``StableDiffusion3Pipeline`` made from it, and the icons that go with them.
 
 Only paths live here, so that importing this package costs nothing. ``README.md`` beside this file
 is the model card.
@@ -11,6 +11,8 @@ from pathlib import Path
 
 MINI = "mini"
 """What stands for it where a model or a data set is named."""
+FLOW = "mini-flow"
+"""What stands for the flow-matching one where a model is named."""
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
 _HERE = Path(__file__).resolve().parent
@@ -21,6 +23,22 @@ def pipeline_dir() -> Path:
     ``StableDiffusionXLPipeline.from_pretrained``.
     """
     return _HERE / "pipeline"
+
+
+def flow_dir() -> Path:
+    """Folder of the flow-matching pipeline (float16), for
+    ``StableDiffusion3Pipeline.from_pretrained``.
+    """
+    return _HERE / "flow"
+
+
+PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
+
+
+def embedded(model: str | Path) -> str | None:
+    """Which of ``PIPELINES`` a name or a folder is."""
+    places = {folder(): name for name, folder in PIPELINES.items()}
+    return str(model) if model in PIPELINES else places.get(Path(model).expanduser().resolve())
 
 
 def train_dir() -> Path:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from ..adapters import CHANGE_BASE
 from ..durable import write_text
 from ..methods import get
-from ..mini import MINI, pipeline_dir
+from ..mini import embedded
 
 
 def write_card(
@@ -96,8 +96,8 @@ def method_settings(cfg: Any) -> dict[str, Any]:
 
 def source(name: str) -> str:
     """What may be published of a model's or data set's name: not where it lies on this machine."""
-    if name == MINI or Path(name).resolve() == pipeline_dir():
-        return MINI
+    if known := embedded(name):
+        return known
     return name if is_hub_id(name) else Path(name).name
 
 

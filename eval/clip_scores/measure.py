@@ -15,7 +15,6 @@ from tqdm import tqdm
 from bilora_diffusion import mini
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.decode import DECODE_ERRORS, read_rgb
-from bilora_diffusion.image.inputs import MINI
 from bilora_diffusion.image.sets import ImageSet
 
 from ..subjects import BASE, Subject
@@ -166,7 +165,7 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
         file = prompt.reference
         if file is None or prompt.general:
             continue
-        if base != MINI and mini.heldout_dir() in file.resolve().parents:
+        if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
         try:
             pictures[prompt.text] = read_rgb(file)

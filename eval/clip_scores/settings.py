@@ -13,7 +13,7 @@ from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.inputs import MINI, pipeline_side
+from bilora_diffusion.image.inputs import pipeline_side
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
 from ..subjects import Subject
@@ -98,7 +98,7 @@ def base_model(subjects: Sequence[Subject], given: str | None) -> str:
                 f'"{subject.label}" was trained on {subject.base_model}, not on {given}: drop'
                 " --base_model, or give that."
             )
-    return MINI if is_miniature(str(given)) else str(given)
+    return miniature(str(given)) or str(given)
 
 
 def _place(base_model: str) -> str:
@@ -106,9 +106,9 @@ def _place(base_model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else base_model
 
 
-def is_miniature(base_model: str) -> bool:
-    """Whether a base model's name or folder is the embedded miniature."""
-    return Path(_place(base_model)) == mini.pipeline_dir()
+def miniature(base_model: str) -> str | None:
+    """Which embedded miniature a base model's name or folder is."""
+    return mini.embedded(_place(base_model))
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
@@ -120,8 +120,8 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
     general = {"scorer": GENERAL_SCORER, "captioner": GENERAL_CAPTIONER}
     names = {}
     for flag, name in general.items():
-        names[flag] = getattr(args, flag) or (EMBEDDED if base == MINI else name)
-        if names[flag] == EMBEDDED and base != MINI:
+        names[flag] = getattr(args, flag) or (EMBEDDED if base in mini.PIPELINES else name)
+        if names[flag] == EMBEDDED and base not in mini.PIPELINES:
             raise UserError(
                 f"--{flag} embedded knows the miniature's icons only, and the base model is"
                 f' "{base}": use another, such as {name}.'
@@ -146,7 +146,7 @@ def sampling(args: Namespace, base: str) -> Sampling:
     """How images are made."""
     guidance = args.guidance_scale
     if guidance is None:
-        guidance = MINI_GUIDANCE if base == MINI else SDXL_GUIDANCE
+        guidance = MINI_GUIDANCE if base in mini.PIPELINES else SDXL_GUIDANCE
     return Sampling(
         base_model=base,
         size=args.resolution or pipeline_side(base) or _loaded_side(base),

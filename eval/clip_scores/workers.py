@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from bilora_diffusion.run import provenance
 
 from .images import Job, Store
-from .settings import is_miniature
+from .settings import miniature
 
 POLL_SECONDS = 1.0
 LEAST = 32
@@ -58,7 +58,7 @@ def generate(store: Store, jobs: Sequence[Job], *, batch: int, count: int | None
 
 
 def _worthwhile(store: Store, missing: int) -> int:
-    if store.device != "cpu" or not is_miniature(store.sampling.base_model):
+    if store.device != "cpu" or not miniature(store.sampling.base_model):
         return 1
     cores = provenance.device(store.device)["cpu_cores"]
     return max(1, min(int(cores or 1), missing // LEAST))
