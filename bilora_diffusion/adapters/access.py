@@ -43,10 +43,11 @@ def factors(model: nn.Module, adapter: str) -> list[Factors]:
 
 def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
     """A and B of these layers; as `factors`, without a walk through the whole model."""
-    return [
-        Factors(path, *map(_as_matrix, weights(layer, adapter)), float(layer.scaling[adapter]))
-        for path, layer in found
-    ]
+    every: list[Factors] = []
+    for path, layer in found:
+        A, B = weights(layer, adapter)
+        every.append(Factors(path, _as_matrix(A), _as_matrix(B), float(layer.scaling[adapter])))
+    return every
 
 
 def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors | None]:
