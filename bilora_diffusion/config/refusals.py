@@ -87,6 +87,7 @@ REFUSED: tuple[Refusal, ...] = (
         "images come from one place", "give only one", dataset_name=GIVEN, instance_data_dir=GIVEN
     ),
     refusal("`--image_column` is the same", "change one", caption_column=same_as("image_column")),
+    refusal("masks come from one place", "give only one", mask_column=GIVEN, alpha_mask=True),
     refusal(
         "the class images lie there, or are made there",
         "add it, for example `--class_data_dir class_images`",

@@ -76,6 +76,15 @@ def cut(image: Image.Image, crop: Crop, resolution: int, interpolation: str) -> 
         resolution: side R of the square, in pixels.
         interpolation: a choice of ``--image_interpolation_mode``.
     """
+    return _cut(image, crop, resolution, interpolation) * 2 - 1
+
+
+def cut_mask(mask: Image.Image, crop: Crop, resolution: int) -> Tensor:
+    """The same of a gray image: (1, R, R), float32 in [0, 1]."""
+    return _cut(mask, crop, resolution, "bilinear")
+
+
+def _cut(image: Image.Image, crop: Crop, resolution: int, interpolation: str) -> Tensor:
     size = list(resized((image.height, image.width), resolution))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     pixels = cast(Any, image)  # torchvision's types know tensors only, its functions more
@@ -83,5 +92,4 @@ def cut(image: Image.Image, crop: Crop, resolution: int, interpolation: str) -> 
     if crop.flipped:
         pixels = functional.horizontal_flip(pixels)
     pixels = functional.crop(pixels, crop.top, crop.left, resolution, resolution)
-    tensor = functional.to_dtype(functional.pil_to_tensor(pixels), torch.float32, scale=True)
-    return tensor * 2 - 1
+    return functional.to_dtype(functional.pil_to_tensor(pixels), torch.float32, scale=True)

@@ -82,6 +82,22 @@ def read_rgb(source: Path | bytes) -> Image.Image:
         return to_rgb(image)
 
 
+def read_brightness(source: Path | bytes) -> Image.Image:
+    """Decode a file to upright gray, mode "L"; see ``read_rgb``."""
+    return read_rgb(source).convert("L")
+
+
+def read_opacity(source: Path | bytes) -> Image.Image:
+    """Decode the alpha channel of a file, upright, mode "L": 255 where it has none.
+
+    Raises:
+        One of ``DECODE_ERRORS`` if it can't be decoded.
+    """
+    with _opened(source) as image:
+        image.load()
+        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+
+
 def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
     """(height, width) after the EXIF orientation; ``whole`` decodes every pixel as a check.
 

@@ -19,8 +19,9 @@ from ..errors import UserError
 from ..train.task import precision
 from .families.base import Family, moved
 from .families.sdxl import encode
+from .masks import mean_of_shown
 
-_DRAWN = ("latents", "noise", "index", "instance", "ids")
+_DRAWN = ("latents", "noise", "index", "instance", "ids", "shown")
 """The inputs that are no conditions."""
 
 
@@ -41,6 +42,7 @@ class Schedule(Protocol):
         noise: Tensor,
         index: Tensor,
         weighted: Tensor,
+        shown: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -111,6 +113,7 @@ class Denoising:
         noise: Tensor,
         index: Tensor,
         weighted: Tensor,
+        shown: Tensor | None = None,
     ) -> Tensor:
         """Loss of each sample.
 
@@ -120,18 +123,19 @@ class Denoising:
             noise: standard normal, like ``latents``.
             index: noise level of each sample, (n,), in [0, num_timesteps).
             weighted: True where the min-SNR weight applies, (n,).
+            shown: what each place counts, (n, 1, h, w); None for all alike.
 
         Returns:
             (n,) in float32.
         """
         if self.kind != "standard":
-            return self._edm_loss(model, latents, noise, index)
+            return mean_of_shown(self._edm_squares(model, latents, noise, index), shown)
         scheduler = self.scheduler
         noisy = scheduler.add_noise(latents, noise, index)
         prediction = model(noisy, index).float()
         velocity = scheduler.config["prediction_type"] == "v_prediction"
         target = scheduler.get_velocity(latents, noise, index) if velocity else noise
-        loss = _per_sample((prediction - target.float()) ** 2)
+        loss = mean_of_shown((prediction - target.float()) ** 2, shown)
         if self.snr_gamma is None:
             return loss
         floored = self.snr_weighting == "diffusers"
@@ -142,7 +146,7 @@ class Denoising:
         alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
         return alphas / (1 - alphas)
 
-    def _edm_loss(
+    def _edm_squares(
         self,
         model: Callable[[Tensor, Tensor], Tensor],
         latents: Tensor,
@@ -156,15 +160,13 @@ class Denoising:
         noisy = clean + sigma * noise.float()
         if self.kind == "edm_native":
             prediction = model(scheduler.precondition_inputs(noisy, sigma), timesteps).float()
-            return _per_sample(
-                (scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
-            )
+            return (scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
         prediction = model(noisy / (sigma**2 + 1).sqrt(), timesteps).float()
         if scheduler.config["prediction_type"] == "epsilon":
             denoised = noisy - sigma * prediction
         else:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
-        return _per_sample(sigma**-2 * (denoised - clean) ** 2)
+        return sigma**-2 * (denoised - clean) ** 2
 
 
 def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:
@@ -180,18 +182,14 @@ def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = F
     return weights + 1 if velocity else weights
 
 
-def _per_sample(squares: Tensor) -> Tensor:
-    return squares.flatten(1).mean(dim=1)
-
-
 class DreamBoothModule(nn.Module):
     """The trained models and their loss.
 
     ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
-    ``instance`` (n,), ``time_ids`` (n, 6) and either the family's conditions or, where the text
-    encoders are trained, ``ids`` (two tensors (n, tokens)). The first rows are instance images;
-    with prior preservation as many class images follow. It returns (slots,): the instance loss
-    plus ``prior_loss_weight`` times the class loss.
+    ``instance`` (n,), ``time_ids`` (n, 6), with masks ``shown`` (n, 1, h, w), and either the
+    family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens)).
+    The first rows are instance images; with prior preservation as many class images follow. It
+    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss.
     """
 
     def __init__(
@@ -228,5 +226,10 @@ class DreamBoothModule(nn.Module):
             return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
 
         return self.denoising.loss(
-            predict, inputs["latents"], inputs["noise"], inputs["index"], inputs["instance"]
+            predict,
+            inputs["latents"],
+            inputs["noise"],
+            inputs["index"],
+            inputs["instance"],
+            inputs.get("shown"),
         )

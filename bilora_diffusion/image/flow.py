@@ -18,6 +18,8 @@ from diffusers.training_utils import (
 )
 from torch import Tensor
 
+from .masks import mean_of_shown
+
 
 @dataclass(frozen=True)
 class FlowMatching:
@@ -81,6 +83,7 @@ class FlowMatching:
         noise: Tensor,
         index: Tensor,
         weighted: Tensor,
+        shown: Tensor | None = None,
     ) -> Tensor:
         """Loss of each sample, w(s) times the mean square of the velocity's error.
 
@@ -90,6 +93,7 @@ class FlowMatching:
             noise: standard normal, like ``latents``.
             index: number of each sample's noise level, (n,).
             weighted: unused: class images are weighed like the others.
+            shown: what each place counts, (n, 1, h, w); None for all alike.
 
         Returns:
             (n,) in float32.
@@ -101,4 +105,4 @@ class FlowMatching:
         weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
         if self.preconditioned:
             weights = weights * sigma**2
-        return weights.float() * squares.flatten(1).mean(dim=1)
+        return weights.float() * mean_of_shown(squares, shown)

@@ -14,6 +14,7 @@ from ..choices import NOISE_LEVELS
 from ..seeds import generator
 from ..train.task import inference
 from .latents import Encoder
+from .masks import weight_map
 from .sets import ImageSet
 from .visits import centered_visits
 
@@ -46,12 +47,13 @@ class Conditioned(Protocol):
 
 @dataclass(frozen=True)
 class GridImage:
-    """One image of the grid: its clean latent (c, h, w), caption and micro-conditioning."""
+    """One image of the grid: its clean latent (c, h, w), caption, micro-conditioning and mask."""
 
     name: str
     latent: Tensor
     caption: str
     time_ids: tuple[float, ...]
+    mask: Tensor | None = None
 
 
 class GridLoss:
@@ -80,7 +82,9 @@ class GridLoss:
         for visit in centered_visits(images, self.task.cfg):
             (posterior,) = encoder([visit])
             latent = encoder.space.encode(posterior.mean[None])[0]
-            grid.append(GridImage(visit.name, latent, visit.caption, visit.time_ids))
+            grid.append(
+                GridImage(visit.name, latent, visit.caption, visit.time_ids, posterior.mask)
+            )
         return grid
 
     def __call__(self) -> dict[str, float]:
@@ -130,4 +134,7 @@ class GridLoss:
             "time_ids": torch.tensor([image.time_ids for image in images], dtype=torch.float32),
             **self.task.condition([image.caption for image in images]),
         }
+        if any(image.mask is not None for image in images):
+            masks = [image.mask for image in images]
+            inputs["shown"] = weight_map(masks, latents, self.task.cfg.unmasked_weight)
         return self.task.module.sample_losses(send_to_device(inputs, self.task.device)).cpu()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from .masks import at_size
 from .visits import Visit
 
 AT_ONCE = 1024 * 1024
@@ -68,10 +69,13 @@ class LatentSpace:
 
 
 class Posterior(NamedTuple):
-    """The autoencoder's Gaussian for one image: mean and standard deviation, (c, h, w) each."""
+    """The autoencoder's Gaussian for one image: mean and standard deviation, (c, h, w) each; and
+    the image's mask on the same grid, (1, h, w) in [0, 1], if it has one.
+    """
 
     mean: Tensor
     std: Tensor
+    mask: Tensor | None = None
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """One draw, (c, h, w), in the autoencoder's own scale."""
@@ -109,7 +113,8 @@ class Encoder:
     @torch.no_grad()
     def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:
         vae, home = self._vae, self._vae.device
-        pixels = torch.stack([visit.pixels() for visit in visits])
+        images, masks = zip(*(visit.read() for visit in visits), strict=True)
+        pixels = torch.stack(images)
         vae.to(self._device)
         parts = [
             self.space.distribution(vae, part.to(self._device, vae.dtype))
@@ -125,4 +130,5 @@ class Encoder:
                     f"the autoencoder gives a non-finite latent for the image '{visit.name}': look"
                     " at the file, or pass another --pretrained_vae_model_name_or_path."
                 )
-        return {v.key: Posterior(mean[row], std[row]) for row, v in enumerate(visits)}
+        shown = [None if mask is None else at_size(mask, mean) for mask in masks]
+        return {v.key: Posterior(mean[i], std[i], shown[i]) for i, v in enumerate(visits)}

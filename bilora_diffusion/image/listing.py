@@ -16,6 +16,8 @@ MOST_ENTRIES = 200_000
 """Files and folders below a set of images; more are the root of a disk, or somebody's home."""
 
 MOST_CAPTION_BYTES = 100_000
+MASK = ".mask"
+"""What the name of a mask ends in, before .png."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 TABLES = frozenset((".parquet", ".arrow"))
 PACKED = frozenset((".csv", ".gz", ".json", ".jsonl", ".tar", ".zip"))
@@ -52,9 +54,10 @@ class Listing:
 
     @cached_property
     def images(self) -> list[Path]:
-        """The images directly in it."""
+        """The images directly in it, without the masks that lie beside them."""
         suffixes = image_suffixes()
-        return [p for p in self.files if p.suffix.lower() in suffixes and is_file(p)]
+        found = [p for p in self.files if p.suffix.lower() in suffixes and is_file(p)]
+        return [path for path in found if not self.is_mask(path)]
 
     @cached_property
     def deeper_images(self) -> list[Path]:
@@ -70,6 +73,14 @@ class Listing:
         """
         tables = any(path.suffix in TABLES for path in (*self.files, *self.deeper))
         return bool(self.metadata) or (not tables and bool(self.images))
+
+    def masks(self, images: Sequence[Path]) -> list[Path | None]:
+        """The mask beside each image; None where there is none."""
+        return [self._masks.get(_stem(image)) for image in images]
+
+    def is_mask(self, path: Path) -> bool:
+        """Whether a file is the mask of an image beside it, as name.mask.png is of name.jpg."""
+        return path in self._masks.values()
 
     @property
     def is_unreadable(self) -> bool:
@@ -105,7 +116,7 @@ class Listing:
         stems = {_stem(path) for path in taken}
         kinds: dict[str, list[Path]] = {}
         for path in self.files:
-            if path not in taken and path.name not in METADATA:
+            if path not in taken and path.name not in METADATA and not self.is_mask(path):
                 kinds.setdefault(_kind(path, stems, captioned), []).append(path)
         below = [path for path in self.deeper_images if path not in taken]
         if self.metadata:
@@ -125,6 +136,17 @@ class Listing:
                 for kind, suffixes in PHOTOS.items()
             }
         )
+
+    @cached_property
+    def _masks(self) -> dict[str, Path]:
+        suffixes = image_suffixes()
+        found = {
+            _stem(path).removesuffix(MASK): path
+            for path in self.files
+            if path.suffix.lower() == ".png" and _stem(path).endswith(MASK)
+        }
+        pictures = {_stem(path) for path in self.files if path.suffix.lower() in suffixes}
+        return {stem: path for stem, path in found.items() if stem in pictures}
 
     @cached_property
     def _texts(self) -> dict[str, Path]:

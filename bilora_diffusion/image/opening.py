@@ -25,7 +25,9 @@ from ..files import (
 from ..mini import ANIMALS, MINI
 from .inputs import ANIMALS_HELDOUT, HELDOUT
 from .listing import METADATA, Listing, look
-from .sets import NO_CAPTIONS, ImageSet
+from .masks import ALPHA, Masks
+from .masks import BESIDE as MASKS_BESIDE
+from .sets import NO_CAPTIONS, ImageSet, encoded
 
 FOLDERS = {
     MINI: mini.train_dir,
@@ -46,6 +48,8 @@ def open_images(
     *,
     image_column: str = "image",
     caption_column: str | None = None,
+    mask_column: str | None = None,
+    alpha_mask: bool = False,
     config_name: str | None = None,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
@@ -59,6 +63,8 @@ def open_images(
         image_column: where the images are; a folder's own images are in column "image".
         caption_column: where their captions are; "none" to have none; None for those of the
             ``.txt`` files beside the images of a folder without metadata.
+        mask_column: where masks are; None for those that lie beside the images of a folder.
+        alpha_mask: the images' own opacity is their mask.
         config_name, cache_dir: as for ``datasets.load_dataset``.
         skip_bad_images: leave unreadable images out and list them in ``skipped``.
 
@@ -74,7 +80,7 @@ def open_images(
     if listing and config_name is None and listing.is_plain:
         require_column(image_column, ["image"], "--image_column", dataset)
         read = _listed if listing.metadata else _alone
-        content = read(dataset, listing, caption_column)
+        content = read(dataset, listing, caption_column, mask_column)
     else:
         if listing and listing.is_unreadable:
             raise UserError(
@@ -84,7 +90,10 @@ def open_images(
         # Else datasets may take the captions beside images in subfolders for the data.
         beside = bool(listing and config_name is None and listing.has_captions())
         data = _load(dataset, listing, config_name, cache_dir, images_only=beside)
-        content = _of_datasets(dataset, listing, data, image_column, caption_column, beside)
+        columns = (image_column, caption_column, mask_column)
+        content = _of_datasets(dataset, listing, data, columns, beside)
+    if alpha_mask:
+        content["masks"] = Masks(ALPHA, [encoded(row) for row in content["rows"]])
     return ImageSet(dataset, **content, skip_bad_images=skip_bad_images)
 
 
@@ -92,8 +101,10 @@ Content = dict[str, Any]
 """What an ``ImageSet`` is made of: rows, names, captions, and what is said of it."""
 
 
-def _alone(label: str, listing: Listing, column: str | None) -> Content:
+def _alone(label: str, listing: Listing, column: str | None, mask_column: str | None) -> Content:
     """Images without a metadata file, in the order of their names."""
+    if mask_column is not None:
+        require_column(mask_column, [], "--mask_column", label)
     files = listing.images
     beside = column != NO_CAPTIONS and listing.has_captions()
     names, columns = [path.name for path in files], ["image", TEXT] if beside else ["image"]
@@ -107,12 +118,18 @@ def _alone(label: str, listing: Listing, column: str | None) -> Content:
         "rows": [{"path": str(path)} for path in files],
         "names": names,
         "captions": _captions(label, names, columns, column, lambda _: listing.captions(files)),
+        "masks": _beside(listing, files),
         "left_out": listing.left_out(files, captioned=beside),
         "caption_source": BESIDE if beside else None,
     }
 
 
-def _listed(label: str, listing: Listing, column: str | None) -> Content:
+def _beside(listing: Listing, files: Sequence[Path]) -> Masks | None:
+    found = listing.masks(files)
+    return Masks(MASKS_BESIDE, found) if any(found) else None
+
+
+def _listed(label: str, listing: Listing, column: str | None, mask_column: str | None) -> Content:
     """The images that a metadata file lists, in its order, with the captions in its columns."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
@@ -120,24 +137,34 @@ def _listed(label: str, listing: Listing, column: str | None) -> Content:
     rows = read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)
     if not rows:
         raise UserError(f"{metadata} lists no image: add some.")
-    files = [_file(listing.folder, row, where) for where, row in rows]
+    files = [_file(listing.folder, row.get("file_name"), where) for where, row in rows]
     extra = dict.fromkeys(key for _, row in rows for key in row)
     columns = ["image", *(key for key in extra if key != "file_name")]
     names = [str(row["file_name"]) for _, row in rows]
+    masks = _beside(listing, files)
+    if mask_column is not None:
+        require_column(mask_column, columns[1:], "--mask_column", label)
+        named = [(where, row.get(mask_column)) for where, row in rows]
+        paths = [
+            _file(listing.folder, name, where, mask_column) if name else None
+            for where, name in named
+        ]
+        masks = Masks(f'column "{mask_column}"', paths)
+        columns.remove(mask_column)
     return {
         "rows": [{"path": str(path)} for path in files],
         "names": names,
         "captions": _captions(
             label, names, columns, column, lambda key: [row.get(key) for _, row in rows]
         ),
+        "masks": masks,
         "left_out": listing.left_out(files, captioned=False),
     }
 
 
-def _file(folder: Path, row: dict[str, Any], where: str) -> Path:
-    name = row.get("file_name")
+def _file(folder: Path, name: Any, where: str, column: str = "file_name") -> Path:
     if not isinstance(name, str) or not name:
-        raise UserError(f'{where} has no "file_name": name the image that it describes.')
+        raise UserError(f'{where} has no "{column}" that is a name: give that of its image.')
     shown = quoted(name)
     if "\0" in name or not is_text(name):
         raise UserError(f"{where} names {shown}, which no file can be called: correct it.")
@@ -159,23 +186,23 @@ def _of_datasets(
     label: str,
     listing: Listing | None,
     data: Any,
-    image_column: str,
-    column: str | None,
+    chosen: tuple[str, str | None, str | None],
     beside: bool,
 ) -> Content:
-    """The images of a split, which stay encoded until they are needed."""
-    import datasets
+    """The images of a split, which stay encoded until they are needed.
 
+    Args:
+        chosen: the columns of images, captions and masks.
+    """
+    image_column, column, mask_column = chosen
     columns = data.column_names
-    require_column(image_column, columns, "--image_column", label)
-    if not isinstance(data.features[image_column], datasets.Image):
-        images = [c for c in columns if isinstance(data.features[c], datasets.Image)]
-        hint = f"set --image_column to {' or '.join(images)}" if images else "use another set"
-        raise UserError(f'column "{image_column}" of {label} holds no images: {hint}.')
+    rows = _encoded(label, data, image_column, "--image_column")
+    masks = None
+    if mask_column is not None:
+        sources = map(encoded, _encoded(label, data, mask_column, "--mask_column"))
+        masks = Masks(f'column "{mask_column}"', list(sources))
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    encoded = data.select_columns(image_column)
-    rows = encoded.cast_column(image_column, datasets.Image(decode=False))[image_column]
     names = [f"{label}[{i}]" for i in range(len(data))]
     beside = beside and column is None
     if listing is not None and beside:
@@ -192,9 +219,22 @@ def _of_datasets(
         "rows": rows,
         "names": names,
         "captions": captions,
+        "masks": masks,
         "left_out": listing.unreadable() if listing else (),
         "caption_source": BESIDE if beside else None,
     }
+
+
+def _encoded(label: str, data: Any, column: str, option: str) -> Any:
+    """A column of images as ``datasets`` keeps those that it does not decode."""
+    import datasets
+
+    require_column(column, data.column_names, option, label)
+    if not isinstance(data.features[column], datasets.Image):
+        images = [c for c, kind in data.features.items() if isinstance(kind, datasets.Image)]
+        hint = f"set {option} to {' or '.join(images)}" if images else "use another set"
+        raise UserError(f'column "{column}" of {label} holds no images: {hint}.')
+    return data.select_columns(column).cast_column(column, datasets.Image(decode=False))[column]
 
 
 def _captions(

@@ -109,6 +109,15 @@ class DataOptions:
         "Prompt that stands for the images, for example 'a photo of TOK dog'. Required unless"
         " captions are given or the set brings its own.",
     )
+    mask_column: str | None = option(
+        None,
+        "Column of masks, as large as the images: bright is learned, dark is not. Default: in a"
+        " folder, NAME.mask.png beside NAME.jpg; images without a mask are learned whole.",
+    )
+    alpha_mask: bool = option(False, "Take the images' own opacity for their masks.")
+    unmasked_weight: float = option(
+        0.0, "What the loss outside of a mask counts, in [0, 1); inside it is 1.", range=SHARES
+    )
     trigger_word: str | None = option(
         None,
         "Word that captions begin with, TOK for example; one that has it somewhere stays as it is.",

@@ -59,6 +59,7 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data and models, these on the CPU; without weights if ``cfg.dry_run``."""
     source = str(cfg.dataset_name or cfg.instance_data_dir)
     instance = images(cfg, source, cfg.dataset_config_name)
+    instance.require_masks()
     validation = heldout_images(cfg)
     if cfg.fold:
         names = [instance.name(i) for i in range(len(instance))]
@@ -155,6 +156,8 @@ def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) 
         dataset,
         image_column=cfg.image_column,
         caption_column=cfg.caption_column,
+        mask_column=cfg.mask_column,
+        alpha_mask=cfg.alpha_mask,
         config_name=config_name,
         cache_dir=cfg.cache_dir,
         skip_bad_images=cfg.skip_bad_images,

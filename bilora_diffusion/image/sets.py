@@ -13,6 +13,7 @@ from PIL import Image
 from ..errors import UserError
 from ..files import reason
 from .decode import DECODE_ERRORS, read_rgb, upright_size
+from .masks import Masks
 
 FULL_CHECK_LIMIT = 2000
 """Up to this many images are decoded whole when opened; of more, only the headers are read."""
@@ -37,6 +38,7 @@ class ImageSet:
         captions: one per image; None or blank means that it has none.
         left_out: what else lies in the folder and is not read, in a few words a kind.
         caption_source: where captions come from that nobody named, or None.
+        masks: which part of each is learned; None for all of each.
         skip_bad_images: leave unreadable images out and list them in ``skipped``, each with the
             reason.
 
@@ -53,6 +55,7 @@ class ImageSet:
         *,
         left_out: Sequence[str] = (),
         caption_source: str | None = None,
+        masks: Masks | None = None,
         skip_bad_images: bool = False,
     ) -> None:
         self.label, self.left_out, self.caption_source = label, tuple(left_out), caption_source
@@ -61,10 +64,14 @@ class ImageSet:
         self._indices: list[int] = []
         self._sizes: list[tuple[int, int]] = []
         self._fingerprint: str | None = None
+        self.masks, self._masked = masks, set[int]()
         skipped, whole = [], len(self._names) <= FULL_CHECK_LIMIT
         for row, name in enumerate(self._names):
             try:
-                self._sizes.append(_sensible(upright_size(self._source(row), whole=whole)))
+                size = _sensible(upright_size(self._source(row), whole=whole))
+                if masks is not None and masks.checked(row, size):
+                    self._masked.add(row)
+                self._sizes.append(size)
                 self._indices.append(row)
             except DECODE_ERRORS as error:
                 if not skip_bad_images:
@@ -77,12 +84,9 @@ class ImageSet:
         self.skipped = tuple(skipped)
 
     def _source(self, row: int) -> Path | bytes:
-        stored = self._rows[row] or {}
-        if stored.get("bytes") is not None:
-            return stored["bytes"]
-        if stored.get("path") is None:
+        if (source := encoded(self._rows[row])) is None:
             raise ValueError("the row holds no image")
-        return Path(stored["path"])
+        return source
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
         return UserError(
@@ -131,6 +135,32 @@ class ImageSet:
             )
         return image
 
+    def mask(self, i: int) -> Image.Image | None:
+        """The mask of image ``i``, mode "L" and of its size; None if all of it is learned.
+
+        Raises:
+            UserError: it has become unreadable since the set was opened.
+        """
+        row = self._indices[i]
+        if self.masks is None or row not in self._masked:
+            return None
+        try:
+            return self.masks.read(row)
+        except DECODE_ERRORS as error:
+            raise self._unreadable(self.name(i), error) from error
+
+    def require_masks(self) -> None:
+        """Refuse masks that hide nothing of any image.
+
+        Raises:
+            UserError: there are such.
+        """
+        if self.masks is not None and not self._masked:
+            raise UserError(
+                f"no mask of {self.label}, from {self.masks.where}, hides anything: blacken what is"
+                " not to be learned, or drop the masks."
+            )
+
     def prompts(self, instance_prompt: str | None) -> list[str]:
         """The text of every image: its caption, else the instance prompt.
 
@@ -158,12 +188,18 @@ class ImageSet:
                 f"captions of {self.label}: {count} of {len(self)} images have theirs from"
                 f" {self.caption_source}{others} (--caption_column {NO_CAPTIONS} reads none)"
             )
+        if self.masks is not None:
+            count = sum(row in self._masked for row in self._indices)
+            lines.append(
+                f"masks of {self.label}: {count} of {len(self)} images have theirs from"
+                f" {self.masks.where}"
+            )
         if self.left_out:
             lines.append(f"left out of {self.label}: {', '.join(self.left_out)}")
         return lines + [f"left out of {self.label}: {reason}" for reason in self.skipped]
 
     def fingerprint(self) -> str:
-        """Identifies the content: names, captions and image files; not where they lie.
+        """Identifies the content: names, captions, image files, masks; not where they lie.
 
         Sets of more than ``FULL_CHECK_LIMIT`` images count with names, captions and sizes only.
         """
@@ -175,8 +211,18 @@ class ImageSet:
                     source = self._source(self._indices[i])
                     content = source if isinstance(source, bytes) else source.read_bytes()
                     state.update(hashlib.blake2b(content).digest())
+                    if (mask := self.mask(i)) is not None:
+                        state.update(hashlib.blake2b(mask.tobytes()).digest())
             self._fingerprint = state.hexdigest()
         return self._fingerprint
+
+
+def encoded(row: Mapping[str, Any] | None) -> Path | bytes | None:
+    """A file, or its content, as ``datasets`` keeps an image that it does not decode."""
+    stored = row or {}
+    if stored.get("bytes") is not None:
+        return stored["bytes"]
+    return None if stored.get("path") is None else Path(stored["path"])
 
 
 def _sensible(size: tuple[int, int]) -> tuple[int, int]:

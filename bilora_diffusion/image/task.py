@@ -22,6 +22,7 @@ from .families.sdxl import tokenize
 from .flow import FlowMatching
 from .heldout import GridLoss
 from .latents import Encoder
+from .masks import weight_map
 from .prompts import PromptCache
 from .sampling import generate
 from .sets import ImageSet
@@ -145,13 +146,14 @@ class DreamBooth:
     def _micro_batch(
         self, step: int, slots: tuple[int, ...], visits: Sequence[Visit]
     ) -> MicroBatch:
-        latents, noise, index, digests = [], [], [], []
+        latents, noise, index, masks, digests = [], [], [], [], []
         for visit, posterior in zip(visits, self.encoder(visits), strict=True):
             random = generator(self.cfg.seed, "noise", step, visit.sample, visit.slot, visit.kind)
             draw = self.encoder.space.encode(posterior.sample(random)[None])[0]
             noise.append(torch.randn(draw.shape, generator=random))
             index.append(self.module.denoising.draw(random))
             latents.append(draw)
+            masks.append(posterior.mask)
             digests.append(visit.digest(digest(noise[-1], index[-1])))
         inputs = {
             "latents": torch.stack(latents),
@@ -161,6 +163,8 @@ class DreamBooth:
             "time_ids": torch.tensor([v.time_ids for v in visits], dtype=torch.float32),
             **self.condition([v.caption for v in visits]),
         }
+        if any(mask is not None for mask in masks):
+            inputs["shown"] = weight_map(masks, inputs["latents"], self.cfg.unmasked_weight)
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
         names = tuple(v.name for v in visits[: len(slots)])
         levels = self.module.denoising.level(inputs["index"]).tolist()

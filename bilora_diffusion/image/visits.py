@@ -38,7 +38,7 @@ class Visit:
     slot: int
     crop: crops.Crop
     caption: str
-    loaded: Tensor | None = field(default=None, repr=False)
+    loaded: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -56,12 +56,16 @@ class Visit:
         side = self.cfg.resolution
         return *self.images.size(self.sample), self.crop.top, self.crop.left, side, side
 
-    def pixels(self) -> Tensor:
-        """The image as it is seen, (3, R, R) in [-1, 1]; read now unless it was read before."""
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """The image as it is seen, (3, R, R) in [-1, 1], and its mask, (1, R, R) in [0, 1] or None;
+        read now unless they were read before.
+        """
         if self.loaded is not None:
             return self.loaded
         cfg, image = self.cfg, self.images.image(self.sample)
-        return crops.cut(image, self.crop, cfg.resolution, cfg.image_interpolation_mode)
+        pixels = crops.cut(image, self.crop, cfg.resolution, cfg.image_interpolation_mode)
+        mask = self.images.mask(self.sample)
+        return pixels, None if mask is None else crops.cut_mask(mask, self.crop, cfg.resolution)
 
     def digest(self, noise: str) -> str:
         """Identifies this visit's data together with its noise."""
@@ -155,7 +159,7 @@ class _Visits(Dataset):
         ]
         if not self._stream.cacheable:
             for visit in visits:
-                visit.loaded = visit.pixels()
+                visit.loaded = visit.read()
         return visits
 
 

@@ -21,6 +21,7 @@ LOSS_OPTIONS = (
     "resolution",
     "instance_prompt",
     "trigger_word",
+    "unmasked_weight",
     "image_interpolation_mode",
     "do_edm_style_training",
     "snr_gamma",
@@ -35,6 +36,8 @@ SET_OPTIONS = (
     "validation_part",
     "image_column",
     "caption_column",
+    "mask_column",
+    "alpha_mask",
     "skip_bad_images",
 )
 """Options that say which images there are."""

@@ -73,7 +73,7 @@ class Resting:
 
 def test_an_autoencoder_comes_to_the_device_for_the_while_of_encoding(pipeline: Any) -> None:
     resting = Resting(pipeline.vae)
-    visit: Any = SimpleNamespace(key=0, name="x", pixels=lambda: torch.zeros(3, 64, 64))
+    visit: Any = SimpleNamespace(key=0, name="x", read=lambda: (torch.zeros(3, 64, 64), None))
     space, here = LatentSpace.of(pipeline.vae), torch.device("cpu")
     (known,) = Encoder(pipeline.vae, space, here)([visit])
     (posterior,) = Encoder(resting, space, here)([visit])
@@ -93,7 +93,7 @@ def test_large_images_are_encoded_one_by_one(
 
     pictures = torch.rand(3, 3, 64, 64)
     visits: Any = [
-        SimpleNamespace(key=i, name=str(i), pixels=lambda i=i: pictures[i]) for i in range(3)
+        SimpleNamespace(key=i, name=str(i), read=lambda i=i: (pictures[i], None)) for i in range(3)
     ]
     encode = Encoder(pipeline.vae, Counting.of(pipeline.vae), torch.device("cpu"))
     together = encode(visits)

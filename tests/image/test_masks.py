@@ -1,0 +1,160 @@
+"""Which part of an image is learned: where masks come from, and what they do to the loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image import crops
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.denoising import Denoising
+from bilora_diffusion.image.flow import FlowMatching
+from bilora_diffusion.image.masks import mean_of_shown, weight_map
+from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.run import runlog
+from tests.scripts.runs import column, flags, resumes_exactly, train
+
+SIDE = 64
+
+
+def picture(folder: Path, name: str, mask: Image.Image | None = None) -> None:
+    Image.effect_noise((SIDE, SIDE), 60).convert("RGB").save(folder / f"{name}.jpg")
+    if mask is not None:
+        mask.save(folder / f"{name}.mask.png")
+
+
+def half(box: tuple[int, int, int, int] = (0, 0, SIDE // 2, SIDE)) -> Image.Image:
+    """Bright in one half, dark in the other."""
+    mask = Image.new("L", (SIDE, SIDE), 0)
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    picture(folder, "a", half())
+    picture(folder, "b")
+    return folder
+
+
+def test_masks_lie_beside_images_and_are_no_images(photos: Path) -> None:
+    half().save(photos / "alone.mask.png")  # of no image: so it is one
+    found = open_images(str(photos))
+    assert [found.name(i) for i in range(len(found))] == ["a.jpg", "alone.mask.png", "b.jpg"]
+    assert [found.mask(i) is None for i in range(3)] == [False, True, True]
+    (said,) = [line for line in found.remarks() if line.startswith("masks")]
+    assert "1 of 3 images have theirs from the .mask.png files beside them" in said
+    before = found.fingerprint()
+    half((0, 0, SIDE, SIDE // 2)).save(photos / "a.mask.png")
+    assert open_images(str(photos)).fingerprint() != before
+
+
+def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(
+    photos: Path, tmp_path: Path
+) -> None:
+    (photos / "a.mask.png").rename(photos / "hides.png")
+    rows: list[dict[str, Any]] = [{"file_name": "a.jpg", "m": "hides.png"}, {"file_name": "b.jpg"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    listed = open_images(str(photos), mask_column="m")
+    pictures = [str(photos / name) for name in ("a.jpg", "b.jpg")]
+    columns = {"image": pictures, "m": [str(photos / "hides.png"), None], "text": ["x", "y"]}
+    features = Features({"image": ImageFeature(), "m": ImageFeature(), "text": Value("string")})
+    hub = tmp_path / "set"
+    hub.mkdir()
+    Dataset.from_dict(columns, features).to_parquet(hub / "train.parquet")
+    loaded = open_images(str(hub), mask_column="m", caption_column="text")
+    clear = tmp_path / "clear"
+    clear.mkdir()
+    with_alpha = Image.open(photos / "a.jpg").convert("RGBA")
+    with_alpha.putalpha(half())
+    with_alpha.save(clear / "a.png")
+    with_alpha.convert("RGB").save(clear / "b.png")
+    for found in (listed, loaded, open_images(str(clear), alpha_mask=True)):
+        mask = found.mask(0)
+        assert mask is not None
+        assert mask.tobytes() == half().tobytes()
+        assert found.mask(1) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda p: half().resize((32, 32)).save(p / "a.mask.png"), "its mask is 32 x 32 pixels"),
+        (lambda p: Image.new("L", (SIDE, SIDE)).save(p / "a.mask.png"), "black all over"),
+        (lambda p: (p / "a.mask.png").write_bytes(b"no picture"), "can't be read"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(photos: Path, spoil: Any, said: str) -> None:
+    spoil(photos)
+    with pytest.raises(UserError, match=said):
+        open_images(str(photos))
+
+
+def test_masks_from_nowhere_are_refused(photos: Path) -> None:
+    with pytest.raises(UserError, match="--mask_column"):
+        open_images(str(photos), mask_column="m")
+    Image.new("L", (SIDE, SIDE), 255).save(photos / "a.mask.png")
+    with pytest.raises(UserError, match=r"no mask of .*photos, from the .mask.png files"):
+        open_images(str(photos)).require_masks()
+    with pytest.raises(UserError, match="--mask_column m with --alpha_mask is refused"):
+        parse(flags(photos, mask_column="m", alpha_mask=True))
+
+
+def test_a_mask_is_cut_as_its_image_is() -> None:
+    gray = Image.effect_noise((90, 70), 60)
+    crop = crops.Crop(0, 7, True)
+    image = crops.cut(gray.convert("RGB"), crop, 32, "bilinear")
+    assert torch.allclose(crops.cut_mask(gray, crop, 32), image[:1] / 2 + 0.5, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -> None:
+    squares = torch.rand(3, 4, 8, 8, dtype=torch.float64)
+    mask = crops.cut_mask(half(), crops.Crop(0, 0, False), SIDE)
+    shown = weight_map([mask, None, torch.zeros(1, 8, 8)], squares, 0.0)
+    wanted = [squares[0, :, :, :4].mean(), squares[1].mean(), torch.tensor(0.0)]
+    assert torch.allclose(mean_of_shown(squares, shown), torch.stack(wanted).double())
+    faint = weight_map([mask, None, None], squares, 0.25)
+    left, right = squares[0, :, :, :4].sum(), squares[0, :, :, 4:].sum()
+    expected = (left + 0.25 * right) / (4 * 8 * (4 + 0.25 * 4))
+    assert float(mean_of_shown(squares, faint)[0]) == pytest.approx(float(expected))
+
+    x0, noise = torch.randn(2, 3, 4, 8, 8)
+    index, ones = torch.tensor([10, 400, 700]), torch.ones(3, dtype=torch.bool)
+    config = {"num_train_timesteps": 1000}
+    kinds = [Denoising.from_config(config), Denoising.from_config(config, edm=True)]
+    for kind in (*kinds, FlowMatching.from_config(config, None)):
+        answer = torch.randn(3, 4, 8, 8, requires_grad=True)
+        loss = kind.loss(lambda *_, a=answer: a, x0, noise, index, ones, shown)
+        (gradient,) = torch.autograd.grad(loss.sum(), answer)
+        assert bool((gradient[0, :, :, :4] != 0).all())
+        assert not gradient[0, :, :, 4:].any()
+        assert bool((gradient[1] != 0).all())
+        assert not gradient[2].any()
+
+
+@pytest.mark.parametrize("values", [{}, {"cache_latents": "no", "dataloader_num_workers": 1}])
+def test_a_run_learns_what_is_shown(photos: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    shared = {
+        **{"dataset": photos, "pretrained_model_name_or_path": "mini", "max_train_steps": 3},
+        **{"instance_prompt": "a TOK", "train_batch_size": 1, "checkpointing_steps": 1, **values},
+    }
+    run = train(tmp_path / "run", **shared)
+    resumes_exactly(run, 2, **shared)
+    outside = train(tmp_path / "outside", **shared, unmasked_weight=0.999)
+    (photos / "a.mask.png").unlink()
+    whole = train(tmp_path / "whole", **shared)
+    first, second = column(run, "loss"), column(whole, "loss")
+    assert first != second
+    assert column(outside, "loss") == pytest.approx(second, rel=1e-3)
+    assert column(run, "digest") != column(whole, "digest")
+    assert runlog.read_run(run)["status"] == "finished"
