@@ -49,7 +49,7 @@ from .saving import (
     weight_delta,
     write_pretrained,
 )
-from .switching import activate, active, only
+from .switching import activate, active, off, only
 from .targets import CHANGE_BASE, AdapterSpec, target_layers
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "merge_primary",
     "named_parameters",
     "names",
+    "off",
     "only",
     "parameters",
     "peft_key",

@@ -80,6 +80,21 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def off(found: Sequence[LoraLayer]) -> Iterator[None]:
+    """Within the context no adapter of these layers acts, for forward passes without gradients;
+    what is trainable stays as it is.
+    """
+    switched = [layer for layer in found if not layer.disable_adapters]
+    for layer in switched:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer._disable_adapters = False
+
+
 def _check(model: nn.Module, names: Sequence[str]) -> None:
     check_known(model, names)
     if INITIAL in names:

@@ -42,6 +42,25 @@ _NEEDS_ADAPTERS = {
     "log_dynamics": (True, "there are no factors whose course could be recorded"),
 }
 
+_WITHOUT_THE_BASE = {
+    "with_prior_preservation": (True, "both keep the class", "drop one of the two"),
+    "train_text_encoder": (
+        True,
+        "what is kept is the prediction for the prompt as the untrained encoders read it",
+        "drop one of the two",
+    ),
+    "init_lora_weights": (
+        ("pissa", "lora-ga"),
+        "this start is taken out of the base weights, so that they no longer predict what is kept",
+        "use `--init_lora_weights default` or `gaussian`",
+    ),
+    "method": (
+        ("full", "flat-lora"),
+        "it moves the base weights, so that they no longer predict what is kept",
+        "use `--method bilora`, `lora` or another that leaves them alone",
+    ),
+}
+
 _BY_THE_LOSS = {"early_stopping_patience": GIVEN, "keep_best": True}
 _NOTHING_HELD_OUT = {
     "validation_dataset": {"validation_dataset": ABSENT},
@@ -99,6 +118,16 @@ REFUSED: tuple[Refusal, ...] = (
         'add it, for example `--class_prompt "a dog"`',
         with_prior_preservation=True,
         class_prompt=ABSENT,
+    ),
+    refusal(
+        "it says what is to be kept",
+        'add it, for example `--class_prompt "a dog"`',
+        prior_prediction_weight=above(0),
+        class_prompt=ABSENT,
+    ),
+    *(
+        refusal(reason, instead, **{"prior_prediction_weight": above(0), name: wanted})
+        for name, (wanted, reason, instead) in _WITHOUT_THE_BASE.items()
     ),
     refusal(
         "there is no model to start from",

@@ -15,13 +15,14 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
+from .. import adapters
 from ..errors import UserError
 from ..train.task import precision
 from .families.base import Family, moved
 from .families.sdxl import encode
 from .masks import mean_of_shown
 
-_DRAWN = ("latents", "noise", "index", "instance", "ids", "shown")
+_DRAWN = ("latents", "noise", "index", "instance", "ids", "shown", "prior")
 """The inputs that are no conditions."""
 
 
@@ -189,7 +190,8 @@ class DreamBoothModule(nn.Module):
     ``instance`` (n,), ``time_ids`` (n, 6), with masks ``shown`` (n, 1, h, w), and either the
     family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens)).
     The first rows are instance images; with prior preservation as many class images follow. It
-    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss.
+    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, or plus
+    ``prior_prediction_weight`` times the `departures`, which read the class's conditions ``prior``.
     """
 
     def __init__(
@@ -199,6 +201,7 @@ class DreamBoothModule(nn.Module):
         text_encoders: Sequence[nn.Module],
         denoising: Schedule,
         prior_loss_weight: float | None = None,
+        prior_prediction_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.family = family
@@ -206,23 +209,51 @@ class DreamBoothModule(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.denoising = denoising
         self.prior_loss_weight = prior_loss_weight
+        self.prior_prediction_weight = prior_prediction_weight
+        self._adapted: list[adapters.LoraLayer] | None = None
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per slot, (slots,), in float32."""
-        losses = self.sample_losses(inputs)
+        calls: list[tuple[Tensor, Tensor]] = []
+        losses = self.sample_losses(inputs, calls)
+        if self.prior_prediction_weight:
+            return losses + self.prior_prediction_weight * self.departures(inputs, *calls[0])
         if self.prior_loss_weight is None:
             return losses
         instance, prior = losses.chunk(2)
         return instance + self.prior_loss_weight * prior
 
-    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per row, (n,), in float32."""
+    def departures(self, inputs: dict[str, Any], noisy: Tensor, levels: Tensor) -> Tensor:
+        """Mean square by which the adapters change what is predicted for the class's prompt, at the
+        same noisy latents: (n,) in float32.
+        """
+        dtype = precision(self.denoiser)
+        told = {**inputs["prior"], "time_ids": inputs["time_ids"]}
+        conditions = moved(told, noisy.device, dtype)
+
+        def predicted() -> Tensor:
+            return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions).float()
+
+        if self._adapted is None:
+            self._adapted = [layer for _, layer in adapters.layers(self.denoiser)]
+        with torch.no_grad(), adapters.off(self._adapted):
+            before = predicted()
+        return (predicted() - before).square().flatten(1).mean(dim=1)
+
+    def sample_losses(
+        self, inputs: dict[str, Any], calls: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """One loss per row, (n,), in float32; ``calls`` gets what the denoiser was given: noisy
+        latents and levels.
+        """
         dtype, device = precision(self.denoiser), inputs["latents"].device
         text = encode(list(self.text_encoders), inputs["ids"]) if "ids" in inputs else inputs
         told = {name: values for name, values in text.items() if name not in _DRAWN}
         conditions = moved({**told, "time_ids": inputs["time_ids"]}, device, dtype)
 
         def predict(noisy: Tensor, levels: Tensor) -> Tensor:
+            if calls is not None:
+                calls.append((noisy, levels))
             return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
 
         return self.denoising.loss(

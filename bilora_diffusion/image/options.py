@@ -15,6 +15,11 @@ INTERPOLATIONS = (
     "nearest_exact",
 )
 WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
+WITHOUT_ANY_PRIOR = Idle(
+    lambda v: not v["with_prior_preservation"] and not v["prior_prediction_weight"],
+    "without prior preservation",
+    "add `--prior_prediction_weight 1` or `--with_prior_preservation`, or drop it",
+)
 ON_A_FOLDER_OF_FILES = Idle(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
@@ -247,7 +252,13 @@ class PriorOptions:
         idle=(WITHOUT_PRIOR,),
     )
     class_prompt: str | None = option(
-        None, "Prompt that stands for the class images.", idle=(WITHOUT_PRIOR,)
+        None, "Prompt that stands for the class.", idle=(WITHOUT_ANY_PRIOR,)
+    )
+    prior_prediction_weight: float = option(
+        0.0,
+        "Keep the class without images of it: this much counts, in the loss, by what the adapters"
+        " change the prediction for --class_prompt on the training images. A step costs 2.3 times.",
+        range=FACTORS,
     )
     num_class_images: int = option(
         100,

@@ -54,7 +54,9 @@ class DreamBooth:
         )
         weight = cfg.prior_loss_weight if cfg.with_prior_preservation else None
         schedule = _schedule(cfg, self.family, pipeline)
-        self.module = DreamBoothModule(self.family, denoiser, trained, schedule, weight)
+        self.module = DreamBoothModule(
+            self.family, denoiser, trained, schedule, weight, cfg.prior_prediction_weight
+        )
         if cfg.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
             for encoder in trained:
@@ -165,6 +167,8 @@ class DreamBooth:
         }
         if any(mask is not None for mask in masks):
             inputs["shown"] = weight_map(masks, inputs["latents"], self.cfg.unmasked_weight)
+        if self.cfg.prior_prediction_weight:
+            inputs["prior"] = self.condition([self.cfg.class_prompt] * len(visits))
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
         names = tuple(v.name for v in visits[: len(slots)])
         levels = self.module.denoising.level(inputs["index"]).tolist()

@@ -101,7 +101,9 @@ class VisitStream:
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
-        of_classes = [self.cfg.class_prompt] if self.classes else []
+        of_classes = (
+            [self.cfg.class_prompt] if self.classes or self.cfg.prior_prediction_weight else []
+        )
         return list(dict.fromkeys(self._captions.every() + of_classes))
 
     def visits(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import task
@@ -26,6 +27,7 @@ from tests.scripts.runs import (
     process,
     resumes_exactly,
     train,
+    two_icons,
     weights,
 )
 
@@ -88,6 +90,24 @@ def test_a_run_measures_draws_and_leaves_what_its_pipeline_loads(
     before = generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes()
     pipeline.load_lora_weights(str(folder))
     assert generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes() != before
+
+
+@each_kind
+def test_masks_and_a_kept_class_are_learned_by(kind: str, bases: Any, tmp_path: Path) -> None:
+    icons = two_icons(tmp_path / "icons")
+    shared = {**SHARED, **icons, "validation_dataset": "none", "learning_rate": 3e-2}
+    shared |= {"pretrained_model_name_or_path": bases(kind), "class_prompt": "an icon"}
+    plain = column(train(tmp_path / "plain", **shared), "loss")
+    kept = column(train(tmp_path / "kept", **shared, prior_prediction_weight=1.0), "loss")
+    assert kept[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
+    assert kept[1] > plain[1]
+    for picture in Path(icons["dataset"]).glob("*.png"):
+        mask = Image.new("L", (64, 64), 0)
+        mask.paste(255, (0, 0, 32, 64))
+        mask.save(picture.with_suffix(".mask.png"))
+    hidden = column(train(tmp_path / "hidden", **shared), "loss")
+    assert hidden[0] != plain[0]
+    assert hidden[0] == pytest.approx(plain[0], rel=0.5)
 
 
 def test_the_noise_levels_in_the_log_are_those_that_were_drawn(
