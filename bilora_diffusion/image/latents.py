@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -89,13 +89,17 @@ class Encoder:
         vae: the autoencoder, which comes to the device for the while of encoding.
         space: how its latents are scaled.
         device: where it encodes.
-        keep: encode each image, crop and flip at its first visit only.
+        keeps: of which visits the posterior is kept, for all others that see the same.
     """
 
     def __init__(
-        self, vae: Any, space: LatentSpace, device: torch.device, *, keep: bool = False
+        self,
+        vae: Any,
+        space: LatentSpace,
+        device: torch.device,
+        keeps: Callable[[Visit], bool] = lambda _: False,
     ) -> None:
-        self._vae, self.space, self._device, self._keep = vae, space, device, keep
+        self._vae, self.space, self._device, self._keeps = vae, space, device, keeps
         self._kept: dict[tuple[Any, ...], Posterior] = {}
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
@@ -105,10 +109,9 @@ class Encoder:
             TrainingError: a latent is not finite; the image is named.
         """
         new = [visit for visit in visits if visit.key not in self._kept]
-        known = self._kept if self._keep else {}
-        if new:
-            known |= self._encoded(new)
-        return [known[visit.key] for visit in visits]
+        known = self._encoded(new) if new else {}
+        self._kept |= {visit.key: known[visit.key] for visit in new if self._keeps(visit)}
+        return [known[v.key] if v.key in known else self._kept[v.key] for v in visits]
 
     @torch.no_grad()
     def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:

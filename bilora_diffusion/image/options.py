@@ -167,8 +167,8 @@ class DataOptions:
     )
     cache_latents: str = option(
         "auto",
-        "Encode each image once and keep its latents: yes (or the flag alone), no, or auto, where"
-        " nothing about the images changes between visits.",
+        "Encode each image once and keep its latents: yes (or the flag alone), no, or auto, which"
+        " keeps those of images that are always cropped alike.",
         choices=("auto", "yes", "no"),
         free=True,
     )
@@ -257,7 +257,8 @@ class PriorOptions:
     prior_prediction_weight: float = option(
         0.0,
         "Keep the class without images of it: this much counts, in the loss, by what the adapters"
-        " change the prediction for --class_prompt on the training images. A step costs 2.3 times.",
+        " change the prediction for --class_prompt on the training images. A step takes twice as"
+        " long.",
         range=FACTORS,
     )
     num_class_images: int = option(

@@ -121,7 +121,7 @@ class DreamBooth:
         if not self.cfg.offload:
             vae.to(device)
         space = self.family.space(vae)
-        self.encoder = Encoder(vae, space, device, keep=self.stream.cacheable)
+        self.encoder = Encoder(vae, space, device, keeps=self.stream.keeps)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)

@@ -97,7 +97,20 @@ class VisitStream:
         )
         # The pass over the larger set is an epoch, as in diffusers' script.
         self.num_samples = max(len(self._order), len(self._class_order or ()))
-        self.cacheable = _cacheable(cfg, [s for s in (images, classes) if s is not None])
+        sets = [s for s in (images, classes) if s is not None]
+        _check_kept(cfg, sets)
+        few = sum(map(len, sets)) <= MAX_CACHED
+        self._keeps = cfg.cache_latents == "yes" or (cfg.cache_latents == "auto" and few)
+        self._all_kept = all(
+            self._kept(images, sample) for images in sets for sample in range(len(images))
+        )
+
+    def keeps(self, visit: Visit) -> bool:
+        """Whether the latents of what is seen are kept for the visits that see the same."""
+        return self._kept(visit.images, visit.sample)
+
+    def _kept(self, images: ImageSet, sample: int) -> bool:
+        return self._keeps and _cropped_alike(self.cfg, images, sample)
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
@@ -114,7 +127,7 @@ class VisitStream:
             _Visits(self, schedule, step_size),
             batch_size=None,
             shuffle=False,
-            num_workers=0 if self.cacheable else self.cfg.dataloader_num_workers,
+            num_workers=0 if self._all_kept else self.cfg.dataloader_num_workers,
             worker_init_fn=_ignore_signals,
         )
         yield from zip(schedule, loader, strict=True)
@@ -145,7 +158,7 @@ def _ignore_signals(_: int) -> None:
 
 
 class _Visits(Dataset):
-    """The visits of each entry of a schedule; pixels are read here unless latents are kept."""
+    """The visits of each entry of a schedule; what is not kept is read here."""
 
     def __init__(self, stream: VisitStream, schedule: Sequence[Slots], step_size: int) -> None:
         self._stream, self._schedule, self._step_size = stream, schedule, step_size
@@ -159,8 +172,8 @@ class _Visits(Dataset):
         visits = [
             self._stream.draw(step, slot, self._step_size, kind) for kind in kinds for slot in slots
         ]
-        if not self._stream.cacheable:
-            for visit in visits:
+        for visit in visits:
+            if not self._stream.keeps(visit):
                 visit.loaded = visit.read()
         return visits
 
@@ -178,22 +191,22 @@ def centered_visits(images: ImageSet, cfg: Any) -> Iterator[Visit]:
         yield Visit(images, cfg, "grid", sample, 0, crop, caption)
 
 
-def _cacheable(cfg: Any, sets: Sequence[ImageSet]) -> bool:
-    """Whether latents are kept.
+def _check_kept(cfg: Any, sets: Sequence[ImageSet]) -> None:
+    """Refuse ``--cache_latents yes`` where visits of an image crop it anew.
 
     Raises:
-        UserError: ``--cache_latents yes`` where every visit crops anew.
+        UserError: there is such an image; it is named.
     """
-    if cfg.cache_latents == "no":
-        return False
-    square = (cfg.resolution, cfg.resolution)
-    pairs = ((images, i) for images in sets for i in range(len(images)) if not cfg.center_crop)
-    odd = (s.name(i) for s, i in pairs if crops.resized(s.size(i), cfg.resolution) != square)
-    if (name := next(odd, None)) is not None:
-        if cfg.cache_latents == "yes":
-            raise UserError(
-                f"--cache_latents yes needs images that are always cropped alike, and '{name}' is"
-                " not square: add --center_crop, or drop --cache_latents."
-            )
-        return False
-    return cfg.cache_latents == "yes" or sum(len(s) for s in sets) <= MAX_CACHED
+    pairs = ((images, i) for images in sets for i in range(len(images)))
+    odd = (s.name(i) for s, i in pairs if not _cropped_alike(cfg, s, i))
+    if cfg.cache_latents == "yes" and (name := next(odd, None)) is not None:
+        raise UserError(
+            f"--cache_latents yes needs images that are always cropped alike, and '{name}' is"
+            " not square: add --center_crop, or drop --cache_latents."
+        )
+
+
+def _cropped_alike(cfg: Any, images: ImageSet, sample: int) -> bool:
+    """Whether every visit of an image sees the same square of it."""
+    side = cfg.resolution
+    return cfg.center_crop or crops.resized(images.size(sample), side) == (side, side)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from bilora_diffusion.image import latents
+from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.latents import Encoder, LatentSpace
+from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.visits import Visit, VisitStream
+from tests.scripts.runs import flags
 
 PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
 
@@ -102,6 +109,30 @@ def test_large_images_are_encoded_one_by_one(
         assert torch.allclose(one.mean, other.mean, atol=1e-5)
         assert torch.allclose(one.std, other.std, atol=1e-5)
     assert seen == [3, 1, 1, 1]
+
+
+def test_one_odd_image_keeps_no_other_from_being_encoded_once(
+    pipeline: Any, tmp_path: Path
+) -> None:
+    for name, size in {"a": (64, 64), "b": (90, 90), "wide": (96, 64)}.items():
+        PIL.Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{name}.png")
+    given = {"dataset": tmp_path, "instance_prompt": "x", "pretrained_model_name_or_path": "mini"}
+    stream = VisitStream(parse(flags(tmp_path / "run", **given)), open_images(str(tmp_path)))
+    encoded: list[str] = []
+
+    class Counting(Encoder):
+        def _encoded(self, visits: Sequence[Visit]) -> Any:
+            encoded.extend(visit.name for visit in visits)
+            return super()._encoded(visits)
+
+    space = LatentSpace.of(pipeline.vae)
+    encode = Counting(pipeline.vae, space, torch.device("cpu"), stream.keeps)
+    plain = Encoder(pipeline.vae, space, torch.device("cpu"))
+    schedule = [(step, (0, 1, 2)) for step in range(3)]
+    for _, visits in stream.visits(schedule, 3):
+        for one, other in zip(encode(visits), plain(visits), strict=True):
+            assert torch.allclose(one.mean, other.mean, atol=1e-5)
+    assert sorted(encoded) == ["a.png", "b.png", "wide.png", "wide.png", "wide.png"]
 
 
 def test_latent_scaling_is_inverted_with_and_without_statistics() -> None:
