@@ -29,6 +29,9 @@ FLOW_FLAGS: tuple[Flag, ...] = (
         1,
         "Of all flow models, and 0 where it is not given, in SD3 too.",
     ),
+    flag(
+        "aspect_ratio_buckets", None, "`auto` chooses some; all images of a step are of one size."
+    ),
     flag("caption_dropout", 0.0, "Drawn for each image of a batch, of any model."),
     flag("cache_latents", False, "The flag alone, or before `yes`, `no` or `auto`, the default."),
     flag(

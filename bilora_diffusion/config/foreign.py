@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-_SQUARES = (
-    "images are cut to squares of `--resolution`",
-    "drop it; a square is drawn anew at each visit, or the middle is taken with `--center_crop`",
-)
 _TOO_LARGE = "drop it, and add `--quantize nf4` where a text encoder is too large for the device"
 _NO_FOURTH = ("no model here has a fourth text encoder", "drop it")
 
 FOREIGN: dict[str, tuple[str, str]] = {
-    "aspect_ratio_buckets": _SQUARES,
-    "use_aspect_ratio_buckets": _SQUARES,
+    "use_aspect_ratio_buckets": (
+        "the option that chooses sizes turns them on",
+        "use `--aspect_ratio_buckets auto`, or give it sizes",
+    ),
     "do_fp8_training": (
         "frozen weights are held in the precision of the arithmetic or in 4 bits",
         "use `--quantize nf4`, or `--mixed_precision bf16` alone",

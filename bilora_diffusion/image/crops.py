@@ -1,4 +1,4 @@
-"""From an image of any size to the square pixels that a diffusion model is trained on.
+"""From an image of any size to the pixels that a diffusion model is trained on.
 
 Crops and flips are drawn per visit from a generator that the caller seeds. What SDXL is told about
 them is its size and crop conditioning, Section 2.2 of https://arxiv.org/abs/2307.01952.
@@ -14,9 +14,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from .buckets import Size
+
 
 class Crop(NamedTuple):
-    """A square and a flip, decided before any pixel is read.
+    """A place and a flip, decided before any pixel is read.
 
     ``top`` and ``left`` are in the image after resizing and, if ``flipped``, after mirroring: the
     position that SDXL's conditioning names.
@@ -27,17 +29,20 @@ class Crop(NamedTuple):
     flipped: bool
 
 
-def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(height, width) of an image whose shorter side is brought to ``resolution``."""
+def resized(size: Size, target: Size) -> Size:
+    """(height, width) of an image that is made as small as covers a target; of a square target its
+    shorter side becomes the square's.
+    """
     height, width = size
-    if height <= width:
-        return resolution, int(resolution * width / height)
-    return int(resolution * height / width), resolution
+    high, wide = target
+    if height * wide <= width * high:
+        return high, max(wide, int(high * width / height))
+    return max(high, int(wide * height / width)), wide
 
 
 def draw(
-    size: tuple[int, int],
-    resolution: int,
+    size: Size,
+    target: Size,
     *,
     center_crop: bool,
     random_flip: bool,
@@ -50,13 +55,13 @@ def draw(
 
     Args:
         size: (height, width) of the image, before resizing.
-        resolution: side of the square that is cut out, in pixels.
-        center_crop: cut the middle instead of a random square.
+        target: (height, width) of what is cut out, in pixels.
+        center_crop: cut the middle instead of a random place.
         random_flip: mirror half of the visits left to right.
         generator: where the numbers come from.
     """
     *places, side = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    room = [length - resolution for length in resized(size, resolution)]
+    room = [have - want for have, want in zip(resized(size, target), target, strict=True)]
     if center_crop:
         top, left = (round(free / 2) for free in room)
     else:
@@ -67,29 +72,29 @@ def draw(
     return Crop(top, left, random_flip and side < 0.5)
 
 
-def cut(image: Image.Image, crop: Crop, resolution: int, interpolation: str) -> Tensor:
-    """Resize, mirror and crop an RGB image: (3, R, R), float32 in [-1, 1].
+def cut(image: Image.Image, crop: Crop, target: Size, interpolation: str) -> Tensor:
+    """Resize, mirror and crop an RGB image: (3, H, W), float32 in [-1, 1].
 
     Args:
         image: RGB.
         crop: from ``draw`` for the size of this image.
-        resolution: side R of the square, in pixels.
+        target: (height, width) of what is cut out.
         interpolation: a choice of ``--image_interpolation_mode``.
     """
-    return _cut(image, crop, resolution, interpolation) * 2 - 1
+    return _cut(image, crop, target, interpolation) * 2 - 1
 
 
-def cut_mask(mask: Image.Image, crop: Crop, resolution: int) -> Tensor:
-    """The same of a gray image: (1, R, R), float32 in [0, 1]."""
-    return _cut(mask, crop, resolution, "bilinear")
+def cut_mask(mask: Image.Image, crop: Crop, target: Size) -> Tensor:
+    """The same of a gray image: (1, H, W), float32 in [0, 1]."""
+    return _cut(mask, crop, target, "bilinear")
 
 
-def _cut(image: Image.Image, crop: Crop, resolution: int, interpolation: str) -> Tensor:
-    size = list(resized((image.height, image.width), resolution))
+def _cut(image: Image.Image, crop: Crop, target: Size, interpolation: str) -> Tensor:
+    size = list(resized((image.height, image.width), target))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     pixels = cast(Any, image)  # torchvision's types know tensors only, its functions more
     pixels = functional.resize(pixels, size, interpolation=mode)
     if crop.flipped:
         pixels = functional.horizontal_flip(pixels)
-    pixels = functional.crop(pixels, crop.top, crop.left, resolution, resolution)
+    pixels = functional.crop(pixels, crop.top, crop.left, *target)
     return functional.to_dtype(functional.pil_to_tensor(pixels), torch.float32, scale=True)

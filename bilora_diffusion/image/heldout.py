@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -114,8 +115,10 @@ class GridLoss:
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
         """As many images at a time as the memory is sure to hold."""
         batch = max(1, 2**18 // self.task.cfg.resolution**2)
-        for start in range(0, len(images), batch):
-            yield images[start : start + batch]
+        for _, alike in itertools.groupby(images, key=lambda image: image.latent.shape):
+            group = list(alike)
+            for start in range(0, len(group), batch):
+                yield group[start : start + batch]
 
     def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
         """Loss of each image at one noise level, (images,), on the CPU."""

@@ -155,8 +155,13 @@ class DataOptions:
             multiple_of=8,
         ),
     )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Cut images to sizes of their own shape, each step to one: auto for some up to 1:2 and 2:1"
+        " with the pixels of --resolution, or height,width;height,width. Default: squares.",
+    )
     center_crop: bool = option(
-        False, "Cut the middle of an image; otherwise a square is drawn anew at each visit."
+        False, "Cut the middle of an image; otherwise a place is drawn anew at each visit."
     )
     random_flip: bool = option(False, "Mirror half of the visits left to right.")
     image_interpolation_mode: str = option(

@@ -33,6 +33,7 @@ from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
 from ..train.stepping import Schedule
 from ..train.trainer import Trainer
+from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, parse
@@ -107,7 +108,8 @@ def settle(task: DreamBooth, accelerator: Accelerator) -> None:
 def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int) -> Any:
     """The configuration with what only the loaded model says, and what is to be said of it."""
     cfg = cfg.completed(processes, family.pixels(pipeline))
-    family.require_resolution(int(cfg.resolution or 0), pipeline)
+    for side in {side for size in sizes_of(cfg) for side in size}:
+        family.require_resolution(side, pipeline)
     if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
         logger.warning("%s", remark)
     if cfg.guidance_scale is not None and not family.is_told_guidance(pipeline):

@@ -72,7 +72,13 @@ class DreamBooth:
         """What it is trained on, in a few words."""
         classes = self.stream.classes
         prior = f" and {len(classes)} class images" if classes else ""
-        return f"{len(self.stream.images)} images{prior} at {self.cfg.resolution} px"
+        sizes = sorted(set(self.stream.sizes))
+        square = sizes == [(self.cfg.resolution,) * 2]
+        shown = ", ".join(f"{height} x {width}" for height, width in sizes)
+        return (
+            f"{len(self.stream.images)} images{prior} at"
+            f" {self.cfg.resolution if square else shown} px"
+        )
 
     def targets(self) -> list[Target]:
         """Attention projections of the denoiser, or the layers asked for, and those of the text

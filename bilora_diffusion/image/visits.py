@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from ..run.interruption import SIGNALS
 from ..seeds import digest_texts, generator
-from ..train.order import SampleOrder
-from . import crops
+from ..train.order import KindsOrder, SampleOrder
+from . import buckets, crops
 from .captions import Captions, texts
 from .sets import ImageSet
 
@@ -37,6 +37,7 @@ class Visit:
     sample: int
     slot: int
     crop: crops.Crop
+    size: buckets.Size
     caption: str
     loaded: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
 
@@ -48,24 +49,23 @@ class Visit:
     @property
     def key(self) -> tuple[Any, ...]:
         """Two visits with the same key see the same pixels."""
-        return self.kind, self.sample, *self.crop
+        size = self.size if self.cfg.aspect_ratio_buckets else ()
+        return self.kind, self.sample, *self.crop, *size
 
     @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
-        side = self.cfg.resolution
-        return *self.images.size(self.sample), self.crop.top, self.crop.left, side, side
+        return *self.images.size(self.sample), self.crop.top, self.crop.left, *self.size
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """The image as it is seen, (3, R, R) in [-1, 1], and its mask, (1, R, R) in [0, 1] or None;
+        """The image as it is seen, (3, H, W) in [-1, 1], and its mask, (1, H, W) in [0, 1] or None;
         read now unless they were read before.
         """
         if self.loaded is not None:
             return self.loaded
-        cfg, image = self.cfg, self.images.image(self.sample)
-        pixels = crops.cut(image, self.crop, cfg.resolution, cfg.image_interpolation_mode)
-        mask = self.images.mask(self.sample)
-        return pixels, None if mask is None else crops.cut_mask(mask, self.crop, cfg.resolution)
+        image, mask = self.images.image(self.sample), self.images.mask(self.sample)
+        pixels = crops.cut(image, self.crop, self.size, self.cfg.image_interpolation_mode)
+        return pixels, None if mask is None else crops.cut_mask(mask, self.crop, self.size)
 
     def digest(self, noise: str) -> str:
         """Identifies this visit's data together with its noise."""
@@ -87,7 +87,8 @@ class VisitStream:
     def __init__(self, cfg: Any, images: ImageSet, classes: ImageSet | None = None) -> None:
         self.cfg, self.images, self.classes = cfg, images, classes
         self._captions = Captions(cfg, images)
-        self._order = SampleOrder(len(images), cfg.seed, cfg.repeats)
+        self.sizes = _sizes(cfg, images)
+        self._order: SampleOrder | KindsOrder = SampleOrder(len(images), cfg.seed, cfg.repeats)
         # Class images have a stream of their own, so that all of them are seen however few the
         # instance images are.
         self._class_order = (
@@ -98,19 +99,25 @@ class VisitStream:
         # The pass over the larger set is an epoch, as in diffusers' script.
         self.num_samples = max(len(self._order), len(self._class_order or ()))
         sets = [s for s in (images, classes) if s is not None]
-        _check_kept(cfg, sets)
+        odd = [
+            s.name(i)
+            for s in sets
+            for i, size in enumerate(_sizes(cfg, s))
+            if not _cropped_alike(cfg, s.size(i), size)
+        ]
+        if cfg.cache_latents == "yes" and odd:
+            raise UserError(
+                f"--cache_latents yes needs images that are always cropped alike, and '{odd[0]}' is"
+                " not of the shape that it is cut to: add --center_crop, or drop --cache_latents."
+            )
         few = sum(map(len, sets)) <= MAX_CACHED
         self._keeps = cfg.cache_latents == "yes" or (cfg.cache_latents == "auto" and few)
-        self._all_kept = all(
-            self._kept(images, sample) for images in sets for sample in range(len(images))
-        )
+        self._reads_ahead = bool(odd) or not self._keeps
 
     def keeps(self, visit: Visit) -> bool:
         """Whether the latents of what is seen are kept for the visits that see the same."""
-        return self._kept(visit.images, visit.sample)
-
-    def _kept(self, images: ImageSet, sample: int) -> bool:
-        return self._keeps and _cropped_alike(self.cfg, images, sample)
+        size = visit.images.size(visit.sample)
+        return self._keeps and _cropped_alike(self.cfg, size, visit.size)
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
@@ -127,28 +134,37 @@ class VisitStream:
             _Visits(self, schedule, step_size),
             batch_size=None,
             shuffle=False,
-            num_workers=0 if self._all_kept else self.cfg.dataloader_num_workers,
+            num_workers=self.cfg.dataloader_num_workers if self._reads_ahead else 0,
             worker_init_fn=_ignore_signals,
         )
         yield from zip(schedule, loader, strict=True)
 
     def draw(self, step: int, slot: int, step_size: int, kind: str) -> Visit:
         """The visit of one slot of one step; ``kind`` is "instance" or "class"."""
-        order = self._order if kind == "instance" else self._class_order
-        images = self.images if kind == "instance" else self.classes
+        instance = kind == "instance"
+        whole = self._whole_order(step_size)
+        order, images = (whole, self.images) if instance else (self._class_order, self.classes)
         assert order is not None
         assert images is not None
         sample = order.sample(step * step_size + slot)
+        # Class images are cut as the instance images of their step are.
+        size = self.sizes[sample if instance else whole.sample(step * step_size)]
         crop = crops.draw(
             images.size(sample),
-            self.cfg.resolution,
+            size,
             center_crop=self.cfg.center_crop,
             random_flip=self.cfg.random_flip,
             generator=generator(self.cfg.seed, "crop", step, sample, slot, kind),
         )
-        instance = kind == "instance"
         caption = self._captions.draw(sample, step, slot) if instance else self.cfg.class_prompt
-        return Visit(images, self.cfg, kind, sample, slot, crop, caption)
+        return Visit(images, self.cfg, kind, sample, slot, crop, size, caption)
+
+    def _whole_order(self, step_size: int) -> SampleOrder | KindsOrder:
+        """The instance images' order; with several sizes those of a step are of one."""
+        known = getattr(self._order, "step_size", None)
+        if len(set(self.sizes)) > 1 and known != step_size:
+            self._order = KindsOrder(self.sizes, self.cfg.seed, step_size, self.cfg.repeats)
+        return self._order
 
 
 def _ignore_signals(_: int) -> None:
@@ -180,33 +196,24 @@ class _Visits(Dataset):
 
 def centered_visits(images: ImageSet, cfg: Any) -> Iterator[Visit]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
+    sizes = _sizes(cfg, images)
     for sample, caption in enumerate(texts(cfg, images)):
         crop = crops.draw(
             images.size(sample),
-            cfg.resolution,
+            sizes[sample],
             center_crop=True,
             random_flip=False,
             generator=generator("grid"),
         )
-        yield Visit(images, cfg, "grid", sample, 0, crop, caption)
+        yield Visit(images, cfg, "grid", sample, 0, crop, sizes[sample], caption)
 
 
-def _check_kept(cfg: Any, sets: Sequence[ImageSet]) -> None:
-    """Refuse ``--cache_latents yes`` where visits of an image crop it anew.
-
-    Raises:
-        UserError: there is such an image; it is named.
-    """
-    pairs = ((images, i) for images in sets for i in range(len(images)))
-    odd = (s.name(i) for s, i in pairs if not _cropped_alike(cfg, s, i))
-    if cfg.cache_latents == "yes" and (name := next(odd, None)) is not None:
-        raise UserError(
-            f"--cache_latents yes needs images that are always cropped alike, and '{name}' is"
-            " not square: add --center_crop, or drop --cache_latents."
-        )
+def _sizes(cfg: Any, images: ImageSet) -> list[buckets.Size]:
+    """What each image is cut to."""
+    sizes = buckets.sizes_of(cfg)
+    return [buckets.nearest(images.size(i), sizes) for i in range(len(images))]
 
 
-def _cropped_alike(cfg: Any, images: ImageSet, sample: int) -> bool:
-    """Whether every visit of an image sees the same square of it."""
-    side = cfg.resolution
-    return cfg.center_crop or crops.resized(images.size(sample), side) == (side, side)
+def _cropped_alike(cfg: Any, size: buckets.Size, target: buckets.Size) -> bool:
+    """Whether every visit of an image sees the same part of it."""
+    return cfg.center_crop or crops.resized(size, target) == target

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +57,79 @@ class SampleOrder:
 
     def _draw(self, draws: torch.Generator) -> Tensor:
         return torch.randperm(len(self), generator=draws)
+
+
+class KindsOrder:
+    """A stream like ``SampleOrder``'s in which all samples of a step are of one kind.
+
+    Each kind has a shuffled stream of its own, which its steps go on with. In every pass over the
+    data it gets as many steps as its share makes whole, so that in the long run all samples appear
+    equally often, however few are of a kind; the steps of a pass are shuffled.
+
+    Args:
+        kinds: of each sample.
+        seed: of the run.
+        step_size: samples of a step.
+        repeats: how often each sample appears in one pass.
+
+    Raises:
+        ValueError: no samples, or ``step_size`` or ``repeats`` is below 1.
+    """
+
+    def __init__(
+        self, kinds: Sequence[Hashable], seed: int, step_size: int, repeats: int = 1
+    ) -> None:
+        if not kinds or step_size < 1 or repeats < 1:
+            raise ValueError(
+                f"kinds, step_size and repeats are at least 1, not {len(kinds)}, {step_size} and"
+                f" {repeats}"
+            )
+        self.seed, self.step_size, self._length = seed, step_size, len(kinds) * repeats
+        self._members: dict[Hashable, list[int]] = {}
+        for sample, kind in enumerate(kinds):
+            self._members.setdefault(kind, []).append(sample)
+        self._orders = {
+            kind: SampleOrder(len(members), seed, repeats, f"order of {kind}")
+            for kind, members in self._members.items()
+        }
+        self._passes = 0
+        self._steps: list[tuple[Hashable, int]] = []  # a kind, and the how manieth of its steps
+        self._turns: Counter[Hashable] = Counter()
+
+    def __len__(self) -> int:
+        """Samples of one pass."""
+        return self._length
+
+    def kind(self, step: int) -> Hashable:
+        """What all samples of a step are."""
+        return self._step(step)[0]
+
+    def sample(self, position: int) -> int:
+        """The sample at the absolute ``position`` (0 is the first of the first step)."""
+        step, slot = divmod(position, self.step_size)
+        kind, turn = self._step(step)
+        return self._members[kind][self._orders[kind].sample(turn * self.step_size + slot)]
+
+    def _step(self, number: int) -> tuple[Hashable, int]:
+        while len(self._steps) <= number:
+            self._pass()
+        return self._steps[number]
+
+    def _pass(self) -> None:
+        kinds: list[Hashable] = []
+        for kind, order in self._orders.items():
+            draws = generator("phase", self.seed, str(kind))
+            phase = int(torch.randint(self.step_size, (), generator=draws))
+            before, after = (
+                (passes * len(order) + phase) // self.step_size
+                for passes in (self._passes, self._passes + 1)
+            )
+            kinds += [kind] * (after - before)
+        draws = generator("steps", self.seed, self._passes)
+        for place in torch.randperm(len(kinds), generator=draws).tolist():
+            self._steps.append((kinds[place], self._turns[kinds[place]]))
+            self._turns[kinds[place]] += 1
+        self._passes += 1
 
 
 class LengthGroupedOrder(SampleOrder):

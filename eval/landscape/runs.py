@@ -19,6 +19,7 @@ from ..subjects import BASE, Subject
 
 LOSS_OPTIONS = (
     "resolution",
+    "aspect_ratio_buckets",
     "instance_prompt",
     "trigger_word",
     "unmasked_weight",

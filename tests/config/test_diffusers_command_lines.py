@@ -100,6 +100,9 @@ class Images(list[None]):
     def prompts(self, default: str) -> list[str]:
         return [default] * len(self)
 
+    def size(self, _: int) -> tuple[int, int]:
+        return 1024, 1024
+
 
 @pytest.fixture(autouse=True)
 def images(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

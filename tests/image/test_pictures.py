@@ -34,11 +34,13 @@ def picture(height: int, width: int) -> Image.Image:
 def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
     height: int, width: int, side: int, center: bool, flip: bool, key: int
 ) -> None:
-    high, wide = resized((height, width), side)
+    high, wide = resized((height, width), (side, side))
     by_torchvision = transforms.Resize(side)(Image.new("L", (width, height)))
     assert (high, wide) == (by_torchvision.height, by_torchvision.width)
     draws = generator("test", key)
-    crop = draw((height, width), side, center_crop=center, random_flip=flip, generator=draws)
+    crop = draw(
+        (height, width), (side, side), center_crop=center, random_flip=flip, generator=draws
+    )
     assert 0 <= crop.top <= high - side
     assert 0 <= crop.left <= wide - side
     assert flip or not crop.flipped
@@ -46,7 +48,7 @@ def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
 
 def test_random_crops_reach_every_place_and_flips_are_even() -> None:
     crops = [
-        draw((8, 11), 8, center_crop=False, random_flip=True, generator=generator(i))
+        draw((8, 11), (8, 8), center_crop=False, random_flip=True, generator=generator(i))
         for i in range(2000)
     ]
     lefts = np.bincount([crop.left for crop in crops], minlength=4)
@@ -59,7 +61,9 @@ def test_an_option_leaves_the_other_draws_alone() -> None:
     def drawn(*, center_crop: bool, random_flip: bool) -> tuple[Crop, float]:
         draws = generator("same")
         options = {"center_crop": center_crop, "random_flip": random_flip}
-        return draw((40, 90), 16, generator=draws, **options), float(torch.rand(1, generator=draws))
+        return draw((40, 90), (16, 16), generator=draws, **options), float(
+            torch.rand(1, generator=draws)
+        )
 
     both, after = drawn(center_crop=False, random_flip=True)
     no_flip, after_no_flip = drawn(center_crop=False, random_flip=False)
@@ -72,7 +76,7 @@ def test_an_option_leaves_the_other_draws_alone() -> None:
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 67), (16, 16), (7, 5)])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_a_centered_cut_equals_torchvisions(size: tuple[int, int], interpolation: str) -> None:
-    crop = draw(size, 16, center_crop=True, random_flip=False, generator=generator(0))
+    crop = draw(size, (16, 16), center_crop=True, random_flip=False, generator=generator(0))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     reference = transforms.Compose(
         [
@@ -81,7 +85,7 @@ def test_a_centered_cut_equals_torchvisions(size: tuple[int, int], interpolation
         ]
     )
     image = picture(*size)
-    pixels = cut(image, crop, 16, interpolation)
+    pixels = cut(image, crop, (16, 16), interpolation)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, reference(image), rtol=0, atol=1e-6)
 
@@ -89,7 +93,7 @@ def test_a_centered_cut_equals_torchvisions(size: tuple[int, int], interpolation
 def test_the_crop_position_is_that_of_the_mirrored_image() -> None:
     image = picture(16, 40)
     whole = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
-    pixels = cut(image, Crop(0, 3, flipped=True), 16, "lanczos")
+    pixels = cut(image, Crop(0, 3, flipped=True), (16, 16), "lanczos")
     torch.testing.assert_close(pixels, whole.flip(-1)[:, :, 3:19], rtol=0, atol=1e-6)
 
 

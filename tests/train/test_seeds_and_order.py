@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilora_diffusion.seeds import digest, digest_texts, generator, parts, seed_of
-from bilora_diffusion.train.order import LengthGroupedOrder, SampleOrder
+from bilora_diffusion.train.order import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
 KEYS = st.lists(PARTS, max_size=4).map(tuple)
@@ -133,3 +135,31 @@ def test_each_epoch_grouped_by_length_shows_each_sample_once_and_the_longest_fir
         seen = [order.sample(epoch * n + i) for i in range(n)]
         assert sorted(seen) == list(range(n))
         assert lengths[seen[0]] == max(lengths)
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=30),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(0, 9),
+)
+def test_steps_of_one_kind_show_every_sample_equally_often(
+    kinds: list[int], step_size: int, repeats: int, seed: int
+) -> None:
+    order = KindsOrder(kinds, seed, step_size, repeats)
+    passes = 4 * step_size
+    total = passes * len(order)  # as many steps as make every kind's share whole
+    samples = [order.sample(position) for position in range(total)]
+    for step in range(total // step_size):
+        shown = samples[step * step_size : (step + 1) * step_size]
+        assert {kinds[sample] for sample in shown} == {order.kind(step)}
+    assert set(Counter(samples).values()) == {passes * repeats}
+    again = KindsOrder(kinds, seed, step_size, repeats)
+    assert again.sample(total - 1) == samples[-1]  # whatever was asked before
+
+
+def test_kinds_need_samples() -> None:
+    bad: Any = (([], 0, 1), ([1], 0, 0), ([1], 0, 1, 0))
+    for arguments in bad:
+        with pytest.raises(ValueError, match="at least 1"):
+            KindsOrder(*arguments)

@@ -253,6 +253,6 @@ class Family:
         if resolution % self.patch:
             nearest = max(self.patch, resolution // self.patch * self.patch)
             raise UserError(
-                f"--resolution {resolution} does not divide into {self.title}'s patches of"
+                f"a side of {resolution} pixels does not divide into {self.title}'s patches of"
                 f" {self.patch} pixels: give {nearest}, a multiple of {self.patch}."
             )

@@ -65,6 +65,6 @@ class StableDiffusion3(Family):
         most = config.pos_embed_max_size * config.patch_size * pipeline.vae_scale_factor
         if resolution > most:
             raise UserError(
-                f"--resolution {resolution} is more than this {self.title} has positions for: give"
-                f" {most} at most."
+                f"a side of {resolution} pixels is more than this {self.title} has positions for:"
+                f" give {most} at most."
             )

@@ -1,0 +1,125 @@
+"""Images of several shapes in one run: sizes, crops, conditioning, batches."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.buckets import around, nearest, read
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.visits import VisitStream, centered_visits
+from bilora_diffusion.run import runlog
+from tests.scripts.runs import column, flags, resumes_exactly, train
+
+SHAPES = {"a": (64, 64), "b": (80, 53), "c": (53, 80), "d": (200, 100), "e": (100, 190)}
+"""Widths and heights."""
+BUCKETS = "64,64;48,80;80,48;32,64;64,32"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in SHAPES.items():
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{name}.png")
+    return folder
+
+
+def settings(photos: Path, **values: Any) -> dict[str, Any]:
+    shared = {"dataset": photos, "instance_prompt": "a TOK", "aspect_ratio_buckets": BUCKETS}
+    return {**shared, "pretrained_model_name_or_path": "mini", "report_to": "none", **values}
+
+
+@given(st.sampled_from([64, 256, 512, 768, 1024]))
+def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side: int) -> None:
+    sizes = around(side)
+    assert (side, side) in sizes
+    assert {(width, height) for height, width in sizes} == set(sizes)
+    for height, width in sizes:
+        assert height % 16 == width % 16 == 0
+        assert 0.5 <= height / width <= 2
+        assert 0.6 * side * side <= height * width <= side * side
+
+
+@given(st.integers(16, 4000), st.integers(16, 4000))
+def test_an_image_gets_the_shape_most_like_its_own(height: int, width: int) -> None:
+    chosen = nearest((height, width), around(1024))
+    off = [abs(math.log(h / w * width / height)) for h, w in around(1024)]
+    assert abs(math.log(chosen[0] / chosen[1] * width / height)) <= min(off) + 1e-6
+
+
+def test_each_step_is_of_one_size_and_told_what_it_sees(photos: Path, tmp_path: Path) -> None:
+    images = open_images(str(photos))
+    cfg = parse(flags(tmp_path / "run", **settings(photos, random_flip=True)))
+    stream = VisitStream(cfg, images)
+    assert stream.sizes == [(64, 64), (48, 80), (80, 48), (32, 64), (64, 32)]
+    seen = []
+    for _, visits in stream.visits([(step, (0, 1)) for step in range(20)], 2):
+        assert len({visit.size for visit in visits}) == 1
+        for visit in visits:
+            seen.append(visit.name)
+            height, width = visit.size
+            pixels, _ = visit.read()
+            assert pixels.shape == (3, height, width)
+            wide, high = SHAPES[visit.name[0]]
+            told = (high, wide, visit.crop.top, visit.crop.left, height, width)
+            assert visit.time_ids == told
+            scale = max(height / high, width / wide)
+            assert 0 <= visit.crop.top <= high * scale - height + 1e-9
+            assert 0 <= visit.crop.left <= wide * scale - width + 1e-9
+    assert {name: seen.count(name) for name in seen} == {f"{name}.png": 8 for name in SHAPES}
+    assert [visit.size for visit in centered_visits(images, cfg)] == stream.sizes
+
+
+def test_five_shapes_train_however_a_step_is_divided(photos: Path, tmp_path: Path) -> None:
+    shared = settings(photos, max_train_steps=5, validation_dataset=photos, checkpointing_steps=4)
+    shared |= {"validation_loss_steps": 5, "trigger_word": "TOK", "cache_latents": "auto"}
+    runs = [
+        train(
+            tmp_path / f"{batch}",
+            **{**shared, "train_batch_size": batch, "gradient_accumulation_steps": 4 // batch},
+        )
+        for batch in (4, 2, 1)
+    ]
+    for other in runs[1:]:
+        assert column(runs[0], "digest") == column(other, "digest")
+        assert column(runs[0], "loss") == pytest.approx(column(other, "loss"), abs=1e-6)
+        assert column(runs[0], "grad_norm") == pytest.approx(column(other, "grad_norm"), rel=1e-4)
+    resumes_exactly(
+        runs[1], 4, **{**shared, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    )
+    rows = [row for row in runlog.read_metrics(runs[0]) if "heldout_loss" in row]
+    assert len(rows) == 2
+    assert all(row["heldout_loss"] == row["train_grid_loss"] for row in rows)  # the same images
+
+
+def test_class_images_are_cut_as_their_steps_are(photos: Path, tmp_path: Path) -> None:
+    asked = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a thing"}
+    cfg = parse(flags(tmp_path / "run", **settings(photos, **asked)))
+    stream = VisitStream(cfg, open_images(str(photos)), open_images("mini"))
+    for _, visits in stream.visits([(step, (0, 1)) for step in range(10)], 2):
+        assert [visit.kind for visit in visits] == ["instance"] * 2 + ["class"] * 2
+        assert len({visit.size for visit in visits}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("square", 'aspect_ratio_buckets "square" is no list of sizes'),
+        ("64", "is no list of sizes"),
+        ("64,64;", "is no list of sizes"),
+        ("70,64", "no multiple of 16: give 64,64"),
+        ("0,64", "no multiple of 16: give 16,64"),
+    ],
+)
+def test_what_is_no_bucket_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read(text)
