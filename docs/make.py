@@ -6,11 +6,14 @@ python -m docs.make            # writes all; run it after any change of an optio
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bilora_diffusion.api import BiLoRAConfig
 from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.config.refusals import REFUSED
@@ -165,7 +168,21 @@ def _with_table(page: Path, made: str) -> str:
     return f"{before}{MADE}\n\n{made}\n\n{END}{after}"
 
 
+def python() -> str:
+    """The page of the Python interface, whose table of `BiLoRAConfig` is made."""
+    doc = inspect.cleandoc(BiLoRAConfig.__doc__ or "")
+    told = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    names, texts = (re.split(r"^ {4}(\w+): ", told, flags=re.MULTILINE)[i::2] for i in (1, 2))
+    defaults = {field.name: field.default for field in dataclasses.fields(BiLoRAConfig)}
+    body = [
+        (f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split()))
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return _with_table(FOLDER / "python.md", table(("field", "default", "what it is"), body))
+
+
 PAGES = {
+    "python.md": python,
     "../README.md": readme,
     "options.md": options,
     "diffusers.md": diffusers,

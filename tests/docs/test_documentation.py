@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,3 +193,16 @@ def test_the_pages_leave_nothing_out() -> None:
     assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
     assert all(entry.reason in options for entry in REFUSED)
     assert "without prior preservation" in options
+
+
+def test_the_site_builds_strictly_and_its_pages_lead_to_one_another(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = (tmp_path / "index.html").read_text()
+    assert 'href="results/"' in first
+    assert 'src="docs/grid.png"' not in first  # it lies beside the page there
+    assert (tmp_path / "grid.png").exists()
+    assert 'href="radius_mini/report/"' in (tmp_path / "results" / "index.html").read_text()
+    python = (tmp_path / "python" / "index.html").read_text()
+    assert all(name in python for name in ("save_pretrained", "evaluating", "use_bilora"))
