@@ -21,6 +21,7 @@ from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.run.folder import WHOLE_MODELS
@@ -45,8 +46,8 @@ class Grid(GridLoss):
     levels it equals ``train_grid_loss`` or ``heldout_loss`` of the run's log.
     """
 
-    def __init__(self, task: Any, chosen: Any, levels: int) -> None:
-        super().__init__(task, SimpleNamespace(images=chosen), First(chosen, 0))
+    def __init__(self, task: Any, chosen: ImageSet, levels: int) -> None:
+        super().__init__(task, SimpleNamespace(images=chosen), chosen.only(()))
         self.images = self.sets["train_grid_loss"]
         known = grid_levels(task.module.denoising.num_timesteps)
         self.levels = [known[NOISE_LEVELS * (2 * k + 1) // (2 * levels)] for k in range(levels)]
@@ -57,20 +58,6 @@ class Grid(GridLoss):
         for chunk in self.batches(self.images):
             for level in self.levels:
                 yield self.losses(chunk, level).sum() / count
-
-
-class First:
-    """The first images of a set; all without a count."""
-
-    def __init__(self, whole: Any, count: int | None) -> None:
-        self._whole, self._count = whole, count
-
-    def prompts(self, instance_prompt: str | None) -> list[str]:
-        """The texts of these images."""
-        return self._whole.prompts(instance_prompt)[: self._count]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
 
 
 def load(
@@ -117,7 +104,8 @@ def load(
         held["lora"] = factor_weights(task.models)
     if "full" in spaces:
         held["full"] = full_space(task, full_weights)
-    return Model(held, Grid(task, First(point.images, max_images or None), levels))
+    images = point.images.only(range(len(point.images))[: max_images or None])
+    return Model(held, Grid(task, images, levels))
 
 
 def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
