@@ -41,10 +41,10 @@ class Masks:
         return read_opacity(source) if self.where == ALPHA else read_brightness(source)
 
     def checked(self, row: int, size: tuple[int, int]) -> bool:
-        """Whether a mask hides anything of an image; it has the image's size, (height, width).
+        """Whether a mask hides anything of an image of this size, (height, width).
 
         Raises:
-            ValueError: its mask is not, with what to do.
+            ValueError: it is of another size, or hides all.
         """
         mask = self.read(row)
         if mask is None:
