@@ -30,19 +30,20 @@ class Captions:
 
     def __init__(self, cfg: Any, images: ImageSet) -> None:
         self._cfg = cfg
-        self._texts = [[text] for text in texts(cfg, images)]
-        if cfg.shuffle_tags:
-            plain = images.prompts(cfg.instance_prompt)
-            if not any("," in text for text in plain):
-                raise UserError(
-                    f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags"
-                    " with commas between them; drop it."
-                )
-            orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
-            self._texts = [
-                [with_trigger(self._shuffled(text, i, order), cfg.trigger_word) for order in orders]
-                for i, text in enumerate(plain)
-            ]
+        if not cfg.shuffle_tags:
+            self._texts = [[text] for text in texts(cfg, images)]
+            return
+        plain = images.prompts(cfg.instance_prompt)
+        if not any("," in text for text in plain):
+            raise UserError(
+                f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags with"
+                " commas between them; drop it."
+            )
+        orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
+        self._texts = [
+            [with_trigger(self._shuffled(text, i, order), cfg.trigger_word) for order in orders]
+            for i, text in enumerate(plain)
+        ]
 
     def _shuffled(self, text: str, sample: int, order: int) -> str:
         tags = [tag.strip() for tag in text.split(",")]

@@ -88,7 +88,9 @@ class VisitStream:
         self.cfg, self.images, self.classes = cfg, images, classes
         self._captions = Captions(cfg, images)
         self.sizes = _sizes(cfg, images)
-        self._order: SampleOrder | KindsOrder = SampleOrder(len(images), cfg.seed, cfg.repeats)
+        self._of_one_size = len(set(self.sizes)) == 1
+        self._order = SampleOrder(len(images), cfg.seed, cfg.repeats)
+        self._by_size: KindsOrder | None = None
         # Class images have a stream of their own, so that all of them are seen however few the
         # instance images are.
         self._class_order = (
@@ -161,10 +163,11 @@ class VisitStream:
 
     def _whole_order(self, step_size: int) -> SampleOrder | KindsOrder:
         """The instance images' order; with several sizes those of a step are of one."""
-        known = getattr(self._order, "step_size", None)
-        if len(set(self.sizes)) > 1 and known != step_size:
-            self._order = KindsOrder(self.sizes, self.cfg.seed, step_size, self.cfg.repeats)
-        return self._order
+        if self._of_one_size:
+            return self._order
+        if self._by_size is None or self._by_size.step_size != step_size:
+            self._by_size = KindsOrder(self.sizes, self.cfg.seed, step_size, self.cfg.repeats)
+        return self._by_size
 
 
 def _ignore_signals(_: int) -> None:
