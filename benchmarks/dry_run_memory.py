@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from full_models import MODELS, FullModel
-from measure import circumstances
+from measure import KIBI, circumstances, watched
 
 from bilora_diffusion.adapters import AdapterSpec, weightless
 from bilora_diffusion.adapters.quantize import KEPT, quantize_nf4
@@ -78,27 +78,12 @@ def estimated(words: Sequence[str]) -> int:
     return round(float(found[1]) * UNITS[found[2]])
 
 
-# Linux counts the memory of the process that starts another as that other's, until it is replaced:
-# so a small one starts the run and says what the largest of its own children took.
-TAKES = """
-import resource, subprocess, sys
-ended = subprocess.call(sys.argv[1:], stdout=sys.stderr)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(ended)
-"""
-
-
 def measured_of(words: Sequence[str]) -> int:
     """Bytes of the highest resident memory of a run, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", TAKES, sys.executable, *words],
-        check=False,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    done = subprocess.run(watched(words), check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise TrainingError(f"the run ended with {done.returncode}: see above.")
-    return int(done.stdout) * 1024  # kibibytes on Linux
+    return int(done.stdout) * KIBI
 
 
 def step_of(

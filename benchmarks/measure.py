@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bilora_diffusion.run import provenance
 
 MIN_FOR_INTERVAL = 5
+KIBI = 1024  # Linux tells resident memory in kibibytes
+
+# Linux counts the memory of the process that starts another as that other's, until it is replaced:
+# so a small one starts the run and says what the largest of its own children took.
+_TAKES = """
+import resource, subprocess, sys
+ended = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(ended)
+"""
+
+
+def watched(words: Sequence[str]) -> list[str]:
+    """The command that runs ``python WORDS``, whose output it sends to stderr, and then prints its
+    highest resident memory in `KIBI` bytes.
+    """
+    return [sys.executable, "-c", _TAKES, sys.executable, *words]
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

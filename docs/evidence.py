@@ -56,7 +56,7 @@ class Claim:
     """One claim.
 
     Args:
-        name: C1 to C12 of the paper, F1 and so on of our own findings.
+        name: C1 to C13 of the paper, F1 and so on of our own findings.
         says: it, in a sentence.
         where: in the paper; what was done, of a finding.
         command: what measures it.
