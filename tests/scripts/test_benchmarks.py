@@ -103,6 +103,8 @@ def test_both_forwards_of_bilora_are_the_same_training(
         ("step_cost --shapes mini --batch 0", "error: --batch is 0"),
         ("step_cost --shapes mini --json no/such/a.json", "error: --json is no/such/a.json"),
         ("step_cost --shape_of_things", "error: "),
+        ("against_diffusers --script no.py", "error: --script is no.py, which is no file"),
+        ("against_diffusers --script . --images no", "error: --script is ., which is no file"),
         ("make_random_sdxl full", "error: full already exists and is not an empty folder"),
         ("make_random_sdxl new --size ful", "error: --size is 'ful' (did you mean \"full\"?)"),
         ("make_random_sdxl new --dtype int8", "error: --dtype is 'int8'"),
@@ -293,3 +295,35 @@ def test_an_estimate_is_near_what_a_run_takes(load: Any, tmp_path: Path) -> None
     words = (*flags(tmp_path / "run", max_train_steps=3), "--config", "recipes/mini.yaml")
     result = load("dry_run_memory").compare(["train_dreambooth_bilora.py", *words])
     assert result["ratio"] == pytest.approx(1, abs=0.15)
+
+
+def test_steps_are_read_from_the_bar_of_the_training(load: Any) -> None:
+    taken_at = load("against_diffusers").taken_at
+    loading = [(done, 3, 0.1 * done) for done in range(4)]
+    training = [(0, 3, 1.0), (1, 3, 3.0), (1, 3, 3.1), (2, 3, 4.0), (3, 3, 5.5)]
+    reloading = [(7, 7, 5.6), (0, 3, 6.0), (3, 3, 6.2)]
+    assert taken_at([*loading, *training, *reloading], 3) == [3.0, 4.0, 5.5]
+    with pytest.raises(TrainingError, match="no progress bar of 4 steps"):
+        taken_at([*loading, *training], 4)
+
+
+@pytest.mark.slow
+def test_a_script_is_timed_against_another_of_the_same_flags(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This project's own script stands for diffusers', which cannot be here."""
+    AcceleratorState._reset_state()
+    file = tmp_path / "result.json"
+    same = "--method lora --lora_alpha 4 --init_lora_weights gaussian --validation_dataset none"
+    words = ["--script", ROOT / "train_dreambooth_bilora.py", "--peer_flags", same]
+    words += ["--steps", 3, "--rounds", 1, "--json", file]
+    load("against_diffusers").main([str(word) for word in words])
+    result = json.loads(file.read_text())
+    assert result["images"] == 23
+    peer, lora, bilora = result["arms"].values()
+    for row in (peer, lora, bilora):
+        assert row["start"]["median"] + 3 * row["step"]["median"] < row["seconds"]["median"]
+        assert row["memory"]["median"] > 2**28
+    assert lora["heldout_loss"]["ratio"] == pytest.approx(1, abs=1e-6)  # the same run
+    assert bilora["heldout_loss"]["ratio"] != 1
+    assert "| diffusers, LoRA | " in capsys.readouterr().out
