@@ -68,8 +68,8 @@ def test_every_claim_says_where_the_paper_has_it_and_asks_for_one_side() -> None
     claims = evidence.claims()
     names = [claim.name for claim in claims]
     assert names == [
-        *(f"C{number}" for number in range(1, 13)),
-        *(f"F{number}" for number in range(1, len(names) - 11)),
+        *(f"C{number}" for number in range(1, 14)),
+        *(f"F{number}" for number in range(1, len(names) - 12)),
     ]
     for claim in claims:
         assert claim.where
