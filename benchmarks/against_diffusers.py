@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +40,7 @@ from bilora_diffusion import mini
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import parse as parse_run
+from bilora_diffusion.image.decode import image_suffixes
 from bilora_diffusion.image.script import build_task
 from bilora_diffusion.train.running import build_accelerator
 
@@ -49,11 +50,13 @@ ARMS = (PEER, "LoRA", "Bi-LoRA")
 PROMPT = "a TOK icon, in the style of TOK"
 STEP = re.compile(rb"(\d+)/(\d+) \[")
 FIGURES = {
-    "seconds": "whole command (s)",
-    "start": "to the first step (s)",
-    "step": "a step (s)",
-    "memory": "memory (GB)",
+    "seconds": ("whole command (s)", 1),
+    "start": ("to the first step (s)", 1),
+    "step": ("a step (s)", 1),
+    "memory": ("memory (GB)", 1e-9),
+    "heldout_loss": ("held-out loss x 1000", 1e3),
 }
+"""What a round measures of an arm -> its column, and its unit there."""
 POLL = 0.1  # seconds between two looks at a device's memory
 
 
@@ -200,25 +203,25 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     images = folder / "images"
     images.mkdir()
     for picture in sorted(args.images.iterdir()):
-        if picture.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        if picture.suffix.lower() in image_suffixes():
             shutil.copy(picture, images)
-    taken: dict[str, list[Taken]] = {arm: [] for arm in ARMS}
-    losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
 
     def work(arm: str, number: int) -> float:
         out = folder / f"{ARMS.index(arm)}-{number}"
         words = command(arm, out, number, images, args)
-        taken[arm].append(run(words, args.steps, folder / f"{out.name}.log"))
+        figures = asdict(run(words, args.steps, folder / f"{out.name}.log"))
         if args.model == str(mini.pipeline_dir()):
-            losses[arm].append(heldout_loss(out))
-        print(f"round {number + 1}, {arm}: {taken[arm][-1]}", file=sys.stderr, flush=True)
+            figures["heldout_loss"] = heldout_loss(out)
+        measured[arm].append(figures)
+        print(f"round {number + 1}, {arm}: {figures}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
-        return taken[arm][-1].seconds
+        return figures["seconds"]
 
     interleave(
         [lambda number, arm=arm: work(arm, number) for arm in ARMS], rounds=args.rounds, warmup=0
     )
-    rows = {arm: summary(taken[arm], taken[PEER], losses[arm], losses[PEER]) for arm in ARMS}
+    rows = {arm: summary(measured[arm], measured[PEER]) for arm in ARMS}
     count = len(list(images.iterdir()))
     about = {"images": count, "rounds": args.rounds, "flags": settings(args)}
     used = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -226,19 +229,13 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(
-    taken: Sequence[Taken],
-    peer: Sequence[Taken],
-    losses: Sequence[float],
-    peer_losses: Sequence[float],
-) -> dict[str, Any]:
-    """Medians of an arm, and its paired ratios to the peer with their 95 % intervals."""
-    own = {name: [getattr(one, name) for one in taken] for name in FIGURES}
-    base = {name: [getattr(one, name) for one in peer] for name in FIGURES}
-    if losses:
-        own["heldout_loss"], base["heldout_loss"] = list(losses), list(peer_losses)
-    row: dict[str, Any] = {}
-    for name, values in own.items():
-        ratio, interval = paired_ratio(values, base[name])
+    rounds: Sequence[dict[str, float]], peer: Sequence[dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """Medians of an arm's figures, and their paired ratios to the peer with 95 % intervals."""
+    row = {}
+    for name in rounds[0]:
+        values = [one[name] for one in rounds]
+        ratio, interval = paired_ratio(values, [one[name] for one in peer])
         row[name] = {"median": statistics.median(values), "ratio": ratio, "ratio_95": interval,
                      "values": values}  # fmt: skip
     return row
@@ -252,16 +249,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    columns = dict(FIGURES)
-    if "heldout_loss" in result["arms"][PEER]:
-        columns["heldout_loss"] = "held-out loss x 1000"
-    lines = [f"| | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
-    scale = {"memory": 1e-9, "heldout_loss": 1e3}
+    columns = {name: FIGURES[name] for name in result["arms"][PEER]}
+    titles = " | ".join(title for title, _ in columns.values())
+    lines = [f"| | {titles} |", "|---|" + "---|" * len(columns)]
     for arm, row in result["arms"].items():
         cells = []
-        for name in columns:
+        for name, (_, unit) in columns.items():
             one, spread = row[name], row[name]["ratio_95"]
-            cell = f"{one['median'] * scale.get(name, 1):.2f}"
+            cell = f"{one['median'] * unit:.2f}"
             if arm != PEER:
                 cell += f", x {one['ratio']:.2f}"
                 cell += "" if spread is None else f" ({spread[0]:.2f} to {spread[1]:.2f})"
