@@ -27,7 +27,7 @@ WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of configurations and tokenizers."""
 _GIVE_ONE = (
     "pass --pretrained_model_name_or_path a hub id (or folder) of a pipeline in diffusers' format,"
-    " or 'mini' for the embedded miniature"
+    " or one that is embedded, 'mini' or 'mini-flow'"
 )
 
 
