@@ -17,6 +17,7 @@ from ..methods import Method
 from ..run import provenance
 from ..run.config import RunConfig
 from ..run.runlog import RunLog
+from .optimizers import KINDS
 from .trainer import Trainer
 
 ARITHMETIC = {None: "fp32", "no": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -72,12 +73,12 @@ def bytes_to_write(trainer: Trainer) -> int:
     cfg, method = trainer.cfg, trainer.method
     ahead = trainer.last_step - trainer.step
     trained = sum(t.numel() * t.element_size() for t in method.tensors().values())
-    moments = 0.5 if cfg.use_8bit_adam else 4 if cfg.optimizer == "prodigy" else 2
+    state = KINDS[cfg.optimizer.lower()].state
     saved = ahead // cfg.checkpointing_steps
     if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
         saved = min(saved, cfg.checkpoints_total_limit + 1)
     snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.every
-    each = 1 + moments + (1 if cfg.keep_best else 0)
+    each = 1 + state + (1 if cfg.keep_best else 0)
     tensors = (saved * each + snapshots + 1) * trained
     every = trainer.validation_steps
     images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)

@@ -15,6 +15,7 @@ from bilora_diffusion.image import dry_run as images
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.script import assembled, settle
 from bilora_diffusion.methods import names
+from bilora_diffusion.run.options import OPTIMIZERS
 from bilora_diffusion.train.dry_run import GRADIENTS, OPTIMIZER, trained
 from bilora_diffusion.train.estimate import TRAINING, Estimate, verdict
 from bilora_diffusion.train.memory import ACTIVATIONS, Ledger, Moment, Phase
@@ -60,7 +61,7 @@ def test_each_method_takes_what_it_takes_with_real_weights(method: str, tmp_path
         {"use_dora": True},
         {"use_ema": True, "keep_best": True, "validation_dataset": "mini-heldout"},
         {"quantize": "nf4"},
-        {"optimizer": "prodigy"},
+        *({"optimizer": name} for name in OPTIMIZERS if name != "adamw"),
         {"train_text_encoder": True},
         {"init_lora_weights": "pissa"},
     ],
