@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from .. import methods
+from ..choices import OPTIMIZERS
 from ..config import fields, machine, notes, refusals
 from ..config.command_line import CommandLine
 from ..config.conditions import said
 from ..config.values import check_choice
 from ..errors import UserError
 from ..methods.options import AdapterOptions, MethodFlags
-from .options import OPTIMIZERS, OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
+from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
 Values = dict[str, Any]
 SAMPLES_OF_A_STEP = 10**6
@@ -288,7 +289,7 @@ def _check_packages(values: Mapping[str, Any]) -> None:
         machine.require(tracker, f"--report_to {tracker}")
     if values["quantize"] == "nf4":
         machine.require("bitsandbytes", "--quantize nf4", ">=0.50")  # older ones: on CUDA only
-    if package := OPTIMIZERS[values["optimizer"]]:
+    if package := OPTIMIZERS[values["optimizer"]].package:
         machine.require(package, f"--optimizer {values['optimizer']}")
     xformers = "enable_xformers_memory_efficient_attention"
     if values.get(xformers):

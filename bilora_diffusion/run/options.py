@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 from ..config.fields import Idle, option, unless
 from ..config.values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
 
 PRECISIONS = ("no", "fp16", "bf16")
-OPTIMIZERS: Mapping[str, str | None] = MappingProxyType(
-    {
-        "adamw": None,
-        "adamw8bit": "bitsandbytes",
-        "lion8bit": "bitsandbytes",
-        "adafactor": None,
-        "prodigy": "prodigyopt",
-        "schedule-free": "schedulefree",
-    }
-)
-"""Each with the package that it needs beside this one's dependencies (`train.optimizers`)."""
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +14,6 @@ from ..run.config import RunConfig
 Groups = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What ``--optimizer`` names.
-
-    Args:
-        build: configuration, a method's parameter groups -> the optimizer.
-        state: what it keeps, in units of the weights that it trains: roughly, for checkpoints.
-    """
-
-    build: Callable[[RunConfig, Groups], Optimizer]
-    state: float
-
-
 def build_optimizer(cfg: RunConfig, groups: Groups) -> Optimizer:
     """The optimizer for a method's parameter groups.
 
@@ -35,7 +21,7 @@ def build_optimizer(cfg: RunConfig, groups: Groups) -> Optimizer:
         cfg: training configuration.
         groups: parameter groups; each brings its learning rate and weight decay.
     """
-    return KINDS[cfg.optimizer.lower()].build(cfg, groups)
+    return BUILDERS[cfg.optimizer.lower()](cfg, groups)
 
 
 def _adamw(cfg: RunConfig, groups: Groups) -> Optimizer:
@@ -91,14 +77,15 @@ def _adams(cfg: RunConfig) -> dict[str, Any]:
     return {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
 
 
-KINDS = {
-    "adamw": Kind(_adamw, 2),
-    "adamw8bit": Kind(_adamw8bit, 0.5),
-    "lion8bit": Kind(_lion8bit, 0.25),
-    "adafactor": Kind(_adafactor, 0.25),  # a row and a column of a factor of rank 4
-    "prodigy": Kind(_prodigy, 4),
-    "schedule-free": Kind(_schedule_free, 3),  # two, and in checkpoints the average
+BUILDERS: dict[str, Callable[[RunConfig, Groups], Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "lion8bit": _lion8bit,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    "schedule-free": _schedule_free,
 }
+"""What `choices.OPTIMIZERS` names."""
 
 
 def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:

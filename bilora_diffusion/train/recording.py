@@ -11,13 +11,13 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from ..choices import OPTIMIZERS
 from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
 from ..errors import TrainingError, UserError, keep_trace, unexpected
 from ..methods import Method
 from ..run import provenance
 from ..run.config import RunConfig
 from ..run.runlog import RunLog
-from .optimizers import KINDS
 from .trainer import Trainer
 
 ARITHMETIC = {None: "fp32", "no": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -73,7 +73,7 @@ def bytes_to_write(trainer: Trainer) -> int:
     cfg, method = trainer.cfg, trainer.method
     ahead = trainer.last_step - trainer.step
     trained = sum(t.numel() * t.element_size() for t in method.tensors().values())
-    state = KINDS[cfg.optimizer.lower()].state
+    state = OPTIMIZERS[cfg.optimizer.lower()].state
     saved = ahead // cfg.checkpointing_steps
     if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
         saved = min(saved, cfg.checkpoints_total_limit + 1)

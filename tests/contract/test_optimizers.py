@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.choices import OPTIMIZERS
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.methods import MethodOptions
-from bilora_diffusion.run.options import OPTIMIZERS
 from bilora_diffusion.run.state_codec import Tensors, decode, encode
 from bilora_diffusion.train.averaging import ScheduleFree
-from bilora_diffusion.train.optimizers import KINDS, build_optimizer
+from bilora_diffusion.train.optimizers import BUILDERS, build_optimizer
 from tests.contract.harness import Run
 from tests.contract.models import CASES, Case
 from tests.methods import runs
@@ -25,7 +25,7 @@ from tests.references import bilora as reference
 
 RHO = {"prodigy": 1e-4}  # its first steps are small
 WIDTH = 1100
-"""A rank of 4 makes factors that are large enough for bitsandbytes to keep their state in 8 bits."""
+"""Factors of rank 4 are then large enough for bitsandbytes to keep their state in 8 bits."""
 RATES = {"prodigy": 1.0, "lion8bit": 1e-3}
 
 
@@ -55,7 +55,7 @@ def made(name: str, method: str, **options: Any) -> Run:
 
 
 def test_every_name_has_an_optimizer() -> None:
-    assert list(KINDS) == list(OPTIMIZERS)
+    assert list(BUILDERS) == list(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("method", ["lora", "bilora", "lora-sam"])

@@ -11,11 +11,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bilora_diffusion.adapters.weightless import empty, is_weightless, weightless
+from bilora_diffusion.choices import OPTIMIZERS
 from bilora_diffusion.image import dry_run as images
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.script import assembled, settle
 from bilora_diffusion.methods import names
-from bilora_diffusion.run.options import OPTIMIZERS
 from bilora_diffusion.train.dry_run import GRADIENTS, OPTIMIZER, trained
 from bilora_diffusion.train.estimate import TRAINING, Estimate, verdict
 from bilora_diffusion.train.memory import ACTIVATIONS, Ledger, Moment, Phase
