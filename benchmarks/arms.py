@@ -24,7 +24,6 @@ SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think 
 # The training script's AdamW, made by its own function.
 OPTIMIZER: Any = SimpleNamespace(
     optimizer="adamw",
-    use_8bit_adam=False,
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_epsilon=1e-8,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class Run:
         *,
         options: Mapping[str, Any] | None = None,
         lr: float = 1e-2,
-        optimizer: str = "AdamW",
+        optimizer: str | Callable[..., torch.optim.Optimizer] = "AdamW",
         pieces: int = 1,
         spoil: tuple[int, ...] | None = None,
     ) -> None:
@@ -130,7 +130,8 @@ class Run:
         self.spec = spec
         # There are methods that read the momentum.
         settings = {"momentum": 0.5} if optimizer == "SGD" else {}
-        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, optimizer)(groups, **settings)
+        make = getattr(torch.optim, optimizer) if isinstance(optimizer, str) else optimizer
+        self.optimizer: torch.optim.Optimizer = make(groups, **settings)
         self.method.bind(self.optimizer)
         self.forward_model: nn.Module = self.model
         self.rows = slice(0, ROWS)
