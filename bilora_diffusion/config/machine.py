@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 from ..errors import UserError
 
@@ -26,6 +30,35 @@ def require(package: str, option: str, least: str = "") -> None:
     if not is_installed(package):
         name = f'"{package}{least}"' if least else package
         raise UserError(f"{option} needs a package that is missing: run `pip install {name}`.")
+
+
+def require_compiler(option: str) -> None:
+    """Refuse an option that compiles where PyTorch's inductor would find no compiler.
+
+    It takes a C++ compiler for the CPU; on CUDA Triton, which takes a C compiler; both take
+    Python's headers.
+
+    Raises:
+        UserError: it names what is missing and how to install it.
+    """
+    if device_type() == "cuda":
+        require("triton", option)
+        kind, package, names = "C", "gcc", (os.environ.get("CC"), "gcc", "clang")
+    else:
+        usual = "clang++" if sys.platform == "darwin" else "g++"
+        kind, package, names = "C++", "g++", (os.environ.get("CXX", usual),)
+    if not any(name and shutil.which(name) for name in names):
+        wanted = next(filter(None, names))
+        raise UserError(
+            f"{option} needs a {kind} compiler, and there is no {wanted} here: run"
+            f" `apt-get install {package}` or what your system has instead, or leave it out."
+        )
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        raise UserError(
+            f"{option} needs Python's headers, which are not in {headers}: run"
+            " `apt-get install python3-dev` or what your system has instead, or leave it out."
+        )
 
 
 def device_type() -> str:
