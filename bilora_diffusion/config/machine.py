@@ -43,22 +43,25 @@ def require_compiler(option: str) -> None:
     """
     if device_type() == "cuda":
         require("triton", option)
-        kind, package, names = "C", "gcc", (os.environ.get("CC"), "gcc", "clang")
+        kind, package, names = "C", "gcc", (os.environ.get("CC") or "gcc", "clang")
     else:
         usual = "clang++" if sys.platform == "darwin" else "g++"
-        kind, package, names = "C++", "g++", (os.environ.get("CXX", usual),)
-    if not any(name and shutil.which(name) for name in names):
-        wanted = next(filter(None, names))
+        kind, package, names = "C++", "g++", (os.environ.get("CXX") or usual,)
+    if not any(map(shutil.which, names)):
         raise UserError(
-            f"{option} needs a {kind} compiler, and there is no {wanted} here: run"
+            f"{option} needs a {kind} compiler, and there is no {names[0]} here: run"
             f" `apt-get install {package}` or what your system has instead, or leave it out."
         )
-    headers = sysconfig.get_path("include")
-    if not Path(headers, "Python.h").exists():
+    if not has_headers():
         raise UserError(
-            f"{option} needs Python's headers, which are not in {headers}: run"
+            f"{option} needs Python's headers, and there is no Python.h here: run"
             " `apt-get install python3-dev` or what your system has instead, or leave it out."
         )
+
+
+def has_headers() -> bool:
+    """Whether this Python has what extensions written in C include."""
+    return Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def device_type() -> str:

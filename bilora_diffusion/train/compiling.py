@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ..errors import LONGEST, TrainingError
-from ..run.config import RunConfig
 from ..run.durations import duration
 
 BACKEND = "inductor"
@@ -25,20 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 class Blocks:
-    """The repeated blocks of a run's models, compiled in place where it asks for that.
+    """The repeated blocks of some models, compiled in place.
 
     Names, weights and adapters stay where they are. A graph is made for each size of block and of
     input and for each state of the adapters when it is first met, never one for many sizes: so it
     does not depend on what came before, and a resumed run computes as the whole one does.
 
     Args:
-        cfg: asks for it, or not.
-        models: of which those of diffusers are compiled.
+        models: of which those of diffusers are compiled; none where nothing is to be.
+
+    Attributes:
+        count: how many blocks are compiled.
     """
 
-    def __init__(self, cfg: RunConfig, models: Sequence[nn.Module]) -> None:
+    def __init__(self, models: Sequence[nn.Module]) -> None:
         self.count = 0
-        if not cfg.compile:
+        if not models:
             return
         import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
 
@@ -78,8 +79,8 @@ class Blocks:
         graphs, seconds = (now - then for now, then in zip(_compiled(), before, strict=True))
         if graphs:
             logger.info(
-                "step %d: compiled %d blocks in %s, to %d graphs",
-                *(number, self.count, duration(seconds), graphs),
+                "step %d: compiled %d blocks in %s, to %d graph%s",
+                *(number, self.count, duration(seconds), graphs, "" if graphs == 1 else "s"),
             )
 
 
@@ -90,6 +91,6 @@ def _compiled() -> tuple[int, float]:
     return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
 
 
-def eager(cfg: RunConfig) -> AbstractContextManager[Any]:
-    """Within the context compiled blocks run as they are."""
-    return torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext()
+def eager(compiled: bool) -> AbstractContextManager[Any]:
+    """Within the context compiled blocks run as they are, if there are any."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

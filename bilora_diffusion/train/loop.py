@@ -36,7 +36,8 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         trainer.interruption.patient = True
         if trainer.finished:  # a resume of a run that had come to its end
             return
-        blocks = Blocks(trainer.cfg, [target.model for target in trainer.method.targets])
+        targets = trainer.method.targets if trainer.cfg.compile else ()
+        blocks = Blocks([target.model for target in targets])
         for batches in trainer.micro_batches():
             with blocks.step(trainer.step + 1):
                 values = trainer.train_step(batches)

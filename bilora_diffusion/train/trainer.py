@@ -198,7 +198,7 @@ class Trainer:
                 averaged where averages are kept.
         """
         held = self.outcome.applied() if result else self.outcome.averaged()
-        with self.method.evaluating(), held, eager(self.cfg):
+        with self.method.evaluating(), held, eager(self.cfg.compile):
             yield
 
     def _tensors(self) -> dict[str, Tensor]:
