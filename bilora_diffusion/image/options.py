@@ -239,6 +239,12 @@ class DiffusionOptions:
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xFormers' attention instead of PyTorch's.", free=True
     )
+    compile: bool = option(
+        False,
+        "Compile the denoiser's repeated blocks for training steps, adapters included, by"
+        " torch.compile; it needs a compiler (docs/trouble.md).",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class RunConfig(
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False
+    compile: bool = False
     eval_on_start: bool = False
     skip_final_inference: bool = False
     resolution: int | None = None
@@ -294,6 +295,8 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     xformers = "enable_xformers_memory_efficient_attention"
     if values.get(xformers):
         machine.require("xformers", f"--{xformers}")
+    if values.get("compile"):
+        machine.require_compiler("--compile")
     if values["push_to_hub"] and values["hub_token"] is None:
         from huggingface_hub import get_token
 

@@ -31,6 +31,7 @@ from ..run.interruption import Interruption
 from ..run.matching import load_tensors, require_same_settings
 from ..seeds import digest_texts, seed_of
 from . import sharding
+from .compiling import eager
 from .dynamics import Dynamics
 from .gradients import initialise
 from .optimizers import build_optimizer, build_scheduler
@@ -208,7 +209,7 @@ class Trainer:
                 averaged where averages are kept.
         """
         held = self.outcome.applied() if result else self.outcome.averaged()
-        with self.method.evaluating(), held:
+        with self.method.evaluating(), held, eager(self.cfg.compile):
             yield
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -105,6 +105,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--repeats 1000000000", "at once"),
     ("--image_interpolation_mode lancos", '"lancos".*"lanczos"'),
     ("--enable_xformers_memory_efficient_attention", "needs CUDA"),
+    ("--compile", r"--compile needs a C\+\+ compiler.*no g\+\+.*`apt-get install g\+\+`.*leave it"),
     ("--dataset some/set", '"some/set".*--instance_prompt.*--caption_column'),
     ("--instance_prompt x --dataset ./nowhere", '"./nowhere".*not exist'),
     ("--instance_prompt x --dataset a/b/c", '"a/b/c".*not exist'),
@@ -154,6 +155,7 @@ TEXTS: list[tuple[str, str]] = [
     ("--warmup_ratio=-0.1", "--warmup_ratio is -0.1"),
     ("--template chatml", "chat, alpaca, plain"),
     ("--resolution 64", "unknown flag"),
+    ("--compile", "--compile is no option here.*image models.*drop it"),
     ("--task sst-2", 'did you mean "sst2"'),
 ]
 ROWS: list[tuple[str, str]] = [
@@ -212,7 +214,7 @@ def refusal(read: Read, argv: Sequence[str]) -> str:
 def test_a_bad_command_line(
     read: Read, start: list[str], case: tuple[str, str], folder: Path, machine: Callable[..., None]
 ) -> None:
-    machine("cpu", missing=PACKAGES)
+    machine("cpu", missing=PACKAGES, compilers=())
     words, pattern = case
     message = refusal(read, [*start, *words.replace("{tmp}", str(folder)).split()])
     assert re.search(pattern, message)
@@ -269,6 +271,38 @@ def test_a_precision_that_the_device_has_not(
     assert re.search("adamw8bit with the device mps.*no kernels.*adafactor", eight_bits)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert "fp8" in refusal(parse, ["--dataset", "mini"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacks", "pattern"),
+    [
+        ("cuda", {"missing": frozenset({"triton"})}, "--compile needs.*pip install triton"),
+        ("cuda", {"compilers": ("g++",)}, "a C compiler.*no gcc.*apt-get install gcc"),
+        ("cpu", {"compilers": ("gcc",)}, r"a C\+\+ compiler.*no g\+\+"),
+        ("cpu", {"headers": False}, "Python's headers.*apt-get install python3-dev"),
+    ],
+)
+def test_what_compiling_needs(
+    kind: str, lacks: dict[str, Any], pattern: str, machine: Callable[..., None]
+) -> None:
+    machine(kind, **lacks)
+    assert re.search(pattern, refusal(parse, ["--dataset", "mini", "--compile"]))
+
+
+@pytest.mark.parametrize(("kind", "compiler"), [("cuda", "clang"), ("cpu", "g++")])
+def test_one_compiler_is_enough(kind: str, compiler: str, machine: Callable[..., None]) -> None:
+    machine(kind, compilers=(compiler,))
+    assert parse(["--dataset", "mini", "--compile"]).compile
+
+
+def test_another_compiler_may_be_named(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "clang++-19")
+    machine("cpu", compilers=("g++",))
+    assert "no clang++-19 here" in refusal(parse, ["--dataset", "mini", "--compile"])
+    machine("cpu", compilers=("clang++-19",))
+    assert parse(["--dataset", "mini", "--compile"]).compile
 
 
 @pytest.mark.parametrize("method", names())

@@ -24,6 +24,7 @@ from bilora_diffusion.choices import (
 )
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
+from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.gradients import collecting
 from tests.contract.models import CASES, ROWS
 
@@ -104,6 +105,7 @@ class Run:
     Args:
         pieces: micro-batches of a step.
         spoil: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
+        compiled: its repeated blocks are, by `compiling.BACKEND`.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Run:
         optimizer: str | Callable[..., torch.optim.Optimizer] = "AdamW",
         pieces: int = 1,
         spoil: tuple[int, ...] | None = None,
+        compiled: bool = False,
     ) -> None:
         self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
         self.model = self.case.make().train()
@@ -137,6 +140,7 @@ class Run:
         self.rows = slice(0, ROWS)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if spoil else None
         self.taken = 0
+        self.blocks = Blocks([self.model] if compiled else [])
 
     def initialise(self) -> Run:
         """What comes before the first step of a fresh run."""
