@@ -31,15 +31,19 @@ def of_files(folders: Iterable[Path]) -> str:
     state = xxhash.xxh3_128()
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            state.update(f"{folder.name}/{file.relative_to(folder)}:{_of_file(file)}\n")
+            state.update(f"{folder.name}/{file.relative_to(folder)}:{_of_file(file)}\n".encode())
     return state.hexdigest()
 
 
 def of_model(model: nn.Module) -> str:
-    """Identifies a loaded model by its settings and all its weights; 32 hexadecimal digits."""
+    """Identifies a loaded model of diffusers by its class, settings and all its weights, wherever
+    it was read from; 32 hexadecimal digits.
+    """
     config: Any = model.config
-    state = xxhash.xxh3_128(json.dumps(dict(config), default=str, sort_keys=True))
-    state.update(of_tensors(dict(model.state_dict())))
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    named = json.dumps([type(model).__name__, settings], default=str, sort_keys=True)
+    state = xxhash.xxh3_128(named.encode())
+    state.update(of_tensors(dict(model.state_dict())).encode())
     return state.hexdigest()
 
 
@@ -48,7 +52,7 @@ def of_tensors(tensors: dict[str, Tensor]) -> str:
     state = xxhash.xxh3_128()
     for name in sorted(tensors):
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        state.update(f"{name} {flat.dtype} {tuple(tensors[name].shape)}\n")
+        state.update(f"{name} {flat.dtype} {tuple(tensors[name].shape)}\n".encode())
         if flat.numel():
             state.update(flat.view(torch.uint8).numpy())
     return state.hexdigest()

@@ -32,7 +32,10 @@ def of_prompts(cfg: Any, family: Family, pipeline: Any, device: torch.device) ->
     dtypes = [str(getattr(pipeline, name).dtype) for name in names]
     held = cfg.quantize if family.flow else "none"
     settings = [family.pipeline, str(family.max_sequence_length), held, *dtypes]
-    weights = identity.of_files(pipeline.origin.folder / part for part in parts)
+    try:
+        weights = identity.of_files(pipeline.origin.folder / part for part in parts)
+    except OSError:
+        return Shelf(None)  # reading the encoders will be refused with the reason
     index = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
     return Shelf(place / "prompts", *settings, weights, repr(index), *_machine(cfg, device))
 
