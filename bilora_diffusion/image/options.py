@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..config.fields import Idle, option, unless
 from ..config.values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
 from ..run.options import OutputOptions
-from . import inputs
+from . import inputs, places
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
@@ -175,6 +175,13 @@ class DataOptions:
         "Encode each image once and keep its latents: yes (or the flag alone), no, or auto, which"
         " keeps those of images that are always cropped alike.",
         choices=("auto", "yes", "no"),
+        free=True,
+    )
+    disk_cache: str = option(
+        places.AUTO,
+        "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
+        f" ~/.cache/{places.NAME}, or below $XDG_CACHE_HOME.",
+        place=True,
         free=True,
     )
     dataloader_num_workers: int = option(
