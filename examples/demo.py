@@ -38,7 +38,7 @@ TITLES = {
     "truth": "ground truth",
 }
 SUBJECTS = 6
-"""The subjects of the paper's Table 4 stand first among the held-out icons."""
+"""So many of the held-out icons; the subjects of the paper's Table 4 stand first among them."""
 Course = list[tuple[int, float]]
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mini.yaml"
 COURSE = (
@@ -114,13 +114,17 @@ def require_paired(folders: Sequence[Path]) -> int:
 
 def icons(folder: Path, seed: int = 0) -> tuple[dict[str, list[Image]], list[str]]:
     """Rows of icons from base, LoRA, Bi-LoRA and ground truth, of equal noise, and the columns'
-    labels, the subjects of Table 4.
+    labels: the first held-out subjects of what the runs in a folder were trained on.
     """
-    heldout = open_images("mini-heldout", caption_column="label")
-    labels = [str(heldout.caption(i)) for i in range(SUBJECTS)]
-    prompts = [f"a TOK icon of a {label}, in the style of TOK" for label in labels]
-    trained = runlog.read_run(folder / METHODS[0])["config"]["pretrained_model_name_or_path"]
-    pipeline = load_pipeline(trained, dtype=torch.float32)
+    config = runlog.read_run(folder / METHODS[0])["config"]
+    heldout, prompted = (
+        open_images(config["validation_dataset"], caption_column=column)
+        for column in ("label", config["caption_column"])
+    )
+    labels, prompts = (
+        [str(pictures.caption(i)) for i in range(SUBJECTS)] for pictures in (heldout, prompted)
+    )
+    pipeline = load_pipeline(config["pretrained_model_name_or_path"], dtype=torch.float32)
     rows = {"base": images(pipeline, prompts, seed)}
     for method in METHODS:
         pipeline.load_lora_weights(str(folder / method))
