@@ -54,7 +54,7 @@ def of_tensors(tensors: dict[str, Tensor]) -> str:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         state.update(f"{name} {flat.dtype} {tuple(tensors[name].shape)}\n".encode())
         if flat.numel():
-            state.update(flat.view(torch.uint8).numpy())
+            state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

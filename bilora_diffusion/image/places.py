@@ -28,10 +28,12 @@ def check(value: str) -> None:
     Raises:
         UserError: a file lies there, or it may not be written.
     """
-    place = folder(value)
+    shown, place = f"--disk_cache {quoted(value)}", folder(value)
+    if not value.strip():
+        raise UserError(f"{shown} names no folder: give one, auto, or no.")
     if place is None or value == AUTO:
         return
-    existing, shown = place, f"--disk_cache {quoted(value)}"
+    existing = place
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     if not is_folder(existing):

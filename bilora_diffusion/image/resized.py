@@ -13,7 +13,7 @@ from .buckets import Size
 from .sets import ImageSet
 
 MOST_BYTES = 10**9
-"""Of all that a run keeps so, in all of its processes that read images."""
+"""Of all that a training process keeps so, with those that read images for it."""
 
 
 class Resized:

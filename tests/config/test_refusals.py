@@ -128,7 +128,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--cache_latents perhaps", "perhaps.*auto, yes, no"),
     ("--disk_cache {tmp}/a.zip", "--disk_cache.*a.zip.*is a file.*auto, or no"),
     ("--disk_cache {tmp}/a.zip/cache", "a.zip/cache.*lies below.*a.zip, which is a file"),
-    ("--disk_cache=", "--disk_cache.*name it"),
+    ("--disk_cache=", "--disk_cache.*names no folder.*auto, or no"),
     # what does not go together
     ("--method full --quantize nf4", "full with --quantize nf4.*4-bit.*--method bilora"),
     ("--do_edm_style_training --snr_gamma 5", "--snr_gamma 5.0.*drop one"),

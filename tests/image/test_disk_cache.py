@@ -277,7 +277,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["mini", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("mini", marks=pytest.mark.slow), "StableDiffusion3Pipeline"]
+)
 def test_a_second_run_encodes_nothing_and_ends_to_the_bit_alike(
     kind: str, calls: list[str], tmp_path: Path
 ) -> None:
