@@ -5,6 +5,9 @@ They stand here because a command line is read before torch and PEFT are importe
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
+ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL = "attention", "feed-forward", "convolutions", "all"
+LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL)
+"""What stands for many layers of a denoiser (`image.layers`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
 AUTO = "auto"

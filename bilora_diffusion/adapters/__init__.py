@@ -50,7 +50,7 @@ from .saving import (
     write_pretrained,
 )
 from .switching import activate, active, off, only
-from .targets import CHANGE_BASE, AdapterSpec, target_layers
+from .targets import CHANGE_BASE, AdapterSpec, adaptable, target_layers
 
 __all__ = [
     "ALL_LINEAR",
@@ -64,6 +64,7 @@ __all__ = [
     "LoraLayer",
     "activate",
     "active",
+    "adaptable",
     "adopt",
     "base_rows",
     "base_weight",
