@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .access import weights
+from .narrow import NarrowLinear
 
 _QUANTIZED = (
     "Linear4bit",
@@ -47,7 +48,7 @@ class _Fused:
         base = self.base_layer
         linear = type(base) is nn.Linear
         if (
-            (linear or self.quantized or type(base) is nn.Conv2d)
+            (self.quantized or type(base) in (nn.Linear, nn.Conv2d, NarrowLinear))
             and x.dtype == torch.float32
             and torch.is_autocast_enabled(x.device.type)
         ):
