@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from bilora_diffusion.errors import run_cli
 from bilora_diffusion.image.config import parse
-from bilora_diffusion.train.launching import start_missing_processes
+from bilora_diffusion.train.launching import importing, start_missing_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def train() -> None:
         start_missing_processes()
-        config = parse(argv)  # before torch is imported, so that a typo is answered at once
-        from bilora_diffusion.image.script import main as train_dreambooth
+        with importing():
+            config = parse(argv)  # before all else, so that a typo is answered at once
+            from bilora_diffusion.image.script import main as train_dreambooth
 
         train_dreambooth(argv, config)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from bilora_diffusion.errors import run_cli
 from bilora_diffusion.text.config import parse_text
-from bilora_diffusion.train.launching import start_missing_processes
+from bilora_diffusion.train.launching import importing, start_missing_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def train() -> None:
         start_missing_processes()
-        config = parse_text(argv)  # before torch is imported, so that a typo is answered at once
-        from bilora_diffusion.text.script import main as train_text
+        with importing():
+            config = parse_text(argv)  # before all else, so that a typo is answered at once
+            from bilora_diffusion.text.script import main as train_text
 
         train_text(argv, config)
 

@@ -104,7 +104,7 @@ def command(arm: str, folder: Path, seed: int, images: Path, args: argparse.Name
         return [str(args.script), *words, *shlex.split(args.peer_flags)]
     ours = ["--method", arm.lower().replace("-", ""), "--lora_alpha", str(args.rank)]
     ours += ["--init_lora_weights", "gaussian", "--no_output_kohya_format"]
-    ours += ["--validation_dataset", "none"]
+    ours += ["--validation_dataset", "none", "--disk_cache", "no"]
     return [str(OURS), *words, *ours, *shlex.split(args.our_flags)]
 
 
@@ -191,6 +191,7 @@ def device_memory() -> Iterator[Callable[[], int]]:
 def heldout_loss(lora: Path) -> float:
     """Loss of a LoRA for the miniature on its unseen icons, on the grid of this project's runs."""
     words = ["--dataset", "mini", "--mixed_precision", "no", "--report_to", "none"]
+    words += ["--disk_cache", "no"]
     cfg = parse_run([*words, "--num_validation_images", "0", "--output_dir", str(lora / "grid")])
     task = build_task(cfg, build_accelerator(cfg))
     task.pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters.fused import unfuse
 from bilora_diffusion.methods import MethodOptions, Target
+from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.optimizers import build_optimizer
 
 MAX_GRAD_NORM = 1.0
@@ -24,7 +25,6 @@ SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think 
 # The training script's AdamW, made by its own function.
 OPTIMIZER: Any = SimpleNamespace(
     optimizer="adamw",
-    use_8bit_adam=False,
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_epsilon=1e-8,
@@ -39,12 +39,14 @@ class ArmKind:
     Args:
         fused: all active adapters of a layer run as one product, else PEFT's own forward.
         options: of the method, where they are not its defaults.
+        compiled: the repeated blocks are, as by ``--compile``; in the first step.
     """
 
     label: str
     method: str
     fused: bool
     options: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
 
 
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
@@ -60,6 +62,8 @@ KINDS = {
     ),
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
+    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", fused=True, compiled=True),
+    "lora-compiled": ArmKind("LoRA, compiled", "lora", fused=True, compiled=True),
 }
 BASELINE = "lora"
 
@@ -94,6 +98,7 @@ class Arm:
             unfuse(self.model)
         self.optimizer = build_optimizer(OPTIMIZER, groups)
         self.method.bind(self.optimizer)
+        Blocks([self.model] if KINDS[kind].compiled else [])
         self.losses: list[float] = []
 
     @property

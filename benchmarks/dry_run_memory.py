@@ -42,7 +42,8 @@ from bilora_diffusion.train.memory import Ledger, tensors_of
 from bilora_diffusion.train.running import build_accelerator
 from bilora_diffusion.train.task import MicroBatch
 
-SCRIPTS = ("train_dreambooth_bilora.py", "train_text_bilora.py")
+SCRIPTS = {"train_dreambooth_bilora.py": ["--disk_cache", "no"], "train_text_bilora.py": []}
+"""Each with what makes it encode all that it needs, as a first run does."""
 UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 METHODS, PRECISIONS, SIDE = ("lora", "bilora"), ("bf16", "nf4"), 1024
 
@@ -80,7 +81,9 @@ def estimated(words: Sequence[str]) -> int:
 
 def measured_of(words: Sequence[str]) -> int:
     """Bytes of the highest resident memory of a run, in a process of its own."""
-    done = subprocess.run(watched(words), check=False, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        watched([*words, *SCRIPTS[words[0]]]), check=False, stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise TrainingError(f"the run ended with {done.returncode}: see above.")
     return int(done.stdout) * KIBI

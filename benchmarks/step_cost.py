@@ -5,6 +5,7 @@
     python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
     python benchmarks/step_cost.py --shapes llama-7b-layer --methods all   # fp32, 5 GB
     python benchmarks/step_cost.py --shapes mini --arms lora,bilora,bilora-peft,bilora-power
+    python benchmarks/step_cost.py --shapes mini --arms lora,lora-compiled,bilora,bilora-compiled
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
     python benchmarks/step_cost.py --shapes sdxl-unet --dtype fp32   # 11 GB; for CPUs without bf16
 
@@ -79,10 +80,12 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _operations(arm: Arm) -> dict[str, int]:
+def _operations(arm: Arm) -> dict[str, int | None]:
     """Operations of one more step: all, those outside forward and backward passes, and how often
-    the step waits for a value.
+    the step waits for a value. Where they can be seen, blocks run without compilation: then None.
     """
+    if KINDS[arm.kind].compiled:
+        return dict.fromkeys(("operations", "own_operations", "waits"))
     passes, step = Operations(), Operations()
     once = arm.forward_backward
 
@@ -168,10 +171,11 @@ def table(result: dict[str, Any]) -> str:
         peak = row["peak_memory_bytes"]
         memory = "not measured" if peak is None else f"{peak / 1e9:.2f}"
         ratio = f"{row['ratio_to_lora']:.3f}{spread}"
-        count = f"{row['operations']:,}, {row['own_operations']:,}"
+        counted = row["operations"] is not None
+        count = f"{row['operations']:,}, {row['own_operations']:,}" if counted else "not counted"
         lines.append(
             f"| {row['label']} | {memory} | {row['median_seconds']:.3f} | {ratio} | {count}"
-            f" | {row['waits']} |"
+            f" | {row['waits'] if counted else 'not counted'} |"
         )
     if projection := result["projection"]:
         share = f"{100 * projection['share_of_step']:.2f} % of the step"

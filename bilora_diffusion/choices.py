@@ -3,6 +3,37 @@
 They stand here because a command line is read before torch and PEFT are imported.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class OptimizerKind(NamedTuple):
+    """What is known of an optimizer before it is made.
+
+    Args:
+        state: what it keeps, in units of the weights that it trains, roughly.
+        package: that it needs beside this one's dependencies.
+    """
+
+    state: float
+    package: str | None = None
+
+
+OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
+    {
+        "adamw": OptimizerKind(2),
+        "adamw8bit": OptimizerKind(0.5, "bitsandbytes"),
+        "lion8bit": OptimizerKind(0.25, "bitsandbytes"),
+        "adafactor": OptimizerKind(0.25),  # a row and a column, of a factor of rank 4
+        "prodigy": OptimizerKind(4, "prodigyopt"),
+        "schedule-free": OptimizerKind(3, "schedulefree"),  # two, and the average where it is taken
+    }
+)
+"""They are made in `train.optimizers`."""
+
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
 ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL = "attention", "feed-forward", "convolutions", "all"

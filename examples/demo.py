@@ -25,7 +25,6 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.methods import get
-from bilora_diffusion.mini import MINI
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.interruption import ends_in
 
@@ -120,7 +119,8 @@ def icons(folder: Path, seed: int = 0) -> tuple[dict[str, list[Image]], list[str
     heldout = open_images("mini-heldout", caption_column="label")
     labels = [str(heldout.caption(i)) for i in range(SUBJECTS)]
     prompts = [f"a TOK icon of a {label}, in the style of TOK" for label in labels]
-    pipeline = load_pipeline(MINI, dtype=torch.float32)
+    trained = runlog.read_run(folder / METHODS[0])["config"]["pretrained_model_name_or_path"]
+    pipeline = load_pipeline(trained, dtype=torch.float32)
     rows = {"base": images(pipeline, prompts, seed)}
     for method in METHODS:
         pipeline.load_lora_weights(str(folder / method))

@@ -24,6 +24,7 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not _IS_WORKER:  # workers share the folder of the process that started them
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bilora-tests-")
+    os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["HF_HOME"], "cache")
 # A launcher's variables would make the scripts under test believe that they are one of several.
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)

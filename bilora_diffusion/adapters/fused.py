@@ -287,20 +287,25 @@ def _side_by_side(
     layer: Any, active: list[str], factors: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1] (m, r1 + r2) and s1, s2; of one adapter: A, B, s."""
-    kept = None if torch.compiler.is_compiling() else _kept
+    # Asked for its identity, a layer would have a compiled graph that serves no other.
+    if torch.compiler.is_compiling() or _kept is None:
+        return _joined(layer, active, factors, dtype)
     key = (id(layer), tuple(active), dtype)
-    if kept is not None and key in kept:
-        return kept[key]
+    if key not in _kept:
+        _kept[key] = _joined(layer, active, factors, dtype)
+    return _kept[key]
+
+
+@torch.no_grad()
+def _joined(
+    layer: Any, active: list[str], factors: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     scales = tuple([layer.scaling[name] for name in active])
-    with torch.no_grad():
-        if len(active) == 1:
-            down, up = factors
-        else:
-            A, B, A_2, B_2 = factors
-            if scales[1] != scales[0]:
-                B_2 = B_2 * (scales[1] / scales[0])
-            down, up = torch.cat((A, A_2)), torch.cat((B, B_2), dim=1)
-        result = down.to(dtype), up.to(dtype), scales
-    if kept is not None:
-        kept[key] = result
-    return result
+    if len(active) == 1:
+        down, up = factors
+    else:
+        A, B, A_2, B_2 = factors
+        if scales[1] != scales[0]:
+            B_2 = B_2 * (scales[1] / scales[0])
+        down, up = torch.cat((A, A_2)), torch.cat((B, B_2), dim=1)
+    return down.to(dtype), up.to(dtype), scales

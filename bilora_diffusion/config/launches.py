@@ -123,6 +123,12 @@ LAUNCHES: tuple[Refusal, ...] = (
         size_based_wrap=True,
         engine=FSDP2,
     ),
+    refusal(
+        "the whole model would be compiled around the compiled blocks",
+        "set ACCELERATE_DYNAMO_BACKEND to no, or drop `--compile`",
+        compile=True,
+        compiled=True,
+    ),
     # trainers of Transformers and TRL
     refusal(
         "it shards or replaces the parameters, so the norm of the auxiliary would be of a part",

@@ -24,10 +24,10 @@ from .conditions import (
     beyond,
     other_than,
     refusal,
-    unlike,
 )
 from .data_refusals import OF_DATA
 from .launches import LAUNCHES
+from .optimizer_refusals import OF_OPTIMIZERS
 
 FLOWS = other_than("StableDiffusionXLPipeline")
 
@@ -110,18 +110,6 @@ REFUSED: tuple[Refusal, ...] = (
         method=("lora-sam", "lora-looksam"),
         mixed_precision="fp16",
     ),
-    refusal(
-        "8-bit moments are codes, and it moves the weights by the first of them",
-        "drop `--use_8bit_adam` or use `--method lora-sam`",
-        method="lora-msam",
-        use_8bit_adam=True,
-    ),
-    refusal(
-        "there is then no momentum, by which it moves the weights",
-        "give `--adam_beta1 0.9` or use `--method lora-sam`",
-        method="lora-msam",
-        adam_beta1=0,
-    ),
     refusal("it does not work there", "use fp16 or no", mixed_precision="bf16", device="mps"),
     refusal("it needs a GPU", "use bf16 or no", mixed_precision="fp16", device="cpu"),
     refusal(
@@ -160,12 +148,7 @@ REFUSED: tuple[Refusal, ...] = (
     refusal(
         "both say how the rate rises", "give only one", warmup_ratio=GIVEN, lr_warmup_steps=GIVEN
     ),
-    refusal(
-        "prodigy has one rate for all, `--learning_rate`",
-        "drop it",
-        auxiliary_learning_rate=unlike("learning_rate"),
-        optimizer="prodigy",
-    ),
+    *OF_OPTIMIZERS,
     # Bi-LoRA's ablations
     refusal(
         "an auxiliary that never leaves zero does nothing",
@@ -211,20 +194,6 @@ REFUSED: tuple[Refusal, ...] = (
     *(
         refusal(reason, instead, method="bilora", rho=AUTO, **{name: values})
         for name, values, reason, instead in _WITHOUT_AUTO
-    ),
-    refusal(
-        "the step size that Prodigy estimates would not shrink along with them",
-        "drop `--rescale_moments` or use `--optimizer AdamW`",
-        method="bilora",
-        optimizer="prodigy",
-        rescale_moments=True,
-    ),
-    refusal(
-        "8-bit moments are codes, which can't be multiplied by a number",
-        "drop `--rescale_moments` or `--use_8bit_adam`",
-        method="bilora",
-        use_8bit_adam=True,
-        rescale_moments=True,
     ),
     # when to stop
     *(

@@ -72,29 +72,29 @@ def draw(
     return Crop(top, left, random_flip and side < 0.5)
 
 
-def cut(image: Image.Image, crop: Crop, target: Size, interpolation: str) -> Tensor:
-    """Resize, mirror and crop an RGB image: (3, H, W), float32 in [-1, 1].
+def fitted(image: Image.Image, target: Size, interpolation: str) -> Tensor:
+    """An image made as small as covers a target: (c, h, w), in 0 to 255.
 
     Args:
-        image: RGB.
-        crop: from ``draw`` for the size of this image.
+        image: RGB or gray.
         target: (height, width) of what is cut out.
         interpolation: a choice of ``--image_interpolation_mode``.
     """
-    return _cut(image, crop, target, interpolation) * 2 - 1
-
-
-def cut_mask(mask: Image.Image, crop: Crop, target: Size) -> Tensor:
-    """The same of a gray image: (1, H, W), float32 in [0, 1]."""
-    return _cut(mask, crop, target, "bilinear")
-
-
-def _cut(image: Image.Image, crop: Crop, target: Size, interpolation: str) -> Tensor:
     size = list(resized((image.height, image.width), target))
     mode = InterpolationMode(interpolation.replace("_", "-"))
-    pixels = cast(Any, image)  # torchvision's types know tensors only, its functions more
-    pixels = functional.resize(pixels, size, interpolation=mode)
-    if crop.flipped:
-        pixels = functional.horizontal_flip(pixels)
+    # torchvision's types know tensors only, its functions more
+    small = functional.resize(cast(Any, image), size, interpolation=mode)
+    return functional.pil_to_tensor(small)
+
+
+def cut(image: Tensor, crop: Crop, target: Size) -> Tensor:
+    """Mirror and crop an image: (c, H, W), float32 in [0, 1].
+
+    Args:
+        image: ``fitted`` to this target.
+        crop: from ``draw`` for the size of this image before resizing.
+        target: (height, width) of what is cut out.
+    """
+    pixels = functional.horizontal_flip(image) if crop.flipped else image
     pixels = functional.crop(pixels, crop.top, crop.left, *target)
-    return functional.to_dtype(functional.pil_to_tensor(pixels), torch.float32, scale=True)
+    return functional.to_dtype(pixels, torch.float32, scale=True)

@@ -17,21 +17,17 @@ from .heldout import GridLoss, grid_levels
 from .sampling import generate
 from .task import DreamBooth
 
-PROMPTS = 16
-"""Prompts are embedded so many at a time."""
-
 
 class Rehearsal:
     """A task without weights that stands for one with as many and as long captions.
 
-    All captions are its longest ones, of which no more are embedded than one pass takes, and of
+    All captions are its longest ones, of which no more are embedded than a step has, and of
     held-out images no more are looked at than the grid takes at a time.
     """
 
     def __init__(self, task: DreamBooth, schedule: Schedule, ledger: Ledger) -> None:
         self.task, self._held = task, task.validation
-        count = max(PROMPTS, schedule.step_size)
-        longest = sorted(task.stream.captions(), key=len, reverse=True)[:count]
+        longest = sorted(task.stream.captions(), key=len, reverse=True)[: schedule.step_size]
         replaced: Any = vars(task)
         task.validation = None  # its grid is made in a phase of its own
         condition, embed = task.condition, task.embed

@@ -35,6 +35,7 @@ class Conditioned(Protocol):
     module: Any
     device: torch.device
     cfg: Any
+    encoder: Encoder
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of a module's inputs for these captions."""
@@ -72,7 +73,8 @@ class GridLoss:
     def __init__(self, task: Conditioned, train: Any, validation: Any) -> None:
         self.task = task
         vae = task.pipeline.vae
-        encoder = Encoder(vae, task.module.family.space(vae), task.device)
+        space, shelf = task.module.family.space(vae), task.encoder.shelf
+        encoder = Encoder(vae, space, task.device, lambda _: True, shelf)
         self.sets = {
             "heldout_loss": self._load(encoder, validation),
             "train_grid_loss": self._load(encoder, train.images),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from .masks import at_size
+from .shelf import Shelf
 from .visits import Visit
 
 AT_ONCE = 1024 * 1024
@@ -82,6 +83,9 @@ class Posterior(NamedTuple):
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
+Known = dict[tuple[Any, ...], Posterior]
+
+
 class Encoder:
     """Encodes visits with a frozen autoencoder.
 
@@ -89,7 +93,9 @@ class Encoder:
         vae: the autoencoder, which comes to the device for the while of encoding.
         space: how its latents are scaled.
         device: where it encodes.
-        keeps: of which visits the posterior is kept, for all others that see the same.
+        keeps: of which visits the posterior is kept, for all others that see the same. These are
+            encoded one by one, so that the result does not depend on what else was lacking.
+        shelf: where what is kept stays for the next run.
     """
 
     def __init__(
@@ -98,9 +104,11 @@ class Encoder:
         space: LatentSpace,
         device: torch.device,
         keeps: Callable[[Visit], bool] = lambda _: False,
+        shelf: Shelf | None = None,
     ) -> None:
         self._vae, self.space, self._device, self._keeps = vae, space, device, keeps
         self._kept: dict[tuple[Any, ...], Posterior] = {}
+        self.shelf = shelf or Shelf(None)
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
         """The posterior of each visit, in float32 on the CPU.
@@ -108,20 +116,32 @@ class Encoder:
         Raises:
             TrainingError: a latent is not finite; the image is named.
         """
-        new = [visit for visit in visits if visit.key not in self._kept]
-        known = self._encoded(new) if new else {}
-        self._kept |= {visit.key: known[visit.key] for visit in new if self._keeps(visit)}
-        return [known[v.key] if v.key in known else self._kept[v.key] for v in visits]
+        new = {visit.key: visit for visit in visits if visit.key not in self._kept}
+        self._keep([visit for visit in new.values() if self._keeps(visit)])
+        passing = self._encoded([v for v in new.values() if v.key not in self._kept], AT_ONCE)
+        return [passing[v.key] if v.key in passing else self._kept[v.key] for v in visits]
+
+    def _keep(self, visits: Sequence[Visit]) -> None:
+        found = {visit.key: self.shelf.get(*visit.content) for visit in visits}
+        self._kept |= {key: Posterior(**parts) for key, parts in found.items() if parts}
+        lacking = [visit for visit in visits if visit.key not in self._kept]
+        self._kept |= self._encoded(lacking, 1)
+        for visit in lacking:
+            parts = self._kept[visit.key]._asdict()
+            there = {name: part for name, part in parts.items() if part is not None}
+            self.shelf.put(there, *visit.content)
 
     @torch.no_grad()
-    def _encoded(self, visits: Sequence[Visit]) -> dict[tuple[Any, ...], Posterior]:
+    def _encoded(self, visits: Sequence[Visit], at_once: int) -> Known:
+        if not visits:
+            return {}
         vae, home = self._vae, self._vae.device
         images, masks = zip(*(visit.read() for visit in visits), strict=True)
         pixels = torch.stack(images)
         vae.to(self._device)
         parts = [
             self.space.distribution(vae, part.to(self._device, vae.dtype))
-            for part in pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))
+            for part in pixels.split(max(1, at_once // pixels[0, 0].numel()))
         ]
         mean, std = (torch.cat(side).float().cpu() for side in zip(*parts, strict=True))
         vae.to(home)

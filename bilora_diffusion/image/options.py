@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..config.fields import Idle, option, unless
 from ..config.values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
 from ..run.options import OutputOptions
-from . import inputs
+from . import inputs, places
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
@@ -177,6 +177,13 @@ class DataOptions:
         choices=("auto", "yes", "no"),
         free=True,
     )
+    disk_cache: str = option(
+        places.AUTO,
+        "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
+        f" ~/.cache/{places.NAME}, or below $XDG_CACHE_HOME.",
+        place=True,
+        free=True,
+    )
     dataloader_num_workers: int = option(
         0,
         "Processes that read images ahead; 0 reads them in the training process.",
@@ -238,6 +245,12 @@ class DiffusionOptions:
     )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xFormers' attention instead of PyTorch's.", free=True
+    )
+    compile: bool = option(
+        False,
+        "Compile the denoiser's repeated blocks for training steps, adapters included, by"
+        " torch.compile; it needs a compiler (docs/trouble.md).",
+        free=True,
     )
 
 

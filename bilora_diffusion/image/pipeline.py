@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,21 @@ WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of configurations and tokenizers."""
 _GIVE_ONE = (
     "pass --pretrained_model_name_or_path a hub id (or folder) of a pipeline in diffusers' format,"
-    " or 'mini' for the embedded miniature"
+    " or one that is embedded, 'mini' or 'mini-flow'"
 )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a pipeline was read from.
+
+    Args:
+        folder: of the whole.
+        later: what reads each part that was left without weights (``adapters.weightless``).
+    """
+
+    folder: Path
+    later: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
@@ -45,6 +60,7 @@ def load_pipeline(
     cache_dir: str | None = None,
     vae: str | None = None,
     weights: bool = True,
+    later: Collection[str] = (),
 ) -> Any:
     """Load a genuine pipeline with its VAE in float32 and everything else in ``dtype``.
 
@@ -54,6 +70,10 @@ def load_pipeline(
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
         weights: whether to load any; the models are `adapters.weightless` without, and no more than
             configurations and tokenizers is downloaded.
+        later: parts that are left without weights until somebody reads them (`Origin`).
+
+    Returns:
+        The pipeline, with its `Origin` as ``origin``.
 
     Raises:
         UserError: nothing that can be loaded is there, only pickles are, weights are missing or not
@@ -69,7 +89,7 @@ def load_pipeline(
     index = _index(name, folder)
     family = named(str(index.get("_class_name")), name)()
     absent = [part for part in family.optional if (index.get(part) or [None])[0] is None]
-    parts: dict[str, Any] = {}
+    origin, parts = Origin(folder), dict[str, Any]()
     for part, kind in family.parts.items():
         if part in absent:
             continue
@@ -82,7 +102,12 @@ def load_pipeline(
             continue
         if variant and any((folder / part).glob(f"*.{variant}.*")):
             options["variant"] = variant
-        parts[part] = load(f'the {part} of "{name}"', loader, folder, subfolder=part, **options)
+        read = partial(load, f'the {part} of "{name}"', loader, folder, subfolder=part, **options)
+        if part in later:
+            origin.later[part] = read
+            parts[part] = _empty(*read.args, **read.keywords)
+        else:
+            parts[part] = read()
     whole: Any = getattr(diffusers, family.pipeline)
     pipeline = reading(
         f'the base model "{name}"',
@@ -94,9 +119,7 @@ def load_pipeline(
     reading(f'the base model "{name}"', ANOTHER, lambda: family.require_fit(name, pipeline))
     pipeline.register_to_config(_name_or_path=name)  # and not a folder of the hub's cache
     pipeline.set_progress_bar_config(disable=True)
-    for module in parts.values():
-        module.requires_grad_(False)
-        module.eval()
+    pipeline.origin = origin
     return pipeline
 
 
@@ -219,4 +242,4 @@ def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:
     )
     require_whole(what, found["missing_keys"])
     require_finite(what, model)
-    return model
+    return model.requires_grad_(False).eval()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .families import of
 from .families.base import Conditions, Family, joined, rows
+from .shelf import Shelf
 
 
 def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -29,25 +31,43 @@ class PromptCache:
         pipeline: with its encoders.
         device: where they are moved to for the while of embedding.
         family: the pipeline's kind, with the run's settings; its usual ones by default.
+        shelf: where embeddings stay for the next run.
+        ready: called before the encoders are used.
     """
 
-    def __init__(self, pipeline: Any, device: torch.device, family: Family | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        device: torch.device,
+        family: Family | None = None,
+        shelf: Shelf | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         self._pipeline, self._device = pipeline, device
         self.family = family or of(pipeline)
+        self._shelf, self._ready = shelf or Shelf(None), ready
         self._known: dict[str, Conditions] = {}
 
-    def add(self, prompts: Sequence[str], batch: int = 16) -> None:
-        """Embed those of ``prompts`` that are new; the encoders visit the device for it only."""
+    def add(self, prompts: Sequence[str]) -> None:
+        """Embed those of ``prompts`` that are new; the encoders visit the device for it only.
+
+        Each on its own, so that the result does not depend on what else was new.
+        """
         new = [p for p in dict.fromkeys(prompts) if p not in self._known]
-        if not new:
-            return
+        found = {prompt: self._shelf.get(prompt) for prompt in new}
+        self._known |= {prompt: _row(parts) for prompt, parts in found.items() if parts}
+        if new := [prompt for prompt in new if prompt not in self._known]:
+            self._embed(new)
+
+    def _embed(self, prompts: Sequence[str]) -> None:
+        self._ready()
         encoders = self._encoders()
         for encoder in encoders:
             encoder.to(self._device)
-        for start in range(0, len(new), batch):
-            part = new[start : start + batch]
-            embedded = rows(self.family.embed(self._pipeline, part))
-            self._known |= dict(zip(part, embedded, strict=True))
+        for prompt in prompts:
+            (row,) = rows(self.family.embed(self._pipeline, [prompt]))
+            self._known[prompt] = row
+            self._shelf.put(_parts(row), prompt)
         for encoder in encoders:
             encoder.to("cpu")
 
@@ -72,3 +92,25 @@ class PromptCache:
         """Embeddings of ``prompts`` and of as many empty ones, as ``sampling.generate`` takes."""
         empty = self([""] * len(prompts))
         return self(prompts), self.family.negative(self._pipeline, empty)
+
+
+LISTED = "[]"
+"""Ends the name of what is a list in a row."""
+
+
+def _parts(row: Conditions) -> dict[str, Tensor]:
+    """One row as tensors by name."""
+    return {
+        **{name: values for name, values in row.items() if isinstance(values, Tensor)},
+        **{
+            f"{name}{LISTED}": values[0] for name, values in row.items() if isinstance(values, list)
+        },
+    }
+
+
+def _row(parts: dict[str, Tensor]) -> Conditions:
+    """The reverse."""
+    return {
+        name.removesuffix(LISTED): [values] if name.endswith(LISTED) else values
+        for name, values in parts.items()
+    }

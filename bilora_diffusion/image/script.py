@@ -7,9 +7,10 @@ python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_d
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
 from ..train.stepping import Schedule
 from ..train.trainer import Trainer
+from . import shelves
 from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
@@ -77,6 +79,7 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
         weights=not cfg.dry_run,
+        later=kind().encoders if shelves.folder(cfg) and not cfg.train_text_encoder else (),
     )
     cfg = _fitted(cfg, kind(), pipeline, accelerator.num_processes)
     classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None
@@ -128,13 +131,23 @@ def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) 
     """
     kind = task.cfg.quantize
     if task.family.flow:
-        encoders = {name: getattr(task.pipeline, name) for name in task.family.encoders}
-        for model in filter(None, encoders.values()):
-            quantize(model, kind, dtype, device=device)
+        later = task.pipeline.origin.later
+        for name in task.family.encoders:
+            model = getattr(task.pipeline, name)
+            if name in later:
+                later[name] = partial(_quantized, later[name], kind, dtype, device)
+            elif model is not None:
+                quantize(model, kind, dtype, device=device)
         task.embed(device)
     for name, model in task.models.items():
         count = quantize(model, kind, dtype, device=device)
         logger.info("%s: the weights of %d layers are held in %s", name, count, kind)
+
+
+def _quantized(read: Callable[[], Any], kind: str, dtype: torch.dtype, device: torch.device) -> Any:
+    model = read()
+    quantize(model, kind, dtype, device=device)
+    return model
 
 
 def weights_dtypes(

@@ -64,6 +64,7 @@ class ImageSet:
         self._indices: list[int] = []
         self._sizes: list[tuple[int, int]] = []
         self._fingerprint: str | None = None
+        self._contents: dict[int, bytes] = {}
         self.masks, self._masked = masks, set[int]()
         skipped, whole = [], len(self._names) <= FULL_CHECK_LIMIT
         for row, name in enumerate(self._names):
@@ -208,13 +209,21 @@ class ImageSet:
             for i in range(len(self)):
                 state.update(repr((self.name(i), self.caption(i), self.size(i))).encode())
                 if len(self) <= FULL_CHECK_LIMIT:
-                    source = self._source(self._indices[i])
-                    content = source if isinstance(source, bytes) else source.read_bytes()
-                    state.update(hashlib.blake2b(content).digest())
-                    if (mask := self.mask(i)) is not None:
-                        state.update(hashlib.blake2b(mask.tobytes()).digest())
+                    state.update(self.content(i))
             self._fingerprint = state.hexdigest()
         return self._fingerprint
+
+    def content(self, i: int) -> bytes:
+        """Identifies the file of image ``i`` and what its mask shows, wherever they lie."""
+        row = self._indices[i]
+        if row not in self._contents:
+            source = self._source(row)
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            mark = hashlib.blake2b(content).digest()
+            if (mask := self.mask(i)) is not None:
+                mark += hashlib.blake2b(mask.tobytes()).digest()
+            self._contents[row] = mark
+        return self._contents[row]
 
 
 def encoded(row: Mapping[str, Any] | None) -> Path | bytes | None:

@@ -15,6 +15,7 @@ from ..choices import ATTENTION
 from ..methods import Target
 from ..seeds import digest, generator
 from ..train.task import MicroBatch, inference
+from . import shelves
 from .captions import texts
 from .denoising import Denoising, DreamBoothModule, Schedule
 from .families import of
@@ -112,7 +113,8 @@ class DreamBooth:
 
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
-        self.prompts = PromptCache(self.pipeline, device, self.family)
+        shelf = shelves.of_prompts(self.cfg, self.family, self.pipeline, device)
+        self.prompts = PromptCache(self.pipeline, device, self.family, shelf, self.read_encoders)
         # Each on its own: what is measured and drawn must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
@@ -122,14 +124,21 @@ class DreamBooth:
         if self.family.flow:
             self.prompts.release()
 
+    def read_encoders(self) -> None:
+        """Read the text encoders that were left without weights in the hope of kept embeddings."""
+        for name in self.family.encoders:
+            if read := self.pipeline.origin.later.pop(name, None):
+                setattr(self.pipeline, name, read())
+
     def to_device(self, device: torch.device) -> None:
         """Move the models, embed all prompts if need be, and set up the latent cache."""
         self.device = device
         vae = self.pipeline.vae
+        space = self.family.space(vae)
+        shelf = shelves.of_latents(self.cfg, space, vae, device)
         if not self.cfg.offload:
             vae.to(device)
-        space = self.family.space(vae)
-        self.encoder = Encoder(vae, space, device, keeps=self.stream.keeps)
+        self.encoder = Encoder(vae, space, device, self.stream.keeps, shelf)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)

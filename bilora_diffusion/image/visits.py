@@ -16,6 +16,7 @@ from ..seeds import digest_texts, generator
 from ..train.order import KindsOrder, SampleOrder
 from . import buckets, crops
 from .captions import Captions, texts
+from .resized import MOST_BYTES, Resized
 from .sets import ImageSet
 
 Slots = tuple[int, tuple[int, ...]]
@@ -53,19 +54,29 @@ class Visit:
         return self.kind, self.sample, *self.crop, *size
 
     @property
+    def content(self) -> tuple[str, ...]:
+        """Two visits with the same see the same pixels, in whichever run and set."""
+        seen = repr((tuple(self.crop), tuple(self.size)))
+        return self.images.content(self.sample).hex(), seen
+
+    @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
         return *self.images.size(self.sample), self.crop.top, self.crop.left, *self.size
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
+    def read(self, resized: Resized | None = None) -> tuple[Tensor, Tensor | None]:
         """The image as it is seen, (3, H, W) in [-1, 1], and its mask, (1, H, W) in [0, 1] or None;
         read now unless they were read before.
+
+        Args:
+            resized: where what it is cut from is kept for the next visit.
         """
         if self.loaded is not None:
             return self.loaded
-        image, mask = self.images.image(self.sample), self.images.mask(self.sample)
-        pixels = crops.cut(image, self.crop, self.size, self.cfg.image_interpolation_mode)
-        return pixels, None if mask is None else crops.cut_mask(mask, self.crop, self.size)
+        how = self.cfg.image_interpolation_mode
+        image, mask = (resized or Resized(0))(self.images, self.sample, self.size, how)
+        pixels = crops.cut(image, self.crop, self.size) * 2 - 1
+        return pixels, None if mask is None else crops.cut(mask, self.crop, self.size)
 
     def digest(self, noise: str) -> str:
         """Identifies this visit's data together with its noise."""
@@ -181,6 +192,8 @@ class _Visits(Dataset):
 
     def __init__(self, stream: VisitStream, schedule: Sequence[Slots], step_size: int) -> None:
         self._stream, self._schedule, self._step_size = stream, schedule, step_size
+        # Each process that reads images keeps its own.
+        self._resized = Resized(MOST_BYTES // max(1, stream.cfg.dataloader_num_workers))
 
     def __len__(self) -> int:
         return len(self._schedule)
@@ -193,7 +206,7 @@ class _Visits(Dataset):
         ]
         for visit in visits:
             if not self._stream.keeps(visit):
-                visit.loaded = visit.read()
+                visit.loaded = visit.read(self._resized)
         return visits
 
 

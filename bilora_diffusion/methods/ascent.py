@@ -22,7 +22,7 @@ projection is taken out of all factors first: by it the orthonormal ones are lon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,28 +93,38 @@ def power_step_(
     return following
 
 
+def shrinking(optimizer: Optimizer, moments: bool) -> dict[str, int]:
+    """What of an optimizer's state shrinks along with the factors, by which power of f.
+
+    Adam's moments, if wanted: otherwise the second remembers the larger gradients that it saw
+    before the projections, and the auxiliary's steps become small. Of schedule-free optimizers
+    always z: they keep their average x by the weights y = (1 - beta) z + beta x alone, so that x
+    shrinks by f as well if both of these do.
+    """
+    adams = {"exp_avg": 1, "exp_avg_sq": 2} if moments else {}
+    return {**adams, **({"z": 1} if "train_mode" in optimizer.defaults else {})}
+
+
 @torch.no_grad()
-def rescale_moments_(
+def shrink_(
     optimizer: Optimizer,
     parameters: Sequence[nn.Parameter],
     factor: Tensor,
+    powers: Mapping[str, int],
     each: bool = False,
 ) -> None:
-    """Shrink Adam's moments as the projection shrank the factors: exp_avg by f, exp_avg_sq by f^2.
-
-    Otherwise the second moment remembers the larger gradients that it saw before the projections,
-    and the auxiliary's steps become small.
+    """Multiply an optimizer's state as a projection multiplied the factors.
 
     Args:
         parameters: those that were multiplied, A and B of each layer in turn.
         factor: f, 0-d, or (layers,) with `each`.
+        powers: of f, by the names of the state (`shrinking`).
     """
     by = factor.repeat_interleave(2).unbind() if each else [factor] * len(parameters)
     for parameter, f in zip(parameters, by, strict=True):
         state = optimizer.state.get(parameter, {})
-        if "exp_avg" in state:
-            state["exp_avg"].mul_(f.to(state["exp_avg"]))
-            state["exp_avg_sq"].mul_((f * f).to(state["exp_avg_sq"]))
+        for name in powers.keys() & state.keys():
+            state[name].mul_((f ** powers[name]).to(state[name]))
 
 
 def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,7 @@ class BiLoRA(Counting):
         super().__init__(options)
         self._layers: list[tuple[str, adapters.LoraLayer]] = []
         self._optimizer: Optimizer | None = None
+        self._shrinking: dict[str, int] = {}  # what of its state a projection multiplies too
         self._hooks: list[RemovableHandle] = []
         self._scales: list[float] = []  # what the norm of each layer's B2 A2 is multiplied with
         self._primary: list[float] = []  # and of its B1 A1
@@ -136,7 +137,7 @@ class BiLoRA(Counting):
     def bind(self, optimizer: Optimizer) -> None:
         """Project after every step of `optimizer`, and see to it that it ascends on the auxiliary.
 
-        An optimizer that knows no `maximize` (Prodigy, 8-bit AdamW) is given the auxiliary's
+        An optimizer that knows no `maximize` (all but torch's) is given the auxiliary's
         negated gradients, which is the same for a group without weight decay.
 
         Raises:
@@ -160,6 +161,7 @@ class BiLoRA(Counting):
             self._hooks.append(optimizer.register_step_post_hook(self._negate))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._optimizer = optimizer
+        self._shrinking = ascent.shrinking(optimizer, self.options.rescale_moments)
 
     def check_groups(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that does not climb on the auxiliary.
@@ -184,10 +186,9 @@ class BiLoRA(Counting):
         last = ball.project_(
             factors, self._radius(), onto=self._power, each=each, measured=measured
         )
-        if self.options.rescale_moments and self._optimizer is not None:
-            ascent.rescale_moments_(
-                self._optimizer, self._parameters(self._layers), last.factor, each
-            )
+        if self._shrinking and self._optimizer is not None:
+            parameters = self._parameters(self._layers)
+            ascent.shrink_(self._optimizer, parameters, last.factor, self._shrinking, each)
         return last._replace(factor=last.factor.amin())
 
     def auxiliary_norm(self) -> float:

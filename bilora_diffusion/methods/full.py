@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import weightless
+from ..choices import OPTIMIZERS
 from ..errors import UserError
 from .base import Method, Target
 from .registry import register
 
-BYTES_PER_WEIGHT = 16  # fp32: the weight, its gradient, and AdamW's two moments
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +37,7 @@ class FullFineTuning(Method):
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         self.targets = tuple(targets)
-        say_memory(self.targets)
+        say_memory(self.targets, self.options.optimizer)
         for target in self.targets:
             for name, parameter in target.model.named_parameters():
                 if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -74,8 +74,8 @@ class FullFineTuning(Method):
         yield
 
 
-def say_memory(targets: Sequence[Target]) -> None:
-    """Say what full fine-tuning of these models takes.
+def say_memory(targets: Sequence[Target], optimizer: str) -> None:
+    """Say what full fine-tuning of these models takes with an optimizer.
 
     Raises:
         UserError: the device has less.
@@ -85,14 +85,17 @@ def say_memory(targets: Sequence[Target]) -> None:
     device = next(targets[0].model.parameters()).device
     if weightless.is_weightless(next(targets[0].model.parameters())):
         return  # a dry run says it itself
-    need, free = count * BYTES_PER_WEIGHT, free_memory(device)
+    each = 4 * (2 + OPTIMIZERS[optimizer.lower()].state)  # fp32 weight, gradient, and what is kept
+    need, free = count * each, free_memory(device)
     sentence = (
         f"full fine-tuning of {', '.join(t.name for t in targets)}: {count / 1e6:.1f} M weights "
-        f"need {need / 1e9:.1f} GB (weights, gradients, AdamW's state in fp32) beside activations; "
-        f"{device.type} has {(free + held) / 1e9:.1f} GB for them"
+        f"need {need / 1e9:.1f} GB (fp32 weights and gradients, {optimizer}'s state) beside"
+        f" activations; {device.type} has {(free + held) / 1e9:.1f} GB for them"
     )
     if need > free + held:
-        raise UserError(f"{sentence}: use --method lora or bilora, or a larger device.")
+        raise UserError(
+            f"{sentence}: use --method lora or bilora, --optimizer adafactor, or a larger device."
+        )
     logger.info(sentence)
 
 

@@ -207,6 +207,7 @@ class MethodOptions(MethodFlags):
     Attributes:
         num_steps: optimizer steps of the whole run, which schedules need.
         seed: of the random numbers that a method itself draws (Flat-LoRA's noise).
+        optimizer: its name, by which full fine-tuning knows what memory it needs.
         own: the options that the method alone has; None for their defaults.
 
     Raises:
@@ -215,6 +216,7 @@ class MethodOptions(MethodFlags):
 
     num_steps: int | None = None
     seed: int = 0
+    optimizer: str = "adamw"
     own: Any = None
 
     def __post_init__(self) -> None:

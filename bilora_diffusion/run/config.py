@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from .. import methods
+from ..choices import OPTIMIZERS
 from ..config import fields, machine, notes, refusals
 from ..config.command_line import CommandLine
 from ..config.conditions import said
 from ..config.values import check_choice
 from ..errors import UserError
 from ..methods.options import AdapterOptions, MethodFlags
-from .options import OPTIMIZERS, OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
+from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
 Values = dict[str, Any]
 SAMPLES_OF_A_STEP = 10**6
@@ -57,6 +58,7 @@ class RunConfig(
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False
+    compile: bool = False
     eval_on_start: bool = False
     skip_final_inference: bool = False
     resolution: int | None = None
@@ -209,12 +211,28 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
     methods.check_rho(values["method"], values["rho"])
     if values["rho"] is None:
         values["rho"] = methods.default_rho(values["method"], modality)
-    if values["optimizer"] == "prodigy" and "learning_rate" not in given:
-        values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
+    values |= _of_optimizer(values, given)
     values["mixed_precision"] = values["mixed_precision"] or machine.default_precision()
     if "report_to" not in given and not machine.is_installed(values["report_to"]):
         values["report_to"] = "none"
     return values
+
+
+def _of_optimizer(values: Values, given: frozenset[str]) -> Values:
+    """The optimizer's one name, and the rates that are usual with it where none were given."""
+    name, rate = values["optimizer"], values["learning_rate"]
+    if name in ("adamw", "adamw8bit") and values["use_8bit_adam"]:
+        return {"optimizer": "adamw8bit", "use_8bit_adam": False}
+    usual = {}
+    if name == "prodigy":
+        usual["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
+    elif name == "lion8bit":
+        # Chen et al. 2023 (https://arxiv.org/abs/2302.06675), Section 5: 3 to 10 times less than
+        # AdamW's, since each number moves by the whole rate.
+        usual |= {"learning_rate": rate / 5, "adam_beta2": 0.99}
+    elif name == "schedule-free" and values["lr_scheduler"] != "constant":
+        usual["lr_scheduler"] = "constant_with_warmup"
+    return {key: value for key, value in usual.items() if key not in given}
 
 
 def _measured_every(values: Values, given: frozenset[str]) -> int:
@@ -270,15 +288,15 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     check_choice("--report_to", tracker, (*TRACKERS, "all", "none"))
     if tracker in TRACKERS:
         machine.require(tracker, f"--report_to {tracker}")
-    if values["use_8bit_adam"]:
-        machine.require("bitsandbytes", "--use_8bit_adam")
     if values["quantize"] == "nf4":
         machine.require("bitsandbytes", "--quantize nf4", ">=0.50")  # older ones: on CUDA only
-    if values["optimizer"] == "prodigy":
-        machine.require("prodigyopt", "--optimizer prodigy")
+    if package := OPTIMIZERS[values["optimizer"]].package:
+        machine.require(package, f"--optimizer {values['optimizer']}")
     xformers = "enable_xformers_memory_efficient_attention"
     if values.get(xformers):
         machine.require("xformers", f"--{xformers}")
+    if values.get("compile"):
+        machine.require_compiler("--compile")
     if values["push_to_hub"] and values["hub_token"] is None:
         from huggingface_hub import get_token
 

@@ -9,7 +9,6 @@ from ..config.fields import Idle, option, unless
 from ..config.values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
 
 PRECISIONS = ("no", "fp16", "bf16")
-OPTIMIZERS = ("adamw", "prodigy")
 LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -18,7 +17,18 @@ LR_SCHEDULERS = (
     "cosine_with_restarts",
     "polynomial",
 )
-ON_ADAMW = unless("optimizer", "prodigy", "on AdamW")
+ON_OTHERS = unless("optimizer", "prodigy", "on another optimizer")
+
+
+def _on(*names: str) -> Idle:
+    """No effect on some optimizers."""
+    return Idle(
+        lambda v: v["optimizer"] in names,
+        f"on {' and '.join(names)}",
+        "use `--optimizer adamw` or drop it",
+    )
+
+
 AT_A_CONSTANT_RATE = Idle(
     lambda v: v["lr_scheduler"] == "constant",
     "on a constant learning rate",
@@ -146,7 +156,11 @@ class OptimizerOptions:
 
     section: ClassVar[str] = "optimizer"
 
-    learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
+    learning_rate: float = option(
+        2e-4,
+        "Learning rate; 1.0 by default for prodigy, and a fifth of what AdamW has for lion8bit.",
+        range=RATES,
+    )
     scale_lr: bool = option(
         False,
         "Multiply --learning_rate, and --auxiliary_learning_rate where it is given, by batch size,"
@@ -171,36 +185,48 @@ class OptimizerOptions:
         range=Range(100, "the rate would fall to 0 within the first steps", above=0),
         idle=(unless("lr_scheduler", "polynomial", "on this course of the rate"),),
     )
-    optimizer: str = option("AdamW", "AdamW or prodigy, in upper or lower case.")
+    optimizer: str = option(
+        "AdamW",
+        "AdamW, adamw8bit, lion8bit, adafactor, prodigy or schedule-free, in upper or lower case"
+        " (docs/guide.md says which for what).",
+    )
     use_8bit_adam: bool = option(
         False,
-        "AdamW with 8-bit state, from bitsandbytes.",
-        idle=(unless("optimizer", "adamw", "on prodigy"),),
+        "The same as --optimizer adamw8bit.",
+        idle=(unless("optimizer", "adamw", "on another optimizer"),),
     )
-    adam_beta1: float = option(0.9, "First beta of AdamW and Prodigy.", range=SHARES)
-    adam_beta2: float = option(0.999, "Second beta of AdamW and Prodigy.", range=SHARES)
+    adam_beta1: float = option(
+        0.9, "First beta; adafactor has none.", range=SHARES, idle=(_on("adafactor"),)
+    )
+    adam_beta2: float = option(
+        0.999,
+        "Second beta; 0.99 by default for lion8bit, and adafactor has none.",
+        range=SHARES,
+        idle=(_on("adafactor"),),
+    )
     adam_epsilon: float = option(
         1e-8,
-        "Epsilon of AdamW and Prodigy.",
+        "Epsilon; lion8bit and adafactor take none.",
         range=Range(1e3, "the optimizer would hardly move anything", above=0),
+        idle=(_on("lion8bit", "adafactor"),),
     )
     adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", range=DECAYS)
     prodigy_beta3: float | None = option(
         None,
         "Beta of Prodigy's step size estimate. Default: the square root of the second beta.",
-        idle=(ON_ADAMW,),
+        idle=(ON_OTHERS,),
         range=SHARES,
     )
     prodigy_decouple: bool = option(
-        True, "Decay weights apart from the gradient, as AdamW does.", idle=(ON_ADAMW,)
+        True, "Decay weights apart from the gradient, as AdamW does.", idle=(ON_OTHERS,)
     )
     prodigy_use_bias_correction: bool = option(
-        True, "Correct Prodigy's averages for their start.", idle=(ON_ADAMW,)
+        True, "Correct Prodigy's averages for their start.", idle=(ON_OTHERS,)
     )
     prodigy_safeguard_warmup: bool = option(
         True,
         "Keep the learning rate out of Prodigy's estimate while it warms up.",
-        idle=(ON_ADAMW,),
+        idle=(ON_OTHERS,),
     )
 
 

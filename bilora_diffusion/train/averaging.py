@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained: a flat minimum for next to nothing.
+"""Averages of what is trained: a flat minimum for next to nothing.
 
 Izmailov et al. 2018 (https://arxiv.org/abs/1803.05407) found that averaged weights lie in wider
 minima than those that the optimizer visits. The factors A and B are averaged each on its own.
@@ -18,7 +18,7 @@ from ..methods.perturb import restored
 
 
 class Average:
-    """diffusers' `EMAModel` over a list of parameters.
+    """An exponential moving average: diffusers' `EMAModel` over a list of parameters.
 
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
 
@@ -55,3 +55,47 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self._ema.optimization_step = state["steps"]
+
+
+class ScheduleFree:
+    """The average x that a schedule-free optimizer keeps, in the form of `Average`.
+
+    Training goes on at y = (1 - beta) z + beta x, which is what the parameters hold; x is what
+    counts (Defazio et al. 2024, https://arxiv.org/abs/2405.15682, Equations 3 to 5).
+
+    Args:
+        parameters: what a run leaves, some of the optimizer's own.
+        optimizer: of the package schedulefree, in training mode.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Any) -> None:
+        self.parameters, self._optimizer = list(parameters), optimizer
+
+    def update(self) -> None:
+        """Nothing: the optimizer's step has taken the parameters in."""
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the parameters hold x; then, to the bit, y again."""
+        groups = self._optimizer.param_groups
+        if not groups[0]["train_mode"]:  # within another such context
+            yield
+            return
+        with restored([weight for group in groups for weight in group["params"]]):
+            self._optimizer.eval()
+            try:
+                yield
+            finally:
+                self._optimizer.train()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """x, by "average/number", so that a checkpoint can be exported."""
+        with self.applied():
+            return {f"average/{i}": own.detach().clone() for i, own in enumerate(self.parameters)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: all of it is the optimizer's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing, as `state_dict` gave."""

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..methods import for_run
 from ..methods.full import free_memory
 from ..run.config import RunConfig
+from .averaging import Average
 from .estimate import TRAINING, Estimate, said
 from .memory import Ledger, tensors_of
 from .stepping import Schedule, total_steps
@@ -117,7 +118,7 @@ def hold(trainer: Trainer, parts: Mapping[str, Any], ledger: Ledger) -> None:
             found = adapters.parameters(target.model, adapter)
             ledger.hold(f"adapters: {words}", found)
         ledger.hold("trained whole", adapters.whole(target.model, PRIMARY).values())
-    if outcome.average is not None:
+    if isinstance(outcome.average, Average):
         ledger.hold("moving averages", outcome.average.tensors().values())
     ledger.hold("best weights", outcome.best.tensors().values())
 

@@ -47,23 +47,23 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
 def facts(accelerator: Accelerator) -> dict[str, Any]:
     """How accelerate was launched, by the names of `conditions.FACTS`."""
     kind = accelerator.distributed_type
+    state: Any = accelerator.state
     launch = {
         "engine": FSDP2 if accelerator.is_fsdp2 else ENGINES.get(kind, DDP),
         "parallelism_config": accelerator.parallelism_config is not None,
         "use_fsdp": os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
         "on_cpu": kind == DistributedType.MULTI_CPU,
+        "compiled": state.dynamo_plugin.backend != DynamoBackend.NO,
     }
     if not accelerator.is_fsdp2:
         return launch
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
-    state: Any = accelerator.state
     plugin = state.fsdp_plugin
     return launch | {
         "offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "activation_checkpointing": bool(plugin.activation_checkpointing),
-        "compiled": state.dynamo_plugin.backend != DynamoBackend.NO,
         "ignored_modules": plugin.ignored_modules is not None,
         "size_based_wrap": plugin.auto_wrap_policy is size_based_auto_wrap_policy,
     }

@@ -1,12 +1,19 @@
-"""The processes of a run that its launcher was asked for and did not start."""
+"""What a script does before its work: it starts processes that its launcher was asked for and did
+not start, and imports its libraries.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..errors import UserError
+
+NOT_COMPILED = "TORCHDYNAMO_DISABLE"
+"""torch's switch: where it is "1", `torch.compile` gives back what it is given."""
 
 
 def start_missing_processes(script: Sequence[str] = ()) -> None:
@@ -55,3 +62,30 @@ def launched_processes() -> int | None:
             given = inside or value
             return int(given) if given.isdigit() and int(given) > 1 else None
     return None
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within the context libraries are imported without what costs time and is of no use here.
+
+    Python looks for no garbage meanwhile, and later never among what is there at the end: torch,
+    Transformers, PEFT and diffusers are objects by the hundred thousand that stay, and looking
+    through them again and again takes a third of a short run. Functions that a library wants
+    compiled as soon as it is imported stay as they are: PEFT imports bitsandbytes, which has a few
+    such for devices without kernels of its own, and for their sake torch would load its compiler.
+
+    Does nothing where torch is imported already, as in a notebook, whose objects are to be freed.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    told = NOT_COMPILED in os.environ
+    os.environ.setdefault(NOT_COMPILED, "1")
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if not told:
+            del os.environ[NOT_COMPILED]

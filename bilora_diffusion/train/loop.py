@@ -10,6 +10,7 @@ import torch
 
 from ..run.console import Bar
 from ..run.runlog import RunLog
+from .compiling import Blocks
 from .recording import show_images
 from .trainer import Trainer
 
@@ -35,8 +36,11 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         trainer.interruption.patient = True
         if trainer.finished:  # a resume of a run that had come to its end
             return
+        targets = trainer.method.targets if trainer.cfg.compile else ()
+        blocks = Blocks([target.model for target in targets])
         for batches in trainer.micro_batches():
-            values = trainer.train_step(batches)
+            with blocks.step(trainer.step + 1):
+                values = trainer.train_step(batches)
             bar.step(values)
             if _after_step(trainer, values, folder, log, bar):
                 return

@@ -2,57 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.optim import Optimizer
 
-from ..errors import UserError
 from ..run.config import RunConfig
 
+Groups = list[dict[str, Any]]
 
-def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+
+def build_optimizer(cfg: RunConfig, groups: Groups) -> Optimizer:
     """The optimizer for a method's parameter groups.
 
     Args:
         cfg: training configuration.
         groups: parameter groups; each brings its learning rate and weight decay.
-
-    Raises:
-        UserError: an optimizer whose package is missing.
     """
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    if cfg.optimizer.lower() == "prodigy":
-        try:
-            from prodigyopt import Prodigy
-        except ImportError as error:
-            raise UserError(
-                "--optimizer prodigy needs the package prodigyopt: pip install prodigyopt."
-            ) from error
-        return Prodigy(
-            groups,
-            betas=betas,
-            beta3=cfg.prodigy_beta3,
-            eps=cfg.adam_epsilon,
-            decouple=cfg.prodigy_decouple,
-            use_bias_correction=cfg.prodigy_use_bias_correction,
-            safeguard_warmup=cfg.prodigy_safeguard_warmup,
-        )
-    if cfg.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes."
-            ) from error
-        return AdamW8bit(groups, betas=betas, eps=cfg.adam_epsilon)
+    return BUILDERS[cfg.optimizer.lower()](cfg, groups)
+
+
+def _adamw(cfg: RunConfig, groups: Groups) -> Optimizer:
     # One kernel for all parameters: on a CPU the default takes them one by one, and twice as many
     # cost twice as much. Under fp16 accelerate could not tell a skipped step of it.
     fused = cfg.mixed_precision != "fp16"
-    return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_epsilon, fused=fused)
+    return torch.optim.AdamW(groups, **_adams(cfg), fused=fused)
 
 
-def build_scheduler(cfg: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+def _adamw8bit(cfg: RunConfig, groups: Groups) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **_adams(cfg))
+
+
+def _lion8bit(cfg: RunConfig, groups: Groups) -> Optimizer:
+    from bitsandbytes.optim import Lion8bit
+
+    return Lion8bit(groups, betas=(cfg.adam_beta1, cfg.adam_beta2))
+
+
+def _adafactor(cfg: RunConfig, groups: Groups) -> Optimizer:
+    from transformers import Adafactor
+
+    # The rate that was given, as Transformers' Trainer asks for it: neither one that falls with the
+    # steps nor one in units of a weight's size, which is 0 for the B of a fresh adapter.
+    return Adafactor(groups, scale_parameter=False, relative_step=False)
+
+
+def _prodigy(cfg: RunConfig, groups: Groups) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(
+        groups,
+        **_adams(cfg),
+        beta3=cfg.prodigy_beta3,
+        decouple=cfg.prodigy_decouple,
+        use_bias_correction=cfg.prodigy_use_bias_correction,
+        safeguard_warmup=cfg.prodigy_safeguard_warmup,
+    )
+
+
+def _schedule_free(cfg: RunConfig, groups: Groups) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    # It warms up by the rate of the groups, like any other.
+    optimizer = AdamWScheduleFree(groups, **_adams(cfg))
+    optimizer.train()  # only `averaging.ScheduleFree` switches it
+    return optimizer
+
+
+def _adams(cfg: RunConfig) -> dict[str, Any]:
+    return {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
+
+
+BUILDERS: dict[str, Callable[[RunConfig, Groups], Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "lion8bit": _lion8bit,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    "schedule-free": _schedule_free,
+}
+"""What `choices.OPTIMIZERS` names."""
+
+
+def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:
     """The learning-rate schedule over ``steps`` optimizer steps, warm-up included."""
     return get_scheduler(
         cfg.lr_scheduler,

@@ -8,13 +8,14 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
 from ..errors import UserError
 from ..methods import Method
 from ..run.config import RunConfig
-from .averaging import Average
+from .averaging import Average, ScheduleFree
 from .best import Best
 
 
@@ -24,20 +25,25 @@ class Outcome:
     Args:
         method: of which the adapters are attached.
         cfg: says what is kept.
+        optimizer: may keep an average itself.
 
     Attributes:
-        average: of the steps so far, None without ``--use_ema``.
+        average: of the steps so far; None without ``--use_ema`` and ``--optimizer schedule-free``.
         best: the lowest held-out loss so far, and its weights with ``--keep_best``.
     """
 
-    def __init__(self, method: Method, cfg: RunConfig) -> None:
-        self._method, self._cfg = method, cfg
+    def __init__(self, method: Method, cfg: RunConfig, optimizer: Optimizer) -> None:
+        self._method, self._cfg, self._optimizer = method, cfg, optimizer
         self.begin()
 
     def begin(self) -> None:
         """Start from the weights as they are now."""
         weights, cfg = self._method.clip_parameters(), self._cfg
-        self.average = Average(weights, cfg.ema_decay) if cfg.use_ema else None
+        self.average: Average | ScheduleFree | None = None
+        if cfg.use_ema:
+            self.average = Average(weights, cfg.ema_decay)
+        elif cfg.optimizer == "schedule-free":
+            self.average = ScheduleFree(weights, self._optimizer)
         self.best = Best(weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
     def update(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from ..choices import OPTIMIZERS
 from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
 from ..errors import TrainingError, UserError, keep_trace, unexpected
 from ..methods import Method
@@ -72,12 +73,12 @@ def bytes_to_write(trainer: Trainer) -> int:
     cfg, method = trainer.cfg, trainer.method
     ahead = trainer.last_step - trainer.step
     trained = sum(t.numel() * t.element_size() for t in method.tensors().values())
-    moments = 0.5 if cfg.use_8bit_adam else 4 if cfg.optimizer == "prodigy" else 2
+    state = OPTIMIZERS[cfg.optimizer.lower()].state
     saved = ahead // cfg.checkpointing_steps
     if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
         saved = min(saved, cfg.checkpoints_total_limit + 1)
     snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.every
-    each = 1 + moments + (1 if cfg.keep_best else 0)
+    each = 1 + state + (1 if cfg.keep_best else 0)
     tensors = (saved * each + snapshots + 1) * trained
     every = trainer.validation_steps
     images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)

@@ -76,8 +76,8 @@ class Remaining(Sequence[tuple[int, tuple[int, ...]]]):
 class ClippedOptimizer:
     """What a method steps: clips the gradients that it wants clipped, then updates once.
 
-    ``grad_norm`` is the norm before clipping; ``skipped`` tells whether the gradient scaler left
-    the update out, in which case neither projection nor schedule may move on.
+    ``skipped`` tells whether the gradient scaler left the update out, in which case neither
+    projection nor schedule may move on.
     """
 
     def __init__(
@@ -85,13 +85,17 @@ class ClippedOptimizer:
     ) -> None:
         self._accelerator, self._optimizer = accelerator, optimizer
         self._method, self._max_grad_norm = method, max_grad_norm
-        self.grad_norm: float | None = None
+        self._norm: Any = None
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
-        norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
-        self.grad_norm = None if norm is None else float(norm)
+        self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm before the last clipping; asked for after the update, which waits for none."""
+        return None if self._norm is None else float(self._norm)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

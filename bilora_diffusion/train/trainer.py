@@ -31,6 +31,7 @@ from ..run.interruption import Interruption
 from ..run.matching import load_tensors, require_same_settings
 from ..seeds import digest_texts, seed_of
 from . import sharding
+from .compiling import eager
 from .dynamics import Dynamics
 from .gradients import initialise
 from .optimizers import build_optimizer, build_scheduler
@@ -76,11 +77,12 @@ class Trainer:
         models = [target.model for target in method.targets]
         self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
-        self.outcome = Outcome(method, cfg)
+        self.outcome = Outcome(method, cfg, raw)
         # Several processes stop together, which they can't before they share a first step.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._agreed: int | None = None
         self._spoilt = 0  # steps in a row whose loss was not finite
+        self._passed: list[tuple[Tensor, MicroBatch]] = []  # losses of the step's forward passes
 
     @property
     def validation_steps(self) -> int | None:
@@ -109,8 +111,15 @@ class Trainer:
             yield [next(stream) for _ in slots]
 
     def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """One optimizer step on frozen inputs; returns what is logged about it."""
+        """One optimizer step on frozen inputs; returns what is logged about it.
+
+        No number is read before all of the step's work is given to the device.
+
+        Raises:
+            TrainingError: a loss is not finite; what is saved is untouched.
+        """
         started = time.perf_counter()
+        self._passed.clear()
         loss = self.method.step(self.forward_backward(batches), self.clipped)
         lr = self.lr_scheduler.get_last_lr()[0]
         if not self.clipped.skipped:
@@ -118,6 +127,7 @@ class Trainer:
             self.outcome.update()
         self.step += 1
         digest, levels = self._seen(batches)
+        self._require_finite()
         value = float(loss)
         self._spoilt = 0 if math.isfinite(value) else self._spoilt + 1
         return {
@@ -145,7 +155,7 @@ class Trainer:
                 last = number == len(batches) - 1
                 with sharding.accumulating(self.accelerator, self.module, last):
                     losses = self.module(send_to_device(batch.inputs, device))
-                    self._require_finite(losses, batch)
+                    self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total += loss.detach()
@@ -154,16 +164,18 @@ class Trainer:
 
         return forward_backward
 
-    def _require_finite(self, losses: Tensor, batch: MicroBatch) -> None:
-        finite = torch.isfinite(losses.detach()).tolist()
+    def _require_finite(self) -> None:
         # A gradient scaler leaves such a step out, and tries the next one with a smaller scale.
-        skips = self.accelerator.scaler is not None and self._spoilt < SPOILT_STEPS
-        if not all(finite) and not skips:
-            bad = [n for n, good in zip(batch.names, finite, strict=True) if not good]
-            raise TrainingError(
-                f"the loss at step {self.step + 1} is not finite for {', '.join(bad)}: lower"
-                " --learning_rate or look at these samples; the last checkpoint is untouched."
-            )
+        if self.accelerator.scaler is not None and self._spoilt < SPOILT_STEPS:
+            return
+        for losses, batch in self._passed:
+            finite = torch.isfinite(losses).tolist()
+            if not all(finite):
+                bad = [n for n, good in zip(batch.names, finite, strict=True) if not good]
+                raise TrainingError(
+                    f"the loss at step {self.step} is not finite for {', '.join(bad)}: lower"
+                    " --learning_rate or look at these samples; the last checkpoint is untouched."
+                )
 
     def _seen(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
         """What identifies data, noise and timesteps of the whole step, over all processes, and its
@@ -197,7 +209,7 @@ class Trainer:
                 averaged where averages are kept.
         """
         held = self.outcome.applied() if result else self.outcome.averaged()
-        with self.method.evaluating(), held:
+        with self.method.evaluating(), held, eager(self.cfg.compile):
             yield
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -118,6 +118,7 @@ def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
         with_prior_preservation=False,
         validation_prompts=[],
         cache_latents="no",
+        disk_cache="no",
         dataloader_num_workers=0,
     )
 

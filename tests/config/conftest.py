@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 
@@ -11,15 +11,33 @@ from bilora_diffusion.config import machine as module
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A CPU without launcher or token, and every package; called, it becomes another machine."""
+    """A CPU with every package and compiler, without launcher; called, it is another machine."""
 
-    def pretend(kind: str, *, bf16: bool = True, missing: frozenset[str] = frozenset()) -> None:
+    def pretend(
+        kind: str,
+        *,
+        bf16: bool = True,
+        missing: frozenset[str] = frozenset(),
+        compilers: Collection[str] = ("gcc", "g++"),
+        headers: bool = True,
+    ) -> None:
         monkeypatch.setattr(module, "device_type", lambda: kind)
         monkeypatch.setattr("bilora_diffusion.image.inputs.device_type", lambda: kind)
         monkeypatch.setattr(module, "is_installed", lambda name: name not in missing)
+        monkeypatch.setattr(
+            module.shutil, "which", lambda name: name if name in compilers else None
+        )
+        monkeypatch.setattr(module, "has_headers", lambda: headers)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bf16)
 
-    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK", "RANK"):
+    for name in (
+        "ACCELERATE_MIXED_PRECISION",
+        "ACCELERATE_USE_CPU",
+        "LOCAL_RANK",
+        "RANK",
+        "CC",
+        "CXX",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     pretend("cpu")

@@ -129,7 +129,7 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
     cfg = parse(words(flags)).completed(processes, side=1024)
-    cfg = dataclasses.replace(cfg, cache_latents="no", use_8bit_adam=False)
+    cfg = dataclasses.replace(cfg, cache_latents="no", optimizer=cfg.optimizer.replace("8bit", ""))
     instance: Any = Images([None] * images)
     classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
     stream = VisitStream(cfg, instance, classes)

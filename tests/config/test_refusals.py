@@ -29,7 +29,7 @@ CONFIGS: dict[Any, tuple[Read, list[str]]] = {
     TextConfig: (parse_text, ["--model_name_or_path", "gpt2", "--task", "sst2"]),
 }
 LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
-PACKAGES = frozenset({"bitsandbytes", "prodigyopt", "xformers", "wandb"})
+PACKAGES = frozenset({"bitsandbytes", "prodigyopt", "schedulefree", "xformers", "wandb"})
 PRIOR = "--with_prior_preservation --class_data_dir {tmp}/class"
 FOLDS = "--folds 4 --validation_loss_steps 3 --max_train_steps 9"
 
@@ -46,6 +46,15 @@ BOTH: list[tuple[str, str]] = [
     # names and ranges
     ("--method bilra", '--method.*"bilra".*did you mean "bilora"'),
     ("--optimizer adam", '"adam".*did you mean "adamw"'),
+    ("--optimizer schedulefree", '"schedulefree".*did you mean "schedule-free"'),
+    ("--optimizer adamw_8bit", '"adamw_8bit".*did you mean "adamw8bit"'),
+    ("--optimizer schedule-free --use_ema", "schedule-free with --use_ema.*average.*drop"),
+    ("--optimizer schedule-free --lr_scheduler cosine", "schedule-free with.*cosine.*constant"),
+    ("--optimizer schedule-free --adam_beta1 0", "schedule-free with --adam_beta1 0.*0.9"),
+    ("--optimizer schedule-free --method lora-obar", "schedule-free with.*two points.*adamw"),
+    ("--optimizer adafactor --method lora-msam", "adafactor.*no momentum.*adamw"),
+    ("--use_8bit_adam --method lora-msam", "adamw8bit.*codes.*--use_8bit_adam"),
+    ("--optimizer adafactor --rescale_moments", "adafactor.*two moments.*drop"),
     ("--report_to tensorbord", '"tensorbord".*"tensorboard"'),
     ("--rho 0", "--rho is 0.0.*above 0.*lora"),
     ("--rho=-inf", "--rho is -inf.*finite"),
@@ -81,7 +90,9 @@ BOTH: list[tuple[str, str]] = [
     ("--resume_from_checkpoint ~no-such-user/x", "~no-such-user.*no such user"),
     # the machine
     ("--optimizer prodigy", "pip install prodigyopt"),
-    ("--use_8bit_adam", "--use_8bit_adam.*pip install bitsandbytes"),
+    ("--optimizer schedule-free", "--optimizer schedule-free.*pip install schedulefree"),
+    ("--optimizer lion8bit", "--optimizer lion8bit.*pip install bitsandbytes"),
+    ("--use_8bit_adam", "--optimizer adamw8bit.*pip install bitsandbytes"),
     ("--quantize nf4", '--quantize nf4.*pip install "bitsandbytes'),
     ("--report_to wandb", "--report_to wandb.*pip install wandb"),
     ("--push_to_hub", "--push_to_hub.*hf auth login"),
@@ -94,6 +105,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--repeats 1000000000", "at once"),
     ("--image_interpolation_mode lancos", '"lancos".*"lanczos"'),
     ("--enable_xformers_memory_efficient_attention", "needs CUDA"),
+    ("--compile", r"--compile needs a C\+\+ compiler.*no g\+\+.*`apt-get install g\+\+`.*leave it"),
     ("--dataset some/set", '"some/set".*--instance_prompt.*--caption_column'),
     ("--instance_prompt x --dataset ./nowhere", '"./nowhere".*not exist'),
     ("--instance_prompt x --dataset a/b/c", '"a/b/c".*not exist'),
@@ -114,6 +126,9 @@ IMAGES: list[tuple[str, str]] = [
     ("--bnb_quantization_config_path {tmp}/empty.txt", "empty.txt.*no JSON"),
     ("--validation_model_path x", "--validation_model_path.*load_lora_weights"),
     ("--cache_latents perhaps", "perhaps.*auto, yes, no"),
+    ("--disk_cache {tmp}/a.zip", "--disk_cache.*a.zip.*is a file.*auto, or no"),
+    ("--disk_cache {tmp}/a.zip/cache", "a.zip/cache.*lies below.*a.zip, which is a file"),
+    ("--disk_cache=", "--disk_cache.*name it"),
     # what does not go together
     ("--method full --quantize nf4", "full with --quantize nf4.*quantized.*--method bilora"),
     ("--do_edm_style_training --snr_gamma 5", "--snr_gamma 5.0.*drop one"),
@@ -143,6 +158,7 @@ TEXTS: list[tuple[str, str]] = [
     ("--warmup_ratio=-0.1", "--warmup_ratio is -0.1"),
     ("--template chatml", "chat, alpaca, plain"),
     ("--resolution 64", "unknown flag"),
+    ("--compile", "--compile is no option here.*image models.*drop it"),
     ("--task sst-2", 'did you mean "sst2"'),
 ]
 ROWS: list[tuple[str, str]] = [
@@ -201,7 +217,7 @@ def refusal(read: Read, argv: Sequence[str]) -> str:
 def test_a_bad_command_line(
     read: Read, start: list[str], case: tuple[str, str], folder: Path, machine: Callable[..., None]
 ) -> None:
-    machine("cpu", missing=PACKAGES)
+    machine("cpu", missing=PACKAGES, compilers=())
     words, pattern = case
     message = refusal(read, [*start, *words.replace("{tmp}", str(folder)).split()])
     assert re.search(pattern, message)
@@ -254,8 +270,42 @@ def test_a_precision_that_the_device_has_not(
     assert "GPU" in refusal(parse, ["--dataset", "mini", "--mixed_precision", "fp16"])
     machine("mps")
     assert "mps" in refusal(parse, ["--dataset", "mini", "--mixed_precision", "bf16"])
+    eight_bits = refusal(parse, ["--dataset", "mini", "--use_8bit_adam"])
+    assert re.search("adamw8bit with the device mps.*no kernels.*adafactor", eight_bits)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert "fp8" in refusal(parse, ["--dataset", "mini"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacks", "pattern"),
+    [
+        ("cuda", {"missing": frozenset({"triton"})}, "--compile needs.*pip install triton"),
+        ("cuda", {"compilers": ("g++",)}, "a C compiler.*no gcc.*apt-get install gcc"),
+        ("cpu", {"compilers": ("gcc",)}, r"a C\+\+ compiler.*no g\+\+"),
+        ("cpu", {"headers": False}, "Python's headers.*apt-get install python3-dev"),
+    ],
+)
+def test_what_compiling_needs(
+    kind: str, lacks: dict[str, Any], pattern: str, machine: Callable[..., None]
+) -> None:
+    machine(kind, **lacks)
+    assert re.search(pattern, refusal(parse, ["--dataset", "mini", "--compile"]))
+
+
+@pytest.mark.parametrize(("kind", "compiler"), [("cuda", "clang"), ("cpu", "g++")])
+def test_one_compiler_is_enough(kind: str, compiler: str, machine: Callable[..., None]) -> None:
+    machine(kind, compilers=(compiler,))
+    assert parse(["--dataset", "mini", "--compile"]).compile
+
+
+def test_another_compiler_may_be_named(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "clang++-19")
+    machine("cpu", compilers=("g++",))
+    assert "no clang++-19 here" in refusal(parse, ["--dataset", "mini", "--compile"])
+    machine("cpu", compilers=("clang++-19",))
+    assert parse(["--dataset", "mini", "--compile"]).compile
 
 
 @pytest.mark.parametrize("method", names())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from bilora_diffusion.choices import (
 )
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
+from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.gradients import collecting
 from tests.contract.models import CASES, ROWS
 
@@ -106,6 +107,7 @@ class Run:
     Args:
         pieces: micro-batches of a step.
         spoil: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
+        compiled: its repeated blocks are, by `compiling.BACKEND`.
     """
 
     def __init__(
@@ -116,9 +118,10 @@ class Run:
         *,
         options: Mapping[str, Any] | None = None,
         lr: float = 1e-2,
-        optimizer: str = "AdamW",
+        optimizer: str | Callable[..., torch.optim.Optimizer] = "AdamW",
         pieces: int = 1,
         spoil: tuple[int, ...] | None = None,
+        compiled: bool = False,
     ) -> None:
         self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
         self.model = self.case.make().train()
@@ -132,12 +135,14 @@ class Run:
         self.spec = spec
         # There are methods that read the momentum.
         settings = {"momentum": 0.5} if optimizer == "SGD" else {}
-        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, optimizer)(groups, **settings)
+        make = getattr(torch.optim, optimizer) if isinstance(optimizer, str) else optimizer
+        self.optimizer: torch.optim.Optimizer = make(groups, **settings)
         self.method.bind(self.optimizer)
         self.forward_model: nn.Module = self.model
         self.rows = slice(0, ROWS)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if spoil else None
         self.taken = 0
+        self.blocks = Blocks([self.model] if compiled else [])
 
     def initialise(self) -> Run:
         """What comes before the first step of a fresh run."""

@@ -18,6 +18,7 @@ from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.choices import AUTO, QUANTIZED
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, create, names
+from bilora_diffusion.train import compiling
 from tests.contract.harness import MAIN_KINDS, SPECS, Run, allowed, combos, compared, pairwise
 from tests.contract.models import CASES
 
@@ -42,11 +43,13 @@ every = cases(ALL)
 every_adapter = cases([case for case in ALL if not create(case[0]).exports_weights])
 
 
-def life(folder: Path, name: str, option: str, kind: str, **options: Any) -> None:
+def life(
+    folder: Path, name: str, option: str, kind: str, compiled: bool = False, **options: Any
+) -> None:
     """Start as the base, learn, evaluate, export, resume: what every method promises."""
 
     def start() -> Run:
-        return Run(name, option, kind, options=options)
+        return Run(name, option, kind, options=options, compiled=compiled)
 
     run, quantized = start(), option in QUANTIZED
     exports_adapter = not run.method.exports_weights
@@ -150,6 +153,16 @@ def test_the_life_of_a_run(name: str, option: str, kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("options", pairwise("bilora"), ids=str)
 def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_path: Path) -> None:
     life(tmp_path, "bilora", kind="llm", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_the_life_of_a_run_with_compiled_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every state of the adapters goes through compiled blocks here: no graph serves two."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
+    life(tmp_path, name, "default", "unet", compiled=True)
 
 
 def equal_but_for_rounding(

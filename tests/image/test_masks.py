@@ -113,13 +113,17 @@ def test_masks_from_nowhere_are_refused(photos: Path) -> None:
 def test_a_mask_is_cut_as_its_image_is() -> None:
     gray = Image.effect_noise((90, 70), 60)
     crop = crops.Crop(0, 7, True)
-    image = crops.cut(gray.convert("RGB"), crop, (32, 32), "bilinear")
-    assert torch.allclose(crops.cut_mask(gray, crop, (32, 32)), image[:1] / 2 + 0.5, atol=1e-6)
+    image, mask = (
+        crops.cut(crops.fitted(of, (32, 32), "bilinear"), crop, (32, 32))
+        for of in (gray.convert("RGB"), gray)
+    )
+    assert torch.equal(mask, image[:1])
 
 
 def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -> None:
     squares = torch.rand(3, 4, 8, 8, dtype=torch.float64)
-    mask = crops.cut_mask(half(), crops.Crop(0, 0, False), (SIDE, SIDE))
+    whole = crops.fitted(half(), (SIDE, SIDE), "bilinear")
+    mask = crops.cut(whole, crops.Crop(0, 0, False), (SIDE, SIDE))
     shown = weight_map([mask, None, torch.zeros(1, 8, 8)], squares, 0.0)
     wanted = [squares[0, :, :, :4].mean(), squares[1].mean(), torch.tensor(0.0)]
     assert torch.allclose(mean_of_shown(squares, shown), torch.stack(wanted).double())

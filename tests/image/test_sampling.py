@@ -32,9 +32,10 @@ def pipeline() -> Any:
 
 def test_embeddings_equal_the_pipelines(pipeline: Any) -> None:
     theirs = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
-    for ours in (embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)):
-        assert torch.equal(ours["sequence"], theirs[0])
-        assert torch.equal(ours["pooled"], theirs[2])
+    ours, kept = embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
+    for name, part in {"sequence": theirs[0], "pooled": theirs[2]}.items():
+        assert torch.equal(ours[name], part)
+        torch.testing.assert_close(kept[name], part)  # each is embedded on its own
     negative = embed_negative(pipeline, 2)
     assert torch.equal(negative["sequence"], theirs[1])
     assert torch.equal(negative["pooled"], theirs[3])
@@ -121,9 +122,9 @@ def test_one_odd_image_keeps_no_other_from_being_encoded_once(
     encoded: list[str] = []
 
     class Counting(Encoder):
-        def _encoded(self, visits: Sequence[Visit]) -> Any:
+        def _encoded(self, visits: Sequence[Visit], at_once: int) -> Any:
             encoded.extend(visit.name for visit in visits)
-            return super()._encoded(visits)
+            return super()._encoded(visits, at_once)
 
     space = LatentSpace.of(pipeline.vae)
     encode = Counting(pipeline.vae, space, torch.device("cpu"), stream.keeps)

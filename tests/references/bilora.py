@@ -6,7 +6,7 @@ Slow and literal on purpose; written from Eqs. 7-10 and Algorithm 1, without the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +70,43 @@ class AdamW:
 
 
 @dataclass
+class ScheduleFree:
+    """Defazio et al.'s Schedule-Free AdamW for one matrix at an equal rate in all steps.
+
+    https://arxiv.org/abs/2405.15682, Algorithm 1 without warm-up: the gradient is taken at y, z
+    makes the steps, x is the mean of all z.
+    """
+
+    lr: float
+    weight_decay: float
+    ascend: bool
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    k: int = 0
+    v: Tensor = field(default_factory=lambda: torch.zeros(()))
+    z: Tensor = field(default_factory=lambda: torch.zeros(()))
+    x: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def update(self, y: Tensor, gradient: Tensor) -> Tensor:
+        """The new y."""
+        if self.k == 0:
+            self.z = self.x = y
+        if self.ascend:
+            gradient = -gradient
+        self.k += 1
+        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient**2
+        v_hat = self.v / (1 - self.beta2**self.k)
+        self.z = self.z - self.lr * (gradient / (v_hat.sqrt() + self.eps) + self.weight_decay * y)
+        self.x = (1 - 1 / self.k) * self.x + self.z / self.k
+        return self.y()
+
+    def y(self) -> Tensor:
+        """Where the next gradient is taken."""
+        return (1 - self.beta1) * self.z + self.beta1 * self.x
+
+
+@dataclass
 class SGD:
     """Plain gradient steps for one matrix."""
 
@@ -91,7 +128,10 @@ def factor_gradients(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
     }
 
 
-def step(layers: list[Layer], rules: list[dict[str, SGD | AdamW]], x: Tensor, y: Tensor) -> float:
+Rules = Sequence[Mapping[str, "SGD | AdamW | ScheduleFree"]]
+
+
+def step(layers: list[Layer], rules: Rules, x: Tensor, y: Tensor) -> float:
     """Line 7 of Algorithm 1, Eq. 9: all four factors move at once, from one gradient of W."""
     loss, gradients = loss_and_weight_gradients(layers, x, y)
     for layer, dW, rule in zip(layers, gradients, rules, strict=True):

@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.methods import names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
@@ -80,6 +82,36 @@ def test_the_average_is_exported_and_both_are_kept(tmp_path: Path) -> None:
     assert kept.keys() == trained.keys()
     assert all(torch.equal(value, trained[key]) for key, value in kept.items())
     assert len(stored) == 2 * len(kept)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"use_ema": True, "ema_decay": 0.5}, marks=pytest.mark.slow),
+        {"optimizer": "schedule-free"},
+    ],
+    ids=str,
+)
+def test_the_average_that_is_measured_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    def measured(task: Any, evaluating: Any) -> dict[str, float]:
+        with evaluating:
+            named = adapters.named_parameters(task.models["unet"], PRIMARY)
+            seen.update({f"unet.{key}": value.detach().clone() for key, value in named.items()})
+        return {}
+
+    monkeypatch.setattr(DreamBooth, "heldout_loss", measured)
+    # With an alpha of the rank nothing is multiplied into the exported factors.
+    folder = train(tmp_path / "run", **values, checkpointing_steps=2, lora_alpha=4)
+    file = weights(folder)
+    assert file.keys() == seen.keys()
+    assert all(torch.equal(value, seen[key]) for key, value in file.items())
+    stored = load_file(folder / "checkpoints" / "step-2" / "adapters.safetensors")
+    held = {key.replace(f"unet/{PRIMARY}/", "unet."): value for key, value in stored.items()}
+    assert any(not torch.equal(held[key], value) for key, value in file.items())
 
 
 def test_a_schedule_does_not_go_on_beyond_its_length(tmp_path: Path) -> None:

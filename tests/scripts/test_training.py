@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import TrainingError, UserError
@@ -20,6 +22,7 @@ from bilora_diffusion.export import FILE_NAME, inspect
 from bilora_diffusion.export import main as export
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.heldout import BY_LEVEL
+from bilora_diffusion.methods import get
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import running, trainer
 from tests.scripts.runs import (
@@ -56,6 +59,36 @@ def test_arms_are_paired_and_seeds_are_not(tmp_path: Path) -> None:
     assert inspect(folder / "run.safetensors").format == "kohya"
 
 
+class Asked(TorchFunctionMode):
+    """Notes what asks a tensor for its numbers, for which a GPU's queue would be waited for."""
+
+    names: tuple[str, ...] = ()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__):
+            Asked.names += (func.__name__,)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["bilora", "lora-sam"])
+def test_no_number_is_asked_for_before_a_step_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    kind = get(method)
+    step, steps = kind.step, []
+
+    def watched(*args: Any) -> Tensor:
+        with Asked():
+            steps.append(step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(kind, "step", watched)
+    monkeypatch.setattr(Asked, "names", ())
+    train(tmp_path, method=method, train_batch_size=1, gradient_accumulation_steps=2)
+    assert len(steps) == 2
+    assert Asked.names == ()
+
+
 PISSA = {"init_lora_weights": "pissa"}
 GA = {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}
 TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
@@ -76,6 +109,10 @@ OPTIONS: list[dict[str, Any]] = [
 SLOW_OPTIONS: list[dict[str, Any]] = [
     {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
     {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
+    {"optimizer": "adafactor", **TEXT_ENCODERS},
+    {"use_8bit_adam": True},
+    {"optimizer": "lion8bit", "mixed_precision": "bf16"},
+    {"optimizer": "schedule-free", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
     {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
     {**PISSA, "mixed_precision": "bf16"},
     {"lora_layers": "attention+feed-forward"},

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from bilora_diffusion.adapters.weightless import empty, is_weightless, weightless
+from bilora_diffusion.choices import OPTIMIZERS
 from bilora_diffusion.image import dry_run as images
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.script import assembled, settle
@@ -61,7 +62,7 @@ def test_each_method_takes_what_it_takes_with_real_weights(method: str, tmp_path
         {"use_ema": True, "keep_best": True, "validation_dataset": "mini-heldout"},
         {"quantize": "nf4"},
         {"quantize": "fp8"},
-        {"optimizer": "prodigy"},
+        *({"optimizer": name} for name in OPTIMIZERS if name != "adamw"),
         {"train_text_encoder": True},
         {"init_lora_weights": "pissa"},
     ],

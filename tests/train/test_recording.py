@@ -19,7 +19,7 @@ MB = 10**6
 def trainer(**options: Any) -> Any:
     """8 images, 4 a step, 1000 steps, 1 MB of trained weights."""
     cfg = {
-        **{"use_8bit_adam": False, "optimizer": "adamw", "checkpointing_steps": 100},
+        **{"optimizer": "adamw", "checkpointing_steps": 100},
         **{"checkpoints_total_limit": 2, "sampled_prompts": [], "mixed_precision": "no"},
         **{"resolution": 1000, "keep_best": False, **options},
     }
@@ -46,6 +46,7 @@ def trainer(**options: Any) -> Any:
         ({}, 3 * 3 + 1),  # two checkpoints and a third in the making, with both moments
         ({"checkpoints_total_limit": 0}, 10 * 3 + 1),
         ({"checkpoints_total_limit": 1, "optimizer": "prodigy"}, 2 * 5 + 1),
+        ({"optimizer": "adamw8bit"}, 3 * 1.5 + 1),
         ({"checkpointing_steps": 1001}, 1),
         # 20 validations of 3 images
         ({"checkpointing_steps": 1001, "sampled_prompts": ["a", "b", "c"]}, 1 + 60 * recording.PNG),

@@ -1,0 +1,96 @@
+"""``--compile``: a model's repeated blocks, compiled in place with the adapters inside.
+
+Only training steps run compiled. What is measured, drawn and exported goes through the blocks as
+they are, so that it is to the bit what the same weights give without ``--compile``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..errors import LONGEST, TrainingError
+from ..run.durations import duration
+
+BACKEND = "inductor"
+GRAPHS = 64
+"""So many graphs at most; blocks that need more run as they are, of which PyTorch warns."""
+logger = logging.getLogger(__name__)
+
+
+class Blocks:
+    """The repeated blocks of some models, compiled in place.
+
+    Names, weights and adapters stay where they are. A graph is made for each size of block and of
+    input and for each state of the adapters when it is first met, never one for many sizes: so it
+    does not depend on what came before, and a resumed run computes as the whole one does.
+
+    Args:
+        models: of which those of diffusers are compiled; none where nothing is to be.
+
+    Attributes:
+        count: how many blocks are compiled.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.count = 0
+        if not models:
+            return
+        import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
+
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS)
+        # Dropout is to see the random numbers that it sees without compilation.
+        inductor: dict[str, Any] = {"options": {"fallback_random": True}}
+        how = inductor if BACKEND == "inductor" else {"backend": BACKEND}
+        for model in cast(Any, models):
+            if hasattr(model, "compile_repeated_blocks"):
+                if not model._repeated_blocks:
+                    model._repeated_blocks = model._no_split_modules
+                model.compile_repeated_blocks(dynamic=False, **how)
+        modules = (module for model in models for module in model.modules())
+        self.count = sum(module._compiled_call_impl is not None for module in modules)
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a training step, which may compile: says how long that took.
+
+        Raises:
+            TrainingError: PyTorch could not compile.
+        """
+        if not self.count:
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import CppCompileError
+
+        before = _compiled()
+        try:
+            yield
+        except (TorchDynamoException, CppCompileError) as error:
+            reason = " ".join(str(error).split())[:LONGEST]
+            raise TrainingError(
+                f"--compile failed at step {number}, leave it out: {reason}"
+            ) from error
+        graphs, seconds = (now - then for now, then in zip(_compiled(), before, strict=True))
+        if graphs:
+            logger.info(
+                "step %d: compiled %d blocks in %s, to %d graph%s",
+                *(number, self.count, duration(seconds), graphs, "" if graphs == 1 else "s"),
+            )
+
+
+def _compiled() -> tuple[int, float]:
+    """Graphs that this process has compiled so far, and the seconds that it took."""
+    from torch._dynamo.utils import calculate_time_spent, counters
+
+    return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
+
+
+def eager(compiled: bool) -> AbstractContextManager[Any]:
+    """Within the context compiled blocks run as they are, if there are any."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

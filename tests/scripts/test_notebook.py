@@ -1,0 +1,29 @@
+"""The notebook runs from top to bottom, as its reader would run it."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "examples" / "miniature.ipynb"
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_curves_and_icons_of_both_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a notebook draws into its page
+    for name in ("recipes", "train_dreambooth_bilora.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(output.get("text", "") for output in outputs)
+    lowest = dict(re.findall(r"^(LoRA|Bi-LoRA): lowest held-out loss (0\.\d+)$", said, re.M))
+    assert lowest.keys() == {"LoRA", "Bi-LoRA"}
+    assert all(0 < float(loss) < 0.1 for loss in lowest.values())  # the base model's is 0.12
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3

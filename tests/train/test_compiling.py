@@ -1,0 +1,111 @@
+"""Compiled blocks, on a small UNet without a compiler and through the script with one."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from bilora_diffusion.methods import names
+from bilora_diffusion.train import compiling
+from tests.contract.harness import Run
+from tests.scripts.runs import SCRIPT, column, flags, process, resumes_exactly, train, weights
+
+PRIOR = {"prior_prediction_weight": 1, "class_prompt": "an icon", "gradient_checkpointing": True}
+"""Adapters are switched off and on within each step, and each block runs twice."""
+RUNS: list[tuple[dict[str, Any], int]] = [
+    (PRIOR, 6),
+    ({"lora_dropout": 0.2, "train_text_encoder": True}, 3),
+    ({"use_dora": True, "mixed_precision": "bf16", "validation_dataset": "mini-heldout"}, 3),
+    ({"quantize": "nf4"}, 3),
+    ({"aspect_ratio_buckets": "64,64;48,80"}, 9),
+    ({"init_lora_weights": "lora-ga", "lora_ga_samples": 2}, 3),
+]
+"""Settings that change what blocks see or are, and the most graphs that they may come to."""
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="PyTorch's inductor needs a C++ compiler, such as g++"
+)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same graphs, run operation by operation."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+
+def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(
+    without_compiler: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, run = (Run("bilora", "default", "unet", compiled=is_so) for is_so in (False, True))
+    assert run.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert (plain.blocks.count, run.blocks.count) == (0, 4)
+    before = counters["stats"]["unique_graphs"]
+    losses = []
+    with caplog.at_level(logging.INFO):
+        for number in (1, 2, 3):
+            with run.blocks.step(number):
+                losses += run.train(1)
+    assert counters["stats"]["unique_graphs"] - before == 1
+    assert losses == pytest.approx(plain.train(3), abs=1e-6)
+    (said,) = caplog.messages
+    assert said.startswith("step 1: compiled 4 blocks in ")
+    assert said.endswith("s, to 1 graph")
+    with compiling.eager(True), torch.no_grad():
+        run.case.output(run.model, slice(1))
+    assert counters["stats"]["unique_graphs"] - before == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("values", "most"), RUNS, ids=[",".join(values) for values, _ in RUNS])
+def test_a_run_is_the_same_and_resumes_exactly(
+    values: dict[str, Any], most: int, without_compiler: None, tmp_path: Path
+) -> None:
+    shared = {"max_train_steps": 4, "train_batch_size": 1, **values}
+    plain = train(tmp_path / "plain", **shared)
+    before = counters["stats"]["unique_graphs"]
+    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
+    assert 0 < counters["stats"]["unique_graphs"] - before <= most
+    rounding = 2e-2 if "mixed_precision" in values else 1e-5
+    for key in ("loss", "heldout_loss"):
+        assert column(compiled, key) == pytest.approx(column(plain, key), rel=rounding)
+    assert weights(compiled).keys() == weights(plain).keys()
+    torch._dynamo.reset()  # as a new process does
+    resumes_exactly(compiled, 2, **shared, compile=True)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("method", names())
+def test_losses_are_those_without(method: str, tmp_path: Path) -> None:
+    shared = {"method": method, "max_train_steps": 20, "train_batch_size": 1}
+    plain = train(tmp_path / "plain", **shared)
+    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=12)
+    assert column(compiled, "digest") == column(plain, "digest")
+    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), abs=1e-4)
+    if method == "bilora":
+        torch._dynamo.reset()
+        resumes_exactly(compiled, 12, **shared, compile=True)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_dropout_sees_the_same_random_numbers(tmp_path: Path) -> None:
+    shared = {"max_train_steps": 4, "train_batch_size": 1, "lora_dropout": 0.3}
+    runs = [train(tmp_path / str(c), **shared, compile=c or None) for c in (False, True)]
+    assert column(runs[0], "loss") == pytest.approx(column(runs[1], "loss"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path: Path) -> None:
+    argv = flags(tmp_path / "run", compile=True)
+    done = process(SCRIPT, *argv, CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: --compile failed at step 1, leave it out: ")
+    assert len(last) < 400
