@@ -29,7 +29,7 @@ from full_models import MODELS, FullModel
 from measure import KIBI, circumstances, watched
 
 from bilora_diffusion.adapters import AdapterSpec, weightless
-from bilora_diffusion.adapters.quantize import KEPT, quantize_nf4
+from bilora_diffusion.adapters.quantize import KEPT, quantize
 from bilora_diffusion.durable import bytes_for_people, write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import parse
@@ -112,7 +112,7 @@ def _task(model: FullModel, cfg: Any, precision: str, checkpointing: bool) -> An
     family = model.family
     denoiser: Any = weightless.weightless(model.denoiser, torch.bfloat16)
     if precision == "nf4":
-        quantize_nf4(denoiser, torch.bfloat16, KEPT)
+        quantize(denoiser, "nf4", torch.bfloat16, KEPT)
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     steps = {"num_train_timesteps": 1000}
@@ -135,7 +135,7 @@ def encoders_of(model: FullModel, precision: str) -> int:
     for build in model.encoders:
         encoder = weightless.weightless(build, torch.bfloat16)
         if precision == "nf4" and model.family.flow:
-            quantize_nf4(encoder, torch.bfloat16)
+            quantize(encoder, "nf4", torch.bfloat16)
         total += sum(tensor.nbytes for tensor in tensors_of(encoder))
     return total
 

@@ -36,8 +36,13 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
+ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL = "attention", "feed-forward", "convolutions", "all"
+LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL)
+"""What stands for many layers of a denoiser (`image.layers`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
+QUANTIZED = ("nf4", "int8", "fp8")
+"""How frozen weights are held in few bits."""
 AUTO = "auto"
 """A radius that sets itself."""
 RHO_NORMS = ("scaled", "unscaled", "relative")

@@ -18,6 +18,7 @@ from .access import (
     factors_of,
     from_rows,
     gradients_of,
+    is_quantized,
     layers,
     named_parameters,
     names,
@@ -50,7 +51,7 @@ from .saving import (
     write_pretrained,
 )
 from .switching import activate, active, off, only
-from .targets import CHANGE_BASE, AdapterSpec, target_layers
+from .targets import CHANGE_BASE, AdapterSpec, adaptable, target_layers
 
 __all__ = [
     "ALL_LINEAR",
@@ -64,6 +65,7 @@ __all__ = [
     "LoraLayer",
     "activate",
     "active",
+    "adaptable",
     "adopt",
     "base_rows",
     "base_weight",
@@ -73,6 +75,7 @@ __all__ = [
     "from_rows",
     "gradients_of",
     "inject",
+    "is_quantized",
     "keep_initial",
     "layers",
     "load_state_dict",

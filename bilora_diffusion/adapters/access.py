@@ -11,6 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .narrow import NarrowLinear
 
 
 class Factors(NamedTuple):
@@ -120,6 +121,12 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
             )
 
 
+def is_quantized(layer: Any) -> bool:
+    """Whether a layer, or the one under its adapters, holds its weight in few bits."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return isinstance(base, NarrowLinear) or hasattr(getattr(base, "weight", None), "quant_state")
+
+
 def base_weight(layer: LoraLayer) -> nn.Parameter:
     """The frozen weight under the adapters of one layer."""
     return cast(Any, layer).get_base_layer().weight
@@ -142,9 +149,9 @@ def base_rows(layer: LoraLayer) -> Tensor:
     Raises:
         UserError: the weight is quantized.
     """
-    weight = base_weight(layer).detach()
-    if not weight.is_floating_point():
+    if is_quantized(layer):
         raise UserError("The base weights are quantized and have no rows; load them unquantized.")
+    weight = base_weight(layer).detach()
     return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 

@@ -4,8 +4,8 @@ The parameters stay separate; they are put side by side in each forward, or once
 within `held`. The product runs in the precision of the base's output (autocast's where it is on),
 so x is not copied to fp32 as PEFT does. Forward and backward are written out, for autograd would
 add the product to the base's output through a view, at the price of six more operations on all of
-the activations. Where a layer is in a state that one product can't express, that call goes to
-PEFT's own forward.
+the activations. Of a convolution, A's are one with as many channels as both ranks. Where a layer is
+in a state that one product can't express, that call goes to PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .access import weights
+from .narrow import NarrowLinear
 
 _QUANTIZED = (
     "Linear4bit",
@@ -29,7 +30,9 @@ _QUANTIZED = (
 
 
 class _Fused:
-    """Comes before a PEFT linear layer's class; the layer's state is untouched."""
+    """Comes before the class of a PEFT layer over a linear layer or a convolution; the layer's
+    state is untouched.
+    """
 
     quantized: ClassVar[bool] = False
 
@@ -45,7 +48,7 @@ class _Fused:
         base = self.base_layer
         linear = type(base) is nn.Linear
         if (
-            (linear or self.quantized)
+            (self.quantized or type(base) in (nn.Linear, nn.Conv2d, NarrowLinear))
             and x.dtype == torch.float32
             and torch.is_autocast_enabled(x.device.type)
         ):
@@ -59,6 +62,10 @@ class _Fused:
             weight, bias, x = None, None, x.to(result.dtype)
         factors: list[Tensor] = [w for name in active for w in weights(self, name)]
         side_by_side = _side_by_side(self, active, factors, x.dtype)
+        if factors[0].dim() > 2:
+            return _Convolution.apply(  # type: ignore[no-any-return]
+                x, result, base.stride, base.padding, *side_by_side, *factors
+            )
         return _Product.apply(  # type: ignore[no-any-return]
             x, result, weight, bias, *side_by_side, *factors
         )
@@ -107,14 +114,58 @@ class _Product(torch.autograd.Function):
             through = below @ A if weight is None else (above @ weight).addmm_(below, A)
             through = through.view(ctx.shape)
         g_A, g_B = below.t() @ rows, (above.t() @ hidden).mul_(ctx.scales[0])
-        of_factors, start = [], 0
-        for (shape, dtype), scale in zip(ctx.factors[::2], ctx.scales, strict=True):
-            own = slice(start, start := start + shape[0])
-            ratio = scale / ctx.scales[0]
-            of_B = g_B[:, own] if ratio == 1 else g_B[:, own] * ratio
-            of_factors += [g_A[own].to(dtype), of_B.to(dtype)]
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, None, None, *of_factors
+        return through, given, None, None, None, None, None, *_apart(ctx, g_A, g_B)
+
+
+class _Convolution(torch.autograd.Function):
+    """y + s B (A * x) of A (R, channels, height, width) and B (m, R, 1, 1), y given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        result: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        A: Tensor,
+        B: Tensor,
+        scales: tuple[float, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        hidden = F.conv2d(x, A, stride=stride, padding=padding)
+        ctx.save_for_backward(x, A, B, hidden)
+        ctx.scales, ctx.factors = scales, [(f.shape, f.dtype) for f in factors]
+        ctx.stride, ctx.padding = stride, padding
+        return torch.add(result, F.conv2d(hidden, B), alpha=scales[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, A, B, hidden = ctx.saved_tensors
+
+        def back(
+            above: Tensor, below: Tensor, weight: Tensor, stride: Any, padding: Any, wanted: bool
+        ) -> tuple[Tensor, Tensor]:
+            asked = (stride, padding, (1, 1), False, (0, 0), 1, (wanted, True, False))
+            return torch.ops.aten.convolution_backward(above, below, weight, None, *asked)[:2]
+
+        g_hidden, g_B = back(gradient, hidden, B, (1, 1), (0, 0), True)
+        g_hidden, g_B = g_hidden.mul_(ctx.scales[0]), g_B.mul_(ctx.scales[0])
+        through, g_A = back(g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0])
+        given = gradient if ctx.needs_input_grad[1] else None
+        return through, given, None, None, None, None, None, *_apart(ctx, g_A, g_B)
+
+
+def _apart(ctx: Any, g_A: Tensor, g_B: Tensor) -> list[Tensor]:
+    """Gradients of the adapters side by side as those of each one's A and B."""
+    parts, start = [], 0
+    for (shape, dtype), scale in zip(ctx.factors[::2], ctx.scales, strict=True):
+        own = slice(start, start := start + shape[0])
+        ratio = scale / ctx.scales[0]
+        of_B = g_B[:, own] if ratio == 1 else g_B[:, own] * ratio
+        parts += [g_A[own].to(dtype), of_B.to(dtype)]
+    return parts
 
 
 _kept: dict[tuple[Any, ...], tuple[Tensor, Tensor, tuple[float, ...]]] | None = None
@@ -137,8 +188,14 @@ class FusedLinear(_Fused, lora.Linear):
     """PEFT's LoRA layer over a linear layer, with the fused forward."""
 
 
+class FusedConv2d(_Fused, lora.Conv2d):
+    """PEFT's LoRA layer over a convolution, with the fused forward."""
+
+
 def fuse(model: nn.Module) -> int:
-    """Give LoRA layers over linear layers the fused forward; returns how many have it now."""
+    """Give LoRA layers over linear layers and Conv2d the fused forward; returns how many have it
+    now.
+    """
     count = 0
     for module in model.modules():
         if isinstance(module, LoraLayer) and (kind := _fused_class(type(module))) is not None:
@@ -170,8 +227,8 @@ def unfused(model: nn.Module) -> Iterator[None]:
 def _fused_class(kind: type) -> type | None:
     if issubclass(kind, _Fused):
         return kind
-    if kind is lora.Linear:
-        return FusedLinear
+    if kind in (lora.Linear, lora.Conv2d):
+        return FusedLinear if kind is lora.Linear else FusedConv2d
     if kind.__module__.startswith("peft.") and kind.__name__ in _QUANTIZED:
         own = {"__module__": __name__, "quantized": True}
         return type(f"Fused{kind.__name__}", (_Fused, kind), own)
@@ -203,9 +260,12 @@ def _plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
 
 
 def _ordinary(module: nn.Module) -> bool:
-    """Whether no hook or wrapper (offloading, tensor parallelism) adds to the weight."""
+    """Whether no hook or wrapper (offloading, tensor parallelism) adds to the weight, and padding
+    is in numbers.
+    """
     return (
-        type(module) is nn.Linear
+        type(module) in (nn.Linear, nn.Conv2d)
+        and not isinstance(getattr(module, "padding", None), str)
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and "forward" not in module.__dict__

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UserError
 from ..lora_names import INITIAL, PRIMARY
 from . import weightless
-from .access import base_weight, check_known, layers, names, whole
+from .access import check_known, is_quantized, layers, names, whole
 from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import ALL_LINEAR, AdapterSpec, base_of, peft_targets, plain_model, target_layers
@@ -155,7 +155,7 @@ def merge_primary(model: nn.Module) -> nn.Module:
     """
     root = plain_model(model)
     for path, layer in layers(root):
-        if not base_weight(layer).is_floating_point():
+        if is_quantized(layer):
             raise UserError(
                 f"The weight of {path} is quantized, and the sum would be rounded to its few bits "
                 "once more; save the adapter and merge it into the model without quantization."

@@ -17,6 +17,7 @@ from ..errors import UserError, did_you_mean
 from .access import within
 
 CHANGE_BASE = ("pissa", "lora-ga")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,13 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
     """The layers that `spec.target_modules` names, by module path, in the order of the model.
 
     Raises:
-        UserError: nothing matches, or a match is neither linear nor an ungrouped convolution.
+        UserError: nothing matches, or a match is neither linear nor a plain convolution.
     """
     root = plain_model(model)
     modules = _modules_without_adapter_internals(root)
     if spec.target_modules == ALL_LINEAR:
-        head = _output_head(root)
-        found = {
-            k: m
-            for k, m in modules.items()
-            if _is_linear(m) and m is not head and not _in_attention(root, k)
-        }
+        linear = adaptable(model)
+        found = {key: module for key, module in modules.items() if key in linear}
     else:
         config = LoraConfig(target_modules=peft_targets(spec))
         found = {
@@ -112,6 +109,21 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
         if reason := _unsupported(root, key, module):
             raise UserError(f'The target "{key}" {reason}; take it out of target_modules.')
     return found
+
+
+def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
+    """Paths of the layers that can have an adapter: the linear ones but the output head, as in
+    PEFT, or the convolutions.
+    """
+    root = plain_model(model)
+    head = _output_head(root)
+    return [
+        key
+        for key, module in _modules_without_adapter_internals(root).items()
+        if (isinstance(base_of(module), _CONVOLUTIONS) if convolutions else _is_linear(module))
+        and module is not head
+        and not _unsupported(root, key, module)
+    ]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -158,8 +170,17 @@ def _unsupported(root: nn.Module, key: str, module: nn.Module) -> str:
     base = base_of(module)
     if _in_attention(root, key):
         return "is read by nn.MultiheadAttention as a weight, which would bypass an adapter"
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "is a convolution with groups" if base.groups > 1 else ""
+    if isinstance(base, _CONVOLUTIONS):
+        # PEFT's A would pad with zeros and have no holes
+        return (
+            "is a convolution with groups"
+            if base.groups > 1
+            else "is a convolution that is dilated"
+            if set(base.dilation) != {1}
+            else f"is a convolution padded by {base.padding_mode} values"
+            if base.padding_mode != "zeros"
+            else ""
+        )
     return (
         ""
         if _is_linear(module)

@@ -11,8 +11,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "use `--aspect_ratio_buckets auto`, or give it sizes",
     ),
     "do_fp8_training": (
-        "frozen weights are held in the precision of the arithmetic or in 4 bits",
-        "use `--quantize nf4`, or `--mixed_precision bf16` alone",
+        "only frozen weights are held in few bits, and what is computed is not",
+        "use `--quantize fp8`, or `--mixed_precision bf16` alone",
     ),
     "enable_npu_flash_attention": (
         "attention is that of PyTorch or of xFormers",

@@ -8,6 +8,7 @@ stand here are right. The facts of a launch are read by ``train.engines``, those
 
 from __future__ import annotations
 
+from ..choices import QUANTIZED
 from .conditions import ABSENT, GIVEN, Refusal, above, refusal
 
 FSDP2, DDP = "FSDP2", "DDP"
@@ -73,9 +74,9 @@ LAUNCHES: tuple[Refusal, ...] = (
         engine=FSDP2,
     ),
     refusal(
-        "4-bit weights would stay whole on every device, so nothing would be split",
+        "quantized weights would stay whole on every device, so nothing would be split",
         f"drop `--quantize`, {_OR_DDP}",
-        quantize="nf4",
+        quantize=QUANTIZED,
         engine=FSDP2,
     ),
     refusal(

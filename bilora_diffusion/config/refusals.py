@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..choices import AUTO
+from ..choices import AUTO, QUANTIZED
 from ..errors import UserError
 from .conditions import (
     ABSENT,
@@ -77,25 +77,26 @@ _WITHOUT_AUTO = (
 
 REFUSED: tuple[Refusal, ...] = (
     *OF_DATA,
-    # 4-bit weights
+    # weights in few bits
     refusal(
-        "4-bit weights can't be trained",
+        "quantized weights can't be trained",
         "drop `--quantize` or use `--method bilora`, `lora` or another with adapters",
         method="full",
-        quantize="nf4",
+        quantize=QUANTIZED,
     ),
     refusal(
-        "its noise is added to the base weights, and 4 bits can't hold it",
+        "its noise is added to the base weights, and few bits can't hold it",
         "drop `--quantize` or use `--method bilora`, `lora-sam` or another that adds no noise",
         method="flat-lora",
-        quantize="nf4",
+        quantize=QUANTIZED,
     ),
     refusal(
-        "this start is taken out of the base weights, which would be rounded to 4 bits once more",
+        "this start is taken out of the base weights, which would be rounded to few bits once more",
         "drop `--quantize` or use `--init_lora_weights default` or `gaussian`",
         init_lora_weights=("pissa", "lora-ga"),
-        quantize="nf4",
+        quantize=QUANTIZED,
     ),
+    refusal("there are no such floats", "use `--quantize int8`", quantize="fp8", device="mps"),
     *(
         refusal(
             reason, f"drop `--{name}` or use another method", **{"method": "full", name: wanted}

@@ -31,8 +31,9 @@ def quantization(path: str) -> str:
     kind = asked.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
     if asked.get("load_in_4bit") is not True or kind != "nf4" or asked.get("load_in_8bit"):
         raise UserError(
-            f"{shown} asks for something else than NF4, the one kind of quantization here: write"
-            ' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, or use --quantize nf4.'
+            f"{shown} asks for something else than NF4, for which alone bitsandbytes is used: write"
+            ' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, or use --quantize nf4, int8'
+            " or fp8."
         )
     if asked.get("llm_int8_skip_modules"):
         raise UserError(

@@ -24,9 +24,10 @@ class FlowOptions:
 
     lora_layers: list[str] = option(  # noqa: RUF009
         [],
-        "Layers of the denoiser that get adapters, by the ends of their names, with commas or"
-        " spaces between, for example to_k,to_q,to_v,to_out.0,ff.net.2; of any image model."
-        " Default: the projections of its attention.",
+        "Layers of the denoiser that get adapters, of any image model: groups (attention,"
+        " feed-forward, convolutions, all-linear, all) and the ends of layers' names (to_k,"
+        " ff.net.2), with commas, plus signs or spaces between, such as attention+feed-forward."
+        " Default: attention, its projections.",
         aliases=("--lora_target_modules",),
     )
     max_sequence_length: int | None = option(

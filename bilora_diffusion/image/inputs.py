@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..choices import ATTENTION
 from ..config.machine import device_type
 from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
@@ -104,8 +106,9 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         values["pretrained_vae_model_name_or_path"] = FP16_FIX
     if values["resolution"] is None:
         values["resolution"] = pipeline_side(model)
-    words = " ".join(values["lora_layers"]).replace(",", " ").split()
-    values["lora_layers"] = list(dict.fromkeys(words))
+    words = re.split(r"[\s,+]+", " ".join(values["lora_layers"]))
+    words = list(dict.fromkeys(filter(None, words)))
+    values["lora_layers"] = [] if words == [ATTENTION] else words  # as where nothing is given
     return values
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..adapters.quantize import quantize_nf4
+from ..adapters.quantize import quantize
 from ..config import refusals
 from ..export import (
     FILE_NAME,
@@ -102,9 +102,9 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator, instance: Imag
 
 
 def settle(task: DreamBooth, accelerator: Accelerator) -> None:
-    """Bring the models to the device, in 4 bits where that is asked for, and embed the prompts."""
-    if task.cfg.quantize == "nf4":
-        quantize(task, DTYPES[accelerator.mixed_precision], accelerator.device)
+    """Bring the models to the device, quantized where that is asked for, and embed the prompts."""
+    if task.cfg.quantize != "none":
+        quantize_models(task, DTYPES[accelerator.mixed_precision], accelerator.device)
     task.to_device(accelerator.device)
 
 
@@ -125,27 +125,28 @@ def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int
     return cfg
 
 
-def quantize(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
-    """Hold the denoiser's weights in 4 bits; of a flow model, whose encoders are as large, theirs
+def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
+    """Hold the denoiser's weights in few bits; of a flow model, whose encoders are as large, theirs
     too, and these are let go of before the denoiser comes to the device.
     """
+    kind = task.cfg.quantize
     if task.family.flow:
         later = task.pipeline.origin.later
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in later:
-                later[name] = partial(_quantized, later[name], dtype, device)
+                later[name] = partial(_quantized, later[name], kind, dtype, device)
             elif model is not None:
-                quantize_nf4(model, dtype, device=device)
+                quantize(model, kind, dtype, device=device)
         task.embed(device)
     for name, model in task.models.items():
-        count = quantize_nf4(model, dtype, device=device)
-        logger.info("%s: the weights of %d layers are held in 4 bits", name, count)
+        count = quantize(model, kind, dtype, device=device)
+        logger.info("%s: the weights of %d layers are held in %s", name, count, kind)
 
 
-def _quantized(read: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
+def _quantized(read: Callable[[], Any], kind: str, dtype: torch.dtype, device: torch.device) -> Any:
     model = read()
-    quantize_nf4(model, dtype, device=device)
+    quantize(model, kind, dtype, device=device)
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterSpec
+from ..choices import ATTENTION
 from ..methods import Target
 from ..seeds import digest, generator
 from ..train.task import MicroBatch, inference
@@ -23,6 +24,7 @@ from .families.sdxl import tokenize
 from .flow import FlowMatching
 from .heldout import GridLoss
 from .latents import Encoder
+from .layers import chosen
 from .masks import weight_map
 from .prompts import PromptCache
 from .sampling import generate
@@ -48,6 +50,7 @@ class DreamBooth:
         self.cfg, self.pipeline, self.stream, self.validation = cfg, pipeline, stream, validation
         self.family = _family(cfg, pipeline)
         denoiser = self.family.model(pipeline)
+        self.layers = chosen(cfg.lora_layers or [ATTENTION], self.family, denoiser)
         trained = (
             [getattr(pipeline, name) for name in self.family.encoders]
             if cfg.train_text_encoder
@@ -82,7 +85,7 @@ class DreamBooth:
         )
 
     def targets(self) -> list[Target]:
-        """Attention projections of the denoiser, or the layers asked for, and those of the text
+        """The denoiser's layers that were asked for, and the attention projections of the text
         encoders where they are trained.
         """
         cfg = self.cfg
@@ -103,9 +106,8 @@ class DreamBooth:
             rate = cfg.learning_rate
         denoiser, *encoders = self.models.items()
         text, decay = spec(TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
-        layers = tuple(cfg.lora_layers) or self.family.targets
         return [
-            Target(*denoiser, spec(layers), cfg.learning_rate, cfg.adam_weight_decay),
+            Target(*denoiser, spec(self.layers), cfg.learning_rate, cfg.adam_weight_decay),
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
 

@@ -84,7 +84,7 @@ def _check_weights(model: nn.Module, spec: AdapterSpec) -> None:
     least = INITS[spec.init].components * spec.rank
     for path, layer in adapters.layers(model, PRIMARY):
         weight = adapters.base_weight(layer)
-        quantized = not weight.is_floating_point()
+        quantized = adapters.is_quantized(layer)
         if quantized or uses[id(weight)] > 1:
             why = "is quantized" if quantized else "is shared with another layer"
             raise UserError(

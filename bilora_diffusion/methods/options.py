@@ -9,7 +9,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..choices import AUTO, AUXILIARY_UPDATES, BALLS, DIRECTIONS, INITS, RHO_NORMS, SCHEDULES
+from ..choices import (
+    AUTO,
+    AUXILIARY_UPDATES,
+    BALLS,
+    DIRECTIONS,
+    INITS,
+    QUANTIZED,
+    RHO_NORMS,
+    SCHEDULES,
+)
 from ..config.fields import check, option, options_of, unless
 from ..config.values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
 from ..errors import UserError
@@ -63,9 +72,10 @@ class AdapterOptions:
     )
     quantize: str = option(
         "none",
-        "Hold the frozen weights of the trained models in 4 bits: nf4 with double quantization"
-        " (QLoRA, Dettmers et al. 2023). Needs bitsandbytes.",
-        choices=("none", "nf4"),
+        "Hold the frozen weights of the trained models' linear layers in 4 bits, nf4 with double"
+        " quantization (QLoRA, Dettmers et al. 2023; needs bitsandbytes), or in 8, as integers"
+        " (int8) or floats (fp8, e4m3) with a scale for each row.",
+        choices=("none", *QUANTIZED),
     )
     use_ema: bool = option(
         False,

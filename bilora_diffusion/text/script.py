@@ -16,7 +16,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from ..adapters.quantize import quantize_nf4
+from ..adapters.quantize import quantize
 from ..errors import UserError
 from ..export import save_adapter, save_models, verify_adapter
 from ..methods import get
@@ -62,14 +62,15 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         weights=not cfg.dry_run,
     )
     task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
-    if cfg.quantize == "nf4":
-        count = quantize_nf4(
+    if cfg.quantize != "none":
+        count = quantize(
             loaded.model,
+            cfg.quantize,
             DTYPES[accelerator.mixed_precision],
             skip=loaded.whole_modules,
             device=accelerator.device,
         )
-        logger.info("the weights of %d layers are held in 4 bits", count)
+        logger.info("the weights of %d layers are held in %s", count, cfg.quantize)
     task.to_device(accelerator.device)
     return task
 

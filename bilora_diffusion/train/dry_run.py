@@ -34,7 +34,12 @@ CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA's context and the libraries on it take: an assumption, of 0.4 to 0.8 GB."""
 ADAPTERS = {PRIMARY: "primary", AUXILIARY: "auxiliary", INITIAL: "first values"}
 GRADIENTS, OPTIMIZER = "gradients", "the optimizer's state"
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8",
+}
 
 
 class Rehearsal(Protocol):

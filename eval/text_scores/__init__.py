@@ -26,6 +26,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bilora_diffusion.choices import QUANTIZED
+
 from ..command import Parser, open_device
 from ..evaluation import Evaluation
 from ..provenance import of_this_process
@@ -55,7 +57,11 @@ class TextScores(Evaluation):
         add("--tokenizer_name", help="default: that of training")
         add("--revision", help="branch, tag or commit of the base model on the hub")
         add("--cache_dir", help="folder of downloads")
-        add("--quantize", choices=["none", "nf4"], help="the base model; default: as in training")
+        add(
+            "--quantize",
+            choices=["none", *QUANTIZED],
+            help="the base model; default: as in training",
+        )
         add("--trust_remote_code", action="store_true", help="let the model's own code run")
         add("--num_fewshot", nargs="+", default=[], metavar="N", help="examples, N or NAME=N")
         add("--template", help="run, none, auto, chat, alpaca or plain; default: see below")

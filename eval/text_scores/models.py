@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bilora_diffusion.adapters.quantize import quantize_nf4
+from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.models import TextModel, load_text_model
 
@@ -97,11 +97,11 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
         UserError: it can't be loaded.
     """
     options = asdict(wanted)
-    name, quantize = options.pop("name"), options.pop("quantize")
+    name, kind = options.pop("name"), options.pop("quantize")
     del options["template"]
     base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
-    if quantize == "nf4":
-        quantize_nf4(base.model, dtype, skip=base.whole_modules, device=device)
+    if kind != "none":
+        quantize(base.model, kind, dtype, skip=base.whole_modules, device=device)
     base.model.to(device)
     return Loaded(**vars(base))
 

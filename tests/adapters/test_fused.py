@@ -81,6 +81,11 @@ def peft_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+each_layer = pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(12, 7), (50, 12)), (nn.Conv2d(12, 7, 3), (2, 12, 6, 5))],
+    ids=["linear", "convolution"],
+)
 WIDE = (torch.float64, torch.float32, torch.bfloat16)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +97,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
     ranks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     alphas=st.sampled_from([(4.0, 4.0), (1.0, 7.0), (16.0, 0.5)]),
     shape=st.sampled_from([(12,), (5, 12), (2, 3, 12), (2, 1, 3, 12)]),
+    kernel=st.none() | st.sampled_from([(1, 1, 0), (3, 1, 1), (3, 2, 1), ((3, 1), 1, (0, 2))]),
     bias=st.booleans(),
     active=st.sampled_from([BOTH, BOTH[::-1], (PRIMARY,), (AUXILIARY,)]),
     transposed=st.booleans(),
@@ -101,27 +107,51 @@ def test_same_as_peft(
     ranks: tuple[int, int],
     alphas: tuple[float, float],
     shape: tuple[int, ...],
+    kernel: tuple[Any, ...] | None,
     bias: bool,
     active: tuple[str, ...],
     transposed: bool,
 ) -> None:
-    """`dtypes` are of the weights, of x, and of autocast."""
+    """`dtypes` are of the weights, of x, and of autocast; `kernel` is that of a convolution, with
+    stride and padding.
+    """
     torch.manual_seed(0)
     base, own, autocast = dtypes
-    model = adapted(nn.Linear(12, 7, bias=bias).to(base), ranks, alphas, active)
+    layer: nn.Module = nn.Linear(12, 7, bias=bias)
+    if kernel is not None:
+        layer, shape = nn.Conv2d(12, 7, *kernel, bias=bias), (2, 12, 6, 5)
+    model = adapted(layer.to(base), ranks, alphas, active)
     x = torch.randn(shape, dtype=own)
-    if transposed and x.dim() > 1:
+    if transposed and kernel is not None:
+        x = x.to(memory_format=torch.channels_last)
+    elif transposed and x.dim() > 1:
         x = x.transpose(0, -2)
     expected = results(model, x, autocast)
     assert fuse(model) == 1
-    with mock.patch.object(lora.Linear, "forward", side_effect=AssertionError):
+    with mock.patch.object(type(model[0]).__mro__[2], "forward", side_effect=AssertionError):
         made = results(model, x, autocast)
     assert_same(made, expected, TOLERANCE[torch.bfloat16 if autocast else own])
 
 
-def test_x_is_not_copied_to_fp32() -> None:
-    model = adapted(nn.Linear(12, 7).to(torch.bfloat16))
-    x = torch.randn(50, 12, dtype=torch.bfloat16)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_is_that_of_the_sum_of_the_weights(stride: int) -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(5, 7, 3, stride, 1).double()
+    model, x = adapted(base), torch.randn(2, 5, 6, 5, dtype=torch.float64)
+    fuse(model)
+    whole = base.weight.clone()
+    for name in BOTH:
+        (factors,) = adapters.factors(model, name)
+        for out, row in enumerate(factors.B @ factors.A):
+            whole[out] += factors.scale * row.view(5, 3, 3)
+    expected = nn.functional.conv2d(x, whole, base.bias, stride, 1)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@each_layer
+def test_x_is_not_copied_to_fp32(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = adapted(copy.deepcopy(layer).to(torch.bfloat16))
+    x = torch.randn(shape, dtype=torch.bfloat16)
     kept: list[Tensor] = []
     fuse(model)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -232,7 +262,7 @@ def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too() -> None:
             assert type(model[0]) is lora.Linear
         assert type(model[0]) is kind
         unfuse(model)
-    convolution = nn.Sequential(nn.Conv2d(3, 4, 3))
+    convolution = nn.Sequential(nn.Conv1d(3, 4, 3))
     adapters.inject(convolution, AdapterSpec(target_modules=("0",)))
     assert fuse(convolution) == 0
 
@@ -258,11 +288,15 @@ class Checkpointed(nn.Module):
     ],
     ids=["checkpointed", "reentrant", "compiled without breaks"],
 )
+@each_layer
 def test_checkpointed_or_compiled_it_is_the_same(
-    wrap: Callable[[nn.Module], Any], autocast: torch.dtype | None
+    wrap: Callable[[nn.Module], Any],
+    autocast: torch.dtype | None,
+    layer: nn.Module,
+    shape: tuple[int, ...],
 ) -> None:
     torch.manual_seed(0)
-    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    model, x = adapted(copy.deepcopy(layer)), torch.randn(shape)
     fuse(model)
     expected = results(model, x, autocast)
     made = {key.replace("inner.", ""): v for key, v in results(wrap(model), x, autocast).items()}

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters.access import is_quantized
 from bilora_diffusion.adapters.fused import fuse, unfused
-from bilora_diffusion.adapters.quantize import KEPT, dequantized, is_quantized, quantize_nf4
+from bilora_diffusion.adapters.quantize import KEPT, dequantized, quantize
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.methods import MethodOptions, Target, create
@@ -37,7 +38,7 @@ def linear(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def four_bit(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     model = linear(dtype)
-    quantize_nf4(model, dtype)
+    quantize(model, "nf4", dtype)
     return model
 
 
@@ -74,7 +75,7 @@ def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype: torch.dtype) -> 
     model = nn.Sequential(nn.Linear(512, 640), nn.LayerNorm(640), nn.Linear(640, 32)).to(dtype)
     nn.init.normal_(cast(Tensor, model[0].weight))
     original = copy.deepcopy(model)
-    assert quantize_nf4(model, dtype) == 2
+    assert quantize(model, "nf4", dtype) == 2
     layer = cast(Any, model[0])
     assert isinstance(model[0], Linear4bit)
     assert is_quantized(layer)
@@ -104,29 +105,29 @@ def test_float_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
         return real(*args, **kwargs)
 
     monkeypatch.setattr(functional, "quantize_4bit", counted)
-    quantize_nf4(model, torch.float32)
+    quantize(model, "nf4", torch.float32)
     assert alive == [4, 3, 2, 1]
 
 
 def test_what_is_left_alone() -> None:
     t5, unet = tiny_t5(), tiny_unet()
     head = cast(Any, t5).lm_head
-    quantize_nf4(t5, torch.float32)
-    quantize_nf4(unet, torch.float32)
+    quantize(t5, "nf4", torch.float32)
+    quantize(unet, "nf4", torch.float32)
     assert cast(Any, t5).lm_head is head
     for model, names in ((t5, ("wo", "lm_head")), (unet, KEPT)):
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 assert is_quantized(module) == (not set(names) & set(path.split("."))), path
     model = nn.ModuleDict({"a": linear(), "b": linear(), "c": nn.MultiheadAttention(8, 2)})
-    assert quantize_nf4(model, torch.float32, skip=("b.0",)) == 1
+    assert quantize(model, "nf4", torch.float32, skip=("b.0",)) == 1
     assert [path for path, m in model.named_modules() if is_quantized(m)] == ["a.0"]
 
 
 def test_a_layer_in_two_places_stays_one_and_copies_are_quantized_too() -> None:
     layer = linear()[0]
     model: Any = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
-    assert quantize_nf4(model, torch.float32) == 1
+    assert quantize(model, "nf4", torch.float32) == 1
     assert model["a"] is model["b"][0]
     assert is_quantized(model["a"])
     twin, x = copy.deepcopy(model["b"]), torch.randn(2, INPUTS)
@@ -201,7 +202,7 @@ def train(
     torch.manual_seed(0)
     model, x = Net(), torch.randn(8, INPUTS)
     model.checkpointing = checkpointing
-    quantize_nf4(model, torch.float32)
+    quantize(model, "nf4", torch.float32)
     method = create("bilora", MethodOptions(rho=0.1))
     spec = AdapterSpec(rank=2, target_modules=("first", "last"))
     optimizer = torch.optim.AdamW(method.setup([Target("model", model, spec, lr=1e-2)]))
@@ -244,9 +245,9 @@ def test_what_can_not_be_done_is_refused() -> None:
     with pytest.raises(UserError, match="quantized and have no rows"):
         adapters.base_rows(adapters.layers(model, PRIMARY)[0][1])
     with pytest.raises(UserError, match="has the adapters default"):
-        quantize_nf4(model, torch.float32)
+        quantize(model, "nf4", torch.float32)
     with pytest.raises(UserError, match="no linear layer"):
-        quantize_nf4(linear(), torch.float32, skip=("0",))
+        quantize(linear(), "nf4", torch.float32, skip=("0",))
 
 
 def test_without_bitsandbytes_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +257,7 @@ def test_without_bitsandbytes_it_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for refuse in (
         lambda: parse(["--dataset", "mini", "--quantize", "nf4"]),
-        lambda: quantize_nf4(linear(), torch.float32),
+        lambda: quantize(linear(), "nf4", torch.float32),
     ):
         with pytest.raises(UserError, match=r"pip install.*bitsandbytes"):
             refuse()
@@ -283,7 +284,7 @@ def test_the_layers_that_are_kept_are_worth_it() -> None:
     exact, errors = predict(unet), []
     for skip in ((), KEPT):
         model = copy.deepcopy(unet)
-        quantize_nf4(model, torch.float32, skip=skip)
+        quantize(model, "nf4", torch.float32, skip=skip)
         errors.append(float((predict(model) - exact).norm() / exact.norm()))
     assert errors[1] < 0.7 * errors[0] < 0.03
     weights = {n: m.weight.numel() for n, m in unet.named_modules() if type(m) is nn.Linear}

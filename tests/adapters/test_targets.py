@@ -64,17 +64,22 @@ def test_refused_targets_name_the_layer() -> None:
             super().__init__()
             self.attention = nn.MultiheadAttention(8, 2)
             self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+            self.dilated = nn.Conv2d(4, 4, 3, dilation=2)
+            self.circular = nn.Conv2d(4, 4, 3, padding_mode="circular")
             self.table = nn.Embedding(5, 8)
             self.plain = nn.Linear(8, 8)
 
     for name, word in (
         ("attention.out_proj", "MultiheadAttention"),
         ("grouped", "groups"),
+        ("dilated", "dilated"),
+        ("circular", "circular"),
         ("table", "Embedding"),
     ):
         with pytest.raises(UserError, match=word):
             adapters.inject(Odd(), AdapterSpec(target_modules=(name,)))
     assert list(adapters.target_layers(Odd(), AdapterSpec())) == ["plain"]
+    assert adapters.adaptable(Odd(), convolutions=True) == []
     with pytest.raises(UserError, match=r"matches no layer of Odd; .*plain"):
         adapters.inject(Odd(), AdapterSpec(target_modules=("to_q",)))
     with pytest.raises(UserError, match="regular expression"):

@@ -130,7 +130,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--disk_cache {tmp}/a.zip/cache", "a.zip/cache.*lies below.*a.zip, which is a file"),
     ("--disk_cache=", "--disk_cache.*names no folder.*auto, or no"),
     # what does not go together
-    ("--method full --quantize nf4", "full with --quantize nf4.*4-bit.*--method bilora"),
+    ("--method full --quantize nf4", "full with --quantize nf4.*quantized.*--method bilora"),
     ("--do_edm_style_training --snr_gamma 5", "--snr_gamma 5.0.*drop one"),
     ("--optimizer prodigy --auxiliary_learning_rate 0.1", "prodigyopt|learning_rate 0.1.*drop"),
     ("--push_to_hub --hub_token hf_x --report_to wandb", "--hub_token with.*wandb.*auth login"),

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.adapters.quantize import quantize_nf4
+from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.choices import (
     AUTO,
     AUXILIARY_UPDATES,
     BALLS,
     DIRECTIONS,
+    QUANTIZED,
     RHO_NORMS,
     SCHEDULES,
 )
@@ -35,6 +36,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "lora-ga": {"init": "lora-ga"},
     "dora": {"use_dora": True},
     "nf4": {},
+    "fp8": {},
 }
 """The options of the adapter that every method is combined with, unless the table refuses it."""
 MAIN_KINDS = ("unet", "t5", "llm")
@@ -67,8 +69,8 @@ def combos() -> list[tuple[str, str, str]]:
 def allowed(name: str, option: str, **own: Any) -> bool:
     """Whether the table of combinations lets these through."""
     said = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
-    quantize = "nf4" if option == "nf4" else "none"
-    return refusals.refused({"method": name, "quantize": quantize, **said, **own}) is None
+    held = option if option in QUANTIZED else "none"
+    return refusals.refused({"method": name, "quantize": held, **said, **own}) is None
 
 
 def pairwise(name: str) -> list[dict[str, Any]]:
@@ -124,8 +126,8 @@ class Run:
         self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
         self.model = self.case.make().train()
         self.original = copy.deepcopy(self.model)
-        if option == "nf4":
-            quantize_nf4(self.model, torch.float32, skip=())
+        if option in QUANTIZED:
+            quantize(self.model, option, torch.float32, skip=())
         self.method: Method = create(name, MethodOptions(num_steps=10, **(options or {})))
         spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[option])
         torch.manual_seed(3)

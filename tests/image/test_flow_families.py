@@ -20,6 +20,7 @@ from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.families.base import STEPS, Conditions, joined
 from bilora_diffusion.image.flow import FlowMatching
+from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import _sampler, generate
 from bilora_diffusion.train import compiling
@@ -174,10 +175,11 @@ def test_the_loss_of_a_row_does_not_depend_on_the_others(kind: str) -> None:
 
 
 @each_kind
-def test_gradients_reach_every_default_target(kind: str) -> None:
+@pytest.mark.parametrize("word", ["attention", "all"])
+def test_gradients_reach_every_target(word: str, kind: str) -> None:
     pipeline = made(kind)
     model, family = pipeline.transformer, of(pipeline)
-    spec = AdapterSpec(rank=2, target_modules=family.targets)
+    spec = AdapterSpec(rank=2, target_modules=chosen([word], family, model))
     names = set(target_layers(model, spec))
     inject(model, spec)
     random = generator(0)
@@ -196,10 +198,12 @@ def test_gradients_reach_every_default_target(kind: str) -> None:
         for name, layer in layers(model)
         if all(moved(side["default"].weight) for side in (layer.lora_A, layer.lora_B))
     }
-    # Where the last block gives out no text, nothing reads the text's queries.
+    # Where the last block gives out no text, nothing reads what it makes of the text.
     unread = {name for name, layer in layers(model) if not moved(base_of(layer).weight)}
-    last = f"transformer_blocks.{len(getattr(model, 'transformer_blocks', [])) - 1}.attn."
-    assert unread <= {f"{last}add_q_proj", f"{last}to_add_out"}
+    last = f"transformer_blocks.{len(getattr(model, 'transformer_blocks', [])) - 1}."
+    assert {name.removeprefix(last) for name in unread} <= {
+        *("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    }
     assert reached == names - unread
 
 

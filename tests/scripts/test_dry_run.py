@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub.utils import filter_repo_objects
+from torch import nn
 
 import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.image import pipeline
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.mini import pipeline_dir
 from tests.image.tiny import FILES, saved
 from tests.scripts.runs import flags
@@ -58,6 +61,22 @@ def test_the_miniature_runs_dry(capsys: Any, tmp_path: Path) -> None:
         "It fits",
     ):
         assert words in said
+
+
+@pytest.mark.slow
+def test_layers_and_parameters_of_convolutions_are_counted(capsys: Any, tmp_path: Path) -> None:
+    said = image_run(capsys, tmp_path / "run", lora_layers="convolutions", rank=2)
+    unet = load_pipeline("mini", dtype=torch.float32).unet
+    found = [
+        module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d) and name not in ("conv_in", "conv_out")
+    ]
+    count = sum(
+        2 * (c.in_channels * c.kernel_size[0] * c.kernel_size[1] + c.out_channels) for c in found
+    )
+    assert f"adapted layers: {len(found)}" in said
+    assert f"primary {count:,}," in said
 
 
 @pytest.mark.parametrize(
@@ -117,10 +136,15 @@ def test_each_kind_of_text_model_runs_dry(kind: str, capsys: Any, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_four_bits_are_counted_as_stored(capsys: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "held"), [("nf4", "4 bits"), ("int8", "int8"), ("fp8", "fp8")]
+)
+def test_few_bits_are_counted_as_stored(
+    quantize: str, held: str, capsys: Any, tmp_path: Path
+) -> None:
     base = without_weights(saved(SD3, tmp_path / "base"))
-    values = {"pretrained_model_name_or_path": base, "resolution": 64, "quantize": "nf4"}
-    assert "weights: transformer, 4 bits" in image_run(capsys, tmp_path / "run", **values)
+    values = {"pretrained_model_name_or_path": base, "resolution": 64, "quantize": quantize}
+    assert f"weights: transformer, {held}" in image_run(capsys, tmp_path / "run", **values)
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,15 @@ def test_an_autoencoder_at_rest_on_the_cpu_changes_nothing(bases: Any, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_eight_bits_train_and_resume_exactly(quantize: str, bases: Any, tmp_path: Path) -> None:
+    shared = {**SHARED, "pretrained_model_name_or_path": bases(SD3), "quantize": quantize}
+    folder = train(tmp_path / quantize, **shared, checkpointing_steps=1)
+    assert column(folder, "loss")[0] > 0
+    resumes_exactly(folder, 1, **shared, checkpointing_steps=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_four_bits_and_two_processes(kind: str, bases: Any, tmp_path: Path) -> None:
     shared = {**SHARED, "pretrained_model_name_or_path": bases(kind)}
@@ -204,7 +213,8 @@ def damaged(folder: Path, **values: Any) -> Path:
         ({"mode_scale": 3}, "mode_scale.*1.75"),
         ({"logit_std": 0}, "logit_std"),
         ({"max_sequence_length": 0}, "max_sequence_length"),
-        ({"lora_layers": "to_z"}, "to_z"),
+        ({"lora_layers": "to_k,to_qq"}, 'lora_layers "to_qq".*did you mean "to_q"'),
+        ({"lora_layers": "convolutions"}, "lora_layers convolutions.*all-linear"),
         ({"output_kohya_format": True}, "output_kohya_format.*ComfyUI"),
     ],
     ids=str,

@@ -139,10 +139,20 @@ def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
     assert not [key for key in keys if "auxiliary" in key or "initial" in key]
 
 
-@pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
-def test_four_bit_weights(given_by_kind: dict[str, Given], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "quantize"),
+    [
+        ("causal", "nf4"),
+        pytest.param("classification", "nf4", marks=pytest.mark.slow),
+        pytest.param("seq2seq", "int8", marks=pytest.mark.slow),
+        pytest.param("classification", "fp8", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_in_few_bits(
+    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, quantize: str
+) -> None:
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
-    given = {**given_by_kind[kind], "quantize": "nf4"}
+    given = {**given_by_kind[kind], "quantize": quantize}
     folder = train_text(tmp_path / "run", **given)
     parts = Path(shutil.copytree(folder, tmp_path / "parts"))
     train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")

@@ -91,7 +91,8 @@ class Family:
         optional: those that a pipeline may lack.
         denoiser: the part that is trained; adapters' keys in files begin with its name.
         encoders: the text encoders among the parts.
-        targets: the layers that get adapters by default.
+        targets: the projections of attention, which get adapters by default.
+        feed_forward: the modules that are its feed-forward parts, with all linear layers in them.
         flow: whether it predicts a velocity along straight paths (``flow``).
         guidance: with which its images are drawn by default.
         few_steps: in which its distilled models draw.
@@ -107,6 +108,7 @@ class Family:
     optional: ClassVar[frozenset[str]] = frozenset()
     denoiser: ClassVar[str] = "transformer"
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
     flow: ClassVar[bool] = True
     weighting: ClassVar[str] = "none"
     guidance: ClassVar[float] = 5.0

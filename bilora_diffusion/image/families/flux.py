@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from .base import Conditions, Family, packed, unpacked
 
+SINGLE_BLOCKS = 38
+"""Of FLUX.1, the most that there are."""
+
 
 @dataclass(frozen=True)
 class Flux(Family):
     """https://github.com/black-forest-labs/flux
 
     Default targets are the projections of attention, in both kinds of blocks. In the single ones
-    the output is one layer with that of the feed-forward part (``proj_out``), and is left out.
+    the output is one layer with that of the feed-forward part (``proj_out``), and goes with that.
     """
 
     title: ClassVar[str] = "FLUX.1"
@@ -34,6 +37,10 @@ class Flux(Family):
     targets: ClassVar[tuple[str, ...]] = (
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    )
+    feed_forward: ClassVar[tuple[str, ...]] = (
+        *("ff", "ff_context", "proj_mlp"),
+        *(f"single_transformer_blocks.{i}.proj_out" for i in range(SINGLE_BLOCKS)),
     )
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 3.5

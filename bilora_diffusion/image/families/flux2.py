@@ -54,6 +54,7 @@ class Flux2Klein(Family):
         # One by one: a "to_out" is a list in the other blocks.
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
     )
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
     few_steps: ClassVar[int] = 4  # of klein without "base"

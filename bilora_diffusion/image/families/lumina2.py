@@ -27,6 +27,7 @@ class Lumina2(Family):
             "text_encoder": "Gemma2Model",
         }
     )
+    feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
 
     max_sequence_length: int = 256

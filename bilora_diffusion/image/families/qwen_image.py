@@ -46,6 +46,7 @@ class QwenImage(Family):
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj"),
     )
+    feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
 

@@ -34,6 +34,7 @@ class StableDiffusion3(Family):
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
     )
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     weighting: ClassVar[str] = "logit_normal"
     guidance: ClassVar[float] = 7.0
 

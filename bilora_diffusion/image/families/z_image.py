@@ -28,6 +28,7 @@ class ZImage(Family):
             "text_encoder": "Qwen3Model",
         }
     )
+    feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 5.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
 

@@ -1,0 +1,63 @@
+"""Which layers of a denoiser get adapters: groups of them, and the ends of layers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..adapters import adaptable
+from ..adapters.access import within
+from ..choices import ALL, ALL_LINEAR, ATTENTION, CONVOLUTIONS, FEED_FORWARD, LAYER_GROUPS
+from ..errors import UserError, did_you_mean
+from .families.base import Family
+
+FLAG = "--lora_layers"
+
+
+def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
+    """Names or ends of names, as an `AdapterSpec` takes them, of what the words stand for.
+
+    - attention: the family's ``targets``.
+    - feed-forward: the linear layers of the family's ``feed_forward`` modules.
+    - convolutions: those in blocks, as in kohya's scripts; not the first and last of a UNet, which
+      hold 4 channels, nor the patches of a transformer.
+    - all-linear: every linear layer, as in PEFT; all: these and the convolutions.
+
+    Raises:
+        UserError: a word is neither a group nor the end of a layer's name, or a group is empty.
+    """
+    linear = adaptable(model)
+    convolutions = list(filter(_in_block, adaptable(model, convolutions=True)))
+    groups = {
+        ATTENTION: family.targets,
+        FEED_FORWARD: [name for name in linear if within(name, family.feed_forward)],
+        CONVOLUTIONS: convolutions,
+        ALL_LINEAR: linear,
+        ALL: [*linear, *convolutions],
+    }
+    kind = type(model).__name__
+    for word in words:
+        if word not in groups and not any(_ends(name, word) for name, _ in model.named_modules()):
+            raise UserError(
+                f'{FLAG} "{word}" is no layer of the {kind}{_hint(word, groups[ALL])}: give'
+                f" {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
+                f" {family.targets[0]}."
+            )
+        if not groups.get(word, word):
+            raise UserError(f"{FLAG} {word}: the {kind} has no such layer; give {ALL_LINEAR}.")
+    return tuple(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _ends(name: str, word: str) -> bool:
+    return f".{name}".endswith(f".{word}")
+
+
+def _hint(word: str, names: Sequence[str]) -> str:
+    parts = [name.split(".") for name in names]
+    ends = {".".join(name[start:]) for name in parts for start in range(len(name))}
+    return did_you_mean(word, [*LAYER_GROUPS, *sorted(ends, key=len)])

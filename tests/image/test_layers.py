@@ -1,0 +1,104 @@
+"""Which layers a word of --lora_layers stands for, in each kind of model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bilora_diffusion.adapters import AdapterSpec, adaptable, target_layers
+from bilora_diffusion.choices import LAYER_GROUPS
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.families import SDXL, of
+from bilora_diffusion.image.layers import chosen
+from bilora_diffusion.image.pipeline import load_pipeline
+from tests.image.tiny import FILES, made
+
+BOTH = {f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")}
+FEED_FORWARD = {
+    SDXL: {"ff.net.#.proj", "ff.net.#"},
+    "StableDiffusion3Pipeline": {
+        f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")
+    },
+    "FluxPipeline": {
+        *(f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")),
+        *("single_transformer_blocks.#.proj_mlp", "single_transformer_blocks.#.proj_out"),
+    },
+    "Flux2KleinPipeline": {f"ff{c}.linear_{p}" for c in ("", "_context") for p in ("in", "out")},
+    "ZImagePipeline": {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"},
+    "QwenImagePipeline": {f"{c}_mlp.net.#{p}" for c in ("img", "txt") for p in ("", ".proj")},
+    "Krea2Pipeline": {"ff.gate", "ff.up", "ff.down"},
+    "Lumina2Pipeline": {f"feed_forward.linear_{n}" for n in "123"},
+}
+"""The ends of the names, with # for numbers; every layer of such a name is one."""
+each_kind = pytest.mark.parametrize("kind", [SDXL, *FILES])
+
+
+def pipeline(kind: str) -> Any:
+    return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
+
+
+def layers(pipeline: Any, *words: str) -> set[str]:
+    model = of(pipeline).model(pipeline)
+    spec = AdapterSpec(target_modules=chosen(words, of(pipeline), model))
+    return set(target_layers(model, spec))
+
+
+@each_kind
+def test_groups_and_names(kind: str) -> None:
+    made = pipeline(kind)
+    model: nn.Module = of(made).model(made)
+    every = {name: type(module) for name, module in model.named_modules()}
+    linear = {name for name, kind in every.items() if kind is nn.Linear}
+    inner = {
+        name for name, kind in every.items() if kind is nn.Conv2d and re.search(r"\.\d+\.", name)
+    }
+    attention, feed_forward = layers(made, "attention"), layers(made, "feed-forward")
+    ends = tuple(f".{end}" for end in FEED_FORWARD[kind])
+    plain = {name: re.sub(r"(?<=\.)\d+(?=\.|$)", "#", f".{name}") for name in linear}
+    assert feed_forward == {name for name in linear if plain[name].endswith(ends)}
+    assert len({end for end in ends for n in feed_forward if plain[n].endswith(end)}) == len(ends)
+    assert attention & feed_forward == set()
+    assert layers(made, "attention", "feed-forward") == attention | feed_forward
+    assert layers(made, "all-linear") == linear
+    assert layers(made, "all") == linear | inner
+    assert layers(made, "feed-forward", "to_k") > {n for n in linear if n.endswith(".to_k")}
+    if kind == SDXL:
+        assert layers(made, "convolutions") == inner
+        assert set(adaptable(model, convolutions=True)) == inner | {"conv_in", "conv_out"}
+        assert layers(made, "conv_in", "resnets.0.conv1") > {"conv_in"}
+        return
+    with pytest.raises(UserError, match=r"convolutions.*no such layer.*all-linear"):
+        layers(made, "convolutions")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("to_qq", 'did you mean "to_q"'),
+        ("feedforward", 'did you mean "feed-forward"'),
+        ("resnets.0.con1", 'did you mean "resnets.0.conv1"'),
+        ("xyz", f"give {', '.join(LAYER_GROUPS)}, or the ends"),
+    ],
+)
+def test_a_word_that_is_nothing_beside_one_that_is(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=f'--lora_layers "{word}".*{said}'):
+        layers(pipeline(SDXL), "to_k", word)
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        (["attention+feed-forward"], ["attention", "feed-forward"]),
+        (["attention, ff.net.2", "attention"], ["attention", "ff.net.2"]),
+        (["attention"], []),
+        ([], []),
+    ],
+)
+def test_a_list_on_a_command_line(given: list[str], means: list[str]) -> None:
+    words = ["--lora_target_modules", *given] if given else []
+    assert parse(["--dataset", "mini", *words]).lora_layers == means
