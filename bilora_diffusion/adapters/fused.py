@@ -287,8 +287,11 @@ def _side_by_side(
     layer: Any, active: list[str], factors: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1] (m, r1 + r2) and s1, s2; of one adapter: A, B, s."""
-    # Asked for its identity, a layer would have a compiled graph that serves no other.
-    if torch.compiler.is_compiling() or _kept is None:
+    if torch.compiler.is_compiling():
+        # A graph that asked for the layer's identity would serve no other layer, and one that gave
+        # the product a tensor twice would be cut in two there.
+        return _joined(layer, active, [factor.detach() for factor in factors], dtype)
+    if _kept is None:
         return _joined(layer, active, factors, dtype)
     key = (id(layer), tuple(active), dtype)
     if key not in _kept:

@@ -44,6 +44,8 @@ class Blocks:
         import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
 
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS)
+        # DDP's gradients travel between blocks anyway, so that no graph need be cut for them.
+        dynamo.config.optimize_ddp = False
         # Dropout is to see the random numbers that it sees without compilation.
         inductor: dict[str, Any] = {"options": {"fallback_random": True}}
         how = inductor if BACKEND == "inductor" else {"backend": BACKEND}

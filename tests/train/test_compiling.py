@@ -39,10 +39,11 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
 
 
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "bilora"])
 def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(
-    without_compiler: None, caplog: pytest.LogCaptureFixture
+    method: str, without_compiler: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, run = (Run("bilora", "default", "unet", compiled=is_so) for is_so in (False, True))
+    plain, run = (Run(method, "default", "unet", compiled=is_so) for is_so in (False, True))
     assert run.model.state_dict().keys() == plain.model.state_dict().keys()
     assert (plain.blocks.count, run.blocks.count) == (0, 4)
     before = counters["stats"]["unique_graphs"]
