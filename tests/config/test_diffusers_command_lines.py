@@ -138,7 +138,10 @@ def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: in
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
     kind = StableDiffusionXL()
     task: Any = SimpleNamespace(
-        cfg=cfg, family=kind, models={name: nn.Identity() for name in models}
+        cfg=cfg,
+        family=kind,
+        layers=kind.targets,
+        models={name: nn.Identity() for name in models},
     )
     unet, *encoders = DreamBooth.targets(task)
     assert len({encoder.lr for encoder in encoders}) <= 1

@@ -276,38 +276,6 @@ def test_a_precision_that_the_device_has_not(
     assert "fp8" in refusal(parse, ["--dataset", "mini"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "lacks", "pattern"),
-    [
-        ("cuda", {"missing": frozenset({"triton"})}, "--compile needs.*pip install triton"),
-        ("cuda", {"compilers": ("g++",)}, "a C compiler.*no gcc.*apt-get install gcc"),
-        ("cpu", {"compilers": ("gcc",)}, r"a C\+\+ compiler.*no g\+\+"),
-        ("cpu", {"headers": False}, "Python's headers.*apt-get install python3-dev"),
-    ],
-)
-def test_what_compiling_needs(
-    kind: str, lacks: dict[str, Any], pattern: str, machine: Callable[..., None]
-) -> None:
-    machine(kind, **lacks)
-    assert re.search(pattern, refusal(parse, ["--dataset", "mini", "--compile"]))
-
-
-@pytest.mark.parametrize(("kind", "compiler"), [("cuda", "clang"), ("cpu", "g++")])
-def test_one_compiler_is_enough(kind: str, compiler: str, machine: Callable[..., None]) -> None:
-    machine(kind, compilers=(compiler,))
-    assert parse(["--dataset", "mini", "--compile"]).compile
-
-
-def test_another_compiler_may_be_named(
-    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "clang++-19")
-    machine("cpu", compilers=("g++",))
-    assert "no clang++-19 here" in refusal(parse, ["--dataset", "mini", "--compile"])
-    machine("cpu", compilers=("clang++-19",))
-    assert parse(["--dataset", "mini", "--compile"]).compile
-
-
 @pytest.mark.parametrize("method", names())
 def test_options_of_other_methods_and_defaults_may_stand(method: str) -> None:
     argv = ["--dataset", "mini", "--method", method, "--lr_num_cycles", "1", "--lr_power", "1.0"]
