@@ -53,9 +53,10 @@ def test_it_draws_icons_that_the_scorer_recognizes():
         max_sequence_length=16,
         generator=[torch.Generator().manual_seed(number) for number in range(ICONS)],
     ).images
-    model, preprocess, tokenize = scorer.load()
-    seen = model.encode_image(torch.stack([preprocess(image) for image in drawn]), normalize=True)
-    told = model.encode_text(tokenize([f"a flat icon of a {label}" for label in labels]), True)
+    loaded: Any = scorer.load()
+    encoder, preprocess, tokenize = loaded
+    seen = encoder.encode_image(torch.stack([preprocess(image) for image in drawn]), normalize=True)
+    told = encoder.encode_text(tokenize([f"a flat icon of a {label}" for label in labels]), True)
     found = (seen @ told.T).argmax(dim=1)
     right = float((found == torch.arange(ICONS)).float().mean())
     assert right > 0.9  # chance: 1 / 24
