@@ -124,7 +124,11 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
 def is_quantized(layer: Any) -> bool:
     """Whether a layer, or the one under its adapters, holds its weight in few bits."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    return isinstance(base, NarrowLinear) or hasattr(getattr(base, "weight", None), "quant_state")
+    if isinstance(base, NarrowLinear):
+        return True
+    weight = getattr(base, "weight", None)
+    coded = isinstance(weight, Tensor) and not weight.is_floating_point()  # whoever's codes
+    return coded or hasattr(weight, "quant_state")
 
 
 def base_weight(layer: LoraLayer) -> nn.Parameter:

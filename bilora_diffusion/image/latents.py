@@ -87,7 +87,7 @@ Known = dict[tuple[Any, ...], Posterior]
 
 
 class Encoder:
-    """Encodes visits with a frozen autoencoder.
+    """Encodes visits of one set or stream with a frozen autoencoder.
 
     Args:
         vae: the autoencoder, which comes to the device for the while of encoding.

@@ -127,7 +127,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--validation_model_path x", "--validation_model_path.*load_lora_weights"),
     ("--cache_latents perhaps", "perhaps.*auto, yes, no"),
     ("--disk_cache {tmp}/a.zip", "--disk_cache.*a.zip.*is a file.*auto, or no"),
-    ("--disk_cache {tmp}/a.zip/cache", "a.zip/cache.*lies below.*a.zip, which is a file"),
+    ("--disk_cache {tmp}/a.zip/cache", "--disk_cache.*lies below.*a.zip, which is a file"),
     ("--disk_cache=", "--disk_cache.*names no folder.*auto, or no"),
     # what does not go together
     ("--method full --quantize nf4", "full with --quantize nf4.*quantized.*--method bilora"),

@@ -249,9 +249,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, read, seconds = train(icon_set, latents, settings, arguments.seed, output)
     found = figures(model, read, vae, icon_set) | {"seconds_per_step": seconds}
     pipeline_of(model, read, vae).to(dtype=torch.float16).save_pretrained(output / "pipeline")
-    for vocabulary in (output / "pipeline").glob("*/tokenizer.json"):  # half of each is blanks
-        known = json.loads(vocabulary.read_text())
-        vocabulary.write_text(json.dumps(known, ensure_ascii=False, separators=(",", ":")))
+    for file in (output / "pipeline").glob("*/*.json"):  # half of the tokenizers' is blanks
+        known = json.loads(file.read_text())
+        known.pop("_name_or_path", None)  # where this machine has the autoencoder
+        file.write_text(json.dumps(known, ensure_ascii=False, separators=(",", ":")) + "\n")
     (output / "figures.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2), flush=True)
 
