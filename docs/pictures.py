@@ -29,7 +29,7 @@ SIDE = 512
 SHAPES = ((400, 1000), (600, 900), (700, 700), (900, 600), (1100, 400))
 """(height, width) of five photos."""
 LATENT = 8
-SUBJECTS = ("rabbit", "lion", "frog", "strawberry", "house", "rocket")
+CLASS, DRAWN = "a flat icon of a lion", 6
 
 
 def photo(size: buckets.Size, icon: Image.Image) -> Image.Image:
@@ -73,7 +73,7 @@ def draw_mask(path: Path) -> None:
 
 
 def draw_class(path: Path) -> None:
-    """Flat icons before training, after it, and after it with the class kept."""
+    """The class before training, after it, and after it with the class kept."""
     rows = {"base model": drawn(None)}
     with TemporaryDirectory() as folder:
         for title, weight in (("LoRA", 0), ("LoRA, class kept", 3)):
@@ -81,28 +81,27 @@ def draw_class(path: Path) -> None:
             train.main(
                 [
                     *("--dataset", "mini", "--validation_dataset", "none", "--method", "lora"),
-                    *("--learning_rate", "2e-3", "--max_train_steps", "200", "--report_to", "none"),
+                    *("--learning_rate", "3e-3", "--max_train_steps", "200", "--report_to", "none"),
                     *("--train_batch_size", "4", "--num_validation_images", "0"),
-                    *(("--class_prompt", "a flat icon") if weight else ()),
+                    *(("--class_prompt", CLASS) if weight else ()),
                     *("--prior_prediction_weight", str(weight), "--output_dir", str(run)),
                 ]
             )
             rows[title] = drawn(run)
-    figure, axes = plt.subplots(len(rows), len(SUBJECTS), figsize=(7.4, 3.9))
+    figure, axes = plt.subplots(len(rows), DRAWN, figsize=(7.4, 3.9))
     for line, (title, images) in zip(axes, rows.items(), strict=True):
-        for axis, subject, image in zip(line, SUBJECTS, images, strict=True):
-            _show(axis, image, subject if line is axes[0] else "")
+        for axis, image in zip(line, images, strict=True):
+            _show(axis, image, "")
         line[0].set_ylabel(title)
     _save(figure, path)
 
 
 def drawn(run: Path | None) -> list[Image.Image]:
-    """Flat icons of ``SUBJECTS`` by the miniature, with a run's LoRA if there is one."""
+    """What the miniature draws of ``CLASS``, with a run's LoRA if there is one."""
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     if run is not None:
         pipeline.load_lora_weights(str(run))
-    prompts, seeds = [f"a flat icon of a {subject}" for subject in SUBJECTS], range(len(SUBJECTS))
-    return generate(pipeline, prompts, list(seeds), size=64, steps=25, guidance_scale=4.0)
+    return generate(pipeline, [CLASS] * DRAWN, range(DRAWN), size=64, steps=25, guidance_scale=4.0)
 
 
 def _show(axis: Any, image: Any, title: str, **how: Any) -> None:

@@ -51,10 +51,15 @@ def train(folder: Path, **values: Any) -> Path:
     return folder
 
 
+def resumed(whole: Path, step: int, **values: Any) -> Path:
+    """A copy that goes on from one of the run's checkpoints; returns its folder."""
+    parts = Path(shutil.copytree(whole, whole.with_name(f"{whole.name}-parts")))
+    return train(parts, **values, resume_from_checkpoint=parts / "checkpoints" / f"step-{step}")
+
+
 def resumes_exactly(whole: Path, step: int, **values: Any) -> None:
     """A copy that goes on from one of the run's checkpoints ends as the run did, to the bit."""
-    parts = Path(shutil.copytree(whole, whole.with_name(f"{whole.name}-parts")))
-    train(parts, **values, resume_from_checkpoint=parts / "checkpoints" / f"step-{step}")
+    parts = resumed(whole, step, **values)
     assert difference(whole, parts) == 0
     for key in ("step", "loss", "digest", "grad_norm"):
         assert column(whole, key) == column(parts, key)

@@ -14,7 +14,17 @@ from torch._dynamo.utils import counters
 from bilora_diffusion.methods import names
 from bilora_diffusion.train import compiling
 from tests.contract.harness import Run
-from tests.scripts.runs import SCRIPT, column, flags, process, resumes_exactly, train, weights
+from tests.scripts.runs import (
+    SCRIPT,
+    column,
+    difference,
+    flags,
+    process,
+    resumed,
+    resumes_exactly,
+    train,
+    weights,
+)
 
 PRIOR = {"prior_prediction_weight": 1, "class_prompt": "an icon", "gradient_checkpointing": True}
 """Adapters are switched off and on within each step, and each block runs twice."""
@@ -64,7 +74,7 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("values", "most"), RUNS, ids=[",".join(values) for values, _ in RUNS])
-def test_a_run_is_the_same_and_resumes_exactly(
+def test_a_run_is_the_same_and_goes_on(
     values: dict[str, Any], most: int, without_compiler: None, tmp_path: Path
 ) -> None:
     shared = {"max_train_steps": 4, "train_batch_size": 1, **values}
@@ -77,7 +87,10 @@ def test_a_run_is_the_same_and_resumes_exactly(
         assert column(compiled, key) == pytest.approx(column(plain, key), rel=rounding)
     assert weights(compiled).keys() == weights(plain).keys()
     torch._dynamo.reset()  # as a new process does
-    resumes_exactly(compiled, 2, **shared, compile=True)
+    parts = resumed(compiled, 2, **shared, compile=True)
+    # Where encoders are trained, or in bf16, the last digits of a graph are not always the same.
+    assert difference(compiled, parts) <= rounding / 10
+    assert column(parts, "loss") == pytest.approx(column(compiled, "loss"), rel=rounding)
 
 
 @needs_compiler
