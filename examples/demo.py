@@ -171,6 +171,7 @@ def draw(
 
 
 def _draw_courses(axis: Any, courses: dict[str, Course]) -> None:
+    highest = max(1000 * course[-1][1] for course in courses.values())
     for method, course in courses.items():
         steps, values = zip(*((step, 1000 * loss) for step, loss in course if step), strict=True)
         color, least = COLORS[method], min(range(len(values)), key=values.__getitem__)
@@ -181,7 +182,7 @@ def _draw_courses(axis: Any, courses: dict[str, Course]) -> None:
             (steps[-1], values[-1]),
             xytext=(6, 0),
             textcoords="offset points",
-            va="center",
+            va="bottom" if values[-1] == highest else "top",  # courses may end close together
             color=color,
         )
     axis.set_xlabel("steps")
