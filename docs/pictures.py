@@ -5,6 +5,7 @@ python -m docs.pictures        # three PNG files beside the page; a minute or tw
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -116,10 +117,12 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def main(names: Sequence[str] = ("buckets", "mask", "class")) -> None:
-    """Write the pictures of these names."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the pictures that are named, or all."""
     made = {"buckets": draw_buckets, "mask": draw_mask, "class": draw_class}
-    for name in names:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", default=list(made), help=", ".join(made))
+    for name in parser.parse_args(argv).names:
         made[name](FOLDER / f"{name}.png")
 
 
