@@ -31,12 +31,13 @@ PRIOR = {"prior_prediction_weight": 1, "class_prompt": "an icon", "gradient_chec
 RUNS: list[tuple[dict[str, Any], int]] = [
     (PRIOR, 6),
     ({"lora_dropout": 0.2, "train_text_encoder": True}, 3),
-    ({"use_dora": True, "mixed_precision": "bf16", "validation_dataset": "mini-heldout"}, 3),
+    ({"use_dora": True, "mixed_precision": "bf16", "validation_dataset": "mini-heldout"}, 64),
     ({"quantize": "nf4"}, 3),
     ({"aspect_ratio_buckets": "64,64;48,80"}, 9),
     ({"init_lora_weights": "lora-ga", "lora_ga_samples": 2}, 3),
 ]
-"""Settings that change what blocks see or are, and the most graphs that they may come to."""
+"""Settings that change what blocks see or are, and the most graphs that they may come to; DoRA's
+blocks share none."""
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="PyTorch's inductor needs a C++ compiler, such as g++"
 )
