@@ -72,15 +72,15 @@ class GridLoss:
 
     def __init__(self, task: Conditioned, train: Any, validation: Any) -> None:
         self.task = task
+        vae = task.pipeline.vae
+        space, shelf = task.module.family.space(vae), task.encoder.shelf
+        encoder = Encoder(vae, space, task.device, lambda _: True, shelf)
         self.sets = {
-            "heldout_loss": self._load(validation),
-            "train_grid_loss": self._load(train.images),
+            "heldout_loss": self._load(encoder, validation),
+            "train_grid_loss": self._load(encoder, train.images),
         }
 
-    def _load(self, images: ImageSet) -> list[GridImage]:
-        vae = self.task.pipeline.vae
-        space, shelf = self.task.module.family.space(vae), self.task.encoder.shelf
-        encoder = Encoder(vae, space, self.task.device, lambda _: True, shelf)
+    def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         grid = []
         for visit in centered_visits(images, self.task.cfg):
             (posterior,) = encoder([visit])

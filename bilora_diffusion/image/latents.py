@@ -83,11 +83,8 @@ class Posterior(NamedTuple):
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
-Known = dict[tuple[Any, ...], Posterior]
-
-
 class Encoder:
-    """Encodes visits of one set or stream with a frozen autoencoder.
+    """Encodes visits with a frozen autoencoder.
 
     Args:
         vae: the autoencoder, which comes to the device for the while of encoding.
@@ -107,7 +104,7 @@ class Encoder:
         shelf: Shelf | None = None,
     ) -> None:
         self._vae, self.space, self._device, self._keeps = vae, space, device, keeps
-        self._kept: dict[tuple[Any, ...], Posterior] = {}
+        self._kept: dict[tuple[str, ...], Posterior] = {}  # by what is seen, whichever set it is of
         self.shelf = shelf or Shelf(None)
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
@@ -116,25 +113,25 @@ class Encoder:
         Raises:
             TrainingError: a latent is not finite; the image is named.
         """
-        new = {visit.key: visit for visit in visits if visit.key not in self._kept}
-        self._keep([visit for visit in new.values() if self._keeps(visit)])
-        passing = self._encoded([v for v in new.values() if v.key not in self._kept], AT_ONCE)
-        return [passing[v.key] if v.key in passing else self._kept[v.key] for v in visits]
+        self._keep([visit for visit in visits if self._keeps(visit)])
+        passing = iter(self._encoded([v for v in visits if not self._keeps(v)], AT_ONCE))
+        return [self._kept[v.content] if self._keeps(v) else next(passing) for v in visits]
 
     def _keep(self, visits: Sequence[Visit]) -> None:
-        found = {visit.key: self.shelf.get(*visit.content) for visit in visits}
-        self._kept |= {key: Posterior(**parts) for key, parts in found.items() if parts}
-        lacking = [visit for visit in visits if visit.key not in self._kept]
-        self._kept |= self._encoded(lacking, 1)
-        for visit in lacking:
-            parts = self._kept[visit.key]._asdict()
-            there = {name: part for name, part in parts.items() if part is not None}
-            self.shelf.put(there, *visit.content)
+        new = {v.content: v for v in visits if v.content not in self._kept}
+        found = {content: self.shelf.get(*content) for content in new}
+        self._kept |= {content: Posterior(**parts) for content, parts in found.items() if parts}
+        lacking = [content for content in new if content not in self._kept]
+        encoded = self._encoded([new[content] for content in lacking], 1)
+        for content, made in zip(lacking, encoded, strict=True):
+            self._kept[content] = made
+            there = {name: part for name, part in made._asdict().items() if part is not None}
+            self.shelf.put(there, *content)
 
     @torch.no_grad()
-    def _encoded(self, visits: Sequence[Visit], at_once: int) -> Known:
+    def _encoded(self, visits: Sequence[Visit], at_once: int) -> list[Posterior]:
         if not visits:
-            return {}
+            return []
         vae, home = self._vae, self._vae.device
         images, masks = zip(*(visit.read() for visit in visits), strict=True)
         pixels = torch.stack(images)
@@ -154,4 +151,4 @@ class Encoder:
                     " at the file, or pass another --pretrained_vae_model_name_or_path."
                 )
         shown = [None if mask is None else at_size(mask, mean) for mask in masks]
-        return {v.key: Posterior(mean[i], std[i], shown[i]) for i, v in enumerate(visits)}
+        return [Posterior(*parts) for parts in zip(mean, std, shown, strict=True)]

@@ -49,7 +49,7 @@ class Visit:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Two visits with the same key see the same pixels."""
+        """Two visits of one stream with the same key see the same pixels."""
         size = self.size if self.cfg.aspect_ratio_buckets else ()
         return self.kind, self.sample, *self.crop, *size
 
