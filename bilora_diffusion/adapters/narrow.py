@@ -23,6 +23,9 @@ KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 class NarrowLinear(nn.Linear):
     """y = W x + b, W the codes (m, n) times a scale for each row, in 8 bits a weight and 32 a row.
 
+    Codes are held as bytes: processes cannot send each other 8-bit floats (gloo refuses them), and
+    ``to(dtype)`` would widen them.
+
     Args:
         layer: whose weight is rounded; its bias is taken over.
         kind: one of `KINDS`.
@@ -45,11 +48,13 @@ class NarrowLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         weight = layer.weight.detach().to(device or layer.weight.device)
         dtype, most = KINDS[kind]
+        self.dtype = dtype
         if is_weightless(weight):
-            codes = empty(weight.shape, dtype, weight.device)
+            codes = empty(weight.shape, torch.int8, weight.device)
             scales = empty((len(weight), 1), torch.float32, weight.device)
         else:
             codes, scales = _rounded(weight.float(), dtype, most)
+            codes = codes.view(torch.int8)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.bias = layer.bias
@@ -62,14 +67,14 @@ class NarrowLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """W, made anew whenever it is asked for."""
-        return (self.codes.float() * self.scales).to(self.compute_dtype)
+        return (self.codes.view(self.dtype).float() * self.scales).to(self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return _Product.apply(input, self.codes, self.scales, bias)  # type: ignore[no-any-return]
+        return _Product.apply(input, self.codes.view(self.dtype), self.scales, bias)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
