@@ -2,7 +2,8 @@
 
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py \\
-        --model random_sdxl --resolution 256 --steps 18 --mixed_precision bf16
+        --model random_sdxl --resolution 256 --batch 1 --steps 69 --mixed_precision bf16 \\
+        --methods bilora
 
 ``--script`` is a copy of diffusers' ``examples/dreambooth/train_dreambooth_lora_sdxl.py`` of the
 version that is installed. Both see the same folder of images, with the same batch, rank, alpha,
@@ -46,7 +47,8 @@ from bilora_diffusion.train.running import build_accelerator
 
 OURS = Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py"
 PEER = "diffusers, LoRA"
-ARMS = (PEER, "LoRA", "Bi-LoRA")
+OURS_BY_METHOD = {"lora": "LoRA", "bilora": "Bi-LoRA"}
+ARMS = (PEER, *OURS_BY_METHOD.values())
 PROMPT = "a TOK icon, in the style of TOK"
 STEP = re.compile(rb"(\d+)/(\d+) \[")
 FIGURES = {
@@ -206,7 +208,9 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for picture in sorted(args.images.iterdir()):
         if picture.suffix.lower() in image_suffixes():
             shutil.copy(picture, images)
-    measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    measured: dict[str, list[dict[str, float]]] = {
+        arm: [] for arm in (PEER, *(OURS_BY_METHOD[name] for name in args.methods))
+    }
 
     def work(arm: str, number: int) -> float:
         out = folder / f"{ARMS.index(arm)}-{number}"
@@ -220,9 +224,11 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return figures["seconds"]
 
     interleave(
-        [lambda number, arm=arm: work(arm, number) for arm in ARMS], rounds=args.rounds, warmup=0
+        [lambda number, arm=arm: work(arm, number) for arm in measured],
+        rounds=args.rounds,
+        warmup=0,
     )
-    rows = {arm: summary(measured[arm], measured[PEER]) for arm in ARMS}
+    rows = {arm: summary(measured[arm], measured[PEER]) for arm in measured}
     count = len(list(images.iterdir()))
     about = {"images": count, "rounds": args.rounds, "flags": settings(args)}
     used = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -289,6 +295,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(OURS_BY_METHOD), default=list(OURS_BY_METHOD)
+    )
     parser.add_argument("--rank", type=int, default=4, help="alpha is the same, as it is there")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"))
