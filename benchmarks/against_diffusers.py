@@ -55,6 +55,7 @@ FIGURES = {
     "seconds": ("whole command (s)", 1),
     "start": ("to the first step (s)", 1),
     "step": ("a step (s)", 1),
+    "images_per_second": ("images/s", 1),
     "memory": ("memory (GB)", 1e-9),
     "heldout_loss": ("held-out loss x 1000", 1e3),
 }
@@ -216,6 +217,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         out = folder / f"{ARMS.index(arm)}-{number}"
         words = command(arm, out, number, images, args)
         figures = asdict(run(words, args.steps, folder / f"{out.name}.log"))
+        figures["images_per_second"] = args.batch / figures["step"]
         if args.model == str(mini.pipeline_dir()):
             figures["heldout_loss"] = heldout_loss(out)
         measured[arm].append(figures)

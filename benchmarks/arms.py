@@ -28,7 +28,6 @@ OPTIMIZER: Any = SimpleNamespace(
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_epsilon=1e-8,
-    mixed_precision="bf16",  # not fp16, which takes another kernel
 )
 
 

@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .. import adapters
@@ -172,7 +171,7 @@ def _losses(
     for batch in task.micro_batches(plan, samples):
         with torch.random.fork_rng(devices=[device] if on_cuda else []):
             torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
-            losses = task.module(send_to_device(batch.inputs, device))
+            losses = task.module(batch.on(device))
         if not bool(torch.isfinite(losses.detach()).all()):
             raise TrainingError(
                 f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"

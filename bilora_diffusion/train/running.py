@@ -182,8 +182,11 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     Raises:
         UserError: the device can't compute in it, or the engine can't train what is asked for.
     """
-    # A text encoder's last layers may be left out of the loss.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=cfg.leaves_unused)
+    # A text encoder's last layers may be left out of the loss. No buffer changes, and those of int8
+    # and fp8 are the base weights, which would be sent around in every forward.
+    distributed = DistributedDataParallelKwargs(
+        find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
+    )
     project = ProjectConfiguration(
         project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
     )
@@ -192,7 +195,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
             mixed_precision=cfg.mixed_precision,
             log_with=cfg.log_with,
             project_config=project,
-            kwargs_handlers=[unused],
+            kwargs_handlers=[distributed],
         )
     except ValueError as error:
         raise UserError(

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ..methods import Target
@@ -29,6 +30,13 @@ class MicroBatch:
     digests: tuple[str, ...]
     inputs: dict[str, Any] = field(repr=False)
     levels: tuple[float, ...] = ()
+
+    def on(self, device: torch.device) -> dict[str, Any]:
+        """The inputs on a device. A GPU's copies are not waited for, which takes pinned memory."""
+        inputs, is_gpu = self.inputs, device.type == "cuda"
+        if is_gpu:
+            inputs = recursively_apply(lambda t: t if t.is_cuda else t.pin_memory(), inputs)
+        return cast(dict[str, Any], send_to_device(inputs, device, non_blocking=is_gpu))
 
 
 class Task(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from .. import adapters
@@ -154,7 +154,7 @@ class Trainer:
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 with sharding.accumulating(self.accelerator, self.module, last):
-                    losses = self.module(send_to_device(batch.inputs, device))
+                    losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)

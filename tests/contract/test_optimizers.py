@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "wide", case)
 
 
-def made(name: str, method: str, **options: Any) -> Run:
+def made(name: str, method: str, spoil: tuple[int, ...] | None = None, **options: Any) -> Run:
     """The method on a wide model with the optimizer that a command line names."""
     cfg = parse(["--dataset", "mini", "--optimizer", name, "--method", method])
     return Run(
@@ -51,6 +52,7 @@ def made(name: str, method: str, **options: Any) -> Run:
         options={"rho": RHO.get(name, 0.05), **options},
         lr=RATES.get(name, 1e-2),
         optimizer=lambda groups: build_optimizer(cfg, groups),
+        spoil=spoil,
     )
 
 
@@ -75,6 +77,20 @@ def test_it_descends_and_resumes_to_the_bit(name: str, method: str) -> None:
     assert again.train(7) == losses[5:]
     for key, value in again.tensors().items():
         assert torch.equal(value, whole.tensors()[key]), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_the_scaler_leaves_out_changes_nothing(name: str) -> None:
+    run = made(name, "bilora", spoil=(2,))
+    run.train(2)
+    before, taken = run.tensors(), run.method.taken
+    state = copy.deepcopy(run.optimizer.state_dict()["state"])
+    run.train(1)
+    assert run.method.taken == taken
+    assert all(torch.equal(value, before[key]) for key, value in run.tensors().items())
+    torch.testing.assert_close(run.optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    run.train(1)
+    assert run.method.taken == taken + 1
 
 
 @pytest.mark.parametrize("ball", ["global", "per-layer"])
