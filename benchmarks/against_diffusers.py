@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from measure import KIBI, circumstances, interleave, paired_ratio, watched
 
-from bilora_diffusion import mini
+from bilora_diffusion import methods, mini
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import parse as parse_run
@@ -47,8 +47,7 @@ from bilora_diffusion.train.running import build_accelerator
 
 OURS = Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py"
 PEER = "diffusers, LoRA"
-OURS_BY_METHOD = {"lora": "LoRA", "bilora": "Bi-LoRA"}
-ARMS = (PEER, *OURS_BY_METHOD.values())
+METHODS = ("lora", "bilora")
 PROMPT = "a TOK icon, in the style of TOK"
 STEP = re.compile(rb"(\d+)/(\d+) \[")
 FIGURES = {
@@ -80,8 +79,12 @@ class Taken:
     memory: float
 
 
-def command(arm: str, folder: Path, seed: int, images: Path, args: argparse.Namespace) -> list[str]:
-    """The words of an arm's command line, after ``python``."""
+def command(
+    method: str | None, folder: Path, seed: int, images: Path, args: argparse.Namespace
+) -> list[str]:
+    """The words of a command line after ``python``: of this script, or without a method of the
+    other.
+    """
     same = {
         "pretrained_model_name_or_path": args.model,
         "instance_data_dir": images,
@@ -103,9 +106,9 @@ def command(arm: str, folder: Path, seed: int, images: Path, args: argparse.Name
     words = [word for name, value in same.items() for word in (f"--{name}", str(value))]
     if args.gradient_checkpointing:
         words.append("--gradient_checkpointing")
-    if arm == PEER:
+    if method is None:
         return [str(args.script), *words, *shlex.split(args.peer_flags)]
-    ours = ["--method", arm.lower().replace("-", ""), "--lora_alpha", str(args.rank)]
+    ours = ["--method", method, "--lora_alpha", str(args.rank)]
     ours += ["--init_lora_weights", "gaussian", "--no_output_kohya_format"]
     ours += ["--validation_dataset", "none", "--disk_cache", "no"]
     return [str(OURS), *words, *ours, *shlex.split(args.our_flags)]
@@ -209,13 +212,13 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for picture in sorted(args.images.iterdir()):
         if picture.suffix.lower() in image_suffixes():
             shutil.copy(picture, images)
-    measured: dict[str, list[dict[str, float]]] = {
-        arm: [] for arm in (PEER, *(OURS_BY_METHOD[name] for name in args.methods))
-    }
+    arms: dict[str, str | None] = {PEER: None}
+    arms |= {methods.get(name).title: name for name in args.methods}
+    measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
 
     def work(arm: str, number: int) -> float:
-        out = folder / f"{ARMS.index(arm)}-{number}"
-        words = command(arm, out, number, images, args)
+        out = folder / f"{arms[arm]}-{number}"
+        words = command(arms[arm], out, number, images, args)
         figures = asdict(run(words, args.steps, folder / f"{out.name}.log"))
         figures["images_per_second"] = args.batch / figures["step"]
         if args.model == str(mini.pipeline_dir()):
@@ -297,9 +300,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--methods", nargs="+", choices=tuple(OURS_BY_METHOD), default=list(OURS_BY_METHOD)
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rank", type=int, default=4, help="alpha is the same, as it is there")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"))

@@ -48,12 +48,6 @@ class Visit:
         return self.images.name(self.sample)
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """Two visits of one stream with the same key see the same pixels."""
-        size = self.size if self.cfg.aspect_ratio_buckets else ()
-        return self.kind, self.sample, *self.crop, *size
-
-    @property
     def content(self) -> tuple[str, ...]:
         """Two visits with the same see the same pixels, in whichever run and set."""
         seen = repr((tuple(self.crop), tuple(self.size)))
@@ -80,7 +74,9 @@ class Visit:
 
     def digest(self, noise: str) -> str:
         """Identifies this visit's data together with its noise."""
-        return digest_texts([self.images.fingerprint(), repr(self.key), self.caption, noise])
+        size = self.size if self.cfg.aspect_ratio_buckets else ()
+        seen = repr((self.kind, self.sample, *self.crop, *size))
+        return digest_texts([self.images.fingerprint(), seen, self.caption, noise])
 
 
 class VisitStream:
