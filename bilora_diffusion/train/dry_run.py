@@ -38,7 +38,7 @@ DTYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8",
+    torch.int8: "8 bits",
 }
 
 

@@ -137,7 +137,7 @@ def test_each_kind_of_text_model_runs_dry(kind: str, capsys: Any, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("quantize", "held"), [("nf4", "4 bits"), ("int8", "int8"), ("fp8", "fp8")]
+    ("quantize", "held"), [("nf4", "4 bits"), ("int8", "8 bits"), ("fp8", "8 bits")]
 )
 def test_few_bits_are_counted_as_stored(
     quantize: str, held: str, capsys: Any, tmp_path: Path
