@@ -10,7 +10,7 @@ in a state that one product can't express, that call goes to PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -61,20 +61,20 @@ class _Fused:
             result = base(x)
             weight, bias, x = None, None, x.to(result.dtype)
         factors: list[Tensor] = [w for name in active for w in weights(self, name)]
-        side_by_side = _side_by_side(self, active, factors, x.dtype)
+        scales = tuple([self.scaling[name] for name in active])
         if factors[0].dim() > 2:
             return _Convolution.apply(  # type: ignore[no-any-return]
-                x, result, base.stride, base.padding, *side_by_side, *factors
+                x, result, base.stride, base.padding, scales, *factors
             )
-        return _Product.apply(  # type: ignore[no-any-return]
-            x, result, weight, bias, *side_by_side, *factors
-        )
+        return _Product.apply(x, result, weight, bias, scales, *factors)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
     """y + s x A^T B^T, of y = W x + b or given; A (R, n) and B (m, R) of all adapters side by side.
 
-    The gradients are those of the single adapters' factors, in their own precision.
+    B is held and its gradient made as rows, (R, m): on a CPU a product with few columns takes two
+    to four times as long. The gradients are those of the single adapters' factors, in their own
+    precision.
     """
 
     @staticmethod
@@ -84,38 +84,37 @@ class _Product(torch.autograd.Function):
         result: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
         scales: tuple[float, ...],
         *factors: Tensor,
     ) -> Tensor:
+        A, up = _side_by_side(factors, scales, x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         hidden = rows @ A.t()
         s = scales[0]
         if result is None:
             assert weight is not None
-            made = F.linear(rows, weight, bias).addmm_(hidden, B.t(), alpha=s)
+            made = F.linear(rows, weight, bias).addmm_(hidden, up, alpha=s)
             shape = (*x.shape[:-1], len(weight))
         else:
-            made = torch.addmm(result.reshape(len(rows), -1), hidden, B.t(), alpha=s)
+            made = torch.addmm(result.reshape(len(rows), -1), hidden, up, alpha=s)
             shape = result.shape
-        ctx.save_for_backward(rows, weight, A, B, hidden)
-        ctx.scales, ctx.factors, ctx.shape = scales, [(f.shape, f.dtype) for f in factors], x.shape
+        ctx.save_for_backward(rows, weight, A, up, hidden)
+        ctx.scales, ctx.factors, ctx.shape = scales, _ranks(factors), x.shape
         return made.view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        rows, weight, A, B, hidden = ctx.saved_tensors
+        rows, weight, A, up, hidden = ctx.saved_tensors
         above = gradient.reshape(-1, gradient.shape[-1])
-        below = (above @ B).mul_(ctx.scales[0])
+        below = (above @ up.t()).mul_(ctx.scales[0])
         through = None
         if ctx.needs_input_grad[0]:
             through = below @ A if weight is None else (above @ weight).addmm_(below, A)
             through = through.view(ctx.shape)
-        g_A, g_B = below.t() @ rows, (above.t() @ hidden).mul_(ctx.scales[0])
+        g_A, g_up = below.t() @ rows, (hidden.t() @ above).mul_(ctx.scales[0])
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, None, None, *_apart(ctx, g_A, g_B)
+        return through, given, None, None, None, *_apart(ctx, g_A, g_up)
 
 
 class _Convolution(torch.autograd.Function):
@@ -128,14 +127,14 @@ class _Convolution(torch.autograd.Function):
         result: Tensor,
         stride: tuple[int, int],
         padding: tuple[int, int],
-        A: Tensor,
-        B: Tensor,
         scales: tuple[float, ...],
         *factors: Tensor,
     ) -> Tensor:
+        A, up = _side_by_side(factors, scales, x.dtype)
+        B = up.transpose(0, 1)
         hidden = F.conv2d(x, A, stride=stride, padding=padding)
         ctx.save_for_backward(x, A, B, hidden)
-        ctx.scales, ctx.factors = scales, [(f.shape, f.dtype) for f in factors]
+        ctx.scales, ctx.factors = scales, _ranks(factors)
         ctx.stride, ctx.padding = stride, padding
         return torch.add(result, F.conv2d(hidden, B), alpha=scales[0])
 
@@ -154,21 +153,21 @@ class _Convolution(torch.autograd.Function):
         g_hidden, g_B = g_hidden.mul_(ctx.scales[0]), g_B.mul_(ctx.scales[0])
         through, g_A = back(g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0])
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, None, None, *_apart(ctx, g_A, g_B)
+        return through, given, None, None, None, *_apart(ctx, g_A, g_B.transpose(0, 1))
 
 
-def _apart(ctx: Any, g_A: Tensor, g_B: Tensor) -> list[Tensor]:
-    """Gradients of the adapters side by side as those of each one's A and B."""
+def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
+    """Gradients of `_side_by_side` as those of each adapter's A and B."""
     parts, start = [], 0
-    for (shape, dtype), scale in zip(ctx.factors[::2], ctx.scales, strict=True):
-        own = slice(start, start := start + shape[0])
+    for (rank, dtype), scale in zip(ctx.factors, ctx.scales, strict=True):
+        own = slice(start, start := start + rank)
+        of_B = g_up[own].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
         ratio = scale / ctx.scales[0]
-        of_B = g_B[:, own] if ratio == 1 else g_B[:, own] * ratio
-        parts += [g_A[own].to(dtype), of_B.to(dtype)]
+        parts += [g_A[own].to(dtype), of_B if ratio == 1 else of_B * ratio]
     return parts
 
 
-_kept: dict[tuple[Any, ...], tuple[Tensor, Tensor, tuple[float, ...]]] | None = None
+_kept: dict[tuple[Any, ...], tuple[Any, ...]] | None = None
 
 
 @contextmanager
@@ -284,31 +283,32 @@ def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _side_by_side(
-    layer: Any, active: list[str], factors: list[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1] (m, r1 + r2) and s1, s2; of one adapter: A, B, s."""
-    if torch.compiler.is_compiling():
-        # A graph that asked for the layer's identity would serve no other layer, and one that gave
-        # the product a tensor twice would be cut in two there.
-        return _joined(layer, active, [factor.detach() for factor in factors], dtype)
-    if _kept is None:
-        return _joined(layer, active, factors, dtype)
-    key = (id(layer), tuple(active), dtype)
-    if key not in _kept:
-        _kept[key] = _joined(layer, active, factors, dtype)
-    return _kept[key]
+    factors: Sequence[Tensor], scales: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2; of one adapter
+    A and B^T.
+    """
+    if _kept is None or torch.compiler.is_compiling():
+        return _joined(factors, scales, dtype)
+    key = (dtype, *map(id, factors))
+    if key not in _kept:  # with the factors, whose ids are theirs as long as they live
+        _kept[key] = (*_joined(factors, scales, dtype), factors)
+    return _kept[key][:2]
 
 
-@torch.no_grad()
 def _joined(
-    layer: Any, active: list[str], factors: list[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    scales = tuple([layer.scaling[name] for name in active])
-    if len(active) == 1:
-        down, up = factors
+    factors: Sequence[Tensor], scales: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if len(scales) == 1:
+        down, up = factors[0], factors[1].transpose(0, 1)
     else:
         A, B, A_2, B_2 = factors
         if scales[1] != scales[0]:
             B_2 = B_2 * (scales[1] / scales[0])
-        down, up = torch.cat((A, A_2)), torch.cat((B, B_2), dim=1)
-    return down.to(dtype), up.to(dtype), scales
+        down, up = torch.cat((A, A_2)), torch.cat((B.transpose(0, 1), B_2.transpose(0, 1)))
+    return down.to(dtype), up.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _ranks(factors: Sequence[Tensor]) -> list[tuple[int, torch.dtype]]:
+    """Rank and dtype of each adapter."""
+    return [(len(A), A.dtype) for A in factors[::2]]

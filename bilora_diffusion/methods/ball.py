@@ -8,7 +8,7 @@ kernels, and nothing waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,8 @@ class Squares(NamedTuple):
     - relative: the same times (5 u)^2, where u is the unit roundoff of the factors' dtype: both
       factors rounded, the multiplier in each too, with room for the products of these errors.
     - absolute: (s v (sqrt(r n) |B| + sqrt(m r) |A|))^2, where v is half the smallest number of the
-      dtype: what rounding adds where numbers are subnormal, as small B are in fp16.
+      dtype: what rounding adds where numbers are subnormal, as small B are in fp16. m and n are the
+      largest of all layers of the rank.
     """
 
     norm: Tensor
@@ -127,9 +128,12 @@ def squares(factors: Sequence[Factors]) -> Squares:
     device = factors[0].A.device
     order: list[int] = []
     parts = []
-    for chunk in _alike(factors):
-        order += chunk
-        parts.append(_squares([factors[i] for i in chunk]).to(device))
+    for stacks in _alike(factors):
+        grams = [_grams([factors[i] for i in stack]) for stack in stacks]
+        gram_A, gram_B = (torch.cat(side) for side in zip(*grams, strict=True))
+        own = [i for stack in stacks for i in stack]
+        parts.append(_squares([factors[i] for i in own], gram_A, gram_B).to(device))
+        order += own
     columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if order != sorted(order):
         places = torch.tensor(order).argsort()
@@ -137,13 +141,18 @@ def squares(factors: Sequence[Factors]) -> Squares:
     return Squares(*columns)
 
 
-def _squares(layers: Sequence[Factors]) -> Tensor:
-    """`Squares` of layers of one shape, dtype and device, one below the other: (4, layers)."""
+def _grams(layers: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """A A^T and B^T B of layers of one shape, dtype and device, each (layers, r, r)."""
     A, B = (torch.stack([whole(getattr(f, side)) for f in layers]) for side in "AB")
     precision = wide(A.device)
-    A, B, dtype = A.to(precision), B.to(precision), A.dtype
-    r, n, m = A.shape[1], A.shape[2], B.shape[1]
-    gram_A, gram_B = A @ A.mT, B.mT @ B
+    A, B = A.to(precision), B.to(precision)
+    return A @ A.mT, B.mT @ B
+
+
+def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    """`Squares` of layers of one rank and dtype, one below the other: (4, layers)."""
+    r, dtype = len(layers[0].A), layers[0].A.dtype
+    n, m = max(f.A.shape[1] for f in layers), max(f.B.shape[0] for f in layers)
     diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
     rounding = torch.finfo(dtype).eps / 2
     least = torch.finfo(dtype).smallest_normal * rounding
@@ -155,20 +164,24 @@ def _squares(layers: Sequence[Factors]) -> Tensor:
     scales = [f.scale for f in layers]
     if len(set(scales)) == 1:
         return rows * scales[0] ** 2
-    return rows * torch.tensor(scales, dtype=precision, device=A.device) ** 2
+    return rows * torch.tensor(scales, dtype=gram_A.dtype, device=gram_A.device) ** 2
 
 
-def _alike(factors: Sequence[Factors]) -> Iterator[list[int]]:
-    """Positions of layers of one shape, dtype and device, as many as are best measured at once."""
-    groups: dict[tuple[object, ...], list[int]] = {}
+def _alike(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
+    """Positions of the layers of one rank, dtype and device, in stacks of one shape, each of as
+    many as are best multiplied at once.
+    """
+    shapes: dict[tuple[object, ...], list[int]] = {}
     for i, f in enumerate(factors):
-        groups.setdefault((f.A.shape, f.B.shape, f.A.dtype, f.A.device), []).append(i)
-    for group in groups.values():
-        first = factors[group[0]]
-        most = _STACK_ELEMENTS.get(first.A.device.type, _STACK_ELEMENTS_ELSEWHERE)
-        at_once = max(1, most // (first.A.numel() + first.B.numel()))
-        for start in range(0, len(group), at_once):
-            yield group[start : start + at_once]
+        shapes.setdefault((f.A.shape, f.B.shape, f.A.dtype, f.A.device), []).append(i)
+    ranks: dict[tuple[object, ...], list[list[int]]] = {}
+    for group in shapes.values():
+        A, B = factors[group[0]].A, factors[group[0]].B
+        most = _STACK_ELEMENTS.get(A.device.type, _STACK_ELEMENTS_ELSEWHERE)
+        at_once = max(1, most // (A.numel() + B.numel()))
+        own = ranks.setdefault((len(A), A.dtype, A.device), [])
+        own += [group[start : start + at_once] for start in range(0, len(group), at_once)]
+    return ranks.values()
 
 
 def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
