@@ -288,7 +288,8 @@ def _side_by_side(
     """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2; of one adapter
     A and B^T.
     """
-    if _kept is None or torch.compiler.is_compiling():
+    # A graph that asked for what is kept, or for ids, would serve no other step and no other layer.
+    if torch.compiler.is_compiling() or _kept is None:
         return _joined(factors, scales, dtype)
     key = (dtype, *map(id, factors))
     if key not in _kept:  # with the factors, whose ids are theirs as long as they live
