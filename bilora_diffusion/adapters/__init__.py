@@ -12,6 +12,7 @@ from ..choices import ALL_LINEAR, INITS
 from ..lora_names import AUXILIARY, INITIAL, PRIMARY
 from .access import (
     Factors,
+    alike,
     base_rows,
     base_weight,
     factors,
@@ -67,6 +68,7 @@ __all__ = [
     "active",
     "adaptable",
     "adopt",
+    "alike",
     "base_rows",
     "base_weight",
     "delete",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -49,6 +49,14 @@ def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Fac
         A, B = weights(layer, adapter)
         every.append(Factors(path, _as_matrix(A), _as_matrix(B), float(layer.scaling[adapter])))
     return every
+
+
+def alike(keys: Iterable[Hashable]) -> list[list[int]]:
+    """The positions of each key, such as a shape: layers of one are measured at one go."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors | None]:

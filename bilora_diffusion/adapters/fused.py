@@ -99,7 +99,7 @@ class _Product(torch.autograd.Function):
             made = torch.addmm(result.reshape(len(rows), -1), hidden, up, alpha=s)
             shape = result.shape
         ctx.save_for_backward(rows, weight, A, up, hidden)
-        ctx.scales, ctx.factors, ctx.shape = scales, _ranks(factors), x.shape
+        ctx.scales, ctx.ranks, ctx.shape = scales, _ranks(factors), x.shape
         return made.view(shape)
 
     @staticmethod
@@ -134,7 +134,7 @@ class _Convolution(torch.autograd.Function):
         B = up.transpose(0, 1)
         hidden = F.conv2d(x, A, stride=stride, padding=padding)
         ctx.save_for_backward(x, A, B, hidden)
-        ctx.scales, ctx.factors = scales, _ranks(factors)
+        ctx.scales, ctx.ranks = scales, _ranks(factors)
         ctx.stride, ctx.padding = stride, padding
         return torch.add(result, F.conv2d(hidden, B), alpha=scales[0])
 
@@ -159,7 +159,7 @@ class _Convolution(torch.autograd.Function):
 def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
     """Gradients of `_side_by_side` as those of each adapter's A and B."""
     parts, start = [], 0
-    for (rank, dtype), scale in zip(ctx.factors, ctx.scales, strict=True):
+    for (rank, dtype), scale in zip(ctx.ranks, ctx.scales, strict=True):
         own = slice(start, start := start + rank)
         of_B = g_up[own].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
         ratio = scale / ctx.scales[0]
@@ -167,7 +167,7 @@ def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
     return parts
 
 
-_kept: dict[tuple[Any, ...], tuple[Any, ...]] | None = None
+_kept: dict[tuple[Any, ...], tuple[tuple[Tensor, Tensor], Sequence[Tensor]]] | None = None
 
 
 @contextmanager
@@ -293,8 +293,8 @@ def _side_by_side(
         return _joined(factors, scales, dtype)
     key = (dtype, *map(id, factors))
     if key not in _kept:  # with the factors, whose ids are theirs as long as they live
-        _kept[key] = (*_joined(factors, scales, dtype), factors)
-    return _kept[key][:2]
+        _kept[key] = (_joined(factors, scales, dtype), factors)
+    return _kept[key][0]
 
 
 def _joined(

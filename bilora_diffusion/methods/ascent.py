@@ -22,13 +22,13 @@ projection is taken out of all factors first: by it the orthonormal ones are lon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapters import Factors
+from ..adapters import Factors, alike
 
 
 @torch.no_grad()
@@ -135,10 +135,9 @@ def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def same_shape(
     factors: Sequence[Factors], others: Sequence[object] | None = None
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     """The positions of layers of one shape, for which `others` are equal too."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, f in enumerate(factors):
-        key = (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale, others and others[i])
-        groups.setdefault(key, []).append(i)
-    yield from groups.values()
+    return alike(
+        (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale, others and others[i])
+        for i, f in enumerate(factors)
+    )

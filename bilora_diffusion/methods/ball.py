@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import Factors
+from ..adapters import Factors, alike
 
 # Elements of one stack. On a CPU it should stay in the cache, which halves the time; elsewhere few
 # large kernels are best, and this bounds a stack to 128 MiB in float64.
@@ -128,7 +128,7 @@ def squares(factors: Sequence[Factors]) -> Squares:
     device = factors[0].A.device
     order: list[int] = []
     parts = []
-    for stacks in _alike(factors):
+    for stacks in _stacks(factors):
         grams = [_grams([factors[i] for i in stack]) for stack in stacks]
         gram_A, gram_B = (torch.cat(side) for side in zip(*grams, strict=True))
         own = [i for stack in stacks for i in stack]
@@ -167,15 +167,12 @@ def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tenso
     return rows * torch.tensor(scales, dtype=gram_A.dtype, device=gram_A.device) ** 2
 
 
-def _alike(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
+def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
     """Positions of the layers of one rank, dtype and device, in stacks of one shape, each of as
     many as are best multiplied at once.
     """
-    shapes: dict[tuple[object, ...], list[int]] = {}
-    for i, f in enumerate(factors):
-        shapes.setdefault((f.A.shape, f.B.shape, f.A.dtype, f.A.device), []).append(i)
     ranks: dict[tuple[object, ...], list[list[int]]] = {}
-    for group in shapes.values():
+    for group in alike((f.A.shape, f.B.shape, f.A.dtype, f.A.device) for f in factors):
         A, B = factors[group[0]].A, factors[group[0]].B
         most = _STACK_ELEMENTS.get(A.device.type, _STACK_ELEMENTS_ELSEWHERE)
         at_once = max(1, most // (A.numel() + B.numel()))
@@ -186,22 +183,17 @@ def _alike(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
 
 def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
     """Multiply A and B in place, by one number, (1,), or by one for each layer, (layers,)."""
-    one = len(factor) == 1
-    groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
-    for i, f in enumerate(factors):
-        own = groups.setdefault((f.A.dtype, f.A.device), [])
-        own += [(0 if one else i, _local(f.A)), (0 if one else i, _local(f.B))]
-    for (dtype, device), members in groups.items():
-        tensors = [tensor for _, tensor in members]
+    for own in alike((f.A.dtype, f.A.device) for f in factors):
+        tensors = [_local(side) for i in own for side in (factors[i].A, factors[i].B)]
+        dtype, device = tensors[0].dtype, tensors[0].device
         exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         by = factor.to(device=device, dtype=exact).unbind()
+        each = by * len(tensors) if len(by) == 1 else [by[i] for i in own for _ in "AB"]
         if exact is not dtype:  # the multiplier itself must not be rounded to the narrow dtype
-            for i, tensor in members:
-                tensor.copy_(tensor.float() * by[i])
-        elif one:
-            torch._foreach_mul_(tensors, by[0])
+            for tensor, multiplier in zip(tensors, each, strict=True):
+                tensor.copy_(tensor.float() * multiplier)
         else:
-            torch._foreach_mul_(tensors, [by[i] for i, _ in members])
+            torch._foreach_mul_(tensors, by[0] if len(by) == 1 else each)
 
 
 def whole(tensor: Any) -> Tensor:

@@ -15,7 +15,7 @@ this class, no hook and no allocation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, PRIMARY, Factors
+from ..adapters import AUXILIARY, PRIMARY, Factors, alike
 from ..methods import Method
 from ..run import snapshots
 from ..run.config import RunConfig
@@ -140,7 +140,7 @@ def inner_products(one: Sequence[Factors], other: Sequence[Factors]) -> Tensor:
     """
     found = torch.empty(len(one), dtype=torch.float64)
     shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(one, other, strict=True)]
-    for where in _alike(shapes):
+    for where in alike(shapes):
         grams_A = _stack(one, where, "A") @ _stack(other, where, "A").mT
         grams_B = _stack(one, where, "B").mT @ _stack(other, where, "B")
         scales = torch.tensor([one[i].scale * other[i].scale for i in where], dtype=torch.float64)
@@ -208,7 +208,7 @@ def subspace_overlap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
         one, other: (d, r1) and (d, r2) of each layer.
     """
     found = torch.empty(len(one), dtype=torch.float64)
-    for where in _alike([(a.shape, b.shape) for a, b in zip(one, other, strict=True)]):
+    for where in alike((a.shape, b.shape) for a, b in zip(one, other, strict=True)):
         basis, rank = _bases([one[i] for i in where])
         other_basis, other_rank = _bases([other[i] for i in where])
         squares = (basis.mT @ other_basis).square().sum((1, 2))
@@ -250,11 +250,3 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
 
 def _stack(factors: Sequence[Factors], where: Sequence[int], side: str) -> Tensor:
     return torch.stack([getattr(factors[i], side).double() for i in where])
-
-
-def _alike(shapes: Sequence[Any]) -> Iterator[list[int]]:
-    """The positions of each shape."""
-    groups: dict[Any, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(i)
-    yield from groups.values()
