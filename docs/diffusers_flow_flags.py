@@ -32,7 +32,13 @@ FLOW_FLAGS: tuple[Flag, ...] = (
     flag(
         "aspect_ratio_buckets", None, "`auto` chooses some; all images of a step are of one size."
     ),
-    flag("caption_dropout", 0.0, "Drawn for each image of a batch, of any model."),
+    flag(
+        "caption_dropout",
+        0.0,
+        "Drawn for each image of a batch, of any model. What stands for a dropped caption is what"
+        " guidance leads away from: zeros for SDXL base, for Lumina 2 the empty prompt without its"
+        " system prompt; there, and in kohya's scripts, it is an empty caption.",
+    ),
     flag("cache_latents", False, "The flag alone, or before `yes`, `no` or `auto`, the default."),
     flag(
         "offload",

@@ -78,6 +78,9 @@ def diffusers() -> str:
         " 2026) have most of those flags too, some with other defaults, which do not hold here:"
         " 512 pixels, for Krea 2 rank and alpha 32. Beside those they have these:",
         _flags(FLOW_FLAGS),
+        "Lumina 2 is trained at the noise levels that its pipeline goes through, with a shift of 6"
+        " at 0.77 of noise in the mean. Its script turns the path round and the shift not, so that"
+        " there the mean is 0.23; no flag gives these levels here.",
         "These are refused with one sentence, which says what to use instead:",
         table(
             ("flag", "why it is no option here", "instead"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any
 
 import torch
@@ -47,8 +49,12 @@ class Captions:
 
     def _shuffled(self, text: str, sample: int, order: int) -> str:
         tags = [tag.strip() for tag in text.split(",")]
+        trigger = self._cfg.trigger_word
+        front = [tag for tag in tags if trigger and has_word(tag, trigger)]
+        tags = [tag for tag in tags if tag not in front]
         random = generator(self._cfg.seed, "tags", sample, order)
-        return ", ".join(tags[place] for place in torch.randperm(len(tags), generator=random))
+        places = torch.randperm(len(tags), generator=random)
+        return ", ".join([*front, *(tags[place] for place in places)])
 
     def every(self) -> list[str]:
         """Every text that training can meet, without repetition."""
@@ -76,4 +82,13 @@ def texts(cfg: Any, images: ImageSet) -> list[str]:
 
 def with_trigger(text: str, trigger: str | None) -> str:
     """A caption that begins with the trigger word, unless it has it somewhere."""
-    return text if not trigger or trigger in text else f"{trigger}, {text}"
+    return text if not trigger or has_word(text, trigger) else f"{trigger}, {text}"
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether a text has a word, or several, that are not part of longer ones."""
+    text, word = (unicodedata.normalize("NFC", each) for each in (text, word))
+    # Marks such as those of <s1> are an end by themselves.
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return re.search(before + re.escape(word) + after, text) is not None

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .. import adapters
 from ..errors import UserError
 from ..train.task import precision
-from .families.base import Family, moved
+from .families.base import Conditions, Family, moved
 from .families.sdxl import encode
 from .masks import mean_of_shown
 
-_DRAWN = ("latents", "noise", "index", "instance", "ids", "shown", "prior")
+_DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
 """The inputs that are no conditions."""
 
 
@@ -188,7 +188,8 @@ class DreamBoothModule(nn.Module):
 
     ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
     ``instance`` (n,), ``time_ids`` (n, 6), with masks ``shown`` (n, 1, h, w), and either the
-    family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens)).
+    family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens))
+    and ``told`` (n,), False where zeros stand for the text.
     The first rows are instance images; with prior preservation as many class images follow. It
     returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, or plus
     ``prior_prediction_weight`` times the `departures`, which read the class's conditions ``prior``.
@@ -240,6 +241,13 @@ class DreamBoothModule(nn.Module):
             before = predicted()
         return (predicted() - before).square().flatten(1).mean(dim=1)
 
+    def _encoded(self, ids: Sequence[Tensor], told: Tensor) -> Conditions:
+        text = encode(list(self.text_encoders), ids)
+        return {
+            name: values.where(told.view(-1, *[1] * (values.ndim - 1)), 0.0)
+            for name, values in text.items()
+        }
+
     def sample_losses(
         self, inputs: dict[str, Any], calls: list[tuple[Tensor, Tensor]] | None = None
     ) -> Tensor:
@@ -247,7 +255,7 @@ class DreamBoothModule(nn.Module):
         latents and levels.
         """
         dtype, device = precision(self.denoiser), inputs["latents"].device
-        text = encode(list(self.text_encoders), inputs["ids"]) if "ids" in inputs else inputs
+        text = self._encoded(inputs["ids"], inputs["told"]) if "ids" in inputs else inputs
         told = {name: values for name, values in text.items() if name not in _DRAWN}
         conditions = moved({**told, "time_ids": inputs["time_ids"]}, device, dtype)
 

@@ -125,16 +125,18 @@ class DataOptions:
     )
     trigger_word: str | None = option(
         None,
-        "Word that captions begin with, TOK for example; one that has it somewhere stays as it is.",
+        "Word that captions begin with, TOK for example; one that has it as a word of its own stays"
+        " as it is.",
     )
     shuffle_tags: bool = option(
         False,
-        "Shuffle what stands between the commas of a caption, at each visit; the trigger word stays"
-        " in front. Each image has up to eight orders.",
+        "Shuffle what stands between the commas of a caption, at each visit; what has the trigger"
+        " word stays in front. Each image has up to eight orders.",
     )
     caption_dropout: float = option(
         0.0,
-        "Share of visits that see no caption, in [0, 1), so that guidance keeps its other side.",
+        "Share of visits that see no caption but what guidance leads away from (zeros for SDXL"
+        " base, else the empty prompt), in [0, 1), so that guidance keeps its other side.",
         range=SHARES,
     )
     repeats: int = option(

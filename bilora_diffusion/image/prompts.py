@@ -76,6 +76,18 @@ class PromptCache:
         self.add(prompts)
         return joined([self._known[prompt] for prompt in prompts])
 
+    def conditions(self, captions: Sequence[str]) -> Conditions:
+        """Embeddings of captions as training reads them, on the CPU: an empty one is what guidance
+        leads away from.
+        """
+        self.add(captions)
+        return joined(
+            [
+                self._known[text] if text else self.family.negative(self._pipeline, self._known[""])
+                for text in captions
+            ]
+        )
+
     def release(self) -> None:
         """Let go of the encoders, of which those of a flow model are as large as the denoiser."""
         for name in self.family.encoders:

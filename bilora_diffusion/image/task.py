@@ -149,11 +149,16 @@ class DreamBooth:
         self.grid = None if held is None else GridLoss(self, self.stream, held)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
-        """The text part of a module's inputs for these captions."""
+        """The text part of a module's inputs for these captions; an empty one is what guidance
+        leads away from.
+        """
         if self.cfg.train_text_encoder:
-            return {"ids": tokenize(self.pipeline, captions)}
+            # The encoders change, so zeros take the place of what they give at each step.
+            zeros = self.pipeline.config.force_zeros_for_empty_prompt
+            told = torch.tensor([bool(caption) or not zeros for caption in captions])
+            return {"ids": tokenize(self.pipeline, captions), "told": told}
         assert self.prompts is not None
-        return self.prompts(captions)
+        return self.prompts.conditions(captions)
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.captions import ORDERS, Captions, texts
+from bilora_diffusion.image.captions import ORDERS, Captions, texts, with_trigger
 from bilora_diffusion.image.opening import open_images
 
 ICONS = open_images("mini", caption_column="prompt")
@@ -29,6 +29,37 @@ def test_a_trigger_word_comes_first_unless_it_is_there() -> None:
     told = texts(settings(trigger_word="sks"), ICONS)
     assert told == [f"sks, {text}" for text in ICONS.prompts(None)]
     assert captions(trigger_word="sks").every() == list(dict.fromkeys(told))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "text", "there"),
+    [
+        ("TOK", "a photo of (TOK), smiling", True),
+        ("TOK", "TOK's dog", True),
+        ("TOK", "TOKYO at night", False),
+        ("cat", "a category of things", False),
+        ("cat", "a bobcat", False),
+        ("ohwx man", "an ohwx man reads", True),
+        ("ohwx man", "an ohwx mango", False),
+        ("<s1>", "drawn by<s1>today", True),
+        ("caf\u00e9", "un cafe\u0301, noir", True),
+        ("cafe", "un cafe\u0301, noir", False),
+        ("ночь", "полночь", False),
+        ("a.c", "abc", False),
+    ],
+)
+def test_a_trigger_word_inside_of_another_is_none(trigger: str, text: str, there: bool) -> None:
+    assert with_trigger(text, trigger) == (text if there else f"{trigger}, {text}")
+
+
+def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags() -> None:
+    for first in ("TOK", "a photo of TOK"):
+        tagged = SimpleNamespace(label="x", prompts=lambda _, tag=first: [f"red, {tag}, sky, dog"])
+        orders = captions(tagged, trigger_word="TOK", shuffle_tags=True).every()
+        assert len(orders) > 1
+        for text in orders:
+            assert text.split(", ")[0] == first
+            assert sorted(text.split(", ")) == sorted([first, "red", "dog", "sky"])
 
 
 def test_tags_are_shuffled_and_all_texts_are_known_beforehand() -> None:

@@ -22,6 +22,7 @@ from bilora_diffusion.image.families.base import STEPS, Conditions, joined
 from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.prompts import PromptCache
 from bilora_diffusion.image.sampling import _sampler, generate
 from bilora_diffusion.train import compiling
 from bilora_diffusion.train.compiling import Blocks
@@ -80,6 +81,14 @@ def inputs_of(pipeline: Any, told: Conditions, count: int) -> dict[str, Any]:
         "time_ids": torch.zeros(count, 6),
         **told,
     }
+
+
+@each_kind
+def test_a_dropped_caption_is_what_guidance_leads_away_from(kind: str) -> None:
+    prompts = PromptCache(pipeline_of(kind), torch.device("cpu"))
+    found, (_, negative) = prompts.conditions(["", PROMPT]), prompts.with_negative([PROMPT])
+    for name, values in negative.items():
+        torch.testing.assert_close(found[name][:1], values)
 
 
 @each_kind

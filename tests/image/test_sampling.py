@@ -19,6 +19,7 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import Visit, VisitStream
 from tests.scripts.runs import flags
 
@@ -39,6 +40,35 @@ def test_embeddings_equal_the_pipelines(pipeline: Any) -> None:
     negative = embed_negative(pipeline, 2)
     assert torch.equal(negative["sequence"], theirs[1])
     assert torch.equal(negative["pooled"], theirs[3])
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros: bool, tmp_path: Path) -> None:
+    pipeline = load_pipeline("mini", dtype=torch.float32)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    images = open_images("mini", caption_column="prompt")
+    inputs: dict[str, Any] = {
+        "latents": torch.randn(2, 8, 8, 8),
+        "noise": torch.randn(2, 8, 8, 8),
+        "index": torch.tensor([300, 300]),
+        "instance": torch.ones(2, dtype=torch.bool),
+        "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
+    }
+    losses = []
+    for trained in (None, True):
+        given = {"train_text_encoder": trained, "caption_dropout": 0.5}
+        cfg = parse(flags(tmp_path, **given))
+        task = DreamBooth(cfg, pipeline, VisitStream(cfg, images))
+        if not trained:
+            task.embed(torch.device("cpu"))
+            found, known = task.condition(PROMPTS), embed_negative(pipeline, 1)
+            assert (known["pooled"] == 0).all() == zeros
+            for name, values in known.items():
+                torch.testing.assert_close(found[name][1], values[0])
+                assert (found[name][0] != 0).any()
+        with torch.no_grad():
+            losses.append(task.module.sample_losses({**inputs, **task.condition(PROMPTS)}))
+    torch.testing.assert_close(*losses)
 
 
 def test_images_equal_the_pipelines(pipeline: Any) -> None:
