@@ -19,9 +19,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.pipeline import kind_of, load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.console import quiet
@@ -171,10 +171,11 @@ class Pipelines:
         if self._base != base:
             self._base = self._pipeline = None  # frees the memory before the next one takes it
             quiet()
-            half = torch.float16 if self.device.type == "cuda" else torch.float32
+            folder = local(base)
+            dtype = kind_of(folder)().precision(self.device)
             pipeline = load_pipeline(
-                local(base),
-                dtype=torch.float32 if base.name in PIPELINES else half,
+                folder,
+                dtype=torch.float32 if base.name in PIPELINES else dtype,
                 variant=base.variant,
                 vae=local(BaseChoice(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
             )
@@ -237,7 +238,7 @@ class Work:
             self.news.put(("end", "Done."))
         except Stopped:
             self.news.put(("stopped", "Cancelled."))
-        except UserError as error:
+        except (UserError, TrainingError) as error:
             self.news.put(("error", str(error).replace(self.place, "")))
         except Exception as error:
             # The page has to hear of it; the traceback goes to the terminal.

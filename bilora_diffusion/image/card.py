@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from huggingface_hub import ModelCardData
 from safetensors import safe_open
 
@@ -44,6 +45,10 @@ IN_COMFYUI = f"""\
 - **ComfyUI** reads {code(FILE_NAME)} itself for SD3, FLUX, Z-Image, Qwen-Image and Krea 2: put it,
   under a name of your own, into `models/loras`, and choose it in a *Load LoRA* node with a strength
   of 1.0, which is what was trained."""
+DORA_IN_COMFYUI = f"""\
+- These weights are DoRA's: diffusers reads {code(FILE_NAME)} as it was trained. **ComfyUI** leaves
+  out the magnitudes in a file of this format, so what it draws is not what was trained: use
+  diffusers, or train without `--use_dora`."""
 
 
 def write_dreambooth_card(
@@ -70,8 +75,11 @@ def write_dreambooth_card(
     measured = {title: results[key] for title, key in MEASURED.items() if key in results}
     trigger = cfg.trigger_word or cfg.instance_prompt
     flow = _of_transformer(folder)
+    elsewhere = _other_programs(cfg, base, folder)
+    if flow:
+        elsewhere = [DORA_IN_COMFYUI if cfg.use_dora else IN_COMFYUI]
     use = [
-        *_pipeline(base, cfg.pretrained_vae_model_name_or_path),
+        *_pipeline(base, cfg.pretrained_vae_model_name_or_path, flow),
         *(_whole_models(repo_id, results["export"]) if whole else _adapter(repo_id)),
         f"image = pipeline({(prompts or [trigger or 'a photo'])[0]!r}).images[0]",
         'image.save("image.png")',
@@ -86,7 +94,7 @@ def write_dreambooth_card(
         use=[
             *(["## Trigger words", f"Use {code(trigger)} in the prompt."] if trigger else []),
             *("## Use", python_block(use)),
-            *([] if whole else [IN_COMFYUI] if flow else _other_programs(cfg, base, folder)),
+            *([] if whole else elsewhere),
         ],
         results=[
             *table("## Results", measured | when_it_stopped(cfg, results)),
@@ -131,8 +139,8 @@ def _front_matter(
     )
 
 
-def _pipeline(base: str, vae: str | None) -> list[str]:
-    """Python that loads the base model."""
+def _pipeline(base: str, vae: str | None, flow: bool) -> list[str]:
+    """Python that loads the base model, a flow model in bf16 (`Family.precision`)."""
     if base in PIPELINES:
         folder = PIPELINES[base].__name__
         return [
@@ -145,14 +153,15 @@ def _pipeline(base: str, vae: str | None) -> list[str]:
             f"pipeline = DiffusionPipeline.from_pretrained({folder}(), dtype=torch.float32)",
         ]
     kinds, load, extra = "DiffusionPipeline", [], ""
+    dtype = torch.bfloat16 if flow else torch.float16
     if vae:
         kinds, extra = f"AutoencoderKL, {kinds}", ", vae=vae"
         place = loaded_from(source(vae))
-        load = [f"vae = AutoencoderKL.from_pretrained({place!r}, dtype=torch.float16)"]
+        load = [f"vae = AutoencoderKL.from_pretrained({place!r}, dtype={dtype})"]
     return [
         *("import torch", f"from diffusers import {kinds}", "", *load),
         "pipeline = DiffusionPipeline.from_pretrained(",
-        f"    {loaded_from(base)!r}, dtype=torch.float16{extra}",
+        f"    {loaded_from(base)!r}, dtype={dtype}{extra}",
         ').to("cuda")',
     ]
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..train.running import DTYPES
 from .listing import look
-from .pipeline import load_pipeline
+from .pipeline import kind_of, load_pipeline
 from .sampling import generate
 
 PRECISIONS = DTYPES | {"fp32": torch.float32}
@@ -38,10 +38,13 @@ def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
 
 
 def _sample(cfg: Any, accelerator: Accelerator, folder: Path, numbers: list[int]) -> None:
-    default = "fp16" if accelerator.device.type in ("cuda", "mps") else "fp32"
-    dtype = PRECISIONS[cfg.prior_generation_precision or default]
+    base = cfg.pretrained_model_name_or_path
+    if cfg.prior_generation_precision is None:
+        dtype = kind_of(base, cfg.revision, cfg.cache_dir)().precision(accelerator.device)
+    else:
+        dtype = PRECISIONS[cfg.prior_generation_precision]
     pipeline = load_pipeline(
-        cfg.pretrained_model_name_or_path,
+        base,
         dtype=dtype,
         revision=cfg.revision,
         variant=cfg.variant,

@@ -14,6 +14,8 @@ from .masks import at_size
 from .shelf import Shelf
 from .visits import Visit
 
+ENCODED = "look at the file, or pass another --pretrained_vae_model_name_or_path"
+KEPT = "delete the folder of --disk_cache, or give another"
 AT_ONCE = 1024 * 1024
 """Pixels that are encoded together: in float32 a megapixel takes gigabytes."""
 
@@ -83,6 +85,16 @@ class Posterior(NamedTuple):
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
+def require_finite(what: str, fix: str, *tensors: Tensor) -> None:
+    """Refuse what an autoencoder gives that has numbers which are none.
+
+    Raises:
+        TrainingError: it names what and the fix.
+    """
+    if not all(bool(values.isfinite().all()) for values in tensors):
+        raise TrainingError(f"{what} is not finite: {fix}.")
+
+
 class Encoder:
     """Encodes visits with a frozen autoencoder.
 
@@ -119,8 +131,12 @@ class Encoder:
 
     def _keep(self, visits: Sequence[Visit]) -> None:
         new = {v.content: v for v in visits if v.content not in self._kept}
-        found = {content: self.shelf.get(*content) for content in new}
-        self._kept |= {content: Posterior(**parts) for content, parts in found.items() if parts}
+        for content, visit in new.items():
+            if parts := self.shelf.get(*content):
+                require_finite(
+                    f"the kept latent of the image '{visit.name}'", KEPT, *parts.values()
+                )
+                self._kept[content] = Posterior(**parts)
         lacking = [content for content in new if content not in self._kept]
         encoded = self._encoded([new[content] for content in lacking], 1)
         for content, made in zip(lacking, encoded, strict=True):
@@ -145,10 +161,6 @@ class Encoder:
         if not self.space.drawn:
             std = torch.zeros_like(std)
         for row, visit in enumerate(visits):
-            if not (torch.isfinite(mean[row]).all() and torch.isfinite(std[row]).all()):
-                raise TrainingError(
-                    f"the autoencoder gives a non-finite latent for the image '{visit.name}': look"
-                    " at the file, or pass another --pretrained_vae_model_name_or_path."
-                )
+            require_finite(f"the latent of the image '{visit.name}'", ENCODED, mean[row], std[row])
         shown = [None if mask is None else at_size(mask, mean) for mask in masks]
         return [Posterior(*parts) for parts in zip(mean, std, shown, strict=True)]

@@ -302,8 +302,8 @@ class PriorOptions:
     )
     prior_generation_precision: str | None = option(
         None,
-        "Precision in which class images are generated. Default: fp16 on an accelerator, else"
-        " fp32.",
+        "Precision in which class images are generated. Default: on an accelerator fp16, for"
+        " flow-matching models bf16, where it has that; else fp32.",
         choices=("no", "fp32", "fp16", "bf16"),
         idle=(WITHOUT_PRIOR,),
     )

@@ -12,7 +12,10 @@ from PIL.Image import Image
 from ..train.task import precision
 from .families import of
 from .families.base import Conditions, Family, moved
+from .latents import require_finite
 from .prompts import embed, embed_negative
+
+OVERFLOW = "the model or what it is trained to overflows, so use bf16 or fp32 instead of fp16"
 
 
 @torch.no_grad()
@@ -42,6 +45,9 @@ def generate(
 
     Returns:
         n PIL images, RGB.
+
+    Raises:
+        TrainingError: an image is not finite.
     """
     positive, negative = embeddings or (
         embed(pipeline, prompts),
@@ -75,7 +81,8 @@ def generate(
             output_type="latent",
             callback_on_step_end=callback,
         )
-        images += decode(pipeline, family.unpacked(output.images, size))
+        names = [f"'{p}' with seed {s}" for p, s in zip(prompts[rows], seeds[rows], strict=True)]
+        images += decode(pipeline, family.unpacked(output.images, size), names)
     return images
 
 
@@ -94,8 +101,12 @@ def _sampler(family: Family, pipeline: Any) -> Any:
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: torch.Tensor) -> list[Image]:
-    """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype."""
+def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
+    """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype.
+
+    Raises:
+        TrainingError: an image is not finite; it is named.
+    """
     vae = pipeline.vae
     home = vae.device
     vae.to(latents.device)
@@ -104,4 +115,6 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list[Image]:
     # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
     pixels = torch.cat([space.pixels(vae, latent[None]).cpu() for latent in scaled])
     vae.to(home)
+    for name, image in zip(names, pixels, strict=True):
+        require_finite(f"the image of {name}", OVERFLOW, image)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -115,6 +115,11 @@ def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int
         family.require_resolution(side, pipeline)
     if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
         logger.warning("%s", remark)
+    if family.flow and cfg.use_dora:
+        logger.warning(
+            "--use_dora: diffusers reads the file as trained; ComfyUI leaves out its magnitudes, so"
+            " what that draws is not what was trained."
+        )
     if cfg.guidance_scale is not None and not family.is_told_guidance(pipeline):
         logger.warning(
             "--guidance_scale %s has no effect on this %s, which has no embedding of guidance: drop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,18 @@ import PIL.Image
 import pytest
 import torch
 
+from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import latents
 from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.families.base import Family
+from bilora_diffusion.image.families.lumina2 import Lumina2
+from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.latents import Encoder, LatentSpace
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.shelf import Shelf
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import Visit, VisitStream
 from tests.scripts.runs import flags
@@ -117,6 +123,35 @@ def test_an_autoencoder_comes_to_the_device_for_the_while_of_encoding(pipeline: 
     (posterior,) = Encoder(resting, space, here)([visit])
     assert torch.equal(posterior.mean, known.mean)
     assert resting.device.type == "meta"
+
+
+def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline: Any, tmp_path: Path) -> None:
+    space, here = LatentSpace.of(pipeline.vae), torch.device("cpu")
+    visit: Any = SimpleNamespace(name="a.png", read=lambda: (torch.zeros(3, 64, 64), None))
+    visit.content = ("a",)
+    shelf = Shelf(tmp_path)
+    shelf.put({"mean": torch.full((4, 8, 8), math.nan), "std": torch.zeros(4, 8, 8)}, "a")
+    with pytest.raises(TrainingError, match=r"'a.png' is not finite.*--disk_cache"):
+        Encoder(pipeline.vae, space, here, lambda _: True, shelf)([visit])
+    visit.read = lambda: (torch.full((3, 64, 64), math.inf), None)
+    with pytest.raises(TrainingError, match=r"'a.png' is not finite"):
+        Encoder(pipeline.vae, space, here)([visit])
+    overflowing = pipeline.unet.conv_out.register_forward_hook(lambda *given: given[2] * math.inf)
+    with pytest.raises(TrainingError, match=r"'an icon' with seed 5 is not finite.*bf16"):
+        generate(pipeline, ["an icon"], [5], size=64, steps=1)
+    overflowing.remove()
+
+
+@pytest.mark.parametrize("family", [StableDiffusionXL, Lumina2])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_flow_models_make_their_images_in_no_fp16(
+    family: type[Family], bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    half = torch.float16 if family is StableDiffusionXL else torch.bfloat16
+    expected = half if bf16 or family is StableDiffusionXL else torch.float32
+    assert family().precision(torch.device("cuda")) == expected
+    assert family().precision(torch.device("cpu")) == torch.float32
 
 
 def test_large_images_are_encoded_one_by_one(

@@ -18,6 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AdapterSpec
@@ -163,6 +164,18 @@ def test_other_programs_are_told_of_where_they_can_read_the_file(tmp_path: Path)
     whole = card(tmp_path, [*ICONS, "--method", "full"], results={"export": ["unet"]}).text
     assert "ComfyUI" not in whole
     assert "models/loras" not in card(tmp_path, MINI).text  # only this package knows the miniature
+
+
+def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path: Path) -> None:
+    save_file({"transformer.a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / FILE_NAME)
+    flow = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev", *ICONS[2:], *VAE]
+    plain, dora = card(tmp_path, flow).text, card(tmp_path, [*flow, "--use_dora"]).text
+    for text in (plain, dora):
+        assert code(text).count("torch.bfloat16") == 2
+        assert "float16" not in code(text).replace("bfloat16", "")
+    assert "models/loras" in plain
+    assert "models/loras" not in dora
+    assert "magnitudes" in dora
 
 
 def test_only_what_is_given_is_said(tmp_path: Path) -> None:

@@ -149,6 +149,16 @@ def test_images_are_drawn_as_the_command_line_says(
     assert told == [(None, None), (3, 2.0)]
 
 
+def test_that_comfyui_leaves_out_magnitudes_is_a_line_and_in_the_card(
+    bases: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = {**SHARED, "pretrained_model_name_or_path": bases(SD3), "use_dora": True}
+    folder = train(tmp_path / "run", **shared, max_train_steps=1)
+    for text in (caplog.text, (folder / "README.md").read_text(encoding="utf-8")):
+        assert "magnitudes" in text
+        assert "use_dora" in text
+
+
 def test_a_guidance_that_no_model_is_told_is_a_line_and_no_part_of_the_record(
     bases: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -234,6 +234,20 @@ class Family:
             return self.few_steps, 0.0
         return STEPS, self.guidance
 
+    def precision(self, device: torch.device) -> torch.dtype:
+        """In what images are made on a device by default: 16 bits on a GPU, for a flow model those
+        of bf16, whose range fp16 lacks.
+        """
+        if device.type not in ("cuda", "mps"):
+            return torch.float32
+        if not self.flow:
+            return torch.float16
+        if device.type == "cuda":
+            there = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            there = torch.backends.mps.is_macos_or_newer(14, 0)
+        return torch.bfloat16 if there else torch.float32
+
     def is_told_guidance(self, pipeline: Any) -> bool:
         """Whether a loaded model has an embedding of guidance, which it is told in training."""
         return False
