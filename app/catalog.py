@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHTS
-from bilora_diffusion.run import runlog
 from bilora_diffusion.run.folder import FOLDS
-from bilora_diffusion.run.runlog import RUN
+from bilora_diffusion.run.record import RUN, read_run
 from eval import table
 from eval.table import EARLIER, FILE
 
@@ -43,6 +42,8 @@ SKIPPED = frozenset(
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
+DIGITS = 15
+"""Of a step; JavaScript's numbers end there."""
 FRESH_SECONDS = 2.0
 """So long a look at the root serves all visitors."""
 Item = TypeVar("Item")
@@ -233,14 +234,14 @@ class Catalog:
             scan.broken.append(Broken(folder, f"{file} is of an earlier version: {again}"))
 
     def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
-        """What ``read`` returns for a file, or None and a line among the broken ones."""
+        """What ``read`` makes of a folder's file, or None and a line among the broken ones."""
         try:
             status = self.resolve(_join(folder, file)).stat()
             stamp = (status.st_mtime_ns, status.st_size)
             kept = self.now.read.get((folder, file))
             if kept is None or kept[0] != stamp:
-                # The reader gets the folder's own name for the file, so that messages have it too.
-                kept = (stamp, read(self.root / folder / file))
+                # The reader gets the folder's own name, so that messages have it too.
+                kept = (stamp, read(self.root / folder))
             scan.read[folder, file] = kept
             return kept[1]
         except UserError as error:
@@ -259,38 +260,25 @@ def _join(folder: str, name: str) -> str:
     return str(PurePosixPath(folder) / name)
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """``run.json``, with a method, a status and a config.
-
-    Raises:
-        UserError: it is damaged or of another version.
-    """
-    record = runlog.read_run(path.parent)
-    for key, kind in (("method", str), ("status", str), ("config", dict)):
-        if not isinstance(record.get(key), kind):
-            raise UserError(f"{path.name} has no {key}: train the run again")
-    return record
-
-
 def read_steps(folder: Path) -> tuple[int, ...]:
     """The steps at which a run made validation images, in order."""
     images = (folder / "validation").glob("step-*/000.png")
     names = [path.parent.name.removeprefix("step-") for path in images]
-    return tuple(sorted(int(name) for name in names if name.isdecimal()))
+    return tuple(sorted(int(name) for name in names if name.isdecimal() and len(name) <= DIGITS))
 
 
-def read_result(path: Path) -> Scored | dict[str, Any]:
+def read_result(folder: Path) -> Scored | dict[str, Any]:
     """A result: its images, or of another command what ``result.json`` says.
 
     Raises:
         UserError: it is damaged or of another version.
     """
-    record = table.head(path.parent)
+    record = table.head(folder)
     if record["kind"] == SCORES:
-        return scored(table.read(path.parent))
+        return scored(table.read(folder))
     pictures = record.get("figures")
     if not isinstance(pictures, list) or not all(_is_name(name) for name in pictures):
-        raise UserError(f"{path} is damaged: run python -m eval.{record['kind']} again")
+        raise UserError(f"{folder / FILE} is damaged: run python -m eval.{record['kind']} again")
     return record
 
 

@@ -260,7 +260,8 @@ def limits(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
         high = near
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    room = 0.06 * (high - low) or 0.05 * abs(high)
+    room = room if room > 1e-300 else 1.0  # a fifth of it is a number still
     return low - room, high + room
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,6 +15,8 @@ from bilora_diffusion.errors import UserError
 
 CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
+MOST_IMAGES = 10_000
+"""Of one step; a page holds no more."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class RunItem:
     Args:
         path: of the folder.
         name: what lists and legends show, such as "Bi-LoRA, seed 0"; unique.
-        record: ``run.json``, its method, status and config checked.
+        record: ``run.json``.
         weights: file of the exported LoRA, or the folder of whole models; None while there is none.
         steps: at which validation images were made, in order.
     """
@@ -39,8 +43,8 @@ class RunItem:
         return self.record["method"]
 
     @property
-    def seed(self) -> Any:
-        """A whole number, where the record has one."""
+    def seed(self) -> int | None:
+        """Of training, where the record has one."""
         return self.record.get("seed")
 
     @property
@@ -53,15 +57,18 @@ class RunItem:
         """Whether it trains a language model."""
         return "model_name_or_path" in self.record["config"]
 
-    @property
+    @cached_property
     def images(self) -> dict[tuple[str, int], int]:
         """The number of each validation image, by its prompt and how many of it come before."""
         config = self.record["config"]
         prompts, count = config.get("validation_prompts"), config.get("num_validation_images")
-        if not isinstance(prompts, list) or not isinstance(count, int):
-            return {}
-        asked = [str(prompt) for prompt in prompts for _ in range(count)]
-        return {(text, asked[:at].count(text)): at for at, text in enumerate(asked)}
+        asked = (prompt for prompt in prompts or () for _ in range(count or 0))
+        numbers: dict[tuple[str, int], int] = {}
+        before: Counter[str] = Counter()
+        for number, prompt in enumerate(itertools.islice(asked, MOST_IMAGES)):
+            numbers[prompt, before[prompt]] = number
+            before[prompt] += 1
+        return numbers
 
     def image(self, step: int, number: int) -> str:
         """A validation image, relative to the root."""

@@ -9,17 +9,16 @@ from typing import Any
 
 import gradio as gr
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.run import runlog
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.folder import FOLDS_CURVES
+from bilora_diffusion.run.record import METRICS, RUN, read_folds, read_run
 
 from . import parts
-from .catalog import Catalog, read_run
+from .catalog import Catalog
 from .charts import COLORS, Failed, Shown, colors_of, draw
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, short
-from .training_data import Reader, memory, progress, radius, read_folds, series
+from .training_data import Reader, memory, progress, radius, series
 
 TICK_SECONDS = 3.0
 CHOSEN = 4
@@ -127,14 +126,13 @@ class Tab:
         path = run.path
         try:
             folder = self.catalog.resolve(path)
-            names = (runlog.RUN, runlog.METRICS)
-            files = [self.catalog.resolve(f"{path}/{name}") for name in names]
-            record, rows = read_run(folder / runlog.RUN), self.reader.read(folder)
+            files = [self.catalog.resolve(f"{path}/{name}") for name in (RUN, METRICS)]
+            record, rows = read_run(folder), self.reader.read(folder)
             written = max(file.stat().st_mtime for file in files if file.exists())
             state = progress(record, rows, written)
-            folds = read_folds(self.catalog.resolve(f"{path}/{FOLDS_CURVES}"))
+            folds = read_folds(self.catalog.resolve(f"{path}/{FOLDS_CURVES}")) or {}
             return Shown(replace(run, record=record), color, rows, state, folds)
-        except (UserError, OSError) as error:
+        except Exception as error:  # whatever is in one folder, the other runs stay
             return Failed(run.name, color, parts.plain(error, self.catalog))
 
     def _seen(self, runs: Sequence[Shown | Failed], window: int) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ radius(record, last_step=120)             # rho over the steps
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
 import threading
 import time
@@ -22,8 +22,8 @@ import pandas as pd
 
 from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.methods.options import rising
-from bilora_diffusion.run import runlog
 from bilora_diffusion.run.durations import duration
+from bilora_diffusion.run.record import METRICS, read_metrics
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]
@@ -34,6 +34,7 @@ STALE_SECONDS = 180.0
 BUSY_SECONDS = 3600.0
 """The same of one that said that it does something else than steps, such as validation images."""
 TRAINING = "training"
+LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 RADIUS_POINTS = 101
 RECENT_STEPS = 50
 
@@ -51,36 +52,27 @@ class Reader:
         Raises:
             UserError: a line is no metrics line, or the file can't be read.
         """
-        path = Path(folder) / runlog.METRICS
+        path = Path(folder) / METRICS
         with self._lock:
             status = path.stat() if path.exists() else None
             stamp = status and (status.st_ino, status.st_size, status.st_mtime_ns)
             kept = self._kept.get(path)
             if kept is None or kept[0] != stamp:
-                kept = self._kept[path] = (stamp, runlog.read_metrics(folder))
+                kept = self._kept[path] = (stamp, read_metrics(folder))
             return kept[1]
-
-
-def read_folds(path: Path) -> dict[str, Any]:
-    """A run's ``folds.json``; {} where there is none, or one that can't be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if len(found["mean"]) == len(found["steps"]) > 0 else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def pairs(steps: Sequence[int], values: Sequence[float | None]) -> Points:
     """Values at their steps; those that were not finite are left out."""
     both = zip(steps, values, strict=True)
-    return [(int(step), value) for step, value in both if value is not None]
+    return [(step, value) for step, value in both if value is not None]
 
 
 def by_level(rows: Sequence[Row]) -> Points:
     """Held-out loss at each noise level: the last measurement minus the first."""
     measured = [row for row in rows if "heldout_loss" in row] or [{}]
     first, last = measured[0], measured[-1]
-    levels = {key: int(key.removeprefix(BY_LEVEL)) for key in last if key.startswith(BY_LEVEL)}
+    levels = {key: int(level[1]) for key in last if (level := LEVEL.fullmatch(key))}
     both = [(level, last[key], first.get(key)) for key, level in levels.items()]
     return [(level, end - start) for level, end, start in both if None not in (end, start)]
 
@@ -91,7 +83,7 @@ def series(rows: Sequence[Row], key: str) -> Points:
     for row in rows:
         value = row.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((int(row["step"]), float(value)))
+            found.append((row["step"], float(value)))
     return found
 
 
@@ -144,8 +136,7 @@ def radius(record: Row, last_step: int) -> Points:
 
 def total_steps(record: Row) -> int | None:
     """How many steps the run is to take; None in an old record of a run that counts epochs."""
-    total = record.get("num_steps") or record["config"].get("max_train_steps")
-    return total if isinstance(total, int) else None
+    return record.get("num_steps") or record["config"].get("max_train_steps")
 
 
 @dataclass(frozen=True)
@@ -185,12 +176,12 @@ def progress(
     now = time.time() if now is None else now
     silent = max(0.0, now - last_written)
     taken = [row for row in rows if row.get("seconds") is not None]
-    recent = [float(row["seconds"]) for row in taken[-RECENT_STEPS:]]
+    recent = [row["seconds"] for row in taken[-RECENT_STEPS:]]
     usual = statistics.median(recent) if recent else 0.0
-    steps = max((int(row["step"]) for row in rows), default=0)
+    steps = max((row["step"] for row in rows), default=0)
     total = total_steps(record)
-    status, reason = record["status"], str(record.get("error") or "")
-    doing = str(record.get("doing") or TRAINING)
+    status, reason = record["status"], record.get("error") or ""
+    doing = record.get("doing") or TRAINING
     patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
     running = status == "running"
     if running and silent > max(patience, 10 * usual):
@@ -202,8 +193,7 @@ def progress(
     left = None
     if running and total is not None and recent:
         left = max(0, total - steps) * usual
-    wall = float(record.get("wall_seconds") or 0.0)
-    memory = int(record.get("peak_memory_bytes") or 0)
+    wall, memory = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
     return Progress(status, reason, steps, total, wall, left, memory)
 
 

@@ -22,12 +22,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..durable import dump_json, overwrite_text, strict_json, sync, write_text
-from ..errors import UserError
+from ..durable import discard, dump_json, overwrite_text, strict_json, sync, write_text
 from . import provenance, snapshots
+from .record import METRICS, RUN, SCHEMA_VERSION, read_metrics, read_run
 
-SCHEMA_VERSION = 1
-RUN, METRICS, CARD, ERROR = "run.json", "metrics.jsonl", "README.md", "error.txt"
+CARD, ERROR = "README.md", "error.txt"
 SECRETS = frozenset({"hub_token"})
 HEARTBEAT_SECONDS = 15.0
 
@@ -197,58 +196,12 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
+        for images in self.folder.glob("validation/step-*"):
+            number = images.name.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
+                discard(images)
 
 
 def wrote_card(record: Mapping[str, Any]) -> bool:
     """Whether the ``README.md`` beside a ``run.json`` is a run's model card."""
     return bool(record.get("card")) or record.get("status") == "finished"
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
-
-    Raises:
-        UserError: when another line is no JSON object with a step.
-    """
-    path = Path(folder) / METRICS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    found = []
-    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
-        try:
-            values = json.loads(line)
-            int(values["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"line {number} of {path} is not a metrics line: delete it, or start a new run"
-            ) from error
-        found.append(values)
-    return found
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run folder.
-
-    Raises:
-        UserError: when there is none, or it is damaged or of an unknown schema version.
-    """
-    path = Path(folder) / RUN
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["schema_version"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete it, or give another run folder") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version!r}, but this version of bilora_diffusion reads "
-            f"{SCHEMA_VERSION}: read it with the version that wrote it"
-        )
-    return record

@@ -13,7 +13,6 @@ that up to there it is what the folds have measured, whatever the course of the 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -31,6 +30,7 @@ from ..run.config import RunConfig
 from ..run.folder import FOLDS, FOLDS_CURVES, FOLDS_FIGURE, clear
 from ..run.interruption import Stop
 from ..run.matching import require_same_settings
+from ..run.record import read_folds
 from ..run.runlog import RunLog
 from ..seeds import parts
 
@@ -167,20 +167,17 @@ def _earlier(cfg: RunConfig, folder: Path, accelerator: Accelerator) -> dict[str
     """What a resumed run finds of its folds; None for a fresh start."""
     if cfg.resume_from_checkpoint is None:
         return None
-    path = folder / FOLDS_CURVES
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        saved, _ = earlier["settings"], earlier["chosen_steps"]
-    except FileNotFoundError:
+    earlier = read_folds(folder / FOLDS_CURVES)
+    if earlier is None:
         if checkpoint.latest(folder) is None:
             return None
         raise UserError(
-            f"{folder} has checkpoints and no {path.name}, without which it is not known where the"
-            " run is to end: start a new one in another --output_dir."
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: start a new run in another --output_dir.") from error
-    require_same_settings(saved, _settings(cfg, accelerator), cfg.without_influence | {"fold"})
+            f"{folder} has checkpoints and no {FOLDS_CURVES}, without which it is not known where"
+            " the run is to end: start a new one in another --output_dir."
+        )
+    require_same_settings(
+        earlier["settings"], _settings(cfg, accelerator), cfg.without_influence | {"fold"}
+    )
     return earlier
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from PIL import Image
 
 from app import catalog as catalogs
-from app import parts, validation
+from app import parts, training, validation
 from app.catalog import DEPTH, Catalog
-from app.runs import ordered, pair
+from app.runs import MOST_IMAGES, ordered, pair
 from app.scored import ScoredImage, ScoredPrompt
 from eval import table
 from tests.app.scored_images import scores_of, write
@@ -188,7 +190,7 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) 
     ("file", "text", "words"),
     [
         ("run.json", "{", "run.json"),
-        ("run.json", "[" * 100_000, "RecursionError"),
+        ("run.json", "[" * 100_000, "run.json"),
         ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
         ("run.json", b"\xff\xfe", "run.json"),
         ("result.json", "{}", "result.json"),
@@ -213,6 +215,101 @@ def test_a_broken_folder_is_named_and_the_rest_is_shown(
     assert broken.path == "bad"
     assert words in broken.reason
     assert str(tmp_path) not in broken.reason
+
+
+METRICS, FOLDS = "metrics.jsonl", "folds.json"
+DEEP = "[" * 100_000
+CURVES = {"settings": {}, "steps": [0, 5], "folds": [[1, 2]], "mean": [1, 2], "chosen_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(
+            ("run.json", odd)
+            for odd in (
+                *({"config": {"rho": [1]}}, {"config": {"rho": {}}}, {"config": {"rho": math.inf}}),
+                *({"config": []}, {"config": None}, {"seed": [1]}, {"seed": {}}, {"seed": "x"}),
+                *({"wall_seconds": "x"}, {"wall_seconds": 1e999}, {"peak_memory_bytes": "x"}),
+                *({"num_steps": 10**400}, {"num_steps": "x"}, {"error": [1]}, {"method": [1]}),
+                *({"config": {"num_validation_images": 10**9}}, {"method": "\ud800"}),
+                *({"config": {"validation_prompts": [1]}}, {"config": {"max_train_steps": "x"}}),
+                *({"doing": 5}, {"status": "x"}, {"config": {"rho": "\ud800"}}),
+            )
+        ),
+        *(
+            (METRICS, line)
+            for line in (
+                *('{"step": 1, "loss": 1e999}', '{"step": 1, "loss": Infinity}', DEEP, "{}"),
+                *('{"step": 1e999, "loss": 1}', '{"step": Infinity}', '{"step": "1"}', "[]"),
+                *('{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}', '{"step": -1}'),
+                *('{"step": 1, "seconds": "x"}', '{"step": 1, "loss": [1]}', "\0", '{"step": 1.5}'),
+                *(f'{{"step": 1{"0" * 400}}}', f'{{"step": 1, "loss": 1{"0" * 400}}}'),
+                '{"step": 0, "heldout_loss": 1, "heldout_loss_by_level/25": "x"}',
+            )
+        ),
+        *(
+            (FOLDS, odd)
+            for odd in ({"folds": None}, {"folds": [[1]]}, {"mean": ["x", 1]}, {"steps": [[], 1]})
+        ),
+    ],
+)
+def test_a_damaged_run_takes_no_other_from_the_lists_and_the_curves(
+    tmp_path: Path, file: str, content: Any
+) -> None:
+    for name in ("lora", "bilora"):
+        make_run(tmp_path / name, method=name, config={"rho": 0.05})
+        (tmp_path / name / METRICS).write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 1}\n')
+    bad = make_run(tmp_path / "worse", method="bilora", config={"rho": 0.1})
+    if file == "run.json":
+        make_run(bad, **{"method": "bilora"} | content)
+    else:
+        text = content if file == METRICS else json.dumps(CURVES | content)
+        (bad / file).write_text(f"{text}\n")
+    catalog = Catalog(tmp_path)
+    whole = file != "run.json"
+    assert paths(catalog) == ["bilora", "lora", *["worse"] * whole]
+    assert [row.path for row in catalog.now.broken] == ["worse"] * (not whole)
+    with gr.Blocks():
+        tab = training.Tab(catalog, [gr.State().change])
+    cards, _, plots = tab._draw(["lora", "bilora", "worse"], 5).values()
+    assert ("LoRA, seed 0 ends at" in plots, "Bi-LoRA" in plots) == (True, True)
+    assert cards.count('<li class="finished') == 2
+    assert cards.count('<li class="failed') == 1
+
+
+@pytest.mark.parametrize("odd", ["/x", "/-1", "/1.5", f"/{'1' * 5000}", ""])
+def test_levels_that_are_none_and_the_smallest_numbers_are_drawn_around(
+    tmp_path: Path, odd: str
+) -> None:
+    make_run(tmp_path / "lora")
+    lines = [
+        {"step": step, "loss": step * 1e-323, "heldout_loss": 1, f"heldout_loss_by_level{odd}": 1}
+        for step in range(9)
+    ]
+    (tmp_path / "lora" / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with gr.Blocks():
+        tab = training.Tab(Catalog(tmp_path), [gr.State().change])
+    _, _, plots = tab._draw(["lora"], 1).values()
+    assert "training-loss" in plots
+
+
+def test_validation_images_are_numbered_once_and_not_without_end(tmp_path: Path) -> None:
+    prompts = ["a", "b", "a"]
+    make_run(tmp_path, config={"validation_prompts": prompts, "num_validation_images": 2})
+    (tmp_path / "validation" / f"step-{'9' * 30}").mkdir(parents=True)
+    (tmp_path / "validation" / f"step-{'9' * 30}" / "000.png").touch()
+    (run,) = Catalog(tmp_path).now.runs
+    assert run.steps == (), "JavaScript has no such numbers"
+    assert run.images == {
+        **{("a", at): at for at in (0, 1)},
+        **{("b", at): 2 + at for at in (0, 1)},
+        **{("a", 2 + at): 4 + at for at in (0, 1)},
+    }
+    assert run.images is run.images
+    make_run(tmp_path, config={"validation_prompts": ["a"] * 9000, "num_validation_images": 10_000})
+    (many,) = Catalog(tmp_path).now.runs
+    assert len(many.images) == MOST_IMAGES
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ if "--wait" in sys.argv:
         time.sleep(0.01)
 if "--fail" in sys.argv:
     sys.exit("error: no such thing: " + str(folder / "x.png"))
-(folder / "run.json").write_text(json.dumps({"schema_version": 1, "status": "finished"}))
+record = {"schema_version": 1, "method": "lora", "status": "finished", "config": {}}
+(folder / "run.json").write_text(json.dumps(record))
 """
 
 
@@ -110,7 +111,7 @@ def test_the_command_line_starts_afresh_or_goes_on(tmp_path: Path) -> None:
 
 def test_the_states_of_a_folder(tmp_path: Path) -> None:
     assert cells.state(tmp_path / "none") == "new"
-    record = '{"schema_version": 1, "status": "%s"}'
+    record = '{"schema_version": 1, "method": "lora", "status": "%s", "config": {}}'
     for text in ("{", record % "running"):
         assert cells.state(tmp_path) == "begun"
         (tmp_path / "run.json").write_text(text)

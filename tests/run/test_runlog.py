@@ -5,6 +5,7 @@ say of versions, commit and machine.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -19,6 +20,7 @@ import torch
 import bilora_diffusion
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import provenance, runlog
+from bilora_diffusion.run.record import read_folds
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 
 CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_dir": Path("out")}
@@ -41,11 +43,11 @@ def test_a_whole_run(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     log = start(folder)
     assert read_run(folder)["status"] == "running"
-    log.metric(1, loss=torch.tensor(0.5), lr=2e-4, digest="ab", samples=["x", "y"])
+    log.metric(1, loss=torch.tensor(0.5), lr=2e-4, digest="ab", dynamics={"gain": 0.5})
     log.metric(2, loss=np.float32(0.25), taken=True, note=None)
     log.finish(heldout_loss=0.0834, verify={"layers": 7})
     assert read_metrics(folder) == [
-        {"step": 1, "loss": 0.5, "lr": 2e-4, "digest": "ab", "samples": ["x", "y"]},
+        {"step": 1, "loss": 0.5, "lr": 2e-4, "digest": "ab", "dynamics": {"gain": 0.5}},
         {"step": 2, "loss": 0.25, "taken": True, "note": None},
     ]
     record = strict((folder / "run.json").read_text())
@@ -92,7 +94,12 @@ def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> 
     record = read_run(tmp_path)
     assert (record["status"], record["error"]) == ("failed", "the loss of step 8 is not finite")
     assert len(read_metrics(tmp_path)) == 8
+    for step in (2, 5, 7, "x"):
+        (tmp_path / "validation" / f"step-{step}").mkdir(parents=True)
+        (tmp_path / "validation" / f"step-{step}" / "000.png").touch()
     again = start(tmp_path, resume_step=5)
+    left = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert left == ["step-2", "step-5", "step-x"]
     assert "error" not in read_run(tmp_path)
     again.metric(6, loss=0.5)
     again.finish()
@@ -141,6 +148,90 @@ def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
     with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("seed", [1], r"'seed' is \[1\]"),
+        ("seed", "x", "'seed' is 'x'"),
+        ("seed", 10**400, "'seed' is 1000"),
+        ("method", ["lora"], "'method' is"),
+        ("method", "\ud800", r"'method' is '\\ud800'"),
+        ("status", "resting", "'status' is 'resting'"),
+        ("config", None, "'config' is None"),
+        ("config", [], r"'config' is \[\]"),
+        ("config", {"rho": [1]}, r"'config\.rho' is \[1\]"),
+        ("config", {"rho": math.inf}, "run.json is damaged"),
+        ("config", {"rho": 10**200}, r"'config\.rho' is 1000"),
+        ("config", {"validation_prompts": ["a", 1]}, r"'config\.validation_prompts' is 1"),
+        ("config", {"num_validation_images": 10**9}, r"'config\.num_validation_images' is 10"),
+        ("config", {"resolution": "x"}, r"'config\.resolution' is 'x'"),
+        ("config", {"model_name_or_path": ["a"]}, r"'config\.model_name_or_path' is \['a'\]"),
+        ("wall_seconds", "x", "'wall_seconds' is 'x'"),
+        ("wall_seconds", -1, "'wall_seconds' is -1"),
+        ("peak_memory_bytes", "x", "'peak_memory_bytes' is 'x'"),
+        ("results", {"best_step": "x"}, r"'results\.best_step' is 'x'"),
+        ("versions", [], r"'versions' is \[\]"),
+    ],
+)
+def test_a_record_that_does_not_fit_its_model_is_refused_by_its_first_odd_value(
+    tmp_path: Path, key: str, value: Any, shown: str
+) -> None:
+    start(tmp_path).finish()
+    record = read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(record | {key: value}))
+    with pytest.raises(UserError, match=shown):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"key of another version": value}))
+    if value != {"rho": math.inf}:
+        assert read_run(tmp_path)["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": "1"}', '{"step": -1}', '{"step": 1.5}', '{"step": true}', '{"step": 1e999}'),
+        *('{"step": 1, "loss": Infinity}', '{"step": 1, "loss": 1e999}'),
+        *(
+            '{"step": 1, "loss": "0.5"}',
+            '{"step": 1, "loss": [0.5]}',
+            '{"step": 1, "seconds": "x"}',
+        ),
+        *('{"step": 1, "digest": 5}', '{"step": 1, "loss": 1e308}', "[1]", "1", ""),
+        '{"step": 1, "loss": 1%s}' % ("0" * 400),
+        '{"step": 1%s}' % ("0" * 400),
+        '{"step": 1, "loss": %s}' % ("[" * 100_000),
+        '{"step": 1, "loss": 1%s}' % ("0" * 5000),
+    ],
+)
+def test_a_line_that_is_none_of_metrics_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
+    whole = '{"step": 0, "loss": NaN, "skipped": false}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 1, "lo')
+    assert read_metrics(tmp_path) == [{"step": 0, "loss": None, "skipped": False}]
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}{line}\n")
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
+        read_metrics(tmp_path)
+
+
+def test_folds_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folds.json"
+    assert read_folds(path) is None
+    curves = {"steps": [0, 5], "folds": [[1.0, 0.5], [2.0, None]], "mean": [1.5, None]}
+    whole = {"settings": {}, **curves, "chosen_steps": 5}
+    path.write_text(json.dumps(whole))
+    assert read_folds(path) == whole
+    for odd in (
+        *({"folds": None}, {"folds": [[1.0]]}, {"mean": [1.0]}, {"mean": ["x", 1.0]}),
+        *({"steps": ["a", "b"]}, {"settings": []}, {"chosen_steps": 0}, {"chosen_steps": "x"}),
+    ):
+        path.write_text(json.dumps(whole | odd))
+        with pytest.raises(UserError, match=r"folds\.json is damaged"):
+            read_folds(path)
+    del whole["folds"]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="it has no folds"):
+        read_folds(path)
 
 
 def git(folder: Path, *arguments: str) -> str:

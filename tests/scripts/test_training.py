@@ -182,6 +182,7 @@ def test_an_early_step_in_a_format_and_refusals(
 
     (tmp_path / "whole").mkdir()
     record = {"schema_version": runlog.SCHEMA_VERSION, "method": "full", "config": {}}
+    record["status"] = "finished"
     (tmp_path / "whole" / "run.json").write_text(json.dumps(record))
     (run / "exports" / "step-1").mkdir(parents=True)
     (run / "exports" / "step-1" / FILE_NAME).write_text("")

@@ -1,0 +1,232 @@
+"""Models of a run's files, ``run.json``, ``metrics.jsonl`` and ``folds.json``, and their readers.
+
+Whoever reads a run (resume, guard, evaluation, viewer) reads it here, and goes by these types. What
+does not fit them makes that run unreadable, with the reason in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import UserError
+
+SCHEMA_VERSION = 1
+RUN, METRICS = "run.json", "metrics.jsonl"
+PICTURES = 10_000
+"""Most validation images of one prompt, as of the option."""
+
+# Far above what training in 32 bits gives, and the square is a float still.
+Number = Annotated[float, Field(ge=-1e150, le=1e150)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+# A limit also refuses halves of UTF-16 pairs, which JSON can say and nothing can print.
+Text = Annotated[str, Field(max_length=100_000)]
+
+
+class _Strict(BaseModel):
+    """No conversions; keys of other versions are left as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class Options(_Strict):
+    """Options of a run that evaluation and viewer rely on; a script has only some of them."""
+
+    pretrained_model_name_or_path: Text | None = None
+    pretrained_vae_model_name_or_path: Text | None = None
+    model_name_or_path: Text | None = None
+    revision: Text | None = None
+    variant: Text | None = None
+    cache_dir: Text | None = None
+    tokenizer_name: Text | None = None
+    task_type: Text | None = None
+    attn_implementation: Text | None = None
+    trust_remote_code: bool | None = None
+    quantize: Text | None = None
+    template: Text | None = None
+    dataset_name: Text | None = None
+    dataset_config_name: Text | None = None
+    instance_data_dir: Text | None = None
+    image_column: Text | None = None
+    task: Text | None = None
+    train_file: Text | None = None
+    validation_prompts: list[Text] | None = None
+    num_validation_images: Annotated[int, Field(ge=0, le=PICTURES)] | None = None
+    resolution: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    max_train_steps: Count | None = None
+    train_text_encoder: bool | None = None
+    output_kohya_format: bool | None = None
+    learning_rate: Number | None = None
+    auxiliary_learning_rate: Number | None = None
+    rank: Count | None = None
+    auxiliary_rank: Count | None = None
+    rho: Number | Literal["auto"] | None = None
+    rho_norm: Text | None = None
+    rho_schedule: Text | None = None
+    ball: Text | None = None
+
+
+class Results(_Strict):
+    """Outcome of a finished run; ``best_step`` is that of the weights it left, by --keep_best."""
+
+    best_step: Count | None = None
+
+
+class Record(_Strict):
+    """``run.json``."""
+
+    method: Annotated[str, Field(max_length=100)]
+    status: Literal["running", "finished", "interrupted", "failed"]
+    config: Options
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    num_steps: Count | None = None
+    versions: dict[Text, Text | None] = {}
+    commit: Text | None = None
+    uncommitted_changes: bool | None = None
+    device: dict[Text, Text | Number | None] = {}
+    started_at: Text | None = None
+    resumed: list[Any] = []
+    wall_seconds: Annotated[Number, Field(ge=0)] = 0.0
+    peak_memory_bytes: Count = 0
+    doing: Text | None = None
+    doing_since: Text | None = None
+    error: Text | None = None
+    results: Results = Results()
+
+
+class Line(_Strict):
+    """A line of ``metrics.jsonl``: numbers at a step, null where one was not finite."""
+
+    __pydantic_extra__: dict[str, Number | bool | None]
+    step: Count
+    digest: Text | None = None
+    dynamics: dict[str, Any] | None = None
+
+
+class Folds(_Strict):
+    """``folds.json``: held-out losses of the folds by step, and the step that they choose."""
+
+    settings: dict[str, Any]
+    steps: list[Count]
+    folds: list[list[Number | None]]
+    mean: list[Number | None]
+    chosen_steps: Annotated[Count, Field(ge=1)] | None
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        if any(len(curve) != len(self.steps) for curve in (*self.folds, self.mean)):
+            raise ValueError("curves of another length than the steps")
+        return self
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a run folder, which fits `Record`.
+
+    Raises:
+        UserError: when there is none, or it is damaged or of an unknown schema version.
+    """
+    path = Path(folder) / RUN
+    try:
+        record = _parsed(path.read_bytes())
+        version = record["schema_version"]
+        if version == SCHEMA_VERSION:
+            Record.model_validate(record)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        fix = "delete it, or give another run folder"
+        raise UserError(f"{path} is damaged{fault(error)}: {fix}") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {reprlib.repr(version)}, but this version of"
+            f" bilora_diffusion reads {SCHEMA_VERSION}: read it with the version that wrote it"
+        )
+    return record
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
+
+    Raises:
+        UserError: when another line does not fit `Line`.
+    """
+    path = Path(folder) / METRICS
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
+        try:
+            row = _parsed(line)
+            Line.model_validate(row)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"line {number} of {path} is not a metrics line{fault(error)}: delete it, or start"
+                " a new run"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, float | None]]:
+    """The newest of each held-out loss and metric up to a step in the folder's metrics, with its
+    step, but for those of single noise levels; {} without any.
+    """
+    return {
+        key: (row["step"], value)
+        for row in read_metrics(folder)
+        for key, value in row.items()
+        if row["step"] <= step
+        and (key == "train_grid_loss" or (key.startswith("heldout_") and "/" not in key))
+    }
+
+
+def read_folds(path: Path) -> dict[str, Any] | None:
+    """A run's ``folds.json``, which fits `Folds`; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = _parsed(path.read_bytes())
+        Folds.model_validate(content)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+    except (ValueError, RecursionError) as error:
+        fix = "start a new run in another --output_dir"
+        raise UserError(f"{path} is damaged{fault(error)}: {fix}") from error
+    return content
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON in UTF-8; NaN is null, as it is written, and an infinity is none of ours."""
+
+    def constant(name: str) -> None:
+        if name != "NaN":
+            raise ValueError(f"{name} is not JSON")
+
+    return json.loads(data.decode("utf-8"), parse_constant=constant)
+
+
+def fault(error: Exception) -> str:
+    """The first value that does not fit, in brackets; "" where there is nothing to name."""
+    if not isinstance(error, ValidationError):
+        return ""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place, value = first["loc"], reprlib.repr(first["input"])
+    name = ".".join(map(str, place[: 2 if place[:1] in (("config",), ("results",)) else 1]))
+    if not name or first["type"] == "missing":
+        return f" (it has no {name})" if name else ""
+    return f" ({reprlib.repr(name)} is {value})"
