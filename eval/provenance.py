@@ -5,19 +5,13 @@ Results are shared and published, so a path of one machine never enters them.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-_SCHEMES = ("open_clip", "hf", "blip", "coca")
-"""Of models in a folder (``hf:FOLDER``); another word before a colon may begin an address."""
-_START = "|".join([r"(?<![\w./:~-])", *(rf"(?<=\b{scheme}:)" for scheme in _SCHEMES)])
-_ABSOLUTE = re.compile(rf"(?:{_START})~?/(?:[^\s'\"<>|:,;()\[\]]+/)*([^\s'\"<>|:,;()\[\]/]+)/?")
+from bilora_diffusion.run.paths import without_paths
 
 
 @dataclass(frozen=True)
@@ -39,14 +33,6 @@ class Provenance:
     uncommitted_changes: bool | None
     device: dict[str, Any]
     differing: list[str]
-
-
-def without_paths(text: str) -> str:
-    """``text`` with each absolute path cut to its place in this repository, or to its last name."""
-    for root in (ROOT, Path.cwd()):
-        if root != Path(root.anchor):
-            text = text.replace(f"{root}/", "")
-    return _ABSOLUTE.sub(r"\1", text)
 
 
 def command_line(module: str, argv: Sequence[str]) -> str:

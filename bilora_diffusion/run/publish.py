@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import filter_repo_objects
 
+from ..durable import dump_json
 from ..errors import UserError
+from .paths import without_paths
 
 # Of exports, diffusers would load one by its name where no file is named.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "folds/*", "logs/*", ".*"]
+NAME_PATHS = ["run.json", "folds.json", "adapter_config.json", "config.json", "*/config.json"]
+"""Files that say where base model, images and the run itself lie on this machine."""
 
 
 def repository(cfg: Any) -> str:
@@ -32,7 +38,7 @@ def repository(cfg: Any) -> str:
 
 
 def push(folder: Path, repo_id: str, token: str | None) -> None:
-    """Upload the run folder without its checkpoints.
+    """Upload the run folder without its checkpoints, and without what tells of this machine.
 
     Raises:
         UserError: the upload fails; the run folder is whole.
@@ -42,7 +48,20 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
             repo_id=repo_id,
             folder_path=folder,
             commit_message="End of training",
-            ignore_patterns=NOT_UPLOADED,
+            ignore_patterns=[*NOT_UPLOADED, *NAME_PATHS],
+            token=token,
+        )
+        create_commit(
+            repo_id,
+            [
+                CommitOperationAdd(name, published(folder / name).encode("utf-8"))
+                for name in filter_repo_objects(
+                    [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")],
+                    allow_patterns=NAME_PATHS,
+                    ignore_patterns=NOT_UPLOADED,
+                )
+            ],
+            commit_message="Record and settings",
             token=token,
         )
     except (HfHubHTTPError, OSError) as error:
@@ -51,3 +70,19 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
             f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
             f" ({reason}): upload it with `hf upload {repo_id} {folder}`."
         ) from error
+
+
+def published(file: Path) -> str:
+    """A JSON file as it may be read by others: of paths of this machine only the last names."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        if not isinstance(value, str):
+            return value
+        # A folder's name may have spaces, at which a path in a sentence ends.
+        return Path(value).name if Path(value).is_absolute() else without_paths(value)
+
+    return dump_json(cut(json.loads(file.read_text(encoding="utf-8"))))

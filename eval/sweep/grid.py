@@ -19,9 +19,9 @@ from typing import Any
 from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
 
-from ..provenance import ROOT, without_paths
 from .axes import SEED, Values, settings
 from .findings import HELDOUT
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
-from eval.provenance import ROOT
+from bilora_diffusion.run.paths import ROOT
 from eval.sweep import figures
 from eval.sweep.cells import Outcome, Runner
 from eval.sweep.grid import Cell

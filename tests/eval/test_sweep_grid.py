@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.errors import UserError
-from eval.provenance import ROOT
+from bilora_diffusion.run.paths import ROOT
 from eval.sweep import axes
 from eval.sweep.grid import Arm, Grid, Planner, open_script
 
