@@ -28,7 +28,7 @@ from ..export import (
     verify,
 )
 from ..methods import get
-from ..run.heldout_part import chosen
+from ..run.heldout_part import chosen, copies
 from ..train import folds, running
 from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
@@ -64,6 +64,11 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     instance = images(cfg, source, cfg.dataset_config_name)
     instance.require_masks()
     validation = heldout_images(cfg)
+    held = None if cfg.fold or validation is None else validation.pictures()
+    if (held is not None or cfg.fold == 1) and (
+        line := copies("images", instance.pictures(), held)
+    ):
+        logger.warning("%s", line)
     if cfg.fold:
         names = [instance.name(i) for i in range(len(instance))]
         instance, validation = map(instance.only, folds.dealt(cfg, names, "images"))

@@ -225,6 +225,15 @@ class ImageSet:
             self._contents[row] = mark
         return self._contents[row]
 
+    def pictures(self) -> list[tuple[str, bytes]]:
+        """Name of each image, and what identifies its file without its mask; [] of more than
+        ``FULL_CHECK_LIMIT`` images, whose files are not all read beforehand.
+        """
+        if len(self) > FULL_CHECK_LIMIT:
+            return []
+        size = hashlib.blake2b().digest_size
+        return [(self.name(i), self.content(i)[:size]) for i in range(len(self))]
+
 
 def encoded(row: Mapping[str, Any] | None) -> Path | bytes | None:
     """A file, or its content, as ``datasets`` keeps an image that it does not decode."""

@@ -70,7 +70,8 @@ class Bar:
 
 
 def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
-    """What was saved where, how the held-out loss went, and what to do next.
+    """What was saved where, how the held-out loss went, and what to do next; without a held-out
+    loss last what shows overfitting.
 
     Args:
         folder: the run folder.
@@ -99,7 +100,15 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     lines["score it"] = f"python -m {scores} {quoted} base"
     width = max(map(len, lines))
     took = duration(record["wall_seconds"])
-    return "\n".join([f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())])
+    config, last = record["config"], []
+    if not losses and not config.get("folds"):
+        flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
+        last = [
+            "nothing was held out, and the training loss can't say when the model overfits:"
+            f" {flag} shows it, or --folds 5 where there is no more data"
+        ]
+    block = [f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
+    return "\n".join([*block, *last])
 
 
 def _course(losses: Mapping[int, float]) -> tuple[str, int]:

@@ -1,16 +1,18 @@
 """``--validation_part i/n``: measure one of n parts of the validation set.
 
-What was chosen by one part is judged by another.
+What was chosen by one part is judged by another; and what is held out is not to be learned.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from ..errors import UserError
 
 MOST_PARTS = 1000
+Contents = Sequence[tuple[str, Hashable]]
+"""Of each sample its name, and what tells its content from others."""
 
 
 def read_part(text: str) -> tuple[int, int]:
@@ -54,3 +56,28 @@ def chosen(part: str | None, names: Sequence[str], what: str) -> list[int]:
         )
     own = {different[i] for i in parts(different, count)[number - 1]}
     return [i for i, name in enumerate(names) if name in own]
+
+
+def copies(what: str, learned: Contents, held: Contents | None = None) -> str | None:
+    """A sentence on held-out samples that are learned from too; None where none is.
+
+    Args:
+        what: they are called, such as "images".
+        learned: what is trained on.
+        held: what is held out; None where folds hold out parts of ``learned``.
+    """
+    first: dict[Hashable, str] = {}
+    found: list[tuple[str, str]] = []
+    for name, content in learned:
+        if content in first:
+            found.append((name, first[content]))
+        first.setdefault(content, name)
+    if held is not None:
+        found = [(name, first[content]) for name, content in held if content in first]
+    if not found:
+        return None
+    count = f"{len(learned)} {what}" if held is None else f"{len(held)} held-out {what}"
+    return (
+        f"{len(found)} of the {count} are copies of what is learned from, such as {found[0][0]} of"
+        f" {found[0][1]}, so the held-out loss is too low: drop one of the two."
+    )

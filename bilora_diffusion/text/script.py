@@ -20,6 +20,7 @@ from ..adapters.quantize import quantize
 from ..errors import UserError
 from ..export import save_adapter, save_models, verify_adapter
 from ..methods import get
+from ..run.heldout_part import copies
 from ..train import folds, running
 from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
@@ -49,6 +50,12 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         )
     cfg = cfg.completed(accelerator.num_processes, source.kind)
     rows = open_rows(cfg)
+    own = None if cfg.fold or cfg.task else rows.validation
+    held = None if own is None else [(row.where, row) for row in own]
+    if (held is not None or cfg.fold == 1) and (
+        line := copies("rows", [(row.where, row) for row in rows.train], held)
+    ):
+        logger.warning("%s", line)
     if cfg.fold:
         dealt = folds.dealt(cfg, [example.where for example in rows.train], "rows")
         train, held = ([rows.train[i] for i in part] for part in dealt)

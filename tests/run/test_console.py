@@ -11,10 +11,12 @@ from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.runlog import RunLog
 
 
-def measured(folder: Path, losses: dict[int, float]) -> None:
+def measured(
+    folder: Path, losses: dict[int, float], config: dict[str, int | None] | None = None
+) -> None:
     """The record of a run with these held-out losses by step."""
     log = RunLog(folder)
-    log.start({}, method="lora", seed=0, resume_step=None)
+    log.start(config or {}, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
     log.finish()
@@ -61,6 +63,27 @@ def test_the_end_names_the_best_step_and_how_to_get_its_adapter(
     measured(tmp_path / "other", {0: 0.2, 2: 0.1, 4: float("nan")})
     text = console.closing(tmp_path / "other", {}, "eval.text_scores")
     assert "0.1000 at step 2, the lowest measured" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        ({"validation_dataset": None, "folds": None}, "--validation_dataset"),
+        ({"validation_file": None, "folds": None}, "--validation_file"),
+        ({"validation_dataset": None, "folds": 2}, ""),
+    ],
+)
+def test_the_last_line_names_what_shows_overfitting_where_nothing_was_held_out(
+    config: dict[str, int | None], flag: str, tmp_path: Path
+) -> None:
+    def last_line() -> str:
+        return console.closing(tmp_path, {}, "eval.clip_scores").splitlines()[-1]
+
+    measured(tmp_path, {}, config)
+    assert ("--folds" in last_line()) is bool(flag)
+    assert flag in last_line()
+    measured(tmp_path, {2: 0.1}, config)
+    assert "score it" in last_line()
 
 
 def test_durations_are_said_as_a_person_says_them() -> None:

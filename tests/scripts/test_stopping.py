@@ -218,6 +218,32 @@ def test_text_has_folds_too(tmp_path: Path) -> None:
         train_text(tmp_path / "many", **{**given, "folds": 25})
 
 
+def test_what_is_learned_and_held_out_at_once_is_one_line(
+    tmp_path: Path, icons: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images by their files' content, rows by theirs, wherever they lie and whatever their name."""
+
+    def lines(run: Any, name: str, **given: Any) -> list[str]:
+        caplog.clear()
+        run(tmp_path / name, **{**given, "max_train_steps": 1})
+        return [line.message for line in caplog.records if "copies of" in line.message]
+
+    learned, held = icons["dataset"], icons["validation_dataset"]
+    assert lines(train, "apart", **icons) == []
+    one, two = sorted(learned.glob("*.png"))
+    shutil.copy(two, held / "another.png")
+    (line,) = lines(train, "one", **icons)
+    assert all(part in line for part in ("1 of the 3", "another.png", two.name))
+    shutil.copy(one, learned / "third.png")
+    fold = {**icons, "validation_dataset": "none", "folds": 3}
+    (line,) = [line for n in (1, 2) for line in lines(train, f"fold-{n}", **fold, fold=n)]
+    assert all(part in line for part in ("1 of the 3", "third.png", one.name))
+    rows = material(tmp_path, "classification")
+    again = write_rows(tmp_path / "held.jsonl", rows_for("classification", 3, 22))
+    (line,) = lines(train_text, "text", **rows, validation_file=again)
+    assert all(part in line for part in ("2 of the 3", "line 1 of held.jsonl", "of rows.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("values", [STOPPING, {"folds": 2}], ids=["best", "folds"])
 def test_two_processes_agree_with_one(
