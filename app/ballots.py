@@ -31,6 +31,8 @@ COLUMNS = (
     *("choice", "winner", "session"),
 )
 """Of the CSV file."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the beginning of a formula."""
 
 _TABLE = """
 CREATE TABLE votes (
@@ -112,14 +114,21 @@ class Vote(Pair):
 
 
 def write_csv(votes: Iterable[Vote], file: TextIO) -> None:
-    """Write :data:`COLUMNS` and a row a vote; open ``file`` with ``newline=""``."""
+    """Write :data:`COLUMNS` and a row a vote; open ``file`` with ``newline=""``.
+
+    A text that a spreadsheet would compute as a formula gets an apostrophe before it.
+    """
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
     for vote in votes:
         about = (vote.time, vote.scores, vote.prompt, vote.seed)
         sides = (vote.left.label, vote.right.label)
         winner = "" if vote.winner is None else vote.winner.label
-        writer.writerow((*about, *sides, vote.choice, winner, vote.session))
+        writer.writerow(map(_inert, (*about, *sides, vote.choice, winner, vote.session)))
+
+
+def _inert(cell: str | int) -> str | int:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 class Votes:

@@ -154,11 +154,11 @@ class Tab:
         item = items.get(asked or "") or next(iter(items.values()))
         if asked and asked not in items and not quiet:
             what = "have no images" if asked in there else "are not there"
-            gr.Warning(f'The link names the scores "{asked}", which {what}.')
+            parts.warn(f'The link names the scores "{asked}", which {what}.')
             query = {}
         view, missing = data.opened(query, item.path, item.result)
         for sentence in [] if quiet else missing:
-            gr.Warning(sentence)
+            parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
         scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
@@ -230,7 +230,7 @@ class Tab:
         try:
             return parts.read(self.catalog.resolve(item.file(image.file)))
         except UserError as error:
-            gr.Warning(str(error))
+            parts.warn(str(error))
             return None
 
     def _cards(

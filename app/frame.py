@@ -1,5 +1,4 @@
-"""The page around the tabs: title, what was found, notices, how it is served, and what of Gradio's
-server is closed: outside addresses and uploads.
+"""The page around the tabs: title, what was found, notices, and how it is served.
 
 A tab is a module with ``Tab(catalog, signs)``, made inside its ``gr.Tab``. The page's layout is
 made once, when the viewer starts, so a tab fills its lists when a page is loaded, and again when
@@ -15,12 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from starlette.datastructures import MutableHeaders
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import compare, generate, results, training, validation, vote
+from . import compare, generate, guard, results, training, validation, vote
 from .catalog import Catalog
 from .parts import QUIET, html, shown
 
@@ -31,14 +26,6 @@ LISTED = 8
 """Broken folders that are named in the notice; the others are counted."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-CLOSED = ("/upload", "/proxy=", "/monitoring", "/file=http", "/deep_link")
-"""Routes by which Gradio would fetch an outside address, take files, or count visitors."""
-POLICY = (
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
-    " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none'"
-)
-"""The browser itself then refuses whatever is not from this server. Gradio's page needs inline
-scripts and styles."""
 
 
 def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
@@ -140,12 +127,16 @@ def _head() -> str:
     return f"<style>{style}</style><script>{script}</script>"
 
 
-def launch(catalog: Catalog, *, host: str, port: int, device: str | None) -> None:
+def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str | None) -> None:
     """Serve until interrupted.
+
+    Args:
+        public: whether other machines may look.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
+    guard.close_downloads()
     page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
     page.launch(
         server_name=host,
@@ -161,37 +152,10 @@ def launch(catalog: Catalog, *, host: str, port: int, device: str | None) -> Non
         pwa=False,
         allowed_paths=[],
         max_file_size="1kb",
-        app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+        app_kwargs={"lifespan": guard.lifespan(host, public)},
         theme=_theme(),
         head=_head(),
     )
     where = f"[{host}]" if ":" in host else host
     print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)
     page.block_thread()
-
-
-class Guard:
-    """ASGI middleware: closes routes that the viewer does not need and sends the policy above."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        path = scope["path"].lower().removeprefix("/gradio_api")
-        if path.startswith(CLOSED):
-            await PlainTextResponse("This route is closed.", 403)(scope, receive, send)
-            return
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "same-origin"
-            await send(message)
-
-        await self.app(scope, receive, answer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import shlex
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +18,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from bilora_diffusion.files import is_file
+from bilora_diffusion.image.decode import DECODE_ERRORS
+
 from .catalog import Catalog
 from .runs import RunItem, pair
 
@@ -25,6 +29,10 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SMALLEST, LARGEST = 256, 768
 """Sides in pixels between which a picture is shown."""
 SLIDER_SMALLEST = 384
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of pictures; for others Pillow would start programs, such as an interpreter of PostScript."""
+MOST_PIXELS = 2**26
+"""A small file may hold any number of equal ones, and all must fit into memory."""
 Update = dict[Any, Any]
 """Widget -> what an event makes of it."""
 
@@ -45,15 +53,22 @@ def plain(error: Exception, catalog: Catalog) -> str:
     return text.replace(f"{catalog.root}/", "").replace(str(catalog.root), catalog.name)
 
 
+def warn(text: str) -> None:
+    """A notice over the page, which Gradio would take for HTML."""
+    gr.Warning(escape(text))
+
+
 # pictures
 
 
-def read(path: Path) -> Image.Image | None:
-    """An RGB picture; None when it is not there or can't be read."""
+def read(path: Path, mode: str = "RGB") -> Image.Image | None:
+    """A picture; None when it is not there, can't be read, or has more than ``MOST_PIXELS``."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        if not is_file(path):  # a pipe would keep everyone waiting
+            return None
+        with Image.open(path, formats=FORMATS) as picture:
+            return picture.convert(mode) if math.prod(picture.size) <= MOST_PIXELS else None
+    except DECODE_ERRORS:
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -103,12 +104,13 @@ def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image
     """The figures of a result with their captions, and a sentence for each that can't be read."""
     found, lost = [], []
     for path in item.figures:
-        name = PurePosixPath(path).stem
-        try:
-            with Image.open(catalog.resolve(path)) as opened:
-                found.append((opened.convert("RGBA"), name.replace("_", " ").replace("-", " ")))
-        except (UserError, OSError):
+        name, picture = PurePosixPath(path).stem, None
+        with contextlib.suppress(UserError):  # a link out of the root
+            picture = parts.read(catalog.resolve(path), "RGBA")
+        if picture is None:
             lost.append(f"The figure {name}.png can't be read: make the result again.")
+        else:
+            found.append((picture, name.replace("_", " ").replace("-", " ")))
     return found, lost
 
 

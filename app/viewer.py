@@ -59,12 +59,13 @@ def serve(args: argparse.Namespace) -> None:
     """
     from .catalog import Catalog
 
-    catalog = Catalog(args.root, public=args.host not in (LOCAL, "localhost", "::1"))
+    public = args.host not in (LOCAL, "localhost", "::1")
+    catalog = Catalog(args.root, public=public)
     check_address(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
         be_private(Path(cache))
         frame = _frame()
-        frame.launch(catalog, host=args.host, port=args.port, device=args.device)
+        frame.launch(catalog, host=args.host, port=args.port, public=public, device=args.device)
 
 
 def be_private(cache: Path) -> None:

@@ -76,7 +76,7 @@ class Tab:
         self.start.click(self._begin, [self.scores, self.pair, self.voter], booth, **QUIET)
         for choice, button in self.buttons.items():
             cast = functools.partial(self._cast, choice)
-            button.click(cast, [self.token, self.booth, self.voter], booth, **QUIET)
+            button.click(cast, [self.token, self.booth], booth, **QUIET)
         self.stop.click(lambda: {self.booth: None, **self._stage(False)}, [], booth, **QUIET)
         self.show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
         self.export.click(self._export, [], [self.file, self.notice], **QUIET).success(
@@ -106,13 +106,14 @@ class Tab:
         known = isinstance(voter, str) and re.fullmatch("[0-9a-f]{16}", voter)
         voter = voter if known else secrets.token_hex(8)
         return self._or_notice(
-            lambda: {self.voter: voter, **self._voting(self.polls.open(path, pair, voter), voter)}
+            lambda: {self.voter: voter, **self._voting(self.polls.open(path, pair, voter))}
         )
 
-    def _cast(self, choice: str, token: str, booth: Booth | None, voter: str) -> Update:
+    def _cast(self, choice: str, token: str, booth: Booth | None) -> Update:
+        # Whose vote it is says the booth, which the browser can't write to.
         if booth is None or token != booth.ballot.token:
             return {self.notice: gr.skip()}
-        return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice, voter), voter))
+        return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice)))
 
     def _report(self, path: str | None, pair: str) -> Update:
         def count() -> Update:
@@ -141,12 +142,12 @@ class Tab:
             **{part: shown("") for part in (self.notice, self.result)},
         }
 
-    def _voting(self, booth: Booth, voter: str) -> Update:
+    def _voting(self, booth: Booth) -> Update:
         return {
             self.booth: booth,
             **self._stage(True),
             self.ballot: ballot(booth.ballot, *self.polls.images(booth.ballot)),
-            self.standing: standing(*self.polls.done(booth, voter)),
+            self.standing: standing(*self.polls.done(booth)),
             self.token: booth.ballot.token,
         }
 

@@ -2,7 +2,7 @@
 
     polls = Polls(catalog, random.SystemRandom())
     booth = polls.open("scores", ANY, voter)
-    booth = polls.cast(booth, "left", voter)
+    booth = polls.cast(booth, "left")
 
 Where votes are kept: ``ballots``. No widgets here.
 """
@@ -24,6 +24,7 @@ from PIL import Image
 from bilora_diffusion.errors import UserError
 from eval.compare import Interval, win_rate_interval
 
+from . import parts
 from .ballots import FILE, Ballot, Contestant, Vote, Votes, write_csv
 from .catalog import Catalog, ScoresItem
 from .scored import Scored
@@ -117,6 +118,7 @@ def tallies(votes: Iterable[Vote]) -> list[Tally]:
 class Booth:
     """What one voter's page is at: the adapters to compare (None: any two) and the ballot shown."""
 
+    voter: str
     scores: str
     labels: tuple[str, str] | None
     ballot: Ballot
@@ -163,9 +165,9 @@ class Polls:
             UserError: votes can't be written, or there is nothing to vote on.
         """
         self.votes.check()
-        return self._draw(self._item(path).path, _labels(pair), voter)
+        return self._draw(voter, self._item(path).path, _labels(pair))
 
-    def cast(self, booth: Booth, choice: str, voter: str) -> Booth:
+    def cast(self, booth: Booth, choice: str) -> Booth:
         """Keep a vote and draw the next ballot.
 
         Args:
@@ -174,25 +176,24 @@ class Polls:
         Raises:
             UserError: the vote can't be written, or there is nothing more to vote on.
         """
-        self.votes.add(booth.ballot, choice, voter)
-        return self._draw(booth.scores, booth.labels, voter)
+        self.votes.add(booth.ballot, choice, booth.voter)
+        return self._draw(booth.voter, booth.scores, booth.labels)
 
     def images(self, ballot: Ballot) -> tuple[bytes, bytes]:
         """The images of both sides as PNG files, with nothing in them but pixels.
 
         Raises:
-            UserError: a file lies outside the root.
-            OSError: a file can't be read.
+            UserError: a file lies outside the root, or can't be read.
         """
         item = self._item(ballot.scores)
         files = (ballot.file_left, ballot.file_right)
         left, right = (_pixels(self._catalog.resolve(item.file(file))) for file in files)
         return left, right
 
-    def done(self, booth: Booth, voter: str) -> tuple[int, int]:
+    def done(self, booth: Booth) -> tuple[int, int]:
         """How many of the pairings the voter has voted on, and how many there are."""
         keys = {ballot.key for ballot in self._choices(booth.scores, booth.labels)}
-        return len(keys & self.votes.seen(booth.scores, voter).keys()), len(keys)
+        return len(keys & self.votes.seen(booth.scores, booth.voter).keys()), len(keys)
 
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
         """The counts of a score folder's votes, and by how many voters; of its present weights.
@@ -228,15 +229,15 @@ class Polls:
     def _choices(self, path: str, labels: tuple[str, str] | None) -> Sequence[Ballot]:
         return pairings(path, self._item(path).result, labels)
 
-    def _draw(self, path: str, labels: tuple[str, str] | None, voter: str) -> Booth:
+    def _draw(self, voter: str, path: str, labels: tuple[str, str] | None) -> Booth:
         choices = self._choices(path, labels)
         seen = self.votes.seen(path, voter)
         while choices:
             ballot = draw(choices, seen, self._rng)
             try:
                 self.images(ballot)
-                return Booth(path, labels, ballot)
-            except (UserError, OSError):  # a missing image does not end the vote on the others
+                return Booth(voter, path, labels, ballot)
+            except UserError:  # a missing image does not end the vote on the others
                 choices = [one for one in choices if one.key != ballot.key]
         raise UserError(
             f"no two images of {path} can be read: choose others, or run python -m eval.clip_scores"
@@ -251,8 +252,9 @@ def _labels(pair: str) -> tuple[str, str] | None:
 
 
 def _pixels(path: Path) -> bytes:
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = parts.read(path)
+    if image is None:
+        raise UserError(f"{path.name} can't be read: make the result again")
     factor = max(1, SHOWN_PIXELS // max(image.size))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
     image.info = {}  # the text in the file names its adapter

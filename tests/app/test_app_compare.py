@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
+import gradio as gr
 import pytest
 from PIL import Image
 
-from app import compare_html, parts
+from app import compare, compare_html, parts
+from app.catalog import Catalog
 from app.compare_data import (
     ORDERS,
     arranged,
@@ -24,7 +29,7 @@ from app.compare_data import (
 )
 from app.scored import Key, Scored, ScoredImage, ScoredPrompt
 from eval.table import Summary
-from tests.app.scored_images import scores_of
+from tests.app.scored_images import scores_of, write, write_bomb
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
@@ -128,6 +133,21 @@ def test_a_result_with_one_adapter_or_no_image_can_be_opened() -> None:
     assert first_view("s", scores_of(LABELS, PROMPTS, {}, ())).prompt == RABBIT
 
 
+def test_a_notice_holds_no_markup(
+    result: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(result, tmp_path / "scores")
+    notices: list[str] = []
+    monkeypatch.setattr(gr, "Warning", notices.append)
+    with gr.Blocks() as page:
+        tab = compare.Tab(Catalog(tmp_path), page, [page.load])
+    evil = '<a href="https://evil.example/">log in again</a>'
+    for query in ({"scores": evil}, {"scores": "scores", "a": evil, "prompt": evil}):
+        tab.open(SimpleNamespace(query_params=query))  # pyright: ignore[reportArgumentType]
+    assert len(notices) == 3
+    assert all("evil.example" in text and "<" not in text for text in notices)
+
+
 def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
@@ -177,3 +197,17 @@ def test_small_pictures_are_enlarged_and_large_ones_reduced() -> None:
     for size, shown in sizes.items():
         assert parts.fitted(Image.new("RGB", size)).size == shown
     assert parts.data_uri(Image.new("RGB", (64, 64))).startswith("data:image/webp;base64,")
+
+
+def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "program.png", "EPS")
+    write_bomb(tmp_path / "bomb.png")
+    for path in [*tmp_path.iterdir(), tmp_path / "none.png"]:
+        for mode in ("RGB", "RGBA"):
+            assert parts.read(path, mode) is None, path.name
+        assert parts.address(path) is None
+    Image.new("P", (8, 8)).save(tmp_path / "good.png")
+    assert (parts.read(tmp_path / "good.png", "RGBA") or Image.new("1", (1, 1))).mode == "RGBA"

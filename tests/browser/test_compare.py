@@ -211,8 +211,10 @@ def test_a_link_reopens_the_same_view(visit: Callable[..., Page], viewer: Viewer
     for at, source in enumerate(pictures(page)):
         expect(other.locator(f"{CARD} > img").nth(at)).to_have_attribute("src", source or "")
     expect(other.locator("#compare-seed input")).to_have_value("1")
-    opened(other, viewer, "?scores=scores&a=lora-9&prompt=nothing")
+    opened(other, viewer, "?scores=scores&a=lora-9&prompt=<a href='https://evil.example/'>in</a>")
     expect(other.get_by_text("lora-9")).to_be_visible()
+    expect(other.get_by_text("<a href=")).to_be_visible()
+    expect(other.locator("a[href*=evil]")).to_have_count(0)
     expect(other.locator("#compare-place")).to_have_text("1 of 4")
 
 

