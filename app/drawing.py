@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bilora_diffusion.image.pipeline import kind_of, load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.console import quiet
+from eval.clip_scores import settings
 from eval.clip_scores.adapters import applied
 from eval.command import open_device
 from eval.sources import find
@@ -181,6 +183,17 @@ class Pipelines:
             )
             self._pipeline, self._base = pipeline.to(self.device), base
         return self._pipeline
+
+
+@cache
+def usual(base: BaseChoice) -> tuple[int, float]:
+    """Steps and guidance with which a base model's images are drawn by default.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
+    _, steps, guidance = settings.usual(local(base), base.name)
+    return steps, guidance
 
 
 def local(base: BaseChoice) -> str:

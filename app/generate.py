@@ -13,10 +13,11 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.mini import MINI
 
 from . import parts
 from .catalog import Catalog
-from .drawing import BASE, Pipelines, Work, checked, drawable, sides
+from .drawing import BASE, Pipelines, Work, checked, drawable, sides, usual
 from .parts import QUIET
 from .runs import ordered, pair
 
@@ -48,8 +49,9 @@ class Tab:
                     self.seed = gr.Number(0, label="Seed", elem_id="generate-seed", **whole)
                     self.steps = gr.Number(25, label="Steps", elem_id="generate-steps", **whole)
                 self.guidance = gr.Slider(
-                    1, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
+                    0, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
                 )
+                self.base = gr.State(MINI)
                 self.scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
@@ -63,6 +65,14 @@ class Tab:
 
     def _events(self, signs: Sequence[Any]) -> None:
         gr.on(signs, self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
+        # Where another base model is chosen; else what was set stays.
+        gr.on(
+            [self.a.change, self.b.change],
+            self.usual,
+            [self.a, self.b, self.base],
+            [self.steps, self.guidance, self.base],
+            **QUIET,
+        )
         asked = [self.prompt, self.a, self.b, self.seed, self.steps, self.guidance, self.scale]
         shown = [self.status, self.cards, self.slider]
         # No `cancels` of Gradio's here: it leaves the next event in error now and then. The work
@@ -91,6 +101,16 @@ class Tab:
         text = "" if runs else parts.empty("No trained run yet", parts.demo(self.catalog))
         return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.shown(text)]
 
+    def usual(self, a: str, b: str, before: str) -> list[Any]:
+        """Steps and guidance that are usual for the base model, if it is another than before."""
+        try:
+            base, _, _ = sides(self.catalog, a, b)
+            if base.name != before:
+                return [*usual(base), base.name]
+        except UserError:  # Generate will say it
+            pass
+        return [gr.skip()] * 3
+
     def generate(
         self,
         prompt: str,
@@ -107,7 +127,7 @@ class Tab:
             drawing = checked(prompt, seed, steps, guidance, scale)
             base, chosen, size = sides(self.catalog, a, b)
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(escape(str(error)), print_exception=False) from error
         work = Work(chosen, base, replace(drawing, size=size), f"{self.catalog.root}/")
         self.stop(request)  # who presses Generate again wants the new one
         self.running[request.session_hash] = work
@@ -144,7 +164,7 @@ def _followed(work: Work) -> Iterator[Any]:
             continue
         if kind == "error":
             yield "", gr.skip(), gr.skip()
-            raise gr.Error(value, print_exception=False)
+            raise gr.Error(escape(value), print_exception=False)
         if kind == "stopped":
             yield message(value), gr.skip(), gr.skip()
             return

@@ -33,7 +33,7 @@ class FlowOptions:
     max_sequence_length: int | None = option(
         None,
         "Tokens of a prompt that are read. Default: as diffusers' script for the model (SD3 77,"
-        " others 512).",
+        " Lumina 2 256, others 512).",
         range=Range(4096, "no text encoder of these models reads more", at_least=1),
         idle=(ON_SDXL,),
     )

@@ -81,8 +81,9 @@ class ClipScores(Evaluation):
         add("--skip_captions", action="store_true", help="no captions and no T2T")
         add("--control", metavar="LABEL", help="compare with this; default: the first but base")
         parser.add_output("scores", DEMO)
-        add("--num_inference_steps", type=int, default=25)
-        add("--guidance_scale", type=float, help="default: 4 for the miniature, else 5")
+        usual = "default: as is usual for the model"
+        add("--num_inference_steps", type=int, help=usual)
+        add("--guidance_scale", type=float, help=f"{usual}; 4 for the miniature")
         add("--resolution", type=int, help="pixels a side; default: the pipeline's own")
         add("--adapter_scale", type=float, default=1.0)
         add("--batch_size", type=int, default=16, help="images between two visits to the disk")

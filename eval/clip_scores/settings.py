@@ -13,7 +13,6 @@ from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.inputs import pipeline_side
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
 from ..subjects import Subject
@@ -22,7 +21,7 @@ from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 from .prompts import Prompt, read
 
 EMBEDDED = "embedded"
-MINI_GUIDANCE, SDXL_GUIDANCE = 4.0, 5.0
+MINI_GUIDANCE = 4.0
 COUNTS = ("num_inference_steps", "batch_size", "lanes", "processes", "max_prompts", "grid_prompts")
 
 
@@ -143,23 +142,30 @@ def prompts(args: Namespace) -> list[Prompt]:
 
 
 def sampling(args: Namespace, base: str) -> Sampling:
-    """How images are made."""
-    guidance = args.guidance_scale
-    if guidance is None:
-        guidance = MINI_GUIDANCE if base in mini.PIPELINES else SDXL_GUIDANCE
+    """How images are made: as is usual for the model where nothing is given."""
+    side, steps, guidance = usual(base)
     return Sampling(
         base_model=base,
-        size=args.resolution or pipeline_side(base) or _loaded_side(base),
-        steps=args.num_inference_steps,
-        guidance_scale=guidance,
+        size=args.resolution or side,
+        steps=args.num_inference_steps or steps,
+        guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
         lanes=args.lanes,
     )
 
 
-def _loaded_side(base: str) -> int:
+def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
+    """Side in pixels, steps and guidance with which a base model's images are drawn by default.
+
+    Args:
+        base: where it is.
+        name: that it is known by, where that is another.
+    """
     import torch
 
-    pipeline = load_pipeline(base, dtype=torch.float32)
-    return of(pipeline).pixels(pipeline)
+    pipeline = load_pipeline(base, dtype=torch.float32, weights=False)
+    pipeline.register_to_config(_name_or_path=name or base)
+    family = of(pipeline)
+    steps, guidance = family.drawing(pipeline)
+    return family.pixels(pipeline), steps, MINI_GUIDANCE if base in mini.PIPELINES else guidance

@@ -18,7 +18,8 @@ def main() -> None:
 
     The order is JSON: program, secret, and limits by the names of ``resource``. The report is JSON:
     outcome ("passed" or "failed"), detail, and the secret where it passed, which is how a program
-    that writes a report of its own is told from one that came to its end.
+    that writes a report of its own is told from one that came to its end. It is no guard against
+    one that looks for the secret: program and tests share a process, so it could change these too.
     """
     order = json.loads(sys.stdin.buffer.read())
     for name, value in order["limits"].items():

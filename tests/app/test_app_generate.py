@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from app.drawing import (
     drawable,
     local,
     sides,
+    usual,
 )
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
+from eval.clip_scores import settings
 from tests.app.test_app_catalog import WEIGHTS, make_run
+from tests.image.tiny import saved
 
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
@@ -59,6 +63,27 @@ def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
+    """In scores and in this tab, as in validation images; the miniature has a guidance of its own.
+
+    It is asked without weights.
+    """
+    sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
+    usual_ones = {"mini": (25, 4.0), sd3: (25, 7.0)}
+    turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
+    saved("ZImagePipeline", turbo)
+    assert settings.usual(str(turbo), "owner/Z-Image-Turbo")[1:] == (8, 0.0)
+    given = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
+    for base, (steps, guidance) in usual_ones.items():
+        assert usual(BaseChoice(base)) == (steps, guidance)
+        free = Namespace(num_inference_steps=None, guidance_scale=None, **given)
+        sampling = settings.sampling(free, base)
+        assert (sampling.steps, sampling.guidance_scale) == (steps, guidance)
+        set_ = Namespace(num_inference_steps=3, guidance_scale=0.0, **given)
+        sampling = settings.sampling(set_, base)
+        assert (sampling.steps, sampling.guidance_scale) == (3, 0.0)
 
 
 def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Pipelines) -> None:
