@@ -139,8 +139,7 @@ def run(folder: Path, word: str) -> Subject:
     from bilora_diffusion.run.runlog import read_run
 
     record = read_run(folder)
-    config: Mapping[str, Any] = record.get("config") or {}
-    method = methods.get(str(record.get("method")))
+    config, method = record["config"], methods.get(record["method"])
     base = config.get("pretrained_model_name_or_path") or config.get("model_name_or_path")
     return Subject(
         label=folder.resolve().name,

@@ -77,12 +77,13 @@ def single(words: Sequence[str]) -> list[Subject]:
     called alike.
 
     Raises:
-        UserError: nothing is there, it holds no weights, or a label is given twice.
+        UserError: nothing is there, it holds no weights, or it or a label is given twice.
     """
     pairs = [_split(word) for word in words]
     given = Counter(label for label, _ in pairs if label is not None)
     if repeated := [label for label, count in given.items() if count > 1]:
         raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
+    _refuse_twice([word for _, word in pairs])
     subjects = [_open(word, weights=True) for _, word in pairs]
     titles = [label or one.group for (label, _), one in zip(pairs, subjects, strict=True)]
     names = [

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import inspect
@@ -14,6 +16,7 @@ from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.pipeline import resolve
 from bilora_diffusion.image.script import heldout_images, images
 from bilora_diffusion.image.sets import ImageSet
+from bilora_diffusion.run.record import RUN, fault
 
 from ..subjects import BASE, Subject
 
@@ -71,8 +74,8 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
         split: "train" or "heldout" images.
 
     Raises:
-        UserError: none is a run, one is no run of this script, or has another base model, other
-            images or another loss than the first.
+        UserError: none is a run, one is no run of this script or damaged, or has another base
+            model, other images or another loss than the first.
     """
     configs = {one.label: _config(one) for one in subjects if one.kind != BASE}
     if not configs:
@@ -124,8 +127,8 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 
 
 def _config(subject: Subject) -> DreamBoothConfig:
-    folder, values = subject.folder, subject.record.get("config")
-    if not isinstance(values, dict) or "pretrained_model_name_or_path" not in values:
+    folder, values = subject.folder, subject.record.get("config", {})
+    if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is no run of SDXL DreamBooth: give the folder of one.")
     kind = DreamBoothConfig.with_own_options()
     if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
@@ -138,7 +141,10 @@ def _config(subject: Subject) -> DreamBoothConfig:
             f"{subject.weights} holds more than the primary ({inside.evidence[0]}): export it"
             " again."
         )
-    return kind(**values)
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{RUN} of {folder} is damaged{fault(error)}: give another run.") from error
 
 
 def _require_comparable(opened: Mapping[str, Point]) -> None:

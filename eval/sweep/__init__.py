@@ -135,12 +135,16 @@ class Sweep(Evaluation):
             shared: options of all cells, before those of ``--set``.
 
         Raises:
-            UserError: there is no such recipe or script, or ``--set`` is malformed.
+            UserError: there is no such recipe or script, or ``--set`` or ``--launch`` is malformed.
         """
         from . import axes
         from .grid import Planner, open_script
 
-        given, launch = self.args, shlex.split(self.args.launch)
+        given = self.args
+        try:
+            launch = shlex.split(given.launch)
+        except ValueError as error:
+            raise UserError(f"--launch is {given.launch!r}: close its quotation marks.") from error
         if not given.recipe.is_file():
             raise UserError(f'there is no recipe "{given.recipe}": correct the first argument.')
         shared |= axes.settings(given.set, "--set")

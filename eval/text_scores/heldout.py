@@ -1,15 +1,17 @@
-"""Figures that training recorded on held-out data: the last value of each run, as in Table 1.
+"""Figures that training recorded on held-out data: those of each run's weights, as in Table 1.
 
 Those of the base model are what the runs measured before their first step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject
 from ..table import Metric
@@ -66,23 +68,24 @@ def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Column
 
 
 def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
-    """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``: the last of a run, of the base
-    model what was measured before the first step, which may be nothing.
+    """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``: the last of a run, up to the
+    step whose weights it left; of the base model what was measured before the first step, which may
+    be nothing.
 
     Raises:
         UserError: the subject is no run, or recorded nothing.
     """
-    if not subject.record:
+    if subject.folder is None:
         raise UserError(
             f"{subject.source} has no recorded figures, which --benchmarks heldout shows: name run"
             " folders, and base beside no other benchmark."
         )
+    best = subject.record.get("results", {}).get("best_step")
+    last = 0 if subject.kind == BASE else math.inf if best is None else best
     values = {
-        key: (int(line["step"]), float(value))
-        for line in subject.log()
-        if subject.kind != BASE or line["step"] == 0
-        for key, value in line.items()
-        if key.startswith(PREFIX) and isinstance(value, int | float)
+        key: (step, float(value))
+        for key, (step, value) in last_measured(subject.folder, last).items()
+        if key.startswith(PREFIX) and value is not None
     }
     if not values and subject.kind != BASE:
         raise UserError(

@@ -56,6 +56,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("full", "full")
     run("unfinished")
     run("newer", warp_factor=9)
+    run("odd", snr_gamma=[1])
+    run("nameless", pretrained_model_name_or_path=None)
     run("text", model_name_or_path="t5")
     record = json.loads((root / "text" / "run.json").read_text())
     del record["config"]["pretrained_model_name_or_path"]
@@ -200,6 +202,8 @@ CASES: list[tuple[list[str], str]] = [
     (["{runs}/lora-0", "{runs}/other-base"], "base model"),
     (["{runs}/full", "--space", "lora"], "has no adapter"),
     (["{runs}/newer"], "warp_factor"),
+    (["{runs}/odd"], "'snr_gamma' is [1]"),
+    (["{runs}/nameless"], "no run of SDXL DreamBooth"),
 ]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +68,45 @@ def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path: Path) -> None:
     assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
     file.write_text(re.sub('"digest": "[^"]*"', '"digest": null', file.read_text()))
     assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
+
+
+COMMANDS = ("clip_scores", "dynamics", "generalization", "landscape", "text_scores")
+RECORDS = {
+    "config": (None, [], {"resolution": "x"}, {"pretrained_model_name_or_path": ["a"]}),
+    "seed": ([1], "x"),
+}
+LINES = ('{"step": 1, "heldout_loss": "x"}', '{"step": "1"}', '{"step": 1e999}', "[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "content"),
+    [
+        *(
+            (command, "run.json", {key: value})
+            for command in COMMANDS
+            for key, values in RECORDS.items()
+            for value in values
+        ),
+        *(
+            (command, "metrics.jsonl", line)
+            for command in ("dynamics", "generalization")
+            for line in LINES
+        ),
+    ],
+)
+def test_a_damaged_run_ends_a_command_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, file: str, content: Any
+) -> None:
+    run = recorded_runs.make(tmp_path / "run", "bilora", losses={0: (1.0, 1.0), 10: (0.5, 0.5)})
+    if file == "run.json":
+        content = json.dumps(json.loads((run / file).read_text()) | content)
+    else:
+        content = (run / file).read_text() + f"{content}\n"
+    (run / file).write_text(content)
+    words = [str(run), "--output_dir", str(tmp_path / "out")]
+    words += ["--benchmarks", "heldout"] if command == "text_scores" else []
+    assert importlib.import_module(f"eval.{command}").main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert f"{run / file} is " in error
+    assert error.count("\n") == 1

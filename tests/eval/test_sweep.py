@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
-from bilora_diffusion.run.paths import ROOT
 from eval.sweep import figures
 from eval.sweep.cells import Outcome, Runner
 from eval.sweep.grid import Cell
@@ -178,6 +178,7 @@ REFUSED: list[tuple[list[str], str]] = [
     ([RECIPE, "--script", "train_dreambooth_bilor.py"], 'mean "train_dreambooth_bilora.py"'),
     ([RECIPE, "--metric"], "expected one argument"),
     (["none.yaml"], 'there is no recipe "none.yaml"'),
+    ([RECIPE, "--launch", '"unclosed'], """--launch is '"unclosed'"""),
     ([RECIPE, "--runs_dir", "{tmp}/file"], "is no folder that can be written"),
 ]
 

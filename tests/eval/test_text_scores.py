@@ -159,6 +159,11 @@ def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
     assert [c.values for c in found] == [{"a": (2, 0.4), "b": (2, 0.6)}, {"c": (2, 2.0)}]
     losses = heldout.columns(gather(*runs), ["heldout_loss"])
     assert [c.metric.title for c in losses] == ["cola held-out loss", "notes held-out loss"]
+    best = make_run(tmp_path / "best", rows=[(1, {LOSS: 3.0}), (2, {LOSS: 1.0}), (3, {LOSS: 2.0})])
+    record = json.loads((best / "run.json").read_text())
+    record["results"] = {"best_step": 2}  # --keep_best left the weights of that step
+    (best / "run.json").write_text(json.dumps(record))
+    assert heldout.recorded(gather(best)[0]) == {LOSS: (2, 1.0)}
     silent = make_run(tmp_path / "silent", rows=[(1, {"loss": 1.0})])
     for words in ([silent], ["base", "--model_name_or_path", "x"]):
         with pytest.raises(UserError, match="recorded"):

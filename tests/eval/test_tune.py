@@ -12,9 +12,9 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run.heldout_part import chosen, read_part
+from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import table, tune
-from bilora_diffusion.run.paths import ROOT
 from eval.sweep.cells import Outcome, Runner, state
 from eval.sweep.grid import Cell
 from eval.table import Row
