@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import inspect
+from bilora_diffusion.export.peft_config import read_config
 from bilora_diffusion.lora_names import ADAPTER_METADATA
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -25,12 +26,8 @@ def of_lora(path: Path) -> str:
     Raises:
         UserError: it is damaged, or no LoRA.
     """
-    metadata = inspect(path).metadata
-    try:
-        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-        acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} has damaged metadata: write or download it again.") from error
+    described = json.loads(inspect(path).metadata.get(ADAPTER_METADATA, "{}"))
+    acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
     return _digest([("", path)], acting)
 
 
@@ -88,14 +85,6 @@ def peft_config(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is damaged.
     """
     path = folder / PEFT_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError(f"{type(config)} is no mapping")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} is no PEFT adapter (it has no {PEFT_CONFIG}): give another."
-        ) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: write it again.") from error
-    return config
+    if not path.is_file():
+        raise UserError(f"{folder} is no PEFT adapter (it has no {PEFT_CONFIG}): give another.")
+    return read_config(path)

@@ -6,7 +6,8 @@ parts that hold an underscore are listed here, and a test holds the list to the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from ..errors import UserError
@@ -20,7 +21,6 @@ _WORDS = frozenset(
 )
 _LONGEST = 1 + max(word.count("_") for word in _WORDS)
 # SDXL's original ("sgm") names, which kohya's own scripts write.
-_SGM_BLOCKS = ("input_blocks_", "middle_block_", "output_blocks_")
 _SGM_WHOLE = {
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
@@ -39,10 +39,19 @@ _SGM_PARTS = {
     "skip_connection": "conv_shortcut",
     "downsamplers_0_op": "downsamplers_0_conv",
 }
-# What names of the UNet start with, in either.
-_TOPS = (
-    *(*_SGM_BLOCKS, *_SGM_WHOLE, *_SGM_WHOLE.values()),
-    *("down_blocks_", "mid_block_", "up_blocks_", "time_embedding_", "add_embedding_"),
+_SGM_BLOCK = re.compile(r"(?:input_blocks_[1-8]|middle_block|output_blocks_[0-8])_[0-2]_")
+_N = r"\d{1,2}"
+_PLACE = r"(?:(?:down_blocks\.[0-3]|mid_block)\.KIND\.[01]|up_blocks\.[0-3]\.KIND\.[0-2])"
+_UNET = re.compile(
+    rf"{_PLACE.replace('KIND', 'attentions')}\.(?:proj_in|proj_out|transformer_blocks\.{_N}\."
+    r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
+    rf"|{_PLACE.replace('KIND', 'resnets')}\.(?:conv1|conv2|conv_shortcut|time_emb_proj)"
+    r"|down_blocks\.[0-3]\.downsamplers\.0\.conv|up_blocks\.[0-3]\.upsamplers\.0\.conv"
+    r"|(?:time|add)_embedding\.linear_[12]|conv_in|conv_out"
+)
+_ENCODER = re.compile(
+    rf"text_projection|(?:text_model\.)?(?:embeddings\.(?:token|position)_embedding"
+    rf"|encoder\.layers\.{_N}\.(?:self_attn\.(?:[qkv]_proj|out_proj|to_[qkv]|to_out)|mlp\.fc[12]))"
 )
 
 
@@ -70,11 +79,6 @@ def unet_names(flats: Iterable[str]) -> dict[str, str]:
         UserError: a name that SDXL does not have, or both kinds of names.
     """
     names = list(dict.fromkeys(flats))
-    if odd := [name for name in names if not name.startswith(_TOPS)]:
-        raise UserError(
-            f"{odd[0]} is no layer of SDXL's UNet, for which alone kohya's names are known; give a"
-            " file in diffusers' or PEFT's format."
-        )
     blocks = [name for name in names if _in_sgm_block(name)]
     found = {name: _SGM_WHOLE.get(name, name) for name in names if name not in blocks}
     if blocks and any("down_blocks" in name or "up_blocks" in name for name in names):
@@ -82,11 +86,31 @@ def unet_names(flats: Iterable[str]) -> dict[str, str]:
             f"The file names layers as SDXL does ({blocks[0]}) and as diffusers does; give a file"
             " with names of one kind."
         )
-    return {name: with_dots(flat) for name, flat in (found | _from_blocks(blocks)).items()}
+    return _existing(found | _from_blocks(blocks), _UNET, "SDXL's UNet")
+
+
+def encoder_names(flats: Iterable[str]) -> dict[str, str]:
+    """Module names of CLIP's text encoders for flattened ones.
+
+    Raises:
+        UserError: a name that they do not have.
+    """
+    return _existing({name: name for name in flats}, _ENCODER, "CLIP's text encoders")
+
+
+def _existing(flats: Mapping[str, str], known: re.Pattern[str], model: str) -> dict[str, str]:
+    """The names of the file with those of the modules."""
+    names = {name: with_dots(flat) for name, flat in flats.items()}
+    if odd := [name for name, dotted in names.items() if not known.fullmatch(dotted)]:
+        raise UserError(
+            f"{odd[0]} is no layer of {model}, for which alone kohya's names are known; give a"
+            " file in diffusers' or PEFT's format."
+        )
+    return names
 
 
 def _in_sgm_block(name: str) -> bool:
-    return name.startswith(_SGM_BLOCKS) and name not in _SGM_WHOLE
+    return bool(_SGM_BLOCK.match(name))
 
 
 def _from_blocks(names: list[str]) -> dict[str, str]:
@@ -96,12 +120,7 @@ def _from_blocks(names: list[str]) -> dict[str, str]:
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
     sdxl = SimpleNamespace(layers_per_block=2)
-    try:
-        counted = _maybe_map_sgm_blocks_to_diffusers({f"lora_unet_{n}": n for n in names}, sdxl)
-    except (ValueError, IndexError, KeyError) as error:
-        raise UserError(
-            f"{names[0]} and the like are not layers of SDXL's UNet ({error}); give one for SDXL."
-        ) from error
+    counted = _maybe_map_sgm_blocks_to_diffusers({f"lora_unet_{n}": n for n in names}, sdxl)
     made = {}
     for key, name in counted.items():
         flat = key.removeprefix("lora_unet_")

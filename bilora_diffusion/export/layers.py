@@ -150,8 +150,8 @@ def diffusers_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
 def kohya_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
     """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
 
-    diffusers leaves out `dora_scale`, and can't read text encoders with adapters on some of q, k
-    and v alone; other readers can.
+    diffusers leaves out `dora_scale`, gives most layers the most frequent alpha where these differ,
+    and can't read text encoders with adapters on some of q, k and v alone; other readers can.
 
     Raises:
         UserError: two layers would get the same name.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
+from .entries import DOWN, MAGNITUDE, Entry, check_layers, check_tensors
+from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"
 KEY = re.compile(
@@ -24,8 +25,6 @@ KEY = re.compile(
     r"|lora_magnitude_vector|dora_scale|alpha)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?:weight|bias))?$"
 )
-DOWN = ("lora_A", "lora_embedding_A", "lora_down", "lora.down", "lora_linear_layer.down")
-MAGNITUDE = ("lora_magnitude_vector", "dora_scale")
 MODELS = {  # prefix in the file -> model
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
@@ -93,44 +92,37 @@ def lora_files(source: Path) -> list[Path]:
     )
 
 
-class _Entry(NamedTuple):
-    key: str
-    model: str
-    layer: str  # spelt alike for all formats
-    kind: str
-    adapter: str | None
-    shape: tuple[int, ...]
-    dtype: str
-    alpha: float | None
-
-
 def inspect(file: str | Path) -> LoraFile:
-    """Read a LoRA file's header and kohya's alphas; the weights stay on the disk.
+    """Read a LoRA file's header and kohya's alphas, and check them; the weights stay on the disk.
 
     Raises:
-        UserError: the file is missing, a folder, not safetensors, cut short, or holds no LoRA.
+        UserError: the file is missing, a folder, not safetensors, cut short, holds no LoRA or one
+            that can't be right (`check_tensors`, `check_layers`), or its configuration is damaged.
     """
     path = Path(file)
     keys, entries, metadata = _read(path)
     down = [entry for entry in entries if entry.kind in DOWN]
-    if flat := [entry.key for entry in down if not entry.shape]:
-        raise UserError(f"{path} has a number where {flat[0]} should be a matrix; write it again.")
     if not down:
         raise UserError(f"{path} holds no LoRA among its {len(keys)} tensors; name a LoRA file.")
-    config = adapter_config(path, metadata)
+    check_tensors(path, entries)
+    format = _format(keys)
+    config = adapter_config(path, metadata, format)
     ranks: dict[str, set[int]] = defaultdict(set)
     alphas: dict[str, set[float]] = defaultdict(set)
     for entry in down:
         ranks[entry.model].add(entry.shape[0])
-        if "lora_alpha" in config[entry.model]:
-            alphas[entry.model].add(_alpha(path, config[entry.model]["lora_alpha"]))
+        if entry.model in config:
+            alphas[entry.model].add(config[entry.model].alpha(entry.name))
     for entry in entries:
         if entry.alpha is not None:
             alphas[entry.model].add(entry.alpha)
     weights = [entry for entry in entries if entry.kind != "alpha"]
+    evidence = tuple(_evidence(keys, weights, metadata, config))
+    if not evidence:
+        check_layers(path, entries, config)
     return LoraFile(
         path=str(path),
-        format=_format(keys),
+        format=format,
         adapters=tuple(dict.fromkeys(entry.adapter or UNNAMED for entry in weights)),
         layers=dict(Counter(model for model, _ in dict.fromkeys((e.model, e.layer) for e in down))),
         ranks={model: tuple(sorted(values)) for model, values in ranks.items()},
@@ -139,12 +131,12 @@ def inspect(file: str | Path) -> LoraFile:
         dtypes=tuple(sorted({entry.dtype for entry in weights})),
         parameters=sum(math.prod(entry.shape) for entry in weights),
         other_tensors=len(keys) - len(entries),
-        evidence=tuple(_evidence(keys, weights, metadata, config)),
+        evidence=evidence,
         metadata=metadata,
     )
 
 
-def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
+def _read(path: Path) -> tuple[list[str], list[Entry], dict[str, str]]:
     """All keys, the entries that are LoRA's, and the metadata."""
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))) or "it has none"
@@ -174,29 +166,25 @@ def _read(path: Path) -> tuple[list[str], list[_Entry], dict[str, str]]:
 def _number(path: Path, content: Any, key: str) -> float:
     """A tensor of one element; torch is imported only for types that numpy lacks."""
     if content.get_slice(key).get_dtype() in ("F16", "F32", "F64", "I64", "I32"):
-        return _alpha(path, content.get_tensor(key).item())
-    with safe_open(path, framework="pt") as same:
-        return _alpha(path, same.get_tensor(key).item())
+        value = content.get_tensor(key).item()
+    else:
+        with safe_open(path, framework="pt") as same:
+            value = same.get_tensor(key).item()
+    if isinstance(value, bool | complex) or not math.isfinite(value):
+        raise UserError(f"{path} has {value} as {key}, which is no finite number; write it again.")
+    return float(value)
 
 
-def _alpha(path: Path, value: Any) -> float:
-    try:
-        return float(value)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"{path} has an alpha that is no number ({error}); write it again."
-        ) from error
-
-
-def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> _Entry:
+def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> Entry:
     layer = match["layer"]
     prefix = next((prefix for prefix in MODELS if layer.startswith(prefix)), "")
-    layer = layer.removeprefix(prefix).removeprefix("base_model.model.")
-    layer = layer.removeprefix("text_model.").removeprefix("text_model_")
-    return _Entry(
+    name = layer.removeprefix(prefix).removeprefix("base_model.model.")
+    plain = name.removeprefix("text_model.").removeprefix("text_model_")
+    return Entry(
         key,
         MODELS.get(prefix, "model"),
-        layer.replace(".processor", "").replace(".", "_"),
+        name,
+        plain.replace(".processor", "").replace(".", "_"),
         match["kind"],
         match["adapter"],
         tuple(part.get_shape()),
@@ -215,31 +203,11 @@ def _format(keys: list[str]) -> str:
     return next(fits, "unknown")
 
 
-def adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration by model: diffusers' metadata, or the file that PEFT writes beside."""
-    beside = path.with_name("adapter_config.json")
-    has_own_file = path.name.startswith("adapter_model") and beside.is_file()
-    try:
-        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-        own = json.loads(beside.read_text()) if has_own_file else {}
-        config: dict[str, dict[str, Any]] = defaultdict(dict, {"model": dict(own)})
-        if not isinstance(described, dict):
-            raise TypeError("it is no mapping")
-        for key, value in described.items():
-            model, dot, name = key.rpartition(".")
-            config[model if dot else "model"][name] = value
-    except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise UserError(
-            f"The adapter configuration of {path} can't be read ({error}); write the file again."
-        ) from error
-    return config
-
-
 def _evidence(
     keys: list[str],
-    weights: list[_Entry],
+    weights: list[Entry],
     metadata: dict[str, str],
-    config: dict[str, dict[str, Any]],
+    config: dict[str, PeftConfig],
 ) -> Iterator[str]:
     """Every sign of a second adapter: its name, a second pair for a layer, a rank that is off."""
     if named := [key for key in keys if AUXILIARY in key.lower()]:
@@ -249,14 +217,18 @@ def _evidence(
     pairs = Counter((entry.model, entry.layer) for entry in weights if entry.kind in DOWN)
     if doubled := [".".join(layer) for layer, count in pairs.items() if count > 1]:
         yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
+    uniform = {
+        model: own.r
+        for model, own in config.items()
+        if "r" in own.model_fields_set and not own.rank_pattern
+    }
     for entry in weights:
-        own = config[entry.model]
-        uniform = "r" in own and not own.get("rank_pattern")
-        if entry.kind in DOWN and uniform and entry.shape[0] != own["r"]:
-            yield f"{entry.key} has rank {entry.shape[0]} where the metadata says {own['r']}."
+        rank = uniform.get(entry.model)
+        if entry.kind in DOWN and rank is not None and entry.shape[0] != rank:
+            yield f"{entry.key} has rank {entry.shape[0]} where the metadata says {rank}."
             break
-    for model, own in config.items():
-        if own and AUXILIARY in model.lower():
+    for model in config:
+        if AUXILIARY in model.lower():
             yield f"The adapter metadata describes {model}."
     for key, value in metadata.items():
         if key != ADAPTER_METADATA and "adapter" in key.lower() and AUXILIARY in value.lower():

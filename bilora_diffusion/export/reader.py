@@ -6,30 +6,28 @@ exact, as it is for a power of two, and are fp32 otherwise.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
 from ..lora_names import COMPONENTS, ENCODERS
-from .kohya_names import unet_names, with_dots
+from .entries import ROLES
+from .kohya_names import encoder_names, unet_names
 from .layers import Layer, Part
-from .lorafile import DOWN, KEY, MAGNITUDE, MODELS, LoraFile, adapter_config, inspect
+from .lorafile import KEY, MODELS, LoraFile, inspect
+from .peft_config import PeftConfig, adapter_config
 
 COMPONENT = "bilora.component"
 """Metadata entry: which model PEFT's file, whose keys do not say it, is for."""
-_UP = ("lora_B", "lora_up", "lora.up", "lora_linear_layer.up")
-_ROLES = (
-    dict.fromkeys(DOWN, "A") | dict.fromkeys(_UP, "B") | dict.fromkeys(MAGNITUDE, "magnitude")
-) | {"alpha": "alpha"}
+_LARGEST = torch.finfo(torch.float32).max
 _UNET_BLOCKS = (
     "down_blocks.",
     "mid_block.",
@@ -69,28 +67,44 @@ def read(path: Path) -> Contents:
     header = inspect(path)
     if header.auxiliary:
         raise UserError(f"{path} holds more than one adapter ({header.evidence[0]}); give another.")
-    tensors = load_file(path)
-    if odd := [key for key in tensors if not (match := KEY.match(key)) or _not_lora(key, match)]:
-        raise UserError(
-            f"{path} holds {len(odd)} tensors that LoRA files of the other formats have no place"
-            f" for, the first is {odd[0]}; give a plain LoRA."
-        )
-    grouped = _grouped(path, tensors, header)
-    config = adapter_config(path, header.metadata)
+    tensors = _tensors(path)
+    config = adapter_config(path, header.metadata, header.format)
     parts = {
-        component: _part(path, found, config.get(component) or config.get("model") or {})
-        for component, found in grouped.items()
+        component: _part(path, layers, config.get(component) or config.get("model"))
+        for component, layers in _grouped(path, tensors, header).items()
     }
-    described = next(iter(config.values()), {}) if header.format == "peft" else {}
-    base = described.get("base_model_name_or_path") or header.metadata.get("ss_sd_model_name")
-    return Contents(parts, header.metadata, str(base or ""))
+    described = config.get("model") if header.format == "peft" else None
+    base = described.base_model_name_or_path if described else None
+    return Contents(parts, header.metadata, base or header.metadata.get("ss_sd_model_name", ""))
 
 
-def _not_lora(key: str, match: Any) -> bool:
-    return match["kind"] not in _ROLES or "embedding" in match["kind"] or key.endswith(".bias")
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a plain LoRA; those of 8 bits in fp16, which holds them and can be computed
+    with.
+    """
+    with safe_open(path, framework="pt") as content:
+        keys = list(content.keys())
+        if odd := [key for key in keys if not (match := KEY.match(key)) or _not_lora(key, match)]:
+            raise UserError(
+                f"{path} holds {len(odd)} tensors that LoRA files of the other formats have no"
+                f" place for, the first is {odd[0]}; give a plain LoRA."
+            )
+        tensors = {key: content.get_tensor(key) for key in keys}
+    return {k: v.half() if v.dtype.itemsize == 1 else v for k, v in tensors.items()}
 
 
-Grouped = dict[str, dict[str, dict[str, Tensor]]]  # component -> layer -> role -> tensor
+def _not_lora(key: str, match: re.Match[str]) -> bool:
+    return "embedding" in match["kind"] or key.endswith(".bias")
+
+
+class _Source(NamedTuple):
+    """A layer in the file: its name there, by which PEFT's patterns know it, and its tensors."""
+
+    name: str
+    tensors: dict[str, Tensor]  # by role
+
+
+Grouped = dict[str, dict[str, _Source]]  # by component and the layer's name in the model
 
 
 def _grouped(path: Path, tensors: Mapping[str, Tensor], header: LoraFile) -> Grouped:
@@ -104,17 +118,23 @@ def _grouped(path: Path, tensors: Mapping[str, Tensor], header: LoraFile) -> Gro
         name = match["layer"].removeprefix(prefix).removeprefix("base_model.model.")
         if prefix.endswith("_"):
             kohya.add(component)
-        flat[component][name][_ROLES[match["kind"]]] = value
-    grouped: Grouped = {}
+        flat[component][name][ROLES[match["kind"]]] = value
+    grouped: Grouped = defaultdict(dict)
     for component, found in flat.items():
         names = _kohya_names(component, found) if component in kohya else _dotted_names(found)
         known = _component(path, component, names.values(), header)
-        grouped[known] = {_canonical(known, names[name]): roles for name, roles in found.items()}
+        for name, roles in found.items():
+            layer = _canonical(known, names[name])
+            other = grouped[known].setdefault(layer, _Source(name, roles))
+            if other.tensors is not roles:
+                raise UserError(
+                    f"{path} has {known}.{layer} as {other.name} and as {name}; leave one out."
+                )
     return grouped
 
 
 def _kohya_names(component: str, found: Mapping[str, Any]) -> dict[str, str]:
-    return unet_names(found) if component == "unet" else {name: with_dots(name) for name in found}
+    return unet_names(found) if component == "unet" else encoder_names(found)
 
 
 def _dotted_names(found: Mapping[str, Any]) -> dict[str, str]:
@@ -158,51 +178,42 @@ def _canonical(component: str, name: str) -> str:
     return name
 
 
-def _part(path: Path, found: Mapping[str, Mapping[str, Tensor]], config: dict[str, Any]) -> Part:
-    layers = [_layer(path, name, roles, config) for name, roles in found.items()]
+def _part(path: Path, sources: Mapping[str, _Source], config: PeftConfig | None) -> Part:
+    layers = [_layer(path, name, source, config) for name, source in sources.items()]
     return Part(
         layers,
         rank=None,
         alpha=None,
         targets=[layer.name for layer in layers],
         use_dora=any(layer.magnitude is not None for layer in layers),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
+        fan_in_fan_out=config is not None and config.fan_in_fan_out,
     )
 
 
-def _layer(path: Path, name: str, roles: Mapping[str, Tensor], config: dict[str, Any]) -> Layer:
-    A, B = roles.get("A"), roles.get("B")
-    if A is None or B is None or A.dim() < 2 or B.dim() < 2 or A.shape[0] != B.shape[1]:
-        raise UserError(f"{path} lacks a part of {name}, or it does not fit; download it again.")
-    for tensor in roles.values():
-        if not tensor.double().isfinite().all():
-            raise UserError(f"{path} holds values for {name} that are not finite; give another.")
-    magnitude = roles.get("magnitude")
-    if magnitude is not None:
-        if magnitude.numel() != B.shape[0] or (
-            magnitude.dim() == 2 and magnitude.shape[1] == B.shape[0] > 1
-        ):
+def _layer(path: Path, name: str, source: _Source, config: PeftConfig | None) -> Layer:
+    A, B = source.tensors["A"], _scaled(source.tensors["B"], _scale(source, config))
+    magnitude = source.tensors.get("magnitude")
+    for tensor in (A, B, magnitude):
+        # a comparison that NaN does not pass
+        if tensor is not None and not tensor.double().abs().max() <= _LARGEST:
             raise UserError(
-                f"{path} has DoRA's scale of {name} along the inputs, which diffusers and PEFT"
-                " can't do; train it with scales along the outputs."
+                f"{path} holds values for {name} that are not finite in fp32; give another."
             )
+    terms = B.double().flatten(1).abs().amax(0) * A.double().flatten(1).abs().amax(1)
+    if terms.sum() > _LARGEST:
+        raise UserError(f"{path} changes {name} by more than fp32 can hold; give another.")
+    if magnitude is not None:
         ones = [1] * (A.dim() - 2)
         magnitude = magnitude.reshape(1, -1, *ones) if ones else magnitude.flatten()
-    return Layer(name, A, _scaled(B, _scale(name, A, roles, config)), magnitude)
+    return Layer(name, A, B, magnitude)
 
 
-def _scale(name: str, A: Tensor, roles: Mapping[str, Tensor], config: dict[str, Any]) -> float:
+def _scale(source: _Source, config: PeftConfig | None) -> float:
     """alpha / rank of a layer, from the file or from PEFT's configuration."""
-    rank = A.shape[0]
-    if "alpha" in roles:
-        return float(roles["alpha"]) / rank
-    if "lora_alpha" not in config:
-        return 1.0
-    from peft.utils.other import get_pattern_key
-
-    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    rank = source.tensors["A"].shape[0]
+    if "alpha" in source.tensors:
+        return float(source.tensors["alpha"]) / rank
+    return 1.0 if config is None else config.scale(source.name, rank)
 
 
 def _scaled(B: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ with applied(pipeline, subject): ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from diffusers.utils import logging as diffusers_logging
 
 from bilora_diffusion import adapters
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import COMPONENTS, inspect
+from bilora_diffusion.export import COMPONENTS
+from bilora_diffusion.export.layers import Part
 from bilora_diffusion.export.reader import read
+from bilora_diffusion.export.writer import diffusers_content
 from bilora_diffusion.train.task import precision
 
 from ..subjects import Subject
@@ -50,15 +52,9 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
 def _lora(pipeline: Any, file: Path, scale: float) -> Iterator[None]:
     if any(pipeline.get_list_adapters().values()):
         raise RuntimeError("the pipeline has an adapter already, which would be lost")
-    parts, header = read(file).parts, inspect(file)
-    if header.dora and header.format == "kohya":
-        raise UserError(
-            f"{file} is DoRA in kohya's format, of which diffusers leaves out the magnitudes: give"
-            " the file in diffusers' format (python -m bilora_diffusion.export FILE --to"
-            " diffusers writes it)."
-        )
+    parts = read(file).parts
     try:
-        _load_lora(pipeline, file, scale)
+        _load_lora(pipeline, file, parts, scale)
         # diffusers only warns of keys that name no layer, and loads the rest.
         wanted = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
         if absent := sorted(wanted - _adapted(pipeline)):
@@ -74,17 +70,13 @@ def _lora(pipeline: Any, file: Path, scale: float) -> Iterator[None]:
         pipeline.unload_lora_weights()
 
 
-def _load_lora(pipeline: Any, file: Path, scale: float) -> None:
+def _load_lora(pipeline: Any, file: Path, parts: Mapping[str, Part], scale: float) -> None:
+    # Not the file itself: of kohya's, diffusers takes one alpha for all layers and no magnitudes.
+    tensors, _ = diffusers_content(parts, {})
     verbosity = diffusers_logging.get_verbosity()
     try:
         diffusers_logging.set_verbosity_error()  # it warns of each model without an adapter
-        pipeline.load_lora_weights(
-            str(file.parent),
-            weight_name=file.name,
-            adapter_name=_NAME,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        pipeline.load_lora_weights(tensors, adapter_name=_NAME)
         pipeline.set_adapters([_NAME], [scale])
     except _FAILURES as error:
         reason = " ".join(str(error).split())[:200]

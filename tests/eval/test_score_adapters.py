@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import convert
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import embed
 from bilora_diffusion.image.sampling import generate
@@ -61,10 +63,11 @@ def whole(files: Path) -> Path:
 def test_adapters_of_one_method_are_named_by_their_folders(files: Path, tmp_path: Path) -> None:
     unet, text = str(files / "unet"), str(files / "text")
     folder = str(shutil.copytree(unet, tmp_path / "method=lora"))  # which is no label
+    namesake = str(shutil.copytree(unet, tmp_path / "unet"))
     for words, labels in (
         ([unet, text, "base"], ["LoRA (unet)", "LoRA (text)", "base model"]),
         ([f"LoRA={unet}", text], ["LoRA", "LoRA (text)"]),
-        ([unet, unet], ["LoRA (unet)", "LoRA (unet) 2"]),
+        ([unet, namesake], ["LoRA (unet)", "LoRA (unet) 2"]),
         ([folder], ["LoRA"]),
         ([f"A b={folder}"], ["A b"]),
     ):
@@ -140,6 +143,7 @@ def test_a_run_that_is_not_finished_is_named(
         (["=base"], ['"=base"', "LABEL=ADAPTER"]),
         (["label="], ['"label="', "LABEL=ADAPTER"]),
         (["A=base", "A=base"], ['"A"']),
+        (["A=cut.safetensors", "B=./cut.safetensors"], ["cut.safetensors is given twice"]),
         (["runs/bilora"], ["runs/bilora", "run.json"]),
         (["pickle.bin"], ["pickle.bin", ".safetensors"]),
         (["cut.safetensors"], ["cut.safetensors"]),
@@ -232,6 +236,66 @@ def test_the_scale_multiplies_the_adapter(pipeline: Any, files: Path, whole: Pat
     assert np.abs(kohya - full).max() <= 1  # the same adapter in kohya's format
     with pytest.raises(UserError, match="no scale"), applied(pipeline, one(whole), 0.5):
         pass
+
+
+@torch.no_grad()
+def predicted(unet: Any) -> torch.Tensor:
+    """What the UNet makes of some noise."""
+    config, draw = unet.config, torch.Generator().manual_seed(0)
+    sample = torch.randn(1, config.in_channels, 8, 8, generator=draw)
+    words = torch.randn(1, 7, config.cross_attention_dim, generator=draw)
+    ids = torch.ones(1, 6)
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    added = {"text_embeds": torch.randn(1, width, generator=draw), "time_ids": ids}
+    return unet(sample, 500, words, added_cond_kwargs=added).sample
+
+
+def kohya_tensors(unet: Any, odd: tuple[int, float], dora: bool) -> dict[str, torch.Tensor]:
+    """Of rank and alpha 4, and of another rank and alpha on queries and convolutions."""
+    tensors, draw = {}, torch.Generator().manual_seed(0)
+    for path, module in unet.named_modules():
+        if not path.endswith(("to_q", "to_k", "to_v", "conv1")):
+            continue
+        rank, alpha = odd if path.endswith(("to_q", "conv1")) else (4, 4.0)
+        name, (m, n, *kernel) = f"lora_unet_{path.replace('.', '_')}", module.weight.shape
+        ones = [1] * len(kernel)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, n, *kernel, generator=draw) / 8
+        tensors[f"{name}.lora_up.weight"] = torch.randn(m, rank, *ones, generator=draw) / 8
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        if dora:
+            scale = torch.rand(m, generator=draw) + 0.5
+            tensors[f"{name}.dora_scale"] = scale.reshape(-1, 1, *ones)
+    return tensors
+
+
+@pytest.mark.parametrize("odd", [(4, 1.0), (2, 2.0), (2, 4.0)])
+@pytest.mark.parametrize("dora", [False, True])
+def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(
+    odd: tuple[int, float], dora: bool, pipeline: Any, tmp_path: Path
+) -> None:
+    tensors = kohya_tensors(pipeline.unet, odd, dora)
+    save_file(tensors, tmp_path / "locon.safetensors")
+    made = convert(tmp_path / "locon.safetensors", "diffusers")
+    by_hand = copy.deepcopy(pipeline.unet)
+    for path, module in by_hand.named_modules():
+        name = f"lora_unet_{path.replace('.', '_')}"
+        if f"{name}.alpha" in tensors:
+            down, up, alpha = (
+                tensors[f"{name}.{kind}"]
+                for kind in ("lora_down.weight", "lora_up.weight", "alpha")
+            )
+            weight = module.weight.data
+            weight += alpha / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            if dora:
+                norm = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+                weight *= tensors[f"{name}.dora_scale"] / norm
+    base, expected = predicted(pipeline.unet), predicted(by_hand)
+    found = []
+    for file in (tmp_path / "locon.safetensors", made):
+        with applied(pipeline, one(file)):
+            found.append(predicted(pipeline.unet))
+        assert (found[-1] - expected).norm() < 1e-5 * (expected - base).norm()
+    assert torch.equal(*found)
 
 
 def renamed(tensors: dict[str, Any], key: str) -> None:

@@ -192,7 +192,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         (given("loha", **{"lora_unet_a.hada_w1_a": torch.ones(2, 2)}), "peft", "hada_w1_a"),
         (given("inputs", **{f"{key}.dora_scale": torch.ones(1, 5)}), "peft", "along the inputs"),
         (
-            given("nan", **{f"{key}.dora_scale": torch.full((6, 1), torch.nan)}),
+            given("nan", **{f"{n}.dora_scale": torch.full((6, 1), torch.nan) for n in KOHYAS}),
             "peft",
             "not finite",
         ),

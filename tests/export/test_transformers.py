@@ -232,6 +232,8 @@ def test_a_foreign_files_layers_are_known_for_a_transformers(kind: str, tmp_path
     """PEFT's keys and those that diffusers' `save_lora_adapter` writes do not say it."""
     source = exported(tmp_path / "run", trained(kind))
     tensors = load_file(source)
+    rank = min(next(iter(tensors.values())).shape)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": rank}))
     for number, prefix in enumerate(("", "base_model.model.")):
         given = tmp_path / f"{number}.safetensors"
         keys = {key: prefix + key.removeprefix("transformer.") for key in tensors}

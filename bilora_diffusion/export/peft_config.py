@@ -1,0 +1,137 @@
+"""PEFT's configuration of an adapter, read and checked in one place; without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+
+from ..errors import UserError
+from ..lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
+
+# Such expressions may take longer to search a name than anybody waits.
+_COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
+
+
+def _pattern(text: object) -> re.Pattern[str]:
+    """A regular expression for layers, which PEFT compares with the end of a name."""
+    if not isinstance(text, str) or _COSTLY.search(text):
+        raise ValueError("this is not a name of layers, or an expression with too many repeats")
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"this is not a regular expression: {error}") from error
+
+
+Pattern = Annotated[re.Pattern[str], BeforeValidator(_pattern)]
+
+
+class PeftConfig(BaseModel):
+    """The fields that say what an adapter's tensors do, with PEFT's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: PositiveInt = 8
+    lora_alpha: float = 8
+    rank_pattern: dict[Pattern, PositiveInt] | None = Field(default_factory=dict)
+    alpha_pattern: dict[Pattern, float] | None = Field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+
+    def rank(self, layer: str) -> int:
+        """The rank of a layer."""
+        return _first(self.rank_pattern, layer, self.r)
+
+    def alpha(self, layer: str) -> float:
+        """Alpha of a layer."""
+        return _first(self.alpha_pattern, layer, self.lora_alpha)
+
+    def scale(self, layer: str, rank: int) -> float:
+        """Alpha / rank of a layer, or alpha / sqrt(rank) of a rank-stabilized one."""
+        return self.alpha(layer) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _first(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, otherwise: Any) -> Any:
+    items = (patterns or {}).items()
+    return next((value for pattern, value in items if pattern.match(layer)), otherwise)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read an adapter_config.json.
+
+    Raises:
+        UserError: it can't be read, or a field that says what the adapter does is not valid.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(fields, ensure_ascii=False).encode()  # halves of characters go into no file
+    except (ValueError, RecursionError, OSError) as error:
+        raise _damaged(path, error) from error
+    _validate(path, fields)
+    return fields
+
+
+def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict[str, PeftConfig]:
+    """The configuration of each model that has one: of diffusers' metadata, or PEFT's file beside.
+
+    Args:
+        path: the LoRA file.
+        metadata: its metadata.
+        format: "peft" for a file whose keys are PEFT's.
+
+    Raises:
+        UserError: it can't be read, is not valid or not LoRA's, or PEFT's file has none.
+    """
+    beside = path.with_name(CONFIG)
+    wanted = format == "peft" or path.name.startswith(Path(WEIGHTS).stem)
+    fields: dict[str, Any] = {"model": read_config(beside)} if wanted and beside.is_file() else {}
+    for key, value in _described(path, metadata).items():
+        model, dot, name = key.rpartition(".")
+        fields.setdefault(model if dot else "model", {})[name] = value
+    if format == "peft" and "model" not in fields:
+        raise UserError(
+            f"{path} has PEFT's keys, which do not say alpha, and no {CONFIG} beside it; put the"
+            " adapter's there."
+        )
+    config = {model: _validate(path, own) for model, own in fields.items()}
+    if odd := [own.peft_type for own in config.values() if own.peft_type != "LORA"]:
+        raise UserError(f'{path} is an adapter of the kind "{odd[0]}"; give a LoRA.')
+    return config
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(described, dict):
+        raise _damaged(path, "it is not a mapping")
+    return described
+
+
+def _validate(path: Path, fields: object) -> PeftConfig:
+    try:
+        return PeftConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step)[:40] for step in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        reason = f"{place}: {message}, not {reprlib.repr(first['input'])}".removeprefix(": ")
+        raise _damaged(path, reason) from error
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(
+        f"The adapter configuration of {path} can't be read ({reason}); mend it or write the file"
+        " again."
+    )
