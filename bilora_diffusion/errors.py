@@ -43,6 +43,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def strip_controls(line: str) -> str:
+    """Put "?" for what could steer the terminal: names in files are other people's text."""
+    return "".join(char if char.isprintable() else "?" for char in line)
+
+
 def is_main_process() -> bool:
     """Whether this is the process of a distributed run that speaks, or the only one."""
     return all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK"))
@@ -111,7 +116,7 @@ def keep_trace(error: BaseException, folder: Path) -> Path | None:
 
 def _say(sentence: str, only_main: bool = False) -> None:
     if is_main_process() or not only_main:
-        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+        print(f"error: {strip_controls(' '.join(sentence.split()))}", file=sys.stderr)
 
 
 def _ended(error: BaseException, code: int) -> int:

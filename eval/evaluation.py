@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, strip_controls
 
 from . import report, table
 from .command import Parser, open_folder, require_free, run
@@ -148,7 +148,8 @@ class Evaluation:
         result = replace(result, figures=self.figures(result, self.folder))
         table.write(result, self.folder, self.report(result))
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
-        print(f"{self.shown(result)}\nwritten: {self.folder}/{', '.join(files)}")
+        lines = [*self.shown(result).splitlines(), f"written: {self.folder}/{', '.join(files)}"]
+        print("\n".join(map(strip_controls, lines)))
 
 
 def require_common_steps(group: str, steps: Sequence[set[int]]) -> None:

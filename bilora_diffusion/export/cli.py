@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import UserError, run_cli
+from ..errors import UserError, run_cli, strip_controls
 from ..lora_names import ADAPTER_METADATA, FORMATS
 from .lorafile import LoraFile, inspect, lora_files
 
@@ -99,7 +99,7 @@ def as_table(contents: LoraFile) -> str:
         lines += [f"  {key:<{width}}  {_shortened(value)}" for key, value in shown.items()]
     lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
     lines += [f"  {sentence}" for sentence in contents.evidence]
-    return "\n".join(lines)
+    return "\n".join(map(strip_controls, lines))
 
 
 def _shortened(value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) 
         assert captured.err.startswith("error: ")
         assert captured.err.count("\n") == 1
         assert str(path) in captured.err
+
+
+def test_nothing_in_a_file_steers_the_terminal(folder, tmp_path, capsys) -> None:
+    title = "\x1b]0;owned\x07\x9b31m\u202e"
+    file = tmp_path / "foreign.safetensors"
+
+    def change(tensors, metadata, name) -> None:
+        metadata |= {f"key {title}\nauxiliary   none": f"value {title}"}
+        tensors[f"unet.{title}.{name}.weight"] = torch.ones(4, 4)
+
+    for name, code in (("lora_A.auxiliary", 0), ("lora_A", 2)):
+        rewrite(folder / FILE_NAME, file, partial(change, name=name))
+        for flags in ([], ["--json"]):
+            assert main([str(file), *flags]) == code
+            text = "".join(capsys.readouterr())
+            assert all(char.isprintable() for char in text.replace("\n", ""))
+            assert "owned" in text
 
 
 def test_module_runs_as_a_script(folder, tmp_path, monkeypatch, capsys) -> None:
