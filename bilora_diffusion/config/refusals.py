@@ -103,6 +103,12 @@ REFUSED: tuple[Refusal, ...] = (
         )
         for name, (wanted, reason) in _NEEDS_ADAPTERS.items()
     ),
+    refusal(
+        "its steepest step is that of a weight without magnitudes of its own",
+        "drop `--use_dora` or use `--method lora-sam`",
+        method="efm-lora",
+        use_dora=True,
+    ),
     # precision, loss, rates
     refusal(
         "the gradients of its two passes would have to be unscaled twice by one loss scaler",

@@ -53,6 +53,7 @@ BOTH: list[tuple[str, str]] = [
     ("--optimizer schedule-free --adam_beta1 0", "schedule-free with --adam_beta1 0.*0.9"),
     ("--optimizer schedule-free --method lora-obar", "schedule-free with.*two points.*adamw"),
     ("--optimizer adafactor --method lora-msam", "adafactor.*no momentum.*adamw"),
+    ("--use_dora --method efm-lora", "efm-lora with --use_dora.*lora-sam"),
     ("--use_8bit_adam --method lora-msam", "adamw8bit.*codes.*--use_8bit_adam"),
     ("--optimizer adafactor --rescale_moments", "adafactor.*two moments.*drop"),
     ("--report_to tensorbord", '"tensorbord".*"tensorboard"'),
