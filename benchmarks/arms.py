@@ -21,6 +21,7 @@ from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.optimizers import build_optimizer
 
 MAX_GRAD_NORM = 1.0
+SAMPLES = 20  # that have an auxiliary each; every step sees the next ones
 SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
 # The training script's AdamW, made by its own function.
 OPTIMIZER: Any = SimpleNamespace(
@@ -53,6 +54,12 @@ METHODS = tuple(name for name in methods.names() if not methods.get(name).export
 KINDS = {
     **{name: ArmKind(methods.get(name).title, name, fused=True) for name in methods.names()},
     "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", fused=True, options={"rho": "auto"}),
+    "bilora-sample": ArmKind(
+        "Bi-LoRA, an auxiliary for each of 20 samples",
+        "bilora",
+        fused=True,
+        options={"auxiliaries": SAMPLES},
+    ),
     "bilora-per-layer": ArmKind(
         "Bi-LoRA, a ball per layer", "bilora", fused=True, options={"ball": "per-layer"}
     ),
@@ -75,6 +82,7 @@ class Arm:
         kind: a key of ``KINDS``.
         base: the frozen model without adapters.
         inputs: the batch of every step.
+        batch: its samples.
         amp: dtype for autocast, or None; as the training script runs ``--mixed_precision``.
     """
 
@@ -84,10 +92,12 @@ class Arm:
         shape: Shape,
         base: nn.Module,
         inputs: Inputs,
+        batch: int,
         amp: torch.dtype | None,
         seed: int,
     ) -> None:
         self.kind, self.shape, self.inputs, self.amp = kind, shape, inputs, amp
+        self.batch = batch
         options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
         self.method = methods.create(KINDS[kind].method, options)
         self.model = copy.deepcopy(base) if self.method.exports_weights else share(base)
@@ -128,9 +138,11 @@ class Arm:
     def forward_backward(self) -> Tensor:
         """Loss and gradients of the batch; called by the method."""
         device = next(self.model.parameters()).device
-        with torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext():
-            loss = self.shape.loss(self.model, self.inputs)
-        loss.backward()
+        first = len(self.losses) * self.batch
+        with self.method.seen([n % SAMPLES for n in range(first, first + self.batch)]):
+            with torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext():
+                loss = self.shape.loss(self.model, self.inputs)
+            loss.backward()
         return loss.detach()
 
 
@@ -142,7 +154,7 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     inputs = shape.inputs(base, batch, dtype, device, generator)
     amp = None if dtype == torch.float32 else dtype
-    return [Arm(kind, shape, base, inputs, amp, seed) for kind in kinds]
+    return [Arm(kind, shape, base, inputs, batch, amp, seed) for kind in kinds]
 
 
 def share(base: nn.Module) -> nn.Module:

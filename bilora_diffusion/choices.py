@@ -44,6 +44,8 @@ INITS = ("default", "gaussian", "pissa", "lora-ga")
 QUANTIZED = ("nf4", "int8", "fp8")
 """How frozen weights are held in few bits."""
 AUTO = "auto"
+SAMPLE = "sample"
+"""Of `--auxiliaries`: one for each."""
 """A radius that sets itself."""
 RHO_NORMS = ("scaled", "unscaled", "relative")
 BALLS = ("global", "per-layer", "none")

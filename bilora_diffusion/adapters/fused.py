@@ -10,10 +10,10 @@ in a state that one product can't express, that call goes to PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,15 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .access import weights
 from .narrow import NarrowLinear
 
 _QUANTIZED = (
     "Linear4bit",
 )  # PEFT layers whose base computes for itself and returns an ordinary tensor
+
+_ROWS = "_by_row"  # under which a layer holds its `Rows`
 
 
 class _Fused:
@@ -37,6 +40,11 @@ class _Fused:
     quantized: ClassVar[bool] = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self._shared(x, *args, **kwargs)
+        rows = self.__dict__.get(_ROWS)
+        return result if rows is None or self._disable_adapters else _add_rows(x, result, rows)
+
+    def _shared(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = None if args or kwargs else _plain_adapters(self, x)
         if active is None:
             if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
@@ -167,6 +175,92 @@ def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
     return parts
 
 
+class Rows(NamedTuple):
+    """An adapter of which each row of a layer's input has factors of its own.
+
+    Attributes:
+        A: (rows, r, n), of a convolution (rows, r, channels, height, width).
+        B: (rows, m, r), times the adapter's scale; of a convolution (rows, m, r, 1, 1).
+        g_A, g_B: to which a backward pass adds their gradients.
+        along: A's own module, which says how a convolution moves.
+    """
+
+    A: Tensor
+    B: Tensor
+    g_A: Tensor
+    g_B: Tensor
+    along: nn.Module
+
+
+@contextmanager
+def by_row(rows: Mapping[Any, Rows], adapter: str) -> Iterator[None]:
+    """Within the context these layers take `Rows` in place of an adapter that acts for all rows.
+
+    Raises:
+        UserError: a layer computes in a way to which rows can't be added.
+    """
+    before: dict[Any, list[str]] = {layer: layer.active_adapters for layer in rows}
+    try:
+        for layer, own in rows.items():
+            if not isinstance(layer, _Fused) or getattr(own.along, "groups", 1) != 1:
+                raise UserError(
+                    f"Samples of several auxiliaries in one micro-batch can't pass through a "
+                    f"{type(layer).__name__}; give them one by one (train_batch_size 1)."
+                )
+            layer.__dict__["_active_adapter"] = [n for n in before[layer] if n != adapter]
+            layer.__dict__[_ROWS] = own
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.__dict__["_active_adapter"] = active
+            layer.__dict__.pop(_ROWS, None)
+
+
+def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
+    """The layer's output with each row's own product added."""
+    count = len(rows.A)
+    if len(x) != count:
+        raise UserError(
+            f"A layer with an auxiliary for each sample got {len(x)} rows for {count} samples, so "
+            "whose they are can't be told; give the samples one by one (train_batch_size 1)."
+        )
+    if rows.A.dim() == 3:
+        ins, out = x.reshape(count, -1, x.shape[-1]), result.reshape(count, -1, result.shape[-1])
+        return _RowProduct.apply(ins, out, rows).view(result.shape)  # type: ignore[no-any-return]
+    own: Any = rows.along
+    patches = F.unfold(x, own.kernel_size, own.dilation, own.padding, own.stride).mT
+    made: Any = _RowProduct.apply(patches, result.flatten(2).mT, rows)
+    return made.mT.unflatten(2, result.shape[2:])  # type: ignore[no-any-return]
+
+
+class _RowProduct(torch.autograd.Function):
+    """y_i + x_i A_i^T B_i^T of `Rows`; x (rows, tokens, n) and y (rows, tokens, m)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
+        x = x.to(y.dtype)
+        A, B = rows.A.flatten(2).to(y.dtype), rows.B.flatten(2).to(y.dtype)
+        hidden = x @ A.mT
+        ctx.save_for_backward(x, A, B, hidden)
+        ctx.rows = rows
+        return torch.baddbmm(y, hidden, B.mT)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, A, B, hidden = ctx.saved_tensors
+        below = gradient @ B
+        for kept, left, right in (
+            (ctx.rows.g_A.flatten(2), below, x),
+            (ctx.rows.g_B.flatten(2), gradient, hidden),
+        ):
+            if kept.dtype == left.dtype:
+                kept.baddbmm_(left.mT, right)
+            else:
+                kept.add_(left.mT @ right)
+        return below @ A if ctx.needs_input_grad[0] else None, gradient, None
+
+
 _kept: dict[tuple[Any, ...], tuple[tuple[Tensor, Tensor], Sequence[Tensor]]] | None = None
 
 
@@ -181,6 +275,12 @@ def held() -> Iterator[None]:
         yield
     finally:
         _kept = before
+
+
+def forget() -> None:
+    """Within `held`: a factor has changed after all."""
+    if _kept is not None:
+        _kept.clear()
 
 
 class FusedLinear(_Fused, lora.Linear):

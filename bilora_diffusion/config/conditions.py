@@ -53,6 +53,11 @@ def above(limit: float) -> Condition:
     return Condition(lambda value, _: value is not None and value > limit, f"{{}} above {limit:g}")
 
 
+def several() -> Condition:
+    """More than one, by number or in a word."""
+    return Condition(lambda value, _: value not in (None, 1), "{} above 1")
+
+
 def other_than(*values: str) -> Condition:
     """Any value but a few."""
     return Condition(lambda value, _: value not in values, f"{{}} other than {', '.join(values)}")

@@ -24,9 +24,10 @@ from .conditions import (
     beyond,
     other_than,
     refusal,
+    several,
 )
 from .data_refusals import OF_DATA
-from .launches import LAUNCHES
+from .launches import FSDP2, LAUNCHES
 from .optimizer_refusals import OF_OPTIMIZERS
 
 FLOWS = other_than("StableDiffusionXLPipeline")
@@ -72,6 +73,37 @@ _WITHOUT_AUTO = (
         "power",
         "it starts at the length of the optimizer's first step, and power iteration has none",
         "drop `--auxiliary_update` or give `--rho` a number",
+    ),
+)
+
+_WITH_SEVERAL = (
+    ("ball", ("none", "per-layer"), "each has one ball over all layers", "use `--ball global`"),
+    (
+        "auxiliary_update",
+        "power",
+        "it has one turn for all rows of a step",
+        "use `--auxiliary_update optimizer`",
+    ),
+    (
+        "rescale_moments",
+        True,
+        "the moments of those that a step does not see stand still",
+        "drop `--rescale_moments`",
+    ),
+    (
+        "optimizer",
+        ("schedule-free", "prodigy"),
+        "it counts steps for all weights, also for the auxiliaries that a step does not see",
+        "use `--optimizer adamw`",
+    ),
+    ("packing", True, "a packed row holds several samples", "drop `--packing`"),
+    ("compile", True, "compiled blocks know one auxiliary for all rows", "drop `--compile`"),
+    ("log_dynamics", True, "it records one auxiliary", "drop `--log_dynamics`"),
+    (
+        "engine",
+        FSDP2,
+        "the rows of a process would gather weights that others do not ask for",
+        "launch with `--multi_gpu` (DDP)",
     ),
 )
 
@@ -200,6 +232,10 @@ REFUSED: tuple[Refusal, ...] = (
     *(
         refusal(reason, instead, method="bilora", rho=AUTO, **{name: values})
         for name, values, reason, instead in _WITHOUT_AUTO
+    ),
+    *(
+        refusal(reason, instead, method="bilora", auxiliaries=several(), **{name: values})
+        for name, values, reason, instead in _WITH_SEVERAL
     ),
     # when to stop
     *(

@@ -69,6 +69,7 @@ class DreamBooth:
             denoiser.enable_xformers_memory_efficient_attention()
         self.prompts: PromptCache | None = None
         self.num_samples = stream.num_samples
+        self.sample_names = [stream.images.name(i) for i in range(len(stream.images))]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
         self.models |= dict(zip(self.family.encoders, trained, strict=False))
 
@@ -194,7 +195,8 @@ class DreamBooth:
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
         names = tuple(v.name for v in visits[: len(slots)])
         levels = self.module.denoising.level(inputs["index"]).tolist()
-        return MicroBatch(slots, names, joined, inputs, tuple(map(float, levels)))
+        samples = tuple(v.sample if v.kind == "instance" else None for v in visits)
+        return MicroBatch(slots, names, joined, inputs, tuple(map(float, levels)), samples)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Loss on held-out and on training images over the fixed grid; {} without a set."""

@@ -105,15 +105,25 @@ def project_(
         rho = rho.to(whole_norm)
     sums = found if each else Squares(*torch.stack(found).sum(1, keepdim=True))
     own = rho / math.sqrt(len(factors)) if each else rho
+    before, factor = clipping(sums, own, onto)
+    _multiply_(factors, factor)
+    after = (before * factor * factor).norm() if each else (before * factor * factor)[0]
+    return Projection(whole_norm, after, factor if each else factor[0])
+
+
+def clipping(sums: Squares, rho: float | Tensor, onto: bool = False) -> tuple[Tensor, Tensor]:
+    """The norms c that make these sums over layers, and what to multiply A and B with for Eq. 10.
+
+    Args:
+        sums: of one or several balls, of any shape.
+        rho, onto: as in `project_`.
+    """
     before = sums.norm.clamp_min(0).sqrt()
     # ||E'|| <= f^2 (a + b) + f d with E' the stored product after multiplying by f: solve for = rho
     a = (sums.norm.clamp_min(0) + 8 * torch.finfo(before.dtype).eps * sums.magnitude).sqrt()
     b, d = sums.relative.sqrt(), sums.absolute.sqrt()
-    root = 2 * own / (d + (d * d + 4 * own * (a + b)).sqrt())
-    factor = torch.where(before > (0 if onto else own), root, 1.0)
-    _multiply_(factors, factor)
-    after = (before * factor * factor).norm() if each else (before * factor * factor)[0]
-    return Projection(whole_norm, after, factor if each else factor[0])
+    root = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
+    return before, torch.where(before > (0 if onto else rho), root, 1.0)
 
 
 @torch.no_grad()
@@ -153,18 +163,32 @@ def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tenso
     """`Squares` of layers of one rank and dtype, one below the other: (4, layers)."""
     r, dtype = len(layers[0].A), layers[0].A.dtype
     n, m = max(f.A.shape[1] for f in layers), max(f.B.shape[0] for f in layers)
-    diagonal_A, diagonal_B = gram_A.diagonal(dim1=1, dim2=2), gram_B.diagonal(dim1=1, dim2=2)
-    rounding = torch.finfo(dtype).eps / 2
-    least = torch.finfo(dtype).smallest_normal * rounding
-    norm = (gram_A * gram_B).sum((1, 2))
-    magnitude = (diagonal_A * diagonal_B).sqrt().sum(1).square()
-    norm_A, norm_B = diagonal_A.sum(1).sqrt(), diagonal_B.sum(1).sqrt()
-    absolute = (math.sqrt(r * n) * least * norm_B + math.sqrt(m * r) * least * norm_A).square()
-    rows = torch.stack((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute))
+    rows = of_grams(gram_A, gram_B, (r, n, m), dtype)
     scales = [f.scale for f in layers]
     if len(set(scales)) == 1:
         return rows * scales[0] ** 2
     return rows * torch.tensor(scales, dtype=gram_A.dtype, device=gram_A.device) ** 2
+
+
+def of_grams(
+    gram_A: Tensor, gram_B: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """The columns of `Squares` without scales, (4, ...), of Gram matrices (..., r, r).
+
+    Args:
+        gram_A, gram_B: A A^T and B^T B, in the precision to compute in.
+        shape: r, and the largest n and m.
+        dtype: that the factors are stored in.
+    """
+    r, n, m = shape
+    diagonal_A, diagonal_B = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_A, gram_B))
+    rounding = torch.finfo(dtype).eps / 2
+    least = torch.finfo(dtype).smallest_normal * rounding
+    norm = (gram_A * gram_B).sum((-2, -1))
+    magnitude = (diagonal_A * diagonal_B).sqrt().sum(-1).square()
+    norm_A, norm_B = diagonal_A.sum(-1).sqrt(), diagonal_B.sum(-1).sqrt()
+    absolute = (math.sqrt(r * n) * least * norm_B + math.sqrt(m * r) * least * norm_A).square()
+    return torch.stack((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute))
 
 
 def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:

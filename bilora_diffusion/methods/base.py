@@ -8,7 +8,7 @@ the closure once (LoRA, Bi-LoRA) or several times; the same inputs come each tim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
@@ -156,6 +156,20 @@ class Method:
 
     def bind(self, optimizer: Optimizer) -> None:
         """See the raw torch optimizer once, before the first step (for hooks on its steps)."""
+
+    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+        """A context for the forward and backward pass of a micro-batch.
+
+        Args:
+            samples: which sample of the training set each row is; None for one that is no sample.
+        """
+        return nullcontext()
+
+    def apart(self) -> list[nn.Parameter]:
+        """The trained parameters that no module holds, whose gradients nobody else averages over
+        processes.
+        """
+        return []
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         """One optimizer step.

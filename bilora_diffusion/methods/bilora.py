@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -15,13 +16,17 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
-from ..choices import AUTO
+from ..choices import AUTO, SAMPLE
 from ..errors import UserError
 from . import ascent, ball, perturb, radius, rounding
+from .auxiliaries import Auxiliaries, deal
 from .base import Counting, MethodOptions, StepOptimizer, Target, trained
 from .hooks import check_groups, refuse_closure, unwrapped
 from .options import rising
 from .registry import register
+
+MOST = 512
+"""So many auxiliaries are kept for the samples without being asked for by number."""
 
 
 @register("bilora")
@@ -31,8 +36,9 @@ class BiLoRA(Counting):
     The total norm runs over the layers of all targets. The auxiliary's group of the optimizer has
     `maximize=True` and no weight decay; the projection follows every optimizer step that is taken
     (not one that a gradient scaler skips). Gradient clipping sees the primary only: the ball bounds
-    the auxiliary. What `MethodOptions` can change of this are ablations; their defaults are the
-    paper's.
+    the auxiliary. With `MethodOptions.auxiliaries` each sample, or each of so many groups, has one
+    of its own (`methods/auxiliaries.py`). What else the options change of this are ablations; their
+    defaults are the paper's.
     """
 
     title = "Bi-LoRA"
@@ -45,6 +51,7 @@ class BiLoRA(Counting):
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(
         {
+            "auxiliaries",
             "rho",
             "loss_rise",
             "rho_norm",
@@ -68,6 +75,8 @@ class BiLoRA(Counting):
         self._hooks: list[RemovableHandle] = []
         self._scales: list[float] = []  # what the norm of each layer's B2 A2 is multiplied with
         self._primary: list[float] = []  # and of its B1 A1
+        self._many: Auxiliaries | None = None  # where there is more than one
+        self._groups: list[int] = []  # which of them each sample sees, where samples have names
         self._last: ball.Projection | None = None
         self._auto: radius.AutoRadius | None = None
         self._loss: Tensor | None = None  # of the step that is being taken
@@ -98,6 +107,9 @@ class BiLoRA(Counting):
         if self.sets_rho:
             self._auto = radius.AutoRadius(self.options.loss_rise)
             self._primary = radius.scales(self._layers, self.options.rho_norm, PRIMARY)
+        if (count := self._count()) > 1:
+            layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
+            self._many = Auxiliaries(layers, self._scales, count)
         if self._power:
             for name, A, B, _ in self._factors():
                 if A.shape[0] > min(A.shape[1], B.shape[0]):
@@ -108,13 +120,49 @@ class BiLoRA(Counting):
             ascent.orthonormalize_rows_(self._factors())
             self._halves = [0] * len(self._layers)
 
+    def _count(self) -> int:
+        """How many auxiliaries there are."""
+        asked, names = self.options.auxiliaries, self.options.sample_names
+        if asked == 1:
+            return 1
+        if asked == SAMPLE:
+            if len(names) > MOST:
+                raise UserError(
+                    f"auxiliaries {SAMPLE} would keep one for each of {len(names)} samples, each "
+                    f"as large as the adapter and its optimizer state; give {MOST} or fewer."
+                )
+            if not names:
+                raise UserError(
+                    f"auxiliaries {SAMPLE} needs to know how many samples there are; give that "
+                    "number."
+                )
+            asked = len(names)
+        count = min(int(asked), len(names) or int(asked))
+        self._groups = deal(names, count)
+        return count
+
+    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+        if self._many is None:
+            return super().seen(samples)
+        groups, count = self._groups, self._many.count
+        return self._many.seen(
+            [None if i is None else groups[i] if groups else i % count for i in samples]
+        )
+
+    def apart(self) -> list[nn.Parameter]:
+        return [] if self._many is None else self._many.parameters()
+
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
         groups = super().param_groups(targets)
-        for target in targets:
+        if self._many is not None:
+            self._many.follow()
+        for number, target in enumerate(targets):
             groups.append(
                 {
-                    "params": adapters.parameters(target.model, AUXILIARY),
+                    "params": adapters.parameters(target.model, AUXILIARY)
+                    if self._many is None
+                    else self._many.parameters(number),
                     "lr": self._auxiliary_lr(target, targets[0]),
                     "weight_decay": 0.0,
                     "maximize": self._climbs,
@@ -151,6 +199,8 @@ class BiLoRA(Counting):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._many is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._require_samples))
         if self._auto is not None:  # before the gradients are turned
             self._hooks.append(optimizer.register_step_pre_hook(self._look))
         if self._power:
@@ -170,10 +220,12 @@ class BiLoRA(Counting):
             UserError: its groups are not those of `param_groups`.
         """
         primary = [p for target in self.targets for p in trained(target.model)]
-        check_groups(optimizer, primary, self._parameters(self._layers), self._climbs)
+        check_groups(optimizer, primary, self._parameters(), self._climbs)
 
     def project(self) -> ball.Projection:
         """Clip the auxiliary to the ball, over the layers of all targets (Eq. 10)."""
+        if self._many is not None:
+            return self._many.project_(range(self._many.count), self._radius())
         return self._project(self._measured())
 
     def _project(
@@ -187,12 +239,16 @@ class BiLoRA(Counting):
             factors, self._radius(), onto=self._power, each=each, measured=measured
         )
         if self._shrinking and self._optimizer is not None:
-            parameters = self._parameters(self._layers)
+            parameters = self._parameters()
             ascent.shrink_(self._optimizer, parameters, last.factor, self._shrinking, each)
         return last._replace(factor=last.factor.amin())
 
     def auxiliary_norm(self) -> float:
-        """The auxiliary's total Frobenius norm now, in the units of `rho_norm`."""
+        """The auxiliary's total Frobenius norm now, in the units of `rho_norm`; the largest of
+        several.
+        """
+        if self._many is not None:
+            return float(self._many.norms.amax())
         return float(ball.frobenius_norm(self._measured()))
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
@@ -225,8 +281,18 @@ class BiLoRA(Counting):
             **self._probe.read(float(self._radius())),
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = super().tensors()
+        if self._many is None:
+            return tensors
+        # The layers' own parameters are views of the last ones seen.
+        others = {key: t for key, t in tensors.items() if key.split("/")[1] != AUXILIARY}
+        return others | self._many.tensors([target.name for target in self.targets])
+
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        if self._many is not None:
+            state["norms"] = self._many.norms.tolist()
         if self._power:
             state["halves"] = list(self._halves)
         if self._auto is not None:
@@ -239,6 +305,8 @@ class BiLoRA(Counting):
         if self._auto is not None:
             self._auto.load_state_dict(state["radius"], self._factors()[0].A.device)
             self._bound = math.inf if self._auto.rho is None else self._auto.rho
+        if self._many is not None:
+            self._many.norms.copy_(torch.tensor(state["norms"]))
         self._probe.arm(self._layers, self.taken)
 
     @property
@@ -271,28 +339,47 @@ class BiLoRA(Counting):
         progress = self.options.progress(max(1, self.taken))
         return self.rho * rising(self.options.rho_schedule, progress)
 
+    def _require_samples(self, *_: Any) -> None:
+        own = (w for _, layer in self._layers for w in adapters.weights(layer, AUXILIARY))
+        if any(weight.grad is not None for weight in own):
+            raise UserError(
+                "A backward pass did not say whose samples its rows are, so no auxiliary was moved;"
+                " run it within samples(ids)."
+            )
+
     def _look(self, *_: Any) -> None:
         if self._loss is None:
             raise UserError(
                 'rho "auto" measures the auxiliary by the loss; call observe(loss) before each '
                 "optimizer.step()."
             )
+        if self._many is not None:
+            self._gamma = self._many.rise(self._many.moving())
+            return
         ups = [adapters.weights(layer, AUXILIARY)[1] for _, layer in self._layers]
         both = [(ball.whole(B), ball.whole(B.grad)) for B in ups if B.grad is not None]
         self._gamma = perturb.dot([B for B, _ in both], [g for _, g in both])
 
     def _after_step(self, *_: Any) -> None:
         self.taken += 1
-        if self._auto is None:
-            self._last = self.project()
-        elif self._loss is not None and self._gamma is not None:
-            auxiliary, primary = self._measured(), radius.changes(self._layers, self._primary)
+        moving = [] if self._many is None else self._many.moving()
+        if self._many is not None and not moving:
+            return  # class images alone
+        auxiliary = self._measured() if self._many is None else []
+        measured = None
+        if self._auto is not None and self._loss is not None and self._gamma is not None:
+            primary = radius.changes(self._layers, self._primary)
             both = ball.squares([*auxiliary, *primary])  # of one shape mostly, so at one go
             count = len(auxiliary)
-            moved = both.of(slice(count, None)).total()
-            self._bound = self._auto.update(self._loss, self._gamma, moved)
+            moved, measured = both.of(slice(count, None)).total(), both.of(slice(count))
+            norm = None if self._many is None else self._many.norms[moving].mean()
+            self._bound = self._auto.update(self._loss, self._gamma, moved, norm)
             self._loss = None  # each step tells its own
-            self._last = self._project(auxiliary, both.of(slice(count)))
+        if self._many is None:
+            self._last = self._project(auxiliary, measured)
+        else:
+            self._last = self._many.project_(moving, self._radius())
+        if self._auto is not None:
             self._auto.projected(self._last.after)
         self._probe.arm(self._layers, self.taken)
 
@@ -300,14 +387,18 @@ class BiLoRA(Counting):
         gradients = adapters.gradients_of(self._layers, AUXILIARY)
         sign = 1.0 if self._climbs else -1.0
         self._halves = ascent.power_step_(self._factors(), gradients, self._halves, sign)
-        for parameter in self._parameters(self._layers):
+        for parameter in self._parameters():
             parameter.grad = None  # the optimizer passes over what has no gradient, and keeps none
 
-    @staticmethod
-    def _parameters(found: Sequence[tuple[str, adapters.LoraLayer]]) -> list[nn.Parameter]:
-        return [weight for _, layer in found for weight in adapters.weights(layer, AUXILIARY)]
+    def _parameters(self) -> list[nn.Parameter]:
+        """What the optimizer has of the auxiliary, or of all of them."""
+        if self._many is not None:
+            return self._many.parameters()
+        return [
+            weight for _, layer in self._layers for weight in adapters.weights(layer, AUXILIARY)
+        ]
 
     def _negate(self, *_: Any) -> None:
-        own = self._parameters(self._layers)
+        own = self._parameters()
         if gradients := [p.grad for p in own if p.grad is not None]:
             torch._foreach_neg_(gradients)

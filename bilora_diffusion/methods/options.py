@@ -17,6 +17,7 @@ from ..choices import (
     INITS,
     QUANTIZED,
     RHO_NORMS,
+    SAMPLE,
     SCHEDULES,
 )
 from ..config.fields import check, option, options_of, unless
@@ -30,6 +31,8 @@ RADII = Range(
     above=0,
     instead="; for plain LoRA use the method lora",
 )
+
+COUNTS = Range(10**6, "none would be seen twice", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,14 @@ class MethodFlags:
         " / sqrt(layers), or nothing.",
         choices=BALLS,
     )
+    auxiliaries: int | str = option(
+        1,
+        "bilora: auxiliaries. 1 is the paper's; of more, each sample sees one that only its own"
+        " gradients move, within its own ball: N shares them out by name, sample gives each its own"
+        " (little data; each costs an adapter's memory and optimizer state).",
+        range=COUNTS,
+        words=(SAMPLE,),
+    )
     auxiliary_rank: int | None = option(
         None,
         "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.",
@@ -206,6 +217,8 @@ class MethodOptions(MethodFlags):
 
     Attributes:
         num_steps: optimizer steps of the whole run, which schedules need.
+        sample_names: of the training samples, by which they are dealt to auxiliaries; () where
+            samples are known by number alone.
         seed: of the random numbers that a method itself draws (Flat-LoRA's noise).
         optimizer: its name, by which full fine-tuning knows what memory it needs.
         own: the options that the method alone has; None for their defaults.
@@ -215,6 +228,7 @@ class MethodOptions(MethodFlags):
     """
 
     num_steps: int | None = None
+    sample_names: tuple[str, ...] = ()
     seed: int = 0
     optimizer: str = "adamw"
     own: Any = None

@@ -103,26 +103,33 @@ class AutoRadius:
         self._loss: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, loss: Tensor, gamma: Tensor, moved: Tensor) -> Tensor:
+    def update(
+        self, loss: Tensor, gamma: Tensor, moved: Tensor, norm: Tensor | None = None
+    ) -> Tensor:
         """Set the radius after one more step, and give it.
 
         Args:
             loss: of the step, 0-d.
             gamma: <G, E> of the step, before its update, 0-d.
             moved: norm of the primary's change of the weights after the step, 0-d.
+            norm: of the auxiliaries that the step's gradient saw, 0-d, where these are others than
+                those that were projected last. A step that saw none yet says nothing.
         """
         most = MOST * moved
         if self.rho is None or self._norm is None:
             return most  # the auxiliary was zero in the first step
         loss, gamma = loss.to(self.rho), gamma.to(self.rho)
-        slope = gamma / self._norm.clamp_min(_LEAST)
-        self._weight = self._mean(self._weight, torch.ones_like(loss))
-        self._square = self._mean(self._square, slope * slope)
-        self._loss = self._mean(self._loss, loss)
+        norm = self._norm if norm is None else norm.to(self.rho)
+        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self.rho)
+        slope = gamma / norm.clamp_min(_LEAST)
+        self._weight = self._mean(self._weight, torch.ones_like(loss), share)
+        self._square = self._mean(self._square, slope * slope, share)
+        self._loss = self._mean(self._loss, loss, share)
         self.rise = gamma / loss
         # loss / weight over the root of square / weight
         expected = self.rho * (self._square * self._weight).sqrt()
         ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
+        ratio = torch.where(self._weight > 0, ratio, 1.0)
         self.rho = torch.minimum(self.rho * ratio.clamp(DOWN, UP), most.to(self.rho))
         return self.rho
 
@@ -158,5 +165,5 @@ class AutoRadius:
         }
 
     @staticmethod
-    def _mean(mean: Tensor | None, value: Tensor) -> Tensor:
-        return (1 - DECAY) * value + (0 if mean is None else DECAY * mean)
+    def _mean(mean: Tensor | None, value: Tensor, share: Tensor) -> Tensor:
+        return share * value + (0 if mean is None else (1 - share) * mean)

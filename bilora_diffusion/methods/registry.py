@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -99,12 +99,13 @@ def own_options() -> tuple[type[OwnOptions], ...]:
     return tuple(m.own_options for m in _METHODS.values() if m.own_options is not None)
 
 
-def for_run(cfg: Any, num_steps: int) -> Method:
+def for_run(cfg: Any, num_steps: int, sample_names: Sequence[str] = ()) -> Method:
     """The method that a run's configuration names, with its options.
 
     Args:
         cfg: a `RunConfig`.
         num_steps: optimizer steps of the whole run.
+        sample_names: of the training samples.
     """
     method = get(cfg.method)
 
@@ -112,4 +113,5 @@ def for_run(cfg: Any, num_steps: int) -> Method:
         return {f.name: getattr(cfg, f.name) for f in fields(group) if hasattr(cfg, f.name)}
 
     own = method.own_options and method.own_options(**told(method.own_options))
-    return method(MethodOptions(**{**told(MethodOptions), "num_steps": num_steps, "own": own}))
+    of_run = {"num_steps": num_steps, "sample_names": tuple(sample_names), "own": own}
+    return method(MethodOptions(**{**told(MethodOptions), **of_run}))

@@ -43,6 +43,7 @@ class TextTask:
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
         self.num_samples = len(data.train)
+        self.sample_names = [data.train.name(i) for i in range(len(data.train))]
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
 
     def data_summary(self) -> str:
@@ -93,7 +94,7 @@ class TextTask:
             "weights": torch.full((len(slots),), weight),
         }
         digests = tuple(self._digest(sample, row) for sample, row in zip(mine, rows, strict=True))
-        return MicroBatch(slots, tuple(train.name(s) for s in mine), digests, inputs)
+        return MicroBatch(slots, tuple(train.name(s) for s in mine), digests, inputs, samples=tuple(mine))
 
     def _digest(self, sample: int, row: dict[str, Any]) -> str:
         tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +46,12 @@ def prepare(
         The module to call, and the prepared optimizer.
     """
     if not accelerator.is_fsdp2:
+        # DDP is to leave alone what the optimizer does not know: views of what the method keeps.
+        known = {id(p) for p in parameters_of(optimizer)}
+        unknown = {
+            n for n, p in module.named_parameters() if p.requires_grad and id(p) not in known
+        }
+        cast(Any, module)._ddp_params_and_buffers_to_ignore = unknown
         return accelerator.prepare(module, optimizer)
     from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
@@ -117,23 +123,33 @@ def accumulating(
 
 
 @torch.no_grad()
-def average_gradients(accelerator: Accelerator, optimizer: Optimizer) -> None:
-    """Make each gradient the mean over all processes, where FSDP2 left that to us.
+def average_gradients(
+    accelerator: Accelerator, optimizer: Optimizer, apart: Sequence[nn.Parameter] = ()
+) -> None:
+    """Make each gradient the mean over all processes, where accelerate left that to us: all of them
+    under FSDP2, and under DDP those of parameters that no module holds.
 
-    A parameter that the rows of one process do not reach (an expert of a mixture) counts as zero
-    there; one that no process reaches keeps no gradient.
+    A parameter that the rows of one process do not reach (an expert of a mixture, the auxiliary of
+    another process's sample) counts as zero there; one that no process reaches keeps no gradient.
+
+    Args:
+        apart: the parameters that no module holds.
     """
-    if not accelerator.is_fsdp2:
+    if accelerator.num_processes == 1:
         return
-    parameters = parameters_of(optimizer)
-    reached = [0.0 if p.grad is None else 1.0 for p in parameters]
-    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    flags = parts[0].new_tensor(reached)
-    mean: Any = accelerator.reduce(torch.cat((*parts, flags)), reduction="mean")
-    *means, flags = mean.split([*(p.numel() for p in parameters), len(parameters)])
-    for parameter, values, anywhere in zip(parameters, means, flags.tolist(), strict=True):
-        if anywhere:
-            _set_gradient(parameter, values)
+    parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(apart)
+    if not parameters:
+        return
+    reached = parameters[0].new_tensor([0.0 if p.grad is None else 1.0 for p in parameters])
+    anywhere: Any = accelerator.reduce(reached, reduction="sum")
+    mine = [p for p, count in zip(parameters, anywhere.tolist(), strict=True) if count]
+    if not mine:
+        return
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine]
+    mean: Any = accelerator.reduce(torch.cat(parts), reduction="mean")
+    means = mean.split([p.numel() for p in mine])
+    for parameter, values in zip(mine, means, strict=True):
+        _set_gradient(parameter, values)
 
 
 def _set_gradient(parameter: nn.Parameter, values: Tensor) -> None:

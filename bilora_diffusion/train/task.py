@@ -22,6 +22,8 @@ class MicroBatch:
     ``inputs`` goes to the task's module as it is; ``slots`` are the positions of its samples in the
     step's whole batch, ``names`` say which samples they are (for error messages), and ``digests``
     identify data and noise of each slot, so that two runs can be proven to have seen the same.
+    ``samples`` are the numbers of the samples in the training set, row by row as the module sees
+    them; None for rows that are no samples, such as class images.
     ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any.
     """
 
@@ -30,6 +32,7 @@ class MicroBatch:
     digests: tuple[str, ...]
     inputs: dict[str, Any] = field(repr=False)
     levels: tuple[float, ...] = ()
+    samples: tuple[int | None, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """The inputs on a device. A GPU's copies are not waited for, which takes pinned memory."""
@@ -50,6 +53,11 @@ class Task(Protocol):
     @property
     def num_samples(self) -> int:
         """Samples of one epoch."""
+        ...
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        """Of the samples of the training set, in the order of their numbers."""
         ...
 
     def data_summary(self) -> str:

@@ -153,13 +153,16 @@ class Trainer:
             total = torch.zeros((), device=device)
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
-                with sharding.accumulating(self.accelerator, self.module, last):
+                with (
+                    sharding.accumulating(self.accelerator, self.module, last),
+                    self.method.seen(batch.samples),
+                ):
                     losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total += loss.detach()
-            sharding.average_gradients(self.accelerator, self.optimizer)
+            sharding.average_gradients(self.accelerator, self.optimizer, self.method.apart())
             return self.accelerator.reduce(total, reduction="mean")  # pyright: ignore
 
         return forward_backward

@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "auxiliary_direction": DIRECTIONS,
     "auxiliary_update": AUXILIARY_UPDATES,
     "rescale_moments": (False, True),
+    "auxiliaries": (1, 3),
 }
 """Bi-LoRA's own options, of which any two are tried together."""
 
@@ -209,8 +210,9 @@ class Run:
         total = torch.zeros(())
         for piece in range(self.pieces):
             start = first + piece * count
-            loss = self._loss(slice(start, start + count)) / self.pieces
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            with self.method.seen(range(start, start + count)):
+                loss = self._loss(slice(start, start + count)) / self.pieces
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         if self.spoil and self.taken in self.spoil:
             for parameter in self.method.clip_parameters():

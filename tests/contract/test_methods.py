@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import INITIAL, PRIMARY
+from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.choices import AUTO, QUANTIZED
 from bilora_diffusion.config import refusals
@@ -91,7 +91,9 @@ def clipping_sees_the_result_only(run: Run) -> None:
     clipped = {id(p) for p in run.method.clip_parameters()}
     primary = {id(p) for p in adapters.parameters(run.model, PRIMARY)}
     assert clipped == (trained if run.method.exports_weights else primary)
-    assert trained == {id(p) for p in run.model.parameters() if p.requires_grad}
+    if own := {id(p) for p in run.method.apart()}:  # in place of the layers' own
+        trained |= {id(p) for p in adapters.parameters(run.model, AUXILIARY)}
+    assert trained - own == {id(p) for p in run.model.parameters() if p.requires_grad}
 
 
 def learns_and_leaves_the_base_alone(

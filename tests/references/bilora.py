@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,3 +283,61 @@ class AutoRadius:
         self.norm = min(before, bound)
         self.rho = self.norm if self.rho is None else self.rho
         return {"loss": loss, "rho": self.rho, "norm_before": before}
+
+
+@dataclass
+class BySample:
+    """Bi-LoRA with an auxiliary for each group of samples, one sample after the other.
+
+    Args:
+        layers: what is trained; their A2 and B2 are every auxiliary's first.
+        rules: of the primary's A1 and B1, layer by layer.
+        others: of each auxiliary's A2 and B2, group by group, layer by layer.
+        rho: radius of each auxiliary's ball.
+    """
+
+    layers: list[Layer]
+    rules: Sequence[Mapping[str, SGD | AdamW]]
+    others: Sequence[Sequence[Mapping[str, SGD | AdamW]]]
+    rho: float
+
+    def __post_init__(self) -> None:
+        self.pairs = [[(own.A2, own.B2) for own in self.layers] for _ in self.others]
+
+    def with_auxiliary(self, group: int | None) -> list[Layer]:
+        """The layers as a sample of the group sees them; without auxiliary for None."""
+        if group is None:
+            return [replace(own, B2=torch.zeros_like(own.B2)) for own in self.layers]
+        pairs = zip(self.layers, self.pairs[group], strict=True)
+        return [replace(own, A2=A2, B2=B2) for own, (A2, B2) in pairs]
+
+    def step(self, x: Tensor, y: Tensor, groups: Sequence[int | None]) -> float:
+        """Rows x and y whose samples are of these groups; the mean loss."""
+        total = 0.0
+        primary: list[dict[str, Any]] = [{"A1": 0.0, "B1": 0.0} for _ in self.layers]
+        own: dict[int, list[dict[str, Any]]] = {}
+        for row, group in enumerate(groups):
+            seen = self.with_auxiliary(group)
+            loss, gradients = loss_and_weight_gradients(seen, x[row : row + 1], y[row : row + 1])
+            total += loss / len(groups)
+            for i, (layer, dW) in enumerate(zip(seen, gradients, strict=True)):
+                parts = factor_gradients(layer, dW / len(groups))
+                for name in ("A1", "B1"):
+                    primary[i][name] = primary[i][name] + parts[name]
+                if group is not None:
+                    sums = own.setdefault(group, [{"A2": 0.0, "B2": 0.0} for _ in self.layers])
+                    for name in ("A2", "B2"):
+                        sums[i][name] = sums[i][name] + parts[name]
+        for layer, rule, sums in zip(self.layers, self.rules, primary, strict=True):
+            for name, gradient in sums.items():
+                setattr(layer, name, rule[name].update(getattr(layer, name), gradient))
+        for group, found in own.items():
+            moved = []
+            rules = self.others[group]
+            for (A2, B2), rule, sums in zip(self.pairs[group], rules, found, strict=True):
+                moved.append((rule["A2"].update(A2, sums["A2"]), rule["B2"].update(B2, sums["B2"])))
+            self.pairs[group] = moved
+            within = self.with_auxiliary(group)
+            clip(within, self.rho, scaled=True)
+            self.pairs[group] = [(layer.A2, layer.B2) for layer in within]
+        return total

@@ -119,19 +119,25 @@ class TwoProcesses:
     Sums are what `Accelerator.reduce` makes of them.
     """
 
-    is_fsdp2 = True
+    num_processes = 2
+
+    def __init__(self, is_fsdp2: bool) -> None:
+        self.is_fsdp2 = is_fsdp2
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        assert reduction == "mean"
-        other = torch.tensor([3.0, 3.0, 0.0, 5.0, 0.0, 1.0, 0.0, 1.0, 0.0])
-        return (tensor + other) / 2
+        if reduction == "sum":
+            return tensor + torch.tensor([1.0, 0.0, 1.0, 0.0])
+        return (tensor + torch.tensor([3.0, 3.0, 0.0, 5.0])) / 2
 
 
-def test_gradients_are_averaged_over_processes() -> None:
+@pytest.mark.parametrize("is_fsdp2", [True, False], ids=["FSDP2", "parameters apart"])
+def test_gradients_are_averaged_over_processes(is_fsdp2: bool) -> None:
     both, one, other, nowhere = (nn.Parameter(torch.zeros(n)) for n in (2, 1, 1, 1))
     optimizer = torch.optim.SGD([both, one, other, nowhere], lr=0.1)
     both.grad, one.grad = torch.ones(2), torch.ones(1)
-    sharding.average_gradients(TwoProcesses(), optimizer)  # pyright: ignore[reportArgumentType]
+    engine: Any = TwoProcesses(is_fsdp2)
+    apart = [] if is_fsdp2 else [both, one, other, nowhere]
+    sharding.average_gradients(engine, optimizer, apart)
     assert both.grad.tolist() == [2.0, 2.0]
     assert one.grad.tolist() == [0.5]
     assert other.grad is not None

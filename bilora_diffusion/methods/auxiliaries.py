@@ -1,0 +1,241 @@
+"""Auxiliaries that belong to samples: sample i sees the auxiliary g(i), which only its own
+gradients move.
+
+    min over B1, A1, max over all ||B2g A2g||_F <= rho of mean_i L_i(W0 + B1 A1 + B2g(i) A2g(i))
+
+Each auxiliary is one flat parameter of the optimizer for each trained model, so one whose samples
+are not in a step has no gradient, and every optimizer leaves it, its moments and its count alone.
+Within `Auxiliaries.seen` the layers compute with these: where all rows of a micro-batch see one
+auxiliary, the layers' own parameters become views of it, and the forward is that of a single
+auxiliary; else each layer adds one batched product (`adapters.fused.by_row`).
+
+In a flat parameter lie the A of all layers, then their B, layers of one shape side by side: norms
+and projections take as many operations for one auxiliary as for those of a whole step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters import AUXILIARY, Factors, alike, fused
+from . import ball, perturb
+
+
+def deal(names: Sequence[str], count: int) -> list[int]:
+    """Which of `count` auxiliaries each sample sees: they are dealt in the order of their names."""
+    places = sorted(range(len(names)), key=lambda i: (names[i], i))
+    groups = [0] * len(names)
+    for place, i in enumerate(places):
+        groups[i] = place % count
+    return groups
+
+
+class _Block(NamedTuple):
+    """Layers of one shape: where their A, (layers, r, n), and B, (layers, m, r), lie."""
+
+    A: slice
+    B: slice
+    one: Factors  # any of them, for its shapes
+    scales: Tensor  # what the norm of each one's B A is multiplied with
+
+
+class _Flat:
+    """The auxiliaries of one trained model.
+
+    Args:
+        layers: those that have the adapter.
+        measures: what the norm of each one's B A is multiplied with.
+        count: how many auxiliaries there are.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, adapters.LoraLayer]],
+        measures: Sequence[float],
+        count: int,
+    ) -> None:
+        factors = adapters.factors_of(layers, AUXILIARY)
+        groups = alike((f.A.shape, f.B.shape) for f in factors)
+        self.layers = [layers[i][1] for group in groups for i in group]
+        self.scale = factors[0].scale  # of all: they have one rank and alpha
+        self.blocks: list[_Block] = []
+        pairs = [adapters.weights(layer, AUXILIARY) for layer in self.layers]
+        weights = [A.detach() for A, _ in pairs] + [B.detach() for _, B in pairs]
+        self.shapes = [weight.shape for weight in weights]
+        self.up = sum(A.numel() for A, _ in pairs)  # where the B begin
+        at_A, at_B = 0, self.up
+        for group in groups:
+            one = factors[group[0]]
+            end_A, end_B = (
+                at + len(group) * side.numel() for at, side in ((at_A, one.A), (at_B, one.B))
+            )
+            scales = torch.tensor([measures[i] for i in group], dtype=torch.float64)
+            self.blocks.append(_Block(slice(at_A, end_A), slice(at_B, end_B), one, scales))
+            at_A, at_B = end_A, end_B
+        first = torch.cat([weight.flatten() for weight in weights])
+        self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
+
+    def follow(self) -> None:
+        """Move to where the layers are now."""
+        device = adapters.weights(self.layers[0], AUXILIARY)[0].device
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(device)
+
+    def views(self, flat: Tensor) -> Iterator[tuple[adapters.LoraLayer, Tensor, Tensor]]:
+        """Each layer with its A and B in a flat tensor, (numbers,) or (rows, numbers)."""
+        parts = flat.split([math.prod(shape) for shape in self.shapes], dim=-1)
+        views = [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        count = len(self.layers)
+        return zip(self.layers, views[:count], views[count:], strict=True)
+
+    @contextmanager
+    def one(self, group: int) -> Iterator[None]:
+        """Within the context the layers' parameters and gradients are views of one auxiliary's."""
+        flat = self.parameters[group]
+        if flat.grad is None:
+            flat.grad = torch.zeros_like(flat)
+        fused.forget()
+        for (layer, *values), (_, *gradients) in zip(
+            self.views(flat.data), self.views(flat.grad), strict=True
+        ):
+            for own, value, gradient in zip(
+                adapters.weights(layer, AUXILIARY), values, gradients, strict=True
+            ):
+                own.data, own.grad = value, gradient
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                for own in adapters.weights(layer, AUXILIARY):
+                    own.grad = None
+
+    @contextmanager
+    def several(self, groups: Sequence[int | None]) -> Iterator[None]:
+        """Within the context row i of every layer's input sees the auxiliary `groups[i]`."""
+        flats = [None if g is None else self.parameters[g] for g in groups]
+        nothing = torch.zeros_like(self.parameters[0].data)
+        values = torch.stack([nothing if flat is None else flat.data for flat in flats])
+        gradients = torch.zeros_like(values)
+        values[:, self.up :].mul_(self.scale)
+        both = zip(self.views(values), self.views(gradients), strict=True)
+        rows = {
+            layer: fused.Rows(A, B, g_A, g_B, cast(Any, layer).lora_A[AUXILIARY])
+            for (layer, A, B), (_, g_A, g_B) in both
+        }
+        with fused.by_row(rows, AUXILIARY):
+            yield
+        gradients[:, self.up :].mul_(self.scale)
+        for flat, gradient in zip(flats, gradients.unbind(), strict=True):
+            if flat is not None:
+                flat.grad = gradient if flat.grad is None else flat.grad + gradient
+
+    def squares(self, groups: Sequence[int]) -> ball.Squares:
+        """What the norms of these auxiliaries are made of, each (layers, groups)."""
+        flats = torch.stack([self.parameters[g].data for g in groups])
+        columns = []
+        for block in self.blocks:
+            (r, n), m = block.one.A.shape, block.one.B.shape[0]
+            A, B = (
+                flats[:, own].unflatten(1, (len(block.scales), *shape)).to(ball.wide(flats.device))
+                for own, shape in ((block.A, (r, n)), (block.B, (m, r)))
+            )
+            found = ball.of_grams(A @ A.mT, B.mT @ B, (r, n, m), flats.dtype)
+            columns.append((found * block.scales.to(found).square()).transpose(1, 2))
+        return ball.Squares(*torch.cat(columns, dim=1))
+
+
+class Auxiliaries:
+    """The auxiliaries of all trained models.
+
+    Args:
+        layers: of each model, those that have the adapter; its values are all auxiliaries' first.
+        measures: what the norm of each layer's B A is multiplied with, model by model.
+        count: how many auxiliaries there are.
+
+    Attributes:
+        norms: of each auxiliary after its last projection, (count,).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[tuple[str, adapters.LoraLayer]]],
+        measures: Sequence[float],
+        count: int,
+    ) -> None:
+        rest = iter(measures)
+        self.count = count
+        self._models = [_Flat(own, [next(rest) for _ in own], count) for own in layers]
+        device = self._models[0].parameters[0].device
+        self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)
+
+    def parameters(self, model: int | None = None) -> list[nn.Parameter]:
+        """The flat parameters, of one of the models or of all."""
+        own = self._models if model is None else self._models[model : model + 1]
+        return [parameter for flat in own for parameter in flat.parameters]
+
+    def follow(self) -> None:
+        """Move to where the models are now; before an optimizer knows the parameters."""
+        for flat in self._models:
+            flat.follow()
+        self.norms = self.norms.to(self._models[0].parameters[0].device)
+
+    @contextmanager
+    def seen(self, groups: Sequence[int | None]) -> Iterator[None]:
+        """Within the context, for a forward and a backward pass, row i of a micro-batch sees the
+        auxiliary `groups[i]`, or none.
+
+        Raises:
+            UserError: there are several, and a layer to which rows can't be added.
+        """
+        first = groups[0] if len(set(groups)) == 1 else None
+        with ExitStack() as stack:
+            for flat in self._models:
+                stack.enter_context(flat.several(groups) if first is None else flat.one(first))
+            yield
+
+    def moving(self) -> list[int]:
+        """The auxiliaries that have a gradient: those that the step's samples see."""
+        own = self._models[0].parameters
+        return [g for g, parameter in enumerate(own) if parameter.grad is not None]
+
+    def squares(self, groups: Sequence[int]) -> ball.Squares:
+        """Of the norms of these auxiliaries over all layers, each (groups,)."""
+        parts = [torch.stack(tuple(flat.squares(groups))) for flat in self._models]
+        return ball.Squares(*torch.cat(parts, dim=1).sum(1))
+
+    @torch.no_grad()
+    def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
+        """Equation 10 for each of these auxiliaries; the norms given are the largest among them."""
+        before, factor = ball.clipping(self.squares(groups), rho)
+        after = before * factor * factor
+        for flat in self._models:
+            own = [flat.parameters[g].data for g in groups]
+            torch._foreach_mul_(own, list(factor.to(own[0]).unbind()))
+        self.norms[groups] = after
+        return ball.Projection(before.amax(), after.amax(), factor.amin())
+
+    @torch.no_grad()
+    def rise(self, groups: Sequence[int]) -> Tensor:
+        """By how much these raise the loss of the step to first order: sum of <g_B, B>, 0-d."""
+        both = [
+            (p.data[flat.up :], p.grad[flat.up :])
+            for flat in self._models
+            for p in (flat.parameters[g] for g in groups)
+            if p.grad is not None
+        ]
+        return perturb.dot([B for B, _ in both], [g for _, g in both])
+
+    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """What a checkpoint holds of them, by the names of the models."""
+        return {
+            f"{name}/{AUXILIARY}/{number}": parameter.detach()
+            for name, flat in zip(names, self._models, strict=True)
+            for number, parameter in enumerate(flat.parameters)
+        }

@@ -1,0 +1,241 @@
+"""An auxiliary for each sample against per-sample loops, and what it must not depend on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY, AdapterSpec
+from bilora_diffusion.adapters.quantize import quantize
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import Method, MethodOptions, Target, create
+from bilora_diffusion.methods.auxiliaries import deal
+from tests.methods.runs import SPEC, Run, batch
+from tests.methods.test_bilora import naive_copy
+from tests.references import bilora as reference
+
+COUNT = 5
+
+
+def samples(k: int, rows: int = 7) -> list[int | None]:
+    """Which samples step k sees: some twice, some not at all, and one row that is none."""
+    drawn = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
+    return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
+
+
+def backward(run: Run, k: int, cuts: Sequence[int] = ()) -> Tensor:
+    """One pass over `batch(k)`, cut before these rows."""
+    x, y = batch(k)
+    whole, total = samples(k), torch.zeros((), dtype=torch.float64)
+    for start, stop in zip((0, *cuts), (*cuts, len(x)), strict=True):
+        with run.method.seen(whole[start:stop]):
+            errors = (run.model(x[start:stop]) - y[start:stop]).square().mean(1)
+            loss = errors.sum() / len(x)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def flats(method: Method) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in method.tensors().items() if "/auxiliary/" in k}
+
+
+@pytest.mark.parametrize("cuts", [(), (2, 5), tuple(range(1, 7))], ids=["one", "three", "rows"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_50_steps_follow_per_sample_loops(kind: str, cuts: tuple[int, ...]) -> None:
+    """Acceptance: float64, to 1e-10, however the batch is cut."""
+    lr, rho = (0.1, 0.05) if kind == "SGD" else (5e-3, 0.3)
+    options = MethodOptions(
+        auxiliaries=COUNT,
+        rho=rho,
+        auxiliary_rank=2,
+        auxiliary_alpha=3,
+        auxiliary_learning_rate=2 * lr,
+    )
+    run = Run("bilora", options, kind, lr)
+    layers = naive_copy(run.model)
+
+    def rules(rate: float, names: Sequence[str]) -> list[dict[str, Any]]:
+        ascend = "A2" in names
+        make = {"SGD": reference.SGD, "AdamW": lambda r, a: reference.AdamW(r, 0.0, a)}[kind]
+        return [{name: make(rate, ascend) for name in names} for _ in layers]
+
+    others = [rules(2 * lr, ("A2", "B2")) for _ in range(COUNT)]
+    naive = reference.BySample(layers, rules(lr, ("A1", "B1")), others, rho)
+    expected, moved = [], 0
+    for k in range(50):
+        before = list(naive.pairs)
+        groups = [None if s is None else s % COUNT for s in samples(k)]
+        expected.append(naive.step(*batch(k), groups))
+        moved += sum(a is not b for a, b in zip(before, naive.pairs, strict=True))
+    assert moved < 50 * COUNT, "some must have stood still"
+    losses = run.train(50, backward=lambda k: backward(run, k, cuts))
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
+    for factor, layer in zip(adapters.factors(run.model, PRIMARY), layers, strict=True):
+        torch.testing.assert_close(factor.A, layer.A1, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(factor.B, layer.B1, rtol=1e-10, atol=1e-10)
+    for group, flat in enumerate(flats(run.method).values()):
+        pairs = naive.pairs[group]
+        whole = torch.cat([A.flatten() for A, _ in pairs] + [B.flatten() for _, B in pairs])
+        torch.testing.assert_close(flat, whole, rtol=1e-10, atol=1e-10)
+
+
+class Small(nn.Module):
+    """Convolutions and linear layers, of which two have one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(6, 6, 1)
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.point(torch.tanh(self.conv(x)))).flatten(2).mT
+        return self.last(torch.tanh(self.two(torch.tanh(self.one(hidden)))).mean(1))
+
+
+def small(dtype: torch.dtype, option: str, **options: Any) -> tuple[Any, Method, Any]:
+    torch.manual_seed(0)
+    model = Small().to(dtype)
+    if option == "nf4":
+        quantize(model, "nf4", torch.float32, skip=())
+    names = ("conv", "point", "one", "two", "last")
+    spec = AdapterSpec(
+        rank=2,
+        alpha=3,
+        target_modules=names,
+        use_dora=option == "dora",
+        init="pissa" if option == "pissa" else "default",
+        dropout=0.3 if option == "dropout" else 0.0,
+    )
+    method = create("bilora", MethodOptions(auxiliaries=4, rho=0.5, **options))
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(method.setup([Target("model", model, spec, 1e-2)]))
+    method.bind(optimizer)
+    return model, method, optimizer
+
+
+@pytest.mark.parametrize("option", ["plain", "dora", "pissa", "nf4"])
+def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option: str) -> None:
+    dtype = torch.float32 if option == "nf4" else torch.float64
+
+    def run(cuts: Sequence[int]) -> tuple[list[float], dict[str, Tensor]]:
+        model, method, optimizer = small(dtype, option)
+        losses = []
+        for k in range(6):
+            x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(k)).to(dtype)
+
+            def forward_backward(x: Tensor = x, k: int = k) -> Tensor:
+                total = torch.zeros((), dtype=dtype)
+                for start, stop in zip((0, *cuts), (*cuts, 4), strict=True):
+                    rows = [(k + i) % 6 for i in range(start, stop)]
+                    with method.seen(rows):
+                        loss = (model(x[start:stop]) - 1).square().mean(1).sum() / 4
+                        loss.backward()
+                    total += loss.detach()
+                return total
+
+            losses.append(float(method.step(forward_backward, optimizer)))
+        return losses, {key: value.clone() for key, value in method.tensors().items()}
+
+    losses, tensors = run(())
+    single, others = run((1, 2, 3))
+    rtol, atol = (1e-4, 1e-5) if option == "nf4" else (1e-9, 1e-10)
+    torch.testing.assert_close(losses, single, rtol=rtol, atol=atol)
+    assert len(set(losses)) == 6
+    for key, value in tensors.items():
+        torch.testing.assert_close(value, others[key], rtol=rtol, atol=atol)
+
+
+def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball() -> None:
+    run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=0.01), "AdamW", 0.02)
+    for k in range(12):
+        before, steps = flats(run.method), counts(run)
+        run.train(1, first=k, backward=lambda k: backward(run, k))
+        seen = {s % COUNT for s in samples(k) if s is not None}
+        for group, (key, value) in enumerate(flats(run.method).items()):
+            assert torch.equal(value, before[key]) == (group not in seen)
+            assert counts(run)[group] == steps[group] + (group in seen)
+    assert 0.0099 < run.method.metrics()["auxiliary_norm"] <= 0.01 * (1 + 1e-6)
+
+
+def counts(run: Run) -> list[float]:
+    own = run.optimizer.param_groups[-1]["params"]
+    return [float(run.optimizer.state.get(p, {}).get("step", 0)) for p in own]
+
+
+def test_evaluation_and_what_is_saved_see_none() -> None:
+    run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=1.0), "AdamW", 0.02)
+    run.train(8, backward=lambda k: backward(run, k))
+    x, _ = batch(0)
+    with run.method.evaluating(), torch.no_grad():
+        alone = run.model(x)
+    with torch.no_grad(), run.method.seen([None] * len(x)):
+        torch.testing.assert_close(run.model(x), alone)
+    with torch.no_grad(), run.method.seen([1] * len(x)):
+        assert not torch.allclose(run.model(x), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("rho", [0.05, "auto"])
+def test_a_resumed_run_is_the_whole_one(rho: float | str) -> None:
+    def fresh() -> Run:
+        return Run("bilora", MethodOptions(auxiliaries=COUNT, rho=rho, loss_rise=0.3))
+
+    whole = fresh()
+    expected = whole.train(20, backward=lambda k: backward(whole, k, (3,)))
+    first, second = fresh(), fresh()
+    begun = first.train(9, backward=lambda k: backward(first, k, (3,)))
+    saved = copy.deepcopy(
+        (first.method.tensors(), first.optimizer.state_dict(), first.method.state_dict())
+    )
+    for key, tensor in second.method.tensors().items():
+        tensor.copy_(saved[0][key])
+    second.optimizer.load_state_dict(saved[1])
+    second.method.load_state_dict(saved[2])
+    assert begun + second.train(11, 9, lambda k: backward(second, k, (3,))) == expected
+
+
+def test_a_radius_that_sets_itself_follows_the_rise_of_the_samples_seen() -> None:
+    tau = 0.1
+    run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho="auto", loss_rise=tau), lr=2e-2)
+    rises = []
+    for k in range(300):
+        run.train(1, first=k % 5, backward=lambda k: backward(run, k))
+        rises.append(run.method.metrics().get("loss_rise", 0.0))
+    mean = sum(rises[-100:]) / 100
+    assert mean > 0
+    assert run.method.metrics()["rho"] > 0
+
+
+def test_samples_are_dealt_by_name_as_evenly_as_can_be() -> None:
+    names = [f"{n}.png" for n in (7, 2, 9, 4, 5)]
+    assert deal(names, 2) == [1, 0, 0, 1, 0]
+    assert sorted(deal(names, 5)) == [0, 1, 2, 3, 4]
+    options = MethodOptions(auxiliaries="sample", sample_names=tuple(names))
+    method = Run("bilora", options).method
+    assert len(flats(method)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"auxiliaries": "sample"}, "give that number"),
+        ({"auxiliaries": "sample", "sample_names": tuple(map(str, range(513)))}, "512"),
+    ],
+)
+def test_more_than_can_be_kept_is_refused_with_what_fits(options: Any, fix: str) -> None:
+    with pytest.raises(UserError, match=fix):
+        Run("bilora", MethodOptions(**options))
+
+
+def test_rows_that_are_not_the_samples_are_refused() -> None:
+    run = Run("bilora", MethodOptions(auxiliaries=COUNT), spec=SPEC)
+    with pytest.raises(UserError, match="7 rows for 3 samples"), run.method.seen([0, 1, 2]):
+        run.model(batch(0)[0])
