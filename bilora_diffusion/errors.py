@@ -14,6 +14,8 @@ from pathlib import Path
 from .durable import disk_is_full, full_disk_sentence
 
 LONGEST = 300  # characters of an unexpected exception's message that are shown
+RANKS = ("RANK", "LOCAL_RANK")
+MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
 
 
@@ -50,7 +52,9 @@ def strip_controls(line: str) -> str:
 
 def is_main_process() -> bool:
     """Whether this is the process of a distributed run that speaks, or the only one."""
-    return all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK"))
+    # accelerate heeds MPI's on the CPU only; elsewhere each of MPI's processes is a run of its own.
+    ranks = RANKS + (MPI_RANKS if "ACCELERATE_USE_CPU" in os.environ else ())
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 def run_cli(main: Callable[[], None]) -> int:

@@ -54,21 +54,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.step is not None:
-        from .checkpoints import export_checkpoint
+    if options.step is not None or options.to is not None:
+        from ..run.lock import hold_around  # here, so that to look inside a file needs no torch
 
-        made = export_checkpoint(options.source, options.step, options.to, options.output)
-        print("\n".join(map(str, made)))
-    elif options.to is not None:
-        from .conversion import convert  # here, so that to look inside a file needs no torch
-
-        print(convert(options.source, options.to, options.output))
+        with hold_around(Path(options.output or options.source)):
+            _write(options)
     elif options.output is not None:
         raise UserError(f"--output {options.output} says where, not what; add --to or --step.")
     else:
         for file in lora_files(Path(options.source)):
             contents = inspect(file)
             print(as_json(contents) if options.json else as_table(contents))
+
+
+def _write(options: argparse.Namespace) -> None:
+    if options.step is not None:
+        from .checkpoints import export_checkpoint
+
+        made = export_checkpoint(options.source, options.step, options.to, options.output)
+        print("\n".join(map(str, made)))
+    else:
+        from .conversion import convert
+
+        print(convert(options.source, options.to, options.output))
 
 
 def as_json(contents: LoraFile) -> str:

@@ -51,20 +51,12 @@ WITHIN_SYSTEM = ("/dev/shm", "/usr/local", "/usr/src")
 SHARED = ("/home", "/root", "/run", "/tmp", "/Users", "/var")  # only folders in them
 
 
-def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be used, before anything is loaded or trained.
-
-    Args:
-        folder: ``--output_dir``; need not exist. Nothing in it is changed.
-        resume: ``--resume_from_checkpoint`` as given, or the checkpoint it was resolved to.
-        overwrite: ``--overwrite_output_dir``.
+def refuse_unusable(folder: Path) -> None:
+    """Refuse a place where no run folder can be, whatever the run.
 
     Raises:
-        UserError: when ``folder`` is a file, a system folder or cannot be written, holds files that
-            a run would replace and did not write, or a run that is neither resumed nor to be
-            overwritten.
+        UserError: when ``folder`` is a file, a system folder or cannot be written.
     """
-    folder = Path(folder)
     _refuse_system(folder)
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -73,6 +65,21 @@ def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
         raise UserError(f"{existing} is a file: give a folder as --output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing} is not writable: give another --output_dir")
+
+
+def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
+    """Refuse an output folder whose content forbids it, before anything is loaded or trained.
+
+    Args:
+        folder: ``--output_dir``, locked; need not exist. Nothing in it is changed.
+        resume: ``--resume_from_checkpoint`` as given, or the checkpoint it was resolved to.
+        overwrite: ``--overwrite_output_dir``.
+
+    Raises:
+        UserError: when ``folder`` holds files that a run would replace and did not write, or a run
+            that is neither resumed nor to be overwritten.
+    """
+    folder = Path(folder)
     if resume is not None and overwrite:
         raise UserError(
             "--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of "

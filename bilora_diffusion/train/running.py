@@ -6,12 +6,13 @@ same run folder, the same resume and the same way of stopping.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,10 +23,18 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from ..errors import UserError
 from ..methods import for_run, get
-from ..run import checkpoint, console, interruption, publish, runlog
+from ..run import checkpoint, console, interruption, lock, publish, runlog
 from ..run.config import RunConfig
-from ..run.folder import OF_FOLDS, clear, guard, refuse_foreign_models
+from ..run.folder import (
+    FOLDS,
+    OF_FOLDS,
+    clear,
+    guard,
+    refuse_foreign_models,
+    refuse_unusable,
+)
 from ..run.interruption import Stop
+from ..run.record import last_measured
 from . import dry_run, engines, folds
 from .loop import fit
 from .memory import Ledger
@@ -84,6 +93,25 @@ def main(
     console.quiet()
     cfg = script.parse(argv) if config is None else config
     folder = Path(cfg.output_dir)
+    refuse_unusable(folder)
+    with contextlib.nullcontext() if cfg.dry_run else _locked(folder):
+        stop = _train(script, cfg, folder)
+        if stop is not None:
+            raise interruption.farewell(folder, stop, typed, cfg)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a run folder, of whose folds none may be trained by a command of its own."""
+    with lock.hold(folder):
+        for file in folder.glob(f"{FOLDS}/*/{lock.FILE}"):
+            with lock.hold(file.parent):
+                pass
+        yield
+
+
+def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
+    """Train in a folder that is locked; returns what stopped it, if anything did."""
     guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
     if get(cfg.method).exports_weights:
         refuse_foreign_models(folder)
@@ -91,7 +119,7 @@ def main(
     accelerator = build_accelerator(cfg)
     if cfg.dry_run:
         dry_run.main(script.rehearse, cfg, accelerator)
-        return
+        return None
     repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     stop, last_step = None, None
     if cfg.folds and not cfg.fold:
@@ -101,8 +129,7 @@ def main(
         stop = _run(script, cfg, accelerator, folder, resume, last_step, repo_id)
     _let_go(accelerator)
     accelerator.end_training()
-    if stop is not None:
-        raise interruption.farewell(folder, stop, typed, cfg)
+    return stop
 
 
 def _run_fold(
@@ -110,7 +137,8 @@ def _run_fold(
 ) -> Stop | None:
     """One of a run's folds, with an engine of its own in the processes that are there."""
     accelerator = build_accelerator(cfg)
-    stop = _run(script, cfg, accelerator, folder, resume)
+    with lock.hold(folder):
+        stop = _run(script, cfg, accelerator, folder, resume)
     _let_go(accelerator)
     return stop
 
@@ -145,7 +173,7 @@ def _run(
     task: Any = script.build_task(cfg, accelerator)
     cfg = task.cfg
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = for_run(cfg, steps)
+    method = for_run(cfg, steps, task.sample_names)
     trainer = Trainer(task, method, cfg, accelerator, last_step)
     if resume is not None:
         trainer.load(resume)
@@ -220,7 +248,8 @@ def _finish(
     """
     results: dict[str, Any] = {"steps": trainer.step, **trainer.outcome.results()}
     if log is not None:
-        results |= last_measured(folder, trainer.outcome.step(trainer.step))
+        measured = last_measured(folder, trainer.outcome.step(trainer.step))
+        results |= {name: value for name, (_, value) in measured.items()}
     if log is not None and cfg.fold is None:
         if cfg.folds:
             results["chosen_steps"] = trainer.last_step
@@ -232,22 +261,6 @@ def _finish(
             publish.push(folder, repo_id, cfg.hub_token)
     trainer.accelerator.wait_for_everyone()
     return results
-
-
-def last_measured(folder: Path, step: int) -> dict[str, float]:
-    """The newest of each held-out loss and metric up to a step in the folder's record, but for
-    those of single noise levels; {} without any.
-    """
-    return {
-        key: value
-        for row in runlog.read_metrics(folder)
-        for key, value in row.items()
-        if row["step"] <= step and _is_measured(key)
-    }
-
-
-def _is_measured(key: str) -> bool:
-    return key == "train_grid_loss" or (key.startswith("heldout_") and "/" not in key)
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.run.folder import clear, guard, refuse_foreign_models
+from bilora_diffusion.run.folder import (
+    clear,
+    guard,
+    refuse_foreign_models,
+    refuse_unusable,
+)
 from bilora_diffusion.run.runlog import RunLog
 from tests.run.checkpoints import save
 
@@ -99,7 +104,8 @@ def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
     ["/", "/etc", "/usr", "/usr/share/run", "/proc/run", "/home", "/tmp", str(Path.home())],
 )
 def test_folders_of_the_system_are_refused(folder: str) -> None:
-    refused(folder, "give a new folder", folder=Path(folder))
+    with pytest.raises(UserError, match=f"{folder} .*give a new folder"):
+        refuse_unusable(Path(folder))
 
 
 def test_files_and_folders_without_rights_are_refused(
@@ -108,9 +114,11 @@ def test_files_and_folders_without_rights_are_refused(
     file = tmp_path / "file"
     file.write_text("x")
     for folder in (file, file / "run"):
-        refused(file, "is a file", "--output_dir", folder=folder)
+        with pytest.raises(UserError, match=f"{file} is a file.*--output_dir"):
+            refuse_unusable(folder)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    refused(tmp_path, "not writable", "--output_dir", folder=tmp_path / "run")
+    with pytest.raises(UserError, match=f"{tmp_path} .*not writable.*--output_dir"):
+        refuse_unusable(tmp_path / "run")
 
 
 def test_what_is_resumed_lies_in_the_folder(tmp_path: Path) -> None:

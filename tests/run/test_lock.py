@@ -1,0 +1,231 @@
+"""The lock of a run folder: who gets it, when it is free again, and what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import cli as export
+from bilora_diffusion.image.script import main as train
+from bilora_diffusion.run import lock
+from bilora_diffusion.run.lock import hold, hold_around
+from bilora_diffusion.run.runlog import RunLog
+from bilora_diffusion.train import running
+from tests.run.checkpoints import save
+from tests.scripts.runs import flags
+
+
+def refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=str(folder)), hold(folder):
+        pass
+
+
+@contextlib.contextmanager
+def forked(act: Callable[[], object]) -> Iterator[None]:
+    """A child process that has done this and sleeps; it is killed at the end of the context."""
+    ready, done = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+            os.write(done, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(done)
+    try:
+        assert os.read(ready, 1)
+        yield
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with hold(folder):
+        assert [path.name for path in folder.iterdir()] == [lock.FILE]
+        with pytest.raises(UserError, match=f"{os.getpid()} .*{folder}"), hold(folder):
+            pass
+        assert (folder / lock.FILE).exists()
+        with hold(tmp_path / "other"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir(parents=True)
+    with hold(folder):
+        (folder / "notes.txt").touch()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path: Path) -> None:
+    held, worker = hold(tmp_path), tmp_path / "worker"
+
+    def act() -> None:
+        held.__enter__()
+        if (number := os.fork()) == 0:  # as a data loader's worker
+            signal.pause()
+        worker.write_text(str(number))
+
+    with forked(act):
+        refused(tmp_path)
+    try:
+        assert (tmp_path / lock.FILE).exists()
+        with hold(tmp_path):
+            pass
+    finally:
+        os.kill(int(worker.read_text()), signal.SIGKILL)
+
+
+def test_a_child_that_leaves_the_context_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    held = hold(tmp_path)
+    with held, forked(lambda: held.__exit__(None, None, None)):
+        refused(tmp_path)
+
+
+def test_a_lock_on_a_deleted_file_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opened the file before its holder deleted it locks another than those who follow."""
+    folder, flock = tmp_path / "run", fcntl.flock
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *a: (monkeypatch.undo(), shutil.rmtree(folder), flock(*a))
+    )
+    first, second = hold(folder), hold(folder)
+    with first:
+        refused(folder)
+        shutil.rmtree(folder)  # by hand
+        second.__enter__()
+    refused(folder)  # the first one has left the second one's lock alone
+    second.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_RANK"])
+def test_of_several_processes_only_the_main_one_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with hold(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            with hold(tmp_path):
+                pass
+        assert (tmp_path / lock.FILE).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> NoReturn:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    log = RunLog(tmp_path)
+    with hold(tmp_path):  # a new folder
+        log.start({}, method="lora", seed=0, resume_step=None)
+    refused(tmp_path)
+    then = time.time() - lock.STALE_SECONDS - 1
+    os.utime(tmp_path / "run.json", (then, then))
+    with hold(tmp_path):
+        log.finish()
+    with hold(tmp_path):
+        pass
+
+
+def test_a_link_or_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / lock.FILE).symlink_to(mine)
+    (tmp_path / "folder" / lock.FILE).mkdir(parents=True)
+    for name in ("link", "folder"):
+        refused(tmp_path / name)
+        assert os.path.lexists(tmp_path / name / lock.FILE)
+    assert mine.read_text() == "mine"
+
+
+def test_what_lies_in_a_run_folder_is_its(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunLog(run).start({}, method="lora", seed=0, resume_step=None)
+    with hold(run):
+        for place in (run, run / "exports" / "step-1", run / "x.safetensors"):
+            with pytest.raises(UserError, match=str(run)), hold_around(place):
+                pass
+        with hold_around(tmp_path / "elsewhere" / "x.safetensors"):
+            pass
+
+
+def test_an_export_into_a_run_that_goes_on_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=None)
+    with hold(tmp_path):
+        for words in (["--step", "1"], ["--to", "peft"]):
+            assert export.main([str(tmp_path), *words]) == 2
+            assert f"writing into {tmp_path}" in capsys.readouterr().err
+
+
+ORDERS = {
+    "start": {},
+    "overwrite": {"overwrite_output_dir": True},
+    "resume": {"resume_from_checkpoint": "latest"},
+    "fold": {"folds": 2, "validation_loss_steps": 1, "overwrite_output_dir": True},
+}
+
+
+class Reached(Exception):
+    """The first run was let in."""
+
+
+@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize("second", ORDERS)
+def test_a_second_run_is_refused_before_it_reads_or_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    folder = tmp_path / "run"
+
+    def goes_on(_: object) -> NoReturn:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "build_accelerator", lambda _: pytest.fail("was let in"))
+            with pytest.raises(UserError, match=f"writing into {folder}"):
+                train(flags(folder, **ORDERS[second]))
+        raise Reached
+
+    monkeypatch.setattr(running, "build_accelerator", goes_on)
+    if first != "start":
+        RunLog(folder).start({}, method="lora", seed=0, resume_step=None)
+        save(folder, 1)
+    with pytest.raises(Reached):
+        train(flags(folder, **ORDERS[first]))
+    assert folder.exists() == (first != "start")
+
+
+def test_a_fold_made_by_hand_and_the_run_around_it_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = tmp_path / "folds" / "1"
+    monkeypatch.setattr(running, "build_accelerator", lambda _: pytest.fail("was let in"))
+    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=None)
+    with hold(fold), pytest.raises(UserError, match=f"writing into {fold}"):
+        train(flags(tmp_path, **ORDERS["fold"]))
+
+
+def test_a_dry_run_goes_on_beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(_: object) -> NoReturn:
+        raise Reached
+
+    monkeypatch.setattr(running, "build_accelerator", reached)
+    with hold(tmp_path), pytest.raises(Reached):
+        train(flags(tmp_path, dry_run=True))
