@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,6 +38,16 @@ torch.set_num_threads(1)
 # The same examples on every machine, and no deadline: the first call of an operator is always slow.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _foreground() -> Iterator[None]:
+    """Ctrl-C interrupts, here and in child processes, though a shell has its background jobs ignore
+    it; whatever a test makes of it ends with the test.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +14,6 @@ from bilora_diffusion.errors import Interrupted
 from bilora_diffusion.run import interruption
 from bilora_diffusion.run.interruption import Interruption, command_line, resuming
 from examples import demo
-
-
-@pytest.fixture(autouse=True)
-def _own_handlers() -> Iterator[None]:
-    """As in a process that was started in the foreground, whatever this one was started in."""
-    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.run import checkpoint, runlog, snapshots
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import main as export
+from bilora_diffusion.run import checkpoint, lock, runlog, snapshots
 from tests.scripts.runs import (
     ROOT,
     SCRIPT,
@@ -94,8 +96,6 @@ def interrupt(command: list[str], folder: Path, number: signal.Signals, ahead: i
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a process group of its own, which Ctrl-C reaches as a whole
-        # Tests may be started in the background, where a shell makes jobs ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     patience = time.monotonic() + 600
     while steps_logged(folder) < ahead and process.poll() is None and time.monotonic() < patience:
@@ -150,6 +150,45 @@ def test_the_printed_command_ends_as_the_whole_run(
         assert column(whole, key) == column(folder, key)
 
 
+FOLDS = {"folds": 2, "validation_loss_steps": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [{}, FOLDS], ids=["run", "folds"])
+def test_a_second_run_is_refused_until_the_first_is_killed(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    """The first stands still meanwhile, as one does that takes long steps."""
+    folder = tmp_path / "run"
+    given = {**first, "max_train_steps": 8, "checkpointing_steps": 1, "train_batch_size": 1}
+    trained = folder / "folds" / "1" if first else folder
+    running = start(flags(folder, **given))
+    patience = time.monotonic() + 600
+    while checkpoint.latest(trained) is None and time.monotonic() < patience:
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGSTOP)
+    try:
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        for place, second in (
+            (folder, {}),
+            (folder, {"overwrite_output_dir": True}),
+            (folder, {"resume_from_checkpoint": "auto"}),
+            (folder, {**FOLDS, "overwrite_output_dir": True}),
+            (trained, {**FOLDS, "fold": 1, "resume_from_checkpoint": "auto"}),
+        ):
+            with pytest.raises(UserError, match=f"{running.pid} .*{place}"):
+                train(place, **{**given, **second})
+        assert export([str(trained), "--step", "1"]) == 2
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    finally:
+        running.kill()
+        running.wait()
+    train(folder, **given, resume_from_checkpoint="auto")
+    assert runlog.read_run(folder)["status"] == "finished"
+    assert not list(folder.rglob(lock.FILE))
+
+
 RECORDED = {"log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"}
 
 
@@ -159,6 +198,7 @@ RECORDED = {"log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"}
     [
         ((*TORCHRUN, 2), {"method": "lora-sam", **RECORDED}),
         (LAUNCH, {"method": "bilora", **RECORDED}),
+        ((*TORCHRUN, 2), {"method": "bilora", "auxiliaries": "sample", "optimizer": "AdamW"}),
         ((*TORCHRUN, 2), {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
     ],
 )
