@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,8 @@ class BiLoRAConfig:
     Args:
         rank: rank of the primary.
         alpha: the primary's scale is alpha / rank.
+        auxiliaries: 1 is the paper's auxiliary; of N, sample number i sees the one of number i % N,
+            which only its own gradients move, so N samples have one each: see `BiLoRA.samples`.
         auxiliary_rank: rank of the auxiliary; None is the primary's.
         auxiliary_alpha: alpha of the auxiliary; None is the primary's.
         rho: radius of the ball that bounds the auxiliary (Eq. 8); "auto" sets itself, by the losses
@@ -53,6 +55,7 @@ class BiLoRAConfig:
 
     rank: int = like(AdapterOptions, "rank", default=8)
     alpha: float = like(AdapterOptions, "lora_alpha", default=16)
+    auxiliaries: int = like(MethodFlags, "auxiliaries")
     auxiliary_rank: int | None = like(MethodFlags, "auxiliary_rank")
     auxiliary_alpha: float | None = like(MethodFlags, "auxiliary_alpha")
     rho: float | str = like(MethodFlags, "rho", default=_Method.default_rho)
@@ -90,6 +93,7 @@ class BiLoRAConfig:
             rho=self.rho,
             rho_norm=self.rho_norm,
             loss_rise=self.loss_rise,
+            auxiliaries=self.auxiliaries,
             auxiliary_rank=self.auxiliary_rank,
             auxiliary_alpha=self.auxiliary_alpha,
             auxiliary_learning_rate=self.auxiliary_learning_rate,
@@ -164,6 +168,15 @@ class BiLoRA:
             UserError: bound to it already, or the optimizer was not made from `param_groups`.
         """
         self._method.bind(optimizer)
+
+    def samples(self, numbers: Iterable[int]) -> AbstractContextManager[None]:
+        """A context for the forward and backward pass of a micro-batch, where there are several
+        auxiliaries.
+
+        Args:
+            numbers: of the sample in each row, for example its place in the data set.
+        """
+        return self._method.seen([int(number) for number in numbers])
 
     def observe(self, loss: Tensor) -> None:
         """Tell the loss before each `optimizer.step()`; needed only where rho is "auto".

@@ -22,6 +22,7 @@ FACTS = {
     "compiled": "a dynamo backend",
     "size_based_wrap": "SIZE_BASED_WRAP",
     "trainer_engine": "a trainer on {}",
+    "trainer_processes": "a trainer in {} processes",
     "model_init": "a trainer with model_init",
     "optim": 'optim="{}"',
 }

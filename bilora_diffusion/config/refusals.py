@@ -96,6 +96,12 @@ _WITH_SEVERAL = (
         "it counts steps for all weights, also for the auxiliaries that a step does not see",
         "use `--optimizer adamw`",
     ),
+    (
+        "trainer_processes",
+        above(1),
+        "its DDP would average the gradients of different samples' auxiliaries",
+        "train in one process, or by the scripts of this project",
+    ),
     ("packing", True, "a packed row holds several samples", "drop `--packing`"),
     ("compile", True, "compiled blocks know one auxiliary for all rows", "drop `--compile`"),
     ("log_dynamics", True, "it records one auxiliary", "drop `--log_dynamics`"),

@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
 from .. import adapters
+from ..adapters import AUXILIARY
 from ..api import BiLoRA
 from ..config import refusals
 from ..errors import UserError
@@ -90,6 +91,13 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
             f"{type(bilora.model).__name__} that attach was called for; {fix}."
         )
+    refusals.check(
+        {
+            "method": "bilora",
+            "auxiliaries": bilora.config.auxiliaries,
+            "trainer_processes": trainer.args.world_size,
+        }
+    )
     fused_head = any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
     getter = getattr(trainer.model, "get_output_embeddings", None)
     if fused_head and callable(getter) and isinstance(getter(), adapters.LoraLayer):
@@ -106,7 +114,7 @@ def check_trainable(bilora: BiLoRA) -> None:
         UserError: there are such; or the init needs a gradient and `initialise` was not called.
     """
     own = [p for group in bilora.param_groups(lr=0.0) for p in group["params"]]
-    held = {id(p) for p in own}
+    held = {id(p) for p in (*own, *adapters.parameters(bilora.model, AUXILIARY))}
     for name, parameter in bilora.model.named_parameters():
         if parameter.requires_grad and id(parameter) not in held:
             raise UserError(

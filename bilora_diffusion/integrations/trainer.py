@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,9 @@ from ..api import BiLoRA, BiLoRAConfig, attach
 from ..errors import UserError
 from . import checks, state
 
+SAMPLES = "sample_id"
+"""The column with the numbers of the samples."""
+
 
 def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
     """Have a trainer of Transformers or TRL train Bi-LoRA; to be called once, before `train`.
@@ -30,6 +33,9 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     auxiliary. Evaluation and prediction, `generate` included, see the primary alone, and so does
     everything after `train`, such as `merge_and_unload`. A callback of your own that runs the model
     in the middle of training should do so within `bilora.evaluating()`.
+
+    With several auxiliaries the training set has a column "sample_id", the number of each row's
+    sample.
 
     What the trainer saves is a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary
     in `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
@@ -57,6 +63,8 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
             adapters.to_full_precision(bilora.model, name)
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
+    if bilora.config.auxiliaries > 1:
+        trainer.data_collator = _WithSamples(trainer.data_collator)
     trainer.add_callback(_Watch(bilora, cast(WithBiLoRA, trainer)))
     return bilora
 
@@ -94,8 +102,16 @@ class WithBiLoRA(Trainer):
             self.bilora.bind(self.optimizer)
         return self.optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(Any, self._signature_columns)
+        if columns is not None and SAMPLES not in columns:
+            columns.append(SAMPLES)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        numbers = inputs.pop(SAMPLES, ())
+        with self.bilora.samples(numbers) if len(numbers) else nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.bilora._method.sets_rho:
             self._loss = loss + (0 if self._loss is None else self._loss)
         return loss
@@ -141,9 +157,10 @@ class WithBiLoRA(Trainer):
         with self._primary_alone():
             return super().evaluation_loop(*args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs.pop(SAMPLES, None)
         with self._primary_alone():
-            return super().prediction_step(*args, **kwargs)
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -174,6 +191,21 @@ class WithBiLoRA(Trainer):
         state.load_primary(Path(cast(str, self.state.best_model_checkpoint)), self.bilora)
 
 
+class _WithSamples:
+    """Collates a batch with the numbers of its samples, which no collator need know."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, rows: list[Any]) -> Any:
+        numbers = [row[SAMPLES] for row in rows if SAMPLES in row]
+        kept = [{key: value for key, value in row.items() if key != SAMPLES} for row in rows]
+        batch = self._collate(kept)
+        if numbers:
+            batch[SAMPLES] = torch.tensor(numbers)
+        return batch
+
+
 class _Watch(TrainerCallback):
     """Sees to it that the optimizer that trains is the one that climbs and projects."""
 
@@ -197,6 +229,8 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        for parameter in self.bilora._method.apart() if skipped else ():
+            parameter.grad = None  # the trainer forgets those of the model's parameters alone
         if self.bilora._method.taken == self.taken and not skipped:
             raise UserError(
                 f"{type(kwargs['optimizer']).__name__} took a step after which the auxiliary was "

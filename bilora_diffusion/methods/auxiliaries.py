@@ -22,10 +22,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import AUXILIARY, Factors, alike, fused
 from . import ball, perturb
+from .parking import Parking
 
 
 def deal(names: Sequence[str], count: int) -> list[int]:
@@ -53,6 +55,7 @@ class _Flat:
         layers: those that have the adapter.
         measures: what the norm of each one's B A is multiplied with.
         count: how many auxiliaries there are.
+        device: where they begin; None is where the layers are.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class _Flat:
         layers: Sequence[tuple[str, adapters.LoraLayer]],
         measures: Sequence[float],
         count: int,
+        device: str | None,
     ) -> None:
         factors = adapters.factors_of(layers, AUXILIARY)
         groups = alike((f.A.shape, f.B.shape) for f in factors)
@@ -79,14 +83,13 @@ class _Flat:
             scales = torch.tensor([measures[i] for i in group], dtype=torch.float64)
             self.blocks.append(_Block(slice(at_A, end_A), slice(at_B, end_B), one, scales))
             at_A, at_B = end_A, end_B
-        first = torch.cat([weight.flatten() for weight in weights])
+        first = torch.cat([weight.flatten() for weight in weights]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
-    def follow(self) -> None:
-        """Move to where the layers are now."""
-        device = adapters.weights(self.layers[0], AUXILIARY)[0].device
-        for parameter in self.parameters:
-            parameter.data = parameter.data.to(device)
+    @property
+    def device(self) -> torch.device:
+        """Of the layers."""
+        return adapters.weights(self.layers[0], AUXILIARY)[0].device
 
     def views(self, flat: Tensor) -> Iterator[tuple[adapters.LoraLayer, Tensor, Tensor]]:
         """Each layer with its A and B in a flat tensor, (numbers,) or (rows, numbers)."""
@@ -120,7 +123,8 @@ class _Flat:
     def several(self, groups: Sequence[int | None]) -> Iterator[None]:
         """Within the context row i of every layer's input sees the auxiliary `groups[i]`."""
         flats = [None if g is None else self.parameters[g] for g in groups]
-        nothing = torch.zeros_like(self.parameters[0].data)
+        one = next((flat for flat in flats if flat is not None), self.parameters[0])
+        nothing = torch.zeros_like(one.data)
         values = torch.stack([nothing if flat is None else flat.data for flat in flats])
         gradients = torch.zeros_like(values)
         values[:, self.up :].mul_(self.scale)
@@ -158,6 +162,7 @@ class Auxiliaries:
         layers: of each model, those that have the adapter; its values are all auxiliaries' first.
         measures: what the norm of each layer's B A is multiplied with, model by model.
         count: how many auxiliaries there are.
+        parked: whether they wait in the CPU's memory for the steps that see them.
 
     Attributes:
         norms: of each auxiliary after its last projection, (count,).
@@ -168,11 +173,13 @@ class Auxiliaries:
         layers: Sequence[Sequence[tuple[str, adapters.LoraLayer]]],
         measures: Sequence[float],
         count: int,
+        parked: bool = False,
     ) -> None:
-        rest = iter(measures)
+        rest, first = iter(measures), "cpu" if parked else None
         self.count = count
-        self._models = [_Flat(own, [next(rest) for _ in own], count) for own in layers]
-        device = self._models[0].parameters[0].device
+        self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
+        device = self._models[0].device
+        self._parking = Parking(device) if parked else None
         self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
@@ -182,9 +189,34 @@ class Auxiliaries:
 
     def follow(self) -> None:
         """Move to where the models are now; before an optimizer knows the parameters."""
-        for flat in self._models:
-            flat.follow()
-        self.norms = self.norms.to(self._models[0].parameters[0].device)
+        device = self._models[0].device
+        self.norms = self.norms.to(device)
+        if self._parking is not None:
+            self._parking = Parking(device)
+            return
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device)
+
+    def expect(self, groups: Sequence[int | None]) -> None:
+        """Begin to bring these auxiliaries to the device, if they wait elsewhere."""
+        if self._parking is not None:
+            self._parking.expect(self._of(groups))
+
+    def fetch_state(self, optimizer: Optimizer) -> None:
+        """Have the optimizer's state where the step is taken."""
+        if self._parking is not None:
+            self._parking.fetch_state(optimizer)
+
+    def release(self, optimizer: Optimizer) -> None:
+        """After a step: forget the gradients, and let those wait that wait elsewhere."""
+        for parameter in self.parameters():
+            parameter.grad = None  # as model.zero_grad() would, did the model hold it
+        if self._parking is not None:
+            self._parking.park(optimizer)
+
+    def _of(self, groups: Sequence[int | None]) -> list[nn.Parameter]:
+        wanted = sorted({g for g in groups if g is not None})
+        return [flat.parameters[g] for flat in self._models for g in wanted]
 
     @contextmanager
     def seen(self, groups: Sequence[int | None]) -> Iterator[None]:
@@ -195,6 +227,8 @@ class Auxiliaries:
             UserError: there are several, and a layer to which rows can't be added.
         """
         first = groups[0] if len(set(groups)) == 1 else None
+        if self._parking is not None:
+            self._parking.fetch(self._of(groups))
         with ExitStack() as stack:
             for flat in self._models:
                 stack.enter_context(flat.several(groups) if first is None else flat.one(first))

@@ -157,6 +157,9 @@ class Method:
     def bind(self, optimizer: Optimizer) -> None:
         """See the raw torch optimizer once, before the first step (for hooks on its steps)."""
 
+    def expect(self, samples: Sequence[int | None]) -> None:
+        """Prepare for `seen` with these samples, later in the same step."""
+
     def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch.
 

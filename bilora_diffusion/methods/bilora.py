@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -52,6 +52,7 @@ class BiLoRA(Counting):
     reads: ClassVar[frozenset[str]] = frozenset(
         {
             "auxiliaries",
+            "auxiliaries_on",
             "rho",
             "loss_rise",
             "rho_norm",
@@ -109,7 +110,8 @@ class BiLoRA(Counting):
             self._primary = radius.scales(self._layers, self.options.rho_norm, PRIMARY)
         if (count := self._count()) > 1:
             layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
-            self._many = Auxiliaries(layers, self._scales, count)
+            parked = self.options.auxiliaries_on == "cpu"
+            self._many = Auxiliaries(layers, self._scales, count, parked)
         if self._power:
             for name, A, B, _ in self._factors():
                 if A.shape[0] > min(A.shape[1], B.shape[0]):
@@ -141,13 +143,17 @@ class BiLoRA(Counting):
         self._groups = deal(names, count)
         return count
 
+    def expect(self, samples: Sequence[int | None]) -> None:
+        if self._many is not None:
+            self._many.expect(self._groups_of(samples))
+
     def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
-        if self._many is None:
-            return super().seen(samples)
-        groups, count = self._groups, self._many.count
-        return self._many.seen(
-            [None if i is None else groups[i] if groups else i % count for i in samples]
-        )
+        return nullcontext() if self._many is None else self._many.seen(self._groups_of(samples))
+
+    def _groups_of(self, samples: Sequence[int | None]) -> list[int | None]:
+        """Which auxiliary each of these samples sees."""
+        dealt, count = self._groups, 1 if self._many is None else self._many.count
+        return [None if i is None else dealt[i] if dealt else i % count for i in samples]
 
     def apart(self) -> list[nn.Parameter]:
         return [] if self._many is None else self._many.parameters()
@@ -200,7 +206,7 @@ class BiLoRA(Counting):
             hook.remove()
         self._hooks = []
         if self._many is not None:
-            self._hooks.append(optimizer.register_step_pre_hook(self._require_samples))
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_many))
         if self._auto is not None:  # before the gradients are turned
             self._hooks.append(optimizer.register_step_pre_hook(self._look))
         if self._power:
@@ -339,12 +345,14 @@ class BiLoRA(Counting):
         progress = self.options.progress(max(1, self.taken))
         return self.rho * rising(self.options.rho_schedule, progress)
 
-    def _require_samples(self, *_: Any) -> None:
+    def _before_many(self, optimizer: Optimizer, *_: Any) -> None:
+        assert self._many is not None
+        self._many.fetch_state(optimizer)
         own = (w for _, layer in self._layers for w in adapters.weights(layer, AUXILIARY))
         if any(weight.grad is not None for weight in own):
             raise UserError(
-                "A backward pass did not say whose samples its rows are, so no auxiliary was moved;"
-                " run it within samples(ids)."
+                "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
+                ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
             )
 
     def _look(self, *_: Any) -> None:
@@ -379,6 +387,8 @@ class BiLoRA(Counting):
             self._last = self._project(auxiliary, measured)
         else:
             self._last = self._many.project_(moving, self._radius())
+            assert self._optimizer is not None
+            self._many.release(self._optimizer)
         if self._auto is not None:
             self._auto.projected(self._last.after)
         self._probe.arm(self._layers, self.taken)

@@ -20,7 +20,7 @@ from ..choices import (
     SAMPLE,
     SCHEDULES,
 )
-from ..config.fields import check, option, options_of, unless
+from ..config.fields import Idle, check, option, options_of, unless
 from ..config.values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
 from ..errors import UserError
 
@@ -153,6 +153,20 @@ class MethodFlags:
         " (little data; each costs an adapter's memory and optimizer state).",
         range=COUNTS,
         words=(SAMPLE,),
+    )
+    auxiliaries_on: str = option(
+        "device",
+        "bilora with several auxiliaries: keep all on the device, or those that a step does not see"
+        " in the CPU's memory.",
+        choices=("device", "cpu"),
+        idle=(
+            Idle(
+                lambda values: values["auxiliaries"] == 1,
+                "on a single auxiliary",
+                "use `--auxiliaries sample` or drop it",
+            ),
+        ),
+        free=True,
     )
     auxiliary_rank: int | None = option(
         None,

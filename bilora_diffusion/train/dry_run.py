@@ -8,7 +8,7 @@ the optimizer and the method keep, and what is measured and drawn. A `memory.Led
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ def trained(rehearsal: Rehearsal, accelerator: Accelerator, ledger: Ledger) -> T
     task: Any = rehearsal.task
     cfg = replace(task.cfg, log_dynamics=False)
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = for_run(cfg, steps)
+    method = for_run(cfg, steps, task.sample_names)
     trainer = Trainer(task, method, cfg, accelerator)
     hold(trainer, rehearsal.parts, ledger)
     if cfg.init_lora_weights in adapters.CHANGE_BASE:
@@ -117,6 +117,8 @@ def hold(trainer: Trainer, parts: Mapping[str, Any], ledger: Ledger) -> None:
         for adapter, words in ADAPTERS.items():
             found = adapters.parameters(target.model, adapter)
             ledger.hold(f"adapters: {words}", found)
+    ledger.hold(f"adapters: {ADAPTERS[AUXILIARY]}", method.apart())
+    for target in method.targets:
         ledger.hold("trained whole", adapters.whole(target.model, PRIMARY).values())
     if isinstance(outcome.average, Average):
         ledger.hold("moving averages", outcome.average.tensors().values())
@@ -147,8 +149,10 @@ def step(trainer: Trainer, batches: Sequence[MicroBatch], ledger: Ledger) -> Non
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     hooks = [weight.register_post_accumulate_grad_hook(_as_gradient(ledger)) for weight in weights]
 
-    def present() -> None:
-        for weight in weights:
+    later = {id(p) for p in trainer.method.apart()}  # get theirs in the pass that sees them
+
+    def present(without: Collection[int] = ()) -> None:
+        for weight in (weight for weight in weights if id(weight) not in without):
             weight.grad = torch.zeros_like(weight)
         ledger.hold(GRADIENTS, [weight.grad for weight in weights if weight.grad is not None])
 
@@ -165,7 +169,7 @@ def step(trainer: Trainer, batches: Sequence[MicroBatch], ledger: Ledger) -> Non
 
     def last_pass() -> Tensor:
         if trainer.cfg.gradient_accumulation_steps > 1:
-            present()
+            present(later)
         return backward()
 
     with ledger.phase(TRAINING):

@@ -151,6 +151,7 @@ class Trainer:
             # Dropout sees the same random numbers at each call and after each resume.
             torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))
             total = torch.zeros((), device=device)
+            self.method.expect([sample for batch in batches for sample in batch.samples])
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 with (

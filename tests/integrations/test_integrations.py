@@ -16,10 +16,12 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.methods import radius
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations.trainers import (
+    BATCH,
     CONFIG,
     RHO,
     STEPS,
@@ -275,3 +277,23 @@ def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path: Path) -> Non
     stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     torch.testing.assert_close(stored["base_model.model.score.weight"], model.score.weight.detach())
     assert bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_each_sample_has_its_own_auxiliary_by_a_column(kind: str, tmp_path: Path) -> None:
+    config, steps = replace(CONFIG, auxiliaries=6), 6
+    numbers = [(7 * row) % 11 for row in range(STEPS * BATCH)]
+    data = rows().add_column("sample_id", numbers)  # pyright: ignore[reportCallIssue]
+    one, other = attached(tiny_llm(), config), attached(tiny_llm(), config)
+    trainer = with_bilora(tmp_path, one, kind, data=data, max_steps=steps)
+    trainer.train()
+    expected = by_hand(other, batches(rows())[:steps], samples=numbers)
+    assert losses(trainer) == pytest.approx(expected, abs=2e-4)
+    for key, value in one._method.tensors().items():
+        assert (value - other._method.tensors()[key]).abs().max() < 1e-5, key
+
+
+def test_rows_without_their_samples_are_refused(tmp_path: Path) -> None:
+    trainer = with_bilora(tmp_path, attached(tiny_llm(), replace(CONFIG, auxiliaries=6)))
+    with pytest.raises(UserError, match="sample_id"):
+        trainer.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -128,9 +130,14 @@ def by_hand(
     clip: float = 0.0,
     decay: float = 0.0,
     shifts: bool = True,
+    samples: Sequence[int] = (),
 ) -> list[float]:
     """Train as README's loop does, over all of `data`; the loss of a step is the mean over all its
     target tokens.
+
+    Args:
+        samples: the number of the sample in each row of all batches, where there are several
+            auxiliaries.
     """
     bilora.model.train()
     optimizer = kind(bilora.param_groups(lr=RATE, weight_decay=decay))  # type: ignore[call-arg]
@@ -139,7 +146,7 @@ def by_hand(
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
     )
-    losses = []
+    losses, numbers = [], iter(samples)
     for step in range(steps):
         window = data[step * accumulate : (step + 1) * accumulate]
         first = 1 if shifts else 0
@@ -147,8 +154,10 @@ def by_hand(
         total = 0.0
         for batch in window:
             own = int((batch["labels"][:, first:] != -100).sum())
-            loss = cast(Any, bilora.model)(**batch).loss * own / count
-            loss.backward()
+            seen = list(itertools.islice(numbers, len(batch["labels"])))
+            with bilora.samples(seen) if seen else contextlib.nullcontext():
+                loss = cast(Any, bilora.model)(**batch).loss * own / count
+                loss.backward()
             total += float(loss.detach())
         if clip:
             torch.nn.utils.clip_grad_norm_(bilora.clip_parameters(), clip)

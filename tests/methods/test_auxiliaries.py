@@ -202,6 +202,21 @@ def test_a_resumed_run_is_the_whole_one(rho: float | str) -> None:
     assert begun + second.train(11, 9, lambda k: backward(second, k, (3,))) == expected
 
 
+def test_those_that_wait_in_the_cpus_memory_learn_the_same() -> None:
+    """Without a GPU the copies go from memory to memory; that they overlap is not shown."""
+    runs = [
+        Run("bilora", MethodOptions(auxiliaries=COUNT, auxiliaries_on=place, rho=0.05))
+        for place in ("device", "cpu")
+    ]
+    losses = [run.train(20, backward=lambda k, run=run: backward(run, k, (3,))) for run in runs]
+    assert losses[0] == losses[1]
+    here, there = (flats(run.method) for run in runs)
+    assert all(torch.equal(value, there[key]) for key, value in here.items())
+    states = [run.optimizer.state_dict()["state"] for run in runs]
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+
+
 def test_a_radius_that_sets_itself_follows_the_rise_of_the_samples_seen() -> None:
     tau = 0.1
     run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho="auto", loss_rise=tau), lr=2e-2)

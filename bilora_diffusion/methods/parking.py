@@ -1,0 +1,85 @@
+"""Parameters that wait in the CPU's memory, with their optimizer's state, for steps that see them.
+
+On CUDA copies run beside the computation: they are made on a stream of their own, from pinned
+memory, and whoever uses a parameter waits for its own copy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Parking:
+    """The places of some parameters, all of which begin in the CPU's memory.
+
+    Args:
+        device: where they are computed with.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._homes: dict[tuple[nn.Parameter, str], Tensor] = {}
+        self._away: dict[nn.Parameter, Any] = {}  # those on the device, with when they are there
+
+    def expect(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Begin to bring these to the device."""
+        for parameter in parameters:
+            if parameter not in self._away:
+                self._homes.setdefault((parameter, ""), parameter.data)
+                parameter.data, self._away[parameter] = self._brought(parameter.data)
+
+    def fetch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have these on the device for what is computed next."""
+        wanted = list(parameters)
+        self.expect(wanted)
+        for parameter in wanted:
+            self._await(parameter.data, self._away[parameter])
+
+    def fetch_state(self, optimizer: Optimizer) -> None:
+        """Have the optimizer's state of all that are on the device there too."""
+        for parameter in self._away:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name], arrival = self._brought(value)
+                    self._await(state[name], arrival)
+
+    def park(self, optimizer: Optimizer) -> None:
+        """Let all go home that are on the device, without gradients."""
+        for parameter in self._away:
+            parameter.grad = None
+            parameter.data = self._home((parameter, ""), parameter.data)
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = self._home((parameter, name), value)
+        if self._cuda:  # what is read at home, by a checkpoint, has arrived
+            torch.cuda.current_stream(self.device).synchronize()
+        self._away.clear()
+
+    def _brought(self, value: Tensor) -> tuple[Tensor, Any]:
+        if not self._cuda:
+            return value.to(self.device, copy=True), None
+        with torch.cuda.stream(self._stream):
+            copy = value.to(self.device, non_blocking=True)
+            return copy, self._stream.record_event()
+
+    def _await(self, value: Tensor, arrival: Any) -> None:
+        if arrival is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arrival)
+            value.record_stream(stream)
+
+    def _home(self, key: tuple[nn.Parameter, str], value: Tensor) -> Tensor:
+        home = self._homes.get(key)
+        if home is None or (self._cuda and not home.is_pinned()):
+            home = torch.empty_like(value, device="cpu", pin_memory=self._cuda)
+            self._homes[key] = home
+        return home.copy_(value, non_blocking=True)
