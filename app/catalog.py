@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,9 @@ SKIPPED = frozenset(
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
 DIGITS = 15
 """Of a step; JavaScript's numbers end there."""
+NO_TEXT = re.compile(r"[\ud800-\udfff]")
+"""Bytes of a name that are not UTF-8, as Python has them; no page can show them."""
+RENAME = "its name is not UTF-8: give it another"
 FRESH_SECONDS = 2.0
 """So long a look at the root serves all visitors."""
 Item = TypeVar("Item")
@@ -199,7 +203,9 @@ class Catalog:
                 of_a_run = entry.name == FOLDS and RUN in names
                 if entry.name in SKIPPED or entry.name.startswith(".") or of_a_run:
                     continue
-                if entry.is_symlink() and Path(entry.path).is_dir():
+                if entry.is_dir() and NO_TEXT.search(entry.name):
+                    scan.broken.append(Broken(_join(folder, ascii(entry.name)), RENAME))
+                elif entry.is_symlink() and Path(entry.path).is_dir():
                     # One that stays inside is shown where it leads to; followed, it could circle.
                     if not Path(entry.path).resolve().is_relative_to(self.root):
                         scan.broken.append(Broken(path, LINK))

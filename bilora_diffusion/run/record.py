@@ -6,6 +6,7 @@ does not fit them makes that run unreadable, with the reason in one sentence.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import reprlib
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
+from ..files import is_file
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -132,7 +134,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / RUN
     try:
-        record = _parsed(path.read_bytes())
+        record = _parsed(_content(path))
         version = record["schema_version"]
         if version == SCHEMA_VERSION:
             Record.model_validate(record)
@@ -159,7 +161,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _content(path).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -198,7 +200,7 @@ def read_folds(path: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     try:
-        content = _parsed(path.read_bytes())
+        content = _parsed(_content(path))
         Folds.model_validate(content)
     except FileNotFoundError:
         return None
@@ -208,6 +210,12 @@ def read_folds(path: Path) -> dict[str, Any] | None:
         fix = "start a new run in another --output_dir"
         raise UserError(f"{path} is damaged{fault(error)}: {fix}") from error
     return content
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not is_file(path):  # a pipe would keep everyone waiting
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return path.read_bytes()
 
 
 def _parsed(data: bytes) -> Any:

@@ -334,6 +334,14 @@ def test_scores_that_do_not_fit_together_are_broken(
     assert "result.json is damaged" in catalog.now.broken[0].reason
 
 
+def test_a_name_that_no_page_can_show_is_broken(tmp_path: Path) -> None:
+    make_run(tmp_path / "good")
+    make_run(tmp_path / os.fsdecode(b"\xff") / "run")
+    catalog = Catalog(tmp_path)
+    assert paths(catalog) == ["good"]
+    assert [row.path.encode() for row in catalog.now.broken] == [b"'\\udcff'"]
+
+
 def test_a_folder_that_can_not_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

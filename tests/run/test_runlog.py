@@ -4,6 +4,7 @@ say of versions, commit and machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -232,6 +233,14 @@ def test_folds_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
     path.write_text(json.dumps(whole))
     with pytest.raises(UserError, match="it has no folds"):
         read_folds(path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "folds.json"])
+def test_a_pipe_keeps_no_reader_waiting(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for read in (read_run, read_metrics, lambda folder: read_folds(folder / "folds.json")):
+        with contextlib.suppress(UserError):
+            assert not read(tmp_path)
 
 
 def git(folder: Path, *arguments: str) -> str:
