@@ -40,19 +40,24 @@ class _Fused:
     quantized: ClassVar[bool] = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = self._shared(x, *args, **kwargs)
-        rows = self.__dict__.get(_ROWS)
-        return result if rows is None or self._disable_adapters else _add_rows(x, result, rows)
-
-    def _shared(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = None if self._disable_adapters else self.__dict__.get(_ROWS)
+        if rows is not None:
+            _check_rows(x, rows)
         active = None if args or kwargs else _plain_adapters(self, x)
         if active is None:
-            if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
-                # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
-                # which is up to 0.4 % off; its float layer takes them in fp32.
-                with torch.autocast(x.device.type, enabled=False):
-                    return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            result = self._peft(x, *args, **kwargs)
+            return result if rows is None else _add_rows(x, result, rows)
+        return self._product(x, active, rows)
+
+    def _peft(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
+            # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
+            # which is up to 0.4 % off; its float layer takes them in fp32.
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _product(self: Any, x: Tensor, active: Sequence[str], rows: Rows | None) -> Tensor:
         base = self.base_layer
         linear = type(base) is nn.Linear
         if (
@@ -71,10 +76,10 @@ class _Fused:
         factors: list[Tensor] = [w for name in active for w in weights(self, name)]
         scales = tuple([self.scaling[name] for name in active])
         if factors[0].dim() > 2:
-            return _Convolution.apply(  # type: ignore[no-any-return]
-                x, result, base.stride, base.padding, scales, *factors
-            )
-        return _Product.apply(x, result, weight, bias, scales, *factors)  # type: ignore[no-any-return]
+            assert result is not None
+            made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
+            return made if rows is None else _add_rows(x, made, rows)
+        return _Product.apply(x, result, weight, bias, scales, rows, *factors)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
@@ -93,6 +98,7 @@ class _Product(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         scales: tuple[float, ...],
+        own: Rows | None,
         *factors: Tensor,
     ) -> Tensor:
         A, up = _side_by_side(factors, scales, x.dtype)
@@ -106,23 +112,27 @@ class _Product(torch.autograd.Function):
         else:
             made = torch.addmm(result.reshape(len(rows), -1), hidden, up, alpha=s)
             shape = result.shape
-        ctx.save_for_backward(rows, weight, A, up, hidden)
-        ctx.scales, ctx.ranks, ctx.shape = scales, _ranks(factors), x.shape
+        each = () if own is None else _add_(made, rows, own)
+        ctx.save_for_backward(rows, weight, A, up, hidden, *each)
+        ctx.scales, ctx.ranks, ctx.shape, ctx.own = scales, _ranks(factors), x.shape, own
         return made.view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        rows, weight, A, up, hidden = ctx.saved_tensors
+        rows, weight, A, up, hidden, *each = ctx.saved_tensors
         above = gradient.reshape(-1, gradient.shape[-1])
         below = (above @ up.t()).mul_(ctx.scales[0])
         through = None
         if ctx.needs_input_grad[0]:
             through = below @ A if weight is None else (above @ weight).addmm_(below, A)
+        if ctx.own is not None:
+            _add_gradients_(ctx.own, rows, above, through, *each)
+        if through is not None:
             through = through.view(ctx.shape)
         g_A, g_up = below.t() @ rows, (hidden.t() @ above).mul_(ctx.scales[0])
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, *_apart(ctx, g_A, g_up)
+        return through, given, None, None, None, None, *_apart(ctx, g_A, g_up)
 
 
 class _Convolution(torch.autograd.Function):
@@ -180,15 +190,15 @@ class Rows(NamedTuple):
 
     Attributes:
         A: (rows, r, n), of a convolution (rows, r, channels, height, width).
-        B: (rows, m, r), times the adapter's scale; of a convolution (rows, m, r, 1, 1).
-        g_A, g_B: to which a backward pass adds their gradients.
+        up: B^T times the adapter's scale, (rows, r, m); of a convolution (rows, r, m, 1, 1).
+        g_A, g_up: to which a backward pass adds their gradients.
         along: A's own module, which says how a convolution moves.
     """
 
     A: Tensor
-    B: Tensor
+    up: Tensor
     g_A: Tensor
-    g_B: Tensor
+    g_up: Tensor
     along: nn.Module
 
 
@@ -216,49 +226,75 @@ def by_row(rows: Mapping[Any, Rows], adapter: str) -> Iterator[None]:
             layer.__dict__.pop(_ROWS, None)
 
 
+def _check_rows(x: Tensor, rows: Rows) -> None:
+    if len(x) != len(rows.A):
+        raise UserError(
+            f"A layer with an auxiliary for each sample got {len(x)} rows for {len(rows.A)} "
+            "samples, so whose they are can't be told; give the samples one by one "
+            "(train_batch_size 1)."
+        )
+
+
 def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
     """The layer's output with each row's own product added."""
-    count = len(rows.A)
-    if len(x) != count:
-        raise UserError(
-            f"A layer with an auxiliary for each sample got {len(x)} rows for {count} samples, so "
-            "whose they are can't be told; give the samples one by one (train_batch_size 1)."
-        )
     if rows.A.dim() == 3:
-        ins, out = x.reshape(count, -1, x.shape[-1]), result.reshape(count, -1, result.shape[-1])
-        return _RowProduct.apply(ins, out, rows).view(result.shape)  # type: ignore[no-any-return]
-    own: Any = rows.along
-    patches = F.unfold(x, own.kernel_size, own.dilation, own.padding, own.stride).mT
-    made: Any = _RowProduct.apply(patches, result.flatten(2).mT, rows)
-    return made.mT.unflatten(2, result.shape[2:])  # type: ignore[no-any-return]
+        made: Any = _RowProduct.apply(x, result, rows)
+        return made
+    along: Any = rows.along
+    patches = F.unfold(x, along.kernel_size, along.dilation, along.padding, along.stride).mT
+    made = _RowProduct.apply(patches, result.flatten(2).mT, rows)
+    return made.mT.unflatten(2, result.shape[2:])
 
 
 class _RowProduct(torch.autograd.Function):
-    """y_i + x_i A_i^T B_i^T of `Rows`; x (rows, tokens, n) and y (rows, tokens, m)."""
+    """y_i + x_i A_i^T B_i^T of `Rows`; x (rows, ..., n) and y (rows, ..., m)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        x = x.to(y.dtype)
-        A, B = rows.A.flatten(2).to(y.dtype), rows.B.flatten(2).to(y.dtype)
-        hidden = x @ A.mT
-        ctx.save_for_backward(x, A, B, hidden)
+        x, made = x.to(y.dtype), y.clone(memory_format=torch.contiguous_format)
         ctx.rows = rows
-        return torch.baddbmm(y, hidden, B.mT)
+        ctx.save_for_backward(x, *_add_(made, x, rows))
+        return made
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, A, B, hidden = ctx.saved_tensors
-        below = gradient @ B
-        for kept, left, right in (
-            (ctx.rows.g_A.flatten(2), below, x),
-            (ctx.rows.g_B.flatten(2), gradient, hidden),
-        ):
-            if kept.dtype == left.dtype:
-                kept.baddbmm_(left.mT, right)
-            else:
-                kept.add_(left.mT @ right)
-        return below @ A if ctx.needs_input_grad[0] else None, gradient, None
+        x, *each = ctx.saved_tensors
+        through = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        _add_gradients_(ctx.rows, x, gradient, through, *each)
+        return through, gradient, None
+
+
+def _add_(made: Tensor, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the rows' product to y in place; what its backward pass needs."""
+    A, up = rows.A.flatten(2).to(x.dtype), rows.up.flatten(2).to(x.dtype)
+    hidden = _by_row(x, A) @ A.mT
+    made.view(len(A), -1, made.shape[-1]).baddbmm_(hidden, up)
+    return A, up, hidden
+
+
+def _add_gradients_(
+    rows: Rows, x: Tensor, above: Tensor, through: Tensor | None, *saved: Tensor
+) -> None:
+    """Add to the gradients of the rows' factors, and to that of x."""
+    A, up, hidden = saved
+    above = _by_row(above, A)
+    below = above @ up.mT
+    if through is not None:
+        through.view(len(A), -1, through.shape[-1]).baddbmm_(below, A)
+    for kept, left, right in (
+        (rows.g_A.flatten(2), below, _by_row(x, A)),
+        (rows.g_up.flatten(2), hidden, above),
+    ):
+        if kept.dtype == left.dtype:
+            kept.baddbmm_(left.mT, right)
+        else:
+            kept.add_(left.mT @ right)
+
+
+def _by_row(values: Tensor, A: Tensor) -> Tensor:
+    """(rows, tokens, features)."""
+    return values.reshape(len(A), -1, values.shape[-1])
 
 
 _kept: dict[tuple[Any, ...], tuple[tuple[Tensor, Tensor], Sequence[Tensor]]] | None = None

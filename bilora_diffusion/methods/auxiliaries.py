@@ -9,7 +9,7 @@ Within `Auxiliaries.seen` the layers compute with these: where all rows of a mic
 auxiliary, the layers' own parameters become views of it, and the forward is that of a single
 auxiliary; else each layer adds one batched product (`adapters.fused.by_row`).
 
-In a flat parameter lie the A of all layers, then their B, layers of one shape side by side: norms
+In a flat parameter lie the A of all layers, then their B^T, layers of one shape side by side: norms
 and projections take as many operations for one auxiliary as for those of a whole step.
 """
 
@@ -40,7 +40,7 @@ def deal(names: Sequence[str], count: int) -> list[int]:
 
 
 class _Block(NamedTuple):
-    """Layers of one shape: where their A, (layers, r, n), and B, (layers, m, r), lie."""
+    """Layers of one shape: where their A, (layers, r, n), and B^T, (layers, r, m), lie."""
 
     A: slice
     B: slice
@@ -71,9 +71,9 @@ class _Flat:
         self.scale = factors[0].scale  # of all: they have one rank and alpha
         self.blocks: list[_Block] = []
         pairs = [adapters.weights(layer, AUXILIARY) for layer in self.layers]
-        weights = [A.detach() for A, _ in pairs] + [B.detach() for _, B in pairs]
+        weights = [A.detach() for A, _ in pairs] + [B.detach().transpose(0, 1) for _, B in pairs]
         self.shapes = [weight.shape for weight in weights]
-        self.up = sum(A.numel() for A, _ in pairs)  # where the B begin
+        self.up = sum(A.numel() for A, _ in pairs)  # where the B^T begin
         at_A, at_B = 0, self.up
         for group in groups:
             one = factors[group[0]]
@@ -92,7 +92,7 @@ class _Flat:
         return adapters.weights(self.layers[0], AUXILIARY)[0].device
 
     def views(self, flat: Tensor) -> Iterator[tuple[adapters.LoraLayer, Tensor, Tensor]]:
-        """Each layer with its A and B in a flat tensor, (numbers,) or (rows, numbers)."""
+        """Each layer with its A and B^T in a flat tensor, (numbers,) or (rows, numbers)."""
         parts = flat.split([math.prod(shape) for shape in self.shapes], dim=-1)
         views = [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
         count = len(self.layers)
@@ -105,13 +105,11 @@ class _Flat:
         if flat.grad is None:
             flat.grad = torch.zeros_like(flat)
         fused.forget()
-        for (layer, *values), (_, *gradients) in zip(
-            self.views(flat.data), self.views(flat.grad), strict=True
-        ):
-            for own, value, gradient in zip(
-                adapters.weights(layer, AUXILIARY), values, gradients, strict=True
-            ):
-                own.data, own.grad = value, gradient
+        both = zip(self.views(flat.data), self.views(flat.grad), strict=True)
+        for (layer, down, up), (_, g_down, g_up) in both:
+            A, B = adapters.weights(layer, AUXILIARY)
+            A.data, A.grad = down, g_down
+            B.data, B.grad = up.transpose(0, 1), g_up.transpose(0, 1)
         try:
             yield
         finally:
@@ -130,8 +128,8 @@ class _Flat:
         values[:, self.up :].mul_(self.scale)
         both = zip(self.views(values), self.views(gradients), strict=True)
         rows = {
-            layer: fused.Rows(A, B, g_A, g_B, cast(Any, layer).lora_A[AUXILIARY])
-            for (layer, A, B), (_, g_A, g_B) in both
+            layer: fused.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
+            for (layer, A, up), (_, g_A, g_up) in both
         }
         with fused.by_row(rows, AUXILIARY):
             yield
@@ -146,11 +144,11 @@ class _Flat:
         columns = []
         for block in self.blocks:
             (r, n), m = block.one.A.shape, block.one.B.shape[0]
-            A, B = (
+            A, up = (
                 flats[:, own].unflatten(1, (len(block.scales), *shape)).to(ball.wide(flats.device))
-                for own, shape in ((block.A, (r, n)), (block.B, (m, r)))
+                for own, shape in ((block.A, (r, n)), (block.B, (r, m)))
             )
-            found = ball.of_grams(A @ A.mT, B.mT @ B, (r, n, m), flats.dtype)
+            found = ball.of_grams(A @ A.mT, up @ up.mT, (r, n, m), flats.dtype)
             columns.append((found * block.scales.to(found).square()).transpose(1, 2))
         return ball.Squares(*torch.cat(columns, dim=1))
 

@@ -82,7 +82,7 @@ def test_50_steps_follow_per_sample_loops(kind: str, cuts: tuple[int, ...]) -> N
         torch.testing.assert_close(factor.B, layer.B1, rtol=1e-10, atol=1e-10)
     for group, flat in enumerate(flats(run.method).values()):
         pairs = naive.pairs[group]
-        whole = torch.cat([A.flatten() for A, _ in pairs] + [B.flatten() for _, B in pairs])
+        whole = torch.cat([A.flatten() for A, _ in pairs] + [B.T.flatten() for _, B in pairs])
         torch.testing.assert_close(flat, whole, rtol=1e-10, atol=1e-10)
 
 

@@ -21,7 +21,7 @@ from bilora_diffusion.methods import names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.checkpoint import ADAPTERS
-from tests.scripts.runs import column, difference, resumes_exactly, train, weights
+from tests.scripts.runs import column, difference, resumes_exactly, train, two_icons, weights
 
 PROMPT = "a TOK icon of a rabbit"
 DRAWN = {"validation_prompt": PROMPT, "num_validation_images": 1}
@@ -42,8 +42,9 @@ def test_all_methods_see_the_same_and_resume_exactly(tmp_path: Path) -> None:
         resumes_exactly(whole, 1, method=whole.name, **shared)
 
 
-def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
-    shared = {"learning_rate": 5e-5, "method": "bilora"}
+@pytest.mark.parametrize("auxiliaries", [1, "sample"])
+def test_micro_batches_do_not_change_the_result(auxiliaries: int | str, tmp_path: Path) -> None:
+    shared = {"learning_rate": 5e-5, "method": "bilora", "auxiliaries": auxiliaries}
     one, other = (
         train(tmp_path / f"{n}", **shared, train_batch_size=n, gradient_accumulation_steps=8 // n)
         for n in (8, 1)
@@ -52,6 +53,30 @@ def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
     # Adam turns rounding into a share of the rate, up to 1.1e-6 on some processors; other inputs or
     # noise would change a weight by whole rates.
     assert difference(one, other) < 2e-6
+
+
+@pytest.mark.slow
+def test_class_images_see_no_samples_auxiliary(tmp_path: Path) -> None:
+    """Beside images of the class the auxiliaries move as without them, and a resume is exact."""
+    shared = {"auxiliaries": "sample", "rho": 0.5, "checkpointing_steps": 1, "max_train_steps": 3}
+    own = two_icons(tmp_path / "own")
+    prior = {
+        "with_prior_preservation": True,
+        "class_data_dir": own["validation_dataset"],
+        "class_prompt": "an icon",
+        "num_class_images": 2,
+        "prior_loss_weight": 1e-9,
+    }
+    shared |= own | {"validation_dataset": "none", "train_batch_size": 2}
+    plain = train(tmp_path / "plain", **shared)
+    beside = train(tmp_path / "beside", **shared, **prior)
+    assert difference(plain, beside) < 1e-5
+    kept = [load_file(f / "checkpoints/step-3/adapters.safetensors") for f in (plain, beside)]
+    moved = [key for key in kept[0] if "/auxiliary/" in key]
+    assert len(moved) == 2
+    for key in moved:
+        torch.testing.assert_close(kept[0][key], kept[1][key], rtol=1e-3, atol=1e-5)
+    resumes_exactly(beside, 2, **shared, **prior)
 
 
 def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ LIVES: list[tuple[str, str, Given]] = [
     ("causal", "bilora", {"packing": True, "mixed_precision": "bf16"}),
     ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
     ("causal", "bilora", {"rho": "auto", "loss_rise": 0.2}),
+    ("seq2seq", "bilora", {"auxiliaries": "sample", "auxiliaries_on": "cpu"}),
     ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
     ("classification", "full", {}),
 ]
