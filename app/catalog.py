@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.files import is_folder, is_text
 from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHTS
 from bilora_diffusion.run.folder import FOLDS
 from bilora_diffusion.run.record import RUN, read_run
@@ -45,8 +45,6 @@ SKIPPED = frozenset(
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
 DIGITS = 15
 """Of a step; JavaScript's numbers end there."""
-NO_TEXT = re.compile(r"[\ud800-\udfff]")
-"""Bytes of a name that are not UTF-8, as Python has them; no page can show them."""
 RENAME = "its name is not UTF-8: give it another"
 FRESH_SECONDS = 2.0
 """So long a look at the root serves all visitors."""
@@ -203,7 +201,7 @@ class Catalog:
                 of_a_run = entry.name == FOLDS and RUN in names
                 if entry.name in SKIPPED or entry.name.startswith(".") or of_a_run:
                     continue
-                if entry.is_dir() and NO_TEXT.search(entry.name):
+                if not is_text(entry.name) and is_folder(Path(entry.path)):
                     scan.broken.append(Broken(_join(folder, ascii(entry.name)), RENAME))
                 elif entry.is_symlink() and Path(entry.path).is_dir():
                     # One that stays inside is shown where it leads to; followed, it could circle.

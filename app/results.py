@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.files import finite
 from eval.table import REPORT
 
 from . import parts
@@ -117,7 +118,7 @@ def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image
 def text(catalog: Catalog, item: FigureItem) -> str:
     """The report of a result, its pictures left out, since they stand above it."""
     try:
-        path = catalog.resolve(f"{item.path}/{REPORT}")
+        path = finite(catalog.resolve(f"{item.path}/{REPORT}"))
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):

@@ -14,6 +14,8 @@ from eval.table import FILE, Result
 
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
 """Metric -> what of an image is the note beside its value."""
+LARGEST_SEED = 2**53
+"""JavaScript's whole numbers end there."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def scored(result: Result) -> Scored:
         found = Scored(result, _settings().validate_python(result.settings))
     except ValueError as error:
         raise UserError(again) from error
-    if not all(label in found.labels and text in found.texts for label, text, _ in found.images):
+    known = (label in found.labels and text in found.texts for label, text, _ in found.images)
+    seeds = [*found.settings.seeds, *(seed for _, _, seed in found.images)]
+    if not all(known) or any(abs(seed) > LARGEST_SEED for seed in seeds):
         raise UserError(again)
     return found
 

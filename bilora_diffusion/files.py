@@ -7,6 +7,7 @@ it makes numbers of texts and of empty fields, and can't say where a file is wro
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import stat
@@ -39,6 +40,20 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Whether a folder lies there; False for what can be no path."""
     return _mode(path) == stat.S_IFDIR
+
+
+def finite(path: Path) -> Path:
+    """The path of a file whose reading comes to an end, and into memory.
+
+    Raises:
+        OSError: it is not there, is a folder, a pipe or a device, or has more than ``MOST_BYTES``.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    if status.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, "it is too large")
+    return path
 
 
 def read_text(path: Path, name: str, most_bytes: int) -> str:

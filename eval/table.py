@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from bilora_diffusion.durable import dump_json, strict_json, write_text
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.files import finite
 
 from .provenance import Provenance
 
@@ -264,7 +265,7 @@ def read(folder: Path, rows: bool = True) -> Result:
         record["rows"] = from_csv(Row, folder / ROWS) if rows else []
         record["summaries"] = from_csv(Summary, folder / SUMMARY)
         return _adapter(Result).validate_python(record)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder / FILE} is damaged: {again}") from error
 
 
@@ -276,11 +277,15 @@ def head(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(finite(path).read_text(encoding="utf-8"))
         version, kind = record.pop("schema_version"), record["kind"]
+        # JSON can say half a letter, which nothing can print.
+        json.dumps(record, ensure_ascii=False).encode()
+        if not isinstance(kind, str):
+            raise TypeError(kind)
     except OSError as error:
         raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: make the result again") from error
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -316,7 +321,7 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
     """
     names = [one.name for one in fields(kind)]
     words = {one.name for one in fields(kind) if one.type == "str"}
-    with path.open(encoding="utf-8", newline="") as file:
+    with finite(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
             raise ValueError(f"the columns are {reader.fieldnames} and not {names}")

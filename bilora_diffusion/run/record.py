@@ -6,7 +6,6 @@ does not fit them makes that run unreadable, with the reason in one sentence.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import reprlib
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UserError
-from ..files import is_file
+from ..files import finite
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -134,7 +133,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / RUN
     try:
-        record = _parsed(_content(path))
+        record = _parsed(finite(path).read_bytes())
         version = record["schema_version"]
         if version == SCHEMA_VERSION:
             Record.model_validate(record)
@@ -161,7 +160,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / METRICS
     try:
-        lines = _content(path).split(b"\n")
+        lines = finite(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -200,7 +199,7 @@ def read_folds(path: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     try:
-        content = _parsed(_content(path))
+        content = _parsed(finite(path).read_bytes())
         Folds.model_validate(content)
     except FileNotFoundError:
         return None
@@ -210,12 +209,6 @@ def read_folds(path: Path) -> dict[str, Any] | None:
         fix = "start a new run in another --output_dir"
         raise UserError(f"{path} is damaged{fault(error)}: {fix}") from error
     return content
-
-
-def _content(path: Path) -> bytes:
-    if path.exists() and not is_file(path):  # a pipe would keep everyone waiting
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return path.read_bytes()
 
 
 def _parsed(data: bytes) -> Any:

@@ -1,0 +1,105 @@
+"""One damaged or hostile folder takes nothing else from any tab."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import orjson
+import pytest
+
+from app import compare, compare_data, frame, generate, results, training, validation, vote
+from app.catalog import Catalog
+from app.voting import ANY
+from tests.app.hostile import HOSTILE, make_good
+
+pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
+
+
+class Tabs:
+    """The tabs of a viewer of good folders, which takes others in between."""
+
+    def __init__(self, root: Path) -> None:
+        self.catalog = Catalog(root)
+        with gr.Blocks() as page:
+            signs = [gr.State().change]
+            self.compare = compare.Tab(self.catalog, page, signs)
+            self.generate = generate.Tab(self.catalog, signs, "cpu")
+            self.vote = vote.Tab(self.catalog, signs)
+            self.training = training.Tab(self.catalog, signs)
+
+    def shown(self) -> dict[str, str]:
+        """What each shows when it is opened and everything in it is chosen once."""
+        now, runs = self.catalog.now, validation.with_images(self.catalog)
+        steps = validation.common_steps(runs)
+        images = [validation.range_of(steps, steps[-1])]
+        images += [validation.table(self.catalog, runs, step) for step in steps]
+        scores = [self.compare.open(SimpleNamespace(query_params={}))]  # pyright: ignore
+        votes = [self.vote._load(None, None)]
+        for item in now.scores:
+            first = compare_data.first_view(item.path, item.result)
+            scores += [self.compare.change_scores(item.path)]
+            scores += [self.compare.step(1, *vars(first).values())]
+            votes += [{0: self.vote._pairs(item.path)}, self.vote._begin(item.path, ANY, "")]
+        cards, _, plots = self.training._draw([run.path for run in now.runs], 5).values()
+        found = results.listed(self.catalog)
+        figures = [len(results.pictures(self.catalog, item)[0]) for item in found]
+        return {
+            "page": sent([frame.title(self.catalog), frame.notices(self.catalog)]),
+            "images": sent(images),
+            "curves": sent([cards, plots]),
+            "Compare": sent(value for update in scores for value in update.values()),
+            "Generate": sent(self.generate.choices("", "")),
+            "Vote": sent(value for update in votes for value in update.values()),
+            "Training": sent(self.training._load(None).values()),
+            "Results": sent(f"{item.path} {n}" for item, n in zip(found, figures, strict=True)),
+            "reports": sent(results.text(self.catalog, item) for item in found),
+        }
+
+
+def sent(values: Iterable[Any]) -> str:
+    """What the browser gets of an event's values, as Gradio writes it."""
+    return orjson.dumps(list(values), default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+@pytest.fixture(scope="module")
+def tabs(tmp_path_factory: pytest.TempPathFactory) -> Tabs:
+    """Of a root with good folders alone."""
+    root = tmp_path_factory.mktemp("good")
+    make_good(root)
+    return Tabs(root)
+
+
+@pytest.fixture
+def root(tabs: Tabs, tmp_path: Path) -> Path:
+    """A root of the tabs that has the same good folders."""
+    shutil.copytree(tabs.catalog.root / "good", tmp_path / "good", copy_function=os.link)
+    tabs.catalog.root = tmp_path
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
+    tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(gr, "Warning", print)
+    HOSTILE[what](root / "0")  # the first in every list
+    tabs.catalog.refresh()
+    shown = tabs.shown()
+    for tab in ("Generate", "Training"):
+        assert all(f"good/{name}" in shown[tab] for name in ("lora", "bilora")), tab
+    for tab in ("Compare", "Vote"):
+        assert "good/scores" in shown[tab]
+    assert "good/landscape 1" in shown["Results"]
+    assert shown["images"].count("data:image/webp") >= 2
+    assert shown["Compare"].count("data:image/webp") >= 2
+    assert shown["Vote"].count("data:image/png") >= 2
+    assert all(f"{name}, seed 0" in shown["curves"] for name in ("LoRA", "Bi-LoRA"))
+    assert '"training-loss"' in shown["curves"].replace("\\", "")
+    for tab in ("page", "images", "curves"):  # the others' texts are no HTML
+        assert "<script" not in shown[tab], tab
