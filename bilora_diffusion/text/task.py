@@ -94,7 +94,8 @@ class TextTask:
             "weights": torch.full((len(slots),), weight),
         }
         digests = tuple(self._digest(sample, row) for sample, row in zip(mine, rows, strict=True))
-        return MicroBatch(slots, tuple(train.name(s) for s in mine), digests, inputs, samples=tuple(mine))
+        names = tuple(train.name(s) for s in mine)
+        return MicroBatch(slots, names, digests, inputs, samples=tuple(mine))
 
     def _digest(self, sample: int, row: dict[str, Any]) -> str:
         tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}
