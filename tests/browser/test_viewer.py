@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Response, expect
 
 from tests.browser.conftest import ROOT, Viewer, fits, go
 
@@ -209,10 +209,11 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(
     phone: bool,
     dark: bool,
 ) -> None:
-    page, refused, asked, closed = visit(phone=phone, dark=dark), [], [], []
+    page, refused, asked = visit(phone=phone, dark=dark), [], []
+    answers: list[Response] = []
     page.on("console", lambda message: refused.append(message.text))
     page.on("request", lambda request: asked.append(request.url))
-    page.on("response", lambda answer: answer.ok or closed.append(answer.url))
+    page.on("response", answers.append)
     go(page, viewer.url)
     for tab, there in FILLED.items():
         page.get_by_role("tab", name=tab).click()
@@ -226,5 +227,6 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(
     own = ("data:", "blob:", viewer.url)
     assert [address for address in asked if not address.startswith(own)] == []
     assert len(asked) > 10
+    closed = [answer.url for answer in answers if not answer.ok]
     assert closed == [], "no route that the page needs is closed"
     assert [text for text in refused if "Content Security Policy" in text] == []
