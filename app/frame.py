@@ -138,8 +138,9 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
     """
     guard.close_downloads()
     page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
+    where = f"[{host}]" if ":" in host else host
     page.launch(
-        server_name=host,
+        server_name=where,
         server_port=port,
         share=False,
         quiet=True,
@@ -156,6 +157,5 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
         theme=_theme(),
         head=_head(),
     )
-    where = f"[{host}]" if ":" in host else host
     print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)
     page.block_thread()

@@ -129,7 +129,7 @@ def test_no_route_fetches_an_address(served: Served) -> None:
                 answer = served.ask(route + address, method)
                 assert route.startswith("/?") or 400 <= answer.status < 500, route + address
     posted = ("/gradio_api/upload", "/upload", "/gradio_api/component_server", "/gradio_api/call/x")
-    posted += ("/gradio_api/run/predict", "/gradio_api/api/predict", "/gradio_api/vibe-edit/")
+    posted += ("/gradio_api/run/x", "/gradio_api/api/predict", "/gradio_api/vibe-edit/")
     posted += ("/gradio_api/process_recording", "/gradio_api/run-history/connect", "/login")
     for path in posted:
         assert served.ask(path, "POST", {"data": [], "fn_index": 0}).status == 403, path
@@ -147,6 +147,9 @@ def test_no_event_fetches_an_address(served: Served) -> None:
         data = {event: [[file[event]], file[event]] * count for event, count in events.items()}
         values = {event: data[event][:count] for event, count in events.items()}
         served.send(values, f"visitor{kind}", files[0])
+        for event, data in values.items():  # and those that do not wait in line
+            body = {"data": data, "fn_index": event, "session_hash": f"visitor{kind}"}
+            served.ask("/gradio_api/run/predict", "POST", body).read()
     assert served.asked == []
 
 

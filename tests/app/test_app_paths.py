@@ -6,11 +6,13 @@ import re
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
-from app import viewer
+from app import frame, viewer
 from app.catalog import Catalog
 from bilora_diffusion.errors import UserError
 from tests.app.test_app_catalog import make_run
@@ -71,6 +73,19 @@ def test_a_bad_root_or_address_is_refused(
         port = str(listener.getsockname()[1])
         assert viewer.main([word.replace("TAKEN", port) for word in words]) == 2
     assert sentence.replace("TAKEN", port) in capsys.readouterr().err
+
+
+def test_it_listens_on_a_number_of_ipv6(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+        port = listener.getsockname()[1]
+    pages: list[gr.Blocks] = []
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
+    frame.launch(Catalog(tmp_path), host="::1", port=port, public=False, device=None)
+    with urllib.request.urlopen(f"http://[::1]:{port}/config") as answer:
+        assert answer.status == 200
+    pages[0].close(verbose=False)
 
 
 def test_without_gradio_it_says_what_to_install(
