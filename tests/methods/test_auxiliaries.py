@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
@@ -227,6 +228,36 @@ def test_a_radius_that_sets_itself_follows_the_rise_of_the_samples_seen() -> Non
     mean = sum(rises[-100:]) / 100
     assert mean > 0
     assert run.method.metrics()["rho"] > 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_takes_as_many_operations_however_many_there_are() -> None:
+    counted = []
+    for number in (8, 80):
+        run = Run("bilora", MethodOptions(auxiliaries=number), kind=torch.optim.AdamW)
+        seen = [0, 1, 2, 3, 4, 5, 6]
+        x, y = batch(0)
+
+        def forward_backward(run: Run = run, seen: list[int] = seen) -> Tensor:
+            with run.method.seen(seen):
+                loss = (run.model(x) - y).square().mean()
+                loss.backward()
+            return loss.detach()
+
+        run.method.step(forward_backward, run.optimizer)
+        with Operations() as operations:
+            run.method.step(forward_backward, run.optimizer)
+        counted.append(operations.count)
+    assert counted[0] == counted[1] > 0
 
 
 def test_samples_are_dealt_by_name_as_evenly_as_can_be() -> None:

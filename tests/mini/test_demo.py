@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.errors import TrainingError
+from examples import own_loop
 from examples.demo import require_paired
 
 
@@ -29,3 +30,11 @@ def test_only_runs_of_equal_digests_are_compared(
     else:
         with pytest.raises(TrainingError, match=f"step {step}"):
             require_paired(pair)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_takes_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    own_loop.main(["--steps", "1"])
+    head, *curves = capsys.readouterr().out.splitlines()[-3:]
+    assert head.endswith("at 0")
+    assert [line.split()[-1] for line in curves] == [curves[0].split()[-1]] * 2
