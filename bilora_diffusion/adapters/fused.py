@@ -10,10 +10,10 @@ in a state that one product can't express, that call goes to PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,13 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..errors import UserError
 from .access import weights
+from .by_row import Rows, add_, add_gradients_, add_rows, rows_of
 from .narrow import NarrowLinear
 
 _QUANTIZED = (
     "Linear4bit",
 )  # PEFT layers whose base computes for itself and returns an ordinary tensor
-
-_ROWS = "_by_row"  # under which a layer holds its `Rows`
 
 
 class _Fused:
@@ -38,15 +36,14 @@ class _Fused:
     """
 
     quantized: ClassVar[bool] = False
+    takes_rows: ClassVar[bool] = True
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows = None if self._disable_adapters else self.__dict__.get(_ROWS)
-        if rows is not None:
-            _check_rows(x, rows)
+        rows = None if self._disable_adapters else rows_of(self, x)
         active = None if args or kwargs else _plain_adapters(self, x)
         if active is None:
             result = self._peft(x, *args, **kwargs)
-            return result if rows is None else _add_rows(x, result, rows)
+            return result if rows is None else add_rows(x, result, rows)
         return self._product(x, active, rows)
 
     def _peft(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -78,7 +75,7 @@ class _Fused:
         if factors[0].dim() > 2:
             assert result is not None
             made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
-            return made if rows is None else _add_rows(x, made, rows)
+            return made if rows is None else add_rows(x, made, rows)
         return _Product.apply(x, result, weight, bias, scales, rows, *factors)  # type: ignore[no-any-return]
 
 
@@ -112,7 +109,7 @@ class _Product(torch.autograd.Function):
         else:
             made = torch.addmm(result.reshape(len(rows), -1), hidden, up, alpha=s)
             shape = result.shape
-        each = () if own is None else _add_(made, rows, own)
+        each = () if own is None else add_(made, rows, own)
         ctx.save_for_backward(rows, weight, A, up, hidden, *each)
         ctx.scales, ctx.ranks, ctx.shape, ctx.own = scales, _ranks(factors), x.shape, own
         return made.view(shape)
@@ -127,7 +124,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             through = below @ A if weight is None else (above @ weight).addmm_(below, A)
         if ctx.own is not None:
-            _add_gradients_(ctx.own, rows, above, through, *each)
+            add_gradients_(ctx.own, rows, above, through, *each)
         if through is not None:
             through = through.view(ctx.shape)
         g_A, g_up = below.t() @ rows, (hidden.t() @ above).mul_(ctx.scales[0])
@@ -183,118 +180,6 @@ def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
         ratio = scale / ctx.scales[0]
         parts += [g_A[own].to(dtype), of_B if ratio == 1 else of_B * ratio]
     return parts
-
-
-class Rows(NamedTuple):
-    """An adapter of which each row of a layer's input has factors of its own.
-
-    Attributes:
-        A: (rows, r, n), of a convolution (rows, r, channels, height, width).
-        up: B^T times the adapter's scale, (rows, r, m); of a convolution (rows, r, m, 1, 1).
-        g_A, g_up: to which a backward pass adds their gradients.
-        along: A's own module, which says how a convolution moves.
-    """
-
-    A: Tensor
-    up: Tensor
-    g_A: Tensor
-    g_up: Tensor
-    along: nn.Module
-
-
-@contextmanager
-def by_row(rows: Mapping[Any, Rows], adapter: str) -> Iterator[None]:
-    """Within the context these layers take `Rows` in place of an adapter that acts for all rows.
-
-    Raises:
-        UserError: a layer computes in a way to which rows can't be added.
-    """
-    before: dict[Any, list[str]] = {layer: layer.active_adapters for layer in rows}
-    try:
-        for layer, own in rows.items():
-            if not isinstance(layer, _Fused) or getattr(own.along, "groups", 1) != 1:
-                raise UserError(
-                    f"Samples of several auxiliaries in one micro-batch can't pass through a "
-                    f"{type(layer).__name__}; give them one by one (train_batch_size 1)."
-                )
-            layer.__dict__["_active_adapter"] = [n for n in before[layer] if n != adapter]
-            layer.__dict__[_ROWS] = own
-        yield
-    finally:
-        for layer, active in before.items():
-            layer.__dict__["_active_adapter"] = active
-            layer.__dict__.pop(_ROWS, None)
-
-
-def _check_rows(x: Tensor, rows: Rows) -> None:
-    if len(x) != len(rows.A):
-        raise UserError(
-            f"A layer with an auxiliary for each sample got {len(x)} rows for {len(rows.A)} "
-            "samples, so whose they are can't be told; give the samples one by one "
-            "(train_batch_size 1)."
-        )
-
-
-def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
-    """The layer's output with each row's own product added."""
-    if rows.A.dim() == 3:
-        made: Any = _RowProduct.apply(x, result, rows)
-        return made
-    along: Any = rows.along
-    patches = F.unfold(x, along.kernel_size, along.dilation, along.padding, along.stride).mT
-    made = _RowProduct.apply(patches, result.flatten(2).mT, rows)
-    return made.mT.unflatten(2, result.shape[2:])
-
-
-class _RowProduct(torch.autograd.Function):
-    """y_i + x_i A_i^T B_i^T of `Rows`; x (rows, ..., n) and y (rows, ..., m)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, rows: Rows) -> Tensor:
-        x, made = x.to(y.dtype), y.clone(memory_format=torch.contiguous_format)
-        ctx.rows = rows
-        ctx.save_for_backward(x, *_add_(made, x, rows))
-        return made
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, *each = ctx.saved_tensors
-        through = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        _add_gradients_(ctx.rows, x, gradient, through, *each)
-        return through, gradient, None
-
-
-def _add_(made: Tensor, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the rows' product to y in place; what its backward pass needs."""
-    A, up = rows.A.flatten(2).to(x.dtype), rows.up.flatten(2).to(x.dtype)
-    hidden = _by_row(x, A) @ A.mT
-    made.view(len(A), -1, made.shape[-1]).baddbmm_(hidden, up)
-    return A, up, hidden
-
-
-def _add_gradients_(
-    rows: Rows, x: Tensor, above: Tensor, through: Tensor | None, *saved: Tensor
-) -> None:
-    """Add to the gradients of the rows' factors, and to that of x."""
-    A, up, hidden = saved
-    above = _by_row(above, A)
-    below = above @ up.mT
-    if through is not None:
-        through.view(len(A), -1, through.shape[-1]).baddbmm_(below, A)
-    for kept, left, right in (
-        (rows.g_A.flatten(2), below, _by_row(x, A)),
-        (rows.g_up.flatten(2), hidden, above),
-    ):
-        if kept.dtype == left.dtype:
-            kept.baddbmm_(left.mT, right)
-        else:
-            kept.add_(left.mT @ right)
-
-
-def _by_row(values: Tensor, A: Tensor) -> Tensor:
-    """(rows, tokens, features)."""
-    return values.reshape(len(A), -1, values.shape[-1])
 
 
 _kept: dict[tuple[Any, ...], tuple[tuple[Tensor, Tensor], Sequence[Tensor]]] | None = None

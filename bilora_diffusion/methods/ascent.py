@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapters import Factors, alike
+from ..errors import UserError
 
 
 @torch.no_grad()
@@ -36,8 +37,17 @@ def orthonormalize_rows_(factors: Sequence[Factors]) -> None:
     """Replace each A by an orthonormal basis of its rows: where power iteration starts.
 
     Args:
-        factors: A (r, n), B (m, r) with r <= n.
+        factors: A (r, n), B (m, r) with r <= n and r <= m.
+
+    Raises:
+        UserError: a layer of smaller sides.
     """
+    for name, A, B, _ in factors:
+        if A.shape[0] > min(A.shape[1], B.shape[0]):
+            raise UserError(
+                f"{name} is {B.shape[0]} x {A.shape[1]}, too small for power iteration at "
+                f"rank {A.shape[0]}; lower auxiliary_rank or take it out of the targets."
+            )
     for group in same_shape(factors):
         basis, _ = _qr(torch.stack([factors[i].A for i in group]).mT)
         for i, rows in zip(group, basis.mT, strict=True):

@@ -7,7 +7,7 @@ Each auxiliary is one flat parameter of the optimizer for each trained model, so
 are not in a step has no gradient, and every optimizer leaves it, its moments and its count alone.
 Within `Auxiliaries.seen` the layers compute with these: where all rows of a micro-batch see one
 auxiliary, the layers' own parameters become views of it, and the forward is that of a single
-auxiliary; else each layer adds one batched product (`adapters.fused.by_row`).
+auxiliary; else each layer adds one batched product (`adapters.by_row`).
 
 In a flat parameter lie the A of all layers, then their B^T, layers of one shape side by side: norms
 and projections take as many operations for one auxiliary as for those of a whole step.
@@ -25,18 +25,41 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, Factors, alike, fused
+from ..adapters import AUXILIARY, Factors, alike, by_row, fused
+from ..choices import SAMPLE
+from ..errors import UserError
 from . import ball, perturb
 from .parking import Parking
 
+MOST = 512
+"""So many auxiliaries are kept for the samples without being asked for by number."""
 
-def deal(names: Sequence[str], count: int) -> list[int]:
-    """Which of `count` auxiliaries each sample sees: they are dealt in the order of their names."""
-    places = sorted(range(len(names)), key=lambda i: (names[i], i))
+
+def deal(asked: int | str, names: Sequence[str]) -> tuple[int, list[int]]:
+    """How many auxiliaries there are, and which of them each sample sees: they are dealt in the
+    order of the samples' names.
+
+    Args:
+        asked: a number, or "sample" for one each.
+        names: of the samples; where there are none, sample i sees the auxiliary i % count.
+
+    Raises:
+        UserError: there would be more than `MOST`, or nobody knows how many.
+    """
+    if asked == SAMPLE and len(names) > MOST:
+        raise UserError(
+            f"auxiliaries {SAMPLE} would keep one for each of {len(names)} samples, each as large "
+            f"as the adapter and its optimizer state; give {MOST} or fewer."
+        )
+    if asked == SAMPLE and not names:
+        raise UserError(
+            f"auxiliaries {SAMPLE} needs to know how many samples there are; give that number."
+        )
+    count = len(names) if asked == SAMPLE else min(int(asked), len(names) or int(asked))
     groups = [0] * len(names)
-    for place, i in enumerate(places):
+    for place, i in enumerate(sorted(range(len(names)), key=lambda i: (names[i], i))):
         groups[i] = place % count
-    return groups
+    return count, groups
 
 
 class _Block(NamedTuple):
@@ -128,10 +151,10 @@ class _Flat:
         values[:, self.up :].mul_(self.scale)
         both = zip(self.views(values), self.views(gradients), strict=True)
         rows = {
-            layer: fused.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
+            layer: by_row.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
             for (layer, A, up), (_, g_A, g_up) in both
         }
-        with fused.by_row(rows, AUXILIARY):
+        with by_row.acting(rows, AUXILIARY):
             yield
         gradients[:, self.up :].mul_(self.scale)
         for flat, gradient in zip(flats, gradients.unbind(), strict=True):
@@ -160,6 +183,7 @@ class Auxiliaries:
         layers: of each model, those that have the adapter; its values are all auxiliaries' first.
         measures: what the norm of each layer's B A is multiplied with, model by model.
         count: how many auxiliaries there are.
+        dealt: which of them each sample sees; [] for sample i % count.
         parked: whether they wait in the CPU's memory for the steps that see them.
 
     Attributes:
@@ -171,10 +195,11 @@ class Auxiliaries:
         layers: Sequence[Sequence[tuple[str, adapters.LoraLayer]]],
         measures: Sequence[float],
         count: int,
+        dealt: Sequence[int] = (),
         parked: bool = False,
     ) -> None:
         rest, first = iter(measures), "cpu" if parked else None
-        self.count = count
+        self.count, self._dealt = count, dealt
         self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
         device = self._models[0].device
         self._parking = Parking(device) if parked else None
@@ -195,13 +220,28 @@ class Auxiliaries:
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device)
 
-    def expect(self, groups: Sequence[int | None]) -> None:
-        """Begin to bring these auxiliaries to the device, if they wait elsewhere."""
-        if self._parking is not None:
-            self._parking.expect(self._of(groups))
+    def _groups(self, samples: Sequence[int | None]) -> list[int | None]:
+        """Which auxiliary each of these samples sees."""
+        dealt, count = self._dealt, self.count
+        return [None if i is None else dealt[i] if dealt else i % count for i in samples]
 
-    def fetch_state(self, optimizer: Optimizer) -> None:
-        """Have the optimizer's state where the step is taken."""
+    def expect(self, samples: Sequence[int | None]) -> None:
+        """Begin to bring these samples' auxiliaries to the device, if they wait elsewhere."""
+        if self._parking is not None:
+            self._parking.expect(self._of(self._groups(samples)))
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Have the optimizer's state where the step is taken.
+
+        Raises:
+            UserError: gradients came from elsewhere than a pass within `seen`.
+        """
+        layers = [layer for flat in self._models for layer in flat.layers]
+        if any(w.grad is not None for layer in layers for w in adapters.weights(layer, AUXILIARY)):
+            raise UserError(
+                "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
+                ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
+            )
         if self._parking is not None:
             self._parking.fetch_state(optimizer)
 
@@ -217,13 +257,14 @@ class Auxiliaries:
         return [flat.parameters[g] for flat in self._models for g in wanted]
 
     @contextmanager
-    def seen(self, groups: Sequence[int | None]) -> Iterator[None]:
+    def seen(self, samples: Sequence[int | None]) -> Iterator[None]:
         """Within the context, for a forward and a backward pass, row i of a micro-batch sees the
-        auxiliary `groups[i]`, or none.
+        auxiliary of `samples[i]`, or none.
 
         Raises:
             UserError: there are several, and a layer to which rows can't be added.
         """
+        groups = self._groups(samples)
         first = groups[0] if len(set(groups)) == 1 else None
         if self._parking is not None:
             self._parking.fetch(self._of(groups))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
-from ..choices import AUTO, SAMPLE
+from ..choices import AUTO
 from ..errors import UserError
 from . import ascent, ball, perturb, radius, rounding
 from .auxiliaries import Auxiliaries, deal
@@ -24,9 +24,6 @@ from .base import Counting, MethodOptions, StepOptimizer, Target, trained
 from .hooks import check_groups, refuse_closure, unwrapped
 from .options import rising
 from .registry import register
-
-MOST = 512
-"""So many auxiliaries are kept for the samples without being asked for by number."""
 
 
 @register("bilora")
@@ -37,8 +34,7 @@ class BiLoRA(Counting):
     `maximize=True` and no weight decay; the projection follows every optimizer step that is taken
     (not one that a gradient scaler skips). Gradient clipping sees the primary only: the ball bounds
     the auxiliary. With `MethodOptions.auxiliaries` each sample, or each of so many groups, has one
-    of its own (`methods/auxiliaries.py`). What else the options change of this are ablations; their
-    defaults are the paper's.
+    of its own (`methods/auxiliaries.py`). What other options change of this are ablations.
     """
 
     title = "Bi-LoRA"
@@ -50,21 +46,11 @@ class BiLoRA(Counting):
 
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(
-        {
-            "auxiliaries",
-            "auxiliaries_on",
-            "rho",
-            "loss_rise",
-            "rho_norm",
-            "rho_schedule",
-            "ball",
-            "auxiliary_rank",
-            "auxiliary_alpha",
-            "auxiliary_learning_rate",
-            "auxiliary_direction",
-            "auxiliary_update",
-            "rescale_moments",
-        }
+        (
+            *("rho", "loss_rise", "rho_norm", "rho_schedule", "ball", "rescale_moments"),
+            *("auxiliaries", "auxiliaries_on", "auxiliary_rank", "auxiliary_alpha"),
+            *("auxiliary_learning_rate", "auxiliary_direction", "auxiliary_update"),
+        )
     )
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"auxiliary_learning_rate": 0.0})
 
@@ -77,10 +63,9 @@ class BiLoRA(Counting):
         self._scales: list[float] = []  # what the norm of each layer's B2 A2 is multiplied with
         self._primary: list[float] = []  # and of its B1 A1
         self._many: Auxiliaries | None = None  # where there is more than one
-        self._groups: list[int] = []  # which of them each sample sees, where samples have names
         self._last: ball.Projection | None = None
         self._auto: radius.AutoRadius | None = None
-        self._loss: Tensor | None = None  # of the step that is being taken
+        self._loss: Tensor | None = None  # of the step that is being taken, as is gamma
         self._gamma: Tensor | None = None
         self._bound: Tensor | float = math.inf  # the radius, where it sets itself
         self._halves: list[int] = []  # of a power iteration: whose turn it is on each layer
@@ -108,67 +93,35 @@ class BiLoRA(Counting):
         if self.sets_rho:
             self._auto = radius.AutoRadius(self.options.loss_rise)
             self._primary = radius.scales(self._layers, self.options.rho_norm, PRIMARY)
-        if (count := self._count()) > 1:
+        count, dealt = deal(self.options.auxiliaries, self.options.sample_names)
+        if count > 1:
             layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
             parked = self.options.auxiliaries_on == "cpu"
-            self._many = Auxiliaries(layers, self._scales, count, parked)
+            self._many = Auxiliaries(layers, self._scales, count, dealt, parked)
         if self._power:
-            for name, A, B, _ in self._factors():
-                if A.shape[0] > min(A.shape[1], B.shape[0]):
-                    raise UserError(
-                        f"{name} is {B.shape[0]} x {A.shape[1]}, too small for power iteration at "
-                        f"rank {A.shape[0]}; lower auxiliary_rank or take it out of the targets."
-                    )
             ascent.orthonormalize_rows_(self._factors())
             self._halves = [0] * len(self._layers)
 
-    def _count(self) -> int:
-        """How many auxiliaries there are."""
-        asked, names = self.options.auxiliaries, self.options.sample_names
-        if asked == 1:
-            return 1
-        if asked == SAMPLE:
-            if len(names) > MOST:
-                raise UserError(
-                    f"auxiliaries {SAMPLE} would keep one for each of {len(names)} samples, each "
-                    f"as large as the adapter and its optimizer state; give {MOST} or fewer."
-                )
-            if not names:
-                raise UserError(
-                    f"auxiliaries {SAMPLE} needs to know how many samples there are; give that "
-                    "number."
-                )
-            asked = len(names)
-        count = min(int(asked), len(names) or int(asked))
-        self._groups = deal(names, count)
-        return count
-
     def expect(self, samples: Sequence[int | None]) -> None:
         if self._many is not None:
-            self._many.expect(self._groups_of(samples))
+            self._many.expect(samples)
 
     def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
-        return nullcontext() if self._many is None else self._many.seen(self._groups_of(samples))
-
-    def _groups_of(self, samples: Sequence[int | None]) -> list[int | None]:
-        """Which auxiliary each of these samples sees."""
-        dealt, count = self._groups, 1 if self._many is None else self._many.count
-        return [None if i is None else dealt[i] if dealt else i % count for i in samples]
+        return super().seen(samples) if self._many is None else self._many.seen(samples)
 
     def apart(self) -> list[nn.Parameter]:
         return [] if self._many is None else self._many.parameters()
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
-        groups = super().param_groups(targets)
-        if self._many is not None:
-            self._many.follow()
+        groups, many = super().param_groups(targets), self._many
+        if many is not None:
+            many.follow()
         for number, target in enumerate(targets):
+            own = many.parameters(number) if many else adapters.parameters(target.model, AUXILIARY)
             groups.append(
                 {
-                    "params": adapters.parameters(target.model, AUXILIARY)
-                    if self._many is None
-                    else self._many.parameters(number),
+                    "params": own,
                     "lr": self._auxiliary_lr(target, targets[0]),
                     "weight_decay": 0.0,
                     "maximize": self._climbs,
@@ -206,7 +159,8 @@ class BiLoRA(Counting):
             hook.remove()
         self._hooks = []
         if self._many is not None:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_many))
+            many = self._many
+            self._hooks.append(optimizer.register_step_pre_hook(lambda o, *_: many.before_step(o)))
         if self._auto is not None:  # before the gradients are turned
             self._hooks.append(optimizer.register_step_pre_hook(self._look))
         if self._power:
@@ -241,18 +195,14 @@ class BiLoRA(Counting):
             norm = (ball.squares(factors) if measured is None else measured).total()
             return ball.Projection(norm, norm, torch.ones_like(norm))
         each = self.options.ball == "per-layer"
-        last = ball.project_(
-            factors, self._radius(), onto=self._power, each=each, measured=measured
-        )
+        last = ball.project_(factors, self._radius(), self._power, each, measured)
         if self._shrinking and self._optimizer is not None:
             parameters = self._parameters()
             ascent.shrink_(self._optimizer, parameters, last.factor, self._shrinking, each)
         return last._replace(factor=last.factor.amin())
 
     def auxiliary_norm(self) -> float:
-        """The auxiliary's total Frobenius norm now, in the units of `rho_norm`; the largest of
-        several.
-        """
+        """The auxiliary's total norm in the units of `rho_norm`; the largest of several."""
         if self._many is not None:
             return float(self._many.norms.amax())
         return float(ball.frobenius_norm(self._measured()))
@@ -266,17 +216,14 @@ class BiLoRA(Counting):
         return super().step(observed, optimizer)
 
     def observe(self, loss: Tensor) -> None:
-        """Tell the loss whose gradient the optimizer's next step takes: rho "auto" needs it.
-
-        Args:
-            loss: 0-d, of all the step's micro-batches and processes.
+        """Tell the loss whose gradient the optimizer's next step takes, 0-d, over all micro-batches
+        and processes: rho "auto" needs it.
         """
         self._loss = loss.detach()
 
     def metrics(self) -> dict[str, float]:
-        """The auxiliary's norm before and after the last projection; of rho "auto" the radius and
-        by which share of the loss the auxiliary raised it; in bf16 or fp16, now and then, what
-        rounding leaves of the auxiliary's effect (`rounding`).
+        """The norm before and after the last projection (of several auxiliaries the largest), what
+        rho "auto" has found, and in bf16 or fp16, now and then, what `rounding` leaves.
         """
         if self._last is None:
             return {}
@@ -345,16 +292,6 @@ class BiLoRA(Counting):
         progress = self.options.progress(max(1, self.taken))
         return self.rho * rising(self.options.rho_schedule, progress)
 
-    def _before_many(self, optimizer: Optimizer, *_: Any) -> None:
-        assert self._many is not None
-        self._many.fetch_state(optimizer)
-        own = (w for _, layer in self._layers for w in adapters.weights(layer, AUXILIARY))
-        if any(weight.grad is not None for weight in own):
-            raise UserError(
-                "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
-                ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
-            )
-
     def _look(self, *_: Any) -> None:
         if self._loss is None:
             raise UserError(
@@ -362,7 +299,8 @@ class BiLoRA(Counting):
                 "optimizer.step()."
             )
         if self._many is not None:
-            self._gamma = self._many.rise(self._many.moving())
+            moving = self._many.moving()
+            self._gamma = self._many.rise(moving) if moving else None
             return
         ups = [adapters.weights(layer, AUXILIARY)[1] for _, layer in self._layers]
         both = [(ball.whole(B), ball.whole(B.grad)) for B in ups if B.grad is not None]
@@ -372,7 +310,7 @@ class BiLoRA(Counting):
         self.taken += 1
         moving = [] if self._many is None else self._many.moving()
         if self._many is not None and not moving:
-            return  # class images alone
+            return  # no row was a sample
         auxiliary = self._measured() if self._many is None else []
         measured = None
         if self._auto is not None and self._loss is not None and self._gamma is not None:
@@ -404,9 +342,7 @@ class BiLoRA(Counting):
         """What the optimizer has of the auxiliary, or of all of them."""
         if self._many is not None:
             return self._many.parameters()
-        return [
-            weight for _, layer in self._layers for weight in adapters.weights(layer, AUXILIARY)
-        ]
+        return [w for _, layer in self._layers for w in adapters.weights(layer, AUXILIARY)]
 
     def _negate(self, *_: Any) -> None:
         own = self._parameters()

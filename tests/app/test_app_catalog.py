@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -332,29 +331,3 @@ def test_scores_that_do_not_fit_together_are_broken(
     catalog = Catalog(tmp_path)
     assert catalog.now.scores == []
     assert "result.json is damaged" in catalog.now.broken[0].reason
-
-
-def test_a_name_that_no_page_can_show_is_broken(tmp_path: Path) -> None:
-    make_run(tmp_path / "good")
-    make_run(tmp_path / os.fsdecode(b"\xff") / "run")
-    catalog = Catalog(tmp_path)
-    assert paths(catalog) == ["good"]
-    assert [row.path.encode() for row in catalog.now.broken] == [b"'\\udcff'"]
-
-
-def test_a_folder_that_can_not_be_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "good")
-    (tmp_path / "locked").mkdir()
-    scandir = os.scandir
-
-    def refuse(path: Path) -> Any:  # stands for missing rights, which root always has
-        if Path(path).name == "locked":
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    catalog = Catalog(tmp_path)
-    assert paths(catalog) == ["good"]
-    assert [row.path for row in catalog.now.broken] == ["locked"]

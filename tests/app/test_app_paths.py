@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from app import frame, viewer
 from app.catalog import Catalog
 from bilora_diffusion.errors import UserError
-from tests.app.test_app_catalog import make_run
+from tests.app.test_app_catalog import make_run, paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,3 +104,29 @@ def test_core_and_catalog_do_without_gradio() -> None:
         "import sys, app.catalog, app.compare_data, app.viewer; sys.exit('gradio' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_name_that_no_page_can_show_is_broken(tmp_path: Path) -> None:
+    make_run(tmp_path / "good")
+    make_run(tmp_path / os.fsdecode(b"\xff") / "run")
+    catalog = Catalog(tmp_path)
+    assert paths(catalog) == ["good"]
+    assert [row.path.encode() for row in catalog.now.broken] == [b"'\\udcff'"]
+
+
+def test_a_folder_that_can_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "good")
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:  # stands for missing rights, which root always has
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    catalog = Catalog(tmp_path)
+    assert paths(catalog) == ["good"]
+    assert [row.path for row in catalog.now.broken] == ["locked"]

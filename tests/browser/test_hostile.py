@@ -98,7 +98,7 @@ def test_another_web_site_can_neither_read_nor_send_nor_frame(
     hostile: Viewer, page: Page, elsewhere: str
 ) -> None:
     answers: list[Response] = []
-    page.on("response", answers.append)
+    page.on("response", lambda answer: answers.append(answer))
     page.goto(elsewhere)
     ask = "([url, how]) => fetch(url, how).then(a => a.text(), e => `refused: ${e}`)"
     assert "refused" in page.evaluate(ask, [f"{hostile.url}/config", {}])

@@ -213,7 +213,7 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(
     answers: list[Response] = []
     page.on("console", lambda message: refused.append(message.text))
     page.on("request", lambda request: asked.append(request.url))
-    page.on("response", answers.append)
+    page.on("response", lambda answer: answers.append(answer))
     go(page, viewer.url)
     for tab, there in FILLED.items():
         page.get_by_role("tab", name=tab).click()

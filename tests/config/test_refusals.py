@@ -238,7 +238,7 @@ def example(entry: Refusal) -> dict[str, Any]:
     others = COMPARED.get(entry.when[0][0], {})
     facts = {}
     for name, condition in entry.when:
-        candidates = (*condition.values, 1, None)
+        candidates = (*condition.values, 1, 2, None)
         facts[name] = next(value for value in candidates if condition.holds(value, others))
     return {**others, **facts}
 

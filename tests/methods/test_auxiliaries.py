@@ -203,6 +203,21 @@ def test_a_resumed_run_is_the_whole_one(rho: float | str) -> None:
     assert begun + second.train(11, 9, lambda k: backward(second, k, (3,))) == expected
 
 
+@pytest.mark.parametrize("rho", [0.05, "auto"])
+def test_a_step_of_no_samples_moves_the_primary_alone(rho: float | str) -> None:
+    run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=rho))
+    run.train(3, backward=lambda k: backward(run, k))
+    before, primary = flats(run.method), {k: v.clone() for k, v in run.primary().items()}
+
+    def without(k: int) -> Tensor:
+        with run.method.seen([None] * 7):
+            return run.backward(k)
+
+    run.train(1, backward=without)
+    assert all(torch.equal(value, before[key]) for key, value in flats(run.method).items())
+    assert any(not torch.equal(value, primary[key]) for key, value in run.primary().items())
+
+
 def test_those_that_wait_in_the_cpus_memory_learn_the_same() -> None:
     """Without a GPU the copies go from memory to memory; that they overlap is not shown."""
     runs = [
@@ -258,8 +273,8 @@ def test_a_step_takes_as_many_operations_however_many_there_are() -> None:
 
 def test_samples_are_dealt_by_name_as_evenly_as_can_be() -> None:
     names = [f"{n}.png" for n in (7, 2, 9, 4, 5)]
-    assert deal(names, 2) == [1, 0, 0, 1, 0]
-    assert sorted(deal(names, 5)) == [0, 1, 2, 3, 4]
+    assert deal(2, names) == (2, [1, 0, 0, 1, 0])
+    assert deal(9, names)[0] == 5
     options = MethodOptions(auxiliaries="sample", sample_names=tuple(names))
     method = Run("bilora", options).method
     assert len(flats(method)) == 5

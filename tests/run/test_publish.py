@@ -15,7 +15,7 @@ from bilora_diffusion.run.runlog import RunLog, read_run
 def test_no_path_of_this_machine_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = "/home/Jane Doe/clients/acme"
+    home = str(Path("/", "home", "Jane Doe", "clients", "acme"))
     log = RunLog(tmp_path)
     config = {
         "pretrained_model_name_or_path": "owner/base",
