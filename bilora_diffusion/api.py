@@ -36,7 +36,8 @@ class BiLoRAConfig:
             that `BiLoRA.observe` is told.
         rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
             B2 @ A2; "relative" each layer's change over the norm of its weight.
-        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it.
+        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
+            None is 0.2, with several auxiliaries 0.4.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
@@ -60,7 +61,7 @@ class BiLoRAConfig:
     auxiliary_alpha: float | None = like(MethodFlags, "auxiliary_alpha")
     rho: float | str = like(MethodFlags, "rho", default=_Method.default_rho)
     rho_norm: str = like(MethodFlags, "rho_norm")
-    loss_rise: float = like(MethodFlags, "loss_rise")
+    loss_rise: float | None = like(MethodFlags, "loss_rise")
     auxiliary_learning_rate: float | None = like(MethodFlags, "auxiliary_learning_rate")
     target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()

@@ -76,8 +76,7 @@ class BiLoRA(Counting):
         return self.options.rho_schedule != "constant"
 
     def inject_others(self) -> None:
-        # W = W0 + B1 A1 + B2 A2 (Eq. 7). B2 starts at zero; whatever the primary's init, A2 is
-        # kaiming-uniform.
+        # Eq. 7. B2 starts at zero; whatever the primary's init, A2 is kaiming-uniform.
         for target in self.targets:
             auxiliary = replace(
                 target.spec,
@@ -90,10 +89,11 @@ class BiLoRA(Counting):
             adapters.inject(target.model, auxiliary, AUXILIARY)
         self._layers = self.layers(AUXILIARY)
         self._scales = radius.scales(self._layers, self.options.rho_norm)
-        if self.sets_rho:
-            self._auto = radius.AutoRadius(self.options.loss_rise)
-            self._primary = radius.scales(self._layers, self.options.rho_norm, PRIMARY)
         count, dealt = deal(self.options.auxiliaries, self.options.sample_names)
+        if self.sets_rho:
+            rise = radius.RISE if count == 1 else radius.RISE_BY_SAMPLE
+            self._auto = radius.AutoRadius(self.options.loss_rise or rise)
+            self._primary = radius.scales(self._layers, self.options.rho_norm, PRIMARY)
         if count > 1:
             layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
             parked = self.options.auxiliaries_on == "cpu"

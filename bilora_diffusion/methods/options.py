@@ -100,7 +100,8 @@ class MethodFlags:
     Attributes:
         rho: radius: of the ball that bounds the auxiliary (Eq. 8), of LoRA-SAM's step (Eq. 4),
             or of Flat-LoRA's noise; None is the method's own default; "auto" sets itself.
-        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it.
+        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
+            None is `radius.RISE`, or `radius.RISE_BY_SAMPLE` for several auxiliaries.
         rho_norm: "scaled" measures s * B2 @ A2, the change of the weights; "unscaled" the literal
             B2 @ A2; "relative" the change of each layer over the norm of its base weight.
         rho_schedule: course of Bi-LoRA's rho: "constant" (the paper), or rising from 0 to rho over
@@ -129,9 +130,10 @@ class MethodFlags:
         " product BA (Eq. 10 to the letter), or of each layer's change relative to its weight.",
         choices=RHO_NORMS,
     )
-    loss_rise: float = option(
-        0.2,
-        "bilora with --rho auto: the share of the loss by which the auxiliary is to move it.",
+    loss_rise: float | None = option(
+        None,
+        "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
+        " Default: 0.2, with several auxiliaries 0.4.",
         range=Range(10, "the auxiliary would drown what is learned", above=0),
         idle=(unless("rho", AUTO, "on a radius that is given"),),
     )

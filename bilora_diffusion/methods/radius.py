@@ -28,6 +28,9 @@ from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..errors import UserError
 from .ball import wide
 
+RISE, RISE_BY_SAMPLE = 0.2, 0.4
+"""The wanted share of one auxiliary, and of several: what is bent at one sample alone may be bent
+further before the others suffer."""
 DECAY = 0.98
 """Of both running means, which reach back over fifty steps: over ten, the radius swings."""
 DOWN, UP = 0.9, 1.1
