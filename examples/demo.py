@@ -29,7 +29,7 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.run.interruption import ends_in
 
 METHODS = ("lora", "bilora")
-OWN = {"bilora": ("--rho", "auto")}
+OWN = {"bilora": ("--auxiliaries", "sample", "--rho", "auto")}
 """What a method is told beside its name."""
 COLORS = {"lora": "#111111", "bilora": "#d95f02"}
 TITLES = {
