@@ -125,6 +125,7 @@ def _task(model: FullModel, cfg: Any, precision: str, checkpointing: bool) -> An
         module=DreamBoothModule(family, denoiser, [], schedule),
         models={family.denoiser: denoiser},
         num_samples=1,
+        sample_names=[""],
         targets=lambda: [Target(family.denoiser, denoiser, spec, cfg.learning_rate)],
     )
 
