@@ -23,16 +23,15 @@ import pandas as pd
 from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.methods.options import rising
 from bilora_diffusion.run.durations import duration
+from bilora_diffusion.run.lock import STALE_SECONDS
 from bilora_diffusion.run.record import METRICS, read_metrics
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]
 """(step, value), by step."""
 
-STALE_SECONDS = 180.0
-"""A running run that wrote nothing for so long between two steps has probably been killed."""
 BUSY_SECONDS = 3600.0
-"""The same of one that said that it does something else than steps, such as validation images."""
+"""``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
 TRAINING = "training"
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 RADIUS_POINTS = 101
