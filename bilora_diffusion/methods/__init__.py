@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FILES = (
     *("bar", "bilora", "efm_lora", "flat_lora", "full"),
-    *("lora", "lora_looksam", "lora_msam", "lora_sam"),
+    *("lora", "lora_l2sp", "lora_looksam", "lora_msam", "lora_sam"),
 )
 
 
@@ -66,12 +66,25 @@ class LookSAMOptions(OwnOptions):
     )
 
 
-OWN_OPTIONS: tuple[type[OwnOptions], ...] = (EFMLoRAOptions, LookSAMOptions)
+@dataclass(frozen=True)
+class L2SPOptions(OwnOptions):
+    """What only LoRA + L2-SP reads."""
+
+    l2sp_lambda: float = option(
+        1e-3,
+        "lora-l2sp: weight of the penalty, lambda times the squared norm of the change of the"
+        " weights (Li et al. 2018).",
+        range=FACTORS,
+    )
+
+
+OWN_OPTIONS: tuple[type[OwnOptions], ...] = (EFMLoRAOptions, L2SPOptions, LookSAMOptions)
 
 __all__ = [
     "FILES",
     "OWN_OPTIONS",
     "EFMLoRAOptions",
+    "L2SPOptions",
     "LookSAMOptions",
     "Method",
     "MethodOptions",

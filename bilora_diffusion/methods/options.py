@@ -46,8 +46,9 @@ class AdapterOptions:
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
         " 2024b), efm-lora (Deng et al. 2025), lora-msam (Becker et al. 2024), lora-looksam (Liu et"
-        " al. 2022) or full (all weights). Runs that differ only here see the same data and noise,"
-        " so the options of the other methods may stand.",
+        " al. 2022), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full"
+        " (all weights). Runs that differ only here see the same data and noise, so the options of"
+        " the other methods may stand.",
     )
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
     lora_alpha: float | None = option(

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ class Grid:
 def open_script(name: str) -> Path:
     """A training script by its name in the repository, or by its path.
 
-    A script that is not listed in ``CONFIGS`` must take the options of the DreamBooth script.
+    A script that is not listed in ``CONFIGS`` must take the options of the DreamBooth script; it is
+    imported, so that methods which it registers are known.
 
     Raises:
         UserError: there is no such file.
@@ -120,6 +122,8 @@ def open_script(name: str) -> Path:
         raise UserError(
             f'there is no script "{name}"{did_you_mean(name, CONFIGS)}: correct --script.'
         )
+    if path.name not in CONFIGS:
+        runpy.run_path(str(path))
     return path.resolve()
 
 

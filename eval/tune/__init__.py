@@ -4,11 +4,12 @@
     python -m eval.tune recipes/mini.yaml --space eval/spaces/mini.yaml --trials 2 --seeds 0 \\
         --test_seeds 1,2 --set max_train_steps=20 validation_loss_steps=10   # minutes on a CPU
 
-Random search: for each method of the space ``--trials`` configurations, trained with each of
-``--seeds`` and measured on the first half (``--validation_part 1/2``). The number of steps is not
-drawn but read from the curves: a method's choice is the trial and the step at which the mean over
-the seeds is lowest. It is then trained anew with ``--test_seeds`` and measured on the second half,
-at the chosen step and at each run's own best one, paired by seed with the control.
+Random search (or a grid, where the space has one): for each method of the space ``--trials``
+configurations, trained with each of ``--seeds`` and measured on the first half
+(``--validation_part 1/2``). The number of steps is not drawn but read from the curves: a method's
+choice is the trial and the step at which the mean over the seeds is lowest. It is then trained anew
+with ``--test_seeds`` and measured on the second half, at the chosen step and at each run's own best
+one, paired by seed with the control.
 
 Every trial is checked by the training script's own parser before the first one runs. A finished run
 is not repeated and an interrupted one goes on, so the same command can be given again at any time.
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 CONSTANT = ("lr_scheduler", "rho_schedule")
 """What has to be "constant": otherwise the end of a short run is no step of a long one."""
+TRIALS_DRAWN = 16
+"""Of each method, where no grid says how many."""
 TRIALS, TESTS = "trials", "tests"
 """Folders of the runs."""
 
@@ -70,7 +73,7 @@ class Tune(Sweep):
         add = parser.add_argument
         add("--space", type=Path, required=True, help="YAML file of what is searched")
         add("--methods", metavar="LABELS", help="of the space, comma-separated; default: all")
-        add("--trials", type=int, default=16, help="configurations of each method")
+        add("--trials", type=int, help="configurations of each method; default: 16, or the grid's")
         add("--seeds", default="0,1", metavar="VALUES", help="of each trial: v1,v2 or a..b")
         add("--test_seeds", default="2..6", metavar="VALUES", help="others, to judge with")
         add("--search_seed", type=int, default=0, help="of the draws")
@@ -118,7 +121,7 @@ class Tune(Sweep):
         tests = listed(given.test_seeds, f'--test_seeds is "{given.test_seeds}"')
         if both := [seed for seed in tests if seed in seeds]:
             raise UserError(f"seed {both[0]} is among --seeds and --test_seeds: give fresh ones.")
-        if given.trials < 1:
+        if given.trials is not None and given.trials < 1:
             raise UserError(f"--trials is {given.trials}: give 1 or more.")
         parts = listed(given.parts, f'--parts is "{given.parts}"')
         counts = {read_part(part)[1] for part in parts}
@@ -132,6 +135,11 @@ class Tune(Sweep):
         space = load(given.space)
         if given.methods is not None:
             space = space.of(listed(given.methods, f'--methods is "{given.methods}"'))
+        size = space.grid_size(f'--space "{given.space}"')
+        if given.trials is None:
+            given.trials = size or TRIALS_DRAWN
+        elif size is not None and given.trials != size:
+            raise UserError(f"--trials is {given.trials}, and the grid has {size}: leave it out.")
         return space, seeds, tests, parts
 
     def trials(

@@ -36,7 +36,7 @@ def report(result: Result) -> str:
     seeds, tests = len(settings["trial_seeds"]), len(settings["seeds"])
     return parts.page(
         f"`{HELDOUT}`{suffix(result)} of {settings['recipe']}, lower is better. Each method was"
-        f" tuned with {max(counts)} random trials of {seeds} seed{'s' if seeds > 1 else ''} on part"
+        f" tuned with {max(counts)} trials of {seeds} seed{'s' if seeds > 1 else ''} on part"
         f" {first} of the held-out set, and is judged with {tests} fresh"
         f" seed{'s' if tests > 1 else ''} on part {second}. Difference: to"
         f" {parts.escaped(result.control)}, paired by seed, with {parts.INTERVALS} and the number"

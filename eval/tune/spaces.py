@@ -8,8 +8,9 @@
       LoRA: {method: lora}
       Bi-LoRA: {method: bilora, rho: {log: [0.05, 5]}}
 
-``log`` and ``uniform`` are distributions between two ends, ``choice`` is one of a few values. What
-a method says of an option goes before what is shared.
+``log`` and ``uniform`` are distributions between two ends, ``choice`` is one of a few values, and
+of ``grid`` every value is tried, with every value of the other grids. What a method says of an
+option goes before what is shared.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from bilora_diffusion.seeds import seed_of
 
 from ..sweep.axes import OWN, SEED, Values
 
+GRID = "grid"
 PARTS = ("options", "shared", "methods")
-KINDS = ("log", "uniform", "choice")
+KINDS = ("log", "uniform", "choice", GRID)
 DIGITS = 3
 """Significant digits of a drawn number, so that a command line can be read."""
 
@@ -37,7 +39,7 @@ class Range:
     """What an option is drawn from.
 
     Args:
-        kind: "log", "uniform" or "choice".
+        kind: "log", "uniform", "choice" or "grid".
         values: the two ends, or what is chosen from.
     """
 
@@ -46,7 +48,7 @@ class Range:
 
     def at(self, place: float) -> Any:
         """The value at ``place`` in [0, 1) of the distribution function."""
-        if self.kind == "choice":
+        if self.kind in ("choice", GRID):
             return self.values[int(place * len(self.values))]
         low, high = map(float, self.values)
         if self.kind == "log":
@@ -84,6 +86,29 @@ class Space:
                 )
         return replace(self, methods={label: self.methods[label] for label in methods})
 
+    def grid_size(self, what: str) -> int | None:
+        """How many trials the grids of each method make; None without grids.
+
+        Raises:
+            UserError: one method would be tried more often than another.
+        """
+        sizes = {
+            method: math.prod(
+                len(value.values)
+                for value in {**self.shared, **own}.values()
+                if isinstance(value, Range) and value.kind == GRID
+            )
+            for method, own in self.methods.items()
+        }
+        (first, size), *others = sizes.items()
+        for other, its in others:
+            if its != size:
+                raise UserError(
+                    f"{what} has a grid of {size} for {first} and of {its} for {other}: give each"
+                    " method equally many."
+                )
+        return None if size == 1 else size
+
     def configuration(self, method: str, search_seed: int, trial: int) -> dict[str, Any]:
         """The options of one trial.
 
@@ -92,9 +117,13 @@ class Space:
         range it is, the option and the trial.
         """
         own = self.methods[method]
-        drawn = {}
+        drawn: dict[str, Any] = {}
+        left = trial - 1
         for name, value in {**self.shared, **own}.items():
-            if isinstance(value, Range):
+            if isinstance(value, Range) and value.kind == GRID:
+                left, place = divmod(left, len(value.values))
+                value = value.values[place]
+            elif isinstance(value, Range):
                 owner = method if name in own else ""
                 value = value.at(seed_of(search_seed, "tune", owner, name, trial) / 2**63)
             drawn[name] = value
@@ -150,9 +179,9 @@ def _range(given: dict[str, Any], what: str) -> Range:
     if len(given) != 1 or kind not in KINDS or not isinstance(values, list):
         raise UserError(
             f"{what} is no range: write {{log: [1e-4, 1e-2]}}, {{uniform: [0, 0.2]}} or {{choice:"
-            " [2, 4, 8]}."
+            " [2, 4, 8]} or {grid: [2, 4, 8]}."
         )
-    if kind != "choice":
+    if kind not in ("choice", GRID):
         _check_ends(kind, values, what)
     if not values or not all(isinstance(value, bool | str) for value in values):
         raise UserError(f"{what} has something else than single values: list these.")

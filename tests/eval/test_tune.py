@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import registry
 from bilora_diffusion.run.heldout_part import chosen, read_part
 from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
@@ -62,6 +64,18 @@ def test_draws_are_shared_and_depend_on_nothing_but_their_place(space: Path) -> 
     assert min(Counter(one["rank"] for one in again).values()) > 45
 
 
+def test_every_point_of_a_grid_is_one_trial(space: Path) -> None:
+    space.write_text(
+        "shared: {learning_rate: {grid: [1e-3, 2e-3]}}\nmethods: {a: {rank: {grid: [2, 4, 8]}}}"
+    )
+    found = spaces.load(space)
+    assert found.grid_size("the space") == 6
+    points = [found.configuration("a", 0, n) for n in range(1, 7)]
+    assert {(p["learning_rate"], p["rank"]) for p in points} == set(
+        itertools.product(("1e-3", "2e-3"), ("2", "4", "8"))
+    )
+
+
 REFUSED = [
     ("methods: {}", "names no methods"),
     ("method: {a: {}}\nmethods: {a: {}}", 'has "method" (did you mean "methods"?)'),
@@ -69,7 +83,9 @@ REFUSED = [
     ("methods: {a: {rank: {log: [2]}}}", "rank has no two ends"),
     ("methods: {a: {rank: {log: [0, 2]}}}", "a lower and a higher number above 0"),
     ("methods: {a: {rank: {uniform: [2, 1]}}}", "rank has no two ends"),
-    ("methods: {a: {rank: {grid: [2, 1]}}}", "rank is no range"),
+    ("methods: {a: {rank: {gird: [2, 1]}}}", "rank is no range"),
+    ("methods: {a: {rank: {grid: [2, 4]}}, b: {}}", "a grid of 2 for a and of 1 for b"),
+    ("methods: {a: {rank: {grid: [2, 4]}}}", "--trials is 1, and the grid has 2"),
     ("methods: {a: {rank: {choice: []}}}", "something else than single values"),
     ("methods: {a: {seed: 3}}", "sets seed, which the search decides"),
     ("options: {rank: {choice: [2]}}\nmethods: {a: {}}", 'a range for "rank"'),
@@ -240,8 +256,12 @@ def test_methods_are_tuned_on_one_half_and_judged_on_the_other(
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
 def test_the_spaces_are_ones_that_the_scripts_take(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))  # a script may add some
     line = next(line for line in file.read_text().splitlines() if "python -m eval.tune" in line)
     words = line.split("eval.tune ")[1].split()
     words = [str(ROOT / word) if (ROOT / word).exists() else word for word in words]

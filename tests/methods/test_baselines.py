@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import MethodOptions, Target, create, names
+from bilora_diffusion.methods import L2SPOptions, MethodOptions, Target, create, names
 from bilora_diffusion.seeds import seed_of
 from tests.methods.runs import SPEC, STEPS, Run, batch, frozen
 from tests.references import baselines as reference
@@ -67,6 +67,22 @@ def test_lora_sam(kind: str, lr: float, decay: float) -> None:
     follow(run, lambda layers, k: reference.lora_sam(layers, rule, *batch(k), rho=rho))
     assert run.passes == 2 * STEPS
     assert run.method.metrics()["sharpness"] > 0
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+def test_l2sp_penalizes_the_change_of_the_weights(
+    kind: str, lr: float, decay: float, init: str
+) -> None:
+    options = MethodOptions(own=L2SPOptions(l2sp_lambda=0.3))
+    spec = replace(SPEC, init=init)
+    run, rule = Run("lora-l2sp", options, kind, lr, decay, spec), rules(kind, lr, decay)
+    before = [layer.weight() for layer in naive(run)]
+
+    def step(layers: list[reference.Layer], k: int) -> float:
+        return reference.l2sp(layers, rule, *batch(k), strength=0.3, before=before)
+
+    follow(run, step)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -94,6 +94,24 @@ def lora_sam(layers: list[Layer], rules: Rules, x: Tensor, y: Tensor, rho: float
     return loss
 
 
+def l2sp(
+    layers: list[Layer],
+    rules: Rules,
+    x: Tensor,
+    y: Tensor,
+    strength: float,
+    before: Sequence[Tensor],
+) -> float:
+    """The gradient of L + strength sum_i ||W_i - before_i||_F^2, by the chain rule."""
+    loss, full = backward([la.weight() for la in layers], [la.b for la in layers], x, y)
+    gradients = [
+        _to_factors(la, g.W + 2 * strength * (la.weight() - W))
+        for la, g, W in zip(layers, full, before, strict=True)
+    ]
+    descend(layers, rules, gradients)
+    return loss
+
+
 def bar(
     layers: list[Layer], rules: Rules, x: Tensor, y: Tensor, strength: float, lr: float, kind: str
 ) -> float:

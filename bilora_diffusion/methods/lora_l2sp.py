@@ -1,0 +1,65 @@
+"""LoRA with a penalty on how far the weights move from where they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .. import adapters
+from ..adapters import PRIMARY
+from . import L2SPOptions, radius
+from .base import Method, MethodOptions
+from .hooks import unwrapped
+from .registry import register
+
+
+@register("lora-l2sp")
+class LoRAL2SP(Method):
+    """min over B, A of L(W0 + s B A) + lambda ||dW||_F^2 with dW = s B A, over all layers.
+
+    With G = 2 lambda s dW the gradient of the penalty is G A^T of B and B^T G of A; dW is never
+    formed. Of a start that was taken out of the weights dW counts from there. Weight decay shrinks
+    A and B apart, outside of Adam's moments; the penalty's gradient is part of them. Clipping and
+    the logged loss are without it.
+
+    Source: L2-SP (Li et al. 2018, https://arxiv.org/abs/1802.01483, Eq. 2) on the product, as
+    personalization uses it (https://arxiv.org/abs/2505.19519).
+    """
+
+    title = "LoRA + L2-SP"
+    summary = "Trained as LoRA with a penalty on the squared norm of the change of the weights."
+
+    own_options = L2SPOptions
+    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
+        {"own": L2SPOptions(l2sp_lambda=0.0)}
+    )
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._layers: list[tuple[str, adapters.LoraLayer]] = []
+        self._hook: RemovableHandle | None = None
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Add the penalty's gradient before every step of `optimizer`."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._layers = self.layers()
+        self._hook = unwrapped(optimizer).register_step_pre_hook(self._add_gradients)
+
+    @torch.no_grad()
+    def _add_gradients(self, *_: Any) -> None:
+        scales = radius.scales(self._layers, "scaled", PRIMARY)
+        changes = radius.changes(self._layers, scales)
+        for (_, layer), change in zip(self._layers, changes, strict=True):
+            weights = adapters.weights(layer, PRIMARY)
+            A, B = (weight.flatten(1) for weight in weights)
+            factor = 2 * self.own.l2sp_lambda * change.scale**2
+            gradients = (B.T @ change.B) @ change.A, change.B @ (change.A @ A.T)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if weight.grad is not None:  # else no step moves the layer
+                    weight.grad.add_(gradient.view_as(weight), alpha=factor)
