@@ -63,9 +63,6 @@ KINDS = {
     "bilora-per-layer": ArmKind(
         "Bi-LoRA, a ball per layer", "bilora", fused=True, options={"ball": "per-layer"}
     ),
-    "bilora-power": ArmKind(
-        "Bi-LoRA, power iteration", "bilora", fused=True, options={"auxiliary_update": "power"}
-    ),
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
     "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", fused=True, compiled=True),

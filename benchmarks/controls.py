@@ -126,7 +126,7 @@ class FrozenAuxiliary(BiLoRA):
             for flat in group["params"]:
                 drawn = torch.randn(flat.shape, generator=generator)
                 flat.data.copy_(100 * self.rho * drawn)  # outside of the ball
-        self.project()
+        self.auxiliary.project_(range(self.auxiliary.count), self.rho)
         return groups
 
 

@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,7 +130,9 @@ def _projection(
     """Time of the projection alone on the trained auxiliary, and its share of that arm's step."""
     for arm in arms:
         if isinstance(arm.method, BiLoRA):
-            taken = median_seconds(arm.method.project, device)
+            own = arm.method.auxiliary
+            project = partial(own.project_, range(own.count), arm.method.radius.rho)
+            taken = median_seconds(project, device)
             share = taken / rows[arm.kind]["median_seconds"]
             return {"median_seconds": taken, "share_of_step": share}
     return None

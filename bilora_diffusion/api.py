@@ -35,7 +35,7 @@ class BiLoRAConfig:
         rho: radius of the ball that bounds the auxiliary (Eq. 8); "auto" sets itself, by the losses
             that `BiLoRA.observe` is told.
         rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
-            B2 @ A2; "relative" each layer's change over the norm of its weight.
+            B2 @ A2.
         loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
             None is 0.2, with several auxiliaries 0.4.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to

@@ -44,14 +44,13 @@ INITS = ("default", "gaussian", "pissa", "lora-ga")
 QUANTIZED = ("nf4", "int8", "fp8")
 """How frozen weights are held in few bits."""
 AUTO = "auto"
+"""A radius that sets itself."""
 SAMPLE = "sample"
 """Of `--auxiliaries`: one for each."""
-"""A radius that sets itself."""
-RHO_NORMS = ("scaled", "unscaled", "relative")
+RHO_NORMS = ("scaled", "unscaled")
 BALLS = ("global", "per-layer", "none")
 DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")
-AUXILIARY_UPDATES = ("optimizer", "power")
 KINDS = ("seq2seq", "causal", "classification")
 """The kinds of model that text is for."""
 TEMPLATES = ("auto", "chat", "alpaca", "plain")

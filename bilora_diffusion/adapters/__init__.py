@@ -25,7 +25,6 @@ from .access import (
     names,
     parameters,
     rows,
-    weight_norm,
     weights,
     whole,
 )
@@ -104,7 +103,6 @@ __all__ = [
     "to_full_precision",
     "twice_the_rank",
     "weight_delta",
-    "weight_norm",
     "weights",
     "whole",
     "write_pretrained",

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -165,13 +164,6 @@ def base_rows(layer: LoraLayer) -> Tensor:
         raise UserError("The base weights are quantized and have no rows; load them unquantized.")
     weight = base_weight(layer).detach()
     return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
-
-
-def weight_norm(layer: LoraLayer) -> float:
-    """||W||_F of the base weight under the adapters of one layer, quantized or not."""
-    weight = cast(Tensor, dequantize_module_weight(cast(Any, layer).get_base_layer())).detach()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(weight, dtype=wide))
 
 
 def _as_matrix(weight: Any) -> Tensor:

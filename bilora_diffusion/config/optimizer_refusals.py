@@ -31,11 +31,6 @@ _WITHOUT_MOMENTUM = {
     "adafactor": "it keeps no momentum, by which the weights are moved",
     "schedule-free": "its momentum lies in its weights, and not beside them, to move them by",
 }
-_WITHOUT_MOMENTS = {
-    _8BIT: "8-bit moments are codes, which can't be multiplied by a number",
-    ("adafactor", "schedule-free"): "it does not keep the two moments that would be rescaled",
-    "prodigy": "the step size that Prodigy estimates would not shrink along with them",
-}
 
 OF_OPTIMIZERS: tuple[Refusal, ...] = (
     refusal(
@@ -68,15 +63,5 @@ OF_OPTIMIZERS: tuple[Refusal, ...] = (
         "give `--adam_beta1 0.9` or use `--method lora-sam`",
         method="lora-msam",
         adam_beta1=0,
-    ),
-    *(
-        refusal(
-            reason,
-            "drop `--rescale_moments` or use `--optimizer adamw` without `--use_8bit_adam`",
-            method="bilora",
-            optimizer=names,
-            rescale_moments=True,
-        )
-        for names, reason in _WITHOUT_MOMENTS.items()
     ),
 )

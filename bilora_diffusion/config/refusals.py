@@ -51,12 +51,6 @@ _NOTHING_HELD_OUT = {
 
 _WITHOUT_AUTO = (
     (
-        "rho_schedule",
-        ("linear", "cosine"),
-        "a radius that sets itself has no course that is given",
-        "drop `--rho_schedule` or give `--rho` a number",
-    ),
-    (
         "ball",
         "none",
         "there is no ball whose radius could set itself",
@@ -68,28 +62,10 @@ _WITHOUT_AUTO = (
         "an auxiliary that descends does not raise the loss",
         "drop `--auxiliary_direction` or give `--rho` a number",
     ),
-    (
-        "auxiliary_update",
-        "power",
-        "it starts at the length of the optimizer's first step, and power iteration has none",
-        "drop `--auxiliary_update` or give `--rho` a number",
-    ),
 )
 
 _WITH_SEVERAL = (
     ("ball", ("none", "per-layer"), "each has one ball over all layers", "use `--ball global`"),
-    (
-        "auxiliary_update",
-        "power",
-        "it has one turn for all rows of a step",
-        "use `--auxiliary_update optimizer`",
-    ),
-    (
-        "rescale_moments",
-        True,
-        "the moments of those that a step does not see stand still",
-        "drop `--rescale_moments`",
-    ),
     (
         "optimizer",
         ("schedule-free", "prodigy"),
@@ -199,41 +175,6 @@ REFUSED: tuple[Refusal, ...] = (
         "use `--method lora`",
         method="bilora",
         auxiliary_learning_rate=0,
-    ),
-    refusal(
-        "only the ball gives the step of a power iteration its length",
-        "use `--ball global` or `per-layer`, or `--auxiliary_update optimizer`",
-        method="bilora",
-        auxiliary_update="power",
-        ball="none",
-    ),
-    refusal(
-        "power iteration keeps no moments of the auxiliary",
-        "drop `--rescale_moments` or use `--auxiliary_update optimizer`",
-        method="bilora",
-        auxiliary_update="power",
-        rescale_moments=True,
-    ),
-    refusal(
-        "power iteration takes no learning rate",
-        "drop `--auxiliary_learning_rate` or use `--auxiliary_update optimizer`",
-        method="bilora",
-        auxiliary_update="power",
-        auxiliary_learning_rate=above(0),
-    ),
-    refusal(
-        "nothing is projected, so no moments shrink",
-        "drop `--rescale_moments` or use `--ball global` or `per-layer`",
-        method="bilora",
-        ball="none",
-        rescale_moments=True,
-    ),
-    refusal(
-        "there is no radius that could rise",
-        "drop `--rho_schedule` or use `--ball global` or `per-layer`",
-        method="bilora",
-        ball="none",
-        rho_schedule=("linear", "cosine"),
     ),
     *(
         refusal(reason, instead, method="bilora", rho=AUTO, **{name: values})

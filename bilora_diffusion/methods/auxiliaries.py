@@ -29,6 +29,9 @@ from ..adapters import AUXILIARY, Factors, alike, by_row, fused
 from ..choices import SAMPLE
 from ..errors import UserError
 from . import ball, perturb
+from .ablations import PerLayer, Unbounded
+from .auxiliary import Auxiliary, Layers, scales
+from .options import MethodOptions
 from .parking import Parking
 
 MOST = 512
@@ -83,7 +86,7 @@ class _Flat:
 
     def __init__(
         self,
-        layers: Sequence[tuple[str, adapters.LoraLayer]],
+        layers: Layers,
         measures: Sequence[float],
         count: int,
         device: str | None,
@@ -176,8 +179,8 @@ class _Flat:
         return ball.Squares(*torch.cat(columns, dim=1))
 
 
-class Auxiliaries:
-    """The auxiliaries of all trained models.
+class Auxiliaries(Auxiliary):
+    """The auxiliaries of all trained models, one for each sample or group of samples.
 
     Args:
         layers: of each model, those that have the adapter; its values are all auxiliaries' first.
@@ -192,7 +195,7 @@ class Auxiliaries:
 
     def __init__(
         self,
-        layers: Sequence[Sequence[tuple[str, adapters.LoraLayer]]],
+        layers: Sequence[Layers],
         measures: Sequence[float],
         count: int,
         dealt: Sequence[int] = (),
@@ -210,8 +213,10 @@ class Auxiliaries:
         own = self._models if model is None else self._models[model : model + 1]
         return [parameter for flat in own for parameter in flat.parameters]
 
+    def apart(self) -> list[nn.Parameter]:
+        return self.parameters()
+
     def follow(self) -> None:
-        """Move to where the models are now; before an optimizer knows the parameters."""
         device = self._models[0].device
         self.norms = self.norms.to(device)
         if self._parking is not None:
@@ -226,7 +231,6 @@ class Auxiliaries:
         return [None if i is None else dealt[i] if dealt else i % count for i in samples]
 
     def expect(self, samples: Sequence[int | None]) -> None:
-        """Begin to bring these samples' auxiliaries to the device, if they wait elsewhere."""
         if self._parking is not None:
             self._parking.expect(self._of(self._groups(samples)))
 
@@ -273,8 +277,14 @@ class Auxiliaries:
                 stack.enter_context(flat.several(groups) if first is None else flat.one(first))
             yield
 
+    def norm(self) -> Tensor:
+        return self.norms.amax()
+
+    def seen_norm(self) -> Tensor | None:
+        return self.norms[self.moving()].mean()
+
     def moving(self) -> list[int]:
-        """The auxiliaries that have a gradient: those that the step's samples see."""
+        """Those that have a gradient: that the step's samples see."""
         own = self._models[0].parameters
         return [g for g, parameter in enumerate(own) if parameter.grad is not None]
 
@@ -296,7 +306,6 @@ class Auxiliaries:
 
     @torch.no_grad()
     def rise(self, groups: Sequence[int]) -> Tensor:
-        """By how much these raise the loss of the step to first order: sum of <g_B, B>, 0-d."""
         both = [
             (p.data[flat.up :], p.grad[flat.up :])
             for flat in self._models
@@ -306,9 +315,24 @@ class Auxiliaries:
         return perturb.dot([B for B, _ in both], [g for _, g in both])
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """What a checkpoint holds of them, by the names of the models."""
         return {
             f"{name}/{AUXILIARY}/{number}": parameter.detach()
             for name, flat in zip(names, self._models, strict=True)
             for number, parameter in enumerate(flat.parameters)
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": self.norms.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norms.copy_(torch.tensor(state["norms"]))
+
+
+def create(layers: Sequence[Layers], options: MethodOptions) -> Auxiliary:
+    """The kind that the options ask for, on adapters that are injected already."""
+    measures = [scale for own in layers for scale in scales(own, options.rho_norm)]
+    count, dealt = deal(options.auxiliaries, options.sample_names)
+    if count > 1:
+        return Auxiliaries(layers, measures, count, dealt, options.auxiliaries_on == "cpu")
+    kind = {"global": Auxiliary, "per-layer": PerLayer, "none": Unbounded}[options.ball]
+    return kind(layers, measures)

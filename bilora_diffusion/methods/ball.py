@@ -25,7 +25,7 @@ _STACK_ELEMENTS_ELSEWHERE = 2**24
 class Projection(NamedTuple):
     """The norm before and after a projection: 0-d float64 tensors on the factors' device.
 
-    `factor` is what every A and B was multiplied by, 1 inside the ball; (layers,) of `each`.
+    `factor` is what every A and B was multiplied by, 1 inside the ball; the least of several.
     """
 
     before: Tensor
@@ -50,10 +50,6 @@ class Squares(NamedTuple):
     relative: Tensor
     absolute: Tensor
 
-    def of(self, layers: slice) -> Squares:
-        """Those of some of the layers."""
-        return Squares(*(column[layers] for column in self))
-
     def total(self) -> Tensor:
         """The norm over all of them, 0-d."""
         return self.norm.sum().clamp_min(0).sqrt()
@@ -76,13 +72,7 @@ def frobenius_norm(factors: Sequence[Factors]) -> Tensor:
 
 
 @torch.no_grad()
-def project_(
-    factors: Sequence[Factors],
-    rho: float | Tensor,
-    onto: bool = False,
-    each: bool = False,
-    measured: Squares | None = None,
-) -> Projection:
+def project_(factors: Sequence[Factors], rho: float | Tensor) -> Projection:
     """Equation 10, in place: if the norm c exceeds rho, multiply every A and B by sqrt(rho / c).
 
     Inside the ball nothing changes, to the bit. Outside, c is taken with an upper bound on what the
@@ -92,38 +82,29 @@ def project_(
     Args:
         factors: as in `frobenius_norm`.
         rho: the radius, in the units of that norm; a tensor is 0-d, of any precision.
-        onto: put what lies inside the ball on its surface too, unless it is zero.
-        each: one ball of radius rho / sqrt(layers) for each layer instead of one for all.
-        measured: the factors' `squares`, where they are known.
 
     Raises:
         ValueError: no factors.
     """
-    found = squares(factors) if measured is None else measured
-    whole_norm = found.total()
-    if isinstance(rho, Tensor):
-        rho = rho.to(whole_norm)
-    sums = found if each else Squares(*torch.stack(found).sum(1, keepdim=True))
-    own = rho / math.sqrt(len(factors)) if each else rho
-    before, factor = clipping(sums, own, onto)
-    _multiply_(factors, factor)
-    after = (before * factor * factor).norm() if each else (before * factor * factor)[0]
-    return Projection(whole_norm, after, factor if each else factor[0])
+    sums = Squares(*torch.stack(squares(factors)).sum(1, keepdim=True))
+    before, factor = clipping(sums, rho.to(sums.norm) if isinstance(rho, Tensor) else rho)
+    multiply_(factors, factor)
+    return Projection(before[0], (before * factor * factor)[0], factor[0])
 
 
-def clipping(sums: Squares, rho: float | Tensor, onto: bool = False) -> tuple[Tensor, Tensor]:
+def clipping(sums: Squares, rho: float | Tensor) -> tuple[Tensor, Tensor]:
     """The norms c that make these sums over layers, and what to multiply A and B with for Eq. 10.
 
     Args:
         sums: of one or several balls, of any shape.
-        rho, onto: as in `project_`.
+        rho: as in `project_`.
     """
     before = sums.norm.clamp_min(0).sqrt()
     # ||E'|| <= f^2 (a + b) + f d with E' the stored product after multiplying by f: solve for = rho
     a = (sums.norm.clamp_min(0) + 8 * torch.finfo(before.dtype).eps * sums.magnitude).sqrt()
     b, d = sums.relative.sqrt(), sums.absolute.sqrt()
     root = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
-    return before, torch.where(before > (0 if onto else rho), root, 1.0)
+    return before, torch.where(before > rho, root, 1.0)
 
 
 @torch.no_grad()
@@ -205,7 +186,7 @@ def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
     return ranks.values()
 
 
-def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
+def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
     """Multiply A and B in place, by one number, (1,), or by one for each layer, (layers,)."""
     for own in alike((f.A.dtype, f.A.device) for f in factors):
         tensors = [_local(side) for i in own for side in (factors[i].A, factors[i].B)]

@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from .. import adapters
 from ..adapters import PRIMARY, Factors
 from . import EFMLoRAOptions, ball, perturb
-from .ascent import same_shape
 from .base import Counting, MethodOptions, StepOptimizer
 from .hooks import unwrapped
 from .registry import register
@@ -151,7 +150,10 @@ def perturbations(
         (m, r) of each layer, zero for a zero gradient; None for a layer without one.
     """
     found: list[Tensor | None] = [None] * len(factors)
-    for group in same_shape(factors, [gradient is None for gradient in gradients]):
+    for group in adapters.alike(
+        (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale, gradient is None)
+        for f, gradient in zip(factors, gradients, strict=True)
+    ):
         first = group[0]
         if gradients[first] is None:
             continue

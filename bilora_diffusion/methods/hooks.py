@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 
@@ -59,14 +61,29 @@ def check_groups(
         raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
 
 
-def refuse_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook before steps of an optimizer without ``maximize``: a closure is called too late.
+def ascend(
+    optimizer: Optimizer, parameters: Callable[[], Sequence[nn.Parameter]]
+) -> list[RemovableHandle]:
+    """Turn these gradients around during each step, for an optimizer that knows no ``maximize``:
+    the same for a group without weight decay.
 
-    Raises:
-        UserError: `step` was given one.
+    Raises (from the steps):
+        UserError: `step` was given a closure, which is called too late.
     """
-    if any(value is not None for value in (*args[1:], *kwargs.values())):
-        raise UserError(
-            f"{type(optimizer).__name__} knows no maximize and was given a closure, in which the "
-            "auxiliary's gradients can't be turned; call step() without one."
-        )
+
+    def turn(*_: Any) -> None:
+        if gradients := [p.grad for p in parameters() if p.grad is not None]:
+            torch._foreach_neg_(gradients)
+
+    def refuse_closure(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            raise UserError(
+                f"{type(optimizer).__name__} knows no maximize and was given a closure, in which "
+                "the auxiliary's gradients can't be turned; call step() without one."
+            )
+
+    return [
+        optimizer.register_step_pre_hook(refuse_closure),
+        optimizer.register_step_pre_hook(turn),
+        optimizer.register_step_post_hook(turn),
+    ]

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import PRIMARY
-from . import L2SPOptions, radius
+from . import L2SPOptions, auxiliary, radius
 from .base import Method, MethodOptions
 from .hooks import unwrapped
 from .registry import register
@@ -53,13 +53,13 @@ class LoRAL2SP(Method):
 
     @torch.no_grad()
     def _add_gradients(self, *_: Any) -> None:
-        scales = radius.scales(self._layers, "scaled", PRIMARY)
+        scales = auxiliary.scales(self._layers, "scaled", PRIMARY)
         changes = radius.changes(self._layers, scales)
-        for (_, layer), change in zip(self._layers, changes, strict=True):
+        for (_name, layer), change in zip(self._layers, changes, strict=True):
             weights = adapters.weights(layer, PRIMARY)
             A, B = (weight.flatten(1) for weight in weights)
             factor = 2 * self.own.l2sp_lambda * change.scale**2
             gradients = (B.T @ change.B) @ change.A, change.B @ (change.A @ A.T)
-            for weight, gradient in zip(weights, gradients, strict=True):
-                if weight.grad is not None:  # else no step moves the layer
-                    weight.grad.add_(gradient.view_as(weight), alpha=factor)
+            for weight, moved in zip(weights, gradients, strict=True):
+                if (gradient := weight.grad) is not None:  # else no step moves the layer
+                    gradient.add_(moved.view_as(weight), alpha=factor)

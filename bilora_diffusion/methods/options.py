@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from ..choices import (
     AUTO,
-    AUXILIARY_UPDATES,
     BALLS,
     DIRECTIONS,
     INITS,
@@ -104,9 +103,7 @@ class MethodFlags:
         loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
             None is `radius.RISE`, or `radius.RISE_BY_SAMPLE` for several auxiliaries.
         rho_norm: "scaled" measures s * B2 @ A2, the change of the weights; "unscaled" the literal
-            B2 @ A2; "relative" the change of each layer over the norm of its base weight.
-        rho_schedule: course of Bi-LoRA's rho: "constant" (the paper), or rising from 0 to rho over
-            the run, "linear" or "cosine" (as Flat-LoRA raises its noise).
+            B2 @ A2.
         ball: what Eq. 10 clips: the norm over all layers ("global", the paper), that of each layer
             to its share rho / sqrt(layers) ("per-layer"), or nothing ("none").
         auxiliary_learning_rate: None is the primary's; 0 leaves the auxiliary at zero.
@@ -127,8 +124,8 @@ class MethodFlags:
     )
     rho_norm: str = option(
         "scaled",
-        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, of the bare"
-        " product BA (Eq. 10 to the letter), or of each layer's change relative to its weight.",
+        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
+        " product BA (Eq. 10 to the letter).",
         choices=RHO_NORMS,
     )
     loss_rise: float | None = option(
@@ -137,11 +134,6 @@ class MethodFlags:
         " Default: 0.2, with several auxiliaries 0.4.",
         range=Range(10, "the auxiliary would drown what is learned", above=0),
         idle=(unless("rho", AUTO, "on a radius that is given"),),
-    )
-    rho_schedule: str = option(
-        "constant",
-        "bilora: rho constant (the paper), or rising from 0 over the run, as flat-lora's noise.",
-        choices=SCHEDULES,
     )
     ball: str = option(
         "global",
@@ -190,17 +182,6 @@ class MethodFlags:
         "ascent",
         "bilora, ablation of Eq. 9: let the auxiliary climb, or descend like a second primary.",
         choices=DIRECTIONS,
-    )
-    auxiliary_update: str = option(
-        "optimizer",
-        "bilora: move the auxiliary by the optimizer (Eq. 9), or by power iteration to the best"
-        " direction of its rank, which needs no optimizer state (Golub & Van Loan, Section 8.2.4).",
-        choices=AUXILIARY_UPDATES,
-    )
-    rescale_moments: bool = option(
-        False,
-        "bilora: shrink Adam's moments of the auxiliary at each projection, as its factors. The"
-        " paper does not.",
     )
     bar_alpha: float = option(
         0.25,

@@ -18,15 +18,20 @@ the primary from learning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import adapters
-from ..adapters import AUXILIARY, INITIAL, PRIMARY
+from ..adapters import INITIAL, PRIMARY
+from ..choices import AUTO
 from ..errors import UserError
-from .ball import wide
+from . import ball
+from .auxiliary import Auxiliary, Layers, scales
+from .options import MethodOptions
 
 RISE, RISE_BY_SAMPLE = 0.2, 0.4
 """The wanted share of one auxiliary, and of several: what is bent at one sample alone may be bent
@@ -38,31 +43,11 @@ DOWN, UP = 0.9, 1.1
 MOST = 0.4
 """Of the norm of the primary's change of the weights, in the measure of the radius."""
 _LEAST = 1e-30
+_NUMBERS = ("rho", "norm", "weight", "square", "loss")
+"""What of it a checkpoint holds."""
 
 
-def scales(
-    layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str, adapter: str = AUXILIARY
-) -> list[float]:
-    """What the norm of each layer's B A is multiplied with: s, 1 ("unscaled") or s / ||W||_F
-    ("relative", in which rescaling a layer's weights changes nothing).
-    """
-    if rho_norm == "unscaled":
-        return [1.0] * len(layers)
-    scaled = [float(layer.scaling[adapter]) for _, layer in layers]
-    if rho_norm == "scaled":
-        return scaled
-    norms = [adapters.weight_norm(layer) for _, layer in layers]
-    for (name, _), norm in zip(layers, norms, strict=True):
-        if norm == 0:
-            raise UserError(
-                f'The weight of {name} is zero, so nothing is relative to it; use "scaled".'
-            )
-    return [s / norm for s, norm in zip(scaled, norms, strict=True)]
-
-
-def changes(
-    layers: Sequence[tuple[str, adapters.LoraLayer]], measures: Sequence[float]
-) -> list[adapters.Factors]:
+def changes(layers: Layers, measures: Sequence[float]) -> list[adapters.Factors]:
     """How the primary changes each layer's weight: B A, without the first values that an init took
     out of the weight, as [B, -B0] [A; A0].
 
@@ -85,25 +70,103 @@ def changes(
     ]
 
 
-class AutoRadius:
+class Radius:
+    """The radius as it is given.
+
+    Attributes:
+        rho: the bound of Equation 10 in the coming projection.
+    """
+
+    def __init__(self, rho: float) -> None:
+        self.rho: float | Tensor = rho
+
+    def observe(self, loss: Tensor) -> None:
+        """Take the loss whose gradient the next step takes, 0-d."""
+
+    def before_step(self, auxiliary: Auxiliary) -> None:
+        """Look at the gradients, before they are turned around."""
+
+    def after_step(self, auxiliary: Auxiliary) -> None:
+        """Set `rho`, before the projection."""
+
+    def projected(self, norm: Tensor) -> None:
+        """Take the auxiliary's norm, 0-d, once it was clipped to `rho`."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the log holds of it."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def create(layers: Sequence[Layers], options: MethodOptions, rho: float, count: int) -> Radius:
+    """The kind that the options ask for.
+
+    Args:
+        layers: of each trained model, those that have the adapters.
+        rho: as it is given.
+        count: how many auxiliaries there are.
+    """
+    if options.rho != AUTO:
+        return Radius(rho)
+    every = [pair for own in layers for pair in own]
+    tau = options.loss_rise or (RISE if count == 1 else RISE_BY_SAMPLE)
+    return AutoRadius(tau, every, scales(every, options.rho_norm, PRIMARY))
+
+
+class AutoRadius(Radius):
     """Follows the slope of the loss along the auxiliary; all its numbers stay on the device.
 
     Args:
         tau: the share of the loss by which the auxiliary is to move it.
+        layers: that have the primary.
+        measures: what the norm of each one's B A is multiplied with.
 
     Attributes:
-        rho: the radius, 0-d; None before the first step.
+        rho: infinite before the first step.
         rise: gamma of the last step over its loss, 0-d; None before the second.
     """
 
-    def __init__(self, tau: float) -> None:
+    def __init__(self, tau: float, layers: Layers = (), measures: Sequence[float] = ()) -> None:
+        super().__init__(math.inf)
         self.tau = tau
-        self.rho: Tensor | None = None
         self.rise: Tensor | None = None
+        self._layers, self._measures = layers, measures
+        self._step_loss: Tensor | None = None  # of the step that is being taken, as is gamma
+        self._gamma: Tensor | None = None
+        self._rho: Tensor | None = None
         self._norm: Tensor | None = None  # of the auxiliary that the coming gradient sees
         self._weight: Tensor | None = None  # of all steps so far in either mean
         self._square: Tensor | None = None  # mean of the squared slope
         self._loss: Tensor | None = None
+
+    def observe(self, loss: Tensor) -> None:
+        self._step_loss = loss.detach()
+
+    def before_step(self, auxiliary: Auxiliary) -> None:
+        """Measure gamma.
+
+        Raises:
+            UserError: nobody told the loss.
+        """
+        if self._step_loss is None:
+            raise UserError(
+                'rho "auto" measures the auxiliary by the loss; call observe(loss) before each '
+                "optimizer.step()."
+            )
+        moving = auxiliary.moving()
+        self._gamma = auxiliary.rise(moving) if moving else None
+
+    def after_step(self, auxiliary: Auxiliary) -> None:
+        if self._step_loss is not None and self._gamma is not None:
+            moved = ball.frobenius_norm(changes(self._layers, self._measures))
+            self.rho = self.update(self._step_loss, self._gamma, moved, auxiliary.seen_norm())
+        self._step_loss = None  # each step tells its own
 
     @torch.no_grad()
     def update(
@@ -119,53 +182,44 @@ class AutoRadius:
                 those that were projected last. A step that saw none yet says nothing.
         """
         most = MOST * moved
-        if self.rho is None or self._norm is None:
+        if self._rho is None or self._norm is None:
             return most  # the auxiliary was zero in the first step
-        loss, gamma = loss.to(self.rho), gamma.to(self.rho)
-        norm = self._norm if norm is None else norm.to(self.rho)
-        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self.rho)
+        loss, gamma = loss.to(self._rho), gamma.to(self._rho)
+        norm = self._norm if norm is None else norm.to(self._rho)
+        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self._rho)
         slope = gamma / norm.clamp_min(_LEAST)
         self._weight = self._mean(self._weight, torch.ones_like(loss), share)
         self._square = self._mean(self._square, slope * slope, share)
         self._loss = self._mean(self._loss, loss, share)
         self.rise = gamma / loss
         # loss / weight over the root of square / weight
-        expected = self.rho * (self._square * self._weight).sqrt()
+        expected = self._rho * (self._square * self._weight).sqrt()
         ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
         ratio = torch.where(self._weight > 0, ratio, 1.0)
-        self.rho = torch.minimum(self.rho * ratio.clamp(DOWN, UP), most.to(self.rho))
-        return self.rho
+        self._rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), most.to(self._rho))
+        return self._rho
 
     def projected(self, norm: Tensor) -> None:
-        """Tell the auxiliary's norm, 0-d, once it was clipped to what `update` gave."""
         self._norm = norm
-        if self.rho is None:
-            self.rho = norm
+        if self._rho is None:
+            self._rho = norm
 
     def metrics(self) -> dict[str, float]:
-        """The radius and the rise, for the log; waits for the device."""
-        values = {"rho": self.rho, "loss_rise": self.rise}
+        """The radius and the rise; waits for the device."""
+        values = {"rho": self._rho, "loss_rise": self.rise}
         return {name: float(value) for name, value in values.items() if value is not None}
 
-    def state_dict(self) -> dict[str, float | None]:
-        """What a resume needs, to the bit."""
-        return {name: None if v is None else float(v) for name, v in self._numbers().items()}
+    def state_dict(self) -> dict[str, Any]:
+        """All numbers, to the bit."""
+        values = {name: getattr(self, f"_{name}") for name in _NUMBERS}
+        return {"radius": {name: None if v is None else float(v) for name, v in values.items()}}
 
-    def load_state_dict(self, state: dict[str, float | None], device: torch.device) -> None:
-        """Take back what `state_dict` gave."""
-        for name in self._numbers():
-            value = state[name]
-            kept = None if value is None else torch.tensor(value, dtype=wide(device), device=device)
-            setattr(self, name if name == "rho" else f"_{name}", kept)
-
-    def _numbers(self) -> dict[str, Tensor | None]:
-        return {
-            "rho": self.rho,
-            "norm": self._norm,
-            "weight": self._weight,
-            "square": self._square,
-            "loss": self._loss,
-        }
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = adapters.weights(self._layers[0][1], PRIMARY)[0].device
+        for name, value in state["radius"].items():
+            number = None if value is None else torch.tensor(value, dtype=ball.wide(device))
+            setattr(self, f"_{name}", None if number is None else number.to(device))
+        self.rho = math.inf if self._rho is None else self._rho
 
     @staticmethod
     def _mean(mean: Tensor | None, value: Tensor, share: Tensor) -> Tensor:

@@ -68,7 +68,6 @@ class Options(_Strict):
     auxiliary_rank: Count | None = None
     rho: Number | Literal["auto"] | None = None
     rho_norm: Text | None = None
-    rho_schedule: Text | None = None
     ball: Text | None = None
 
 

@@ -118,7 +118,7 @@ def options(run: Subject) -> dict[str, object]:
 
     method = get(str(run.method))
     names = [n for n in _COMPARED if n in method.reads or n in ("rank", "learning_rate")]
-    names += ["rho_norm", "rho_schedule"] if AUXILIARY in method.adapters else []
+    names += ["rho_norm"] if AUXILIARY in method.adapters else []
     return {name: run.option(name) for name in names}
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
     from .choice import Choice
     from .spaces import Space
 
-CONSTANT = ("lr_scheduler", "rho_schedule")
+CONSTANT = ("lr_scheduler",)
 """What has to be "constant": otherwise the end of a short run is no step of a long one."""
 TRIALS_DRAWN = 16
 """Of each method, where no grid says how many."""

@@ -55,7 +55,6 @@ BOTH: list[tuple[str, str]] = [
     ("--optimizer adafactor --method lora-msam", "adafactor.*no momentum.*adamw"),
     ("--use_dora --method efm-lora", "efm-lora with --use_dora.*lora-sam"),
     ("--use_8bit_adam --method lora-msam", "adamw8bit.*codes.*--use_8bit_adam"),
-    ("--optimizer adafactor --rescale_moments", "adafactor.*two moments.*drop"),
     ("--report_to tensorbord", '"tensorbord".*"tensorboard"'),
     ("--rho 0", "--rho is 0.0.*above 0.*lora"),
     ("--rho=-inf", "--rho is -inf.*finite"),
@@ -280,10 +279,10 @@ def test_a_precision_that_the_device_has_not(
 @pytest.mark.parametrize("method", names())
 def test_options_of_other_methods_and_defaults_may_stand(method: str) -> None:
     argv = ["--dataset", "mini", "--method", method, "--lr_num_cycles", "1", "--lr_power", "1.0"]
-    others = ["--auxiliary_update", "power", "--rho_schedule", "cosine", "--ball", "none"]
+    others = ["--auxiliary_direction", "descent", "--rho", "auto", "--ball", "none"]
     assert parse(argv).method == method
     if method != "bilora":
-        assert parse([*argv, *others, "--rescale_moments"]).rescale_moments
+        assert parse([*argv, *others[:2], *others[4:]]).ball == "none"
 
 
 def numbers(config: Any) -> list[str]:

@@ -16,12 +16,10 @@ from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.choices import (
     AUTO,
-    AUXILIARY_UPDATES,
     BALLS,
     DIRECTIONS,
     QUANTIZED,
     RHO_NORMS,
-    SCHEDULES,
 )
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
@@ -45,10 +43,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rho": (0.05, AUTO),
     "ball": BALLS,
     "rho_norm": RHO_NORMS,
-    "rho_schedule": SCHEDULES,
     "auxiliary_direction": DIRECTIONS,
-    "auxiliary_update": AUXILIARY_UPDATES,
-    "rescale_moments": (False, True),
     "auxiliaries": (1, 3),
 }
 """Bi-LoRA's own options, of which any two are tried together."""

@@ -27,20 +27,10 @@ def naive_copy(model: nn.Module) -> list[reference.Layer]:
     return layers
 
 
-def project(
-    layers: list[reference.Layer],
-    rules: list[dict[str, Any]],
-    rho: float,
-    progress: float,
-    options: dict[str, Any],
-) -> None:
+def project(layers: list[reference.Layer], rho: float, options: dict[str, Any]) -> None:
     """What follows a step under these options."""
-    rises = {"linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
-    rho *= rises.get(options.get("rho_schedule", ""), 1.0)
     if options.get("ball") == "per-layer":
         reference.clip_each(layers, rho)
-    elif options.get("rescale_moments"):
-        reference.clip_and_rescale(layers, rules, rho)
     elif options.get("ball") != "none":
         reference.clip(layers, rho, scaled=options.get("rho_norm") != "unscaled")
 
@@ -60,9 +50,6 @@ def project(
         ("AdamW", 5e-3, 0.05, 0.0, {"ball": "per-layer"}),
         ("AdamW", 5e-3, 0.05, 0.0, {"ball": "none"}),
         ("AdamW", 5e-3, 0.05, 0.0, {"auxiliary_direction": "descent"}),
-        ("AdamW", 5e-3, 0.05, 0.0, {"rescale_moments": True}),
-        ("AdamW", 5e-3, 0.05, 0.0, {"rho_schedule": "linear"}),
-        ("AdamW", 5e-3, 0.05, 0.0, {"rho_schedule": "cosine"}),
     ],
     ids=str,
 )
@@ -71,7 +58,7 @@ def test_50_steps_follow_the_naive_reference(
 ) -> None:
     """Acceptance: float64, with different ranks, scales and learning rates of the two adapters."""
     given: dict[str, Any] = {"rho": rho, "auxiliary_rank": 2, "auxiliary_alpha": 3}
-    given |= {"auxiliary_learning_rate": 2 * lr, "num_steps": 50, **options}
+    given |= {"auxiliary_learning_rate": 2 * lr, **options}
     run = Run("bilora", MethodOptions(**given), kind, lr, decay)
     layers = naive_copy(run.model)
 
@@ -87,7 +74,7 @@ def test_50_steps_follow_the_naive_reference(
     for k in range(50):
         losses.append(reference.step(layers, rules, *batch(k)))
         outside += reference.c_norm(layers, options.get("rho_norm") != "unscaled") > rho
-        project(layers, rules, rho, (k + 1) / 50, options)
+        project(layers, rho, options)
     assert outside >= 5, "the ball must have been at work"
     torch.testing.assert_close(run.train(50), losses, rtol=1e-12, atol=1e-12)
     for name, letters in ((PRIMARY, ("A1", "B1")), (AUXILIARY, ("A2", "B2"))):

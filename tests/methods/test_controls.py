@@ -100,6 +100,6 @@ def test_auxiliaries_that_are_no_memory_of_their_sample(name: str) -> None:
                for key, value in run.method.tensors().items())  # fmt: skip
     if name == "bilora-frozen":
         assert not any(moved)
-        torch.testing.assert_close(run.method._many.norms, torch.full((7,), 0.5).double())
+        torch.testing.assert_close(run.method.auxiliary.norms, torch.full((7,), 0.5).double())
     else:
         assert any(moved)

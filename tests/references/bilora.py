@@ -170,56 +170,6 @@ def clip_each(layers: list[Layer], rho: float) -> None:
         clip([layer], rho / math.sqrt(len(layers)), scaled=True)
 
 
-def clip_and_rescale(layers: list[Layer], rules: list[dict[str, SGD | AdamW]], rho: float) -> None:
-    """Eq. 10, and Adam's moments of the auxiliary shrunk as its factors."""
-    c = clip(layers, rho, scaled=True)
-    f = min(1.0, math.sqrt(rho / c))
-    for rule in rules:
-        for name in ("A2", "B2"):
-            moments = rule[name]
-            assert isinstance(moments, AdamW)
-            moments.m, moments.v = moments.m * f, moments.v * f**2
-
-
-@dataclass
-class Power:
-    """Block power iteration on full matrices; ``E`` stands in the place of s2 B2 A2.
-
-    A layer without a gradient keeps what its last gradient gave, and its turn.
-
-    Args:
-        rows: orthonormal rows (r, n) of each layer to start from.
-        rho: the norm of all E together.
-        sign: 1 climbs, -1 descends.
-    """
-
-    rows: list[Tensor]
-    rho: float
-    sign: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.columns = [torch.zeros(())] * len(self.rows)
-        self.found = [torch.zeros((), dtype=torch.float64)] * len(self.rows)
-        self.taken = [0] * len(self.rows)
-
-    def update(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """The perturbations that follow from the gradients of W."""
-        for i, g in enumerate(gradients):
-            if g is None:
-                continue
-            if self.taken[i] % 2 == 0:
-                P = self.rows[i]
-                self.found[i] = g @ P.T @ P
-                self.columns[i] = torch.linalg.svd(g @ P.T, full_matrices=False)[0]
-            else:
-                Q = self.columns[i]
-                self.found[i] = Q @ Q.T @ g
-                self.rows[i] = torch.linalg.svd(Q.T @ g, full_matrices=False)[2]
-            self.taken[i] += 1
-        length = math.sqrt(sum(float((E**2).sum()) for E in self.found))
-        return [self.sign * self.rho / length * E for E in self.found]
-
-
 @dataclass
 class AutoRadius:
     """Bi-LoRA with a radius that sets itself, in plain numbers and full matrices.
@@ -244,11 +194,7 @@ class AutoRadius:
         """What each layer's ||B A|| of the adapter 1 or 2 is multiplied with."""
         if self.rho_norm == "unscaled":
             return [1.0 for _ in self.layers]
-        scales = [layer.s1 if adapter == 1 else layer.s2 for layer in self.layers]
-        if self.rho_norm == "scaled":
-            return scales
-        norms = [float(torch.linalg.matrix_norm(layer.W0)) for layer in self.layers]
-        return [s / norm for s, norm in zip(scales, norms, strict=True)]
+        return [layer.s1 if adapter == 1 else layer.s2 for layer in self.layers]
 
     def c(self) -> float:
         """The auxiliary's norm."""

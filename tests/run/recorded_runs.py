@@ -21,7 +21,6 @@ CONFIG = {
     "auxiliary_rank": None,
     "rho": 0.05,
     "rho_norm": "scaled",
-    "rho_schedule": "constant",
 }
 SHAPES = {"unet.down.to_q": (6, 5), "unet.down.to_k": (6, 5), "unet.up.to_out": (4, 7)}
 SCALE = 1.5

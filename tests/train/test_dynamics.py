@@ -214,7 +214,6 @@ def test_the_first_step_of_lora_sam_has_no_ratio() -> None:
     [
         {"rho": 0.3},
         {"auxiliary_rank": 3, "rho": 0.3},
-        {"auxiliary_update": "power", "rho": 0.3},
         {"auxiliary_direction": "descent", "rho": 0.3},
     ],
 )
