@@ -33,7 +33,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test test-all lint format clean
+.PHONY: help demo demo-text test test-all test-matrix lint format clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -45,10 +45,13 @@ demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show i
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
 test: lint $(BROWSER_READY) $(VENV)/.sandbox  ## ruff, pyright, the floors, and the tests of a few seconds each
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not matrix" $(PYTEST_ARGS)
 
-test-all: test  ## and then the rest: every combination, kills, several processes, all of the browser
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+test-all: test  ## and then the rest: kills, several processes, all of the browser
+	$(PYTEST) -m "slow and not matrix" $(PYTEST_ARGS)
+
+test-matrix: $(VENV)/.installed-dev  ## every method with every option on every kind of model, for a release
+	$(PYTEST) -m matrix $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright, and who may import whom
 	$(BIN)/ruff check .

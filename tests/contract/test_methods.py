@@ -25,22 +25,24 @@ from tests.contract.models import CASES
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALL = combos()
 PAIRS = dict.fromkeys((name, option) for name, option, _ in ALL)
-FEW = {(*pair, MAIN_KINDS[number % len(MAIN_KINDS)]) for number, pair in enumerate(PAIRS)}
+FEW = [(*pair, MAIN_KINDS[number % len(MAIN_KINDS)]) for number, pair in enumerate(PAIRS)]
 """Every method with every option of the adapters, on one kind of model each."""
+FEWEST = [
+    own[turn % len(own)]
+    for turn, name in enumerate(names())
+    if (own := [case for case in FEW if case[0] == name])
+]
+"""Every method once, with options and models in rotation."""
 
 
-def cases(chosen: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
-    """Every case is run; those that add a kind of model to an option already seen are slow."""
-    slow = [case[1] != "default" and case not in FEW for case in chosen]
+def cases(
+    chosen: list[tuple[str, str, str]], always: list[tuple[str, str, str]] = FEW
+) -> pytest.MarkDecorator:
+    """Cases of a test; those that are not in `always` run with the whole matrix only."""
     marked = [
-        pytest.param(*case, marks=[pytest.mark.slow] * is_slow)
-        for case, is_slow in zip(chosen, slow, strict=True)
+        pytest.param(*case, marks=[pytest.mark.matrix] * (case not in always)) for case in chosen
     ]
     return pytest.mark.parametrize(("name", "option", "kind"), marked)
-
-
-every = cases(ALL)
-every_adapter = cases([case for case in ALL if not create(case[0]).exports_weights])
 
 
 def life(
@@ -147,7 +149,7 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -
             torch.testing.assert_close(run.case.output(merged), primary, rtol=1e-4, atol=1e-5)
 
 
-@every
+@cases(ALL)
 def test_the_life_of_a_run(name: str, option: str, kind: str, tmp_path: Path) -> None:
     life(tmp_path, name, option, kind)
 
@@ -178,7 +180,7 @@ def equal_but_for_rounding(
         torch.testing.assert_close(value, other[key], rtol=1e-4, atol=atol)
 
 
-@every
+@cases(ALL, FEWEST)
 def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind: str) -> None:
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
     whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
@@ -189,7 +191,7 @@ def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind
         equal_but_for_rounding(cut.method, cut.tensors(), final)
 
 
-@every_adapter
+@cases([case for case in ALL if not create(case[0]).exports_weights], FEWEST)
 def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
     limit = create(name).limit
     assert limit is not None, "a method on adapters has a limit in which it is LoRA"
@@ -201,7 +203,9 @@ def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
         torch.testing.assert_close(final[key], value, rtol=1e-4, atol=2e-5)
 
 
-@cases([c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})])
+@cases(
+    [c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})], FEWEST
+)
 def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, kind: str) -> None:
     run = Run(name, option, kind, spoil=(1,)).initialise()
     run.train(1)
