@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,11 +21,13 @@ from bilora_diffusion.choices import (
     DIRECTIONS,
     QUANTIZED,
     RHO_NORMS,
+    SAMPLE,
 )
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
 from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.gradients import collecting
+from bilora_diffusion.train.sharding import average_gradients
 from tests.contract.models import CASES, ROWS
 
 STEPS = 3
@@ -60,6 +63,12 @@ def combos() -> list[tuple[str, str, str]]:
         if option != "default" and allowed(name, option)
     ]
     return plain + others
+
+
+def few() -> list[tuple[str, str, str]]:
+    """Every method with every option of the adapters, on one kind of model each."""
+    pairs = dict.fromkeys((name, option) for name, option, _ in combos())
+    return [(*pair, MAIN_KINDS[turn % len(MAIN_KINDS)]) for turn, pair in enumerate(pairs)]
 
 
 def allowed(name: str, option: str, **own: Any) -> bool:
@@ -118,9 +127,10 @@ class Run:
         pieces: int = 1,
         spoil: tuple[int, ...] | None = None,
         compiled: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
-        self.model = self.case.make().train()
+        self.model = self.case.make().train().to(dtype)
         self.original = copy.deepcopy(self.model)
         if option in QUANTIZED:
             quantize(self.model, option, torch.float32, skip=())
@@ -135,6 +145,7 @@ class Run:
         self.optimizer: torch.optim.Optimizer = make(groups, **settings)
         self.method.bind(self.optimizer)
         self.forward_model: nn.Module = self.model
+        self.accelerator: Accelerator | None = None
         self.rows = slice(0, ROWS)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if spoil else None
         self.taken = 0
@@ -172,6 +183,11 @@ class Run:
     def share(self) -> Run:
         """Let DDP average the gradients of two processes, each with half of the rows."""
         rank = torch.distributed.get_rank()
+        self.accelerator = Accelerator(cpu=True)
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        cast(Any, self.model)._ddp_params_and_buffers_to_ignore = [
+            name for name, p in self.model.named_parameters() if id(p) not in known
+        ]
         self.forward_model = DistributedDataParallel(self.model)
         self.rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
         return self
@@ -213,6 +229,8 @@ class Run:
             for parameter in self.method.clip_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
+        if self.accelerator is not None:
+            average_gradients(self.accelerator, self.optimizer, self.method.apart())
         if torch.distributed.is_initialized():  # the loss is that of all processes, as the loop's
             torch.distributed.all_reduce(total)
             total /= torch.distributed.get_world_size()
@@ -231,8 +249,17 @@ class Run:
 
 
 def compared(name: str, option: str, kind: str) -> Run:
-    """A run that one process and two take alike; the option "auto" is a radius that sets itself."""
-    if option == AUTO:
-        own = {"rho": AUTO, "loss_rise": 0.3}
-        return Run(name, "default", kind, options=own, lr=0.1, optimizer="SGD").initialise()
+    """A run that one process and two take alike; the option "auto" is a radius that sets itself,
+    "sample" an auxiliary for each row beside it, in float64.
+    """
+    if option in (AUTO, SAMPLE):
+        own: dict[str, Any] = {"rho": AUTO, "loss_rise": 0.3}
+        dtype = torch.float32 if option == AUTO else torch.float64
+        own |= {} if option == AUTO else {"auxiliaries": ROWS}
+        settings: dict[str, Any] = {"options": own, "dtype": dtype}
+        return Run(name, "default", kind, lr=0.1, optimizer="SGD", **settings).initialise()
     return Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
+
+
+SHARED = [*((*case,) for case in few()), ("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]
+"""What two processes are compared with one in."""

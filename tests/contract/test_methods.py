@@ -15,18 +15,25 @@ from peft import PeftModel
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.choices import AUTO, QUANTIZED
+from bilora_diffusion.choices import QUANTIZED, SAMPLE
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, create, names
 from bilora_diffusion.train import compiling
-from tests.contract.harness import MAIN_KINDS, SPECS, Run, allowed, combos, compared, pairwise
+from tests.contract.harness import (
+    MAIN_KINDS,
+    SHARED,
+    SPECS,
+    Run,
+    combos,
+    compared,
+    few,
+    pairwise,
+)
 from tests.contract.models import CASES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALL = combos()
-PAIRS = dict.fromkeys((name, option) for name, option, _ in ALL)
-FEW = [(*pair, MAIN_KINDS[number % len(MAIN_KINDS)]) for number, pair in enumerate(PAIRS)]
-"""Every method with every option of the adapters, on one kind of model each."""
+FEW = few()
 FEWEST = [
     own[turn % len(own)]
     for turn, name in enumerate(names())
@@ -240,15 +247,17 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("two_processes")
-@pytest.mark.parametrize("kind", MAIN_KINDS)
-@pytest.mark.parametrize("name", names())
-def test_two_processes_agree_with_one(name: str, kind: str, two_processes: Path) -> None:
-    options = [option for option in SPECS if allowed(name, option)]
-    for option in [*options, *([AUTO] if name == "bilora" else [])]:
-        one = compared(name, option, kind)
-        one.train()
-        both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
-        equal_but_for_rounding(one.method, one.tensors(), both)
+@pytest.mark.parametrize(("name", "option", "kind"), SHARED)
+def test_two_processes_agree_with_one(
+    name: str, option: str, kind: str, two_processes: Path
+) -> None:
+    one = compared(name, option, kind)
+    one.train()
+    both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
+    equal_but_for_rounding(one.method, one.tensors(), both)
+    if option == SAMPLE:
+        for key, value in one.tensors().items():
+            torch.testing.assert_close(value, both[key], rtol=0, atol=1e-8)
 
 
 def test_every_kind_of_model_is_covered() -> None:

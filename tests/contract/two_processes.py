@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tests.contract.harness import MAIN_KINDS, allowed, combos, compared
+from tests.contract.harness import SHARED, compared
 
 
 def main(folder: Path) -> None:
     """Write ``method-option-kind.pt``, the tensors after three steps, from the first process."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    every = [c for c in combos() if c[2] in MAIN_KINDS and allowed(*c[:2])]
-    for name, option, kind in [*every, *(("bilora", "auto", kind) for kind in MAIN_KINDS)]:
+    for name, option, kind in SHARED:
         run = compared(name, option, kind).share()
         run.train()
         if torch.distributed.get_rank() == 0:
