@@ -9,9 +9,11 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
 from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
@@ -22,8 +24,6 @@ from bilora_diffusion.methods import own_options
 from bilora_diffusion.run.config import RunConfig
 from bilora_diffusion.text.config import TextConfig
 
-from .diffusers_flags import BESIDE_FLAGS, FLAGS, Flag
-from .diffusers_flow_flags import FLOW_FLAGS
 from .evidence import page as claims_page
 from .evidence import table
 
@@ -61,6 +61,7 @@ def options() -> str:
 
 def diffusers() -> str:
     """Every flag of diffusers' script, and what differs."""
+    flags = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
     parts = [
         "# Coming from diffusers",
         MADE,
@@ -71,13 +72,13 @@ def diffusers() -> str:
         " --init_lora_weights gaussian`, `--lora_alpha` with the rank, and whatever of its defaults"
         " it relied on.",
         "Beside single flags:",
-        "\n".join(f"- {sentence}" for sentence in BESIDE_FLAGS),
-        _flags(FLAGS),
+        "\n".join(f"- {sentence}" for sentence in flags["beside"]),
+        _flags(flags["sdxl"]),
         "## Its scripts for other models",
         "The scripts for SD3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Krea 2 and Lumina 2 (of August"
         " 2026) have most of those flags too, some with other defaults, which do not hold here:"
         " 512 pixels, for Krea 2 rank and alpha 32. Beside those they have these:",
-        _flags(FLOW_FLAGS),
+        _flags(flags["flow"]),
         "Lumina 2 is trained at the noise levels that its pipeline goes through, with a shift of 6"
         " at 0.77 of noise in the mean. Its script turns the path round and the shift not, so that"
         " there the mean is 0.23; no flag gives these levels here.",
@@ -90,16 +91,16 @@ def diffusers() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _flags(flags: Iterable[Flag]) -> str:
+def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
     here = options_of(DreamBoothConfig.groups)
     body = [
         (
-            f"`--{flag.name}`",
-            _value(flag.default),
-            _value(default_of(here[flag.name])),
-            flag.here or "same",
+            f"`--{name}`",
+            _value(flag.get("default")),
+            _value(default_of(here[name])),
+            flag.get("here", "same"),
         )
-        for flag in flags
+        for name, flag in flags.items()
     ]
     return table(("flag", "default there", "default here", "what differs"), body)
 

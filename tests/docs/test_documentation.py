@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from bilora_diffusion.config.refusals import REFUSED
-from docs.diffusers_flags import DEFAULTS
+from tests.references.diffusers_flags import DEFAULTS
 from docs.make import FOLDER
 from docs.make import PAGES as MADE
 
