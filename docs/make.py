@@ -9,9 +9,11 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
 from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
@@ -22,9 +24,7 @@ from bilora_diffusion.methods import own_options
 from bilora_diffusion.run.config import RunConfig
 from bilora_diffusion.text.config import TextConfig
 
-from .diffusers_flags import BESIDE_FLAGS, FLAGS, Flag
-from .diffusers_flow_flags import FLOW_FLAGS
-from .evidence import page as claims_page
+from . import evidence
 from .evidence import table
 
 FOLDER = Path(__file__).parent
@@ -33,90 +33,46 @@ END = "<!-- end -->"
 MEMORY = FOLDER.parent / "results" / "dry_run_memory" / "table.json"
 
 
-def options() -> str:
+def options() -> Iterable[str]:
     """Every option of both training scripts, and what does not go together."""
-    parts = [
-        "# Options",
-        MADE,
-        "Every option of `train_dreambooth_bilora.py` and `train_text_bilora.py`, as `--help` shows"
-        " it. In a recipe (`--config FILE.yaml`) an option has the same name without its dashes;"
-        " the command line wins over the recipe. How they compare with diffusers' script stands in"
-        " [diffusers.md](diffusers.md).",
-        *_script("train_dreambooth_bilora.py", DreamBoothConfig),
-        *_script("train_text_bilora.py", TextConfig),
-        "## Combinations that are refused",
+    yield from _script("train_dreambooth_bilora.py", DreamBoothConfig)
+    yield from _script("train_text_bilora.py", TextConfig)
+    yield "## Combinations that are refused"
+    yield (
         "An option that the chosen method does not read stands without complaint, so that runs that"
-        " differ only in `--method` can share a recipe.",
-        table(
-            ("together", "why they are refused", "instead"),
-            [(entry.shown(), entry.reason, entry.instead) for entry in REFUSED],
-        ),
-        "## Options without effect",
+        " differ only in `--method` can share a recipe."
+    )
+    body = [(entry.shown(), entry.reason, entry.instead) for entry in REFUSED]
+    yield table(("together", "why they are refused", "instead"), body)
+    yield "## Options without effect"
+    yield (
         "They are named in one line and set aside: the run is that of the command line without"
-        " them.",
-        table(("option", "has no effect", "instead"), _idle()),
-    ]
-    return "\n\n".join(parts) + "\n"
+        " them."
+    )
+    yield table(("option", "has no effect", "instead"), _idle())
 
 
-def diffusers() -> str:
-    """Every flag of diffusers' script, and what differs."""
-    parts = [
-        "# Coming from diffusers",
-        MADE,
-        "`train_dreambooth_bilora.py` takes every flag of diffusers'"
-        " `train_dreambooth_lora_sdxl.py` (0.42) under its name and in its meaning: what a command"
-        " line gives is what happens. Where nothing is given, the paper's Table A8 holds. To train"
-        " plain LoRA as that script does, move its command line over and add `--method lora"
-        " --init_lora_weights gaussian`, `--lora_alpha` with the rank, and whatever of its defaults"
-        " it relied on.",
-        "Beside single flags:",
-        "\n".join(f"- {sentence}" for sentence in BESIDE_FLAGS),
-        _flags(FLAGS),
-        "## Its scripts for other models",
-        "The scripts for SD3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Krea 2 and Lumina 2 (of August"
-        " 2026) have most of those flags too, some with other defaults, which do not hold here:"
-        " 512 pixels, for Krea 2 rank and alpha 32. Beside those they have these:",
-        _flags(FLOW_FLAGS),
-        "Lumina 2 is trained at the noise levels that its pipeline goes through, with a shift of 6"
-        " at 0.77 of noise in the mean. Its script turns the path round and the shift not, so that"
-        " there the mean is 0.23; no flag gives these levels here.",
-        "These are refused with one sentence, which says what to use instead:",
-        table(
-            ("flag", "why it is no option here", "instead"),
-            [(f"`--{name}`", *sentence) for name, sentence in FOREIGN.items()],
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
+def diffusers() -> Iterable[str]:
+    """Every flag of diffusers' scripts, and what differs."""
+    known = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
+    yield known["intro"]
+    yield "\n".join(f"- {sentence}" for sentence in known["beside"])
+    yield _flags(known["sdxl"])
+    yield "## Its scripts for other models"
+    yield known["others"]
+    yield _flags(known["flow"])
+    yield known["apart"]
+    body = [(f"`--{name}`", *sentence) for name, sentence in FOREIGN.items()]
+    yield table(("flag", "why it is no option here", "instead"), body)
 
 
-def _flags(flags: Iterable[Flag]) -> str:
+def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
     here = options_of(DreamBoothConfig.groups)
-    body = [
-        (
-            f"`--{flag.name}`",
-            _value(flag.default),
-            _value(default_of(here[flag.name])),
-            flag.here or "same",
-        )
-        for flag in flags
-    ]
+    body = []
+    for name, flag in flags.items():
+        defaults = _value(flag.get("default")), _value(default_of(here[name]))
+        body.append((f"`--{name}`", *defaults, flag.get("here", "same")))
     return table(("flag", "default there", "default here", "what differs"), body)
-
-
-def evidence() -> str:
-    """Each claim of the paper and what was measured of it."""
-    parts = [
-        "# What is proven",
-        MADE,
-        "Each claim of the paper, tested on what runs without a GPU: the miniature of SDXL, MiniLM"
-        " and SmolLM2. A claim holds where the whole 95 % interval (bootstrap over seeds, paired"
-        " with the control; over prompts for CLIP scores) lies where the paper has it, does not"
-        " hold where all of it lies elsewhere, and is undecided otherwise. Figures are read from"
-        " `results/`; claims and where to look stand in [claims.yaml](claims.yaml).",
-        *claims_page(),
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 EXAMPLES = {
@@ -133,46 +89,37 @@ EXAMPLES = {
 """Model -> what names it on the hub."""
 
 
-def readme() -> str:
-    """The README, whose table of models is made."""
+def readme() -> Iterable[str]:
+    """The table of models."""
     known = _memory()
     body = []
     for model, name in EXAMPLES.items():
-        needed = []
-        for weights in ("bf16", "nf4"):
-            row = known[f"{model}, {weights}"]
-            # SDXL's encoders only visit the device; those of the others are gone before the step.
-            needed.append(f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB")
+        rows = [known[f"{model}, {weights}"] for weights in ("bf16", "nf4")]
+        # SDXL's encoders only visit the device; those of the others are gone before the step.
+        needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
         tested = "full size, random weights" if model == "Stable Diffusion XL" else "tiny weights"
         body.append((model, f"`{name}`", *needed, tested))
     heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
-    return _with_table(FOLDER.parent / "README.md", table(heads, body))
+    yield table(heads, body)
 
 
-def models() -> str:
-    """The page of image models, whose table of memory is made."""
+def models() -> Iterable[str]:
+    """The table of memory."""
     heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
     columns = ("lora", "bilora", "activations", "encoders")
     body = [
         (*name.rsplit(", ", 1), *(f"{row[column] / 1e9:.1f} GB" for column in columns))
         for name, row in _memory().items()
     ]
-    return _with_table(FOLDER / "models.md", table(heads, body))
+    yield table(heads, body)
 
 
 def _memory() -> dict[str, Any]:
     return json.loads(MEMORY.read_text(encoding="utf-8"))
 
 
-def _with_table(page: Path, made: str) -> str:
-    """A page with what stands between its two marks made anew."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MADE)
-    _, _, after = rest.partition(END)
-    return f"{before}{MADE}\n\n{made}\n\n{END}{after}"
-
-
-def python() -> str:
-    """The page of the Python interface, whose table of `BiLoRAConfig` is made."""
+def python() -> Iterable[str]:
+    """The table of `BiLoRAConfig`."""
     doc = inspect.cleandoc(BiLoRAConfig.__doc__ or "")
     told = doc.partition("Args:\n")[2].partition("\n\n")[0]
     names, texts = (re.split(r"^ {4}(\w+): ", told, flags=re.MULTILINE)[i::2] for i in (1, 2))
@@ -181,7 +128,7 @@ def python() -> str:
         (f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split()))
         for name, text in zip(names, texts, strict=True)
     ]
-    return _with_table(FOLDER / "python.md", table(("field", "default", "what it is"), body))
+    yield table(("field", "default", "what it is"), body)
 
 
 PAGES = {
@@ -189,9 +136,17 @@ PAGES = {
     "../README.md": readme,
     "options.md": options,
     "diffusers.md": diffusers,
-    "evidence.md": evidence,
+    "evidence.md": evidence.page,
     "models.md": models,
 }
+
+
+def page(name: str) -> str:
+    """A page with what stands after its mark, or between its two, made anew."""
+    before, _, rest = (FOLDER / name).read_text(encoding="utf-8").partition(MADE)
+    _, end, after = rest.partition(END)
+    made = "\n\n".join(PAGES[name]())
+    return f"{before}{MADE}\n\n{made}\n" + (f"\n{end}{after}" if end else "")
 
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
@@ -204,15 +159,10 @@ def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
     option, default = option_of(field), default_of(field)
-    names = [
-        f"--{field.name}",
-        *option.aliases,
-        *([f"--no_{field.name}"] if default is True else []),
-    ]
-    sentences = option.help
-    if option.choices:
-        sentences += f" One of {', '.join(f'`{choice}`' for choice in option.choices)}."
-    return ", ".join(f"`{name}`" for name in names), _value(default), sentences
+    off = [f"--no_{field.name}"] if default is True else []
+    names = ", ".join(f"`{name}`" for name in (f"--{field.name}", *option.aliases, *off))
+    choices = ", ".join(f"`{choice}`" for choice in option.choices or ())
+    return names, _value(default), option.help + (f" One of {choices}." if choices else "")
 
 
 def _idle() -> Iterable[tuple[str, str, str]]:
@@ -233,8 +183,8 @@ def _value(value: Any) -> str:
 
 def main() -> None:
     """Write the pages."""
-    for name, page in PAGES.items():
-        (FOLDER / name).write_text(page(), encoding="utf-8")
+    for name in PAGES:
+        (FOLDER / name).write_text(page(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

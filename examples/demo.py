@@ -29,14 +29,13 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.run.interruption import ends_in
 
 METHODS = ("lora", "bilora")
-OWN = {"bilora": ("--auxiliaries", "sample", "--rho", "auto")}
-"""What a method is told beside its name."""
-COLORS = {"lora": "#111111", "bilora": "#d95f02"}
-TITLES = {
-    "base": "base model",
-    **{name: get(name).title for name in METHODS},
-    "truth": "ground truth",
+OWN = {
+    "lora": ("--eval_on_start",),  # the base model's, once
+    "bilora": ("--auxiliaries", "sample", "--rho", "auto"),
 }
+"""What a method is told beside its name."""
+COLORS = {"LoRA": "#111111", "Bi-LoRA": "#d95f02"}
+TITLES = {name: get(name).title for name in METHODS}
 SUBJECTS = 6
 """So many of the held-out icons; the subjects of the paper's Table 4 stand first among them."""
 Course = list[tuple[int, float]]
@@ -63,28 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train both arms, compare what they saw, draw the grid and say where everything is.
-
-    Args:
-        flags: more flags for both runs, as ``train_dreambooth_bilora.py`` takes them.
+    """Train both runs, with more flags of ``train_dreambooth_bilora.py``, compare what they saw,
+    draw the grid and say where everything is.
     """
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
-        train.main(
-            [
-                *("--config", str(recipe), "--method", method, *OWN.get(method, ())),
-                *("--seed", str(seed)),
-                *("--output_dir", str(folder / method), "--overwrite_output_dir"),
-                *(("--eval_on_start",) if method == METHODS[0] else ()),  # the base's, once
-                *(*COURSE, *flags),
-            ]
-        )
+        words = ["--config", str(recipe), "--method", method, *OWN[method], "--seed", str(seed)]
+        words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
+        train.main([*words, *COURSE, *flags])
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"
     rows, labels = icons(folder)
-    draw(rows, labels, {method: course(folder / method) for method in METHODS}, picture)
+    courses = {TITLES[method]: course(folder / method) for method in METHODS}
+    draw(rows, labels, courses, picture)
     print(f"\nBoth runs saw the same data and noise in all {steps} steps (equal digests).")
-    print(losses(folder))
+    print(losses(courses))
     print("\nRun folders:")
     for method in METHODS:
         print(f"  {TITLES[method]:8} {folder / method}")
@@ -112,7 +104,7 @@ def require_paired(folders: Sequence[Path]) -> int:
     return len(digests[0])
 
 
-def icons(folder: Path, seed: int = 0) -> tuple[dict[str, list[Image]], list[str]]:
+def icons(folder: Path) -> tuple[dict[str, list[Image]], list[str]]:
     """Rows of icons from base, LoRA, Bi-LoRA and ground truth, of equal noise, and the columns'
     labels: the first held-out subjects of what the runs in a folder were trained on.
     """
@@ -125,26 +117,18 @@ def icons(folder: Path, seed: int = 0) -> tuple[dict[str, list[Image]], list[str
         [str(pictures.caption(i)) for i in range(SUBJECTS)] for pictures in (heldout, prompted)
     )
     pipeline = load_pipeline(config["pretrained_model_name_or_path"], dtype=torch.float32)
-    rows = {"base": images(pipeline, prompts, seed)}
+    how: Any = {"seeds": range(SUBJECTS), "size": 64, "steps": 25, "guidance_scale": 4.0}
+    rows = {"base model": generate(pipeline, prompts, **how)}
     for method in METHODS:
         pipeline.load_lora_weights(str(folder / method))
-        rows[method] = images(pipeline, prompts, seed)
+        rows[TITLES[method]] = generate(pipeline, prompts, **how)
         pipeline.unload_lora_weights()
-    rows["truth"] = [heldout.image(i) for i in range(SUBJECTS)]
+    rows["ground truth"] = [heldout.image(i) for i in range(SUBJECTS)]
     return rows, labels
 
 
-def images(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image]:
-    """One 64-pixel icon per prompt, each with noise of its own that is the same for every model."""
-    seeds = [seed + column for column in range(len(prompts))]
-    return generate(pipeline, prompts, seeds, size=64, steps=25, guidance_scale=4.0)
-
-
 def draw(
-    rows: dict[str, list[Image]],
-    labels: Sequence[str],
-    courses: dict[str, Course],
-    picture: Path,
+    rows: dict[str, list[Image]], labels: Sequence[str], courses: dict[str, Course], picture: Path
 ) -> None:
     """One PNG: the courses of the held-out loss left, rows of icons right."""
     matplotlib.use("Agg")
@@ -158,7 +142,7 @@ def draw(
     axes = right.subplots(len(rows), len(labels), squeeze=False)
     right.subplots_adjust(left=0.05, right=0.995, bottom=0.01, top=0.94, wspace=0.06, hspace=0.06)
     for row, (name, pictures) in enumerate(rows.items()):
-        axes[row][0].set_ylabel(TITLES.get(name, name), color=COLORS.get(name, "#555555"))
+        axes[row][0].set_ylabel(name, color=COLORS.get(name, "#555555"))
         for column, image in enumerate(pictures):
             axis = axes[row][column]
             axis.imshow(image, interpolation="lanczos")
@@ -172,19 +156,15 @@ def draw(
 
 def _draw_courses(axis: Any, courses: dict[str, Course]) -> None:
     highest = max(1000 * course[-1][1] for course in courses.values())
-    for method, course in courses.items():
-        steps, values = zip(*((step, 1000 * loss) for step, loss in course if step), strict=True)
-        color, least = COLORS[method], min(range(len(values)), key=values.__getitem__)
-        axis.plot(steps, values, color=color, lw=2)
-        axis.plot(steps[least], values[least], "o", color=color, ms=7)
-        axis.annotate(
-            f"{TITLES[method]}\nlowest\n{values[least]:.1f}",
-            (steps[-1], values[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="bottom" if values[-1] == highest else "top",  # courses may end close together
-            color=color,
-        )
+    for name, course in courses.items():
+        points = [(step, 1000 * loss) for step, loss in course if step]
+        lowest, end = min(points, key=lambda point: point[1]), points[-1]
+        axis.plot(*zip(*points, strict=True), color=COLORS[name], lw=2)
+        axis.plot(*lowest, "o", color=COLORS[name], ms=7)
+        text = f"{name}\nlowest\n{lowest[1]:.1f}"
+        side = "bottom" if end[1] == highest else "top"  # courses may end close together
+        where: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": side}
+        axis.annotate(text, end, **where, color=COLORS[name])
     axis.set_xlabel("steps")
     axis.set_title("loss on unseen icons x 1000", fontsize=11, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
@@ -203,18 +183,13 @@ def course(folder: Path) -> Course:
     return [(row["step"], row["heldout_loss"]) for row in rows]
 
 
-def losses(folder: Path) -> str:
-    """A table of held-out losses: base, then each method at its lowest and at its end.
-
-    Raises:
-        UserError: a run has none.
-    """
-    courses = {method: course(folder / method) for method in METHODS}
+def losses(courses: dict[str, Course]) -> str:
+    """A table of held-out losses: base, then each method at its lowest and at its end."""
     lines = ["", f"{'held-out loss':12}{'lowest':>11}{'at step':>9}{'at the end':>12}"]
-    lines.append(f"{TITLES['base']:12}{courses[METHODS[0]][0][1]:12.4f}")
-    for method, found in courses.items():
+    lines.append(f"{'base model':12}{courses[TITLES[METHODS[0]]][0][1]:12.4f}")
+    for name, found in courses.items():
         step, least = min(found, key=lambda point: point[1])
-        lines.append(f"{TITLES[method]:12}{least:12.4f}{step:9}{found[-1][1]:12.4f}")
+        lines.append(f"{name:12}{least:12.4f}{step:9}{found[-1][1]:12.4f}")
     return "\n".join(lines)
 
 

@@ -28,11 +28,7 @@ SHOWN = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.demo_text",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m examples.demo_text", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo-text"))
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the run")
     args, flags = parser.parse_known_args(argv)
@@ -45,24 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train, then show what changed.
-
-    Args:
-        flags: more flags, as ``train_text_bilora.py`` takes them.
-    """
-    train_text.main(
-        [
-            *("--config", str(recipe), "--output_dir", str(folder), "--overwrite_output_dir"),
-            *SHORT,
-            *flags,
-        ]
-    )
+    """Train, with more flags of ``train_text_bilora.py``, then show what changed."""
+    place = ("--output_dir", str(folder), "--overwrite_output_dir")
+    train_text.main(["--config", str(recipe), *place, *SHORT, *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
     before, after = (answers(folder, step) for step in (steps[0], steps[-1]))
     for first, last in list(zip(before, after, strict=True))[:SHOWN]:
-        print("\n" + "\n".join(paragraphs(first, last)))
-    print()
-    print(figures(folder))
+        print("\n" + paragraphs(first, last))
+    print("\n" + figures(folder))
     print(f"\nRun folder: {folder} (all answers: {folder}/validation/step-{steps[-1]})")
     print(f"Look at its curves: python -m app.viewer {folder} (pip install -e '.[app]')")
 
@@ -73,33 +59,26 @@ def answers(folder: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> str:
     """One problem with its answers, wrapped."""
-    parts = (
-        ("Problem", first["prompt"]),
-        ("Before", first["prediction"]),
-        ("After", last["prediction"]),
-        ("Wanted", first["reference"]),
+    wrapped = textwrap.TextWrapper(98, subsequent_indent=" " * 10)
+    parts = {
+        "Problem": first["prompt"],
+        "Before": first["prediction"],
+        "After": last["prediction"],
+        "Wanted": first["reference"],
+    }
+    return "\n".join(
+        wrapped.fill(f"{name + ':':10}{' '.join(text.split())}") for name, text in parts.items()
     )
-    return [
-        textwrap.fill(
-            " ".join(text.split()),
-            98,
-            initial_indent=f"{name + ':':10}",
-            subsequent_indent=" " * 10,
-        )
-        for name, text in parts
-    ]
 
 
 def figures(folder: Path) -> str:
     """Held-out loss and right answers, before and after."""
     rows = runlog.read_metrics(folder)
     lines = []
-    for key, title in (
-        ("heldout_loss", "loss per token"),
-        ("heldout_answer_match", "right answers"),
-    ):
+    titles = {"heldout_loss": "loss per token", "heldout_answer_match": "right answers"}
+    for key, title in titles.items():
         values = [row[key] for row in rows if key in row]
         lines.append(f"Held-out {title}: {values[0]:.3f} before, {values[-1]:.3f} after")
     return "\n".join(lines)

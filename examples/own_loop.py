@@ -48,15 +48,13 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
     added = {"text_embeds": data["pooled"][rows], "time_ids": sizes}
     noisy = noises.add_noise(latents, noise, steps)
     text = data["text"][rows]
-    predicted = unet(noisy, steps, text, added_cond_kwargs=added).sample
-    return F.mse_loss(predicted, noise)
+    return F.mse_loss(unet(noisy, steps, text, added_cond_kwargs=added).sample, noise)
 
 
 def train(per_sample: bool, rho: float, steps: int) -> list[float]:
     """Train the adapters; the loss on unseen icons every ``EVERY`` steps."""
-    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-        mini.pipeline_dir(), dtype=torch.float32
-    )
+    kind: Any = StableDiffusionXLPipeline
+    pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
     pipeline.unet.requires_grad_(False)
     noises = DDPMScheduler.from_config(pipeline.scheduler.config)
     with torch.no_grad():
@@ -79,10 +77,9 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
     for step in range(steps + 1):
         if step % EVERY == 0:
             with bilora.evaluating(), torch.no_grad():
-                several = [
-                    loss(pipeline.unet, noises, unseen, torch.arange(64), n) for n in range(8)
-                ]
-                held_out.append(float(torch.stack(several).mean()))
+                every = torch.arange(64)
+                values = [loss(pipeline.unet, noises, unseen, every, n) for n in range(8)]
+                held_out.append(float(torch.stack(values).mean()))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH]
         with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample

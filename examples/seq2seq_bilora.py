@@ -61,12 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_length=own.max_length,
         )
 
-    local = Path(own.data).is_file()
-    rows = (
-        load_dataset("json", data_files=own.data, split="train")
-        if local
-        else load_dataset(own.data, split="train")
-    )
+    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
+    rows = load_dataset(**{"path": own.data, **file}, split="train")
     rows = rows.map(encode, batched=True, remove_columns=rows.column_names)
     parts: Any = rows.train_test_split(test_size=own.held_out, seed=args.seed)
 

@@ -38,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, args = HfArgumentParser((Arguments, SFTConfig)).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
         list(argv) if argv is not None else None
     )
-    local = Path(own.data).is_file()
-    rows = (
-        load_dataset("json", data_files=own.data, split="train")
-        if local
-        else load_dataset(own.data, split="train")
-    )
+    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
+    rows = load_dataset(**{"path": own.data, **file}, split="train")
     trainer = SFTTrainer(model=own.model, args=args, train_dataset=rows)
     use_bilora(trainer, BiLoRAConfig(rank=own.rank, alpha=own.alpha, rho=own.rho))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -50,12 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(own.model)
 
-    local = Path(own.data).is_file()
-    rows = (
-        load_dataset("json", data_files=own.data, split="train")
-        if local
-        else load_dataset(own.data, split="train")
-    )
+    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
+    rows = load_dataset(**{"path": own.data, **file}, split="train")
     rows = rows.map(
         lambda batch: tokenizer(batch[own.column], truncation=True, max_length=own.max_length),
         batched=True,
@@ -72,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bilora = use_bilora(trainer, BiLoRAConfig(rank=own.rank, alpha=own.alpha, rho=own.rho))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    print(
-        f"{args.output_dir} holds the adapter; the auxiliary ended at {bilora.auxiliary_norm():.4f}"
-    )
+    norm = bilora.auxiliary_norm()
+    print(f"{args.output_dir} holds the adapter; the auxiliary ended at {norm:.4f}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -40,6 +41,7 @@ BEGINNINGS = (
     *(b'{"file_name": "a.png", "text": ', b'{"input": "a", "output": ', b'{"messages": '),
     *(b'[{"input": "a", "output": ', b"file_name,text\na.png,", b"input,output\na,", b""),
 )
+SURPRISES = (b"1" * 5000, b"[" * 5000, b'"\\ud800"}', b"x" * 140_000)
 PIECES = st.sampled_from(
     [
         *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"\n", b"\r", b"\0", b"\xef\xbb\xbf", b"\xff"),
@@ -50,96 +52,21 @@ PIECES = st.sampled_from(
 ALMOST = st.tuples(
     st.sampled_from(BEGINNINGS), PIECES, st.sampled_from([b"", b"}", b"}]", b"\n"])
 ).map(b"".join)
-
-
-def rows() -> st.SearchStrategy[bytes]:
-    """JSON that parses, an object on each line or a list of them, and holds any types."""
-    objects = st.lists(st.dictionaries(KEYS, VALUES, max_size=4) | VALUES, max_size=3)
-    lines = objects.map(lambda found: "\n".join(map(json.dumps, found)))
-    return (lines | objects.map(json.dumps)).map(str.encode)
-
-
-CONTENT = st.binary(max_size=60) | st.lists(PIECES, max_size=9).map(b"".join) | ALMOST | rows()
-
-
-def any_bytes(check: Any) -> Callable[..., None]:
-    """Give a test the same hundred contents in every run."""
-    kept = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    repeatable = settings(
-        max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=kept
-    )
-    check = repeatable(given(content=CONTENT)(check))
-    for start in BEGINNINGS:
-        for value in (b"1" * 5000, b"[" * 5000, b'"\\ud800"}', b"x" * 140_000):
-            check = example(content=start + value)(check)
-    return check
-
-
-def survives(work: Callable[[], object]) -> None:
-    """It succeeds, or says in one sentence what to mend."""
-    sentence = ""
-    try:
-        work()
-    except UserError as error:
-        sentence = str(error)
-    assert len(sentence.encode()) < 2000
-    assert "\n" not in sentence
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt", "a.png"])
-@any_bytes
-def test_a_folder_of_images(name: str, content: bytes, tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    (tmp_path / name).write_bytes(content)
-    column = None if name.startswith("a.") else "text"
-    survives(lambda: open_images(str(tmp_path), caption_column=column).prompts("TOK"))
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-@any_bytes
-def test_a_file_of_rows(suffix: str, content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    path.write_bytes(content)
-
-    def read() -> None:
-        for row in open_file(path):
-            row.question.encode()
-            row.answer.encode()
-
-    survives(read)
-
-
+OBJECTS = st.lists(st.dictionaries(KEYS, VALUES, max_size=4) | VALUES, max_size=3)
+ROWS = OBJECTS.map(lambda found: "\n".join(map(json.dumps, found))) | OBJECTS.map(json.dumps)
+CONTENT = st.binary(max_size=60) | st.lists(PIECES, max_size=9).map(b"".join) | ALMOST
+CONTENT |= ROWS.map(str.encode)
 NUMBERS = st.integers(-1, 2**54) | st.floats() | st.sampled_from([1e308, 5e-324, 10**400])
 ODD = VALUES | NUMBERS | st.lists(NUMBERS | st.none(), max_size=3)
-RECORD: dict[str, Any] = {"method": "bilora", "status": "running", "config": {"rho": 0.05}}
-STEP = (
-    "step",
-    "loss",
-    "heldout_loss",
-    "heldout_loss_by_level/25",
-    "lr",
-    "rho",
-    "seconds",
-    "digest",
-)
+RUN: dict[str, Any] = {"schema_version": 1, "method": "bilora", "status": "running"}
+RUN["config"] = {"rho": 0.05}
+LOSSES = ("loss", "heldout_loss", "heldout_loss_by_level/25")
+STEP = ("step", *LOSSES, "lr", "rho", "seconds", "digest")
 CURVES = {"settings": {}, "steps": [0], "folds": [[1.0]], "mean": [1.0], "chosen_steps": 1}
-RANGES = st.sampled_from(["log", "uniform", "choice"])
 PLAIN = st.sampled_from(["lora", "0.1", "1e-3", "5", "nan", "1e999", "a..b"]) | VALUES
-SPACE = st.fixed_dictionaries(
-    {},
-    optional=dict.fromkeys(
-        ("options", "shared", "methods", "lora"),
-        VALUES
-        | st.dictionaries(
-            st.sampled_from(["method", "rank", "seed", "LoRA"]),
-            PLAIN
-            | st.dictionaries(RANGES, st.lists(PLAIN, max_size=3), max_size=2)
-            | st.dictionaries(st.sampled_from(["method", "rho"]), PLAIN, max_size=2),
-            max_size=3,
-        ),
-    ),
-)
+RANGE = st.dictionaries(st.sampled_from(["log", "uniform", "choice", "method", "rho"]), PLAIN)
+AXES = st.dictionaries(st.sampled_from(["method", "rank", "seed", "LoRA"]), PLAIN | RANGE)
+SPACE = st.dictionaries(st.sampled_from(["options", "shared", "methods", "lora"]), AXES | VALUES)
 
 
 def odd(names: Any) -> st.SearchStrategy[dict[str, Any]]:
@@ -147,17 +74,20 @@ def odd(names: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(sorted(names)), ODD, max_size=3)
 
 
-def within_a_second(content: st.SearchStrategy[Any]) -> Callable[[Any], Callable[..., None]]:
-    """Give a test the same fifty contents in every run, and a second for each."""
-    kept = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    repeatable = settings(
-        max_examples=50, derandomize=True, deadline=1000, database=None, suppress_health_check=kept
-    )
-    return lambda check: repeatable(given(content=content)(check))
+def read_images(path: Path) -> None:
+    column = None if path.name.startswith("a.") else "text"
+    open_images(str(path.parent), caption_column=column).prompts("TOK")
 
 
-def look(folder: Path) -> None:
+def read_rows(path: Path) -> None:
+    for row in open_file(path):
+        row.question.encode()
+        row.answer.encode()
+
+
+def read_run(path: Path) -> None:
     """Read a run as evaluation and viewer do, and draw it."""
+    folder = path.parent
     run = find_run(folder, "run")
     run.settings()
     lines = read_metrics(folder)
@@ -167,53 +97,6 @@ def look(folder: Path) -> None:
     draw([Shown(item, 0, lines, state, read_folds(folder / "folds.json") or {})], 5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is imported at first use takes more than a second."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "run.json").write_text(json.dumps({"schema_version": 1, **RECORD}))
-    look(folder)
-
-
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "folds.json"])
-@any_bytes
-def test_a_run_of_any_bytes(name: str, content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"schema_version": 1, **RECORD}))
-    (tmp_path / name).write_bytes(content)
-    survives(lambda: look(tmp_path))
-
-
-@within_a_second(st.tuples(odd(Record.model_fields), odd(Options.model_fields)))
-def test_a_record_of_any_values(content: tuple[Any, Any], tmp_path: Path) -> None:
-    record, config = content
-    whole = {"schema_version": 1, **RECORD, "config": config, **record}
-    (tmp_path / "run.json").write_text(json.dumps(whole))
-    survives(lambda: look(tmp_path))
-
-
-@within_a_second(st.lists(odd(STEP).map(lambda line: {"step": 1, "loss": 1} | line), max_size=4))
-def test_metrics_of_any_values(content: list[Any], tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"schema_version": 1, **RECORD}))
-    lines = "".join(f"{json.dumps(line)}\n" for line in content)
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    survives(lambda: look(tmp_path))
-
-
-@within_a_second(odd(Folds.model_fields))
-def test_folds_of_any_values(content: Any, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"schema_version": 1, **RECORD}))
-    (tmp_path / "folds.json").write_text(json.dumps(CURVES | content))
-    survives(lambda: look(tmp_path))
-
-
-@pytest.mark.parametrize("suffix", ["txt", "csv"])
-@any_bytes
-def test_a_file_of_prompts(suffix: str, content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / f"prompts.{suffix}"
-    path.write_bytes(content)
-    survives(lambda: prompts.read(path))
-
-
 def read_space(path: Path) -> None:
     """Read a file of ranges, and draw from each."""
     space = spaces.load(path)
@@ -221,27 +104,90 @@ def read_space(path: Path) -> None:
         space.configuration(method, 0, 0)
 
 
-@pytest.mark.parametrize("read", [read_space, axes.load_arms])
-@any_bytes
-def test_a_space_or_arms_of_any_bytes(
-    read: Callable[[Path], Any], content: bytes, tmp_path: Path
+READERS: list[tuple[str, Callable[[Path], object]]] = [
+    *((name, read_images) for name in ("metadata.jsonl", "metadata.csv", "a.txt", "a.png")),
+    *((f"rows.{suffix}", read_rows) for suffix in ("jsonl", "json", "csv", "parquet")),
+    *((name, read_run) for name in ("run.json", "metrics.jsonl", "folds.json")),
+    *((name, prompts.read) for name in ("prompts.txt", "prompts.csv")),
+    *(("space.yaml", read) for read in (read_space, axes.load_arms)),
+]
+ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "run.json": st.tuples(odd(Options.model_fields), odd(Record.model_fields)).map(
+        lambda pair: {**RUN, "config": pair[0], **pair[1]}
+    ),
+    "metrics.jsonl": st.lists(
+        odd(STEP).map(lambda line: {"step": 1, "loss": 1} | line), max_size=4
+    ),
+    "folds.json": odd(Folds.model_fields).map(lambda curves: CURVES | curves),
+    "space.yaml": SPACE | VALUES,
+}
+
+
+REPEATABLE = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def survives(read: Callable[[], object]) -> None:
+    """It succeeds, or says in one sentence what to mend."""
+    sentence = ""
+    try:
+        read()
+    except UserError as error:
+        sentence = str(error)
+    assert len(sentence.encode()) < 2000
+    assert "\n" not in sentence
+
+
+def prepare(folder: Path) -> None:
+    """A folder of two images, and of a run."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    (folder / "run.json").write_text(json.dumps(RUN))
+
+
+@pytest.mark.parametrize(("name", "read"), READERS)
+@REPEATABLE
+@given(content=CONTENT)
+def test_a_file_of_any_bytes(
+    name: str, read: Callable[[Path], object], content: bytes, tmp_path: Path
 ) -> None:
-    (tmp_path / "space.yaml").write_bytes(content)
-    survives(lambda: read(tmp_path / "space.yaml"))
+    prepare(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    survives(lambda: read(tmp_path / name))
 
 
-@pytest.mark.parametrize("read", [read_space, axes.load_arms])
-@within_a_second(SPACE | VALUES)
-def test_a_space_or_arms_of_any_values(
-    read: Callable[[Path], Any], content: Any, tmp_path: Path
+@pytest.mark.parametrize(("name", "read"), READERS)
+def test_what_has_been_a_surprise(
+    name: str, read: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    (tmp_path / "space.yaml").write_text(json.dumps(content))
-    survives(lambda: read(tmp_path / "space.yaml"))
+    prepare(tmp_path)
+    for start, end in itertools.product(BEGINNINGS, SURPRISES):
+        (tmp_path / name).write_bytes(start + end)
+        survives(lambda: read(tmp_path / name))
 
 
-@within_a_second(
-    st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
+@pytest.mark.parametrize(("name", "read"), [r for r in READERS if r[0] in ANY_VALUES])
+@REPEATABLE
+@given(data=st.data())
+def test_a_file_of_any_values(
+    name: str, read: Callable[[Path], object], data: st.DataObject, tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    content = data.draw(ANY_VALUES[name])
+    rows = content if name.endswith(".jsonl") else [content]
+    (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    survives(lambda: read(tmp_path / name))
+
+
+@REPEATABLE
+@given(
+    content=st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
     | st.from_regex(r"[a-z]+=-?[0-9.,]{1,40}", fullmatch=True)
 )
-def test_an_axis_of_any_text(content: str, tmp_path: Path) -> None:
+def test_an_axis_of_any_text(content: str) -> None:
     survives(lambda: axes.axes([content]))

@@ -27,9 +27,14 @@ from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
 from bilora_diffusion.train.stepping import Schedule, total_steps
-from docs.diffusers_flags import DEFAULTS, FLAGS, default_here
-from docs.diffusers_flow_flags import FLOW_FLAGS
-from tests.references.diffusers_flags import Meaning, meaning, refuses
+from tests.references.diffusers_flags import (
+    DEFAULTS,
+    TABLES,
+    Meaning,
+    default_here,
+    meaning,
+    refuses,
+)
 
 # Where images and models come from, and what goes on from elsewhere or leaves the machine.
 ALWAYS = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
@@ -256,7 +261,7 @@ def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
 
 
 def test_every_flag_of_all_scripts_stands_in_one_table() -> None:
-    tables = [*DEFAULTS, *(flag.name for flag in FLOW_FLAGS), *FOREIGN]
+    tables = [*DEFAULTS, *TABLES["flow"], *FOREIGN]
     assert sorted(tables) == sorted(OF_ALL_SCRIPTS)
     assert {
         n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]
@@ -265,6 +270,6 @@ def test_every_flag_of_all_scripts_stands_in_one_table() -> None:
 
 def test_the_table_names_every_default_that_differs_and_no_other_flag() -> None:
     here = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
-    assert len(DEFAULTS) == len(FLAGS)
     assert set(DEFAULTS) <= set(here)
-    assert all(f.here for f in (*FLAGS, *FLOW_FLAGS) if here[f.name] != f.default)
+    for name, flag in (TABLES["sdxl"] | TABLES["flow"]).items():
+        assert flag.get("here") or here[name] == flag.get("default")

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
+from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.config.refusals import REFUSED
-from docs.diffusers_flags import DEFAULTS
-from docs.make import FOLDER
-from docs.make import PAGES as MADE
+from bilora_diffusion.image.config import parse
+from bilora_diffusion.text.config import parse_text
+from docs import make
+from tests.references.diffusers_flags import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,6 +36,7 @@ INLINE = re.compile(
     r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for |\$SWEEP)[^`]*)`"
 )
 PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit")
+TRAINING = {"train_dreambooth_bilora.py": parse, "train_text_bilora.py": parse_text}
 END = "\x1e"
 BASH = shutil.which("bash") or "bash"
 
@@ -45,9 +48,7 @@ class Understood(BaseException):
 def scripts(page: Path) -> Iterator[str]:
     """The bash blocks of a page, and the commands within its sentences."""
     text = page.read_text(encoding="utf-8").replace(".venv/bin/", "")
-    blocks = [
-        body for language, body in BLOCK.findall(text) if language in ("bash", "sh", "console")
-    ]
+    blocks = [body for language, body in BLOCK.findall(text) if language == "bash"]
     yield from blocks
     variables = "\n".join(re.findall(r"^[A-Z]+=.*$", "\n".join(blocks), re.MULTILINE))
     for command in INLINE.findall(BLOCK.sub("", text)):
@@ -58,23 +59,16 @@ def scripts(page: Path) -> Iterator[str]:
 def commands(page: Path, folder: Path) -> list[list[str]]:
     """What a reader's shell would start."""
     record = folder / "started"
+    started = shlex.quote(str(record))
     functions = "".join(
-        f"{name}() {{ printf '%s\\0' {name} \"$@\" >> {shlex.quote(str(record))};"
-        f" printf '{END}' >> {shlex.quote(str(record))}; }}\n"
-        for name in PROGRAMS
+        f"{name}() {{ printf '%s\\0' {name} \"$@\" '{END}' >> {started}; }}\n" for name in PROGRAMS
     )
     record.touch()
     for script in scripts(page):
-        run = subprocess.run(
-            [BASH, "-e", "-c", functions + script],
-            cwd=folder,
-            env={"PATH": "/nonexistent"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command, alone = [BASH, "-e", "-c", functions + script], {"PATH": "/nonexistent"}
+        run = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True)
         assert run.returncode == 0, f"{page.name}: {script}\n{run.stderr}"
-    return [words.split("\0")[:-1] for words in record.read_text().split(END)[:-1]]
+    return [words.split("\0")[:-1] for words in record.read_text().split(f"{END}\0")[:-1]]
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +86,6 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif program == "accelerate":
-        from accelerate.commands.launch import launch_command_parser
-
         assert rest[0] == "launch"
         launch = launch_command_parser().parse_args(rest[1:])
         check_script(launch.training_script, launch.training_script_args, monkeypatch)
@@ -105,12 +97,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A script: those that train also check what their options mean together."""
-    from bilora_diffusion.image.config import parse
-    from bilora_diffusion.text.config import parse_text
-
-    training = {"train_dreambooth_bilora.py": parse, "train_text_bilora.py": parse_text}
-    if name in training:
-        training[name](argv)
+    if name in TRAINING:
+        TRAINING[name](argv)
         return
     assert (ROOT / name).is_file()
     monkeypatch.syspath_prepend(ROOT / Path(name).parent)
@@ -121,14 +109,14 @@ def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
     """A command: stop it as soon as its parser is content."""
     original = argparse.ArgumentParser.parse_known_args
 
-    def parse_known_args(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
         known, unknown = original(self, *args, **kwargs)
         if not unknown:
             raise Understood
         return known, unknown
 
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stopping)
         with pytest.raises(Understood):
             module.main(argv)
 
@@ -169,40 +157,26 @@ def test_the_readme_is_short_and_its_loop_trains() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12))
     names: dict[str, Any] = {"model": model, "torch": torch}
     exec(compile(code, "README.md", "exec"), names)
-    bilora, optimizer = names["bilora"], names["optimizer"]
-    inputs = torch.randn(4, 12)
-    losses = []
+    inputs, losses = torch.randn(4, 12), []
     for _ in range(20):
         loss = (model(inputs) - 1).square().mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert 0 < bilora.auxiliary_norm() <= 0.05 * (1 + 1e-6)
+    assert 0 < names["bilora"].auxiliary_norm() <= 0.05 * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", make.PAGES)
 def test_a_page_is_what_the_code_makes(name: str) -> None:
-    shown = (FOLDER / name).read_text(encoding="utf-8")
-    assert shown == MADE[name](), "an option has changed: run `python -m docs.make`"
+    shown = (make.FOLDER / name).read_text(encoding="utf-8")
+    assert shown == make.page(name), "an option has changed: run `python -m docs.make`"
 
 
 def test_the_pages_leave_nothing_out() -> None:
-    options, diffusers = MADE["options.md"](), MADE["diffusers.md"]()
+    options, diffusers, python = map(make.page, ("options.md", "diffusers.md", "python.md"))
     assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
     assert all(entry.reason in options for entry in REFUSED)
     assert "without prior preservation" in options
-
-
-def test_the_site_builds_strictly_and_its_pages_lead_to_one_another(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first = (tmp_path / "index.html").read_text()
-    assert 'href="results/"' in first
-    assert 'src="docs/grid.png"' not in first  # it lies beside the page there
-    assert (tmp_path / "grid.png").exists()
-    assert 'href="radius_mini/report/"' in (tmp_path / "results" / "index.html").read_text()
-    python = (tmp_path / "python" / "index.html").read_text()
-    assert all(name in python for name in ("save_pretrained", "evaluating", "use_bilora"))
+    assert all(f"| `{name}(" in python for name in vars(BiLoRA) if not name.startswith("_"))

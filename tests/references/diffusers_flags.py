@@ -1,11 +1,18 @@
-"""What a command line of diffusers' train_dreambooth_lora_sdxl.py (0.42) means."""
+"""What a command line of diffusers' train_dreambooth_lora_sdxl.py (0.42) means, there and here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+FILE = Path(__file__).parents[2] / "docs" / "diffusers_flags.yaml"
+TABLES = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+DEFAULTS = {name: flag.get("default") for name, flag in TABLES["sdxl"].items()}
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,28 @@ class Meaning:
     text_encoder_rate: float | None
     warmup: int
     course: tuple[float, ...]
+
+
+def default_here(values: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
+    """What stands here for flags that a command line leaves out, where diffusers has another.
+
+    Args:
+        values: of every flag, with diffusers' defaults.
+        given: the flags that the command line gives.
+    """
+    defaults = {
+        "train_batch_size": 1,
+        "max_train_steps": 500,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1.0 if values["optimizer"].lower() == "prodigy" else 2e-4,
+        "lr_warmup_steps": 0,
+        "lora_alpha": 2.0 * values["rank"],
+    }
+    instead = {
+        "max_train_steps": "num_train_epochs",
+        "gradient_accumulation_steps": "train_batch_size",
+    }
+    return {n: v for n, v in defaults.items() if not given & {n, instead.get(n)}}
 
 
 def refuses(values: Mapping[str, Any]) -> bool:

@@ -26,8 +26,6 @@ COMMANDS = {  # the recorded name -> the file or module that runs it today
     "bilora_diffusion.export": "bilora_diffusion.export",
     "bilora_diffusion.demo": "examples.demo",
     "bilora_diffusion.demo_text": "examples.demo_text",
-    "bilora_diffusion.mini.pretrain": "tools.mini.pretrain",
-    "bilora_diffusion.mini.scorer_training": "tools.mini.scorer_training",
     "eval.clip_scores": "eval.clip_scores",
     "eval.dynamics": "eval.dynamics",
     "eval.generalization": "eval.generalization",
