@@ -92,7 +92,7 @@ _WITH_SEVERAL = (
     ),
     (
         "optimizer",
-        ("schedule-free", "prodigy"),
+        "prodigy",
         "it counts steps for all weights, also for the auxiliaries that a step does not see",
         "use `--optimizer adamw`",
     ),

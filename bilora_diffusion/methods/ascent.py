@@ -22,7 +22,7 @@ projection is taken out of all factors first: by it the orthonormal ones are lon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,16 +103,8 @@ def power_step_(
     return following
 
 
-def shrinking(optimizer: Optimizer, moments: bool) -> dict[str, int]:
-    """What of an optimizer's state shrinks along with the factors, by which power of f.
-
-    Adam's moments, if wanted: otherwise the second remembers the larger gradients that it saw
-    before the projections, and the auxiliary's steps become small. Of schedule-free optimizers
-    always z: they keep their average x by the weights y = (1 - beta) z + beta x alone, so that x
-    shrinks by f as well if both of these do.
-    """
-    adams = {"exp_avg": 1, "exp_avg_sq": 2} if moments else {}
-    return {**adams, **({"z": 1} if "train_mode" in optimizer.defaults else {})}
+MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
+"""Of Adam: by which power of f they shrink with factors that a projection multiplied by f."""
 
 
 @torch.no_grad()
@@ -120,21 +112,22 @@ def shrink_(
     optimizer: Optimizer,
     parameters: Sequence[nn.Parameter],
     factor: Tensor,
-    powers: Mapping[str, int],
     each: bool = False,
 ) -> None:
-    """Multiply an optimizer's state as a projection multiplied the factors.
+    """Multiply Adam's moments as a projection multiplied the factors.
+
+    Otherwise the second remembers the larger gradients that it saw before the projections, and the
+    auxiliary's steps become small.
 
     Args:
         parameters: those that were multiplied, A and B of each layer in turn.
         factor: f, 0-d, or (layers,) with `each`.
-        powers: of f, by the names of the state (`shrinking`).
     """
     by = factor.repeat_interleave(2).unbind() if each else [factor] * len(parameters)
     for parameter, f in zip(parameters, by, strict=True):
         state = optimizer.state.get(parameter, {})
-        for name in powers.keys() & state.keys():
-            state[name].mul_((f ** powers[name]).to(state[name]))
+        for name in MOMENTS.keys() & state.keys():
+            state[name].mul_((f ** MOMENTS[name]).to(state[name]))
 
 
 def _qr(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,6 @@ class BiLoRA(Counting):
         super().__init__(options)
         self._layers: list[tuple[str, adapters.LoraLayer]] = []
         self._optimizer: Optimizer | None = None
-        self._shrinking: dict[str, int] = {}  # what of its state a projection multiplies too
         self._hooks: list[RemovableHandle] = []
         self._scales: list[float] = []  # what the norm of each layer's B2 A2 is multiplied with
         self._primary: list[float] = []  # and of its B1 A1
@@ -171,7 +170,6 @@ class BiLoRA(Counting):
             self._hooks.append(optimizer.register_step_post_hook(self._negate))
         self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._optimizer = optimizer
-        self._shrinking = ascent.shrinking(optimizer, self.options.rescale_moments)
 
     def check_groups(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that does not climb on the auxiliary.
@@ -196,9 +194,8 @@ class BiLoRA(Counting):
             return ball.Projection(norm, norm, torch.ones_like(norm))
         each = self.options.ball == "per-layer"
         last = ball.project_(factors, self._radius(), self._power, each, measured)
-        if self._shrinking and self._optimizer is not None:
-            parameters = self._parameters()
-            ascent.shrink_(self._optimizer, parameters, last.factor, self._shrinking, each)
+        if self.options.rescale_moments and self._optimizer is not None:
+            ascent.shrink_(self._optimizer, self._parameters(), last.factor, each)
         return last._replace(factor=last.factor.amin())
 
     def auxiliary_norm(self) -> float:

@@ -109,10 +109,7 @@ OPTIONS: list[dict[str, Any]] = [
 SLOW_OPTIONS: list[dict[str, Any]] = [
     {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
     {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
-    {"optimizer": "adafactor", **TEXT_ENCODERS},
-    {"use_8bit_adam": True},
-    {"optimizer": "lion8bit", "mixed_precision": "bf16"},
-    {"optimizer": "schedule-free", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
+    {"use_8bit_adam": True, "mixed_precision": "bf16", **TEXT_ENCODERS},
     {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
     {**PISSA, "mixed_precision": "bf16"},
     {"lora_layers": "attention+feed-forward"},
