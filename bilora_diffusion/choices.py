@@ -38,8 +38,6 @@ LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL)
 """What stands for many layers of a denoiser (`image.layers`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
-QUANTIZED = ("nf4", "int8", "fp8")
-"""How frozen weights are held in few bits."""
 AUTO = "auto"
 SAMPLE = "sample"
 """Of `--auxiliaries`: one for each."""

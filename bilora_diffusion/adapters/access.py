@@ -11,7 +11,6 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .narrow import NarrowLinear
 
 
 class Factors(NamedTuple):
@@ -130,10 +129,8 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Whether a layer, or the one under its adapters, holds its weight in few bits."""
+    """Whether a layer, or the one under its adapters, holds its weight in 4 bits."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    if isinstance(base, NarrowLinear):
-        return True
     weight = getattr(base, "weight", None)
     coded = isinstance(weight, Tensor) and not weight.is_floating_point()  # whoever's codes
     return coded or hasattr(weight, "quant_state")

@@ -157,7 +157,7 @@ def merge_primary(model: nn.Module) -> nn.Module:
     for path, layer in layers(root):
         if is_quantized(layer):
             raise UserError(
-                f"The weight of {path} is quantized, and the sum would be rounded to its few bits "
+                f"The weight of {path} is quantized, and the sum would be rounded to 4 bits "
                 "once more; save the adapter and merge it into the model without quantization."
             )
     for path, layer in layers(root):

@@ -37,7 +37,6 @@ DTYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
-    torch.int8: "8 bits",
 }
 
 

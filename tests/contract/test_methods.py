@@ -15,7 +15,7 @@ from peft import PeftModel
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.choices import AUTO, QUANTIZED
+from bilora_diffusion.choices import AUTO
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, create, names
 from bilora_diffusion.train import compiling
@@ -51,7 +51,7 @@ def life(
     def start() -> Run:
         return Run(name, option, kind, options=options, compiled=compiled)
 
-    run, quantized = start(), option in QUANTIZED
+    run, quantized = start(), option == "nf4"
     exports_adapter = not run.method.exports_weights
     if exports_adapter:
         starts_as_the_model_came(run, quantized)
@@ -116,8 +116,8 @@ def exports_the_primary_for_the_base_as_it_came(
     run: Run, fresh: torch.nn.Module, folder: Path, option: str
 ) -> None:
     adapters.save_pretrained(run.model, folder)
-    if option in QUANTIZED:
-        quantize(fresh, option, torch.float32, skip=())
+    if option == "nf4":
+        quantize(fresh, torch.float32, skip=())
     loaded = PeftModel.from_pretrained(fresh, str(folder)).train()
     assert list(loaded.peft_config) == [PRIMARY]
     with torch.no_grad(), run.method.evaluating():

@@ -33,7 +33,6 @@ RUNS: list[tuple[dict[str, Any], int]] = [
     ({"lora_dropout": 0.2, "train_text_encoder": True}, 3),
     ({"use_dora": True, "mixed_precision": "bf16", "validation_dataset": "mini-heldout"}, 64),
     ({"quantize": "nf4"}, 3),
-    ({"quantize": "fp8"}, 3),
     ({"aspect_ratio_buckets": "64,64;48,80"}, 9),
     ({"init_lora_weights": "lora-ga", "lora_ga_samples": 2}, 3),
 ]
