@@ -42,7 +42,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
     }
     metadata = {"format": "pt", "bilora": json.dumps(settings)}
     with replacing(folder / STATE) as aside:
-        save_file(separate(bilora._method.tensors().items()), aside, metadata=metadata)
+        save_file(separate(bilora._method.tensors()), aside, metadata=metadata)
         readable_as(folder / "adapter_config.json", aside)
 
 
