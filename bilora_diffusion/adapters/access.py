@@ -153,13 +153,7 @@ def from_rows(layer: LoraLayer, values: Tensor) -> Tensor:
 
 
 def base_rows(layer: LoraLayer) -> Tensor:
-    """The base weight as `rows`, in fp32 or wider; a copy where need be.
-
-    Raises:
-        UserError: the weight is quantized.
-    """
-    if is_quantized(layer):
-        raise UserError("The base weights are quantized and have no rows; load them unquantized.")
+    """The base weight, not quantized, as `rows`, in fp32 or wider; a copy where need be."""
     weight = base_weight(layer).detach()
     return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 

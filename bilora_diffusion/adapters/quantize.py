@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import adapters
 from ..errors import UserError
 from .access import within
 from .weightless import empty, is_weightless, let_move
@@ -51,15 +50,9 @@ def quantize(
         How many layers hold their weight in 4 bits now.
 
     Raises:
-        UserError: bitsandbytes is missing, the model has adapters already, or nothing is left to
-            quantize.
+        UserError: bitsandbytes is missing.
     """
     bnb = _bitsandbytes()
-    if names := adapters.names(model):
-        raise UserError(
-            f"The model has the adapters {', '.join(names)} already, whose weights are trained; "
-            "quantize it before they are put on."
-        )
     places: dict[nn.Linear, list[str]] = {}
     for path, layer in _linear_layers(model, skip):
         places.setdefault(layer, []).append(path)
@@ -70,11 +63,6 @@ def quantize(
         for path in paths:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
-    if not count:
-        raise UserError(
-            f"{type(model).__name__} has no linear layer to quantize beside those that are left as "
-            f"they are ({', '.join(skip) or 'the output head'}); do not quantize it."
-        )
     # PEFT asks the model, not the layer, which kind of adapter a layer needs; diffusers and
     # Transformers set the same when they load a model in 4 bits.
     cast(Any, model).is_loaded_in_4bit = True

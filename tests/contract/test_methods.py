@@ -72,7 +72,7 @@ def life(
     final = run.tensors()
     assert all(torch.equal(value, final[key]) for key, value in resumed.tensors().items())
     if exports_adapter:
-        evaluates_the_primary_alone_and_leaves_no_trace(run, quantized)
+        evaluates_the_primary_alone_and_leaves_no_trace(run)
 
 
 def starts_as_the_model_came(run: Run, quantized: bool) -> None:
@@ -125,7 +125,7 @@ def exports_the_primary_for_the_base_as_it_came(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -> None:
+def evaluates_the_primary_alone_and_leaves_no_trace(run: Run) -> None:
     before = {n: p.requires_grad for n, p in run.model.named_parameters()}
     order = adapters.active(run.model)
     assert order == run.method.adapters
@@ -139,12 +139,8 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -
         assert {n: p.requires_grad for n, p in run.model.named_parameters()} == before
         assert adapters.active(run.model) == order
         assert torch.equal(run.case.output(run.model), training)
-        for adapter in run.method.adapters[1:]:
-            adapters.delete(run.model, adapter)
-        torch.testing.assert_close(run.case.output(run.model), primary, rtol=1e-4, atol=1e-5)
-        if not quantized:
-            merged = adapters.merge_primary(run.model)
-            torch.testing.assert_close(run.case.output(merged), primary, rtol=1e-4, atol=1e-5)
+        with adapters.only(run.model, run.method.adapters[:1]):
+            torch.testing.assert_close(run.case.output(run.model), primary, rtol=1e-4, atol=1e-5)
 
 
 @every
