@@ -112,7 +112,7 @@ def _task(model: FullModel, cfg: Any, precision: str, checkpointing: bool) -> An
     family = model.family
     denoiser: Any = weightless.weightless(model.denoiser, torch.bfloat16)
     if precision == "nf4":
-        quantize(denoiser, "nf4", torch.bfloat16, KEPT)
+        quantize(denoiser, torch.bfloat16, KEPT)
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     steps = {"num_train_timesteps": 1000}
@@ -136,7 +136,7 @@ def encoders_of(model: FullModel, precision: str) -> int:
     for build in model.encoders:
         encoder = weightless.weightless(build, torch.bfloat16)
         if precision == "nf4" and model.family.flow:
-            quantize(encoder, "nf4", torch.bfloat16)
+            quantize(encoder, torch.bfloat16)
         total += sum(tensor.nbytes for tensor in tensors_of(encoder))
     return total
 

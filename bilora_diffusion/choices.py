@@ -26,10 +26,7 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
     {
         "adamw": OptimizerKind(2),
         "adamw8bit": OptimizerKind(0.5, "bitsandbytes"),
-        "lion8bit": OptimizerKind(0.25, "bitsandbytes"),
-        "adafactor": OptimizerKind(0.25),  # a row and a column, of a factor of rank 4
         "prodigy": OptimizerKind(4, "prodigyopt"),
-        "schedule-free": OptimizerKind(3, "schedulefree"),  # two, and the average where it is taken
     }
 )
 """They are made in `train.optimizers`."""
@@ -41,8 +38,6 @@ LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL)
 """What stands for many layers of a denoiser (`image.layers`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
-QUANTIZED = ("nf4", "int8", "fp8")
-"""How frozen weights are held in few bits."""
 AUTO = "auto"
 """A radius that sets itself."""
 SAMPLE = "sample"

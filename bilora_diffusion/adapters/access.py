@@ -10,7 +10,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .narrow import NarrowLinear
 
 
 class Factors(NamedTuple):
@@ -129,10 +128,8 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Whether a layer, or the one under its adapters, holds its weight in few bits."""
+    """Whether a layer, or the one under its adapters, holds its weight in 4 bits."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    if isinstance(base, NarrowLinear):
-        return True
     weight = getattr(base, "weight", None)
     coded = isinstance(weight, Tensor) and not weight.is_floating_point()  # whoever's codes
     return coded or hasattr(weight, "quant_state")
@@ -155,13 +152,7 @@ def from_rows(layer: LoraLayer, values: Tensor) -> Tensor:
 
 
 def base_rows(layer: LoraLayer) -> Tensor:
-    """The base weight as `rows`, in fp32 or wider; a copy where need be.
-
-    Raises:
-        UserError: the weight is quantized.
-    """
-    if is_quantized(layer):
-        raise UserError("The base weights are quantized and have no rows; load them unquantized.")
+    """The base weight, not quantized, as `rows`, in fp32 or wider; a copy where need be."""
     weight = base_weight(layer).detach()
     return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 

@@ -23,11 +23,6 @@ from torch import Tensor, nn
 
 from .access import weights
 from .by_row import Rows, add_, add_gradients_, add_rows, rows_of
-from .narrow import NarrowLinear
-
-_QUANTIZED = (
-    "Linear4bit",
-)  # PEFT layers whose base computes for itself and returns an ordinary tensor
 
 
 class _Fused:
@@ -58,7 +53,7 @@ class _Fused:
         base = self.base_layer
         linear = type(base) is nn.Linear
         if (
-            (self.quantized or type(base) in (nn.Linear, nn.Conv2d, NarrowLinear))
+            (self.quantized or type(base) in (nn.Linear, nn.Conv2d))
             and x.dtype == torch.float32
             and torch.is_autocast_enabled(x.device.type)
         ):
@@ -249,7 +244,7 @@ def _fused_class(kind: type) -> type | None:
         return kind
     if kind in (lora.Linear, lora.Conv2d):
         return FusedLinear if kind is lora.Linear else FusedConv2d
-    if kind.__module__.startswith("peft.") and kind.__name__ in _QUANTIZED:
+    if kind.__module__.startswith("peft.") and kind.__name__ == "Linear4bit":
         own = {"__module__": __name__, "quantized": True}
         return type(f"Fused{kind.__name__}", (_Fused, kind), own)
     return None

@@ -15,9 +15,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..lora_names import INITIAL, PRIMARY
-from .access import base_weight, from_rows, layers, names
+from .access import base_weight, from_rows, layers
 from .injection import inject
 from .targets import AdapterSpec
 
@@ -33,19 +32,6 @@ def keep_initial(model: nn.Module, spec: AdapterSpec) -> None:
     plain = replace(spec, init="default", dropout=0.0, use_dora=False)
     with torch.random.fork_rng(devices=[]):
         inject(model, plain, INITIAL)
-
-
-def refuse_foreign_initial(model: nn.Module) -> None:
-    """Refuse a model that brings an adapter of the name `INITIAL`.
-
-    Raises:
-        UserError: it does.
-    """
-    if INITIAL in names(model):
-        raise UserError(
-            f'The model already has an adapter "{INITIAL}", a name that is needed for the first '
-            "values of the primary; give the model without it."
-        )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Putting adapters on a model and taking them off."""
+"""Putting adapters on a model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..lora_names import INITIAL, PRIMARY
+from ..lora_names import PRIMARY
 from . import weightless
-from .access import check_known, is_quantized, layers, names, whole
+from .access import layers, names, whole
 from .saving import PEFT_PREFIX
 from .switching import activate, active
-from .targets import ALL_LINEAR, AdapterSpec, base_of, peft_targets, plain_model, target_layers
+from .targets import ALL_LINEAR, AdapterSpec, base_of, peft_targets, target_layers
 
 
 def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
@@ -142,51 +141,3 @@ def _reset_magnitudes(model: nn.Module, name: str) -> None:
                 lora_B=layer.lora_B[name].weight,
                 scaling=layer.scaling[name],
             )
-
-
-def merge_primary(model: nn.Module) -> nn.Module:
-    """Add the primary to the base weights and take every adapter out, in place.
-
-    Returns:
-        The plain model: what a `PeftModel` holds, otherwise `model` itself.
-
-    Raises:
-        UserError: base weights are quantized; nothing is changed then.
-    """
-    root = plain_model(model)
-    for path, layer in layers(root):
-        if is_quantized(layer):
-            raise UserError(
-                f"The weight of {path} is quantized, and the sum would be rounded to its few bits "
-                "once more; save the adapter and merge it into the model without quantization."
-            )
-    for path, layer in layers(root):
-        cast(Any, layer).merge(adapter_names=[PRIMARY])
-        parent, _, child = path.rpartition(".")
-        setattr(root.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(root, "peft_config"):
-        del cast(Any, root).peft_config
-    if hasattr(root, "_hf_peft_config_loaded"):
-        cast(Any, root)._hf_peft_config_loaded = False
-    return root
-
-
-def delete(model: nn.Module, adapter: str) -> None:
-    """Take one of several adapters out of `model` (or several).
-
-    Raises:
-        UserError: no layer has it, or the base weights would no longer be known without it.
-    """
-    check_known(model, [adapter])
-    if adapter == INITIAL:
-        raise UserError(
-            f'The adapter "{INITIAL}" says what was taken out of the base weights, without which '
-            "the primary can't be exported; keep it, or take all adapters out by merge_primary."
-        )
-    remaining = [name for name in active(model) if name != adapter]
-    activate(model, remaining)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.delete_adapter(adapter)
-        if isinstance(configs := module.__dict__.get("peft_config"), dict):
-            configs.pop(adapter, None)

@@ -1,9 +1,8 @@
-"""Frozen weights in few bits: NF4 with double quantization, by bitsandbytes (the extra ``quant``),
-or 8 bits (`narrow`).
+"""Frozen weights in 4 bits: NF4 with double quantization, by bitsandbytes (the extra ``quant``).
 
-Source of NF4: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), Section 3. Adapters
-are put on afterwards and stay in fp32; nothing here touches a weight that is trained. What they add
-is made for the rounded weights, and is used on the base as it came: LoRA's product as it is, DoRA's
+Source: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), Section 3. Adapters are put
+on afterwards and stay in fp32; nothing here touches a weight that is trained. What they add is made
+for the rounded weights, and is used on the base as it came: LoRA's product as it is, DoRA's
 magnitudes although the norms of rounded rows differ by up to 2 %.
 """
 
@@ -15,10 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import adapters
 from ..errors import UserError
 from .access import within
-from .narrow import NarrowLinear
 from .weightless import empty, is_weightless, let_move
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
@@ -30,21 +27,19 @@ KEPT = ("proj_in", "proj_out", "add_embedding")
 
 def quantize(
     model: nn.Module,
-    kind: str,
     compute_dtype: torch.dtype,
     skip: Collection[str] = KEPT,
     device: torch.device | None = None,
 ) -> int:
-    """Hold the weights of the model's linear layers in few bits, in place, one layer after another.
+    """Hold the weights of the model's linear layers in NF4, in place, one layer after another.
 
-    So at no time is there a second copy of more than one layer. Of NF4, each 64 weights, row by
-    row, share a scale of 8 bits, and 256 scales one of 32 bits: 4.127 bits a weight. Left as they
-    are: biases, convolutions, norms, embeddings, the output head of a language model, and what
-    Transformers keeps in full precision (T5 reads the dtype of `wo` to cast that layer's input).
+    So at no time is there a second copy of more than one layer. Each 64 weights, row by row, share
+    a scale of 8 bits, and 256 scales one of 32 bits: 4.127 bits a weight. Left as they are: biases,
+    convolutions, norms, embeddings, the output head of a language model, and what Transformers
+    keeps in full precision (T5 reads the dtype of `wo` to cast that layer's input).
 
     Args:
         model: without adapters; its layers may be on any device.
-        kind: "nf4", "int8" or "fp8".
         compute_dtype: what weights are turned into for each product; float32, bfloat16 or float16.
         skip: names of more layers, or of modules all of whose layers, are left as they are, such as
             "score", "mid_block" or "to_out.0".
@@ -52,52 +47,26 @@ def quantize(
             where they are.
 
     Returns:
-        How many layers hold their weight in few bits now.
+        How many layers hold their weight in 4 bits now.
 
     Raises:
-        UserError: bitsandbytes is missing, the model has adapters already, or nothing is left to
-            quantize.
+        UserError: bitsandbytes is missing.
     """
-    bnb = _bitsandbytes() if kind == "nf4" else None
-    if names := adapters.names(model):
-        raise UserError(
-            f"The model has the adapters {', '.join(names)} already, whose weights are trained; "
-            "quantize it before they are put on."
-        )
+    bnb = _bitsandbytes()
     places: dict[nn.Linear, list[str]] = {}
     for path, layer in _linear_layers(model, skip):
         places.setdefault(layer, []).append(path)
     count = len(places)
     while places:  # nothing may hold on to a layer that has been replaced
         layer, paths = places.popitem()
-        made = (
-            NarrowLinear(layer, kind, compute_dtype, device)
-            if bnb is None
-            else _four_bit(bnb, layer, compute_dtype, device)
-        )
+        made = _four_bit(bnb, layer, compute_dtype, device)
         for path in paths:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
-    if not count:
-        raise UserError(
-            f"{type(model).__name__} has no linear layer to quantize beside those that are left as "
-            f"they are ({', '.join(skip) or 'the output head'}); do not quantize it."
-        )
-    if bnb is not None:
-        # PEFT asks the model, not the layer, which kind of adapter a layer needs; diffusers and
-        # Transformers set the same when they load a model in 4 bits.
-        cast(Any, model).is_loaded_in_4bit = True
+    # PEFT asks the model, not the layer, which kind of adapter a layer needs; diffusers and
+    # Transformers set the same when they load a model in 4 bits.
+    cast(Any, model).is_loaded_in_4bit = True
     return count
-
-
-def dequantized(layer: nn.Module) -> Tensor:
-    """The weight that a quantized layer computes with, (m, n): of NF4 in the dtype that it was made
-    from.
-    """
-    weight = cast(Any, layer).weight
-    if isinstance(layer, NarrowLinear):
-        return weight
-    return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
 def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..durable import readable_as
-from ..errors import UserError
 from ..lora_names import INITIAL, PRIMARY
 from .access import layers, named_parameters, whole
 
@@ -27,30 +26,6 @@ def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         peft_key(key): value.detach().clone(memory_format=torch.contiguous_format)
         for key, value in named_parameters(model, adapter).items()
     }
-
-
-def load_state_dict(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
-    """Copy what `state_dict` returned into the adapter's parameters.
-
-    Raises:
-        UserError: a key is missing or unknown, or a shape differs; nothing is changed then.
-    """
-    own = {peft_key(key): value for key, value in named_parameters(model, adapter).items()}
-    for key in own.keys() ^ tensors.keys():
-        kind = "misses" if key in own else "has the unknown"
-        raise UserError(
-            f'The state for adapter "{adapter}" {kind} key {key}; use the state of the same model.'
-        )
-    for key, value in own.items():
-        if tensors[key].shape != value.shape:
-            raise UserError(
-                f"{key} has shape {tuple(tensors[key].shape)} in the state but "
-                f"{tuple(value.shape)} in the model; "
-                "use the rank and the model that the state was made with."
-            )
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(tensors[key])
 
 
 def portable_state_dict(model: nn.Module, adapter: str = PRIMARY) -> dict[str, Tensor]:
@@ -73,15 +48,10 @@ def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> di
     return joined
 
 
-def weight_delta(layer: nn.Module | LoraLayer, adapter: str) -> Tensor:
-    """s * B @ A of one PEFT layer, in the weight's shape and the adapter's precision."""
-    return cast(Any, layer).get_delta_weight(adapter).detach()
-
-
 def lora_config(model: nn.Module, adapter: str) -> dict[str, Any]:
     """PEFT's configuration of the adapter, with values that JSON can hold."""
     config = cast(Any, model).peft_config[adapter]
-    return {key: _jsonable(value) for key, value in sorted(config.to_dict().items())}
+    return json.loads(json.dumps(config.to_dict(), default=sorted, sort_keys=True))  # sets
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY) -> None:
@@ -124,7 +94,11 @@ def write_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held = {peft_path(key): _plain(value) for key, value in tensors.items()}
+    # Copies on the CPU, since safetensors refuses tensors that share their memory.
+    held = {
+        peft_path(key): value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     save_file(held, weights, metadata={**(metadata or {}), "format": "pt"})
     described = LoraConfig(**{**config, "inference_mode": True})
@@ -140,18 +114,3 @@ def peft_path(key: str) -> str:
 def peft_key(key: str) -> str:
     """A parameter's key in PEFT's state dict."""
     return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
-
-
-def _plain(value: Tensor) -> Tensor:
-    """A copy on the CPU, since safetensors refuses tensors that share their memory."""
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return getattr(value, "value", value)

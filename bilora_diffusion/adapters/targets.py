@@ -162,27 +162,11 @@ def _output_head(root: nn.Module) -> nn.Module | None:
     return cast("nn.Module | None", getter()) if callable(getter) else None
 
 
-def _in_attention(root: nn.Module, key: str) -> bool:
-    return isinstance(root.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
-
-
 def _unsupported(root: nn.Module, key: str, module: nn.Module) -> str:
     base = base_of(module)
-    if _in_attention(root, key):
+    if isinstance(root.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention):
         return "is read by nn.MultiheadAttention as a weight, which would bypass an adapter"
-    if isinstance(base, _CONVOLUTIONS):
-        # PEFT's A would pad with zeros and have no holes
-        return (
-            "is a convolution with groups"
-            if base.groups > 1
-            else "is a convolution that is dilated"
-            if set(base.dilation) != {1}
-            else f"is a convolution padded by {base.padding_mode} values"
-            if base.padding_mode != "zeros"
-            else ""
-        )
-    return (
-        ""
-        if _is_linear(module)
-        else f"is a {type(base).__name__}, neither a linear layer nor a convolution"
-    )
+    if isinstance(base, _CONVOLUTIONS):  # PEFT's A would pad with zeros and have no holes
+        plain = base.groups == 1 and set(base.dilation) == {1} and base.padding_mode == "zeros"
+        return "" if plain else "is a convolution with groups, holes or a padding beside zeros"
+    return "" if _is_linear(module) else f"is a {type(base).__name__}, no linear layer"

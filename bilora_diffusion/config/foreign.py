@@ -11,8 +11,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "use `--aspect_ratio_buckets auto`, or give it sizes",
     ),
     "do_fp8_training": (
-        "only frozen weights are held in few bits, and what is computed is not",
-        "use `--quantize fp8`, or `--mixed_precision bf16` alone",
+        "nothing is computed in 8 bits here",
+        "use `--mixed_precision bf16`, with `--quantize nf4` where memory is short",
     ),
     "enable_npu_flash_attention": (
         "attention is that of PyTorch or of xFormers",

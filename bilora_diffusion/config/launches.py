@@ -8,7 +8,6 @@ stand here are right. The facts of a launch are read by ``train.engines``, those
 
 from __future__ import annotations
 
-from ..choices import QUANTIZED
 from .conditions import ABSENT, GIVEN, Refusal, above, refusal
 
 FSDP2, DDP = "FSDP2", "DDP"
@@ -76,7 +75,7 @@ LAUNCHES: tuple[Refusal, ...] = (
     refusal(
         "quantized weights would stay whole on every device, so nothing would be split",
         f"drop `--quantize`, {_OR_DDP}",
-        quantize=QUANTIZED,
+        quantize="nf4",
         engine=FSDP2,
     ),
     refusal(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..choices import AUTO, QUANTIZED
+from ..choices import AUTO
 from ..errors import UserError
 from .conditions import (
     ABSENT,
@@ -68,7 +68,7 @@ _WITH_SEVERAL = (
     ("ball", ("none", "per-layer"), "each has one ball over all layers", "use `--ball global`"),
     (
         "optimizer",
-        ("schedule-free", "prodigy"),
+        "prodigy",
         "it counts steps for all weights, also for the auxiliaries that a step does not see",
         "use `--optimizer adamw`",
     ),
@@ -91,26 +91,25 @@ _WITH_SEVERAL = (
 
 REFUSED: tuple[Refusal, ...] = (
     *OF_DATA,
-    # weights in few bits
+    # weights in 4 bits
     refusal(
         "quantized weights can't be trained",
         "drop `--quantize` or use `--method bilora`, `lora` or another with adapters",
         method="full",
-        quantize=QUANTIZED,
+        quantize="nf4",
     ),
     refusal(
-        "its noise is added to the base weights, and few bits can't hold it",
+        "its noise is added to the base weights, and 4 bits can't hold it",
         "drop `--quantize` or use `--method bilora`, `lora-sam` or another that adds no noise",
         method="flat-lora",
-        quantize=QUANTIZED,
+        quantize="nf4",
     ),
     refusal(
-        "this start is taken out of the base weights, which would be rounded to few bits once more",
+        "this start is taken out of the base weights, which would be rounded to 4 bits once more",
         "drop `--quantize` or use `--init_lora_weights default` or `gaussian`",
         init_lora_weights=("pissa", "lora-ga"),
-        quantize=QUANTIZED,
+        quantize="nf4",
     ),
-    refusal("there are no such floats", "use `--quantize int8`", quantize="fp8", device="mps"),
     *(
         refusal(
             reason, f"drop `--{name}` or use another method", **{"method": "full", name: wanted}

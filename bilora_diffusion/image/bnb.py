@@ -32,8 +32,7 @@ def quantization(path: str) -> str:
     if asked.get("load_in_4bit") is not True or kind != "nf4" or asked.get("load_in_8bit"):
         raise UserError(
             f"{shown} asks for something else than NF4, for which alone bitsandbytes is used: write"
-            ' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, or use --quantize nf4, int8'
-            " or fp8."
+            ' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, or use --quantize nf4.'
         )
     if asked.get("llm_int8_skip_modules"):
         raise UserError(

@@ -136,27 +136,26 @@ def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
-    """Hold the denoiser's weights in few bits; of a flow model, whose encoders are as large, theirs
+    """Hold the denoiser's weights in 4 bits; of a flow model, whose encoders are as large, theirs
     too, and these are let go of before the denoiser comes to the device.
     """
-    kind = task.cfg.quantize
     if task.family.flow:
         later = task.pipeline.origin.later
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in later:
-                later[name] = partial(_quantized, later[name], kind, dtype, device)
+                later[name] = partial(_quantized, later[name], dtype, device)
             elif model is not None:
-                quantize(model, kind, dtype, device=device)
+                quantize(model, dtype, device=device)
         task.embed(device)
     for name, model in task.models.items():
-        count = quantize(model, kind, dtype, device=device)
-        logger.info("%s: the weights of %d layers are held in %s", name, count, kind)
+        count = quantize(model, dtype, device=device)
+        logger.info("%s: the weights of %d layers are held in NF4", name, count)
 
 
-def _quantized(read: Callable[[], Any], kind: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _quantized(read: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
     model = read()
-    quantize(model, kind, dtype, device=device)
+    quantize(model, dtype, device=device)
     return model
 
 

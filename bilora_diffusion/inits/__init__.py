@@ -9,8 +9,7 @@ holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,59 +20,21 @@ from ..errors import TrainingError, UserError
 from ..seeds import seed_of
 from . import lora_ga, pissa
 
-
-class Layer(NamedTuple):
-    """What an init may look at; matrices are (m outputs, n inputs) in fp32 or wider."""
-
-    weight: Tensor
-    gradient: Tensor | None
-    rank: int
-    scale: float
-    seed: int
-
-
-class Init(NamedTuple):
-    """How A0 (r, n) and B0 (m, r) are made.
-
-    Attributes:
-        factors: makes them, or None for a layer that is to start as by default.
-        components: multiple of the rank that the shorter side of a weight must have.
-        needs_gradient: whether `Layer.gradient` is looked at.
-    """
-
-    factors: Callable[[Layer], tuple[Tensor, Tensor] | None]
-    components: int
-    needs_gradient: bool = False
-
-
-def _pissa(layer: Layer) -> tuple[Tensor, Tensor]:
-    return pissa.pissa(layer.weight, layer.rank, layer.scale, layer.seed)
-
-
-def _lora_ga(layer: Layer) -> tuple[Tensor, Tensor] | None:
-    if layer.gradient is None or not layer.gradient.any():
-        return None  # the loss does not reach the layer, so no direction is better than another
-    return lora_ga.lora_ga(layer.gradient, layer.rank, layer.seed)
-
-
-INITS = {
-    "pissa": Init(_pissa, components=1),
-    "lora-ga": Init(_lora_ga, components=2, needs_gradient=True),
-}
+COMPONENTS = {"pissa": 1, "lora-ga": 2}
+"""Multiple of the rank that the shorter side of a weight must have."""
 
 
 def needs_gradient(name: str) -> bool:
     """Whether `compute` needs gradients for the init of this name."""
-    return name in INITS and INITS[name].needs_gradient
+    return name == "lora-ga"
 
 
 def prepare(model: nn.Module, spec: AdapterSpec) -> None:
     """Make room for the first values beside the primary; nothing where `spec.init` needs none.
 
     Raises:
-        UserError: a layer is too small, quantized or tied; the model brings an adapter "initial".
+        UserError: a layer is too small, quantized or tied.
     """
-    adapters.refuse_foreign_initial(model)
     if spec.changes_base:
         _check_weights(model, spec)
         adapters.keep_initial(model, spec)
@@ -81,7 +42,7 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
 
 def _check_weights(model: nn.Module, spec: AdapterSpec) -> None:
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    least = INITS[spec.init].components * spec.rank
+    least = COMPONENTS[spec.init] * spec.rank
     for path, layer in adapters.layers(model, PRIMARY):
         weight = adapters.base_weight(layer)
         quantized = adapters.is_quantized(layer)
@@ -119,7 +80,7 @@ def compute(
         UserError: the loss reaches no layer.
         TrainingError: a weight or a gradient is not finite.
     """
-    init, filled = INITS[spec.init], 0
+    filled = 0
     for path, layer in adapters.layers(model, INITIAL):
         weight, gradient = adapters.base_rows(layer), (gradients or {}).get(path)
         if gradient is not None:
@@ -129,11 +90,15 @@ def compute(
                 raise TrainingError(
                     f'The {what} of {path} is not finite; init "{spec.init}" can\'t start from it.'
                 )
-        scale = float(layer.scaling[INITIAL])
-        made = init.factors(Layer(weight, gradient, spec.rank, scale, seed_of(seed, "init", path)))
-        if made is not None:
-            adapters.set_initial(layer, *made)
-            filled += 1
+        own = seed_of(seed, "init", path)
+        if not needs_gradient(spec.init):
+            made = pissa.pissa(weight, spec.rank, float(layer.scaling[INITIAL]), own)
+        elif gradient is None or not gradient.any():
+            continue  # the loss does not reach the layer, so no direction is better than another
+        else:
+            made = lora_ga.lora_ga(gradient, spec.rank, own)
+        adapters.set_initial(layer, *made)
+        filled += 1
     if not filled:
         raise UserError(
             f'init "{spec.init}" needs the gradient of a loss, and no layer got one; run backward '

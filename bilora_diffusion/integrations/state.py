@@ -42,7 +42,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
     }
     metadata = {"format": "pt", "bilora": json.dumps(settings)}
     with replacing(folder / STATE) as aside:
-        save_file(separate(bilora._method.tensors().items()), aside, metadata=metadata)
+        save_file(separate(bilora._method.tensors()), aside, metadata=metadata)
         readable_as(folder / "adapter_config.json", aside)
 
 
@@ -83,7 +83,8 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
         raise UserError(
             f"{folder / _WEIGHTS} can't be read ({error}); keep it in place."
         ) from error
-    own = adapters.state_dict(bilora.model, PRIMARY)
+    named = adapters.named_parameters(bilora.model, PRIMARY)
+    own = {adapters.peft_key(key): value for key, value in named.items()}
     heads = adapters.whole(bilora.model, PRIMARY)
     if missing := sorted({adapters.peft_path(key) for key in (*own, *heads)} - saved.keys()):
         raise UserError(f"{folder / _WEIGHTS} lacks {missing[0]}; it is of another model.")
@@ -92,7 +93,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
         key: saved[adapters.peft_path(key)][tuple(slice(size) for size in value.shape)]
         for key, value in own.items()
     }
-    adapters.load_state_dict(bilora.model, PRIMARY, parts)
+    load_tensors(own, parts)
     load_tensors(heads, {key: saved[adapters.peft_path(key)] for key in heads})
 
 

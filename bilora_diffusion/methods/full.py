@@ -94,7 +94,7 @@ def say_memory(targets: Sequence[Target], optimizer: str) -> None:
     )
     if need > free + held:
         raise UserError(
-            f"{sentence}: use --method lora or bilora, --optimizer adafactor, or a larger device."
+            f"{sentence}: use --method lora or bilora, --optimizer adamw8bit, or a larger device."
         )
     logger.info(sentence)
 

@@ -14,7 +14,6 @@ from ..choices import (
     BALLS,
     DIRECTIONS,
     INITS,
-    QUANTIZED,
     RHO_NORMS,
     SAMPLE,
     SCHEDULES,
@@ -76,9 +75,8 @@ class AdapterOptions:
     quantize: str = option(
         "none",
         "Hold the frozen weights of the trained models' linear layers in 4 bits, nf4 with double"
-        " quantization (QLoRA, Dettmers et al. 2023; needs bitsandbytes), or in 8, as integers"
-        " (int8) or floats (fp8, e4m3) with a scale for each row.",
-        choices=("none", *QUANTIZED),
+        " quantization (QLoRA, Dettmers et al. 2023; needs bitsandbytes).",
+        choices=("none", "nf4"),
     )
     use_ema: bool = option(
         False,

@@ -3,8 +3,8 @@
 ``RUN/checkpoints/step-N/`` holds
 
     adapters.safetensors    every adapter's tensors (the auxiliary too)
-    optimizer.safetensors   the tensors of the optimizer, scheduler, scaler and extra state
-    state.json              everything else of them (see ``state_codec``)
+    optimizer.safetensors   the optimizer's tensors, by their place in its ``state_dict``
+    state.json              the rest of that, and the scheduler's, scaler's and extra state
     digests.json            schema version, and SHA-256 of the other three (see ``digests``)
 
 A checkpoint is written to ``.tmp-step-N``, flushed, and renamed. One of the same step is first
@@ -28,15 +28,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
+from ..durable import TEMPORARY, discard, readable_as, remove_leftovers, sync
 from ..errors import TrainingError, UserError
 from .digests import seal, verify
-from .state_codec import Tensors, decode, encode, separate
+from .state_codec import join, separate, split
 
 CHECKPOINTS = "checkpoints"
 ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)
-_PARTS = ("optimizer", "scheduler", "scaler", "extra")
+_PARTS = ("scheduler", "scaler", "extra")
 _REPLACED = ".replaced-"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -51,7 +51,7 @@ class Checkpoint:
         optimizer: ``state_dict`` of the torch optimizer.
         scheduler: ``state_dict`` of the learning rate scheduler.
         scaler: ``state_dict`` of the gradient scaler, None without fp16.
-        extra: what else the run needs (config, method state, position in the data).
+        extra: what else the run needs (config, method state, position in the data), as JSON has it.
     """
 
     step: int
@@ -99,11 +99,13 @@ def save(folder: Path, state: Checkpoint) -> Path:
 
 
 def _write(aside: Path, state: Checkpoint) -> None:
-    inner = Tensors()
-    parts = {name: encode(getattr(state, name), name, inner) for name in _PARTS}
-    (aside / STATE).write_text(dump_json({"step": state.step, **parts}), encoding="utf-8")
-    for name, content in ((ADAPTERS, state.tensors), (OPTIMIZER, inner.named)):
-        save_file(separate(content.items()), aside / name, metadata={"format": "pt"})
+    rest, moments = split(state.optimizer)
+    parts = {name: getattr(state, name) for name in _PARTS}
+    # With NaN and infinities, of which Prodigy's state has one.
+    text = json.dumps({"step": state.step, **parts, "optimizer": rest}, indent=2) + "\n"
+    (aside / STATE).write_text(text, encoding="utf-8")
+    for name, content in ((ADAPTERS, state.tensors), (OPTIMIZER, moments)):
+        save_file(separate(content), aside / name, metadata={"format": "pt"})
     readable_as(aside / STATE, aside / ADAPTERS, aside / OPTIMIZER)
     seal(aside, FILES)
 
@@ -144,15 +146,18 @@ def load(path: Path) -> Checkpoint:
     with unaltered(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         # Cloned, since load_file returns views of the mapped file.
-        adapters = {name: tensor.clone() for name, tensor in load_file(path / ADAPTERS).items()}
-        inner = {name: tensor.clone() for name, tensor in load_file(path / OPTIMIZER).items()}
-        parts = {name: decode(state[name], inner) for name in _PARTS}
+        tensors, moments = (
+            {key: tensor.clone() for key, tensor in load_file(path / name).items()}
+            for name in (ADAPTERS, OPTIMIZER)
+        )
+        parts = {name: state[name] for name in _PARTS}
+        parts["optimizer"] = join(state["optimizer"], moments)
         for name, part in parts.items():
             if not (isinstance(part, dict) or (part is None and name == "scaler")):
                 raise TypeError(f"{name} is a {type(part).__name__}")
         if type(state["step"]) is not int or state["step"] < 0:
             raise TypeError(f"the step is {state['step']!r}")
-        return Checkpoint(step=state["step"], tensors=adapters, **parts)
+        return Checkpoint(step=state["step"], tensors=tensors, **parts)
 
 
 @contextlib.contextmanager

@@ -219,20 +219,13 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
 
 
 def _of_optimizer(values: Values, given: frozenset[str]) -> Values:
-    """The optimizer's one name, and the rates that are usual with it where none were given."""
-    name, rate = values["optimizer"], values["learning_rate"]
+    """The optimizer's one name, and the rate that is usual with it where none was given."""
+    name = values["optimizer"]
     if name in ("adamw", "adamw8bit") and values["use_8bit_adam"]:
         return {"optimizer": "adamw8bit", "use_8bit_adam": False}
-    usual = {}
-    if name == "prodigy":
-        usual["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
-    elif name == "lion8bit":
-        # Chen et al. 2023 (https://arxiv.org/abs/2302.06675), Section 5: 3 to 10 times less than
-        # AdamW's, since each number moves by the whole rate.
-        usual |= {"learning_rate": rate / 5, "adam_beta2": 0.99}
-    elif name == "schedule-free" and values["lr_scheduler"] != "constant":
-        usual["lr_scheduler"] = "constant_with_warmup"
-    return {key: value for key, value in usual.items() if key not in given}
+    if name == "prodigy" and "learning_rate" not in given:
+        return {"learning_rate": 1.0}  # Prodigy estimates the rate; this is a factor on it
+    return {}
 
 
 def _measured_every(values: Values, given: frozenset[str]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..durable import dump_json, sync
 from ..errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DIGESTS = "digests.json"
 
 

@@ -20,15 +20,6 @@ LR_SCHEDULERS = (
 ON_OTHERS = unless("optimizer", "prodigy", "on another optimizer")
 
 
-def _on(*names: str) -> Idle:
-    """No effect on some optimizers."""
-    return Idle(
-        lambda v: v["optimizer"] in names,
-        f"on {' and '.join(names)}",
-        "use `--optimizer adamw` or drop it",
-    )
-
-
 AT_A_CONSTANT_RATE = Idle(
     lambda v: v["lr_scheduler"] == "constant",
     "on a constant learning rate",
@@ -156,11 +147,7 @@ class OptimizerOptions:
 
     section: ClassVar[str] = "optimizer"
 
-    learning_rate: float = option(
-        2e-4,
-        "Learning rate; 1.0 by default for prodigy, and a fifth of what AdamW has for lion8bit.",
-        range=RATES,
-    )
+    learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
     scale_lr: bool = option(
         False,
         "Multiply --learning_rate, and --auxiliary_learning_rate where it is given, by batch size,"
@@ -187,28 +174,19 @@ class OptimizerOptions:
     )
     optimizer: str = option(
         "AdamW",
-        "AdamW, adamw8bit, lion8bit, adafactor, prodigy or schedule-free, in upper or lower case"
-        " (docs/guide.md says which for what).",
+        "AdamW, adamw8bit or prodigy, in upper or lower case (docs/guide.md says which for what).",
     )
     use_8bit_adam: bool = option(
         False,
         "The same as --optimizer adamw8bit.",
         idle=(unless("optimizer", "adamw", "on another optimizer"),),
     )
-    adam_beta1: float = option(
-        0.9, "First beta; adafactor has none.", range=SHARES, idle=(_on("adafactor"),)
-    )
-    adam_beta2: float = option(
-        0.999,
-        "Second beta; 0.99 by default for lion8bit, and adafactor has none.",
-        range=SHARES,
-        idle=(_on("adafactor"),),
-    )
+    adam_beta1: float = option(0.9, "First beta.", range=SHARES)
+    adam_beta2: float = option(0.999, "Second beta.", range=SHARES)
     adam_epsilon: float = option(
         1e-8,
-        "Epsilon; lion8bit and adafactor take none.",
+        "Epsilon.",
         range=Range(1e3, "the optimizer would hardly move anything", above=0),
-        idle=(_on("lion8bit", "adafactor"),),
     )
     adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", range=DECAYS)
     prodigy_beta3: float | None = option(

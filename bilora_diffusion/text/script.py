@@ -72,12 +72,11 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     if cfg.quantize != "none":
         count = quantize(
             loaded.model,
-            cfg.quantize,
             DTYPES[accelerator.mixed_precision],
             skip=loaded.whole_modules,
             device=accelerator.device,
         )
-        logger.info("the weights of %d layers are held in %s", count, cfg.quantize)
+        logger.info("the weights of %d layers are held in NF4", count)
     task.to_device(accelerator.device)
     return task
 

@@ -23,7 +23,6 @@ from ..errors import UserError
 from ..methods import for_run
 from ..methods.full import free_memory
 from ..run.config import RunConfig
-from .averaging import Average
 from .estimate import TRAINING, Estimate, said
 from .memory import Ledger, tensors_of
 from .stepping import Schedule, total_steps
@@ -38,7 +37,6 @@ DTYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
-    torch.int8: "8 bits",
 }
 
 
@@ -120,7 +118,7 @@ def hold(trainer: Trainer, parts: Mapping[str, Any], ledger: Ledger) -> None:
     ledger.hold(f"adapters: {ADAPTERS[AUXILIARY]}", method.apart())
     for target in method.targets:
         ledger.hold("trained whole", adapters.whole(target.model, PRIMARY).values())
-    if isinstance(outcome.average, Average):
+    if outcome.average is not None:
         ledger.hold("moving averages", outcome.average.tensors().values())
     ledger.hold("best weights", outcome.best.tensors().values())
 

@@ -39,20 +39,6 @@ def _adamw8bit(cfg: RunConfig, groups: Groups) -> Optimizer:
     return AdamW8bit(groups, **_adams(cfg))
 
 
-def _lion8bit(cfg: RunConfig, groups: Groups) -> Optimizer:
-    from bitsandbytes.optim import Lion8bit
-
-    return Lion8bit(groups, betas=(cfg.adam_beta1, cfg.adam_beta2))
-
-
-def _adafactor(cfg: RunConfig, groups: Groups) -> Optimizer:
-    from transformers import Adafactor
-
-    # The rate that was given, as Transformers' Trainer asks for it: neither one that falls with the
-    # steps nor one in units of a weight's size, which is 0 for the B of a fresh adapter.
-    return Adafactor(groups, scale_parameter=False, relative_step=False)
-
-
 def _prodigy(cfg: RunConfig, groups: Groups) -> Optimizer:
     from prodigyopt import Prodigy
 
@@ -66,15 +52,6 @@ def _prodigy(cfg: RunConfig, groups: Groups) -> Optimizer:
     )
 
 
-def _schedule_free(cfg: RunConfig, groups: Groups) -> Optimizer:
-    from schedulefree import AdamWScheduleFree
-
-    # It warms up by the rate of the groups, like any other.
-    optimizer = AdamWScheduleFree(groups, **_adams(cfg))
-    optimizer.train()  # only `averaging.ScheduleFree` switches it
-    return optimizer
-
-
 def _adams(cfg: RunConfig) -> dict[str, Any]:
     return {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
 
@@ -82,10 +59,7 @@ def _adams(cfg: RunConfig) -> dict[str, Any]:
 BUILDERS: dict[str, Callable[[RunConfig, Groups], Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
-    "lion8bit": _lion8bit,
-    "adafactor": _adafactor,
     "prodigy": _prodigy,
-    "schedule-free": _schedule_free,
 }
 """What `choices.OPTIMIZERS` names."""
 

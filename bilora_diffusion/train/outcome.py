@@ -8,14 +8,13 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
 from ..errors import UserError
 from ..methods import Method
 from ..run.config import RunConfig
-from .averaging import Average, ScheduleFree
+from .averaging import Average
 from .best import Best
 
 
@@ -25,25 +24,20 @@ class Outcome:
     Args:
         method: of which the adapters are attached.
         cfg: says what is kept.
-        optimizer: may keep an average itself.
 
     Attributes:
-        average: of the steps so far; None without ``--use_ema`` and ``--optimizer schedule-free``.
+        average: of the steps so far; None without ``--use_ema``.
         best: the lowest held-out loss so far, and its weights with ``--keep_best``.
     """
 
-    def __init__(self, method: Method, cfg: RunConfig, optimizer: Optimizer) -> None:
-        self._method, self._cfg, self._optimizer = method, cfg, optimizer
+    def __init__(self, method: Method, cfg: RunConfig) -> None:
+        self._method, self._cfg = method, cfg
         self.begin()
 
     def begin(self) -> None:
         """Start from the weights as they are now."""
         weights, cfg = self._method.clip_parameters(), self._cfg
-        self.average: Average | ScheduleFree | None = None
-        if cfg.use_ema:
-            self.average = Average(weights, cfg.ema_decay)
-        elif cfg.optimizer == "schedule-free":
-            self.average = ScheduleFree(weights, self._optimizer)
+        self.average = Average(weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
     def update(self) -> None:

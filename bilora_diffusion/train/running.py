@@ -210,8 +210,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     Raises:
         UserError: the device can't compute in it, or the engine can't train what is asked for.
     """
-    # A text encoder's last layers may be left out of the loss. No buffer changes, and those of int8
-    # and fp8 are the base weights, which would be sent around in every forward.
+    # A text encoder's last layers may be left out of the loss. No buffer changes.
     distributed = DistributedDataParallelKwargs(
         find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
     )

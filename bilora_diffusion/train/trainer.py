@@ -77,7 +77,7 @@ class Trainer:
         models = [target.model for target in method.targets]
         self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, raw)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
-        self.outcome = Outcome(method, cfg, raw)
+        self.outcome = Outcome(method, cfg)
         # Several processes stop together, which they can't before they share a first step.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._agreed: int | None = None

@@ -26,8 +26,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bilora_diffusion.choices import QUANTIZED
-
 from ..command import Parser, open_device
 from ..evaluation import Evaluation
 from ..provenance import of_this_process
@@ -59,7 +57,7 @@ class TextScores(Evaluation):
         add("--cache_dir", help="folder of downloads")
         add(
             "--quantize",
-            choices=["none", *QUANTIZED],
+            choices=["none", "nf4"],
             help="the base model; default: as in training",
         )
         add("--trust_remote_code", action="store_true", help="let the model's own code run")

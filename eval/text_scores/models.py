@@ -97,11 +97,11 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
         UserError: it can't be loaded.
     """
     options = asdict(wanted)
-    name, kind = options.pop("name"), options.pop("quantize")
+    name, quantized = options.pop("name"), options.pop("quantize") != "none"
     del options["template"]
     base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
-    if kind != "none":
-        quantize(base.model, kind, dtype, skip=base.whole_modules, device=device)
+    if quantized:
+        quantize(base.model, dtype, skip=base.whole_modules, device=device)
     base.model.to(device)
     return Loaded(**vars(base))
 

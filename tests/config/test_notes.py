@@ -36,8 +36,6 @@ def told(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
         (MINI, "--lr_num_cycles 2", "cosine_with_restarts"),
         (MINI, "--lr_warmup_steps 10", "constant_with_warmup"),
         (PRODIGY, "--use_8bit_adam", "--optimizer adamw"),
-        (f"{MINI} --optimizer adafactor", "--adam_beta1 0.5", "--optimizer adamw"),
-        (f"{MINI} --optimizer lion8bit", "--adam_epsilon 1e-06", "--optimizer adamw"),
         (f"{PRODIGY} --train_text_encoder", "--text_encoder_lr 5e-06", "--learning_rate"),
         (f"{MINI} --max_train_steps 9", "--num_train_epochs 2", "--max_train_steps"),
         (MINI, "--snr_weighting diffusers", "--snr_gamma"),

@@ -19,7 +19,6 @@ from bilora_diffusion.choices import (
     AUTO,
     BALLS,
     DIRECTIONS,
-    QUANTIZED,
     RHO_NORMS,
     SAMPLE,
 )
@@ -37,7 +36,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "lora-ga": {"init": "lora-ga"},
     "dora": {"use_dora": True},
     "nf4": {},
-    "fp8": {},
 }
 """The options of the adapter that every method is combined with, unless the table refuses it."""
 MAIN_KINDS = ("unet", "t5", "llm")
@@ -74,7 +72,7 @@ def few() -> list[tuple[str, str, str]]:
 def allowed(name: str, option: str, **own: Any) -> bool:
     """Whether the table of combinations lets these through."""
     said = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
-    held = option if option in QUANTIZED else "none"
+    held = "nf4" if option == "nf4" else "none"
     return refusals.refused({"method": name, "quantize": held, **said, **own}) is None
 
 
@@ -132,8 +130,8 @@ class Run:
         self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
         self.model = self.case.make().train().to(dtype)
         self.original = copy.deepcopy(self.model)
-        if option in QUANTIZED:
-            quantize(self.model, option, torch.float32, skip=())
+        if option == "nf4":
+            quantize(self.model, torch.float32, skip=())
         self.method: Method = create(name, MethodOptions(num_steps=10, **(options or {})))
         spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[option])
         torch.manual_seed(3)

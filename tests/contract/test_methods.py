@@ -15,7 +15,7 @@ from peft import PeftModel
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.choices import QUANTIZED, SAMPLE
+from bilora_diffusion.choices import SAMPLE
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, create, names
 from bilora_diffusion.train import compiling
@@ -60,7 +60,7 @@ def life(
     def start() -> Run:
         return Run(name, option, kind, options=options, compiled=compiled)
 
-    run, quantized = start(), option in QUANTIZED
+    run, quantized = start(), option == "nf4"
     exports_adapter = not run.method.exports_weights
     if exports_adapter:
         starts_as_the_model_came(run, quantized)
@@ -81,7 +81,7 @@ def life(
     final = run.tensors()
     assert all(torch.equal(value, final[key]) for key, value in resumed.tensors().items())
     if exports_adapter:
-        evaluates_the_primary_alone_and_leaves_no_trace(run, quantized)
+        evaluates_the_primary_alone_and_leaves_no_trace(run)
 
 
 def starts_as_the_model_came(run: Run, quantized: bool) -> None:
@@ -125,8 +125,8 @@ def exports_the_primary_for_the_base_as_it_came(
     run: Run, fresh: torch.nn.Module, folder: Path, option: str
 ) -> None:
     adapters.save_pretrained(run.model, folder)
-    if option in QUANTIZED:
-        quantize(fresh, option, torch.float32, skip=())
+    if option == "nf4":
+        quantize(fresh, torch.float32, skip=())
     loaded = PeftModel.from_pretrained(fresh, str(folder)).train()
     assert list(loaded.peft_config) == [PRIMARY]
     with torch.no_grad(), run.method.evaluating():
@@ -134,7 +134,7 @@ def exports_the_primary_for_the_base_as_it_came(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -> None:
+def evaluates_the_primary_alone_and_leaves_no_trace(run: Run) -> None:
     before = {n: p.requires_grad for n, p in run.model.named_parameters()}
     order = adapters.active(run.model)
     assert order == run.method.adapters
@@ -148,12 +148,8 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run: Run, quantized: bool) -
         assert {n: p.requires_grad for n, p in run.model.named_parameters()} == before
         assert adapters.active(run.model) == order
         assert torch.equal(run.case.output(run.model), training)
-        for adapter in run.method.adapters[1:]:
-            adapters.delete(run.model, adapter)
-        torch.testing.assert_close(run.case.output(run.model), primary, rtol=1e-4, atol=1e-5)
-        if not quantized:
-            merged = adapters.merge_primary(run.model)
-            torch.testing.assert_close(run.case.output(merged), primary, rtol=1e-4, atol=1e-5)
+        with adapters.only(run.model, run.method.adapters[:1]):
+            torch.testing.assert_close(run.case.output(run.model), primary, rtol=1e-4, atol=1e-5)
 
 
 @cases(ALL)

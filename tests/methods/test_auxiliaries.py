@@ -106,7 +106,7 @@ def small(dtype: torch.dtype, option: str, **options: Any) -> tuple[Any, Method,
     torch.manual_seed(0)
     model = Small().to(dtype)
     if option == "nf4":
-        quantize(model, "nf4", torch.float32, skip=())
+        quantize(model, torch.float32, skip=())
     names = ("conv", "point", "one", "two", "last")
     spec = AdapterSpec(
         rank=2,

@@ -166,7 +166,7 @@ def test_convolutions_count_with_their_true_weight_change(
     def change() -> float:
         """The norm of the weights' change, in the units of the ball."""
         found = adapters.layers(model, PRIMARY)
-        deltas = [adapters.weight_delta(layer, PRIMARY).double() for _, layer in found]
+        deltas = [cast(Any, layer).get_delta_weight(PRIMARY).double() for _, layer in found]
         return math.sqrt(sum(float(d.square().sum()) for d in deltas)) / (1.0 if scaled else 3.0)
 
     factors = adapters.factors(model, PRIMARY)

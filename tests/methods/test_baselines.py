@@ -271,7 +271,7 @@ def test_full_fine_tuning_refuses_narrow_weights_and_too_little_memory(
     monkeypatch.setattr("bilora_diffusion.methods.full.free_memory", lambda device: 16 * 12 - 60)
     with pytest.raises(UserError, match=r"unet: 0\.0 M weights need"):
         create("full").setup([Target("unet", model.float(), SPEC, 1e-3)])
-    less = MethodOptions(optimizer="adafactor")  # fits where AdamW does not
+    less = MethodOptions(optimizer="adamw8bit")  # fits where AdamW does not
     assert create("full", less).setup([Target("unet", model, SPEC, 1e-3)])
 
 

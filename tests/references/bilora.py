@@ -71,43 +71,6 @@ class AdamW:
 
 
 @dataclass
-class ScheduleFree:
-    """Defazio et al.'s Schedule-Free AdamW for one matrix at an equal rate in all steps.
-
-    https://arxiv.org/abs/2405.15682, Algorithm 1 without warm-up: the gradient is taken at y, z
-    makes the steps, x is the mean of all z.
-    """
-
-    lr: float
-    weight_decay: float
-    ascend: bool
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    k: int = 0
-    v: Tensor = field(default_factory=lambda: torch.zeros(()))
-    z: Tensor = field(default_factory=lambda: torch.zeros(()))
-    x: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def update(self, y: Tensor, gradient: Tensor) -> Tensor:
-        """The new y."""
-        if self.k == 0:
-            self.z = self.x = y
-        if self.ascend:
-            gradient = -gradient
-        self.k += 1
-        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient**2
-        v_hat = self.v / (1 - self.beta2**self.k)
-        self.z = self.z - self.lr * (gradient / (v_hat.sqrt() + self.eps) + self.weight_decay * y)
-        self.x = (1 - 1 / self.k) * self.x + self.z / self.k
-        return self.y()
-
-    def y(self) -> Tensor:
-        """Where the next gradient is taken."""
-        return (1 - self.beta1) * self.z + self.beta1 * self.x
-
-
-@dataclass
 class SGD:
     """Plain gradient steps for one matrix."""
 
@@ -129,7 +92,7 @@ def factor_gradients(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
     }
 
 
-Rules = Sequence[Mapping[str, "SGD | AdamW | ScheduleFree"]]
+Rules = Sequence[Mapping[str, "SGD | AdamW"]]
 
 
 def step(layers: list[Layer], rules: Rules, x: Tensor, y: Tensor) -> float:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
-from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from bilora_diffusion.durable import TEMPORARY
@@ -26,95 +20,59 @@ from bilora_diffusion.run.checkpoint import latest, load, prune, resolve
 from bilora_diffusion.run.matching import load_tensors, require_same_settings
 from tests.run.checkpoints import save
 
-
-def same(a: Any, b: Any) -> bool:
-    """Equality of types, keys and their order, float bits and tensor bytes."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        bits = [t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)]
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
-    if isinstance(a, float):
-        return (a != a and b != b) or struct.pack("<d", a) == struct.pack("<d", b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return same(list(a.keys()), list(b.keys())) and all(same(a[key], b[key]) for key in a)
-    return a == b
-
-
 DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.uint8,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-    torch.bool,
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.uint8, torch.int32, torch.int64, torch.bool),
 )
 
 
-@st.composite
-def tensor(draw: st.DrawFn) -> Tensor:
-    shape = draw(st.lists(st.integers(0, 3), max_size=3))
-    bits = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    dtype = draw(st.sampled_from(DTYPES))
-    count = torch.Size(shape).numel()
-    if dtype is torch.bool:
-        return torch.randint(0, 2, shape, generator=bits).bool()
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=bits)
-    return raw.view(dtype).reshape(shape)  # any bit pattern: NaN payloads, subnormals, -0
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bytes."""
+    bits = [t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
 
 
-leaves = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text()
-    | st.sampled_from(["$", "tensor", float("inf"), -0.0, 5e-324])
-    | tensor()
-)
-keys = st.integers() | st.text(max_size=4) | st.sampled_from(["$", "a/b", "a", "__metadata__"])
-values = st.recursive(
-    leaves,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(keys, inner, max_size=3)
-        | st.dictionaries(keys, inner, max_size=3).map(OrderedDict)
-        | st.dictionaries(st.integers(), st.integers(), max_size=3).map(Counter)
-    ),
-    max_leaves=12,
-)
-states = st.dictionaries(st.text(max_size=5), values, max_size=4)
-names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    tensors=st.dictionaries(names.filter(lambda n: n != "__metadata__"), tensor(), max_size=3),
-    optimizer=states,
-    scheduler=states,
-    scaler=st.none() | states,
-    extra=states,
-    step=st.integers(0, 10**9),
-)
-def test_whatever_is_saved_comes_back_exactly(step: int, **parts: Any) -> None:
-    with TemporaryDirectory() as folder:
-        found = load(save(Path(folder), step, **parts))
-    assert found.step == step
-    assert set(found.tensors) == set(parts["tensors"])
-    assert all(same(found.tensors[name], value) for name, value in parts["tensors"].items())
-    for name in ("optimizer", "scheduler", "scaler", "extra"):
-        assert same(getattr(found, name), parts[name]), name
+def test_whatever_is_saved_comes_back_exactly(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": base, "b": base, "row": base[1], "across": base.t(), "empty": base[:0]}
+    for dtype in DTYPES:  # any bit pattern: NaN payloads, subnormals, -0
+        bits = torch.randint(0, 2 if dtype is torch.bool else 256, (64,), dtype=torch.uint8)
+        tensors[str(dtype)] = bits.view(dtype)
+    moments = {"exp_avg": base[1], "x": base.expand(2, 3, 4), "inner": {"qmap": base}, "k": 3}
+    group = {"lr": 1e-3, "betas": [0.9, torch.tensor(0.5)], "growth_rate": float("inf"), "d": None}
+    path = save(
+        tmp_path,
+        tensors=tensors,
+        optimizer={"state": {0: moments, 11: {"step": base[0, 0]}}, "param_groups": [group]},
+        scheduler={"_last_lr": [0.1 + 0.2, 5e-324, -0.0]},
+        scaler={"scale": 65536.0},
+        extra={"best": float("nan"), "names": ["é", "$"]},
+    )
+    found = load(path)
+    with (path / checkpoint.ADAPTERS).open("r+b") as file:  # on which nothing loaded depends
+        file.write(b"\0" * 200)
+    assert found.tensors.keys() == tensors.keys()
+    assert all(same(found.tensors[name], value) for name, value in tensors.items())
+    state = found.optimizer["state"]
+    assert list(state) == [0, 11]
+    assert (list(state[0]), state[0]["k"]) == (list(moments), 3)
+    for one, other in (
+        *((state[0][key], moments[key]) for key in ("exp_avg", "x")),
+        (state[0]["inner"]["qmap"], base),
+        (state[11]["step"], base[0, 0]),
+        (found.optimizer["param_groups"][0]["betas"].pop(), group["betas"].pop()),
+    ):
+        assert same(one, other)
+    assert found.optimizer["param_groups"] == [group]
+    assert repr(found.scheduler) == "{'_last_lr': [0.30000000000000004, 5e-324, -0.0]}"
+    assert (found.step, found.scaler) == (1, {"scale": 65536.0})
+    assert repr(found.extra) == "{'best': nan, 'names': ['é', '$']}"
+    found.tensors["a"].zero_()
+    assert same(found.tensors["b"], base)
 
 
 @pytest.mark.parametrize(
-    "altered", ["[[", '{"step": 3}', '{"step": -1, "optimizer": {"$": ["tensor", "gone"]}}']
+    "altered", ["[[", '{"step": 3}', '{"step": -1, "optimizer": {"state": []}}']
 )
 def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
     tmp_path: Path, altered: str
@@ -126,30 +84,12 @@ def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
         load(path)
 
 
-def test_tensors_that_share_memory(tmp_path: Path) -> None:
-    base = torch.arange(12.0).reshape(3, 4)
-    tensors = {"a": base, "b": base, "row": base[1], "across": base.t(), "empty": base[:0]}
-    shared = {"state": {0: {"x": base[1], "y": base[1:], "z": base.expand(2, 3, 4)}}}
-    path = save(tmp_path, tensors=tensors, optimizer=shared)
-    found = load(path)
-    with (path / checkpoint.ADAPTERS).open("r+b") as file:  # on which nothing loaded depends
-        file.write(b"\0" * 200)
-    assert all(same(found.tensors[name], value) for name, value in tensors.items())
-    assert same(found.optimizer, shared)
-    found.tensors["a"].zero_()
-    assert same(found.tensors["b"], base)
-    qmap = torch.linspace(-1, 1, 256)  # one map for all parameters, as bitsandbytes has it
-    state = load(save(tmp_path, optimizer={"state": [{"qmap": qmap}, {"qmap": qmap}]})).optimizer
-    assert state["state"][0]["qmap"] is state["state"][1]["qmap"]
-
-
-@pytest.mark.parametrize(
-    "value", [np.float64(1.0), {1}, object(), torch.float32, torch.eye(2).to_sparse()]
-)
-def test_what_cannot_come_back_exactly_is_refused(tmp_path: Path, value: Any) -> None:
+@pytest.mark.parametrize("value", [{1}, object(), torch.float32], ids=str)
+def test_what_cannot_come_back_is_refused(tmp_path: Path, value: Any) -> None:
     save(tmp_path, 1)
-    with pytest.raises(TypeError, match="extra/x"):
-        save(tmp_path, 2, extra={"x": value})
+    for part in ("optimizer", "extra"):
+        with pytest.raises(TypeError):
+            save(tmp_path, 2, 0.0, **{part: {"x": value}})
     assert os.listdir(tmp_path / checkpoint.CHECKPOINTS) == ["step-1"]
 
 
@@ -262,13 +202,13 @@ def test_what_is_no_checkpoint_is_refused_with_one_that_is(tmp_path: Path) -> No
     (tmp_path / "folder").mkdir()
     foreign = save(tmp_path / "other")
     index = json.loads((foreign / "digests.json").read_text())
-    (foreign / "digests.json").write_text(json.dumps({**index, "schema_version": 2}))
+    (foreign / "digests.json").write_text(json.dumps({**index, "schema_version": 1}))
     for path, parts in {
         tmp_path / "folder": ("not a checkpoint folder",),
         run: ("not a checkpoint folder", str(good)),
         good / checkpoint.STATE: ("is a file",),
         good.parent / "step-7": ("does not exist", str(good)),
-        foreign: ("schema version 2", "reads 1"),
+        foreign: ("schema version 1", "reads 2", "the version that wrote it"),
     }.items():
         with pytest.raises(UserError) as error:
             load(path)

@@ -19,6 +19,7 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import runlog
+from bilora_diffusion.run.matching import load_tensors
 from bilora_diffusion.seeds import seed_of
 from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.module import collate
@@ -123,7 +124,7 @@ def test_a_trainer_takes_our_steps(
         ours = OurRun(folder, "lora")
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
         first = {adapters.peft_path(key): value for key, value in ours.first[PRIMARY].items()}
-        adapters.load_state_dict(model, PRIMARY, first)
+        load_tensors(adapters.named_parameters(model, PRIMARY), first)
         trainer = ours.trainer(*kinds, model)
     else:
         ours = OurRun(folder, "bilora")

@@ -61,7 +61,6 @@ def test_each_method_takes_what_it_takes_with_real_weights(method: str, tmp_path
         {"use_dora": True},
         {"use_ema": True, "keep_best": True, "validation_dataset": "mini-heldout"},
         {"quantize": "nf4"},
-        {"quantize": "fp8"},
         *({"optimizer": name} for name in OPTIMIZERS if name != "adamw"),
         {"train_text_encoder": True},
         {"init_lora_weights": "pissa"},

@@ -60,16 +60,6 @@ def test_figures_of_a_pair_are_those_of_full_matrices(
     assert total["norm_primary"] == pytest.approx(whole[0])
 
 
-def test_the_overlap_at_its_ends() -> None:
-    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
-    low = x[:, :1] @ torch.tensor([[1.0, 2.0]])  # of rank 1, within the first space
-    across = torch.linalg.svd(x)[0][:, 2:4]
-    zero = torch.zeros(7, 2)
-    found = dynamics.subspace_overlap([x, x, x, x], [x @ torch.eye(2).flip(0), low, across, zero])
-    assert found[:3].tolist() == pytest.approx([1, 1, 0], abs=1e-6)
-    assert found[3].isnan()
-
-
 def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(
     pair: tuple[list[Factors], list[Factors]],
 ) -> None:
@@ -77,15 +67,11 @@ def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(
     other[1] = other[1]._replace(B=torch.zeros_like(other[1].B))
     found = dynamics.alignment(one, other)
     assert found["product_cosine"].isnan().tolist() == [False, True, False]
-    total = dynamics.totals(found)
-    inner = sum(float((product(one[i]) * product(other[i])).sum()) for i in (0, 2))
-    norms = [float(torch.stack([product(f).norm() for f in side]).norm()) for side in pair]
-    assert total["product_cosine"] == pytest.approx(inner / norms[0] / norms[1])
-    assert total["column_overlap"] == pytest.approx(float(found["column_overlap"][[0, 2]].mean()))
+    overlap = dynamics.totals(found)["column_overlap"]
+    assert overlap == pytest.approx(float(found["column_overlap"][[0, 2]].mean()))
     zero = [f._replace(B=torch.zeros_like(f.B)) for f in other]
     total = dynamics.totals(dynamics.alignment(one, zero))
-    assert total["product_cosine"] is None
-    assert total["column_overlap"] is None
+    assert total["product_cosine"] is total["column_overlap"] is None
 
 
 class Training:
@@ -138,7 +124,7 @@ class Training:
         }
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-sam", "lora-obar", "flat-lora", "bilora"])
+@pytest.mark.parametrize("name", ["lora-sam", "flat-lora", "bilora"])
 def test_the_record_changes_no_bit(name: str, tmp_path: Path) -> None:
     off, on = Training(name, False), Training(name, True, tmp_path)
     losses = [[line["loss"] for line in run.train()] for run in (off, on)]
@@ -146,14 +132,6 @@ def test_the_record_changes_no_bit(name: str, tmp_path: Path) -> None:
     mine, other = off.method.tensors(), on.method.tensors()
     assert all(torch.equal(mine[key], other[key]) for key in mine)
     assert list(snapshots.steps(tmp_path)) == [0, 2, 4, 5]
-
-
-def test_without_the_flag_and_beside_the_main_process_nothing_is_recorded() -> None:
-    run = Training("bilora", False)
-    assert run.dynamics is run.method.observer is None
-    run.accelerator.is_main_process = False
-    run.cfg.log_dynamics = True
-    assert Dynamics.of(cast(Any, run), run.optimizer) is None
 
 
 @pytest.mark.parametrize(
@@ -201,26 +179,11 @@ def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path: Path
     assert line["ratio"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_first_step_of_lora_sam_has_no_ratio() -> None:
-    run = Training("lora-sam", True)
-    cast(Dynamics, run.dynamics).every = 1
-    line = run.train(1)[0]["dynamics"]
-    assert line["norm_BeA"] == line["norm_eBeA"] == 0 < line["norm_eBA"]
-    assert line["ratio"] is None
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rho": 0.3},
-        {"auxiliary_rank": 3, "rho": 0.3},
-        {"auxiliary_direction": "descent", "rho": 0.3},
-    ],
-)
+@pytest.mark.parametrize("options", [{"auxiliary_rank": 3}, {"auxiliary_direction": "descent"}])
 def test_the_ascent_gain_is_the_gradient_times_the_weight(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = Training("bilora", True, tmp_path, **options)
+    run = Training("bilora", True, tmp_path, rho=0.3, **options)
     run.train(1)
     gradients = run.full_gradients()
     auxiliary = adapters.factors_of(run.method.layers(AUXILIARY), AUXILIARY)
@@ -269,11 +232,6 @@ def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path: Path) -> 
     snapshots.truncate(run, 8)
     names = sorted(file.name for file in (run / "dynamics").iterdir())
     assert names == ["step-0.safetensors", "step-2.safetensors"]
-    snapshots.truncate(tmp_path, 0)  # nothing was recorded
-
-
-def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
     (tmp_path / "dynamics").touch()
-    snapshot = snapshots.Snapshot(3, {PRIMARY: recorded_runs.factors(torch.Generator())}, {})
     with pytest.raises(TrainingError, match="could not be written"):
         snapshots.write(tmp_path, snapshot)

@@ -1,26 +1,21 @@
-"""Which engines and combinations are refused, what is left whole, and the ball over two shards."""
+"""Which engines and combinations are refused, what is left whole, and the mean of gradients."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import BertForSequenceClassification
 
-from bilora_diffusion.adapters import Factors
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import ball, names
+from bilora_diffusion.methods import names
 from bilora_diffusion.train import engines, sharding
 from tests.text.text_builders import bert_config
 
@@ -143,33 +138,3 @@ def test_gradients_are_averaged_over_processes(is_fsdp2: bool) -> None:
     assert other.grad is not None
     assert other.grad.tolist() == [2.5]
     assert nowhere.grad is None
-
-
-def one_of_two(rank: int, folder: str) -> None:
-    """Project factors that are split over two processes, and the same ones whole."""
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    torch.manual_seed(0)
-    A, B = torch.randn(5, 6), torch.randn(7, 5)  # by row: 3 and 2, 4 and 3
-    split_A, split_B = (distribute_tensor(t.clone(), mesh, [Shard(0)]) for t in (A, B))
-    assert [len(t.to_local()) for t in (split_A, split_B)] == [[3, 4], [2, 3]][rank]
-    split, whole = (Factors("layer", *pair, 2.0) for pair in ((split_A, split_B), (A, B)))
-    norm = float(ball.frobenius_norm([split]))
-    before = float(ball.project_([split], rho=0.05).before)
-    expected = float(ball.project_([whole], rho=0.05).before)
-    assert norm == pytest.approx(expected, rel=1e-12)
-    assert before == pytest.approx(expected, rel=1e-12)
-    assert float(ball.frobenius_norm([split])) == pytest.approx(0.05, rel=1e-6)
-    for shards, tensor in ((split_A, A), (split_B, B)):
-        torch.testing.assert_close(shards.full_tensor(), tensor, rtol=0, atol=0)
-    torch.save([norm, before, split_A.full_tensor()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_the_ball_over_two_processes(tmp_path: Path) -> None:
-    """Split factors have the norm of the whole, and all shards shrink by the same number."""
-    torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first[:2] == second[:2]
-    assert torch.equal(first[2], second[2])
