@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -212,17 +211,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
         task.models,
         base_model=cfg.pretrained_model_name_or_path,
         kohya=cfg.output_kohya_format,
-        extra_metadata=training_facts(
-            method=cfg.method,
-            rho=cfg.rho,
-            date=datetime.now(UTC).strftime("%Y-%m-%d"),
-            title=Path(cfg.output_dir).resolve().name,
-            resolution=cfg.resolution,
-            prediction_type=task.pipeline.scheduler.config.get("prediction_type"),
-            steps=trainer.outcome.step(trainer.step),
-            seed=cfg.seed,
-            init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
-        ),
+        extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
     )
     return verify(folder, task.models)
 
