@@ -202,7 +202,8 @@ def _read(path: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); write or download it again."
         ) from error
-    return [_entry(path, *each, alphas.get(each[0])) for each in found], others, metadata
+    entries = [_entry(path, k, m, shape, dtype, alphas.get(k)) for k, m, shape, dtype in found]
+    return entries, others, metadata
 
 
 def _entry(
@@ -218,8 +219,10 @@ def _entry(
         count = math.prod(shape)
         require(count == 1, path, f"has {count} values as {key}, which is one number")
         alpha = getattr(scalar, "item", lambda: None)()
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        finite = number and math.isfinite(alpha)
+        number = (
+            alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else math.nan
+        )
+        finite = math.isfinite(number)
         require(finite, path, f"has {alpha} as {key}, which is no finite number")
     else:
         floats = f"has {key} as {dtype}, and LoRA is made of floats"

@@ -107,7 +107,9 @@ def difference(one: Layer, other: Layer) -> tuple[float, float]:
     if not (torch.equal(A, C) and torch.equal(B, D)):  # which spares most files the products
         gaps.append(_gap(B @ A, D @ C, float((B.norm(dim=0) * A.norm(dim=1)).sum())))
     if one.magnitude is not None and other.magnitude is not None:
-        m, n = (side.to("cpu", torch.float64).flatten() for side in (one[3], other[3]))
+        m, n = (
+            side.to("cpu", torch.float64).flatten() for side in (one.magnitude, other.magnitude)
+        )
         gaps.append(_gap(m, n, float(m.norm())))
     absolute, relative = zip(*gaps, strict=True)
     return max(absolute), max(relative)
