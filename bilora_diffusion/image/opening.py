@@ -120,7 +120,10 @@ def _folder(label: str, listing: Listing, column: str | None, mask_column: str |
     if mask_column is not None:
         require_column(mask_column, list(extra), "--mask_column", label)
         named = ((row.get(mask_column), where) for where, row in rows)
-        paths = [name and _file(listing.folder, name, where, mask_column) for name, where in named]
+        paths = [
+            _file(listing.folder, name, where, mask_column) if name else None
+            for name, where in named
+        ]
         masks = Masks(f'column "{mask_column}"', paths)
         del extra[mask_column]
     columns = ["image", *extra]
