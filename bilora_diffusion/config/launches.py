@@ -8,13 +8,9 @@ stand here are right. The facts of a launch are read by ``train.engines``, those
 
 from __future__ import annotations
 
-from .conditions import ABSENT, GIVEN, Refusal, above, refusal
+from .conditions import ABSENT, GIVEN, Refusal, above, other_than, refusal
 
 FSDP2, DDP = "FSDP2", "DDP"
-_USE_FSDP2 = (
-    "set fsdp_version to 2 for a text model too large for one device, or launch with"
-    " `--multi_gpu` (DDP)"
-)
 _OR_DDP = "or launch with `--multi_gpu` (DDP)"
 
 LAUNCHES: tuple[Refusal, ...] = (
@@ -25,27 +21,11 @@ LAUNCHES: tuple[Refusal, ...] = (
         alone=True,
     ),
     refusal(
-        "it splits the adapters, of which the auxiliary's norm and its projection need the whole",
-        _USE_FSDP2,
-        engine=("FSDP1", "DeepSpeed", "Megatron-LM"),
-    ),
-    refusal(
-        "it averages gradients in its own optimizer step, before which they are clipped here",
-        _USE_FSDP2,
-        engine="XLA",
-    ),
-    refusal(
-        "rows are dealt to processes by their number alone, and processes that share one model or"
-        " one sequence would get different rows",
-        "drop ACCELERATE_USE_PARALLELISM_CONFIG and launch with FSDP2 or `--multi_gpu`",
-        parallelism_config=True,
-    ),
-    refusal(
-        "accelerate would split nothing there and train by DDP without a word",
-        "drop `--use_fsdp`",
-        use_fsdp=True,
-        on_cpu=True,
-        engine=DDP,
+        "only DDP and FSDP2 leave the adapters whole, clip their gradients before the optimizer's"
+        " step and deal each row to one process",
+        "set fsdp_version to 2 for a text model too large for one device, or launch with"
+        " `--multi_gpu` (DDP)",
+        engine=other_than(DDP, FSDP2),
     ),
     # what is trained
     refusal(
@@ -91,35 +71,10 @@ LAUNCHES: tuple[Refusal, ...] = (
         fold=ABSENT,
         engine=FSDP2,
     ),
-    # how it is split
     refusal(
-        "held-out rows would be sent to the CPU, where the weights wait, and not to the device",
-        "set it to false, or launch with `--multi_gpu` and `--quantize nf4` if memory is short",
-        offload=True,
-        engine=FSDP2,
-    ),
-    refusal(
-        "it renames the layers, which a checkpoint of another launch would then not fit",
-        "set it to false and add `--gradient_checkpointing`, which does the same",
-        activation_checkpointing=True,
-        engine=FSDP2,
-    ),
-    refusal(
-        "FSDP2 is told already to leave whole exactly what is trained",
-        "unset it",
-        ignored_modules=True,
-        engine=FSDP2,
-    ),
-    refusal(
-        "the compiled model would be split, and held-out rows go through the model in it",
-        "set ACCELERATE_DYNAMO_BACKEND to no",
-        compiled=True,
-        engine=FSDP2,
-    ),
-    refusal(
-        "it could take a single layer apart from the adapters on it",
-        "set FSDP_AUTO_WRAP_POLICY to TRANSFORMER_BASED_WRAP",
-        size_based_wrap=True,
+        "it splits more than the frozen layers, puts them elsewhere or renames them",
+        "unset it (in place of checkpointing there is `--gradient_checkpointing`)",
+        fsdp_setting=GIVEN,
         engine=FSDP2,
     ),
     refusal(

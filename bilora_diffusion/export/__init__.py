@@ -17,24 +17,19 @@ from .lorafile import LoraFile, inspect
 
 if TYPE_CHECKING:
     from .cli import main
-    from .conversion import convert
-    from .metadata import training_facts
-    from .peft_folder import save_adapter, verify_adapter
+    from .conversion import convert, save_adapter
     from .readback import verify
-    from .weights import save_models
-    from .writer import save_diffusers
+    from .writer import save_diffusers, save_models, training_facts
 
 _HOMES = {  # of what needs torch, which a look inside a file does not
     "convert": "conversion",
     "main": "cli",
-    "save_adapter": "peft_folder",
+    "save_adapter": "conversion",
     "save_diffusers": "writer",
-    "save_models": "weights",
-    "training_facts": "metadata",
+    "save_models": "writer",
+    "training_facts": "writer",
     "verify": "readback",
-    "verify_adapter": "peft_folder",
 }
-
 __all__ = [
     "COMPONENTS",
     "FILE_NAME",
@@ -48,7 +43,6 @@ __all__ = [
     "save_models",
     "training_facts",
     "verify",
-    "verify_adapter",
 ]
 
 

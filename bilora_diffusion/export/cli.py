@@ -54,29 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.step is not None or options.to is not None:
-        from ..run.lock import hold_around  # here, so that to look inside a file needs no torch
-
-        with hold_around(Path(options.output or options.source)):
-            _write(options)
-    elif options.output is not None:
-        raise UserError(f"--output {options.output} says where, not what; add --to or --step.")
-    else:
-        for file in lora_files(Path(options.source)):
+    source, step, to, output = options.source, options.step, options.to, options.output
+    if step is None and to is None:
+        if output is not None:
+            raise UserError(f"--output {output} says where, not what; add --to or --step.")
+        for file in lora_files(Path(source)):
             contents = inspect(file)
             print(as_json(contents) if options.json else as_table(contents))
+        return
+    # here, so that to look inside a file needs no torch
+    from ..run.lock import hold_around
+    from .checkpoints import export_checkpoint
+    from .conversion import convert
 
-
-def _write(options: argparse.Namespace) -> None:
-    if options.step is not None:
-        from .checkpoints import export_checkpoint
-
-        made = export_checkpoint(options.source, options.step, options.to, options.output)
-        print("\n".join(map(str, made)))
-    else:
-        from .conversion import convert
-
-        print(convert(options.source, options.to, options.output))
+    with hold_around(Path(output or source)):
+        if step is None:
+            made = [convert(source, to, output)]
+        else:
+            made = export_checkpoint(source, step, to, output)
+    print("\n".join(map(str, made)))
 
 
 def as_json(contents: LoraFile) -> str:

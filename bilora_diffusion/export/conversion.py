@@ -1,32 +1,41 @@
-"""LoRA files from one format into another, each read back and compared before it gets its name."""
+"""LoRA files of any format from another, or from a model as PEFT's folder.
+
+Each is read back and compared before it gets its name.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, equal, nn
 
-from ..errors import UserError
+from .. import adapters
+from ..durable import sync
+from ..errors import TrainingError, UserError
 from ..lora_names import (
     ADAPTER_METADATA,
+    AUXILIARY,
     COMPONENTS,
-    ENCODERS,
+    CONFIG,
     FILE_NAME,
+    PRIMARY,
     WEIGHTS,
     kohya_file_name,
 )
-from .comparison import compare
-from .kinds import names_by_shape
 from .layers import Part
 from .lorafile import lora_files
-from .metadata import file_metadata
+from .readback import compare
 from .reader import COMPONENT, Contents, read
-from .writer import diffusers_content, kohya_content, refuse_kohya, write_file
+from .writer import file_metadata, refuse_kohya, write_file
 
+TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+"""PEFT's names for the kinds of model."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OWN = (  # metadata that follows from the tensors or from the new file's name
     *("format", ADAPTER_METADATA, COMPONENT, "sshs_model_hash", "sshs_legacy_hash"),
@@ -51,58 +60,49 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
         UserError: the source can't be read or has no place in the format, or the output exists.
         TrainingError: what was written differs from the source.
     """
-    files = lora_files(Path(source))
-    contents = joined([read(file) for file in files])
-    source, file = Path(source), files[0]
-    stem = _stem(source / WEIGHTS if len(files) > 1 else file)
-    place = _beside(source, file, to, stem) if output is None else Path(output)
-    return write(contents, to, place, stem)
-
-
-def joined(several: list[Contents]) -> Contents:
-    """One content of PEFT's folders, each of which holds one model."""
+    source = Path(source)
+    files = lora_files(source)
+    several = [read(file) for file in files]  # of PEFT's folders, each of which holds one model
     parts = {name: part for contents in several for name, part in contents.parts.items()}
-    return Contents(parts, several[0].metadata, several[0].base_model)
-
-
-def _beside(source: Path, file: Path, to: str, stem: str) -> Path:
-    """A name of its own beside the source."""
-    folder = source if source.is_dir() else source.parent
-    if to == "kohya" and file.name == FILE_NAME:
-        return folder / kohya_file_name(folder)
-    return folder / (f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors")
-
-
-def _stem(file: Path) -> str:
-    """What a LoRA is called: its folder where the file has the name that all have."""
+    file = files[0] if len(files) == 1 else source / WEIGHTS
+    # A LoRA is called as its folder where its file has the name that all have.
     named = file.parent if file.name in (FILE_NAME, WEIGHTS) else file.with_suffix("")
-    return Path(kohya_file_name(named)).stem
+    stem = Path(kohya_file_name(named)).stem
+    if output is None:
+        folder = source if source.is_dir() else source.parent
+        name = f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors"
+        if to == "kohya" and file.name == FILE_NAME:
+            name = kohya_file_name(folder)
+        output = folder / name
+    contents = Contents(parts, several[0].metadata, several[0].base_model)
+    return write(contents, to, Path(output), stem)
 
 
 def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
-    """Write what a file is to hold.
+    """Write what a file is to hold; see `convert`.
 
     Args:
         contents: read from a file or a checkpoint.
-        to: the format.
-        place: a file, or a folder for one of the usual name; for PEFT always a folder.
         stem: what kohya's file is called in a folder.
-
-    Raises:
-        UserError: a model has no place in the format, or the output exists.
-        TrainingError: what was written differs.
     """
-    if to == "peft":
-        return _write_peft(contents, place)
-    if odd := [name for name in contents.parts if name not in COMPONENTS]:
+    parts, known = contents.parts, {k: v for k, v in contents.metadata.items() if k not in _OWN}
+    if odd := [name for name in parts if name not in COMPONENTS]:
         what = "a model that PEFT names" if odd[0] == "model" else f'"{odd[0]}"'
         base = f" ({contents.base_model})" if contents.base_model else ""
         raise UserError(
-            f"The adapter is for {what}{base}, and files in {to}'s format are written for the"
-            " models of image pipelines only; use --to peft."
+            f"The adapter is for {what}{base}, and only those for models of image pipelines are"
+            " converted; use it as it is."
         )
+    if to == "peft":
+        folders = {name: place / name if len(parts) > 1 else place for name in parts}
+        refuse_existing(place, *folders.values())
+        for name, folder in folders.items():
+            tensors, config = _for_peft(name, parts[name], contents.base_model)
+            check = _check({name: parts[name]})
+            place_adapter(folder, tensors, config, known | {COMPONENT: name}, check)
+        return place
     if to == "kohya":
-        refuse_kohya(contents.parts)
+        refuse_kohya(parts)
     path = place
     if place.suffix in _PICKLES:
         raise UserError(f"{place} would be a pickle; name a .safetensors file or a folder.")
@@ -110,50 +110,31 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
         path = place / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
     if path.exists():
         raise UserError(f"{path} exists; name another --output, or delete it.")
-    metadata = _metadata(contents, path.stem)
-    build = diffusers_content if to == "diffusers" else kohya_content
-    tensors, entries = build(contents.parts, metadata)
+    metadata = file_metadata(parts, contents.base_model, path.stem, known)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, tensors, entries, functools.partial(_check, contents.parts))
+    write_file(path, parts, to, metadata, _check(parts))
     return path
 
 
-def _metadata(contents: Contents, name: str) -> dict[str, str]:
-    kept = {key: value for key, value in contents.metadata.items() if key not in _OWN}
-    names = names_by_shape(contents.parts)  # else what the source says, or nothing
-    entries = file_metadata(contents.parts, names, contents.base_model, name, kept)
-    return {key: value for key, value in entries.items() if value or key in kept}
-
-
-def _write_peft(contents: Contents, place: Path) -> Path:
-    # here, so that the other formats do not wait for PEFT
-    from .peft_folder import place_adapter, refuse_existing
-
-    parts = contents.parts
-    folders = {name: place / name if len(parts) > 1 else place for name in parts}
-    refuse_existing(place, *folders.values())
-    kept = {k: v for k, v in contents.metadata.items() if k not in _OWN}
-    for component, folder in folders.items():
-        part = parts[component]
-        tensors, config = _for_peft(component, part, contents.base_model)
-        metadata = kept | ({COMPONENT: component} if component in COMPONENTS else {})
-        place_adapter(
-            folder, tensors, config, metadata, functools.partial(_check, {component: part})
-        )
-    return place
+def _check(parts: Mapping[str, Part]) -> Any:
+    """What compares a file with what it was to hold."""
+    return partial(compare, expected={name: part.layers for name, part in parts.items()})
 
 
 def _for_peft(component: str, part: Part, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and configuration; alpha is the rank of each layer, as B holds the scale."""
-    layers = [layer._replace(name=_module(component, layer.name)) for layer in part.layers]
-    ranks = {layer.name: layer.A.shape[0] for layer in layers}
+    tensors, ranks = {}, {}
+    for layer in part.layers:
+        name = layer.name
+        # As Transformers 5 calls the layers of its two classes, which PEFT's format follows.
+        if component == "text_encoder_2" and not name.startswith(("text_model.", "text_proj")):
+            name = f"text_model.{name}"
+        ranks[name] = layer.A.shape[0]
+        tensors |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
+        if layer.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     odd = {name: rank for name, rank in ranks.items() if rank != usual}
-    tensors = {}
-    for name, A, B, magnitude in layers:
-        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-        if magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = magnitude
     config = {
         "r": usual,
         "lora_alpha": usual,
@@ -161,36 +142,80 @@ def _for_peft(component: str, part: Part, base: str) -> tuple[dict[str, Tensor],
         "alpha_pattern": odd,
         "target_modules": list(ranks),
         "use_dora": part.use_dora,
-        "fan_in_fan_out": part.fan_in_fan_out,
         "base_model_name_or_path": base or None,
     }
     return tensors, config
 
 
-def _module(component: str, name: str) -> str:
-    """A layer's name in the installed version of Transformers, which PEFT's format follows."""
-    if component not in ENCODERS:
-        return name
-    plain = name.removeprefix("text_model.")
-    inner = _has_inner_model(component == "text_encoder_2")
-    return f"text_model.{plain}" if inner and not plain.startswith("text_projection") else plain
+def save_adapter(
+    folder: str | Path, model: nn.Module, *, base_model: str, kind: str
+) -> dict[str, Any]:
+    """Write the primary, and a head that was trained with it, and read both back.
+
+    The two files replace older ones; the configuration comes last, without which PEFT loads none.
+
+    Args:
+        folder: the run folder.
+        model: with a primary; an auxiliary is left out.
+        base_model: hub id or folder that the adapter belongs on.
+        kind: "seq2seq", "causal" or "classification".
+
+    Returns:
+        ``layers``, ``parameters``, ``whole_modules`` and ``readback_difference``, which is 0.0.
+
+    Raises:
+        TrainingError: a value is not finite.
+    """
+    tensors, config = adapters.pretrained(model)
+    place_adapter(Path(folder), tensors, described(config, base_model, kind))
+    return {
+        "layers": len(adapters.layers(model, PRIMARY)),
+        "parameters": sum(value.numel() for value in tensors.values()),
+        "whole_modules": sorted(adapters.whole(model, PRIMARY)),
+        "readback_difference": 0.0,
+    }
 
 
-@functools.cache
-def _has_inner_model(projection: bool) -> bool:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(num_hidden_layers=0)
-    with torch.device("meta"):
-        made = CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
-    return any(name == "text_model" for name, _ in made.named_children())
+def described(config: Mapping[str, Any], base_model: str, kind: str) -> dict[str, Any]:
+    """An adapter's configuration with what PEFT must know of the model that it belongs on."""
+    return {**config, "base_model_name_or_path": base_model, "task_type": TASK_TYPES[kind]}
 
 
-def _check(parts: Mapping[str, Part], path: Path) -> None:
-    """Compare what a file holds with what it was to hold."""
-    held = read(path).parts
-    compare(
-        path,
-        {name: part.layers for name, part in parts.items()},
-        {name: part.layers for name, part in held.items()},
-    )
+def place_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    check: Callable[[Path], object] = bool,
+) -> None:
+    """Write an adapter's two files aside, read them back, and give them their names."""
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise TrainingError(f"{key} is not finite, so nothing is exported: take a checkpoint.")
+    aside = folder / ".adapter.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        adapters.write_pretrained(aside, tensors, config, metadata)
+        stored = load_file(aside / WEIGHTS)
+        expected = {adapters.peft_path(key): value.detach().cpu() for key, value in tensors.items()}
+        if odd := sorted(stored.keys() ^ expected.keys()) or [k for k in stored if AUXILIARY in k]:
+            raise TrainingError(f"{WEIGHTS} does not hold the primary alone: look at {odd[0]}.")
+        if odd := [key for key, value in expected.items() if not equal(stored[key], value)]:
+            raise TrainingError(f"{odd[0]} of {WEIGHTS} differs from the model: export it again.")
+        check(aside / WEIGHTS)
+        for name in (WEIGHTS, CONFIG):
+            sync(aside / name)
+            os.replace(aside / name, folder / name)
+        sync(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(*folders: Path) -> None:
+    """Refuse to put an adapter where one is, or where a file is."""
+    for folder in folders:
+        if folder.suffix == ".safetensors" or folder.is_file():
+            raise UserError(f"{folder} is a file, and PEFT's format is a folder; name a folder.")
+        for path in (folder / WEIGHTS, folder / CONFIG):
+            if path.exists():
+                raise UserError(f"{path} exists; name another --output, or delete it.")

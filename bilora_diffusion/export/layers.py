@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapters import factors, lora_config, portable_state_dict
 from ..errors import TrainingError, UserError
 from ..lora_names import ENCODERS, PRIMARY
 
-PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # Readers of kohya files know these four by SDXL's original names only; all others also by
 # diffusers' names.
@@ -35,26 +35,27 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What a file is to hold of one model, and how it was trained.
+    """What a file is to hold of one model.
 
     Attributes:
         layers: the primary, for the base weights that the model came with.
         rank, alpha: those of training; None where they are not known.
-        targets: names or name endings of the layers.
     """
 
     layers: list[Layer]
-    rank: int | None
-    alpha: float | None
-    targets: list[str]
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
+    rank: int | None = None
+    alpha: float | None = None
 
     @property
     def file_rank(self) -> int | None:
         """The rank of all layers in the file; None where they differ."""
         ranks = {layer.A.shape[0] for layer in self.layers}
         return ranks.pop() if len(ranks) == 1 else None
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the layers have DoRA's magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers)
 
 
 def primary_part(component: str, model: nn.Module) -> Part:
@@ -64,20 +65,13 @@ def primary_part(component: str, model: nn.Module) -> Part:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
         TrainingError: a value is not finite.
     """
-    # here, so that files are converted without PEFT
-    from ..adapters import factors, lora_config, portable_state_dict
-
-    found = factors(model, PRIMARY)
-    if not found:
+    kinds = {(factor.A.shape[0], factor.scale) for factor in factors(model, PRIMARY)}
+    if not kinds:
         raise UserError(f'{component} has no adapter "{PRIMARY}"; leave it out of the export.')
-    kinds = {(factor.A.shape[0], factor.scale) for factor in found}
     if len(kinds) > 1:
         raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
-    config = lora_config(model, PRIMARY)
-    if not isinstance(config["target_modules"], list):
-        # a regular expression for this version's module names
-        config["target_modules"] = [factor.name for factor in found]
-    return part_of(component, portable_state_dict(model, PRIMARY), config, kinds.pop()[1])
+    tensors, config = portable_state_dict(model, PRIMARY), lora_config(model, PRIMARY)
+    return part_of(component, tensors, config, kinds.pop()[1])
 
 
 def part_of(
@@ -86,25 +80,15 @@ def part_of(
     """An adapter's tensors with the scale s = alpha / rank baked into B.
 
     Where an init took s * B0 @ A0 out of the base weights, A is [A; A0] and B is s * [B, -B0], of
-    twice the rank. s * B is formed in fp64 and rounded once, so it is exact where s is a power of
-    two.
-
-    Args:
-        component: the model's name.
-        tensors: as `portable_state_dict` makes them.
-        config: PEFT's configuration of the adapter as it was trained.
-        scale: s.
-
-    Raises:
-        UserError: it trains biases.
-        TrainingError: a value is not finite.
+    twice the rank (`portable_state_dict`). s * B is formed in fp64 and rounded once, so it is exact
+    where s is a power of two.
     """
     tensors, made = dict(tensors), []
     for name in [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]:
         A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
         magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
         layer = Layer(
-            name.removeprefix(PEFT_PREFIX),
+            plain_name(name),
             _plain(A),
             _plain(B.double() * scale),
             None if magnitude is None else _plain(magnitude),
@@ -116,51 +100,42 @@ def part_of(
         made.append(layer)
     if tensors:
         raise UserError(f"{component} trains {next(iter(tensors))}, which LoRA files do not hold.")
-    return Part(
-        made,
-        config["r"],
-        scale * config["r"],
-        list(config["target_modules"]),
-        config["use_dora"],
-        config["fan_in_fan_out"],
-    )
+    return Part(made, config["r"], scale * config["r"])
 
 
-def diffusers_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
+def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """Tensors under the keys that diffusers reads.
 
     Denoisers have PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers
     can't read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
     Transformers leaves them out.
     """
-    down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-    if component in ENCODERS:
-        down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
-        magnitude = "lora_magnitude_vector.weight"
     tensors = {}
-    for layer in layers:
-        name = f"{component}.{_file_name(component, layer.name)}"
-        tensors[f"{name}.{down}"] = layer.A
-        tensors[f"{name}.{up}"] = layer.B
-        if layer.magnitude is not None:
-            tensors[f"{name}.{magnitude}"] = layer.magnitude
+    for component, part in parts.items():
+        down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+        if component in ENCODERS:
+            down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
+            magnitude = "lora_magnitude_vector.weight"
+        for layer in part.layers:
+            name = f"{component}.{_file_name(component, layer.name)}"
+            tensors[f"{name}.{down}"] = layer.A
+            tensors[f"{name}.{up}"] = layer.B
+            if layer.magnitude is not None:
+                tensors[f"{name}.{magnitude}"] = layer.magnitude
     return tensors
 
 
-def kohya_tensors(component: str, layers: list[Layer]) -> dict[str, Tensor]:
+def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
 
     diffusers leaves out `dora_scale`, gives most layers the most frequent alpha where these differ,
     and can't read text encoders with adapters on some of q, k and v alone; other readers can.
-
-    Raises:
-        UserError: two layers would get the same name.
     """
     tensors: dict[str, Tensor] = {}
-    for layer in layers:
+    for component, layer in (
+        (name, layer) for name, part in parts.items() for layer in part.layers
+    ):
         name = kohya_name(component, layer.name)
-        if f"{name}.alpha" in tensors:
-            raise UserError(f"Two layers of {component} are {name} for kohya; export without it.")
         tensors[f"{name}.lora_down.weight"] = layer.A
         tensors[f"{name}.lora_up.weight"] = layer.B
         tensors[f"{name}.alpha"] = torch.tensor(float(layer.A.shape[0]))
@@ -176,11 +151,15 @@ def kohya_name(component: str, layer: str) -> str:
     return f"{_KOHYA_PREFIX[component]}_{name}".replace(".", "_")
 
 
+def plain_name(name: str) -> str:
+    """A layer's name without PEFT's prefix, and alike in all versions of Transformers."""
+    return name.removeprefix("base_model.model.").removeprefix("text_model.")
+
+
 def _file_name(component: str, layer: str) -> str:
     """Files keep the `text_model.` that Transformers 5 dropped from CLIPTextModel; readers cope."""
-    if component not in ENCODERS or layer.startswith(("text_model.", "text_projection")):
-        return layer
-    return f"text_model.{layer}"
+    inner = component in ENCODERS and not layer.startswith("text_projection")
+    return f"text_model.{layer}" if inner else layer
 
 
 def _plain(tensor: Tensor) -> Tensor:

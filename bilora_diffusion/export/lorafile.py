@@ -1,29 +1,34 @@
-"""What is inside a LoRA file of any origin, read from its keys, shapes and metadata."""
+"""What is inside a LoRA file of any origin, read from its keys, shapes and metadata, and checked.
+
+The weights stay on the disk; `reader` reads them.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
-from .entries import DOWN, MAGNITUDE, Entry, check_layers, check_tensors
 from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"
-KEY = re.compile(
-    r"^(?P<layer>.+?)[._]"
-    r"(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_down|lora_up"
-    r"|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up"
-    r"|lora_magnitude_vector|dora_scale|alpha)"
-    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?:weight|bias))?$"
+_ROLES = {
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), "A"),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), "B"),
+    **dict.fromkeys(("lora_magnitude_vector", "dora_scale"), "magnitude"),
+    "alpha": "alpha",
+}
+_KEY = re.compile(
+    rf"^(?P<layer>.+?)[._](?P<kind>{'|'.join(map(re.escape, _ROLES))})"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.weight)?$"
 )
 MODELS = {  # prefix in the file -> model
     "text_encoder_2.": "text_encoder_2",
@@ -35,6 +40,13 @@ MODELS = {  # prefix in the file -> model
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
+_FORMATS = {
+    "kohya": tuple(prefix for prefix in MODELS if prefix.endswith("_")),
+    "diffusers": tuple(prefix for prefix in MODELS if prefix.endswith(".")),
+    "peft": ("base_model.model.",),
+}
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,35 @@ class LoraFile:
         return bool(self.evidence)
 
 
+class Entry(NamedTuple):
+    """A tensor of an adapter."""
+
+    key: str
+    model: str
+    name: str  # of the layer in the file, by which PEFT's patterns know it
+    layer: str  # spelt alike for all formats
+    role: str  # "A", "B", "magnitude" or "alpha"
+    adapter: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    alpha: float | None
+
+
+class Look(NamedTuple):
+    """A file's header: its contents in short, each tensor, other keys, and PEFT's configuration."""
+
+    file: LoraFile
+    entries: list[Entry]
+    others: list[str]
+    config: dict[str, PeftConfig]
+
+
+def require(holds: bool, path: Path, what: str, fix: str = "give another file") -> None:
+    """Refuse a file, "PATH what; fix.", unless something holds of it."""
+    if not holds:
+        raise UserError(f"{path} {what}; {fix}.")
+
+
 def lora_files(source: Path) -> list[Path]:
     """The files that a path stands for: itself, a run's, or those of PEFT's folders in it.
 
@@ -83,153 +124,178 @@ def lora_files(source: Path) -> list[Path]:
             return [source / name]
     if several := [f for c in COMPONENTS if (f := source / c / WEIGHTS).is_file()]:
         return several
-    inside = sorted(path.name for path in source.glob("*.safetensors"))
-    if len(inside) == 1:
-        return [source / inside[0]]
-    raise UserError(
-        f"{source} is a folder without {FILE_NAME} or {WEIGHTS}; name one of its .safetensors files"
-        f" ({', '.join(inside) or 'it has none'})."
-    )
+    inside = sorted(source.glob("*.safetensors"))
+    names = ", ".join(path.name for path in inside) or "it has none"
+    what = f"is a folder without {FILE_NAME} or {WEIGHTS}"
+    require(len(inside) == 1, source, what, f"name one of its .safetensors files ({names})")
+    return inside
 
 
 def inspect(file: str | Path) -> LoraFile:
-    """Read a LoRA file's header and kohya's alphas, and check them; the weights stay on the disk.
+    """Read a LoRA file's header and kohya's alphas, and check them.
 
     Raises:
         UserError: the file is missing, a folder, not safetensors, cut short, holds no LoRA or one
-            that can't be right (`check_tensors`, `check_layers`), or its configuration is damaged.
+            that can't be right, or its configuration is damaged.
     """
-    path = Path(file)
-    keys, entries, metadata = _read(path)
-    down = [entry for entry in entries if entry.kind in DOWN]
-    if not down:
-        raise UserError(f"{path} holds no LoRA among its {len(keys)} tensors; name a LoRA file.")
-    check_tensors(path, entries)
-    format = _format(keys)
+    return look(Path(file)).file
+
+
+def look(path: Path) -> Look:
+    """`inspect` with what a reader needs."""
+    entries, others, metadata = _read(path)
+    down = [entry for entry in entries if entry.role == "A"]
+    tensors = len(entries) + len(others)
+    require(bool(down), path, f"holds no LoRA among its {tensors} tensors", "name a LoRA file")
+    keys = [entry.key for entry in entries] + others
+    fits = (name for name, start in _FORMATS.items() if all(key.startswith(start) for key in keys))
+    format = next(fits, "unknown")
     config = adapter_config(path, metadata, format)
-    ranks: dict[str, set[int]] = defaultdict(set)
     alphas: dict[str, set[float]] = defaultdict(set)
-    for entry in down:
-        ranks[entry.model].add(entry.shape[0])
-        if entry.model in config:
-            alphas[entry.model].add(config[entry.model].alpha(entry.name))
     for entry in entries:
         if entry.alpha is not None:
             alphas[entry.model].add(entry.alpha)
-    weights = [entry for entry in entries if entry.kind != "alpha"]
-    evidence = tuple(_evidence(keys, weights, metadata, config))
+        elif entry.role == "A" and entry.model in config:
+            alphas[entry.model].add(config[entry.model].alpha(entry.name))
+    weights = [entry for entry in entries if entry.role != "alpha"]
+    evidence = tuple(_evidence(keys, weights, metadata))
     if not evidence:
-        check_layers(path, entries, config)
-    return LoraFile(
+        _check_layers(path, entries, config)
+    models = dict.fromkeys(entry.model for entry in down)
+    file = LoraFile(
         path=str(path),
         format=format,
         adapters=tuple(dict.fromkeys(entry.adapter or UNNAMED for entry in weights)),
-        layers=dict(Counter(model for model, _ in dict.fromkeys((e.model, e.layer) for e in down))),
-        ranks={model: tuple(sorted(values)) for model, values in ranks.items()},
+        layers={model: len({e.layer for e in down if e.model == model}) for model in models},
+        ranks={m: tuple(sorted({e.shape[0] for e in down if e.model == m})) for m in models},
         alphas={model: tuple(sorted(values)) for model, values in alphas.items()},
-        dora=any(entry.kind in MAGNITUDE for entry in weights),
+        dora=any(entry.role == "magnitude" for entry in weights),
         dtypes=tuple(sorted({entry.dtype for entry in weights})),
         parameters=sum(math.prod(entry.shape) for entry in weights),
-        other_tensors=len(keys) - len(entries),
+        other_tensors=len(others),
         evidence=evidence,
         metadata=metadata,
     )
+    return Look(file, entries, others, config)
 
 
-def _read(path: Path) -> tuple[list[str], list[Entry], dict[str, str]]:
-    """All keys, the entries that are LoRA's, and the metadata."""
-    if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))) or "it has none"
-        raise UserError(f"{path} is a folder; name one of its .safetensors files ({inside}).")
+def _read(path: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
+    """The tensors of LoRA's, the keys of others, and the metadata."""
+    require(not path.is_dir(), path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
         raise UserError(f"There is no file {path}; check the path.")
-    entries = []
+    found, others, alphas = [], [], {}
     try:
         with safe_open(path, framework="numpy") as content:
-            keys = list(content.keys())
-            for key in keys:
-                if match := KEY.match(key):
-                    part = content.get_slice(key)
-                    is_alpha = match["kind"] == "alpha" and math.prod(part.get_shape()) == 1
-                    alpha = _number(path, content, key) if is_alpha else None
-                    entries.append(_entry(key, match, part, alpha))
-            return keys, entries, dict(content.metadata() or {})
-    except UserError:
-        raise
-    # All but the first two: types of numbers that torch lacks.
+            metadata = dict(content.metadata() or {})
+            for key in content.keys():  # noqa: SIM118
+                if (match := _KEY.match(key)) is None:
+                    others.append(key)
+                    continue
+                part = content.get_slice(key)
+                found.append((key, match, tuple(part.get_shape()), str(part.get_dtype())))
+        scalars = [k for k, match, shape, _ in found if match["kind"] == "alpha" and not shape[1:]]
+        if scalars:  # torch, which knows more types of numbers, is imported for these alone
+            with safe_open(path, framework="pt") as content:
+                alphas = {key: content.get_tensor(key) for key in scalars}
     except (SafetensorError, OSError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); write or download it again."
         ) from error
+    entries = [_entry(path, k, m, shape, dtype, alphas.get(k)) for k, m, shape, dtype in found]
+    return entries, others, metadata
 
 
-def _number(path: Path, content: Any, key: str) -> float:
-    """A tensor of one element; torch is imported only for types that numpy lacks."""
-    if content.get_slice(key).get_dtype() in ("F16", "F32", "F64", "I64", "I32"):
-        value = content.get_tensor(key).item()
-    else:
-        with safe_open(path, framework="pt") as same:
-            value = same.get_tensor(key).item()
-    if isinstance(value, bool | complex) or not math.isfinite(value):
-        raise UserError(f"{path} has {value} as {key}, which is no finite number; write it again.")
-    return float(value)
-
-
-def _entry(key: str, match: re.Match[str], part: Any, alpha: float | None) -> Entry:
-    layer = match["layer"]
+def _entry(
+    path: Path, key: str, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: object
+) -> Entry:
+    """One tensor, where it can be a part of a LoRA."""
+    role, layer = _ROLES[match["kind"]], match["layer"]
     prefix = next((prefix for prefix in MODELS if layer.startswith(prefix)), "")
     name = layer.removeprefix(prefix).removeprefix("base_model.model.")
     plain = name.removeprefix("text_model.").removeprefix("text_model_")
-    return Entry(
-        key,
-        MODELS.get(prefix, "model"),
-        name,
-        plain.replace(".processor", "").replace(".", "_"),
-        match["kind"],
-        match["adapter"],
-        tuple(part.get_shape()),
-        str(part.get_dtype()),
-        alpha,
-    )
+    alpha = None
+    if role == "alpha":
+        count = math.prod(shape)
+        require(count == 1, path, f"has {count} values as {key}, which is one number")
+        alpha = getattr(scalar, "item", lambda: None)()
+        number = (
+            alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else math.nan
+        )
+        finite = math.isfinite(number)
+        require(finite, path, f"has {alpha} as {key}, which is no finite number")
+    else:
+        floats = f"has {key} as {dtype}, and LoRA is made of floats"
+        require(dtype in _FLOATS, path, floats, f"give a file in one of {', '.join(_FLOATS)}")
+        whole = len(shape) >= (1 if role == "magnitude" else 2) and 0 not in shape
+        require(whole, path, f"has {key} of the shape {list(shape)}, which is no part of a LoRA")
+    spelt = plain.replace(".processor", "").replace(".", "_")
+    model = MODELS.get(prefix, "model")
+    return Entry(key, model, name, spelt, role, match["adapter"], shape, dtype, alpha)
 
 
-def _format(keys: list[str]) -> str:
-    starts = {
-        "kohya": tuple(prefix for prefix in MODELS if prefix.endswith("_")),
-        "diffusers": tuple(prefix for prefix in MODELS if prefix.endswith(".")),
-        "peft": ("base_model.model.",),
-    }
-    fits = (name for name, start in starts.items() if all(key.startswith(start) for key in keys))
-    return next(fits, "unknown")
+def _check_layers(path: Path, entries: Sequence[Entry], config: dict[str, PeftConfig]) -> None:
+    """Refuse layers whose tensors do not belong together, where each has one adapter."""
+    models: dict[str, dict[str, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
+    for entry in entries:
+        other = models[entry.model][entry.layer].setdefault(entry.role, entry)
+        both = f"has both {other.key} and {entry.key}"
+        require(other is entry, path, both, "leave one of them out")
+    for model, layers in models.items():
+        described = config.get(model)
+        for layer in layers.values():
+            _check_layer(path, layer, described)
+        plain = [layer["A"].key for layer in layers.values() if "magnitude" not in layer]
+        with_dora = len(layers) - len(plain)
+        require(
+            not plain or not with_dora,
+            path,
+            f"has DoRA's magnitudes for {with_dora} layers and none for {len(plain)}, such as"
+            f" {plain[:1]}, which no library can load",
+            "train all layers alike",
+        )
+        require(
+            described is None or described.use_dora == bool(with_dora),
+            path,
+            f"has {'' if with_dora else 'no '}magnitudes of DoRA, and its configuration says"
+            f" {'no ' if with_dora else ''}DoRA",
+            "put its own configuration there",
+        )
 
 
-def _evidence(
-    keys: list[str],
-    weights: list[Entry],
-    metadata: dict[str, str],
-    config: dict[str, PeftConfig],
-) -> Iterator[str]:
-    """Every sign of a second adapter: its name, a second pair for a layer, a rank that is off."""
+def _check_layer(path: Path, layer: dict[str, Entry], config: PeftConfig | None) -> None:
+    first, missing = next(iter(layer.values())), "".join(sorted({"A", "B"} - layer.keys()))
+    lonely = f"has {first.key} without the factor {missing} of its layer"
+    require(not missing, path, lonely, _AGAIN)
+    A, B, magnitude = layer["A"], layer["B"], layer.get("magnitude")
+    rank, width = A.shape[0], B.shape[0]
+    fit = len(A.shape) == len(B.shape) and B.shape[1:] == (rank, *(1 for _ in B.shape[2:]))
+    shapes = f"has {A.key} of the shape {list(A.shape)} and {B.key} of {list(B.shape)}"
+    require(fit, path, f"{shapes}, which do not fit", _AGAIN)
+    known = rank if config is None else config.rank(A.name)
+    odd = f"has {A.key} of rank {rank}, for which its configuration says {known}"
+    require(known == rank, path, odd, "put its own configuration there")
+    if magnitude is not None:
+        across = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
+        require(
+            math.prod(magnitude.shape) == width and not across,
+            path,
+            f"has DoRA's scale {magnitude.key} along the inputs, which diffusers and PEFT can't do",
+            "train it with scales along the outputs",
+        )
+
+
+def _evidence(keys: list[str], weights: list[Entry], metadata: dict[str, str]) -> Iterator[str]:
+    """Every sign of a second adapter: its name, or a second pair for a layer."""
     if named := [key for key in keys if AUXILIARY in key.lower()]:
         yield f"{len(named)} keys name an auxiliary, the first is {named[0]}."
     if len(adapters := dict.fromkeys(entry.adapter or UNNAMED for entry in weights)) > 1:
         yield f"The keys name several adapters: {', '.join(adapters)}."
-    pairs = Counter((entry.model, entry.layer) for entry in weights if entry.kind in DOWN)
+    pairs = Counter((entry.model, entry.layer) for entry in weights if entry.role == "A")
     if doubled := [".".join(layer) for layer, count in pairs.items() if count > 1]:
         yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
-    uniform = {
-        model: own.r
-        for model, own in config.items()
-        if "r" in own.model_fields_set and not own.rank_pattern
-    }
-    for entry in weights:
-        rank = uniform.get(entry.model)
-        if entry.kind in DOWN and rank is not None and entry.shape[0] != rank:
-            yield f"{entry.key} has rank {entry.shape[0]} where the metadata says {rank}."
-            break
-    for model in config:
-        if AUXILIARY in model.lower():
-            yield f"The adapter metadata describes {model}."
     for key, value in metadata.items():
-        if key != ADAPTER_METADATA and "adapter" in key.lower() and AUXILIARY in value.lower():
+        models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
+        said = " ".join(models) if key == ADAPTER_METADATA else value
+        if "adapter" in key.lower() and AUXILIARY in said.lower():
             yield f"The metadata entry {key} names an auxiliary."

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from ..errors import UserError
 from ..lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
@@ -39,14 +39,12 @@ class PeftConfig(BaseModel):
 
     peft_type: str = "LORA"
     base_model_name_or_path: str | None = None
-    revision: str | None = None
     r: PositiveInt = 8
     lora_alpha: float = 8
-    rank_pattern: dict[Pattern, PositiveInt] | None = Field(default_factory=dict)
-    alpha_pattern: dict[Pattern, float] | None = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, PositiveInt] | None = None
+    alpha_pattern: dict[Pattern, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    fan_in_fan_out: bool = False
 
     def rank(self, layer: str) -> int:
         """The rank of a layer."""
@@ -67,11 +65,7 @@ def _first(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, otherwise
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read an adapter_config.json.
-
-    Raises:
-        UserError: it can't be read, or a field that says what the adapter does is not valid.
-    """
+    """Read an adapter_config.json and check the fields that say what the adapter does."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(fields, ensure_ascii=False).encode()  # halves of characters go into no file
@@ -84,18 +78,18 @@ def read_config(path: Path) -> dict[str, Any]:
 def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict[str, PeftConfig]:
     """The configuration of each model that has one: of diffusers' metadata, or PEFT's file beside.
 
-    Args:
-        path: the LoRA file.
-        metadata: its metadata.
-        format: "peft" for a file whose keys are PEFT's.
-
     Raises:
         UserError: it can't be read, is not valid or not LoRA's, or PEFT's file has none.
     """
+    fields: dict[str, Any] = {}
     beside = path.with_name(CONFIG)
-    wanted = format == "peft" or path.name.startswith(Path(WEIGHTS).stem)
-    fields: dict[str, Any] = {"model": read_config(beside)} if wanted and beside.is_file() else {}
-    for key, value in _described(path, metadata).items():
+    if (format == "peft" or path.name.startswith(Path(WEIGHTS).stem)) and beside.is_file():
+        fields["model"] = read_config(beside)
+    try:
+        described = json.loads(metadata.get(ADAPTER_METADATA, "{}")).items()
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    for key, value in described:
         model, dot, name = key.rpartition(".")
         fields.setdefault(model if dot else "model", {})[name] = value
     if format == "peft" and "model" not in fields:
@@ -103,20 +97,10 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
             f"{path} has PEFT's keys, which do not say alpha, and no {CONFIG} beside it; put the"
             " adapter's there."
         )
-    config = {model: _validate(path, own) for model, own in fields.items()}
-    if odd := [own.peft_type for own in config.values() if own.peft_type != "LORA"]:
+    config = {model: _validate(path, values) for model, values in fields.items()}
+    if odd := [values.peft_type for values in config.values() if values.peft_type != "LORA"]:
         raise UserError(f'{path} is an adapter of the kind "{odd[0]}"; give a LoRA.')
     return config
-
-
-def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(described, dict):
-        raise _damaged(path, "it is not a mapping")
-    return described
 
 
 def _validate(path: Path, fields: object) -> PeftConfig:

@@ -1,41 +1,31 @@
-"""Read exported files back and compare them, layer by layer, with the models that were trained."""
+"""What a file holds against what it was to hold, layer by layer: the one check of files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapters import INITIAL, PRIMARY, factors, names, state_dict
-from ..errors import TrainingError, UserError
-from ..lora_names import DENOISERS, FILE_NAME, kohya_file_name
-from .comparison import compare
-from .kinds import kind_of
-from .layers import PEFT_PREFIX, Layer
+from ..adapters import INITIAL, PRIMARY, factors, state_dict
+from ..errors import TrainingError
+from ..lora_names import FILE_NAME, kohya_file_name
+from .layers import Layer, plain_name
 from .lorafile import inspect
 from .reader import read
 
+TOLERANCE = 1e-6  # relative, of each layer; rounding s * B to fp32 makes 6e-8
 
-def verify(
-    folder: str | Path,
-    models: Mapping[str, nn.Module],
-    fresh: Callable[[], Mapping[str, nn.Module]] | None = None,
-) -> dict[str, float]:
+
+def verify(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, float]:
     """Prove that `save_diffusers` wrote the primary of `models` into `folder`, and nothing else.
 
-    The diffusers file is loaded into untrained models by diffusers' own loader; then s * B @ A of
-    every layer, and DoRA's magnitude, are compared in fp64. A kohya file is read by `read`, since
-    diffusers' reader of that format leaves out DoRA.
+    s * B @ A of every layer, and DoRA's magnitude, are compared in fp64.
 
     Args:
         folder: where the files are.
         models: the trained models, as given to `save_diffusers`.
-        fresh: makes such models without adapters; they are turned into fp32. By default they are
-            built from the configurations in memory that is never written, so even SDXL's UNet
-            takes next to none.
 
     Returns:
         "layers", "max_abs_difference", "max_relative_difference", "auxiliary_keys" (always 0) and,
@@ -44,79 +34,24 @@ def verify(
     Raises:
         TrainingError: an auxiliary is inside, a layer is missing or too many, or one differs by
             more than 1e-6 of its norm.
-        UserError: a file can't be read, or `fresh` lacks a model or makes one with adapters.
+        UserError: a file can't be read.
     """
-    path, kohya = Path(folder) / FILE_NAME, Path(folder) / kohya_file_name(folder)
-    _check_contents(path, models)
-    others = fresh() if fresh else untrained(models)
-    _load(path, models, others)
     expected = {component: trained(model) for component, model in models.items()}
-    loaded = {component: trained(others[component]) for component in models}
-    differences = compare(path, expected, loaded)
-    report: dict[str, float] = {
-        "layers": differences.layers,
-        "max_abs_difference": differences.absolute,
-        "max_relative_difference": differences.relative,
-        "auxiliary_keys": 0,
-    }
-    if kohya.exists():
-        held = {component: part.layers for component, part in read(kohya).parts.items()}
-        differences = compare(kohya, expected, held)
-        report["kohya_max_abs_difference"] = differences.absolute
-        report["kohya_max_relative_difference"] = differences.relative
-    return report
-
-
-def untrained(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Models of the same classes and configurations, in fp32 on the CPU, with arbitrary weights."""
-    made = {}
-    for component, model in models.items():
-        kind, config = cast(Any, type(model)), cast(Any, model).config
-        with torch.device("meta"):
-            is_diffusers = hasattr(kind, "load_config")
-            empty = kind.from_config(config) if is_diffusers else kind(config)
-        made[component] = empty.to_empty(device="cpu")
-    return made
-
-
-def _check_contents(path: Path, models: Mapping[str, nn.Module]) -> None:
-    contents = inspect(path)
-    if contents.auxiliary:
-        raise TrainingError(f"{path} must hold the primary alone. {' '.join(contents.evidence)}")
-    trained = {component: len(factors(model, PRIMARY)) for component, model in models.items()}
-    if contents.layers != trained or contents.other_tensors:
-        raise TrainingError(
-            f"{path} adapts the layers {contents.layers} and has {contents.other_tensors} other "
-            f"tensors, but {trained} were trained."
-        )
-
-
-def _load(path: Path, models: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> None:
-    import diffusers  # slow to import, and `inspect` needs it not
-
-    transformer = models.get("transformer")
-    name = "StableDiffusionXLPipeline" if transformer is None else kind_of(transformer).pipeline
-    loader: Any = getattr(diffusers, name)
-    tensors, *_, metadata = loader.lora_state_dict(
-        str(path.parent),
-        weight_name=path.name,
-        use_safetensors=True,
-        local_files_only=True,
-        return_lora_metadata=True,
-    )
-    common = {"network_alphas": None, "metadata": metadata, "adapter_name": PRIMARY}
-    for component in models:
-        if component not in others:
-            raise UserError(f"fresh() makes no {component}; return every model that was exported.")
-        if present := names(others[component]):
-            raise UserError(f"fresh() makes a {component} with adapters {present}; add none to it.")
-        model = others[component].float()
-        if component in DENOISERS:
-            cast(Any, model).load_lora_adapter(tensors, prefix=component, **common)
-        else:
-            loader.load_lora_into_text_encoder(
-                tensors, text_encoder=model, prefix=component, **common
+    report: dict[str, float] = {"auxiliary_keys": 0}
+    for prefix, name in (("", FILE_NAME), ("kohya_", kohya_file_name(folder))):
+        path = Path(folder) / name
+        if prefix and not path.exists():
+            continue
+        contents = inspect(path)
+        if contents.auxiliary or contents.other_tensors:
+            raise TrainingError(
+                f"{path} must hold the primary alone. {' '.join(contents.evidence)}"
             )
+        report |= {
+            f"{prefix if 'max' in key else ''}{key}": value
+            for key, value in compare(path, expected).items()
+        }
+    return report
 
 
 def trained(model: nn.Module) -> list[Layer]:
@@ -129,5 +64,58 @@ def trained(model: nn.Module) -> list[Layer]:
             A0, B0 = (taken[f"{name}.lora_{side}.weight"].double() for side in "AB")
             A, B = torch.cat((A, A0)), torch.cat((B, -B0), dim=1)
         magnitude = tensors.get(f"{name}.lora_magnitude_vector")
-        made.append(Layer(name.removeprefix(PEFT_PREFIX), A, scale * B, magnitude))
+        made.append(Layer(plain_name(name), A, scale * B, magnitude))
     return made
+
+
+def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
+    """Read a file and compare B @ A and DoRA's magnitude of every layer, in fp64; see `verify`."""
+    held = {name: part.layers for name, part in read(path).parts.items()}
+    if odd := sorted(expected.keys() ^ held.keys()):
+        raise TrainingError(f"{path} holds {', '.join(held)} and not {odd[0]} as it was to.")
+    gaps = [(0.0, 0.0)]
+    for component, layers in expected.items():
+        own, others = ({layer.name: layer for layer in side} for side in (layers, held[component]))
+        if odd := sorted(own.keys() ^ others.keys()):
+            raise TrainingError(f"{path} and its source do not agree on {component}.{odd[0]}.")
+        for name, layer in own.items():
+            gaps.append(difference(layer, others[name]))
+            if not (relative := gaps[-1][1]) <= TOLERANCE:
+                raise TrainingError(f"{path} differs in {component}.{name} by {relative:.1e}.")
+    absolutes, relatives = zip(*gaps, strict=True)
+    return {
+        "layers": len(gaps) - 1,
+        "max_abs_difference": max(absolutes),
+        "max_relative_difference": max(relatives),
+    }
+
+
+def difference(one: Layer, other: Layer) -> tuple[float, float]:
+    """The largest difference of two layers' weights, and the relative one of the whole.
+
+    That of the product is relative to the norms of its rank-one terms: where these nearly cancel,
+    as those of an init that was hardly trained, each is rounded on its own.
+    """
+    (A, B), (C, D) = (
+        [side.to("cpu", torch.float64).flatten(1) for side in (layer.A, layer.B)]
+        for layer in (one, other)
+    )
+    fit = A.shape[1] == C.shape[1] and len(B) == len(D)
+    if not fit or (one.magnitude is None) != (other.magnitude is None):
+        return float("inf"), float("inf")
+    gaps = [(0.0, 0.0)]
+    if not (torch.equal(A, C) and torch.equal(B, D)):  # which spares most files the products
+        gaps.append(_gap(B @ A, D @ C, float((B.norm(dim=0) * A.norm(dim=1)).sum())))
+    if one.magnitude is not None and other.magnitude is not None:
+        m, n = (
+            side.to("cpu", torch.float64).flatten() for side in (one.magnitude, other.magnitude)
+        )
+        gaps.append(_gap(m, n, float(m.norm())))
+    absolute, relative = zip(*gaps, strict=True)
+    return max(absolute), max(relative)
+
+
+def _gap(one: Tensor, other: Tensor, size: float) -> tuple[float, float]:
+    gap = one - other
+    relative = float(gap.norm()) / max(size, torch.finfo(torch.float64).tiny)
+    return float(gap.abs().max()), relative

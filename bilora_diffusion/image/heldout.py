@@ -73,8 +73,8 @@ class GridLoss:
     def __init__(self, task: Conditioned, train: Any, validation: Any) -> None:
         self.task = task
         vae = task.pipeline.vae
-        space, shelf = task.module.family.space(vae), task.encoder.shelf
-        encoder = Encoder(vae, space, task.device, lambda _: True, shelf)
+        space, disk = task.module.family.space(vae), task.encoder.disk
+        encoder = Encoder(vae, space, task.device, lambda _: True, disk)
         self.sets = {
             "heldout_loss": self._load(encoder, validation),
             "train_grid_loss": self._load(encoder, train.images),

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, read_text
 from ..mini import ANIMALS, FLOW, MINI, PIPELINES
 from ..run.heldout_part import read_part
-from . import places
+from . import disk_cache
 from .bnb import quantization
 from .families import FAMILIES, SDXL, named
 
@@ -208,7 +208,7 @@ def check_inputs(values: dict[str, Any]) -> None:
         UserError: one sentence with the option, its value and the fix.
     """
     _check_model(values)
-    places.check(values["disk_cache"])
+    disk_cache.check(values["disk_cache"])
     if values["validation_part"] is not None:
         read_part(values["validation_part"])
     for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):

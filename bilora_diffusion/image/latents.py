@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from .disk_cache import DiskCache
 from .masks import at_size
-from .shelf import Shelf
 from .visits import Visit
 
 ENCODED = "look at the file, or pass another --pretrained_vae_model_name_or_path"
@@ -104,7 +104,7 @@ class Encoder:
         device: where it encodes.
         keeps: of which visits the posterior is kept, for all others that see the same. These are
             encoded one by one, so that the result does not depend on what else was lacking.
-        shelf: where what is kept stays for the next run.
+        disk: where what is kept stays for the next run.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class Encoder:
         space: LatentSpace,
         device: torch.device,
         keeps: Callable[[Visit], bool] = lambda _: False,
-        shelf: Shelf | None = None,
+        disk: DiskCache | None = None,
     ) -> None:
         self._vae, self.space, self._device, self._keeps = vae, space, device, keeps
         self._kept: dict[tuple[str, ...], Posterior] = {}  # by what is seen, whichever set it is of
-        self.shelf = shelf or Shelf(None)
+        self.disk = disk or DiskCache()
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
         """The posterior of each visit, in float32 on the CPU.
@@ -132,7 +132,7 @@ class Encoder:
     def _keep(self, visits: Sequence[Visit]) -> None:
         new = {v.content: v for v in visits if v.content not in self._kept}
         for content, visit in new.items():
-            if parts := self.shelf.get(*content):
+            if parts := self.disk.get(*content):
                 require_finite(
                     f"the kept latent of the image '{visit.name}'", KEPT, *parts.values()
                 )
@@ -142,7 +142,7 @@ class Encoder:
         for content, made in zip(lacking, encoded, strict=True):
             self._kept[content] = made
             there = {name: part for name, part in made._asdict().items() if part is not None}
-            self.shelf.put(there, *content)
+            self.disk.put(there, *content)
 
     @torch.no_grad()
     def _encoded(self, visits: Sequence[Visit], at_once: int) -> list[Posterior]:

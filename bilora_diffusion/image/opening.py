@@ -1,7 +1,8 @@
 """From what ``--dataset`` names to a set of images with captions.
 
-A folder of images alone or with a metadata file is read here; hub ids and every other layout by
-``datasets``, which keeps no copy of images that lie in a folder.
+A folder of images alone or with a metadata file is read here, so that texts stay texts and a
+missing file is named; hub ids and every other layout by ``datasets``, which keeps no copy of images
+that lie in a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..files import (
 )
 from ..mini import ANIMALS, MINI
 from .inputs import ANIMALS_HELDOUT, HELDOUT
-from .listing import METADATA, Listing, look
+from .listing import METADATA, Listing, look, stem
 from .masks import ALPHA, Masks
 from .masks import BESIDE as MASKS_BESIDE
 from .sets import NO_CAPTIONS, ImageSet, encoded
@@ -41,6 +42,8 @@ TEXT = "text"
 SPLIT = "train"
 MOST_BYTES = 500_000_000
 """Of a metadata file."""
+Content = dict[str, Any]
+"""What an ``ImageSet`` is made of: rows, names, captions, and what is said of it."""
 
 
 def open_images(
@@ -76,81 +79,54 @@ def open_images(
             f'"{image_column}" can\'t be both --image_column and --caption_column: change one.'
         )
     folder = FOLDERS[dataset]() if dataset in FOLDERS else folder_or_id(dataset, "the set")
-    listing = None if folder is None else look(folder)
-    if listing and config_name is None and listing.is_plain:
+    listing = None if folder is None or config_name is not None else look(folder)
+    if listing and (listing.metadata or (listing.images and not listing.tables)):
         require_column(image_column, ["image"], "--image_column", dataset)
-        read = _listed if listing.metadata else _alone
-        content = read(dataset, listing, caption_column, mask_column)
+        content = _folder(dataset, listing, caption_column, mask_column)
     else:
-        if listing and listing.is_unreadable:
-            raise UserError(
-                f'"{dataset}" holds no images that can be read, but'
-                f" {' and '.join(listing.unreadable())}: make them readable."
-            )
-        # Else datasets may take the captions beside images in subfolders for the data.
-        beside = bool(listing and config_name is None and listing.has_captions())
-        data = _load(dataset, listing, config_name, cache_dir, images_only=beside)
         columns = (image_column, caption_column, mask_column)
-        content = _of_datasets(dataset, listing, data, columns, beside)
+        content = _of_datasets(dataset, folder, listing, config_name, cache_dir, columns)
     if alpha_mask:
         content["masks"] = Masks(ALPHA, [encoded(row) for row in content["rows"]])
     return ImageSet(dataset, **content, skip_bad_images=skip_bad_images)
 
 
-Content = dict[str, Any]
-"""What an ``ImageSet`` is made of: rows, names, captions, and what is said of it."""
-
-
-def _alone(label: str, listing: Listing, column: str | None, mask_column: str | None) -> Content:
-    """Images without a metadata file, in the order of their names."""
-    if mask_column is not None:
-        require_column(mask_column, [], "--mask_column", label)
-    files = listing.images
-    beside = column != NO_CAPTIONS and listing.has_captions()
-    names, columns = [path.name for path in files], ["image", TEXT] if beside else ["image"]
-    for name in names:
-        if not is_text(name):
-            raise UserError(
-                f"the name {quoted(name)} of an image in {label} is no text: rename it."
-            )
-    column = TEXT if beside and column is None else column
-    return {
-        "rows": [{"path": str(path)} for path in files],
-        "names": names,
-        "captions": _captions(label, names, columns, column, lambda _: listing.captions(files)),
-        "masks": _beside(listing, files),
-        "left_out": listing.left_out(files, captioned=beside),
-        "caption_source": BESIDE if beside else None,
-    }
-
-
-def _beside(listing: Listing, files: Sequence[Path]) -> Masks | None:
-    found = listing.masks(files)
-    return Masks(MASKS_BESIDE, found) if any(found) else None
-
-
-def _listed(label: str, listing: Listing, column: str | None, mask_column: str | None) -> Content:
-    """The images that a metadata file lists, in its order, with the captions in its columns."""
+def _folder(label: str, listing: Listing, column: str | None, mask_column: str | None) -> Content:
+    """The images that a metadata file lists, in its order; without one, by their names."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
-    metadata = listing.metadata[0]
-    rows = read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)
-    if not rows:
-        raise UserError(f"{metadata} lists no image: add some.")
-    files = [_file(listing.folder, row.get("file_name"), where) for where, row in rows]
-    extra = dict.fromkeys(key for _, row in rows for key in row)
-    columns = ["image", *(key for key in extra if key != "file_name")]
+    beside = not listing.metadata and column != NO_CAPTIONS and listing.has_captions()
+    if listing.metadata:
+        metadata = listing.metadata[0]
+        rows = read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)
+        if not rows:
+            raise UserError(f"{metadata} lists no image: add some.")
+        files = [_file(listing.folder, row.get("file_name"), where) for where, row in rows]
+    else:
+        files = listing.images
+        rows = [(label, {"file_name": path.name}) for path in files]
+        if odd := [path.name for path in files if not is_text(path.name)]:
+            raise UserError(
+                f"the name {quoted(odd[0])} of an image in {label} is no text: rename it."
+            )
+    if beside:
+        texts = listing.captions(files)
+        rows = [(where, row | {TEXT: text}) for (where, row), text in zip(rows, texts, strict=True)]
+        column = column or TEXT
+    extra = dict.fromkeys(key for _, row in rows for key in row if key != "file_name")
     names = [str(row["file_name"]) for _, row in rows]
-    masks = _beside(listing, files)
+    found = [listing.masks.get(stem(path)) for path in files]
+    masks = Masks(MASKS_BESIDE, found) if any(found) else None
     if mask_column is not None:
-        require_column(mask_column, columns[1:], "--mask_column", label)
-        named = [(where, row.get(mask_column)) for where, row in rows]
+        require_column(mask_column, list(extra), "--mask_column", label)
+        named = ((row.get(mask_column), where) for where, row in rows)
         paths = [
             _file(listing.folder, name, where, mask_column) if name else None
-            for where, name in named
+            for name, where in named
         ]
         masks = Masks(f'column "{mask_column}"', paths)
-        columns.remove(mask_column)
+        del extra[mask_column]
+    columns = ["image", *extra]
     return {
         "rows": [{"path": str(path)} for path in files],
         "names": names,
@@ -158,17 +134,17 @@ def _listed(label: str, listing: Listing, column: str | None, mask_column: str |
             label, names, columns, column, lambda key: [row.get(key) for _, row in rows]
         ),
         "masks": masks,
-        "left_out": listing.left_out(files, captioned=False),
+        "left_out": listing.left_out(files, captioned=beside),
+        "caption_source": BESIDE if beside else None,
     }
 
 
 def _file(folder: Path, name: Any, where: str, column: str = "file_name") -> Path:
     if not isinstance(name, str) or not name:
         raise UserError(f'{where} has no "{column}" that is a name: give that of its image.')
-    shown = quoted(name)
+    shown, path = quoted(name), folder / name
     if "\0" in name or not is_text(name):
         raise UserError(f"{where} names {shown}, which no file can be called: correct it.")
-    path = folder / name
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # links in a circle, or a name that is too long
@@ -184,10 +160,11 @@ def _file(folder: Path, name: Any, where: str, column: str = "file_name") -> Pat
 
 def _of_datasets(
     label: str,
+    folder: Path | None,
     listing: Listing | None,
-    data: Any,
+    config_name: str | None,
+    cache_dir: str | None,
     chosen: tuple[str, str | None, str | None],
-    beside: bool,
 ) -> Content:
     """The images of a split, which stay encoded until they are needed.
 
@@ -195,7 +172,9 @@ def _of_datasets(
         chosen: the columns of images, captions and masks.
     """
     image_column, column, mask_column = chosen
-    columns = data.column_names
+    # Else datasets may take the captions beside images in subfolders for the data.
+    beside = bool(listing and listing.has_captions())
+    data = _load(label, folder, config_name, cache_dir, images_only=beside)
     rows = _encoded(label, data, image_column, "--image_column")
     masks = None
     if mask_column is not None:
@@ -204,24 +183,26 @@ def _of_datasets(
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
     names = [f"{label}[{i}]" for i in range(len(data))]
-    beside = beside and column is None
-    if listing is not None and beside:
-        # datasets made the paths absolute
-        root = listing.folder.resolve()
+    files, left_out, source = [], [], None
+    if listing and not listing.tables:
+        root = listing.folder.resolve()  # datasets made the paths absolute
         paths = [Path(row.get("path") or root) for row in rows]
         inside = [p.relative_to(root) if p.is_relative_to(root) else p for p in paths]
-        captions = listing.captions([listing.folder / path for path in inside])
+        files = [listing.folder / path for path in inside]
+        left_out = listing.left_out(files, captioned=beside and column is None)
+    if listing and beside and column is None:
+        captions, source = listing.captions(files), BESIDE
     else:
         captions = _captions(
-            label, names, columns, column, lambda key: list(data.select_columns(key)[key])
+            label, names, data.column_names, column, lambda key: list(data.select_columns(key)[key])
         )
     return {
         "rows": rows,
         "names": names,
         "captions": captions,
         "masks": masks,
-        "left_out": listing.unreadable() if listing else (),
-        "caption_source": BESIDE if beside else None,
+        "left_out": left_out,
+        "caption_source": source,
     }
 
 
@@ -265,7 +246,7 @@ def _captions(
 
 def _load(
     label: str,
-    listing: Listing | None,
+    folder: Path | None,
     config_name: str | None,
     cache_dir: str | None,
     *,
@@ -276,7 +257,7 @@ def _load(
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 
-    place = str(listing.folder) if listing else label
+    place = str(folder or label)
     try:
         if images_only:
             splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache_dir)
@@ -284,7 +265,8 @@ def _load(
             splits = datasets.load_dataset(place, config_name, cache_dir=cache_dir)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(
-            f'"{label}" holds no images and nothing else that can be read: put images into it.'
+            f'"{label}" holds no images and nothing else that can be read: put images into it (of'
+            " HEIC, `pip install pillow-heif` makes them readable)."
         ) from error
     except DatasetNotFoundError as error:
         raise UserError(
@@ -292,7 +274,7 @@ def _load(
             " `hf auth login` if it is private or gated, or give a local folder."
         ) from error
     except (OSError, RuntimeError) as error:  # out of reach, offline, damaged, disk full
-        fix = "check its files" if listing else "check the connection"
+        fix = "check its files" if folder else "check the connection"
         raise UserError(
             f'the dataset "{label}" could not be loaded ({reason(error)}): {fix}, or give another'
             " folder."

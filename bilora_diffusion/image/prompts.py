@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .disk_cache import DiskCache
 from .families import of
 from .families.base import Conditions, Family, joined, rows
-from .shelf import Shelf
 
 
 def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -31,7 +31,7 @@ class PromptCache:
         pipeline: with its encoders.
         device: where they are moved to for the while of embedding.
         family: the pipeline's kind, with the run's settings; its usual ones by default.
-        shelf: where embeddings stay for the next run.
+        disk: where embeddings stay for the next run.
         ready: called before the encoders are used.
     """
 
@@ -40,12 +40,12 @@ class PromptCache:
         pipeline: Any,
         device: torch.device,
         family: Family | None = None,
-        shelf: Shelf | None = None,
+        disk: DiskCache | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._pipeline, self._device = pipeline, device
         self.family = family or of(pipeline)
-        self._shelf, self._ready = shelf or Shelf(None), ready
+        self._disk, self._ready = disk or DiskCache(), ready
         self._known: dict[str, Conditions] = {}
 
     def add(self, prompts: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class PromptCache:
         Each on its own, so that the result does not depend on what else was new.
         """
         new = [p for p in dict.fromkeys(prompts) if p not in self._known]
-        found = {prompt: self._shelf.get(prompt) for prompt in new}
+        found = {prompt: self._disk.get(prompt) for prompt in new}
         self._known |= {prompt: _row(parts) for prompt, parts in found.items() if parts}
         if new := [prompt for prompt in new if prompt not in self._known]:
             self._embed(new)
@@ -67,7 +67,7 @@ class PromptCache:
         for prompt in prompts:
             (row,) = rows(self.family.embed(self._pipeline, [prompt]))
             self._known[prompt] = row
-            self._shelf.put(_parts(row), prompt)
+            self._disk.put(_parts(row), prompt)
         for encoder in encoders:
             encoder.to("cpu")
 

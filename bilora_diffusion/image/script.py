@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
 from ..train.stepping import Schedule
 from ..train.trainer import Trainer
-from . import shelves
+from . import disk_cache
 from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
@@ -84,7 +83,7 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
         weights=not cfg.dry_run,
-        later=kind().encoders if shelves.folder(cfg) and not cfg.train_text_encoder else (),
+        later=kind().encoders if disk_cache.of_run(cfg) and not cfg.train_text_encoder else (),
     )
     cfg = _fitted(cfg, kind(), pipeline, accelerator.num_processes)
     classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None
@@ -211,17 +210,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
         task.models,
         base_model=cfg.pretrained_model_name_or_path,
         kohya=cfg.output_kohya_format,
-        extra_metadata=training_facts(
-            method=cfg.method,
-            rho=cfg.rho,
-            date=datetime.now(UTC).strftime("%Y-%m-%d"),
-            title=Path(cfg.output_dir).resolve().name,
-            resolution=cfg.resolution,
-            prediction_type=task.pipeline.scheduler.config.get("prediction_type"),
-            steps=trainer.outcome.step(trainer.step),
-            seed=cfg.seed,
-            init=None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
-        ),
+        extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
     )
     return verify(folder, task.models)
 

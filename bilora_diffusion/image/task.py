@@ -15,7 +15,7 @@ from ..choices import ATTENTION
 from ..methods import Target
 from ..seeds import digest, generator
 from ..train.task import MicroBatch, inference
-from . import shelves
+from . import disk_cache
 from .captions import texts
 from .denoising import Denoising, DreamBoothModule, Schedule
 from .families import of
@@ -114,8 +114,8 @@ class DreamBooth:
 
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
-        shelf = shelves.of_prompts(self.cfg, self.family, self.pipeline, device)
-        self.prompts = PromptCache(self.pipeline, device, self.family, shelf, self.read_encoders)
+        disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
+        self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         # Each on its own: what is measured and drawn must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
@@ -136,10 +136,10 @@ class DreamBooth:
         self.device = device
         vae = self.pipeline.vae
         space = self.family.space(vae)
-        shelf = shelves.of_latents(self.cfg, space, vae, device)
+        disk = disk_cache.of_latents(self.cfg, space, vae, device)
         if not self.cfg.offload:
             vae.to(device)
-        self.encoder = Encoder(vae, space, device, self.stream.keeps, shelf)
+        self.encoder = Encoder(vae, space, device, self.stream.keeps, disk)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)

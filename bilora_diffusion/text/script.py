@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from ..adapters.quantize import quantize
 from ..errors import UserError
-from ..export import save_adapter, save_models, verify_adapter
+from ..export import save_adapter, save_models
 from ..methods import get
 from ..run.heldout_part import copies
 from ..train import folds, running
@@ -89,8 +89,9 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
         report = save_models(folder, task.models)
         tokenizer.save_pretrained(folder / NAME)
         return report
-    save_adapter(folder, model, base_model=str(cfg.model_name_or_path), kind=task.loaded.kind)
-    return {"labels": list(task.data.rows.label_words), **verify_adapter(folder, model)}
+    base, kind = str(cfg.model_name_or_path), task.loaded.kind
+    report = save_adapter(folder, model, base_model=base, kind=kind)
+    return {"labels": list(task.data.rows.label_words), **report}
 
 
 def files(folder: Path) -> dict[str, str]:

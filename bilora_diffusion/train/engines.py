@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DynamoBackend
 
 from ..config import refusals
 from ..config.launches import DDP, FSDP2
 from ..run.config import RunConfig
 
-ENGINES = {
-    DistributedType.FSDP: "FSDP1",
-    DistributedType.DEEPSPEED: "DeepSpeed",
-    DistributedType.MEGATRON_LM: "Megatron-LM",
-    DistributedType.XLA: "XLA",
-}
-"""Engines other than DDP, which accelerate calls MULTI_ and the kind of device."""
 logger = logging.getLogger(__name__)
 
 
@@ -46,24 +39,24 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
 
 def facts(accelerator: Accelerator) -> dict[str, Any]:
     """How accelerate was launched, by the names of `conditions.FACTS`."""
-    kind = accelerator.distributed_type
-    state: Any = accelerator.state
-    launch = {
-        "engine": FSDP2 if accelerator.is_fsdp2 else ENGINES.get(kind, DDP),
-        "parallelism_config": accelerator.parallelism_config is not None,
-        "use_fsdp": os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
-        "on_cpu": kind == DistributedType.MULTI_CPU,
-        "compiled": state.dynamo_plugin.backend != DynamoBackend.NO,
-    }
-    if not accelerator.is_fsdp2:
-        return launch
-    from torch.distributed.fsdp import CPUOffloadPolicy
-    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+    kind, state = accelerator.distributed_type.value, cast(Any, accelerator.state)
+    engine, bad = DDP if kind == "NO" or kind.startswith("MULTI_") else kind, {}
+    compiled = state.dynamo_plugin.backend != DynamoBackend.NO
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import CPUOffloadPolicy
+        from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
-    plugin = state.fsdp_plugin
-    return launch | {
-        "offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "activation_checkpointing": bool(plugin.activation_checkpointing),
-        "ignored_modules": plugin.ignored_modules is not None,
-        "size_based_wrap": plugin.auto_wrap_policy is size_based_auto_wrap_policy,
-    }
+        engine, plugin = FSDP2, state.fsdp_plugin
+        bad = {
+            "FSDP_OFFLOAD_PARAMS": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "FSDP_ACTIVATION_CHECKPOINTING": bool(plugin.activation_checkpointing),
+            "FSDP_IGNORED_MODULES": plugin.ignored_modules is not None,
+            "SIZE_BASED_WRAP": plugin.auto_wrap_policy is size_based_auto_wrap_policy,
+            "ACCELERATE_DYNAMO_BACKEND": compiled,
+        }
+    elif kind == "MULTI_CPU" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        engine = "FSDP on CPUs"  # accelerate would train by DDP without a word
+    if accelerator.parallelism_config is not None:
+        engine = "a parallelism config"
+    setting = next((name for name, given in bad.items() if given), None)
+    return {"engine": engine, "fsdp_setting": setting, "compiled": compiled}

@@ -15,9 +15,8 @@ from diffusers.utils import logging as diffusers_logging
 from bilora_diffusion import adapters
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import COMPONENTS
-from bilora_diffusion.export.layers import Part
+from bilora_diffusion.export.layers import Part, diffusers_tensors
 from bilora_diffusion.export.reader import read
-from bilora_diffusion.export.writer import diffusers_content
 from bilora_diffusion.train.task import precision
 
 from ..subjects import Subject
@@ -72,7 +71,7 @@ def _lora(pipeline: Any, file: Path, scale: float) -> Iterator[None]:
 
 def _load_lora(pipeline: Any, file: Path, parts: Mapping[str, Part], scale: float) -> None:
     # Not the file itself: of kohya's, diffusers takes one alpha for all layers and no magnitudes.
-    tensors, _ = diffusers_content(parts, {})
+    tensors = diffusers_tensors(parts)
     verbosity = diffusers_logging.get_verbosity()
     try:
         diffusers_logging.set_verbosity_error()  # it warns of each model without an adapter

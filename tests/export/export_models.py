@@ -13,9 +13,10 @@ from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.export import save_diffusers, training_facts
+from bilora_diffusion.export import save_diffusers
 from tests.contract.models import tiny_clip, tiny_unet
 
+FACTS = {"modelspec.date": "2026-01-31", "bilora.method": "bilora", "bilora.rho": "0.05"}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 UNET_TARGETS = (*ATTENTION, "conv1", "linear_1", "conv_in", "ff.net.2")
 
@@ -58,11 +59,8 @@ def all_models(**options: Any) -> dict[str, nn.Module]:
 
 
 def export_all(folder: Path, models: dict[str, nn.Module]) -> Path:
-    """Both formats, with the metadata of a training run."""
-    facts = training_facts(
-        method="bilora", rho=0.05, date="2026-01-31", resolution=64, prediction_type="epsilon"
-    )
-    save_diffusers(folder, models, base_model="some/base", kohya=True, extra_metadata=facts)
+    """Both formats, with entries of a training run."""
+    save_diffusers(folder, models, base_model="some/base", kohya=True, extra_metadata=FACTS)
     return folder
 
 

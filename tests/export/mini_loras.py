@@ -10,7 +10,7 @@ import torch
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
-from bilora_diffusion.export import FILE_NAME, save_diffusers, training_facts
+from bilora_diffusion.export import FILE_NAME, save_diffusers
 from eval.sources import find
 from eval.subjects import Subject
 from tests.export.export_models import rewrite
@@ -43,7 +43,7 @@ def write_lora(
             for key, parameter in adapters.named_parameters(model, PRIMARY).items():
                 scale = size if "lora_B" in key else 0.1
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    facts = training_facts(method=method, date="2026-01-31")
+    facts = {"bilora.method": method, "modelspec.date": "2026-01-31"}
     save_diffusers(folder, models, base_model="mini", kohya=kohya, extra_metadata=facts)
     return folder / FILE_NAME
 

@@ -15,17 +15,10 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.export import FILE_NAME, convert, inspect, main, save_adapter
-from bilora_diffusion.export.kohya_names import unet_names, with_dots
-from bilora_diffusion.export.layers import kohya_name
+from bilora_diffusion.export import FILE_NAME, convert, inspect, main, reader, save_adapter
+from bilora_diffusion.export.layers import kohya_name, plain_name
 from bilora_diffusion.text.models import load_text_model
-from tests.contract.models import tiny_clip
-from tests.export.export_models import (
-    add_adapters,
-    all_models,
-    export_all,
-    plain_models,
-)
+from tests.export.export_models import all_models, export_all, plain_models
 from tests.text.text_builders import save_llama
 
 SDXL: dict[str, Any] = {
@@ -55,11 +48,6 @@ def equal(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def weighted(model: nn.Module) -> list[str]:
-    kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
 def test_around_all_formats(folder: Path, tmp_path: Path) -> None:
     source, kohya = folder / FILE_NAME, folder / "icons.safetensors"
     assert equal(convert(source, "kohya", tmp_path / "a.safetensors"), kohya)
@@ -79,8 +67,8 @@ def test_around_all_formats(folder: Path, tmp_path: Path) -> None:
         made = adapters.factors(loaded, PRIMARY)
         assert len(made) == inspect(source).layers[component]
         for name, A, B, scale in made:
-            plain = name.removeprefix("base_model.model.").removeprefix("text_model.")
-            keys = [k for k in stored if k.startswith(component + ".") and f".{plain}.lora" in k]
+            plain = plain_name(name)
+            keys = [k for k in stored if f".{plain}.lora" in k and k.startswith(f"{component}.")]
             down = next(k for k in keys if k.endswith(("lora_A.weight", "down.weight")))
             up = next(k for k in keys if k.endswith(("lora_B.weight", "up.weight")))
             expected = stored[up].flatten(1) @ stored[down].flatten(1)
@@ -108,8 +96,7 @@ def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tens
     for name in KOHYAS:
         kernel, rank = ((3, 3), 2) if "in_layers" in name else ((), 4)
         generator = torch.Generator().manual_seed(len(tensors))
-        down = torch.randn((rank, 5, *kernel), generator=generator)
-        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_down.weight"] = torch.randn((rank, 5, *kernel), generator=generator)
         ones = [1] * len(kernel)
         tensors[f"{name}.lora_up.weight"] = torch.randn((6, rank, *ones), generator=generator)
         if alpha is not None:
@@ -119,14 +106,14 @@ def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tens
 
 
 @pytest.mark.parametrize(
-    ("alpha", "dtype", "kept"),
+    ("alpha", "dtype", "precision"),
     [
         (3, torch.float16, torch.float32),  # 3/4 of a number has no room in 16 bits
         (2, torch.float16, torch.float16),
         (None, torch.bfloat16, torch.bfloat16),  # alpha is the rank then
     ],
 )
-def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, kept: Any) -> None:
+def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, precision: Any) -> None:
     source = kohya_file(tmp_path / "foreign.safetensors", alpha, dtype)
     made = convert(source, "diffusers")
     assert made == tmp_path / "foreign-diffusers.safetensors"
@@ -138,7 +125,7 @@ def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, kept: Any) -> N
         A = found[ours.format(AB="A", way="down")]
         B = found[ours.format(AB="B", way="up")]
         assert A.dtype == dtype
-        assert B.dtype == (dtype if scale in (0.5, 1) else kept)
+        assert B.dtype == (dtype if scale in (0.5, 1) else precision)
         product = B.double().flatten(1) @ A.double().flatten(1)
         torch.testing.assert_close(product, scale * up.flatten(1) @ down.flatten(1))
     metadata = inspect(made).metadata
@@ -149,20 +136,34 @@ def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, kept: Any) -> N
     assert inspect(back).layers == inspect(source).layers
 
 
+def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path: Path) -> None:
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
+    tensors = {f"{key}_A.weight": torch.ones(2, 2048), f"{key}_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for to in ("kohya", "diffusers"):
+        metadata = inspect(convert(tmp_path / "a.safetensors", to)).metadata
+        assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
 def test_all_names_of_the_models_come_back_from_kohyas() -> None:
+    def weighted(model: nn.Module) -> list[str]:
+        kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+        return [plain_name(n) for n, module in model.named_modules() if isinstance(module, kinds)]
+
     with torch.device("meta"):
         sdxl = UNet2DConditionModel(**SDXL)
         models = [*plain_models().items(), ("unet", sdxl)]
     for component, model in models:
         prefix = kohya_name(component, "").removesuffix("text_model_")
         flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
-        back = unet_names(flat) if component == "unet" else {f: with_dots(f) for f in flat}
-        for name, own in flat.items():
-            assert back[name].removeprefix("text_model.") == own.removeprefix("text_model.")
+        back = reader.module_names(component, flat)
+        for name, module in flat.items():
+            assert plain_name(back[name]) == module
     original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
     original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
     original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
-    assert set(unet_names(original).values()) <= set(weighted(sdxl))
+    assert set(reader.module_names("unet", original).values()) <= set(weighted(sdxl))
 
 
 def test_a_language_models_adapter_has_no_other_format(tmp_path: Path, capsys) -> None:
@@ -170,50 +171,37 @@ def test_a_language_models_adapter_has_no_other_format(tmp_path: Path, capsys) -
     model = load_text_model(str(base)).model
     adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
     save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
-    for to in ("kohya", "diffusers"):
+    for to in ("kohya", "diffusers", "peft"):
         assert main([str(tmp_path), "--to", to]) == 2
         assert "some/llama" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 0
     assert "peft" in capsys.readouterr().out
 
 
-def test_refusals(folder: Path, tmp_path: Path) -> None:
-    def given(name: str, **tensors: Tensor) -> Path:
-        return kohya_file(tmp_path / f"{name}.safetensors", 4, torch.float32, **tensors)
-
-    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    ours = "lora_unet_down_blocks_1_attentions_0_proj_in"
+def test_refusals_of_convert(folder: Path, tmp_path: Path) -> None:
+    unet = "lora_unet_down_blocks_1_attentions_0_proj_in"
     both = {
-        f"{ours}.lora_down.weight": torch.ones(4, 5),
-        f"{ours}.lora_up.weight": torch.ones(6, 4),
+        f"{unet}.lora_down.weight": torch.ones(4, 5),
+        f"{unet}.lora_up.weight": torch.ones(6, 4),
     }
-    for source, to, said in (
-        (folder / FILE_NAME, "kohya", "icons.safetensors exists"),  # the run's own
-        (given("loha", **{"lora_unet_a.hada_w1_a": torch.ones(2, 2)}), "peft", "hada_w1_a"),
-        (given("inputs", **{f"{key}.dora_scale": torch.ones(1, 5)}), "peft", "along the inputs"),
-        (
-            given("nan", **{f"{n}.dora_scale": torch.full((6, 1), torch.nan) for n in KOHYAS}),
-            "peft",
-            "not finite",
-        ),
-        (given("mixed", **both), "peft", "as diffusers does"),
-        (tmp_path, "kohya", "name one of its .safetensors files"),
-        (tmp_path / "none", "kohya", "There is no file"),
+    mixed = kohya_file(tmp_path / "mixed.safetensors", 4, torch.float32, **both)
+    source = folder / FILE_NAME
+    for given, to, output, said in (
+        (source, "kohya", None, "icons.safetensors exists"),  # the run's own
+        (mixed, "peft", None, "as diffusers does"),
+        (folder.parent, "kohya", None, "name one of its .safetensors files"),
+        (tmp_path / "none", "kohya", None, "There is no file"),
+        (source, "kohya", tmp_path / "lora.bin", "pickle"),
+        (source, "peft", tmp_path / "lora.safetensors", "PEFT's format is a folder"),
     ):
         with pytest.raises(UserError, match=said):
-            convert(source, to)
-    with pytest.raises(UserError, match="pickle"):
-        convert(folder / FILE_NAME, "kohya", tmp_path / "lora.bin")
-    with pytest.raises(UserError, match="PEFT's format is a folder"):
-        convert(folder / FILE_NAME, "peft", tmp_path / "lora.safetensors")
+            convert(given, to, output)
 
 
 @pytest.mark.parametrize("to", ["kohya", "peft"])
 def test_a_wrong_file_gets_no_name(
     tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bilora_diffusion.export import reader
-
     source = kohya_file(tmp_path / "source.safetensors", 2, torch.float32)
     read, calls = reader._scaled, []
 
@@ -225,13 +213,3 @@ def test_a_wrong_file_gets_no_name(
     with pytest.raises(TrainingError, match="differs in"):
         convert(source, to, tmp_path / "out")
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
-
-
-def test_layers_on_the_mlp_alone(tmp_path: Path) -> None:
-    from bilora_diffusion.export import save_diffusers
-
-    model = add_adapters(tiny_clip(True), AdapterSpec(target_modules=("fc1",)))
-    source = save_diffusers(tmp_path, {"text_encoder_2": model}, base_model="b")
-    kohya = convert(source, "kohya")
-    assert kohya == tmp_path / f"{tmp_path.name}.safetensors"
-    assert equal(convert(kohya, "diffusers", tmp_path / "again.safetensors"), source)

@@ -18,6 +18,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.crops import Crop, cut, draw, fitted, resized
 from bilora_diffusion.image.decode import read_rgb, to_rgb
 from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.resized import Resized
 from bilora_diffusion.seeds import generator
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]
@@ -146,3 +147,21 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=r"a\.tif .*8 bits"):
         open_images(str(tmp_path))
+
+
+def test_an_image_is_decoded_once_while_there_is_room(tmp_path: Path) -> None:
+    picture(96, 64).save(tmp_path / "odd.png")
+    images = open_images(str(tmp_path))
+
+    def seen(room: int) -> tuple[torch.Tensor, bool]:
+        call = Resized(room)
+        first = call(images, 0, (64, 64), "lanczos")[0]
+        return first, call(images, 0, (64, 64), "lanczos")[0] is first
+
+    (plain, _), (kept, again), (full, anew) = (
+        seen(room) for room in (0, 96 * 64 * 3, 96 * 64 * 3 - 1)
+    )
+    assert torch.equal(plain, kept)
+    assert torch.equal(plain, full)
+    assert again
+    assert not anew

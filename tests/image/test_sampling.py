@@ -16,6 +16,7 @@ import torch
 from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import latents
 from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.families.lumina2 import Lumina2
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
@@ -24,7 +25,6 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
-from bilora_diffusion.image.shelf import Shelf
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import Visit, VisitStream
 from tests.scripts.runs import flags
@@ -129,10 +129,10 @@ def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline: Any, tmp_p
     space, here = LatentSpace.of(pipeline.vae), torch.device("cpu")
     visit: Any = SimpleNamespace(name="a.png", read=lambda: (torch.zeros(3, 64, 64), None))
     visit.content = ("a",)
-    shelf = Shelf(tmp_path)
-    shelf.put({"mean": torch.full((4, 8, 8), math.nan), "std": torch.zeros(4, 8, 8)}, "a")
+    disk = DiskCache(tmp_path)
+    disk.put({"mean": torch.full((4, 8, 8), math.nan), "std": torch.zeros(4, 8, 8)}, "a")
     with pytest.raises(TrainingError, match=r"'a.png' is not finite.*--disk_cache"):
-        Encoder(pipeline.vae, space, here, lambda _: True, shelf)([visit])
+        Encoder(pipeline.vae, space, here, lambda _: True, disk)([visit])
     visit.read = lambda: (torch.full((3, 64, 64), math.inf), None)
     with pytest.raises(TrainingError, match=r"'a.png' is not finite"):
         Encoder(pipeline.vae, space, here)([visit])

@@ -45,9 +45,9 @@ def config(modality: str = "text", **values: Any) -> Any:
 
 
 WRONG: dict[str, tuple[Any, Any]] = {
-    "FSDP1": (accelerator(version=1), config()),
-    "DeepSpeed": (accelerator("DEEPSPEED"), config()),
-    "Megatron-LM": (accelerator("MEGATRON_LM"), config("image")),
+    "FSDP": (accelerator(version=1), config()),
+    "DEEPSPEED": (accelerator("DEEPSPEED"), config()),
+    "MEGATRON_LM": (accelerator("MEGATRON_LM"), config("image")),
     "XLA": (accelerator("XLA"), config()),
     "a parallelism config": (accelerator("MULTI_GPU", parallelism_config=object()), config()),
     "image models": (accelerator(), config("image")),
@@ -56,9 +56,9 @@ WRONG: dict[str, tuple[Any, Any]] = {
     "FSDP_OFFLOAD_PARAMS": (accelerator(cpu_offload=CPUOffloadPolicy()), config()),
     "FSDP_ACTIVATION_CHECKPOINTING": (accelerator(activation_checkpointing=True), config()),
     "FSDP_IGNORED_MODULES": (accelerator(ignored_modules="a.*"), config()),
-    "a dynamo backend": (accelerator(dynamo=DynamoBackend.INDUCTOR), config()),
+    "ACCELERATE_DYNAMO_BACKEND": (accelerator(dynamo=DynamoBackend.INDUCTOR), config()),
     "SIZE_BASED_WRAP": (accelerator(auto_wrap_policy=size_based_auto_wrap_policy), config()),
-    "FSDP with CPUs": (accelerator("MULTI_CPU"), config()),  # accelerate would train by DDP
+    "FSDP on CPUs": (accelerator("MULTI_CPU"), config()),  # accelerate would train by DDP
 }
 """What a refusal names -> the launch, and what is trained."""
 
@@ -69,7 +69,7 @@ def test_a_launch_that_would_be_wrong_is_refused(
 ) -> None:
     """The table's own entries are tested with it, in tests/config/test_refusals.py."""
     engine, cfg = WRONG[name]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(name == "FSDP with CPUs"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(name == "FSDP on CPUs"))
     with pytest.raises(UserError, match=name):
         engines.check(cfg, engine)
 

@@ -1,0 +1,180 @@
+"""Latents and prompt embeddings on disk, so that a second run on the same images encodes nothing.
+
+One file of safetensors for each, named by a hash of all that it depends on: what was encoded, by
+which weights, and on what. So nothing is ever out of date, and the folder may be deleted any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..durable import replacing
+from ..errors import UserError
+from ..files import is_folder, quoted
+from ..seeds import digest, digest_texts
+
+AUTO, NO = "auto", "no"
+NAME = "bilora-diffusion"
+FORMAT = "2"
+"""Changes where the same key stands for other numbers, so that earlier files are passed over."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+logger = logging.getLogger(__name__)
+
+
+class DiskCache:
+    """Tensors by key, in files that several processes may read and write at a time.
+
+    Args:
+        folder: where they lie; it is made when the first one is put there. None caches nothing.
+        about: what all of them depend on beside their keys.
+    """
+
+    def __init__(self, folder: Path | None = None, *about: str) -> None:
+        self.folder, self._about, self._writable = folder, (FORMAT, *about), True
+
+    def get(self, *key: str) -> dict[str, Tensor] | None:
+        """What was put under a key; None where nothing was, or the file is damaged or another's."""
+        if self.folder is None:
+            return None
+        name, file = self._file(self.folder, key)
+        try:
+            with safe_open(file, framework="pt") as content:
+                tensors = {part: content.get_tensor(part) for part in content.keys()}  # noqa: SIM118
+                marks = content.metadata()
+        except (OSError, SafetensorError, ValueError):
+            return None
+        # safetensors itself sees no wrong bit, and a file may have been renamed.
+        return tensors if marks == _marks(name, tensors) else None
+
+    def put(self, tensors: Mapping[str, Tensor], *key: str) -> None:
+        """Cache tensors under a key. A folder that can't be written is warned of once."""
+        if self.folder is None or not self._writable:
+            return
+        name, file = self._file(self.folder, key)
+        whole = {part: values.contiguous() for part, values in tensors.items()}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Under a name of its own: another process may be writing the same.
+            with replacing(file, f".{uuid.uuid4().hex}") as aside:
+                save_file(whole, aside, metadata=_marks(name, whole))
+        except (OSError, SafetensorError) as error:
+            self._writable = False
+            logger.warning(
+                "%s can't be written (%s), so the next run encodes again: make room there, or give"
+                " another --disk_cache.",
+                *(self.folder, error),
+            )
+
+    def _file(self, folder: Path, key: tuple[str, ...]) -> tuple[str, Path]:
+        name = digest_texts((*self._about, *key))
+        return name, folder / name[:2] / f"{name}.safetensors"
+
+
+def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    parts = sorted(tensors)
+    return {"hash": digest_texts([name, *parts, digest(*(tensors[part] for part in parts))])}
+
+
+def folder(value: str) -> Path | None:
+    """The folder that a ``--disk_cache`` means, which need not exist; None for none."""
+    if value in (AUTO, NO):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home) / NAME if value == AUTO else None
+    return Path(value).expanduser()
+
+
+def check(value: str) -> None:
+    """Refuse a folder that was asked for and can't be written; one by default is only missed.
+
+    Raises:
+        UserError: a file lies there, or it may not be written.
+    """
+    shown, place = f"--disk_cache {quoted(value)}", folder(value)
+    if not value.strip():
+        raise UserError(f"{shown} names no folder: give one, auto, or no.")
+    if place is None or value == AUTO:
+        return
+    existing = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
+    if not is_folder(existing):
+        what = "is a file" if existing == place else f"lies below {existing}, which is a file"
+        raise UserError(f"{shown} {what}: give a folder, auto, or no.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{shown} is not writable: change its permissions, give another, or no.")
+
+
+def of_run(cfg: Any) -> Path | None:
+    """The folder of a run's cache; None where it has none."""
+    return None if cfg.dry_run else folder(cfg.disk_cache)
+
+
+def of_prompts(cfg: Any, family: Any, pipeline: Any, device: torch.device) -> DiskCache:
+    """The cache of what the text encoders of a run make of prompts."""
+    if (place := of_run(cfg)) is None:
+        return DiskCache()
+    names = [name for name in family.encoders if getattr(pipeline, name) is not None]
+    parts = [*names, *(name.replace("text_encoder", "tokenizer") for name in names)]
+    dtypes = [str(getattr(pipeline, name).dtype) for name in names]
+    quantized = cfg.quantize if family.flow else "none"
+    settings = [family.pipeline, str(family.max_sequence_length), quantized, *dtypes]
+    try:
+        weights = hash_files(pipeline.origin.folder / part for part in parts)
+    except OSError:
+        return DiskCache()  # reading the encoders will be refused with the reason
+    index = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
+    return DiskCache(place / "prompts", *settings, weights, repr(index), *_machine(cfg, device))
+
+
+def of_latents(cfg: Any, space: Any, vae: Any, device: torch.device) -> DiskCache:
+    """The cache of what the autoencoder of a run makes of images."""
+    if (place := of_run(cfg)) is None:
+        return DiskCache()
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    state = vae.state_dict()
+    about = [type(vae).__name__, json.dumps(config, default=str, sort_keys=True), *state]
+    settings = [str(space.drawn), cfg.image_interpolation_mode, version("pillow")]
+    weights = digest(*state.values())
+    return DiskCache(place / "latents", *settings, *about, weights, *_machine(cfg, device))
+
+
+def hash_files(folders: Iterable[Path]) -> str:
+    """Hash what the files of folders hold and what they are called, whatever their dates.
+
+    A file in the hub's cache is known by its blob, which is named by its content already.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    texts = []
+    for place in folders:
+        for path in sorted(path for path in place.rglob("*") if path.is_file()):
+            blob = path.resolve()
+            content = blob.name
+            if blob.parent.name != "blobs" or not _SHA256.fullmatch(content):
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            texts += [place.name, str(path.relative_to(place)), content]
+    return digest_texts(texts)
+
+
+def _machine(cfg: Any, device: torch.device) -> list[str]:
+    """What decides the last digits of what is encoded."""
+    cuda = device.type == "cuda"
+    return [
+        *(torch.__version__, version("diffusers"), version("transformers"), device.type),
+        torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        str(cfg.allow_tf32),
+    ]

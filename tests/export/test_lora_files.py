@@ -1,0 +1,359 @@
+"""What is found in good, foreign, altered and broken files: read, or refused in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from bilora_diffusion.adapters import AUXILIARY
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import FILE_NAME, convert, inspect, main
+from bilora_diffusion.export.reader import read
+from bilora_diffusion.lora_names import CONFIG, FORMATS, WEIGHTS
+from eval.digests import of_lora, peft_config
+from tests.export.export_models import rewrite
+
+UNET, PEFT = "unet.conv_in", "base_model.model.conv_in"
+KOHYA = "lora_unet_time_embed_0"
+PLACE = "lora_adapter_metadata"
+BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I64": 64, "U8": 8, "BOOL": 8, "C64": 64}
+BITS |= {"F8_E4M3": 8, "F8_E8M0": 8, "U32": 32}
+
+
+def pair(layer: str, r: int = 2, dtype: str = "F16", ab: tuple[str, str] = ("A", "B")) -> Any:
+    A, B = (f"{layer}.lora_{end}.weight" for end in ab)
+    return {A: (dtype, [r, 4]), B: (dtype, [4, r])}
+
+
+def a_file(
+    tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str], fill: bytes = b"\0"
+) -> bytes:
+    """A structurally valid file, of zeros or other bytes."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + fill * end
+
+
+# What is right -----------------------------------------------------------------------------------
+
+
+def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, capsys) -> None:
+    for file in (FILE_NAME, "icons.safetensors"):
+        contents = inspect(folder / file)
+        assert not contents.auxiliary
+        assert contents.adapters == ("unnamed",)
+        assert set(contents.ranks.values()) == set(contents.alphas.values()) == {(4,)}
+        assert AUXILIARY.encode() not in (folder / file).read_bytes()
+    assert inspect(folder / FILE_NAME).layers == inspect(folder / "icons.safetensors").layers
+    assert main([str(folder / "icons.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "format      kohya" in lines
+    assert any(line.split() == ["text_encoder", "12", "4", "4"] for line in lines)
+    assert any(line.split() == ["bilora.method", "bilora"] for line in lines)
+    assert lines[-1] == "auxiliary   none"
+    assert max(map(len, lines[1:])) <= 110
+
+
+def peft(folder: Path, config: str | bytes, key: str = PEFT) -> Path:
+    """A layer of rank 4 with a configuration."""
+    ones = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
+    folder.mkdir(exist_ok=True)
+    save_file(ones, folder / WEIGHTS)
+    (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else config.encode())
+    return folder / WEIGHTS
+
+
+QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "scale"),
+    [
+        ('{"r": 4, "lora_alpha": 16}', PEFT, 4.0),
+        ('{"r": 4}', PEFT, 2.0),  # PEFT's alpha is 8 then
+        ('{"r": 4, "lora_alpha": 16, "use_rslora": true}', PEFT, 8.0),
+        ('{"r": 4, "lora_alpha": 16, "alpha_pattern": {"conv_(in|out)": 1}}', PEFT, 0.25),
+        ('{"r": 8, "lora_alpha": 16, "rank_pattern": {"^conv_in": 4}}', PEFT, 4.0),
+        # by the name in the file, which Transformers 4 and 5 spell differently
+        (f'{{"r": 4, "alpha_pattern": {{"{QUERY}": 16}}}}', f"base_model.model.{QUERY}", 4.0),
+    ],
+)
+def test_the_scale_is_that_of_pefts_configuration(
+    tmp_path: Path, config: str, key: str, scale: float
+) -> None:
+    path = peft(tmp_path / "text_encoder", config, key)
+    assert inspect(path).format == "peft"
+    (part,) = read(path).parts.values()
+    assert part.layers[0].B[0, 0] == scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("to", FORMATS)
+def test_eight_bits_are_converted_exactly(tmp_path: Path, dtype: torch.dtype, to: str) -> None:
+    A, B = (torch.randn(shape).to(dtype) for shape in ((2, 4), (4, 2)))
+    path = tmp_path / "small.safetensors"
+    save_file({f"{UNET}.lora_A.weight": A, f"{UNET}.lora_B.weight": B}, path)
+    made = convert(path, to)
+    (layer,) = read(made / WEIGHTS if made.is_dir() else made).parts["unet"].layers
+    assert torch.equal(layer.A.double(), A.double())
+    assert torch.equal(layer.B.double(), B.double())
+
+
+# What hides an auxiliary -------------------------------------------------------------------------
+
+
+def smuggle(way: str, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    for key in [key for key in tensors if key.startswith("unet.")]:
+        name, _, side = key.removesuffix(".weight").rpartition(".lora_")
+        flat = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
+        other = {
+            "named": f"{name}.lora_{side}.auxiliary.weight",
+            "doubled": f"{name}.lora.{'down' if side == 'A' else 'up'}.weight",
+            "kohya": f"{flat}.lora_{'down' if side == 'A' else 'up'}.weight",
+        }
+        if way in other:
+            tensors[other[way]] = tensors[key].clone()
+    if way == "configured":
+        metadata[PLACE] = json.dumps({**json.loads(metadata[PLACE]), "unet.auxiliary.r": 4})
+    if way == "listed":
+        metadata["adapter_names"] = "default, auxiliary"
+
+
+@pytest.mark.parametrize("way", ["named", "doubled", "configured", "listed", "kohya"])
+def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None:
+    rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, partial(smuggle, way))
+    assert inspect(tmp_path / FILE_NAME).auxiliary
+    assert main([str(tmp_path / FILE_NAME)]) == 0
+    assert "auxiliary   FOUND" in capsys.readouterr().out
+    assert main([str(tmp_path / FILE_NAME), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auxiliary"] is True
+    with pytest.raises(UserError, match="more than one adapter"):
+        read(tmp_path / FILE_NAME)
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) -> None:
+    whole = (folder / FILE_NAME).read_bytes()
+    contents = {"short": whole[:-10], "header": whole[:100], "text": b"no weights", "empty": b""}
+    contents["model"] = a_file({"conv.weight": ("F32", [2])}, {})
+    for name, content in contents.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    torch.save({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pickle.bin")
+    paths = [tmp_path / f"{name}.safetensors" for name in (*contents, "missing")]
+    for path in (*paths, tmp_path / "pickle.bin", tmp_path):
+        assert main([str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert str(path) in captured.err
+
+
+DORA = {f"{UNET}.lora_magnitude_vector": ("F32", [4])}
+KERNEL = {f"{UNET}.lora_A.weight": ("F32", [2, 4, 3, 3])}
+AB = pair(UNET)
+DOWN_UP = ("down", "up")
+KOHYAS = pair(KOHYA, ab=DOWN_UP)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "named"),
+    [
+        (pair(UNET, 0), "", "lora_A"),
+        (AB | {f"{UNET}.lora_B.weight": ("F16", [0, 2])}, "", "lora_B.*0, 2"),
+        (AB | {f"{UNET}.lora_A.weight": ("F16", [2, 0])}, "", "lora_A.*2, 0"),
+        *((pair(UNET, dtype=dtype), "", f"lora_A.*{dtype}") for dtype in ("C64", "BOOL", "I64")),
+        ({"q.lora_down.weight": ("F32", [])}, "", "q.lora_down"),
+        (AB | {f"{UNET}.alpha": ("F32", [2])}, "", "2 values as .*alpha"),
+        (AB | {f"{UNET}.alpha": ("F32", [0])}, "", "0 values as .*alpha"),
+        (AB | {f"{UNET}.alpha": ("BOOL", [])}, "", "False as .*alpha"),
+        (AB | {f"{UNET}.alpha": ("C64", [])}, "", "0j as .*alpha"),
+        ({f"{UNET}.lora_A.weight": ("F32", [2, 4])}, "", "lora_A.* factor B"),
+        (AB | {f"{UNET}.alpha": ("F32", []), "unet.x.alpha": ("F32", [])}, "", "unet.x"),
+        (AB | {f"{UNET}.lora_up.weight": ("F32", [4, 2])}, "", "lora_B.*lora_up"),
+        (AB | {f"{UNET}.lora_B.weight": ("F16", [4, 3])}, "", "lora_B.*4, 3"),
+        (KERNEL | {f"{UNET}.lora_B.weight": ("F32", [4, 2, 3, 3])}, "", "lora_B.*4, 2, 3, 3"),
+        (KERNEL | {f"{UNET}.lora_B.weight": ("F32", [4, 2])}, "", r"lora_B.*\[4, 2\]"),
+        (AB | DORA | pair("unet.conv_out"), "", "conv_out"),
+        (AB | {f"{UNET}.lora_magnitude_vector": ("F32", [3])}, "", "magnitude"),
+        (KOHYAS | {f"{KOHYA}.dora_scale": ("F32", [1, 4])}, "", "along the inputs"),
+        (AB | DORA, '{"unet.r": 2}', "no DoRA"),
+        (AB, '{"unet.r": 2, "unet.use_dora": true}', "DoRA"),
+        (AB, '{"unet.lora_alpha": 2}', "rank 2.* 8"),
+        (AB, '{"unet.r": 2, "unet.rank_pattern": {"conv_in": 3}}', "2.* 3"),
+        (AB, '{"unet.r": 2, "unet.peft_type": "LOHA"}', "LOHA"),
+        (AB, "[[1, 2]]", "items"),
+        (AB, "[" * 99_999, "recursion"),
+        (AB, '{"lora_alpha": "x"}', "lora_alpha"),
+        (pair(PEFT), "", "adapter_config.json"),
+    ],
+)
+def test_what_can_not_be_right_is_refused_even_by_a_look(
+    tmp_path: Path, tensors: dict[str, tuple[str, list[int]]], metadata: str, named: str
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(a_file(tensors, {PLACE: metadata} if metadata else {}))
+    for reader in (inspect, read):
+        with pytest.raises(UserError, match=rf"odd\.safetensors.*{named}"):
+            reader(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        *(
+            (pair(name, ab=DOWN_UP), name.split("_", 2)[2])
+            for name in (
+                *("lora_unet_input_blocks_99_1_proj_in", "lora_unet_input_blocks_-1_1_proj_in"),
+                *("lora_unet_input_blocks_3_1_proj_in", "lora_unet_input_blocks_4_-1_conv"),
+                *("lora_unet_down_blocks_32_resnets_0_conv1", "lora_unet_mid_block_whatever"),
+                *("lora_te2_whatever_layer", "lora_te1_text_model_encoder_layers_-1_mlp_fc1"),
+            )
+        ),
+        # a layer by two names, of which one would be lost
+        (KOHYAS | pair("lora_unet_time_embedding_linear_1", ab=DOWN_UP), "time_embedding.linear_1"),
+        (AB | pair("conv_in"), r"unet\.conv_in"),
+        (AB | {"unet.conv_in.hada_w1_a": ("F16", [2, 2])}, "hada_w1_a"),
+        (AB | {f"{UNET}.lora_B.bias": ("F16", [4])}, "lora_B.bias"),
+    ],
+)
+def test_what_can_be_looked_at_but_not_be_used(tmp_path: Path, tensors: Any, named: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(a_file(tensors, {}))
+    assert not inspect(path).auxiliary
+    with pytest.raises(UserError, match=named):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "alpha"),
+    [
+        *((1e30, 1e30, 2.0), (1e-30, 1e38, 1e9), (math.nan, 1.0, 2.0), (1.0, 1e300, 2.0)),
+        *((1.0, 1.0, math.inf), (1.0, 1.0, math.nan)),
+    ],
+)
+def test_values_beyond_fp32_are_refused(tmp_path: Path, a: float, b: float, alpha: float) -> None:
+    path = tmp_path / "odd.safetensors"
+    tensors = {
+        f"{UNET}.lora_A.weight": torch.full((2, 4), a, dtype=torch.float64),
+        f"{UNET}.lora_B.weight": torch.full((4, 2), b, dtype=torch.float64),
+        f"{UNET}.alpha": torch.tensor(alpha),
+    }
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="conv_in"):
+        read(path)
+
+
+FLAGS = ("use_rslora", "use_dora")
+COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        *(("[]", r"\[\]"), ("{", "adapter_config.json"), ('{"r": 4, "peft_type": "LOHA"}', "LOHA")),
+        *(("{}", "rank 4.* 8"), ('{"lora_alpha": 16}', "rank 4.* 8"), ('{"r": "4"}', "'4'")),
+        *((f'{{"r": 4, "{flag}": "no"}}', f"{flag}.*'no'") for flag in FLAGS),
+        ('{"r": 4, "lora_alpha": 1e999}', "lora_alpha.*inf"),
+        ('{"r": 4, "lora_alpha": true}', "lora_alpha.*True"),
+        *((f'{{"r": 4, "alpha_pattern": {v}}}', "alpha_pattern") for v in ("[]", '"x"', "3")),
+        *((f'{{"r": 4, "alpha_pattern": {{"{k}": 2}}}}', "alpha_pattern") for k in COSTLY),
+        ('{"r": 4, "alpha_pattern": {"a": "2"}}', "alpha_pattern.a.*'2'"),
+        ('{"r": 4, "rank_pattern": {"a": 0}}', "rank_pattern.a.*0"),
+        ('{"r": 4, "base_model_name_or_path": ["a"]}', "base_model_name_or_path"),
+        ('{"r": 4, "base_model_name_or_path": "\\ud800"}', "ud800"),
+    ],
+)
+def test_a_configuration_that_is_not_pefts_is_refused(
+    tmp_path: Path, config: str, named: str
+) -> None:
+    path = peft(tmp_path, config)
+    for reader in (inspect, read):
+        with pytest.raises(UserError, match=named):
+            reader(path)
+
+
+LAYERS = ("unet.mid_block.to_q", "lora_unet_mid_block_resnets_0_conv1", "base_model.model.q", "q")
+KINDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
+KINDS += ("lora_A.auxiliary.weight", "lora_magnitude_vector", "dora_scale", "lora.down.weight")
+KEYS = st.builds(".".join, st.tuples(st.sampled_from(LAYERS), st.sampled_from(KINDS)))
+SHAPES = st.lists(st.integers(0, 3), max_size=4) | st.sampled_from([[], [1], [2, 4], [4, 2], [4]])
+MORE = st.dictionaries(
+    KEYS | st.text(max_size=9), st.tuples(st.sampled_from(list(BITS)), SHAPES), max_size=6
+)
+NEARLY = st.builds(
+    lambda layer, ab, more: {**pair(layer, ab=ab), **more},
+    *(st.sampled_from(LAYERS), st.sampled_from([("A", "B"), DOWN_UP]), MORE),
+)
+JSONS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["LORA", "conv_in", "(a+)+", "[", "\ud800", 10**400, 4]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "unet.r", *FLAGS])
+            | st.sampled_from(COSTLY),
+            inner,
+        )
+    ),
+    max_leaves=8,
+)
+TEXTS = JSONS.map(json.dumps) | st.sampled_from(["{", "[" * 99_999, "1" * 9999, "\0\ud7ff"])
+METADATA = st.dictionaries(st.sampled_from([PLACE, "bilora.component", "adapter_names"]), TEXTS)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@example(content=b"\xff" * 20, config=b'{"r": ' + b"[" * 900 + b"]" * 900 + b"}")
+@given(
+    st.binary(max_size=60)
+    | st.binary(max_size=60).map(lambda text: len(text).to_bytes(8, "little") + text)
+    | st.builds(a_file, MORE | NEARLY, METADATA, st.sampled_from([b"\0", b"\x3c", b"\x7f"])),
+    st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
+)
+def test_any_file_is_read_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, config: bytes
+) -> None:
+    any_file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    any_file.write_bytes(content)
+    with_config = peft(any_file.parent / "peft", config)
+    for path in (any_file, with_config):
+        for reader in (inspect, read, of_lora, lambda path: peft_config(path.parent)):
+            with contextlib.suppress(UserError):
+                reader(path)
+
+
+def test_nothing_in_a_file_steers_the_terminal(folder, tmp_path, capsys) -> None:
+    title = "\x1b]0;owned\x07\x9b31m\u202e"
+    file = tmp_path / "foreign.safetensors"
+
+    def change(tensors, metadata, name) -> None:
+        metadata |= {f"key {title}\nauxiliary   none": f"value {title}"}
+        tensors[f"unet.{title}.{name}.weight"] = torch.ones(4, 4)
+
+    for name, code in (("lora_A.auxiliary", 0), ("lora_A", 2)):
+        rewrite(folder / FILE_NAME, file, partial(change, name=name))
+        for flags in ([], ["--json"]):
+            assert main([str(file), *flags]) == code
+            text = "".join(capsys.readouterr())
+            assert all(char.isprintable() for char in text.replace("\n", ""))
+            assert "owned" in text
