@@ -21,10 +21,9 @@ from transformers import (
 )
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.encode import Encoded
+from bilora_diffusion.text.encode import Encoded, best_fit, pack, require_packable
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.module import collate
-from bilora_diffusion.text.packing import best_fit, pack, require_packable
 from tests.text.text_builders import encoded
 from tests.text.text_tokenizers import chat_tokenizer
 
@@ -133,10 +132,10 @@ def test_examples_go_where_they_leave_the_least_room() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_models_that_keep_examples_apart_pass_also_in_half_precision(attention: str) -> None:
     for kind in ("llama", "gpt2", "mistral"):
-        require_packable(model(kind, attention), 64)
-    require_packable(model("llama", attention).to(torch.bfloat16), 64)
+        require_packable(model(kind, attention))
+    require_packable(model("llama", attention).to(torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        require_packable(model("llama", attention), 64)
+        require_packable(model("llama", attention))
 
 
 @pytest.mark.parametrize(
@@ -154,4 +153,4 @@ def test_models_that_mix_examples_are_refused(kind: str, reason: str) -> None:
     if kind == "llama":
         network.config._attn_implementation = "flash_attention_2"  # which takes no mask
     with pytest.raises(UserError, match=reason):
-        require_packable(network, 128)
+        require_packable(network)
