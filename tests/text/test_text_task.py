@@ -133,27 +133,6 @@ def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:
         assert line["prediction"] == text.strip()
 
 
-@pytest.mark.parametrize(("kind", "last"), [("causal", True), ("seq2seq", False)])
-def test_only_so_many_prompts_padded_on_the_side_that_suits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: bool
-) -> None:
-    """A causal model goes on from the last place; an encoder may have learned its first ones."""
-    task = task_of(tmp_path, kind, generation_max_new_tokens=2, max_predictions=5)
-    model, masks = task.loaded.model, []
-    generate = model.generate
-
-    def spy(**given: Any) -> torch.Tensor:
-        masks.append(given["attention_mask"])
-        return generate(**given)
-
-    monkeypatch.setattr(model, "generate", spy)
-    task.validate(1, tmp_path / "run", contextlib.nullcontext())
-    (mask,) = masks
-    assert len(mask) == 5
-    assert mask[:, -1 if last else 0].all()
-    assert not mask[:, 0 if last else -1].all()
-
-
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> None:
     """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
     base = save_gpt2(tmp_path / "base")
