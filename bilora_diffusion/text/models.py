@@ -106,9 +106,7 @@ class TextSource:
         """Model and tokenizer, both on the CPU, without adapters.
 
         Args:
-            dtype: of the weights.
-            labels: names of the classes, for a classifier.
-            seed: of a classifier's new head.
+            labels: names of the classes, for a classifier, whose new head depends on the seed.
             weights: whether to read any; the model is `adapters.weightless` without.
 
         Raises:

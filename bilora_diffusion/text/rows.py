@@ -107,9 +107,6 @@ def open_task(
 ) -> tuple[list[Example], list[Example]]:
     """The examples to learn from, and those that are held out, for a kind of model.
 
-    Args:
-        cache_dir: where downloads are kept; None: the ``datasets`` library's folder.
-
     Raises:
         UserError: the set can't be loaded, or is another one than the task was made for.
     """
@@ -136,9 +133,6 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     """Numbers of the rows that a task without a validation split holds out: ``task.holdout`` or a
     few more, because equal values of ``task.group`` stay together. The groups with the lowest
     hashes are taken, so the choice depends on the texts alone and on no seed or order.
-
-    Raises:
-        UserError: the set lacks the column, or does not have more rows than that.
     """
     if task.group not in rows.column_names:
         raise UserError(
@@ -185,11 +179,7 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
-    """Tokenize, and pack if that is asked for.
-
-    Raises:
-        UserError: a length that the model does not allow, or a row that can't be tokenized.
-    """
+    """Tokenize, and pack if that is asked for."""
     train, held = encode(rows.train, cfg, loaded, rows.name), None
     if cfg.packing:
         require_packable(loaded.model)

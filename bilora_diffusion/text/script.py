@@ -36,11 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-    """Data first, since it is quick to refuse; then the model, on the device.
-
-    Raises:
-        UserError: what the rows, the model and the options say does not go together.
-    """
+    """Data first, since it is quick to refuse; then the model, on the device."""
     datasets.disable_progress_bars()
     source = TextSource(cfg)
     if cfg.packing and source.kind != "causal":

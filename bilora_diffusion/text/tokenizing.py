@@ -216,11 +216,7 @@ def _keep_last(values: list[Any], size: int, first: Any) -> list[Any]:
 
 
 def settle_template(template: str, tokenizer: Any) -> str:
-    """What "auto" stands for: "chat" if the tokenizer has a chat template, else "alpaca".
-
-    Raises:
-        UserError: no such template, or "chat" without a chat template.
-    """
+    """What "auto" stands for: "chat" if the tokenizer has a chat template, else "alpaca"."""
     if template not in TEMPLATES:
         raise UserError(f'"{template}" is no template: give one of {", ".join(TEMPLATES)}.')
     has_chat = bool(getattr(tokenizer, "chat_template", None))

@@ -38,18 +38,15 @@ def test_prompts_and_label_words_are_t5s(name: str) -> None:
     assert (task.dataset, task.config_name) in {("nyu-mll/glue", name), ("aps/super_glue", name)}
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "question"),
-    [
-        ("metamath", {"query": "1+1?", "response": "a"}, "1+1?"),
-        ("code_feedback", {"query": "Sort {x}.", "answer": "a"}, "Sort {x}."),
-        ("wizardlm", {"instruction": "Do.", "output": "a"}, "Do."),
-        ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "a"}, "Add.\n\n1, 2"),
-    ],
-)
-def test_instruction_sets(name: str, row: dict[str, Any], question: str) -> None:
-    example = catalog.get(name).example(row, "causal", "row 1")
-    assert (example.question, example.answer, example.label) == (question, "a", None)
+def test_instruction_sets() -> None:
+    for name, question, row in (
+        ("metamath", "1+1?", {"query": "1+1?", "response": "a"}),
+        ("code_feedback", "Sort {x}.", {"query": "Sort {x}.", "answer": "a"}),
+        ("wizardlm", "Do.", {"instruction": "Do.", "output": "a"}),
+        ("alpaca", "Add.\n\n1, 2", {"instruction": "Add.", "input": "1, 2", "output": "a"}),
+    ):
+        example = catalog.get(name).example(row, "causal", "row 1")
+        assert (example.question, example.answer, example.label) == (question, "a", None)
 
 
 def test_rows_of_another_set_are_refused() -> None:

@@ -78,15 +78,6 @@ def test_the_longest_input(config: Any, limit: int | None) -> None:
     assert TextModel(SimpleNamespace(config=config), None, "causal").max_tokens == limit
 
 
-@pytest.mark.parametrize(("save", "kind"), [(save_t5, "seq2seq"), (save_llama, "causal")])
-def test_a_folder_loads(tmp_path: Path, save: Any, kind: str) -> None:
-    loaded = load_text_model(str(save(tmp_path / "it")), dtype=torch.bfloat16)
-    assert (loaded.kind, loaded.new_modules, loaded.whole_modules) == (kind, (), ())
-    assert not loaded.model.training
-    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    assert loaded.model.config.pad_token_id is not None
-
-
 def test_padding_is_settled_where_the_model_has_none(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "it")
     bare = load_text_model(str(base)).tokenizer
@@ -113,16 +104,9 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
     assert first.shape == (3, 32)
     assert torch.equal(head(0), first)
     assert not torch.equal(head(1), first)
-
-
-def test_a_head_is_kept_unless_its_classes_are_others(tmp_path: Path) -> None:
-    base = str(save_bert(tmp_path / "it"))
-    kept, same, other = (
-        load_text_model(base, labels=labels).model.classifier.weight
-        for labels in (None, ("negative", "positive"), ("a", "b", "c"))
-    )
-    assert torch.equal(kept, same)
-    assert other.shape == (3, 32)
+    stored = str(save_bert(tmp_path / "other"))  # has a head, which is kept where its classes fit
+    kept, same = (load_text_model(stored, labels=labels) for labels in (None, ("no", "yes")))
+    assert torch.equal(kept.model.classifier.weight, same.model.classifier.weight)
 
 
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path: Path) -> None:
@@ -136,10 +120,6 @@ def test_new_layers_of_a_classifier_are_trained_whole(tmp_path: Path) -> None:
     base = save_bert(tmp_path / "bert", BertForMaskedLM)  # which has no pooler
     assert load_text_model(str(base)).whole_modules == ("classifier", "bert.pooler.dense")
     assert load_text_model(str(save_bert(tmp_path / "whole"))).whole_modules == ("classifier",)
-
-
-def writes(name: str, content: str) -> Callable[[Path], object]:
-    return lambda base: (base / name).write_text(content)
 
 
 def loses_its_words(base: Path) -> None:
@@ -159,15 +139,6 @@ def changes(key: str, *shape: int) -> Callable[[Path], None]:
     return damage
 
 
-def cuts_short(base: Path) -> None:
-    file = base / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-
-
-def pickles(base: Path) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-
-
 LAYER = "bert.encoder.layer.1.output.dense.weight"
 DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
     (  # of which the tokenizer knows more words than the model
@@ -175,18 +146,17 @@ DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
         lambda base: None,
         r"the model knows 7 tokens only: .*--tokenizer_name",
     ),
-    (save_llama, cuts_short, "the weights of .* can't be read"),
-    (save_llama, loses_its_words, "the tokenizer of .* can't be read.*--tokenizer_name"),
     # Of these Transformers makes empty ones.
     (save_t5, loses_its_words, "knows no words.*--tokenizer_name"),
-    (save_t5, pickles, r"pytorch_model\.bin.* convert it"),
+    (
+        save_t5,
+        lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+        r"pytorch_model\.bin.* convert it",
+    ),
     # A head may be new; whatever else is missing would be drawn at random without a word.
     (save_t5, changes("decoder.block.1"), r"holds no weights for decoder\.block\.1"),
-    (save_bert, changes(LAYER), "no weights for bert.encoder.layer.1"),
     (save_bert, changes(LAYER, 3, 3), "no weights for bert.encoder.layer.1"),
     (save_bert, changes("bert.pooler.dense.bias", 32), "not finite"),
-    (save_llama, writes("config.json", '{"model_type": "nosuch"}'), "configuration of .*nosuch"),
-    (save_llama, writes("tokenizer_config.json", "[]"), "tokenizer of .* read.*--tokenizer_name"),
 ]
 
 

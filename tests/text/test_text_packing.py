@@ -125,12 +125,6 @@ def test_examples_go_where_they_leave_the_least_room() -> None:
     assert best_fit([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
 
 
-def test_half_precision_passes_too() -> None:
-    require_packable(model("llama").to(torch.bfloat16))
-    with torch.autocast("cpu", torch.bfloat16):
-        require_packable(model("llama"))
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
