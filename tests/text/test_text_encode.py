@@ -116,6 +116,7 @@ def test_rows_begin_with_what_generation_is_given(tokenizer: Any, template: str)
         assert row["input_ids"] == prompt + answer
         assert answer == row["labels"][len(prompt) :]
         assert tokenizer.decode(answer) == example.answer + tokenizer.eos_token
+        assert template != "chat" or prompt == generation_prompt(example, tokenizer, "auto")
 
 
 def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer: Any) -> None:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pytest
+from datasets import Dataset
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.config import parse_text
@@ -19,11 +19,10 @@ ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question
 
 def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / f"train{suffix}"
-    table = pandas.DataFrame(rows)
     if suffix == ".parquet":
-        table.to_parquet(path)
+        Dataset.from_list(rows).to_parquet(path)
     elif suffix == ".csv":
-        table.to_csv(path, index=False)
+        Dataset.from_list(rows).to_csv(path)
     elif suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     else:
