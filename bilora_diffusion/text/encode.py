@@ -1,31 +1,44 @@
-"""Tokenized sets, kept on disk so that a second run or process need not tokenize again."""
+"""Tokenized sets, kept on disk so that a second run or process need not tokenize again; and packed
+ones: several short examples in one row, for causal models.
+
+Each packed example keeps its own positions, by which Transformers keeps it from seeing its
+neighbours; its first token has no loss, because nothing of its own precedes it. So the loss of
+every token is what it is in a row of its own.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
+from accelerate.utils import send_to_device
 from datasets import config
+from torch import Tensor
 
 from ..errors import UserError
 from ..seeds import digest_texts
+from ..train.task import inference
 from .config import TextConfig
 from .examples import Example
 from .models import TextModel
-from .templates import settle_template
-from .tokenizing import Row, causal_rows, classification_rows, seq2seq_rows, tokenizer_digest
+from .module import collate
+from .tokenizing import IGNORED, ROWS, settle_template, tokenizer_digest
 
-FORMAT = "3"
+FORMAT = "4"
 """Raise it when tokenization changes, so that older caches are not taken."""
-MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids", "segment_ids")
+MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
+SUMMED = ("length", "target_tokens", "truncated")
 WRITE_ROWS = 1000
 NO_LIMIT = 10**9
 """Tokenizers without a limit name a far larger number."""
+ATTENTION = ("sdpa", "eager")
+"""Attention that is given a mask made of the positions, whatever the batch size."""
 logger = logging.getLogger(__name__)
 
 
@@ -33,8 +46,8 @@ class Encoded:
     """A tokenized set. Made by ``encode`` and ``pack``.
 
     Args:
-        data: its rows: some of ``MODEL_COLUMNS``, and ``sources`` (numbers of the examples in it),
-            ``length``, ``target_tokens``, ``truncated`` (how many of its examples were cut).
+        data: its rows: some of ``MODEL_COLUMNS``, ``sources`` (numbers of the examples in it) and
+            ``SUMMED``; ``truncated`` is how many of its examples were cut.
         kind: "seq2seq", "causal" or "classification".
         examples: those it was made from.
     """
@@ -47,10 +60,9 @@ class Encoded:
         self.sources: list[list[int]] = figures["sources"].to_pylist()
         self.lengths: list[int] = figures["length"].to_pylist()
         self.target_tokens: list[int] = figures["target_tokens"].to_pylist()
-        self.truncated = sum(figures["truncated"].to_pylist())
-        """How many examples were cut to fit."""
+        self.truncated = sum(figures["truncated"].to_pylist())  # examples that were cut to fit
+        # Examples that were left out because no token of theirs would have a loss.
         self.dropped = len(examples) - sum(map(len, self.sources))
-        """How many examples were left out because no token of theirs would have a loss."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,26 +84,26 @@ class Encoded:
 def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name: str) -> Encoded:
     """Tokenize a set, or take it from the cache if texts, tokenizer and lengths are the same.
 
-    Examples with a blank answer are left out (``Encoded.dropped``), long ones are cut
-    (``Encoded.truncated``; ``tokenizing`` says which end); both are told.
+    Examples with a blank answer are left out, long ones are cut; both are logged.
 
     Args:
-        cfg: a run's configuration: lengths, template, and how and where to keep the tokens.
-        loaded: tokenizer, kind and the model's most tokens.
         name: what to call the set in messages.
 
     Raises:
-        UserError: a length that the model does not allow, or an example that can't be tokenized;
-            the message names it.
+        UserError: a length that the model does not allow, or an example that can't be tokenized.
     """
-    tokenizer, kind, template = loaded.tokenizer, loaded.kind, cfg.template
-    _check_length("max_length", cfg, loaded)
+    tokenizer, kind = loaded.tokenizer, loaded.kind
+    settings: dict[str, Any] = {"max_length": cfg.max_length}
     if kind == "seq2seq":
-        _check_length("max_target_length", cfg, loaded)
+        settings["max_target_length"] = cfg.max_target_length
+    for option, length in settings.items():
+        _check_length(option, length, loaded)
     if kind == "causal":
-        template = settle_template(template, tokenizer)
-    work = _Tokenize(tokenizer, kind, template, cfg.max_length, cfg.max_target_length)
-    fingerprint = digest_texts([*work.key(), *map(repr, examples)])
+        settings["template"] = settle_template(cfg.template, tokenizer)
+    key = [FORMAT, kind, repr(settings), tokenizer_digest(tokenizer)]
+    fingerprint = digest_texts([*key, *map(repr, examples)])
+    pairs = kind == "classification" and "token_type_ids" in tokenizer("a", "b")
+    features = _features(kind, pairs)
     folder = Path(cfg.cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(cfg.preprocessing_num_workers or 1, len(examples))
@@ -101,10 +113,14 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     # A fixed fingerprint spares hashing the table: `map` is told the fingerprint of its result.
     source = datasets.Dataset(table, fingerprint="examples")
     data = source.map(
-        work,
+        _tokenize,
         batched=True,
         remove_columns=source.column_names,
-        features=work.features(),
+        features=features,
+        fn_kwargs={
+            "rows_of": partial(ROWS[kind], tokenizer=tokenizer, **settings),
+            "columns": features.keys() - {"sources"},
+        },
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         load_from_cache_file=not cfg.overwrite_cache,
         new_fingerprint=fingerprint,
@@ -123,62 +139,32 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     return encoded
 
 
-@dataclass
-class _Tokenize:
-    """Columns of examples to columns of rows; picklable, so that several processes can run it."""
-
-    tokenizer: Any
-    kind: str
-    template: str
-    max_length: int
-    max_target_length: int
-
-    def key(self) -> list[str]:
-        """What the tokens depend on, besides the texts."""
-        lengths = f"{self.max_length} {self.max_target_length if self.kind == 'seq2seq' else ''}"
-        template = self.template if self.kind == "causal" else ""
-        return [FORMAT, self.kind, template, lengths, tokenizer_digest(self.tokenizer)]
-
-    def features(self) -> datasets.Features:
-        """The types of the columns."""
-        number, ids = datasets.Value("int64"), datasets.List(datasets.Value("int32"))
-        features: dict[str, Any] = {
-            "input_ids": ids,
-            "labels": number if self.kind == "classification" else ids,
-            "sources": datasets.List(number),
-            "length": number,
-            "target_tokens": number,
-            "truncated": datasets.Value("bool"),
-        }
-        return datasets.Features(features | ({"token_type_ids": ids} if self._pairs() else {}))
-
-    def _pairs(self) -> bool:
-        """Whether the tokenizer tells two sentences apart."""
-        return self.kind == "classification" and "token_type_ids" in self.tokenizer("a", "b")
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        table = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        kept = [row for row in table if row["answer"].strip()]
-        numbers = [row.pop("number") for row in kept]
-        rows = self._rows([Example(**row) for row in kept]) if kept else []
-        pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if row.target_tokens]
-        columns = {
-            name: [getattr(row, name) for row, _ in pairs]
-            for name in self.features()
-            if name != "sources"
-        }
-        return columns | {"sources": [[n] for _, n in pairs]}
-
-    def _rows(self, examples: list[Example]) -> list[Row]:
-        if self.kind == "seq2seq":
-            return seq2seq_rows(examples, self.tokenizer, self.max_length, self.max_target_length)
-        if self.kind == "classification":
-            return classification_rows(examples, self.tokenizer, self.max_length)
-        return causal_rows(examples, self.tokenizer, self.template, self.max_length)
+def _features(kind: str, pairs: bool) -> datasets.Features:
+    """The types of the columns; ``pairs``: the tokenizer tells two sentences apart."""
+    number, ids = datasets.Value("int64"), datasets.List(datasets.Value("int32"))
+    features: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": number if kind == "classification" else ids,
+        "sources": datasets.List(number),
+        **dict.fromkeys(SUMMED, number),
+    }
+    return datasets.Features(features | ({"token_type_ids": ids} if pairs else {}))
 
 
-def _check_length(option: str, cfg: TextConfig, loaded: TextModel) -> None:
-    length = getattr(cfg, option)
+def _tokenize(
+    batch: Mapping[str, list[Any]], rows_of: Any, columns: Collection[str]
+) -> dict[str, list[Any]]:
+    """Columns of examples to columns of rows."""
+    table = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+    kept = [row for row in table if row["answer"].strip()]
+    numbers = [row.pop("number") for row in kept]
+    rows = rows_of([Example(**row) for row in kept]) if kept else []
+    pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if row.target_tokens]
+    made = {name: [getattr(row, name) for row, _ in pairs] for name in columns}
+    return made | {"sources": [[n] for _, n in pairs]}
+
+
+def _check_length(option: str, length: int, loaded: TextModel) -> None:
     limits = {"tokenizer": loaded.tokenizer.model_max_length, "model": loaded.max_tokens}
     for owner, limit in limits.items():
         if limit is not None and limit < NO_LIMIT and length > limit:
@@ -186,3 +172,101 @@ def _check_length(option: str, cfg: TextConfig, loaded: TextModel) -> None:
                 f"--{option} {length} is more than the {limit} tokens that the {owner} allows: give"
                 f" --{option} {limit} or less."
             )
+
+
+def pack(encoded: Encoded, max_length: int) -> Encoded:
+    """Put examples together into rows of at most ``max_length`` tokens, which none exceeds.
+
+    Best-fit decreasing: the longest first, each into the row where it leaves the least room. The
+    result depends on the set alone. Rows additionally hold ``position_ids``, from 0 in each
+    example.
+    """
+    rows = []
+    for members in best_fit(encoded.lengths, max_length):
+        parts = [encoded.data[i] for i in members]
+        sums = {name: sum(part[name] for part in parts) for name in SUMMED}
+        sources = [source for part in parts for source in part["sources"]]
+        rows.append({**joined(parts), **sums, "sources": sources})
+    own = encoded.data.features
+    features = datasets.Features({**own, "position_ids": own["input_ids"]})
+    data = datasets.Dataset.from_list(rows, features=features)
+    return Encoded(data, encoded.kind, encoded.examples)
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """The tokens of several examples as one row."""
+    return {
+        "input_ids": [token for part in parts for token in part["input_ids"]],
+        "labels": [label for part in parts for label in [IGNORED, *part["labels"][1:]]],
+        "position_ids": [place for part in parts for place in range(len(part["input_ids"]))],
+    }
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of the examples of each row; rows in the order in which they were begun.
+
+    Rows are found by the room they have left, so the work grows with the examples alone: the set
+    bits of ``open_rooms`` are the rooms of which there is a row.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    open_rooms = 0
+    for example in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[example]
+        fitting = open_rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                open_rooms &= ~(1 << room)
+        else:
+            room, row = size, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        by_room.setdefault(room - length, []).append(row)
+        open_rooms |= 1 << (room - length)
+    return rows
+
+
+def require_packable(model: Any) -> None:
+    """Refuse a model whose packed examples would not be what they are alone.
+
+    Configurations don't tell which models carry a state from token to token, so a few tokens are
+    put through the model: packed behind two different neighbours, and alone.
+
+    Raises:
+        UserError: it takes no positions, has attention of another kind, or mixes packed examples.
+    """
+    config = model.config.get_text_config()
+    refused = f"--packing does not suit the model type {config.model_type}, which"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"{refused} takes no position_ids, so positions would run on from one example to the"
+            " next: drop it."
+        )
+    if config._attn_implementation not in ATTENTION:
+        raise UserError(
+            f'--packing needs the attention "sdpa" or "eager", and the model has'
+            f' "{config._attn_implementation}": give --attn_implementation sdpa.'
+        )
+    alone, packed, other = _probe(model)
+    scale = float(alone.abs().max())
+    if float((packed - other).abs().max()) > 1e-6 * scale:
+        raise UserError(f"{refused} lets a token see the example before its own: drop it.")
+    if float((packed - alone).abs().max()) > 0.05 * scale:  # loose, for weights in half precision
+        raise UserError(f"{refused} counts the positions of packed examples wrong: drop it.")
+
+
+def _probe(model: Any) -> list[Tensor]:
+    """Logits of three tokens: alone, and behind two neighbours that differ in their tokens."""
+    most = model.config.get_text_config().vocab_size - 1
+    asked = [5, 3, 4]
+    logits = []
+    with inference(model):
+        for neighbours in ([], [[2, 6, 7, 8]], [[1, 0, 1, 0]]):
+            tokens = [[min(token, most) for token in part] for part in (*neighbours, asked)]
+            batch = collate([joined([{"input_ids": p, "labels": p} for p in tokens])], "causal", 0)
+            given: Any = send_to_device(batch, next(model.parameters()).device)
+            del given["labels"]
+            logits.append(model(**given, use_cache=False).logits[0, -len(asked) :].float())
+    return logits

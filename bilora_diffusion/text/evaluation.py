@@ -25,16 +25,10 @@ PREFIX = "heldout_"
 
 
 class Evaluation:
-    """Measures a model on held-out rows.
+    """Measures a model on the held-out rows of ``data``.
 
     Rows go through in order of their length, so that little is padded; the figures do not depend
     on the batch size beyond rounding.
-
-    Args:
-        cfg: the options of evaluation, and lengths.
-        loaded: the model, its tokenizer and kind.
-        module: the model with its loss.
-        data: with a validation set.
 
     Raises:
         UserError: answers may be longer than the model allows.
@@ -78,21 +72,18 @@ class Evaluation:
         return total / sum(rows.target_tokens[:count]), classes
 
     def answer(self, folder: Path) -> dict[str, float]:
-        """Let the model answer, greedily; returns metrics of the answers.
-
-        Args:
-            folder: where ``predictions.jsonl`` goes: prompt, prediction and reference of each row.
-        """
+        """Let the model answer, greedily; write ``predictions.jsonl``; return metrics."""
         most = self.cfg.max_predictions
         count = len(self.rows) if most is None else min(len(self.rows), most)
         if not count or self.loaded.kind == "classification":
             return {}
         prompts = [self._prompt(i) for i in range(count)]
-        answers: dict[int, str] = {}
+        answers = [""] * count
         with inference(self.module):
             for numbers in self.batches([len(prompt) for prompt in prompts]):
                 texts = self._generate([prompts[i] for i in numbers])
-                answers.update(zip(numbers, texts, strict=True))
+                for i, text in zip(numbers, texts, strict=True):
+                    answers[i] = text
         lines = []
         for i in range(count):
             example = self.rows.example(i)
@@ -100,7 +91,7 @@ class Evaluation:
             lines.append(json.dumps(line | {"reference": example.answer}, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-        return self._scores([answers[i] for i in range(count)])
+        return self._scores(answers)
 
     def _scores(self, predictions: Sequence[str]) -> dict[str, float]:
         """Metrics of the answers to the first rows."""
@@ -148,11 +139,7 @@ class Evaluation:
 
 
 def _new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
-    """Most tokens of a generated answer.
-
-    Raises:
-        UserError: the model has not so many positions, or none left for a prompt.
-    """
+    """Most tokens of a generated answer, of which the model must have more positions."""
     asked, limit = cfg.generation_max_new_tokens, loaded.max_tokens
     if asked is None and loaded.kind == "seq2seq":
         return cfg.max_target_length

@@ -24,8 +24,6 @@ class Example:
     """What goes into a model and what should come out of it.
 
     Attributes:
-        prompt: what goes in; for a classifier the first sentence of a pair.
-        answer: the target text: a label word, a completion, the last turn of a conversation.
         label: the class number where there are classes.
         pair: the second sentence, for a classifier.
         turns: (role, content) of a conversation that is more than one question and its answer.
@@ -53,11 +51,8 @@ class Example:
 
 
 def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
-    """The example of a conversation; turns after the assistant's last one are left out.
-
-    Args:
-        turns: (role, content) in order.
-        where: what to call the row in messages.
+    """The example of a conversation, (role, content) in order, without what follows the assistant's
+    last turn.
 
     Raises:
         UserError: no turn of the assistant, or nothing before it.
@@ -74,7 +69,7 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
 
 
 def open_file(
-    path: Path, *, input_column: str | None = None, target_column: str | None = None
+    path: Path, input_column: str | None = None, target_column: str | None = None
 ) -> list[Example]:
     """The examples of a file that ``files.read_rows`` reads.
 
@@ -131,15 +126,10 @@ def _column(
 def text_of(
     row: Mapping[str, Any], column: str, where: str, fix: str, numbers: bool = False
 ) -> str:
-    """The text in a column.
-
-    Args:
-        where: what to call the row in messages.
-        fix: what to do if there is none, without a period.
-        numbers: whether a whole number counts as text: a class, or true and false.
+    """The text in a column; with ``numbers`` a whole number, or true and false, counts as text.
 
     Raises:
-        UserError: the row lacks it, or it is something else.
+        UserError: the row lacks it, or it is something else; it ends with ``fix``.
     """
     if column not in row:
         raise UserError(f'{where} has no "{column}", only {listed(list(row))}: {fix}.')
@@ -170,12 +160,12 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
 
 
 def _require_text(value: str, where: str) -> str:
-    if not is_text(value):
-        raise UserError(
-            f"{where} holds half a character (a lone surrogate, {quoted(value)}): write the text"
-            " anew, in UTF-8."
-        )
-    return value
+    if is_text(value):
+        return value
+    raise UserError(
+        f"{where} holds half a character (a lone surrogate, {quoted(value)}): write the text anew,"
+        " in UTF-8."
+    )
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:

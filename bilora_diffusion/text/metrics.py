@@ -8,7 +8,7 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
@@ -22,7 +22,7 @@ def score(
     labels: Sequence[str] = (),
     answer_marker: str | None = None,
 ) -> dict[str, float]:
-    """Metrics of predicted against wanted answers; white space around either does not count.
+    """Metrics of predicted answers; white space around them does not count.
 
     Args:
         metrics: some of ``METRICS``.
@@ -31,36 +31,20 @@ def score(
         labels: the label words, by class number; of two, the last is F1's positive one.
         answer_marker: what stands before the answer proper, for "answer_match".
 
-    Returns:
-        One number for each metric: -1 to 1 for Matthews correlation, else 0 to 1.
-
     Raises:
-        UserError: an unknown metric, scikit-learn is missing, or a reference without its marker.
-        ValueError: nothing to compare, or not as many predictions as references.
+        UserError: scikit-learn is missing, or a reference has no marker.
     """
-    if not references or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions can't be scored by {len(references)}")
     given, right = ([text.strip() for text in texts] for texts in (predictions, references))
-    figures = {}
-    for name in metrics:
-        if name not in METRICS:
-            raise UserError(
-                f'there is no metric "{name}"{did_you_mean(name, METRICS)}: give some of'
-                f" {', '.join(METRICS)}."
-            )
-        figures[name] = float(METRICS[name](given, right, labels, answer_marker))
-    return figures
+    return {name: float(METRICS[name](given, right, labels, answer_marker)) for name in metrics}
 
 
 def answer_after(text: str, marker: str | None) -> str | None:
-    """The answer proper: the line after the first ``marker``, a number in it without its dress.
+    """The answer proper: the line after the first ``marker`` (None without one), a number in it
+    without its dress.
 
     So "#### 1,000", "####1000.0" and "#### $1000." are the same answer. Where several numbers or
     words stand there, the whole line counts. Text after that line is what a model that does not
     stop goes on with.
-
-    Returns:
-        None if the marker is not in the text; without a marker, the whole text is looked at.
     """
     if marker:
         _, mark, text = text.partition(marker.strip())

@@ -71,14 +71,7 @@ class TextModel:
 
 
 class TextSource:
-    """A model whose configuration has been read, and whose weights have not.
-
-    Args:
-        options: those of the command line; ``model_name_or_path`` may be a key of
-            ``places.PACKAGED``.
-
-    Attributes:
-        kind: which kind of model it is.
+    """A model whose configuration, and so its ``kind``, has been read, and whose weights have not.
 
     Raises:
         UserError: it can't be found or read, is of another kind, or needs a package or code that is
@@ -113,9 +106,7 @@ class TextSource:
         """Model and tokenizer, both on the CPU, without adapters.
 
         Args:
-            dtype: of the weights.
-            labels: names of the classes, for a classifier.
-            seed: of a classifier's new head.
+            labels: names of the classes, for a classifier, whose new head depends on the seed.
             weights: whether to read any; the model is `adapters.weightless` without.
 
         Raises:
@@ -129,45 +120,37 @@ class TextSource:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
             arguments["ignore_mismatched_sizes"] = True
+        what, made = f'the weights of "{self.name}"', _auto(AUTO_CLASSES[self.kind])
         if not weights:
-            return self._empty(tokenizer, dtype)
-        what, packed = f'the weights of "{self.name}"', "gguf_file" in self.arguments
-        if not packed:
-            arguments["use_safetensors"] = True
-            require_safetensors(what, Path(self.location))
-        load = _auto(AUTO_CLASSES[self.kind]).from_pretrained
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(seed, "head"))
-            model, report = reading(
-                what, FIX, lambda: load(self.location, **arguments, output_loading_info=True)
+            names = ("trust_remote_code", "attn_implementation")
+            given = {name: arguments[name] for name in names if name in arguments}
+            model = reading(
+                what, FIX, lambda: weightless(lambda: made.from_config(self.config, **given), dtype)
             )
-        if packed:
-            model = _without_quantization(model, dtype)
+            body = f"{model.base_model_prefix}."
+            # Which layers outside of the body are new, only stored weights could tell.
+            new = _modules(key for key, _ in model.named_parameters() if not key.startswith(body))
+            new = new if self.kind == "classification" else ()
+        else:
+            packed = "gguf_file" in self.arguments
+            if not packed:
+                arguments["use_safetensors"] = True
+                require_safetensors(what, Path(self.location))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(seed, "head"))
+                given = {**arguments, "output_loading_info": True}
+                model, report = reading(
+                    what, FIX, lambda: made.from_pretrained(self.location, **given)
+                )
+            model = _without_quantization(model, dtype) if packed else model
+            new = self._new_modules(model, report)
+            require_finite(f'the model "{self.name}"', model)
         _settle_padding(model, tokenizer)
-        new = self._new_modules(model, report)
-        require_finite(f'the model "{self.name}"', model)
         return TextModel(model.eval(), tokenizer, self.kind, new)
 
-    def _empty(self, tokenizer: Any, dtype: torch.dtype) -> TextModel:
-        """The model without weights; of a classifier all that is no part of the body counts as
-        new, which only stored weights could tell.
-        """
-        names = ("trust_remote_code", "attn_implementation")
-        given = {
-            name: value for name in names if (value := getattr(self.options, name)) is not None
-        }
-        make, what = _auto(AUTO_CLASSES[self.kind]).from_config, f'the model "{self.name}"'
-        model = reading(what, FIX, lambda: weightless(lambda: make(self.config, **given), dtype))
-        _settle_padding(model, tokenizer)
-        body = f"{model.base_model_prefix}."
-        new = _modules(key for key, _ in model.named_parameters() if not key.startswith(body))
-        return TextModel(model, tokenizer, self.kind, new if self.kind == "classification" else ())
-
     def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
-        """Layers without stored weights: those that make a classifier of a language model.
-
-        Raises:
-            UserError: others have none; Transformers draws them at random, and only warns.
+        """Layers without stored weights: those that make a classifier of a language model. Others
+        are refused, which Transformers would draw at random and only warn of.
         """
         new = _modules(report["missing_keys"])
         # A head of other classes may have another shape, and nothing else.
@@ -209,14 +192,7 @@ def load_text_model(
     seed: int = 0,
     **options: Any,
 ) -> TextModel:
-    """Find and load a model, as ``TextSource`` does it.
-
-    Args:
-        **options: further fields of ``TextModelOptions``.
-
-    Raises:
-        UserError: what they raise.
-    """
+    """Find and load a model as ``TextSource`` does it, by fields of ``TextModelOptions``."""
     asked = TextModelOptions(model_name_or_path=name_or_path, task_type=task_type, **options)
     return TextSource(asked).load(dtype, labels, seed)
 
@@ -245,13 +221,13 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
         "seq2seq",
         "classification" if encoder else "causal",
     )
-    kind = next((kind for kind in likely if kind in possible), None)
-    if kind is None:
-        raise UserError(
-            f'"{name}" is a {config.model_type} model, neither a language model nor a text'
-            " classifier: give another --model_name_or_path."
-        )
-    return kind
+    for kind in likely:
+        if kind in possible:
+            return kind
+    raise UserError(
+        f'"{name}" is a {config.model_type} model, neither a language model nor a text classifier:'
+        " give another --model_name_or_path."
+    )
 
 
 def _modules(keys: Iterable[str]) -> tuple[str, ...]:
@@ -281,8 +257,7 @@ def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     plain = type(old)(type(old.config).from_dict(values)).to(dtype)
     plain.load_state_dict(old.state_dict())
     plain.tie_weights()
-    if hasattr(old, "generation_config"):
-        plain.generation_config = old.generation_config
+    plain.generation_config = getattr(old, "generation_config", None)
     plain.name_or_path = old.name_or_path
     return plain
 

@@ -13,10 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from ..train.task import precision
 from .tokenizing import IGNORED
 
-PADDING_SEGMENT = -1
-HIDDEN = torch.finfo(torch.bfloat16).min
-"""Added to the score of a token that must not be seen; finite as bfloat16 and as float32."""
-
 
 def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
     """Numbers of different counts as one table, (rows, width) int64."""
@@ -27,50 +23,22 @@ def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Te
 def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> dict[str, Tensor]:
     """A batch, padded on the right to its longest row.
 
-    Not a collator of Transformers: those pad on the side that the tokenizer generates from, and
-    know no segments.
-
-    Args:
-        rows: as ``Encoded.row`` gives them, all of one set.
-        kind: "seq2seq", "causal" or "classification".
-        pad_token_id: fills ``input_ids``; padding is masked, so its value does not matter.
+    Not a collator of Transformers: those pad on the side that the tokenizer generates from.
 
     Returns:
         ``input_ids`` (batch, width) int64; ``labels``, -100 where there is no loss: (batch, target
         width), or (batch,) for a classifier; ``attention_mask``: 1 for tokens and 0 for padding,
         (batch, width). ``token_type_ids`` where the tokenizer makes them. A packed batch has
-        ``position_ids`` (batch, width), and its ``attention_mask`` is ``block_mask``'s.
+        ``position_ids`` (batch, width) instead of a mask: where they begin anew, padding at each
+        token, Transformers masks what lies before, as long as there is neither mask nor cache.
     """
-    fill = {"input_ids": pad_token_id, "labels": IGNORED, "segment_ids": PADDING_SEGMENT}
+    fill = {"input_ids": pad_token_id, "labels": IGNORED}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     whole = {"labels": torch.tensor(columns.pop("labels"))} if kind == "classification" else {}
     batch = {name: padded(values, fill.get(name, 0)) for name, values in columns.items()} | whole
-    if "segment_ids" in batch:
-        batch["attention_mask"] = block_mask(batch.pop("segment_ids"))
-    else:
+    if "position_ids" not in batch:
         batch["attention_mask"] = padded([[1] * len(ids) for ids in columns["input_ids"]], 0)
     return batch
-
-
-def block_mask(segments: Tensor) -> Tensor:
-    """What is added to attention scores so that no token sees another segment, or a later token.
-
-    A mask of four dimensions is used by Transformers as it is. The other way, restarting
-    ``position_ids`` without any mask, is overlooked as soon as the model keeps a cache, as most
-    configurations ask for. Numbers instead of booleans, because eager attention adds what it gets.
-    Padding sees the padding before it, so that no row of scores is empty.
-
-    Args:
-        segments: (batch, width), the segment of each token.
-
-    Returns:
-        (batch, 1, width, width), rows are queries: 0, or ``HIDDEN`` where it must not look;
-        float32. A model in half precision outside of autocast wants it in its own type.
-    """
-    width = segments.shape[1]
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    seen = same & torch.ones(width, width, dtype=torch.bool).tril()
-    return torch.zeros(seen.shape).masked_fill_(~seen, HIDDEN)
 
 
 class TextModule(nn.Module):
@@ -106,8 +74,6 @@ class TextModule(nn.Module):
         """(slots, tokens, vocabulary), or (slots, classes) of a classifier."""
         model: Any = self.model
         given = {k: v for k, v in inputs.items() if k not in ("labels", "weights")}
-        if given["attention_mask"].is_floating_point():  # of packed rows; added to the scores
-            given["attention_mask"] = given["attention_mask"].to(precision(self.model))
         if self.kind == "seq2seq":
             labels = inputs["labels"]
             given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)

@@ -13,13 +13,11 @@ from ..files import reason
 from ..run.heldout_part import chosen
 from ..seeds import digest_texts, generator, seed_of
 from . import catalog
-from .catalog import OTHER_SET, CatalogTask
+from .catalog import OTHER_SET, CatalogTask, packaged_rows
 from .config import TextConfig
-from .encode import Encoded, encode
+from .encode import Encoded, encode, pack, require_packable
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
-from .packages import packaged_rows
-from .packing import pack, require_packable
 
 DRAW = 0
 """Seed of what is drawn from a set that is used in part: the same rows for every run's seed."""
@@ -29,14 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples before tokenization.
+    """Examples before tokenization, and how their answers are scored (``metrics.score``).
 
     Args:
         name: what the training set is called in messages.
-        train, validation: the examples; validation may be None.
-        metrics: names for ``metrics.score``.
         label_words: the answers that there are; empty for free text.
-        answer_marker: what stands before the answer proper, such as "####".
     """
 
     name: str
@@ -84,10 +79,7 @@ def _task_rows(cfg: TextConfig) -> Rows:
 
 def _file_rows(cfg: TextConfig) -> Rows:
     files = [Path(file).expanduser() for file in (cfg.train_file, cfg.validation_file) if file]
-    sets = [
-        open_file(file, input_column=cfg.input_column, target_column=cfg.target_column)
-        for file in files
-    ]
+    sets = [open_file(file, cfg.input_column, cfg.target_column) for file in files]
     name, metrics, words = files[0].name, ("exact_match",), ()
     if cfg.task_type == "classification":
         metrics, words = ("accuracy", "f1"), label_words_of(sets[0])
@@ -97,8 +89,7 @@ def _file_rows(cfg: TextConfig) -> Rows:
                 " --target_column or the file."
             )
         sets = [with_labels(examples, words) for examples in sets]
-    held = sets[1] if len(sets) > 1 else None
-    return Rows(name, sets[0], held, metrics, words)
+    return Rows(name, sets[0], sets[1] if len(sets) > 1 else None, metrics, words)
 
 
 def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
@@ -114,11 +105,7 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
 def open_task(
     task: CatalogTask, kind: str, cache_dir: str | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """The examples to learn from, and those that are held out.
-
-    Args:
-        kind: "seq2seq", "causal" or "classification": a classifier is given bare sentences.
-        cache_dir: where downloads are kept; None: the ``datasets`` library's folder.
+    """The examples to learn from, and those that are held out, for a kind of model.
 
     Raises:
         UserError: the set can't be loaded, or is another one than the task was made for.
@@ -146,9 +133,6 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     """Numbers of the rows that a task without a validation split holds out: ``task.holdout`` or a
     few more, because equal values of ``task.group`` stay together. The groups with the lowest
     hashes are taken, so the choice depends on the texts alone and on no seed or order.
-
-    Raises:
-        UserError: the set lacks the column, or does not have more rows than that.
     """
     if task.group not in rows.column_names:
         raise UserError(
@@ -171,45 +155,34 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
 
 def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DatasetsError
 
     if task.package:
         return datasets.Dataset.from_list(packaged_rows(task, split))
-    # Of sets that come as a script, the hub keeps Parquet files on a branch.
-    branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
-    files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
+    given: Any = {"split": split, "cache_dir": cache_dir}
     try:
         try:
-            return datasets.load_dataset(
-                task.dataset, task.config_name, split=split, cache_dir=cache_dir
-            )
+            return datasets.load_dataset(task.dataset, task.config_name, **given)
         except RuntimeError as error:
             if "Dataset scripts are no longer supported" not in str(error):
                 raise
-            return datasets.load_dataset(
-                "parquet", split=split, cache_dir=cache_dir, data_files=files
-            )
-    except DatasetNotFoundError as error:
-        raise UserError(
-            f'the hub has no dataset "{task.dataset}" that you may read, which the task'
-            f" {task.name} needs: log in with `hf auth login`, or give a file by --train_file."
-        ) from error
+        # Of sets that come as a script, the hub keeps Parquet files on a branch.
+        branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
+        files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
+        return datasets.load_dataset("parquet", data_files=files, **given)
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         raise UserError(
             f"the dataset {task.dataset} of the task {task.name} could not be loaded"
-            f" ({reason(error)}): check the connection, or give a file by --train_file."
+            f" ({reason(error)}): check the connection, log in with `hf auth login` if it is not"
+            " public, or give a file by --train_file."
         ) from error
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
-    """Tokenize, and pack if that is asked for.
-
-    Raises:
-        UserError: a length that the model does not allow, or a row that can't be tokenized.
-    """
+    """Tokenize, and pack if that is asked for."""
     train, held = encode(rows.train, cfg, loaded, rows.name), None
     if cfg.packing:
-        require_packable(loaded.model, cfg.max_length)
+        require_packable(loaded.model)
         before, train = len(train), pack(train, cfg.max_length)
         logger.info("%d rows are packed into %d", before, len(train))
     if rows.validation:

@@ -36,11 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-    """Data first, since it is quick to refuse; then the model, on the device.
-
-    Raises:
-        UserError: what the rows, the model and the options say does not go together.
-    """
+    """Data first, since it is quick to refuse; then the model, on the device."""
     datasets.disable_progress_bars()
     source = TextSource(cfg)
     if cfg.packing and source.kind != "causal":
@@ -60,22 +56,18 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         dealt = folds.dealt(cfg, [example.where for example in rows.train], "rows")
         train, held = ([rows.train[i] for i in part] for part in dealt)
         rows = dataclasses.replace(rows, train=train, validation=held)
-    full = get(cfg.method).exports_weights
+    kept = DTYPES[accelerator.mixed_precision]
     loaded = source.load(
         # Weights that are trained are kept in fp32, since bf16 would lose small updates.
-        dtype=torch.float32 if full else DTYPES[accelerator.mixed_precision],
+        dtype=torch.float32 if get(cfg.method).exports_weights else kept,
         labels=rows.label_words if cfg.task_type == "classification" else None,
         seed=cfg.seed,
         weights=not cfg.dry_run,
     )
     task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
     if cfg.quantize != "none":
-        count = quantize(
-            loaded.model,
-            DTYPES[accelerator.mixed_precision],
-            skip=loaded.whole_modules,
-            device=accelerator.device,
-        )
+        kept, skipped = DTYPES[accelerator.mixed_precision], loaded.whole_modules
+        count = quantize(loaded.model, kept, skip=skipped, device=accelerator.device)
         logger.info("the weights of %d layers are held in NF4", count)
     task.to_device(accelerator.device)
     return task
@@ -122,11 +114,7 @@ TEXT = Script(
 
 
 def main(argv: Sequence[str] | None = None, config: TextConfig | None = None) -> None:
-    """Train as the command line says and leave a run folder.
-
-    Args:
-        argv: the command line; None for that of the process.
-        config: what it was read to, if it was read already.
+    """Train as the command line, or a ``config`` read from it, says, and leave a run folder.
 
     Raises:
         UserError: bad input; nothing was written.

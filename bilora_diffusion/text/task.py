@@ -25,13 +25,7 @@ NAME = "model"
 
 
 class TextTask:
-    """Rows of text and the model that learns from them.
-
-    Args:
-        cfg: the command line's configuration.
-        loaded: the model, its tokenizer and its kind.
-        data: tokenized training and held-out rows.
-    """
+    """Rows of text and the model that learns from them."""
 
     def __init__(self, cfg: TextConfig, loaded: TextModel, data: TextData) -> None:
         self.cfg, self.loaded, self.data = cfg, loaded, data

@@ -18,7 +18,7 @@ from typing import Any
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.seeds import digest_texts
 from bilora_diffusion.text.examples import Example
-from bilora_diffusion.text.templates import context_text, settle_template
+from bilora_diffusion.text.tokenizing import context_text, settle_template
 
 from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
 from .generate import Keeper

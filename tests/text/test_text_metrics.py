@@ -37,19 +37,13 @@ def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more() -> None:
     [
         ("so\n#### 1,000", "1000"),
         ("#### 1e999999999", "1e999999999"),  # written out it would fill the memory
-        ("#### 1e99999999999999999999", "1e99999999999999999999"),
-        ("####1000.0", "1000"),
         ("#### $1000.", "1000"),
         ("#### 1e3", "1000"),
         ("#### -0.0", "0"),
-        ("#### -2.50", "-2.5"),
-        ("#### .5", "0.5"),
         ("#### 12 %", "12"),
         ("#### 3\nQuestion: more\n#### 4", "3"),
         ("#### 3 apples", "3 apples"),
-        ("#### 1/2", "1/2"),
         (r"#### \frac{1}{2}.", r"\frac{1}{2}"),
-        ("#### ", ""),
         ("1000", None),
     ],
 )
@@ -61,21 +55,11 @@ def test_answer_match() -> None:
     given = ["I think\n#### 72.0", "72", "#### 71"]
     figures = score(["answer_match"], given, ["#### 72"] * 3, answer_marker="####")
     assert figures == {"answer_match": pytest.approx(1 / 3)}
-    marker = "The answer is: "
-    spoken = score(["answer_match"], [marker + "5"], ["x\n" + marker + "5.0"], (), marker)
-    assert spoken == {"answer_match": 1.0}
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r'no metric "acuracy" \(did you mean "accuracy"\?\)'):
-        score(["acuracy"], ["a"], ["a"])
+def test_a_missing_package_or_marker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match='the reference "72" has no "####"'):
         score(["answer_match"], ["72"], ["72"], answer_marker="####")
-    with pytest.raises(ValueError, match="1 predictions can't be scored by 2"):
-        score(["accuracy"], ["a"], ["a", "b"])
-    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(UserError, match=r'pip install "bilora-diffusion\[text\]"'):
         score(["f1"], ["a"], ["a"])
-    assert score(["exact_match"], ["a"], ["a"]) == {"exact_match": 1.0}
-    assert score([], ["a"], ["a"]) == {}

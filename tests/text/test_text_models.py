@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from transformers import (
     DistilBertModel,
     GPT2Config,
     LlamaConfig,
-    MPNetConfig,
     RobertaConfig,
     T5Config,
     ViTConfig,
@@ -28,7 +26,7 @@ from transformers import (
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
 from bilora_diffusion.text.places import PACKAGED
-from tests.text.text_builders import bert_config, save_bert, save_gpt2, save_llama, save_t5
+from tests.text.text_builders import bert_config, save_bert, save_llama, save_t5
 from tests.text.text_tokenizers import bert_tokenizer
 
 OWN_CODE = SimpleNamespace(  # of a repository that brings it; Transformers does not know such
@@ -42,14 +40,10 @@ CLASSIFIER = "ForSequenceClassification"
     [
         (T5Config(), "auto", "seq2seq"),
         (LlamaConfig(), "auto", "causal"),
-        (GPT2Config(), "auto", "causal"),
         (bert_config(), "auto", "classification"),
-        (bert_config(architectures=["BertModel"]), "auto", "classification"),
         (RobertaConfig(architectures=[f"Roberta{CLASSIFIER}"]), "auto", "classification"),
         (LlamaConfig(architectures=[f"Llama{CLASSIFIER}"]), "auto", "classification"),
-        (T5Config(architectures=["T5ForConditionalGeneration"]), "auto", "seq2seq"),
         (LlamaConfig(), "classification", "classification"),
-        (T5Config(), "classification", "classification"),
         (OWN_CODE, "auto", "causal"),
     ],
 )
@@ -62,8 +56,6 @@ def test_the_configuration_tells_the_kind(config: Any, task_type: str, kind: str
     [
         (LlamaConfig(), "seq2seq", "--task_type seq2seq .*causal, classification"),
         (T5Config(), "causal", "--task_type causal .*seq2seq"),
-        (ViTConfig(), "classification", "--task_type classification"),
-        (OWN_CODE, "seq2seq", "--task_type seq2seq .*: causal"),
         (ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
     ],
 )
@@ -80,22 +72,10 @@ def test_a_kind_that_does_not_fit_is_refused(config: Any, task_type: str, named:
         (GPT2Config(n_positions=55), 55),
         (bert_config(), 64),
         (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
-        (MPNetConfig(max_position_embeddings=514, pad_token_id=1), 512),
     ],
 )
 def test_the_longest_input(config: Any, limit: int | None) -> None:
     assert TextModel(SimpleNamespace(config=config), None, "causal").max_tokens == limit
-
-
-@pytest.mark.parametrize(
-    ("save", "kind"), [(save_t5, "seq2seq"), (save_llama, "causal"), (save_gpt2, "causal")]
-)
-def test_a_folder_loads(tmp_path: Path, save: Any, kind: str) -> None:
-    loaded = load_text_model(str(save(tmp_path / "it")), dtype=torch.bfloat16)
-    assert (loaded.kind, loaded.new_modules, loaded.whole_modules) == (kind, (), ())
-    assert not loaded.model.training
-    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    assert loaded.model.config.pad_token_id is not None
 
 
 def test_padding_is_settled_where_the_model_has_none(tmp_path: Path) -> None:
@@ -106,15 +86,10 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path: Path) -> None:
     loaded = load_text_model(str(base), tokenizer_name=str(tmp_path / "bare"))
     eos = loaded.tokenizer.eos_token_id
     assert loaded.tokenizer.pad_token_id == loaded.model.config.pad_token_id == eos
-    bare.eos_token = None
-    bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match=r"neither a padding nor an end token.*--tokenizer_name"):
-        load_text_model(str(base), tokenizer_name=str(tmp_path / "bare"))
 
 
-@pytest.mark.parametrize("architecture", [BertModel, BertForMaskedLM])
-def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path, architecture: Any) -> None:
-    base = str(save_bert(tmp_path / "it", architecture))
+def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    base = str(save_bert(tmp_path / "it", BertModel))
 
     def head(seed: int) -> torch.Tensor:
         loaded = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
@@ -129,16 +104,9 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path, architecture: Any)
     assert first.shape == (3, 32)
     assert torch.equal(head(0), first)
     assert not torch.equal(head(1), first)
-
-
-def test_a_head_is_kept_unless_its_classes_are_others(tmp_path: Path) -> None:
-    base = str(save_bert(tmp_path / "it"))
-    kept, same, other = (
-        load_text_model(base, labels=labels).model.classifier.weight
-        for labels in (None, ("negative", "positive"), ("a", "b", "c"))
-    )
-    assert torch.equal(kept, same)
-    assert other.shape == (3, 32)
+    stored = str(save_bert(tmp_path / "other"))  # has a head, which is kept where its classes fit
+    kept, same = (load_text_model(stored, labels=labels) for labels in (None, ("no", "yes")))
+    assert torch.equal(kept.model.classifier.weight, same.model.classifier.weight)
 
 
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path: Path) -> None:
@@ -152,10 +120,6 @@ def test_new_layers_of_a_classifier_are_trained_whole(tmp_path: Path) -> None:
     base = save_bert(tmp_path / "bert", BertForMaskedLM)  # which has no pooler
     assert load_text_model(str(base)).whole_modules == ("classifier", "bert.pooler.dense")
     assert load_text_model(str(save_bert(tmp_path / "whole"))).whole_modules == ("classifier",)
-
-
-def writes(name: str, content: str) -> Callable[[Path], object]:
-    return lambda base: (base / name).write_text(content)
 
 
 def loses_its_words(base: Path) -> None:
@@ -175,24 +139,6 @@ def changes(key: str, *shape: int) -> Callable[[Path], None]:
     return damage
 
 
-def narrows(base: Path) -> None:
-    config = (base / "config.json").read_text()
-    (base / "config.json").write_text(config.replace('_size": 64', '_size": 32'))
-
-
-def cuts_short(base: Path) -> None:
-    file = base / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-
-
-def pickles(base: Path) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-
-
-def configured(**values: Any) -> Callable[[Path], object]:
-    return writes("config.json", json.dumps({"model_type": "llama", **values}))
-
-
 LAYER = "bert.encoder.layer.1.output.dense.weight"
 DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
     (  # of which the tokenizer knows more words than the model
@@ -200,26 +146,17 @@ DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
         lambda base: None,
         r"the model knows 7 tokens only: .*--tokenizer_name",
     ),
-    (save_llama, cuts_short, "the weights of .* can't be read"),
-    (save_llama, narrows, "the weights of .* can't be read"),
-    (save_llama, loses_its_words, "the tokenizer of .* can't be read.*--tokenizer_name"),
     # Of these Transformers makes empty ones.
     (save_t5, loses_its_words, "knows no words.*--tokenizer_name"),
-    (save_bert, loses_its_words, "knows no words.*--tokenizer_name"),
-    (save_t5, pickles, r"pytorch_model\.bin.* convert it"),
-    (save_gpt2, pickles, r"pytorch_model\.bin.* convert it"),
-    (save_bert, pickles, r"pytorch_model\.bin.* convert it"),
+    (
+        save_t5,
+        lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+        r"pytorch_model\.bin.* convert it",
+    ),
     # A head may be new; whatever else is missing would be drawn at random without a word.
     (save_t5, changes("decoder.block.1"), r"holds no weights for decoder\.block\.1"),
-    (save_bert, changes(LAYER), "no weights for bert.encoder.layer.1"),
     (save_bert, changes(LAYER, 3, 3), "no weights for bert.encoder.layer.1"),
     (save_bert, changes("bert.pooler.dense.bias", 32), "not finite"),
-    (save_llama, configured(hidden_size="32"), "configuration of .* read"),
-    (save_llama, configured(architectures=[1]), "configuration of .* read"),
-    (save_llama, configured(model_type="nosuch"), "configuration of .*nosuch"),
-    (save_llama, writes("config.json", "[]"), "configuration of .* read"),
-    (save_llama, writes("tokenizer.json", "[]"), "tokenizer of .* read.*--tokenizer_name"),
-    (save_llama, writes("tokenizer_config.json", "[]"), "tokenizer of .* read.*--tokenizer_name"),
 ]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     GPT2Config,
     JambaConfig,
     LlamaConfig,
@@ -21,10 +20,9 @@ from transformers import (
 )
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.encode import Encoded
+from bilora_diffusion.text.encode import Encoded, best_fit, pack, require_packable
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.module import collate
-from bilora_diffusion.text.packing import best_fit, pack, require_packable
 from tests.text.text_builders import encoded
 from tests.text.text_tokenizers import chat_tokenizer
 
@@ -42,18 +40,20 @@ VOCABULARY = len(chat_tokenizer())
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA: dict[str, Any] = {"intermediate_size": 32, "num_key_value_heads": 2, **SIZES}
 GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
-MAMBA: dict[str, Any] = {
-    **{"use_mamba_kernels": False, "mamba_d_state": 4, "num_experts": 2},
-    **{"attn_layer_period": 2, "attn_layer_offset": 1},
-}
-ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(vocab_size=VOCABULARY, **LLAMA),
-    "mistral": MistralConfig(vocab_size=VOCABULARY, sliding_window=64, **LLAMA),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, **GPT2, **ENDS),
-    "jamba": JambaConfig(vocab_size=50, **LLAMA, **MAMBA),
+    "mistral": MistralConfig(vocab_size=VOCABULARY, sliding_window=16, **LLAMA),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **GPT2),
+    "jamba": JambaConfig(
+        vocab_size=50,
+        use_mamba_kernels=False,
+        mamba_d_state=4,
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        **LLAMA,
+    ),
     "mamba": MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1),
-    "bloom": BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2),
 }
 
 
@@ -74,7 +74,7 @@ def token_losses(network: Any, batch: dict[str, Tensor]) -> list[float]:
     """The loss of each token that has one, row by row."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
-        logits = network(**inputs).logits.float()
+        logits = network(**inputs, use_cache=False).logits.float()
     losses = cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     return losses[batch["labels"][:, 1:] != -100].tolist()
 
@@ -84,7 +84,6 @@ def token_losses(network: Any, batch: dict[str, Tensor]) -> list[float]:
 def test_each_tokens_loss_is_the_same_as_alone(kind: str, attention: str) -> None:
     single, network = rows(), model(kind, attention)
     packed = pack(single, 100)
-    assert network.config.use_cache
     assert len(packed) < len(single)
     alone = [token_losses(network, collate([single.row(i)], "causal", 0)) for i in range(5)]
     batch = collate([packed.row(i) for i in range(len(packed))], "causal", 0)
@@ -97,6 +96,7 @@ def test_each_tokens_loss_is_the_same_as_alone(kind: str, attention: str) -> Non
     assert max(expected) - min(expected) > 0.1  # losses that could not differ prove nothing
     leaking = token_losses(network, batch | {"attention_mask": torch.ones_like(batch["labels"])})
     assert leaking != pytest.approx(expected, abs=1e-3)
+    require_packable(network)
 
 
 def test_a_packed_row_says_what_is_in_it() -> None:
@@ -105,13 +105,10 @@ def test_a_packed_row_says_what_is_in_it() -> None:
     row, members = packed.row(0), packed.sources[0]
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
     assert [row["labels"][start] for start in starts] == [-100] * len(starts)
-    assert row["segment_ids"] == sorted(row["segment_ids"])
     assert row["input_ids"] == [t for m in members for t in single.row(m)["input_ids"]]
     assert packed.name(0) == " and ".join(single.name(member) for member in members)
     assert sum(packed.lengths) == sum(single.lengths)
     assert sum(packed.target_tokens) == sum(single.target_tokens)
-    labels = [label for i in range(len(packed)) for label in packed.row(i)["labels"]]
-    assert sum(label != -100 for label in labels) == sum(packed.target_tokens)
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))
@@ -126,17 +123,6 @@ def test_each_example_is_packed_once_and_no_row_is_too_long(lengths: list[int]) 
 
 def test_examples_go_where_they_leave_the_least_room() -> None:
     assert best_fit([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
-    with pytest.raises(UserError, match=r"row 2 has \d+ tokens, more than the 5"):
-        pack(encoded(EXAMPLES[1:2], chat_tokenizer()), 5)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_models_that_keep_examples_apart_pass_also_in_half_precision(attention: str) -> None:
-    for kind in ("llama", "gpt2", "mistral"):
-        require_packable(model(kind, attention), 64)
-    require_packable(model("llama", attention).to(torch.bfloat16), 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        require_packable(model("llama", attention), 64)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +130,6 @@ def test_models_that_keep_examples_apart_pass_also_in_half_precision(attention: 
     [
         ("jamba", "lets a token see the example before its own"),
         ("mamba", "takes no position_ids"),
-        ("bloom", "takes no position_ids"),
-        ("mistral", "looks back only 64 tokens"),
         ("llama", "--attn_implementation sdpa"),
     ],
 )
@@ -154,4 +138,4 @@ def test_models_that_mix_examples_are_refused(kind: str, reason: str) -> None:
     if kind == "llama":
         network.config._attn_implementation = "flash_attention_2"  # which takes no mask
     with pytest.raises(UserError, match=reason):
-        require_packable(network, 128)
+        require_packable(network)

@@ -46,7 +46,7 @@ KEYS = {
 }
 WORDS = {"LR Scheduler": "lr_scheduler", "Target Modules": "target_modules"}
 OPTIONS = {"Cosine": "cosine", "All": "all-linear"}
-OF_OTHER_ARMS = {"LoRA-SAM rho", "Full FT Learning Rate", "Full FT Micro-Batch Size"}
+NOT_IN_THE_RECIPE = {"LoRA-SAM rho", "Full FT Learning Rate", "Full FT Micro-Batch Size"}
 METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
 
 
@@ -72,13 +72,11 @@ def test_every_column_has_its_recipe_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None:
-    """And its head names source, command and the figures of the other arms."""
     table, column = COLUMNS[name]
     figures = TABLES[table][column]
-    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text)
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     values = vars(parse_text(["--config", str(RECIPES / f"{name}.yaml")]))
-    for row in figures.keys() - OF_OTHER_ARMS - {"Evaluation Metric"}:
+    for row in figures.keys() - NOT_IN_THE_RECIPE - {"Evaluation Metric"}:
         compare(row, figures[row], recipe)
         compare(row, figures[row], values)
     assert (values["max_train_steps"], values["lr_warmup_steps"]) == (None, None)
@@ -90,17 +88,6 @@ def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None
         assert catalog.get(recipe["task"]).metrics[0] == metric
     else:
         assert not name.startswith("t5_base/")
-    source, command, *rest = text.split("\ntask:")[0].splitlines()
-    assert f"Table {table}" in source
-    assert column in source
-    assert command == f"#   accelerate launch train_text_bilora.py --config recipes/{name}.yaml"
-    arms = " ".join(line.removeprefix("# ") for line in rest)
-    assert f"--method lora-sam --rho {figures['LoRA-SAM rho']};" in arms
-    full = f"--method full --learning_rate {figures['Full FT Learning Rate']:.0e}"
-    if micro := figures.get("Full FT Micro-Batch Size"):
-        steps = figures["Batch Size"] // micro
-        full += f" --train_batch_size {micro} --gradient_accumulation_steps {steps}"
-    assert f"{full.replace('e-0', 'e-')}." in arms
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
-from pyarrow import parquet
+from datasets import Dataset
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
-from bilora_diffusion.text.rows import open_rows, subset
+from bilora_diffusion.text.rows import open_rows
 
 ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
 
@@ -21,11 +20,9 @@ ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question
 def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / f"train{suffix}"
     if suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        Dataset.from_list(rows).to_parquet(path)
     elif suffix == ".csv":
-        quoted = [[str(v).replace('"', '""') for v in row.values()] for row in rows]
-        lines = [",".join(rows[0]), *(",".join(f'"{v}"' for v in row) for row in quoted)]
-        path.write_bytes("\n".join(lines).encode())
+        Dataset.from_list(rows).to_csv(path)
     elif suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     else:
@@ -38,11 +35,12 @@ def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
 def test_each_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> None:
     examples = open_file(write(tmp_path, suffix, ROWS))
     assert examples == [Example(row["question"], row["answer"]) for row in ROWS]
-    if suffix == ".csv":
-        return
+
+
+def test_conversations_end_with_the_assistant(tmp_path: Path) -> None:
     turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    path = write(tmp_path, suffix, [{"messages": messages}, {"messages": messages[1:]}])
+    path = write(tmp_path, ".jsonl", [{"messages": messages}, {"messages": messages[1:]}])
     talks = open_file(path, input_column="auto", target_column="auto")
     assert talks == [Example("u", "a", turns=tuple(turns[:3])), Example("u", "a")]
 
@@ -52,9 +50,7 @@ def test_each_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> Non
     [
         ({"id": "1", "prompt": "p", "completion": "c"}, "p", "c"),
         ({"sentence": "s", "label": 3}, "s", "3"),
-        ({"text": "t", "label": True}, "t", "True"),
         ({"input": "i", "output": "o"}, "i", "o"),
-        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
         ({"instruction": "i", "input": "j", "output": "o"}, "i\n\nj", "o"),
         ({"instruction": "i", "input": None, "output": "o"}, "i", "o"),
         ({"instruction": "i", "context": "j", "response": "o"}, "i\n\nj", "o"),
@@ -76,29 +72,16 @@ def test_named_columns_go_before_usual_ones(tmp_path: Path) -> None:
 GOOD = '{"input": "a", "output": "b"}\n'
 REFUSED: list[tuple[str, str, dict[str, str], str]] = [
     ("t.jsonl", "", {}, "t.jsonl has no rows"),
-    ("t.csv", "input,output\n", {}, "t.csv has no rows"),
-    ("t.json", "[]", {}, "t.json has no rows"),
     ("t.jsonl", GOOD + "{oops}\n", {}, "line 2 of t.jsonl"),
-    ("t.jsonl", GOOD + '["a", "b"]', {}, "line 2 of t.jsonl is a list"),
     ("t.json", f"[{GOOD}, 3]", {}, "row 2 of t.json is a number"),
-    ("t.json", '{"data": []}', {}, "t.json holds an object"),
-    ("t.json", GOOD * 2, {}, r"t.json is not JSON .*\.jsonl"),
-    ("t.parquet", "PAR1 no", {}, "t.parquet .*Parquet"),
-    ("t.txt", "hello", {}, r"t.txt is none of \.jsonl"),
     ("t.csv", "input,output\na,b,c\n", {}, "line 2 of t.csv .*2 fields"),
     ("t.jsonl", '{"a": "x", "output": "y"}', {}, "prompt.*--input_column.*a, output"),
     ("t.jsonl", '{"input": "x", "b": "y"}', {}, "answer.*--target_column.*input, b"),
     ("t.jsonl", GOOD, {"input_column": "inputs"}, '"inputs".*"input".*--input_column'),
-    ("t.jsonl", GOOD, {"target_column": "y"}, '"y".*--target_column.*input, output'),
-    ("t.jsonl", GOOD + '{"input": "a"}', {}, 'line 2 of t.jsonl has no "output"'),
     ("t.jsonl", GOOD + '{"input": null, "output": "b"}', {}, '"input" of line 2 .* is empty'),
     ("t.jsonl", GOOD + '{"input": "a", "output": ["b"]}', {}, '"output" of line 2 .* is a list'),
-    ("t.jsonl", '{"input": 3, "output": "b"}', {}, '"input" of line 1 .* is a number'),
     ("t.jsonl", '{"input": "\\ud800", "output": "b"}', {}, '"input" of line 1 .*half a character'),
     ("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "line 1 .*assistant"),
-    ("t.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', {}, "line 1 .*assistant"),
-    ("t.jsonl", '{"messages": [{"role": "user"}]}', {}, 'turn 1 of line 1 .*"role"'),
-    ("t.jsonl", '{"messages": ["a"]}\n{"messages": 3}', {}, 'turn 1 of line 1 .*"role"'),
 ]
 
 
@@ -136,11 +119,3 @@ def test_each_held_out_row_is_in_one_part(tmp_path: Path) -> None:
     assert sorted([*first, *second]) == sorted(held(*few))
     with pytest.raises(UserError, match=r"asks for 31 parts of .* train\.csv"):
         held(*few, "--validation_part", "1/31")
-
-
-def test_a_subset_is_always_the_same_and_in_order() -> None:
-    numbers = list(range(50))
-    assert subset(numbers, None, "train") == subset(numbers, 50, "train") == numbers
-    first = subset(numbers, 10, "train")
-    assert first == subset(numbers, 10, "train") == sorted(first)
-    assert first != subset(numbers, 10, "validation")

@@ -15,7 +15,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.models import load_text_model
-from bilora_diffusion.text.module import TextModule, collate
+from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.text.task import TextTask
 from tests.text.text_builders import (
@@ -133,27 +133,6 @@ def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:
         assert line["prediction"] == text.strip()
 
 
-@pytest.mark.parametrize(("kind", "last"), [("causal", True), ("seq2seq", False)])
-def test_only_so_many_prompts_padded_on_the_side_that_suits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, last: bool
-) -> None:
-    """A causal model goes on from the last place; an encoder may have learned its first ones."""
-    task = task_of(tmp_path, kind, generation_max_new_tokens=2, max_predictions=5)
-    model, masks = task.loaded.model, []
-    generate = model.generate
-
-    def spy(**given: Any) -> torch.Tensor:
-        masks.append(given["attention_mask"])
-        return generate(**given)
-
-    monkeypatch.setattr(model, "generate", spy)
-    task.validate(1, tmp_path / "run", contextlib.nullcontext())
-    (mask,) = masks
-    assert len(mask) == 5
-    assert mask[:, -1 if last else 0].all()
-    assert not mask[:, 0 if last else -1].all()
-
-
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> None:
     """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
     base = save_gpt2(tmp_path / "base")
@@ -164,15 +143,3 @@ def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> No
     assert values.keys() == {"heldout_exact_match"}
     with pytest.raises(UserError, match=r"--generation_max_new_tokens 64 .* give 32 or less"):
         task_of(tmp_path, "causal", base, generation_max_new_tokens=64)
-
-
-def test_half_precision_losses_are_summed_in_float32() -> None:
-    module = TextModule(torch.nn.Linear(1, 1), "causal")
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
-    labels = torch.tensor([[-100, 1, 2, -100, -100], [-100, -100, 3, 4, 5]])
-    losses = module.losses(logits, labels)
-    assert losses.dtype == torch.float32
-    each = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
-    )
-    torch.testing.assert_close(losses, each.sum(1))
