@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +78,12 @@ class BiLoRAConfig:
 
     def spec(self) -> AdapterSpec:
         """The primary's shape."""
-        return AdapterSpec(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            init=self.init,
-            use_dora=self.use_dora,
-            target_modules=self.target_modules,
-            modules_to_save=self.modules_to_save,
-        )
+        return AdapterSpec(**{f.name: getattr(self, f.name) for f in fields(AdapterSpec)})
 
     def options(self) -> MethodOptions:
         """What the method needs beside it."""
-        return MethodOptions(
-            rho=self.rho,
-            rho_norm=self.rho_norm,
-            loss_rise=self.loss_rise,
-            auxiliaries=self.auxiliaries,
-            auxiliary_rank=self.auxiliary_rank,
-            auxiliary_alpha=self.auxiliary_alpha,
-            auxiliary_learning_rate=self.auxiliary_learning_rate,
-        )
+        names = {f.name for f in fields(MethodOptions)} & {f.name for f in fields(self)}
+        return MethodOptions(**{name: getattr(self, name) for name in names})
 
 
 class BiLoRA:
@@ -117,13 +102,10 @@ class BiLoRA:
     def initialise(self, forward_backward: Callable[[], object]) -> None:
         """Start the primary from the gradient of your loss, for init "lora-ga"; before training.
 
-        The adapters are off meanwhile. The gradients of the base weights are added up on the CPU,
-        one layer at a time, and are never in `.grad` afterwards.
-
         Args:
             forward_backward: runs the model and `backward()` on some samples of the training data,
-                as often as it likes; Wang et al. 2024 take 128 samples. The scale of the loss plays
-                no part.
+                as often as it likes; Wang et al. 2024 take 128 samples. The adapters are off
+                meanwhile, and nothing is left in `.grad`. The scale of the loss plays no part.
 
         Raises:
             UserError: the init is another one, the primary has been started already, or no

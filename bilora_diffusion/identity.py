@@ -1,10 +1,11 @@
-"""What identifies a model on disk or in memory: every bit of its weights, and its settings.
+"""Hashes of models on disk or in memory: every bit of their weights, and their settings.
 
 Not names and dates, which stay when a file is replaced. xxHash reads some gigabytes a second.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -15,8 +16,6 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-PIECE = 1 << 24
-"""Bytes of a file that are read at once."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -24,9 +23,6 @@ def of_files(folders: Iterable[Path]) -> str:
     """Identifies what the files of folders hold and what they are called; 32 hexadecimal digits.
 
     A file in the hub's cache is known by its blob, which is named by its content already.
-
-    Raises:
-        OSError: a file can't be read.
     """
     state = xxhash.xxh3_128()
     for folder in folders:
@@ -62,8 +58,5 @@ def _of_file(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
-    state = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            state.update(piece)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

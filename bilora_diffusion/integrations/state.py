@@ -22,7 +22,7 @@ from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
 from ..durable import readable_as, replacing
 from ..errors import UserError
-from ..run.matching import load_tensors, require_same_settings
+from ..run.checkpoint import load_tensors, require_same_settings
 from ..run.state_codec import separate
 
 STATE = "bilora_state.safetensors"
@@ -47,11 +47,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
 
 
 def restore(folder: Path, bilora: BiLoRA) -> None:
-    """Put a checkpoint's adapters and method state back.
-
-    Raises:
-        UserError: a file is missing or damaged, or the checkpoint is of other settings.
-    """
+    """Put a checkpoint's adapters and method state back, if it is whole and of these settings."""
     for name in (STATE, *BESIDE):
         if not (folder / name).is_file():
             raise UserError(
@@ -72,11 +68,7 @@ def restore(folder: Path, bilora: BiLoRA) -> None:
 
 
 def load_primary(folder: Path, bilora: BiLoRA) -> None:
-    """Put the primary of a folder back, which `bilora.save_pretrained` wrote.
-
-    Raises:
-        UserError: the file is missing or damaged, or does not fit.
-    """
+    """Put the primary of a folder back, which `bilora.save_pretrained` wrote, if it fits."""
     try:
         saved = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -18,13 +17,10 @@ from ..methods.perturb import restored
 
 
 class Average:
-    """An exponential moving average: diffusers' `EMAModel` over a list of parameters.
+    """An exponential moving average: diffusers' `EMAModel` over a list of parameters, whose order
+    identifies them in a checkpoint.
 
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
-
-    Args:
-        parameters: what is averaged; their order identifies them in a checkpoint.
-        decay: in [0, 1).
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -39,9 +35,7 @@ class Average:
     def applied(self) -> Iterator[None]:
         """Within the context the parameters hold their average; then what they held before."""
         with restored(self.parameters):
-            with torch.no_grad():
-                for own, average in zip(self.parameters, self._ema.shadow_params, strict=True):
-                    own.copy_(average)
+            self._ema.copy_to(self.parameters)
             yield
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,21 +9,24 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from bilora_diffusion.durable import TEMPORARY
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.run import checkpoint, digests
-from bilora_diffusion.run.checkpoint import latest, load, prune, resolve
-from bilora_diffusion.run.matching import load_tensors, require_same_settings
+from bilora_diffusion.run import checkpoint
+from bilora_diffusion.run.checkpoint import (
+    latest,
+    load,
+    load_tensors,
+    prune,
+    require_same_settings,
+    resolve,
+)
 from tests.run.checkpoints import save
 
 
@@ -43,122 +46,37 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.uint8,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-)
-
-
-@st.composite
-def tensor(draw: st.DrawFn) -> Tensor:
-    shape = draw(st.lists(st.integers(0, 3), max_size=3))
-    bits = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    dtype = draw(st.sampled_from(DTYPES))
-    count = torch.Size(shape).numel()
-    if dtype is torch.bool:
-        return torch.randint(0, 2, shape, generator=bits).bool()
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=bits)
-    return raw.view(dtype).reshape(shape)  # any bit pattern: NaN payloads, subnormals, -0
-
-
-leaves = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text()
-    | st.sampled_from(["$", "tensor", float("inf"), -0.0, 5e-324])
-    | tensor()
-)
-keys = st.integers() | st.text(max_size=4) | st.sampled_from(["$", "a/b", "a", "__metadata__"])
-values = st.recursive(
-    leaves,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(keys, inner, max_size=3)
-        | st.dictionaries(keys, inner, max_size=3).map(OrderedDict)
-        | st.dictionaries(st.integers(), st.integers(), max_size=3).map(Counter)
-    ),
-    max_leaves=12,
-)
-states = st.dictionaries(st.text(max_size=5), values, max_size=4)
-names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    tensors=st.dictionaries(names.filter(lambda n: n != "__metadata__"), tensor(), max_size=3),
-    optimizer=states,
-    scheduler=states,
-    scaler=st.none() | states,
-    extra=states,
-    step=st.integers(0, 10**9),
-)
-def test_whatever_is_saved_comes_back_exactly(step: int, **parts: Any) -> None:
-    with TemporaryDirectory() as folder:
-        found = load(save(Path(folder), step, **parts))
-    assert found.step == step
-    assert set(found.tensors) == set(parts["tensors"])
-    assert all(same(found.tensors[name], value) for name, value in parts["tensors"].items())
-    for name in ("optimizer", "scheduler", "scaler", "extra"):
-        assert same(getattr(found, name), parts[name]), name
-
-
-@pytest.mark.parametrize(
-    "altered", ["[[", '{"step": 3}', '{"step": -1, "optimizer": {"$": ["tensor", "gone"]}}']
-)
-def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
-    tmp_path: Path, altered: str
-) -> None:
-    path = save(tmp_path, 3)
-    (path / "state.json").write_text(altered)
-    digests.seal(path, checkpoint.FILES)  # so that it is not refused for its digest alone
-    with pytest.raises(UserError, match="step-3 was altered: delete step-3"):
-        load(path)
-
-
-def test_tensors_that_share_memory(tmp_path: Path) -> None:
+def test_whatever_is_saved_comes_back_exactly(tmp_path: Path) -> None:
+    bits = torch.arange(-64, 64, dtype=torch.int8)  # NaN payloads, subnormals, -0
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64)
+    tensors = {str(dtype): bits.view(dtype) for dtype in dtypes} | {"a/b": torch.empty(0, 3)}
     base = torch.arange(12.0).reshape(3, 4)
-    tensors = {"a": base, "b": base, "row": base[1], "across": base.t(), "empty": base[:0]}
-    shared = {"state": {0: {"x": base[1], "y": base[1:], "z": base.expand(2, 3, 4)}}}
-    path = save(tmp_path, tensors=tensors, optimizer=shared)
+    tensors |= {"base": base, "same": base, "row": base[1], "across": base.t()}
+    odd = [True, 10**30, -0.0, 5e-324, float("nan"), float("-inf"), "$", (1, [None]), base[1:]]
+    parts = {
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, 1.5: odd, "$": {"$": odd}},
+        "scheduler": OrderedDict(b=1, a={2: (), "a/b": {}}),
+        "scaler": {},
+        "extra": {"milestones": Counter({3: 2}), "nested": OrderedDict([(2, "x"), ("y", base)])},
+    }
+    path = save(tmp_path, 10**9, tensors=tensors, **parts)
     found = load(path)
     with (path / checkpoint.ADAPTERS).open("r+b") as file:  # on which nothing loaded depends
         file.write(b"\0" * 200)
+    assert (found.step, set(found.tensors)) == (10**9, set(tensors))
     assert all(same(found.tensors[name], value) for name, value in tensors.items())
-    assert same(found.optimizer, shared)
-    found.tensors["a"].zero_()
-    assert same(found.tensors["b"], base)
-    qmap = torch.linspace(-1, 1, 256)  # one map for all parameters, as bitsandbytes has it
-    state = load(save(tmp_path, optimizer={"state": [{"qmap": qmap}, {"qmap": qmap}]})).optimizer
-    assert state["state"][0]["qmap"] is state["state"][1]["qmap"]
+    for name, part in parts.items():
+        assert same(getattr(found, name), part), name
+    found.tensors["base"].zero_()
+    assert same(found.tensors["same"], base)
 
 
-@pytest.mark.parametrize(
-    "value", [np.float64(1.0), {1}, object(), torch.float32, torch.eye(2).to_sparse()]
-)
+@pytest.mark.parametrize("value", [np.float64(1.0), {1}, torch.eye(2).to_sparse()])
 def test_what_cannot_come_back_exactly_is_refused(tmp_path: Path, value: Any) -> None:
     save(tmp_path, 1)
     with pytest.raises(TypeError, match="extra/x"):
         save(tmp_path, 2, extra={"x": value})
     assert os.listdir(tmp_path / checkpoint.CHECKPOINTS) == ["step-1"]
-
-
-def test_same_content_gives_same_bytes_readable_by_others(tmp_path: Path) -> None:
-    first, second = save(tmp_path / "a"), save(tmp_path / "b")
-    files = sorted(path.name for path in first.iterdir())
-    assert files == ["adapters.safetensors", "digests.json", "optimizer.safetensors", "state.json"]
-    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
-    assert len({path.stat().st_mode for path in first.iterdir()}) == 1
 
 
 def load_latest(folder: Path) -> checkpoint.Checkpoint:
@@ -191,12 +109,11 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
             monkeypatch.setattr(module, name, guarded(getattr(module, name)))
 
 
-@pytest.mark.parametrize("earlier", [1, 2], ids=["new step", "same step"])
-def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path, earlier: int) -> None:
+def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     outcomes = set()
     for call in range(1, 100):
         folder = tmp_path / str(call)
-        save(folder, earlier, 1.0)
+        save(folder, 1, 1.0)
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, call)
             try:
@@ -207,8 +124,7 @@ def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path, earli
         outcomes.add(found.extra["value"])
         assert resolve(folder, f"step-{found.step}") == latest(folder)
         root = folder / checkpoint.CHECKPOINTS
-        if load(root / f"step-{found.step}").extra["value"] == 1.0:
-            assert not completed
+        assert not (completed and found.step == 1)
         save(folder, 3, 3.0)  # cleans up
         assert {path.name for path in root.iterdir()} <= {"step-1", "step-2", "step-3"}
         assert load_latest(folder).extra["value"] == 3.0
@@ -266,7 +182,7 @@ def test_what_is_no_checkpoint_is_refused_with_one_that_is(tmp_path: Path) -> No
     for path, parts in {
         tmp_path / "folder": ("not a checkpoint folder",),
         run: ("not a checkpoint folder", str(good)),
-        good / checkpoint.STATE: ("is a file",),
+        good / checkpoint.STATE: ("not a checkpoint folder",),
         good.parent / "step-7": ("does not exist", str(good)),
         foreign: ("schema version 2", "reads 1"),
     }.items():
@@ -288,16 +204,6 @@ def test_latest_is_numeric_and_ignores_the_rest(tmp_path: Path) -> None:
     assert not paths[0].exists()
     assert paths[1].exists()
     assert paths[2].exists()
-
-
-def test_a_checkpoint_that_is_being_replaced_is_found(tmp_path: Path) -> None:
-    path = save(tmp_path, 4, 1.0)
-    waiting = path.with_name(".replaced-step-4")
-    path.rename(waiting)
-    assert latest(tmp_path) == resolve(tmp_path, "step-4") == resolve(tmp_path, path) == waiting
-    assert load(path).extra == load(waiting).extra == {"value": 1.0}
-    save(tmp_path, 5)
-    assert sorted(os.listdir(path.parent)) == ["step-4", "step-5"]
 
 
 def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
