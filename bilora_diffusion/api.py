@@ -133,9 +133,6 @@ class BiLoRA:
         Args:
             lr: the learning rate of the primary, and of the auxiliary if the config names none.
             weight_decay: of the primary; the auxiliary has none.
-
-        Raises:
-            UserError: the init needs a gradient and `initialise` was not called.
         """
         if not self._initialised:
             raise UserError(
@@ -145,27 +142,18 @@ class BiLoRA:
         return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10).
-
-        Raises:
-            UserError: bound to it already, or the optimizer was not made from `param_groups`.
-        """
+        """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10)."""
         self._method.bind(optimizer)
 
     def samples(self, numbers: Iterable[int]) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch, where there are several
-        auxiliaries.
-
-        Args:
-            numbers: of the sample in each row, for example its place in the data set.
+        auxiliaries; ``numbers`` are those of the sample in each row, such as its place in the set.
         """
         return self._method.seen([int(number) for number in numbers])
 
     def observe(self, loss: Tensor) -> None:
-        """Tell the loss before each `optimizer.step()`; needed only where rho is "auto".
-
-        Args:
-            loss: 0-d, the mean over what the step's gradient was taken of.
+        """Tell the loss before each `optimizer.step()`, 0-d, the mean over what the step's gradient
+        was taken of; needed only where rho is "auto".
         """
         self._method.observe(loss)
 
@@ -182,10 +170,8 @@ class BiLoRA:
         return self._method.clip_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """The trained LoRA under PEFT's keys; nothing of the auxiliary.
-
-        It is made for the base weights that the model came with. Of an init that changed these it
-        has twice the rank and needs twice the alpha, see `adapters.portable_state_dict`.
+        """The trained LoRA under PEFT's keys, for the base weights that the model came with. Of an
+        init that changed these it has twice the rank and alpha (`adapters.portable_state_dict`).
         """
         return adapters.portable_state_dict(self.model, PRIMARY)
 

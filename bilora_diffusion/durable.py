@@ -59,25 +59,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def overwrite_text(path: Path, text: str) -> None:
-    """Write ``text`` over what ``path`` holds, where a full disk has no room for a second file; if
-    it has none for this either, raises OSError and leaves the file as it was.
+    """Write ``text`` into the room that ``path`` has, where a full disk has none for a second file;
+    raises OSError if it is longer.
     """
-    before = path.read_bytes()
+    data = text.encode("utf-8")
     with open(path, "r+b", buffering=0) as file:
-        try:
-            _write_all(file, text.encode("utf-8"))
-        except OSError:
-            file.seek(0)
-            _write_all(file, before)
-            raise
+        if len(data) > os.fstat(file.fileno()).st_size:
+            raise OSError(errno.ENOSPC, FULL_IN_WORDS, str(path))
+        file.write(data)
+        file.truncate()
         os.fsync(file.fileno())
-
-
-def _write_all(file: Any, data: bytes) -> None:
-    size = len(data)
-    while data:
-        data = data[file.write(data) :]
-    file.truncate(size)
 
 
 def readable_as(pattern: Path, *paths: Path) -> None:

@@ -91,7 +91,7 @@ def unexpected(error: BaseException) -> str:
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
-    """Write an exception's trace to a file in ``folder`` (by default a temporary one), if it can be;
+    """Write an exception's trace to a file in ``folder``, by default a temporary one, if it can be;
     `run_cli` then names it.
     """
     rank = os.environ.get("RANK", "0")

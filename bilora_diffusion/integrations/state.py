@@ -1,8 +1,5 @@
-"""What a trainer's checkpoint holds beside the primary: `bilora_state.safetensors`.
-
-The folder's `adapter_model.safetensors` is the primary alone. This file has the primary and the
-auxiliary as they are trained, in a name that no loader of models looks for, and the settings that
-they belong to as metadata.
+"""The file of a trainer's checkpoint beside the primary: `bilora_state.safetensors`, with both
+adapters as they are trained and, as metadata, the settings that they belong to.
 """
 
 from __future__ import annotations

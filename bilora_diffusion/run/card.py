@@ -63,9 +63,7 @@ def _given(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(cfg: Any, steps: int) -> dict[str, Any]:
-    """How the run was made, with what was set of the method's own options: its radius, and what is
-    not as usual. None where there is nothing to say.
-    """
+    """How the run was made; of the method's own options its radius, and what is not as usual."""
     method = get(cfg.method)
     own = {
         name.replace("_", " "): getattr(cfg, name)

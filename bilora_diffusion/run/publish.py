@@ -21,11 +21,7 @@ NAME_PATHS = ["run.json", "folds.json", "adapter_config.json", "config.json", "*
 
 
 def repository(cfg: Any) -> str:
-    """The hub repository of this run; made now, so that a bad token is known before training.
-
-    Raises:
-        UserError: the hub refuses or cannot be reached.
-    """
+    """The hub repository of this run; made now, so that a bad token is known before training."""
     name = cfg.hub_model_id or Path(cfg.output_dir).name
     try:
         return create_repo(repo_id=name, exist_ok=True, token=cfg.hub_token).repo_id

@@ -133,19 +133,17 @@ class RunLog:
         self.close("finished")
 
     def close(self, status: str, reason: str | None = None) -> None:
-        """Close the record; on a full disk it is written over the old one.
-
-        Args:
-            status: "finished", "failed", or "interrupted", which goes on with the next resume.
-            reason: one sentence why it failed.
+        """Close the record as "finished", "failed" for a reason in one sentence, or "interrupted",
+        which goes on with the next resume; on a full disk it is written over the old one.
         """
         self._run["status"] = status
         if reason is not None:
             self._run["error"] = reason
         try:
             self.sync()
-        except OSError:  # a full disk
-            self._write_over()
+        except OSError:  # a full disk: without spaces the record fits into the old one's room
+            with contextlib.suppress(OSError):
+                overwrite_text(self.folder / RUN, json.dumps(strict_json(self._run)[0]))
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -154,14 +152,6 @@ class RunLog:
         """Write down that the folder's ``README.md`` is the run's own, before it is written."""
         self._run["card"] = True
         self._write()
-
-    def _write_over(self) -> None:
-        """Write the record where it stands; without the reason if that takes more room."""
-        for left_out in ((), ("error",)):
-            run = {key: value for key, value in self._run.items() if key not in left_out}
-            with contextlib.suppress(OSError):
-                overwrite_text(self.folder / RUN, dump_json(strict_json(run)[0]))
-                return
 
     def _write(self) -> None:
         self._written = time.monotonic()

@@ -104,7 +104,7 @@ def read(path: Path) -> Snapshot:
             )
         factors = {
             adapter: [
-                Factors(name, *(tensors[_key(adapter, name, side)] for side in "AB"), float(scale))
+                Factors(name, *_sides(tensors, adapter, name), float(scale))
                 for name, scale in zip(about["layers"], scales, strict=True)
             ]
             for adapter, scales in about["scales"].items()
@@ -117,6 +117,10 @@ def read(path: Path) -> Snapshot:
         raise UserError(
             f"{path} is damaged: delete it to leave this step out, or train again"
         ) from error
+
+
+def _sides(tensors: dict[str, Tensor], adapter: str, layer: str) -> tuple[Tensor, Tensor]:
+    return tensors[_key(adapter, layer, "A")], tensors[_key(adapter, layer, "B")]
 
 
 def _key(adapter: str, layer: str, side: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -35,7 +36,9 @@ class Average:
     def applied(self) -> Iterator[None]:
         """Within the context the parameters hold their average; then what they held before."""
         with restored(self.parameters):
-            self._ema.copy_to(self.parameters)
+            with torch.no_grad():
+                for own, average in zip(self.parameters, self._ema.shadow_params, strict=True):
+                    own.copy_(average)
             yield
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gradients of the base weights: what LoRA-GA starts from, one layer on the device at a time."""
+"""Gradients of the base weights, which LoRA-GA starts from: one layer on the device at a time."""
 
 from __future__ import annotations
 
@@ -76,7 +76,6 @@ def initialise(
     Args:
         task: what is trained, prepared by `accelerator`.
         targets: its models after `Method.setup`.
-        cfg: for `seed`, `train_batch_size` and `lora_ga_samples`.
 
     Raises:
         UserError: the loss reaches no layer of a model.

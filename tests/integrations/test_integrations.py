@@ -94,32 +94,6 @@ def test_a_radius_that_sets_itself_goes_by_the_loss_of_the_whole_step(
     assert reference.auxiliary_norm() <= radii[-1] * (1 + 1e-4)
 
 
-def test_the_log_tells_of_the_primary_and_the_ball_and_a_second_training_goes_on(
-    tmp_path: Path,
-) -> None:
-    seen: list[float] = []
-
-    class Norm(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            gradients = [p.grad.norm() for p in bilora.clip_parameters() if p.grad is not None]
-            seen.append(float(torch.stack(gradients).norm()))
-
-    bilora = attached(tiny_llm())
-    values: dict[str, Any] = {"max_steps": 2, "max_grad_norm": 0.01, "callbacks": [Norm()]}
-    trainer = with_bilora(tmp_path, bilora, **values)
-    trainer.train()
-    assert all(norm <= RHO * (1 + 1e-6) for norm in losses(trainer, "auxiliary_norm"))
-    assert losses(trainer, "auxiliary_norm_before")[0] > RHO
-    assert all(norm > 0.01 for norm in losses(trainer, "grad_norm"))
-    assert seen == pytest.approx([0.01, 0.01], rel=1e-3)
-    assert adapters.active(bilora.model) == (PRIMARY,)
-    before = bilora.primary_state_dict()
-    trainer.train()
-    after = bilora.primary_state_dict()
-    assert not any(torch.equal(before[key], after[key]) for key in before)
-    assert bilora._method.taken == 4
-
-
 @pytest.mark.parametrize(("kind", "make"), [("trainer", peft_llm), ("sft", tiny_llm)])
 def test_what_is_evaluated_and_saved_is_the_primary_alone(
     kind: str, make: Any, tmp_path: Path

@@ -27,7 +27,6 @@ from tests.integrations.trainers import (
     CONFIG,
     RHO,
     attached,
-    batches,
     difference,
     rows,
     with_bilora,
@@ -156,18 +155,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
         trainer.train(resume_from_checkpoint=str(checkpoint))
     after = adapters.state_dict(bilora.model, PRIMARY)
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_other_first_values(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        trainer, bilora = make(tmp_path, replace(CONFIG, init="lora-ga"))
-        with pytest.raises(UserError, match="initialise"):
-            trainer.train()
-        batch = batches(rows(4, seed))[0]
-        bilora.initialise(lambda batch=batch, b=bilora: b.model(**batch).loss.backward())
-        if seed == 0:
-            trainer.add_callback(Stop())
-            trainer.train()
-        else:
-            with pytest.raises(UserError, match="started the primary elsewhere"):
-                trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))

@@ -11,7 +11,6 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.run.folder import (
     clear,
     guard,
-    refuse_foreign_models,
     refuse_unusable,
 )
 from bilora_diffusion.run.runlog import RunLog
@@ -53,12 +52,6 @@ def test_what_no_run_has_written_is_refused(tmp_path: Path, name: str) -> None:
         first = tmp_path / "run" / Path(name).parts[0]
         refused(first, "--output_dir", folder=tmp_path / "run", overwrite=overwrite)
     assert files(tmp_path) == before
-
-
-def test_whole_models_that_are_not_the_runs_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "unet").mkdir()
-    with pytest.raises(UserError, match=r"unet .*--output_dir"):
-        refuse_foreign_models(tmp_path)
 
 
 def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path: Path) -> None:

@@ -149,13 +149,3 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(
     with pytest.raises(Reached):
         train(flags(folder, **ORDERS[first]))
     assert folder.exists() == (first != "start")
-
-
-def test_a_fold_made_by_hand_and_the_run_around_it_do_not_mix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fold = tmp_path / "folds" / "1"
-    monkeypatch.setattr(running, "build_accelerator", lambda _: pytest.fail("was let in"))
-    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=None)
-    with hold(fold), pytest.raises(UserError, match=f"writing into {fold}"):
-        train(flags(tmp_path, **ORDERS["fold"]))
