@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +78,12 @@ class BiLoRAConfig:
 
     def spec(self) -> AdapterSpec:
         """The primary's shape."""
-        return AdapterSpec(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            init=self.init,
-            use_dora=self.use_dora,
-            target_modules=self.target_modules,
-            modules_to_save=self.modules_to_save,
-        )
+        return AdapterSpec(**{f.name: getattr(self, f.name) for f in fields(AdapterSpec)})
 
     def options(self) -> MethodOptions:
         """What the method needs beside it."""
-        return MethodOptions(
-            rho=self.rho,
-            rho_norm=self.rho_norm,
-            loss_rise=self.loss_rise,
-            auxiliaries=self.auxiliaries,
-            auxiliary_rank=self.auxiliary_rank,
-            auxiliary_alpha=self.auxiliary_alpha,
-            auxiliary_learning_rate=self.auxiliary_learning_rate,
-        )
+        names = {f.name for f in fields(MethodOptions)} & {f.name for f in fields(self)}
+        return MethodOptions(**{name: getattr(self, name) for name in names})
 
 
 class BiLoRA:
@@ -117,13 +102,10 @@ class BiLoRA:
     def initialise(self, forward_backward: Callable[[], object]) -> None:
         """Start the primary from the gradient of your loss, for init "lora-ga"; before training.
 
-        The adapters are off meanwhile. The gradients of the base weights are added up on the CPU,
-        one layer at a time, and are never in `.grad` afterwards.
-
         Args:
             forward_backward: runs the model and `backward()` on some samples of the training data,
-                as often as it likes; Wang et al. 2024 take 128 samples. The scale of the loss plays
-                no part.
+                as often as it likes; Wang et al. 2024 take 128 samples. The adapters are off
+                meanwhile, and nothing is left in `.grad`. The scale of the loss plays no part.
 
         Raises:
             UserError: the init is another one, the primary has been started already, or no
@@ -151,9 +133,6 @@ class BiLoRA:
         Args:
             lr: the learning rate of the primary, and of the auxiliary if the config names none.
             weight_decay: of the primary; the auxiliary has none.
-
-        Raises:
-            UserError: the init needs a gradient and `initialise` was not called.
         """
         if not self._initialised:
             raise UserError(
@@ -163,27 +142,18 @@ class BiLoRA:
         return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10).
-
-        Raises:
-            UserError: bound to it already, or the optimizer was not made from `param_groups`.
-        """
+        """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10)."""
         self._method.bind(optimizer)
 
     def samples(self, numbers: Iterable[int]) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch, where there are several
-        auxiliaries.
-
-        Args:
-            numbers: of the sample in each row, for example its place in the data set.
+        auxiliaries; ``numbers`` are those of the sample in each row, such as its place in the set.
         """
         return self._method.seen([int(number) for number in numbers])
 
     def observe(self, loss: Tensor) -> None:
-        """Tell the loss before each `optimizer.step()`; needed only where rho is "auto".
-
-        Args:
-            loss: 0-d, the mean over what the step's gradient was taken of.
+        """Tell the loss before each `optimizer.step()`, 0-d, the mean over what the step's gradient
+        was taken of; needed only where rho is "auto".
         """
         self._method.observe(loss)
 
@@ -200,10 +170,8 @@ class BiLoRA:
         return self._method.clip_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """The trained LoRA under PEFT's keys; nothing of the auxiliary.
-
-        It is made for the base weights that the model came with. Of an init that changed these it
-        has twice the rank and needs twice the alpha, see `adapters.portable_state_dict`.
+        """The trained LoRA under PEFT's keys, for the base weights that the model came with. Of an
+        init that changed these it has twice the rank and alpha (`adapters.portable_state_dict`).
         """
         return adapters.portable_state_dict(self.model, PRIMARY)
 

@@ -33,12 +33,9 @@ def sync(path: Path) -> None:
 def replacing(path: Path, ending: str = "") -> Iterator[Path]:
     """Replace the file ``path``: readers and crashes see the old content or the new.
 
-    Args:
-        ending: added to the name of what is not finished, where a loader looks for files by theirs.
-
     Yields:
-        Where to write the new content: beside ``path``, with the same ending but for ``ending``. If
-        that fails, ``path`` stays as it is and nothing is left beside it.
+        Where to write the new content: beside ``path``, under its name and ``ending``, for loaders
+        that look for files by theirs. If that fails, ``path`` stays as it is.
     """
     aside = path.with_name(TEMPORARY + path.name + ending)
     try:
@@ -62,27 +59,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def overwrite_text(path: Path, text: str) -> None:
-    """Write ``text`` over what ``path`` holds, where a full disk has no room for a second file.
-
-    Raises:
-        OSError: the disk has no room for this either; the file is as it was.
+    """Write ``text`` into the room that ``path`` has, where a full disk has none for a second file;
+    raises OSError if it is longer.
     """
-    before = path.read_bytes()
+    data = text.encode("utf-8")
     with open(path, "r+b", buffering=0) as file:
-        try:
-            _write_all(file, text.encode("utf-8"))
-        except OSError:
-            file.seek(0)
-            _write_all(file, before)
-            raise
+        if len(data) > os.fstat(file.fileno()).st_size:
+            raise OSError(errno.ENOSPC, FULL_IN_WORDS, str(path))
+        file.write(data)
+        file.truncate()
         os.fsync(file.fileno())
-
-
-def _write_all(file: Any, data: bytes) -> None:
-    size = len(data)
-    while data:
-        data = data[file.write(data) :]
-    file.truncate(size)
 
 
 def readable_as(pattern: Path, *paths: Path) -> None:
@@ -116,16 +102,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def strict_json(value: Any) -> tuple[Any, bool]:
-    """Turn plain Python values into what strict JSON can say.
+    """Turn plain Python values into what strict JSON can say, and tell whether a number in them was
+    not finite, which becomes ``None``.
 
-    Tuples become lists, ``os.PathLike`` strings, 0-d tensors and NumPy scalars numbers, and NaN
-    and infinities ``None``.
-
-    Returns:
-        The value, and whether a number in it was not finite.
-
-    Raises:
-        TypeError: for anything else.
+    Tuples become lists, ``os.PathLike`` strings, 0-d tensors and NumPy scalars numbers. Raises
+    TypeError for anything else.
     """
     odd: list[str] = []
     text = json.dumps(value, default=_plain)
@@ -147,10 +128,10 @@ def dump_json(value: Any) -> str:
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether an exception, or one that it came from, says that a disk or a quota is full."""
-    seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    for _ in range(100):  # causes may run in a circle
+        if current is None:
+            break
         # safetensors says it in words only
         if type(current).__name__ == "SafetensorError" and FULL_IN_WORDS in str(current):
             return True
@@ -162,10 +143,9 @@ def disk_is_full(error: BaseException) -> bool:
 
 def free_bytes(path: Path) -> int | None:
     """Free bytes where ``path`` is or would be made; None where the system does not say."""
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    path = Path(path).absolute()
     try:
+        place = next(place for place in (path, *path.parents) if place.exists())
         return shutil.disk_usage(place).free
     except OSError:
         return None
@@ -183,12 +163,8 @@ def bytes_for_people(count: float) -> str:
 def full_disk_sentence(
     error: BaseException, folder: Path | None = None, needed: int | None = None
 ) -> str:
-    """That the disk is full, where, and how much is missing.
-
-    Args:
-        error: what `disk_is_full` told.
-        folder: where was being written; by default what the exception names.
-        needed: bytes that are still to be written, where they are known.
+    """Say that the disk is full, where (by default where the exception says), and how much of the
+    bytes that are ``needed`` is missing.
     """
     named = getattr(error, "filename", None)
     place = folder or (Path(os.fsdecode(named)) if named else None)

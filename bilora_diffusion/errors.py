@@ -1,4 +1,4 @@
-"""What goes wrong through the user's input or during training, and how a script says so."""
+"""Errors of the user's input and of training, and how a script says so."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. The message says what is saved and how to go on.
-
-    Attributes:
-        number: of the signal.
-    """
+    """A signal, by its number, ended the work. The message says what is saved and how to go on."""
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -58,17 +54,15 @@ def is_main_process() -> bool:
 
 
 def run_cli(main: Callable[[], None]) -> int:
-    """Run a script's `main` and say in one sentence what ended it.
+    """Run a script's `main` and say in one sentence on stderr what ended it.
 
-    Args:
-        main: the script; called without arguments.
+    Of an error that all processes of a distributed run meet, only the main one tells.
 
     Returns:
         The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and
         the signal's number (130 for Ctrl-C) after an interruption; 1 after any other exception,
         whose trace is in the file that the sentence names. With ``BILORA_TRACEBACK=1`` it is
-        printed too. The sentence goes to stderr; of an error that all processes of a distributed
-        run meet, only the main one tells.
+        printed too.
     """
     try:
         main()
@@ -83,7 +77,7 @@ def run_cli(main: Callable[[], None]) -> int:
         if disk_is_full(error):
             _say(full_disk_sentence(error))
             return _ended(error, 2)
-        trace = getattr(error, TRACE, None) or keep_trace(error, Path(tempfile.gettempdir()))
+        trace = getattr(error, TRACE, None) or keep_trace(error)
         _say(f"{unexpected(error)}; the trace is in {trace}")
         return _ended(error, 1)
     return 0
@@ -96,26 +90,20 @@ def unexpected(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}" + (f": {shown}" if shown else "")
 
 
-def keep_trace(error: BaseException, folder: Path) -> Path | None:
-    """Write an exception's trace to a file of its own in ``folder``; `run_cli` then names it.
-
-    Returns:
-        The file; None where it can't be written.
+def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
+    """Write an exception's trace to a file in ``folder``, by default a temporary one, if it can be;
+    `run_cli` then names it.
     """
     rank = os.environ.get("RANK", "0")
-    name = "error.txt" if rank == "0" else f"error-{rank}.txt"
     text = "".join(traceback.format_exception(error))
     try:
-        if folder == Path(tempfile.gettempdir()):
-            handle, path = tempfile.mkstemp(prefix="bilora-", suffix=f"-{name}")
-            os.close(handle)
-        else:
-            path = folder / name
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        path = folder or Path(tempfile.mkdtemp(prefix="bilora-"))
+        path /= "error.txt" if rank == "0" else f"error-{rank}.txt"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError:
         return None
-    setattr(error, TRACE, Path(path))
-    return Path(path)
+    setattr(error, TRACE, path)
+    return path
 
 
 def _say(sentence: str, only_main: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Files that others wrote, texts and tables: read whole, or refused in one sentence.
 
-Rows keep the types and the line that they have in the file, which is why pandas reads none of them:
-it makes numbers of texts and of empty fields, and can't say where a file is wrong.
+Rows keep the types and the line that they have in the file, as pandas would not.
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ Rows = list[tuple[str, dict[str, Any]]]
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file lies there that has an end: no folder, device, pipe or socket.
-
-    Unlike ``Path.is_file`` it is False, too, for what can be no path: a name that is too long or
-    has a NUL, a loop of links, a folder that may not be entered.
+    """Whether a file lies there that has an end: no folder, device, pipe or socket; False for what
+    can be no path, such as a name that is too long or has a NUL.
     """
     return _mode(path) == stat.S_IFREG
 
@@ -43,11 +40,7 @@ def is_folder(path: Path) -> bool:
 
 
 def finite(path: Path) -> Path:
-    """The path of a file whose reading comes to an end, and into memory.
-
-    Raises:
-        OSError: it is not there, is a folder, a pipe or a device, or has more than ``MOST_BYTES``.
-    """
+    """The path of a file whose reading comes to an end, and into memory; else raises OSError."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
@@ -59,14 +52,9 @@ def finite(path: Path) -> Path:
 def read_text(path: Path, name: str, most_bytes: int) -> str:
     """The text of a file in UTF-8, without its byte order mark.
 
-    Args:
-        path: the file; a link is followed.
-        name: it in messages.
-        most_bytes: a larger file is refused.
-
     Raises:
-        UserError: no file, no end to it, too large, or no text; it names the first line that is
-            not.
+        UserError: no file, no end to it, more than ``most_bytes``, or no text; it calls the file
+            ``name``, and names the first line that is not.
     """
     if not is_file(path):
         kind = {None: "not there", stat.S_IFDIR: "a folder"}.get(_mode(path), "no regular file")
@@ -82,19 +70,13 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
             " several, or check that it is the right file."
         )
     try:
-        text = content.decode("utf-8-sig")
+        text, place, what = content.decode("utf-8-sig"), content.find(b"\0"), "has a NUL"
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"line {line} of {name} is not UTF-8 (byte {error.object[error.start]:#04x}): save the"
-            " whole file as UTF-8."
-        ) from error
-    place = text.find("\0")
+        content, place = error.object, error.start
+        text, what = "", f"is not UTF-8 (byte {content[place]:#04x})"
     if place >= 0:
-        line = text.count("\n", 0, place) + 1
-        raise UserError(
-            f"line {line} of {name} is no text, it has a NUL: save the whole file as UTF-8."
-        )
+        line = content.count(b"\n", 0, place) + 1
+        raise UserError(f"line {line} of {name} {what}: save the whole file as UTF-8.")
     return text
 
 
@@ -123,11 +105,8 @@ def reason(error: Exception) -> str:
 def folder_or_id(value: str, option: str) -> Path | None:
     """The folder that a value names, or None where it can only be a repository on the hub.
 
-    Args:
-        option: what the value was given for, for messages, such as "--dataset".
-
     Raises:
-        UserError: a file, a path that is not there, or no possible id.
+        UserError: a file, a path that is not there, or no possible id; it names the ``option``.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -177,11 +156,7 @@ def read_rows(
 
 
 def require_column(column: str, columns: Iterable[str], option: str, name: str) -> None:
-    """Refuse a column that a table called ``name`` does not have.
-
-    Raises:
-        UserError: it lists the columns that there are.
-    """
+    """Refuse a column that a table called ``name`` does not have, and list those that it has."""
     columns = list(columns)
     if column not in columns:
         raise UserError(
@@ -206,16 +181,12 @@ def kind_of(value: object) -> str:
 def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{name} is not JSON ({error.msg} at line {error.lineno}, column {error.colno}):"
-            " correct it, and name files with one object a line .jsonl."
-        ) from error
     except RecursionError as error:
         raise UserError(f"{name} is nested too deeply: write flat objects.") from error
-    except ValueError as error:
+    except ValueError as error:  # also for a number of thousands of digits
         raise UserError(
-            f"{name} has a number of thousands of digits: correct it, or put it in quotes."
+            f"{name} is not JSON ({str(error).partition(';')[0]}): correct it, and name files with"
+            " one object a line .jsonl."
         ) from error
 
 
@@ -277,17 +248,13 @@ def _parquet(path: Path, name: str) -> Rows:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, *errors) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} can't be read as Parquet ({reason}): save it anew.") from error
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} can't be read as Parquet ({text}): save it anew.") from error
     return [(f"row {number} of {name}", row) for number, row in enumerate(rows, start=1)]
 
 
-_READERS: dict[str, Any] = {
-    ".jsonl": _json_lines,
-    ".json": _json_list,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+_READERS: dict[str, Any] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
+_READERS[".parquet"] = _parquet
 TABLES = tuple(_READERS)
 """What the name of a table may end in."""
 

@@ -51,8 +51,3 @@ def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
     if name.lower().endswith(FILE_NAME) or stem.lower() in _TAKEN:
         name = f"{stem}-kohya.safetensors"
     return name
-
-
-def kohya_file_names(folder: str | Path) -> tuple[str, ...]:
-    """Every name under which kohya's file of a run may lie in its folder."""
-    return (kohya_file_name(folder), KOHYA_FILE_NAME_BEFORE)

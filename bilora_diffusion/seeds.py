@@ -15,20 +15,12 @@ from torch import Tensor
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed in [0, 2**63) that is a function of ``key`` alone; it is the same on every machine.
-
-    Raises:
-        TypeError: a part of the key is neither an int nor a str.
-    """
+    """A seed in [0, 2**63) that is a function of ``key`` alone; it is the same on every machine."""
     return int.from_bytes(_hash(_encode(part) for part in key)[:8], "big") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by ``key`` alone, for example ``(seed, "noise", step, sample)``.
-
-    Raises:
-        TypeError: a part of the key is neither an int nor a str.
-    """
+    """A CPU generator seeded by ``key`` alone, for example ``(seed, "noise", step, sample)``."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 

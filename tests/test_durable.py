@@ -46,9 +46,3 @@ def test_a_full_disk_is_known_also_as_a_cause(error: Exception, full: bool) -> N
     outer = RuntimeError("while writing")
     outer.__cause__ = error
     assert durable.disk_is_full(error) is durable.disk_is_full(outer) is full
-
-
-def test_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
-    left = durable.free_bytes(tmp_path / "not" / "yet")
-    assert left is not None
-    assert left > 0

@@ -1,13 +1,14 @@
-"""What the trainers would get silently wrong, refused in one sentence each."""
+"""Checks that refuse, in one sentence each, what the trainers would get silently wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
@@ -19,28 +20,13 @@ from ..config import refusals
 from ..errors import UserError
 from ..methods.hooks import unwrapped
 
-_WHOLE_PARAMETERS = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_XPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_MLU,
-    DistributedType.MULTI_MUSA,
-    DistributedType.MULTI_HPU,
-)
-"""Engines under which every process holds every parameter, so that the ball's norm sees all."""
-
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 """Optimizers that keep or project weights of their own, of which the ball knows nothing."""
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse a trainer under which Bi-LoRA would be wrong.
-
-    Raises:
-        UserError: an engine that shards or replaces parameters, an optimizer that can't be used,
-            `model_init`, or no trainer of Transformers at all.
+    """Refuse a trainer under which Bi-LoRA would be wrong: an engine that shards or replaces
+    parameters, an optimizer that can't be used, `model_init`, or no trainer at all.
     """
     if not isinstance(trainer, Trainer):
         raise UserError(
@@ -71,22 +57,19 @@ def engine_name(trainer: Any) -> str | None:
     if is_sagemaker_mp_enabled():
         return "SageMaker model parallelism"
     kind = trainer.accelerator.distributed_type
-    return None if kind in _WHOLE_PARAMETERS else str(kind.value)
+    # Under these every process holds every parameter, so that the ball's norm sees all.
+    whole = kind == DistributedType.NO or kind.value.startswith("MULTI_")
+    return None if whole else str(kind.value)
 
 
 def check_model(trainer: Any, bilora: BiLoRA) -> None:
-    """Refuse a trainer that would train another model than the one with the adapters.
-
-    Raises:
-        UserError: it would, or it would pass by the adapter of the output layer.
+    """Refuse a trainer that would train another model than the one with the adapters, or pass by
+    the adapter of the output layer.
     """
     if trainer.model is not bilora.model:
-        around = isinstance(trainer.model, PeftModel)
-        fix = (
-            "leave peft_config out, the adapters are on the model already"
-            if around
-            else "give the trainer the model that you gave to attach"
-        )
+        fix = "give the trainer the model that you gave to attach"
+        if isinstance(trainer.model, PeftModel):
+            fix = "leave peft_config out, the adapters are on the model already"
         raise UserError(
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
             f"{type(bilora.model).__name__} that attach was called for; {fix}."
@@ -108,10 +91,8 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
 
 
 def check_trainable(bilora: BiLoRA) -> None:
-    """Refuse parameters that somebody has unfrozen, and adapters that can't hold small updates.
-
-    Raises:
-        UserError: there are such; or the init needs a gradient and `initialise` was not called.
+    """Refuse parameters that somebody has unfrozen, adapters that can't hold small updates, and an
+    init that still needs a gradient.
     """
     own = [p for group in bilora.param_groups(lr=0.0) for p in group["params"]]
     held = {id(p) for p in (*own, *adapters.parameters(bilora.model, AUXILIARY))}
@@ -121,20 +102,15 @@ def check_trainable(bilora: BiLoRA) -> None:
                 f"{name} is trainable, but only the adapters would be trained and saved; freeze "
                 "it by requires_grad_(False), or name its module in modules_to_save."
             )
-    for parameter in own:
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise UserError(
-                f"The adapters are in {parameter.dtype}, in which small updates are lost (a full "
-                "evaluation in half precision casts them); train before it, or attach anew."
-            )
+    if rounded := _rounded(own):
+        raise UserError(
+            f"The adapters are in {rounded[0]}, in which small updates are lost (a full evaluation "
+            "in half precision casts them); train before it, or attach anew."
+        )
 
 
 def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
-    """Refuse an optimizer that does not climb on the auxiliary and project it.
-
-    Raises:
-        UserError: it was not made from `bilora.param_groups`, or is not the one that was bound.
-    """
+    """Refuse an optimizer that does not climb on the auxiliary and project it."""
     bilora._method.check_groups(unwrapped(optimizer))
     if not is_bound(optimizer, bilora):
         raise UserError(
@@ -149,11 +125,7 @@ def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
 
 
 def check_class(kind: Any) -> type[Optimizer]:
-    """The class of optimizer that a trainer names.
-
-    Raises:
-        UserError: it makes its own parameter groups.
-    """
+    """The class of optimizer that a trainer names; one that makes its own groups is refused."""
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise UserError(
             f"optimizer_cls_and_kwargs names {kind!r}, which makes parameter groups of its own; "
@@ -164,6 +136,8 @@ def check_class(kind: Any) -> type[Optimizer]:
 
 def narrow(model: nn.Module, adapter: str) -> bool:
     """Whether an adapter is in less than fp32."""
-    return any(
-        p.dtype not in (torch.float32, torch.float64) for p in adapters.parameters(model, adapter)
-    )
+    return bool(_rounded(adapters.parameters(model, adapter)))
+
+
+def _rounded(parameters: Iterable[Tensor]) -> list[torch.dtype]:
+    return [p.dtype for p in parameters if p.dtype not in (torch.float32, torch.float64)]

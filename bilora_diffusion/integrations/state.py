@@ -1,8 +1,5 @@
-"""What a trainer's checkpoint holds beside the primary: `bilora_state.safetensors`.
-
-The folder's `adapter_model.safetensors` is the primary alone. This file has the primary and the
-auxiliary as they are trained, in a name that no loader of models looks for, and the settings that
-they belong to as metadata.
+"""The file of a trainer's checkpoint beside the primary: `bilora_state.safetensors`, with both
+adapters as they are trained and, as metadata, the settings that they belong to.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
 from ..durable import readable_as, replacing
 from ..errors import UserError
-from ..run.matching import load_tensors, require_same_settings
+from ..run.checkpoint import load_tensors, require_same_settings
 from ..run.state_codec import separate
 
 STATE = "bilora_state.safetensors"
@@ -47,11 +44,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
 
 
 def restore(folder: Path, bilora: BiLoRA) -> None:
-    """Put a checkpoint's adapters and method state back.
-
-    Raises:
-        UserError: a file is missing or damaged, or the checkpoint is of other settings.
-    """
+    """Put a checkpoint's adapters and method state back, if it is whole and of these settings."""
     for name in (STATE, *BESIDE):
         if not (folder / name).is_file():
             raise UserError(
@@ -72,11 +65,7 @@ def restore(folder: Path, bilora: BiLoRA) -> None:
 
 
 def load_primary(folder: Path, bilora: BiLoRA) -> None:
-    """Put the primary of a folder back, which `bilora.save_pretrained` wrote.
-
-    Raises:
-        UserError: the file is missing or damaged, or does not fit.
-    """
+    """Put the primary of a folder back, which `bilora.save_pretrained` wrote, if it fits."""
     try:
         saved = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:

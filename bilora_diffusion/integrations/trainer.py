@@ -27,15 +27,12 @@ SAMPLES = "sample_id"
 def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
     """Have a trainer of Transformers or TRL train Bi-LoRA; to be called once, before `train`.
 
-    The trainer's own settings hold: `learning_rate` and `weight_decay` are the primary's, the
-    auxiliary has the same rate (or the config's) and no decay, both follow the schedule.
-    `max_grad_norm` and the logged `grad_norm` are of the primary alone, as the ball bounds the
-    auxiliary. Evaluation and prediction, `generate` included, see the primary alone, and so does
-    everything after `train`, such as `merge_and_unload`. A callback of your own that runs the model
-    in the middle of training should do so within `bilora.evaluating()`.
-
-    With several auxiliaries the training set has a column "sample_id", the number of each row's
-    sample.
+    `learning_rate` and `weight_decay` are the primary's; the auxiliary has the same rate (or the
+    config's) and no decay; both follow the schedule. `max_grad_norm` and the logged `grad_norm` are
+    of the primary alone, as the ball bounds the auxiliary. Evaluation and prediction see the
+    primary alone, and so does everything after `train`; a callback of your own that runs the model
+    in the middle of training should do so within `bilora.evaluating()`. With several auxiliaries
+    the training set has a column "sample_id", the number of each row's sample.
 
     What the trainer saves is a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary
     in `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
@@ -46,12 +43,11 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
             the trainer (quantized models, an optimizer of your own), what `attach` returned.
 
     Returns:
-        The handle: `auxiliary_norm`, `evaluating`, `save_pretrained`, and `initialise`, which init
-        "lora-ga" needs before `train`.
+        The handle, with `initialise`, which init "lora-ga" needs before `train`.
 
     Raises:
-        UserError: DeepSpeed, FSDP or another engine that shards parameters; `model_init`; a model
-            that is not the one with the adapters; an optimizer that can't climb on the auxiliary.
+        UserError: an engine that shards parameters; `model_init`; a model that is not the one with
+            the adapters; an optimizer that can't climb on the auxiliary.
     """
     checks.check_trainer(trainer)
     _check_version(type(trainer))
@@ -67,6 +63,16 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
         trainer.data_collator = _WithSamples(trainer.data_collator)
     trainer.add_callback(_Watch(bilora, cast(WithBiLoRA, trainer)))
     return bilora
+
+
+def _of_the_primary(name: str) -> Any:
+    """A method of the trainer that sees the primary alone."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._primary_alone():
+            return getattr(super(WithBiLoRA, self), name)(*args, **kwargs)
+
+    return method
 
 
 class WithBiLoRA(Trainer):
@@ -145,17 +151,9 @@ class WithBiLoRA(Trainer):
         finally:
             self._alone = False
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._primary_alone():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._primary_alone():
-            return super().predict(*args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._primary_alone():
-            return super().evaluation_loop(*args, **kwargs)
+    evaluate = _of_the_primary("evaluate")
+    predict = _of_the_primary("predict")
+    evaluation_loop = _of_the_primary("evaluation_loop")
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs.pop(SAMPLES, None)

@@ -3,56 +3,75 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import ModelCardData
 
 from ..adapters import CHANGE_BASE
 from ..durable import write_text
 from ..methods import get
 from ..mini import embedded
+from .folder import FOLDS_FIGURE
 
 
 def write_card(
     cfg: Any,
     folder: Path,
-    steps: int,
-    *,
+    results: Mapping[str, Any],
     meta: ModelCardData,
-    base: str,
-    data: str | None,
-    use: Sequence[str],
-    results: Sequence[str],
+    measured: Mapping[str, Any],
+    **facts: Any,
 ) -> None:
-    """Write ``folder/README.md``; only what is given is said.
+    """Write ``folder/README.md`` from ``card.jinja``; only what is given is said.
 
     Args:
         cfg: the run's configuration.
         folder: the run folder.
-        steps: optimizer steps taken.
+        results: steps taken, and what else the record of the run has.
         meta: the front matter.
-        base, data: what base model and data set are called; no paths of this machine.
-        use: parts of the text on what the weights are used with and how.
-        results: parts of the text that stand at its end.
+        measured: held-out figures by their titles.
+        facts: what base model and data are called, without paths of this machine, and how the
+            weights are loaded, under the names that the template has.
     """
-    trained = get(cfg.method)
-    parts = [
-        f"# {base} fine-tuned with {trained.title}",
-        f"{trained.title} weights for {code(base)}"
-        + (f", trained on {code(data)}." if data else "."),
-        trained.summary,
-        *use,
-        *table("## Method", run_settings(cfg, steps) | {"method": trained.title}),
-        *results,
-    ]
-    text = f"---\n{meta.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-    write_text(folder / "README.md", text)
+    method = get(cfg.method)
+    early = results["steps"] if results.get("stopped_early") else None
+    stopped = {
+        "step of these weights, with the lowest held-out loss": results.get("best_step"),
+        "stopped early, after steps": early,
+        f"steps chosen by {cfg.folds} folds": results.get("chosen_steps"),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"code": code, "escaped": escaped, "python": python_block, "repr": repr}
+    text = environment.get_template("card.jinja").render(
+        meta=meta,
+        method=method,
+        settings=_given(_settings(cfg, results["steps"])),
+        results=_given({**measured, **stopped}),
+        folds=FOLDS_FIGURE if cfg.folds else None,
+        **facts,
+    )
+    write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")
 
 
-def run_settings(cfg: Any, steps: int) -> dict[str, Any]:
-    """What a model card says of how the run was made; None where there is nothing to say."""
+def _given(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rows.items() if value is not None}
+
+
+def _settings(cfg: Any, steps: int) -> dict[str, Any]:
+    """How the run was made; of the method's own options its radius, and what is not as usual."""
+    method = get(cfg.method)
+    own = {
+        name.replace("_", " "): getattr(cfg, name)
+        for name, usual in method.usual().items()
+        if name == "rho" or getattr(cfg, name) != usual
+    }
+    if "auxiliary_rank" in method.reads:
+        own["auxiliary rank"] = cfg.auxiliary_rank or cfg.rank
     adapter = {
         "rank": cfg.rank,
         "alpha": cfg.lora_alpha,
@@ -62,36 +81,14 @@ def run_settings(cfg: Any, steps: int) -> dict[str, Any]:
         "quantized base": None if cfg.quantize == "none" else cfg.quantize,
     }
     return {
-        "method": cfg.method,
-        **({} if get(cfg.method).exports_weights else adapter),
+        "method": method.title,
+        **({} if method.exports_weights else adapter),
         "learning rate": cfg.learning_rate,
         "optimizer steps": steps,
         "seed": cfg.seed,
-        **method_settings(cfg),
-        **({"weight averaging, decay": cfg.ema_decay} if cfg.use_ema else {}),
+        **own,
+        "weight averaging, decay": cfg.ema_decay if cfg.use_ema else None,
     }
-
-
-def when_it_stopped(cfg: Any, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model card says of how the held-out loss had a say in the number of steps."""
-    early = results["steps"] if results.get("stopped_early") else None
-    return {
-        "step of these weights, with the lowest held-out loss": results.get("best_step"),
-        "stopped early, after steps": early,
-        f"steps chosen by {cfg.folds} folds": results.get("chosen_steps"),
-    }
-
-
-def method_settings(cfg: Any) -> dict[str, Any]:
-    """What was set of the method's own options: its radius, and what is not as usual."""
-    own = {}
-    for name, usual in get(cfg.method).usual().items():
-        value = getattr(cfg, name)
-        if name == "rho" or value != usual:
-            own[name.replace("_", " ")] = value
-    if "auxiliary_rank" in get(cfg.method).reads:
-        own["auxiliary rank"] = cfg.auxiliary_rank or cfg.rank
-    return own
 
 
 def source(name: str) -> str:
@@ -111,21 +108,9 @@ def loaded_from(name: str) -> str:
     return name if is_hub_id(name) else f"path/to/{name}"
 
 
-def table(heading: str, rows: Mapping[str, str | int | float | None]) -> list[str]:
-    """A heading and a table of two columns; [] where there is nothing to say."""
-    given = {key: value for key, value in rows.items() if value is not None}
-    if not given:
-        return []
-    lines = [f"| {escaped(key)} | {escaped(_text(value))} |" for key, value in given.items()]
-    return [heading, "\n".join(["| | |", "|---|---|", *lines])]
-
-
-def _text(value: str | int | float) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def escaped(text: str) -> str:
+def escaped(value: str | int | float) -> str:
     """One line of text that Markdown shows as it is."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
@@ -137,11 +122,10 @@ def code(text: str) -> str:
     return f"{marks}{pad}{line}{pad}{marks}"
 
 
-def python_block(lines: Sequence[str]) -> str:
+def python_block(text: str) -> str:
     """Lines of Python as a block, whatever backticks they have."""
-    text = "\n".join(lines)
     marks = _fence(text, 3)
-    return f"{marks}python\n{text}\n{marks}"
+    return f"{marks}python\n{text.strip()}\n{marks}\n"
 
 
 def _fence(text: str, least: int) -> str:

@@ -5,39 +5,39 @@
     adapters.safetensors    every adapter's tensors (the auxiliary too)
     optimizer.safetensors   the optimizer's tensors, by their place in its ``state_dict``
     state.json              the rest of that, and the scheduler's, scaler's and extra state
-    digests.json            schema version, and SHA-256 of the other three (see ``digests``)
+    digests.json            schema version, and SHA-256 of the other three and of these
 
-A checkpoint is written to ``.tmp-step-N``, flushed, and renamed. One of the same step is first
-renamed to ``.replaced-step-N``, where every function here still finds it until the new one has its
-name.
+A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..durable import TEMPORARY, discard, readable_as, remove_leftovers, sync
+from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
 from ..errors import TrainingError, UserError
-from .digests import seal, verify
 from .state_codec import join, separate, split
 
+SCHEMA_VERSION = 2
 CHECKPOINTS = "checkpoints"
 ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
+DIGESTS = "digests.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)
 _PARTS = ("scheduler", "scaler", "extra")
-_REPLACED = ".replaced-"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -63,13 +63,10 @@ class Checkpoint:
 
 
 def save(folder: Path, state: Checkpoint) -> Path:
-    """Write ``folder/checkpoints/step-N``; call it in one process only.
+    """Write ``folder/checkpoints/step-N`` and return it; call it in one process only.
 
-    Whatever interrupts it, the folder then holds the earlier checkpoints and either the old or the
-    new one of this step. Leftovers of interrupted saves are deleted first.
-
-    Returns:
-        The checkpoint's folder.
+    Whatever interrupts it, the folder then holds the earlier checkpoints and at most a whole one of
+    this step. Leftovers of interrupted saves are deleted first.
 
     Raises:
         TrainingError: when the disk refuses (full, read-only); earlier checkpoints stay.
@@ -81,11 +78,14 @@ def save(folder: Path, state: Checkpoint) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
-        _recover(root)
+        remove_leftovers(root)
         aside.mkdir()
         try:
             _write(aside, state)
-            _swap(aside, final)
+            if final.exists():  # of a run that went on from an earlier one before
+                discard(final)
+            os.rename(aside, final)
+            sync(root)
         finally:
             if aside.exists():
                 shutil.rmtree(aside)
@@ -107,30 +107,25 @@ def _write(aside: Path, state: Checkpoint) -> None:
     for name, content in ((ADAPTERS, state.tensors), (OPTIMIZER, moments)):
         save_file(separate(content), aside / name, metadata={"format": "pt"})
     readable_as(aside / STATE, aside / ADAPTERS, aside / OPTIMIZER)
-    seal(aside, FILES)
+    seal(aside)
 
 
-def _swap(aside: Path, final: Path) -> None:
-    """Name ``aside`` ``final``; as no folder can be renamed onto a full one, the old steps back."""
-    replaced = final.with_name(_REPLACED + final.name)
-    if final.exists():
-        os.rename(final, replaced)
-    os.rename(aside, final)
-    sync(final.parent)
-    if replaced.exists():
-        discard(replaced)
+def seal(folder: Path) -> None:
+    """Write the digests of a checkpoint's files beside them, and flush all to the disk."""
+    (folder / DIGESTS).write_text(_index({n: _digest(folder / n) for n in FILES}), encoding="utf-8")
+    for name in (*FILES, DIGESTS, "."):
+        sync(folder / name)
 
 
-def _recover(root: Path) -> None:
-    """Finish what a crash interrupted: unfinished folders go, a replaced one left alone returns."""
-    remove_leftovers(root)
-    for replaced in root.glob(_REPLACED + "*"):
-        final = root / replaced.name.removeprefix(_REPLACED)
-        if final.exists():
-            discard(replaced)
-        else:
-            os.rename(replaced, final)
-    sync(root)
+def _index(digests: Mapping[str, str]) -> str:
+    own = hashlib.sha256(dump_json(digests).encode()).hexdigest()
+    index = {"schema_version": SCHEMA_VERSION, "sha256": digests, "sha256_of_sha256": own}
+    return dump_json(index)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
@@ -140,9 +135,25 @@ def load(path: Path) -> Checkpoint:
         UserError: when the folder is none, a file is missing, truncated or altered, or the schema
             version is unknown; it says what to resume from instead.
     """
-    path = _found(Path(path))
-    fix = _instead(path)
-    verify(path, FILES, fix)
+    path = Path(path)
+    if not any((path / name).exists() for name in (DIGESTS, *FILES)):
+        what = "is not a checkpoint folder" if path.exists() else "does not exist"
+        raise UserError(f"checkpoint {path} {what}: {_instead(path)}")
+    with unaltered(path, DIGESTS):
+        text = (path / DIGESTS).read_bytes().decode("utf-8")
+        version, digests = (json.loads(text)[key] for key in ("schema_version", "sha256"))
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path / DIGESTS} has schema version {version!r}, but this version of"
+                f" bilora_diffusion reads {SCHEMA_VERSION}: resume with the version that wrote it,"
+                " or start a new run in another folder"
+            )
+        if set(digests) != set(FILES) or text != _index(digests):
+            raise ValueError("not what was written")
+    for name in FILES:
+        with unaltered(path, name):
+            if _digest(path / name) != digests[name]:
+                raise ValueError("not what was written")
     with unaltered(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         # Cloned, since load_file returns views of the mapped file.
@@ -161,25 +172,27 @@ def load(path: Path) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def unaltered(path: Path) -> Iterator[None]:
-    """Within the context, what a checkpoint holds is taken to be what `save` has written.
+def unaltered(path: Path, name: str = ".") -> Iterator[None]:
+    """Take what a checkpoint, or one file of it, holds to be what `save` has written.
 
     Raises:
-        UserError: it turns out not to be.
+        UserError: within the context it turns out not to be.
     """
     try:
         yield
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path / name} is missing: {_instead(path)}") from error
     except OSError as error:
         raise UserError(
-            f"checkpoint {path} cannot be read ({error.strerror}): {_instead(path)}"
+            f"{path / name} cannot be read ({error.strerror}): {_instead(path)}"
         ) from error
     except (
         *(SafetensorError, ValueError, LookupError, TypeError, AttributeError),
         *(ArithmeticError, RecursionError),
     ) as error:
-        raise UserError(f"checkpoint {path} was altered: {_instead(path)}") from error
+        raise UserError(f"{path / name} is truncated or altered: {_instead(path)}") from error
 
 
 def _instead(path: Path) -> str:
@@ -195,27 +208,14 @@ def _instead(path: Path) -> str:
 
 
 def _steps(root: Path) -> dict[int, Path]:
-    """Checkpoints in ``root`` by step, under whichever name the last rename left them."""
-    found: dict[int, Path] = {}
-    for entry in root.iterdir() if root.is_dir() else ():
-        waiting = entry.name.startswith(_REPLACED)
-        match = _NAME.fullmatch(entry.name.removeprefix(_REPLACED))
-        if match and entry.is_dir() and not (waiting and int(match[1]) in found):
-            found[int(match[1])] = entry
-    return found
+    """Checkpoints in ``root`` by step."""
+    entries = [entry for entry in root.glob("step-*") if entry.is_dir()]
+    return {int(match[1]): e for e in entries if (match := _NAME.fullmatch(e.name))}
 
 
 def steps(folder: Path) -> list[int]:
     """The steps of which run ``folder`` holds checkpoints, in order."""
     return sorted(_steps(Path(folder) / CHECKPOINTS))
-
-
-def _found(path: Path) -> Path:
-    """``path``, or where it is while it is being replaced."""
-    if path.exists() or not path.name:
-        return path
-    replaced = path.with_name(_REPLACED + path.name)
-    return replaced if replaced.is_dir() else path
 
 
 def latest(folder: Path) -> Path | None:
@@ -232,10 +232,9 @@ def prune(folder: Path, limit: int) -> None:
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint VALUE`` means.
+    """The checkpoint that ``--resume_from_checkpoint VALUE`` means in run ``folder``.
 
     Args:
-        folder: the run folder.
         value: "latest" (there must be one), "auto" (the latest, or None to start afresh), the name
             of a checkpoint in ``folder`` ("step-100"), or the path of a checkpoint of any run;
             None gives None.
@@ -244,20 +243,57 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
         UserError: when there is none; those that exist are listed.
     """
     root = Path(folder) / CHECKPOINTS
-    if value is None:
-        return None
-    if value in ("latest", "auto"):
-        newest = latest(folder)
-        if newest is None and value == "latest":
-            raise UserError(
-                f"there is no checkpoint in {root}: use --resume_from_checkpoint auto to start "
-                "afresh when there is none"
-            )
-        return newest
-    for candidate in (root / value, Path(value)):
-        path = _found(candidate)
+    if value is None or value == "auto":
+        return None if value is None else latest(folder)
+    newest = latest(folder) if value == "latest" else None
+    for path in (newest,) if newest else (root / value, Path(value)):
         if path.is_dir():
             return path
-    names = ", ".join(f"step-{step}" for step in sorted(_steps(root)))
+    names = ", ".join(f"step-{step}" for step in steps(folder))
     existing = f"{root} holds {names}" if names else f"{root} holds none, use auto to start afresh"
     raise UserError(f"checkpoint {str(value)!r} does not exist: {existing}")
+
+
+def require_same_settings(
+    saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
+) -> None:
+    """Refuse to go on under other settings. Tuples equal lists, NaN equals NaN, True is not 1.
+
+    Args:
+        saved: settings that the checkpoint was made with.
+        current: those of this run.
+        free: keys that may differ.
+
+    Raises:
+        UserError: names up to three differing keys with both values.
+    """
+
+    def shown(values: Mapping[str, Any], key: str) -> str:
+        return json.dumps(values[key], default=str) if key in values else "not set"
+
+    rows = [(k, shown(saved, k), shown(current, k)) for k in {**saved, **current} if k not in free]
+    wrong = [f"{key} was {was} and is {is_now}" for key, was, is_now in rows if was != is_now]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"the checkpoint is of another config ({'; '.join(wrong[:3])}{more}): use the same "
+            "values to resume, or start a new run in another --output_dir"
+        )
+
+
+@torch.no_grad()
+def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into the parameters that they were taken from.
+
+    Raises:
+        UserError: a parameter is missing, superfluous, or of another shape.
+    """
+    for name in sorted(current.keys() | saved.keys()):
+        shapes = [str(tuple(t[name].shape)) if name in t else "none" for t in (saved, current)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"the parameter '{name}' has shape {shapes[0]} in the checkpoint and {shapes[1]} in"
+                " the model: resume with the run's own flags."
+            )
+    for name, parameter in current.items():
+        parameter.copy_(saved[name])

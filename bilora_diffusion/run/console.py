@@ -1,4 +1,4 @@
-"""What a run says at the terminal: a bar during it, a block after it."""
+"""A run at the terminal: a bar during it, a block after it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class Bar:
     Args:
         total, initial: optimizer steps in all, and those already taken.
         name: what stands in front while it trains.
-        record: is told what the run does, so that others can see it (`RunLog.doing`); None in
-            processes other than the main one, which show nothing.
+        record: `RunLog.doing`; None in processes other than the main one, which show nothing.
     """
 
     def __init__(
@@ -74,16 +73,12 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     loss last what shows overfitting.
 
     Args:
-        folder: the run folder.
-        files: what a file or folder in it is for -> its name; those that are not there are left
-            out.
+        files: what a file or folder in the run folder is for -> its name, if it is there.
         scores: the module that scores such runs, such as "eval.clip_scores".
     """
     quoted = shlex.quote(str(folder))
-    present = {what: folder / name for what, name in files.items() if (folder / name).exists()}
-    lines = {what: str(path) for what, path in present.items()}
-    kept = checkpoint.steps(folder)
-    if kept:
+    lines = {use: str(folder / name) for use, name in files.items() if (folder / name).exists()}
+    if kept := checkpoint.steps(folder):
         where = folder / checkpoint.CHECKPOINTS
         lines["checkpoints"] = f"{where} (steps {', '.join(map(str, kept))})"
     rows = runlog.read_metrics(folder)
@@ -115,10 +110,8 @@ def _course(losses: Mapping[int, float]) -> tuple[str, int]:
     """How the held-out loss went, and the measured step at which it was lowest."""
     first, last = min(losses), max(losses)
     best = min(losses, key=lambda step: losses[step])
-    course = f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}"
-    if best == last:
-        return f"{course}, the lowest measured", best
-    return f"{course}, lowest {losses[best]:.4f} at step {best}", best
+    low = f"lowest {losses[best]:.4f} at step {best}" if best != last else "the lowest measured"
+    return f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}, {low}", best
 
 
 def quiet() -> None:

@@ -28,14 +28,7 @@ from . import checkpoint, snapshots
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
 # By these a folder is known to hold a run.
-RESULTS = (
-    METRICS,
-    checkpoint.CHECKPOINTS,
-    FILE_NAME,
-    KOHYA_FILE_NAME_BEFORE,
-    WEIGHTS,
-    CONFIG,
-)
+RESULTS = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
 # What else a run leaves, and a fresh start deletes.
 EXPORTS = "exports"  # adapters of checkpoints
 FOLDS, FOLDS_CURVES, FOLDS_FIGURE = "folds", "folds.json", "folds.png"
@@ -52,15 +45,22 @@ SHARED = ("/home", "/root", "/run", "/tmp", "/Users", "/var")  # only folders in
 
 
 def refuse_unusable(folder: Path) -> None:
-    """Refuse a place where no run folder can be, whatever the run.
+    """Refuse a place where no run folder can be: a file, a system folder, one without rights.
 
     Raises:
-        UserError: when ``folder`` is a file, a system folder or cannot be written.
+        UserError: ``folder`` is such a place.
     """
-    _refuse_system(folder)
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    path = folder.absolute().resolve()
+    try:
+        home = Path.home().resolve()
+    except RuntimeError:  # a user without one
+        home = None
+    itself = path in (Path(path.anchor), home, *map(Path, SHARED))
+    inside = any(path.is_relative_to(root) for root in SYSTEM)
+    if itself or (inside and not any(Path(free) in path.parents for free in WITHIN_SYSTEM)):
+        kind = "your home folder" if path == home else "a folder of the system"
+        raise UserError(f"--output_dir {folder} is {kind}: give a new folder, such as runs/icons")
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
         raise UserError(f"{existing} is a file: give a folder as --output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -93,33 +93,18 @@ def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
             f"{folder} holds another run: give another --output_dir, continue it with "
             "--resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
         )
-    if resume == "auto" and checkpoint.latest(folder) is None:
-        # Starting afresh is right after a kill before the first checkpoint, not after a whole run.
-        if read_run(folder).get("status") == "finished":
-            raise UserError(
-                f"{folder} holds a finished run without a checkpoint: give another --output_dir, "
-                "or delete it with --overwrite_output_dir"
-            )
-        return
     found = checkpoint.resolve(folder, resume)
+    # Starting afresh is right after a kill before the first checkpoint, not after a whole run.
+    if found is None and read_run(folder).get("status") == "finished":
+        raise UserError(
+            f"{folder} holds a finished run without a checkpoint: give another --output_dir, "
+            "or delete it with --overwrite_output_dir"
+        )
     if found is not None and folder.resolve() not in found.resolve().parents:
         raise UserError(
             f"{folder} holds another run than checkpoint {found}: give another --output_dir, or a "
             f"checkpoint in {folder / checkpoint.CHECKPOINTS}"
         )
-
-
-def _refuse_system(folder: Path) -> None:
-    path = folder.absolute().resolve()
-    try:
-        home = Path.home().resolve()
-    except RuntimeError:  # a user without one
-        home = None
-    itself = path in (Path(path.anchor), home, *map(Path, SHARED))
-    inside = any(path.is_relative_to(root) for root in SYSTEM)
-    if itself or (inside and not any(Path(free) in path.parents for free in WITHIN_SYSTEM)):
-        kind = "your home folder" if path == home else "a folder of the system"
-        raise UserError(f"--output_dir {folder} is {kind}: give a new folder, such as runs/icons")
 
 
 def _refuse_foreign(folder: Path, resume: str | Path | None) -> None:
@@ -177,12 +162,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Delete an earlier run, which `guard` must have allowed.
-
-    Its ``run.json`` goes last, so that a crash leaves it known.
-
-    Args:
-        keep: names of what stays.
+    """Delete an earlier run but for ``keep``, which `guard` must have allowed; ``run.json`` goes
+    last, so that a crash leaves it known.
     """
     if not holds_run(folder):
         return
@@ -194,5 +175,5 @@ def clear(folder: Path, keep: Collection[str] = ()) -> None:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
+        else:
+            path.unlink(missing_ok=True)

@@ -16,11 +16,7 @@ Contents = Sequence[tuple[str, Hashable]]
 
 
 def read_part(text: str) -> tuple[int, int]:
-    """Number of the part, from 1, and how many there are.
-
-    Raises:
-        UserError: it is not i/n with 1 <= i <= n.
-    """
+    """Number of the part, from 1, and how many there are; refuses what is not such an i/n."""
     found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
     number, count = map(int, found.groups()) if found else (0, 0)
     if not 1 <= number <= count <= MOST_PARTS:
@@ -34,10 +30,8 @@ def read_part(text: str) -> tuple[int, int]:
 def chosen(part: str | None, names: Sequence[str], what: str) -> list[int]:
     """The positions of a part's samples, in order; all of them where ``part`` is None.
 
-    Samples of one name fall into one part, so that none is in two.
-
     Args:
-        names: what identifies each sample, wherever it stands.
+        names: what identifies each sample; samples of one name fall into one part.
         what: the set, for a message.
 
     Raises:

@@ -29,15 +29,12 @@ ONE_PRESS_SECONDS = 1.0
 """Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
 TOKEN = "$HF_TOKEN"
 CommandLine = tuple[list[str], int]
+"""A command, and how many of its last words are the script's arguments."""
 
 
 class Stop(NamedTuple):
-    """Where a signal ended a run.
-
-    Args:
-        number: of the signal.
-        step, num_steps: optimizer steps taken, and of the whole run.
-        fold: which of a run's ``--folds`` it was.
+    """Where a signal ended a run: its number, the steps taken, those of the whole run, and which of
+    the run's ``--folds`` it was.
     """
 
     number: int
@@ -104,13 +101,10 @@ def ends_in(said: str) -> Iterator[None]:
 
 
 def farewell(folder: Path, stop: Stop, typed: CommandLine | None, cfg: RunConfig) -> Interrupted:
-    """What an interrupted run says at its end.
+    """The last words of an interrupted run, with the command that goes on from what is saved.
 
     Args:
-        folder: the run folder.
-        stop: where it ended.
         typed: the command that started it; None for a call from Python.
-        cfg: the run's configuration.
     """
     number, step, num_steps, fold = stop
     if step == num_steps and runlog.read_run(folder).get("status") == "finished":
@@ -128,19 +122,10 @@ def farewell(folder: Path, stop: Stop, typed: CommandLine | None, cfg: RunConfig
 
 
 def command_line(own: Sequence[str], arguments: Sequence[str]) -> CommandLine:
-    """The command that was typed: the process's own, or that of the launcher that started it.
+    """The command that was typed: the process's own, or that of the outermost launcher (accelerate
+    launch, torchrun, timeout), whose command line ends with the script's arguments, too.
 
     Ask at the start: Ctrl-C may end a launcher before what it launched.
-
-    A launcher's command line (accelerate launch, torchrun, timeout) ends with the script's
-    arguments; the outermost such ancestor is what was typed.
-
-    Args:
-        own: the process's command line.
-        arguments: of the script, the last words of ``own``.
-
-    Returns:
-        The command, and how many of its last words are the script's.
     """
     line, count = list(own), len(arguments)
     try:
@@ -148,12 +133,10 @@ def command_line(own: Sequence[str], arguments: Sequence[str]) -> CommandLine:
     except psutil.Error:
         ancestors = []
     for ancestor in ancestors:
-        try:
+        with contextlib.suppress(psutil.Error):
             words = ancestor.cmdline()
-        except psutil.Error:
-            continue
-        if ancestor.pid > 1 and len(words) > count and words[-count:] == list(arguments):
-            line = words
+            if ancestor.pid > 1 and len(words) > count and words[-count:] == list(arguments):
+                line = words
     return line, count
 
 
@@ -161,7 +144,7 @@ def resuming(line: Sequence[str], count: int, value: str, overwrites: bool) -> l
     """A training command that goes on from a checkpoint instead of starting.
 
     Args:
-        line: the command, of which the last ``count`` words are the script's.
+        line, count: as of `CommandLine`.
         value: of ``--resume_from_checkpoint``.
         overwrites: whether the run was to replace an earlier one, by a flag or by its recipe.
     """

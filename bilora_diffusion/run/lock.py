@@ -41,16 +41,14 @@ def hold(folder: Path) -> Iterator[None]:
     path = folder / FILE
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        file = _open(path)
-        # What this process forks, such as data loaders' workers, may outlive it.
-        os.register_at_fork(after_in_child=file.close)
-        try:
-            yield
-        finally:
-            if not file.closed:
-                if _is_at(path, file):
+        with _locked(path) as file:
+            # What this process forks, such as data loaders' workers, may outlive it.
+            os.register_at_fork(after_in_child=file.close)
+            try:
+                yield
+            finally:
+                if not file.closed and _is_at(path, file):
                     path.unlink(missing_ok=True)
-                file.close()
     finally:
         with contextlib.suppress(OSError):
             for place in missing:
@@ -60,13 +58,12 @@ def hold(folder: Path) -> Iterator[None]:
 def hold_around(path: Path) -> AbstractContextManager[None]:
     """`hold` for the run folder that ``path`` is or lies in; nothing where there is none."""
     path = path.absolute()
-    runs = (place for place in (path, *path.parents) if (place / RUN).is_file())
-    run = next(runs, None)
+    run = next((place for place in (path, *path.parents) if (place / RUN).is_file()), None)
     return contextlib.nullcontext() if run is None else hold(run)
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The file, locked."""
+def _locked(path: Path) -> IO[bytes]:
+    """The file, open and locked."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,44 +78,36 @@ def _open(path: Path) -> IO[bytes]:
             ) from error
         file = os.fdopen(handle, "r+b", buffering=0)
         try:
-            _lock(file, path)
-        except UserError:
-            file.close()
-            raise
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                holder = "".join(filter(str.isprintable, file.read(200).decode("ascii", "replace")))
+            raise UserError(
+                f"{holder or 'another command'} is writing into {path.parent}: wait until it has"
+                " ended, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            if (silent := _silent_seconds(path.parent)) < STALE_SECONDS:
+                file.close()
+                raise UserError(
+                    f"a run was writing into {path.parent} {silent:.0f} seconds ago: wait until it"
+                    f" has ended ({STALE_SECONDS:.0f} seconds if it was killed), or give another"
+                    " folder"
+                ) from None
         if _is_at(path, file):
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
         file.close()  # whoever held it has deleted it: the next one locks another file
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
-    folder = path.parent
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = "".join(filter(str.isprintable, file.read(200).decode("ascii", "replace")))
-        raise UserError(
-            f"{holder or 'another command'} is writing into {folder}: wait until it has ended, or"
-            " give another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        _refuse_fresh(folder)
-    with contextlib.suppress(OSError):  # a full disk
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-
-def _refuse_fresh(folder: Path) -> None:
-    """Refuse a folder whose record says that a run is going on."""
-    try:
-        silent = time.time() - (folder / RUN).stat().st_mtime
-        running = read_run(folder).get("status") == "running"
-    except (OSError, UserError):
-        return
-    if running and silent < STALE_SECONDS:
-        raise UserError(
-            f"a run was writing into {folder} {silent:.0f} seconds ago: wait until it has ended"
-            f" ({STALE_SECONDS:.0f} seconds if it was killed), or give another folder"
-        )
+def _silent_seconds(folder: Path) -> float:
+    """How long ago the run whose record says that it goes on wrote it; infinite without one."""
+    with contextlib.suppress(OSError, UserError):
+        if read_run(folder).get("status") == "running":
+            return time.time() - (folder / RUN).stat().st_mtime
+    return float("inf")
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -12,26 +14,16 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "safetensors",
-    "numpy",
-)
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 CAN_BE_BOUND = hasattr(os, "sched_getaffinity")  # to some of the cores; not everywhere
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of what a run depends on; None for what is not installed."""
-    installed: dict[str, str | None] = {}
+    installed: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = None
     own = sys.modules["bilora_diffusion"].__version__  # also where it is run from a checkout
     return {"python": platform.python_version(), **installed, "bilora_diffusion": own}
 
@@ -39,14 +31,13 @@ def versions() -> dict[str, str | None]:
 def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
     """Commit of the checkout that holds ``package`` (this one), and whether the package differs.
 
-    Returns:
-        ``(hash, differs)``; ``(None, None)`` outside a checkout, without git, or when the package
-        merely lies inside another project's checkout, as in a virtual environment.
+    Both are None outside a checkout, without git, or when the package merely lies inside another
+    project's checkout, as in a virtual environment.
     """
     package = package or Path(__file__).resolve().parents[1]
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None, None
-    head = _git(package, "rev-parse", "--verify", "HEAD")
+    head = None
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
+        head = _git(package, "rev-parse", "--verify", "HEAD")
     if head is None:
         return None, None
     changes = _git(package, "status", "--porcelain", "--", ".")
@@ -73,10 +64,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def device(used: torch.device | str | None = None) -> dict[str, str | int | None]:
-    """The machine: ``name`` of what computes, CPU model, usable cores, torch threads, GPU.
-
-    Args:
-        used: the device trained on; by default the GPU when there is one.
+    """The machine: ``name`` of what computes (by default the GPU when there is one), CPU model,
+    usable cores, torch threads, GPU.
     """
     kind = torch.device(used or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = torch.cuda.get_device_name(kind) if kind.type == "cuda" else None
@@ -94,14 +83,10 @@ def device(used: torch.device | str | None = None) -> dict[str, str | int | None
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return value.strip()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE):
+            return match[1]
     return platform.processor() or platform.machine()
 
 

@@ -21,20 +21,19 @@ NAME_PATHS = ["run.json", "folds.json", "adapter_config.json", "config.json", "*
 
 
 def repository(cfg: Any) -> str:
-    """The hub repository of this run; made now, so that a bad token is known before training.
-
-    Raises:
-        UserError: the hub refuses or cannot be reached.
-    """
+    """The hub repository of this run; made now, so that a bad token is known before training."""
     name = cfg.hub_model_id or Path(cfg.output_dir).name
     try:
         return create_repo(repo_id=name, exist_ok=True, token=cfg.hub_token).repo_id
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--push_to_hub cannot make the repository '{name}' ({reason}): log in with"
+            f"--push_to_hub cannot make the repository '{name}' ({_shortened(error)}): log in with"
             " `hf auth login`, give --hub_model_id, or drop --push_to_hub."
         ) from error
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def push(folder: Path, repo_id: str, token: str | None) -> None:
@@ -43,6 +42,8 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
     Raises:
         UserError: the upload fails; the run folder is whole.
     """
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")]
+    paths = filter_repo_objects(files, allow_patterns=NAME_PATHS, ignore_patterns=NOT_UPLOADED)
     try:
         upload_folder(
             repo_id=repo_id,
@@ -51,24 +52,12 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
             ignore_patterns=[*NOT_UPLOADED, *NAME_PATHS],
             token=token,
         )
-        create_commit(
-            repo_id,
-            [
-                CommitOperationAdd(name, published(folder / name).encode("utf-8"))
-                for name in filter_repo_objects(
-                    [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")],
-                    allow_patterns=NAME_PATHS,
-                    ignore_patterns=NOT_UPLOADED,
-                )
-            ],
-            commit_message="Record and settings",
-            token=token,
-        )
+        added = [CommitOperationAdd(name, published(folder / name).encode()) for name in paths]
+        create_commit(repo_id, added, commit_message="Record and settings", token=token)
     except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
-            f" ({reason}): upload it with `hf upload {repo_id} {folder}`."
+            f" ({_shortened(error)}): upload it with `hf upload {repo_id} {folder}`."
         ) from error
 
 

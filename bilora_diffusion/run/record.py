@@ -6,9 +6,11 @@ does not fit them makes that run unreadable, with the reason in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -124,6 +126,19 @@ class Folds(_Strict):
         return self
 
 
+@contextlib.contextmanager
+def _reading(place: object, fix: str, wrong: str = "is damaged") -> Iterator[None]:
+    """Make a sentence of what is raised within the context, but for a file that is not there."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{place} cannot be read ({error.strerror}): check its rights") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{place} {wrong}{fault(error)}: {fix}") from error
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run folder, which fits `Record`.
 
@@ -132,23 +147,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / RUN
     try:
-        record = _parsed(finite(path).read_bytes())
-        version = record["schema_version"]
-        if version == SCHEMA_VERSION:
-            Record.model_validate(record)
+        with _reading(path, "delete it, or give another run folder"):
+            record = _parsed(finite(path).read_bytes())
+            version = record["schema_version"]
+            if version == SCHEMA_VERSION:
+                Record.model_validate(record)
+                return record
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} is not a run folder (it has no {RUN}): give another") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        fix = "delete it, or give another run folder"
-        raise UserError(f"{path} is damaged{fault(error)}: {fix}") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {reprlib.repr(version)}, but this version of"
-            f" bilora_diffusion reads {SCHEMA_VERSION}: read it with the version that wrote it"
-        )
-    return record
+    raise UserError(
+        f"{path} has schema version {reprlib.repr(version)}, but this version of bilora_diffusion"
+        f" reads {SCHEMA_VERSION}: read it with the version that wrote it"
+    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -157,24 +167,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when another line does not fit `Line`.
     """
-    path = Path(folder) / METRICS
+    path, rows = Path(folder) / METRICS, []
+    fix = "delete it, or start a new run"
     try:
-        lines = finite(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
+        with _reading(path, fix):
+            lines = finite(path).read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    rows = []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
-        try:
+        with _reading(f"line {number} of {path}", fix, "is not a metrics line"):
             row = _parsed(line)
             Line.model_validate(row)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"line {number} of {path} is not a metrics line{fault(error)}: delete it, or start"
-                " a new run"
-            ) from error
-        rows.append(row)
+            rows.append(row)
     return rows
 
 
@@ -198,16 +202,12 @@ def read_folds(path: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     try:
-        content = _parsed(finite(path).read_bytes())
-        Folds.model_validate(content)
-    except FileNotFoundError:
+        with _reading(path, "start a new run in another --output_dir"):
+            content = _parsed(finite(path).read_bytes())
+            Folds.model_validate(content)
+            return content
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
-    except (ValueError, RecursionError) as error:
-        fix = "start a new run in another --output_dir"
-        raise UserError(f"{path} is damaged{fault(error)}: {fix}") from error
-    return content
 
 
 def _parsed(data: bytes) -> Any:

@@ -1,10 +1,5 @@
 """The record of a run: ``run.json`` (what, where, how long) and ``metrics.jsonl`` (step by step).
 
-    log = RunLog(folder)
-    log.start(config, method="bilora", seed=0, resume_step=None)
-    log.metric(1, loss=0.5, lr=2e-4)
-    log.finish(heldout_loss=0.08)
-
 ``run.json`` is replaced atomically; ``metrics.jsonl`` is strict JSON, one line per call, each
 written at once, so that a kill leaves at most one torn last line, which readers skip.
 """
@@ -36,17 +31,14 @@ class RunLog:
 
     Args:
         folder: the run folder; made when missing.
-        device: what is trained on, for the machine's name and the peak memory; by default the GPU
-            when there is one.
+        device: of the training, for the machine's name and peak memory; by default a GPU.
     """
 
     def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
-        self.folder = Path(folder)
-        self._device = device
+        self.folder, self._device = Path(folder), device
         self._run: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
-        self._began = self._written = 0.0
-        self._before = 0.0
+        self._began = self._written = self._before = 0.0
 
     def start(
         self,
@@ -59,12 +51,9 @@ class RunLog:
         """Open the record.
 
         Of a resumed run, lines and snapshots of steps after ``resume_step`` go, and the time spent
-        before counts on.
+        before counts on. Secrets in ``config`` are not written.
 
         Args:
-            config: JSON-able; secrets in it are not written.
-            method: name of the method.
-            seed: of data, noise and initialization.
             resume_step: step of the checkpoint that is continued; None for a fresh start, in a
                 folder without an earlier run (see `folder.clear`).
             num_steps: optimizer steps of the whole run.
@@ -78,7 +67,7 @@ class RunLog:
             earlier = read_run(self.folder) if (self.folder / RUN).exists() else {}
             (self.folder / ERROR).unlink(missing_ok=True)  # of an attempt that is made good
             self._truncate(resume_step)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = _now()
         commit, differs = provenance.commit()
         resumed = [{"step": resume_step, "at": now}] if resume_step is not None else []
         self._run = {
@@ -114,8 +103,7 @@ class RunLog:
         Raises:
             TypeError: for a value that JSON cannot hold.
         """
-        if self._metrics is None:
-            raise RuntimeError("RunLog.metric needs RunLog.start first")
+        assert self._metrics is not None, "it has been started"
         line, odd = strict_json({"step": int(step), **values})
         text = json.dumps({**line, **({"nonfinite": True} if odd else {})}) + "\n"
         data = text.encode("ascii")  # unbuffered: one system call for one line
@@ -125,46 +113,37 @@ class RunLog:
             self._write()
 
     def doing(self, what: str) -> None:
-        """Write down what the run does from now on, such as "held-out loss".
-
-        So others can tell a run that is busy with something long from one that hangs.
+        """Write down what the run does from now on, such as "held-out loss", so that others can
+        tell a run that is busy with something long from one that hangs.
         """
-        self._run["doing"] = what
-        self._run["doing_since"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self._run |= {"doing": what, "doing_since": _now()}
         self._write()
 
     def sync(self) -> None:
-        """Flush the record to the disk; call it before a checkpoint is saved.
-
-        Then no line up to the checkpoint's step can be missing after a power failure.
+        """Flush the record to the disk; before a checkpoint is saved, so that no line up to its
+        step can be missing after a power failure.
         """
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
             self._write()
 
     def finish(self, **results: Any) -> None:
-        """Close the record as "finished" with what came out.
-
-        Args:
-            results: JSON-able; a number that is not finite is written as null.
-        """
+        """Close the record as "finished" with what came out."""
         self._run["results"] = results
         self.close("finished")
 
     def close(self, status: str, reason: str | None = None) -> None:
-        """Close the record; on a full disk it is written over the old one.
-
-        Args:
-            status: "finished", "failed", or "interrupted", which goes on with the next resume.
-            reason: one sentence why it failed.
+        """Close the record as "finished", "failed" for a reason in one sentence, or "interrupted",
+        which goes on with the next resume; on a full disk it is written over the old one.
         """
         self._run["status"] = status
         if reason is not None:
             self._run["error"] = reason
         try:
             self.sync()
-        except OSError:  # a full disk
-            self._write_over()
+        except OSError:  # a full disk: without spaces the record fits into the old one's room
+            with contextlib.suppress(OSError):
+                overwrite_text(self.folder / RUN, json.dumps(strict_json(self._run)[0]))
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -173,14 +152,6 @@ class RunLog:
         """Write down that the folder's ``README.md`` is the run's own, before it is written."""
         self._run["card"] = True
         self._write()
-
-    def _write_over(self) -> None:
-        """Write the record where it stands; without the reason if that takes more room."""
-        for left_out in ((), ("error",)):
-            run = {key: value for key, value in self._run.items() if key not in left_out}
-            with contextlib.suppress(OSError):
-                overwrite_text(self.folder / RUN, dump_json(strict_json(run)[0]))
-                return
 
     def _write(self) -> None:
         self._written = time.monotonic()
@@ -200,6 +171,10 @@ class RunLog:
             number = images.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
                 discard(images)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def wrote_card(record: Mapping[str, Any]) -> bool:

@@ -83,13 +83,8 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 def steps(folder: Path) -> dict[int, Path]:
     """The snapshots in a run folder by step, in order; {} without any."""
-    root = Path(folder) / FOLDER
-    found = {
-        int(match[1]): path
-        for path in (root.iterdir() if root.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name))
-    }
-    return dict(sorted(found.items()))
+    files = (Path(folder) / FOLDER).glob("step-*.safetensors")
+    return dict(sorted((int(m[1]), path) for path in files if (m := _NAME.fullmatch(path.name))))
 
 
 def read(path: Path) -> Snapshot:
@@ -109,18 +104,12 @@ def read(path: Path) -> Snapshot:
             )
         factors = {
             adapter: [
-                Factors(
-                    name,
-                    A=tensors[_key(adapter, name, "A")],
-                    B=tensors[_key(adapter, name, "B")],
-                    scale=float(scale),
-                )
+                Factors(name, *_sides(tensors, adapter, name), float(scale))
                 for name, scale in zip(about["layers"], scales, strict=True)
             ]
             for adapter, scales in about["scales"].items()
         }
-        figures = {key: value for key, value in tensors.items() if key.startswith("layers/")}
-        layers = {key.removeprefix("layers/"): value for key, value in figures.items()}
+        layers = {k.removeprefix("layers/"): v for k, v in tensors.items() if k[:7] == "layers/"}
         return Snapshot(about["step"], factors, layers)
     except UserError:
         raise
@@ -130,18 +119,20 @@ def read(path: Path) -> Snapshot:
         ) from error
 
 
+def _sides(tensors: dict[str, Tensor], adapter: str, layer: str) -> tuple[Tensor, Tensor]:
+    return tensors[_key(adapter, layer, "A")], tensors[_key(adapter, layer, "B")]
+
+
 def _key(adapter: str, layer: str, side: str) -> str:
     return f"factors/{adapter}/{layer}.{side}"
 
 
 def truncate(folder: Path, step: int) -> None:
     """Delete the snapshots of steps after ``step``, which a resumed run takes anew."""
-    root = Path(folder) / FOLDER
-    if root.is_dir():
+    if (root := Path(folder) / FOLDER).is_dir():
         remove_leftovers(root)
-        for taken, path in steps(folder).items():
-            if taken > step:
-                discard(path)
+        for path in [path for taken, path in steps(folder).items() if taken > step]:
+            discard(path)
         sync(root)
 
 

@@ -8,16 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .. import methods
-from ..run.card import (
-    is_hub_id,
-    loaded_from,
-    python_block,
-    source,
-    table,
-    when_it_stopped,
-    write_card,
-)
-from ..run.folder import FOLDS_FIGURE
+from ..run.card import is_hub_id, loaded_from, source, write_card
 from .models import AUTO_CLASSES
 from .places import PACKAGED
 
@@ -36,61 +27,30 @@ def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: st
         repo_id: hub repository the folder goes to.
     """
     trained = methods.get(cfg.method)
-    base, data = source(cfg.model_name_or_path), cfg.task or Path(cfg.train_file).name
-    meta = ModelCardData(
-        library_name="transformers" if trained.exports_weights else "peft",
-        base_model=base if is_hub_id(base) else None,
-        pipeline_tag=PIPELINE_TAGS[cfg.task_type],
-        tags=list(dict.fromkeys(["bilora-diffusion", trained.name])),
-    )
-    measured = {
-        key.removeprefix("heldout_").replace("_", " "): value
-        for key, value in results.items()
-        if key.startswith("heldout_")
-    }
-    here = repo_id or "path/to/this/folder"
+    base, kind = source(cfg.model_name_or_path), cfg.task_type
     write_card(
         cfg,
         folder,
-        results["steps"],
-        meta=meta,
-        base=base,
-        data=data,
-        use=["## Use", python_block(_snippet(cfg, base, here, results["export"]))],
-        results=[
-            *table("## Results on held-out rows", measured | when_it_stopped(cfg, results)),
-            *([f"![Held-out loss of the folds]({FOLDS_FIGURE})"] if cfg.folds else []),
-        ],
+        results,
+        meta=ModelCardData(
+            library_name="transformers" if trained.exports_weights else "peft",
+            base_model=base if is_hub_id(base) else None,
+            pipeline_tag=PIPELINE_TAGS[kind],
+            tags=list(dict.fromkeys(["bilora-diffusion", trained.name])),
+        ),
+        heading="Results on held-out rows",
+        measured={
+            key.removeprefix("heldout_").replace("_", " "): value
+            for key, value in results.items()
+            if key.startswith("heldout_")
+        },
+        title=base,
+        data=cfg.task or Path(cfg.train_file).name,
+        auto=f"Auto{AUTO_CLASSES[kind]}",
+        kind=kind,
+        whole=trained.exports_weights,
+        base=loaded_from(base),
+        packaged=base if cfg.model_name_or_path in PACKAGED else None,
+        labels=results["export"].get("labels"),
+        here=repo_id or "path/to/this/folder",
     )
-
-
-def _snippet(cfg: Any, base: str, here: str, export: dict[str, Any]) -> list[str]:
-    """Python that loads the result."""
-    kind, name = cfg.task_type, loaded_from(base)
-    auto = f"Auto{AUTO_CLASSES[kind]}"
-    imports = f"from transformers import {auto}, AutoTokenizer"
-    if methods.get(cfg.method).exports_weights:
-        return [
-            imports,
-            "",
-            f'model = {auto}.from_pretrained({here!r}, subfolder="model")',
-            f'tokenizer = AutoTokenizer.from_pretrained({here!r}, subfolder="model")',
-        ]
-    if cfg.model_name_or_path in PACKAGED:
-        labels = f", labels={export['labels']!r}" if kind == "classification" else ""
-        return [
-            "from bilora_diffusion.text.models import load_text_model",
-            "from peft import PeftModel",
-            "",
-            f"base = load_text_model({base!r}, {kind!r}{labels})",
-            f"model = PeftModel.from_pretrained(base.model, {here!r})",
-        ]
-    labels = f", num_labels={len(export['labels'])}" if kind == "classification" else ""
-    return [
-        "from peft import PeftModel",
-        imports,
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
-        f"base = {auto}.from_pretrained({name!r}{labels})",
-        f"model = PeftModel.from_pretrained(base, {here!r})",
-    ]

@@ -18,13 +18,10 @@ from ..methods.perturb import restored
 
 
 class Average:
-    """An exponential moving average: diffusers' `EMAModel` over a list of parameters.
+    """An exponential moving average: diffusers' `EMAModel` over a list of parameters, whose order
+    identifies them in a checkpoint.
 
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
-
-    Args:
-        parameters: what is averaged; their order identifies them in a checkpoint.
-        decay: in [0, 1).
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:

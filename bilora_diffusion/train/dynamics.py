@@ -1,4 +1,4 @@
-"""What ``--log_dynamics`` records: how the adapters' factors move, and what the second one does.
+"""Records of ``--log_dynamics``: how the adapters' factors move, and what the second one does.
 
 Every ``--dynamics_steps`` steps the main process takes
 
@@ -17,18 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY, Factors, alike
-from ..methods import Method
 from ..run import snapshots
-from ..run.config import RunConfig
 
 SNAPSHOTS = 40
 """About how many are taken where ``--dynamics_steps`` is not given."""
@@ -36,16 +33,6 @@ TERMS = ("norm_BeA", "norm_eBA", "norm_eBeA")
 FIRST_ORDER, PRODUCT, RATIO = "norm_first_order", "norm_BA", "ratio"
 COLUMNS, ROWS, COSINE, GAIN = "column_overlap", "row_overlap", "product_cosine", "ascent_gain"
 NORMS = (*TERMS, FIRST_ORDER, PRODUCT, "norm_primary", "norm_auxiliary")
-
-
-class Observed(Protocol):
-    """What is read of the trainer."""
-
-    cfg: RunConfig
-    accelerator: Accelerator
-    method: Method
-    num_steps: int
-    step: int
 
 
 class Dynamics:
@@ -57,7 +44,7 @@ class Dynamics:
             and not yet turned around, and does not run on steps that a gradient scaler skips.
     """
 
-    def __init__(self, trainer: Observed, optimizer: Optimizer) -> None:
+    def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
         self.every = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
         self._layers = trainer.method.layers(PRIMARY)
@@ -68,7 +55,7 @@ class Dynamics:
             optimizer.register_step_pre_hook(self._before_step)
 
     @classmethod
-    def of(cls, trainer: Observed, optimizer: Optimizer) -> Dynamics | None:
+    def of(cls, trainer: Any, optimizer: Optimizer) -> Dynamics | None:
         """The recorder of a run with ``--log_dynamics``; None without, and in other processes than
         the main one, whose primaries are the same.
         """
@@ -121,22 +108,19 @@ class Dynamics:
 
     def _gradients(self, adapter: str, factors: Sequence[Factors]) -> list[Factors]:
         """The gradients of these factors; zero on a layer that the loss does not reach."""
-        found = adapters.gradients_of(self._layers, adapter)
+        pairs = zip(factors, adapters.gradients_of(self._layers, adapter), strict=True)
         return snapshots.to_cpu(
             [
                 f._replace(A=torch.zeros_like(f.A), B=torch.zeros_like(f.B)) if g is None else g
-                for f, g in zip(factors, found, strict=True)
+                for f, g in pairs
             ]
         )
 
 
 def inner_products(one: Sequence[Factors], other: Sequence[Factors]) -> Tensor:
-    """<s B A, s' B' A'> of each layer, (layers,) float64.
+    """<s B A, s' B' A'> of the same layers, (layers,) float64, on the CPU.
 
     <B A, B' A'> = sum over i, j of (B^T B')_ij (A A'^T)_ij, with matrices of the ranks' sizes only.
-
-    Args:
-        one, other: A (r, n), B (m, r) and A' (r', n), B' (m, r') of the same layers, on the CPU.
     """
     found = torch.empty(len(one), dtype=torch.float64)
     shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(one, other, strict=True)]

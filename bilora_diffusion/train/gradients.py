@@ -1,10 +1,11 @@
-"""Gradients of the base weights: what LoRA-GA starts from, one layer on the device at a time."""
+"""Gradients of the base weights, which LoRA-GA starts from: one layer on the device at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -37,7 +38,6 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         By module path, the sum over all backward passes so far, in the weight's shape, fp32 or
         wider.
     """
-    found = adapters.layers(model, INITIAL)
     sums: dict[str, Tensor] = {}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     hooks = []
@@ -45,9 +45,10 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         with adapters.only(model, ()):
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            for path, layer in found:
+            for path, layer in adapters.layers(model, INITIAL):
                 weight = adapters.base_weight(layer).requires_grad_(True)
-                hooks.append(weight.register_post_accumulate_grad_hook(_adder(sums, path)))
+                adder = partial(_add, sums, path)
+                hooks.append(weight.register_post_accumulate_grad_hook(adder))
             yield sums
     finally:
         for hook in hooks:
@@ -56,35 +57,25 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             parameter.requires_grad_(flag)
 
 
-def _adder(sums: dict[str, Tensor], path: str) -> Callable[[Tensor], None]:
-    def add(weight: Tensor) -> None:
-        gradient = cast(Tensor, weight.grad).detach()
-        weight.grad = None
-        moved = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32))
-        if path in sums:
-            sums[path].add_(moved)
-        else:
-            sums[path] = moved
-
-    return add
+def _add(sums: dict[str, Tensor], path: str, weight: Tensor) -> None:
+    gradient = cast(Tensor, weight.grad).detach()
+    weight.grad = None
+    moved = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32))
+    sums[path] = sums[path].add_(moved) if path in sums else moved
 
 
 def initialise(
     task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
 ) -> bool:
-    """Give the primaries of a task's models the first values that their init asks for.
+    """Give the primaries of a task's models the first values that their init asks for; returns
+    whether there was anything to do.
 
     Every process computes all of it; then the values of the first are given to the others, so that
-    they agree to the bit whatever the device does in parallel.
+    they agree bit by bit whatever the device does in parallel.
 
     Args:
         task: what is trained, prepared by `accelerator`.
         targets: its models after `Method.setup`.
-        cfg: for `seed`, `train_batch_size` and `lora_ga_samples`.
-        accelerator: the engine.
-
-    Returns:
-        Whether there was anything to do.
 
     Raises:
         UserError: the loss reaches no layer of a model.
@@ -129,9 +120,7 @@ def mean_gradients(
         task: gives samples, noise and loss; its module runs as in training.
         models: the adapted models by name.
         samples: how many; Wang et al. 2024 take 128.
-        micro_batch: samples of one forward pass.
         seed: of dropout in the models themselves.
-        device: where the inputs go.
 
     Returns:
         By model and by module path, in the weight's shape, fp32 or wider, on the CPU. A layer that
@@ -151,7 +140,7 @@ def mean_gradients(
             sums = {n: stack.enter_context(collecting(m)) for n, m in models.items()}
             for losses in _losses(task, samples, micro_batch, seed, device):
                 (losses.sum() * (scale / samples)).backward()
-        bad = [f"{name}.{path}" for name, own in sums.items() for path in _not_finite(own)]
+        bad = [f"{n}.{p}" for n, own in sums.items() for p, g in own.items() if not _finite(g)]
         if not bad:
             return {n: {p: g.div_(scale) for p, g in own.items()} for n, own in sums.items()}
     raise TrainingError(
@@ -172,7 +161,7 @@ def _losses(
         with torch.random.fork_rng(devices=[device] if on_cuda else []):
             torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
             losses = task.module(batch.on(device))
-        if not bool(torch.isfinite(losses.detach()).all()):
+        if not _finite(losses):
             raise TrainingError(
                 f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"
                 " look at these samples or use --init_lora_weights default."
@@ -180,5 +169,5 @@ def _losses(
         yield losses
 
 
-def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
-    return [path for path, value in sums.items() if not bool(torch.isfinite(value).all())]
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values.detach()).all())

@@ -1,5 +1,5 @@
-"""What a script does before its work: it starts processes that its launcher was asked for and did
-not start, and imports its libraries.
+"""Before a script's work: starting processes that its launcher was asked for and did not start, and
+importing its libraries.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def launched_processes() -> int | None:
     """N of the launcher's ``--num_processes N``; None where it does not say."""
     import psutil
 
-    launcher = psutil.Process().parent()
     try:
+        launcher = psutil.Process().parent()
         words = launcher.cmdline() if launcher else []
     except psutil.Error:
         return None
@@ -68,13 +68,11 @@ def launched_processes() -> int | None:
 def importing() -> Iterator[None]:
     """Within the context libraries are imported without what costs time and is of no use here.
 
-    Python looks for no garbage meanwhile, and later never among what is there at the end: torch,
-    Transformers, PEFT and diffusers are objects by the hundred thousand that stay, and looking
-    through them again and again takes a third of a short run. Functions that a library wants
-    compiled as soon as it is imported stay as they are: PEFT imports bitsandbytes, which has a few
-    such for devices without kernels of its own, and for their sake torch would load its compiler.
-
-    Does nothing where torch is imported already, as in a notebook, whose objects are to be freed.
+    Python looks for no garbage meanwhile, and later never among what is there at the end: torch and
+    the libraries on it are objects by the hundred thousand that stay, and looking through them
+    again and again takes a third of a short run. Nor is anything compiled that a library wants
+    compiled as it is imported (bitsandbytes, which PEFT imports), for which torch would load its
+    compiler. Does nothing where torch is imported already, as in a notebook.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

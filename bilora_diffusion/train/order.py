@@ -1,4 +1,4 @@
-"""Which sample stands at which position of an endless, reproducible stream."""
+"""Endless, reproducible streams of samples, by position."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ class SampleOrder:
 
     Args:
         n: samples in the data set.
-        seed: of the run.
-        repeats: how often each sample appears in one epoch.
         purpose: keeps two streams of the same run apart (instance and class images).
-
-    Raises:
-        ValueError: ``n`` or ``repeats`` is below 1.
     """
 
     def __init__(self, n: int, seed: int, repeats: int = 1, purpose: str = "order") -> None:
@@ -38,11 +33,7 @@ class SampleOrder:
         return self.n * self.repeats
 
     def sample(self, position: int) -> int:
-        """The sample, in [0, n), at the absolute ``position`` (0 is the first of epoch 0).
-
-        Raises:
-            ValueError: the position is negative.
-        """
+        """The sample, in [0, n), at the absolute ``position`` (0 is the first of epoch 0)."""
         if position < 0:
             raise ValueError(f"a position is at least 0, not {position}")
         epoch, offset = divmod(position, len(self))
@@ -68,22 +59,13 @@ class KindsOrder:
 
     Args:
         kinds: of each sample.
-        seed: of the run.
         step_size: samples of a step.
         repeats: how often each sample appears in one pass.
-
-    Raises:
-        ValueError: no samples, or ``step_size`` or ``repeats`` is below 1.
     """
 
     def __init__(
         self, kinds: Sequence[Hashable], seed: int, step_size: int, repeats: int = 1
     ) -> None:
-        if not kinds or step_size < 1 or repeats < 1:
-            raise ValueError(
-                f"kinds, step_size and repeats are at least 1, not {len(kinds)}, {step_size} and"
-                f" {repeats}"
-            )
         self.seed, self.step_size, self._length = seed, step_size, len(kinds) * repeats
         self._members: dict[Hashable, list[int]] = {}
         for sample, kind in enumerate(kinds):
@@ -141,13 +123,8 @@ class LengthGroupedOrder(SampleOrder):
 
     Args:
         lengths: of each sample, in tokens.
-        seed: of the run.
         batch_size: samples of one batch.
         group: batches that are sorted together.
-        purpose: keeps two streams of the same run apart.
-
-    Raises:
-        ValueError: no lengths, or ``batch_size`` or ``group`` is below 1.
     """
 
     def __init__(
@@ -159,8 +136,6 @@ class LengthGroupedOrder(SampleOrder):
         purpose: str = "order",
     ) -> None:
         super().__init__(len(lengths), seed, purpose=purpose)
-        if batch_size < 1 or group < 1:
-            raise ValueError(f"batch_size and group are at least 1, not {batch_size} and {group}")
         self.lengths, self.batch_size, self.group = list(lengths), batch_size, group
 
     def _draw(self, draws: torch.Generator) -> Tensor:

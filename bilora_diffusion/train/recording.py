@@ -1,4 +1,4 @@
-"""What a run says of itself around its loop: before it, where it shows images, how it ends."""
+"""Words of a run around its loop: before it, where it shows images, how it ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from PIL import Image
 
 from ..choices import OPTIMIZERS
@@ -20,7 +19,6 @@ from ..run.config import RunConfig
 from ..run.runlog import RunLog
 from .trainer import Trainer
 
-ARITHMETIC = {None: "fp32", "no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 LINE = 400  # bytes of a line of metrics
 PNG = 1.5  # bytes of a pixel
 logger = logging.getLogger(__name__)
@@ -31,11 +29,15 @@ def announce(trainer: Trainer, folder: Path) -> None:
     disk will plainly not hold it.
     """
     cfg, steps, size = trainer.cfg, trainer.last_step, trainer.schedule.step_size
+    epochs = steps * size / trainer.task.num_samples
+    many, device = trainer.accelerator.num_processes, trainer.accelerator.device
+    processes = f"{many} processes on " if many > 1 else ""
     facts = [
         trainer.task.data_summary(),
-        f"{_count(steps, 'step')} of {size} ({steps * size / trainer.task.num_samples:.3g} epochs)",
+        f"{steps:,} step{'s' * (steps != 1)} of {size} ({epochs:.3g} epochs)",
         _trained(trainer.method, cfg),
-        f"{_device(trainer.accelerator)}, {ARITHMETIC[cfg.mixed_precision or 'no']}",
+        f"{processes}{provenance.device(device)['name']},"
+        f" {(cfg.mixed_precision or 'no').replace('no', 'fp32')}",
         *([f"from step {trainer.step}"] if trainer.step else []),
         f"into {folder}",
     ]
@@ -54,18 +56,8 @@ def _trained(method: Method, cfg: RunConfig) -> str:
     weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
         return f"{method.title} of {weights} weights"
-    layers = _count(len(method.layers()), "layer")
-    return f"{method.title} of rank {cfg.rank} on {layers} ({weights} parameters)"
-
-
-def _device(accelerator: Accelerator) -> str:
-    name = provenance.device(accelerator.device)["name"]
-    many = accelerator.num_processes
-    return f"{many} processes on {name}" if many > 1 else str(name)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    layers = len(method.layers())
+    return f"{method.title} of rank {cfg.rank} on {layers:,} layers ({weights} parameters)"
 
 
 def bytes_to_write(trainer: Trainer) -> int:
@@ -87,13 +79,8 @@ def bytes_to_write(trainer: Trainer) -> int:
 
 
 def show_images(trainer: Trainer, folder: Path, step: int) -> None:
-    """Show a step's validation images in TensorBoard and in Weights & Biases, as diffusers' scripts
-    send them.
-
-    Args:
-        trainer: whose prompts and trackers they are.
-        folder: holds ``validation/step-N``.
-        step: N, whose images they are; trackers show them at the trainer's own step.
+    """Show the images of ``validation/step-N`` in TensorBoard and in Weights & Biases, as
+    diffusers' scripts send them, at the trainer's own step.
     """
     files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
     if not files:
@@ -113,19 +100,12 @@ def show_images(trainer: Trainer, folder: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def recorded(log: RunLog | None, folder: Path, trainer: Trainer) -> Iterator[None]:
-    """Within the context, whatever ends the run is written into its record, and goes on its way.
-
-    The trace of an error that nobody foresaw is kept in the run folder.
-
-    Args:
-        log: the main process's record; the other processes have none.
-        folder: the run folder.
-        trainer: tells how much there is still to write.
+    """Within the context, whatever ends the run is written into its record, which the main process
+    has, and goes on its way. The trace of an error that nobody foresaw is kept in the run folder.
 
     Raises:
         TrainingError: the disk is full.
     """
-
     try:
         yield
     except KeyboardInterrupt:

@@ -1,7 +1,6 @@
-"""What every training script does around the loop: engine, record, end; and how it fails.
+"""Everything that training scripts do around the loop: engine, record, end; and how they fail.
 
-A script is its parser and three functions; ``main`` does the rest, so that all scripts have the
-same run folder, the same resume and the same way of stopping.
+A script is its parser and three functions; ``main`` does the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,14 +24,7 @@ from ..errors import UserError
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
 from ..run.config import RunConfig
-from ..run.folder import (
-    FOLDS,
-    OF_FOLDS,
-    clear,
-    guard,
-    refuse_foreign_models,
-    refuse_unusable,
-)
+from ..run.folder import FOLDS, OF_FOLDS, clear, guard, refuse_foreign_models, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured
 from . import dry_run, engines, folds
@@ -77,10 +69,7 @@ class Script(Generic[Config]):
 def main(
     script: Script[Config], argv: Sequence[str] | None = None, config: Config | None = None
 ) -> None:
-    """Train as the command line says and leave a run folder.
-
-    Args:
-        config: what the command line was read to, if it was read already.
+    """Train as the command line, or the ``config`` it was read to, says and leave a run folder.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -94,20 +83,13 @@ def main(
     cfg = script.parse(argv) if config is None else config
     folder = Path(cfg.output_dir)
     refuse_unusable(folder)
-    with contextlib.nullcontext() if cfg.dry_run else _locked(folder):
+    with contextlib.nullcontext() if cfg.dry_run else lock.hold(folder):
+        for file in folder.glob(f"{FOLDS}/*/{lock.FILE}"):
+            with lock.hold(file.parent):  # no fold is being trained by a command of its own
+                pass
         stop = _train(script, cfg, folder)
         if stop is not None:
             raise interruption.farewell(folder, stop, typed, cfg)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a run folder, of whose folds none may be trained by a command of its own."""
-    with lock.hold(folder):
-        for file in folder.glob(f"{FOLDS}/*/{lock.FILE}"):
-            with lock.hold(file.parent):
-                pass
-        yield
 
 
 def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
@@ -161,14 +143,12 @@ def _run(
     last_step: int | None = None,
     repo_id: str | None = None,
 ) -> Stop | None:
-    """Build, train and finish; nothing of it is alive when this returns.
+    """Build, train and finish; nothing of it is alive when this returns what stopped it, if
+    anything did.
 
     Args:
         last_step: where the folds end it.
         repo_id: hub repository the folder goes to.
-
-    Returns:
-        What stopped it, if anything did.
     """
     task: Any = script.build_task(cfg, accelerator)
     cfg = task.cfg
@@ -188,7 +168,11 @@ def _run(
         announce(trainer, folder)
     try:
         with trainer.interruption, recorded(log, folder, trainer):
-            accelerator.init_trackers(script.project, config=flat(cfg.to_dict()))
+            values = cfg.to_dict()  # of the kinds that every tracker can show
+            shown = {
+                k: v if isinstance(v, int | float | str) else repr(v) for k, v in values.items()
+            }
+            accelerator.init_trackers(script.project, config=shown)
             fit(trainer, folder, log)
             if not trainer.finished:
                 raise KeyboardInterrupt
@@ -214,9 +198,8 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     distributed = DistributedDataParallelKwargs(
         find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
     )
-    project = ProjectConfiguration(
-        project_dir=cfg.output_dir, logging_dir=str(Path(cfg.output_dir, cfg.logging_dir))
-    )
+    logs = str(Path(cfg.output_dir, cfg.logging_dir))
+    project = ProjectConfiguration(project_dir=cfg.output_dir, logging_dir=logs)
     try:
         accelerator = Accelerator(
             mixed_precision=cfg.mixed_precision,
@@ -260,11 +243,3 @@ def _finish(
             publish.push(folder, repo_id, cfg.hub_token)
     trainer.accelerator.wait_for_everyone()
     return results
-
-
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Configuration values that every tracker can show."""
-    return {
-        key: value if isinstance(value, int | float | str | bool) else repr(value)
-        for key, value in values.items()
-    }

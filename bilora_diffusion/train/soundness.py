@@ -1,7 +1,5 @@
-"""What makes a model unfit to be trained although its files are there; for images and text alike.
-
-Libraries fill in what is missing and only warn, or fail in the first step. Here each fault is one
-sentence that names the model, the part and what to do, before anything is trained.
+"""Faults of a model whose files are there, for images and text: one sentence each, before anything
+is trained, where libraries fill in what is missing and only warn, or fail in the first step.
 """
 
 from __future__ import annotations
@@ -20,15 +18,11 @@ CONVERTER = "https://huggingface.co/spaces/safetensors/convert"
 
 
 def reading(what: str, fix: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` gives; a failure of any kind becomes a sentence.
+    """Read files that others wrote by ``load``, whose failures of any kind become a sentence.
 
     Args:
         what: a part of a model in the user's words.
         fix: what to do, without a period.
-        load: reads files that others wrote, with libraries that check little.
-
-    Raises:
-        UserError: it can't be read.
     """
     try:
         return load()
@@ -58,15 +52,10 @@ def pickled(what: str, found: str = "") -> str:
 
 
 def require_safetensors(what: str, folder: Path) -> None:
-    """Refuse a folder whose weights are pickles, by their names or by its index of files.
-
-    Raises:
-        UserError: it has no safetensors, but has pickles.
-    """
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if any(name.endswith(".safetensors") for name in names):
-        pickles = []
+    """Refuse a folder whose weights are pickles, by their names or by its index of files."""
+    names = sorted(path.name for path in folder.glob("*"))
+    has_safe = any(name.endswith(".safetensors") for name in names)
+    pickles = [] if has_safe else [name for name in names if name.endswith(PICKLES)]
     for path in folder.glob("*.safetensors.index*.json"):
         parts = reading(
             what,
@@ -79,11 +68,7 @@ def require_safetensors(what: str, folder: Path) -> None:
 
 
 def require_whole(what: str, missing: Iterable[str]) -> None:
-    """Refuse weights that lack some, which libraries would leave empty or draw at random.
-
-    Raises:
-        UserError: there are missing keys.
-    """
+    """Refuse weights that lack some, which libraries would leave empty or draw at random."""
     lacking = sorted(missing)
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -94,32 +79,24 @@ def require_whole(what: str, missing: Iterable[str]) -> None:
 
 
 def require_finite(what: str, model: nn.Module) -> None:
-    """Refuse weights that are not finite; takes 0.1 s a gigabyte.
-
-    Raises:
-        UserError: a weight is infinite or no number.
-    """
+    """Refuse weights that are infinite or no numbers; takes 0.1 s a gigabyte."""
     for name, weight in model.named_parameters():
-        if weight.numel() and weight.is_floating_point():
-            ends = weight.detach().aminmax()
-            if not (ends.min.isfinite() and ends.max.isfinite()):
-                raise UserError(
-                    f"{what} holds weights that are not finite ({name}): download or write it"
-                    " again, or give another model."
-                )
+        floats = weight.numel() and weight.is_floating_point()
+        if floats and not all(end.isfinite() for end in weight.detach().aminmax()):
+            raise UserError(
+                f"{what} holds weights that are not finite ({name}): download or write it again, or"
+                " give another model."
+            )
 
 
 def require_words(what: str, tokenizer: Any, rows: int | None, fix: str) -> None:
-    """Refuse a tokenizer that does not fit its model.
+    """Refuse a tokenizer that knows no words, or makes numbers that its model does not know.
 
     Args:
         what: the tokenizer in the user's words.
         tokenizer: of Transformers.
         rows: how many tokens the model has embeddings for; None where it can't be told.
         fix: what to do, without a period.
-
-    Raises:
-        UserError: it knows no words, or makes numbers that the model does not know.
     """
     vocabulary = tokenizer.get_vocab()
     # Without its files Transformers makes an empty one of some types, and says nothing; that of T5

@@ -25,10 +25,9 @@ from ..adapters import fused
 from ..errors import TrainingError
 from ..methods import Method
 from ..run import checkpoint
-from ..run.checkpoint import Checkpoint
+from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
 from ..run.config import RunConfig
 from ..run.interruption import Interruption
-from ..run.matching import load_tensors, require_same_settings
 from ..seeds import digest_texts, seed_of
 from . import sharding
 from .compiling import eager

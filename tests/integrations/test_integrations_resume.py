@@ -27,7 +27,6 @@ from tests.integrations.trainers import (
     CONFIG,
     RHO,
     attached,
-    batches,
     difference,
     rows,
     with_bilora,
@@ -70,11 +69,8 @@ def make(
 @pytest.mark.parametrize(
     ("kind", "changes", "values"),
     [
-        pytest.param("trainer", {"dropout": 0.2}, {}, marks=pytest.mark.slow),
-        pytest.param("trainer", {"use_dora": True}, {}, marks=pytest.mark.slow),
-        pytest.param("trainer", {"init": "pissa"}, {}, marks=pytest.mark.slow),
+        pytest.param("trainer", {"init": "pissa", "dropout": 0.2}, {}, marks=pytest.mark.slow),
         ("trainer", {"auxiliary_rank": 2, "auxiliary_learning_rate": 2e-3}, {}),
-        ("trainer", {}, {"bf16": True}),
         ("sft", {}, {"bf16": True}),
     ],
     ids=str,
@@ -143,7 +139,7 @@ def make_later(folder: Path) -> None:
     ("damage", "word", "config"),
     [
         *((lack(name), name, CONFIG) for name in (STATE, "optimizer.pt", "scheduler.pt")),
-        *((cut(size), "truncated or altered", CONFIG) for size in (0, 100, -1)),
+        (cut(-1), "truncated or altered", CONFIG),
         (make_later, "schema version 2", CONFIG),
         (lambda _: None, r"rho was 0\.02 and is 0\.5", replace(CONFIG, rho=0.5)),
     ],
@@ -159,18 +155,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
         trainer.train(resume_from_checkpoint=str(checkpoint))
     after = adapters.state_dict(bilora.model, PRIMARY)
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_other_first_values(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        trainer, bilora = make(tmp_path, replace(CONFIG, init="lora-ga"))
-        with pytest.raises(UserError, match="initialise"):
-            trainer.train()
-        batch = batches(rows(4, seed))[0]
-        bilora.initialise(lambda batch=batch, b=bilora: b.model(**batch).loss.backward())
-        if seed == 0:
-            trainer.add_callback(Stop())
-            trainer.train()
-        else:
-            with pytest.raises(UserError, match="started the primary elsewhere"):
-                trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))

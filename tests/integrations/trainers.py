@@ -123,7 +123,6 @@ def by_hand(
     bilora: BiLoRA,
     data: Sequence[dict[str, Tensor]],
     *,
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
     accumulate: int = 1,
     schedule: str = "constant",
     warmup: int = 0,
@@ -140,7 +139,7 @@ def by_hand(
             auxiliaries.
     """
     bilora.model.train()
-    optimizer = kind(bilora.param_groups(lr=RATE, weight_decay=decay))  # type: ignore[call-arg]
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=RATE, weight_decay=decay))
     bilora.bind(optimizer)
     steps = len(data) // accumulate
     scheduler = get_scheduler(

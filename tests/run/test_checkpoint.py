@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.durable import TEMPORARY
-from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.run import checkpoint, digests
-from bilora_diffusion.run.checkpoint import latest, load, prune, resolve
-from bilora_diffusion.run.matching import load_tensors, require_same_settings
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import checkpoint
+from bilora_diffusion.run.checkpoint import (
+    latest,
+    load,
+    load_tensors,
+    prune,
+    require_same_settings,
+    resolve,
+)
 from tests.run.checkpoints import save
 
 DTYPES = (
@@ -79,8 +85,8 @@ def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
 ) -> None:
     path = save(tmp_path, 3)
     (path / "state.json").write_text(altered)
-    digests.seal(path, checkpoint.FILES)  # so that it is not refused for its digest alone
-    with pytest.raises(UserError, match="step-3 was altered: delete step-3"):
+    checkpoint.seal(path)  # so that it is not refused for its digest alone
+    with pytest.raises(UserError, match=r"step-3.*altered: delete step-3"):
         load(path)
 
 
@@ -91,14 +97,6 @@ def test_what_cannot_come_back_is_refused(tmp_path: Path, value: Any) -> None:
         with pytest.raises(TypeError):
             save(tmp_path, 2, 0.0, **{part: {"x": value}})
     assert os.listdir(tmp_path / checkpoint.CHECKPOINTS) == ["step-1"]
-
-
-def test_same_content_gives_same_bytes_readable_by_others(tmp_path: Path) -> None:
-    first, second = save(tmp_path / "a"), save(tmp_path / "b")
-    files = sorted(path.name for path in first.iterdir())
-    assert files == ["adapters.safetensors", "digests.json", "optimizer.safetensors", "state.json"]
-    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
-    assert len({path.stat().st_mode for path in first.iterdir()}) == 1
 
 
 def load_latest(folder: Path) -> checkpoint.Checkpoint:
@@ -131,12 +129,11 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
             monkeypatch.setattr(module, name, guarded(getattr(module, name)))
 
 
-@pytest.mark.parametrize("earlier", [1, 2], ids=["new step", "same step"])
-def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path, earlier: int) -> None:
+def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     outcomes = set()
     for call in range(1, 100):
         folder = tmp_path / str(call)
-        save(folder, earlier, 1.0)
+        save(folder, 1, 1.0)
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, call)
             try:
@@ -147,8 +144,7 @@ def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path, earli
         outcomes.add(found.extra["value"])
         assert resolve(folder, f"step-{found.step}") == latest(folder)
         root = folder / checkpoint.CHECKPOINTS
-        if load(root / f"step-{found.step}").extra["value"] == 1.0:
-            assert not completed
+        assert not (completed and found.step == 1)
         save(folder, 3, 3.0)  # cleans up
         assert {path.name for path in root.iterdir()} <= {"step-1", "step-2", "step-3"}
         assert load_latest(folder).extra["value"] == 3.0
@@ -157,20 +153,6 @@ def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path: Path, earli
     assert completed
     assert call > 10
     assert outcomes == {1.0, 2.0}
-
-
-def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, 1.0)
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(TrainingError, match=r"step-2 could not be written \(No space left"):
-            save(tmp_path, 2)
-    assert os.listdir(tmp_path / checkpoint.CHECKPOINTS) == ["step-1"]
-    assert load_latest(tmp_path).extra == {"value": 1.0}
 
 
 @pytest.mark.parametrize("name", [*checkpoint.FILES, "digests.json"])
@@ -206,7 +188,7 @@ def test_what_is_no_checkpoint_is_refused_with_one_that_is(tmp_path: Path) -> No
     for path, parts in {
         tmp_path / "folder": ("not a checkpoint folder",),
         run: ("not a checkpoint folder", str(good)),
-        good / checkpoint.STATE: ("is a file",),
+        good / checkpoint.STATE: ("not a checkpoint folder",),
         good.parent / "step-7": ("does not exist", str(good)),
         foreign: ("schema version 1", "reads 2", "the version that wrote it"),
     }.items():
@@ -228,16 +210,6 @@ def test_latest_is_numeric_and_ignores_the_rest(tmp_path: Path) -> None:
     assert not paths[0].exists()
     assert paths[1].exists()
     assert paths[2].exists()
-
-
-def test_a_checkpoint_that_is_being_replaced_is_found(tmp_path: Path) -> None:
-    path = save(tmp_path, 4, 1.0)
-    waiting = path.with_name(".replaced-step-4")
-    path.rename(waiting)
-    assert latest(tmp_path) == resolve(tmp_path, "step-4") == resolve(tmp_path, path) == waiting
-    assert load(path).extra == load(waiting).extra == {"value": 1.0}
-    save(tmp_path, 5)
-    assert sorted(os.listdir(path.parent)) == ["step-4", "step-5"]
 
 
 def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.run import console
-from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.runlog import RunLog
 
 
@@ -20,26 +19,6 @@ def measured(
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
     log.finish()
-
-
-def test_the_bar_says_what_it_waits_for_and_smooths_the_loss(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    told: list[str] = []
-    with console.Bar(4, 0, "bilora", told.append) as bar:
-        bar.step({"loss": 1.0, "lr": 1e-3})
-        bar.step({"loss": 3.0, "lr": 1e-3, "auxiliary_norm": 0.05})
-        with bar.waiting_for("held-out loss"):
-            assert told == ["held-out loss"]
-    assert told == ["held-out loss", "training"]
-    shown = capsys.readouterr().err
-    mean = (0.95 * 1 + 3) / 1.95
-    assert f"loss={mean:.4f}" in shown
-    assert "bilora: held-out loss" in shown
-    # processes without a record show nothing
-    with console.Bar(1, 0, "lora", None) as bar, bar.waiting_for("validation"):
-        bar.step({"loss": 1.0, "lr": 1e-3})
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -63,29 +42,3 @@ def test_the_end_names_the_best_step_and_how_to_get_its_adapter(
     measured(tmp_path / "other", {0: 0.2, 2: 0.1, 4: float("nan")})
     text = console.closing(tmp_path / "other", {}, "eval.text_scores")
     assert "0.1000 at step 2, the lowest measured" in text
-
-
-@pytest.mark.parametrize(
-    ("config", "flag"),
-    [
-        ({"validation_dataset": None, "folds": None}, "--validation_dataset"),
-        ({"validation_file": None, "folds": None}, "--validation_file"),
-        ({"validation_dataset": None, "folds": 2}, ""),
-    ],
-)
-def test_the_last_line_names_what_shows_overfitting_where_nothing_was_held_out(
-    config: dict[str, int | None], flag: str, tmp_path: Path
-) -> None:
-    def last_line() -> str:
-        return console.closing(tmp_path, {}, "eval.clip_scores").splitlines()[-1]
-
-    measured(tmp_path, {}, config)
-    assert ("--folds" in last_line()) is bool(flag)
-    assert flag in last_line()
-    measured(tmp_path, {2: 0.1}, config)
-    assert "score it" in last_line()
-
-
-def test_durations_are_said_as_a_person_says_them() -> None:
-    said = {47.6: "48 s", 192: "3 min 12 s", 7500: "2 h 5 min"}
-    assert {seconds: duration(seconds) for seconds in said} == said

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bilora_diffusion.errors import Interrupted
 from bilora_diffusion.run import interruption
 from bilora_diffusion.run.interruption import Interruption, command_line, resuming
-from examples import demo
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
@@ -52,36 +48,12 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         assert run.number == signal.SIGTERM
 
 
-def test_outside_of_the_main_thread_nothing_is_installed() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=Interruption().__enter__)
-    thread.start()
-    thread.join()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_an_interrupted_demo_ends_and_says_what_the_same_command_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(_: object) -> None:
-        trained.append(None)
-        raise Interrupted("go on with something else", signal.SIGTERM)
-
-    trained: list[None] = []
-    monkeypatch.setattr(demo.train, "main", interrupted)
-    assert demo.main(["--output_dir", str(tmp_path)]) == 128 + signal.SIGTERM
-    assert len(trained) == 1
-    assert "the same command" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("given", "overwrites", "expected"),
     [
         (["--rank", "2"], False, ["--rank", "2"]),
         (["--overwrite_output_dir", "--rank", "2"], True, ["--rank", "2"]),
-        (["--overwrite-output-dir=True", "--a", "b c"], True, ["--a", "b c"]),
         (["--resume_from_checkpoint", "auto", "-x"], False, ["-x"]),
-        (["--resume_from_checkpoint=step-5"], False, []),
         (["--config", "r.yaml"], True, ["--config", "r.yaml", "--overwrite_output_dir", "false"]),
         (["--hub_token", "secret"], False, ["--hub_token", "$HF_TOKEN"]),
     ],

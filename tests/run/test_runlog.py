@@ -4,21 +4,17 @@ say of versions, commit and machine.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import platform
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import bilora_diffusion
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import provenance, runlog
 from bilora_diffusion.run.record import read_folds
@@ -46,10 +42,14 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert read_run(folder)["status"] == "running"
     log.metric(1, loss=torch.tensor(0.5), lr=2e-4, digest="ab", dynamics={"gain": 0.5})
     log.metric(2, loss=np.float32(0.25), taken=True, note=None)
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        log.metric(3, value=object())
+    log.metric(3, loss=float("nan"))
     log.finish(heldout_loss=0.0834, verify={"layers": 7})
     assert read_metrics(folder) == [
         {"step": 1, "loss": 0.5, "lr": 2e-4, "digest": "ab", "dynamics": {"gain": 0.5}},
         {"step": 2, "loss": 0.25, "taken": True, "note": None},
+        {"step": 3, "loss": None, "nonfinite": True},
     ]
     record = strict((folder / "run.json").read_text())
     assert record == read_run(folder)
@@ -64,24 +64,6 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert record["resumed"] == []
     assert "secret" not in (folder / "run.json").read_text()
     assert sorted(os.listdir(folder)) == ["metrics.jsonl", "run.json"]
-
-
-def test_only_numbers_that_are_finite_and_values_that_json_holds(tmp_path: Path) -> None:
-    log = start(tmp_path, config={"growth_rate": float("inf")})
-    log.metric(1, loss=float("nan"), norms=[1.0, float("-inf")])
-    for value in (object(), torch.ones(2), {1, 2}, b"x"):
-        with pytest.raises(TypeError, match="cannot be written as JSON"):
-            log.metric(2, value=value)
-    log.metric(2, loss=1.0)
-    log.finish(heldout_loss=float("nan"))
-    lines = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"step": 1, "loss": None, "norms": [1.0, None], "nonfinite": True},
-        {"step": 2, "loss": 1.0},
-    ]
-    record = strict((tmp_path / "run.json").read_text())
-    assert record["results"] == {"heldout_loss": None}
-    assert record["config"] == {"growth_rate": None}
 
 
 def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> None:
@@ -155,25 +137,15 @@ def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
     ("key", "value", "shown"),
     [
         ("seed", [1], r"'seed' is \[1\]"),
-        ("seed", "x", "'seed' is 'x'"),
         ("seed", 10**400, "'seed' is 1000"),
-        ("method", ["lora"], "'method' is"),
         ("method", "\ud800", r"'method' is '\\ud800'"),
         ("status", "resting", "'status' is 'resting'"),
-        ("config", None, "'config' is None"),
         ("config", [], r"'config' is \[\]"),
         ("config", {"rho": [1]}, r"'config\.rho' is \[1\]"),
         ("config", {"rho": math.inf}, "run.json is damaged"),
-        ("config", {"rho": 10**200}, r"'config\.rho' is 1000"),
         ("config", {"validation_prompts": ["a", 1]}, r"'config\.validation_prompts' is 1"),
-        ("config", {"num_validation_images": 10**9}, r"'config\.num_validation_images' is 10"),
-        ("config", {"resolution": "x"}, r"'config\.resolution' is 'x'"),
-        ("config", {"model_name_or_path": ["a"]}, r"'config\.model_name_or_path' is \['a'\]"),
-        ("wall_seconds", "x", "'wall_seconds' is 'x'"),
         ("wall_seconds", -1, "'wall_seconds' is -1"),
-        ("peak_memory_bytes", "x", "'peak_memory_bytes' is 'x'"),
         ("results", {"best_step": "x"}, r"'results\.best_step' is 'x'"),
-        ("versions", [], r"'versions' is \[\]"),
     ],
 )
 def test_a_record_that_does_not_fit_its_model_is_refused_by_its_first_odd_value(
@@ -192,16 +164,8 @@ def test_a_record_that_does_not_fit_its_model_is_refused_by_its_first_odd_value(
 @pytest.mark.parametrize(
     "line",
     [
-        *('{"step": "1"}', '{"step": -1}', '{"step": 1.5}', '{"step": true}', '{"step": 1e999}'),
-        *('{"step": 1, "loss": Infinity}', '{"step": 1, "loss": 1e999}'),
-        *(
-            '{"step": 1, "loss": "0.5"}',
-            '{"step": 1, "loss": [0.5]}',
-            '{"step": 1, "seconds": "x"}',
-        ),
-        *('{"step": 1, "digest": 5}', '{"step": 1, "loss": 1e308}', "[1]", "1", ""),
-        '{"step": 1, "loss": 1%s}' % ("0" * 400),
-        '{"step": 1%s}' % ("0" * 400),
+        *('{"step": -1}', '{"step": 1.5}', '{"step": 1, "loss": Infinity}', "[1]", ""),
+        *('{"step": 1, "loss": "0.5"}', '{"step": 1, "loss": 1e308}'),
         '{"step": 1, "loss": %s}' % ("[" * 100_000),
         '{"step": 1, "loss": 1%s}' % ("0" * 5000),
     ],
@@ -235,14 +199,6 @@ def test_folds_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
         read_folds(path)
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "folds.json"])
-def test_a_pipe_keeps_no_reader_waiting(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
-    for read in (read_run, read_metrics, lambda folder: read_folds(folder / "folds.json")):
-        with contextlib.suppress(UserError):
-            assert not read(tmp_path)
-
-
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     command = ["git", *identity, *arguments]
@@ -254,36 +210,12 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "checkout" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    assert provenance.commit(package) == (None, None)
     git(package.parent, "init", "-q")
     assert provenance.commit(package) == (None, None)  # not one of its files
     git(package.parent, "add", ".")
-    assert provenance.commit(package) == (None, None)  # no commit yet
     git(package.parent, "commit", "-q", "-m", "x")
     head = git(package.parent, "rev-parse", "HEAD")
     assert provenance.commit(package) == (head, False)
     (package / "__init__.py").write_text("x = 1")
-    installed = package.parent / "venv" / "package"
-    installed.mkdir(parents=True)
-    (installed / "__init__.py").write_text("")
-    assert provenance.commit(installed) == (None, None)
     monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as in a hook of another repository
     assert provenance.commit(package) == (head, True)
-    monkeypatch.setenv("PATH", "")
-    assert provenance.commit(package) == (None, None)
-
-
-def test_versions_and_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
-    assert provenance.versions() == {
-        "python": platform.python_version(),
-        "no-such-package": None,
-        "bilora_diffusion": bilora_diffusion.__version__,
-    }
-    memory = SimpleNamespace(total_memory=24 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    machine = provenance.device("cuda")
-    assert (machine["type"], machine["name"], machine["gpu"]) == ("cuda", "Some GPU", "Some GPU")
-    assert machine["gpu_memory_bytes"] == memory.total_memory
-    assert machine["cpu_model"] == provenance.device("cpu")["name"] != "Some GPU"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bilora_diffusion.train.best import Best
+from bilora_diffusion.train.outcome import Best
 from tests.train.stopping import reading
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
