@@ -10,6 +10,8 @@ A command is what a subject's rows are, and the figures that show them:
 
     main = Flips.main
 
+What a report shows is data too: tables of columns, and figures of panels.
+
 Whatever needs torch or scipy is imported within its hooks, so that ``--help`` does not wait for it.
 """
 
@@ -24,9 +26,11 @@ from typing import Any, ClassVar
 
 from bilora_diffusion.errors import UserError, strip_controls
 
-from . import report, table
+from . import plot, report, table
 from .command import Parser, open_folder, require_free, run
+from .plot import Panel
 from .provenance import command_line, of_runs
+from .report import Column
 from .subjects import Subject, gather
 from .table import Metric, Result, Row, Summary
 
@@ -40,6 +44,7 @@ class Evaluation:
     Attributes:
         name: of the module in ``eval``, and the result's kind.
         described: by default the module's docstring; its first paragraph stands above the flags.
+        title: of the report; by default the name.
         metrics: how its metrics are shown.
         over: what is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
@@ -47,6 +52,7 @@ class Evaluation:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
     described: ClassVar[str | None] = None
     metrics: ClassVar[Mapping[str, Metric]] = {}
     over: ClassVar[str] = "seed"
@@ -121,13 +127,39 @@ class Evaluation:
             **fields,
         )
 
+    def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
+        """Name of a picture -> its rows of panels."""
+        return {}
+
     def figures(self, result: Result, folder: Path) -> list[str]:
         """Draw into the folder; returns the pictures' names."""
-        return []
+        drawn = self.panels(result)
+        for name, rows in drawn.items():
+            plot.panels(result, folder / name, rows)
+        return list(drawn)
+
+    def introduction(self, result: Result) -> str:
+        """What stands above the tables."""
+        return f"Mean with {report.INTERVALS}."
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        """Heading of a table, or "" for none, -> its columns; by default all metrics in one."""
+        whole = {(line.metric, line.item) for line in result.summaries if line.step is None}
+        lines = dict.fromkeys((line.metric, line.item) for line in result.summaries)
+        return {"": [Column(*names) for names in lines if names in whole]}
 
     def report(self, result: Result) -> str:
         """``report.md``."""
-        return report.standard(result, self.name.replace("_", " ").capitalize())
+        tables = {
+            title: report.comparison(result, columns)
+            for title, columns in self.columns(result).items()
+        }
+        return report.page(
+            f"# {self.title or self.name.replace('_', ' ').capitalize()}",
+            self.introduction(result),
+            *(report.section(title, text) if title else text for title, text in tables.items()),
+            report.closing(result),
+        )
 
     def shown(self, result: Result) -> str:
         """What is printed."""
