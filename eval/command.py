@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
 
@@ -86,6 +87,35 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
         raise UserError(f"{message}: --help lists all flags.")
+
+
+def only(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What argparse reads a word by; the rule is said of a word that does not fit it."""
+
+    def read(word: str) -> Any:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan  # which fits no rule
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f'"{word}" is not {rule}')
+        return value
+
+    return read
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """One of a few words."""
+    return only(str, " or ".join(words), words.__contains__)
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A whole number."""
+    rule = f"a whole number from {least} " + ("on" if most == math.inf else f"to {most}")
+    return only(int, rule, lambda value: least <= value <= most)
+
+
+POSITIVE = only(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -148,18 +148,30 @@ class Evaluation:
         lines = dict.fromkeys((line.metric, line.item) for line in result.summaries)
         return {"": [Column(*names) for names in lines if names in whole]}
 
+    def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
+        """Head of a column -> what it says of a group; see :func:`~eval.report.comparison`."""
+        return None
+
     def report(self, result: Result) -> str:
         """``report.md``."""
+        title = self.title or self.name.replace("_", " ").capitalize()
         tables = {
-            title: report.comparison(result, columns)
-            for title, columns in self.columns(result).items()
+            heading: report.comparison(result, columns, self.facts(result))
+            for heading, columns in self.columns(result).items()
         }
         return report.page(
-            f"# {self.title or self.name.replace('_', ' ').capitalize()}",
+            f"# {title}",
             self.introduction(result),
-            *(report.section(title, text) if title else text for title, text in tables.items()),
-            report.closing(result),
+            *(
+                report.section(heading, text) if heading else text
+                for heading, text in tables.items()
+            ),
+            *self.further(result),
         )
+
+    def further(self, result: Result) -> list[str]:
+        """What stands below the tables: figures, notes and origin at the end."""
+        return [report.closing(result)]
 
     def shown(self, result: Result) -> str:
         """What is printed."""

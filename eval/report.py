@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .provenance import Provenance
@@ -11,6 +11,7 @@ from .table import Metric, Result, Summary
 
 Interval = tuple[float, float]
 UNKNOWN = "n/a"
+FEW = 10
 INTERVALS = "its 95 % interval (bootstrap, BCa, 9999 resamples)"
 
 
@@ -71,7 +72,7 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
     if line is None or line.mean is None:
         return UNKNOWN
     text = number(line.mean, metric)
-    return f"{text} {interval(line.interval, metric)}" if intervals else text
+    return f"{text} {interval(line.interval, metric)}" if intervals and line.interval else text
 
 
 def difference(line: Summary | None, metric: Metric) -> str:
@@ -87,24 +88,29 @@ def difference(line: Summary | None, metric: Metric) -> str:
 
 
 def comparison(
-    result: Result, columns: Sequence[Column], seeds: Callable[[str], str] | None = None
+    result: Result,
+    columns: Sequence[Column],
+    facts: Mapping[str, Callable[[str], str]] | None = None,
 ) -> str:
     """The groups in rows, a metric's mean and perhaps its difference to the control's in columns.
 
     Args:
-        seeds: what is said of a group's runs; by default how many there are, and groups without any
-            of the metrics are left out.
+        facts: head -> what is said of a group before its metrics; by default how many runs there
+            are, and groups without any of the metrics are left out.
     """
-    head, rows = ["run", "seeds"], []
+    said = facts or {"seeds": lambda group: str(len(result.members(group)))}
+    head, rows = ["run", *said], []
     for column in columns:
         head += [result.metric(column.metric).title, *["difference"] * column.difference]
     for group in result.groups:
         lines = [result.summary(group, column.metric, column.item) for column in columns]
-        if seeds is None and not any(lines):
+        if facts is None and not any(lines):
             continue
         is_control = group == result.control
-        count = seeds(group) if seeds else str(len(result.members(group)))
-        row = [f"{group} (control)" if is_control else group, count]
+        row = [
+            f"{group} (control)" if is_control else group,
+            *(say(group) for say in said.values()),
+        ]
         for column, line in zip(columns, lines, strict=True):
             metric = result.metric(column.metric)
             change = "" if is_control else difference(line, metric)
@@ -115,14 +121,47 @@ def comparison(
     return table(head, rows)
 
 
+def verdicts(result: Result, names: Sequence[str]) -> list[str]:
+    """One sentence for each group and metric that was compared: better, worse, or neither shown."""
+    from . import compare  # here, so that --help does not wait for scipy
+
+    told = []
+    for group in result.groups:
+        for metric, line in ((result.metric(name), result.summary(group, name)) for name in names):
+            if line is not None and line.pairs:
+                found = compare.verdict(line, metric.higher_is_better)
+                judged = f"{group} is {found} than {line.control}"
+                if found == compare.UNDECIDED:
+                    judged = f"no difference between {group} and {line.control} is shown"
+                shown = difference(line, metric)
+                told.append(f"{metric.title}: {judged}: {shown} {line.over}s better.")
+    return told
+
+
 def pictures(result: Result) -> str:
     """The figures, one under another."""
     return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in result.figures)
 
 
-def closing(result: Result, packages: Sequence[str] = ("torch",)) -> str:
+def sources(result: Result) -> list[str]:
+    """What each subject is, and by which weights it was measured."""
+    told = []
+    for entry in result.subjects:
+        words = [entry.kind, entry.source, entry.method]
+        words += [f"on {entry.base_model}"] if entry.base_model else []
+        weights = entry.digest and f"weights {entry.digest[:12]}"
+        quantize = entry.about.get("quantize", "none")
+        words += ["" if quantize == "none" else quantize, weights]
+        told.append(f"{entry.label}: {', '.join(filter(None, words))}.")
+    return told
+
+
+def closing(result: Result, packages: Sequence[str] = ("torch",), told: Sequence[str] = ()) -> str:
     """The end of a report: figures, notes, and where it comes from."""
-    sentences = [*map(escaped, result.notes), *origin(result.provenance, packages)]
+    notes = list(map(escaped, result.notes))
+    if any(1 < len(result.members(group)) < FEW for group in result.groups):
+        notes.append("With fewer than ten seeds a bootstrap interval is too narrow.")
+    sentences = [*notes, *map(escaped, told), *origin(result.provenance, packages)]
     return page(pictures(result), listed(sentences)).rstrip()
 
 

@@ -36,8 +36,5 @@ METRICS = {
     "drift": _cosine(
         "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
     ),
-    "diversity": _cosine(
-        "diversity", "1 - cosine, mean over pairs of one prompt's images from several seeds", None
-    ),
 }
 """All scores; the first two are the paper's (Table 4). Values are raw, and shown times 100."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,30 +21,6 @@ from .prompts import Prompt, read
 
 EMBEDDED = "embedded"
 MINI_GUIDANCE = 4.0
-COUNTS = ("num_inference_steps", "batch_size", "lanes", "processes", "max_prompts", "grid_prompts")
-
-
-def check(args: Namespace) -> None:
-    """Refuse numbers outside their range.
-
-    Raises:
-        UserError: it names the flag.
-    """
-    for name in COUNTS:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: give 1 or more.")
-    for name in ("guidance_scale", "adapter_scale"):
-        value = getattr(args, name)
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"--{name} is {value}: give a finite number.")
-    side = args.resolution
-    if side is not None and (side < 8 or side % 8):
-        raise UserError(f"--resolution is {side}: give a multiple of 8, such as 64 or 1024.")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise UserError(f"--output_dir {args.output_dir} is a file: give a folder.")
-    if args.skip_captions and args.captioner_revision is not None:
-        raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
 
 
 def read_seeds(text: str) -> list[int]:

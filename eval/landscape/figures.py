@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import plot
 from ..table import Entry, Result
-from .findings import TITLES, grounds
+from . import TITLES, grounds
 
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
 

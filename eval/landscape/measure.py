@@ -11,12 +11,9 @@ from ..compare import mean
 from ..kept import Kept
 from ..subjects import Subject
 from ..table import Row
-from .directions import Direction
-from .hessian import LANCZOS_VECTORS, TOLERANCE, top_eigenvalue
 from .models import Model
-from .profile import Tick, line, plane
-from .sharpness import sharpness
-from .weights import Loss, Weight, evaluate
+from .sharpness import LANCZOS_VECTORS, TOLERANCE, sharpness, top_eigenvalue
+from .weights import Direction, Loss, Tick, Weight, evaluate, line, plane
 
 LINE, GRADIENT, PRODUCT = 1, 3, 8
 """What a loss, a gradient and a Hessian-vector product cost, in losses (measured: 1, 2.6, 6-10)."""

@@ -96,7 +96,7 @@ def report(result: Result) -> str:
                 *(parts.Column(f"{what} {name}", "", True, False) for what in KEY_FIGURES),
                 *(parts.Column(own, interval=False) for own in (f"final {TRAINING}", SECONDS)),
             ],
-            seeds,
+            {"seeds": seeds},
         ),
         parts.pictures(result),
         parts.listed([*map(parts.escaped, result.notes), *parts.origin(result.provenance)]),

@@ -21,8 +21,7 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.templates import context_text, settle_template
 
 from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
-from .generate import Keeper
-from .models import Loaded
+from .models import Keeper, Loaded
 
 INVALID = "[invalid]"
 """What the harness's filters give where they find no answer."""

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
-from .generate import Decoding, Keeper, answers
-from .models import Loaded
+from .models import Decoding, Keeper, Loaded, answers
 from .sandbox import Execution, Sandbox
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\n```")

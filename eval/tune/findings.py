@@ -47,7 +47,7 @@ def report(result: Result) -> str:
                 *(parts.Column(name, "", True, False) for name in (CHOSEN, BEST, EQUAL)),
                 *(parts.Column(own, interval=False) for own in (SECONDS, RELATIVE, TO_CHOSEN)),
             ],
-            lambda group: _finished(result, group),
+            {"seeds": lambda group: _finished(result, group)},
         ),
         parts.section("Chosen", parts.table(*_chosen(result))),
         parts.pictures(result),

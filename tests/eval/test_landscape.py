@@ -17,7 +17,7 @@ from bilora_diffusion.image.config import parse
 from bilora_diffusion.run.runlog import RunLog
 from eval import landscape, table
 from eval.landscape import measure, models
-from eval.landscape.runs import Point
+from eval.landscape.models import Point
 from eval.landscape.weights import Weight
 from eval.table import Result
 from tests.scripts.runs import flags, two_icons

@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval.landscape.directions import Direction, filter_normalized
-from eval.landscape.hessian import top_eigenvalue
-from eval.landscape.profile import coordinates, line, plane
-from eval.landscape.sharpness import sharpness
-from eval.landscape.weights import Weight, evaluate, loss_and_gradient
+from eval.landscape.sharpness import sharpness, top_eigenvalue
+from eval.landscape.weights import (
+    Direction,
+    Weight,
+    coordinates,
+    evaluate,
+    filter_normalized,
+    line,
+    loss_and_gradient,
+    plane,
+)
 from tests.eval.landscapes import Quadratic
 
 

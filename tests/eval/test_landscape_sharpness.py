@@ -12,8 +12,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
-from eval.landscape.hessian import top_eigenvalue
-from eval.landscape.sharpness import sharpness
+from eval.landscape.sharpness import sharpness, top_eigenvalue
 from eval.landscape.weights import Weight, evaluate
 from tests.eval.landscapes import Quadratic
 

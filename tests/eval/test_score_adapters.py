@@ -20,8 +20,8 @@ from bilora_diffusion.export import convert
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import embed
 from bilora_diffusion.image.sampling import generate
-from eval.clip_scores.adapters import applied
 from eval.clip_scores.settings import base_model
+from eval.load import applied
 from eval.subjects import single
 from tests.export.mini_loras import one, rewrite, write_lora
 from tests.scripts.runs import flags

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from bilora_diffusion.run import runlog
 from eval import table
 from eval.landscape import models
-from eval.landscape.runs import points
+from eval.landscape.models import points
 from eval.landscape.weights import evaluate
 from eval.subjects import gather
 from tests.scripts.runs import process, train, two_icons
