@@ -247,8 +247,8 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
         f" {settings['directions']} directions."
     )
     yield (
-        f"SAM sharpness: highest L(w + e) - L(w) with ||e|| <= {settings['rho']:g} over all weights"
-        f" of the space together, found by {settings['ascent_steps']} steps of projected gradient"
+        f"SAM sharpness: highest L(w + e) - L(w) with a norm of e up to {settings['rho']:g} over all"
+        f" weights of the space together, found by {settings['ascent_steps']} steps of projected gradient"
         f" ascent ({settings['restarts']} restarts): a lower bound. A and B have the scale of"
         " training, W the model's own."
     )

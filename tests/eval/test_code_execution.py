@@ -16,8 +16,8 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from eval.text_scores import humaneval
-from eval.text_scores.generate import Decoding
 from eval.text_scores.humaneval import HumanEval
+from eval.text_scores.models import Decoding
 from eval.text_scores.sandbox import Execution, Sandbox
 
 PROGRAMS = {

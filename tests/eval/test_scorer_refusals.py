@@ -63,12 +63,10 @@ def spoil(file: str, how: str) -> None:
         path.unlink()
         if how == "pickle":
             Path("pickle.pt").rename(path.parent / "pytorch_model.bin")
-    elif how in ("incomplete", "misshapen", "nan"):
+    elif how in ("incomplete", "nan"):
         tensors = load_file(path)
         if how == "nan":
             tensors = {key: tensor * torch.nan for key, tensor in tensors.items()}
-        elif how == "misshapen":
-            tensors[min(tensors)] = torch.zeros(3, 5)
         else:
             del tensors[min(tensors)]
         save_file(tensors, path, {"format": "pt"})
@@ -94,26 +92,16 @@ def refused(given: str, *words: str) -> None:
     ("name", "words"),
     [
         ("embeded", ['"embeded"', 'did you mean "embedded"', "hf:ID"]),
-        ("embedded:x", ['"embedded:x"']),
-        ("open_clip", ["open_clip:MODEL/TAG"]),
-        ("open_clip:", ["MODEL/TAG"]),
         ("open_clip:ViT-B-33/openai", ['"ViT-B-33/openai"', "MODEL/TAG"]),
         ("open_clip:ViT-B-32/opnai", ['"opnai"', 'did you mean "openai"', "laion400m_e31"]),
-        ("open_clip:ViT-B-32", ["openai, laion400m_e31"]),
         ("open_clip:ViT-B-32/pickle.pt", ['"pickle.pt"', "a pickle can run code"]),
-        ("open_clip:./nowhere", ['"./nowhere"']),
         ("open_clip:theirs", ['"theirs"', "hf:FOLDER"]),
-        ("hf:./nowhere", ['"hf:./nowhere"']),
-        ("hf:", ['"hf:"']),
         ("hf:tests/absent", ['"hf:tests/absent"', "connection"]),
         ("hf:ours", ['"hf:ours"']),
         (f"hf:{pipeline_dir()}/text_encoder", ["clip_text_model", "not clip"]),
         ("blib:x", ['"blib:x"', 'did you mean "blip"']),
-        ("blip:", ['"blip:"']),
-        ("blip:tests/absent", ['"blip:tests/absent"']),
         ("blip:theirs", ["type clip", "not blip"]),
         ("coca:coca_ViT-L-14/mscoco", ['"mscoco"', "mscoco_finetuned_laion2b_s13b_b90k"]),
-        ("coca:coca_base/x", ['"x"', "safetensors"]),
         ("coca:ours", ["no CoCa", "coca_ViT-B-32"]),
         *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),
     ],
@@ -123,15 +111,15 @@ def test_names(name: str, words: list[str]) -> None:
 
 
 SCHEMES = {"ours": "open_clip", "theirs": "hf", "blip": "blip"}
-DAMAGES = ("gone", "cut", "pickle", "incomplete", "misshapen")
+DAMAGES = ("cut", "pickle", "incomplete")
 
 
 @pytest.mark.parametrize(
     ("file", "how"),
     [
         *((file, how) for file in (OURS, THEIRS) for how in DAMAGES),
-        *((CONFIG, how) for how in ("gone", "{", "[]", '{"model_cfg": {"a": 1}}')),
-        *(("theirs/config.json", how) for how in ("gone", "[]")),
+        *((CONFIG, how) for how in ("gone", "{")),
+        ("theirs/config.json", "[]"),
         ("theirs/processor_config.json", "gone"),
         *((f"{folder}/tokenizer.json", "gone") for folder in SCHEMES),
     ],

@@ -165,17 +165,6 @@ def test_a_tag_brings_its_own_preprocessing_and_activation(
     assert "cannot be set beside the paper's" in embedded.entry.note
 
 
-@pytest.mark.parametrize("scheme", list(DEFAULT_CAPTIONERS))
-def test_captions_do_not_depend_on_the_batch(folders: dict[str, Path], scheme: str) -> None:
-    images, name = pictures(7, None), f"{scheme}:{folders[scheme]}"
-    five, one = (captioners.load(name, batch=batch) for batch in (5, 1))
-    whole = five(images)
-    assert len(whole) == 7
-    assert len(set(whole)) > 3
-    assert one(images) == whole
-    assert five([image.convert("RGBA") for image in images[::-1]]) == whole[::-1]
-
-
 def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
     """With three beams and 5 to 30 tokens, whatever the checkpoint's own settings are."""
     model: Any = BlipForConditionalGeneration.from_pretrained(folders["blip"])
@@ -225,18 +214,6 @@ def test_cocas_search_is_open_clips_generate(folders: dict[str, Path], monkeypat
         text.text_projection[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         captioners.greedy(coca, images, START, END)
-
-
-@pytest.mark.parametrize("model", ["", "coca_ViT-B-32"])
-def test_coca_words_are_decoded_by_its_tokenizer(
-    model: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder's tokenizer of transformers, or open_clip's own."""
-    loaded = from_open_clip("coca", str(folders["coca"]))
-    loaded = replace(loaded, tokenize=open_clip.get_tokenizer(model)) if model else loaded
-    row = loaded.tokenize(["a red rabbit"])  # with start, end and padding
-    monkeypatch.setattr(captioners, "greedy", lambda *_: row)
-    assert captioners.coca(loaded)(pictures(1)) == ["a red rabbit"]
 
 
 def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -> None:

@@ -72,10 +72,10 @@ def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path: Path) -> None:
 
 COMMANDS = ("clip_scores", "dynamics", "generalization", "landscape", "text_scores")
 RECORDS = {
-    "config": (None, [], {"resolution": "x"}, {"pretrained_model_name_or_path": ["a"]}),
-    "seed": ([1], "x"),
+    "config": (None, {"pretrained_model_name_or_path": ["a"]}),
+    "seed": ("x",),
 }
-LINES = ('{"step": 1, "heldout_loss": "x"}', '{"step": "1"}', '{"step": 1e999}', "[" * 100_000)
+LINES = ('{"step": 1, "heldout_loss": "x"}', "[" * 100_000)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from PIL import Image
 from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
-from eval.sweep import figures
 from eval.sweep.cells import Outcome, Runner
 from eval.sweep.grid import Cell
 from eval.table import Result, Summary
@@ -159,16 +158,6 @@ def test_another_metric_may_be_better_when_higher(
     assert "highest over training" in capsys.readouterr().out
     swept(TWO, "--metric", "heldout_los")
     assert '"heldout_los" (did you mean "heldout_loss"?)' in capsys.readouterr().err
-
-
-def test_many_arms_are_told_apart_and_one_that_diverged_hides_no_other(swept: Sweeping) -> None:
-    def runs(final: float) -> dict[int, list[tuple[float, float]]]:
-        return {seed: [(0.12, 0.1), (final + seed / 1000, 0.05)] for seed in range(2)}
-
-    near = {f"near {n}": runs(0.08 + n / 2000) for n in range(1, 11)}
-    _, result = swept({"LoRA": runs(0.08), **near, "far": runs(1.3)})
-    assert figures.astray(result) == {"far"}
-    assert any(note.startswith("With 11 intervals in a column") for note in result.notes)
 
 
 REFUSED: list[tuple[list[str], str]] = [
