@@ -66,11 +66,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out.
-
-        Raises:
-            UserError: an unknown flag, or a missing or malformed value.
-        """
+        """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -187,9 +183,6 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
 
     Args:
         flag: which names the folder.
-
-    Raises:
-        UserError: it is a file or can't be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,21 +197,13 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
 
 
 def require_free(folder: Path, kind: str) -> None:
-    """Refuse a folder that holds the result of another command, which would be lost.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a folder that holds the result of another command, which would be lost."""
     if (folder / table.FILE).exists() and (other := table.head(folder)["kind"]) != kind:
         raise UserError(f"{folder} holds a result of eval.{other}: give another --output_dir.")
 
 
 def open_device(name: str | None) -> torch.device:
-    """The ``--device``; by default a GPU where there is one.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """The ``--device``; by default a GPU where there is one."""
     import torch  # here, so that --help does not wait for it
 
     if name is None:

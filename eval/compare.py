@@ -220,9 +220,6 @@ def control(subjects: Sequence[Entry], given: str | None, prefer: str | None = "
     Args:
         given: ``--control``; None for the first group of the method ``prefer``, else the first
             that is not the base model, else the first.
-
-    Raises:
-        UserError: there is no such group.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
     if given is not None and given not in labels:

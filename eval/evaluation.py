@@ -201,9 +201,6 @@ def require_common_steps(group: str, steps: Sequence[set[int]]) -> None:
 
     Args:
         steps: of each run.
-
-    Raises:
-        UserError: there is none.
     """
     if not set.intersection(*steps):
         raise UserError(

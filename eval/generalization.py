@@ -147,11 +147,7 @@ class Generalization(Evaluation):
 
 
 def losses(subject: Subject) -> list[tuple[int, float, float]]:
-    """(step, training loss, held-out loss) wherever a run measured both.
-
-    Raises:
-        UserError: that is fewer than two times.
-    """
+    """(step, training loss, held-out loss) wherever a run measured both."""
     points = [
         (line["step"], line[TRAINING], line[HELDOUT])
         for line in subject.log()

@@ -39,9 +39,6 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
         pipeline: one without an adapter.
         subject: with weights; the base model has none.
         scale: factor of the adapter's change of the weights.
-
-    Raises:
-        UserError: the file does not fit the pipeline, or holds an auxiliary.
     """
     file, before = subject.weights, {}
     if file is None:
@@ -69,11 +66,7 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
 
 
 def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
-    """Put a LoRA file on a pipeline's models, as their primary.
-
-    Raises:
-        UserError: it does not fit, or holds an auxiliary.
-    """
+    """Put a LoRA file on a pipeline's models, as their primary."""
     parts = read(file).parts
     # Not the file itself: of kohya's, diffusers takes one alpha for all layers and no magnitudes.
     tensors, _ = diffusers_content(parts, {})
@@ -109,9 +102,6 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
 
     Returns:
         Name -> own model and its device.
-
-    Raises:
-        UserError: one does not fit.
     """
     parts, trained = _parts(pipeline), [name for name in COMPONENTS if (folder / name).is_dir()]
     if absent := [name for name in trained if name not in parts]:
@@ -149,11 +139,7 @@ def _parts(pipeline: Any) -> dict[str, Any]:
 
 
 def put_peft(base: TextModel, folder: Path) -> Any:
-    """The base model with a PEFT adapter, which has arrived whole.
-
-    Raises:
-        UserError: it is damaged, or belongs to another model.
-    """
+    """The base model with a PEFT adapter, which has arrived whole."""
     from peft import PeftModel, get_peft_model_state_dict
 
     try:

@@ -284,9 +284,6 @@ def load_models(
 
     Args:
         revisions: of the two; branch, tag or commit of a hub id.
-
-    Raises:
-        UserError: one is unknown, can't be loaded or would score wrongly.
     """
     from . import captioners, models, scorers
 

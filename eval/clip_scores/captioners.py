@@ -150,11 +150,7 @@ def blip(loaded: Loaded, batch: int = 16) -> Captioner:
 
 
 def coca(loaded: Loaded, batch: int = 16) -> Captioner:
-    """CoCa of open_clip by greedy search, see :func:`greedy`.
-
-    Raises:
-        UserError: another model.
-    """
+    """CoCa of open_clip by greedy search, see :func:`greedy`."""
     import open_clip
 
     model, tokenize = loaded.model, loaded.tokenize
@@ -195,9 +191,6 @@ def greedy(model: Any, pixels: Tensor, start: int, end: int) -> Tensor:
 
     Returns:
         Tokens, (n, length): start, words, end, and then ``model.pad_id``.
-
-    Raises:
-        UserError: logits that are not finite.
     """
     longest = min(MAX_TOKENS, model.context_length)
     first = model(pixels)

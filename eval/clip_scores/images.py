@@ -181,9 +181,6 @@ class Store:
 
         Returns:
             How many images were made here.
-
-        Raises:
-            UserError: the base model or an adapter can't be loaded, or a file not be written.
         """
         rank, count = process
         distinct = list({job.file: job for job in jobs}.values())
@@ -209,11 +206,7 @@ class Store:
         return len(todo)
 
     def open(self, job: Job) -> Image.Image:
-        """The image of a job, RGB.
-
-        Raises:
-            UserError: it is not there or damaged.
-        """
+        """The image of a job, RGB."""
         return _read(self.root / job.file)
 
     def _write(self, part: Sequence[Job], images: Sequence[Image.Image]) -> None:
@@ -254,11 +247,7 @@ def _one_thread(device: str) -> Iterator[None]:
 
 
 def _write_png(path: Path, image: Image.Image, parameters: Mapping[str, Any]) -> None:
-    """Write an image and its parameters in one piece: a crash leaves the file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write an image and its parameters, whole or not at all."""
     information, content = PngInfo(), BytesIO()
     information.add_text(_CHUNK, json.dumps(dict(parameters), sort_keys=True))
     image.save(content, format="PNG", pnginfo=information)
@@ -284,11 +273,7 @@ def _matches(path: Path, parameters: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> Image.Image:
-    """The image, RGB, read to the end.
-
-    Raises:
-        UserError: it is not there or damaged.
-    """
+    """The image, RGB, read to the end."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB")

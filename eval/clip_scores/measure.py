@@ -152,9 +152,6 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
     """The held-out picture of each scored prompt that has one, by the prompt's text.
 
     The miniature's own icons are no ground truth for another model.
-
-    Raises:
-        UserError: a picture can't be read.
     """
     pictures = {}
     for prompt in prompts:
@@ -209,9 +206,6 @@ def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, I
     Args:
         given: ``--train_data``: a folder or set for all subjects, "none" for no memorization, or
             None.
-
-    Raises:
-        UserError: a set can't be opened.
     """
     if given == NONE:
         return {}

@@ -69,9 +69,6 @@ def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
         scheme: before the colon of its name, "open_clip" or "coca".
         source: "MODEL/TAG" (a pretrained tag or a local safetensors file; a file is used with
             open_clip's default preprocessing), or a folder that open_clip saved.
-
-    Raises:
-        UserError: no such model, tag, file or folder, or a pickle.
     """
     import open_clip
 
@@ -154,9 +151,6 @@ def from_transformers(
     Args:
         scheme: before the colon of its name, "hf" or "blip".
         revision: branch, tag or commit of a hub id.
-
-    Raises:
-        UserError: a revision of a folder, another kind of model, or a tokenizer without words.
     """
     import torch
     from transformers.utils.hub import cached_file

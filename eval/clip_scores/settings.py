@@ -24,11 +24,7 @@ MINI_GUIDANCE = 4.0
 
 
 def read_seeds(text: str) -> list[int]:
-    """``0,1`` or ``0..3`` as numbers.
-
-    Raises:
-        UserError: something else, or a seed twice.
-    """
+    """``0,1`` or ``0..3`` as numbers."""
     seeds: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         ends = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", part)
@@ -47,9 +43,6 @@ def base_model(subjects: Sequence[Subject], given: str | None) -> str:
     Args:
         given: the user's own word; it says where the subjects do not, and may name a local copy
             of the hub's model that they name.
-
-    Raises:
-        UserError: two belong to different models, or nobody says which.
     """
     told: dict[str, Subject] = {}
     for subject in subjects:
@@ -86,11 +79,7 @@ def miniature(base_model: str) -> str | None:
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
-    """Names of scorer and captioner; None for no captions.
-
-    Raises:
-        UserError: an embedded one for another model than the miniature.
-    """
+    """Names of scorer and captioner; None for no captions."""
     general = {"scorer": GENERAL_SCORER, "captioner": GENERAL_CAPTIONER}
     names = {}
     for flag, name in general.items():
@@ -104,11 +93,7 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
 
 
 def prompts(args: Namespace) -> list[Prompt]:
-    """The prompts that are scored, then the general ones.
-
-    Raises:
-        UserError: a set can't be read.
-    """
+    """The prompts that are scored, then the general ones."""
     scored = read(args.prompts, args.prompt_column)[: args.max_prompts]
     general = [] if args.general_prompts == "none" else read(args.general_prompts)
     return [replace(prompt, general=False) for prompt in scored] + [

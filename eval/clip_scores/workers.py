@@ -31,9 +31,6 @@ def generate(store: Store, jobs: Sequence[Job], *, batch: int, count: int | None
 
     Returns:
         How many images were made by all.
-
-    Raises:
-        UserError: the base model or an adapter can't be loaded, or a file not be written.
     """
     missing = store.missing(jobs)
     if not missing:

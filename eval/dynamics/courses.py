@@ -95,11 +95,7 @@ class Course:
 
 
 def layer_names(run: Subject) -> list[str]:
-    """The layers of a recorded run.
-
-    Raises:
-        UserError: it was not recorded, or a snapshot is damaged.
-    """
+    """The layers of a recorded run."""
     return snapshots.read(_files(run)[-1]).names
 
 
@@ -112,11 +108,7 @@ def _files(run: Subject) -> list[Any]:
 
 
 def choose(names: Sequence[str], layer: str) -> list[int]:
-    """The positions of the layers that ``--layer`` means.
-
-    Raises:
-        UserError: no such layer.
-    """
+    """The positions of the layers that ``--layer`` means."""
     if layer == ALL:
         return list(range(len(names)))
     if layer not in names:
@@ -140,9 +132,6 @@ def read(run: Subject, chosen: Sequence[str]) -> dict[str, Course]:
 
     Args:
         chosen: "all" or names of layers.
-
-    Raises:
-        UserError: it was not recorded, a layer is unknown, or a snapshot is damaged.
     """
     files = _files(run)
     final = snapshots.read(files[-1])

@@ -159,12 +159,11 @@ class Landscape(Evaluation):
 
     @cached_property
     def bar(self) -> Any:
-        """The progress over all subjects, in losses."""
+        """The progress over all subjects, in parts."""
         from tqdm import tqdm
 
         spaces = [parts for own in self.parts.values() for parts in own.values()]
-        total = sum(part.unit * part.steps for parts in spaces for part in parts)
-        return tqdm(total=total, unit="loss", smoothing=0.05)
+        return tqdm(total=sum(map(len, spaces)), unit="part")
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         from . import measure, models
@@ -181,9 +180,13 @@ class Landscape(Evaluation):
         self.bar.set_description(subject.label)
         for space, own in parts.items():
             measured: dict[str, list[Any]] = {}
-            for part in own:
-                value = measure.take(part, kept, model, self.bar.update)
-                measured.setdefault(part.key[0], []).append(value)
+            for key, measure_it in own:
+
+                def make(space: str = space, measure_it: Any = measure_it) -> Any:
+                    return measure_it(model().spaces[space], model().loss.terms)
+
+                measured.setdefault(key[0], []).append(kept.piece(key, make))
+                self.bar.update()
             if measured["start"][0]["loss"] is None:
                 raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
             yield from measure.rows(subject, space, measured, self.settings)
@@ -247,10 +250,10 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
         f" {settings['directions']} directions."
     )
     yield (
-        f"SAM sharpness: highest L(w + e) - L(w) with a norm of e up to {settings['rho']:g} over all"
-        f" weights of the space together, found by {settings['ascent_steps']} steps of projected gradient"
-        f" ascent ({settings['restarts']} restarts): a lower bound. A and B have the scale of"
-        " training, W the model's own."
+        f"SAM sharpness: highest L(w + e) - L(w) with a norm of e up to {settings['rho']:g} over"
+        f" all weights of the space together, found by {settings['ascent_steps']} steps of"
+        f" projected gradient ascent ({settings['restarts']} restarts): a lower bound. A and B have"
+        " the scale of training, W the model's own."
     )
     if settings["eigenvalue"]:
         yield (

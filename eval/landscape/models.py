@@ -85,10 +85,6 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
 
     Args:
         split: "train" or "heldout" images.
-
-    Raises:
-        UserError: none is a run, one is no run of this script or damaged, or has another base
-            model, other images or another loss than the first.
     """
     configs = {one.label: _config(one) for one in subjects if one.kind != BASE}
     if not configs:
@@ -112,11 +108,7 @@ def has_factors(subject: Subject) -> bool:
 
 
 def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
-    """The images that the loss is measured on.
-
-    Raises:
-        UserError: they are gone, or the run had no held-out images.
-    """
+    """The images that the loss is measured on."""
     if split == "train":
         source = str(config.dataset_name or config.instance_data_dir)
         return images(config, source, config.dataset_config_name)
@@ -230,9 +222,6 @@ def load(
         full_weights: see :func:`full_space`.
         max_images: of the loss, the first so many of the set; 0 for all.
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
-
-    Raises:
-        UserError: base model or export can't be loaded.
     """
     config, subject = _plain(point.config), point.subject
     pipeline = _pipeline(config)

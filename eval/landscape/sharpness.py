@@ -29,13 +29,11 @@ from bilora_diffusion.errors import UserError
 from .weights import (
     Loss,
     Place,
-    Tick,
     Weight,
     differentiable,
     displaceable,
     gaussian,
     loss_and_gradient,
-    no_tick,
     norm,
     terms,
 )
@@ -88,12 +86,10 @@ class _Climber:
     weights: Sequence[Weight]
     loss: Loss
     rho: float
-    tick: Tick
 
     def look(self, e: list[Tensor]) -> _Point:
         self.place.move((1.0, e))
         height, gradient = loss_and_gradient(self.loss, self.weights)
-        self.tick()
         steepness = norm(gradient)
         if not math.isfinite(height) or not math.isfinite(steepness):
             return _Point(e, -math.inf, gradient, 0.0)
@@ -143,7 +139,6 @@ def sharpness(
     steps: int = 10,
     restarts: int = 0,
     seed: int = 0,
-    tick: Tick = no_tick,
 ) -> Sharpness:
     """SAM sharpness at the weights, a lower bound that rises with ``steps`` and ``restarts``.
 
@@ -158,10 +153,9 @@ def sharpness(
         steps: steps of one ascent, at least 1; each takes one gradient.
         restarts: further ascents from random points.
         seed: of these.
-        tick: called after each gradient.
     """
     with differentiable(weights), displaceable(weights) as place:
-        climber = _Climber(place, weights, loss, rho, tick)
+        climber = _Climber(place, weights, loss, rho)
         best = origin = climber.climb([torch.zeros_like(w.tensor) for w in weights], steps)
         rises = [origin.top - origin.start]
         for number in range(restarts):
@@ -237,7 +231,6 @@ def top_eigenvalue(
     max_restarts: int = 20,
     vectors: int = LANCZOS_VECTORS,
     seed: int = 0,
-    tick: Tick = no_tick,
 ) -> Eigenvalue:
     """The algebraically largest eigenvalue of the loss's Hessian over all weights together.
 
@@ -250,10 +243,6 @@ def top_eigenvalue(
         max_restarts: implicit restarts before it gives up.
         vectors: size of the Lanczos basis.
         seed: of the start vector.
-        tick: called after each product.
-
-    Raises:
-        UserError: the Lanczos basis does not fit into memory.
     """
     sizes = [weight.tensor.numel() for weight in weights]
     count, kind = sum(sizes), _numpy_dtype(weights)
@@ -266,7 +255,6 @@ def top_eigenvalue(
         parts = _split(values.astype(kind).reshape(-1), weights, sizes)
         found = _joined(hessian_product(weights, loss, parts), kind)
         products, largest = products + 1, max(largest, float(np.abs(found).max()))
-        tick()
         return found
 
     with differentiable(weights):

@@ -195,13 +195,6 @@ class Direction:
             yield filter_normalized(noise, weight.tensor, weight.filter_dim)
 
 
-Tick = Callable[[], None]
-
-
-def no_tick() -> None:
-    """Called after each evaluation of the loss where nobody wants to know."""
-
-
 def coordinates(radius: float, points: int) -> list[float]:
     """``points`` evenly spaced numbers from -radius to radius, the middle one exactly 0."""
     half = points // 2
@@ -213,7 +206,6 @@ def line(
     loss: Loss,
     direction: Iterable[Tensor],
     positions: Sequence[float],
-    tick: Tick = no_tick,
 ) -> list[float]:
     """The loss at w + t d for each position t.
 
@@ -224,7 +216,6 @@ def line(
         loss: see ``weights.Loss``.
         direction: a tensor per weight; iterated once per position.
         positions: (points,).
-        tick: called after each evaluation.
 
     Returns:
         (points,).
@@ -234,7 +225,6 @@ def line(
         for position in positions:
             place.move((position, direction))
             losses.append(evaluate(loss))
-            tick()
     return losses
 
 
@@ -243,7 +233,6 @@ def plane(
     loss: Loss,
     directions: tuple[Iterable[Tensor], Iterable[Tensor]],
     positions: Sequence[float],
-    tick: Tick = no_tick,
 ) -> list[list[float]]:
     """The loss at w + s d1 + t d2; row s, column t, each over the positions.
 
@@ -257,6 +246,5 @@ def plane(
             for t in positions:
                 place.move((s, first), (t, second))
                 row.append(evaluate(loss))
-                tick()
             rows.append(row)
     return rows

@@ -47,9 +47,6 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
     Args:
         only_heldout: runs of different training sets then share a row, as they do in Table 1, and
             the base model is what the runs of each seed measured before their first step.
-
-    Raises:
-        UserError: nothing to score, what is no text, or no word on the base model.
     """
     words = [word for word in args.runs if word != BASE]
     if not args.runs and not args.group:
@@ -167,9 +164,6 @@ def _described(subject: Subject, base: Base) -> Subject:
 def gradient_steps(method: str) -> int:
     """How often a method computes the gradient of one optimizer step, counted on a toy model: the
     "Cost" of the paper's Table 3.
-
-    Raises:
-        UserError: no such method.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -141,9 +141,6 @@ def choose(
         known: the harness's tasks and groups; asked only where a name is none of ``PAPER``.
         num_fewshot: "N" for all that take examples, or "NAME=N".
         template: for all benchmarks that are asked by text; None leaves each its own.
-
-    Raises:
-        UserError: an unknown or repeated name, or a bad number of examples.
     """
     words = [word.strip() for word in names.split(",") if word.strip()]
     if not words:
@@ -231,9 +228,6 @@ def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Column
         subjects: runs, and the base model as they met it.
         wanted: HELDOUT for all metrics, and the loss where a training set has no other;
             HELDOUT_LOSS for the loss of each.
-
-    Raises:
-        UserError: a subject is no run, or recorded nothing.
     """
     values: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
     for subject in subjects:
@@ -253,9 +247,6 @@ def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
     """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``: the last of a run, up to the
     step whose weights it left; of the base model what was measured before the first step, which may
     be nothing.
-
-    Raises:
-        UserError: the subject is no run, or recorded nothing.
     """
     if subject.folder is None:
         raise UserError(

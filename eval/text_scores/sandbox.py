@@ -73,11 +73,7 @@ class Sandbox:
 
     @classmethod
     def tried(cls, seconds: float = 10.0) -> Sandbox:
-        """The sandbox of this system, after a program has tried what it is to prevent.
-
-        Raises:
-            UserError: bubblewrap is missing, can't run, or does not hold.
-        """
+        """The sandbox of this system, after a program has tried what it is to prevent."""
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise UserError(
