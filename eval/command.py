@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complaints are one sentence, with a hint for an unknown flag.
-
-    Args:
-        module: what ``python -m`` is given.
-        described: the module's docstring; all but its first paragraph stands below the flags.
-    """
+    """Complaints are one sentence, with a hint for an unknown flag."""
 
     _output: tuple[str, Path] | None = None
 
@@ -40,11 +35,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_runs(self, runs: str = "run folders") -> None:
-        """Add the arguments that say which runs.
-
-        Args:
-            runs: what may be given one by one, for the help text.
-        """
+        """Add the arguments that say which runs."""
         self.add_argument("runs", nargs="*", metavar="RUN", help=runs)
         self.add_argument(
             "--group",
@@ -55,11 +46,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_output(self, name: str, otherwise: Path = Path()) -> None:
-        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs.
-
-        Args:
-            otherwise: stands for that folder where no run is named.
-        """
+        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs."""
         self._output = name, otherwise
         self.add_argument(
             "--output_dir", type=Path, help=f"default: {name}, in the folder that holds the runs"
@@ -115,13 +102,7 @@ POSITIVE = only(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
-    """The folder that holds all of some runs, where their results are put and the viewer looks.
-
-    Args:
-        runs: run folders or files in them, also as LABEL=RUN; what is no path that exists, such as
-            ``base`` or a name on the hub, is passed over.
-        otherwise: without any.
-    """
+    """The folder that holds all of some runs, where their results are put and the viewer looks."""
     paths = [path for word in runs for path in (_path(word),) if path is not None]
     parents = [(path.parent if path.is_file() else path).absolute().parent for path in paths]
     if not parents:
@@ -159,9 +140,6 @@ def _runs_alone(words: Sequence[str]) -> list[str]:
 def run(work: Callable[[], int | None]) -> int:
     """Do the work of a command that goes on where it was interrupted.
 
-    Args:
-        work: returns an exit code of its own, or None for 0.
-
     Returns:
         That of the work; 2 after a sentence that says what to mend; 130 when it was interrupted.
     """
@@ -179,11 +157,7 @@ def run(work: Callable[[], int | None]) -> int:
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
-    """Make a folder that is to be written to, before anything is computed.
-
-    Args:
-        flag: which names the folder.
-    """
+    """Make a folder that is to be written to, before anything is computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

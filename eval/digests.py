@@ -45,11 +45,7 @@ def of_models(folder: Path, names: Sequence[str]) -> str:
 
 
 def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None) -> str:
-    """Of name, dtype, shape and bytes of each tensor, one at a time; other metadata plays no part.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Of name, dtype, shape and bytes of each tensor; other metadata plays no part."""
     import torch
 
     state = hashlib.sha256()

@@ -65,12 +65,7 @@ class Evaluation:
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
-        """Run the command.
-
-        Returns:
-            The exit code: 0; 2 after a sentence that says what to mend; 130 when it was
-            interrupted; or what :meth:`work` returns.
-        """
+        """Run the command."""
         words = sys.argv[1:] if argv is None else list(argv)
         command = command_line(f"eval.{cls.name}", words)
         return run(lambda: cls(cls.parser().read(words), command).work())
@@ -197,11 +192,7 @@ class Evaluation:
 
 
 def require_common_steps(group: str, steps: Sequence[set[int]]) -> None:
-    """Refuse runs of a group that were not measured at any common step.
-
-    Args:
-        steps: of each run.
-    """
+    """Refuse runs of a group that were not measured at any common step."""
     if not set.intersection(*steps):
         raise UserError(
             f'the runs of "{group}" have no recorded step in common: group runs that were recorded'

@@ -33,13 +33,7 @@ _FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError,
 
 @contextmanager
 def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[None]:
-    """Within the context the pipeline has the subject's weights; afterwards, its own exactly.
-
-    Args:
-        pipeline: one without an adapter.
-        subject: with weights; the base model has none.
-        scale: factor of the adapter's change of the weights.
-    """
+    """Within the context the pipeline has the subject's weights; afterwards, its own exactly."""
     file, before = subject.weights, {}
     if file is None:
         yield

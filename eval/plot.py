@@ -43,13 +43,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over steps on one pair of axes.
-
-    Args:
-        log: whether the y axis is logarithmic.
-        levels: values with a line across.
-        legend: whether it has one of its own.
-    """
+    """Curves over steps on one pair of axes."""
 
     title: str
     ylabel: str
@@ -103,11 +97,7 @@ def positive(curve: Sequence[Summary]) -> list[Summary]:
 
 @contextmanager
 def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """A figure and its axes, (rows, columns) also for one; the picture is written at the end.
-
-    Args:
-        options: of ``subplots``, such as ``figsize``; by default a panel is ``PANEL`` large.
-    """
+    """A figure and its axes, (rows, columns) also for one; the picture is written at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,11 +135,7 @@ def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]
 def line(
     axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
 ) -> None:
-    """A curve with a band of one standard error; undefined points are gaps.
-
-    Args:
-        style: of the line; ``alpha`` is the band's.
-    """
+    """A curve with a band of one standard error; undefined points are gaps."""
     alpha = style.pop("alpha", 0.15)
     steps = [point.step for point in curve]
     means = [math.nan if point.mean is None else point.mean for point in curve]

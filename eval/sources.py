@@ -78,11 +78,7 @@ class Subject(Entry):
         return [] if self.folder is None else read_metrics(self.folder)
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
-        """A row of this subject; a value that is not finite is None.
-
-        Args:
-            more: seed (by default that of training), item, step and note.
-        """
+        """A row of this subject; a value that is not finite is None."""
         value = None if value is None or not math.isfinite(value) else float(value)
         return Row(
             **{"subject": self.label, "group": self.group, "seed": self.seed, **more},

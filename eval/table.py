@@ -120,15 +120,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is read and shown.
-
-    Args:
-        title: for tables.
-        explanation: a sentence for a legend.
-        higher_is_better: None for what describes and does not judge.
-        scale: factor at which it is shown.
-        form: format of the scaled value.
-    """
+    """How a metric is read and shown."""
 
     title: str
     explanation: str = ""
@@ -251,11 +243,7 @@ def _fields(value: Any, kind: Any) -> dict[str, Any]:
 
 
 def read(folder: Path, rows: bool = True) -> Result:
-    """The result in a folder.
-
-    Args:
-        rows: False leaves ``rows.csv`` unread, which may be long.
-    """
+    """The result in a folder."""
     record = head(folder)
     again = f"run python -m eval.{record['kind']} again"
     try:

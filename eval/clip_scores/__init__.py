@@ -280,11 +280,7 @@ def load_models(
     revisions: tuple[str | None, str | None] = (None, None),
     device: str = "cpu",
 ) -> tuple[Scorer, Captioner | None]:
-    """Scorer and captioner by their names; no captioner for None.
-
-    Args:
-        revisions: of the two; branch, tag or commit of a hub id.
-    """
+    """Scorer and captioner by their names; no captioner for None."""
     from . import captioners, models, scorers
 
     name = scorer

@@ -38,13 +38,7 @@ BEAMS = 3
 
 @dataclass(frozen=True)
 class Captioner:
-    """Captions that depend on the image alone, not on its batch.
-
-    Args:
-        entry: its name and revision, to stand beside every score.
-        caption: RGB images of any size -> a caption for each.
-        batch: images at a time.
-    """
+    """Captions that depend on the image alone, not on its batch."""
 
     entry: ModelEntry
     caption: Callable[[Sequence[Image]], list[str]]
@@ -65,12 +59,6 @@ def load(
     batch: int = 16,
 ) -> Captioner:
     """The captioner called ``name`` (see above).
-
-    Args:
-        scorer: used again for ``embedded`` when it is the embedded one, so that it is loaded once.
-        device: of torch, for example "cuda".
-        revision: branch, tag or commit of a hub id after ``blip:``.
-        batch: images at a time.
 
     Raises:
         UserError: an unknown name, or a model that cannot caption; it says what to give.
@@ -125,11 +113,7 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
 
 
 def blip(loaded: Loaded, batch: int = 16) -> Captioner:
-    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
-
-    Args:
-        loaded: ``BlipForConditionalGeneration``.
-    """
+    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling."""
     from transformers import GenerationConfig
 
     model = loaded.model
@@ -188,9 +172,6 @@ def greedy(model: Any, pixels: Tensor, start: int, end: int) -> Tensor:
         pixels: images, (n, 3, h, w).
         start, end: token ids. An end comes at the earliest as token ``MIN_TOKENS`` + 1 and at the
             latest as token ``MAX_TOKENS``.
-
-    Returns:
-        Tokens, (n, length): start, words, end, and then ``model.pad_id``.
     """
     longest = min(MAX_TOKENS, model.context_length)
     first = model(pixels)

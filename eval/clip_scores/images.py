@@ -121,13 +121,7 @@ def _slug(text: str) -> str:
 
 
 class Store:
-    """The images under one folder.
-
-    Args:
-        root: made when the first image is.
-        sampling: of all images; one that was made otherwise counts as missing.
-        device: of torch, that draws.
-    """
+    """The images under one folder."""
 
     def __init__(self, root: Path, sampling: Sampling, device: str = "cpu") -> None:
         self.root, self.sampling, self.device = Path(root), sampling, device
@@ -178,9 +172,6 @@ class Store:
             progress: show a bar (in the first process).
             process: rank and number of the processes that were given the same jobs; each makes its
                 own part, and no file is written by two.
-
-        Returns:
-            How many images were made here.
         """
         rank, count = process
         distinct = list({job.file: job for job in jobs}.values())

@@ -41,15 +41,6 @@ class Seen(NamedTuple):
 class Judge:
     """Scores images by what they are held against.
 
-    Args:
-        store: of all images.
-        scorer: embeds images and texts, the captions included.
-        captioner: None for no T2T.
-        truths: prompt's text -> its held-out picture.
-        training: subject's label -> the images that it may have memorized.
-        originals: the base model's images of the general prompts.
-        progress: show bars.
-
     Raises:
         UserError: a picture can't be read.
     """
@@ -78,11 +69,7 @@ class Judge:
         }
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
-        """The scores of each image, and a row "image" that names its file.
-
-        Args:
-            jobs: the subject's images, which may be shared with another of equal weights.
-        """
+        """The scores of each image, and a row "image" that names its file."""
         scored = [job for job in jobs if not job.prompt.general]
         general = [job for job in jobs if job.prompt.general]
         texts = list(dict.fromkeys(job.prompt.text for job in scored))

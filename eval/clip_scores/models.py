@@ -47,14 +47,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what belongs to it.
-
-    Args:
-        model: float32, eval mode, on its device.
-        preprocess: of open_clip for one image, RGB -> (3, h, w); of transformers, its processor.
-        tokenize: its tokenizer.
-        entry: its name and revision.
-    """
+    """A model with what belongs to it."""
 
     model: Any
     preprocess: Any
@@ -146,12 +139,7 @@ def from_transformers(
     revision: str | None = None,
     device: str = "cpu",
 ) -> Loaded:
-    """A model and its processor from a hub id or a folder, both from one commit.
-
-    Args:
-        scheme: before the colon of its name, "hf" or "blip".
-        revision: branch, tag or commit of a hub id.
-    """
+    """A model and its processor from a hub id or a folder, both from one commit."""
     import torch
     from transformers.utils.hub import cached_file
 

@@ -33,13 +33,6 @@ class Scorer:
     """Embeds images and texts: (n, d), float32, of unit length, on the CPU.
 
     Embeddings do not depend on the batch size beyond 1e-6; each text is encoded once.
-
-    Args:
-        entry: its name and revision, to stand beside every score.
-        embed_images: RGB images of any size -> (n, d).
-        embed_texts: texts -> (n, d).
-        is_cut: whether a text is longer than the model takes.
-        batch: images or texts at a time.
     """
 
     def __init__(
@@ -80,11 +73,6 @@ class Scorer:
 
 def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: int = 32) -> Scorer:
     """The scorer called ``name`` (see above).
-
-    Args:
-        revision: branch, tag or commit of a hub id after ``hf:``.
-        device: of torch, for example "cuda".
-        batch: images or texts at a time.
 
     Raises:
         UserError: an unknown name, or a model that would score wrongly; it says what to give.

@@ -116,12 +116,7 @@ def sampling(args: Namespace, base: str) -> Sampling:
 
 
 def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
-    """Side in pixels, steps and guidance with which a base model's images are drawn by default.
-
-    Args:
-        base: where it is.
-        name: that it is known by, where that is another.
-    """
+    """Side in pixels, steps and guidance with which a base model's images are drawn by default."""
     import torch
 
     pipeline = load_pipeline(base, dtype=torch.float32, weights=False)

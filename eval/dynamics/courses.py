@@ -128,11 +128,7 @@ def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
 
 
 def read(run: Subject, chosen: Sequence[str]) -> dict[str, Course]:
-    """The courses of a run, one for each choice of layers.
-
-    Args:
-        chosen: "all" or names of layers.
-    """
+    """The courses of a run, one for each choice of layers."""
     files = _files(run)
     final = snapshots.read(files[-1])
     places = {layer: choose(final.names, layer) for layer in chosen}
@@ -229,10 +225,6 @@ def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
     and "lag factors", and after which "share" of all steps. Of the ratio "lowest", "median" and
     "highest". Of the cosine to the other's final weights the "largest" by absolute value; of
     overlaps, cosine and gain "final" and "mean".
-
-    Args:
-        rows: of all runs over training.
-        steps: of each group's runs.
     """
     curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
     for row in rows:

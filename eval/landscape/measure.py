@@ -15,24 +15,14 @@ from .weights import Direction, Loss, Weight, evaluate, line, plane
 
 
 class Part(NamedTuple):
-    """One thing to be measured.
-
-    Args:
-        key: its name, its space, and what it depends on beside weights and loss.
-        measure: takes the weights of the space and the loss.
-    """
+    """One thing to be measured."""
 
     key: list[Any]
     measure: Callable[[Sequence[Weight], Loss], Any]
 
 
 def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator[Part]:
-    """All parts of one space, first the loss at the weights themselves.
-
-    Args:
-        settings: of the result, see :class:`~eval.landscape.Landscape`.
-        with_plane: whether the plane is measured too.
-    """
+    """All parts of one space, first the loss at the weights themselves."""
     seed, positions, rho = settings["seed"], settings["positions"][space], settings["rho"]
     which = settings["full_weights"] if space == "full" else None
 
@@ -70,11 +60,7 @@ def rows(
     measured: Mapping[str, Sequence[Any]],
     settings: Mapping[str, Any],
 ) -> Iterator[Row]:
-    """What the parts of one space come to.
-
-    Args:
-        measured: the values of all parts by their names.
-    """
+    """What the parts of one space come to."""
     row = partial(subject.row, item=space)
     (start,), (ascent,), lines = measured["start"], measured["sharpness"], measured["line"]
     yield row("loss", start["loss"])

@@ -81,11 +81,7 @@ class Point:
 
 
 def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
-    """The points by their labels; the base model's images are the first run's.
-
-    Args:
-        split: "train" or "heldout" images.
-    """
+    """The points by their labels; the base model's images are the first run's."""
     configs = {one.label: _config(one) for one in subjects if one.kind != BASE}
     if not configs:
         raise UserError("the base model alone has no training images: name the folder of a run.")
@@ -307,13 +303,7 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
 
 
 def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
-    """The weights of the trained models without the adapters; a filter is an output's weights.
-
-    Args:
-        task: its models, with or without adapters.
-        full_weights: "all" weight matrices and convolutions of the models, or only those that the
-            adapters sit on. Biases and norms are left out, as in Li et al. 2018.
-    """
+    """The weights of the trained models without the adapters; a filter is an output's weights."""
     held = []
     for target in task.targets():
         model, own = target.model, dict[str, Tensor]()

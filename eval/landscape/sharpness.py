@@ -145,14 +145,6 @@ def sharpness(
     The first start is e = 0, whose first step is rho g / ||g||; the others are random points of the
     sphere, and needed where the gradient is zero. The weights are bit for bit what they were
     afterwards, also after an exception. Takes the memory of about six copies of the weights.
-
-    Args:
-        weights: of the space.
-        loss: see ``weights.Loss``; must be differentiable.
-        rho: radius of the ball, in the weights' own units.
-        steps: steps of one ascent, at least 1; each takes one gradient.
-        restarts: further ascents from random points.
-        seed: of these.
     """
     with differentiable(weights), displaceable(weights) as place:
         climber = _Climber(place, weights, loss, rho)
@@ -235,14 +227,6 @@ def top_eigenvalue(
     """The algebraically largest eigenvalue of the loss's Hessian over all weights together.
 
     Nothing is moved. Lanczos keeps ``vectors`` vectors of the size of the space in memory.
-
-    Args:
-        weights: of the space.
-        loss: see ``weights.Loss``; must be twice differentiable.
-        tolerance: relative accuracy at which Lanczos stops.
-        max_restarts: implicit restarts before it gives up.
-        vectors: size of the Lanczos basis.
-        seed: of the start vector.
     """
     sizes = [weight.tensor.numel() for weight in weights]
     count, kind = sum(sizes), _numpy_dtype(weights)

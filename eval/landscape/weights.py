@@ -96,12 +96,7 @@ def displaceable(weights: Sequence[Weight]) -> Iterator[Place]:
 
 
 class Place:
-    """Where the weights are: their own values plus a displacement.
-
-    Args:
-        own: the weights' own values, never written.
-        copies: what the model reads now.
-    """
+    """Where the weights are: their own values plus a displacement."""
 
     def __init__(self, own: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.own, self.copies = own, copies
@@ -141,13 +136,7 @@ KEPT_NUMBERS = 2**28
 
 
 def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) -> Tensor:
-    """``direction`` with the norm of each filter set to that of ``weight``'s filter.
-
-    Args:
-        direction: same shape as ``weight``.
-        weight: (m, n) or, of a convolution, (out, in, h, w).
-        filter_dim: the dimension whose entries are filters.
-    """
+    """``direction`` with the norm of each filter set to that of ``weight``'s filter."""
     rest = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
     wanted = torch.linalg.vector_norm(weight, dim=rest, keepdim=True, dtype=wide)
@@ -210,15 +199,6 @@ def line(
     """The loss at w + t d for each position t.
 
     The weights are bit for bit what they were afterwards, also after an exception.
-
-    Args:
-        weights: of the space.
-        loss: see ``weights.Loss``.
-        direction: a tensor per weight; iterated once per position.
-        positions: (points,).
-
-    Returns:
-        (points,).
     """
     losses = []
     with displaceable(weights) as place:

@@ -209,11 +209,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Column:
-    """A training set's metric.
-
-    Args:
-        values: label of a subject -> (step, value).
-    """
+    """A training set's metric."""
 
     name: str
     metric: Metric

@@ -67,14 +67,7 @@ def digest(include_path: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class Harness:
-    """A task or group, ready to be asked.
-
-    Args:
-        benchmark: which, and how.
-        manager: see :func:`manager`.
-        limit: the first so many items of each task; None for all.
-        include_path: further folders with tasks.
-    """
+    """A task or group, ready to be asked."""
 
     benchmark: Benchmark
     manager: Any
@@ -103,11 +96,7 @@ class Harness:
         }
 
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Ask and score.
-
-        Args:
-            template: around each prompt; "none" for the bare prompt. T5 and its kin have none.
-        """
+        """Ask and score."""
         from lm_eval.evaluator import evaluate
 
         tasks = _tasks(self.manager, self.benchmark)

@@ -47,25 +47,13 @@ def problems(limit: int | None = None) -> Sequence[Problem]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n - c, k) / C(n, k) of the chance that one of k passes.
-
-    Args:
-        samples: n, at least k.
-        correct: c.
-    """
+    """The unbiased estimate 1 - C(n - c, k) / C(n, k) of the chance that one of k passes."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 @dataclass(frozen=True)
 class HumanEval:
-    """The benchmark, ready to be asked.
-
-    Args:
-        problems: see :func:`problems`.
-        sandbox: where programs run.
-        decoding: of the programs.
-        samples: programs per problem.
-    """
+    """The benchmark, ready to be asked."""
 
     problems: Sequence[Problem]
     sandbox: Sandbox
@@ -82,12 +70,7 @@ class HumanEval:
         }
 
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Write the programs that are not kept, run all, estimate pass@k.
-
-        Args:
-            template: "none" asks for a completion of the code, any other one for an answer.
-            kept: the pieces under some circumstances; here what the model wrote.
-        """
+        """Write the programs that are not kept, run all, estimate pass@k."""
         asked = {key: problem for problem in self.problems for key in self._keys(problem)}
         prompts = {key: _prompt(problem, template) for key, problem in asked.items()}
         written = kept({"decoding": self.decoding.record()})

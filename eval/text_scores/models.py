@@ -47,12 +47,7 @@ class Loaded(TextModel):
 
 
 class Models:
-    """Loads base models, one at a time, and puts adapters on and off.
-
-    Args:
-        device: where they compute.
-        dtype: of the weights.
-    """
+    """Loads base models, one at a time, and puts adapters on and off."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -159,12 +154,7 @@ def answers(
     batch_size: int,
     kept: Kept,
 ) -> dict[str, str]:
-    """Key of a prompt -> the model's answer; what is kept already is not generated again.
-
-    Args:
-        prompts: by key; keys also seed what is drawn.
-        template: around each prompt; "none" for the bare text. T5 and its kin have none.
-    """
+    """Key of a prompt -> the model's answer; what is kept already is not generated again."""
     missing = [key for key in prompts if key not in kept]
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]

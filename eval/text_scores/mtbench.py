@@ -147,14 +147,7 @@ def connect(base_url: str | None, model: str | None) -> Judge:
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a question.
-
-    Args:
-        id: of the set.
-        category: such as "writing".
-        text: what the user says.
-        reference: a right answer, where the set has one.
-    """
+    """The first turn of a question."""
 
     id: str
     category: str
@@ -224,13 +217,7 @@ def grading_prompt(question: Question, answer: str) -> str:
 
 @dataclass(frozen=True)
 class MTBench:
-    """The benchmark, ready to be asked.
-
-    Args:
-        questions: see :func:`questions`.
-        judge: who rates.
-        decoding: of the answers; its temperature is the category's.
-    """
+    """The benchmark, ready to be asked."""
 
     questions: Sequence[Question]
     judge: Judge
@@ -247,11 +234,7 @@ class MTBench:
         }
 
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Answer and have rated what is not kept; the score is the mean rating.
-
-        Args:
-            kept: the pieces under some circumstances; here answers, and what the judge said.
-        """
+        """Answer and have rated what is not kept; the score is the mean rating."""
         replies: dict[str, str] = {}
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)

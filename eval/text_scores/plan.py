@@ -159,12 +159,7 @@ def measured(
     folder: Path,
     batch_size: int,
 ) -> dict[str, Measured]:
-    """Every benchmark's score of a subject; its model is loaded only if one is missing.
-
-    Args:
-        asked: by name.
-        folder: where what is measured is kept.
-    """
+    """Every benchmark's score of a subject; its model is loaded only if one is missing."""
     keepers = {name: partial(_kept, folder, subject, base, one) for name, one in asked.items()}
     scores = {name: keepers[name](one.settings) for name, one in asked.items()}
     missing = [name for name, kept in scores.items() if SCORE not in kept]

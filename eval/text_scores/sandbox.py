@@ -61,12 +61,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How programs are run.
-
-    Args:
-        bwrap: the command's path.
-        seconds: wall time of a program; its CPU time is limited to one more.
-    """
+    """How programs are run."""
 
     bwrap: str
     seconds: float = 10.0
