@@ -46,7 +46,7 @@ from .names import (
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .captioners import Captioner
     from .images import Job
-    from .scorers import Scorer
+    from .models import Scorer
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 DEFAULT_SEEDS = "0,1"
@@ -281,11 +281,11 @@ def load_models(
     device: str = "cpu",
 ) -> tuple[Scorer, Captioner | None]:
     """Scorer and captioner by their names; no captioner for None."""
-    from . import captioners, models, scorers
+    from . import captioners, models
 
     name = scorer
     try:
-        first = scorers.load(scorer, revision=revisions[0], device=device)
+        first = models.load(scorer, revision=revisions[0], device=device)
         if captioner is None:
             return first, None
         name = captioner

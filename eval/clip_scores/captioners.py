@@ -21,10 +21,9 @@ from torch import Tensor
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
-from . import scorers
-from .models import Loaded, ModelEntry, from_open_clip, from_transformers
+from . import models
+from .models import Loaded, ModelEntry, Scorer, from_open_clip, from_transformers, in_batches
 from .names import CAPTIONERS, DEFAULT_CAPTIONERS
-from .scorers import Scorer, in_batches
 
 MIN_TOKENS = 5
 """Shortest caption, with the start token (open_clip's default; BLIP's authors use the same)."""
@@ -83,7 +82,7 @@ def load(
     from bilora_diffusion.mini import scorer as mini
 
     if scorer is None or scorer.entry.kind != "embedded":
-        scorer = scorers.load("embedded", device=device, batch=batch)
+        scorer = models.load("embedded", device=device, batch=batch)
     return retrieval(scorer, mini.captions())
 
 

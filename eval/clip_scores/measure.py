@@ -22,8 +22,8 @@ from ..subjects import BASE, Subject
 from ..table import Row
 from .captioners import Captioner
 from .images import Job, Store
+from .models import Scorer, in_batches
 from .prompts import Prompt
-from .scorers import Scorer, in_batches
 
 CHUNK = 64
 """Images that are held in memory at once."""

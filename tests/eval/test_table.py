@@ -88,18 +88,6 @@ def test_what_is_no_result_of_this_version_is_refused(
         table.read(tmp_path)
 
 
-def test_a_result_is_asked_by_name() -> None:
-    assert WHOLE.groups == ["LoRA"]
-    assert WHOLE.summary("LoRA", "loss", "x") is SUMMARIES[1]
-    assert WHOLE.summary("LoRA", "none") is None
-    assert WHOLE.select("loss") == ROWS[1:]
-    assert WHOLE.select("loss", "Bi-LoRA") == []
-    assert WHOLE.metric("other") == Metric("other")
-    line = Summary("a", "b", higher=1, equal=1, lower=2)
-    assert (line.pairs, line.win_rate) == (4, 1.5 / 4)
-    assert (line.better(True), line.better(False)) == (1, 2)
-
-
 def test_a_curve_has_the_steps_that_all_of_a_group_have() -> None:
     lines = [
         Summary("LoRA", "loss", step=s, count=c, mean=m)
