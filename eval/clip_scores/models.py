@@ -50,7 +50,7 @@ class ModelEntry:
 
     Args:
         name: shown beside every score.
-        kind: "open_clip", "transformers", "embedded", "blip", "coca" or "retrieval".
+        kind: "open_clip", "transformers", "embedded", "blip" or "retrieval".
         model: architecture, hub id or folder name.
         revision: pretrained tag, commit or digest of the weights.
         note: a sentence that has to stand beside its scores, or "".
@@ -74,10 +74,10 @@ class Loaded:
 
 
 def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
-    """A CLIP, CustomTextCLIP or CoCa.
+    """A CLIP or CustomTextCLIP.
 
     Args:
-        scheme: before the colon of its name, "open_clip" or "coca".
+        scheme: before the colon of its name.
         source: "MODEL/TAG" (a pretrained tag or a local safetensors file; a file is used with
             open_clip's default preprocessing), or a folder that open_clip saved.
     """

@@ -23,7 +23,7 @@ from tests.eval.clip_models import (
 
 OURS, THEIRS = "ours/open_clip_model.safetensors", "theirs/model.safetensors"
 CONFIG = "ours/open_clip_config.json"
-WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "coca:ours", "blip:blip")
+WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "blip:blip")
 
 
 class Boom:
@@ -72,7 +72,7 @@ def spoil(file: str, how: str) -> None:
 def refused(given: str, *words: str) -> None:
     """A model, or MODEL@REVISION, is refused in one sentence in which each of the words stands."""
     name, _, revision = given.partition("@")
-    captions = name.startswith(("bl", "coca"))
+    captions = name.startswith("bl")
     names = ("open_clip:ours", name) if captions else (name, None)
     revisions = (None, revision or None) if captions else (revision or None, None)
     with pytest.raises(UserError) as caught:
@@ -96,8 +96,6 @@ def refused(given: str, *words: str) -> None:
         (f"hf:{pipeline_dir()}/text_encoder", ["clip_text_model", "not clip"]),
         ("blib:x", ['"blib:x"', 'did you mean "blip"']),
         ("blip:theirs", ["type clip", "not blip"]),
-        ("coca:coca_ViT-L-14/mscoco", ['"mscoco"', "mscoco_finetuned_laion2b_s13b_b90k"]),
-        ("coca:ours", ["no CoCa", "coca_ViT-B-32"]),
         *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),
     ],
 )

@@ -10,28 +10,22 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip import coca_model
 from PIL.Image import Image
-from torchvision.transforms.functional import to_tensor
 from transformers import (
     BlipForConditionalGeneration,
     BlipProcessor,
     CLIPModel,
     CLIPProcessor,
-    TopKLogitsWarper,
 )
 
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
 from eval.clip_scores import captioners, models
-from eval.clip_scores.models import ModelEntry, digest, from_open_clip
-from eval.clip_scores.names import DEFAULT_CAPTIONERS
+from eval.clip_scores.models import ModelEntry, digest
+from eval.clip_scores.names import BLIP
 from tests.eval import clip_models
 from tests.eval.clip_models import (
     CONTEXT,
     DIMENSION,
-    END,
-    START,
     TEXT,
     pictures,
     put_on_hub,
@@ -40,7 +34,7 @@ from tests.eval.clip_models import (
 )
 
 WEIGHTS = "open_clip_model.safetensors"
-KINDS = {"open_clip": "open_clip", "hf": "transformers", "blip": "blip", "coca": "coca"}
+KINDS = {"open_clip": "open_clip", "hf": "transformers", "blip": "blip"}
 scorer_schemes = pytest.mark.parametrize("scheme", ["open_clip", "hf"])
 
 
@@ -52,7 +46,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "open_clip": save_open_clip(root / "open_clip-one"),
         "hf": clip_models.save_hf_clip(root / "hf-one", clip_models.make_hf_clip()),
         "blip": clip_models.save_blip(root / "blip-one"),
-        "coca": save_open_clip(root / "coca-one", "CoCa"),
     }
 
 
@@ -63,8 +56,8 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
         entry = loaders.get(scheme, captioners).load(f"{scheme}:{folder}").entry
         named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, digest(weights))
         assert replace(entry, note="") == named
-        assert ("search" in entry.note) == (scheme in DEFAULT_CAPTIONERS)
-    commit, default = "0123456789abcdef0123456789abcdef01234567", DEFAULT_CAPTIONERS["blip"]
+        assert ("search" in entry.note) == (scheme == "blip")
+    commit, default = "0123456789abcdef0123456789abcdef01234567", BLIP
     put_on_hub("tests/small-clip", folders["hf"], commit)
     put_on_hub(default, folders["blip"], commit)  # in the real one's place
     for revision in (None, "main", commit):
@@ -74,8 +67,6 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
         )
         entry = captioners.load("blip", revision=revision).entry
         assert (entry.model, entry.revision) == (default, commit)
-    architecture, _, tag = DEFAULT_CAPTIONERS["coca"].partition("/")
-    assert open_clip.is_pretrained_cfg(architecture, tag)
 
 
 @torch.no_grad()
@@ -181,39 +172,6 @@ def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Pa
         tokens = model.generate(**inputs, num_beams=3, min_length=5, max_length=30)
         expected = processor.decode(tokens[0], skip_special_tokens=True)
         assert captioner([image]) == [expected.removeprefix("[DEC]").strip()]
-
-
-def test_cocas_search_is_open_clips_generate(folders: dict[str, Path], monkeypatch: Any) -> None:
-    """Of four to 28 words, wherever the end comes; damaged weights are refused."""
-    coca = from_open_clip("coca", str(folders["coca"])).model
-    images = torch.stack([to_tensor(image) for image in pictures(6)])
-    # open_clip switches all of `generate` off beside transformers 5, as only the beam search of
-    # transformers is missing; `top_k` needs nothing of it.
-    with pytest.raises(AssertionError):  # else theirs can be had
-        coca.generate(images)
-    monkeypatch.setattr(coca_model, "_has_transformers", True)
-    monkeypatch.setitem(coca_model.GENERATION_TYPES, "top_k", TopKLogitsWarper)
-
-    def searched(end: int) -> torch.Tensor:
-        rows = captioners.greedy(coca, images, START, end)
-        tokens = {"sot_token_id": START, "eos_token_id": end, "pad_token_id": coca.pad_id}
-        assert torch.equal(coca.generate(images, generation_type="top_k", top_k=1, **tokens), rows)
-        return rows
-
-    common = int(searched(END)[:, 5:29].flatten().mode().values)
-    ends = (searched(common)[:, 1:] == common).int().argmax(dim=1)
-    assert len(set(ends.tolist())) > 1  # so that some captions are padded
-    text = coca.text_decoder
-    for sign, length in ((1, 6), (-1, 30)):
-        with torch.no_grad():  # the end becomes the most, or the least, probable token everywhere
-            text.ln_final.bias.fill_(10)
-            text.text_projection[:, END] = 10 * sign
-        rows = searched(END)
-        assert (rows == END).int().argmax(dim=1).tolist() == [length - 1] * 6
-    with torch.no_grad():
-        text.text_projection[0, 0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
-        captioners.greedy(coca, images, START, END)
 
 
 def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -> None:

@@ -68,7 +68,8 @@ def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean() -> N
 
 def test_the_report_is_read_back(tmp_path: Path) -> None:
     scores: Scores = {"base": {None: [1, 1]}, "lora": {0: [0, 1], 1: [0, 0]}}
-    found = result(scores | {"bilora": {0: [1, 1], 1: [1, 0]}}, peaks=(0, 2**30, 3 * 2**29))
+    scores["bilora"] = {0: [1, 1], 1: [1, 0]}
+    found = result(scores, peaks=(0, 2**30, 3 * 2**29))
     text = TextScores.__new__(TextScores).report(found)
     for words in (
         "| run | seeds | cost | peak memory | Bench | difference |",
