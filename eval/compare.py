@@ -254,7 +254,8 @@ def equal_training(
             courses.append(([row for row, _ in measured], [loss for _, loss in measured]))
     reached: dict[str, list[float | None]] = {}
     for course, falling in courses:
-        reached.setdefault(course[0].group, []).append(reached_training_loss(falling))
+        fell = len(falling) > 1 and min(falling) < falling[0]
+        reached.setdefault(course[0].group, []).append(min(falling) if fell else None)
     lowest = [
         (value, group)
         for group, values in reached.items()
@@ -271,11 +272,6 @@ def equal_training(
         if value is not None:
             derived.append(replace(_derived(course[0], "equal_training"), value=value))
     return level, derived
-
-
-def reached_training_loss(training: Sequence[float]) -> float | None:
-    """The lowest training loss of a run; None where it never fell below its first value."""
-    return min(training) if len(training) > 1 and min(training) < training[0] else None
 
 
 def at_training_loss(

@@ -33,15 +33,7 @@ from ..provenance import of_this_process, without_paths
 from ..report import Column
 from ..subjects import BASE, Subject, single
 from ..table import Result, Row
-from .names import (
-    CAPTIONERS,
-    DEMO,
-    GENERAL_CAPTIONER,
-    GENERAL_SCORER,
-    METRICS,
-    PRECISIONS,
-    SCORERS,
-)
+from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .captioners import Captioner
@@ -55,11 +47,7 @@ DEMO_METHODS = ("lora", "bilora")
 
 
 FINITE = only(float, "a finite number", math.isfinite)
-EIGHTS = only(
-    int,
-    "a multiple of 8, such as 64 or 1024",
-    lambda side: side >= 8 and side % 8 == 0,
-)
+EIGHTS = only(int, "a multiple of 8, such as 64 or 1024", lambda side: side >= 8 and side % 8 == 0)
 
 
 class ClipScores(Evaluation):
@@ -99,12 +87,7 @@ class ClipScores(Evaluation):
         add("--resolution", type=EIGHTS, help="pixels a side; default: the pipeline's own")
         add("--adapter_scale", type=FINITE, default=1.0)
         add("--batch_size", type=whole(1), default=16, help="images between two visits to the disk")
-        add(
-            "--lanes",
-            type=whole(1),
-            default=4,
-            help="images in one call of the denoiser",
-        )
+        add("--lanes", type=whole(1), default=4, help="images in one call of the denoiser")
         add("--train_data", metavar="SET", help='for memorization; default: the run\'s own; "none"')
         add("--grid_prompts", type=whole(1), default=6, help="rows of the grid of images")
         cores = "on one device; default: all cores for the miniature, else 1"

@@ -7,15 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bilora_diffusion.train.dynamics import (
-    COLUMNS,
-    COSINE,
-    FIRST_ORDER,
-    GAIN,
-    RATIO,
-    ROWS,
-    TERMS,
-)
+from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO, ROWS, TERMS
 
 from ..plot import Curve, Panel, wrapped
 from ..report import Column

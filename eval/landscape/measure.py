@@ -55,10 +55,7 @@ def _start(weights: Sequence[Weight], loss: Loss) -> Any:
 
 
 def rows(
-    subject: Subject,
-    space: str,
-    measured: Mapping[str, Sequence[Any]],
-    settings: Mapping[str, Any],
+    subject: Subject, space: str, measured: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]
 ) -> Iterator[Row]:
     """What the parts of one space come to."""
     row = partial(subject.row, item=space)

@@ -191,10 +191,7 @@ def coordinates(radius: float, points: int) -> list[float]:
 
 
 def line(
-    weights: Sequence[Weight],
-    loss: Loss,
-    direction: Iterable[Tensor],
-    positions: Sequence[float],
+    weights: Sequence[Weight], loss: Loss, direction: Iterable[Tensor], positions: Sequence[float]
 ) -> list[float]:
     """The loss at w + t d for each position t.
 

@@ -199,10 +199,7 @@ def _generate(
     with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(decoding.seed, *keys))
         tokens = loaded.model.generate(
-            **inputs.to(device),
-            max_new_tokens=room,
-            pad_token_id=tokenizer.pad_token_id,
-            **options,
+            **inputs.to(device), max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options
         )
     skipped = longest if loaded.kind == "causal" else 0
     return tokenizer.batch_decode(tokens[:, skipped:], skip_special_tokens=True)

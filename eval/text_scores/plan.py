@@ -22,16 +22,7 @@ from ..subjects import Subject
 from ..table import Metric
 from . import benchmarks, harness, humaneval, mtbench
 from .bases import Base
-from .benchmarks import (
-    EFFECT,
-    GIVEN_TEMPLATES,
-    HARNESS,
-    MTBENCH,
-    NONE,
-    OF_RUN,
-    Benchmark,
-    Measured,
-)
+from .benchmarks import EFFECT, GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
 from .models import Decoding, Keeper, Loaded, Models
@@ -178,9 +169,6 @@ def measured(
 def _kept(
     folder: Path, subject: Subject, base: Base, asked: Asked, about: Mapping[str, Any]
 ) -> Kept:
-    under = base.identity() | {
-        "template": asked.template(base),
-        "dtype": asked.settings["dtype"],
-    }
+    under = base.identity() | {"template": asked.template(base), "dtype": asked.settings["dtype"]}
     of_subject = {"benchmark": asked.benchmark.name, "digest": subject.digest, "base": under}
     return Kept(folder, of_subject | {"about": dict(about)})

@@ -13,13 +13,7 @@ from safetensors.torch import load_file, save_file
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import pipeline_dir
 from eval.clip_scores import load_models
-from tests.eval.clip_models import (
-    make_hf_clip,
-    put_on_hub,
-    save_blip,
-    save_hf_clip,
-    save_open_clip,
-)
+from tests.eval.clip_models import make_hf_clip, put_on_hub, save_blip, save_hf_clip, save_open_clip
 
 OURS, THEIRS = "ours/open_clip_model.safetensors", "theirs/model.safetensors"
 CONFIG = "ours/open_clip_config.json"

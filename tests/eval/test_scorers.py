@@ -11,12 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL.Image import Image
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipProcessor,
-    CLIPModel,
-    CLIPProcessor,
-)
+from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
 from bilora_diffusion.mini import scorer as mini
 from eval.clip_scores import captioners, models

@@ -130,22 +130,6 @@ def test_a_missing_cell_leaves_the_other_seeds(
     assert (code, result.provenance) == (1, None)
 
 
-def test_other_inputs_are_not_paired_and_what_never_learns_sets_no_level(swept: Sweeping) -> None:
-    stuck = {0: [(0.10, 0.20), (0.11, 0.30)], 1: [(0.10, 0.20), (0.09, 0.15)]}
-    _, result = swept({**TWO, "stuck": stuck})
-    assert result.settings["equal_training"]["set_by"] == "bilora"
-    assert result.summary("stuck", "equal_training heldout_loss") is None
-    short = {seed: curve[:2] for seed, curve in TWO["bilora"].items()}
-    curves = {**TWO, "short": short}
-    _, result = swept(curves, digests={"bilora": "other"})
-    assert result.settings["paired"] == {"lora": None, "bilora": False, "short": True}
-    final = line(result, "bilora", "final heldout_loss")
-    assert (final.mean, final.difference) == (pytest.approx(0.07), None)
-    assert result.settings["equal_training"]["set_by"] == "short"
-    assert result.summary("bilora", "equal_training heldout_loss") is None
-    assert any(note.startswith("bilora has not the control's inputs") for note in result.notes)
-
-
 def test_another_metric_may_be_better_when_higher(
     swept: Sweeping, capsys: pytest.CaptureFixture[str]
 ) -> None:

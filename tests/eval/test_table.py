@@ -48,11 +48,7 @@ def test_a_result_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"notes": "a"},
-        {"metrics": {"loss": {"title": "x", "scale": "much"}}},
-    ],
+    "change", [{"notes": "a"}, {"metrics": {"loss": {"title": "x", "scale": "much"}}}]
 )
 def test_a_value_of_another_type_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
     table.write(WHOLE, tmp_path, "")

@@ -82,10 +82,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert made.settings["sampling"]["guidance_scale"] == 4.0
     assert made.settings["sampling"]["size"] == 64
     counts = {name: len(made.select(name)) for name in ("image", *clip_scores.METRICS)}
-    assert counts == {
-        **{"image": 36, "i2t": 18, "t2t": 18, "truth": 0, "nearest": 18},
-        "drift": 12,
-    }
+    assert counts == {**{"image": 36, "i2t": 18, "t2t": 18, "truth": 0, "nearest": 18}, "drift": 12}
     for row in made.select("image"):
         with Image.open(output / row.note) as picture:
             assert picture.size == (64, 64)
