@@ -139,9 +139,9 @@ class Evaluation:
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         """Heading of a table, or "" for none, -> its columns; by default all metrics in one."""
-        whole = {(line.metric, line.item) for line in result.summaries if line.step is None}
-        lines = dict.fromkeys((line.metric, line.item) for line in result.summaries)
-        return {"": [Column(*names) for names in lines if names in whole]}
+        whole = [line for line in result.summaries if line.step is None]
+        names = dict.fromkeys((line.metric, line.item) for line in whole)
+        return {"": [Column(*pair) for pair in names]}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
         """Head of a column -> what it says of a group; see :func:`~eval.report.comparison`."""
@@ -157,10 +157,7 @@ class Evaluation:
         return report.page(
             f"# {title}",
             self.introduction(result),
-            *(
-                report.section(heading, text) if heading else text
-                for heading, text in tables.items()
-            ),
+            *(report.section(*pair) if pair[0] else pair[1] for pair in tables.items()),
             *self.further(result),
         )
 
