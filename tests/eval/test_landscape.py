@@ -162,21 +162,6 @@ def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
     assert (calls, loaded) == (5, ["lora-0"])
 
 
-def test_a_loss_that_is_not_finite_is_left_open_or_refused(
-    runs: Path, tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    line = measure.line
-    monkeypatch.setattr(measure, "line", lambda *words: [float("inf"), *line(*words)[1:]])
-    result = look(runs, tmp_path, "lora-0", "bilora-0")
-    assert result.select("rise", "LoRA", "lora")[0].value is None
-    assert result.summary("LoRA", "rise", "lora").mean is None  # pyright: ignore
-    assert result.figures[0] == "landscape.png"
-    monkeypatch.setattr(measure, "evaluate", lambda _: float("nan"))
-    assert landscape.main([str(runs / "lora-1"), "--output_dir", str(tmp_path / "new")]) == 2
-    assert "the loss of" in capsys.readouterr().err
-
-
 CASES: list[tuple[list[str], str]] = [
     (["base"], "no training images"),
     (["{runs}/dataset"], "run.json"),

@@ -39,15 +39,6 @@ def test_each_filter_gets_the_norm_of_its_weight_by_hand() -> None:
     assert torch.cosine_similarity(found, noise.flatten(1)).min() > 0.9999
 
 
-def test_directions_depend_on_seed_number_and_name_alone() -> None:
-    weights = Quadratic(seed=1).weights
-    kept = list(Direction(weights, 3, 2))
-    (again,) = Direction(weights[1:], 3, 2)
-    assert torch.equal(again, kept[1])
-    for other in (Direction(weights, 1, 2), Direction(weights, 3, 1)):
-        assert not torch.allclose(list(other)[1], again)
-
-
 def test_a_quadratics_profile_has_the_curvature_of_its_hessian() -> None:
     number = 1
     problem = Quadratic(seed=number)

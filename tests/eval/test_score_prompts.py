@@ -47,13 +47,6 @@ def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons: list[Promp
     assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
 
 
-def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
-    file = tmp_path / "my.txt"
-    file.write_bytes("\ufeff# mine\r\n\r\n a photo of a café \r\nan owl\n".encode())
-    assert read(file) == [Prompt("a photo of a café", "café"), Prompt("an owl")]
-    assert read(str(file)) == read(file)
-
-
 def test_a_csv_has_columns(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")

@@ -33,8 +33,6 @@ folder.mkdir(exist_ok=True)
 print("hello", " ".join(sys.argv[1:]), flush=True)
 if "--sleep" in sys.argv:
     time.sleep(600)
-if "--go" in sys.argv:
-    (folder.parent / "go").touch()
 if "--wait" in sys.argv:
     while not (folder.parent / "go").exists():
         time.sleep(0.01)
@@ -79,21 +77,6 @@ def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner: Runner
     assert [outcome.status for outcome in again] == ["finished"] * 3
     assert [file.stat().st_mtime_ns for file in files] == before
     assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
-
-
-def test_several_cells_run_at_once_and_share_the_cores(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = dataclasses.replace(runner, jobs=2)  # in turn the first would wait for ever
-    outcomes = runner.run_all([cell("a", "--wait"), cell("b", "--go"), cell("c", "--fail")])
-    assert [outcome.cell for outcome in outcomes] == ["a", "b", "c"]
-    assert [outcome.status for outcome in outcomes] == ["finished", "finished", "failed"]
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert (runner.environment() or {})["OMP_NUM_THREADS"] == "3"
-    assert dataclasses.replace(runner, jobs=1).environment() is None
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's own word
-    assert runner.environment() is None
 
 
 def test_the_command_line_starts_afresh_or_goes_on(tmp_path: Path) -> None:

@@ -73,24 +73,6 @@ def test_bad_benchmarks_are_refused(names: str, shots: list[str], said: str) -> 
         benchmarks.choose(names, [], shots, None)
 
 
-def test_seeds_of_a_method_are_one_row_and_training_sets_are_told_apart(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path / f"{method}-{task}-{seed}", method, seed, task=task, learning_rate=rate)
-        for task, rate in (("cola", 1e-3), ("mrpc", 1e-4))
-        for method in ("lora", "bilora")
-        for seed in (0, 1)
-    ]
-    found = gather(*runs, "base", only_heldout=False)
-    titles = [f"{m}, trained on {t}" for t in ("cola", "mrpc") for m in ("LoRA", "Bi-LoRA")]
-    expected = [*(title for title in titles for _ in (0, 1)), "base"]
-    assert sorted(s.group for s in found) == sorted(expected)
-    assert len({s.label for s in found}) == 9
-    assert {s.group for s in gather(*runs)} == {"LoRA", "Bi-LoRA"}
-    own = gather(*runs[2:], "--group", f"mine={runs[0]},{runs[1]}", only_heldout=False)
-    assert [s.group for s in own].count("mine") == 2
-    assert len(own) == 8
-
-
 def test_what_a_subject_and_its_base_model_are(tmp_path: Path) -> None:
     options: dict[str, Any] = {"template": "alpaca", "quantize": "nf4", "revision": "main"}
     words = [make_run(tmp_path / "run", "lora-sam", 3, **options), make_adapter(tmp_path / "b/run")]

