@@ -24,7 +24,6 @@ ORDERS = {
     "list": "As in the prompt set",
 }
 """How the prompts are sorted, by the change from the first adapter to the second."""
-IMAGE_METRICS = tuple(name for name in METRICS if name != "diversity")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class PromptRow:
 def metrics(result: Scored) -> list[str]:
     """Scores that any image has, in their usual order."""
     there = {name for image in result.images.values() for name in image.scores}
-    return [name for name in IMAGE_METRICS if name in there]
+    return [name for name in METRICS if name in there]
 
 
 def times_100(value: float | None) -> str:
@@ -189,7 +188,7 @@ def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
 def best(images: Sequence[ScoredImage]) -> dict[str, float]:
     """Metric -> the best score among images; without those that do not judge and ties of all."""
     leaders: dict[str, float] = {}
-    for name in IMAGE_METRICS:
+    for name in METRICS:
         values = [image.scores[name] for image in images if name in image.scores]
         direction = METRICS[name].higher_is_better
         if direction is None or len({round(value, 6) for value in values}) < 2:

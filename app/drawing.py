@@ -27,8 +27,8 @@ from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.console import quiet
 from eval.clip_scores import settings
-from eval.clip_scores.adapters import applied
 from eval.command import open_device
+from eval.load import applied
 from eval.sources import find
 
 from .catalog import Catalog

@@ -3,5 +3,6 @@
     python -m eval.sweep recipes/mini.yaml --over method=lora,bilora seed=0..4
 
 A command is what a subject's rows are, and the figures that show them (``evaluation.py``). It is
-run from a clone and not installed. Nothing happens at import.
+run from a clone and not installed. Nothing happens at import. Whatever can't be measured raises a
+``UserError``, which ends the command in one sentence, before anything is written where it can be.
 """

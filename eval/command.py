@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
 
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complaints are one sentence, with a hint for an unknown flag.
-
-    Args:
-        module: what ``python -m`` is given.
-        described: the module's docstring; all but its first paragraph stands below the flags.
-    """
+    """Complaints are one sentence, with a hint for an unknown flag."""
 
     _output: tuple[str, Path] | None = None
 
@@ -39,11 +35,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_runs(self, runs: str = "run folders") -> None:
-        """Add the arguments that say which runs.
-
-        Args:
-            runs: what may be given one by one, for the help text.
-        """
+        """Add the arguments that say which runs."""
         self.add_argument("runs", nargs="*", metavar="RUN", help=runs)
         self.add_argument(
             "--group",
@@ -54,22 +46,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_output(self, name: str, otherwise: Path = Path()) -> None:
-        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs.
-
-        Args:
-            otherwise: stands for that folder where no run is named.
-        """
+        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs."""
         self._output = name, otherwise
         self.add_argument(
             "--output_dir", type=Path, help=f"default: {name}, in the folder that holds the runs"
         )
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out.
-
-        Raises:
-            UserError: an unknown flag, or a missing or malformed value.
-        """
+        """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -88,14 +72,37 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: --help lists all flags.")
 
 
-def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
-    """The folder that holds all of some runs, where their results are put and the viewer looks.
+def only(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What argparse reads a word by; the rule is said of a word that does not fit it."""
 
-    Args:
-        runs: run folders or files in them, also as LABEL=RUN; what is no path that exists, such as
-            ``base`` or a name on the hub, is passed over.
-        otherwise: without any.
-    """
+    def read(word: str) -> Any:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan  # which fits no rule
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f'"{word}" is not {rule}')
+        return value
+
+    return read
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """One of a few words."""
+    return only(str, " or ".join(words), words.__contains__)
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A whole number."""
+    rule = f"a whole number from {least} " + ("on" if most == math.inf else f"to {most}")
+    return only(int, rule, lambda value: least <= value <= most)
+
+
+POSITIVE = only(float, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
+    """The folder that holds all of some runs, where their results are put and the viewer looks."""
     paths = [path for word in runs for path in (_path(word),) if path is not None]
     parents = [(path.parent if path.is_file() else path).absolute().parent for path in paths]
     if not parents:
@@ -133,9 +140,6 @@ def _runs_alone(words: Sequence[str]) -> list[str]:
 def run(work: Callable[[], int | None]) -> int:
     """Do the work of a command that goes on where it was interrupted.
 
-    Args:
-        work: returns an exit code of its own, or None for 0.
-
     Returns:
         That of the work; 2 after a sentence that says what to mend; 130 when it was interrupted.
     """
@@ -153,14 +157,7 @@ def run(work: Callable[[], int | None]) -> int:
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
-    """Make a folder that is to be written to, before anything is computed.
-
-    Args:
-        flag: which names the folder.
-
-    Raises:
-        UserError: it is a file or can't be written.
-    """
+    """Make a folder that is to be written to, before anything is computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -174,21 +171,13 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
 
 
 def require_free(folder: Path, kind: str) -> None:
-    """Refuse a folder that holds the result of another command, which would be lost.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a folder that holds the result of another command, which would be lost."""
     if (folder / table.FILE).exists() and (other := table.head(folder)["kind"]) != kind:
         raise UserError(f"{folder} holds a result of eval.{other}: give another --output_dir.")
 
 
 def open_device(name: str | None) -> torch.device:
-    """The ``--device``; by default a GPU where there is one.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """The ``--device``; by default a GPU where there is one."""
     import torch  # here, so that --help does not wait for it
 
     if name is None:

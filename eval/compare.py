@@ -49,14 +49,6 @@ def bootstrap_interval(
     defined otherwise, the percentile interval stands in. With few values a bootstrap interval is
     too narrow: of 95 % intervals of normal values, 72 % cover the mean for 3, 84 % for 5 and 91 %
     for 10.
-
-    Args:
-        values: (n,), finite.
-        resamples: bootstrap samples.
-        seed: of the resampling, so that the same values give the same interval.
-
-    Returns:
-        The interval; None below two values.
     """
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
@@ -90,14 +82,11 @@ def student_interval(values: Sequence[float]) -> Interval | None:
 
 
 def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
-    """95 % interval of (wins + ties / 2) / n.
+    """95 % interval of (wins + ties / 2) / n; None where there are ties and fewer than two pairs.
 
     Wilson's interval of a proportion where there is no tie; it has width even where all pairs are
     won. With ties the rate is no proportion, and the interval is a bootstrap over the pairs'
     1, 1/2 and 0.
-
-    Returns:
-        The interval; None where there are ties and fewer than two pairs.
     """
     if ties:
         return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
@@ -200,12 +189,7 @@ def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:
 
 
 def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
-    """Whether the interval of the mean difference shows the group better or worse.
-
-    Returns:
-        ``BETTER``, ``WORSE`` or ``UNDECIDED``; None for a metric that does not judge, and without
-        a difference.
-    """
+    """Whether the interval of the mean difference shows the group better or worse."""
     if higher_is_better is None or line.difference is None:
         return None
     low, high = line.difference_low, line.difference_high
@@ -220,9 +204,6 @@ def control(subjects: Sequence[Entry], given: str | None, prefer: str | None = "
     Args:
         given: ``--control``; None for the first group of the method ``prefer``, else the first
             that is not the base model, else the first.
-
-    Raises:
-        UserError: there is no such group.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
     if given is not None and given not in labels:
@@ -236,12 +217,7 @@ def control(subjects: Sequence[Entry], given: str | None, prefer: str | None = "
 
 @dataclass(frozen=True)
 class EqualTraining:
-    """The training loss at which groups are compared: the lowest that all of their runs reach.
-
-    Args:
-        training_loss: on the grid on which held-out loss is measured.
-        set_by: the group whose run got no lower.
-    """
+    """The training loss at which groups are compared: the lowest that all of their runs reach."""
 
     training_loss: float
     set_by: str
@@ -268,13 +244,6 @@ def equal_training(
 
     The level is the lowest that every run of the groups reaches. A group in which a run's training
     loss never fell below its start is left aside: it would take all others back to the start.
-
-    Args:
-        metric, training: of the rows.
-        unpaired: groups that are not compared.
-
-    Returns:
-        The level, and a row for each subject that reaches it; None and [] without one.
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
     courses = []  # rows, and training losses where both were measured
@@ -285,7 +254,8 @@ def equal_training(
             courses.append(([row for row, _ in measured], [loss for _, loss in measured]))
     reached: dict[str, list[float | None]] = {}
     for course, falling in courses:
-        reached.setdefault(course[0].group, []).append(reached_training_loss(falling))
+        fell = len(falling) > 1 and min(falling) < falling[0]
+        reached.setdefault(course[0].group, []).append(min(falling) if fell else None)
     lowest = [
         (value, group)
         for group, values in reached.items()
@@ -304,20 +274,10 @@ def equal_training(
     return level, derived
 
 
-def reached_training_loss(training: Sequence[float]) -> float | None:
-    """The lowest training loss of a run; None where it never fell below its first value."""
-    return min(training) if len(training) > 1 and min(training) < training[0] else None
-
-
 def at_training_loss(
     training: Sequence[float], measured: Sequence[float], level: float
 ) -> float | None:
     """What was measured when a run's training loss first fell to ``level``.
-
-    Args:
-        training: (points,) training loss over training; need not fall at every point.
-        measured: (points,) what was measured at the same steps.
-        level: a training loss.
 
     Returns:
         The value, interpolated linearly between the two points around ``level``; None where the

@@ -21,11 +21,7 @@ _ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "us
 
 
 def of_lora(path: Path) -> str:
-    """Of a LoRA file and what of its metadata changes how the tensors act.
-
-    Raises:
-        UserError: it is damaged, or no LoRA.
-    """
+    """Of a LoRA file and what of its metadata changes how the tensors act."""
     described = json.loads(inspect(path).metadata.get(ADAPTER_METADATA, "{}"))
     acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
     return _digest([("", path)], acting)
@@ -38,11 +34,7 @@ def of_peft(folder: Path) -> str:
 
 
 def of_models(folder: Path, names: Sequence[str]) -> str:
-    """Of whole models in a folder.
-
-    Raises:
-        UserError: one has no weights, or damaged ones.
-    """
+    """Of whole models in a folder."""
     files = []
     for name in names:
         parts = sorted((folder / name).glob("*.safetensors"))
@@ -53,11 +45,7 @@ def of_models(folder: Path, names: Sequence[str]) -> str:
 
 
 def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None) -> str:
-    """Of name, dtype, shape and bytes of each tensor, one at a time; other metadata plays no part.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Of name, dtype, shape and bytes of each tensor; other metadata plays no part."""
     import torch
 
     state = hashlib.sha256()
@@ -79,11 +67,7 @@ def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None 
 
 
 def peft_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a folder with a PEFT adapter.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """``adapter_config.json`` of a folder with a PEFT adapter."""
     path = folder / PEFT_CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is no PEFT adapter (it has no {PEFT_CONFIG}): give another.")

@@ -10,6 +10,8 @@ A command is what a subject's rows are, and the figures that show them:
 
     main = Flips.main
 
+What a report shows is data too: tables of columns, and figures of panels.
+
 Whatever needs torch or scipy is imported within its hooks, so that ``--help`` does not wait for it.
 """
 
@@ -17,16 +19,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bilora_diffusion.errors import UserError, strip_controls
 
-from . import report, table
+from . import plot, report, table
 from .command import Parser, open_folder, require_free, run
+from .plot import Panel
 from .provenance import command_line, of_runs
+from .report import Column
 from .subjects import Subject, gather
 from .table import Metric, Result, Row, Summary
 
@@ -40,6 +44,7 @@ class Evaluation:
     Attributes:
         name: of the module in ``eval``, and the result's kind.
         described: by default the module's docstring; its first paragraph stands above the flags.
+        title: of the report; by default the name.
         metrics: how its metrics are shown.
         over: what is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
@@ -47,6 +52,7 @@ class Evaluation:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
     described: ClassVar[str | None] = None
     metrics: ClassVar[Mapping[str, Metric]] = {}
     over: ClassVar[str] = "seed"
@@ -59,12 +65,7 @@ class Evaluation:
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
-        """Run the command.
-
-        Returns:
-            The exit code: 0; 2 after a sentence that says what to mend; 130 when it was
-            interrupted; or what :meth:`work` returns.
-        """
+        """Run the command."""
         words = sys.argv[1:] if argv is None else list(argv)
         command = command_line(f"eval.{cls.name}", words)
         return run(lambda: cls(cls.parser().read(words), command).work())
@@ -121,13 +122,48 @@ class Evaluation:
             **fields,
         )
 
+    def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
+        """Name of a picture -> its rows of panels."""
+        return {}
+
     def figures(self, result: Result, folder: Path) -> list[str]:
         """Draw into the folder; returns the pictures' names."""
-        return []
+        drawn = self.panels(result)
+        for name, rows in drawn.items():
+            plot.panels(result, folder / name, rows)
+        return list(drawn)
+
+    def introduction(self, result: Result) -> str:
+        """What stands above the tables."""
+        return f"Mean with {report.INTERVALS}."
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        """Heading of a table, or "" for none, -> its columns; by default all metrics in one."""
+        whole = [line for line in result.summaries if line.step is None]
+        names = dict.fromkeys((line.metric, line.item) for line in whole)
+        return {"": [Column(*pair) for pair in names]}
+
+    def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
+        """Head of a column -> what it says of a group; see :func:`~eval.report.comparison`."""
+        return None
 
     def report(self, result: Result) -> str:
         """``report.md``."""
-        return report.standard(result, self.name.replace("_", " ").capitalize())
+        title = self.title or self.name.replace("_", " ").capitalize()
+        tables = {
+            heading: report.comparison(result, columns, self.facts(result))
+            for heading, columns in self.columns(result).items()
+        }
+        return report.page(
+            f"# {title}",
+            self.introduction(result),
+            *(report.section(*pair) if pair[0] else pair[1] for pair in tables.items()),
+            *self.further(result),
+        )
+
+    def further(self, result: Result) -> list[str]:
+        """What stands below the tables: figures, notes and origin at the end."""
+        return [report.closing(result)]
 
     def shown(self, result: Result) -> str:
         """What is printed."""
@@ -153,14 +189,7 @@ class Evaluation:
 
 
 def require_common_steps(group: str, steps: Sequence[set[int]]) -> None:
-    """Refuse runs of a group that were not measured at any common step.
-
-    Args:
-        steps: of each run.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Refuse runs of a group that were not measured at any common step."""
     if not set.intersection(*steps):
         raise UserError(
             f'the runs of "{group}" have no recorded step in common: group runs that were recorded'

@@ -15,32 +15,25 @@ Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 from bilora_diffusion.errors import UserError
 
-from . import plot, report
+from . import report
 from .command import Parser
 from .evaluation import Evaluation, require_common_steps
-from .report import UNCLEAR, Claim
+from .plot import Curve, Panel
+from .report import Column
 from .subjects import Subject, by_group, paired
-from .table import Metric, Result, Row, Summary
+from .table import Metric, Result, Row
 
 TRAINING, HELDOUT, GAP = "train_grid_loss", "heldout_loss", "gap"
 LOWEST_AT = f"step of best {HELDOUT}"
-NEARLY_IDENTICAL = 0.02
-"""Share of the control's training loss within which another counts as nearly identical."""
 
 
 def metrics(level: float | None = None) -> dict[str, Metric]:
-    """How the metrics are shown: losses times 1000.
-
-    Args:
-        level: the training loss at which runs are compared.
-    """
+    """How the metrics are shown: losses times 1000."""
 
     def loss(title: str) -> Metric:
         return Metric(title, higher_is_better=False, scale=1000, form=".2f")
@@ -122,47 +115,35 @@ class Generalization(Evaluation):
             if running := [run.label for run in runs if not run.finished]:
                 self.notes.append(f"{label}: not finished ({', '.join(running)}).")
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
         """Figure A3: both losses and their gap, and under them the differences to the control."""
-        looks = plot.looks(result.groups, result.control)
-        panels = [(name, result.metrics[name].title) for name in (TRAINING, HELDOUT, GAP)]
-        several = len(result.groups) > 1
-        with plot.canvas(folder / "generalization.png", 2 if several else 1, 3) as (_, axes):
-            for axis, (name, title) in zip(axes[0], panels, strict=True):
-                for group in result.groups:
-                    label = f"{group}, {len(result.members(group))} seeds"
-                    style = {"marker": ".", "ms": 4}
-                    plot.line(
-                        axis, result.curve(group, name), looks[group]["color"], label, **style
-                    )
-                plot.finish(axis, title, name, legend=name == TRAINING)
-            for axis, (name, _) in zip(axes[1] if several else (), panels, strict=False):
-                axis.axhline(0, color="black", lw=0.8)
-                for group in result.groups:
-                    _differences(axis, result.over_training(group, name), looks[group]["color"])
-                plot.finish(axis, f"minus {result.control}: mean and 95 % interval", name)
-        return ["generalization.png"]
+        groups, minus = result.groups, f"minus {result.control}: mean and 95 % interval"
+        rows = [[], []]
+        for name in (TRAINING, HELDOUT, GAP):
+            labels = {group: f"{group}, {len(result.members(group))} seeds" for group in groups}
+            curves = [Curve(group, name, label=label) for group, label in labels.items()]
+            apart = [Curve(group, name, difference=True) for group in groups]
+            title = result.metrics[name].title
+            rows[0].append(Panel(title, name, curves, legend=name == TRAINING))
+            rows[1].append(Panel(minus, name, apart, levels=[0]))
+        return {"generalization.png": rows if len(groups) > 1 else rows[:1]}
 
-    def report(self, result: Result) -> str:
-        compared = [f"final {name}" for name in (TRAINING, HELDOUT, GAP)]
-        compared += [f"best {HELDOUT}", f"equal_training {HELDOUT}"]
-        return report.page(
-            "# Generalization",
+    def introduction(self, result: Result) -> str:
+        return (
             "Losses x 1000, mean over seeds, and the difference to"
             f" {report.escaped(result.control)} paired by seed, with {report.INTERVALS} and the"
-            " number of seeds in which it is lower.",
-            report.comparison(result, [(name, "") for name in compared], [(LOWEST_AT, "")]),
-            report.claims(judge(result)),
-            report.closing(result),
+            " number of seeds in which it is lower."
         )
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        names = [f"final {name}" for name in (TRAINING, HELDOUT, GAP)]
+        names += [f"best {HELDOUT}", f"equal_training {HELDOUT}"]
+        columns = [Column(name, difference=True, interval=False) for name in names]
+        return {"": [*columns, Column(LOWEST_AT)]}
 
 
 def losses(subject: Subject) -> list[tuple[int, float, float]]:
-    """(step, training loss, held-out loss) wherever a run measured both.
-
-    Raises:
-        UserError: that is fewer than two times.
-    """
+    """(step, training loss, held-out loss) wherever a run measured both."""
     points = [
         (line["step"], line[TRAINING], line[HELDOUT])
         for line in subject.log()
@@ -174,52 +155,6 @@ def losses(subject: Subject) -> list[tuple[int, float, float]]:
             " for a curve: train with --validation_dataset and --validation_loss_steps."
         )
     return points
-
-
-def judge(result: Result) -> list[Claim]:
-    """The claims on each Bi-LoRA group, against plain LoRA as the control."""
-    methods = {entry.group: entry.method for entry in result.subjects}
-    if methods[result.control] != "lora":
-        return []
-    judged = []
-    for group in result.groups:
-        for name, claim in (
-            (TRAINING, "training losses are nearly identical"),
-            (HELDOUT, "Bi-LoRA attains a lower held-out loss"),
-            (GAP, "Bi-LoRA's gap of held-out minus training loss is smaller"),
-        ):
-            if methods[group] == "bilora":
-                both = (result.summary(one, f"final {name}") for one in (group, result.control))
-                verdict, evidence = _judged(name, *both)
-                label = f"{group} minus {result.control}"
-                judged.append(Claim(label, "Fig. A3", claim, verdict, evidence))
-    return judged
-
-
-def _judged(name: str, own: Summary | None, base: Summary | None) -> tuple[str, str]:
-    """The verdict, and the difference with its size beside the control's value."""
-    if own is None or base is None or own.difference is None or base.mean is None:
-        return UNCLEAR, "the runs are not paired, so there is no difference"
-    plain, ends = Metric(name, form=".5f"), own.difference_interval
-    share = f", {own.difference / base.mean:+.2%} of the control's" if base.mean else ""
-    evidence = (
-        f"the final difference is {report.number(own.difference, plain, '+')}"
-        f" {report.interval(ends, plain, '+')}{share}, lower in {own.lower} of {own.pairs} seeds"
-    )
-    if name != TRAINING:
-        return report.below(ends, 0), evidence
-    width = NEARLY_IDENTICAL * base.mean
-    verdicts = [report.below(ends, width), report.above(ends, -width)]
-    return report.both(verdicts), f"{evidence} (within {NEARLY_IDENTICAL:.0%} counts as identical)"
-
-
-def _differences(axis: Any, lines: Sequence[Summary], color: Any) -> None:
-    lines = [line for line in lines if line.difference is not None]
-    steps, means = [line.step for line in lines], [line.difference for line in lines]
-    axis.plot(steps, means, color=color, marker=".")
-    for line in lines:
-        if line.difference_interval is not None:
-            axis.plot([line.step] * 2, line.difference_interval, color=color, lw=1)
 
 
 main = Generalization.main

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.durable import replacing
 
-from .table import Summary
+from .table import Result, Summary
 
 DPI = 120
 PANEL = (4.0, 3.2)
@@ -19,13 +20,84 @@ MARKERS = "osD^vP"
 STYLES = ("-", "--", ":", "-.")
 
 
-@contextmanager
-def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """A figure and its axes, (rows, columns) also for one; the picture is written at the end.
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a group over training.
 
     Args:
-        options: of ``subplots``, such as ``figsize``; by default a panel is ``PANEL`` large.
+        item: of the metric.
+        label: for a legend; "" for none.
+        color: by default the group's.
+        style: of the line.
+        difference: whether its difference to the control is drawn, with its interval.
     """
+
+    group: str
+    metric: str
+    item: str = ""
+    label: str = ""
+    color: str = ""
+    style: str = "-"
+    difference: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over steps on one pair of axes."""
+
+    title: str
+    ylabel: str
+    curves: Sequence[Curve]
+    log: bool = False
+    levels: Sequence[float] = ()
+    legend: bool = True
+
+
+def panels(result: Result, path: Path, rows: Sequence[Sequence[Panel]]) -> None:
+    """Draw rows of panels, each as long as the longest."""
+    colors = looks(result.groups)
+    with canvas(path, len(rows), max(map(len, rows))) as (_, axes):
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for line_of_axes, row in zip(axes, rows, strict=True):
+            for axis, panel in zip(line_of_axes, row, strict=False):
+                axis.set_axis_on()
+                for curve in panel.curves:
+                    _draw(axis, result, curve, panel.log, colors[curve.group]["color"])
+                for level in panel.levels:
+                    axis.axhline(level, color="black", lw=0.7, ls=":")
+                axis.set_yscale("log" if panel.log else "linear")
+                finish(axis, panel.title, panel.ylabel, panel.legend)
+
+
+def _draw(axis: Any, result: Result, curve: Curve, log: bool, color: Any) -> None:
+    color = curve.color or color
+    if not curve.difference:
+        points = result.curve(curve.group, curve.metric, curve.item)
+        style = {"ls": curve.style, "marker": "." if len(points) < 12 else ""}
+        line(axis, positive(points) if log else points, color, curve.label or None, **style)
+        return
+    points = result.over_training(curve.group, curve.metric, curve.item)
+    points = [point for point in points if point.difference is not None]
+    axis.plot([p.step for p in points], [p.difference for p in points], color=color, marker=".")
+    for point in points:
+        if point.difference_interval is not None:
+            axis.plot([point.step] * 2, point.difference_interval, color=color, lw=1)
+
+
+def positive(curve: Sequence[Summary]) -> list[Summary]:
+    """What a logarithmic axis can show: zeros become gaps, bands end above zero."""
+    return [
+        replace(point, error=min(point.error, 0.99 * point.mean))
+        if point.mean and point.error is not None
+        else replace(point, mean=None, error=None)
+        for point in curve
+    ]
+
+
+@contextmanager
+def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """A figure and its axes, (rows, columns) also for one; the picture is written at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,11 +135,7 @@ def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]
 def line(
     axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
 ) -> None:
-    """A curve with a band of one standard error; undefined points are gaps.
-
-    Args:
-        style: of the line; ``alpha`` is the band's.
-    """
+    """A curve with a band of one standard error; undefined points are gaps."""
     alpha = style.pop("alpha", 0.15)
     steps = [point.step for point in curve]
     means = [math.nan if point.mean is None else point.mean for point in curve]
@@ -101,18 +169,3 @@ def wrapped(text: str, most: int = 44) -> str:
     dots = [i for i, letter in enumerate(text) if letter in ". "]
     middle = min(dots, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
     return f"{text[: middle + 1].rstrip()}\n{text[middle + 1 :]}"
-
-
-def legend_below(axes: Sequence[Any], ncols: int) -> None:
-    """One legend under the whole figure, for what these axes have labels for."""
-    shown: dict[str, Any] = {}
-    for axis in axes:
-        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axes[0].figure.legend(
-        shown.values(),
-        shown,
-        loc="outside lower center",
-        ncols=ncols,
-        fontsize=8,
-        frameon=False,
-    )

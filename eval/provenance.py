@@ -41,12 +41,7 @@ def command_line(module: str, argv: Sequence[str]) -> str:
 
 
 def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
-    """The provenance of a result of several runs; None without a run.
-
-    Args:
-        command: see :func:`command_line`.
-        records: their ``run.json``.
-    """
+    """The provenance of a result of several runs; None without a run."""
     if not records:
         return None
     keys = ("versions", "commit", "uncommitted_changes", "device")
@@ -62,12 +57,7 @@ def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | 
 
 
 def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> Provenance:
-    """The provenance of what is computed here and now.
-
-    Args:
-        device: that computes.
-        packages: whose versions count beside those of training.
-    """
+    """The provenance of what is computed here and now."""
     from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
 
     commit, changes = provenance.commit()

@@ -1,9 +1,9 @@
-"""Results in Markdown: tables of groups, differences, verdicts on the paper's claims, origin."""
+"""Results in Markdown: tables of groups with their differences, figures, notes, origin."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .provenance import Provenance
@@ -11,14 +11,24 @@ from .table import Metric, Result, Summary
 
 Interval = tuple[float, float]
 UNKNOWN = "n/a"
+FEW = 10
 INTERVALS = "its 95 % interval (bootstrap, BCa, 9999 resamples)"
-AGREES, DISAGREES, IN_PART, UNCLEAR = "agrees", "disagrees", "in part", "unclear"
-_WORDS = {
-    AGREES: "These runs agree",
-    DISAGREES: "These runs disagree",
-    IN_PART: "These runs agree in part",
-    UNCLEAR: "These runs do not decide it",
-}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric in a table of groups, shown by its :class:`~eval.table.Metric`.
+
+    Args:
+        item: of the metric.
+        difference: whether its difference to the control's stands beside it.
+        interval: whether the mean has its interval.
+    """
+
+    metric: str
+    item: str = ""
+    difference: bool = False
+    interval: bool = True
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,7 +72,7 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
     if line is None or line.mean is None:
         return UNKNOWN
     text = number(line.mean, metric)
-    return f"{text} {interval(line.interval, metric)}" if intervals else text
+    return f"{text} {interval(line.interval, metric)}" if intervals and line.interval else text
 
 
 def difference(line: Summary | None, metric: Metric) -> str:
@@ -79,51 +89,53 @@ def difference(line: Summary | None, metric: Metric) -> str:
 
 def comparison(
     result: Result,
-    compared: Sequence[tuple[str, str]],
-    alone: Sequence[tuple[str, str]] = (),
-    *,
-    intervals: bool = False,
-    alone_intervals: bool = True,
-    seeds: Callable[[str], str] | None = None,
+    columns: Sequence[Column],
+    facts: Mapping[str, Callable[[str], str]] | None = None,
 ) -> str:
-    """The groups in rows, and for each metric its mean and its difference to the control's.
+    """The groups in rows, a metric's mean and perhaps its difference to the control's in columns.
 
     Args:
-        compared: metric and item of each column.
-        alone: further ones, of which the mean is shown.
-        intervals, alone_intervals: whether means are shown with theirs.
-        seeds: what is said of a group's runs; by default how many there are.
+        facts: head -> what is said of a group before its metrics; by default how many runs there
+            are, and groups without any of the metrics are left out.
     """
-    head, rows = ["run", "seeds"], []
-    for name, _ in compared:
-        head += [result.metric(name).title, "difference"]
-    head += [result.metric(name).title for name, _ in alone]
+    said = facts or {"seeds": lambda group: str(len(result.members(group)))}
+    head, rows = ["run", *said], []
+    for column in columns:
+        head += [result.metric(column.metric).title, *["difference"] * column.difference]
     for group in result.groups:
+        lines = [result.summary(group, column.metric, column.item) for column in columns]
+        if facts is None and not any(lines):
+            continue
         is_control = group == result.control
-        count = seeds(group) if seeds else str(len(result.members(group)))
-        row = [f"{group} (control)" if is_control else group, count]
-        for name, item in compared:
-            line, metric = result.summary(group, name, item), result.metric(name)
+        row = [
+            f"{group} (control)" if is_control else group,
+            *(say(group) for say in said.values()),
+        ]
+        for column, line in zip(columns, lines, strict=True):
+            metric = result.metric(column.metric)
             change = "" if is_control else difference(line, metric)
             if result.settings.get("paired", {}).get(group) is False:
                 change = "not paired"
-            row += [mean(line, metric, intervals), change]
-        lines = [(result.summary(group, name, item), result.metric(name)) for name, item in alone]
-        rows.append(row + [mean(line, metric, alone_intervals) for line, metric in lines])
+            row += [mean(line, metric, column.interval), *[change] * column.difference]
+        rows.append(row)
     return table(head, rows)
 
 
-def standard(result: Result, title: str) -> str:
-    """A report of what any result has: the mean of each metric, figures, notes, origin."""
-    names = list(
-        dict.fromkeys((line.metric, line.item) for line in result.summaries if line.step is None)
-    )
-    return page(
-        f"# {title}",
-        f"Mean with {INTERVALS}.",
-        comparison(result, [], names),
-        closing(result),
-    )
+def verdicts(result: Result, names: Sequence[str]) -> list[str]:
+    """One sentence for each group and metric that was compared: better, worse, or neither shown."""
+    from . import compare  # here, so that --help does not wait for scipy
+
+    told = []
+    for group in result.groups:
+        for metric, line in ((result.metric(name), result.summary(group, name)) for name in names):
+            if line is not None and line.pairs:
+                found = compare.verdict(line, metric.higher_is_better)
+                judged = f"{group} is {found} than {line.control}"
+                if found == compare.UNDECIDED:
+                    judged = f"no difference between {group} and {line.control} is shown"
+                shown = difference(line, metric)
+                told.append(f"{metric.title}: {judged}: {shown} {line.over}s better.")
+    return told
 
 
 def pictures(result: Result) -> str:
@@ -131,9 +143,25 @@ def pictures(result: Result) -> str:
     return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in result.figures)
 
 
-def closing(result: Result, packages: Sequence[str] = ("torch",)) -> str:
+def sources(result: Result) -> list[str]:
+    """What each subject is, and by which weights it was measured."""
+    told = []
+    for entry in result.subjects:
+        words = [entry.kind, entry.source, entry.method]
+        words += [f"on {entry.base_model}"] if entry.base_model else []
+        weights = entry.digest and f"weights {entry.digest[:12]}"
+        quantize = entry.about.get("quantize", "none")
+        words += ["" if quantize == "none" else quantize, weights]
+        told.append(f"{entry.label}: {', '.join(filter(None, words))}.")
+    return told
+
+
+def closing(result: Result, packages: Sequence[str] = ("torch",), told: Sequence[str] = ()) -> str:
     """The end of a report: figures, notes, and where it comes from."""
-    sentences = [*map(escaped, result.notes), *origin(result.provenance, packages)]
+    notes = list(map(escaped, result.notes))
+    if any(1 < len(result.members(group)) < FEW for group in result.groups):
+        notes.append("With fewer than ten seeds a bootstrap interval is too narrow.")
+    sentences = [*notes, *map(escaped, told), *origin(result.provenance, packages)]
     return page(pictures(result), listed(sentences)).rstrip()
 
 
@@ -152,54 +180,3 @@ def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) 
         what = ", ".join(name.replace("_", " ") for name in provenance.differing)
         lines.append(f"The runs differ in {json.dumps(what)}; the first run's is given.")
     return lines
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence of the paper, judged.
-
-    Args:
-        group: label of the runs it was judged by.
-        source: figure.
-        claim: what the paper says, in our words.
-        verdict: "agrees", "disagrees", "in part", or "unclear" (the interval leaves both open, or
-            there is one seed only).
-        evidence: the figures that decide.
-    """
-
-    group: str
-    source: str
-    claim: str
-    verdict: str
-    evidence: str
-
-    def sentence(self) -> str:
-        """For the report."""
-        judged = f"{_WORDS[self.verdict]} ({self.group})"
-        return f"{self.source}: {self.claim}. {judged}: {self.evidence}."
-
-
-def above(ends: Interval | None, limit: float) -> str:
-    """Whether a figure lies above ``limit``, by its whole interval; without one it is unclear."""
-    if ends is None:
-        return UNCLEAR
-    return AGREES if ends[0] > limit else DISAGREES if ends[1] < limit else UNCLEAR
-
-
-def below(ends: Interval | None, limit: float) -> str:
-    """Whether it lies below."""
-    return {AGREES: DISAGREES, DISAGREES: AGREES, UNCLEAR: UNCLEAR}[above(ends, limit)]
-
-
-def both(verdicts: Sequence[str]) -> str:
-    """Agreement on every count, disagreement on any, else unclear."""
-    if DISAGREES in verdicts:
-        return DISAGREES
-    return AGREES if set(verdicts) == {AGREES} else UNCLEAR
-
-
-def claims(judged: Sequence[Claim]) -> str:
-    """The claims' section, what disagrees first."""
-    order = (DISAGREES, IN_PART, UNCLEAR, AGREES)
-    ordered = sorted(judged, key=lambda claim: order.index(claim.verdict))
-    return section("The paper's claims", listed([claim.sentence() for claim in ordered]))

@@ -72,21 +72,13 @@ class Subject(Entry):
         return {name: self.option(name) for name in sorted(names)}
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; [] for what is no run.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The lines of ``metrics.jsonl``; [] for what is no run."""
         from bilora_diffusion.run.runlog import read_metrics
 
         return [] if self.folder is None else read_metrics(self.folder)
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
-        """A row of this subject; a value that is not finite is None.
-
-        Args:
-            more: seed (by default that of training), item, step and note.
-        """
+        """A row of this subject; a value that is not finite is None."""
         value = None if value is None or not math.isfinite(value) else float(value)
         return Row(
             **{"subject": self.label, "group": self.group, "seed": self.seed, **more},
@@ -99,9 +91,6 @@ def find(word: str) -> Subject:
     """What ``word`` names, with its weights and their digest.
 
     Its label is what to call it, its group its method's title.
-
-    Raises:
-        UserError: nothing is there, it holds no adapter, a run left no weights, or the hub refuses.
     """
     if word == BASE:
         return Subject(BASE, "base model", BASE, BASE)
@@ -130,11 +119,7 @@ def find(word: str) -> Subject:
 
 
 def run(folder: Path, word: str) -> Subject:
-    """A run folder as it is, without a look at its weights.
-
-    Raises:
-        UserError: it is none, or an unknown method's.
-    """
+    """A run folder as it is, without a look at its weights."""
     from bilora_diffusion import methods  # here, so that --help does not wait for torch
     from bilora_diffusion.run.runlog import read_run
 

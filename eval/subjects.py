@@ -20,11 +20,7 @@ __all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "si
 
 
 def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Label and runs of each ``--group``.
-
-    Raises:
-        UserError: one is not LABEL=RUN,RUN.
-    """
+    """Label and runs of each ``--group``."""
     groups = []
     for word in words:
         label, equals, rest = word.partition("=")
@@ -46,10 +42,6 @@ def gather(
         groups: "LABEL=RUN,RUN" each, for runs that are to stand together under a name.
         weights: the weights are needed: they and their digest are filled in, and files of adapters
             and "base" may be named too.
-
-    Raises:
-        UserError: nothing is named, a word is no run or comes twice, a group is malformed or mixes
-            methods, or two runs of a group have one seed.
     """
     named = read_groups(groups)
     if not words and not named:
@@ -75,9 +67,6 @@ def single(words: Sequence[str]) -> list[Subject]:
 
     Without a label it is called by its method's title, with its folder's name where two would be
     called alike.
-
-    Raises:
-        UserError: nothing is there, it holds no weights, or it or a label is given twice.
     """
     pairs = [_split(word) for word in words]
     given = Counter(label for label, _ in pairs if label is not None)

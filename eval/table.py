@@ -120,15 +120,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is read and shown.
-
-    Args:
-        title: for tables.
-        explanation: a sentence for a legend.
-        higher_is_better: None for what describes and does not judge.
-        scale: factor at which it is shown.
-        form: format of the scaled value.
-    """
+    """How a metric is read and shown."""
 
     title: str
     explanation: str = ""
@@ -251,14 +243,7 @@ def _fields(value: Any, kind: Any) -> dict[str, Any]:
 
 
 def read(folder: Path, rows: bool = True) -> Result:
-    """The result in a folder.
-
-    Args:
-        rows: False leaves ``rows.csv`` unread, which may be long.
-
-    Raises:
-        UserError: there is none, it is damaged, or another version wrote it.
-    """
+    """The result in a folder."""
     record = head(folder)
     again = f"run python -m eval.{record['kind']} again"
     try:
@@ -270,11 +255,7 @@ def read(folder: Path, rows: bool = True) -> Result:
 
 
 def head(folder: Path) -> dict[str, Any]:
-    """``result.json`` as it is, its version and kind checked.
-
-    Raises:
-        UserError: there is none, it is damaged, or another version wrote it.
-    """
+    """``result.json`` as it is, its version and kind checked."""
     path = folder / FILE
     try:
         record = json.loads(finite(path).read_text(encoding="utf-8"))
@@ -314,11 +295,7 @@ class _Lines(io.StringIO):
 
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
-    """What :func:`to_csv` wrote.
-
-    Raises:
-        ValueError: a value is of another type, or a column is missing.
-    """
+    """What :func:`to_csv` wrote."""
     names = [one.name for one in fields(kind)]
     words = {one.name for one in fields(kind) if one.type == "str"}
     with finite(path).open(encoding="utf-8", newline="") as file:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_SCHEMES = ("open_clip", "hf", "blip", "coca")
+_SCHEMES = ("open_clip", "hf", "blip")
 """Of models in a folder (``hf:FOLDER``); another word before a colon may begin an address."""
 _START = "|".join([r"(?<![\w./:~-])", *(rf"(?<=\b{scheme}:)" for scheme in _SCHEMES)])
 _ABSOLUTE = re.compile(rf"(?:{_START})~?/(?:[^\s'\"<>|:,;()\[\]]+/)*([^\s'\"<>|:,;()\[\]/]+)/?")

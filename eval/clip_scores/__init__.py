@@ -18,37 +18,36 @@ Scorer and captioner default to the embedded ones for the miniature, and otherwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.errors import UserError
 
-from ..command import Parser, open_device, open_folder, require_free
+from .. import report
+from ..command import Parser, only, open_device, open_folder, require_free, whole
 from ..evaluation import Evaluation
 from ..provenance import of_this_process, without_paths
+from ..report import Column
 from ..subjects import BASE, Subject, single
 from ..table import Result, Row
-from .names import (
-    CAPTIONERS,
-    DEMO,
-    GENERAL_CAPTIONER,
-    GENERAL_SCORER,
-    METRICS,
-    PRECISIONS,
-    SCORERS,
-)
+from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .captioners import Captioner
     from .images import Job
-    from .scorers import Scorer
+    from .models import Scorer
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 DEFAULT_SEEDS = "0,1"
 IMAGES = "images"
 DEMO_METHODS = ("lora", "bilora")
+
+
+FINITE = only(float, "a finite number", math.isfinite)
+EIGHTS = only(int, "a multiple of 8, such as 64 or 1024", lambda side: side >= 8 and side % 8 == 0)
 
 
 class ClipScores(Evaluation):
@@ -61,7 +60,8 @@ class ClipScores(Evaluation):
     kind, model, revision, note; None without captions).
     """
 
-    name, over, metrics, described = "clip_scores", "item", METRICS, DESCRIBED
+    name, title, over = "clip_scores", "CLIP scores", "item"
+    metrics, described = METRICS, DESCRIBED
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -71,7 +71,7 @@ class ClipScores(Evaluation):
         add("--prompts", default="3d_icon", help="shipped set, text file, or CSV file")
         add("--prompt_column", help="of the CSV file")
         add("--general_prompts", default="general", help='for drift; "none" leaves drift out')
-        add("--max_prompts", type=int, help="take only the first of each set")
+        add("--max_prompts", type=whole(1), help="take only the first of each set")
         add("--seeds", default=DEFAULT_SEEDS, help=f"such as 0,1 or 0..3; default: {DEFAULT_SEEDS}")
         add("--base_model", help="hub id, folder or mini; default: what the runs were trained on")
         add("--scorer", help=SCORERS)
@@ -82,16 +82,16 @@ class ClipScores(Evaluation):
         add("--control", metavar="LABEL", help="compare with this; default: the first but base")
         parser.add_output("scores", DEMO)
         usual = "default: as is usual for the model"
-        add("--num_inference_steps", type=int, help=usual)
-        add("--guidance_scale", type=float, help=f"{usual}; 4 for the miniature")
-        add("--resolution", type=int, help="pixels a side; default: the pipeline's own")
-        add("--adapter_scale", type=float, default=1.0)
-        add("--batch_size", type=int, default=16, help="images between two visits to the disk")
-        add("--lanes", type=int, default=4, help="images in one call of the denoiser, for memory")
+        add("--num_inference_steps", type=whole(1), help=usual)
+        add("--guidance_scale", type=FINITE, help=f"{usual}; 4 for the miniature")
+        add("--resolution", type=EIGHTS, help="pixels a side; default: the pipeline's own")
+        add("--adapter_scale", type=FINITE, default=1.0)
+        add("--batch_size", type=whole(1), default=16, help="images between two visits to the disk")
+        add("--lanes", type=whole(1), default=4, help="images in one call of the denoiser")
         add("--train_data", metavar="SET", help='for memorization; default: the run\'s own; "none"')
-        add("--grid_prompts", type=int, default=6, help="rows of the grid of images")
+        add("--grid_prompts", type=whole(1), default=6, help="rows of the grid of images")
         cores = "on one device; default: all cores for the miniature, else 1"
-        add("--processes", type=int, help=cores)
+        add("--processes", type=whole(1), help=cores)
         add("--device", help="cpu, cuda, cuda:1, mps; default: accelerate's choice")
         precision = "of the denoiser; default: the device's best"
         add("--dtype", choices=PRECISIONS.values(), help=precision)
@@ -116,17 +116,18 @@ class ClipScores(Evaluation):
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from .. import compare
-        from . import settings, trained_on
+        from . import measure, settings
 
         args = self.args
-        settings.check(args)
+        if args.skip_captions and args.captioner_revision is not None:
+            raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
         self.seeds = settings.read_seeds(args.seeds)
         base = settings.base_model(subjects, args.base_model)
         self.names = settings.models(args, base)
         self.control = compare.control(subjects, args.control, prefer=None)
         self.prompts = settings.prompts(args)
         self.sampling = settings.sampling(args, base)
-        self.training = trained_on.open_sets(subjects, args.train_data)
+        self.training = measure.training_sets(subjects, args.train_data)
         # Subjects with equal weights share their images.
         self.drawers = {subject.digest: subject for subject in reversed(subjects)}
 
@@ -222,19 +223,37 @@ class ClipScores(Evaluation):
         return self.result(subjects, rows, lines, self.control, provenance=self.origin)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from .plots import draw
+        from . import shown
 
-        return draw(result, folder, self.truths, self.args.grid_prompts)
+        drawn = shown.grid(result, folder, self.truths, self.args.grid_prompts)
+        return [shown.GRID] if drawn else []
 
-    def report(self, result: Result) -> str:
-        from .report import to_markdown
+    def introduction(self, result: Result) -> str:
+        from . import shown
 
-        return to_markdown(result)
+        return shown.introduction(result)
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        measured = {line.metric for line in result.summaries}
+        names = [name for name in result.metrics if name in measured]
+        return {"Scores": [Column(name, difference=True) for name in names]}
+
+    def further(self, result: Result) -> list[str]:
+        from . import shown
+
+        told = [*shown.made(result), *report.sources(result)]
+        return [
+            shown.legend(result),
+            report.listed(report.verdicts(result, shown.PAPER)),
+            report.section("In the shape of the paper's Table 4", shown.scores(result)),
+            report.closing(replace(result, notes=[]), ("torch", "diffusers"), told),
+        ]
 
     def shown(self, result: Result) -> str:
-        from .report import scores, verdicts
+        from . import shown
 
-        return "\n".join(["", *result.notes, scores(result), "", *verdicts(result), ""])
+        verdicts = report.verdicts(result, shown.PAPER)
+        return "\n".join(["", *result.notes, shown.scores(result), "", *verdicts, ""])
 
 
 def load_models(
@@ -244,19 +263,12 @@ def load_models(
     revisions: tuple[str | None, str | None] = (None, None),
     device: str = "cpu",
 ) -> tuple[Scorer, Captioner | None]:
-    """Scorer and captioner by their names; no captioner for None.
-
-    Args:
-        revisions: of the two; branch, tag or commit of a hub id.
-
-    Raises:
-        UserError: one is unknown, can't be loaded or would score wrongly.
-    """
-    from . import captioners, models, scorers
+    """Scorer and captioner by their names; no captioner for None."""
+    from . import captioners, models
 
     name = scorer
     try:
-        first = scorers.load(scorer, revision=revisions[0], device=device)
+        first = models.load(scorer, revision=revisions[0], device=device)
         if captioner is None:
             return first, None
         name = captioner

@@ -4,8 +4,8 @@
     captions = captioner(images)
 
 Names: ``embedded`` (retrieval: the nearest caption of the miniature's bank), ``blip:ID_OR_FOLDER``
-(transformers) and ``coca:MODEL/TAG`` or ``coca:FOLDER`` (open_clip); ``blip`` and ``coca`` alone
-mean the defaults below. Nothing is sampled, so an image always gets the same caption.
+(transformers); ``blip`` alone means the large one. Nothing is sampled, so an image always gets the
+same caption.
 """
 
 from __future__ import annotations
@@ -13,38 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
 
-import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
-from . import scorers
-from .models import Loaded, ModelEntry, from_open_clip, from_transformers
-from .names import CAPTIONERS, DEFAULT_CAPTIONERS
-from .scorers import Scorer, in_batches
+from . import models
+from .models import Loaded, ModelEntry, Scorer, from_transformers, in_batches
+from .names import BLIP, CAPTIONERS
 
 MIN_TOKENS = 5
-"""Shortest caption, with the start token (open_clip's default; BLIP's authors use the same)."""
-
 MAX_TOKENS = 30
-"""Longest caption, with start and end tokens (open_clip's default)."""
-
+"""Lengths of a caption, with start and end."""
 BEAMS = 3
-"""BLIP's beams, as its authors caption."""
+"""As BLIP's authors caption, who also use the shortest length."""
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """Captions that depend on the image alone, not on its batch.
-
-    Args:
-        entry: its name and revision, to stand beside every score.
-        caption: RGB images of any size -> a caption for each.
-        batch: images at a time.
-    """
+    """Captions that depend on the image alone, not on its batch."""
 
     entry: ModelEntry
     caption: Callable[[Sequence[Image]], list[str]]
@@ -66,22 +53,16 @@ def load(
 ) -> Captioner:
     """The captioner called ``name`` (see above).
 
-    Args:
-        scorer: used again for ``embedded`` when it is the embedded one, so that it is loaded once.
-        device: of torch, for example "cuda".
-        revision: branch, tag or commit of a hub id after ``blip:``.
-        batch: images at a time.
-
     Raises:
         UserError: an unknown name, or a model that cannot caption; it says what to give.
         Exception: one of ``models.FAILURES``, of the library that can't load it.
     """
     scheme, colon, source = name.partition(":")
-    schemes = ("embedded", *DEFAULT_CAPTIONERS)
+    schemes = ("embedded", "blip")
     if scheme not in schemes or (scheme == "embedded" and colon):
         hint = "" if scheme in schemes else did_you_mean(scheme, schemes)
         raise UserError(f'captioner "{name}" is unknown{hint}: give {CAPTIONERS}.')
-    source = source if colon else DEFAULT_CAPTIONERS.get(scheme, "")
+    source = source if colon else BLIP
     if scheme == "blip":
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
@@ -90,12 +71,10 @@ def load(
         return blip(loaded, batch)
     if revision is not None:
         raise UserError(f'revision "{revision}" has no effect on "{name}": drop it.')
-    if scheme == "coca":
-        return coca(from_open_clip("coca", source, device), batch)
     from bilora_diffusion.mini import scorer as mini
 
     if scorer is None or scorer.entry.kind != "embedded":
-        scorer = scorers.load("embedded", device=device, batch=batch)
+        scorer = models.load("embedded", device=device, batch=batch)
     return retrieval(scorer, mini.captions())
 
 
@@ -125,11 +104,7 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
 
 
 def blip(loaded: Loaded, batch: int = 16) -> Captioner:
-    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
-
-    Args:
-        loaded: ``BlipForConditionalGeneration``.
-    """
+    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling."""
     from transformers import GenerationConfig
 
     model = loaded.model
@@ -147,82 +122,3 @@ def blip(loaded: Loaded, batch: int = 16) -> Captioner:
 
     entry = replace(loaded.entry, note=f"Beam search with {BEAMS} beams.")
     return Captioner(entry, caption, batch)
-
-
-def coca(loaded: Loaded, batch: int = 16) -> Captioner:
-    """CoCa of open_clip by greedy search, see :func:`greedy`.
-
-    Raises:
-        UserError: another model.
-    """
-    import open_clip
-
-    model, tokenize = loaded.model, loaded.tokenize
-    if not isinstance(model, open_clip.CoCa):
-        able = ", ".join(m for m in open_clip.list_models() if m.startswith("coca_ViT"))
-        raise UserError(
-            f'"{loaded.entry.name}" is no CoCa and cannot caption: give one of {able} with a tag,'
-            " or a folder of one."
-        )
-    hub = getattr(tokenize, "tokenizer", None)  # open_clip's wrapper of a hub tokenizer
-    start = int(tokenize.sot_token_id if hub is None else hub.bos_token_id)
-    end = int(tokenize.eot_token_id if hub is None else hub.eos_token_id)
-    decode = (hub or tokenize).decode
-
-    def caption(images: Sequence[Image]) -> list[str]:
-        pixels = torch.stack([loaded.preprocess(image) for image in images])
-        rows = greedy(model, pixels.to(model.logit_scale.device), start, end).tolist()
-        texts = [[token for token in row[: row.index(end)] if token != start] for row in rows]
-        return [decode(text).strip() for text in texts]
-
-    entry = replace(loaded.entry, note=f"Greedy search. {loaded.entry.note}".strip())
-    return Captioner(entry, caption, batch)
-
-
-@torch.inference_mode()
-def greedy(model: Any, pixels: Tensor, start: int, end: int) -> Tensor:
-    """CoCa's most probable token after another, as its ``generate`` with ``top_k=1``.
-
-    open_clip 3.3's own ``generate`` does not run beside transformers 5, which has no
-    ``BeamSearchScorer`` any more. (Its beam search also ranks beams by sums of logits that are not
-    normalized, so it is not rebuilt here.)
-
-    Args:
-        model: ``CoCa`` in eval mode.
-        pixels: images, (n, 3, h, w).
-        start, end: token ids. An end comes at the earliest as token ``MIN_TOKENS`` + 1 and at the
-            latest as token ``MAX_TOKENS``.
-
-    Returns:
-        Tokens, (n, length): start, words, end, and then ``model.pad_id``.
-
-    Raises:
-        UserError: logits that are not finite.
-    """
-    longest = min(MAX_TOKENS, model.context_length)
-    first = model(pixels)
-    tokens = torch.full((len(pixels), 1), start, device=pixels.device)
-    done = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    while not done.all():
-        length = tokens.shape[1]
-        logits = model(
-            pixels,
-            tokens,
-            image_latent=first["image_features"],
-            image_embs=first["image_embs"],
-            output_labels=False,
-        )["logits"][:, -1]
-        if not logits.isfinite().all():
-            raise UserError(
-                "the captioner gives logits that are not finite: its weights are damaged, give"
-                " another."
-            )
-        if length < MIN_TOKENS:
-            logits[:, end] = -torch.inf
-        following = logits.argmax(dim=-1)
-        if length + 1 == longest:
-            following = torch.full_like(following, end)
-        following = following.masked_fill(done, model.pad_id)
-        done = done | (following == end)
-        tokens = torch.cat((tokens, following[:, None]), dim=1)
-    return tokens

@@ -14,36 +14,46 @@ used by more processes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from bilora_diffusion import methods
+from bilora_diffusion.durable import write_bytes
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.families.base import joined
-from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.prompts import embed, embed_negative
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import versions
 from bilora_diffusion.seeds import seed_of
 
+from ..load import applied
 from ..provenance import without_paths
 from ..subjects import BASE, Subject
-from . import png
-from .adapters import applied
 from .prompts import Prompt
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LANES = 4
+_CHUNK = "parameters"
+_VERSIONS = "versions"
+"""The one entry that informs and determines nothing."""
+_DAMAGED = (OSError, SyntaxError, ValueError, struct.error)
 _STATED = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
 
 
@@ -111,13 +121,7 @@ def _slug(text: str) -> str:
 
 
 class Store:
-    """The images under one folder.
-
-    Args:
-        root: made when the first image is.
-        sampling: of all images; one that was made otherwise counts as missing.
-        device: of torch, that draws.
-    """
+    """The images under one folder."""
 
     def __init__(self, root: Path, sampling: Sampling, device: str = "cpu") -> None:
         self.root, self.sampling, self.device = Path(root), sampling, device
@@ -131,7 +135,7 @@ class Store:
 
     @cached_property
     def _base_digest(self) -> str | None:
-        return png.base_digest(self.sampling.base_model)
+        return _digest_of_base(self.sampling.base_model)
 
     def parameters(self, job: Job) -> dict[str, Any]:
         """All that determines an image."""
@@ -150,9 +154,7 @@ class Store:
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Those without a whole file that was made with the same parameters; each file once."""
         distinct = {job.file: job for job in jobs}.values()
-        return [
-            job for job in distinct if not png.matches(self.root / job.file, self.parameters(job))
-        ]
+        return [job for job in distinct if not _matches(self.root / job.file, self.parameters(job))]
 
     def generate(
         self,
@@ -170,12 +172,6 @@ class Store:
             progress: show a bar (in the first process).
             process: rank and number of the processes that were given the same jobs; each makes its
                 own part, and no file is written by two.
-
-        Returns:
-            How many images were made here.
-
-        Raises:
-            UserError: the base model or an adapter can't be loaded, or a file not be written.
         """
         rank, count = process
         distinct = list({job.file: job for job in jobs}.values())
@@ -200,22 +196,18 @@ class Store:
                         bar.update(len(part))
         return len(todo)
 
-    def open(self, job: Job) -> Image:
-        """The image of a job, RGB.
+    def open(self, job: Job) -> Image.Image:
+        """The image of a job, RGB."""
+        return _read(self.root / job.file)
 
-        Raises:
-            UserError: it is not there or damaged.
-        """
-        return png.read(self.root / job.file)
-
-    def _write(self, part: Sequence[Job], images: Sequence[Image]) -> None:
+    def _write(self, part: Sequence[Job], images: Sequence[Image.Image]) -> None:
         stated = {name: version for name, version in versions().items() if name in _STATED}
         for job, image in zip(part, images, strict=True):
-            record = {**self.parameters(job), png.VERSIONS: stated}
-            png.write(self.root / job.file, image, record)
+            record = {**self.parameters(job), _VERSIONS: stated}
+            _write_png(self.root / job.file, image, record)
 
 
-def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image]:
+def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
     """Images from a pipeline as it is; each text is embedded alone: always the same shape."""
     filled = [*jobs, *[jobs[-1]] * (-len(jobs) % sampling.lanes)]
     texts = [job.prompt.text for job in filled]
@@ -243,3 +235,58 @@ def _one_thread(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _write_png(path: Path, image: Image.Image, parameters: Mapping[str, Any]) -> None:
+    """Write an image and its parameters, whole or not at all."""
+    information, content = PngInfo(), BytesIO()
+    information.add_text(_CHUNK, json.dumps(dict(parameters), sort_keys=True))
+    image.save(content, format="PNG", pnginfo=information)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): make room, or give another"
+            " output folder."
+        ) from error
+
+
+def _matches(path: Path, parameters: Mapping[str, Any]) -> bool:
+    """Whether a whole PNG with exactly these parameters is there; every byte is checked."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            record = json.loads(image.info[_CHUNK])
+            image.verify()  # reads to the end and compares each chunk's checksum
+        return record | {_VERSIONS: 0} == json.loads(json.dumps({**parameters, _VERSIONS: 0}))
+    except (*_DAMAGED, KeyError, TypeError):
+        return False
+
+
+def _read(path: Path) -> Image.Image:
+    """The image, RGB, read to the end."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except _DAMAGED as error:
+        raise UserError(
+            f"{path} is missing or damaged: the same command makes it again."
+        ) from error
+
+
+def _digest_of_base(base_model: str) -> str | None:
+    """Identifies the weights of a pipeline's folder; None for a hub id.
+
+    The folder's name is not enough: the miniature changes with the package, and two folders may
+    have one name.
+    """
+    folder = Path(resolve(base_model)).expanduser()
+    if not folder.is_dir():
+        return None
+    state = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
+            state.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: state)  # goes on with it
+    return state.hexdigest()

@@ -15,17 +15,19 @@ from tqdm import tqdm
 from bilora_diffusion import mini
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.decode import DECODE_ERRORS, read_rgb
+from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 
 from ..subjects import BASE, Subject
 from ..table import Row
 from .captioners import Captioner
 from .images import Job, Store
+from .models import Scorer, in_batches
 from .prompts import Prompt
-from .scorers import Scorer, in_batches
 
 CHUNK = 64
 """Images that are held in memory at once."""
+NONE = "none"
 
 
 class Seen(NamedTuple):
@@ -38,15 +40,6 @@ class Seen(NamedTuple):
 
 class Judge:
     """Scores images by what they are held against.
-
-    Args:
-        store: of all images.
-        scorer: embeds images and texts, the captions included.
-        captioner: None for no T2T.
-        truths: prompt's text -> its held-out picture.
-        training: subject's label -> the images that it may have memorized.
-        originals: the base model's images of the general prompts.
-        progress: show bars.
 
     Raises:
         UserError: a picture can't be read.
@@ -76,29 +69,19 @@ class Judge:
         }
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
-        """The scores of each image, a row "image" that names its file, and diversity.
-
-        Args:
-            jobs: the subject's images, which may be shared with another of equal weights.
-        """
+        """The scores of each image, and a row "image" that names its file."""
         scored = [job for job in jobs if not job.prompt.general]
         general = [job for job in jobs if job.prompt.general]
         texts = list(dict.fromkeys(job.prompt.text for job in scored))
         prompts = dict(zip(texts, self._scorer.texts(texts), strict=True))
-        vectors: dict[str, list[Tensor]] = {text: [] for text in texts}
         for job, image in self.look(scored, captioned=self._captioner is not None):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             yield from self._scores(subject, job, image, prompts[job.prompt.text])
-            vectors[job.prompt.text].append(image.vector)
         for job, image in self.look(general, captioned=False):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             if subject.kind != BASE:
                 original = self._originals[job.prompt.text, job.seed]
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
-        for text, several in vectors.items():
-            if len(several) > 1:
-                value = pairwise_diversity(torch.stack(several))
-                yield subject.row("diversity", value, item=text, seed=None)
 
     def _scores(self, subject: Subject, job: Job, image: Seen, prompt: Tensor) -> Iterator[Row]:
         yield self._row(subject, job, "i2t", cosine(image.vector, prompt))
@@ -156,9 +139,6 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
     """The held-out picture of each scored prompt that has one, by the prompt's text.
 
     The miniature's own icons are no ground truth for another model.
-
-    Raises:
-        UserError: a picture can't be read.
     """
     pictures = {}
     for prompt in prompts:
@@ -198,18 +178,55 @@ def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     return cosines.gather(1, index[:, None])[:, 0].clamp(-1, 1), index
 
 
-def pairwise_diversity(embeddings: Tensor) -> float:
-    """1 - mean cosine over all pairs: 0 when all are the same, 1 when they are orthogonal.
-
-    Args:
-        embeddings: of one prompt's images, (n, d), n >= 2.
-    """
-    count, unit = len(embeddings), _unit(embeddings)
-    # |sum of all|^2 holds each pair twice and each square, which is 1, once
-    pairs = (unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1))
-    return 1.0 - float(pairs)
-
-
 def _unit(embeddings: Tensor) -> Tensor:
     """Rows of unit length in float64, so that n and m do not show in the result."""
     return normalize(embeddings.double(), dim=1)
+
+
+def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, ImageSet]:
+    """The training images by the subjects' labels.
+
+    A run's folder says what it was trained on; a LoRA file does not. The base model is held
+    against the images of the runs, where these are the same for all: it has not seen them, and so
+    shows how alike images are without any memory.
+
+    Args:
+        given: ``--train_data``: a folder or set for all subjects, "none" for no memorization, or
+            None.
+    """
+    if given == NONE:
+        return {}
+    if given is not None:
+        return dict.fromkeys((subject.label for subject in subjects), open_images(given))
+    opened: dict[tuple[str, ...], ImageSet] = {}
+    sets: dict[str, ImageSet] = {}
+    for subject in subjects:
+        if subject.folder is not None:
+            names = ("dataset_name", "instance_data_dir", "dataset_config_name", "image_column")
+            key = tuple(str(subject.option(name)) for name in names)
+            sets[subject.label] = opened[key] = opened.get(key) or _open(subject)
+    if len(opened) == 1:
+        (shared,) = opened.values()
+        sets |= {subject.label: shared for subject in subjects if subject.kind == BASE}
+    return sets
+
+
+def _open(subject: Subject) -> ImageSet:
+    name = subject.option("dataset_name") or subject.option("instance_data_dir")
+    left_out = f"or --train_data {NONE} to leave memorization out."
+    if not name:
+        raise UserError(
+            f"{subject.folder} does not say what it was trained on: give --train_data, {left_out}"
+        )
+    try:
+        return open_images(
+            name,
+            image_column=subject.option("image_column") or "image",
+            config_name=subject.option("dataset_config_name"),
+            skip_bad_images=True,
+        )
+    except UserError as error:
+        raise UserError(
+            f"the training images of {subject.label} can't be opened ({str(error).rstrip('.')}):"
+            f" give their folder as --train_data, {left_out}"
+        ) from error

@@ -1,5 +1,12 @@
 """Models that score and caption, by the loaders of open_clip and transformers, from safetensors.
 
+    scorer = load("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    i2t = (scorer.images(images) * scorer.texts(prompts)).sum(dim=1)      # raw cosine, CLIP I2T
+
+Names of scorers, which embed images and texts in one space: ``embedded`` (the miniature's own),
+``open_clip:MODEL/TAG`` (the tag may be a local safetensors file), ``open_clip:FOLDER`` and
+``hf:ID_OR_FOLDER`` (CLIP of transformers).
+
 What those raise passes through (:data:`FAILURES`), and the command says it in one sentence. Refused
 here is what they would pass over in silence: pickles, missing weights, a tokenizer without words.
 The one exception to safetensors is a tag of open_clip whose hub repository holds none: open_clip
@@ -10,13 +17,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from PIL.Image import Image
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from bilora_diffusion.errors import UserError, did_you_mean
+
+from .names import SCORERS
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 FAILURES = (
@@ -24,6 +38,10 @@ FAILURES = (
     *(ImportError, SafetensorError),
 )
 """What the two libraries raise on names and files that they cannot use."""
+SCHEMES = ("embedded", "open_clip", "hf")
+NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class ModelEntry:
 
     Args:
         name: shown beside every score.
-        kind: "open_clip", "transformers", "embedded", "blip", "coca" or "retrieval".
+        kind: "open_clip", "transformers", "embedded", "blip" or "retrieval".
         model: architecture, hub id or folder name.
         revision: pretrained tag, commit or digest of the weights.
         note: a sentence that has to stand beside its scores, or "".
@@ -47,14 +65,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what belongs to it.
-
-    Args:
-        model: float32, eval mode, on its device.
-        preprocess: of open_clip for one image, RGB -> (3, h, w); of transformers, its processor.
-        tokenize: its tokenizer.
-        entry: its name and revision.
-    """
+    """A model with what belongs to it."""
 
     model: Any
     preprocess: Any
@@ -63,15 +74,12 @@ class Loaded:
 
 
 def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
-    """A CLIP, CustomTextCLIP or CoCa.
+    """A CLIP or CustomTextCLIP.
 
     Args:
-        scheme: before the colon of its name, "open_clip" or "coca".
+        scheme: before the colon of its name.
         source: "MODEL/TAG" (a pretrained tag or a local safetensors file; a file is used with
             open_clip's default preprocessing), or a folder that open_clip saved.
-
-    Raises:
-        UserError: no such model, tag, file or folder, or a pickle.
     """
     import open_clip
 
@@ -149,16 +157,7 @@ def from_transformers(
     revision: str | None = None,
     device: str = "cpu",
 ) -> Loaded:
-    """A model and its processor from a hub id or a folder, both from one commit.
-
-    Args:
-        scheme: before the colon of its name, "hf" or "blip".
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        UserError: a revision of a folder, another kind of model, or a tokenizer without words.
-    """
-    import torch
+    """A model and its processor from a hub id or a folder, both from one commit."""
     from transformers.utils.hub import cached_file
 
     folder = Path(source).expanduser()
@@ -220,3 +219,130 @@ def _hub_commit(file: Path) -> str | None:
     from transformers.utils.hub import extract_commit_hash
 
     return extract_commit_hash(str(file), None)
+
+
+class Scorer:
+    """Embeds images and texts: (n, d), float32, of unit length, on the CPU.
+
+    Embeddings do not depend on the batch size beyond 1e-6; each text is encoded once.
+    """
+
+    def __init__(
+        self,
+        entry: ModelEntry,
+        embed_images: Callable[[Sequence[Image]], Tensor],
+        embed_texts: Callable[[Sequence[str]], Tensor],
+        is_cut: Callable[[str], bool],
+        batch: int = 32,
+    ) -> None:
+        self.entry, self.is_cut = entry, is_cut
+        self._embed_images, self._embed_texts, self._batch = embed_images, embed_texts, batch
+        self._known: dict[str, Tensor] = {}
+
+    def images(self, images: Sequence[Image]) -> Tensor:
+        """Embeddings of images of any size and mode, (n, d); at least one."""
+        parts = in_batches([image.convert("RGB") for image in images], self._batch)
+        return torch.cat([self._unit(self._embed_images, part) for part in parts])
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, (n, d); at least one."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for part in in_batches(new, self._batch):
+            self._known.update(zip(part, self._unit(self._embed_texts, part), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+    def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
+        # TF32 in convolutions is cudnn's default, and would show the batch size.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            unit = normalize(embed(part).float(), dim=-1).cpu()
+        if not unit.isfinite().all():
+            raise UserError(
+                f'scorer "{self.entry.name}" gives embeddings that are not finite: its weights are'
+                " damaged, give another."
+            )
+        return unit
+
+
+def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: int = 32) -> Scorer:
+    """The scorer called ``name`` (see above).
+
+    Raises:
+        UserError: an unknown name, or a model that would score wrongly; it says what to give.
+        Exception: one of ``models.FAILURES``, of the library that can't load it.
+    """
+    scheme, colon, source = name.partition(":")
+    if scheme not in SCHEMES or (scheme == "embedded") == bool(colon):
+        hint = "" if scheme in SCHEMES else did_you_mean(scheme, SCHEMES)
+        raise UserError(f'scorer "{name}" is unknown{hint}: give {SCORERS}.')
+    if scheme == "hf":
+        return _transformers_clip(source, revision, device, batch)
+    if revision is not None:
+        raise UserError(
+            f'revision "{revision}" has no effect on "{name}": drop it, or give hf:ID, whose'
+            " revisions are the hub's."
+        )
+    if scheme == "open_clip":
+        return _open_clip(from_open_clip(scheme, source, device), device, batch)
+    from bilora_diffusion.mini import scorer as mini
+
+    loaded = from_open_clip(scheme, str(mini.scorer_dir()), device)
+    entry = replace(loaded.entry, name=mini.NAME, model=mini.NAME, note=NOT_THE_PAPERS)
+    return _open_clip(replace(loaded, entry=entry), device, batch)
+
+
+def _open_clip(loaded: Loaded, device: str, batch: int) -> Scorer:
+    model, preprocess, tokenize = loaded.model, loaded.preprocess, loaded.tokenize
+    # The empty text's tokens mark a text's ends and its padding; not every model has the length.
+    marks = tokenize([""])[0].tolist()
+
+    def embed_images(images: Sequence[Image]) -> Tensor:
+        return model.encode_image(torch.stack([preprocess(i) for i in images]).to(device))
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        return model.encode_text(tokenize(list(texts)).to(device))
+
+    def words(text: str, room: int) -> int:
+        row = tokenize([text], context_length=room)[0]
+        return sum(token not in marks for token in row.tolist())
+
+    def is_cut(text: str) -> bool:
+        return words(text, len(marks)) < words(text, 2 * len(marks))
+
+    return Scorer(loaded.entry, embed_images, embed_texts, is_cut, batch)
+
+
+def _transformers_clip(source: str, revision: str | None, device: str, batch: int) -> Scorer:
+    from transformers import CLIPModel, CLIPProcessor
+
+    loaded = from_transformers(
+        "hf", source, CLIPModel, CLIPProcessor, revision=revision, device=device
+    )
+    model, process, tokenize = loaded.model, loaded.preprocess, loaded.tokenize
+    length = model.config.text_config.max_position_embeddings
+
+    def embed_images(images: Sequence[Image]) -> Tensor:
+        pixels = process(images=list(images), return_tensors="pt")["pixel_values"]
+        return model.get_image_features(pixels.to(device)).pooler_output
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        # padded to the full length: the same for a text whatever stands beside it in the batch
+        tokens = tokenize(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).to(device)
+        features = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+        return features.pooler_output
+
+    def is_cut(text: str) -> bool:
+        return len(tokenize(text, verbose=False)["input_ids"]) > length
+
+    entry = replace(loaded.entry, kind="transformers")
+    return Scorer(entry, embed_images, embed_texts, is_cut, batch)
+
+
+def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """``items`` in order, ``size`` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))

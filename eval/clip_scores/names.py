@@ -8,13 +8,10 @@ from ..table import Metric
 
 DEMO = Path("demo")
 SCORERS = "embedded, open_clip:MODEL/TAG, open_clip:FOLDER or hf:ID_OR_FOLDER"
-CAPTIONERS = "embedded, blip:ID_OR_FOLDER, coca:MODEL/TAG or coca:FOLDER"
-DEFAULT_CAPTIONERS = {
-    "blip": "Salesforce/blip-image-captioning-large",
-    "coca": "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k",
-}
+CAPTIONERS = "embedded or blip:ID_OR_FOLDER"
+BLIP = "Salesforce/blip-image-captioning-large"
 GENERAL_SCORER = "open_clip:ViT-L-14/openai"
-GENERAL_CAPTIONER = f"blip:{DEFAULT_CAPTIONERS['blip']}"
+GENERAL_CAPTIONER = f"blip:{BLIP}"
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """--mixed_precision -> torch's name of the dtype."""
 
@@ -35,9 +32,6 @@ METRICS = {
     ),
     "drift": _cosine(
         "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
-    ),
-    "diversity": _cosine(
-        "diversity", "1 - cosine, mean over pairs of one prompt's images from several seeds", None
     ),
 }
 """All scores; the first two are the paper's (Table 4). Values are raw, and shown times 100."""

@@ -54,10 +54,6 @@ def read(source: str | Path, column: str | None = None) -> list[Prompt]:
             left out), or a CSV with a header. A CSV may have the columns ``instance`` and
             ``reference``; a reference is relative to the CSV.
         column: the CSV's column of prompts; "prompt" by default.
-
-    Raises:
-        UserError: an unknown set, a file that is missing, empty or not UTF-8, no such column, a
-            prompt that is there twice, or a reference that is not there.
     """
     name = str(source)
     is_shipped = name in shipped()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,38 +21,10 @@ from .prompts import Prompt, read
 
 EMBEDDED = "embedded"
 MINI_GUIDANCE = 4.0
-COUNTS = ("num_inference_steps", "batch_size", "lanes", "processes", "max_prompts", "grid_prompts")
-
-
-def check(args: Namespace) -> None:
-    """Refuse numbers outside their range.
-
-    Raises:
-        UserError: it names the flag.
-    """
-    for name in COUNTS:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: give 1 or more.")
-    for name in ("guidance_scale", "adapter_scale"):
-        value = getattr(args, name)
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"--{name} is {value}: give a finite number.")
-    side = args.resolution
-    if side is not None and (side < 8 or side % 8):
-        raise UserError(f"--resolution is {side}: give a multiple of 8, such as 64 or 1024.")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise UserError(f"--output_dir {args.output_dir} is a file: give a folder.")
-    if args.skip_captions and args.captioner_revision is not None:
-        raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
 
 
 def read_seeds(text: str) -> list[int]:
-    """``0,1`` or ``0..3`` as numbers.
-
-    Raises:
-        UserError: something else, or a seed twice.
-    """
+    """``0,1`` or ``0..3`` as numbers."""
     seeds: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         ends = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", part)
@@ -72,9 +43,6 @@ def base_model(subjects: Sequence[Subject], given: str | None) -> str:
     Args:
         given: the user's own word; it says where the subjects do not, and may name a local copy
             of the hub's model that they name.
-
-    Raises:
-        UserError: two belong to different models, or nobody says which.
     """
     told: dict[str, Subject] = {}
     for subject in subjects:
@@ -111,11 +79,7 @@ def miniature(base_model: str) -> str | None:
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
-    """Names of scorer and captioner; None for no captions.
-
-    Raises:
-        UserError: an embedded one for another model than the miniature.
-    """
+    """Names of scorer and captioner; None for no captions."""
     general = {"scorer": GENERAL_SCORER, "captioner": GENERAL_CAPTIONER}
     names = {}
     for flag, name in general.items():
@@ -129,11 +93,7 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
 
 
 def prompts(args: Namespace) -> list[Prompt]:
-    """The prompts that are scored, then the general ones.
-
-    Raises:
-        UserError: a set can't be read.
-    """
+    """The prompts that are scored, then the general ones."""
     scored = read(args.prompts, args.prompt_column)[: args.max_prompts]
     general = [] if args.general_prompts == "none" else read(args.general_prompts)
     return [replace(prompt, general=False) for prompt in scored] + [
@@ -156,12 +116,7 @@ def sampling(args: Namespace, base: str) -> Sampling:
 
 
 def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
-    """Side in pixels, steps and guidance with which a base model's images are drawn by default.
-
-    Args:
-        base: where it is.
-        name: that it is known by, where that is another.
-    """
+    """Side in pixels, steps and guidance with which a base model's images are drawn by default."""
     import torch
 
     pipeline = load_pipeline(base, dtype=torch.float32, weights=False)

@@ -20,7 +20,7 @@ LEAST = 32
 
 
 def generate(store: Store, jobs: Sequence[Job], *, batch: int, count: int | None = None) -> int:
-    """Make what is missing with ``count`` processes, this one included.
+    """Make what is missing with ``count`` processes, this one included; returns how many images.
 
     What another process leaves undone, because it was killed or failed, is made here.
 
@@ -28,12 +28,6 @@ def generate(store: Store, jobs: Sequence[Job], *, batch: int, count: int | None
         batch: see :meth:`Store.generate`.
         count: 1 or more; by default as many cores as are worth it for the miniature on a CPU, and
             otherwise 1, since another model may fill the memory by itself.
-
-    Returns:
-        How many images were made by all.
-
-    Raises:
-        UserError: the base model or an adapter can't be loaded, or a file not be written.
     """
     missing = store.missing(jobs)
     if not missing:

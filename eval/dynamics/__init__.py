@@ -13,11 +13,14 @@ Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from .. import report
 from ..command import Parser
 from ..evaluation import Evaluation, require_common_steps
+from ..plot import Panel
+from ..report import Column
 from ..subjects import Subject, by_group
 from ..table import Result, Row
 
@@ -31,7 +34,7 @@ class Dynamics(Evaluation):
     each group its number of ``steps`` and its ``options``: learning rates, ranks and radius.
     """
 
-    name = "dynamics"
+    name, title = "dynamics", "Training dynamics"
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -41,7 +44,7 @@ class Dynamics(Evaluation):
         )
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import courses, key_figures
+        from . import courses
 
         self.layer = self.args.layer or courses.ALL
         self.small: dict[str, list[str]] = {}
@@ -56,7 +59,7 @@ class Dynamics(Evaluation):
             require_common_steps(group, recorded)
         self.settings |= {
             "layer": self.layer,
-            "level": key_figures.LEVEL,
+            "level": courses.LEVEL,
             "steps": {
                 group: max(self.courses[run.label][self.layer].steps[-1] for run in runs)
                 for group, runs in by_group(subjects).items()
@@ -80,20 +83,29 @@ class Dynamics(Evaluation):
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from .key_figures import key_figures
+        from . import courses, shown
 
-        rows += key_figures(rows, self.settings["steps"])
-        return super().complete(subjects, rows)
+        rows += courses.key_figures(rows, self.settings["steps"])
+        return replace(super().complete(subjects, rows), metrics=shown.metrics())
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import figures
+    def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
+        from . import shown
 
-        return figures.draw(result, folder)
+        return shown.panels(result)
 
-    def report(self, result: Result) -> str:
-        from . import findings
+    def introduction(self, result: Result) -> str:
+        layer = result.settings["layer"]
+        return (
+            f"Of {'all layers as one vector' if layer == 'all' else f'layer `{layer}`'}; mean over"
+            f" seeds with {report.INTERVALS}. Cosines are to the last recorded weights, which they"
+            ' reach by definition; "settled" is the step from which on a cosine stays at'
+            f" {result.settings['level']:g} or above."
+        )
 
-        return findings.report(result)
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        from . import shown
+
+        return shown.columns(result)
 
     def _note(self, groups: dict[str, list[Subject]]) -> None:
         for label, runs in groups.items():

@@ -1,10 +1,12 @@
-"""One run's dynamics as curves: what was recorded, and cosines to the final weights."""
+"""One run's dynamics as curves: what was recorded, and cosines to the final weights; and key
+figures of these: when weights settle, how far the adapters are apart.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,7 +19,9 @@ from bilora_diffusion.run import snapshots
 from bilora_diffusion.run.snapshots import Snapshot
 from bilora_diffusion.train.dynamics import (
     COLUMNS,
+    COSINE,
     FIRST_ORDER,
+    GAIN,
     NORMS,
     RATIO,
     ROWS,
@@ -27,6 +31,7 @@ from bilora_diffusion.train.dynamics import (
 )
 
 from ..subjects import Subject
+from ..table import Row
 
 ALL = "all"
 QUANTITIES = ("A", "B", "factors", "product")
@@ -39,6 +44,8 @@ OF_LAYERS = (*NORMS, RATIO)
 NEGLIGIBLE = 1e4
 """How many times smaller the third term of Eq. 5 is said to be."""
 SMALL_MULTIPLES = 4
+LEVEL = 0.9
+"""The cosine to the final weights at which they count as settled."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,7 @@ class Course:
 
 
 def layer_names(run: Subject) -> list[str]:
-    """The layers of a recorded run.
-
-    Raises:
-        UserError: it was not recorded, or a snapshot is damaged.
-    """
+    """The layers of a recorded run."""
     return snapshots.read(_files(run)[-1]).names
 
 
@@ -105,11 +108,7 @@ def _files(run: Subject) -> list[Any]:
 
 
 def choose(names: Sequence[str], layer: str) -> list[int]:
-    """The positions of the layers that ``--layer`` means.
-
-    Raises:
-        UserError: no such layer.
-    """
+    """The positions of the layers that ``--layer`` means."""
     if layer == ALL:
         return list(range(len(names)))
     if layer not in names:
@@ -129,14 +128,7 @@ def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
 
 
 def read(run: Subject, chosen: Sequence[str]) -> dict[str, Course]:
-    """The courses of a run, one for each choice of layers.
-
-    Args:
-        chosen: "all" or names of layers.
-
-    Raises:
-        UserError: it was not recorded, a layer is unknown, or a snapshot is damaged.
-    """
+    """The courses of a run, one for each choice of layers."""
     files = _files(run)
     final = snapshots.read(files[-1])
     places = {layer: choose(final.names, layer) for layer in chosen}
@@ -223,3 +215,76 @@ def _chance(final: Snapshot, where: Sequence[int]) -> dict[str, float]:
         ROWS: [min(1.0, max(f.A.shape[0], g.A.shape[0]) / f.A.shape[1]) for f, g in pairs],
     }
     return {side: sum(values) / len(values) for side, values in sides.items()}
+
+
+def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
+    """Figures of each run's curves at the steps that all runs of its group have.
+
+    Of cosines to the own final weights "settled NAME", the step from which on it is ``LEVEL`` or
+    more, and "start NAME", its first value; how much later the auxiliary settles, "lag product"
+    and "lag factors", and after which "share" of all steps. Of the ratio "lowest", "median" and
+    "highest". Of the cosine to the other's final weights the "largest" by absolute value; of
+    overlaps, cosine and gain "final" and "mean".
+    """
+    curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        if row.step is not None and not row.item:
+            runs = curves.setdefault((row.group, row.metric), {})
+            runs.setdefault(row.subject, {})[row.step] = row
+    figures = []
+    for (_, name), runs in curves.items():
+        common = sorted(set.intersection(*map(set, runs.values())))
+        for values in runs.values():
+            points = [values[step] for step in common]
+            for what, value in _figures(name, points).items():
+                any_row = next(iter(values.values()))
+                figures.append(replace(any_row, metric=f"{what} {name}", step=None, value=value))
+    return figures + _lags(figures, steps)
+
+
+def _figures(name: str, points: Sequence[Row]) -> dict[str, float | None]:
+    values = [row.value for row in points if row.value is not None]
+    if name == RATIO:
+        middle = median(values) if values else None
+        return {"lowest": min(values, default=None), "median": middle} | {
+            "highest": max(values, default=None)
+        }
+    if name in (f"{CROSS}/factors", f"{CROSS}/product"):
+        return {"largest": max(map(abs, values), default=None)}
+    if name in (GAIN, COLUMNS, ROWS, COSINE):
+        last = values[-1] if values else None
+        return {"final": last, "mean": sum(values) / len(values) if values else None}
+    if "/" in name and not name.startswith(CROSS):
+        settled = settles([row.step or 0 for row in points], [row.value for row in points], LEVEL)
+        return {"settled": settled, "start": next(iter(values), None)}
+    return {}
+
+
+def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
+    settled = {(row.subject, row.metric): row.value for row in rows}
+    figures = []
+    for row in rows:
+        if row.metric in ("settled auxiliary/product", "settled auxiliary/factors"):
+            what = row.metric.rpartition("/")[2]
+            first, last = settled[row.subject, f"settled primary/{what}"], row.value
+            lag = None if first is None or last is None else last - first
+            share = None if last is None else last / steps[row.group]
+            figures.append(replace(row, metric=f"lag {what}", value=lag))
+            figures.append(replace(row, metric=f"share {what}", value=share))
+    return figures
+
+
+def settles(steps: Sequence[int], values: Sequence[float | None], level: float) -> float | None:
+    """The step from which on a curve stays at ``level`` or above.
+
+    Interpolated linearly between the last point below and the next; the first step that has a
+    value where none is below; None where the last point is below.
+    """
+    points = [(step, v) for step, v in zip(steps, values, strict=True) if v is not None]
+    below = [i for i, (_, value) in enumerate(points) if value < level]
+    if not below:
+        return float(points[0][0]) if points else None
+    if below[-1] == len(points) - 1:
+        return None
+    (left, low), (right, high) = points[below[-1]], points[below[-1] + 1]
+    return left + (right - left) * (level - low) / (high - low)

@@ -16,9 +16,7 @@ Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscap
 
 from __future__ import annotations
 
-import math
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,52 +24,29 @@ from typing import Any, ClassVar
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import UserError
 
-from ..command import Parser, open_device
+from .. import report
+from ..command import POSITIVE, Parser, one_of, only, open_device, whole
 from ..evaluation import Evaluation
 from ..kept import Kept
+from ..report import Column
 from ..subjects import Subject, by_group, gather
 from ..table import Metric, Result, Row
-from . import findings
 
-SPACES = ("lora", "full")
-
-
-def _only(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """What argparse reads a word by; the rule is said of a word that does not fit it."""
-
-    def read(word: str) -> Any:
-        try:
-            value = kind(word)
-        except ValueError:
-            value = math.nan  # which fits no rule
-        if not fits(value):
-            raise ArgumentTypeError(f'"{word}" is not {rule}')
-        return value
-
-    return read
+TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
+SPACES = tuple(TITLES)
 
 
-def _one_of(*words: str) -> Callable[[str], str]:
-    return _only(str, " or ".join(words), words.__contains__)
-
-
-def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    rule = f"a whole number from {least} " + ("on" if most == math.inf else f"to {most}")
-    return _only(int, rule, lambda value: least <= value <= most)
-
-
-_ODD = _only(int, "an odd number from 3 on", lambda value: value >= 3 and value % 2 == 1)
-_ODD_OR_NONE = _only(
+_ODD = only(int, "an odd number from 3 on", lambda value: value >= 3 and value % 2 == 1)
+_ODD_OR_NONE = only(
     int,
     "an odd number from 3 on, or 0 for no plane",
     lambda value: value == 0 or (value >= 3 and value % 2 == 1),
 )
-_SPACES = _only(
+_SPACES = only(
     lambda word: word.split(","),
     "lora, full, or both with a comma",
     lambda spaces: set(spaces) <= set(SPACES),
 )
-_DISTANCE = _only(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 class Landscape(Evaluation):
@@ -87,7 +62,7 @@ class Landscape(Evaluation):
     starts.
     """
 
-    name = "landscape"
+    name, title = "landscape", "Flatness"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "rise": Metric("rise along random directions"),
         "sharpness": Metric("SAM sharpness"),
@@ -104,30 +79,30 @@ class Landscape(Evaluation):
         add(
             "--full_weights",
             default="all",
-            type=_one_of("all", "adapted"),
+            type=one_of("all", "adapted"),
             help="all weights of the trained models, or those that adapters sit on",
         )
-        add("--directions", type=_whole(1), default=3, help="random directions of each profile")
-        add("--radius", type=_DISTANCE, default=1.0, help="of profiles and plane, LoRA space")
-        add("--full_radius", type=_DISTANCE, default=0.3, help="the same in the full space")
+        add("--directions", type=whole(1), default=3, help="random directions of each profile")
+        add("--radius", type=POSITIVE, default=1.0, help="of profiles and plane, LoRA space")
+        add("--full_radius", type=POSITIVE, default=0.3, help="the same in the full space")
         add("--points", type=_ODD, default=21, help="of each profile, odd")
         add("--grid", type=_ODD_OR_NONE, default=11, help="of the plane's axes, odd; 0 for none")
         add(
             "--grid_runs",
-            type=_whole(0),
+            type=whole(0),
             default=1,
             help="runs of each group whose planes are averaged; 0 for all",
         )
-        add("--rho", type=_DISTANCE, default=0.05, help="radius of the SAM sharpness")
-        add("--ascent_steps", type=_whole(1), default=10, help="steps of its gradient ascent")
-        add("--restarts", type=_whole(0), default=0, help="further ascents from random points")
+        add("--rho", type=POSITIVE, default=0.05, help="radius of the SAM sharpness")
+        add("--ascent_steps", type=whole(1), default=10, help="steps of its gradient ascent")
+        add("--restarts", type=whole(0), default=0, help="further ascents from random points")
         add("--eigenvalue", action="store_true", help="also the top eigenvalue of the Hessian")
         split = "images of the loss: train or heldout"
-        add("--split", type=_one_of("train", "heldout"), default="train", help=split)
-        add("--max_images", type=_whole(0), default=8, help="the first so many of them; 0: all")
+        add("--split", type=one_of("train", "heldout"), default="train", help=split)
+        add("--max_images", type=whole(0), default=8, help="the first so many of them; 0: all")
         add(
             "--levels",
-            type=_whole(1, NOISE_LEVELS),
+            type=whole(1, NOISE_LEVELS),
             default=4,
             help=f"noise levels of the loss, 1 to {NOISE_LEVELS}",
         )
@@ -143,18 +118,18 @@ class Landscape(Evaluation):
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from .. import compare
-        from . import measure, runs
+        from . import measure, models
 
         spaces = [space for space in SPACES if space in self.args.space]
         for subject in subjects:
-            if "full" not in spaces and not runs.has_factors(subject):
+            if "full" not in spaces and not models.has_factors(subject):
                 raise UserError(
                     f"{subject.source} has no adapter: take --space full, or leave it out."
                 )
         self.control = compare.control(subjects, self.args.control, prefer=None)
         self.device = open_device(None if self.args.device == "auto" else self.args.device)
-        self.points = runs.points(subjects, self.args.split)
-        if not any(map(runs.has_factors, subjects)):
+        self.points = models.points(subjects, self.args.split)
+        if not any(map(models.has_factors, subjects)):
             spaces = ["full"]
         self.settings |= self._settings(spaces)
         count = self.args.grid_runs or len(subjects) if self.args.grid else 0
@@ -163,13 +138,13 @@ class Landscape(Evaluation):
             one.label: {
                 space: list(measure.parts(space, self.settings, one.label in with_plane))
                 for space in spaces
-                if space == "full" or runs.has_factors(one)
+                if space == "full" or models.has_factors(one)
             }
             for one in subjects
         }
 
     def _settings(self, spaces: Sequence[str]) -> dict[str, Any]:
-        from .profile import coordinates
+        from .weights import coordinates
 
         given, count = self.args, len(next(iter(self.points.values())).images)
         radii = {"lora": given.radius, "full": given.full_radius}
@@ -184,12 +159,11 @@ class Landscape(Evaluation):
 
     @cached_property
     def bar(self) -> Any:
-        """The progress over all subjects, in losses."""
+        """The progress over all subjects, in parts."""
         from tqdm import tqdm
 
         spaces = [parts for own in self.parts.values() for parts in own.values()]
-        total = sum(part.unit * part.steps for parts in spaces for part in parts)
-        return tqdm(total=total, unit="loss", smoothing=0.05)
+        return tqdm(total=sum(map(len, spaces)), unit="part")
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         from . import measure, models
@@ -206,9 +180,13 @@ class Landscape(Evaluation):
         self.bar.set_description(subject.label)
         for space, own in parts.items():
             measured: dict[str, list[Any]] = {}
-            for part in own:
-                value = measure.take(part, kept, model, self.bar.update)
-                measured.setdefault(part.key[0], []).append(value)
+            for key, measure_it in own:
+
+                def make(space: str = space, measure_it: Any = measure_it) -> Any:
+                    return measure_it(model().spaces[space], model().loss.terms)
+
+                measured.setdefault(key[0], []).append(kept.piece(key, make))
+                self.bar.update()
             if measured["start"][0]["loss"] is None:
                 raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
             yield from measure.rows(subject, space, measured, self.settings)
@@ -219,6 +197,7 @@ class Landscape(Evaluation):
         self.bar.close()
         summed = [row for row in rows if row.metric in self.metrics]
         lines = compare.summaries(summed, self.control)
+        self.notes += notes(self.settings)
         return self.result(subjects, rows, lines, self.control)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
@@ -226,8 +205,61 @@ class Landscape(Evaluation):
 
         return figures.draw(result, folder)
 
-    def report(self, result: Result) -> str:
-        return findings.report(result)
+    def introduction(self, result: Result) -> str:
+        settings = result.settings
+        return (
+            f"Mean {grounds(result)} loss of {settings['images']} images at {settings['levels']}"
+            " noise levels each, with the same noise for every run. Lower is flatter. Each figure"
+            f" is a mean over runs with {report.INTERVALS}, and its difference to"
+            f" {report.escaped(result.control)}, paired by seed, with its interval and the number"
+            " of seeds in which it is lower."
+        )
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        names = ["rise", "sharpness", *["eigenvalue"] * result.settings["eigenvalue"]]
+        tables = {}
+        for space in result.settings["spaces"]:
+            sizes = {int(row.value or 0) for row in result.select("parameters", item=space)}
+            numbers = " or ".join(f"{size:,}" for size in sorted(sizes))
+            compared = [Column(name, space, difference=True) for name in names]
+            tables[f"{TITLES[space]}, {numbers} numbers"] = [*compared, Column("loss", space)]
+        return tables
+
+
+def grounds(result: Result) -> str:
+    """Which loss it is."""
+    return "training" if result.settings["split"] == "train" else "held-out"
+
+
+def notes(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What has to be known to read the tables."""
+    radii = [f"{own[-1]:g} ({space})" for space, own in settings["positions"].items()]
+    yield (
+        "Directions are filter-normalized (Li et al. 2018): at radius t every filter has moved by"
+        " t times its norm. Filters are the rows of A, the columns of B, and the outputs of a"
+        " weight. Biases, norms and DoRA's magnitudes stay where they are. Every run is looked at"
+        " along the same directions."
+    )
+    full = {
+        "all": "all weight matrices and convolutions of the trained models",
+        "adapted": "the weights that the adapters sit on",
+    }[settings["full_weights"]]
+    yield f"The full space is {full}; the adapter acts and is not moved."
+    yield (
+        f"Rise: loss at radius {' and '.join(radii)}, minus the loss at 0, mean over both ends of"
+        f" {settings['directions']} directions."
+    )
+    yield (
+        f"SAM sharpness: highest L(w + e) - L(w) with a norm of e up to {settings['rho']:g} over"
+        f" all weights of the space together, found by {settings['ascent_steps']} steps of"
+        f" projected gradient ascent ({settings['restarts']} restarts): a lower bound. A and B have"
+        " the scale of training, W the model's own."
+    )
+    if settings["eigenvalue"]:
+        yield (
+            "Top eigenvalue: the algebraically largest of the Hessian, by Lanczos to a relative"
+            " accuracy of 1 %; n/a where it did not converge."
+        )
 
 
 main = Landscape.main

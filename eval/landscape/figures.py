@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import plot
 from ..table import Entry, Result
-from .findings import TITLES, grounds
+from . import TITLES, grounds
 
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
 
@@ -32,19 +32,21 @@ def profiles(result: Result, picture: Path) -> None:
     lower = {space: _differences(result, space) for space in spaces}
     rows = [3, 1.6] if any(lower.values()) else [3]
     options = {"figsize": (5.8 * len(spaces), 1.4 * sum(rows)), "height_ratios": rows}
-    with plot.canvas(picture, len(rows), len(spaces), sharex="col", **options) as (figure, axes):
+    with plot.canvas(picture, len(rows), len(spaces), sharex="col", **options) as (_, axes):
         for column, space in zip(axes.T, spaces, strict=True):
+            positions = result.settings["positions"][space]
             for group in result.groups:
-                runs = [losses for _, losses in _losses(result, "profile", group, space)]
-                if runs:
-                    over = [own.mean(0) for own in runs] if len(runs) > 1 else runs[0]
-                    style = {"color": looks[group]["color"], "label": f"{group} ({len(runs)})"}
-                    _band(column[0], result.settings["positions"][space], over, **style)
+                if runs := [losses for _, losses in _losses(result, "profile", group, space)]:
+                    lines = [own.mean(0) for own in runs] if len(runs) > 1 else runs[0]
+                    label = f"{group} ({len(runs)})"
+                    _band(column[0], positions, lines, looks[group]["color"], label)
             for group, rises in lower[space].items():
-                color = looks[group]["color"]
-                _band(column[1], result.settings["positions"][space], rises, color=color)
-            _finish(column, result, space)
-        figure.suptitle(_caption(result), fontsize=9)
+                _band(column[1], positions, rises, looks[group]["color"])
+            xlabel = "step along filter-normalized random directions"
+            plot.finish(column[0], TITLES[space], f"{grounds(result)} loss", xlabel=xlabel)
+            for axis in column[1:]:
+                axis.axhline(0, color="black", lw=0.8)
+                plot.finish(axis, "", f"rise minus\n{result.control}'s", xlabel=xlabel)
 
 
 def _losses(result: Result, metric: str, group: str, space: str) -> list[tuple[Entry, np.ndarray]]:
@@ -76,35 +78,13 @@ def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
 
 
 def _band(axis: Any, positions: Sequence[float], lines: Any, color: Any, label: str = "") -> None:
-    """Mean of (lines, positions) with a band of one standard error."""
+    """Mean of (lines, positions), over runs or a run's directions, with a standard error's band."""
     values = np.array(lines)
     middle, width = values.mean(0), np.zeros(len(positions))
     if len(values) > 1:
         width = values.std(0, ddof=1) / len(values) ** 0.5
-    axis.plot(positions, middle, color=color, lw=1.5, label=label)
+    axis.plot(positions, middle, color=color, lw=1.5, label=label or None)
     axis.fill_between(positions, middle - width, middle + width, color=color, alpha=0.2, lw=0)
-
-
-def _finish(column: Any, result: Result, space: str) -> None:
-    column[0].set_title(TITLES[space], fontsize=10)
-    column[0].set_ylabel(f"{grounds(result)} loss")
-    column[0].legend(fontsize=8, title="group (runs)", title_fontsize=8)
-    for axis in column[1:]:
-        axis.axhline(0, color="black", lw=0.8)
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-        axis.set_ylabel(f"rise minus\n{result.control}'s", fontsize=9)
-    for axis in column:
-        axis.grid(alpha=0.3)
-        axis.margins(x=0)
-    column[-1].set_xlabel("step along filter-normalized random directions")
-
-
-def _caption(result: Result) -> str:
-    several = any(len(result.members(group)) > 1 for group in result.groups)
-    count = result.settings["directions"]
-    along = f"{count} direction{'s' if count > 1 else ''}"
-    over = "runs" if several else "directions"
-    return f"mean over runs and {along}; band: standard error over {over}"
 
 
 def planes(result: Result, picture: Path) -> None:
@@ -141,15 +121,10 @@ def _contours(row: Any, result: Result, space: str, groups: Sequence[str]) -> An
             axis.set_axis_off()
             continue
         drawn = axis.contourf(positions, positions, means[group], levels=levels, cmap="viridis")
-        axis.contour(
-            positions, positions, means[group], levels=levels, colors="white", linewidths=0.4
-        )
         axis.plot(0, 0, "+", color="white")
         count = len(rises[group])
         what = f"{count} runs" if count > 1 else "1 run"
-        axis.set_title(f"{group} ({what}), {space} space", fontsize=9)
-        axis.set_xlabel("step along the second direction", fontsize=8)
-        axis.set_ylabel("step along the first", fontsize=8)
-        axis.tick_params(labelsize=8)
+        title, xlabel = f"{group} ({what}), {space} space", "step along the second direction"
+        plot.finish(axis, title, "step along the first", legend=False, xlabel=xlabel)
         axis.set_aspect("equal")
     return drawn

@@ -8,124 +8,56 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..compare import mean
-from ..kept import Kept
 from ..subjects import Subject
 from ..table import Row
-from .directions import Direction
-from .hessian import LANCZOS_VECTORS, TOLERANCE, top_eigenvalue
-from .models import Model
-from .profile import Tick, line, plane
-from .sharpness import sharpness
-from .weights import Loss, Weight, evaluate
-
-LINE, GRADIENT, PRODUCT = 1, 3, 8
-"""What a loss, a gradient and a Hessian-vector product cost, in losses (measured: 1, 2.6, 6-10)."""
-EXPECTED_PRODUCTS = 10  # for the progress bar
-Measure = Callable[[Sequence[Weight], Loss, Tick], Any]
-"""Takes the weights of a space, the loss and a function to be called after each step."""
+from .sharpness import LANCZOS_VECTORS, TOLERANCE, sharpness, top_eigenvalue
+from .weights import Direction, Loss, Weight, evaluate, line, plane
 
 
 class Part(NamedTuple):
-    """One thing to be measured.
-
-    Args:
-        key: its name, its space, and what it depends on beside weights and loss.
-        unit, steps: cost of a step in losses, and how many there are.
-    """
+    """One thing to be measured."""
 
     key: list[Any]
-    unit: int
-    steps: int
-    measure: Measure
+    measure: Callable[[Sequence[Weight], Loss], Any]
 
 
 def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator[Part]:
-    """All parts of one space, first the loss at the weights themselves.
-
-    Args:
-        settings: of the result, see :class:`~eval.landscape.Landscape`.
-        with_plane: whether the plane is measured too.
-    """
+    """All parts of one space, first the loss at the weights themselves."""
     seed, positions, rho = settings["seed"], settings["positions"][space], settings["rho"]
     which = settings["full_weights"] if space == "full" else None
 
-    yield Part(["start", space, which], LINE, 1, _start)
+    def along(number: int) -> Callable[[Sequence[Weight], Loss], Any]:
+        return lambda w, loss: line(w, loss, Direction(w, seed, number), positions)
+
+    yield Part(["start", space, which], _start)
     for number in range(settings["directions"]):
-        yield Part(
-            ["line", space, which, seed, number, positions],
-            LINE,
-            len(positions),
-            lambda w, loss, tick, number=number: line(
-                w, loss, Direction(w, seed, number), positions, tick
-            ),
-        )
+        yield Part(["line", space, which, seed, number, positions], along(number))
     options = {"steps": settings["ascent_steps"], "restarts": settings["restarts"], "seed": seed}
     yield Part(
         ["sharpness", space, which, rho, options],
-        GRADIENT,
-        (1 + options["restarts"]) * (1 + options["steps"]),
-        lambda w, loss, tick: asdict(sharpness(w, loss, rho, tick=tick, **options)),
+        lambda w, loss: asdict(sharpness(w, loss, rho, **options)),
     )
     if settings["eigenvalue"]:
         yield Part(
             ["eigenvalue", space, which, seed, TOLERANCE, LANCZOS_VECTORS],
-            PRODUCT,
-            EXPECTED_PRODUCTS,
-            lambda w, loss, tick: asdict(top_eigenvalue(w, loss, seed=seed, tick=tick)),
+            lambda w, loss: asdict(top_eigenvalue(w, loss, seed=seed)),
         )
     if with_plane:
         grid = settings["grid_positions"][space]
         yield Part(
             ["plane", space, which, seed, grid],
-            LINE,
-            len(grid) ** 2,
-            lambda w, loss, tick: plane(
-                w, loss, (Direction(w, seed, 0), Direction(w, seed, 1)), grid, tick
-            ),
+            lambda w, loss: plane(w, loss, (Direction(w, seed, 0), Direction(w, seed, 1)), grid),
         )
 
 
-def _start(weights: Sequence[Weight], loss: Loss, tick: Tick) -> Any:
-    value = evaluate(loss)
-    tick()
-    return {"loss": value, "parameters": sum(weight.tensor.numel() for weight in weights)}
-
-
-def take(
-    part: Part, kept: Kept, model: Callable[[], Model], advance: Callable[[int], object]
-) -> Any:
-    """A part's value, measured if it is not kept.
-
-    Args:
-        model: loads the subject.
-        advance: is told the cost of what was done.
-    """
-    left = part.unit * part.steps
-
-    def tick() -> None:
-        nonlocal left
-        left -= part.unit
-        advance(part.unit)
-
-    def measure() -> Any:
-        return part.measure(model().spaces[part.key[1]], model().loss.terms, tick)
-
-    value = kept.piece(part.key, measure)
-    advance(left)  # how many steps a part takes is not always known before
-    return value
+def _start(weights: Sequence[Weight], loss: Loss) -> Any:
+    return {"loss": evaluate(loss), "parameters": sum(w.tensor.numel() for w in weights)}
 
 
 def rows(
-    subject: Subject,
-    space: str,
-    measured: Mapping[str, Sequence[Any]],
-    settings: Mapping[str, Any],
+    subject: Subject, space: str, measured: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]
 ) -> Iterator[Row]:
-    """What the parts of one space come to.
-
-    Args:
-        measured: the values of all parts by their names.
-    """
+    """What the parts of one space come to."""
     row = partial(subject.row, item=space)
     (start,), (ascent,), lines = measured["start"], measured["sharpness"], measured["line"]
     yield row("loss", start["loss"])

@@ -1,34 +1,173 @@
-"""A point of the landscape in memory: its model, its weights by space, and its loss."""
+"""A point of the landscape: the run's configuration, whether its loss is the same function as the
+others', and its model in memory, with its weights by space.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from bilora_diffusion import adapters
+from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
-from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.pipeline import load_pipeline, resolve
+from bilora_diffusion.image.script import heldout_images, images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
-from bilora_diffusion.run.folder import WHOLE_MODELS
+from bilora_diffusion.run.record import RUN, fault
 
-from ..subjects import BASE
-from .runs import Point, has_factors
+from ..load import put_lora, put_models
+from ..subjects import BASE, Subject
 from .weights import Weight
+
+LOSS_OPTIONS = (
+    "resolution",
+    "aspect_ratio_buckets",
+    "instance_prompt",
+    "trigger_word",
+    "unmasked_weight",
+    "image_interpolation_mode",
+    "do_edm_style_training",
+    "snr_gamma",
+    "train_text_encoder",
+)
+"""Options beside base model and images that decide what the loss is a function of."""
+SET_OPTIONS = (
+    "dataset_name",
+    "dataset_config_name",
+    "instance_data_dir",
+    "validation_dataset",
+    "validation_part",
+    "image_column",
+    "caption_column",
+    "mask_column",
+    "alpha_mask",
+    "skip_bad_images",
+)
+"""Options that say which images there are."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the landscape.
+
+    Args:
+        config: of the run; of the base model, of the run that stands for it.
+        images: that the loss is measured on.
+    """
+
+    subject: Subject
+    config: DreamBoothConfig
+    images: ImageSet
+
+    @property
+    def loss(self) -> list[Any]:
+        """What identifies the loss as a function of the weights."""
+        options = [getattr(self.config, name) for name in LOSS_OPTIONS]
+        return [*base_key(self.config), self.images.fingerprint(), options]
+
+
+def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
+    """The points by their labels; the base model's images are the first run's."""
+    configs = {one.label: _config(one) for one in subjects if one.kind != BASE}
+    if not configs:
+        raise UserError("the base model alone has no training images: name the folder of a run.")
+    first = next(iter(configs.values()))
+    sets: dict[tuple[Any, ...], ImageSet] = {}
+    opened = {}
+    for subject in subjects:
+        config = configs.get(subject.label, first)
+        key = tuple(getattr(config, name) for name in SET_OPTIONS)
+        if key not in sets:
+            sets[key] = open_set(config, split)
+        opened[subject.label] = Point(subject, config, sets[key])
+    _require_comparable(opened)
+    return opened
+
+
+def has_factors(subject: Subject) -> bool:
+    """Whether it has a LoRA space."""
+    return subject.kind != BASE and not methods.get(str(subject.method)).exports_weights
+
+
+def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
+    """The images that the loss is measured on."""
+    if split == "train":
+        source = str(config.dataset_name or config.instance_data_dir)
+        return images(config, source, config.dataset_config_name)
+    heldout = heldout_images(config)
+    if heldout is None:
+        raise UserError(
+            f"the run in {config.output_dir} had no held-out images: take --split train, or give"
+            " runs with --validation_dataset."
+        )
+    return heldout
+
+
+def base_key(config: DreamBoothConfig) -> list[Any]:
+    """What identifies the base model: its name and revision, and the files of a local folder."""
+    folder = Path(resolve(config.pretrained_model_name_or_path))
+    files = sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else []
+    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
+    vae = config.pretrained_vae_model_name_or_path
+    about = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [str(folder), config.revision, config.variant, vae, about]
+
+
+def _config(subject: Subject) -> DreamBoothConfig:
+    folder, values = subject.folder, subject.record.get("config", {})
+    if values.get("pretrained_model_name_or_path") is None:
+        raise UserError(f"{subject.source} is no run of SDXL DreamBooth: give the folder of one.")
+    kind = DreamBoothConfig.with_own_options()
+    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
+        raise UserError(
+            f"{folder} was trained with the option {unknown[0]}, which this version does not know:"
+            " read it with the version that trained it."
+        )
+    if has_factors(subject) and (inside := inspect(Path(str(subject.weights)))).auxiliary:
+        raise UserError(
+            f"{subject.weights} holds more than the primary ({inside.evidence[0]}): export it"
+            " again."
+        )
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{RUN} of {folder} is damaged{fault(error)}: give another run.") from error
+
+
+def _require_comparable(opened: Mapping[str, Point]) -> None:
+    first, *others = opened.values()
+    for point in others:
+        own, wanted = point.config, first.config
+        if base_key(own) != base_key(wanted):
+            what = (
+                f"the base model {own.pretrained_model_name_or_path} and not"
+                f" {wanted.pretrained_model_name_or_path}"
+            )
+        elif point.images.fingerprint() != first.images.fingerprint():
+            what = "other images"
+        elif options := [n for n in LOSS_OPTIONS if getattr(own, n) != getattr(wanted, n)]:
+            name = options[0]
+            what = f"{name} {getattr(own, name)!r} and not {getattr(wanted, name)!r}"
+        else:
+            continue
+        raise UserError(
+            f"{point.subject.source} has {what}, unlike {first.subject.source}, so that their"
+            " losses can't be compared: look at them in separate calls."
+        )
 
 
 @dataclass(frozen=True)
@@ -79,23 +218,17 @@ def load(
         full_weights: see :func:`full_space`.
         max_images: of the loss, the first so many of the set; 0 for all.
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
-
-    Raises:
-        UserError: base model or export can't be loaded.
     """
     config, subject = _plain(point.config), point.subject
     pipeline = _pipeline(config)
+    weights = None if subject.weights is None else Path(subject.weights)
+    if weights is not None and not has_factors(subject):
+        put_models(pipeline, weights)
     task = DreamBooth(config, pipeline, VisitStream(config, point.images))
-    try:
-        if has_factors(subject):
-            _load_adapter(Path(str(subject.weights)), task, pipeline)
-        elif subject.kind != BASE:
-            _load_whole(Path(str(subject.weights)), pipeline)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{subject.source} does not fit the base model ({reason}): export or train it again."
-        ) from error
+    if weights is not None and has_factors(subject):
+        put_lora(pipeline, weights)
+        for name, model in task.models.items():
+            _undo_baked_scale(weights, name, model)
     task.module.requires_grad_(False)
     task.module.eval()
     task.to_device(torch.device(device))
@@ -134,18 +267,6 @@ def _pipeline(config: DreamBoothConfig) -> Any:
     )
 
 
-def _load_adapter(file: Path, task: DreamBooth, pipeline: Any) -> None:
-    pipeline.load_lora_weights(
-        str(file.parent),
-        weight_name=file.name,
-        adapter_name=PRIMARY,
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    for name, model in task.models.items():
-        _undo_baked_scale(file, name, model)
-
-
 @torch.no_grad()
 def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
     """Divide B by the scale s that the export multiplied into it, and let the layer apply s.
@@ -165,16 +286,6 @@ def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
         layer.scaling[PRIMARY] = scale
 
 
-def _load_whole(folder: Path, pipeline: Any) -> None:
-    for name in WHOLE_MODELS:
-        if (folder / name).is_dir():
-            model = getattr(pipeline, name)
-            trained = type(model).from_pretrained(
-                folder / name, local_files_only=True, use_safetensors=True
-            )
-            model.load_state_dict(trained.state_dict())
-
-
 def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     """A and B of every layer's primary.
 
@@ -192,13 +303,7 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
 
 
 def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
-    """The weights of the trained models without the adapters; a filter is an output's weights.
-
-    Args:
-        task: its models, with or without adapters.
-        full_weights: "all" weight matrices and convolutions of the models, or only those that the
-            adapters sit on. Biases and norms are left out, as in Li et al. 2018.
-    """
+    """The weights of the trained models without the adapters; a filter is an output's weights."""
     held = []
     for target in task.targets():
         model, own = target.model, dict[str, Tensor]()

@@ -1,4 +1,5 @@
-"""The point of a loss landscape: some weights of a model, and a loss that reads them.
+"""The point of a loss landscape: some weights of a model, and a loss that reads them; random
+directions from there, and the loss along one and on the plane of two.
 
 Everything here works on any model: ``weights`` is a list of tensors and ``loss`` a function without
 arguments that reads them.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.methods.perturb import replaced
+from bilora_diffusion.seeds import generator
 
 Loss = Callable[[], "float | Tensor | Iterable[Tensor]"]
 """A number, or the 0-d tensors that add up to it. Where they come one by one (a generator), only
@@ -94,12 +96,7 @@ def displaceable(weights: Sequence[Weight]) -> Iterator[Place]:
 
 
 class Place:
-    """Where the weights are: their own values plus a displacement.
-
-    Args:
-        own: the weights' own values, never written.
-        copies: what the model reads now.
-    """
+    """Where the weights are: their own values plus a displacement."""
 
     def __init__(self, own: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.own, self.copies = own, copies
@@ -123,3 +120,108 @@ def norm(tensors: Iterable[Tensor]) -> float:
         for t in tensors
     ]
     return float(torch.linalg.vector_norm(torch.stack([s.cpu() for s in squares])))
+
+
+# Normalized random directions (Li et al. 2018, https://arxiv.org/abs/1712.09913, Section 4) have
+# standard normal entries, and each filter is scaled to the norm of the weights' own filter:
+#
+#     d_ij <- d_ij / ||d_ij|| * ||w_ij||
+#
+# so that a step of length t moves every filter by t times its norm, whatever its scale. A filter of
+# zeros stays where it is. Directions depend on (seed, number, name of the weight) alone, so every
+# run is looked at along the same ones.
+
+KEPT_NUMBERS = 2**28
+"""A direction of up to so many entries is kept; a larger one is drawn anew whenever it is used."""
+
+
+def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) -> Tensor:
+    """``direction`` with the norm of each filter set to that of ``weight``'s filter."""
+    rest = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    wanted = torch.linalg.vector_norm(weight, dim=rest, keepdim=True, dtype=wide)
+    has = torch.linalg.vector_norm(direction, dim=rest, keepdim=True, dtype=wide)
+    return direction * (wanted / has.clamp_min(torch.finfo(wide).tiny))
+
+
+def gaussian(weight: Weight, *key: int | str) -> Tensor:
+    """Standard normal entries in the shape and on the device of a weight, seeded by the key."""
+    own = weight.tensor
+    wide = torch.promote_types(own.dtype, torch.float32)
+    random = generator("landscape", *key, weight.name)
+    return torch.randn(own.shape, generator=random, dtype=wide).to(own.device)
+
+
+class Direction:
+    """One normalized random direction; iterating gives a tensor per weight, layer by layer.
+
+    Make it while the weights are at their own values.
+
+    Args:
+        weights: of the space.
+        seed, number: which direction.
+        keep: hold it in memory; by default where it has at most ``KEPT_NUMBERS`` entries. If not,
+            one layer's part is in memory at a time, and drawn anew each time.
+    """
+
+    def __init__(
+        self, weights: Sequence[Weight], seed: int, number: int, keep: bool | None = None
+    ) -> None:
+        # The values of now: within `displaceable` the weights hold displaced copies.
+        self._weights = [weight._replace(tensor=weight.tensor.data) for weight in weights]
+        self._key = (seed, number)
+        if keep is None:
+            keep = sum(weight.tensor.numel() for weight in weights) <= KEPT_NUMBERS
+        self._kept = list(self._drawn()) if keep else None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._kept) if self._kept is not None else self._drawn()
+
+    @torch.no_grad()
+    def _drawn(self) -> Iterator[Tensor]:
+        for weight in self._weights:
+            noise = gaussian(weight, *self._key)
+            yield filter_normalized(noise, weight.tensor, weight.filter_dim)
+
+
+def coordinates(radius: float, points: int) -> list[float]:
+    """``points`` evenly spaced numbers from -radius to radius, the middle one exactly 0."""
+    half = points // 2
+    return [radius * (index - half) / half for index in range(points)]
+
+
+def line(
+    weights: Sequence[Weight], loss: Loss, direction: Iterable[Tensor], positions: Sequence[float]
+) -> list[float]:
+    """The loss at w + t d for each position t.
+
+    The weights are bit for bit what they were afterwards, also after an exception.
+    """
+    losses = []
+    with displaceable(weights) as place:
+        for position in positions:
+            place.move((position, direction))
+            losses.append(evaluate(loss))
+    return losses
+
+
+def plane(
+    weights: Sequence[Weight],
+    loss: Loss,
+    directions: tuple[Iterable[Tensor], Iterable[Tensor]],
+    positions: Sequence[float],
+) -> list[list[float]]:
+    """The loss at w + s d1 + t d2; row s, column t, each over the positions.
+
+    The weights are bit for bit what they were afterwards, also after an exception.
+    """
+    first, second = directions
+    rows = []
+    with displaceable(weights) as place:
+        for s in positions:
+            row = []
+            for t in positions:
+                place.move((s, first), (t, second))
+                row.append(evaluate(loss))
+            rows.append(row)
+    return rows

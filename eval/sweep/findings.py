@@ -10,6 +10,7 @@ from ..table import Entry, Metric, Result
 
 HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
 FINISHED = "finished"
+KEY_FIGURES = ("final", "best", "equal_training")
 
 
 def metrics(result: Result) -> dict[str, Metric]:
@@ -91,10 +92,11 @@ def report(result: Result) -> str:
         f" by seed, with {parts.INTERVALS} and the number of seeds in which the arm is better.",
         parts.comparison(
             result,
-            [(f"{what} {name}", "") for what in ("final", "best", "equal_training")],
-            [(f"final {TRAINING}", ""), (SECONDS, "")],
-            alone_intervals=False,
-            seeds=seeds,
+            [
+                *(parts.Column(f"{what} {name}", "", True, False) for what in KEY_FIGURES),
+                *(parts.Column(own, interval=False) for own in (f"final {TRAINING}", SECONDS)),
+            ],
+            {"seeds": seeds},
         ),
         parts.pictures(result),
         parts.listed([*map(parts.escaped, result.notes), *parts.origin(result.provenance)]),

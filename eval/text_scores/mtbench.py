@@ -7,9 +7,14 @@ scores are compared within one table only.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,7 @@ from bilora_diffusion.files import Rows, read_rows
 from bilora_diffusion.seeds import digest_texts
 
 from .benchmarks import SHOWN, Item, Measured
-from .generate import Decoding, Keeper, answers
-from .judge import Judge, rating
-from .models import Loaded
+from .models import Decoding, Keeper, Loaded, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -36,18 +39,115 @@ _GRADING = (
     " example [[5]].\n\n"
     "# Question\n{question}\n{reference}\n# The assistant's answer\n{answer}\n# End of the answer"
 )
+KEY = "JUDGE_API_KEY"
+"""The environment variable of the key. It is one of its own, so that no other service's is sent."""
+_RATING = r"(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?"
+_FORMS = (
+    re.compile(rf"\[\[\s*(?:rating:?\s*)?{_RATING}\]\]", re.IGNORECASE),
+    re.compile(rf"rating\W{{0,6}}{_RATING}", re.IGNORECASE),
+    re.compile(rf"\[\s*{_RATING}\]"),
+)
+"""How a rating is written, the asked form first."""
+
+
+def rating(text: str) -> float | None:
+    """The last rating in a judge's words, from 1 to 10; None if there is none."""
+    for form in _FORMS:
+        values = [float(number) for number in form.findall(text)]
+        valid = [value for value in values if 1 <= value <= 10]
+        if valid:
+            return valid[-1]
+    return None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Where ratings come from.
+
+    Args:
+        base_url: up to and with "/v1".
+        model: the endpoint's name for it.
+        key: sent as bearer token; "" sends none. Never shown.
+        attempts: requests per rating before it is given up, ever longer apart, or as far as the
+            endpoint asks for.
+        timeout: seconds of one request.
+        max_tokens: longest reply.
+    """
+
+    base_url: str
+    model: str
+    key: str = field(default="", repr=False)
+    attempts: int = 8
+    timeout: float = 120.0
+    max_tokens: int = 2048
+
+    def ask(self, prompt: str) -> str:
+        """The judge's reply at temperature 0."""
+        from openai import OpenAIError
+
+        try:
+            reply = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0,
+                max_tokens=self.max_tokens,
+                extra_headers=self._headers,
+            )
+            return (reply.choices[0].message.content or "") if len(reply.choices) else ""
+        except (AttributeError, TypeError):  # the package hands on what is no such reply as it is
+            reason = "its reply is no chat completion"
+        except (OpenAIError, ValueError) as error:
+            reason = f"{error} {error.__cause__ or ''}"
+        reason = reason.replace(self.key, "***") if self.key else reason
+        raise UserError(
+            f"the judge at {self.base_url} gave no answer ({' '.join(reason.split())[:240]}):"
+            f" check that it runs, --judge_base_url, --judge_model and {KEY}; the same command"
+            " goes on."
+        )
+
+    @property
+    def _headers(self) -> dict[str, Any]:
+        from openai import Omit
+
+        # What the package would send of another service that the environment names is left out.
+        of_others = dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), Omit())
+        return of_others | {"Authorization": f"Bearer {self.key}" if self.key else Omit()}
+
+    @cached_property
+    def _client(self) -> Any:
+        from openai import OpenAI  # here, since only MT-Bench needs the package
+
+        key, retries = self.key or "none", self.attempts - 1
+        return OpenAI(
+            base_url=self.base_url, api_key=key, max_retries=retries, timeout=self.timeout
+        )
+
+
+def connect(base_url: str | None, model: str | None) -> Judge:
+    """The judge that a command line names; nothing is sent yet."""
+    if not base_url or not model:
+        raise UserError(
+            "mtbench needs a judge: give --judge_base_url (such as http://localhost:8000/v1) and"
+            f" --judge_model, and the key, if it asks for one, in the environment variable {KEY}."
+        )
+    parts = urllib.parse.urlsplit(base_url)
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            "--judge_base_url holds a user name or a query, which would be written into the"
+            f" result: give the bare address, and the key in {KEY}."
+        )
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UserError(
+            f'--judge_base_url "{base_url}" is no address: write it like http://localhost:8000/v1.'
+        )
+    if importlib.util.find_spec("openai") is None:
+        raise UserError("the package that asks the judge is missing: run `pip install openai`.")
+    return Judge(base_url.rstrip("/"), model, os.environ.get(KEY, ""))
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a question.
-
-    Args:
-        id: of the set.
-        category: such as "writing".
-        text: what the user says.
-        reference: a right answer, where the set has one.
-    """
+    """The first turn of a question."""
 
     id: str
     category: str
@@ -65,9 +165,6 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     Args:
         source: a file with a line per question: question_id, category, turns (or prompt), and
             reference where there is one; None for the hub.
-
-    Raises:
-        UserError: it can't be read, or a line is no question.
     """
     rows = _of_hub() if source is None else read_rows(Path(source), kind=".jsonl")
     asked = [_question(row, number, where) for number, (where, row) in enumerate(rows, start=1)]
@@ -120,13 +217,7 @@ def grading_prompt(question: Question, answer: str) -> str:
 
 @dataclass(frozen=True)
 class MTBench:
-    """The benchmark, ready to be asked.
-
-    Args:
-        questions: see :func:`questions`.
-        judge: who rates.
-        decoding: of the answers; its temperature is the category's.
-    """
+    """The benchmark, ready to be asked."""
 
     questions: Sequence[Question]
     judge: Judge
@@ -143,14 +234,7 @@ class MTBench:
         }
 
     def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Answer and have rated what is not kept; the score is the mean rating.
-
-        Args:
-            kept: the pieces under some circumstances; here answers, and what the judge said.
-
-        Raises:
-            UserError: the judge gives no answer, or no rating at all could be read.
-        """
+        """Answer and have rated what is not kept; the score is the mean rating."""
         replies: dict[str, str] = {}
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
@@ -176,11 +260,7 @@ class MTBench:
 def assess(
     asked: Sequence[Question], replies: Mapping[str, str], ratings: Mapping[str, str]
 ) -> Measured:
-    """The mean of the ratings that could be read, and of each category's.
-
-    Raises:
-        UserError: none could be read.
-    """
+    """The mean of the ratings that could be read, and of each category's."""
     items, by_category = [], {}
     for question in asked:
         score = rating(ratings[question.id])

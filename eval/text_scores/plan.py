@@ -1,31 +1,37 @@
-"""What is asked, decided and checked before a model is loaded."""
+"""What is asked, decided and checked before a model is loaded, and then asked; what is finished is
+kept.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
+from tqdm import tqdm
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
+from ..kept import Kept
 from ..subjects import Subject
 from ..table import Metric
-from . import benchmarks, harness, humaneval, judge, mtbench
+from . import benchmarks, harness, humaneval, mtbench
 from .bases import Base
-from .benchmarks import GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
-from .generate import Decoding, Keeper
+from .benchmarks import EFFECT, GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
-from .models import Loaded
+from .models import Decoding, Keeper, Loaded, Models
 from .mtbench import MTBench
 from .sandbox import Sandbox
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUMANEVAL_TOKENS, MTBENCH_TOKENS = 512, 1024
-POSITIVE = ("limit", "eval_batch_size", "num_samples", "max_new_tokens", "execution_timeout")
+SCORE = "score"
 
 
 class Engine(Protocol):
@@ -60,19 +66,7 @@ class Asked:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse options out of range.
-
-    Raises:
-        UserError: it names the value.
-    """
-    for name in POSITIVE:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} is {value}: give a number above 0, or leave it out.")
-    if args.temperature < 0:
-        raise UserError(f"--temperature is {args.temperature:g}: give 0 (greedy) or more.")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p is {args.top_p:g}: give a number above 0 and up to 1.")
+    """Refuse options that don't go together."""
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError(
             f"--num_samples {args.num_samples} at temperature 0 would be the same program each"
@@ -86,11 +80,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose(args: argparse.Namespace) -> tuple[list[Benchmark], Any]:
-    """The benchmarks that are asked for, and the harness's task manager where it knows one.
-
-    Raises:
-        UserError: an unknown name, or a bad number of examples.
-    """
+    """The benchmarks that are asked for, and the harness's task manager where it knows one."""
     tasks = benchmarks.harness_tasks(args.benchmarks)
     manager = harness.manager(tasks, args.include_path) if tasks else None
     known = list(manager.all_tasks) if manager else []
@@ -104,11 +94,7 @@ def asked(
     subjects: Sequence[Subject],
     dtype: torch.dtype,
 ) -> dict[str, Asked]:
-    """The benchmarks that training did not record, ready to be asked.
-
-    Raises:
-        UserError: what one needs is not there, or was not allowed; or a subject writes no text.
-    """
+    """The benchmarks that training did not record, ready to be asked."""
     found = {}
     for benchmark in chosen:
         if not benchmark.recorded:
@@ -128,7 +114,7 @@ def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models
     if benchmark.engine == HARNESS:
         return Harness(benchmark, manager, args.limit, args.include_path)
     if benchmark.engine == MTBENCH:
-        rater = judge.connect(args.judge_base_url, args.judge_model)
+        rater = mtbench.connect(args.judge_base_url, args.judge_model)
         decoding = Decoding(args.max_new_tokens or MTBENCH_TOKENS, seed=args.seed)
         return MTBench(mtbench.questions(args.mtbench_questions, args.limit), rater, decoding)
     problems = humaneval.problems(args.limit)
@@ -154,3 +140,35 @@ def dtype(name: str | None, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def measured(
+    asked: Mapping[str, Asked],
+    subject: Subject,
+    base: Base,
+    models: Models,
+    folder: Path,
+    batch_size: int,
+) -> dict[str, Measured]:
+    """Every benchmark's score of a subject; its model is loaded only if one is missing."""
+    keepers = {name: partial(_kept, folder, subject, base, one) for name, one in asked.items()}
+    scores = {name: keepers[name](one.settings) for name, one in asked.items()}
+    missing = [name for name, kept in scores.items() if SCORE not in kept]
+    if missing:
+        with models.ready(subject, base) as loaded:
+            for name in tqdm(missing, desc=subject.label, unit="score"):
+                template = asked[name].template(base)
+                score = asked[name].engine.measure(loaded, template, batch_size, keepers[name])
+                if loaded.effect is not None:
+                    score.others[EFFECT] = loaded.effect
+                scores[name].put(SCORE, asdict(score))
+    adapter = TypeAdapter(Measured)
+    return {name: adapter.validate_python(kept.get(SCORE)) for name, kept in scores.items()}
+
+
+def _kept(
+    folder: Path, subject: Subject, base: Base, asked: Asked, about: Mapping[str, Any]
+) -> Kept:
+    under = base.identity() | {"template": asked.template(base), "dtype": asked.settings["dtype"]}
+    of_subject = {"benchmark": asked.benchmark.name, "digest": subject.digest, "base": under}
+    return Kept(folder, of_subject | {"about": dict(about)})

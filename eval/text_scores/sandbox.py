@@ -61,23 +61,14 @@ class Execution:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How programs are run.
-
-    Args:
-        bwrap: the command's path.
-        seconds: wall time of a program; its CPU time is limited to one more.
-    """
+    """How programs are run."""
 
     bwrap: str
     seconds: float = 10.0
 
     @classmethod
     def tried(cls, seconds: float = 10.0) -> Sandbox:
-        """The sandbox of this system, after a program has tried what it is to prevent.
-
-        Raises:
-            UserError: bubblewrap is missing, can't run, or does not hold.
-        """
+        """The sandbox of this system, after a program has tried what it is to prevent."""
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise UserError(

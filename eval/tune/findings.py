@@ -43,10 +43,11 @@ def report(result: Result) -> str:
         " of seeds in which the method is better.",
         parts.comparison(
             result,
-            [(CHOSEN, ""), (BEST, ""), (EQUAL, "")],
-            [(SECONDS, ""), (RELATIVE, ""), (TO_CHOSEN, "")],
-            alone_intervals=False,
-            seeds=lambda group: _finished(result, group),
+            [
+                *(parts.Column(name, "", True, False) for name in (CHOSEN, BEST, EQUAL)),
+                *(parts.Column(own, interval=False) for own in (SECONDS, RELATIVE, TO_CHOSEN)),
+            ],
+            {"seeds": lambda group: _finished(result, group)},
         ),
         parts.section("Chosen", parts.table(*_chosen(result))),
         parts.pictures(result),

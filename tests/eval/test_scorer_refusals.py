@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import pipeline_dir
 from eval.clip_scores import load_models
-from tests.eval.clip_models import (
-    make_hf_clip,
-    pictures,
-    put_on_hub,
-    save_blip,
-    save_hf_clip,
-    save_open_clip,
-)
+from tests.eval.clip_models import make_hf_clip, put_on_hub, save_blip, save_hf_clip, save_open_clip
 
 OURS, THEIRS = "ours/open_clip_model.safetensors", "theirs/model.safetensors"
 CONFIG = "ours/open_clip_config.json"
-WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "coca:ours", "blip:blip")
+WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "blip:blip")
 
 
 class Boom:
@@ -63,14 +55,9 @@ def spoil(file: str, how: str) -> None:
         path.unlink()
         if how == "pickle":
             Path("pickle.pt").rename(path.parent / "pytorch_model.bin")
-    elif how in ("incomplete", "misshapen", "nan"):
+    elif how == "incomplete":
         tensors = load_file(path)
-        if how == "nan":
-            tensors = {key: tensor * torch.nan for key, tensor in tensors.items()}
-        elif how == "misshapen":
-            tensors[min(tensors)] = torch.zeros(3, 5)
-        else:
-            del tensors[min(tensors)]
+        del tensors[min(tensors)]
         save_file(tensors, path, {"format": "pt"})
     else:
         path.write_text(how)
@@ -79,7 +66,7 @@ def spoil(file: str, how: str) -> None:
 def refused(given: str, *words: str) -> None:
     """A model, or MODEL@REVISION, is refused in one sentence in which each of the words stands."""
     name, _, revision = given.partition("@")
-    captions = name.startswith(("bl", "coca"))
+    captions = name.startswith("bl")
     names = ("open_clip:ours", name) if captions else (name, None)
     revisions = (None, revision or None) if captions else (revision or None, None)
     with pytest.raises(UserError) as caught:
@@ -94,27 +81,15 @@ def refused(given: str, *words: str) -> None:
     ("name", "words"),
     [
         ("embeded", ['"embeded"', 'did you mean "embedded"', "hf:ID"]),
-        ("embedded:x", ['"embedded:x"']),
-        ("open_clip", ["open_clip:MODEL/TAG"]),
-        ("open_clip:", ["MODEL/TAG"]),
         ("open_clip:ViT-B-33/openai", ['"ViT-B-33/openai"', "MODEL/TAG"]),
         ("open_clip:ViT-B-32/opnai", ['"opnai"', 'did you mean "openai"', "laion400m_e31"]),
-        ("open_clip:ViT-B-32", ["openai, laion400m_e31"]),
         ("open_clip:ViT-B-32/pickle.pt", ['"pickle.pt"', "a pickle can run code"]),
-        ("open_clip:./nowhere", ['"./nowhere"']),
         ("open_clip:theirs", ['"theirs"', "hf:FOLDER"]),
-        ("hf:./nowhere", ['"hf:./nowhere"']),
-        ("hf:", ['"hf:"']),
         ("hf:tests/absent", ['"hf:tests/absent"', "connection"]),
         ("hf:ours", ['"hf:ours"']),
         (f"hf:{pipeline_dir()}/text_encoder", ["clip_text_model", "not clip"]),
         ("blib:x", ['"blib:x"', 'did you mean "blip"']),
-        ("blip:", ['"blip:"']),
-        ("blip:tests/absent", ['"blip:tests/absent"']),
         ("blip:theirs", ["type clip", "not blip"]),
-        ("coca:coca_ViT-L-14/mscoco", ['"mscoco"', "mscoco_finetuned_laion2b_s13b_b90k"]),
-        ("coca:coca_base/x", ['"x"', "safetensors"]),
-        ("coca:ours", ["no CoCa", "coca_ViT-B-32"]),
         *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),
     ],
 )
@@ -123,15 +98,15 @@ def test_names(name: str, words: list[str]) -> None:
 
 
 SCHEMES = {"ours": "open_clip", "theirs": "hf", "blip": "blip"}
-DAMAGES = ("gone", "cut", "pickle", "incomplete", "misshapen")
+DAMAGES = ("cut", "pickle", "incomplete")
 
 
 @pytest.mark.parametrize(
     ("file", "how"),
     [
         *((file, how) for file in (OURS, THEIRS) for how in DAMAGES),
-        *((CONFIG, how) for how in ("gone", "{", "[]", '{"model_cfg": {"a": 1}}')),
-        *(("theirs/config.json", how) for how in ("gone", "[]")),
+        *((CONFIG, how) for how in ("gone", "{")),
+        ("theirs/config.json", "[]"),
         ("theirs/processor_config.json", "gone"),
         *((f"{folder}/tokenizer.json", "gone") for folder in SCHEMES),
     ],
@@ -143,11 +118,3 @@ def test_damaged_folders(file: str, how: str, models: Path) -> None:
     if (file, how) == (THEIRS, "pickle"):
         put_on_hub("tests/pickled", models / "theirs", "a" * 40)
         refused("hf:tests/pickled", '"hf:tests/pickled"')
-
-
-@pytest.mark.parametrize(("name", "file"), [("open_clip:ours", OURS), ("hf:theirs", THEIRS)])
-def test_embeddings_that_are_not_finite(name: str, file: str) -> None:
-    spoil(file, "nan")
-    scorer, _ = load_models(name, None)
-    with pytest.raises(UserError, match="not finite"):
-        scorer.images(pictures(1))

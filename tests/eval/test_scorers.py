@@ -10,28 +10,17 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip import coca_model
 from PIL.Image import Image
-from torchvision.transforms.functional import to_tensor
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    TopKLogitsWarper,
-)
+from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.clip_scores import captioners, scorers
-from eval.clip_scores.models import ModelEntry, digest, from_open_clip
-from eval.clip_scores.names import DEFAULT_CAPTIONERS
+from eval.clip_scores import captioners, models
+from eval.clip_scores.models import ModelEntry, digest
+from eval.clip_scores.names import BLIP
 from tests.eval import clip_models
 from tests.eval.clip_models import (
     CONTEXT,
     DIMENSION,
-    END,
-    START,
     TEXT,
     pictures,
     put_on_hub,
@@ -40,7 +29,7 @@ from tests.eval.clip_models import (
 )
 
 WEIGHTS = "open_clip_model.safetensors"
-KINDS = {"open_clip": "open_clip", "hf": "transformers", "blip": "blip", "coca": "coca"}
+KINDS = {"open_clip": "open_clip", "hf": "transformers", "blip": "blip"}
 scorer_schemes = pytest.mark.parametrize("scheme", ["open_clip", "hf"])
 
 
@@ -52,30 +41,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "open_clip": save_open_clip(root / "open_clip-one"),
         "hf": clip_models.save_hf_clip(root / "hf-one", clip_models.make_hf_clip()),
         "blip": clip_models.save_blip(root / "blip-one"),
-        "coca": save_open_clip(root / "coca-one", "CoCa"),
     }
 
 
 def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path]) -> None:
-    loaders: dict[str, Any] = {"open_clip": scorers, "hf": scorers}
+    loaders: dict[str, Any] = {"open_clip": models, "hf": models}
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders.get(scheme, captioners).load(f"{scheme}:{folder}").entry
         named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, digest(weights))
         assert replace(entry, note="") == named
-        assert ("search" in entry.note) == (scheme in DEFAULT_CAPTIONERS)
-    commit, default = "0123456789abcdef0123456789abcdef01234567", DEFAULT_CAPTIONERS["blip"]
+        assert ("search" in entry.note) == (scheme == "blip")
+    commit, default = "0123456789abcdef0123456789abcdef01234567", BLIP
     put_on_hub("tests/small-clip", folders["hf"], commit)
     put_on_hub(default, folders["blip"], commit)  # in the real one's place
     for revision in (None, "main", commit):
-        entry = scorers.load("hf:tests/small-clip", revision=revision).entry
+        entry = models.load("hf:tests/small-clip", revision=revision).entry
         assert entry == ModelEntry(
             "hf:tests/small-clip", "transformers", "tests/small-clip", commit
         )
         entry = captioners.load("blip", revision=revision).entry
         assert (entry.model, entry.revision) == (default, commit)
-    architecture, _, tag = DEFAULT_CAPTIONERS["coca"].partition("/")
-    assert open_clip.is_pretrained_cfg(architecture, tag)
 
 
 @torch.no_grad()
@@ -98,7 +84,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
     folders: dict[str, Path], scheme: str
 ) -> None:
     images, texts = [*pictures(3), *pictures(4, None)], sentences(7)
-    one, many = (scorers.load(f"{scheme}:{folders[scheme]}", batch=batch) for batch in (3, 20))
+    one, many = (models.load(f"{scheme}:{folders[scheme]}", batch=batch) for batch in (3, 20))
     table = one.images(images) @ one.texts(texts).T
     for at in (0, 1, 6):
         expected = i2t(scheme, folders[scheme], images[at], texts[at])
@@ -113,7 +99,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
 
 @scorer_schemes
 def test_a_text_that_is_too_long_is_known(folders: dict[str, Path], scheme: str) -> None:
-    scorer = scorers.load(f"{scheme}:{folders[scheme]}")
+    scorer = models.load(f"{scheme}:{folders[scheme]}")
     texts = ["", "rabbit", "tok " * (CONTEXT - 2), "tok " * (CONTEXT - 1), "tok " * 100]
     assert [scorer.is_cut(text) for text in texts] == [False, False, False, True, True]
     whole, *longer = scorer.texts(texts)[2:]
@@ -146,7 +132,7 @@ def test_a_tag_brings_its_own_preprocessing_and_activation(
 ) -> None:
     """As the folder has them, and a file or a tag without such facts has open_clip's usual ones."""
     names = [f"small/{tag}" for tag in ("hub", "plain", registered / WEIGHTS)]
-    tag, plain, file, folder = (scorers.load(f"open_clip:{n}") for n in [*names, registered])
+    tag, plain, file, folder = (models.load(f"open_clip:{n}") for n in [*names, registered])
     images = pictures(4, None)
     torch.testing.assert_close(tag.images(images), folder.images(images), rtol=0, atol=1e-6)
     torch.testing.assert_close(tag.texts(["a"]), folder.texts(["a"]), rtol=0, atol=1e-6)
@@ -158,22 +144,11 @@ def test_a_tag_brings_its_own_preprocessing_and_activation(
     assert file.entry.name == f"open_clip:small/{WEIGHTS}"
     assert plain.entry.revision == f"plain@{file.entry.revision}"
     monkeypatch.setattr(mini, "scorer_dir", lambda: registered)  # a random model of the same form
-    embedded = scorers.load("embedded")
+    embedded = models.load("embedded")
     assert torch.equal(embedded.images(images), folder.images(images))
     assert (embedded.entry.name, embedded.entry.kind) == (mini.NAME, "embedded")
     assert embedded.entry.revision == folder.entry.revision
     assert "cannot be set beside the paper's" in embedded.entry.note
-
-
-@pytest.mark.parametrize("scheme", list(DEFAULT_CAPTIONERS))
-def test_captions_do_not_depend_on_the_batch(folders: dict[str, Path], scheme: str) -> None:
-    images, name = pictures(7, None), f"{scheme}:{folders[scheme]}"
-    five, one = (captioners.load(name, batch=batch) for batch in (5, 1))
-    whole = five(images)
-    assert len(whole) == 7
-    assert len(set(whole)) > 3
-    assert one(images) == whole
-    assert five([image.convert("RGBA") for image in images[::-1]]) == whole[::-1]
 
 
 def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -194,62 +169,17 @@ def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Pa
         assert captioner([image]) == [expected.removeprefix("[DEC]").strip()]
 
 
-def test_cocas_search_is_open_clips_generate(folders: dict[str, Path], monkeypatch: Any) -> None:
-    """Of four to 28 words, wherever the end comes; damaged weights are refused."""
-    coca = from_open_clip("coca", str(folders["coca"])).model
-    images = torch.stack([to_tensor(image) for image in pictures(6)])
-    # open_clip switches all of `generate` off beside transformers 5, as only the beam search of
-    # transformers is missing; `top_k` needs nothing of it.
-    with pytest.raises(AssertionError):  # else theirs can be had
-        coca.generate(images)
-    monkeypatch.setattr(coca_model, "_has_transformers", True)
-    monkeypatch.setitem(coca_model.GENERATION_TYPES, "top_k", TopKLogitsWarper)
-
-    def searched(end: int) -> torch.Tensor:
-        rows = captioners.greedy(coca, images, START, end)
-        tokens = {"sot_token_id": START, "eos_token_id": end, "pad_token_id": coca.pad_id}
-        assert torch.equal(coca.generate(images, generation_type="top_k", top_k=1, **tokens), rows)
-        return rows
-
-    common = int(searched(END)[:, 5:29].flatten().mode().values)
-    ends = (searched(common)[:, 1:] == common).int().argmax(dim=1)
-    assert len(set(ends.tolist())) > 1  # so that some captions are padded
-    text = coca.text_decoder
-    for sign, length in ((1, 6), (-1, 30)):
-        with torch.no_grad():  # the end becomes the most, or the least, probable token everywhere
-            text.ln_final.bias.fill_(10)
-            text.text_projection[:, END] = 10 * sign
-        rows = searched(END)
-        assert (rows == END).int().argmax(dim=1).tolist() == [length - 1] * 6
-    with torch.no_grad():
-        text.text_projection[0, 0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
-        captioners.greedy(coca, images, START, END)
-
-
-@pytest.mark.parametrize("model", ["", "coca_ViT-B-32"])
-def test_coca_words_are_decoded_by_its_tokenizer(
-    model: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder's tokenizer of transformers, or open_clip's own."""
-    loaded = from_open_clip("coca", str(folders["coca"]))
-    loaded = replace(loaded, tokenize=open_clip.get_tokenizer(model)) if model else loaded
-    row = loaded.tokenize(["a red rabbit"])  # with start, end and padding
-    monkeypatch.setattr(captioners, "greedy", lambda *_: row)
-    assert captioners.coca(loaded)(pictures(1)) == ["a red rabbit"]
-
-
 def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -> None:
     folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
     monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
-    scorer, bank, images = scorers.load("embedded"), sentences(20), pictures(9)
+    scorer, bank, images = models.load("embedded"), sentences(20), pictures(9)
     captioner, other = (captioners.retrieval(scorer, [*own, *own]) for own in (bank, bank[1:]))
     captions = captioner(images)
     nearest = (scorer.images(images) @ scorer.texts(bank).T).argmax(dim=1)
     assert captions == [bank[index] for index in nearest.tolist()]
     assert len(set(captions)) > 1
-    monkeypatch.setattr(scorers, "load", lambda *_: pytest.fail("loaded twice"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded twice"))
     embedded = captioners.load("embedded", scorer)
     assert embedded(images) == captions
     entry = embedded.entry

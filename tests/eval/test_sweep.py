@@ -12,7 +12,6 @@ from PIL import Image
 from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
-from eval.sweep import figures
 from eval.sweep.cells import Outcome, Runner
 from eval.sweep.grid import Cell
 from eval.table import Result, Summary
@@ -131,22 +130,6 @@ def test_a_missing_cell_leaves_the_other_seeds(
     assert (code, result.provenance) == (1, None)
 
 
-def test_other_inputs_are_not_paired_and_what_never_learns_sets_no_level(swept: Sweeping) -> None:
-    stuck = {0: [(0.10, 0.20), (0.11, 0.30)], 1: [(0.10, 0.20), (0.09, 0.15)]}
-    _, result = swept({**TWO, "stuck": stuck})
-    assert result.settings["equal_training"]["set_by"] == "bilora"
-    assert result.summary("stuck", "equal_training heldout_loss") is None
-    short = {seed: curve[:2] for seed, curve in TWO["bilora"].items()}
-    curves = {**TWO, "short": short}
-    _, result = swept(curves, digests={"bilora": "other"})
-    assert result.settings["paired"] == {"lora": None, "bilora": False, "short": True}
-    final = line(result, "bilora", "final heldout_loss")
-    assert (final.mean, final.difference) == (pytest.approx(0.07), None)
-    assert result.settings["equal_training"]["set_by"] == "short"
-    assert result.summary("bilora", "equal_training heldout_loss") is None
-    assert any(note.startswith("bilora has not the control's inputs") for note in result.notes)
-
-
 def test_another_metric_may_be_better_when_higher(
     swept: Sweeping, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,16 +142,6 @@ def test_another_metric_may_be_better_when_higher(
     assert "highest over training" in capsys.readouterr().out
     swept(TWO, "--metric", "heldout_los")
     assert '"heldout_los" (did you mean "heldout_loss"?)' in capsys.readouterr().err
-
-
-def test_many_arms_are_told_apart_and_one_that_diverged_hides_no_other(swept: Sweeping) -> None:
-    def runs(final: float) -> dict[int, list[tuple[float, float]]]:
-        return {seed: [(0.12, 0.1), (final + seed / 1000, 0.05)] for seed in range(2)}
-
-    near = {f"near {n}": runs(0.08 + n / 2000) for n in range(1, 11)}
-    _, result = swept({"LoRA": runs(0.08), **near, "far": runs(1.3)})
-    assert figures.astray(result) == {"far"}
-    assert any(note.startswith("With 11 intervals in a column") for note in result.notes)
 
 
 REFUSED: list[tuple[list[str], str]] = [

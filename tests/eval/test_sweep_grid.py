@@ -53,14 +53,6 @@ def test_what_is_the_same_run_is_one_arm() -> None:
     assert also == {"Bi-LoRA": ("spelled out",), "smaller": ()}
 
 
-def test_without_an_axis_of_seeds_the_recipes_seed_counts(tmp_path: Path) -> None:
-    recipe = tmp_path / "seven.yaml"
-    recipe.write_text("dataset: mini\nseed: 7\n")
-    found = grid(recipe=recipe)
-    assert (labels(found), found.seeds) == (["seven"], (7,))
-    assert grid("rank=2,4", shared={"seed": "3"}).seeds == (3,)
-
-
 def test_a_folders_name_tells_what_is_run(tmp_path: Path) -> None:
     def name(text: str, **fields: Any) -> str:
         recipe = tmp_path / "recipe.yaml"
@@ -78,27 +70,20 @@ def test_a_folders_name_tells_what_is_run(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["seed"], {}, 'has "seed": write name=value'),
-    (["seed="], {}, 'has "seed="'),
     (["seed=4..0"], {}, "a <= b"),
-    (["rho=0.1,,0.2"], {}, "write v1,v2"),
     (["rho=0.1,0.1"], {}, "0.1 twice"),
     (["rho=1", "rho=2"], {}, 'gives "rho" twice'),
-    (["seed=0..2,1"], {}, "1 twice"),
     (["output_dir=here,there"], {}, "which the sweep decides"),
     (["seed=0..99999"], {}, "at most 10000 values"),
-    (["rank=2,4"], {"shared": {"rank": "8"}}, '"rank" is an axis of --over and set elsewhere'),
     (["rank=2,4"], {"arms": {"a": {"rank": 8}}}, '"rank" is an axis of --over and set'),
     (["seed=a"], {}, 'seed is "a": give whole numbers'),
-    (["seed=-1"], {}, "--seed is -1"),
     (
         ["seed=0"],
         {"shared": {"validation_dataset": "none", "validation_loss_steps": "0"}},
         "would have no heldout_loss",
     ),
     ([], {"arms": {"odd": {"learning_rat": 1}}}, r'in the arm "odd": unknown flag .*learning_rate'),
-    ([], {"arms": {"fine": {}, "odd": {"rho": -1}}}, 'in the arm "odd": --rho is -1'),
     ([], {"arms": {"odd": {"method": "lorra"}}}, r'did you mean "lora"'),
-    ([], {"arms": {"odd": {"rank": "many"}}}, "give a whole number"),
     ([], {"arms": {"odd": {"use_dora": "maybe"}}}, "give True or False"),
 ]
 
@@ -144,9 +129,7 @@ def test_axes_and_arms_are_read(tmp_path: Path) -> None:
         ("lora: {rank: 1, rank: 2}", "twice"),
         ("", "holds no arms"),
         ("lora: fast", '"lora" is not a mapping'),
-        ("lora: {rank: [2, 4]}", '"lora" is not a mapping of options to single values'),
         ("lora: {seed: 3}", "the same for all arms"),
-        ("lora: {output_dir: here}", "the same for all arms"),
     ],
 )
 def test_a_bad_arms_file_is_refused(text: str, sentence: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How rows of text scores are compared, and the report in the shape of the paper's tables."""
+"""How rows of text scores are compared, and the report, read back."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import pytest
 from eval import compare, table
 from eval.subjects import Subject
 from eval.table import Metric, Result, Summary
-from eval.text_scores import differences, report
+from eval.text_scores import TextScores, shown
 
 Scores = dict[str, dict[int | None, list[float]]]
 SHARE = Metric("Bench", "", True, 100.0, ".2f")
-LOSS = Metric("Bench", "", False, 1.0, ".4f")
 
 
-def result(scores: Scores, metric: Metric = SHARE, peaks: Sequence[int] = ()) -> Result:
+def result(scores: Scores, peaks: Sequence[int] = ()) -> Result:
     """A result of one benchmark: group -> seed -> scores of items; and each run's peak memory."""
     subjects, rows = [], []
     for group, seeds in scores.items():
@@ -30,10 +29,10 @@ def result(scores: Scores, metric: Metric = SHARE, peaks: Sequence[int] = ()) ->
             rows.append(subject.row("b", sum(items) / len(items)))
             rows += [subject.row("b", v, item=f"q{n}") for n, v in enumerate(items)]
     control = compare.control(subjects, None)
-    lines = differences.summaries(rows, ["b"], control)
+    lines = shown.summaries(rows, ["b"], control)
     settings = {"benchmarks": {"b": {"num_fewshot": 5}}}
     return Result(
-        "text_scores", subjects, {"b": metric}, control, settings, rows=rows, summaries=lines
+        "text_scores", subjects, {"b": SHARE}, control, settings, rows=rows, summaries=lines
     )
 
 
@@ -59,46 +58,29 @@ def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean() -> N
     assert (base.over, base.pairs, base.difference, base.count) == ("item", 4, -0.25, 1)
     assert (bilora.difference, bilora.higher) == (0.5, 2)
     assert bilora.difference_low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 2)
-    assert report.rows(found)[0] == "base"
     rows = [
         replace(row, value=0.9) if (row.group, row.item) == ("bilora", "") else row
         for row in found.rows
     ]
-    lines = differences.summaries(rows, ["b"], "lora")
+    lines = shown.summaries(rows, ["b"], "lora")
     assert [one.group for one in lines if one.difference is not None] == ["base"]
 
 
-def test_the_table_has_the_papers_shape(tmp_path: Path) -> None:
-    found = result(
-        {"base": {None: [1, 1]}, "lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [1, 0]}}
-    )
-    assert report.table(found).splitlines() == [
-        "| method | cost | Bench |",
-        "|---|---|---|",
-        "| base | – | 100.00 |",
-        "| lora | ×1 | 25.00 ± 25.00 |",
-        "| bilora | ×1 | **75.00 ± 25.00** |",
-    ]
-    text = report.to_markdown(found)
-    assert "Bench: bilora is better than lora: +50.00 [+50.00, +50.00], 2/2 seeds better." in text
-    assert "fewer than 5 seeds" in text
-    assert "num_fewshot 5" in text
+def test_the_report_is_read_back(tmp_path: Path) -> None:
+    scores: Scores = {"base": {None: [1, 1]}, "lora": {0: [0, 1], 1: [0, 0]}}
+    scores["bilora"] = {0: [1, 1], 1: [1, 0]}
+    found = result(scores, peaks=(0, 2**30, 3 * 2**29))
+    text = TextScores.__new__(TextScores).report(found)
+    for words in (
+        "| run | seeds | cost | peak memory | Bench | difference |",
+        "| lora (control) | 2 | ×1 | 1.50 GiB | 25.00 [0.00, 50.00] |  |",
+        "| bilora | 2 | ×1 | – | 75.00 [50.00, 100.00] | +50.00 [+50.00, +50.00], 2/2 |",
+        "Bench: bilora is better than lora: +50.00 [+50.00, +50.00], 2/2 seeds better.",
+        "num_fewshot 5",
+    ):
+        assert words in text
     table.write(found, tmp_path, text)
-    assert report.to_markdown(table.read(tmp_path)) == text
-    losses = result({"lora": {0: [2.0], 1: [2.1]}, "bilora": {0: [1.0], 1: [1.1]}}, LOSS)
-    assert "Bench (lower is better)" in report.table(losses)
-    assert "**1.0500 ± 0.0500**" in report.table(losses)
-    assert "bilora is better than lora: -1.0000 [-1.0000, -1.0000]" in report.sentences(losses)[0]
-
-
-def test_the_most_memory_that_a_run_of_the_row_took() -> None:
-    scores: Scores = {"base": {0: [0.0], 1: [1.0]}, "lora": {0: [1.0], 1: [0.0]}}
-    assert "peak memory" not in report.table(result(scores))
-    shown = report.table(result(scores, peaks=(0, 0, 2**30, 3 * 2**29)))
-    head, _, base, lora = shown.splitlines()
-    assert head.startswith("| method | cost | peak memory | Bench")
-    assert base.startswith("| base | – | – | 50.00 ± 50.00 |")
-    assert lora.startswith("| lora | ×1 | 1.50 GiB |")
+    assert TextScores.__new__(TextScores).report(table.read(tmp_path)) == text
 
 
 def test_what_a_reader_has_to_know_comes_first() -> None:
@@ -109,8 +91,8 @@ def test_what_a_reader_has_to_know_comes_first() -> None:
         subject.row("b without an answer", 1),
         subject.row("b effect of adapter", 0.0),
     ]
-    limited, unparsed, idle = report.notes(rows, {"b": SHARE}, 1)
+    limited, unparsed, idle = shown.notes(rows, {"b": SHARE}, 1)
     assert "--limit" in limited
     assert "1 of 1 items" in unparsed
     assert "mine is zero" in idle
-    assert report.notes(rows[:2], {"b": SHARE}, None) == []
+    assert shown.notes(rows[:2], {"b": SHARE}, None) == []

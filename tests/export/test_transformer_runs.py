@@ -15,7 +15,7 @@ from bilora_diffusion.export import FILE_NAME, inspect, main
 from bilora_diffusion.image.config import parse
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.run.folder import clear, refuse_foreign_models
-from eval.clip_scores.adapters import applied
+from eval.load import applied
 from tests.export.mini_loras import one
 from tests.export.test_transformers import SD3, output
 from tests.image.tiny import saved

@@ -82,10 +82,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert made.settings["sampling"]["guidance_scale"] == 4.0
     assert made.settings["sampling"]["size"] == 64
     counts = {name: len(made.select(name)) for name in ("image", *clip_scores.METRICS)}
-    assert counts == {
-        **{"image": 36, "i2t": 18, "t2t": 18, "truth": 0, "nearest": 18},
-        **{"drift": 12, "diversity": 9},
-    }
+    assert counts == {**{"image": 36, "i2t": 18, "t2t": 18, "truth": 0, "nearest": 18}, "drift": 12}
     for row in made.select("image"):
         with Image.open(output / row.note) as picture:
             assert picture.size == (64, 64)
@@ -96,7 +93,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     text = (output / table.REPORT).read_text()
     for shown in ("No adapter was named", "average of 3", "`python -m eval.clip_scores"):
         assert shown in text
-    assert made.figures == ["grid.png", "differences.png", "memorization.png"]
+    assert made.figures == ["grid.png"]
     for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, *made.figures):
         assert str(tmp_path).encode() not in (output / name).read_bytes()
 
@@ -208,24 +205,18 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     ("line", "told"),
     [
         ("RUN --prompt x", '"--prompt".*did you mean "--prompts"'),
-        *((f"RUN --seeds {seeds}", f'"{seeds}"') for seeds in ("0,x", "-1", "3..1", "0,1,0")),
+        *((f"RUN --seeds {seeds}", f'"{seeds}"') for seeds in ("3..1", "0,1,0")),
         ("RUN --prompts nowhere.txt", '"nowhere.txt".*3d_icon'),
         ("RUN --control LoRa", '"LoRa".*did you mean "LoRA"'),
-        *(
-            (f"RUN --{flag} 0", f"--{flag} is 0")
-            for flag in ("batch_size", "processes", "max_prompts", "lanes", "grid_prompts")
-        ),
-        ("RUN --num_inference_steps two", "'two'"),
-        ("RUN --adapter_scale nan", "--adapter_scale.*nan"),
+        ("RUN --batch_size 0", '--batch_size: "0" is not a whole number from 1 on'),
+        ("RUN --adapter_scale nan", "--adapter_scale.*nan.*finite"),
         ("RUN --resolution 65", "--resolution.*65.*multiple of 8"),
-        ("RUN --dtype int8", "'int8'"),
         ("RUN --scorer clip", '"clip".*open_clip:MODEL/TAG'),
         ("RUN --captioner blipp:x", '"blipp:x".*blip:ID_OR_FOLDER'),
-        ("RUN --captioner_revision v1", '"v1"'),
         ("RUN --captioner_revision v1 --skip_captions", "--captioner_revision.*--skip_captions"),
         ("RUN --train_data ./nowhere", '"./nowhere"'),
         ("RUN --device cuda:99", '"cuda:99"'),
-        ("RUN --output_dir file", "--output_dir.*file"),
+        ("RUN --output_dir file", "file is no folder"),
         ("", "demo/lora.*make demo"),
         ("unfinished", f"unfinished.*{LORA}"),
         ("base", "--base_model"),

@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from eval import table
 from eval.landscape import models
-from eval.landscape.runs import points
+from eval.landscape.models import points
 from eval.landscape.weights import evaluate
 from eval.subjects import gather
-from tests.scripts.runs import process, train, two_icons
+from tests.scripts.runs import train, two_icons
 
 pytestmark = pytest.mark.slow
 
@@ -66,25 +65,3 @@ def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs: Path)
     assert (len(pissa), pissa[0].tensor.shape[0]) == (112, 8)
     text = {weight.name.split(".")[0] for weight in opened(runs / "text").spaces["full"]}
     assert text == {"unet", "text_encoder", "text_encoder_2"}
-
-
-def test_a_process_of_its_own_measures_every_point_at_its_own_weights(
-    runs: Path, tmp_path: Path
-) -> None:
-    words = ["--full_weights", "adapted", "--split", "heldout", "--eigenvalue", "--directions", "1"]
-    words += ["--points", "3", "--grid", "3", "--max_images", "1", "--levels", "1"]
-    words += ["--ascent_steps", "1", "--output_dir", str(tmp_path)]
-    done = process("-m", "eval.landscape", runs / "lora", "base", *words)
-    assert done.returncode == 0, done.stderr
-    assert "landscape_grid.png" in done.stdout
-    assert "Mean held-out loss of 1 images" in done.stdout
-    result = table.read(tmp_path)
-    for group, spaces in (("LoRA", ("lora", "full")), ("base", ("full",))):
-        for space in spaces:
-            (own,) = result.select("loss", group, space)
-            assert result.select("profile", group, space)[1].value == own.value
-            assert result.select("plane", group, space)[4].value == own.value
-            (ascent,) = result.select("sharpness", group, space)
-            assert ascent.value is not None
-            assert ascent.value >= 0
-            assert result.select("eigenvalue", group, space)[0].value is not None

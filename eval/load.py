@@ -1,0 +1,162 @@
+"""An adapter's weights on its base model: a LoRA file or whole models in a pipeline, and out of it
+again; a PEFT adapter on a language model.
+
+with applied(pipeline, subject): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import COMPONENTS
+from bilora_diffusion.export.layers import diffusers_tensors
+from bilora_diffusion.export.reader import read
+from bilora_diffusion.text.models import TextModel
+from bilora_diffusion.train.task import precision
+
+from .digests import PEFT_FILE
+from .subjects import Subject
+
+_FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, SafetensorError)
+
+
+@contextmanager
+def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[None]:
+    """Within the context the pipeline has the subject's weights; afterwards, its own exactly."""
+    file, before = subject.weights, {}
+    if file is None:
+        yield
+        return
+    if whole := file.is_dir():
+        if scale != 1.0:
+            raise UserError(
+                f"{file} holds whole models, which have no scale: leave the scale at 1, not"
+                f" {scale:g}."
+            )
+    elif any(pipeline.get_list_adapters().values()):
+        raise RuntimeError("the pipeline has an adapter already, which would be lost")
+    try:
+        if whole:
+            before = put_models(pipeline, file)
+        else:
+            put_lora(pipeline, file, scale)
+        yield
+    finally:
+        if not whole:
+            pipeline.unload_lora_weights()
+        for name, (model, device) in before.items():
+            setattr(pipeline, name, model.to(device))
+
+
+def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
+    """Put a LoRA file on a pipeline's models, as their primary."""
+    parts = read(file).parts
+    # Not the file itself: of kohya's, diffusers takes one alpha for all layers and no magnitudes.
+    tensors = diffusers_tensors(parts)
+    verbosity = diffusers_logging.get_verbosity()
+    try:
+        diffusers_logging.set_verbosity_error()  # it warns of each model without an adapter
+        pipeline.load_lora_weights(tensors, adapter_name=PRIMARY)
+        pipeline.set_adapters([PRIMARY], [scale])
+    except _FAILURES as error:
+        raise _unfit(f"{file} can't be loaded into the base model", error) from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    # diffusers only warns of keys that name no layer, and loads the rest.
+    wanted = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
+    models = _parts(pipeline)
+    there = {
+        f"{component}.{name.removeprefix('text_model.')}"
+        for component, model in models.items()
+        for name, _ in adapters.layers(model, PRIMARY)
+    }
+    if absent := sorted(wanted - there):
+        raise UserError(
+            f"{file} does not fit the base model, which has no layer for {len(absent)} of its"
+            f" {len(wanted)}, such as {absent[0]}: give the base model that it was trained on."
+        )
+    for model in models.values():
+        # diffusers adds layers in training mode, in which a dropout acts
+        model.eval().requires_grad_(False)
+
+
+def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Put whole models of a folder in the place of a pipeline's own.
+
+    Returns:
+        Name -> own model and its device.
+    """
+    parts, trained = _parts(pipeline), [name for name in COMPONENTS if (folder / name).is_dir()]
+    if absent := [name for name in trained if name not in parts]:
+        raise UserError(
+            f"{folder / absent[0]} does not fit the base model, which has no {absent[0]}: give the"
+            " base model that it was trained on."
+        )
+    before = {name: (parts[name], parts[name].device) for name in trained}
+    others = {name: _load_model(model, folder / name) for name, (model, _) in before.items()}
+    for name, (model, device) in before.items():
+        model.to("cpu")  # two of SDXL's UNets need not share a device's memory
+        setattr(pipeline, name, others[name].to(device))
+    return before
+
+
+def _load_model(base: Any, folder: Path) -> Any:
+    """The trained model, if it has the base model's shapes."""
+    try:
+        model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
+    except _FAILURES as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} can't be loaded ({reason}): train again.") from error
+    shapes, others = ({k: v.shape for k, v in one.state_dict().items()} for one in (model, base))
+    if shapes != others:
+        raise UserError(
+            f"{folder} does not fit the base model: give the base model that it was trained on."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _parts(pipeline: Any) -> dict[str, Any]:
+    """The models of a pipeline that files may hold adapters of, by name."""
+    parts = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: model for name, model in parts.items() if model is not None}
+
+
+def put_peft(base: TextModel, folder: Path) -> Any:
+    """The base model with a PEFT adapter, which has arrived whole."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        written = load_file(folder / PEFT_FILE)
+        adapted = PeftModel.from_pretrained(base.model, str(folder))
+    except _FAILURES as error:
+        what = f"the adapter in {folder} can't be put on its base model"
+        raise _unfit(what, error, " by --model_name_or_path") from error
+    held = get_peft_model_state_dict(adapted)
+    astray = [
+        name
+        for name, tensor in written.items()
+        if name not in held or not torch.equal(held[name].cpu().to(tensor.dtype), tensor)
+    ]
+    if astray or len(held) != len(written):
+        raise UserError(
+            f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"
+            f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): give"
+            " the base model that it was trained on by --model_name_or_path."
+        )
+    return adapted.eval()
+
+
+def _unfit(what: str, error: Exception, how: str = "") -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{what} ({reason}): give the base model that it was trained on{how}.")

@@ -1,0 +1,153 @@
+"""Scores for reading, after the paper's Tables 1 to 3, and how rows differ: over seeds, or over
+items where there are not two common seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from .. import compare
+from ..report import INTERVALS, escaped, listed, number
+from ..report import table as markdown
+from ..table import Metric, Result, Row, Summary
+from .benchmarks import EFFECT, UNPARSED
+
+ABSENT = "–"
+
+
+def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) -> list[Summary]:
+    """Means over seeds, and each row's difference to the control's.
+
+    Args:
+        rows: those without an item are scores, those with one are questions.
+        benchmarks: the metrics that have items.
+    """
+    asked = {name: [r for r in rows if r.metric == name and r.item] for name in benchmarks}
+    by_item = {
+        (line.group, name): line
+        for name, items in asked.items()
+        for line in compare.summaries(
+            _exact(items, [row for row in rows if row.metric == name and not row.item]),
+            control,
+            compare.ITEM,
+            interval=compare.student_interval,
+        )
+    }
+    lines = []
+    for line in compare.summaries([row for row in rows if not row.item], control):
+        has_items = any(row.group == line.group for row in asked.get(line.metric, ()))
+        if has_items and line.pairs < 2:
+            line = _over_items(line, by_item.get((line.group, line.metric)))
+        lines.append(line)
+    return lines
+
+
+def _exact(items: Sequence[Row], scores: Sequence[Row]) -> list[Row]:
+    """The items of groups in which every score is the mean of its items, which pairs need."""
+    values = {row.subject: [] for row in scores}
+    for row in items:
+        if row.value is not None:
+            values[row.subject].append(row.value)
+    other = {
+        row.group
+        for row in scores
+        if not values[row.subject]
+        or not math.isclose(compare.mean(values[row.subject]), row.value or 0.0, abs_tol=1e-9)
+    }
+    return [row for row in items if row.group not in other]
+
+
+def _over_items(line: Summary, items: Summary | None) -> Summary:
+    items = items or Summary(line.group, line.metric)
+    return replace(
+        line,
+        over=compare.ITEM,
+        control=items.control,
+        difference=items.difference,
+        difference_low=items.difference_low,
+        difference_high=items.difference_high,
+        higher=items.higher,
+        equal=items.equal,
+        lower=items.lower,
+    )
+
+
+def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) -> list[str]:
+    """What a reader has to know before the table."""
+    told = []
+    if limit is not None and any(row.item for row in rows):
+        told.append(
+            f"Only the first {limit} items of each task were asked (--limit): these are no results,"
+            " only a trial."
+        )
+    for name, metric in titles.items():
+        unparsed = sum(int(r.value or 0) for r in rows if r.metric == f"{name} {UNPARSED}")
+        if unparsed:
+            items = [row for row in rows if row.metric == name and row.item]
+            counted = (
+                "are left out" if any(row.value is None for row in items) else "count as wrong"
+            )
+            told.append(
+                f"{metric.title}: in {unparsed} of {len(items)} items no answer could be read; they"
+                f" {counted}."
+            )
+    idle = [row.subject for row in rows if row.metric.endswith(f" {EFFECT}") and row.value == 0]
+    told += [
+        f"The adapter of {label} is zero: it is the base model." for label in dict.fromkeys(idle)
+    ]
+    return told
+
+
+def benchmarks(result: Result) -> dict[str, Metric]:
+    """The benchmarks, in the order of the tables."""
+    return {name: result.metric(name) for name in result.settings["benchmarks"]}
+
+
+def introduction(result: Result) -> str:
+    """Notes, and what the table's cells are."""
+    legend = (
+        f"Mean over seeds with {INTERVALS}; percentages, but for points and losses. Difference: to"
+        f" {escaped(result.control)}, over common seeds by bootstrap, or over items (the same"
+        " questions, where there are not two common seeds) by Student's t, and in how many of them"
+        " it is better; items say how sure a difference of these runs is, not what another seed"
+        " would bring. Cost: gradient steps per training iteration. Peak memory: the most that a"
+        " run took to train, on a CPU by its process."
+    )
+    return "\n\n".join([*(f"> {note}" for note in result.notes), legend])
+
+
+def cost(result: Result, group: str) -> str:
+    costs = {entry.about.get("cost") for entry in result.members(group)}
+    return f"×{costs.pop()}" if len(costs) == 1 and None not in costs else ABSENT
+
+
+def memory(result: Result, group: str) -> str:
+    peak = max(entry.about.get("peak_memory") or 0 for entry in result.members(group))
+    return f"{peak / 2**30:.2f} GiB" if peak else ABSENT
+
+
+def runs(result: Result) -> str:
+    whole = [row for row in result.rows if not row.item]
+    body = []
+    for name, metric in benchmarks(result).items():
+        further: dict[str, list[str]] = {}
+        for row in whole:
+            if row.metric.startswith(f"{name} "):
+                told = f"{row.metric.removeprefix(name)[1:]} {row.value:.4g}"
+                further.setdefault(row.subject, []).append(told)
+        for row in whole:
+            if row.metric == name:
+                seed = ABSENT if row.seed is None else str(row.seed)
+                others = ", ".join(further.get(row.subject, []))
+                body.append([row.subject, seed, metric.title, number(row.value, metric), others])
+    return markdown(["run", "seed", "benchmark", "score", "further"], body)
+
+
+def asked(result: Result) -> str:
+    lines = []
+    for name, settings in result.settings["benchmarks"].items():
+        words = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
+        lines.append(f"{escaped(result.metric(name).title)}: {words}.")
+    return listed(lines)
