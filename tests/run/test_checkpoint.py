@@ -90,7 +90,7 @@ def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
         load(path)
 
 
-@pytest.mark.parametrize("value", [{1}, object(), torch.float32], ids=str)
+@pytest.mark.parametrize("value", [{1}, object(), torch.float32], ids=["set", "object", "dtype"])
 def test_what_cannot_come_back_is_refused(tmp_path: Path, value: Any) -> None:
     save(tmp_path, 1)
     for part in ("optimizer", "extra"):

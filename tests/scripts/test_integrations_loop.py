@@ -19,7 +19,7 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.matching import load_tensors
+from bilora_diffusion.run.checkpoint import load_tensors
 from bilora_diffusion.seeds import seed_of
 from bilora_diffusion.text.config import parse_text
 from bilora_diffusion.text.module import collate
