@@ -1,15 +1,12 @@
 """What the Generate tab asks for, the thread that draws it, and the pipeline. No widgets here.
 
-One pipeline is in memory at a time, and whoever draws with it has waited in line for a turn.
+One pipeline is in memory at a time, and whoever draws with it has waited in line.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -84,7 +81,7 @@ class Request:
 
 
 class Pipelines:
-    """Keeps one pipeline loaded.
+    """Keeps one pipeline loaded; ``line`` has who waits for it, first who has it.
 
     Args:
         device: such as "cuda:1"; None for a GPU where there is one.
@@ -95,39 +92,9 @@ class Pipelines:
 
     def __init__(self, device: str | None = None) -> None:
         self.device = open_device(device)
-        self._line: deque[object] = deque()
-        self._moved = threading.Condition()
+        self.line: list[Work] = []
         self._base: BaseChoice | None = None
         self._pipeline: Any = None
-
-    @contextmanager
-    def turn(self, stop: threading.Event, on_wait: Callable[[int], None]) -> Iterator[None]:
-        """Wait in line for the pipeline, first come, first served, and have it within.
-
-        Args:
-            stop: leaves the line.
-            on_wait: called with the number of those before, whenever it changes.
-
-        Raises:
-            Stopped: ``stop`` was set.
-        """
-        ticket, told = object(), 0
-        with self._moved:
-            self._line.append(ticket)
-        try:
-            with self._moved:
-                while ahead := self._line.index(ticket):
-                    if stop.is_set():
-                        raise Stopped
-                    if ahead != told:
-                        told = ahead
-                        on_wait(ahead)
-                    self._moved.wait(0.1)
-            yield
-        finally:
-            with self._moved:
-                self._line.remove(ticket)
-                self._moved.notify_all()
 
     def draw(
         self,
@@ -138,7 +105,7 @@ class Pipelines:
         stop: threading.Event,
         on_step: Callable[[int], None],
     ) -> Image:
-        """One image; to be called within :meth:`turn`.
+        """One image; to be called by the first in line.
 
         Args:
             base: loaded when it is not.
@@ -215,7 +182,7 @@ def local(base: BaseChoice) -> str:
         ) from error
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A generation that is going on in a thread of its own.
 
@@ -225,8 +192,10 @@ class Work:
         request: what is drawn.
         place: the root's place on the machine, which no message shows.
         stop: ends the work before its next step.
-        news: ("wait", number before), ("begun", position), ("step", (position, number)),
-            ("image", image), and at last "end", "stopped" or "error" with a sentence.
+        ahead: how many wait before it.
+        step: that was taken last, of the image after ``images``.
+        message: how it ended.
+        failed: whether by an error.
     """
 
     sides: list[tuple[str, Path | None]]
@@ -234,29 +203,41 @@ class Work:
     request: Request
     place: str
     stop: threading.Event = field(default_factory=threading.Event)
-    news: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
+    ahead: int = 0
+    step: int = 0
+    images: list[Image] = field(default_factory=list)
+    message: str = ""
+    failed: bool = False
 
     def run(self, models: Pipelines) -> None:
-        """Wait for a turn and draw each side; report the course and how it ended."""
+        """Wait in line and draw each side."""
+        models.line.append(self)
         try:
-            with models.turn(self.stop, lambda ahead: self.news.put(("wait", ahead))):
-                for position, (_, adapter) in enumerate(self.sides):
-                    self.news.put(("begun", position))
-                    image = models.draw(
-                        *(self.base, adapter, self.request),
-                        stop=self.stop,
-                        on_step=lambda step, at=position: self.news.put(("step", (at, step))),
-                    )
-                    self.news.put(("image", image))
-            self.news.put(("end", "Done."))
+            while ahead := models.line.index(self):
+                self.ahead = ahead
+                if self.stop.wait(0.1):
+                    raise Stopped
+            self.ahead = 0
+            for _, adapter in self.sides:
+                about = (self.base, adapter, self.request)
+                image = models.draw(*about, stop=self.stop, on_step=self._on_step)
+                self.step = 0
+                self.images.append(image)
+            self.message = "Done."
         except Stopped:
-            self.news.put(("stopped", "Cancelled."))
+            self.message = "Cancelled."
         except (UserError, TrainingError) as error:
-            self.news.put(("error", str(error).replace(self.place, "")))
+            self.message, self.failed = str(error).replace(self.place, ""), True
         except Exception as error:
             # The page has to hear of it; the traceback goes to the terminal.
-            self.news.put(("error", f"The images could not be made ({type(error).__name__})."))
+            self.message = f"The images could not be made ({type(error).__name__})."
+            self.failed = True
             raise
+        finally:
+            models.line.remove(self)
+
+    def _on_step(self, step: int) -> None:
+        self.step = step
 
 
 def sides(

@@ -132,16 +132,18 @@ def card(
     )
 
 
-def slider(a: Image.Image | None, b: Image.Image | None, labels: tuple[str, str]) -> str:
+def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str:
     """Two pictures in one place, of which a handle shows one to its left and the other to its
     right, as HTML, brought to the size of the first; "" without both.
 
     The handle is the browser's own range input, so that mouse, finger and arrow keys move it.
     """
-    if a is None or b is None:
+    there = [picture for picture in pictures if picture is not None]
+    if len(there) < 2:
         return ""
-    a = fitted(a, SLIDER_SMALLEST)
-    under, over = data_uri(a), data_uri(b.resize(a.size, Image.Resampling.LANCZOS))
+    first = fitted(there[0], SLIDER_SMALLEST)
+    second = there[1].resize(first.size, Image.Resampling.LANCZOS)
+    under, over = data_uri(first), data_uri(second)
     left, right = (escape(label) for label in labels)
     return (
         f'<figure class="pair"><div><img src="{under}" alt="{left}">'

@@ -29,7 +29,7 @@ from app.compare_data import (
 )
 from app.scored import Key, Scored, ScoredImage, ScoredPrompt
 from eval.table import Summary
-from tests.app.scored_images import scores_of, write, write_bomb
+from tests.app.folders import scores_of, write, write_bomb
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
