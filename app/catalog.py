@@ -67,14 +67,7 @@ class ScoresItem:
 
 @dataclass(frozen=True)
 class FigureItem:
-    """A result with figures.
-
-    Args:
-        path: of its folder.
-        name: what lists show; unique within a kind.
-        result: what its file says.
-        figures: its PNG files, relative to the root.
-    """
+    """A result with figures, PNG files relative to the root, and what its file says."""
 
     path: str
     name: str

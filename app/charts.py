@@ -30,8 +30,12 @@ Points = list[tuple[int, float]]
 
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
 """Of runs; each has a contrast of at least 3 to a light and to a dark page."""
-GREY, FAINT = "#808890", "66"
-"""Of what belongs to no run, and how opaque a faint line is."""
+GREY = "#808890"
+"""Of what belongs to no run."""
+FAINT, WIDE = "66", "c0"
+"""How opaque a faint line is, and the control's, upon which others are often drawn; by these ends
+of a colour ``style.css`` knows them, and draws them thin and broad.
+"""
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 RADIUS_POINTS = 101
 MOST_POINTS = 400
@@ -51,7 +55,8 @@ class Shown:
     def line(self, points: Points, faint: str = "") -> Line:
         """A line of this run; ``faint`` says what a faint one is."""
         name = f"{self.run.name}, {faint}" if faint else self.run.name
-        return Line(name, points, COLORS[self.color] + FAINT * bool(faint))
+        end = FAINT if faint else WIDE if self.run.method == CONTROL else ""
+        return Line(name, points, COLORS[self.color] + end)
 
 
 @dataclass(frozen=True)

@@ -27,39 +27,6 @@ from .compare_data import View
 from .parts import QUIET, Update
 
 UNSCORED = "no image has a score"
-MEASURE = "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
-PICK = """
-element.addEventListener('click', (event) => {
-  const row = event.target.closest('[data-prompt]');
-  if (row) trigger('select', { prompt: Number(row.dataset.prompt) });
-});
-let top = 0;
-element.addEventListener('scroll', (event) => { top = event.target.scrollTop; }, true);
-watch('value', () => {
-  const list = element.querySelector('.prompts');
-  if (!list) return;
-  list.scrollTop = top;
-  const row = list.querySelector('[aria-current]');
-  if (!row) return;
-  const above = row.offsetTop - list.offsetTop;
-  if (above < list.scrollTop || above + row.offsetHeight > list.scrollTop + list.clientHeight)
-    list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
-});
-"""
-"""Reports a click on a row, and keeps the chosen row in sight."""
-ADDRESS = """
-(query) => {
-  if (!query) return '';
-  const here = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
-  for (const key of ['scores', 'a', 'b', 'also', 'prompt', 'seed', 'metric', 'order', 'words'])
-    here.delete(key);
-  for (const [key, value] of view) here.set(key, value);
-  const address = window.location.pathname + '?' + here.toString();
-  window.history.replaceState(null, '', address);
-  return window.location.origin + window.location.pathname + query;
-}
-"""
-"""Puts the view into the browser's address, beside what else is there (``__theme``)."""
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 """One after the other, so that the last choice is the one that stays on the screen."""
 
@@ -87,7 +54,9 @@ class Tab:
                 self.order = _list("order", "Sort by the change from A to B", choices=orders)
                 words: dict[str, Any] = {"label": "Filter", "placeholder": "words of the prompt"}
                 self.words = gr.Textbox(elem_id="compare-words", **words)
-                self.list = parts.html("compare-list", js_on_load=PICK)
+                self.list = parts.html(
+                    "compare-list", js_on_load="bilora.pick(element, trigger, watch)"
+                )
             with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                 with gr.Row(elem_id="compare-steps"):
                     previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
@@ -118,7 +87,7 @@ class Tab:
         every: dict[str, Any] = {"trigger_mode": "multiple", **ORDERED}
         for button, by in ((previous, -1), (following, 1)):
             button.click(partial(self.step, by), choice, shown, **every)
-        self.query.change(None, self.query, link, js=ADDRESS)
+        self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
         """Fill the tab when the page is loaded, by the link's query if there is one."""
@@ -132,9 +101,9 @@ class Tab:
         there = {item.path: item for item in self.catalog.now.scores}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
-            command = parts.measure(self.catalog, "clip_scores", MEASURE)
             runs = parts.measurable(self.catalog, "clip_scores")
-            text = parts.empty("No scored images yet", command) if runs else ""
+            text = "No scored images yet"
+            text = parts.empty(self.catalog, text, "clip_scores") if runs else ""
             return {self.empty: parts.shown(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
@@ -227,10 +196,8 @@ class Tab:
             address = parts.data_uri(picture) if picture else None
             cards.append(compare_html.Card(label, address, image, near, role))
         truth = self._named(item, item.result.prompt(view.prompt).reference, mini.heldout_dir())
-        if truth:
-            line = "the held-out picture that the prompt describes"
-            cards.append(compare_html.Card("ground truth", truth, line=line))
-        return cards
+        line = "the held-out picture that the prompt describes"
+        return [*cards, compare_html.Card("ground truth", truth, line=line)] if truth else cards
 
     def _named(self, item: ScoresItem, name: str | None, package: Path) -> str | None:
         """A picture that a result names: a file of its folder, else one of the package's own, of

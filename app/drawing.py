@@ -53,23 +53,15 @@ class BaseChoice:
     @classmethod
     def of(cls, config: dict[str, Any]) -> BaseChoice:
         """The base model of a run."""
-        return cls(
-            config.get("pretrained_model_name_or_path") or MINI,
-            config.get("revision"),
-            config.get("variant"),
-            config.get("cache_dir"),
-            config.get("pretrained_vae_model_name_or_path"),
-        )
+        names = ("revision", "variant", "cache_dir", "pretrained_vae_model_name_or_path")
+        base = config.get("pretrained_model_name_or_path") or MINI
+        return cls(base, *(config.get(name) for name in names))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn.
-
-    Args:
-        prompt, seed, steps, guidance_scale: as in diffusers.
-        scale: of the adapter.
-        size: side in pixels; None for the model's own.
+    """What is to be drawn: as in diffusers, the adapter's scale, and the side in pixels, None for
+    the model's own.
     """
 
     prompt: str
@@ -253,28 +245,27 @@ def sides(
             root.
     """
     runs = {run.path: run for run in catalog.now.runs if drawable(run)}
-    chosen: list[RunItem | None] = []
+    found: list[tuple[str, Path | None]] = []
+    bases, size = list[BaseChoice](), None
     for path in (a, b):
-        if path != BASE and path not in runs:
+        if path == BASE:
+            found.append(("base model", None))
+            continue
+        if path not in runs:
             raise UserError(f'the run "{path}" has gone: choose another')
-        chosen.append(runs.get(path))
-    bases = list(dict.fromkeys(BaseChoice.of(run.record["config"]) for run in chosen if run))
-    if len(bases) > 1:
+        run = runs[path]
+        catalog.resolve(run.weights or path)  # a link out of the root is refused
+        found.append((run.name, catalog.resolve(path)))
+        bases.append(BaseChoice.of(run.record["config"]))
+        size = size or run.record["config"].get("resolution")
+    if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
             " choose two of one"
         )
-    if not bases:  # the base model of the first run, or the miniature
-        bases = [BaseChoice.of(run.record["config"]) for run in runs.values()] or [BaseChoice(MINI)]
-    found: list[tuple[str, Path | None]] = []
-    for run in chosen:
-        if run is None:
-            found.append(("base model", None))
-            continue
-        catalog.resolve(run.weights or run.path)  # a link out of the root is refused
-        found.append((run.name, catalog.resolve(run.path)))
-    sizes = [run.record["config"].get("resolution") for run in chosen if run is not None]
-    return bases[0], found, next((size for size in sizes if isinstance(size, int)), None)
+    # Of the base model alone: that of the first run, or the miniature.
+    bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
+    return (bases or [BaseChoice(MINI)])[0], found, size if isinstance(size, int) else None
 
 
 def drawable(run: RunItem) -> bool:

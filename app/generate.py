@@ -96,7 +96,7 @@ class Tab:
         there = {path for _, path in named}
         kept = a in there and b in there and {a, b} != {BASE}
         a, b = (a, b) if kept else first
-        text = "" if runs else parts.empty("No trained run yet", parts.demo(self.catalog))
+        text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
         return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.shown(text)]
 
     def usual(self, a: str, b: str, before: str) -> list[Any]:

@@ -126,8 +126,8 @@ class Tab:
             self.catalog.now.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
         )
         if not runs:
-            what = parts.demo(self.catalog), parts.train(self.catalog)
-            return {self.notice: parts.shown(parts.empty("No runs yet", *what))}
+            text = parts.empty(self.catalog, "No runs yet", "demo", "train")
+            return {self.notice: parts.shown(text)}
         there = {run.path for run in runs}
         going = [run.path for run in runs if run.status == "running"]
         latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]

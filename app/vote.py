@@ -86,9 +86,8 @@ class Tab:
     def _load(self, booth: Booth | None, chosen: str | None) -> Update:
         items = self.polls.items()
         if not items:
-            what = "A vote needs images of two runs from the same prompts and seeds:"
-            measure = parts.measure(self.catalog, "clip_scores", what)
-            return {self.notice: shown(parts.empty("Nothing to vote on yet", measure))}
+            text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
+            return {self.notice: shown(text)}
         paths = [item.path for item in items]
         return {
             self.notice: shown(""),

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,9 @@ def test_commands_have_the_paths_that_a_shell_needs(
     for method in ("lora", "bilora"):
         make_run(root / method, method=method)
     monkeypatch.chdir(tmp_path)
-    _, command = parts.measure(Catalog(root), "clip_scores", "")
-    assert command == "python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'"
+    text = unescape(parts.empty(Catalog(root), "", "clip_scores", "train"))
+    assert "<code>python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'</code>" in text
+    assert "--output_dir 'my runs'/bilora</code>" in text
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
     monkeypatch.chdir("/")
