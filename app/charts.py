@@ -109,9 +109,9 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "value", "run"])
 
 
-def ceiling(values: pd.Series) -> float | None:
+def ceiling(values: Sequence[float]) -> float | None:
     """Where the vertical axis ends so that rare peaks are cut off; None where none stands out."""
-    low, near, high = values.min(), values.quantile(0.99), values.max()
+    low, near, high = np.quantile(values, [0, 0.99, 1])
     outstanding = len(values) > 50 and high - low > 3 * (near - low) > 0
     return float(near + 0.06 * (near - low)) if outstanding else None
 

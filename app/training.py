@@ -72,18 +72,12 @@ def _lines(run: Shown) -> list[str]:
     return [line for line in lines if line]
 
 
-def plot(lines: Sequence[Line]) -> Any:
-    """What becomes of a plot with these lines; one without a point is hidden."""
-    frame = table(lines)
-    if frame.empty:
-        return gr.update(visible=False)
-    top = ceiling(frame["value"])
-    return gr.update(
-        value=frame,
-        color_map={line.name: line.color for line in lines if line.points},
-        y_lim=None if top is None else [None, top],
-        visible=True,
-    )
+def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
+    """The properties of a plot with these lines; one without a value is hidden."""
+    if not values:
+        return {"visible": False}
+    top, colors = ceiling(values), {line.name: line.color for line in lines if line.points}
+    return {"visible": True, "color_map": colors, "y_lim": None if top is None else [None, top]}
 
 
 class Tab:
@@ -103,7 +97,9 @@ class Tab:
             with gr.Row(elem_id="training-plots"):
                 self.plots = {
                     (name, is_text): gr.LinePlot(
-                        **{"x": "step", "y": "value", "color": "run"},
+                        x="step",
+                        y="value",
+                        color="run",
                         label=title + " (text)" * is_text,
                         caption=caption,
                         colors_in_legend=[],
@@ -114,11 +110,16 @@ class Tab:
                     for is_text in (False, True)
                     for name, (title, caption) in TITLES.items()
                 }
-        self.drawn = gr.State(None)
-        chosen, shown = [self.runs, window], [self.cards, self.legend, self.drawn]
+        self.drawn, self.looks = gr.State(None), gr.State([])
+        chosen, shown = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
         shown += self.plots.values()
         gr.on(signs, self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, chosen, shown, **QUIET)
+        # After the values: a plot that gets both at once keeps the old values in the new colours.
+        plots = [*self.plots.values()]
+        self.looks.change(
+            lambda looks: [gr.update(**one) for one in looks], self.looks, plots, **QUIET
+        )
         gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], shown, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
@@ -136,7 +137,7 @@ class Tab:
         new = [path for path in going if path not in kept][: len(COLORS) - len(kept)]
         now = [*kept, *new] if kept else first
         # What is the same is not sent: someone may be choosing just now.
-        value = {} if now == chosen else {"value": now}
+        value: dict[str, Any] = {} if now == chosen else {"value": now}
         return {
             self.notice: parts.shown(""),
             self.body: gr.update(visible=True),
@@ -150,11 +151,14 @@ class Tab:
         if (window, *keys) == drawn:
             return {self.cards: gr.skip()}
         shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
-        shown[self.drawn] = (window, *keys)
+        shown[self.drawn], looks = (window, *keys), []
+        shown[self.looks] = looks
         for is_text in (False, True):
             own = [r for r in runs if isinstance(r, Shown) and r.run.is_text == is_text]
             for name, lines in charts(own, int(window)).items():
-                shown[self.plots[name, is_text]] = plot(lines)
+                frame = table(lines)
+                looks.append(look(lines, frame["value"].tolist()))
+                shown[self.plots[name, is_text]] = gr.skip() if frame.empty else frame
         return shown
 
     def _read(self, paths: Sequence[str]) -> list[Shown | Failed]:

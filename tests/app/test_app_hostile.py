@@ -66,8 +66,7 @@ class Tabs:
 
 def to_json(update: Any) -> Any:
     """An update with what Gradio makes of its table."""
-    frame = update.get("value") if isinstance(update, dict) else None
-    return update if frame is None else {**update, "value": frame.to_json(orient="split")}
+    return update.to_json(orient="split") if hasattr(update, "to_json") else update
 
 
 def sent(values: Iterable[Any]) -> str:

@@ -80,7 +80,7 @@ def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off() -> None:
     assert kept == sorted(kept)
     assert {points[0], points[-1], points[1234], points[4321]} <= set(kept) <= set(points)
     assert thin(points[:400], 400) == points[:400]
-    values = table([Line("a", [(at, 1.0 + at % 2) for at in range(200)])])["value"]
+    values = [1.0 + at % 2 for at in range(200)]
     assert ceiling(values) is None
     values[100] = 500.0
     assert 2 < (ceiling(values) or 0) < 10
@@ -228,8 +228,8 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path: 
     assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"
 
     def drawn(update: Any, name: str, is_text: bool = False) -> list[list[Any]]:
-        plot = update[tab.plots[name, is_text]]
-        return plot["value"].to_numpy().tolist() if plot["visible"] else []
+        there = update[tab.looks][list(tab.plots).index((name, is_text))]["visible"]
+        return update[tab.plots[name, is_text]].to_numpy().tolist() if there else []
 
     chosen = (["bilora", "text"], 1)
     before = tab._draw(*chosen)

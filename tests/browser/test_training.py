@@ -82,9 +82,7 @@ def test_curves_follow_a_run_show_values_and_fit_a_phone(
     expect(loss).not_to_have_attribute("d", before or "")
     color = "element => getComputedStyle(element).getPropertyValue('--line').trim()"
     assert loss.get_attribute("stroke") == mine.evaluate(color), "cards and curves agree"
-    area = page.locator("#training-norm svg.marks").bounding_box()
-    assert area is not None
-    page.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
     shot(page, "training-live")
 
