@@ -49,6 +49,7 @@ RENAME = "its name is not UTF-8: give it another"
 FRESH_SECONDS = 2.0
 """So long a look at the root serves all visitors."""
 Item = TypeVar("Item")
+Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,17 @@ class ScoresItem:
 
 @dataclass(frozen=True)
 class FigureItem:
-    """A result with figures.
-
-    Args:
-        path: of its folder.
-        name: what lists show; unique within a kind.
-        kind: "landscape", "dynamics", "generalization", "sweep", "tune" or "text_scores".
-        figures: its PNG files, relative to the root.
-    """
+    """A result with figures, PNG files relative to the root, and what its file says."""
 
     path: str
     name: str
-    kind: str
+    result: dict[str, Any]
     figures: list[str]
+
+    @property
+    def kind(self) -> str:
+        """ "landscape", "dynamics", "generalization", "sweep", "tune" or "text_scores"."""
+        return self.result["kind"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,12 @@ class Broken:
 
 @dataclass
 class Scan:
-    """What one look at the root finds, each by path; ``read`` keeps files with their stamps."""
+    """What one look at the root finds, each by path."""
 
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ScoresItem] = field(default_factory=list)
     figures: list[FigureItem] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
-    read: dict[tuple[str, str], tuple[tuple[int, int], Any]] = field(default_factory=dict)
 
 
 class Catalog:
@@ -119,6 +117,7 @@ class Catalog:
             raise UserError(f"{root} is a file: give the folder that holds your runs")
         self.root, self._public = root.resolve(), public
         self._lock = threading.Lock()
+        self._read: dict[Path, tuple[Stamp, Any]] = {}
         self.now, self._looked = Scan(), 0.0
         self.refresh()
 
@@ -147,7 +146,7 @@ class Catalog:
         if kind == "runs":
             parts = [(r.path, r.name, r.status, r.weights, r.steps) for r in now.runs]
         else:
-            parts = [(item.path, now.read[item.path, FILE][0]) for item in getattr(now, kind)]
+            parts = [(item.path, id(item.result)) for item in getattr(now, kind)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def resolve(self, relative: str) -> Path:
@@ -169,6 +168,18 @@ class Catalog:
         if not found.is_relative_to(self.root):
             raise UserError(f"{relative!r} leads out of the root: copy it into the root instead")
         return found
+
+    def kept(self, file: Path, read: Callable[[], Item]) -> Item:
+        """What ``read`` makes of a file, read again only where it has changed.
+
+        Raises:
+            OSError: there is none.
+        """
+        status = file.stat()
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if file not in self._read or self._read[file][0] != stamp:
+            self._read[file] = (stamp, read())
+        return self._read[file][1]
 
     def look(self) -> None:
         """:meth:`refresh`, unless that was a moment ago."""
@@ -231,7 +242,7 @@ class Catalog:
                     reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
                     scan.broken.append(Broken(folder, reason))
                 pictures = [_join(folder, name) for name in listed if name in names]
-                scan.figures.append(FigureItem(folder, shown, result["kind"], pictures))
+                scan.figures.append(FigureItem(folder, shown, result, pictures))
             return
         for file in sorted(EARLIER.keys() & names):
             again = f"run python -m eval.{EARLIER[file]} again"
@@ -240,14 +251,9 @@ class Catalog:
     def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
         """What ``read`` makes of a folder's file, or None and a line among the broken ones."""
         try:
-            status = self.resolve(_join(folder, file)).stat()
-            stamp = (status.st_mtime_ns, status.st_size)
-            kept = self.now.read.get((folder, file))
-            if kept is None or kept[0] != stamp:
-                # The reader gets the folder's own name, so that messages have it too.
-                kept = (stamp, read(self.root / folder))
-            scan.read[folder, file] = kept
-            return kept[1]
+            # The reader gets the folder's own name, so that messages have it too.
+            place = self.resolve(_join(folder, file))
+            return self.kept(place, lambda: read(self.root / folder))
         except UserError as error:
             reason = " ".join(str(error).split())
         except OSError as error:

@@ -27,39 +27,6 @@ from .compare_data import View
 from .parts import QUIET, Update
 
 UNSCORED = "no image has a score"
-MEASURE = "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
-PICK = """
-element.addEventListener('click', (event) => {
-  const row = event.target.closest('[data-prompt]');
-  if (row) trigger('select', { prompt: Number(row.dataset.prompt) });
-});
-let top = 0;
-element.addEventListener('scroll', (event) => { top = event.target.scrollTop; }, true);
-watch('value', () => {
-  const list = element.querySelector('.prompts');
-  if (!list) return;
-  list.scrollTop = top;
-  const row = list.querySelector('[aria-current]');
-  if (!row) return;
-  const above = row.offsetTop - list.offsetTop;
-  if (above < list.scrollTop || above + row.offsetHeight > list.scrollTop + list.clientHeight)
-    list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
-});
-"""
-"""Reports a click on a row, and keeps the chosen row in sight."""
-ADDRESS = """
-(query) => {
-  if (!query) return '';
-  const here = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
-  for (const key of ['scores', 'a', 'b', 'also', 'prompt', 'seed', 'metric', 'order', 'words'])
-    here.delete(key);
-  for (const [key, value] of view) here.set(key, value);
-  const address = window.location.pathname + '?' + here.toString();
-  window.history.replaceState(null, '', address);
-  return window.location.origin + window.location.pathname + query;
-}
-"""
-"""Puts the view into the browser's address, beside what else is there (``__theme``)."""
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 """One after the other, so that the last choice is the one that stays on the screen."""
 
@@ -69,49 +36,39 @@ class Tab:
 
     def __init__(self, catalog: Catalog, page: gr.Blocks, signs: Sequence[Any]) -> None:
         self.catalog = catalog
-        self._widgets()
-        self._events(page, signs)
-
-    def _widgets(self) -> None:
         self.prompt = gr.State("")
         self.empty = parts.html(visible=False)
         self.means = parts.html("compare-means", visible=False)
         with gr.Column(visible=False) as self.body, gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
-                self._choice()
+                self.scores = _list("scores", "Scores")
+                with gr.Row():
+                    self.a, self.b = _list("a", "A", 120), _list("b", "B", 120)
+                self.also = _list("also", "Also show", multiselect=True)
+                with gr.Row():
+                    self.seed, self.metric = (
+                        _list("seed", "Seed", 90),
+                        _list("metric", "Score", 120),
+                    )
+                orders = [(text, key) for key, text in data.ORDERS.items()]
+                self.order = _list("order", "Sort by the change from A to B", choices=orders)
+                words: dict[str, Any] = {"label": "Filter", "placeholder": "words of the prompt"}
+                self.words = gr.Textbox(elem_id="compare-words", **words)
+                self.list = parts.html(
+                    "compare-list", js_on_load="bilora.pick(element, trigger, watch)"
+                )
             with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                 with gr.Row(elem_id="compare-steps"):
-                    self.previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
+                    previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
                     self.place = parts.html("compare-place")
-                    self.next = gr.Button("Next →", elem_id="compare-next", size="sm")
+                    following = gr.Button("Next →", elem_id="compare-next", size="sm")
                 self.title = parts.html("compare-prompt")
                 self.cards = parts.html("compare-cards")
                 self.slider = parts.html("compare-slider")
                 self.query = gr.Textbox(visible=False)
                 fixed: dict[str, Any] = {"interactive": False, "buttons": ["copy"], "max_lines": 1}
-                self.link = gr.Textbox(label="Link to this view", elem_id="compare-link", **fixed)
+                link = gr.Textbox(label="Link to this view", elem_id="compare-link", **fixed)
 
-    def _choice(self) -> None:
-        self.scores = gr.Dropdown(label="Scores", elem_id="compare-scores")
-        with gr.Row():
-            self.a = gr.Dropdown(label="A", elem_id="compare-a", min_width=120)
-            self.b = gr.Dropdown(label="B", elem_id="compare-b", min_width=120)
-        self.also = gr.Dropdown(label="Also show", multiselect=True, elem_id="compare-also")
-        with gr.Row():
-            self.seed = gr.Dropdown(label="Seed", elem_id="compare-seed", min_width=90)
-            self.metric = gr.Dropdown(label="Score", elem_id="compare-metric", min_width=120)
-        self.order = gr.Dropdown(
-            [(text, key) for key, text in data.ORDERS.items()],
-            value="gain",
-            label="Sort by the change from A to B",
-            elem_id="compare-order",
-        )
-        self.words = gr.Textbox(
-            label="Filter", placeholder="words of the prompt", elem_id="compare-words"
-        )
-        self.list = parts.html("compare-list", js_on_load=PICK)
-
-    def _events(self, page: gr.Blocks, signs: Sequence[Any]) -> None:
         chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]  # as View has them
@@ -120,15 +77,17 @@ class Tab:
         everything = list(dict.fromkeys([self.empty, self.body, *choice, *shown]))
         page.load(self.open, inputs=[], outputs=everything, **ORDERED)
         gr.on(signs, self.again, self.query, everything, **ORDERED)
-        self.scores.input(self.change_scores, self.scores, everything, **ORDERED)
+        self.scores.input(
+            lambda path: self._opened({"scores": path}), self.scores, everything, **ORDERED
+        )
         last: dict[str, Any] = {"trigger_mode": "always_last", **ORDERED}
         changes = [*(widget.input for widget in chosen), self.words.change]
         gr.on(changes, self.show, choice, shown, **last)
         self.list.select(self.pick, choice, shown, **ORDERED)
         every: dict[str, Any] = {"trigger_mode": "multiple", **ORDERED}
-        for button, by in ((self.previous, -1), (self.next, 1)):
+        for button, by in ((previous, -1), (following, 1)):
             button.click(partial(self.step, by), choice, shown, **every)
-        self.query.change(None, self.query, self.link, js=ADDRESS)
+        self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
         """Fill the tab when the page is loaded, by the link's query if there is one."""
@@ -138,40 +97,35 @@ class Tab:
         """The same view where the folders have changed; the first one where there was none."""
         return self._opened(dict(parse_qsl((query or "").removeprefix("?"))), quiet=True)
 
-    def change_scores(self, path: str) -> Update:
-        """Another score folder."""
-        return self._opened({"scores": path})
-
     def _opened(self, query: dict[str, str], quiet: bool = False) -> Update:
         there = {item.path: item for item in self.catalog.now.scores}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
-            command = parts.measure(self.catalog, "clip_scores", MEASURE)
             runs = parts.measurable(self.catalog, "clip_scores")
-            text = parts.empty("No scored images yet", command) if runs else ""
+            text = "No scored images yet"
+            text = parts.empty(self.catalog, text, "clip_scores") if runs else ""
             return {self.empty: parts.shown(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
-        if asked and asked not in items and not quiet:
+        lost = []
+        if asked and asked not in items:
             what = "have no images" if asked in there else "are not there"
-            parts.warn(f'The link names the scores "{asked}", which {what}.')
-            query = {}
+            lost, query = [f'The link names the scores "{asked}", which {what}.'], {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in [] if quiet else missing:
+        for sentence in [] if quiet else [*lost, *missing]:
             parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
         scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
         seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
         folders = [(item.name, path) for path, item in items.items()]
-        many = len(names) > 2
         return {
             self.empty: gr.update(visible=False),
             self.body: gr.update(visible=True),
             self.scores: gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
             self.a: gr.update(choices=names, value=view.a),
             self.b: gr.update(choices=names, value=view.b),
-            self.also: gr.update(choices=names, value=list(view.also), visible=many),
+            self.also: gr.update(choices=names, value=list(view.also), visible=len(names) > 2),
             self.seed: gr.update(choices=seeds, value=view.seed),
             self.metric: gr.update(choices=scores, value=view.metric),
             self.order: view.order,
@@ -207,7 +161,7 @@ class Tab:
         raise gr.Error("These scores have gone or changed: load the page again.")
 
     def _shown(self, view: View, item: ScoresItem) -> Update:
-        result, listed = item.result, data.listed(view, item.result)
+        result, listed, pair = item.result, data.listed(view, item.result), (view.a, view.b)
         pictures = {label: self._picture(item, view, label) for label in view.adapters}
         order = [row.text for row in listed]
         place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
@@ -216,19 +170,17 @@ class Tab:
             self.prompt: view.prompt,
             self.title: f"<h3>{escape(view.prompt)}</h3>",
             self.place: place,
-            self.list: compare_html.prompt_list(listed, view.prompt, view.a, view.b),
+            self.list: compare_html.prompt_list(listed, view.prompt, *pair),
             self.cards: compare_html.cards(result, self._cards(item, view, pictures)),
-            self.slider: parts.slider(pictures[view.a], pictures[view.b], (view.a, view.b)),
+            self.slider: parts.slider(pair, [pictures[label] for label in pair]),
             self.query: data.link(view),
-            self.means: parts.shown(means + compare_html.summary(result, view.a, view.b)),
+            self.means: parts.shown(means + compare_html.summary(result, *pair)),
         }
 
     def _picture(self, item: ScoresItem, view: View, label: str) -> Image.Image | None:
         image = item.result.images.get((label, view.prompt, view.seed))
-        if image is None:
-            return None
         try:
-            return parts.read(self.catalog.resolve(item.file(image.file)))
+            return parts.read(self.catalog.resolve(item.file(image.file))) if image else None
         except UserError as error:
             parts.warn(str(error))
             return None
@@ -244,10 +196,8 @@ class Tab:
             address = parts.data_uri(picture) if picture else None
             cards.append(compare_html.Card(label, address, image, near, role))
         truth = self._named(item, item.result.prompt(view.prompt).reference, mini.heldout_dir())
-        if truth:
-            line = "the held-out picture that the prompt describes"
-            cards.append(compare_html.Card("ground truth", truth, line=line))
-        return cards
+        line = "the held-out picture that the prompt describes"
+        return [*cards, compare_html.Card("ground truth", truth, line=line)] if truth else cards
 
     def _named(self, item: ScoresItem, name: str | None, package: Path) -> str | None:
         """A picture that a result names: a file of its folder, else one of the package's own, of
@@ -260,3 +210,7 @@ class Tab:
         except UserError:  # the card still names it
             return None
         return found or (parts.address(package / name) if name == Path(name).name else None)
+
+
+def _list(name: str, label: str, min_width: int = 160, **more: Any) -> gr.Dropdown:
+    return gr.Dropdown(label=label, elem_id=f"compare-{name}", min_width=min_width, **more)

@@ -32,11 +32,9 @@ class View:
 
     Args:
         scores: path of the score folder.
-        a, b: adapters of the pair; the change is b minus a.
-        also: adapters that are shown beside them.
+        a, b, also: adapters of the pair, whose change is b minus a, and those shown beside them.
         prompt, seed: of the images.
-        metric: by which the prompts are listed.
-        order: key of :data:`ORDERS`.
+        metric, order: by which the prompts are listed (:data:`ORDERS`).
         words: only prompts that contain all of these are listed.
     """
 
@@ -142,39 +140,23 @@ def comparison(result: Scored, a: str, b: str, metric: str) -> Summary | None:
     )
 
 
-def arranged(
-    listed: Sequence[PromptRow], metric: str, order: str, words: str = ""
-) -> list[PromptRow]:
-    """The rows as they are listed.
-
-    A gain is a change for the better: for memorization, where lower is better, a decrease. Prompts
-    without a score come last.
-
-    Args:
-        listed: see :func:`rows`.
-        metric: of the rows.
-        order: key of :data:`ORDERS`.
-        words: case is ignored.
-    """
-    parts = words.casefold().split()
-    kept = [row for row in listed if all(word in row.text.casefold() for word in parts)]
-    if order == "name":
-        return sorted(kept, key=lambda row: row.name.casefold())
-    if order == "list":
-        return kept
-    known = METRICS.get(metric)
-    sign = -1 if known is not None and known.higher_is_better is False else 1
-    sign = -sign if order == "gain" else sign
-    return sorted(
-        kept,
-        key=lambda row: (row.change is None, sign * (row.change or 0.0), row.name.casefold()),
-    )
-
-
 def listed(view: View, result: Scored) -> list[PromptRow]:
-    """The prompts of a view."""
+    """The prompts of a view, sorted and filtered; those without a score come last.
+
+    A gain is a change for the better: for memorization, where lower is better, a decrease.
+    """
+    words = view.words.casefold().split()
     found = rows(result, view.a, view.b, view.metric)
-    return arranged(found, view.metric, view.order, view.words)
+    kept = [row for row in found if all(word in row.text.casefold() for word in words)]
+    known = METRICS.get(view.metric)
+    sign = -1 if known is not None and known.higher_is_better is False else 1
+    sign = -sign if view.order == "gain" else sign
+    keys = {
+        "name": lambda row: row.name.casefold(),
+        "list": lambda row: 0,
+        "gain": lambda row: (row.change is None, sign * (row.change or 0.0), row.name.casefold()),
+    }
+    return sorted(kept, key=keys.get(view.order, keys["gain"]))
 
 
 def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
@@ -202,11 +184,10 @@ def first_view(scores: str, result: Scored) -> View:
     drawn = {label for label, _, _ in result.images}
     there = [label for label in result.labels if label in drawn] or result.labels
     a, b = (there * 2)[:2]
-    metric = next(iter(metrics(result)), "i2t")
-    order = arranged(rows(result, a, b, metric), metric, "gain")
-    prompt = order[0].text if order else next(iter(result.texts), "")
-    seeds = result.settings.seeds or [0]
-    return View(scores, a, b, tuple(there[2:4]), prompt, seeds[0], metric)
+    metric, seeds = next(iter(metrics(result)), "i2t"), result.settings.seeds or [0]
+    view = View(scores, a, b, tuple(there[2:4]), next(iter(result.texts), ""), seeds[0], metric)
+    order = listed(view, result)
+    return replace(view, prompt=order[0].text) if order else view
 
 
 def link(view: View) -> str:

@@ -19,9 +19,8 @@ class Card:
 
     Args:
         title: its adapter's label, or what it is.
-        picture: ``data:`` address; None where there is none.
+        picture, nearest: ``data:`` addresses, of it and of the training picture most like it.
         image: its record, for scores and caption.
-        nearest: ``data:`` address of the training picture that is most like it.
         role: "A" or "B" for the pair.
         line: a sentence about it.
     """
@@ -84,11 +83,9 @@ def _difference(result: Scored, a: str, b: str, metric: str) -> str:
     line = comparison(result, a, b, metric)
     if line is None or line.difference is None:
         return "<td>–</td>"
-    text = f"{100 * line.difference:+.2f}"
-    if line.difference_interval is not None:
-        low, high = line.difference_interval
-        text += f" ({100 * low:+.2f} to {100 * high:+.2f})"
-    return f'<td class="{tone(line)}">{text}</td>'
+    ends = line.difference_interval
+    text = f" ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})" if ends else ""
+    return f'<td class="{tone(line)}">{100 * line.difference:+.2f}{text}</td>'
 
 
 def cards(result: Scored, shown: Sequence[Card]) -> str:
@@ -102,10 +99,9 @@ def cards(result: Scored, shown: Sequence[Card]) -> str:
 
 
 def _facts(result: Scored, card: Card, leaders: dict[str, float]) -> str:
-    image = card.image
+    image, rows = card.image, ""
     if image is None:
         return f'<p class="quiet">{escape(card.line)}</p>' if card.line else ""
-    rows = ""
     for name, value in image.scores.items():
         mark = ' class="best"' if leaders.get(name) == value else ""
         rows += f"<tr{mark}>{_title(name)}<td>{times_100(value)}</td></tr>"
@@ -125,14 +121,10 @@ def _facts(result: Scored, card: Card, leaders: dict[str, float]) -> str:
 def _legend(result: Scored) -> str:
     """Whose scores these are."""
     scorer, captioner = result.settings.scorer, result.settings.captioner
-    text = f"Scores are cosines × 100 by {escape(scorer.name)}."
-    if captioner is not None:
-        text += f" Captions by {escape(captioner.name)}."
-    text += (
+    captions = f" Captions by {escape(captioner.name)}." if captioner else ""
+    notes = "".join(f" {escape(model.note)}" for model in (scorer, captioner) if model)
+    return (
+        f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
         " A difference is green or red where its 95 % interval (over the seeds; in the table of"
-        " means, over the prompts) leaves out zero."
+        f" means, over the prompts) leaves out zero.{notes}</p>"
     )
-    for model in (scorer, captioner):
-        if model is not None and model.note:
-            text += f" {escape(model.note)}"
-    return f'<p class="quiet legend">{text}</p>'

@@ -1,15 +1,12 @@
 """What the Generate tab asks for, the thread that draws it, and the pipeline. No widgets here.
 
-One pipeline is in memory at a time, and whoever draws with it has waited in line for a turn.
+One pipeline is in memory at a time, and whoever draws with it has waited in line.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,23 +53,15 @@ class BaseChoice:
     @classmethod
     def of(cls, config: dict[str, Any]) -> BaseChoice:
         """The base model of a run."""
-        return cls(
-            config.get("pretrained_model_name_or_path") or MINI,
-            config.get("revision"),
-            config.get("variant"),
-            config.get("cache_dir"),
-            config.get("pretrained_vae_model_name_or_path"),
-        )
+        names = ("revision", "variant", "cache_dir", "pretrained_vae_model_name_or_path")
+        base = config.get("pretrained_model_name_or_path") or MINI
+        return cls(base, *(config.get(name) for name in names))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn.
-
-    Args:
-        prompt, seed, steps, guidance_scale: as in diffusers.
-        scale: of the adapter.
-        size: side in pixels; None for the model's own.
+    """What is to be drawn: as in diffusers, the adapter's scale, and the side in pixels, None for
+    the model's own.
     """
 
     prompt: str
@@ -84,7 +73,7 @@ class Request:
 
 
 class Pipelines:
-    """Keeps one pipeline loaded.
+    """Keeps one pipeline loaded; ``line`` has who waits for it, first who has it.
 
     Args:
         device: such as "cuda:1"; None for a GPU where there is one.
@@ -95,39 +84,9 @@ class Pipelines:
 
     def __init__(self, device: str | None = None) -> None:
         self.device = open_device(device)
-        self._line: deque[object] = deque()
-        self._moved = threading.Condition()
+        self.line: list[Work] = []
         self._base: BaseChoice | None = None
         self._pipeline: Any = None
-
-    @contextmanager
-    def turn(self, stop: threading.Event, on_wait: Callable[[int], None]) -> Iterator[None]:
-        """Wait in line for the pipeline, first come, first served, and have it within.
-
-        Args:
-            stop: leaves the line.
-            on_wait: called with the number of those before, whenever it changes.
-
-        Raises:
-            Stopped: ``stop`` was set.
-        """
-        ticket, told = object(), 0
-        with self._moved:
-            self._line.append(ticket)
-        try:
-            with self._moved:
-                while ahead := self._line.index(ticket):
-                    if stop.is_set():
-                        raise Stopped
-                    if ahead != told:
-                        told = ahead
-                        on_wait(ahead)
-                    self._moved.wait(0.1)
-            yield
-        finally:
-            with self._moved:
-                self._line.remove(ticket)
-                self._moved.notify_all()
 
     def draw(
         self,
@@ -138,7 +97,7 @@ class Pipelines:
         stop: threading.Event,
         on_step: Callable[[int], None],
     ) -> Image:
-        """One image; to be called within :meth:`turn`.
+        """One image; to be called by the first in line.
 
         Args:
             base: loaded when it is not.
@@ -215,7 +174,7 @@ def local(base: BaseChoice) -> str:
         ) from error
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A generation that is going on in a thread of its own.
 
@@ -225,8 +184,10 @@ class Work:
         request: what is drawn.
         place: the root's place on the machine, which no message shows.
         stop: ends the work before its next step.
-        news: ("wait", number before), ("begun", position), ("step", (position, number)),
-            ("image", image), and at last "end", "stopped" or "error" with a sentence.
+        ahead: how many wait before it.
+        step: that was taken last, of the image after ``images``.
+        message: how it ended.
+        failed: whether by an error.
     """
 
     sides: list[tuple[str, Path | None]]
@@ -234,29 +195,41 @@ class Work:
     request: Request
     place: str
     stop: threading.Event = field(default_factory=threading.Event)
-    news: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
+    ahead: int = 0
+    step: int = 0
+    images: list[Image] = field(default_factory=list)
+    message: str = ""
+    failed: bool = False
 
     def run(self, models: Pipelines) -> None:
-        """Wait for a turn and draw each side; report the course and how it ended."""
+        """Wait in line and draw each side."""
+        models.line.append(self)
         try:
-            with models.turn(self.stop, lambda ahead: self.news.put(("wait", ahead))):
-                for position, (_, adapter) in enumerate(self.sides):
-                    self.news.put(("begun", position))
-                    image = models.draw(
-                        *(self.base, adapter, self.request),
-                        stop=self.stop,
-                        on_step=lambda step, at=position: self.news.put(("step", (at, step))),
-                    )
-                    self.news.put(("image", image))
-            self.news.put(("end", "Done."))
+            while ahead := models.line.index(self):
+                self.ahead = ahead
+                if self.stop.wait(0.1):
+                    raise Stopped
+            self.ahead = 0
+            for _, adapter in self.sides:
+                about = (self.base, adapter, self.request)
+                image = models.draw(*about, stop=self.stop, on_step=self._on_step)
+                self.step = 0
+                self.images.append(image)
+            self.message = "Done."
         except Stopped:
-            self.news.put(("stopped", "Cancelled."))
+            self.message = "Cancelled."
         except (UserError, TrainingError) as error:
-            self.news.put(("error", str(error).replace(self.place, "")))
+            self.message, self.failed = str(error).replace(self.place, ""), True
         except Exception as error:
             # The page has to hear of it; the traceback goes to the terminal.
-            self.news.put(("error", f"The images could not be made ({type(error).__name__})."))
+            self.message = f"The images could not be made ({type(error).__name__})."
+            self.failed = True
             raise
+        finally:
+            models.line.remove(self)
+
+    def _on_step(self, step: int) -> None:
+        self.step = step
 
 
 def sides(
@@ -272,28 +245,27 @@ def sides(
             root.
     """
     runs = {run.path: run for run in catalog.now.runs if drawable(run)}
-    chosen: list[RunItem | None] = []
+    found: list[tuple[str, Path | None]] = []
+    bases, size = list[BaseChoice](), None
     for path in (a, b):
-        if path != BASE and path not in runs:
+        if path == BASE:
+            found.append(("base model", None))
+            continue
+        if path not in runs:
             raise UserError(f'the run "{path}" has gone: choose another')
-        chosen.append(runs.get(path))
-    bases = list(dict.fromkeys(BaseChoice.of(run.record["config"]) for run in chosen if run))
-    if len(bases) > 1:
+        run = runs[path]
+        catalog.resolve(run.weights or path)  # a link out of the root is refused
+        found.append((run.name, catalog.resolve(path)))
+        bases.append(BaseChoice.of(run.record["config"]))
+        size = size or run.record["config"].get("resolution")
+    if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
             " choose two of one"
         )
-    if not bases:  # the base model of the first run, or the miniature
-        bases = [BaseChoice.of(run.record["config"]) for run in runs.values()] or [BaseChoice(MINI)]
-    found: list[tuple[str, Path | None]] = []
-    for run in chosen:
-        if run is None:
-            found.append(("base model", None))
-            continue
-        catalog.resolve(run.weights or run.path)  # a link out of the root is refused
-        found.append((run.name, catalog.resolve(run.path)))
-    sizes = [run.record["config"].get("resolution") for run in chosen if run is not None]
-    return bases[0], found, next((size for size in sizes if isinstance(size, int)), None)
+    # Of the base model alone: that of the first run, or the miniature.
+    bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
+    return (bases or [BaseChoice(MINI)])[0], found, size if isinstance(size, int) else None
 
 
 def drawable(run: RunItem) -> bool:

@@ -74,11 +74,8 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 def title(catalog: Catalog) -> str:
     """The page's heading: the root's name and how much was found there."""
-    items = {
-        "run": catalog.now.runs,
-        "score folder": catalog.now.scores,
-        "result": catalog.now.figures,
-    }
+    now = catalog.now
+    items = {"run": now.runs, "score folder": now.scores, "result": now.figures}
     counts = [f"{len(some)} {what}{'s' * (len(some) != 1)}" for what, some in items.items()]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
@@ -97,30 +94,6 @@ def notices(catalog: Catalog) -> str:
     return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
-def _theme() -> gr.themes.Base:
-    """Gradio's own, with text and buttons of a contrast of at least 4.5 in light and dark."""
-    strong, stronger = "#0f766e", "#115e59"
-    theme = gr.themes.Default(
-        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONO
-    )
-    return theme.set(
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-        block_label_text_color="*neutral_700",
-        block_title_text_color="*neutral_700",
-        block_info_text_color="*neutral_600",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_300",
-        button_primary_background_fill=strong,
-        button_primary_background_fill_dark=strong,
-        button_primary_background_fill_hover=stronger,
-        button_primary_background_fill_hover_dark=stronger,
-        color_accent=strong,
-        link_text_color=strong,
-        link_text_color_dark="#2dd4bf",
-    )
-
-
 def _head() -> str:
     """Style and script as they are: in `css` Gradio would change the weight of the rules."""
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
@@ -137,6 +110,7 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
         KeyboardInterrupt: Ctrl-C.
     """
     guard.close_downloads()
+    hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
     where = f"[{host}]" if ":" in host else host
     page.launch(
@@ -154,7 +128,7 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
         allowed_paths=[],
         max_file_size="1kb",
         app_kwargs={"lifespan": guard.lifespan(host, public)},
-        theme=_theme(),
+        theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
         head=_head(),
     )
     print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)

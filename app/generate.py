@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import MINI
@@ -98,7 +96,7 @@ class Tab:
         there = {path for _, path in named}
         kept = a in there and b in there and {a, b} != {BASE}
         a, b = (a, b) if kept else first
-        text = "" if runs else parts.empty("No trained run yet", parts.demo(self.catalog))
+        text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
         return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.shown(text)]
 
     def usual(self, a: str, b: str, before: str) -> list[Any]:
@@ -131,9 +129,20 @@ class Tab:
         work = Work(chosen, base, replace(drawing, size=size), f"{self.catalog.root}/")
         self.stop(request)  # who presses Generate again wants the new one
         self.running[request.session_hash] = work
-        threading.Thread(target=work.run, args=(self.models,), daemon=True).start()
+        thread = threading.Thread(target=work.run, args=(self.models,), daemon=True)
+        thread.start()
+        drawn = -1
         try:
-            yield from _followed(work)
+            while thread.is_alive():
+                # Yielding is what lets Gradio notice that a browser has gone.
+                done, drawn = drawn, len(work.images)
+                yield _progress(work), gr.skip() if drawn == done else _cards(work), gr.skip()
+                thread.join(IDLE_SECONDS)
+            if work.failed:
+                yield "", gr.skip(), gr.skip()
+                raise gr.Error(escape(work.message), print_exception=False)
+            slider = parts.slider([label for label, _ in work.sides], work.images)
+            yield _message(work.message), _cards(work), slider
         finally:  # also when the browser has gone
             work.stop.set()
             if self.running.get(request.session_hash) is work:
@@ -146,56 +155,22 @@ class Tab:
             work.stop.set()
 
 
-def message(text: str) -> str:
-    """A line of the status."""
+def _message(text: str) -> str:
     return f'<p class="quiet">{escape(text)}</p>'
 
 
-def _followed(work: Work) -> Iterator[Any]:
-    """What the page shows while the work goes on: status, cards, slider."""
-    images: list[Image.Image] = []
-    position = step = ahead = 0
-    while True:
-        try:
-            kind, value = work.news.get(timeout=IDLE_SECONDS)
-        except queue.Empty:
-            # Yielding is what lets Gradio notice that a browser has gone.
-            yield _progress(work, position, step, ahead), gr.skip(), gr.skip()
-            continue
-        if kind == "error":
-            yield "", gr.skip(), gr.skip()
-            raise gr.Error(escape(value), print_exception=False)
-        if kind == "stopped":
-            yield message(value), gr.skip(), gr.skip()
-            return
-        if kind == "end":
-            (a, _), (b, _) = work.sides
-            yield message(value), _cards(work, images), parts.slider(images[0], images[1], (a, b))
-            return
-        if kind == "wait":
-            ahead = value
-        elif kind == "begun":
-            position, step, ahead = value, 0, 0
-        elif kind == "step":
-            position, step = value
-        elif kind == "image":
-            images.append(value)
-        cards = _cards(work, images) if kind in ("begun", "image") else gr.skip()
-        yield _progress(work, position, step, ahead), cards, gr.skip()
+def _progress(work: Work) -> str:
+    if work.ahead:
+        return _message(f"Waiting: {work.ahead} before you.")
+    steps, position = work.request.steps, len(work.images)
+    what = f"step {work.step} of {steps}" if work.step else "getting ready"
+    label = work.sides[min(position, len(work.sides) - 1)][0]
+    done = f'value="{position * steps + work.step}" max="{len(work.sides) * steps}"'
+    return f"{_message(f'{label}: {what}')}<progress {done}></progress>"
 
 
-def _progress(work: Work, position: int, step: int, ahead: int) -> str:
-    if ahead:
-        return message(f"Waiting: {ahead} before you.")
-    steps = work.request.steps
-    label = escape(work.sides[position][0])
-    done, whole = position * steps + step, len(work.sides) * steps
-    what = f"step {step} of {steps}" if step else "getting ready"
-    return f'<p class="quiet">{label}: {what}</p><progress value="{done}" max="{whole}"></progress>'
-
-
-def _cards(work: Work, images: list[Image.Image]) -> str:
-    addresses = [parts.data_uri(image) for image in images] + [None] * len(work.sides)
+def _cards(work: Work) -> str:
+    addresses = [parts.data_uri(image) for image in work.images] + [None] * len(work.sides)
     cards = [
         parts.card(label, address, role)
         for (label, _), address, role in zip(work.sides, addresses, "AB", strict=False)

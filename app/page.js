@@ -1,4 +1,47 @@
 // What the page does by itself: the tab in the address, keys, enlarged pictures, pairs, copying.
+
+// What the parts made of HTML call when they are there.
+const bilora = {
+  // The list of prompts: reports a click on a row, and keeps the chosen row in sight.
+  pick(element, trigger, watch) {
+    element.addEventListener("click", (event) => {
+      const row = event.target.closest("[data-prompt]");
+      if (row) trigger("select", { prompt: Number(row.dataset.prompt) });
+    });
+    let top = 0;
+    element.addEventListener("scroll", (event) => { top = event.target.scrollTop; }, true);
+    watch("value", () => {
+      const list = element.querySelector(".prompts");
+      if (!list) return;
+      list.scrollTop = top;
+      const row = list.querySelector("[aria-current]");
+      if (!row) return;
+      const above = row.offsetTop - list.offsetTop;
+      if (above < list.scrollTop || above + row.offsetHeight > list.scrollTop + list.clientHeight)
+        list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
+    });
+  },
+  // The slider over the steps of validation images.
+  steps(element, trigger) {
+    element.addEventListener("input", (event) => {
+      const steps = JSON.parse(event.target.dataset.steps), step = steps[event.target.value];
+      event.target.setAttribute("aria-valuetext", `step ${step}`);
+      element.querySelector("output").textContent = `step ${step}`;
+      trigger("select", { step });
+    });
+  },
+  // Puts a view into the browser's address, beside what else is there (`__theme`).
+  address(query) {
+    if (!query) return "";
+    const here = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
+    for (const key of ["scores", "a", "b", "also", "prompt", "seed", "metric", "order", "words"])
+      here.delete(key);
+    for (const [key, value] of view) here.set(key, value);
+    window.history.replaceState(null, "", `${window.location.pathname}?${here}`);
+    return window.location.origin + window.location.pathname + query;
+  },
+};
+
 (() => {
   const PICTURE = "img.zoom";
   const named = (tab) => tab.textContent.trim().toLowerCase();

@@ -132,16 +132,18 @@ def card(
     )
 
 
-def slider(a: Image.Image | None, b: Image.Image | None, labels: tuple[str, str]) -> str:
+def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str:
     """Two pictures in one place, of which a handle shows one to its left and the other to its
     right, as HTML, brought to the size of the first; "" without both.
 
     The handle is the browser's own range input, so that mouse, finger and arrow keys move it.
     """
-    if a is None or b is None:
+    there = [picture for picture in pictures if picture is not None]
+    if len(there) < 2:
         return ""
-    a = fitted(a, SLIDER_SMALLEST)
-    under, over = data_uri(a), data_uri(b.resize(a.size, Image.Resampling.LANCZOS))
+    first = fitted(there[0], SLIDER_SMALLEST)
+    second = there[1].resize(first.size, Image.Resampling.LANCZOS)
+    under, over = data_uri(first), data_uri(second)
     left, right = (escape(label) for label in labels)
     return (
         f'<figure class="pair"><div><img src="{under}" alt="{left}">'
@@ -153,48 +155,70 @@ def slider(a: Image.Image | None, b: Image.Image | None, labels: tuple[str, str]
 
 # commands to copy, with the paths of what is there
 
+TRAIN = (
+    "accelerate launch train_dreambooth_bilora.py --method bilora"
+    " --instance_data_dir PICTURES --instance_prompt 'a photo of TOK' --output_dir {}/bilora"
+)
+COMMANDS = {
+    "demo": (
+        "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):",
+        "python -m examples.demo --output_dir {}",
+    ),
+    "train": ("Or train on pictures of your own:", TRAIN),
+    "images": (
+        "Let a run make images while it trains:",
+        f"{TRAIN} --validation_prompt 'a photo of TOK'",
+    ),
+    "vote": (
+        "A vote needs images of two runs from the same prompts and seeds:",
+        "python -m eval.clip_scores {}",
+    ),
+    "clip_scores": (
+        "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):",
+        "python -m eval.clip_scores {}",
+    ),
+    "landscape": ("How flat the minima are that runs end in:", "python -m eval.landscape {}"),
+    "dynamics": (
+        "How the adapters moved, of runs with --log_dynamics:",
+        "python -m eval.dynamics {}",
+    ),
+    "generalization": (
+        "Training and held-out loss over time, of runs that measured it:",
+        "python -m eval.generalization {}",
+    ),
+    "text_scores": (
+        "Scores of text runs by what they recorded:",
+        "python -m eval.text_scores {} --benchmarks heldout",
+    ),
+}
+"""What to do where nothing is yet, and its command, to be filled with the root or with runs."""
 
-def empty(title: str, *steps: tuple[str, str]) -> str:
-    """A notice that nothing is there yet: what to do, and the command that does it."""
-    rows = "".join(
-        f'<li>{escape(what)}<div class="command"><code>{escape(command)}</code>'
-        '<button type="button" data-copy>Copy</button></div></li>'
-        for what, command in steps
-    )
+
+def empty(catalog: Catalog, title: str, *names: str) -> str:
+    """A notice that nothing is there yet, with some of :data:`COMMANDS`."""
+    rows = ""
+    for name in names:
+        what, command = COMMANDS[name]
+        if "eval." in command:
+            runs = [catalog.place(run.path) for run in measurable(catalog, name)]
+            place = shlex.join(runs or [catalog.place("lora"), catalog.place("bilora")])
+        else:
+            place = shlex.quote("demo" if catalog.place() == "." else catalog.place())
+        rows += (
+            f'<li>{escape(what)}<div class="command"><code>{escape(command.format(place))}</code>'
+            '<button type="button" data-copy>Copy</button></div></li>'
+        )
     return (
         f'<section class="empty"><h2>{escape(title)}</h2><ol>{rows}</ol>'
         "<p>What they leave appears here by itself.</p></section>"
     )
 
 
-def demo(catalog: Catalog) -> tuple[str, str]:
-    """Training both on the miniature, into the root."""
-    place = catalog.place()
-    folder = "demo" if place == "." else place
-    command = f"python -m examples.demo --output_dir {shlex.quote(folder)}"
-    return "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):", command
-
-
-def train(catalog: Catalog, *flags: str) -> tuple[str, str]:
-    """Training on pictures of one's own."""
-    command = "accelerate launch train_dreambooth_bilora.py --method bilora"
-    command += " --instance_data_dir PICTURES --instance_prompt 'a photo of TOK' "
-    flags = ("--output_dir", catalog.place("bilora"), *flags)
-    return "Or train on pictures of your own:", command + shlex.join(flags)
-
-
-def measure(catalog: Catalog, module: str, what: str, *flags: str) -> tuple[str, str]:
-    """What a module of ``eval`` does, and its command on the runs that are there."""
-    runs = [catalog.place(run.path) for run in measurable(catalog, module)]
-    names = runs or [catalog.place("lora"), catalog.place("bilora")]
-    return what, shlex.join(["python", "-m", f"eval.{module}", *names, *flags])
-
-
-def measurable(catalog: Catalog, module: str) -> Sequence[RunItem]:
+def measurable(catalog: Catalog, name: str) -> Sequence[RunItem]:
     """The two runs that a command is shown with: of text for text_scores, else of images."""
     runs = catalog.now.runs
-    if module in ("clip_scores", "landscape", "text_scores"):
-        runs = [run for run in runs if run.is_text == (module == "text_scores")]
-    if module == "dynamics":
+    if name == "dynamics":
         runs = [run for run in runs if run.record["config"].get("log_dynamics")]
+    elif name != "generalization":
+        runs = [run for run in runs if run.is_text == (name == "text_scores")]
     return pair(runs)

@@ -63,18 +63,15 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
 
 def _empty(catalog: Catalog) -> str:
     runs = catalog.now.runs
-    steps = [("generalization", "Training and held-out loss over time, of runs that measured it:")]
-    if any(run.is_text for run in runs):
-        steps = [*steps, ("text_scores", "Scores of text runs by what they recorded:")]
-    if parts.measurable(catalog, "landscape") or not runs:
-        steps = [("landscape", "How flat the minima are that runs end in:"), *steps]
-    if parts.measurable(catalog, "dynamics"):
-        steps = [*steps, ("dynamics", "How the adapters moved, of runs with --log_dynamics:")]
-    flags = {"text_scores": ("--benchmarks", "heldout")}
-    return parts.empty(
-        "No results yet",
-        *(parts.measure(catalog, name, what, *flags.get(name, ())) for name, what in steps),
-    )
+    landscape = not runs or bool(parts.measurable(catalog, "landscape"))
+    needed = {
+        "landscape": landscape,
+        "generalization": True,
+        "text_scores": any(run.is_text for run in runs),
+        "dynamics": bool(parts.measurable(catalog, "dynamics")),
+    }
+    names = [name for name, wanted in needed.items() if wanted]
+    return parts.empty(catalog, "No results yet", *names)
 
 
 def _show(catalog: Catalog, item: FigureItem) -> None:

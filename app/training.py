@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -11,14 +12,14 @@ import gradio as gr
 
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.folder import FOLDS_CURVES
-from bilora_diffusion.run.record import METRICS, RUN, read_folds, read_run
+from bilora_diffusion.run.record import METRICS, RUN, read_folds, read_metrics, read_run
 
 from . import parts
 from .catalog import Catalog
-from .charts import COLORS, Failed, Shown, colors_of, draw
+from .charts import COLORS, TITLES, Line, Shown, ceiling, charts, colors_of, radii, table
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, short
-from .training_data import Reader, memory, progress, radius, series
+from .training_data import memory, progress
 
 TICK_SECONDS = 3.0
 CHOSEN = 4
@@ -26,19 +27,31 @@ CHOSEN = 4
 WINDOW = 25
 
 
-def cards(runs: Sequence[Shown | Failed]) -> str:
-    """The state of each run, as HTML; also the legend of the plots."""
-    items = ""
+@dataclass(frozen=True)
+class Failed:
+    """A chosen run that can't be read, and why."""
+
+    name: str
+    color: int
+    reason: str
+
+
+def cards(runs: Sequence[Shown | Failed]) -> tuple[str, str]:
+    """The state of each run, as HTML, and the legend of the plots."""
+    items = names = ""
     for run in runs:
         failed = isinstance(run, Failed)
+        name = escape(run.name if failed else run.run.name)
         status = escape("failed" if failed else run.state.status)
         lines = [run.reason] if failed else _lines(run)
         text = "".join(f'<div class="line">{escape(line)}</div>' for line in lines)
+        color = f'style="--line: {COLORS[run.color]}"'
         items += (
-            f'<li class="{status} of-{run.color}"><span class="state">{status}</span>'
-            f"<b>{escape(run.name)}</b>{text}</li>"
+            f'<li class="{status}" {color}><span class="state">{status}</span>'
+            f"<b>{name}</b>{text}</li>"
         )
-    return f"<ul>{items}</ul>"
+        names += f"<span {color}>{name}</span>"
+    return f"<ul>{items}</ul>", names
 
 
 def _lines(run: Shown) -> list[str]:
@@ -50,7 +63,7 @@ def _lines(run: Shown) -> list[str]:
     if state.peak_memory_bytes:
         facts.append(f"peak {memory(state.peak_memory_bytes)}")
     about = [run.run.path]
-    if series(run.rows, "rho") or radius(run.run.record, state.steps):
+    if radii([run]):
         norm = config.get("rho_norm", "scaled")
         about.append(f"ρ {short(config['rho'])}" + ("" if norm == "scaled" else f", {norm} norm"))
     if run.folds.get("chosen_steps"):
@@ -59,60 +72,94 @@ def _lines(run: Shown) -> list[str]:
     return [line for line in lines if line]
 
 
+def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
+    """The properties of a plot with these lines; one without a value is hidden."""
+    if not values:
+        return {"visible": False}
+    top, colors = ceiling(values), {line.name: line.color for line in lines if line.points}
+    return {"visible": True, "color_map": colors, "y_lim": None if top is None else [None, top]}
+
+
 class Tab:
     """The widgets, and what happens when they are used."""
 
     def __init__(self, catalog: Catalog, signs: Sequence[Any]) -> None:
-        self.catalog, self.reader = catalog, Reader()
+        self.catalog = catalog
         self.notice = parts.html("training-notice", visible=False)
         with gr.Column(visible=False) as self.body:
             with gr.Row():
-                many: dict[str, Any] = {"multiselect": True, "max_choices": COLORS, "scale": 3}
+                many: dict[str, Any] = {"multiselect": True, "max_choices": len(COLORS), "scale": 3}
                 self.runs = gr.Dropdown([], label="Runs", elem_id="training-runs", **many)
                 mean: dict[str, Any] = {"label": "Running mean over steps", "min_width": 200}
-                self.window = gr.Slider(1, 200, WINDOW, step=1, elem_id="training-window", **mean)
+                window = gr.Slider(1, 200, WINDOW, step=1, elem_id="training-window", **mean)
             self.cards = parts.html("training-cards")
-            self.plots = parts.html("training-plots")
-        self.drawn = gr.State(None)
-        timer = gr.Timer(TICK_SECONDS)
-        chosen, shown = [self.runs, self.window], [self.cards, self.drawn, self.plots]
+            self.legend = parts.html("training-legend")
+            with gr.Row(elem_id="training-plots"):
+                self.plots = {
+                    (name, is_text): gr.LinePlot(
+                        x="step",
+                        y="value",
+                        color="run",
+                        label=title + " (text)" * is_text,
+                        caption=caption,
+                        colors_in_legend=[],
+                        elem_id=f"training-{name}" + "-text" * is_text,
+                        min_width=320,
+                        visible=False,
+                    )
+                    for is_text in (False, True)
+                    for name, (title, caption) in TITLES.items()
+                }
+        self.drawn, self.looks = gr.State(None), gr.State([])
+        chosen, shown = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
+        shown += self.plots.values()
         gr.on(signs, self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
-        gr.on([self.runs.change, self.window.release], self._draw, chosen, shown, **QUIET)
-        timer.tick(self._tick, [*chosen, self.drawn], shown, **QUIET)
+        gr.on([self.runs.change, window.release], self._draw, chosen, shown, **QUIET)
+        # After the values: a plot that gets both at once keeps the old values in the new colours.
+        plots = [*self.plots.values()]
+        self.looks.change(
+            lambda looks: [gr.update(**one) for one in looks], self.looks, plots, **QUIET
+        )
+        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], shown, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
         runs = sorted(
             self.catalog.now.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
         )
         if not runs:
-            what = parts.demo(self.catalog), parts.train(self.catalog)
-            return {self.notice: parts.shown(parts.empty("No runs yet", *what))}
+            text = parts.empty(self.catalog, "No runs yet", "demo", "train")
+            return {self.notice: parts.shown(text)}
         there = {run.path for run in runs}
         going = [run.path for run in runs if run.status == "running"]
         latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
         first = [run.path for run in ordered(latest)]
         kept = [path for path in chosen or [] if path in there]
-        new = [path for path in going if path not in kept][: COLORS - len(kept)]
-        choices = [(run.name, run.path) for run in runs]
+        new = [path for path in going if path not in kept][: len(COLORS) - len(kept)]
+        now = [*kept, *new] if kept else first
+        # What is the same is not sent: someone may be choosing just now.
+        value: dict[str, Any] = {} if now == chosen else {"value": now}
         return {
             self.notice: parts.shown(""),
             self.body: gr.update(visible=True),
-            self.runs: gr.update(choices=choices, value=[*kept, *new] if kept else first),
+            self.runs: gr.update(choices=[(run.name, run.path) for run in runs], **value),
         }
 
-    def _draw(self, paths: Sequence[str] | None, window: int) -> Update:
+    def _draw(self, paths: Sequence[str] | None, window: int, drawn: Any = None) -> Update:
+        """The chosen runs as they are now; nothing where all is as it was ``drawn``."""
         runs = self._read(paths or [])
-        good = [run for run in runs if isinstance(run, Shown)]
-        return {
-            self.cards: cards(runs),
-            self.drawn: self._seen(runs, window),
-            self.plots: draw(good, int(window)),
-        }
-
-    def _tick(self, paths: Sequence[str] | None, window: int, drawn: Any) -> Update:
-        if self._seen(self._read(paths or []), window) == drawn:
+        keys = [r if isinstance(r, Failed) else (r.run.name, len(r.rows), r.state) for r in runs]
+        if (window, *keys) == drawn:
             return {self.cards: gr.skip()}
-        return self._draw(paths, window)
+        shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
+        shown[self.drawn], looks = (window, *keys), []
+        shown[self.looks] = looks
+        for is_text in (False, True):
+            own = [r for r in runs if isinstance(r, Shown) and r.run.is_text == is_text]
+            for name, lines in charts(own, int(window)).items():
+                frame = table(lines)
+                looks.append(look(lines, frame["value"].tolist()))
+                shown[self.plots[name, is_text]] = gr.skip() if frame.empty else frame
+        return shown
 
     def _read(self, paths: Sequence[str]) -> list[Shown | Failed]:
         runs = {run.path: run for run in self.catalog.now.runs}
@@ -127,15 +174,12 @@ class Tab:
         try:
             folder = self.catalog.resolve(path)
             files = [self.catalog.resolve(f"{path}/{name}") for name in (RUN, METRICS)]
-            record, rows = read_run(folder), self.reader.read(folder)
-            written = max(file.stat().st_mtime for file in files if file.exists())
+            record, there = read_run(folder), [file for file in files if file.exists()]
+            read = partial(read_metrics, folder)
+            rows = self.catalog.kept(files[1], read) if files[1] in there else []
+            written = max(file.stat().st_mtime for file in there)
             state = progress(record, rows, written)
             folds = read_folds(self.catalog.resolve(f"{path}/{FOLDS_CURVES}")) or {}
             return Shown(replace(run, record=record), color, rows, state, folds)
         except Exception as error:  # whatever is in one folder, the other runs stay
             return Failed(run.name, color, parts.plain(error, self.catalog))
-
-    def _seen(self, runs: Sequence[Shown | Failed], window: int) -> tuple[Any, ...]:
-        """Changes whenever there is something new to show."""
-        keys = [r if isinstance(r, Failed) else (r.name, len(r.rows), r.state) for r in runs]
-        return window, *keys

@@ -22,14 +22,6 @@ from .runs import RunItem, ordered, pair
 
 COLUMNS = 6
 """Runs that fit side by side."""
-STEPS_JS = """
-element.addEventListener('input', (event) => {
-  const steps = JSON.parse(event.target.dataset.steps), step = steps[event.target.value];
-  event.target.setAttribute('aria-valuetext', `step ${step}`);
-  element.querySelector('output').textContent = `step ${step}`;
-  trigger('select', { step });
-});
-"""
 
 
 def build(catalog: Catalog, signs: Sequence[Any]) -> None:
@@ -39,14 +31,16 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
         with gr.Row(equal_height=True):
             place: dict[str, Any] = {"elem_id": "validation-runs", "scale": 2, "min_width": 300}
             chosen = gr.Dropdown([], label="Runs", multiselect=True, max_choices=COLUMNS, **place)
-            slider = parts.html("validation-step", js_on_load=STEPS_JS)
+            slider = parts.html("validation-step", js_on_load="bilora.steps(element, trigger)")
         images = parts.html("validation-images")
     step = gr.State(None)
 
     def fill(paths: list[str], at: int | None) -> Update:
         runs = ordered(with_images(catalog))
         if not runs:
-            text = _empty(catalog) if not catalog.now.scores else ""
+            names = ["images"] if catalog.now.runs else ["demo", "train"]
+            title = "No validation images yet" if catalog.now.runs else "No images yet"
+            text = "" if catalog.now.scores else parts.empty(catalog, title, *names)
             return {empty: parts.shown(text), body: gr.update(visible=False)}
         there = {run.path for run in runs}
         paths = [path for path in paths if path in there] or [run.path for run in pair(runs)]
@@ -77,14 +71,6 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
 def with_images(catalog: Catalog) -> list[RunItem]:
     """Runs that have validation images."""
     return [run for run in catalog.now.runs if run.steps]
-
-
-def _empty(catalog: Catalog) -> str:
-    if catalog.now.runs:
-        what = "Let a run make images while it trains:"
-        command = parts.train(catalog, "--validation_prompt", "a photo of TOK")[1]
-        return parts.empty("No validation images yet", (what, command))
-    return parts.empty("No images yet", parts.demo(catalog), parts.train(catalog))
 
 
 def common_steps(runs: Sequence[RunItem]) -> list[int]:

@@ -92,20 +92,13 @@ def check_address(host: str, port: int) -> None:
     Raises:
         UserError: the port is out of range or taken, or the host is none of this machine.
     """
-    if not 0 < port < 65536:
-        raise UserError(f"--port {port} is no port: give one from 1 to 65535")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-    except socket.gaierror as error:
-        raise UserError(f"--host {host} is no address of this machine: give {LOCAL}") from error
-    except PermissionError as error:
-        raise UserError(f"--port {port} needs more rights: give one above 1023") from error
-    except OSError as error:
+        socket.create_server((host, port or -1), family=family).close()
+    except (OSError, OverflowError) as error:
         raise UserError(
-            f"{host}:{port} can't be listened on ({error.strerror}): give another --port"
+            f"--host {host} --port {port} can't be listened on ({error}): give an address of this"
+            f" machine, such as {LOCAL}, and a free port from 1024 to 65535"
         ) from error
 
 

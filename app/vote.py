@@ -22,10 +22,9 @@ import gradio as gr
 from bilora_diffusion.errors import UserError
 
 from . import parts
-from .ballots import Ballot
 from .catalog import Catalog
 from .parts import QUIET, Update, shown
-from .voting import ANY, Booth, Polls, Tally
+from .votes import ANY, Booth, Polls, Tally
 
 
 class Tab:
@@ -44,9 +43,9 @@ class Tab:
             self.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
         with gr.Column(visible=False, elem_id="vote-booth") as self.stage:
             self.ballot = parts.html("vote-ballot")
-            with gr.Row():
+            with gr.Row() as self.choices:
                 looks: dict[str, Any] = {"left": "primary", "tie": "secondary", "right": "primary"}
-                self.buttons = {
+                buttons = {
                     name: gr.Button(
                         name.title(), elem_id=f"vote-{name}", variant=look, min_width=80
                     )
@@ -57,49 +56,48 @@ class Tab:
             small: dict[str, Any] = {"size": "sm", "min_width": 140}
             other: dict[str, Any] = {"visible": False, "elem_id": "vote-stop", **small}
             self.stop = gr.Button("Choose other adapters", **other)
-            self.show = gr.Button("Show the result so far", elem_id="vote-show", **small)
-            self.export = gr.Button("Votes as CSV", elem_id="vote-export", **small)
+            show = gr.Button("Show the result so far", elem_id="vote-show", **small)
+            export = gr.Button("Votes as CSV", elem_id="vote-export", **small)
         self.file = gr.DownloadButton("votes.csv", visible="hidden", elem_id="vote-file")
         self.result = parts.html("vote-result", visible=False)
         # The browser sends the token of the ballot that it shows, so that a second click on it that
         # is still on its way when the next one is drawn is not taken for a vote on the next.
         self.token = gr.Textbox(visible=False)
-        self._connect(signs)
 
-    def _connect(self, signs: Sequence[Any]) -> None:
-        booth = [self.booth, self.voter, self.setup, self.stage, self.stop]
-        booth += [self.notice, self.result]
-        booth += [self.ballot, self.standing, self.token]
+        stage = [self.booth, self.voter, self.setup, self.stage, self.stop, self.choices]
+        stage += [self.notice, self.result, self.ballot, self.standing, self.token]
         setup = [self.notice, self.setup, self.below, self.scores]
         gr.on(signs, self._load, [self.booth, self.scores], setup, **QUIET)
-        self.scores.change(self._pairs, [self.scores], [self.pair], **QUIET)
-        self.start.click(self._begin, [self.scores, self.pair, self.voter], booth, **QUIET)
-        for choice, button in self.buttons.items():
+        self.scores.change(
+            lambda path: gr.update(choices=self.polls.pairs(path), value=ANY),
+            *([self.scores], [self.pair]),
+            **QUIET,
+        )
+        self.start.click(self._begin, [self.scores, self.pair, self.voter], stage, **QUIET)
+        for choice, button in buttons.items():
             cast = functools.partial(self._cast, choice)
-            button.click(cast, [self.token, self.booth], booth, **QUIET)
-        self.stop.click(lambda: {self.booth: None, **self._stage(False)}, [], booth, **QUIET)
-        self.show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
-        self.export.click(self._export, [], [self.file, self.notice], **QUIET).success(
+            button.click(cast, [self.token, self.booth], stage, **QUIET)
+        self.stop.click(lambda: {self.booth: None, **self._stage(False)}, [], stage, **QUIET)
+        show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
+        export.click(self._export, [], [self.file, self.notice], **QUIET).success(
             None, js="() => { document.getElementById('vote-file').click(); }"
         )
 
     def _load(self, booth: Booth | None, chosen: str | None) -> Update:
         items = self.polls.items()
         if not items:
-            what = "A vote needs images of two runs from the same prompts and seeds:"
-            measure = parts.measure(self.catalog, "clip_scores", what)
-            return {self.notice: shown(parts.empty("Nothing to vote on yet", measure))}
-        choices = [(item.name, item.path) for item in items]
+            text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
+            return {self.notice: shown(text)}
         paths = [item.path for item in items]
         return {
             self.notice: shown(""),
             self.setup: gr.update(visible=booth is None),
             self.below: gr.update(visible=True),
-            self.scores: gr.update(choices=choices, value=chosen if chosen in paths else paths[0]),
+            self.scores: gr.update(
+                choices=[(item.name, item.path) for item in items],
+                value=chosen if chosen in paths else paths[0],
+            ),
         }
-
-    def _pairs(self, path: str | None) -> Any:
-        return gr.update(choices=self.polls.pairs(path), value=ANY)
 
     def _begin(self, path: str | None, pair: str, voter: str) -> Update:
         # The browser keeps the voter's name, so what it sends may be anything.
@@ -111,26 +109,20 @@ class Tab:
 
     def _cast(self, choice: str, token: str, booth: Booth | None) -> Update:
         # Whose vote it is says the booth, which the browser can't write to.
-        if booth is None or token != booth.ballot.token:
+        if booth is None or token != booth.token:
             return {self.notice: gr.skip()}
         return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice)))
 
     def _report(self, path: str | None, pair: str) -> Update:
-        def count() -> Update:
-            text = table(*self.polls.result(path, pair))
-            return {self.result: shown(text), self.notice: shown("")}
-
-        return self._or_notice(count)
+        return self._or_notice(lambda: {self.result: shown(table(*self.polls.result(path, pair)))})
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
-        return self._or_notice(
-            lambda: {self.file: str(self.polls.export(folder)), self.notice: shown("")}
-        )
+        return self._or_notice(lambda: {self.file: str(self.polls.export(folder))})
 
     def _or_notice(self, act: Callable[[], Update]) -> Update:
         try:
-            return act()
+            return {self.notice: shown(""), **act()}
         except (UserError, OSError) as error:
             text = escape(parts.plain(error, self.catalog))
             return {self.notice: shown(f'<section class="broken"><b>{text}</b></section>')}
@@ -139,63 +131,63 @@ class Tab:
         return {
             self.setup: gr.update(visible=not voting),
             **{part: gr.update(visible=voting) for part in (self.stage, self.stop)},
-            **{part: shown("") for part in (self.notice, self.result)},
+            self.result: shown(""),
         }
 
     def _voting(self, booth: Booth) -> Update:
         return {
             self.booth: booth,
             **self._stage(True),
-            self.ballot: ballot(booth.ballot, *self.polls.images(booth.ballot)),
-            self.standing: standing(*self.polls.done(booth)),
-            self.token: booth.ballot.token,
+            self.choices: gr.update(visible=booth.ballot is not None),
+            self.ballot: ballot(booth),
+            self.standing: standing(booth),
+            self.token: booth.token,
         }
 
 
-def ballot(drawn: Ballot, left: bytes, right: bytes) -> str:
-    """A ballot as HTML.
+def ballot(booth: Booth) -> str:
+    """A ballot as HTML; "" when all are done.
 
-    The images (PNG) are in it, so that both sides and the prompt change at once: a vote while one
-    of two images was still on its way would be about two ballots.
+    The images are in it, so that both sides and the prompt change at once: a vote while one of two
+    images was still on its way would be about two ballots.
     """
+    if booth.ballot is None:
+        return ""
     sides = "".join(
         f'<img id="vote-image-{side}" alt="{side} image"'
         f' src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-        for side, image in (("left", left), ("right", right))
+        for side, image in zip(("left", "right"), booth.images, strict=True)
     )
     return (
-        f'<p data-ballot="{drawn.token}">Which is the better image of</p>'
-        f'<h3>{escape(drawn.prompt)}</h3><div class="ballot">{sides}</div>'
+        f'<p data-ballot="{booth.token}">Which is the better image of</p>'
+        f'<h3>{escape(booth.ballot.prompt)}</h3><div class="ballot">{sides}</div>'
     )
 
 
-def standing(done: int, total: int) -> str:
+def standing(booth: Booth) -> str:
     """How far a voter has come, as HTML."""
-    if done < total:
-        return f"<p>{done} of {total} pairs voted on. Keys: 1 left, 0 tie, 2 right.</p>"
-    return f"<p><b>All {total} pairs voted on, thank you.</b> You may go on: they come again.</p>"
+    if booth.ballot is None:
+        return f"<p><b>All {booth.total} pairs voted on, thank you.</b></p>"
+    done = f"{booth.done} of {booth.total} pairs voted on."
+    return f"<p>{done} Keys: 1 left, 0 tie, 2 right.</p>"
 
 
 def table(rows: Sequence[Tally], voters: int) -> str:
     """Win rates, as HTML."""
     if not rows:
         return "<p>No votes yet.</p>"
-    head = "<th>Adapters</th><th>Won, tied, lost</th><th>Win rate</th><th>Of decided votes</th>"
     people = "1 voter" if voters == 1 else f"{voters} voters"
-    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    body = ""
+    for row in rows:
+        rate = f"{100 * row.rate:.0f} %"
+        if (interval := row.interval) is not None:
+            rate += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
+        names = f"<b>{escape(row.adapter)}</b> over {escape(row.other)}"
+        counts = f"{row.wins}, {row.ties}, {row.losses}"
+        body += f"<tr><td>{names}</td><td>{counts}</td><td>{rate}</td></tr>"
     return (
-        f'<div class="scroll"><table class="tally"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="quiet">Votes of {people}. The win rate'
-        " counts a tie as half; in brackets is the 95 % interval of the share"
-        " won among the votes that were no tie (Wilson).</p>"
+        '<div class="scroll"><table class="tally"><thead><tr><th>Adapters</th>'
+        f"<th>Won, tied, lost</th><th>Win rate</th></tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="quiet">Votes of {people}. A tie counts as half; in brackets is the 95 %'
+        " interval.</p>"
     )
-
-
-def _cells(row: Tally) -> str:
-    decided, interval = row.decided_rate, row.interval
-    share = "–" if decided is None else f"{100 * decided:.0f} %"
-    if interval is not None:
-        share += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-    names = f"<b>{escape(row.adapter.label)}</b> over {escape(row.other.label)}"
-    counts = f"{row.wins}, {row.ties}, {row.losses}"
-    return f"<td>{names}</td><td>{counts}</td><td>{100 * row.rate:.0f} %</td><td>{share}</td>"

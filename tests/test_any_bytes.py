@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.charts import Shown, draw
+from app.charts import Shown, charts, table
 from app.runs import RunItem, named
 from app.training_data import progress
 from bilora_diffusion.errors import UserError
@@ -94,7 +94,9 @@ def read_run(path: Path) -> None:
     (item,) = named([RunItem(".", "run", dict(run.record), None)])
     assert len(item.images) <= 10_000
     state = progress(run.record, lines, 0.0, 0.0)
-    draw([Shown(item, 0, lines, state, read_folds(folder / "folds.json") or {})], 5)
+    shown = Shown(item, 0, lines, state, read_folds(folder / "folds.json") or {})
+    for curves in charts([shown], 5).values():
+        table(curves)
 
 
 def read_space(path: Path) -> None:

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
-from PIL import Image
 
 from app import catalog as catalogs
-from app import parts, training, validation
+from app import parts, validation
 from app.catalog import DEPTH, Catalog
 from app.runs import MOST_IMAGES, ordered, pair
 from app.scored import ScoredImage, ScoredPrompt
 from eval import table
-from tests.app.scored_images import scores_of, write
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
+from tests.app.folders import WEIGHTS, make_images, make_run, scores_of, write
 
 
-def make_run(folder: Path, **changes: Any) -> Path:
-    """A run folder's record, as training leaves it."""
-    record: dict[str, Any] = {
-        "schema_version": 1,
-        "config": {"pretrained_model_name_or_path": "mini"},
-        "method": "lora",
-        "seed": 0,
-        "status": "finished",
-        "results": {},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(record | changes), encoding="utf-8")
-    (folder / WEIGHTS).touch()
-    return folder
-
-
-def make_scores(folder: Path) -> Path:
+def make_one_score(folder: Path) -> Path:
     """A score folder with one image."""
     images = {("lora", "a prompt", 0): ScoredImage("images/0.png", {"i2t": 0.25})}
     return write(scores_of(["lora"], [ScoredPrompt("a prompt")], images), folder)
@@ -70,7 +50,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     (tmp_path / "env" / "pyvenv.cfg").touch()
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
-    make_scores(tmp_path / "scores")
+    make_one_score(tmp_path / "scores")
     make_figures(tmp_path / "flat", "landscape")
     now = Catalog(tmp_path).now
     assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
@@ -124,7 +104,6 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "lora", status="running")
-    image = run / "validation" / "step-50" / "000.png"
     catalog, kinds = Catalog(tmp_path), ("runs", "scores", "figures")
 
     def after(change: Callable[[], object]) -> set[str]:
@@ -134,9 +113,9 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
         return {kind for kind in kinds if catalog.sign(kind) != before[kind]}
 
     assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
-    assert after(lambda: (image.parent.mkdir(parents=True), image.touch())) == {"runs"}
+    assert after(lambda: make_images(run, 50)) == {"runs"}
     assert catalog.now.runs[0].steps == (50,)
-    assert after(lambda: make_scores(tmp_path / "scores")) == {"scores"}
+    assert after(lambda: make_one_score(tmp_path / "scores")) == {"scores"}
     assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
     assert catalog.now.runs[0].status == "failed"
@@ -154,8 +133,9 @@ def test_commands_have_the_paths_that_a_shell_needs(
     for method in ("lora", "bilora"):
         make_run(root / method, method=method)
     monkeypatch.chdir(tmp_path)
-    _, command = parts.measure(Catalog(root), "clip_scores", "")
-    assert command == "python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'"
+    text = unescape(parts.empty(Catalog(root), "", "clip_scores", "train"))
+    assert "<code>python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'</code>" in text
+    assert "--output_dir 'my runs'/bilora</code>" in text
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
     monkeypatch.chdir("/")
@@ -169,10 +149,7 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) 
     for method, steps in (("lora", (0, 50)), ("bilora", (50, 100))):
         run = make_run(tmp_path / method, method=method, config=config)
         for step in steps:
-            for number in range(2):
-                file = run / "validation" / f"step-{step}" / f"{number:03d}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (8, 8), (step, number, 0)).save(file)
+            make_images(run, step, 2)
     catalog = Catalog(tmp_path)
     runs = ordered(validation.with_images(catalog))
     assert validation.common_steps(runs) == [50, 100]
@@ -216,88 +193,10 @@ def test_a_broken_folder_is_named_and_the_rest_is_shown(
     assert str(tmp_path) not in broken.reason
 
 
-METRICS, FOLDS = "metrics.jsonl", "folds.json"
-DEEP = "[" * 100_000
-CURVES = {"settings": {}, "steps": [0, 5], "folds": [[1, 2]], "mean": [1, 2], "chosen_steps": 5}
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        *(
-            ("run.json", odd)
-            for odd in (
-                *({"config": {"rho": [1]}}, {"config": {"rho": {}}}, {"config": {"rho": math.inf}}),
-                *({"config": []}, {"config": None}, {"seed": [1]}, {"seed": {}}, {"seed": "x"}),
-                *({"wall_seconds": "x"}, {"wall_seconds": 1e999}, {"peak_memory_bytes": "x"}),
-                *({"num_steps": 10**400}, {"num_steps": "x"}, {"error": [1]}, {"method": [1]}),
-                *({"config": {"num_validation_images": 10**9}}, {"method": "\ud800"}),
-                *({"config": {"validation_prompts": [1]}}, {"config": {"max_train_steps": "x"}}),
-                *({"doing": 5}, {"status": "x"}, {"config": {"rho": "\ud800"}}),
-            )
-        ),
-        *(
-            (METRICS, line)
-            for line in (
-                *('{"step": 1, "loss": 1e999}', '{"step": 1, "loss": Infinity}', DEEP, "{}"),
-                *('{"step": 1e999, "loss": 1}', '{"step": Infinity}', '{"step": "1"}', "[]"),
-                *('{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}', '{"step": -1}'),
-                *('{"step": 1, "seconds": "x"}', '{"step": 1, "loss": [1]}', "\0", '{"step": 1.5}'),
-                *(f'{{"step": 1{"0" * 400}}}', f'{{"step": 1, "loss": 1{"0" * 400}}}'),
-                '{"step": 0, "heldout_loss": 1, "heldout_loss_by_level/25": "x"}',
-            )
-        ),
-        *(
-            (FOLDS, odd)
-            for odd in ({"folds": None}, {"folds": [[1]]}, {"mean": ["x", 1]}, {"steps": [[], 1]})
-        ),
-    ],
-)
-def test_a_damaged_run_takes_no_other_from_the_lists_and_the_curves(
-    tmp_path: Path, file: str, content: Any
-) -> None:
-    for name in ("lora", "bilora"):
-        make_run(tmp_path / name, method=name, config={"rho": 0.05})
-        (tmp_path / name / METRICS).write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 1}\n')
-    bad = make_run(tmp_path / "worse", method="bilora", config={"rho": 0.1})
-    if file == "run.json":
-        make_run(bad, **{"method": "bilora"} | content)
-    else:
-        text = content if file == METRICS else json.dumps(CURVES | content)
-        (bad / file).write_text(f"{text}\n")
-    catalog = Catalog(tmp_path)
-    whole = file != "run.json"
-    assert paths(catalog) == ["bilora", "lora", *["worse"] * whole]
-    assert [row.path for row in catalog.now.broken] == ["worse"] * (not whole)
-    with gr.Blocks():
-        tab = training.Tab(catalog, [gr.State().change])
-    cards, _, plots = tab._draw(["lora", "bilora", "worse"], 5).values()
-    assert ("LoRA, seed 0 ends at" in plots, "Bi-LoRA" in plots) == (True, True)
-    assert cards.count('<li class="finished') == 2
-    assert cards.count('<li class="failed') == 1
-
-
-@pytest.mark.parametrize("odd", ["/x", "/-1", "/1.5", f"/{'1' * 5000}", ""])
-def test_levels_that_are_none_and_the_smallest_numbers_are_drawn_around(
-    tmp_path: Path, odd: str
-) -> None:
-    make_run(tmp_path / "lora")
-    lines = [
-        {"step": step, "loss": step * 1e-323, "heldout_loss": 1, f"heldout_loss_by_level{odd}": 1}
-        for step in range(9)
-    ]
-    (tmp_path / "lora" / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    with gr.Blocks():
-        tab = training.Tab(Catalog(tmp_path), [gr.State().change])
-    _, _, plots = tab._draw(["lora"], 1).values()
-    assert "training-loss" in plots
-
-
 def test_validation_images_are_numbered_once_and_not_without_end(tmp_path: Path) -> None:
     prompts = ["a", "b", "a"]
     make_run(tmp_path, config={"validation_prompts": prompts, "num_validation_images": 2})
-    (tmp_path / "validation" / f"step-{'9' * 30}").mkdir(parents=True)
-    (tmp_path / "validation" / f"step-{'9' * 30}" / "000.png").touch()
+    make_images(tmp_path, "9" * 30)
     (run,) = Catalog(tmp_path).now.runs
     assert run.steps == (), "JavaScript has no such numbers"
     assert run.images == {
@@ -309,25 +208,3 @@ def test_validation_images_are_numbered_once_and_not_without_end(tmp_path: Path)
     make_run(tmp_path, config={"validation_prompts": ["a"] * 9000, "num_validation_images": 10_000})
     (many,) = Catalog(tmp_path).now.runs
     assert len(many.images) == MOST_IMAGES
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        (table.ROWS, "lora,lora,0,image,a prompt", "gone,gone,0,image,a prompt"),
-        (table.ROWS, "a prompt,,0.25", "a prompt,,high"),
-        (table.ROWS, "lora,lora,0", "lora,lora,a"),
-        (table.FILE, '"text": "a prompt"', '"text": "another"'),
-        (table.FILE, '"text": "a prompt"', '"text": 3'),
-        (table.FILE, '"seeds"', '"grains"'),
-    ],
-)
-def test_scores_that_do_not_fit_together_are_broken(
-    tmp_path: Path, file: str, old: str, new: str
-) -> None:
-    path = make_scores(tmp_path) / file
-    assert old in path.read_text(encoding="utf-8")
-    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-    catalog = Catalog(tmp_path)
-    assert catalog.now.scores == []
-    assert "result.json is damaged" in catalog.now.broken[0].reason

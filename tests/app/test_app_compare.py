@@ -17,10 +17,11 @@ from app import compare, compare_html, parts
 from app.catalog import Catalog
 from app.compare_data import (
     ORDERS,
-    arranged,
+    View,
     best,
     first_view,
     link,
+    listed,
     metrics,
     neighbour,
     opened,
@@ -29,7 +30,7 @@ from app.compare_data import (
 )
 from app.scored import Key, Scored, ScoredImage, ScoredPrompt
 from eval.table import Summary
-from tests.app.scored_images import scores_of, write, write_bomb
+from tests.app.folders import scores_of, write, write_bomb
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
@@ -40,6 +41,7 @@ I2T = {
     LION: {0: (0.20, 0.29)},
 }
 """Prompt -> seed -> score of the first and the second adapter."""
+VIEW = View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
 def made(
@@ -65,22 +67,22 @@ def result() -> Scored:
 def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
     result: Scored,
 ) -> None:
-    listed = rows(result, LORA, BILORA, "i2t")
-    assert [row.text for row in listed] == list(TEXTS)
-    assert [row.change for row in listed] == pytest.approx([0.01, -0.05, 0.09])
+    found = rows(result, LORA, BILORA, "i2t")
+    assert [row.text for row in found] == list(TEXTS)
+    assert [row.change for row in found] == pytest.approx([0.01, -0.05, 0.09])
     assert rows(result, LORA, LORA, "i2t")[0].change == 0
     lonely = made({**I2T, RABBIT: {**I2T[RABBIT], 7: (0.9,)}})
     assert rows(lonely, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3), "one adapter's seed"
     assert {(row.b, row.change) for row in rows(result, LORA, BASE, "i2t")} == {(None, None)}
-    some = rows(made({**I2T, LION: {0: (0.2,)}}), LORA, BILORA, "i2t")
+    some = made({**I2T, LION: {0: (0.2,)}})
     for order in ("gain", "loss"):
-        assert arranged(some, "i2t", order)[-1].text == LION
+        assert listed(replace(VIEW, order=order), some)[-1].text == LION
 
 
 def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None:
     def texts(metric: str, order: str, words: str = "") -> list[str]:
-        listed = rows(result, LORA, BILORA, metric)
-        return [row.text for row in arranged(listed, metric, order, words)]
+        view = replace(VIEW, metric=metric, order=order, words=words)
+        return [row.text for row in listed(view, result)]
 
     orders = {
         "gain": [LION, RABBIT, CLOUD],
@@ -93,11 +95,11 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None
     assert texts("nearest", "loss") == orders["gain"]
     assert texts("i2t", "list", "ICON cloud") == [CLOUD]
     assert texts("i2t", "list", "cloud lion") == []
-    listed = arranged(rows(result, LORA, BILORA, "i2t"), "i2t", "gain")
-    assert neighbour(listed, LION, 1) == RABBIT
-    assert neighbour(listed, LION, -1) == LION
-    assert neighbour(listed, CLOUD, 1) == CLOUD
-    assert neighbour(listed[:1], CLOUD, 1) == LION  # filtered away: the list's first
+    some = listed(VIEW, result)
+    assert neighbour(some, LION, 1) == RABBIT
+    assert neighbour(some, LION, -1) == LION
+    assert neighbour(some, CLOUD, 1) == CLOUD
+    assert neighbour(some[:1], CLOUD, 1) == LION  # filtered away: the list's first
     assert neighbour([], CLOUD, 1) == CLOUD
 
 
@@ -152,13 +154,13 @@ def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
     cards = compare_html.cards(result, [compare_html.Card(evil, None, image, role="A")])
-    listed = [replace(row, name=evil, text=evil) for row in rows(result, LORA, BILORA, "i2t")[:1]]
-    prompts = compare_html.prompt_list(listed, evil, evil, evil)
+    some = [replace(row, name=evil, text=evil) for row in rows(result, LORA, BILORA, "i2t")[:1]]
+    prompts = compare_html.prompt_list(some, evil, evil, evil)
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards
     assert prompts.count("aria-current") == 1
-    assert f'class="{listed[0].tone}">+1.00' in prompts
+    assert f'class="{some[0].tone}">+1.00' in prompts
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import settings
-from tests.app.test_app_catalog import WEIGHTS, make_run
+from tests.app.folders import WEIGHTS, make_run
 from tests.image.tiny import saved
 
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
@@ -86,38 +88,44 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
         assert (sampling.steps, sampling.guidance_scale) == (3, 0.0)
 
 
+def wait(work: Work, what: Callable[[Work], bool]) -> None:
+    until = time.monotonic() + 120
+    while not what(work):
+        assert time.monotonic() < until, vars(work)
+        time.sleep(0.02)
+
+
 def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Pipelines) -> None:
     works = [Work([("one", None)], BaseChoice("mini"), REQUEST, "/place/") for _ in range(3)]
-    threads = []
-    with models.turn(threading.Event(), lambda ahead: None):
-        for number, work in enumerate(works, start=1):
-            threads.append(threading.Thread(target=work.run, args=(models,)))
-            threads[-1].start()
-            assert work.news.get(timeout=120) == ("wait", number)
-        works[0].stop.set()
-        assert works[0].news.get(timeout=120) == ("stopped", "Cancelled.")
-        for number, work in enumerate(works[1:], start=1):
-            assert work.news.get(timeout=120) == ("wait", number)
+    threads, first = [], Work([], BaseChoice("mini"), REQUEST, "")
+    models.line.append(first)
+    for number, work in enumerate(works, start=1):
+        threads.append(threading.Thread(target=work.run, args=(models,)))
+        threads[-1].start()
+        wait(work, lambda work, ahead=number: work.ahead == ahead)
+    works[0].stop.set()
+    threads[0].join(60)
+    assert works[0].message == "Cancelled."
+    for number, work in enumerate(works[1:], start=1):
+        wait(work, lambda work, ahead=number: work.ahead == ahead)
+    models.line.remove(first)
     for thread in threads:
         thread.join(60)
-    for work in works[1:]:
-        news = [work.news.get_nowait() for _ in range(work.news.qsize())]
-        assert news[-1] == ("end", "Done.")
+    assert [work.message for work in works[1:]] == ["Done."] * 2
+    assert models.line == []
 
 
-def test_work_reports_its_course_and_what_is_wrong_without_places(
+def test_work_has_its_images_and_says_what_is_wrong_without_places(
     models: Pipelines, tmp_path: Path
 ) -> None:
     folder = make_run(tmp_path / "lora")  # its weights are an empty file
     sides: list[tuple[str, Path | None]] = [("one", None), ("other", None), ("lora", folder)]
     work = Work(sides, BaseChoice("mini"), REQUEST, f"{tmp_path}/")
     work.run(models)
-    news = [work.news.get_nowait() for _ in range(work.news.qsize())]
-    course = ["begun", "step", "step", "image"] * 2
-    assert [kind for kind, _ in news] == [*course, "begun", "error"]
-    assert [value for kind, value in news if kind == "step"] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert "lora" in news[-1][1]
-    assert str(tmp_path) not in news[-1][1]
+    assert len(work.images) == 2
+    assert work.failed
+    assert "lora" in work.message
+    assert str(tmp_path) not in work.message
 
 
 def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import gradio as gr
 import pytest
-from PIL import Image
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from app import frame
-from app.ballots import FILE, Votes
 from app.catalog import Catalog
 from app.guard import Guard
-from app.scored import ScoredImage, ScoredPrompt
-from tests.app.scored_images import scores_of, write
-from tests.app.test_app_catalog import make_run
+from app.votes import Polls
+from tests.app.folders import make_run, make_scores
 
 LOCAL = "127.0.0.1"
-LABELS = ("lora", "bilora")
 EVIL = "http://evil.example"
+SECRET = "nobody may read this"
+CONTENTS = (SECRET, "root:x:", "schema_version", "[project]")
+"""Words of the files that are asked for below."""
 
 
 class Served(NamedTuple):
@@ -73,12 +74,12 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A viewer of one run, in a process that can reach nobody but it."""
-    root = tmp_path_factory.mktemp("served")
+    root = tmp_path_factory.mktemp("served") / "root"
     make_run(root / "lora")
-    images = {(one, "icon", 0): ScoredImage(f"{one}.png", {}) for one in LABELS}
-    write(scores_of(LABELS, [ScoredPrompt("icon")], images, (0,)), root / "scores")
-    for one in LABELS:
-        Image.new("RGB", (8, 8)).save(root / "scores" / f"{one}.png")
+    make_scores(root / "scores")
+    (root.parent / "secret.txt").write_text(SECRET)
+    (root / "link.txt").symlink_to(root.parent / "secret.txt")
+    (root / "link").symlink_to(root.parent, target_is_directory=True)
     port, asked, pages = free_port(), [], []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
@@ -138,6 +139,26 @@ def test_no_route_fetches_an_address(served: Served) -> None:
     assert served.asked == []
 
 
+def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served: Served) -> None:
+    root = served.root
+    asked = ["/etc/passwd", f"{root}/../secret.txt", f"{root}/link.txt", f"{root}/link/secret.txt"]
+    asked += [f"{root}/lora/run.json", "pyproject.toml", "../../../../../../etc/passwd"]
+    for route in ("/gradio_api/file=", "/file=", "/static/", "/assets/"):
+        for path in asked:
+            for text in dict.fromkeys((path, quote(path, safe=""))):
+                answer = served.ask(route + text)
+                assert 400 <= answer.status < 500, (answer.status, route, text)
+                assert not any(word in answer.read().decode() for word in CONTENTS)
+    config = served.ask("/config").read().decode()
+    assert json.loads(config)["analytics_enabled"] is False
+    for text in (config, served.ask("/").read().decode()):
+        assert not [place for place in (str(root), str(Path.home())) if f"{place}/" in text]
+    listening = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    own = {line.split()[1] for line in listening if line.split()[3] == "0A"}
+    assert f"0100007F:{served.port:04X}" in own
+    assert f"00000000:{served.port:04X}" not in own
+
+
 def test_no_event_fetches_an_address(served: Served) -> None:
     config = json.load(served.ask("/config"))
     events = {one["id"]: len(one["inputs"]) for one in config["dependencies"]}
@@ -179,7 +200,7 @@ def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
     begun = click("vote-start", "scores", "", formula)
     (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', begun)
     click("vote-left", token, {"voter": formula}, formula)
-    (vote,) = Votes(served.root / FILE).read()
+    (vote,) = Polls(Catalog(served.root), random.Random()).votes()
     assert re.fullmatch("[0-9a-f]{16}", vote.session)
 
 

@@ -17,7 +17,7 @@ import pytest
 from app import frame, viewer
 from app.catalog import Catalog
 from bilora_diffusion.errors import UserError
-from tests.app.test_app_catalog import make_run, paths
+from tests.app.folders import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
         ([".", "--port", "0"], "--port 0"),
         ([".", "--port", "70000"], "--port 70000"),
         ([".", "--port", "many"], "--port"),
-        ([".", "--port", "TAKEN"], "127.0.0.1:TAKEN"),
+        ([".", "--port", "TAKEN"], "--port TAKEN"),
         ([".", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
         ([".", "--prot", "7861"], 'did you mean "--port"'),
     ],
@@ -110,7 +110,7 @@ def test_a_name_that_no_page_can_show_is_broken(tmp_path: Path) -> None:
     make_run(tmp_path / "good")
     make_run(tmp_path / os.fsdecode(b"\xff") / "run")
     catalog = Catalog(tmp_path)
-    assert paths(catalog) == ["good"]
+    assert [run.path for run in catalog.now.runs] == ["good"]
     assert [row.path.encode() for row in catalog.now.broken] == [b"'\\udcff'"]
 
 
@@ -128,5 +128,5 @@ def test_a_folder_that_can_not_be_read_is_named(
 
     monkeypatch.setattr(os, "scandir", refuse)
     catalog = Catalog(tmp_path)
-    assert paths(catalog) == ["good"]
+    assert [run.path for run in catalog.now.runs] == ["good"]
     assert [row.path for row in catalog.now.broken] == ["locked"]

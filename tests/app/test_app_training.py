@@ -1,38 +1,41 @@
-"""Training curves: files that grow under the reader, rho over the steps, the state, the plots."""
+"""Training curves: rho over the steps, the state, which lines there are, what the tab sends."""
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 
-from app import charts
-from app.charts import COLORS, Line, Shown, colors_of, differences, draw, plot, radii
-from app.runs import RunItem
-from app.training_data import (
-    BUSY_SECONDS,
-    STALE_SECONDS,
-    Reader,
+from app import training
+from app.catalog import Catalog
+from app.charts import (
+    COLORS,
+    FAINT,
+    GREY,
+    TITLES,
+    Line,
+    Shown,
     by_level,
-    memory,
-    progress,
+    ceiling,
+    charts,
+    colors_of,
+    radii,
     radius,
-    series,
     smooth,
+    table,
     thin,
-    total_steps,
 )
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import MethodOptions
-from bilora_diffusion.methods.bilora import BiLoRA
-from bilora_diffusion.run import runlog
+from app.runs import RunItem
+from app.training_data import BUSY_SECONDS, STALE_SECONDS, memory, progress, total_steps
 from bilora_diffusion.run.runlog import RunLog
+from tests.app.folders import make_run
 
 
 def record(method: str = "bilora", status: str = "running", **config: Any) -> dict[str, Any]:
@@ -55,73 +58,30 @@ def shown(
     return Shown(item, color, found, progress(run, found, 0.0, 0.0))
 
 
-def write(folder: Path, text: str, mode: str = "a") -> None:
-    with (folder / "metrics.jsonl").open(mode, newline="") as file:
-        file.write(text)
-
-
-def test_a_file_is_read_again_where_it_grew_was_cut_or_mended_and_only_then(
-    tmp_path: Path,
-) -> None:
-    log = RunLog(tmp_path)
-    log.start({}, method="bilora", seed=0, resume_step=None)
-    reader = Reader()
-    assert reader.read(tmp_path) == []
-    log.metric(1, loss=0.5)
-    first = reader.read(tmp_path)
-    assert reader.read(tmp_path) is first, "nothing was added, so nothing is read"
-    write(tmp_path, '{"step": 2, "lo')
-    assert [row["step"] for row in reader.read(tmp_path)] == [1], "a torn line waits for its end"
-    write(tmp_path, 'ss": 0.25}\n')
-    assert series(reader.read(tmp_path), "loss") == [(1, 0.5), (2, 0.25)]
-    assert len(first) == 1, "what was handed out does not change"
-    again = RunLog(tmp_path)
-    again.start({}, method="bilora", seed=0, resume_step=1)  # cuts off what came after step 1
-    for step, loss in ((2, math.nan), (3, math.inf), (4, 0.125)):
-        again.metric(step, loss=loss, skipped=True)
-    found = reader.read(tmp_path)
-    assert series(found, "loss") == [(1, 0.5), (4, 0.125)], "without what is not finite"
-    assert series(found, "skipped") == series(found, "unknown") == []
-    write(tmp_path, "nonsense\n")
-    with pytest.raises(UserError, match="line 5 of "):
-        reader.read(tmp_path)
-    write(tmp_path, '{"step": 1}\n{"step": 2}\n', mode="w")
-    assert len(reader.read(tmp_path)) == 2
-    (tmp_path / "metrics.jsonl").unlink()
-    assert reader.read(tmp_path) == []
-
-
 @pytest.mark.parametrize("window", [1, 2, 7, 500])
 def test_running_mean(window: int) -> None:
     rng = random.Random(0)
     points = [(2 * at, rng.random()) for at in range(60)]
     values = [value for _, value in points]
-    wanted = [np.mean(values[max(0, at - window + 1) : at + 1]) for at in range(60)]
+    expected = [np.mean(values[max(0, at - window + 1) : at + 1]) for at in range(60)]
     assert [step for step, _ in smooth(points, window)] == [step for step, _ in points]
-    assert [value for _, value in smooth(points, window)] == pytest.approx(wanted)
+    assert [value for _, value in smooth(points, window)] == pytest.approx(expected)
     assert smooth([], window) == []
 
 
-def test_thinning_keeps_ends_and_peaks() -> None:
+def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off() -> None:
     points = [(at, math.sin(at / 50)) for at in range(5000)]
     points[1234] = (1234, 9.0)
     points[4321] = (4321, -9.0)
     kept = thin(points, 400)
     assert len(kept) <= 402
     assert kept == sorted(kept)
-    assert set(kept) <= set(points)
-    assert {points[0], points[-1], points[1234], points[4321]} <= set(kept)
+    assert {points[0], points[-1], points[1234], points[4321]} <= set(kept) <= set(points)
     assert thin(points[:400], 400) == points[:400]
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_scheduled_rho_is_the_methods_own(schedule: str) -> None:
-    line = radius(record(rho_schedule=schedule, max_train_steps=80), 40)
-    assert (line[0][0], line[-1][0], len(line)) == (1, 40, 40)
-    method = BiLoRA(MethodOptions(rho=0.05, rho_schedule=schedule, num_steps=80))
-    for step, value in line:
-        method.taken = step
-        assert value == pytest.approx(method._radius())
+    values = [1.0 + at % 2 for at in range(200)]
+    assert ceiling(values) is None
+    values[100] = 500.0
+    assert 2 < (ceiling(values) or 0) < 10
 
 
 def test_a_constant_rho_is_a_horizontal_line_in_the_units_of_the_norm_where_there_is_a_ball() -> (
@@ -134,13 +94,15 @@ def test_a_constant_rho_is_a_horizontal_line_in_the_units_of_the_norm_where_ther
         record("lora"),
         record("lora-sam"),  # its rho bounds a perturbation, not an auxiliary
         record(rho=None),
+        record(rho="auto"),
         record(ball="none"),
-        record(rho_schedule="linear", max_train_steps=None),
+        record(rho_schedule="linear"),  # of an earlier version
     ):
         assert radius(run, 40) == []
     assert radius(record(), 0) == [], "before the first step"
-    assert draw([], 5) == ""
-    assert "<path" not in draw([shown("a", [])], 5)
+    found = [{"step": step, "loss": 1.0, "rho": rho} for step, rho in ((1, 0.3), (2, 0.5))]
+    (line,) = radii([shown("auto", found, record(rho="auto"))])
+    assert (line.name, line.points) == ("ρ of auto", [(1, 0.3), (2, 0.5)]), "of the log"
 
 
 def test_progress_of_a_running_run() -> None:
@@ -179,22 +141,6 @@ def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does
     assert (state.status, state.reason) == ("failed", "a reason")
 
 
-def test_the_record_of_a_real_run(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.start({"rho": 0.05, "max_train_steps": 2}, method="bilora", seed=0, resume_step=None)
-    log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
-    log.metric(2, loss=0.4, auxiliary_norm_before=0.1, auxiliary_norm=0.05, seconds=0.1)
-    log.finish(steps=2)
-    run, found = runlog.read_run(tmp_path), Reader().read(tmp_path)
-    state = progress(run, found, os.path.getmtime(tmp_path / "run.json"))
-    assert (state.status, state.steps, state.total) == ("finished", 2, 2)
-    assert state.peak_memory_bytes > 0
-    runs = [shown("x", found, run)]
-    norms = charts.over(runs, "auxiliary_norm", "auxiliary_norm_before")
-    assert [line.points for line in norms] == [[(1, 0.05), (2, 0.05)], [(1, 0.2), (2, 0.1)]]
-    assert radii(runs) == [Line("ρ = 0.05", [(1, 0.05), (2, 0.05)], None)]
-
-
 def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_seed() -> None:
     lora, other_seed = record("lora"), record("lora") | {"seed": 1}
     runs = [
@@ -202,47 +148,28 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
         shown("lora 1", rows(9.0, 9.0), other_seed, 1),
         shown("ours", rows(0.75, 0.25), None, 2),
     ]
-    assert charts.loss(runs[2:], window=2) == [
-        Line("ours", [(1, 0.75), (2, 0.25)], 2, faint=True),
-        Line("ours", [(1, 0.75), (2, 0.5)], 2),
+    assert charts(runs[2:], window=2)["loss"] == [
+        Line("ours, each step", [(1, 0.75), (2, 0.25)], COLORS[2] + FAINT),
+        Line("ours", [(1, 0.75), (2, 0.5)], COLORS[2]),
     ]
-    assert differences(runs, "loss") == [Line("ours", [(1, -0.25), (2, -0.25)], 2)]
-    assert differences(runs[1:], "loss") == []
+    assert charts(runs, window=1)["loss-difference"] == [
+        Line("LoRA of the same seed", [(1, 0.0), (2, 0.0)], GREY),
+        Line("ours", [(1, -0.25), (2, -0.25)], COLORS[2]),
+    ]
+    assert table(charts(runs[1:], window=1)["loss-difference"]).empty
+    assert all(table(lines).empty for lines in charts([], 5).values())
+    assert charts([], 5).keys() == TITLES.keys()
 
 
 def test_equal_rates_and_equal_radii_are_one_line() -> None:
     one, other = [{"step": 1, "lr": 0.5}], [{"step": 1, "lr": 0.1}]
-    equal = charts.rates([shown("a", one), shown("b", one)])
-    assert equal == [Line("all runs", [(1, 0.5)], None)]
-    assert len(charts.rates([shown("a", one), shown("b", other)])) == 2
-    short, long, linear = rows(1.0, 1.0), rows(*[1.0] * 9), record(rho_schedule="linear")
-    found = radii(
-        [shown("a", short), shown("b", long), shown("c", short), shown("d", short, linear)]
-    )
-    assert [line.name for line in found] == ["ρ = 0.05", "ρ of d"]
+    equal = charts([shown("a", one), shown("b", one)], 1)["rate"]
+    assert equal == [Line("all runs", [(1, 0.5)])]
+    assert len(charts([shown("a", one), shown("b", other)], 1)["rate"]) == 2
+    short, long = rows(1.0, 1.0), rows(*[1.0] * 9)
+    found = radii([shown("a", short), shown("b", long), shown("c", short)])
+    assert [line.name for line in found] == ["ρ = 0.05"]
     assert found[0].points == [(1, 0.05), (9, 0.05)], "as long as the longest run"
-
-
-def test_a_plot_names_its_lines_and_its_axis_and_holds_no_foreign_markup() -> None:
-    text = record(model_name_or_path="t5")
-    found = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]
-    both = draw([shown("a", found), shown("b", found, text)], 5)
-    for name in ("loss", "loss-text", "accuracy-text"):
-        assert f'id="training-{name}"' in both, "those of text have their own"
-    assert both.count("<h3>") == 2
-    assert "<h3>" not in draw([shown("b", found, text)], 5)
-    evil = "<b>"
-    html = plot("x", evil, evil, [Line(evil, [(0, 1.0), (4, 0.5)], 3)], zero=True)
-    assert evil not in html
-    assert 'class="of-3"' in html
-    assert "&lt;b&gt; ends at 0.5" in html
-    assert plot("x", "t", "c", [Line("a", [], 0)]) == ""
-    assert charts.ticks(0, 200) == [0, 50, 100, 150, 200]
-    assert charts.ticks(0.061, 0.119) == [0.08, 0.1]
-    assert charts.limits([0.5, 0.5]) == (0.475, 0.525)
-    low, high = charts.limits([1.0, 2.0], zero=True)
-    assert low < 0 < 2 < high
-    assert charts.limits([*[1.0] * 99, 2.0, 500.0])[1] < 10, "a rare peak is cut off"
 
 
 def test_a_run_keeps_its_colour() -> None:
@@ -250,9 +177,9 @@ def test_a_run_keeps_its_colour() -> None:
     alone = colors_of(["run3"], known)
     assert colors_of(["run1", "run3"], known)["run3"] == alone["run3"]
     crowded = colors_of([f"run{at}" for at in (3, 11, 19, 0, 1, 2, 4, 5)], known)
-    assert sorted(crowded.values()) == list(range(COLORS))
+    assert sorted(crowded.values()) == list(range(len(COLORS)))
     assert crowded["run3"] == alone["run3"]
-    assert len(colors_of([*known, "gone"], known)) == COLORS
+    assert len(colors_of([*known, "gone"], known)) == len(COLORS)
 
 
 def test_noise_levels_are_a_change_since_the_start_and_folds_stand_behind_their_mean() -> None:
@@ -264,16 +191,60 @@ def test_noise_levels_are_a_change_since_the_start_and_folds_stand_behind_their_
     assert by_level(found) == [(25, -0.5), (75, 0.5)]
     assert by_level(rows(1.0)) == []
     folds = {"steps": [0, 5], "folds": [[1.0, 0.5], [2.0, None]], "mean": [1.5, None]}
-    assert charts.of_folds([shown("a", []), replace(shown("b", []), folds=folds)]) == [
-        Line("b", [(0, 1.0), (5, 0.5)], 0, faint=True),
-        Line("b", [(0, 2.0)], 0, faint=True),
-        Line("b", [(0, 1.5)], 0),
+    runs = [shown("a", []), replace(shown("b", []), folds=folds)]
+    assert charts(runs, 1)["folds"] == [
+        Line("b, fold 1", [(0, 1.0), (5, 0.5)], COLORS[0] + FAINT),
+        Line("b, fold 2", [(0, 2.0)], COLORS[0] + FAINT),
+        Line("b", [(0, 1.5)], COLORS[0]),
     ]
 
 
-def test_a_radius_that_sets_itself_is_drawn_from_the_log() -> None:
-    found = [{"step": step, "loss": 1.0, "rho": rho} for step, rho in ((1, 0.3), (2, 0.5))]
-    run = shown("auto", found, record(rho="auto"))
-    (line,) = radii([run])
-    assert (line.name, line.points) == ("ρ of auto", [(1, 0.3), (2, 0.5)])
-    assert radius(record(rho="auto"), 2) == []
+def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path: Path) -> None:
+    make_run(tmp_path / "text", config={"model_name_or_path": "t5"}, seed=1)
+    text = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]
+    (tmp_path / "text" / "metrics.jsonl").write_text(f"{json.dumps(text[0])}\n")
+    log = RunLog(tmp_path / "bilora")
+    log.start({"rho": 0.05, "max_train_steps": 9}, method="bilora", seed=0, resume_step=None)
+    log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
+    log.metric(2, loss=math.nan, seconds=0.1)
+    with gr.Blocks():
+        tab = training.Tab(Catalog(tmp_path), [gr.State().change])
+    first = tab._load(None)
+    assert first[tab.runs]["value"] == ["text", "bilora"], "the control first"
+    assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"
+
+    def drawn(update: Any, name: str, is_text: bool = False) -> list[list[Any]]:
+        there = update[tab.looks][list(tab.plots).index((name, is_text))]["visible"]
+        return update[tab.plots[name, is_text]].to_numpy().tolist() if there else []
+
+    chosen = (["bilora", "text"], 1)
+    before = tab._draw(*chosen)
+    assert drawn(before, "loss")[1:] == [[1, 0.5, "Bi-LoRA, seed 0"]], "without what is not finite"
+    norms = [f"Bi-LoRA, seed 0{what}" for what in (", before the projection", "")]
+    expected = [
+        [1, 0.05, "ρ = 0.05"],
+        [2, 0.05, "ρ = 0.05"],
+        [1, 0.2, norms[0]],
+        [1, 0.05, norms[1]],
+    ]
+    assert drawn(before, "norm") == expected
+    assert drawn(before, "accuracy", is_text=True) == [[1, 0.75, "LoRA, seed 1"]]
+    assert drawn(before, "accuracy") == drawn(before, "norm", is_text=True) == []
+    assert "2 of 9 steps" in before[tab.cards]
+    assert before[tab.cards].count("<li") == before[tab.legend].count("<span") == 2
+
+    same = tab._draw(*chosen, before[tab.drawn])
+    assert list(same) == [tab.cards]
+    with log.folder.joinpath("metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert list(tab._draw(*chosen, before[tab.drawn])) == [tab.cards], "a torn line waits"
+    with log.folder.joinpath("metrics.jsonl").open("a") as file:
+        file.write('ss": 0.25}\n')
+    after = tab._draw(*chosen, before[tab.drawn])
+    assert drawn(after, "loss")[-1] == [3, 0.25, "Bi-LoRA, seed 0"]
+    with log.folder.joinpath("metrics.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    broken = tab._draw(*chosen, after[tab.drawn])
+    assert "line 4 of metrics.jsonl" in broken[tab.cards].replace("bilora/", "")
+    assert drawn(broken, "loss") == []
+    assert drawn(broken, "loss", is_text=True) != []

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from app.scored import Key, Scored, ScoredImage, ScoredPrompt, ScoringModel
 from bilora_diffusion.image import script as train
-from tests.app.scored_images import scores_of, write
+from tests.app.folders import scores_of, write
 from tests.scripts.runs import flags
 
 METHODS = ("lora", "bilora")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Page, expect
 
 from bilora_diffusion.run.runlog import RunLog
 from tests.browser.conftest import Viewer, fits, go
@@ -54,90 +54,56 @@ def train(log: RunLog, method: str, first: int, last: int) -> None:
     log.sync()
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> RunLog:
-    """A Bi-LoRA run that is going on, beside a finished LoRA run and a broken one."""
-    root = tmp_path_factory.mktemp("training")
-    other = begin(root / "lora", "lora")
+def test_curves_follow_a_run_show_values_and_fit_a_phone(
+    tmp_path: Path,
+    start: Callable[[Path], Viewer],
+    visit: Callable[..., Page],
+    shot: Callable[[Page, str], Path],
+) -> None:
+    other = begin(tmp_path / "lora", "lora")
     train(other, "lora", 1, 200)
     other.finish(steps=200)
-    (root / "broken").mkdir()
-    (root / "broken" / "run.json").write_text("{")
-    log = begin(root / "bilora", "bilora")
-    train(log, "bilora", 1, 100)
-    return log
-
-
-@pytest.fixture(scope="module")
-def studio(live: RunLog, start: Callable[[Path], Viewer]) -> Viewer:
-    """A viewer of these runs."""
-    return start(live.folder.parent)
-
-
-def card(page: Page, name: str) -> Locator:
-    """The card of a run."""
-    named = page.locator("b", has_text=re.compile(f"^{name}, seed 0$"))
-    return page.locator("#training-cards li", has=named)
-
-
-def lines(page: Page, chart: str) -> Locator:
-    """The lines of a plot."""
-    return page.locator(f"#training-{chart} svg path")
-
-
-def test_curves_on_a_phone_in_the_dark(
-    studio: Viewer, visit: Callable[..., Page], shot: Callable[[Page, str], Path]
-) -> None:
-    page = go(visit(phone=True, dark=True), studio.url, "Training")
-    expect(page.locator("#frame-notice")).to_contain_text("broken")
-    expect(card(page, "LoRA")).to_contain_text(f"200 of {STEPS} steps")
-    expect(card(page, "LoRA")).to_contain_text("finished")
-    for chart, count in LINES.items():
-        expect(lines(page, chart)).to_have_count(count)
-        names = page.locator(f"#training-{chart} .names span").all()
-        area: Any = page.locator(f"#training-{chart} .area").bounding_box()
-        boxes: list[Any] = [area, *(name.bounding_box() for name in names)]
-        assert all(box["x"] + box["width"] <= 360 for box in boxes)
-        assert area["width"] > 150
-    assert "NaN" not in page.locator("#training-plots").inner_html()
-    assert fits(page)
-    shot(page, "training-phone-dark")
-
-
-def test_a_run_that_goes_on_is_followed_and_runs_are_chosen(
-    studio: Viewer, live: RunLog, page: Page, shot: Callable[[Page, str], Path]
-) -> None:
+    live = begin(tmp_path / "bilora", "bilora")
+    train(live, "bilora", 1, 100)
+    viewer, page = start(tmp_path), visit()
     live.sync()  # the heartbeat
-    go(page, studio.url, "Training")
-    mine = card(page, "Bi-LoRA")
+    go(page, viewer.url, "Training")
+    cards = page.locator("#training-cards li")
+    mine = cards.filter(has=page.locator("b", has_text=re.compile("^Bi-LoRA, seed 0$")))
     for text in (f"100 of {STEPS} steps", "running", "ρ 0.05"):
         expect(mine).to_contain_text(text)
+    for chart, count in LINES.items():
+        expect(page.locator(f"#training-{chart} .mark-line path")).to_have_count(count)
     page.evaluate("window.notReloaded = true")
-    before = lines(page, "loss").last.get_attribute("d")
+    loss = page.locator("#training-loss .mark-line path").last
+    before = loss.get_attribute("d")
     train(live, "bilora", 101, 200)
     expect(mine).to_contain_text(f"200 of {STEPS} steps")
-    expect(lines(page, "loss").last).not_to_have_attribute("d", before or "")
-    colors = [lines(page, "loss").nth(at).get_attribute("class") for at in range(4)]
-    assert colors == ["of-1 faint", "of-0 faint", "of-1 wide", "of-0"]  # by path: bilora, lora
-    for chart in ("heldout-difference", "norm"):  # a run keeps its colour
-        expect(page.locator(f"#training-{chart} .names .of-0")).to_have_text("Bi-LoRA, seed 0")
+    expect(loss).not_to_have_attribute("d", before or "")
+    color = "element => getComputedStyle(element).getPropertyValue('--line').trim()"
+    assert loss.get_attribute("stroke") == mine.evaluate(color), "cards and curves agree"
+    page.locator("#training-norm svg.marks").hover()
+    expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
     shot(page, "training-live")
 
     live.doing("validation images")
     expect(mine.locator(".state")).to_have_text("validation images")
-    live.doing("training")
-    expect(mine.locator(".state")).to_have_text("running")
-    with (live.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 201, "lo')  # a kill leaves a torn line
     live.close("failed", "the loss at step 201 is not finite: lower --learning_rate")
-    for text in ("failed", "the loss at step 201 is not finite", f"200 of {STEPS} steps"):
-        expect(mine).to_contain_text(text)
-    assert page.evaluate("window.notReloaded")
-
-    token = page.locator("#training-runs .token", has_text="Bi-LoRA")
-    token.get_by_role("button").click()
-    expect(page.locator("#training-cards li")).to_have_count(1)
+    expect(mine).to_contain_text("the loss at step 201 is not finite")
+    page.locator("#training-runs .token", has_text="Bi-LoRA").get_by_role("button").click()
+    expect(cards).to_have_count(1)
     for chart in ("norm", "loss-difference", "heldout-difference"):
         expect(page.locator(f"#training-{chart}")).to_have_count(0)
-    expect(page.locator("#training-loss .names")).to_have_text("LoRA, seed 0")
-    expect(lines(page, "loss").first).to_have_class("of-1 faint")
+    expect(page.locator("#training-loss .mark-line path")).to_have_count(2)
+    assert page.evaluate("window.notReloaded")
+
+    page = go(visit(phone=True, dark=True), viewer.url, "Training")
+    expect(page.locator("#training-loss .mark-line path")).to_have_count(LINES["loss"])
+    area = page.locator("#training-loss svg.marks").bounding_box()
+    assert area is not None
+    assert area["width"] > 250
+    assert fits(page)
+    page.mouse.wheel(0, 1500)
+    page.wait_for_timeout(500)
+    expect(page.locator("#training-legend span").first).to_be_in_viewport()
+    shot(page, "training-phone-dark")

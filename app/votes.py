@@ -1,0 +1,317 @@
+"""Blind votes: what may be voted on, whose image is on which side, who is winning. No widgets.
+
+    polls = Polls(catalog, random.SystemRandom())
+    booth = polls.open("scores", ANY, session)
+    booth = polls.cast(booth, "left")
+
+Votes are rows of one SQLite file below the root. Its journal keeps it whole through a crash, and
+several voters, threads and processes may write at once. Votes of earlier versions are not read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import secrets
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+from eval.compare import Interval, win_rate_interval
+
+from . import parts
+from .catalog import Catalog, ScoresItem
+from .scored import Scored
+
+FILE = "votes.db"
+BUSY_SECONDS = 30.0
+ANY = ""
+"""The value of "any pair"."""
+SHOWN_PIXELS = 384
+"""Smaller images are enlarged to about this size."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the beginning of a formula."""
+COLUMNS = (
+    *("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right"),
+    *("choice", "winner", "session"),
+)
+"""Of the CSV file."""
+
+
+class Side(NamedTuple):
+    """An adapter's image: file relative to the score folder. Weights trained again are another."""
+
+    label: str
+    digest: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """Two adapters' images of one prompt and seed of a score folder."""
+
+    scores: str
+    prompt: str
+    seed: int
+    left: Side
+    right: Side
+
+    @property
+    def pair(self) -> str:
+        """Identifies it, whatever the sides."""
+        sides = sorted((side.label, side.digest) for side in (self.left, self.right))
+        return json.dumps([self.scores, self.prompt, self.seed, sides])
+
+
+class Vote(NamedTuple):
+    """A row of the table: the columns of the CSV file, and :attr:`Ballot.pair`.
+
+    Args:
+        time: UTC, ISO 8601.
+        left, right, winner: labels; no winner is a tie.
+    """
+
+    time: str
+    scores: str
+    prompt: str
+    seed: int
+    left: str
+    right: str
+    choice: str
+    winner: str
+    session: str
+    pair: str
+
+
+class Tally(NamedTuple):
+    """Votes between two adapters, seen from the first."""
+
+    adapter: str
+    other: str
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def rate(self) -> float:
+        """(wins + ties / 2) / votes."""
+        return (self.wins + self.ties / 2) / (self.wins + self.ties + self.losses)
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % interval of the rate; None for a lone tie."""
+        return win_rate_interval(self.wins, self.ties, self.losses)
+
+
+def tallies(votes: Iterable[Vote]) -> list[Tally]:
+    """The votes of each two adapters, by their labels."""
+    counts: dict[tuple[str, ...], Counter[str]] = {}
+    for vote in votes:
+        counts.setdefault(tuple(sorted((vote.left, vote.right))), Counter())[vote.winner] += 1
+    return [Tally(a, b, c[a], c[""], c[b]) for (a, b), c in sorted(counts.items())]
+
+
+def ballots(scores: str, result: Scored, labels: Sequence[str] | None = None) -> list[Ballot]:
+    """All that can be voted on in a score folder, general prompts left out; no side is drawn yet.
+
+    Args:
+        scores: the folder's name.
+        labels: of the two adapters to compare; None for any two.
+    """
+    digests = {entry.label: entry.digest for entry in result.result.subjects}
+    images: dict[tuple[str, int], list[Side]] = {}
+    for (label, text, seed), image in result.images.items():
+        if not result.prompt(text).general and label in (labels or digests):
+            side = Side(label, digests[label], image.file)
+            images.setdefault((text, seed), []).append(side)
+    return [
+        Ballot(scores, text, seed, *pair)
+        for (text, seed), sides in images.items()
+        for pair in combinations(sorted(sides), 2)
+    ]
+
+
+@dataclass(frozen=True)
+class Booth:
+    """What one voter's page is at.
+
+    Args:
+        labels: of the adapters to compare; None for any two.
+        done, total: pairs voted on in this session, and all.
+        ballot: None when all are done.
+        images: of both sides, as PNG files with nothing in them but pixels.
+        token: names the ballot to the browser.
+    """
+
+    session: str
+    scores: str
+    labels: Sequence[str] | None
+    done: int
+    total: int
+    ballot: Ballot | None = None
+    images: Sequence[bytes] = ()
+    token: str = ""
+
+
+class Polls:
+    """Votes on the score folders of a root.
+
+    Args:
+        catalog: where the score folders are.
+        rng: of pairs and sides.
+    """
+
+    def __init__(self, catalog: Catalog, rng: random.Random) -> None:
+        self._catalog, self._rng = catalog, rng
+
+    def items(self) -> list[ScoresItem]:
+        """Score folders in which there is something to vote on."""
+        return [item for item in self._catalog.now.scores if ballots(item.path, item.result)]
+
+    def pairs(self, path: str | None) -> list[tuple[str, str]]:
+        """Names and values of the pairs of adapters of a score folder, "any pair" first."""
+        labels = combinations(self._item(path).result.labels, 2)
+        return [("any pair", ANY), *((f"{a} and {b}", json.dumps([a, b])) for a, b in labels)]
+
+    def open(self, path: str | None, pair: str, session: str) -> Booth:
+        """The first ballot of a session, or the next of one that goes on.
+
+        Args:
+            path: of the score folder.
+            pair: a value from :meth:`pairs`.
+
+        Raises:
+            UserError: votes can't be written, or there is nothing to vote on.
+        """
+        with self._file("written") as file:
+            file.execute("DELETE FROM votes WHERE FALSE")
+        return self._booth(session, self._item(path).path, _labels(pair))
+
+    def cast(self, booth: Booth, choice: str) -> Booth:
+        """Keep a vote and draw the next ballot; of two votes of one session on a pair, the first
+        stays.
+
+        Args:
+            choice: "left", "right" or "tie".
+
+        Raises:
+            UserError: the vote can't be written, or there is nothing more to vote on.
+        """
+        if (ballot := booth.ballot) is not None:
+            winner = {"left": ballot.left.label, "right": ballot.right.label}.get(choice, "")
+            about = (ballot.scores, ballot.prompt, ballot.seed, ballot.left.label)
+            about = (*about, ballot.right.label, choice, winner, booth.session, ballot.pair)
+            vote = Vote(datetime.now(UTC).isoformat(timespec="seconds"), *about)
+            with self._file("written") as file:
+                marks = ", ".join("?" * len(vote))
+                file.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", vote)
+        return self._booth(booth.session, booth.scores, booth.labels)
+
+    def votes(self, scores: str | None = None, session: str | None = None) -> list[Vote]:
+        """Votes in the order they were cast, of one score folder or session where given.
+
+        Raises:
+            UserError: the file can't be read, is damaged, or is a link out of the root.
+        """
+        if not self._catalog.resolve(FILE).exists():
+            return []
+        which = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
+        with self._file("read") as file:
+            query = f"SELECT * FROM votes WHERE {which} ORDER BY rowid"
+            return [Vote(*row) for row in file.execute(query, (scores, session))]
+
+    @contextmanager
+    def _file(self, done: str) -> Iterator[sqlite3.Connection]:
+        path = self._catalog.resolve(FILE)
+        columns = f"{', '.join(Vote._fields)}, UNIQUE (session, pair)"
+        try:
+            with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as file, file:
+                file.execute(f"CREATE TABLE IF NOT EXISTS votes ({columns})")
+                yield file
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{FILE} can't be {done} ({error}): give the viewer a root folder that you may"
+                " write to, with free space, and move the file away if it has no votes"
+            ) from error
+
+    def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
+        """The counts of a score folder's votes, and of how many voters; of its present weights.
+
+        Raises:
+            UserError: votes can't be read.
+        """
+        item = self._item(path)
+        present = {one.pair for one in ballots(item.path, item.result, _labels(pair))}
+        votes = [vote for vote in self.votes(item.path) if vote.pair in present]
+        return tallies(votes), len({vote.session for vote in votes})
+
+    def export(self, folder: Path) -> Path:
+        """Write all votes of this root as ``votes.csv`` into a new folder below ``folder``.
+
+        A text that a spreadsheet would compute as a formula gets an apostrophe before it.
+
+        Raises:
+            UserError: votes can't be read.
+        """
+        rows = [vote[: len(COLUMNS)] for vote in self.votes()]
+        path = folder / secrets.token_hex(8) / "votes.csv"
+        path.parent.mkdir(parents=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *(map(_inert, row) for row in rows)])
+        return path
+
+    def _item(self, path: str | None) -> ScoresItem:
+        for item in self._catalog.now.scores:
+            if item.path == path:
+                return item
+        raise UserError(f"there is no score folder {path!r} any more: choose another")
+
+    def _booth(self, session: str, path: str, labels: Sequence[str] | None) -> Booth:
+        item = self._item(path)
+        choices = ballots(path, item.result, labels)
+        seen = {vote.pair for vote in self.votes(path, session)}
+        left = [one for one in choices if one.pair not in seen]
+        booth = Booth(session, path, labels, len(choices) - len(left), len(choices))
+        for one in self._rng.sample(left, len(left)):
+            sides = self._rng.sample([one.left, one.right], 2)
+            files = [item.file(side.file) for side in sides]
+            try:
+                images = [_pixels(self._catalog.resolve(file)) for file in files]
+            except UserError:  # a missing image does not end the vote on the others
+                continue
+            ballot = Ballot(path, one.prompt, one.seed, *sides)
+            return replace(booth, ballot=ballot, images=images, token=secrets.token_hex(8))
+        if booth.done == 0:
+            raise UserError(f"no two images of {path} can be read: choose other adapters")
+        return booth
+
+
+def _labels(pair: str) -> Sequence[str] | None:
+    return None if pair == ANY else json.loads(pair)
+
+
+def _inert(cell: str | int) -> str | int:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
+def _pixels(path: Path) -> bytes:
+    image = parts.read(path)
+    if image is None:
+        raise UserError(f"{path.name} can't be read: make the result again")
+    factor = max(1, SHOWN_PIXELS // max(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
+    image.info = {}  # the text in the file names its adapter
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

