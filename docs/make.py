@@ -6,8 +6,8 @@ python -m docs.make            # writes all; run it after any change of an optio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,11 +26,11 @@ from .diffusers_flags import BESIDE_FLAGS, FLAGS, Flag
 from .diffusers_flow_flags import FLOW_FLAGS
 from .evidence import page as claims_page
 from .evidence import table
+from .memory import row
 
 FOLDER = Path(__file__).parent
 MADE = "<!-- made by python -m docs.make -->"
 END = "<!-- end -->"
-MEMORY = FOLDER.parent / "results" / "dry_run_memory" / "table.json"
 
 
 def options() -> str:
@@ -135,14 +135,13 @@ EXAMPLES = {
 
 def readme() -> str:
     """The README, whose table of models is made."""
-    known = _memory()
     body = []
     for model, name in EXAMPLES.items():
         needed = []
         for weights in ("bf16", "nf4"):
-            row = known[f"{model}, {weights}"]
+            one = memory_of(model, weights)
             # SDXL's encoders only visit the device; those of the others are gone before the step.
-            needed.append(f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB")
+            needed.append(f"{max(one['bilora'], one['encoders']) / 1e9:.0f} GB")
         tested = "full size, random weights" if model == "Stable Diffusion XL" else "tiny weights"
         body.append((model, f"`{name}`", *needed, tested))
     heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
@@ -154,14 +153,17 @@ def models() -> str:
     heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
     columns = ("lora", "bilora", "activations", "encoders")
     body = [
-        (*name.rsplit(", ", 1), *(f"{row[column] / 1e9:.1f} GB" for column in columns))
-        for name, row in _memory().items()
+        (model, weights, *(f"{memory_of(model, weights)[c] / 1e9:.1f} GB" for c in columns))
+        for model in EXAMPLES
+        for weights in ("bf16", "nf4")
     ]
     return _with_table(FOLDER / "models.md", table(heads, body))
 
 
-def _memory() -> dict[str, Any]:
-    return json.loads(MEMORY.read_text(encoding="utf-8"))
+@functools.cache
+def memory_of(model: str, weights: str) -> dict[str, int]:
+    """What the tables say of a model."""
+    return row(model, weights, "--gradient_checkpointing")
 
 
 def _with_table(page: Path, made: str) -> str:

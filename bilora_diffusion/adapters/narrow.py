@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .weightless import empty, is_weightless, let_move
-
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """The type that weights are held in, and its largest number."""
 
@@ -49,19 +47,12 @@ class NarrowLinear(nn.Linear):
         weight = layer.weight.detach().to(device or layer.weight.device)
         dtype, most = KINDS[kind]
         self.dtype = dtype
-        if is_weightless(weight):
-            codes = empty(weight.shape, torch.int8, weight.device)
-            scales = empty((len(weight), 1), torch.float32, weight.device)
-        else:
-            codes, scales = _rounded(weight.float(), dtype, most)
-            codes = codes.view(torch.int8)
-        self.register_buffer("codes", codes)
+        codes, scales = _rounded(weight.float(), dtype, most)
+        self.register_buffer("codes", codes.view(torch.int8))
         self.register_buffer("scales", scales)
         self.bias = layer.bias
         if self.bias is not None:
             self.bias.data = self.bias.detach().to(weight.device)
-        if is_weightless(weight):
-            let_move(self)
         self.train(layer.training)
 
     @property

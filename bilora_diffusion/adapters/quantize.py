@@ -19,7 +19,6 @@ from .. import adapters
 from ..errors import UserError
 from .access import within
 from .narrow import NarrowLinear
-from .weightless import empty, is_weightless, let_move
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
@@ -64,9 +63,7 @@ def quantize(
             f"The model has the adapters {', '.join(names)} already, whose weights are trained; "
             "quantize it before they are put on."
         )
-    places: dict[nn.Linear, list[str]] = {}
-    for path, layer in _linear_layers(model, skip):
-        places.setdefault(layer, []).append(path)
+    places = _places(model, skip)
     count = len(places)
     while places:  # nothing may hold on to a layer that has been replaced
         layer, paths = places.popitem()
@@ -78,11 +75,6 @@ def quantize(
         for path in paths:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
-    if not count:
-        raise UserError(
-            f"{type(model).__name__} has no linear layer to quantize beside those that are left as "
-            f"they are ({', '.join(skip) or 'the output head'}); do not quantize it."
-        )
     if bnb is not None:
         # PEFT asks the model, not the layer, which kind of adapter a layer needs; diffusers and
         # Transformers set the same when they load a model in 4 bits.
@@ -98,6 +90,40 @@ def dequantized(layer: nn.Module) -> Tensor:
     if isinstance(layer, NarrowLinear):
         return weight
     return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def held_bytes(model: nn.Module, kind: str, skip: Collection[str] = KEPT) -> int:
+    """Bytes of a model's weights and buffers, once it is quantized if `kind` is not "none".
+
+    Raises:
+        UserError: as `quantize`.
+    """
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if kind == "none":
+        return whole
+    if kind == "nf4":
+        _bitsandbytes()
+    weights = [layer.weight for layer in _places(model, skip)]
+    codes = sum(w.numel() // (2 if kind == "nf4" else 1) for w in weights)
+    scales = sum(w.numel() // 64 if kind == "nf4" else 4 * len(w) for w in weights)
+    return whole - sum(w.nbytes for w in weights) + codes + scales
+
+
+def _places(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str]]:
+    """The layers that are quantized, each with its paths.
+
+    Raises:
+        UserError: there are none.
+    """
+    places: dict[nn.Linear, list[str]] = {}
+    for path, layer in _linear_layers(model, skip):
+        places.setdefault(layer, []).append(path)
+    if not places:
+        raise UserError(
+            f"{type(model).__name__} has no linear layer to quantize beside those that are left as "
+            f"they are ({', '.join(skip) or 'the output head'}); do not quantize it."
+        )
+    return places
 
 
 def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
@@ -123,12 +149,8 @@ def _four_bit(
         device="meta",  # its own weights would be thrown away
     )
     held = {"compress_statistics": True, "quant_type": "nf4"}
-    if is_weightless(layer.weight):
-        made.weight = _without_memory(bnb, layer.weight.to(device or layer.weight.device), held)
-        let_move(made)
-    else:
-        weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
-        made.weight = weight.to(device or layer.weight.device)
+    weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
+    made.weight = weight.to(device or layer.weight.device)
     if layer.bias is not None:
         made.bias = layer.bias
         made.bias.data = layer.bias.detach().to(made.weight.device)
@@ -137,17 +159,6 @@ def _four_bit(
     # divide the width.
     made.support_avx512bf16_for_cpu = False
     return made.train(layer.training)
-
-
-def _without_memory(bnb: Any, weight: Tensor, held: dict[str, Any]) -> nn.Parameter:
-    """What stands for the 4-bit form of a weight that takes no memory, of which bitsandbytes' class
-    can't be made.
-    """
-    packed, state = bnb.functional.quantize_4bit(weight.detach(), **held)
-    made: Any = nn.Parameter(empty(packed.shape, packed.dtype, packed.device), requires_grad=False)
-    made.quant_state, made.bnb_quantized = state, True
-    vars(made).update(held)
-    return made
 
 
 def _bitsandbytes() -> Any:

@@ -18,7 +18,7 @@ from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
 from ..choices import AUTO
 from ..errors import UserError
-from . import ascent, ball, perturb, radius, rounding
+from . import ascent, ball, perturb, radius
 from .auxiliaries import Auxiliaries, deal
 from .base import Counting, MethodOptions, StepOptimizer, Target, trained
 from .hooks import check_groups, refuse_closure, unwrapped
@@ -69,7 +69,6 @@ class BiLoRA(Counting):
         self._gamma: Tensor | None = None
         self._bound: Tensor | float = math.inf  # the radius, where it sets itself
         self._halves: list[int] = []  # of a power iteration: whose turn it is on each layer
-        self._probe = rounding.Probe()
 
     @property
     def depends_on_length(self) -> bool:
@@ -222,8 +221,8 @@ class BiLoRA(Counting):
         self._loss = loss.detach()
 
     def metrics(self) -> dict[str, float]:
-        """The norm before and after the last projection (of several auxiliaries the largest), what
-        rho "auto" has found, and in bf16 or fp16, now and then, what `rounding` leaves.
+        """The norm before and after the last projection (of several auxiliaries the largest), and
+        what rho "auto" has found.
         """
         if self._last is None:
             return {}
@@ -231,7 +230,6 @@ class BiLoRA(Counting):
             "auxiliary_norm_before": float(self._last.before),
             "auxiliary_norm": float(self._last.after),
             **({} if self._auto is None else self._auto.metrics()),
-            **self._probe.read(float(self._radius())),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -260,7 +258,6 @@ class BiLoRA(Counting):
             self._bound = math.inf if self._auto.rho is None else self._auto.rho
         if self._many is not None:
             self._many.norms.copy_(torch.tensor(state["norms"]))
-        self._probe.arm(self._layers, self.taken)
 
     @property
     def sets_rho(self) -> bool:
@@ -329,7 +326,6 @@ class BiLoRA(Counting):
             self._many.release(self._optimizer)
         if self._auto is not None:
             self._auto.projected(self._last.after)
-        self._probe.arm(self._layers, self.taken)
 
     def _power_step(self, *_: Any) -> None:
         gradients = adapters.gradients_of(self._layers, AUXILIARY)

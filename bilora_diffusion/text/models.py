@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.weightless import weightless
 from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
+from ..train.empty import empty
 from ..train.soundness import reading, require_finite, require_safetensors, require_words
 from .options import TextModelOptions
 from .places import gguf_file, locate
@@ -116,7 +116,7 @@ class TextSource:
             dtype: of the weights.
             labels: names of the classes, for a classifier.
             seed: of a classifier's new head.
-            weights: whether to read any; the model is `adapters.weightless` without.
+            weights: whether to read any; the model is empty without (`train.empty`).
 
         Raises:
             UserError: weights or tokenizer can't be read, are damaged, or don't fit.
@@ -157,7 +157,7 @@ class TextSource:
             name: value for name in names if (value := getattr(self.options, name)) is not None
         }
         make, what = _auto(AUTO_CLASSES[self.kind]).from_config, f'the model "{self.name}"'
-        model = reading(what, FIX, lambda: weightless(lambda: make(self.config, **given), dtype))
+        model = reading(what, FIX, lambda: empty(lambda: make(self.config, **given), dtype))
         _settle_padding(model, tokenizer)
         body = f"{model.base_model_prefix}."
         new = _modules(key for key, _ in model.named_parameters() if not key.startswith(body))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import pytest
@@ -14,10 +13,9 @@ from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.access import is_quantized
 from bilora_diffusion.adapters.fused import fuse
 from bilora_diffusion.adapters.narrow import KINDS
-from bilora_diffusion.adapters.quantize import dequantized, quantize
-from bilora_diffusion.adapters.weightless import weightless
+from bilora_diffusion.adapters.quantize import dequantized, held_bytes, quantize
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.memory import tensors_of
+from bilora_diffusion.train.empty import empty
 from tests.adapters.test_fused import TOLERANCE, assert_same, results
 from tests.adapters.test_quantize import adapt, linear
 
@@ -44,8 +42,7 @@ def test_a_weight_takes_a_byte_and_is_rounded_by_rows(kind: str) -> None:
     weight, model = layer.weight.detach().clone(), nn.Sequential(layer)
     quantize(model, kind, torch.float32)
     assert is_quantized(model[0])
-    held = [t for t in tensors_of(model) if t is not layer.bias]
-    assert sum(t.nbytes for t in held) == 300 * 40 + 4 * 40
+    assert held_bytes(model, "none") - layer.bias.nbytes == 300 * 40 + 4 * 40
     error = (dequantized(model[0]) - weight).abs()
     size = weight.abs().amax(1, keepdim=True) if kind == "int8" else weight.abs()
     floor = 0 if kind == "int8" else weight.abs().amax(1, keepdim=True) / 448 * 2**-10
@@ -105,10 +102,8 @@ def test_what_can_not_be_done_is_refused(kind: str) -> None:
 
 
 @each_kind
-def test_without_memory_it_is_as_large(kind: str) -> None:
-    real, bare = linear(torch.bfloat16), weightless(linear, torch.bfloat16)
-    for model in (real, bare):
-        quantize(model, kind, torch.bfloat16)
-    moved = copy.copy(bare).to("cpu")
-    sizes = [{(t.shape, t.dtype) for t in tensors_of(model)} for model in (real, bare, moved)]
-    assert sizes[0] == sizes[1] == sizes[2]
+def test_its_bytes_are_known_before(kind: str) -> None:
+    real, bare = linear(torch.bfloat16), empty(linear, torch.bfloat16)
+    expected = held_bytes(bare, kind)
+    quantize(real, kind, torch.bfloat16)
+    assert expected == held_bytes(real, "none")
