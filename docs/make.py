@@ -6,8 +6,8 @@ python -m docs.make            # writes all; run it after any change of an optio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,11 +26,11 @@ from bilora_diffusion.text.config import TextConfig
 
 from . import evidence
 from .evidence import table
+from .memory import row
 
 FOLDER = Path(__file__).parent
 MADE = "<!-- made by python -m docs.make -->"
 END = "<!-- end -->"
-MEMORY = FOLDER.parent / "results" / "dry_run_memory" / "table.json"
 
 
 def options() -> Iterable[str]:
@@ -91,10 +91,9 @@ EXAMPLES = {
 
 def readme() -> Iterable[str]:
     """The table of models."""
-    known = _memory()
     body = []
     for model, name in EXAMPLES.items():
-        rows = [known[f"{model}, {weights}"] for weights in ("bf16", "nf4")]
+        rows = [memory_of(model, weights) for weights in ("bf16", "nf4")]
         # SDXL's encoders only visit the device; those of the others are gone before the step.
         needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
         tested = "full size, random weights" if model == "Stable Diffusion XL" else "tiny weights"
@@ -108,14 +107,17 @@ def models() -> Iterable[str]:
     heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
     columns = ("lora", "bilora", "activations", "encoders")
     body = [
-        (*name.rsplit(", ", 1), *(f"{row[column] / 1e9:.1f} GB" for column in columns))
-        for name, row in _memory().items()
+        (model, weights, *(f"{memory_of(model, weights)[c] / 1e9:.1f} GB" for c in columns))
+        for model in EXAMPLES
+        for weights in ("bf16", "nf4")
     ]
     yield table(heads, body)
 
 
-def _memory() -> dict[str, Any]:
-    return json.loads(MEMORY.read_text(encoding="utf-8"))
+@functools.cache
+def memory_of(model: str, weights: str) -> dict[str, int]:
+    """What the tables say of a model."""
+    return row(model, weights, "--gradient_checkpointing")
 
 
 def python() -> Iterable[str]:

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..lora_names import PRIMARY
-from . import weightless
 from .access import layers, names, whole
 from .saving import PEFT_PREFIX
 from .switching import activate, active
@@ -61,7 +60,6 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
     _reset_magnitudes(model, name)
     _mark_whole(model, spec, name)
     activate(model, before)
-    weightless.hide(model)
 
 
 def _mark_whole(model: nn.Module, spec: AdapterSpec, name: str) -> None:

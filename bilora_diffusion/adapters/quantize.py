@@ -12,11 +12,10 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
 from .access import within
-from .weightless import empty, is_weightless, let_move
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
@@ -53,9 +52,7 @@ def quantize(
         UserError: bitsandbytes is missing.
     """
     bnb = _bitsandbytes()
-    places: dict[nn.Linear, list[str]] = {}
-    for path, layer in _linear_layers(model, skip):
-        places.setdefault(layer, []).append(path)
+    places = _places(model, skip)
     count = len(places)
     while places:  # nothing may hold on to a layer that has been replaced
         layer, paths = places.popitem()
@@ -67,6 +64,29 @@ def quantize(
     # Transformers set the same when they load a model in 4 bits.
     cast(Any, model).is_loaded_in_4bit = True
     return count
+
+
+def held_bytes(model: nn.Module, kind: str, skip: Collection[str] = KEPT) -> int:
+    """Bytes of a model's weights and buffers, once it is quantized if `kind` is "nf4".
+
+    Raises:
+        UserError: bitsandbytes is missing.
+    """
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if kind == "none":
+        return whole
+    _bitsandbytes()
+    weights = [layer.weight for layer in _places(model, skip)]
+    codes_and_scales = sum(w.numel() // 2 + w.numel() // 64 for w in weights)
+    return whole - sum(w.nbytes for w in weights) + codes_and_scales
+
+
+def _places(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str]]:
+    """The layers that are quantized, each with its paths."""
+    places: dict[nn.Linear, list[str]] = {}
+    for path, layer in _linear_layers(model, skip):
+        places.setdefault(layer, []).append(path)
+    return places
 
 
 def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
@@ -92,12 +112,8 @@ def _four_bit(
         device="meta",  # its own weights would be thrown away
     )
     held = {"compress_statistics": True, "quant_type": "nf4"}
-    if is_weightless(layer.weight):
-        made.weight = _without_memory(bnb, layer.weight.to(device or layer.weight.device), held)
-        let_move(made)
-    else:
-        weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
-        made.weight = weight.to(device or layer.weight.device)
+    weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
+    made.weight = weight.to(device or layer.weight.device)
     if layer.bias is not None:
         made.bias = layer.bias
         made.bias.data = layer.bias.detach().to(made.weight.device)
@@ -106,17 +122,6 @@ def _four_bit(
     # divide the width.
     made.support_avx512bf16_for_cpu = False
     return made.train(layer.training)
-
-
-def _without_memory(bnb: Any, weight: Tensor, held: dict[str, Any]) -> nn.Parameter:
-    """What stands for the 4-bit form of a weight that takes no memory, of which bitsandbytes' class
-    can't be made.
-    """
-    packed, state = bnb.functional.quantize_4bit(weight.detach(), **held)
-    made: Any = nn.Parameter(empty(packed.shape, packed.dtype, packed.device), requires_grad=False)
-    made.quant_state, made.bnb_quantized = state, True
-    vars(made).update(held)
-    return made
 
 
 def _bitsandbytes() -> Any:

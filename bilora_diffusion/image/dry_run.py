@@ -1,89 +1,67 @@
-"""What a dry run of images goes through beside the shared steps: prompts, autoencoder, drawing."""
+"""What a dry run of images counts beside what is trained: models, pictures, what a step holds."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..train.dry_run import hold_weights
-from ..train.memory import Ledger
-from ..train.stepping import Schedule
-from ..train.task import MicroBatch, inference
-from ..train.trainer import Trainer
-from .heldout import GridLoss, grid_levels
-from .sampling import generate
-from .task import DreamBooth
+from ..adapters.quantize import held_bytes
+from ..train.dry_run import BEFORE, NUMBER, STEP, Moments
+from .buckets import sizes_of
+from .latents import AT_ONCE
+
+HELD = {
+    "StableDiffusionXLPipeline": (0, 46, 7, 540),  # all of a UNet is one block
+    "StableDiffusion3Pipeline": (154, 1, 25, 21),
+    "FluxPipeline": (512, 1, 27, 14.6),
+    "Flux2KleinPipeline": (512, 1, 85, 24),
+    "ZImagePipeline": (64, 1, 37, 29),
+    "QwenImagePipeline": (64, 1, 26, 17),
+    "Krea2Pipeline": (64, 1.2, 29, 22),
+    "Lumina2Pipeline": (64, 3.3, 45, 35),
+}
+"""By the class of the pipeline: a prompt's tokens; then numbers for each token (or place of SDXL's
+latents) and unit of width that each block keeps with gradient checkpointing, that one holds
+beside, and that each keeps without.
+"""
+ENCODED, DECODED = 20, 24
+"""Bytes of an autoencoder in fp32 for each pixel and channel of its outermost layer."""
 
 
-class Rehearsal:
-    """A task without weights that stands for one with as many and as long captions.
+def moments(task: Any, device: torch.device) -> Moments:
+    """Of a task whose models are empty; on a CPU all of them are there from the start."""
+    cfg, family, pipeline = task.cfg, task.family, task.pipeline
+    few = {*task.models, *(family.encoders if family.flow else ())}
+    sizes = {
+        name: held_bytes(model, cfg.quantize if name in few else "none")
+        for name in family.parts
+        if isinstance(model := getattr(pipeline, name, None), nn.Module)
+    }
+    on_cpu, visitors = device.type == "cpu", set(family.encoders) - set(task.models)
+    stay = sizes.keys() - (visitors if family.flow or not on_cpu else set())
+    resting = {"vae"} if cfg.offload and not on_cpu else set()
 
-    All captions are its longest ones, of which no more are embedded than a step has, and of
-    held-out images no more are looked at than the grid takes at a time.
-    """
+    def weights(names: Any) -> dict[str, int]:
+        return {f"weights: {name}": size for name, size in sizes.items() if name in names}
 
-    def __init__(self, task: DreamBooth, schedule: Schedule, ledger: Ledger) -> None:
-        self.task, self._held = task, task.validation
-        longest = sorted(task.stream.captions(), key=len, reverse=True)[: schedule.step_size]
-        replaced: Any = vars(task)
-        task.validation = None  # its grid is made in a phase of its own
-        condition, embed = task.condition, task.embed
+    pixels, config = max(h * w for h, w in sizes_of(cfg)), pipeline.vae.config
+    encoded = ENCODED * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
+    drawn = DECODED * cfg.resolution**2 if cfg.sampled_prompts else 0
+    channels = config.get("base_dim") or config["block_out_channels"][0]
+    denoiser, places = task.models[family.denoiser], pixels // family.patch**2
+    return {
+        BEFORE: weights(sizes if on_cpu else visitors | {"vae"} - resting),
+        "encoding or drawing": {**weights(stay), "pictures": channels * max(encoded, drawn)},
+        STEP: {**weights(stay - resting), "activations": _held(family, denoiser, places, cfg)},
+    }
 
-        def conditioned(captions: Sequence[str]) -> dict[str, Any]:
-            return condition([longest[i % len(longest)] for i in range(len(captions))])
 
-        def embedded(device: torch.device) -> None:
-            hold_weights(self.parts, ledger)
-            stream: Any = task.stream
-            replaced["stream"] = SimpleNamespace(captions=lambda: longest)
-            with ledger.phase("embedding the prompts"):
-                embed(device)
-            task.stream = stream
-
-        replaced |= {"condition": conditioned, "embed": embedded}
-        hold_weights(self.parts, ledger)
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The pipeline's."""
-        return self.task.pipeline.components
-
-    def batches(self, trainer: Trainer, ledger: Ledger) -> list[MicroBatch]:
-        """The first micro-batch of the first step; all images are of one size."""
-        return next(trainer.micro_batches())[:1]
-
-    def measured(self, trainer: Trainer, ledger: Ledger) -> None:
-        """The held-out loss, and images of the first prompts."""
-        if self._held is not None:
-            with ledger.phase("held-out loss"), trainer.evaluating(), inference(self.task.module):
-                self._heldout_loss()
-        if self.task.cfg.sampled_prompts:
-            with ledger.phase("validation images"), trainer.evaluating():
-                self._draw()
-
-    def _heldout_loss(self) -> None:
-        task, held = self.task, self._held
-        assert held is not None
-        some = held.only(range(min(len(held), 8)))
-        grid = GridLoss(task, SimpleNamespace(images=some.only([0])), some)
-        images = next(iter(grid.batches(grid.sets["heldout_loss"])))
-        grid.losses(images, grid_levels(task.module.denoising.num_timesteps)[0])
-
-    def _draw(self) -> None:
-        task, cfg = self.task, self.task.cfg
-        prompts = cfg.sampled_prompts[: cfg.sample_batch_size]
-        # What has no values can be no picture.
-        task.pipeline.image_processor = SimpleNamespace(postprocess=lambda pixels, **_: [])
-        with inference(task.module):
-            generate(
-                task.pipeline,
-                prompts,
-                list(range(len(prompts))),
-                size=cfg.resolution,
-                steps=2,
-                embeddings=task.prompts.with_negative(prompts) if task.prompts else None,
-                batch=cfg.sample_batch_size,
-            )
+def _held(family: Any, denoiser: Any, places: int, cfg: Any) -> int:
+    config, (text, kept, more, block) = denoiser.config, HELD[family.pipeline]
+    blocks = sum(len(m) for m in denoiser.children() if isinstance(m, nn.ModuleList))
+    width = config.get("dim") or config.get("hidden_size")
+    if not family.flow:
+        width, blocks = config["block_out_channels"][0], 1
+    width = width or config["num_attention_heads"] * config["attention_head_dim"]
+    each = blocks * kept + more if cfg.gradient_checkpointing else blocks * block
+    return int(cfg.train_batch_size * (places + text) * width * NUMBER[cfg.mixed_precision] * each)

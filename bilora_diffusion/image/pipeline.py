@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ..adapters.weightless import weightless
 from ..errors import UserError
 from ..mini import PIPELINES
+from ..train.empty import empty
 from ..train.soundness import reading, require_finite, require_safetensors, require_whole
 from .families import named
 from .families.base import Family
@@ -39,7 +39,7 @@ class Origin:
 
     Args:
         folder: of the whole.
-        later: what reads each part that was left without weights (``adapters.weightless``).
+        later: what reads each part that was left without weights (`train.empty`).
     """
 
     folder: Path
@@ -68,7 +68,7 @@ def load_pipeline(
         name: folder, hub id, or one of `mini.PIPELINES`.
         dtype: of all parts, or of each by name with "default" for the rest.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
-        weights: whether to load any; the models are `adapters.weightless` without, and no more than
+        weights: whether to load any; the models are empty (`train.empty`) without, and no more than
             configurations and tokenizers is downloaded.
         later: parts that are left without weights until somebody reads them (`Origin`).
 
@@ -226,7 +226,7 @@ def _empty(
             return kind.from_config(kind.load_config(place, **found))
         return kind(kind.config_class.from_pretrained(place, **found))
 
-    return reading(what, f"correct its config.json, or {ANOTHER}", lambda: weightless(build, dtype))
+    return reading(what, f"correct its config.json, or {ANOTHER}", lambda: empty(build, dtype))
 
 
 def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:

@@ -29,16 +29,14 @@ from ..export import (
 from ..methods import get
 from ..run.heldout_part import chosen, copies
 from ..train import folds, running
-from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
-from ..train.stepping import Schedule
 from ..train.trainer import Trainer
 from . import disk_cache
 from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, parse
-from .dry_run import Rehearsal
+from .dry_run import moments
 from .families.base import Family
 from .inputs import pipeline_class
 from .opening import open_images
@@ -53,7 +51,8 @@ logger = logging.getLogger(__name__)
 def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data first, since it is quick to refuse; then the models; then both on the device."""
     task = assembled(cfg, accelerator)
-    settle(task, accelerator)
+    if not cfg.dry_run:
+        settle(task, accelerator)
     return task
 
 
@@ -227,15 +226,6 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def rehearse(cfg: DreamBoothConfig, accelerator: Accelerator, ledger: Ledger) -> Rehearsal:
-    """The task of a dry run, whose models have no weights, on the device."""
-    task = assembled(cfg, accelerator)
-    rehearsal = Rehearsal(task, Schedule.of(cfg, accelerator), ledger)
-    with ledger.phase("placing the models"):
-        settle(task, accelerator)
-    return rehearsal
-
-
 DREAMBOOTH = Script(
     "dreambooth-bilora",
     parse,
@@ -244,7 +234,7 @@ DREAMBOOTH = Script(
     write_dreambooth_card,
     "eval.clip_scores",
     files,
-    rehearse,
+    moments,
 )
 
 

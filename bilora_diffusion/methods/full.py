@@ -11,7 +11,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..adapters import weightless
 from ..choices import OPTIMIZERS
 from ..errors import UserError
 from .base import Method, Target
@@ -83,7 +82,7 @@ def say_memory(targets: Sequence[Target], optimizer: str) -> None:
     count = sum(p.numel() for target in targets for p in target.model.parameters())
     held = sum(p.nbytes for target in targets for p in target.model.parameters())
     device = next(targets[0].model.parameters()).device
-    if weightless.is_weightless(next(targets[0].model.parameters())):
+    if device.type == "meta":
         return  # a dry run says it itself
     each = 4 * (2 + OPTIMIZERS[optimizer.lower()].state)  # fp32 weight, gradient, and what is kept
     need, free = count * each, free_memory(device)

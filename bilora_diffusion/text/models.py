@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.weightless import weightless
 from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
+from ..train.empty import empty
 from ..train.soundness import reading, require_finite, require_safetensors, require_words
 from .options import TextModelOptions
 from .places import gguf_file, locate
@@ -107,7 +107,7 @@ class TextSource:
 
         Args:
             labels: names of the classes, for a classifier, whose new head depends on the seed.
-            weights: whether to read any; the model is `adapters.weightless` without.
+            weights: whether to read any; the model is empty without (`train.empty`).
 
         Raises:
             UserError: weights or tokenizer can't be read, are damaged, or don't fit.
@@ -125,7 +125,7 @@ class TextSource:
             names = ("trust_remote_code", "attn_implementation")
             given = {name: arguments[name] for name in names if name in arguments}
             model = reading(
-                what, FIX, lambda: weightless(lambda: made.from_config(self.config, **given), dtype)
+                what, FIX, lambda: empty(lambda: made.from_config(self.config, **given), dtype)
             )
             body = f"{model.base_model_prefix}."
             # Which layers outside of the body are new, only stored weights could tell.

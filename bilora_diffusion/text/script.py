@@ -22,12 +22,11 @@ from ..export import save_adapter, save_models
 from ..methods import get
 from ..run.heldout_part import copies
 from ..train import folds, running
-from ..train.memory import Ledger
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
 from .config import TextConfig, parse_text
-from .dry_run import Rehearsal
+from .dry_run import moments
 from .models import TextSource
 from .rows import encode_rows, open_rows
 from .task import NAME, TextTask
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-    """Data first, since it is quick to refuse; then the model, on the device."""
+    """Data first, since it is quick to refuse; then the model, on the device, or empty."""
     datasets.disable_progress_bars()
     source = TextSource(cfg)
     if cfg.packing and source.kind != "causal":
@@ -65,6 +64,8 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         weights=not cfg.dry_run,
     )
     task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
+    if cfg.dry_run:
+        return task
     if cfg.quantize != "none":
         kept, skipped = DTYPES[accelerator.mixed_precision], loaded.whole_modules
         count = quantize(loaded.model, kept, skip=skipped, device=accelerator.device)
@@ -96,11 +97,6 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def rehearse(cfg: TextConfig, accelerator: Accelerator, ledger: Ledger) -> Rehearsal:
-    """The task of a dry run, whose model has no weights."""
-    return Rehearsal(build_task(cfg, accelerator), ledger)
-
-
 TEXT = Script(
     "text-bilora",
     parse_text,
@@ -109,7 +105,7 @@ TEXT = Script(
     write_text_card,
     "eval.text_scores",
     files,
-    rehearse,
+    moments,
 )
 
 

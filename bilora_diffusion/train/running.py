@@ -29,7 +29,6 @@ from ..run.interruption import Stop
 from ..run.record import last_measured
 from . import dry_run, engines, folds
 from .loop import fit
-from .memory import Ledger
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
 from .task import Task
@@ -53,7 +52,7 @@ class Script(Generic[Config]):
         card: configuration, folder, results, hub repository or None -> writes ``README.md``.
         scores: the module that scores its runs.
         files: what a file of the run folder is for -> its name, to be told at the end.
-        rehearse: builds the task of a dry run.
+        moments: what a dry run of the task takes.
     """
 
     project: str
@@ -63,7 +62,7 @@ class Script(Generic[Config]):
     card: Callable[[Config, Path, dict[str, Any], str | None], None]
     scores: str
     files: Callable[[Path], dict[str, str]]
-    rehearse: Callable[[Config, Accelerator, Ledger], dry_run.Rehearsal]
+    moments: Callable[[Any, torch.device], dry_run.Moments]
 
 
 def main(
@@ -100,7 +99,7 @@ def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
     resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
     accelerator = build_accelerator(cfg)
     if cfg.dry_run:
-        dry_run.main(script.rehearse, cfg, accelerator)
+        dry_run.main(script.build_task, script.moments, cfg, accelerator)
         return None
     repo_id = publish.repository(cfg) if cfg.push_to_hub else None
     stop, last_step = None, None

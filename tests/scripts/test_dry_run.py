@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub.utils import filter_repo_objects
-from torch import nn
 
 import train_dreambooth_bilora
 import train_text_bilora
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import pipeline
-from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.mini import pipeline_dir
+from bilora_diffusion.train.dry_run import main
+from docs.memory import FOLDER, MODELS
 from tests.image.tiny import FILES, saved
-from tests.scripts.runs import flags
+from tests.scripts.runs import SCRIPT, flags, process
 from tests.text.text_builders import KINDS, material, text_flags
 
 SD3 = "StableDiffusion3Pipeline"
@@ -40,43 +44,64 @@ def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
     return "".join(capsys.readouterr())
 
 
-@pytest.mark.slow
-def test_the_miniature_runs_dry(capsys: Any, tmp_path: Path) -> None:
-    base = without_weights(shutil.copytree(pipeline_dir(), tmp_path / "mini"))
-    values = {"pretrained_model_name_or_path": base, "validation_dataset": "mini-heldout"}
-    drawn = {"validation_prompt": "an icon", "num_validation_images": 1}
-    said = image_run(capsys, tmp_path / "run", **values, **drawn)
-    for words in (
-        "UNet2DConditionModel",
-        "adapted layers: 56",
-        "primary 89,600, auxiliary 89,600",
-        "23 images at 64 px",
-        "steps: 2 of",
-        "weights: unet, fp32",
-        "activations kept for backward",
-        "the optimizer's state",
-        "the process itself",
-        "held-out loss",
-        "validation images",
-        "It fits",
-    ):
-        assert words in said
+def parts_of(said: str) -> dict[str, str]:
+    """The printed parts of the memory, by name."""
+    lines = (line.split(maxsplit=2) for line in said.splitlines() if line.startswith("  "))
+    return {name: f"{size} {unit}" for size, unit, name in lines}
+
+
+def needed(said: str) -> float:
+    """Bytes that a dry run says."""
+    found = re.search(r"the run needs about ([\d.]+) (MB|GB),", said)
+    assert found is not None, said
+    return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
+
+
+def measured(name: str) -> int:
+    """Bytes that a run took."""
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))["measured_bytes"]
+
+
+def sdxl(folder: Path) -> Path:
+    """SDXL at its full size, of which there are configurations and small tokenizers only."""
+    base = without_weights(shutil.copytree(pipeline_dir(), folder))
+    published = MODELS["Stable Diffusion XL"]
+    (_, unet), encoders = published["denoiser"], published["encoders"]
+    vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+    changes = {
+        "unet": unet,
+        "vae": vae,
+        **dict(zip(StableDiffusionXL().encoders, (e[2] for e in encoders), strict=True)),
+    }
+    for part, values in changes.items():
+        file = base / part / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if part == "unet":
+            config = {"_class_name": config["_class_name"]}
+        file.write_text(json.dumps({**config, **values}), encoding="utf-8")
+    return base
+
+
+def test_the_miniature_is_near_what_a_run_takes(tmp_path: Path) -> None:
+    words = ("--config", "recipes/mini.yaml", "--max_train_steps", "3", "--dry_run")
+    done = process(SCRIPT, *words, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert needed(done.stdout) == pytest.approx(measured("mini.json"), rel=0.15)
+    assert "Bi-LoRA on unet (UNet2DConditionModel): 56 layers, 89,600 parameters" in done.stdout
+    assert "data: 23 images at 64 px" in done.stdout
+    assert "steps: 3 of 4, 0.522 epochs" in done.stdout
+    assert parts_of(done.stdout)["adapters: auxiliary"] == "358 kB"
+    assert "It fits" in done.stdout
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_layers_and_parameters_of_convolutions_are_counted(capsys: Any, tmp_path: Path) -> None:
-    said = image_run(capsys, tmp_path / "run", lora_layers="convolutions", rank=2)
-    unet = load_pipeline("mini", dtype=torch.float32).unet
-    found = [
-        module
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Conv2d) and name not in ("conv_in", "conv_out")
-    ]
-    count = sum(
-        2 * (c.in_channels * c.kernel_size[0] * c.kernel_size[1] + c.out_channels) for c in found
-    )
-    assert f"adapted layers: {len(found)}" in said
-    assert f"primary {count:,}," in said
+def test_sdxl_is_near_what_a_run_takes(tmp_path: Path) -> None:
+    base, row = sdxl(tmp_path / "sdxl"), json.loads((FOLDER / "sdxl_256.json").read_text())
+    words = row["command"].replace("random_sdxl", str(base)).replace("sdxl_out", f"{tmp_path}/run")
+    done = process(*words.split(), "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert needed(done.stdout) == pytest.approx(row["measured_bytes"], rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +117,7 @@ def test_each_family_runs_dry_without_weights(kind: str, capsys: Any, tmp_path: 
         "num_validation_images": 1,
     }
     said = image_run(capsys, tmp_path / "run", **values)
-    assert "weights: transformer, fp32" in said
-    assert "embedding the prompts" in said
+    assert parts_of(said).keys() >= {"weights: transformer", "adapters: primary"}
     assert "It fits" in said
 
 
@@ -128,18 +152,60 @@ def test_each_kind_of_text_model_runs_dry(kind: str, capsys: Any, tmp_path: Path
     assert train_text_bilora.main(argv) == 0
     said = "".join(capsys.readouterr())
     assert "24 rows" in said
-    assert "weights: model, fp32" in said
-    assert ("trained whole" in said) == (kind == "classification")
-    assert ("answers" in said) == (kind != "classification")
+    assert ("logits" in parts_of(said)) == (kind != "classification")
     assert "It fits" in said
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_four_bits_are_counted_as_stored(capsys: Any, tmp_path: Path) -> None:
-    base = without_weights(saved(SD3, tmp_path / "base"))
-    values = {"pretrained_model_name_or_path": base, "resolution": 64, "quantize": "nf4"}
-    assert "weights: transformer, 4 bits" in image_run(capsys, tmp_path / "run", **values)
+MINI = {
+    "weights: unet": "69.3 MB",
+    "adapters: primary": "358 kB",
+    "adapters: auxiliary": "358 kB",
+    "gradients": "717 kB",
+    "the optimizer's state": "1.43 MB",
+}
+"""Of Bi-LoRA of rank 4 on the miniature: 89,600 numbers of 4 bytes in each adapter. These and those
+below are what real models and methods hold.
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({}, MINI),
+        ({"method": "lora"}, {"gradients": "358 kB", "the optimizer's state": "717 kB"}),
+        ({"auxiliaries": "sample"}, {"adapters: auxiliary": "8.24 MB", "gradients": "1.79 MB"}),
+        ({"auxiliaries": 3, "rank": 2}, {"adapters: auxiliary": "538 kB"}),
+        ({"auxiliaries": "sample", "auxiliaries_on": "cpu"}, {"adapters: auxiliary": "1.43 MB"}),
+        ({"use_ema": True}, {"averages and best weights": "358 kB"}),
+        ({"use_dora": True}, {"adapters: primary": "403 kB"}),
+        ({"optimizer": "adamw8bit"}, {"the optimizer's state": "358 kB"}),
+        ({"optimizer": "prodigy"}, {"the optimizer's state": "2.87 MB"}),
+        ({"train_text_encoder": True}, {"adapters: primary": "432 kB"}),
+        ({"init_lora_weights": "pissa"}, {"adapters: first values": "358 kB"}),
+        ({"lora_layers": "convolutions"}, {"adapters: primary": "729 kB"}),
+        (
+            {"method": "full"},
+            {"weights: unet": "69.3 MB", "gradients": "69.3 MB", "the optimizer's state": "139 MB"},
+        ),
+        ({"mixed_precision": "bf16"}, {"weights: unet": "34.6 MB", "adapters: primary": "358 kB"}),
+        ({"quantize": "nf4"}, {"weights: unet": "43.8 MB"}),
+        ({"quantize": "int8"}, {"weights: unet": "47.4 MB"}),
+        ({"quantize": "fp8"}, {"weights: unet": "47.4 MB"}),
+    ],
+    ids=str,
+)
+def test_what_options_keep_is_counted(
+    values: dict[str, Any], parts: dict[str, str], capsys: Any, tmp_path: Path
+) -> None:
+    said = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
+    assert {name: said[name] for name in parts} == parts
+
+
+def test_several_processes_are_refused() -> None:
+    accelerator: Any = SimpleNamespace(num_processes=2)
+    with pytest.raises(UserError, match="one process"):
+        main(lambda *_: None, None, None, accelerator)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ COMMANDS = {  # the recorded name -> the file or module that runs it today
     "eval.text_scores": "eval.text_scores",
     "eval.tune": "eval.tune",
     "app.viewer": "app.viewer",
-    "benchmarks/dry_run_memory.py": "benchmarks/dry_run_memory.py",
     "benchmarks/make_random_sdxl.py": "benchmarks/make_random_sdxl.py",
     "benchmarks/step_cost.py": "benchmarks/step_cost.py",
     "examples/seq2seq_bilora.py": "examples/seq2seq_bilora.py",
