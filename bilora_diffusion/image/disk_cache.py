@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -23,12 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..durable import replacing
-from ..errors import UserError
-from ..files import is_folder, quoted
 from ..seeds import digest, digest_texts
 
-AUTO, NO = "auto", "no"
-NAME = "bilora-diffusion"
 FORMAT = "2"
 """Changes where the same key stands for other numbers, so that earlier files are passed over."""
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -89,41 +84,11 @@ def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"hash": digest_texts([name, *parts, digest(*(tensors[part] for part in parts))])}
 
 
-def folder(value: str) -> Path | None:
-    """The folder that a ``--disk_cache`` means, which need not exist; None for none."""
-    if value in (AUTO, NO):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home) / NAME if value == AUTO else None
-    return Path(value).expanduser()
-
-
-def check(value: str) -> None:
-    """Refuse a folder that was asked for and can't be written; one by default is only missed.
-
-    Raises:
-        UserError: a file lies there, or it may not be written.
-    """
-    shown, place = f"--disk_cache {quoted(value)}", folder(value)
-    if not value.strip():
-        raise UserError(f"{shown} names no folder: give one, auto, or no.")
-    if place is None or value == AUTO:
-        return
-    existing = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
-    if not is_folder(existing):
-        what = "is a file" if existing == place else f"lies below {existing}, which is a file"
-        raise UserError(f"{shown} {what}: give a folder, auto, or no.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{shown} is not writable: change its permissions, give another, or no.")
-
-
-def of_run(cfg: Any) -> Path | None:
-    """The folder of a run's cache; None where it has none."""
-    return None if cfg.dry_run else folder(cfg.disk_cache)
-
-
-def of_prompts(cfg: Any, family: Any, pipeline: Any, device: torch.device) -> DiskCache:
+def of_prompts(
+    place: Path | None, cfg: Any, family: Any, pipeline: Any, device: torch.device
+) -> DiskCache:
     """The cache of what the text encoders of a run make of prompts."""
-    if (place := of_run(cfg)) is None:
+    if place is None:
         return DiskCache()
     names = [name for name in family.encoders if getattr(pipeline, name) is not None]
     parts = [*names, *(name.replace("text_encoder", "tokenizer") for name in names)]
@@ -138,9 +103,11 @@ def of_prompts(cfg: Any, family: Any, pipeline: Any, device: torch.device) -> Di
     return DiskCache(place / "prompts", *settings, weights, repr(index), *_machine(cfg, device))
 
 
-def of_latents(cfg: Any, space: Any, vae: Any, device: torch.device) -> DiskCache:
+def of_latents(
+    place: Path | None, cfg: Any, space: Any, vae: Any, device: torch.device
+) -> DiskCache:
     """The cache of what the autoencoder of a run makes of images."""
-    if (place := of_run(cfg)) is None:
+    if place is None:
         return DiskCache()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     state = vae.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,9 @@ from typing import Any
 from ..choices import ATTENTION
 from ..config.machine import device_type
 from ..errors import UserError
-from ..files import folder_or_id, is_file, is_folder, read_text
+from ..files import folder_or_id, is_file, is_folder, quoted, read_text
 from ..mini import ANIMALS, FLOW, MINI, PIPELINES
 from ..run.heldout_part import read_part
-from . import disk_cache
 from .bnb import quantization
 from .families import FAMILIES, SDXL, named
 
@@ -36,6 +36,7 @@ TEXT_ENCODER_LR = 5e-6
 FLOW_TOKENS = 16
 """Of mini-flow where T5's tokens would be: it has no T5, so zeros stand there, and cost time."""
 CHECKPOINTING_FROM = 512
+CACHE, CACHE_AUTO = "bilora-diffusion", "auto"
 MOST_PROMPT_BYTES = 1_000_000
 
 
@@ -208,7 +209,7 @@ def check_inputs(values: dict[str, Any]) -> None:
         UserError: one sentence with the option, its value and the fix.
     """
     _check_model(values)
-    disk_cache.check(values["disk_cache"])
+    _check_cache(values["disk_cache"])
     if values["validation_part"] is not None:
         read_part(values["validation_part"])
     for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):
@@ -228,6 +229,38 @@ def check_inputs(values: dict[str, Any]) -> None:
             f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
             " --caption_column, or a .txt file with its caption beside each image."
         )
+
+
+def cache_folder(value: str) -> Path | None:
+    """The folder that a ``--disk_cache`` means, which need not exist; None for none."""
+    if value in (CACHE_AUTO, "no"):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home) / CACHE if value == CACHE_AUTO else None
+    return Path(value).expanduser()
+
+
+def run_cache(cfg: Any) -> Path | None:
+    """The folder in which a run keeps what it encodes; None where it does not."""
+    return None if cfg.dry_run else cache_folder(cfg.disk_cache)
+
+
+def _check_cache(value: str) -> None:
+    """Refuse a folder that was asked for and can't be written; one by default is only missed.
+
+    Raises:
+        UserError: a file lies there, or it may not be written.
+    """
+    shown, place = f"--disk_cache {quoted(value)}", cache_folder(value)
+    if not value.strip():
+        raise UserError(f"{shown} names no folder: give one, auto, or no.")
+    if place is None or value == CACHE_AUTO:
+        return
+    existing = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
+    if not is_folder(existing):
+        what = "is a file" if existing == place else f"lies below {existing}, which is a file"
+        raise UserError(f"{shown} {what}: give a folder, auto, or no.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{shown} is not writable: change its permissions, give another, or no.")
 
 
 def _has_captions(place: str) -> bool:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..config.fields import Idle, option, unless
 from ..config.values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
 from ..run.options import OutputOptions
-from . import disk_cache, inputs
+from . import inputs
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
@@ -180,9 +180,9 @@ class DataOptions:
         free=True,
     )
     disk_cache: str = option(
-        disk_cache.AUTO,
+        inputs.CACHE_AUTO,
         "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
-        f" ~/.cache/{disk_cache.NAME}, or below $XDG_CACHE_HOME.",
+        f" ~/.cache/{inputs.CACHE}, or below $XDG_CACHE_HOME.",
         place=True,
         free=True,
     )

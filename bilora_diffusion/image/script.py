@@ -31,14 +31,13 @@ from ..run.heldout_part import chosen, copies
 from ..train import folds, running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
-from . import disk_cache
 from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, parse
 from .dry_run import moments
 from .families.base import Family
-from .inputs import pipeline_class
+from .inputs import pipeline_class, run_cache
 from .opening import open_images
 from .pipeline import kind_of, load_pipeline
 from .sets import ImageSet
@@ -82,7 +81,7 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
         weights=not cfg.dry_run,
-        later=kind().encoders if disk_cache.of_run(cfg) and not cfg.train_text_encoder else (),
+        later=kind().encoders if run_cache(cfg) and not cfg.train_text_encoder else (),
     )
     cfg = _fitted(cfg, kind(), pipeline, accelerator.num_processes)
     classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None

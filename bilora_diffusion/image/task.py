@@ -23,6 +23,7 @@ from .families.base import Family
 from .families.sdxl import tokenize
 from .flow import FlowMatching
 from .heldout import GridLoss
+from .inputs import run_cache
 from .latents import Encoder
 from .layers import chosen
 from .masks import weight_map
@@ -114,7 +115,9 @@ class DreamBooth:
 
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
-        disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
+        disk = disk_cache.of_prompts(
+            run_cache(self.cfg), self.cfg, self.family, self.pipeline, device
+        )
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         # Each on its own: what is measured and drawn must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
@@ -136,7 +139,7 @@ class DreamBooth:
         self.device = device
         vae = self.pipeline.vae
         space = self.family.space(vae)
-        disk = disk_cache.of_latents(self.cfg, space, vae, device)
+        disk = disk_cache.of_latents(run_cache(self.cfg), self.cfg, space, vae, device)
         if not self.cfg.offload:
             vae.to(device)
         self.encoder = Encoder(vae, space, device, self.stream.keeps, disk)

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image import disk_cache
+from bilora_diffusion.image import disk_cache, inputs
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.latents import LatentSpace
 from bilora_diffusion.image.prompts import PromptCache
@@ -93,17 +93,17 @@ def test_a_folder_that_can_not_be_written_is_one_warning(
 
 def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert disk_cache.folder("auto") == tmp_path / "bilora-diffusion"
+    assert inputs.cache_folder("auto") == tmp_path / "bilora-diffusion"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert disk_cache.folder("auto") == tmp_path / "home" / ".cache" / "bilora-diffusion"
-    assert disk_cache.folder("~/here") == tmp_path / "home" / "here"
-    assert disk_cache.folder("no") is None
+    assert inputs.cache_folder("auto") == tmp_path / "home" / ".cache" / "bilora-diffusion"
+    assert inputs.cache_folder("~/here") == tmp_path / "home" / "here"
+    assert inputs.cache_folder("no") is None
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"new/cache.*is not writable: change its permissions"):
-        disk_cache.check(str(tmp_path / "new" / "cache"))
-    disk_cache.check("auto")  # is only missed
-    disk_cache.check("no")
+        inputs._check_cache(str(tmp_path / "new" / "cache"))
+    inputs._check_cache("auto")  # is only missed
+    inputs._check_cache("no")
 
 
 def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path: Path) -> None:
@@ -120,16 +120,14 @@ def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path: Path) -> None
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
     assert disk_cache.hash_files([tmp_path / "3" / "vae"]) == hashes[3]
-    cfg: Any = SimpleNamespace(
-        dry_run=False, disk_cache=tmp_path, image_interpolation_mode="lanczos", allow_tf32=False
-    )
+    cfg: Any = SimpleNamespace(image_interpolation_mode="lanczos", allow_tf32=False)
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
     space, here = LatentSpace.of(vae), torch.device("cpu")
-    disk_cache.of_latents(cfg, space, vae, here).put(TENSORS, "image")
-    assert disk_cache.of_latents(cfg, space, vae, here).get("image")
+    disk_cache.of_latents(tmp_path, cfg, space, vae, here).put(TENSORS, "image")
+    assert disk_cache.of_latents(tmp_path, cfg, space, vae, here).get("image")
     with torch.no_grad():
         next(vae.parameters()).view(-1)[:1].add_(1)
-    assert disk_cache.of_latents(cfg, space, vae, here).get("image") is None
+    assert disk_cache.of_latents(tmp_path, cfg, space, vae, here).get("image") is None
 
 
 def test_prompts_are_embedded_one_by_one_and_only_those_that_are_missing(tmp_path: Path) -> None:
