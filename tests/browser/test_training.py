@@ -106,4 +106,3 @@ def test_curves_follow_a_run_show_values_and_fit_a_phone(
     page.mouse.wheel(0, 1500)
     page.wait_for_timeout(500)
     expect(page.locator("#training-legend span").first).to_be_in_viewport()
-    shot(page, "training-phone-dark")
