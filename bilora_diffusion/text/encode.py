@@ -239,7 +239,8 @@ def require_packable(model: Any) -> None:
     """
     config = model.config.get_text_config()
     refused = f"--packing does not suit the model type {config.model_type}, which"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's
+    if "position_ids" not in inspect.signature(plain.forward).parameters:
         raise UserError(
             f"{refused} takes no position_ids, so positions would run on from one example to the"
             " next: drop it."

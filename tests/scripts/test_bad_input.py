@@ -51,7 +51,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         ("4 channels", "makes 8"),
     ),
     (IMAGE, {"pretrained_model_name_or_path": "{tmp}/sd3", "resolution": 72}, ("72", "give 64")),
-    (IMAGE, {"resume_from_checkpoint": "latest"}, ("no checkpoint",)),
+    (IMAGE, {"resume_from_checkpoint": "latest"}, ("does not exist",)),
     (IMAGE, {"resume_from_checkpoint": "{tmp}/typo.yaml"}, ("typo.yaml",)),
     (IMAGE, {"output_dir": "{tmp}/typo.yaml"}, ("typo.yaml",)),
     (LLAMA, {"train_file": "{tmp}/broken.jsonl"}, ("line 2 of broken.jsonl",)),

@@ -190,8 +190,6 @@ below are what real models and methods hold.
         ),
         ({"mixed_precision": "bf16"}, {"weights: unet": "34.6 MB", "adapters: primary": "358 kB"}),
         ({"quantize": "nf4"}, {"weights: unet": "43.8 MB"}),
-        ({"quantize": "int8"}, {"weights: unet": "47.4 MB"}),
-        ({"quantize": "fp8"}, {"weights: unet": "47.4 MB"}),
     ],
     ids=str,
 )
