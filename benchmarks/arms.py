@@ -6,11 +6,10 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from random_models import materialize
 from shapes import Inputs, Shape
 from torch import Tensor, nn
 
@@ -18,58 +17,28 @@ from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters.fused import unfuse
 from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.train.compiling import Blocks
-from bilora_diffusion.train.optimizers import build_optimizer
 
 MAX_GRAD_NORM = 1.0
-SAMPLES = 20  # that have an auxiliary each; every step sees the next ones
 SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
-# The training script's AdamW, made by its own function.
-OPTIMIZER: Any = SimpleNamespace(
-    optimizer="adamw",
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    adam_epsilon=1e-8,
-)
 
 
-@dataclass(frozen=True)
-class ArmKind:
-    """A row of the result.
-
-    Args:
-        fused: all active adapters of a layer run as one product, else PEFT's own forward.
-        options: of the method, where they are not its defaults.
-        compiled: the repeated blocks are, as by ``--compile``; in the first step.
-    """
+class ArmKind(NamedTuple):
+    """A row of the result; not fused is PEFT's own forward, compiled is as by ``--compile``."""
 
     label: str
     method: str
-    fused: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    fused: bool = True
     compiled: bool = False
 
 
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
 """What `--methods all` means: every method that trains adapters. `full` is run by name only."""
 KINDS = {
-    **{name: ArmKind(methods.get(name).title, name, fused=True) for name in methods.names()},
-    "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", fused=True, options={"rho": "auto"}),
-    "bilora-sample": ArmKind(
-        "Bi-LoRA, an auxiliary for each of 20 samples",
-        "bilora",
-        fused=True,
-        options={"auxiliaries": SAMPLES},
-    ),
-    "bilora-per-layer": ArmKind(
-        "Bi-LoRA, a ball per layer", "bilora", fused=True, options={"ball": "per-layer"}
-    ),
-    "bilora-power": ArmKind(
-        "Bi-LoRA, power iteration", "bilora", fused=True, options={"auxiliary_update": "power"}
-    ),
+    **{name: ArmKind(methods.get(name).title, name) for name in methods.names()},
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
-    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", fused=True, compiled=True),
-    "lora-compiled": ArmKind("LoRA, compiled", "lora", fused=True, compiled=True),
+    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", compiled=True),
+    "lora-compiled": ArmKind("LoRA, compiled", "lora", compiled=True),
 }
 BASELINE = "lora"
 
@@ -82,43 +51,26 @@ class Arm:
         kind: a key of ``KINDS``.
         base: the frozen model without adapters.
         inputs: the batch of every step.
-        batch: its samples.
         amp: dtype for autocast, or None; as the training script runs ``--mixed_precision``.
     """
 
     def __init__(
-        self,
-        kind: str,
-        shape: Shape,
-        base: nn.Module,
-        inputs: Inputs,
-        batch: int,
-        amp: torch.dtype | None,
-        seed: int,
+        self, kind: str, shape: Shape, base: nn.Module, inputs: Inputs, amp: Any, seed: int
     ) -> None:
         self.kind, self.shape, self.inputs, self.amp = kind, shape, inputs, amp
-        self.batch = batch
-        options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
+        options = MethodOptions(num_steps=SCHEDULED_STEPS)
         self.method = methods.create(KINDS[kind].method, options)
         self.model = copy.deepcopy(base) if self.method.exports_weights else share(base)
         torch.manual_seed(seed)  # every arm starts from the same primary
         groups = self.method.setup([Target("model", self.model, shape.spec, shape.lr, 1e-2)])
         if not KINDS[kind].fused:
             unfuse(self.model)
-        self.optimizer = build_optimizer(OPTIMIZER, groups)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)  # as in training
         self.method.bind(self.optimizer)
         Blocks([self.model] if KINDS[kind].compiled else [])
         self.losses: list[float] = []
-
-    @property
-    def layers(self) -> int:
-        """Number of layers with an adapter."""
-        return len(adapters.factors(self.model, adapters.PRIMARY))
-
-    @property
-    def trainable(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        self.layers = len(adapters.factors(self.model, adapters.PRIMARY))
+        self.trainable = sum(p.numel() for group in groups for p in group["params"])
 
     def train_step(self) -> Tensor:
         """One whole step: forward, backward, clip, update with projection, gradients forgotten."""
@@ -138,11 +90,9 @@ class Arm:
     def forward_backward(self) -> Tensor:
         """Loss and gradients of the batch; called by the method."""
         device = next(self.model.parameters()).device
-        first = len(self.losses) * self.batch
-        with self.method.seen([n % SAMPLES for n in range(first, first + self.batch)]):
-            with torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext():
-                loss = self.shape.loss(self.model, self.inputs)
-            loss.backward()
+        with torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext():
+            loss = self.shape.loss(self.model, self.inputs)
+        loss.backward()
         return loss.detach()
 
 
@@ -150,11 +100,12 @@ def make(
     kinds: Sequence[str], shape: Shape, batch: int, dtype: torch.dtype, device: Any, seed: int
 ) -> list[Arm]:
     """Arms on one base model and one batch; under autocast, but for fp32."""
-    base = shape.make(dtype, device, seed)
+    base = materialize(shape.build, dtype=dtype, device=device, seed=seed)
+    base.train().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     inputs = shape.inputs(base, batch, dtype, device, generator)
     amp = None if dtype == torch.float32 else dtype
-    return [Arm(kind, shape, base, inputs, batch, amp, seed) for kind in kinds]
+    return [Arm(kind, shape, base, inputs, amp, seed) for kind in kinds]
 
 
 def share(base: nn.Module) -> nn.Module:

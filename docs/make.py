@@ -150,7 +150,7 @@ def readme() -> str:
 
 def models() -> str:
     """The page of image models, whose table of memory is made."""
-    heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
+    heads = ("model", "weights", "LoRA", "Bi-LoRA", "held by the step", "text encoders, before it")
     columns = ("lora", "bilora", "activations", "encoders")
     body = [
         (model, weights, *(f"{memory_of(model, weights)[c] / 1e9:.1f} GB" for c in columns))
