@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
+from random_models import materialize
 from shapes import Inputs, Shape
 from torch import Tensor, nn
 
@@ -18,55 +18,34 @@ from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters.fused import unfuse
 from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.train.compiling import Blocks
-from bilora_diffusion.train.optimizers import build_optimizer
 
 MAX_GRAD_NORM = 1.0
 SAMPLES = 20  # that have an auxiliary each; every step sees the next ones
 SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
-# The training script's AdamW, made by its own function.
-OPTIMIZER: Any = SimpleNamespace(
-    optimizer="adamw",
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    adam_epsilon=1e-8,
-)
 
 
-@dataclass(frozen=True)
-class ArmKind:
-    """A row of the result.
-
-    Args:
-        fused: all active adapters of a layer run as one product, else PEFT's own forward.
-        options: of the method, where they are not its defaults.
-        compiled: the repeated blocks are, as by ``--compile``; in the first step.
-    """
+class ArmKind(NamedTuple):
+    """A row of the result; not fused is PEFT's own forward, compiled is as by ``--compile``."""
 
     label: str
     method: str
-    fused: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    fused: bool = True
     compiled: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})  # of the method, where not its defaults
 
 
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
 """What `--methods all` means: every method that trains adapters. `full` is run by name only."""
 KINDS = {
-    **{name: ArmKind(methods.get(name).title, name, fused=True) for name in methods.names()},
-    "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", fused=True, options={"rho": "auto"}),
+    **{name: ArmKind(methods.get(name).title, name) for name in methods.names()},
+    "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),
     "bilora-sample": ArmKind(
-        "Bi-LoRA, an auxiliary for each of 20 samples",
-        "bilora",
-        fused=True,
-        options={"auxiliaries": SAMPLES},
-    ),
-    "bilora-per-layer": ArmKind(
-        "Bi-LoRA, a ball per layer", "bilora", fused=True, options={"ball": "per-layer"}
+        "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
     ),
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
-    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", fused=True, compiled=True),
-    "lora-compiled": ArmKind("LoRA, compiled", "lora", fused=True, compiled=True),
+    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", compiled=True),
+    "lora-compiled": ArmKind("LoRA, compiled", "lora", compiled=True),
 }
 BASELINE = "lora"
 
@@ -78,8 +57,7 @@ class Arm:
     Args:
         kind: a key of ``KINDS``.
         base: the frozen model without adapters.
-        inputs: the batch of every step.
-        batch: its samples.
+        inputs: the batch of every step, of `batch` rows.
         amp: dtype for autocast, or None; as the training script runs ``--mixed_precision``.
     """
 
@@ -90,7 +68,7 @@ class Arm:
         base: nn.Module,
         inputs: Inputs,
         batch: int,
-        amp: torch.dtype | None,
+        amp: Any,
         seed: int,
     ) -> None:
         self.kind, self.shape, self.inputs, self.amp = kind, shape, inputs, amp
@@ -102,20 +80,12 @@ class Arm:
         groups = self.method.setup([Target("model", self.model, shape.spec, shape.lr, 1e-2)])
         if not KINDS[kind].fused:
             unfuse(self.model)
-        self.optimizer = build_optimizer(OPTIMIZER, groups)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)  # as in training
         self.method.bind(self.optimizer)
         Blocks([self.model] if KINDS[kind].compiled else [])
         self.losses: list[float] = []
-
-    @property
-    def layers(self) -> int:
-        """Number of layers with an adapter."""
-        return len(adapters.factors(self.model, adapters.PRIMARY))
-
-    @property
-    def trainable(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        self.layers = len(adapters.factors(self.model, adapters.PRIMARY))
+        self.trainable = sum(p.numel() for group in groups for p in group["params"])
 
     def train_step(self) -> Tensor:
         """One whole step: forward, backward, clip, update with projection, gradients forgotten."""
@@ -147,7 +117,8 @@ def make(
     kinds: Sequence[str], shape: Shape, batch: int, dtype: torch.dtype, device: Any, seed: int
 ) -> list[Arm]:
     """Arms on one base model and one batch; under autocast, but for fp32."""
-    base = shape.make(dtype, device, seed)
+    base = materialize(shape.build, dtype=dtype, device=device, seed=seed)
+    base.train().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     inputs = shape.inputs(base, batch, dtype, device, generator)
     amp = None if dtype == torch.float32 else dtype

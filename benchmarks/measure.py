@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion.run import provenance
 
-MIN_FOR_INTERVAL = 5
 KIBI = 1024  # Linux tells resident memory in kibibytes
 
 # Linux counts the memory of the process that starts another as that other's, until it is replaced:
@@ -38,10 +35,11 @@ def watched(words: Sequence[str]) -> list[str]:
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Wall time of one call, the accelerator's queue included."""
-    _synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     work()
-    _synchronize(device)
+    wait()
     return time.perf_counter() - started
 
 
@@ -83,7 +81,7 @@ def paired_ratio(
     The interval is None below five rounds.
     """
     ratios = np.asarray(times) / np.asarray(baseline)
-    if len(ratios) < MIN_FOR_INTERVAL:
+    if len(ratios) < 5:
         return float(np.median(ratios)), None
     interval = bootstrap(
         (ratios,), np.median, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
@@ -91,46 +89,8 @@ def paired_ratio(
     return float(np.median(ratios)), (float(interval.low), float(interval.high))
 
 
-def median_seconds(work: Callable[[], Any], device: torch.device, *, calls: int = 30) -> float:
-    """Median wall time of ``calls`` calls, after three that are not counted."""
-    for _ in range(3):
-        work()
-    return statistics.median(seconds(work, device) for _ in range(calls))
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that are run within the context: kernels on an accelerator, but for
-    those that only look at memory in another way.
-
-    Attributes:
-        count: of all.
-        waits: how many of them ask for a value, for which an accelerator's queue is waited for.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = self.waits = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        asks = func is torch.ops.aten._local_scalar_dense.default
-        self.waits += asks
-        looks = func.is_view or func in _LOOKS or func.namespace != "aten"
-        self.count += not (asks or looks)
-        return func(*args, **(kwargs or {}))
-
-
-_LOOKS = {torch.ops.aten.detach.default, torch.ops.aten.promote_types.default}
-
-
 def circumstances(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was measured."""
     commit, changed = provenance.commit()
     about = {"device": provenance.device(device), "versions": provenance.versions()}
     return {**about, "commit": commit, "commit_differs": changed}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

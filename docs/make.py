@@ -104,7 +104,7 @@ def readme() -> Iterable[str]:
 
 def models() -> Iterable[str]:
     """The table of memory."""
-    heads = ("model", "weights", "LoRA", "Bi-LoRA", "activations in it", "text encoders, before it")
+    heads = ("model", "weights", "LoRA", "Bi-LoRA", "held by the step", "text encoders, before it")
     columns = ("lora", "bilora", "activations", "encoders")
     body = [
         (model, weights, *(f"{memory_of(model, weights)[c] / 1e9:.1f} GB" for c in columns))

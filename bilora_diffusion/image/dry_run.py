@@ -14,7 +14,7 @@ HELD = {
     "StableDiffusionXLPipeline": (0, 46, 7, 540),  # all of a UNet is one block
     "StableDiffusion3Pipeline": (154, 1, 25, 21),
     "FluxPipeline": (512, 1, 27, 14.6),
-    "Flux2KleinPipeline": (512, 1, 85, 24),
+    "Flux2KleinPipeline": (512, 1, 100, 24),
     "ZImagePipeline": (64, 1, 37, 29),
     "QwenImagePipeline": (64, 1, 26, 17),
     "Krea2Pipeline": (64, 1.2, 29, 22),

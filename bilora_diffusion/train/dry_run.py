@@ -53,9 +53,7 @@ def main(build_task: Callable[..., Any], moments: Any, cfg: Any, accelerator: Ac
         parts["gradients"] = trained["gradients"] if name == STEP else 0
     peaks = {name: sum(parts.values()) for name, parts in taken.items()}
     most, room = max(peaks, key=lambda name: peaks[name]), free_memory(device) + process
-    verdict = (
-        "It fits" if peaks[most] <= room else "It does not fit (docs/guide.md says what helps)"
-    )
+    verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
     folds = f"; before them --folds {cfg.folds} runs of as many" if cfg.folds else ""
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(p.numel() for p in method.clip_parameters())
@@ -67,7 +65,7 @@ def main(build_task: Callable[..., Any], moments: Any, cfg: Any, accelerator: Ac
         f"memory of {provenance.device(device)['name']} when it is highest ({most}):",
         *(f"  {bytes_for_people(n):>8}  {part}" for part, n in taken[most].items() if n),
         *(f"peak of {name}: {bytes_for_people(peak)}" for name, peak in peaks.items()),
-        f"{verdict}: the run needs about {bytes_for_people(peaks[most])}, and {device.type} has"
+        f"It {verdict}: the run needs about {bytes_for_people(peaks[most])}, and {device.type} has"
         f" {bytes_for_people(room)} for it.",
     ]
     print("\n".join(lines), flush=True)

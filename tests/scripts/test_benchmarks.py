@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilora_diffusion.adapters import AdapterSpec, target_layers
-from bilora_diffusion.errors import TrainingError, UserError, run_cli
+from bilora_diffusion.errors import TrainingError, run_cli
 from bilora_diffusion.methods import names
-from tests.scripts.runs import ROOT, flags, process
+from tests.scripts.runs import ROOT, process
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -31,52 +30,42 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_step_cost_prints_a_table_and_json() -> None:
+def test_step_cost_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     words = ("--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
-    done = process(BENCHMARKS / "step_cost.py", *words)
+    file = tmp_path / "result.json"
+    done = process(BENCHMARKS / "step_cost.py", *words, "--json", file)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[2].split("|")[1:5] == [
-        *(" method ", " memory (GB) ", " time (s) ", " relative to LoRA (95 % interval) ")
-    ]
+    lines, result = done.stdout.splitlines(), json.loads(file.read_text())
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["LoRA", "Bi-LoRA"]
-    result = json.loads(lines[-1])
     assert result["layers"] == 56
     assert result["device"]["cpu_cores"] >= 1
     for row in result["arms"].values():
         assert row["peak_memory_bytes"] > 2**27
         assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in done.stdout
-        assert f"| {row['operations']:,}, {row['own_operations']:,} | 0 |" in done.stdout
-        assert 0 < row["own_operations"] < 400 < row["operations"]
 
 
 @pytest.mark.slow
 def test_every_adapter_method_has_its_step_measured(
-    load: Any, capsys: pytest.CaptureFixture[str]
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    words = ["--shapes", "mini", "--methods", "all", "--steps", "2", "--warmup", "0"]
-    load("step_cost").main([*words, "--skip_memory"])
-    arms = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
+    step_cost, file = load("step_cost"), tmp_path / "result.json"
+    monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
+    step_cost.main(["--shapes", "mini", "--methods", "all", "--steps", "1", "--json", str(file)])
+    arms = json.loads(file.read_text())["arms"]
     assert next(iter(arms)) == "lora"
     assert set(arms) == {name for name in names() if name != "full"}
 
 
 @pytest.mark.parametrize(("shapes", "layers"), [("mini", 56), ("llama-7b-layer", 14)])
 def test_both_forwards_of_bilora_are_the_same_training(
-    shapes: str,
-    layers: int,
-    load: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shapes: str, layers: int, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step_cost, file = load("step_cost"), tmp_path / "result.json"
     llama = step_cost.SHAPES["llama-7b-layer"]
     narrow = replace(llama, build=partial(load("random_models").llama_7b, "tiny"))
     monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
-    settings = ["--shapes", shapes, "--steps", "5", "--warmup", "1", "--skip_memory"]
-    step_cost.main([*settings, "--json", str(file)])
-    assert "not measured |" in capsys.readouterr().out
+    monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
+    step_cost.main(["--shapes", shapes, "--steps", "5", "--json", str(file)])
     result = json.loads(file.read_text())
     assert result["layers"] == layers  # of Llama two layers of seven; the output head has none
     assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]
@@ -88,7 +77,6 @@ def test_both_forwards_of_bilora_are_the_same_training(
     assert lora["ratio_to_lora"] == 1.0
     assert fused["trained_parameters"] == peft["trained_parameters"]
     assert fused["trained_parameters"] == 2 * lora["trained_parameters"]
-    assert 0 < result["projection"]["share_of_step"] < 1
     assert fused["last_loss"] == pytest.approx(peft["last_loss"], rel=1e-5)
     assert fused["last_loss"] < fused["first_loss"]
 
@@ -96,26 +84,15 @@ def test_both_forwards_of_bilora_are_the_same_training(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("step_cost --shapes t5base", "error: --shapes has 't5base' (did you mean \"t5-base\"?)"),
-        ("step_cost --shapes mini --arms bilora", "error: --arms is bilora; name each arm once"),
+        ("step_cost --shapes mini --arms bilora", "error: --arms is bilora; name lora and others"),
         ("step_cost --shapes mini --steps 0", "error: --steps is 0"),
-        ("step_cost --shapes mini --batch 0", "error: --batch is 0"),
         ("step_cost --shapes mini --json no/such/a.json", "error: --json is no/such/a.json"),
-        ("step_cost --shape_of_things", "error: "),
         ("against_diffusers --script no.py", "error: --script is no.py, which is no file"),
-        ("against_diffusers --script . --images no", "error: --script is ., which is no file"),
         ("make_random_sdxl full", "error: full already exists and is not an empty folder"),
-        ("make_random_sdxl new --size ful", "error: --size is 'ful' (did you mean \"full\"?)"),
-        ("make_random_sdxl new --dtype int8", "error: --dtype is 'int8'"),
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: str,
-    sentence: str,
-    load: Any,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    words: str, sentence: str, load: Any, capsys: Any, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
@@ -126,22 +103,14 @@ def test_bad_input_is_one_sentence(
     captured = capsys.readouterr()
     assert captured.err.startswith(sentence)
     assert (captured.err.count("\n"), captured.out) == (1, "")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full"]
 
 
-def test_a_failing_arm_and_a_disk_that_is_too_small_are_named(
-    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    step_cost, make = load("step_cost"), load("make_random_sdxl")
-    said = "Traceback\nMemoryError: no room\n"
+def test_a_failing_arm_is_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_cost, said = load("step_cost"), "Traceback\nMemoryError: no room\n"
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
     monkeypatch.setattr(step_cost.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(TrainingError, match=r"arm lora failed .* MemoryError: no room"):
         step_cost.main(["--shapes", "mini"])
-    monkeypatch.setattr(make.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
-    with pytest.raises(UserError, match=r"takes 6\.9 GB and .* has 1\.0 GB free"):
-        make.main([str(tmp_path / "new")])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_rounds_are_fair_and_the_ratio_is_paired(load: Any) -> None:
@@ -244,41 +213,6 @@ def test_the_random_pipeline_is_genuine(tmp_path: Path) -> None:
     )
     assert torch.isfinite(output.images).all()
     assert output.images.float().std() > 0.05
-    assert not list(tiny.parent.glob(".*"))  # nothing is left beside it
-
-
-SDXL = "Stable Diffusion XL"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("settings", "fused", "expected"),
-    [
-        ({}, True, 0.49),
-        ({"batch": 4}, True, 1.95),
-        ({"checkpointing": False}, True, 5.6),
-        ({"checkpointing": False}, False, 18.7),
-    ],
-    ids=str,
-)
-def test_activations_of_sdxl_at_1024_pixels(
-    settings: dict[str, Any], fused: bool, expected: float, load: Any
-) -> None:
-    AcceleratorState._reset_state()
-    made = load("dry_run_memory")
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if fused else [SDPBackend.MATH]
-    with sdpa_kernel(backends):
-        peak, activations = made.step_of(made.MODELS[SDXL], "lora", "bf16", **settings)
-    assert activations / 1e9 == pytest.approx(expected, rel=0.1)
-    assert peak > 5.2e9 + activations
-
-
-@pytest.mark.slow
-def test_an_estimate_is_near_what_a_run_takes(load: Any, tmp_path: Path) -> None:
-    AcceleratorState._reset_state()
-    words = (*flags(tmp_path / "run", max_train_steps=3), "--config", "recipes/mini.yaml")
-    result = load("dry_run_memory").compare(["train_dreambooth_bilora.py", *words])
-    assert result["ratio"] == pytest.approx(1, abs=0.15)
 
 
 def test_steps_are_read_from_the_bar_of_the_training(load: Any) -> None:
