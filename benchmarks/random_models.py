@@ -83,7 +83,7 @@ sdxl_text_encoder_2 = functools.partial(sdxl_text_encoder, number=1)  # OpenCLIP
 
 def t5_base() -> Any:
     """T5-base as published: 12 + 12 layers, width 768, 12 heads, tied embeddings (223 M)."""
-    sizes = {"vocab_size": 32128, "d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+    sizes: Any = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
     config = transformers.T5Config(**sizes)
     config.decoder_start_token_id = 0
     return transformers.T5ForConditionalGeneration(config)
