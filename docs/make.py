@@ -116,7 +116,7 @@ def models() -> Iterable[str]:
 
 @functools.cache
 def memory_of(model: str, weights: str) -> dict[str, int]:
-    """What the tables say of a model."""
+    """Memory of a model for the tables."""
     return row(model, weights, "--gradient_checkpointing")
 
 

@@ -48,7 +48,7 @@ def _trained(name: str, method: str) -> int:
 
 
 def _task(name: str, method: str, *words: str) -> Any:
-    """What a dry run looks at of a task."""
+    """The task as a dry run reads it."""
     with TemporaryDirectory() as folder:
         given = ["--dataset", "mini", "--resolution", "1024", "--mixed_precision", "bf16"]
         given += ["--validation_dataset", "none", "--num_validation_images", "0", "--dry_run"]
