@@ -120,7 +120,8 @@ def test_the_python_files_are_short() -> None:
 def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
     keys = yaml.safe_load(recipe.read_text())
     read = parse_text if "task" in keys else parse
-    config = read(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    config = read(argv if {"task", "dataset"} & keys.keys() else [*argv, "--dataset", "mini"])
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
