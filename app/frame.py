@@ -47,7 +47,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
                 validation.build(catalog, runs),
                 compare.Tab(catalog, scores),
             ),
-            "Generate": lambda: generate.Tab(catalog, runs, device),
+            "Generate": lambda: generate.Tab(catalog, page, runs, device),
             "Vote": lambda: vote.Tab(catalog, scores),
             "Training": lambda: training.Tab(catalog, runs),
             "Results": lambda: results.build(catalog, figures),
