@@ -204,6 +204,7 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
 """
 
 
+@pytest.mark.slow  # in a process of its own
 def test_an_option_of_the_example_touches_no_further_file(tmp_path: Path) -> None:
     (tmp_path / "test_own_option.py").write_text(OWN_OPTION)
     test = f"{tmp_path}/test_own_option.py"

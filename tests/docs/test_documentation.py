@@ -168,7 +168,14 @@ def test_the_readme_is_short_and_its_loop_trains() -> None:
     assert 0 < names["bilora"].auxiliary_norm() <= 0.05 * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", make.PAGES)
+SLOW = ("../README.md", "models.md")
+"""Pages that count the memory of the largest models."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES],
+)
 def test_a_page_is_what_the_code_makes(name: str) -> None:
     shown = (make.FOLDER / name).read_text(encoding="utf-8")
     assert shown == make.page(name), "an option has changed: run `python -m docs.make`"
