@@ -39,6 +39,7 @@ COMMANDS = (
     *("train_dreambooth_bilora.py", "train_text_bilora.py"),
     *("eval.clip_scores", "eval.dynamics", "eval.generalization", "eval.landscape"),
     *("eval.sweep", "eval.text_scores", "app.viewer", "bilora_diffusion.export"),
+    "bilora_diffusion",
 )
 # Each name is put together here, so as not to find itself: folders and hosts of one machine only.
 MACHINE = re.compile(
