@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--config", default="mini", help="recipe of both runs")
+    parser.add_argument("--config", type=Path, default=Path("mini"), help="recipe of both runs")
     args, flags = parser.parse_known_args(argv)
 
     def work() -> None:
@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_cli(work)
 
 
-def demo(folder: Path, seed: int, recipe: str, flags: Sequence[str] = ()) -> None:
+def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:
     """Train both runs, with more flags of ``train_dreambooth_bilora.py``, compare what they saw,
     draw the grid and say where everything is.
     """
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
-        words = ["--config", recipe, "--method", method, *OWN[method], "--seed", str(seed)]
+        words = ["--config", str(recipe), "--method", method, *OWN[method], "--seed", str(seed)]
         words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
         train.main([*words, *COURSE, *flags])
     steps = require_paired([folder / method for method in METHODS])

@@ -81,7 +81,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[(.*?)\]", " ".join(rest)))))
-        assert rest[0] == "install"
+        assert rest[0] in ("install", "wheel")
         assert extras <= set(project["optional-dependencies"])
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
@@ -95,7 +95,10 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "accelerate":
         assert rest[0] == "launch"
         launch = launch_command_parser().parse_args(rest[1:])
-        check_script(launch.training_script, launch.training_script_args, monkeypatch)
+        if launch.module:
+            check(["bilora", *launch.training_script_args], monkeypatch)
+        else:
+            check_script(launch.training_script, launch.training_script_args, monkeypatch)
     elif rest[0] == "-m":
         check_module(importlib.import_module(rest[1]), rest[2:], monkeypatch)
     else:
