@@ -100,9 +100,6 @@ class Catalog:
     Args:
         root: an existing folder.
         public: whether others than this machine's user may see :meth:`place`.
-
-    Raises:
-        UserError: ``root`` is no folder.
     """
 
     def __init__(self, root: Path, public: bool = False) -> None:
@@ -150,9 +147,6 @@ class Catalog:
 
         Args:
             relative: POSIX path below the root; need not exist.
-
-        Raises:
-            UserError: it is absolute, contains ``..``, or a link in it leads out of the root.
         """
         parts = PurePosixPath(relative)
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
@@ -271,11 +265,7 @@ def read_steps(folder: Path) -> tuple[int, ...]:
 
 
 def read_result(folder: Path) -> Scored | dict[str, Any]:
-    """A result: its images, or of another command what ``result.json`` says.
-
-    Raises:
-        UserError: it is damaged or of another version.
-    """
+    """A result: its images, or of another command what ``result.json`` says."""
     record = table.head(folder)
     pictures = record.get("figures")
     if not isinstance(pictures, list) or not all(_is_name(name) for name in pictures):

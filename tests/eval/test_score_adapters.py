@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
@@ -77,28 +75,6 @@ def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None
     assert altered(rescale) != digest
     assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
     assert altered(lambda t, _: t.update({key: t[key].half()})) != digest
-
-
-def test_the_hubs_files_come_from_its_cache(files: Path) -> None:
-    """The cache is filled as a download fills it; offline, nothing else can be asked for."""
-    repository = Path(constants.HF_HUB_CACHE) / "models--owner--icons"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
-    for name in (FILE, "other.safetensors"):
-        shutil.copy(files / "unet" / FILE, snapshot / name)
-    (snapshot / "README.md").write_text("---\nbase_model: owner/base\n---\n")
-    try:
-        usual, named = single(["owner/icons", "Other=owner/icons:other.safetensors"])
-        assert (usual.kind, usual.source, usual.label) == ("hub", "owner/icons", "LoRA")
-        assert usual.base_model == named.base_model == "owner/base"
-        assert usual.digest == named.digest == one(files / "unet" / FILE).digest
-        assert named.weights == snapshot / "other.safetensors"
-        with pytest.raises(UserError, match=r'"owner/icons:gone\.safetensors"'):
-            one("owner/icons:gone.safetensors")
-    finally:
-        shutil.rmtree(repository)
 
 
 @pytest.mark.parametrize(
