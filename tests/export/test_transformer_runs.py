@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def pipeline(root: Path) -> Any:
 def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(root: Path) -> None:
     folder = root / "lora"
     assert not list(folder.glob("lora*.safetensors"))  # kohya's would be named after the run
+    workflow = (folder / "lora.comfy.json").read_text(encoding="utf-8")
+    assert {"base.safetensors", "lora.safetensors"} <= {*re.findall(r'"([\w.]+)"', workflow)}
+    assert "`lora.comfy.json`" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not (root / "whole" / "whole.comfy.json").exists()
     contents = inspect(folder / FILE_NAME)
     assert set(contents.layers) == {"transformer"}
     assert contents.metadata["modelspec.title"] == "lora"
@@ -98,5 +103,6 @@ def test_a_fresh_start_deletes_a_runs_own_transformer_only(root: Path, tmp_path:
     with pytest.raises(UserError, match="not of a run of full fine-tuning"):
         refuse_foreign_models(tmp_path)
     (tmp_path / "run.json").write_text((root / "whole" / "run.json").read_text())
+    (tmp_path / f"{tmp_path.name}.comfy.json").touch()
     clear(tmp_path)
     assert not list(tmp_path.iterdir())
