@@ -44,34 +44,22 @@ def config(modality: str = "text", **values: Any) -> Any:
     return SimpleNamespace(to_dict=lambda: given, modality=modality)
 
 
-WRONG: dict[str, tuple[Any, Any]] = {
-    "FSDP": (accelerator(version=1), config()),
-    "DEEPSPEED": (accelerator("DEEPSPEED"), config()),
-    "MEGATRON_LM": (accelerator("MEGATRON_LM"), config("image")),
-    "XLA": (accelerator("XLA"), config()),
-    "a parallelism config": (accelerator("MULTI_GPU", parallelism_config=object()), config()),
-    "image models": (accelerator(), config("image")),
-    "--method full": (accelerator(), config(method="full")),
-    "--folds": (accelerator(), config(folds=4, fold=None)),
-    "FSDP_OFFLOAD_PARAMS": (accelerator(cpu_offload=CPUOffloadPolicy()), config()),
-    "FSDP_ACTIVATION_CHECKPOINTING": (accelerator(activation_checkpointing=True), config()),
-    "FSDP_IGNORED_MODULES": (accelerator(ignored_modules="a.*"), config()),
-    "ACCELERATE_DYNAMO_BACKEND": (accelerator(dynamo=DynamoBackend.INDUCTOR), config()),
-    "SIZE_BASED_WRAP": (accelerator(auto_wrap_policy=size_based_auto_wrap_policy), config()),
-    "FSDP on CPUs": (accelerator("MULTI_CPU"), config()),  # accelerate would train by DDP
-}
-"""What a refusal names -> the launch, and what is trained."""
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_launch_that_would_be_wrong_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_that_would_be_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table's own entries are tested with it, in tests/config/test_refusals.py."""
-    engine, cfg = WRONG[name]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(name == "FSDP on CPUs"))
-    with pytest.raises(UserError, match=name):
-        engines.check(cfg, engine)
+    parallel = accelerator("MULTI_GPU", parallelism_config=object())
+    for named, engine, cfg in (
+        ("FSDP", accelerator(version=1), config()),
+        ("DEEPSPEED", accelerator("DEEPSPEED"), config()),
+        ("a parallelism config", parallel, config()),
+        ("image models", accelerator(), config("image")),
+        ("FSDP_OFFLOAD_PARAMS", accelerator(cpu_offload=CPUOffloadPolicy()), config()),
+        ("ACCELERATE_DYNAMO_BACKEND", accelerator(dynamo=DynamoBackend.INDUCTOR), config()),
+        ("SIZE_BASED", accelerator(auto_wrap_policy=size_based_auto_wrap_policy), config()),
+        ("FSDP on CPUs", accelerator("MULTI_CPU"), config()),  # accelerate would train by DDP
+    ):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(named == "FSDP on CPUs"))
+        with pytest.raises(UserError, match=named):
+            engines.check(cfg, engine)
 
 
 def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(
