@@ -26,11 +26,13 @@ from ..export import (
     training_facts,
     verify,
 )
+from ..lora_names import workflow_file_name
 from ..methods import get
 from ..run.heldout_part import chosen, copies
 from ..train import folds, running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
+from . import comfy
 from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
@@ -117,11 +119,8 @@ def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int
         family.require_resolution(side, pipeline)
     if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
         logger.warning("%s", remark)
-    if family.flow and cfg.use_dora:
-        logger.warning(
-            "--use_dora: diffusers reads the file as trained; ComfyUI leaves out its magnitudes, so"
-            " what that draws is not what was trained."
-        )
+    if (remark := comfy.remark(family.title, family.pipeline, cfg.use_dora)) is not None:
+        logger.warning("%s", remark)
     if cfg.guidance_scale is not None and not family.is_told_guidance(pipeline):
         logger.warning(
             "--guidance_scale %s has no effect on this %s, which has no embedding of guidance: drop"
@@ -210,6 +209,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
         kohya=cfg.output_kohya_format,
         extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
     )
+    comfy.write(cfg, folder, task.pipeline)
     return verify(folder, task.models)
 
 
@@ -220,6 +220,7 @@ def files(folder: Path) -> dict[str, str]:
         "for ComfyUI, A1111": kohya_file_name(folder),
         "UNet": "unet",
         "transformer": "transformer",
+        "workflow for ComfyUI": workflow_file_name(folder),
         "model card": "README.md",
         "images": "validation",
     }
