@@ -42,11 +42,8 @@ ENCODERS = {
     KREA2: ("krea2", "qwen3vl_4b_bf16"),
 }
 """The kind that a loader of text encoders is told, and their files."""
-AUTOENCODERS = {
-    **dict.fromkeys((FLUX, Z_IMAGE), "ae"),
-    **dict.fromkeys((QWEN, KREA2), "qwen_image_vae"),
-    FLUX2: "flux2-vae",
-}
+AUTOENCODERS = {FLUX: "ae", FLUX2: "flux2-vae", Z_IMAGE: "ae"}
+AUTOENCODERS |= dict.fromkeys((QWEN, KREA2), "qwen_image_vae")
 """Of models that are not one file with it."""
 LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
 Output = list[Any]
