@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.dry_run import moments
 from bilora_diffusion.image.families import named
 from bilora_diffusion.methods import Target
@@ -53,7 +53,7 @@ def _task(name: str, method: str, *words: str) -> Any:
         given = ["--dataset", "mini", "--resolution", "1024", "--mixed_precision", "bf16"]
         given += ["--validation_dataset", "none", "--num_validation_images", "0", "--dry_run"]
         given += ["--method", method, "--train_batch_size", "1", "--output_dir", folder, *words]
-        cfg = parse(given)
+        cfg = resolve(given)
     family: Any = named(MODELS[name]["pipeline"], name)()
     denoiser = _denoiser(name)
     spec = AdapterSpec(cfg.rank, cfg.lora_alpha or cfg.rank, target_modules=family.targets)

@@ -17,6 +17,7 @@ import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import pipeline
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.train.dry_run import main
@@ -203,7 +204,7 @@ def test_what_options_keep_is_counted(
 def test_several_processes_are_refused() -> None:
     accelerator: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="one process"):
-        main(lambda *_: None, None, None, accelerator)
+        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator)
 
 
 @pytest.mark.parametrize(
