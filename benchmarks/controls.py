@@ -1,8 +1,8 @@
 """Training with methods that are measured against, and not offered: rivals and controls.
 
     python benchmarks/controls.py --config recipes/mini.yaml --method t-lora
-    python -m eval.tune recipes/mini.yaml --script benchmarks/controls.py \\
-        --space eval/spaces/rivals.yaml --parts 1/4,2/4 --seeds 0 --test_seeds 1..5
+    python -m eval.sweep recipes/mini.yaml --script benchmarks/controls.py \\
+        --over method=lora,t-lora seed=0..4
 
 Takes the options of ``train_dreambooth_bilora.py`` and some more values of ``--method``:
 

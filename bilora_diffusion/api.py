@@ -23,7 +23,7 @@ from .train.gradients import collecting
 
 @dataclass(frozen=True)
 class BiLoRAConfig:
-    """What `attach` puts on a model.
+    """Adapters that `attach` puts on a model.
 
     Args:
         rank: rank of the primary.
@@ -81,7 +81,7 @@ class BiLoRAConfig:
         return AdapterSpec(**{f.name: getattr(self, f.name) for f in fields(AdapterSpec)})
 
     def options(self) -> MethodOptions:
-        """What the method needs beside it."""
+        """Options of the method."""
         names = {f.name for f in fields(MethodOptions)} & {f.name for f in fields(self)}
         return MethodOptions(**{name: getattr(self, name) for name in names})
 
@@ -166,7 +166,7 @@ class BiLoRA:
         return self._method.auxiliary_norm()
 
     def clip_parameters(self) -> list[nn.Parameter]:
-        """What gradient clipping should see: the primary; the ball bounds the auxiliary."""
+        """Parameters for gradient clipping: the primary's; the ball bounds the auxiliary."""
         return self._method.clip_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:

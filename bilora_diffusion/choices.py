@@ -1,4 +1,4 @@
-"""What options may be, for command lines and for the code that does what they say.
+"""Values of options, for command lines and for the code that acts on them.
 
 They stand here because a command line is read before torch and PEFT are imported.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class OptimizerKind(NamedTuple):
-    """What is known of an optimizer before it is made.
+    """Facts about an optimizer before it is made.
 
     Args:
         state: what it keeps, in units of the weights that it trains, roughly.

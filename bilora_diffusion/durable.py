@@ -127,7 +127,7 @@ def dump_json(value: Any) -> str:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, says that a disk or a quota is full."""
+    """Test that an exception, or one that it came from, says that a disk or a quota is full."""
     current: BaseException | None = error
     for _ in range(100):  # causes may run in a circle
         if current is None:

@@ -86,7 +86,7 @@ def strip_controls(line: str) -> str:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process of a distributed run that speaks, or the only one."""
+    """Test that this is the process of a distributed run that prints, or the only one."""
     # accelerate heeds MPI's on the CPU only; elsewhere each of MPI's processes is a run of its own.
     ranks = RANKS + (MPI_RANKS if "ACCELERATE_USE_CPU" in os.environ else ())
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)

@@ -28,14 +28,14 @@ Rows = list[tuple[str, dict[str, Any]]]
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file lies there that has an end: no folder, device, pipe or socket; False for what
+    """Test for a file that has an end: not a folder, device, pipe or socket; False for what
     can be no path, such as a name that is too long or has a NUL.
     """
     return _mode(path) == stat.S_IFREG
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies there; False for what can be no path."""
+    """Test for a folder; False for what can't be a path."""
     return _mode(path) == stat.S_IFDIR
 
 
@@ -81,7 +81,7 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string is text: half a surrogate pair, which an escape in JSON or bytes of a
+    """Test that a string is text: half a surrogate pair, which an escape in JSON or bytes of a
     command line become, can be neither written nor tokenized.
     """
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
@@ -164,7 +164,7 @@ def listed(columns: Sequence[str]) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value of a row is, for a sentence: "a list", "empty"."""
+    """The kind of a value, for a sentence: "a list", "empty"."""
     names = {type(None): "empty", list: "a list", dict: "an object"}
     names |= {str: "a text", bool: "true or false", float: "a number", int: "a number"}
     return names.get(type(value), f"of type {type(value).__name__}")

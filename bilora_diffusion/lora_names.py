@@ -1,4 +1,4 @@
-"""What LoRA files and the adapters in them are called; importing this costs nothing.
+"""Names of LoRA files and of the adapters in them; importing this costs nothing.
 
 The files of a run: diffusers' by its fixed name, kohya's after the run.
 """

@@ -80,7 +80,7 @@ class Figure:
 
 
 def figure(check: Check) -> Figure:
-    """What a check looks at.
+    """The figure that a check looks at.
 
     Raises:
         ValueError: the result has no such group or metric, or no interval.
@@ -116,7 +116,7 @@ def _benchmark(check: Check, arms: dict[str, Any]) -> Figure:
 
 
 def verdict(check: Check, found: Figure) -> str:
-    """What the interval says: it lies where the claim has it, elsewhere, or partly there."""
+    """The verdict of the interval: where the claim has it, elsewhere, or partly there."""
     low, high = check.above, check.below
     if check.within is not None:
         low, high = -check.within * found.size, check.within * found.size

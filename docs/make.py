@@ -24,7 +24,7 @@ from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import own_options
 from bilora_diffusion.text.config import TextConfig
 
-from . import evidence
+from . import evidence, recipes
 from .evidence import table
 from .memory import row
 
@@ -116,7 +116,7 @@ def models() -> Iterable[str]:
 
 @functools.cache
 def memory_of(model: str, weights: str) -> dict[str, int]:
-    """What the tables say of a model."""
+    """Memory of a model for the tables."""
     return row(model, weights, "--gradient_checkpointing")
 
 
@@ -187,6 +187,8 @@ def main() -> None:
     """Write the pages."""
     for name in PAGES:
         (FOLDER / name).write_text(page(name), encoding="utf-8")
+    for path, model in recipes.models(EXAMPLES).items():
+        path.write_text(recipes.page(path, model), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
 
 
 def answers(folder: Path, step: int) -> list[dict[str, Any]]:
-    """What the model answered at a step."""
+    """The model's answers at a step."""
     file = folder / "validation" / f"step-{step}" / "predictions.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 

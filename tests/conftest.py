@@ -48,13 +48,18 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     unless another kind is asked for.
     """
     from bilora_diffusion import mini
+    from bilora_diffusion.text import models
+
+    source = models.TextSource
 
     def kind(options: Any) -> Any:
+        if os.path.isdir(options.model_name_or_path):
+            return source(options)
         return SimpleNamespace(kind=options.task_type.replace("auto", "causal"))
 
     folder = mini.pipeline_dir()
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: folder / file)
-    monkeypatch.setattr("bilora_diffusion.text.models.TextSource", kind)
+    monkeypatch.setattr(models, "TextSource", kind)
 
 
 @pytest.fixture(autouse=True)

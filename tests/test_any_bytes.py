@@ -23,7 +23,6 @@ from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
 from eval.sources import run as find_run
 from eval.sweep import axes
-from eval.tune import spaces
 
 COLUMNS = ("file_name", "text", "instruction", "input", "output", "messages", "role", "content")
 KEYS = st.sampled_from(COLUMNS) | st.text(max_size=3)
@@ -99,19 +98,12 @@ def read_run(path: Path) -> None:
         table(curves)
 
 
-def read_space(path: Path) -> None:
-    """Read a file of ranges, and draw from each."""
-    space = spaces.load(path)
-    for method in space.methods:
-        space.configuration(method, 0, 0)
-
-
 READERS: list[tuple[str, Callable[[Path], object]]] = [
     *((name, read_images) for name in ("metadata.jsonl", "metadata.csv", "a.txt", "a.png")),
     *((f"rows.{suffix}", read_rows) for suffix in ("jsonl", "json", "csv", "parquet")),
     *((name, read_run) for name in ("run.json", "metrics.jsonl", "folds.json")),
     *((name, prompts.read) for name in ("prompts.txt", "prompts.csv")),
-    *(("space.yaml", read) for read in (read_space, axes.load_arms)),
+    ("space.yaml", axes.load_arms),
 ]
 ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "run.json": st.tuples(odd(Options.model_fields), odd(Record.model_fields)).map(

@@ -117,10 +117,11 @@ def test_the_python_files_are_short() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
     keys = yaml.safe_load(recipe.read_text())
     read = resolve_text if "task" in keys else resolve
-    config = read(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    config = read(argv if {"task", "dataset"} & keys.keys() else [*argv, "--dataset", "mini"])
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
@@ -211,10 +212,8 @@ def test_an_option_of_the_example_touches_no_further_file(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_example_method_passes_the_contract_suite(tmp_path: Path) -> None:
-    selected = ("tests/contract", "-k", "lora-asam and not two_processes")
-    passed = re.search(r"(\d+) passed", run_example(tmp_path, METHOD, *selected))
-    assert passed is not None
-    assert int(passed.group(1)) > 50
+    selected = ("tests/contract", "-k", "lora-asam", "-m", "not slow and not matrix")
+    assert "4 passed" in run_example(tmp_path, METHOD, *selected)
 
 
 def with_extras(requirements: Iterable[Requirement]) -> Iterator[tuple[NormalizedName, str]]:

@@ -109,7 +109,7 @@ def whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def within(path: str, modules: Collection[str]) -> bool:
-    """Whether a path leads through a module of one of these names."""
+    """Test that a path leads through a module of one of these names."""
     return any(f".{name}." in f".{path}." for name in modules)
 
 
@@ -128,7 +128,7 @@ def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Whether a layer, or the one under its adapters, holds its weight in 4 bits."""
+    """Test that a layer, or the one under its adapters, holds its weight in 4 bits."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     weight = getattr(base, "weight", None)
     coded = isinstance(weight, Tensor) and not weight.is_floating_point()  # whoever's codes

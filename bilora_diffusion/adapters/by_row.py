@@ -60,7 +60,7 @@ def acting(rows: Mapping[Any, Rows], adapter: str) -> Iterator[None]:
 
 
 def rows_of(layer: nn.Module, x: Tensor) -> Rows | None:
-    """What a layer takes within `acting`; None without.
+    """Rows that a layer adds within `acting`; None outside of it.
 
     Raises:
         UserError: its input has not a row for each sample.

@@ -275,7 +275,7 @@ def _plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
 
 
 def _ordinary(module: nn.Module) -> bool:
-    """Whether no hook or wrapper (offloading, tensor parallelism) adds to the weight, and padding
+    """Test that no hook or wrapper (offloading, tensor parallelism) adds to the weight and padding
     is in numbers.
     """
     return (

@@ -65,7 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY
 def pretrained(
     model: nn.Module, adapter: str = PRIMARY
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_pretrained` writes: tensors by PEFT's keys, and fields of its `LoraConfig`."""
+    """Contents of `save_pretrained`: tensors by PEFT's keys, and fields of its `LoraConfig`."""
     tensors = {**portable_state_dict(model, adapter), **whole(model, adapter)}
     config = cast(Any, model).peft_config[adapter].to_dict()
     if adapter == PRIMARY and layers(model, INITIAL):

@@ -1,4 +1,4 @@
-"""Which adapters act, and which are trained."""
+"""Switches for which adapters act, and which are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers an adapter goes on, and of what shape it is."""
+"""Target layers of an adapter, and its shape."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class AdapterSpec:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the init takes the adapter's first values out of the base weights."""
+        """Test that the init takes the adapter's first values out of the base weights."""
         return self.init in CHANGE_BASE
 
 
@@ -157,7 +157,7 @@ def _modules_without_adapter_internals(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def _output_head(root: nn.Module) -> nn.Module | None:
-    """What "all-linear" leaves out, as in PEFT: the layer that makes the logits."""
+    """The layer that makes the logits, which "all-linear" leaves out, as in PEFT."""
     getter = getattr(root, "get_output_embeddings", None)
     return cast("nn.Module | None", getter()) if callable(getter) else None
 

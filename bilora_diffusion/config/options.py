@@ -261,6 +261,7 @@ class OutputOptions:
     )
     config: str | None = option(
         None,
-        "YAML file of options by their names here; options on the command line win.",
+        "YAML file of options by their names here, or the name of one in recipes/, such as"
+        " flux2_klein; options on the command line win.",
         place=True,
     )

@@ -117,7 +117,7 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
 
 
 def _check(parts: Mapping[str, Part]) -> Any:
-    """What compares a file with what it was to hold."""
+    """The comparison of a file with what it should hold."""
     return partial(compare, expected={name: part.layers for name, part in parts.items()})
 
 

@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What a file is to hold of one model.
+    """The layers of one model that a file should hold.
 
     Attributes:
         layers: the primary, for the base weights that the model came with.
@@ -54,7 +54,7 @@ class Part:
 
     @property
     def use_dora(self) -> bool:
-        """Whether the layers have DoRA's magnitudes."""
+        """True if the layers have DoRA's magnitudes."""
         return any(layer.magnitude is not None for layer in self.layers)
 
 

@@ -1,4 +1,4 @@
-"""What is inside a LoRA file of any origin, read from its keys, shapes and metadata, and checked.
+"""Contents of a LoRA file of any origin, read from its keys, shapes and metadata, and checked.
 
 The weights stay on the disk; `reader` reads them.
 """
@@ -51,7 +51,7 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What one file holds. Dictionaries are keyed by model: "unet", "text_encoder", ... or "model".
+    """Contents of one file. Dictionaries are by model: "unet", "text_encoder", ... or "model".
 
     Attributes:
         format: "diffusers", "kohya", "peft" or "unknown".
@@ -78,7 +78,7 @@ class LoraFile:
 
     @property
     def auxiliary(self) -> bool:
-        """Whether a second adapter, such as Bi-LoRA's auxiliary, hides in the file."""
+        """True if a second adapter, such as Bi-LoRA's auxiliary, is in the file."""
         return bool(self.evidence)
 
 

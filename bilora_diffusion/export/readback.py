@@ -1,4 +1,4 @@
-"""What a file holds against what it was to hold, layer by layer: the one check of files."""
+"""Comparison of a file with what it should hold, layer by layer: the one check of files."""
 
 from __future__ import annotations
 

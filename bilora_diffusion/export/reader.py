@@ -78,7 +78,7 @@ _ENCODER = re.compile(
 
 @dataclass(frozen=True)
 class Contents:
-    """What a LoRA file holds.
+    """Contents of a LoRA file.
 
     Attributes:
         parts: by model: one of `COMPONENTS`, another name in the file, or "model" where the file
@@ -147,7 +147,7 @@ def _dotted(names: Iterable[str]) -> dict[str, str]:
 
 
 def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> str:
-    """Which model an adapter is for, where its keys do not say."""
+    """The model that an adapter is for, where its keys do not name it."""
     if model != "model":
         return model
     if (stated := file.metadata.get(COMPONENT)) in COMPONENTS:

@@ -169,7 +169,7 @@ def file_metadata(
 
 
 def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
-    """Whether all layers that tell read as many numbers as SDXL's; False where none tells."""
+    """Test that all layers that show a width have SDXL's; False where none does."""
     widths = {
         layer.A.shape[1] == _SDXL_READS[component][1]
         for component, part in parts.items()

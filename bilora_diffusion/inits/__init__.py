@@ -25,7 +25,7 @@ COMPONENTS = {"pissa": 1, "lora-ga": 2}
 
 
 def needs_gradient(name: str) -> bool:
-    """Whether `compute` needs gradients for the init of this name."""
+    """Test that `compute` needs gradients for the init of this name."""
     return name == "lora-ga"
 
 

@@ -120,7 +120,7 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
 
 
 def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
-    """Whether the auxiliary is projected after the steps of this optimizer."""
+    """Test that the auxiliary is projected after the steps of this optimizer."""
     return bilora._method._optimizer is unwrapped(optimizer)
 
 
@@ -135,7 +135,7 @@ def check_class(kind: Any) -> type[Optimizer]:
 
 
 def narrow(model: nn.Module, adapter: str) -> bool:
-    """Whether an adapter is in less than fp32."""
+    """Test that an adapter is in less than fp32."""
     return bool(_rounded(adapters.parameters(model, adapter)))
 
 

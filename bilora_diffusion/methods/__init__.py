@@ -38,7 +38,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class EFMLoRAOptions(OwnOptions):
-    """What only EFMLoRA reads."""
+    """Options of EFMLoRA alone."""
 
     efm_beta: float = option(
         0.9,
@@ -54,7 +54,7 @@ class EFMLoRAOptions(OwnOptions):
 
 @dataclass(frozen=True)
 class LookSAMOptions(OwnOptions):
-    """What only LoRA-LookSAM reads."""
+    """Options of LoRA-LookSAM alone."""
 
     looksam_k: int = option(
         5, "lora-looksam: steps from one look uphill to the next (Liu et al. 2022).", range=STEPS
@@ -68,7 +68,7 @@ class LookSAMOptions(OwnOptions):
 
 @dataclass(frozen=True)
 class L2SPOptions(OwnOptions):
-    """What only LoRA + L2-SP reads."""
+    """Options of LoRA + L2-SP alone."""
 
     l2sp_lambda: float = option(
         1e-3,

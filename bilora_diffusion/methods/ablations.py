@@ -28,9 +28,9 @@ class PerLayer(Auxiliary):
     @torch.no_grad()
     def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
         factors = self.factors()
-        found = ball.squares(factors)
-        own = (rho.to(found.norm) if isinstance(rho, Tensor) else rho) / math.sqrt(len(factors))
-        before, factor = ball.clipping(found, own)
+        squares = ball.squares(factors)
+        bound = (rho.to(squares.norm) if isinstance(rho, Tensor) else rho) / math.sqrt(len(factors))
+        before, factor = ball.clipping(squares, bound)
         ball.multiply_(factors, factor)
         after = (before * factor * factor).norm()
-        return ball.Projection(found.total(), after, factor.amin())
+        return ball.Projection(squares.total(), after, factor.amin())

@@ -39,8 +39,8 @@ MOST = 512
 
 
 def deal(asked: int | str, names: Sequence[str]) -> tuple[int, list[int]]:
-    """How many auxiliaries there are, and which of them each sample sees: they are dealt in the
-    order of the samples' names.
+    """The number of auxiliaries, and the auxiliary of each sample: dealt in the order of the
+    samples' names.
 
     Args:
         asked: a number, or "sample" for one each.
@@ -165,7 +165,7 @@ class _Flat:
                 flat.grad = gradient if flat.grad is None else flat.grad + gradient
 
     def squares(self, groups: Sequence[int]) -> ball.Squares:
-        """What the norms of these auxiliaries are made of, each (layers, groups)."""
+        """Terms of the norms of these auxiliaries, each (layers, groups)."""
         flats = torch.stack([self.parameters[g].data for g in groups])
         columns = []
         for block in self.blocks:
@@ -174,8 +174,8 @@ class _Flat:
                 flats[:, own].unflatten(1, (len(block.scales), *shape)).to(ball.wide(flats.device))
                 for own, shape in ((block.A, (r, n)), (block.B, (r, m)))
             )
-            found = ball.of_grams(A @ A.mT, up @ up.mT, (r, n, m), flats.dtype)
-            columns.append((found * block.scales.to(found).square()).transpose(1, 2))
+            squares = ball.of_grams(A @ A.mT, up @ up.mT, (r, n, m), flats.dtype)
+            columns.append((squares * block.scales.to(squares).square()).transpose(1, 2))
         return ball.Squares(*torch.cat(columns, dim=1))
 
 
@@ -226,7 +226,7 @@ class Auxiliaries(Auxiliary):
             parameter.data = parameter.data.to(device)
 
     def _groups(self, samples: Sequence[int | None]) -> list[int | None]:
-        """Which auxiliary each of these samples sees."""
+        """The auxiliary of each of these samples."""
         dealt, count = self._dealt, self.count
         return [None if i is None else dealt[i] if dealt else i % count for i in samples]
 
@@ -257,8 +257,8 @@ class Auxiliaries(Auxiliary):
             self._parking.park(optimizer)
 
     def _of(self, groups: Sequence[int | None]) -> list[nn.Parameter]:
-        wanted = sorted({g for g in groups if g is not None})
-        return [flat.parameters[g] for flat in self._models for g in wanted]
+        distinct = sorted({g for g in groups if g is not None})
+        return [flat.parameters[g] for flat in self._models for g in distinct]
 
     @contextmanager
     def seen(self, samples: Sequence[int | None]) -> Iterator[None]:

@@ -36,7 +36,7 @@ class Auxiliary:
         self._measures = measures
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
-        """What the optimizer has of it, of one of the models or of all."""
+        """Parameters for the optimizer, of one of the models or of all."""
         return [w for _, layer in self._own(model) for w in adapters.weights(layer, AUXILIARY)]
 
     def apart(self) -> list[nn.Parameter]:
@@ -90,11 +90,11 @@ class Auxiliary:
         return [factors._replace(scale=measure) for factors, measure in pairs]
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """What a checkpoint holds of it beside the layers' own parameters."""
+        """Tensors for a checkpoint beside the layers' parameters."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside them."""
+        """State for a resume beside them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ class WithAuxiliary(Counting):
 
 
 def scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:
-    """What the norm of each layer's B A is multiplied with: s, or 1 ("unscaled")."""
+    """Factor on the norm of each layer's B A: s, or 1 ("unscaled")."""
     return [1.0 if rho_norm == "unscaled" else float(layer.scaling[adapter]) for _, layer in layers]
 
 

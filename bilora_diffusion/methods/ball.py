@@ -34,7 +34,7 @@ class Projection(NamedTuple):
 
 
 class Squares(NamedTuple):
-    """What the norms of some layers are made of, each (layers,) on the first one's device.
+    """Terms of the norms of some layers, each (layers,) on the first one's device.
 
     - norm: ||s B A||^2.
     - magnitude: (s sum_k |b_k| |a_k|)^2 >= ||s |B| |A| ||^2, b_k a column of B, a_k a row of A.
@@ -109,7 +109,7 @@ def clipping(sums: Squares, rho: float | Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def squares(factors: Sequence[Factors]) -> Squares:
-    """What the norms of these layers are made of, in their order.
+    """Terms of the norms of these layers, in their order.
 
     Raises:
         ValueError: no factors.
@@ -122,9 +122,9 @@ def squares(factors: Sequence[Factors]) -> Squares:
     for stacks in _stacks(factors):
         grams = [_grams([factors[i] for i in stack]) for stack in stacks]
         gram_A, gram_B = (torch.cat(side) for side in zip(*grams, strict=True))
-        own = [i for stack in stacks for i in stack]
-        parts.append(_squares([factors[i] for i in own], gram_A, gram_B).to(device))
-        order += own
+        positions = [i for stack in stacks for i in stack]
+        parts.append(_squares([factors[i] for i in positions], gram_A, gram_B).to(device))
+        order += positions
     columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if order != sorted(order):
         places = torch.tensor(order).argsort()
@@ -181,19 +181,19 @@ def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
         A, B = factors[group[0]].A, factors[group[0]].B
         most = _STACK_ELEMENTS.get(A.device.type, _STACK_ELEMENTS_ELSEWHERE)
         at_once = max(1, most // (A.numel() + B.numel()))
-        own = ranks.setdefault((len(A), A.dtype, A.device), [])
-        own += [group[start : start + at_once] for start in range(0, len(group), at_once)]
+        stacks = ranks.setdefault((len(A), A.dtype, A.device), [])
+        stacks += [group[start : start + at_once] for start in range(0, len(group), at_once)]
     return ranks.values()
 
 
 def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
     """Multiply A and B in place, by one number, (1,), or by one for each layer, (layers,)."""
-    for own in alike((f.A.dtype, f.A.device) for f in factors):
-        tensors = [_local(side) for i in own for side in (factors[i].A, factors[i].B)]
+    for group in alike((f.A.dtype, f.A.device) for f in factors):
+        tensors = [_local(side) for i in group for side in (factors[i].A, factors[i].B)]
         dtype, device = tensors[0].dtype, tensors[0].device
         exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         by = factor.to(device=device, dtype=exact).unbind()
-        each = by * len(tensors) if len(by) == 1 else [by[i] for i in own for _ in "AB"]
+        each = by * len(tensors) if len(by) == 1 else [by[i] for i in group for _ in "AB"]
         if exact is not dtype:  # the multiplier itself must not be rounded to the narrow dtype
             for tensor, multiplier in zip(tensors, each, strict=True):
                 tensor.copy_(tensor.float() * multiplier)

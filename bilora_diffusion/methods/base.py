@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: one file, one class, one registration (`registry`).
+"""The interface of a fine-tuning method: one file, one class, one registration (`registry`).
 
 The loop draws the micro-batches, noise and timesteps of one optimizer step, freezes them in a
 `forward_backward` closure, and calls `Method.step(forward_backward, optimizer)`. A method may call
@@ -35,7 +35,7 @@ class Target:
 
 
 class StepOptimizer(Protocol):
-    """What `Method.step` needs of an optimizer: `step` clips `clip_parameters()` and then steps."""
+    """The optimizer as `Method.step` uses it: `step` clips `clip_parameters()` and then steps."""
 
     def step(self) -> Any: ...
 
@@ -43,7 +43,7 @@ class StepOptimizer(Protocol):
 
 
 class Observer(Protocol):
-    """What records a step's inner life (`bilora_diffusion.train.dynamics`)."""
+    """Recorder of the perturbations within a step (`bilora_diffusion.train.dynamics`)."""
 
     def perturbed(self) -> None:
         """The primaries hold A + e_A and B + e_B, and their `.grad` holds e."""
@@ -98,14 +98,14 @@ class Method:
 
     @classmethod
     def usual(cls) -> dict[str, Any]:
-        """What it reads, with the defaults."""
+        """Options that it reads, with their defaults."""
         groups = (MethodOptions, *([cls.own_options] if cls.own_options else []))
         defaults = {field.name: field.default for group in groups for field in fields(group)}
         return {name: defaults[name] for name in sorted(cls.reads)}
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a step depends on how many there will be (`MethodOptions.num_steps`)."""
+        """True if a step depends on the number of steps (`MethodOptions.num_steps`)."""
         return False
 
     def layers(self, adapter: str = PRIMARY) -> list[tuple[str, adapters.LoraLayer]]:
@@ -191,8 +191,8 @@ class Method:
         return loss
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the models: every trained parameter, and what was taken out of
-        the base weights; detached.
+        """Tensors of the models for a checkpoint: every trained parameter, and what was taken out
+        of the base weights; detached.
 
         Keys are "target/adapter/module path.lora_A.weight" and so on.
         """
@@ -236,7 +236,7 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside adapters and optimizer, as JSON can hold it."""
+        """State for a resume beside adapters and optimizer, as JSON can hold it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ class Method:
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What the result consists of: the primary's parameters, then modules that are trained whole
+    """Parameters of the result: the primary's, then those of modules that are trained whole
     beside it (`AdapterSpec.modules_to_save`).
     """
     head = adapters.whole(model, PRIMARY).values()

@@ -135,7 +135,7 @@ class BiLoRA(WithAuxiliary):
 
     @property
     def sets_rho(self) -> bool:
-        """Whether the radius sets itself."""
+        """True if the radius sets itself."""
         return isinstance(self.radius, radius.AutoRadius)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:

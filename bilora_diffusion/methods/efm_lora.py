@@ -82,7 +82,7 @@ class EFMLoRA(Counting):
         return {**super().tensors(), **self._E()}
 
     def metrics(self) -> dict[str, float]:
-        """How far the next perturbation moves the weights."""
+        """Length of the next perturbation of the weights."""
         moves = [
             factors._replace(B=E.flatten(1))
             for factors, E in zip(self._factors(), self._E().values(), strict=True)

@@ -43,19 +43,19 @@ def check_groups(
     Raises:
         UserError: its groups are not those of `param_groups`.
     """
-    own, others = {id(p) for p in auxiliary}, {id(p) for p in primary}
-    missing = own | others
+    auxiliary_ids, primary_ids = {id(p) for p in auxiliary}, {id(p) for p in primary}
+    missing = auxiliary_ids | primary_ids
     fix = "make the optimizer from param_groups() as it is."
     for group in optimizer.param_groups:
-        held = {id(p) for p in group["params"]}
-        missing -= held
+        ids = {id(p) for p in group["params"]}
+        missing -= ids
         ascends, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
-        if held & own and (held - own or ascends != climbs or decay != 0):
+        if ids & auxiliary_ids and (ids - auxiliary_ids or ascends != climbs or decay != 0):
             raise UserError(
                 f"The auxiliary's group has maximize={ascends}, weight_decay={decay} and "
-                f"{len(held - own)} foreign parameters; {fix}"
+                f"{len(ids - auxiliary_ids)} foreign parameters; {fix}"
             )
-        if held & others and ascends:
+        if ids & primary_ids and ascends:
             raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
     if missing:
         raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")

@@ -8,7 +8,7 @@ from .registry import register
 
 @register("lora")
 class LoRA(Method):
-    """What `Method` does by default."""
+    """The default behaviour of `Method`."""
 
     title = "LoRA"
     summary = "Trained as plain LoRA."

@@ -69,7 +69,7 @@ class LoRALookSAM(Counting):
         return {**super().tensors(), **self._g_v()}
 
     def metrics(self) -> dict[str, float]:
-        """How much higher the loss was uphill, at the steps that looked there."""
+        """Rise of the loss uphill, at the steps that looked there."""
         if self._rise is None:
             return {}
         before, after = self._rise

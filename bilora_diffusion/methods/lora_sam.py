@@ -53,7 +53,7 @@ class LoRASAM(Method):
         return loss
 
     def metrics(self) -> dict[str, float]:
-        """How much higher the loss was uphill: SAM's sharpness on the batch."""
+        """Rise of the loss uphill: SAM's sharpness on the batch."""
         if self._rise is None:
             return {}
         before, after = self._rise

@@ -93,7 +93,7 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """What the command line can tell the methods; each reads its own part (`Method.reads`).
+    """Options of the methods on the command line; each reads its own part (`Method.reads`).
 
     Attributes:
         rho: radius: of the ball that bounds the auxiliary (Eq. 8), of LoRA-SAM's step (Eq. 4),
@@ -209,7 +209,7 @@ class OwnOptions:
 
 @dataclass(frozen=True)
 class MethodOptions(MethodFlags):
-    """What a method is told.
+    """Options given to a method.
 
     Attributes:
         num_steps: optimizer steps of the whole run, which schedules need.

@@ -19,24 +19,24 @@ def restored(weights: Sequence[Tensor]) -> Iterator[None]:
         yield
         return
     with torch.no_grad():
-        kept = torch._foreach_clone(list(weights))
+        copies = torch._foreach_clone(list(weights))
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(list(weights), kept)
+            torch._foreach_copy_(list(weights), copies)
 
 
 @contextmanager
 def replaced(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """Within the context the weights hold `values`; their own are not touched, so not rounded."""
-    own = [weight.data for weight in weights]
+    originals = [weight.data for weight in weights]
     try:
         for weight, value in zip(weights, values, strict=True):
             weight.data = value
         yield
     finally:
-        for weight, value in zip(weights, own, strict=True):
+        for weight, value in zip(weights, originals, strict=True):
             weight.data = value
 
 

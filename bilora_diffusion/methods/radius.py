@@ -44,19 +44,19 @@ MOST = 0.4
 """Of the norm of the primary's change of the weights, in the measure of the radius."""
 _LEAST = 1e-30
 _NUMBERS = ("rho", "norm", "weight", "square", "loss")
-"""What of it a checkpoint holds."""
+"""Values in a checkpoint."""
 
 
 def changes(layers: Layers, measures: Sequence[float]) -> list[adapters.Factors]:
-    """How the primary changes each layer's weight: B A, without the first values that an init took
+    """The primary's change of each layer's weight: B A without the first values that an init took
     out of the weight, as [B, -B0] [A; A0].
 
     Args:
         measures: what the norms are multiplied with, as `scales` gives them for the primary.
     """
-    own = adapters.factors_of(layers, PRIMARY)
-    held = [pair for pair in layers if INITIAL in pair[1].lora_A]
-    first = {factors.name: factors for factors in adapters.factors_of(held, INITIAL)}
+    primary = adapters.factors_of(layers, PRIMARY)
+    with_initial = [pair for pair in layers if INITIAL in pair[1].lora_A]
+    first = {factors.name: factors for factors in adapters.factors_of(with_initial, INITIAL)}
     return [
         factors._replace(scale=measure)
         if factors.name not in first
@@ -66,7 +66,7 @@ def changes(layers: Layers, measures: Sequence[float]) -> list[adapters.Factors]
             torch.cat([factors.B, -first[factors.name].B], dim=1),
             measure,
         )
-        for factors, measure in zip(own, measures, strict=True)
+        for factors, measure in zip(primary, measures, strict=True)
     ]
 
 
@@ -93,11 +93,11 @@ class Radius:
         """Take the auxiliary's norm, 0-d, once it was clipped to `rho`."""
 
     def metrics(self) -> dict[str, float]:
-        """What the log holds of it."""
+        """Values for the log."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs."""
+        """State for a resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 
 def embedded(model: str | Path) -> str | None:
-    """Which of ``PIPELINES`` a name or a folder is."""
+    """The one of ``PIPELINES`` that a name or a folder stands for."""
     places = {folder(): name for name, folder in PIPELINES.items()}
     return str(model) if model in PIPELINES else places.get(Path(model).expanduser().resolve())
 

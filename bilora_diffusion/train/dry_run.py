@@ -46,13 +46,11 @@ def main(
     task, device = build_task(cfg, accelerator), accelerator.device
     size = Schedule.of(cfg, accelerator).step_size
     steps = total_steps(cfg, task.num_samples, size)
-    taken: Moments = moments(task, device)  # before adapters hide what is to be quantized
+    parts_of: Moments = moments(task, device)  # before adapters hide what is to be quantized
     method, trained = attached(task, steps)
     on_cuda = device.type == "cuda"
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
-    for name, parts in taken.items():
-        parts |= {"the process": process, **({} if name == BEFORE else trained)}
-        parts["gradients"] = trained["gradients"] if name == STEP else 0
+    taken = complete(parts_of, trained, process)
     peaks = {name: sum(parts.values()) for name, parts in taken.items()}
     most, room = max(peaks, key=lambda name: peaks[name]), free_memory(device) + process
     verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
@@ -71,6 +69,19 @@ def main(
         f" {bytes_for_people(room)} for it.",
     ]
     print("\n".join(lines), flush=True)
+
+
+def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:
+    """With what the process takes and, in all but `BEFORE`, what is trained."""
+    return {
+        name: {
+            **parts,
+            "the process": process,
+            **({} if name == BEFORE else trained),
+            "gradients": trained["gradients"] if name == STEP else 0,
+        }
+        for name, parts in taken.items()
+    }
 
 
 def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:

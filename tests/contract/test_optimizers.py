@@ -16,7 +16,7 @@ from bilora_diffusion.choices import OPTIMIZERS
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.methods.bilora import BiLoRA
 from bilora_diffusion.run.state_codec import join, split
-from bilora_diffusion.train.optimizers import BUILDERS, build_optimizer
+from bilora_diffusion.train.optimizers import build_optimizer
 from tests.contract.harness import Run
 from tests.contract.models import CASES, Case
 
@@ -50,10 +50,6 @@ def made(name: str, method: str, spoil: tuple[int, ...] | None = None, **options
         optimizer=lambda groups: build_optimizer(cfg, groups),
         spoil=spoil,
     )
-
-
-def test_every_name_has_an_optimizer() -> None:
-    assert list(BUILDERS) == list(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("method", ["lora", "bilora", "lora-sam"])

@@ -29,6 +29,8 @@ from bilora_diffusion.text.config import resolve_text
 from docs import make
 from tests.references.diffusers_flags import DEFAULTS
 
+pytestmark = pytest.mark.usefixtures("hub")
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

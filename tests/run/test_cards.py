@@ -28,6 +28,8 @@ from bilora_diffusion.text.config import resolve_text
 from tests.export.mini_loras import write_lora
 from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
+pytestmark = pytest.mark.usefixtures("hub")
+
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 ICONS = ["--pretrained_model_name_or_path", SDXL, "--dataset", "linoyts/3d_icon"]
 MINI = ["--dataset", "mini"]

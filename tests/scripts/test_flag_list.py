@@ -32,7 +32,6 @@ COMMANDS = {  # the recorded name -> the file or module that runs it today
     "eval.landscape": "eval.landscape",
     "eval.sweep": "eval.sweep",
     "eval.text_scores": "eval.text_scores",
-    "eval.tune": "eval.tune",
     "app.viewer": "app.viewer",
     "benchmarks/make_random_sdxl.py": "benchmarks/make_random_sdxl.py",
     "benchmarks/step_cost.py": "benchmarks/step_cost.py",

@@ -11,6 +11,8 @@ import yaml
 from bilora_diffusion.text import catalog
 from bilora_diffusion.text.config import resolve_text
 
+pytestmark = pytest.mark.usefixtures("hub")
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 TABLES: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(

@@ -14,6 +14,8 @@ from bilora_diffusion.text.config import resolve_text
 from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
 from bilora_diffusion.text.rows import open_rows
 
+pytestmark = pytest.mark.usefixtures("hub")
+
 ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
 
 

@@ -19,6 +19,8 @@ from bilora_diffusion.train.dry_run import STEP, attached
 from bilora_diffusion.train.empty import empty
 from docs.memory import FOLDER, row
 
+pytestmark = pytest.mark.usefixtures("hub")
+
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
 TEXT = json.loads((FOLDER / "text.json").read_text(encoding="utf-8"))
 POSITIONS = {"medium": 384**2 * 1536 * 2, "large": 192**2 * 2432 * 2}

@@ -1,4 +1,4 @@
-"""What one kind of image model has of its own: its parts, prompts, latents and how it is called.
+"""The interface of a family of image models: its parts, prompts, latents and forward call.
 
 Everything else of a run - images, noise, methods, held-out loss, export - is shared. A kind is one
 file here and one row in the table of this package.
@@ -140,7 +140,7 @@ class Family:
         raise NotImplementedError
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        """What stands for no prompt in guidance, given the embedding of empty prompts."""
+        """The negative prompt of guidance, given the embedding of empty prompts."""
         return empty
 
     def predict(
@@ -157,11 +157,11 @@ class Family:
         raise NotImplementedError
 
     def space(self, vae: Any) -> LatentSpace:
-        """How images become latents that the denoiser sees."""
+        """The latent space of the denoiser."""
         return LatentSpace.of(vae)
 
     def tokens(self, side: int) -> int:
-        """How many image tokens the denoiser sees of a square image of so many pixels a side."""
+        """Number of image tokens of a square image of so many pixels a side."""
         return (side // self.patch) ** 2
 
     def mu(self, pipeline: Any, tokens: int) -> float:
@@ -231,7 +231,7 @@ class Family:
             require_channels(name, self.model(pipeline), pipeline.vae, self.packing)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        """Whether a loaded model is distilled to a few steps without guidance."""
+        """Test that a loaded model is distilled to a few steps without guidance."""
         return False
 
     def drawing(self, pipeline: Any) -> tuple[int, float]:
@@ -255,11 +255,11 @@ class Family:
         return torch.bfloat16 if there else torch.float32
 
     def told_guidance(self, configs: Configs) -> bool:
-        """Whether a model has an embedding of guidance, which it is told in training."""
+        """Test that a model has an embedding of guidance, which training must give."""
         return False
 
     def remark(self, name: str, pipeline: Any) -> str | None:
-        """What to know of a model before it is trained, as one sentence, if there is something.
+        """A remark about a model before it is trained, as one sentence, or None.
 
         Args:
             name: as the user gave it.

@@ -99,5 +99,5 @@ class Flux(Family):
 
 
 def places(*counts: int, device: torch.device) -> Tensor:
-    """Where tokens are on each axis, of ``counts`` places each: (product of counts, axes)."""
+    """Positions of tokens on each axis, of ``counts`` places each: (product of counts, axes)."""
     return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))

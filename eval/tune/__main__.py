@@ -1,7 +1,0 @@
-"""``python -m eval.tune``."""
-
-import sys
-
-from . import main
-
-sys.exit(main())
