@@ -138,6 +138,7 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     _, damage, parts = case
     damage(folder)
     with pytest.raises(UserError) as refusal:
+        assert describe(str(folder)).side
         load_pipeline(str(folder), dtype=torch.float32)
     for part in (*parts, str(folder)):
         assert part in str(refusal.value)
