@@ -91,8 +91,9 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         elif best in kept and best != max(losses):
             command = f"python -m bilora_diffusion.export {quoted} --step {best}"
             lines[f"step {best}'s adapter"] = command
-    lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
-    lines["score it"] = f"python -m {scores} {quoted} base"
+    if in_repository():
+        lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
+        lines["score it"] = f"python -m {scores} {quoted} base"
     width = max(map(len, lines))
     took = duration(record["wall_seconds"])
     config, last = record["config"], []
@@ -104,6 +105,11 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         ]
     block = [f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
     return "\n".join([*block, *last])
+
+
+def in_repository() -> bool:
+    """Test that the package is that of the repository, which alone has viewer and evaluation."""
+    return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
 def _course(losses: Mapping[int, float]) -> tuple[str, int]:
