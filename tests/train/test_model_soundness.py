@@ -117,7 +117,7 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("cut", written("text_encoder_2/model.safetensors", "1234"), ("text_encoder_2", "again")),
     ("no noise", configured(SCHEDULER, beta_start=0.0, beta_end=0.0), ("noise levels",)),
     ("flow", configured("model_index.json", scheduler=["diffusers", FLOW]), (FLOW,)),
-    ("index", written("model_index.json", "[1]"), ("correct its files",)),
+    ("index", written("model_index.json", "[1]"), ("no JSON object",)),
     ("time ids", configured("unet/config.json", addition_time_embed_dim=16), ("288", "192")),
     ("no tokenizer", written("tokenizer_2/tokenizer.json", None), ("tokenizer_2", "no words")),
 ]
