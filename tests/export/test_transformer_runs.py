@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(
 ) -> None:
     folder = copied(run("lora"), tmp_path / "lora")
     assert not list(folder.glob("lora*.safetensors"))  # kohya's would be named after the run
+    workflow = (folder / "lora.comfy.json").read_text(encoding="utf-8")
+    assert {"base.safetensors", "lora.safetensors"} <= {*re.findall(r'"([\w.]+)"', workflow)}
+    assert "`lora.comfy.json`" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not list(run("whole").glob("*.comfy.json"))
     contents = inspect(folder / FILE_NAME)
     assert set(contents.layers) == {"transformer"}
     assert contents.metadata["modelspec.title"] == "lora"
@@ -97,5 +102,6 @@ def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path: Path) -> No
     with pytest.raises(UserError, match="not of a run of full fine-tuning"):
         refuse_foreign_models(tmp_path)
     (tmp_path / "run.json").write_text((run("whole") / "run.json").read_text())
+    (tmp_path / f"{tmp_path.name}.comfy.json").touch()
     clear(tmp_path)
     assert not list(tmp_path.iterdir())
