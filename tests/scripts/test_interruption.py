@@ -127,7 +127,7 @@ def test_the_printed_command_ends_as_the_whole_run(
 ) -> None:
     chance, folder = random.Random(f"{kind} {number}"), tmp_path / "it's interrupted"
     if kind == "text":
-        shared = {**material("causal"), "max_train_steps": 600}
+        shared = {**material("causal"), "max_train_steps": 300}
         script, argv, whole = TEXT_SCRIPT, text_flags, train_text_once("causal", **shared)
     else:
         shared = {"max_train_steps": 12, "train_batch_size": 1, "gradient_accumulation_steps": 2}

@@ -74,7 +74,7 @@ def icons(tmp_path: Path) -> dict[str, Any]:
         ("causal", "bilora", {"use_ema": True, "ema_decay": 0.5}),
         pytest.param("classification", "lora", {"use_dora": True}, marks=pytest.mark.slow),
         pytest.param("seq2seq", "lora", {"init_lora_weights": "pissa"}, marks=pytest.mark.slow),
-        ("classification", "full", {"learning_rate": 3e-4}),
+        pytest.param("classification", "full", {"learning_rate": 3e-4}, marks=pytest.mark.slow),
     ],
 )
 def test_text_ends_where_its_record_says_and_leaves_its_best_step(
@@ -219,6 +219,7 @@ def test_text_has_folds_too(tmp_path: Path) -> None:
         train_text(tmp_path / "many", **{**given, "folds": 25})
 
 
+@pytest.mark.slow
 def test_what_is_learned_and_held_out_at_once_is_one_line(
     tmp_path: Path, icons: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
