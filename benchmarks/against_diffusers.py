@@ -41,7 +41,7 @@ from measure import KIBI, GPUMemory, circumstances, interleave, paired_ratio, wa
 from bilora_diffusion import mini
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
-from bilora_diffusion.image.config import parse as parse_run
+from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import build_task
 from bilora_diffusion.run.record import read_metrics
 from bilora_diffusion.train.running import build_accelerator

@@ -32,9 +32,9 @@ def train(argv: Words | None = None, script: Words = ()) -> int:
     def work() -> None:
         start_missing_processes(script)
         with importing():
-            from .image.config import parse
+            from .image.config import resolve
 
-            config = parse(argv)  # before all else, so that a typo is answered at once
+            config = resolve(argv)  # before all else, so that a typo is answered at once
             from .image.script import main
 
         main(argv, config)
@@ -49,9 +49,9 @@ def text(argv: Words | None = None, script: Words = ()) -> int:
     def work() -> None:
         start_missing_processes(script)
         with importing():
-            from .text.config import parse_text
+            from .text.config import resolve_text
 
-            config = parse_text(argv)
+            config = resolve_text(argv)
             from .text.script import main
 
         main(argv, config)

@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
-from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.config.refusals import REFUSED
+from bilora_diffusion.config.run import RunConfig
+from bilora_diffusion.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import own_options
-from bilora_diffusion.run.config import RunConfig
 from bilora_diffusion.text.config import TextConfig
 
 from . import evidence, recipes

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.dry_run import moments
 from bilora_diffusion.image.families import named
 from bilora_diffusion.methods import Target
@@ -69,7 +69,8 @@ def task(name: str, *words: str) -> Any:
     """The task as a dry run reads it."""
     with TemporaryDirectory() as folder:
         given = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
-        cfg = parse([*given, "--output_dir", folder, *words])
+        given += ["--output_dir", folder, *words]
+        cfg = resolve([*given, "--pretrained_model_name_or_path", "mini"])  # without the hub
     family: Any = named(MODELS[name]["pipeline"], name)()
     denoiser = _denoiser(name)
     spec = AdapterSpec(cfg.rank, cfg.lora_alpha or cfg.rank, target_modules=family.targets)

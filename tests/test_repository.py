@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
 import bilora_diffusion
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import FAMILIES, SDXL
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from tests.image.tiny import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,9 +118,9 @@ def test_the_python_files_are_short() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
     keys = yaml.safe_load(recipe.read_text())
-    read = parse_text if "task" in keys else parse
+    read = resolve_text if "task" in keys else resolve
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
     config = read(argv if {"task", "dataset"} & keys.keys() else [*argv, "--dataset", "mini"])
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
@@ -184,7 +184,7 @@ OWN_OPTION = """
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.methods import for_run
 from docs.make import options
 
@@ -192,14 +192,14 @@ ARGV = ["--dataset", "mini", "--method", "lora-asam"]
 
 
 def test_the_own_option_is_an_option_like_any_other(capsys):
-    cfg = parse([*ARGV, "--eta", "0.5"])
+    cfg = resolve([*ARGV, "--eta", "0.5"])
     assert cfg.to_dict()["eta"] == cfg.fingerprint()["eta"] == 0.5
-    assert (parse(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
-    assert for_run(cfg.completed(1, side=64), 10).own.eta == 0.5
+    assert (resolve(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
+    assert for_run(vars(cfg), 10).own.eta == 0.5
     with pytest.raises(UserError, match="--eta is -1.0: give 0 or more"):
-        parse([*ARGV, "--eta=-1"])
+        resolve([*ARGV, "--eta=-1"])
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        resolve(["--help"])
     assert "--eta" in capsys.readouterr().out
     assert "".join(options()).count("| `--eta` | `0.01` | lora-asam: ") == 2
 """

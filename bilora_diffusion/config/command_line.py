@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from .fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
+from ..fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
+from ..values import check_choice, short
 from .recipe import find_recipe, read_options
-from .values import check_choice, short
 
 UNSET = object()
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..config.run import RunConfig
 from ..durable import dump_json, replacing, strict_json, write_text
 from ..errors import TrainingError, UserError
 from ..run import checkpoint, runlog
 from ..run.checkpoint import require_same_settings
-from ..run.config import RunConfig
 from ..run.folder import FOLDS, FOLDS_CURVES, FOLDS_FIGURE, clear
 from ..run.interruption import Stop
 from ..run.record import read_folds

@@ -20,14 +20,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+from ..config.run import RunConfig
 from ..errors import UserError
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
-from ..run.config import RunConfig
 from ..run.folder import FOLDS, OF_FOLDS, clear, guard, refuse_foreign_models, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured
-from . import dry_run, engines, folds
+from . import dry_run, folds, sharding
 from .loop import fit
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
@@ -45,8 +45,8 @@ class Script(Generic[Config]):
 
     Args:
         project: its name for trackers.
-        parse: arguments -> a checked configuration.
-        build_task: configuration, accelerator -> the task, whose ``cfg`` is the completed one.
+        resolve: arguments -> the configuration.
+        build_task: configuration, accelerator -> the task.
         export: writes what was trained into the run folder and reads it back; returns what that
             showed.
         card: configuration, folder, results, hub repository or None -> writes ``README.md``.
@@ -56,7 +56,7 @@ class Script(Generic[Config]):
     """
 
     project: str
-    parse: Callable[[Sequence[str] | None], Config]
+    resolve: Callable[[Sequence[str] | None], Config]
     build_task: Callable[[Config, Accelerator], Task]
     export: Callable[[Config, Trainer, Path], dict[str, Any]]
     card: Callable[[Config, Path, dict[str, Any], str | None], None]
@@ -79,7 +79,7 @@ def main(
     typed = None if called else interruption.command_line(sys.orig_argv, sys.argv[1:])
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
-    cfg = script.parse(argv) if config is None else config
+    cfg = script.resolve(argv) if config is None else config
     folder = Path(cfg.output_dir)
     refuse_unusable(folder)
     with contextlib.nullcontext() if cfg.dry_run else lock.hold(folder):
@@ -88,7 +88,7 @@ def main(
                 pass
         stop = _train(script, cfg, folder)
         if stop is not None:
-            raise interruption.farewell(folder, stop, typed, cfg)
+            raise interruption.farewell(folder, stop, typed, cfg.overwrite_output_dir)
 
 
 def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
@@ -101,7 +101,9 @@ def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
     if cfg.dry_run:
         dry_run.main(script.build_task, script.moments, cfg, accelerator)
         return None
-    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
+    repo_id = None
+    if cfg.push_to_hub:
+        repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
     stop, last_step = None, None
     if cfg.folds and not cfg.fold:
         chosen = folds.choose(cfg, accelerator, functools.partial(_run_fold, script))
@@ -149,10 +151,9 @@ def _run(
         last_step: where the folds end it.
         repo_id: hub repository the folder goes to.
     """
-    task: Any = script.build_task(cfg, accelerator)
-    cfg = task.cfg
+    task = script.build_task(cfg, accelerator)
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = for_run(cfg, steps, task.sample_names)
+    method = for_run(vars(cfg), steps, task.sample_names)
     trainer = Trainer(task, method, cfg, accelerator, last_step)
     if resume is not None:
         trainer.load(resume)
@@ -191,7 +192,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's engine in the wanted precision.
 
     Raises:
-        UserError: the device can't compute in it, or the engine can't train what is asked for.
+        UserError: the device can't compute in it.
     """
     # A text encoder's last layers may be left out of the loss. No buffer changes.
     distributed = DistributedDataParallelKwargs(
@@ -210,7 +211,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
         raise UserError(
             f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
         ) from error
-    engines.check(cfg, accelerator)
+    sharding.read_in_every_process(accelerator)
     if cfg.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

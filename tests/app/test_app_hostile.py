@@ -37,8 +37,7 @@ class Tabs:
         """What each shows when it is opened and everything in it is chosen once."""
         now, runs = self.catalog.now, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
-        images = [validation.range_of(steps, steps[-1])]
-        images += [validation.table(self.catalog, runs, step) for step in steps]
+        images = [validation.table(self.catalog, runs, step) for step in steps]
         scores = [self.compare.open(SimpleNamespace(query_params={}))]  # pyright: ignore
         votes = [self.vote._load(None, None)]
         for item in now.scores:

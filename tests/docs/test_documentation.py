@@ -24,10 +24,12 @@ from PIL import Image
 
 from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.config.refusals import REFUSED
-from bilora_diffusion.image.config import parse
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.text.config import resolve_text
 from docs import make
 from tests.references.diffusers_flags import DEFAULTS
+
+pytestmark = pytest.mark.usefixtures("hub")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +38,7 @@ INLINE = re.compile(
     r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for |\$SWEEP)[^`]*)`"
 )
 PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit", "bilora")
-TRAINING = {"train_dreambooth_bilora.py": parse, "train_text_bilora.py": parse_text}
+TRAINING = {"train_dreambooth_bilora.py": resolve, "train_text_bilora.py": resolve_text}
 END = "\x1e"
 BASH = shutil.which("bash") or "bash"
 
@@ -87,7 +89,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif program == "bilora":
         if rest[0] in ("train", "text"):
-            {"train": parse, "text": parse_text}[rest[0]](rest[1:])
+            {"train": resolve, "text": resolve_text}[rest[0]](rest[1:])
         else:
             check_module(
                 importlib.import_module("bilora_diffusion.export.cli"), rest[1:], monkeypatch

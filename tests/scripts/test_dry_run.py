@@ -17,6 +17,7 @@ import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import pipeline
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.train.dry_run import main
@@ -139,7 +140,7 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(
         return str(here)
 
     monkeypatch.setattr(pipeline, "snapshot_download", download)
-    monkeypatch.setattr(pipeline, "hf_hub_download", lambda *_, **__: whole / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: whole / file)
     values = {"pretrained_model_name_or_path": "somebody/sd3", "resolution": 64}
     assert "It fits" in image_run(capsys, tmp_path / "run", **values)
     assert not list(here.rglob("*.safetensors"))
@@ -206,7 +207,7 @@ def test_what_options_keep_is_counted(
 def test_bad_input_is_one_sentence(capsys: Any, tmp_path: Path) -> None:
     accelerator: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="one process"):
-        main(lambda *_: None, None, None, accelerator)
+        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator)
     given = {"pretrained_model_name_or_path": bare(SD3, tmp_path), "resolution": 64}
     for wrong in ({"resolution": 72}, {"lora_layers": "to_z"}):
         said = image_run(capsys, tmp_path / "run", code=2, **{**given, **wrong})

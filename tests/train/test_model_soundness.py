@@ -16,7 +16,8 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.pipeline import kind_of, load_pipeline
+from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.mini import pipeline_dir
 from tests.image.tiny import qwen_image, shared
 from tests.image.tiny.parts import autoencoder
@@ -116,10 +117,15 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("cut", written("text_encoder_2/model.safetensors", "1234"), ("text_encoder_2", "again")),
     ("no noise", configured(SCHEDULER, beta_start=0.0, beta_end=0.0), ("noise levels",)),
     ("flow", configured("model_index.json", scheduler=["diffusers", FLOW]), (FLOW,)),
-    ("index", written("model_index.json", "[1]"), ("correct its files",)),
+    ("index", written("model_index.json", "[1]"), ("no JSON object",)),
     ("time ids", configured("unet/config.json", addition_time_embed_dim=16), ("288", "192")),
     ("no tokenizer", written("tokenizer_2/tokenizer.json", None), ("tokenizer_2", "no words")),
 ]
+
+
+def opened(folder: Path) -> Any:
+    assert describe(str(folder)).side
+    return load_pipeline(str(folder), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
@@ -129,7 +135,7 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     _, damage, parts = case
     damage(folder)
     with pytest.raises(UserError) as refusal:
-        load_pipeline(str(folder), dtype=torch.float32)
+        opened(folder)
     for part in (*parts, str(folder)):
         assert part in str(refusal.value)
     assert str(refusal.value).endswith(".")
@@ -170,9 +176,9 @@ def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
     def gated(*_: Any, **__: Any) -> None:
         raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
 
-    monkeypatch.setattr("bilora_diffusion.image.pipeline.hf_hub_download", gated)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", gated)
-    for load in (kind_of, lambda name: load_pipeline(name, dtype=torch.float32)):
+    for load in (describe, lambda name: load_pipeline(name, dtype=torch.float32)):
         with pytest.raises(UserError, match=r'"org/gated".*accept its terms.*hf auth login'):
             load("org/gated")
 
