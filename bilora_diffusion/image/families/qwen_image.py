@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
-from ..fit import ANOTHER
 from ..latent_space import LatentSpace
 from .base import Conditions, Family, packed, padded, unpacked
 
@@ -91,13 +89,6 @@ class QwenImage(Family):
 
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         return unpacked(latents, side // 8, side // 8)
-
-    def require_fit(self, name: str, pipeline: Any) -> None:
-        if pipeline.transformer.config.guidance_embeds:
-            raise UserError(
-                f'"{name}" has guidance_embeds, with which diffusers can\'t run it: {ANOTHER}.'
-            )
-        super().require_fit(name, pipeline)
 
 
 def unpadded(sequence: Tensor, mask: Tensor) -> list[Tensor]:
