@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ..latent_space import LatentSpace
-from .base import Conditions, Family, packed, padded, unpacked
+from .base import Conditions, Configs, Family, packed, padded, unpacked
 
 
 class VideoSpace(LatentSpace):
@@ -89,6 +90,14 @@ class QwenImage(Family):
 
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         return unpacked(latents, side // 8, side // 8)
+
+    def told_guidance(self, configs: Configs) -> bool:
+        if configs["transformer"].get("guidance_embeds"):
+            raise UserError(
+                "this Qwen-Image has guidance_embeds, with which diffusers can't run it: give"
+                " another --pretrained_model_name_or_path."
+            )
+        return False
 
 
 def unpadded(sequence: Tensor, mask: Tensor) -> list[Tensor]:
