@@ -16,7 +16,7 @@ import pytest
 from app import compare, compare_data, frame, generate, results, training, validation, vote
 from app.catalog import Catalog
 from app.votes import ANY
-from tests.app.hostile import HOSTILE, make_good
+from tests.app.hostile import DAMAGES, FILES, HOSTILE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
 
@@ -89,7 +89,14 @@ def root(tabs: Tabs, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+SLOW = tuple(f"{file} {what}" for file in FILES for what in DAMAGES)
+"""One of each damage is enough for the fast tests."""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW[1::2])) for what in HOSTILE],
+)
 def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
     tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
