@@ -79,6 +79,7 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos: Path, tmp_path: 
     assert [visit.size for visit in centered_visits(images, cfg)] == stream.sizes
 
 
+@pytest.mark.slow
 def test_five_shapes_train_however_a_step_is_divided(photos: Path, tmp_path: Path) -> None:
     shared = settings(photos, max_train_steps=5, validation_dataset=photos, checkpointing_steps=4)
     shared |= {"validation_loss_steps": 5, "trigger_word": "TOK", "cache_latents": "auto"}
