@@ -84,7 +84,13 @@ def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
 
 def _key(run: Shown) -> Any:
     """What changes where a run has something new to show."""
-    return run.run.name, len(run.rows), run.state, run.fit.get("spent"), len(run.fit.get("runs", ()))
+    return (
+        run.run.name,
+        len(run.rows),
+        run.state,
+        run.fit.get("spent"),
+        len(run.fit.get("runs", ())),
+    )
 
 
 class Tab:

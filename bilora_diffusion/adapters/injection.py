@@ -124,9 +124,7 @@ def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     """Within the context adapters may be put on a model and trained, with whatever `spec` trains or
     changes beside them; then the model is as it came, to the bit.
     """
-    changed = [
-        p for key, p in model.named_parameters() if within(key, spec.modules_to_save or ())
-    ]
+    changed = [p for key, p in model.named_parameters() if within(key, spec.modules_to_save or ())]
     if spec.changes_base:
         changed += [cast(Any, layer).weight for layer in target_layers(model, spec).values()]
     before = [(p, p.data.to("cpu", copy=True), p.device) for p in changed]

@@ -28,7 +28,7 @@ from ..export import (
 )
 from ..methods import get
 from ..run.heldout_part import chosen, copies
-from ..train import folds, running
+from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .buckets import sizes_of
@@ -61,14 +61,9 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     instance = images(cfg, source, cfg.dataset_config_name)
     instance.require_masks()
     validation = heldout_images(cfg)
-    held = None if cfg.fold or validation is None else validation.pictures()
-    if (held is not None or cfg.fold == 1) and (
-        line := copies("images", instance.pictures(), held)
-    ):
+    held = None if validation is None else validation.pictures()
+    if (held is not None or cfg.fit) and (line := copies("images", instance.pictures(), held)):
         logger.warning("%s", line)
-    if cfg.fold:
-        names = [instance.name(i) for i in range(len(instance))]
-        instance, validation = map(instance.only, folds.dealt(cfg, names, "images"))
     kind = kind_of(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
     if kind.flow and pipeline_class(cfg.pretrained_model_name_or_path) is None:
         cfg = replace(cfg, output_kohya_format=False)  # the default, as only the hub knew the kind

@@ -14,7 +14,7 @@ from ..adapters import CHANGE_BASE
 from ..durable import write_text
 from ..methods import get
 from ..mini import embedded
-from .folder import FOLDS_FIGURE
+from .folder import FIT_FIGURE
 
 
 def write_card(
@@ -41,7 +41,7 @@ def write_card(
     stopped = {
         "step of these weights, with the lowest held-out loss": results.get("best_step"),
         "stopped early, after steps": early,
-        f"steps chosen by {cfg.folds} folds": results.get("chosen_steps"),
+        "steps chosen by --fit": results.get("chosen_steps"),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
@@ -52,7 +52,7 @@ def write_card(
         method=method,
         settings=_given(_settings(cfg, results["steps"])),
         results=_given({**measured, **stopped}),
-        folds=FOLDS_FIGURE if cfg.folds else None,
+        fit=FIT_FIGURE if cfg.fit else None,
         **facts,
     )
     write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")

@@ -83,7 +83,9 @@ def draw(folder: Path, search: Search) -> None:
         if row.options != chosen:
             intervals = [bootstrap_interval(values, resamples=RESAMPLES) for values in differences]
             if all(intervals):
-                low, high = zip(*((loss + i.low, loss + i.high) for i in intervals if i), strict=True)
+                low, high = zip(
+                    *((loss + i.low, loss + i.high) for i in intervals if i), strict=True
+                )
                 axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, lw=0)
     axis.axvline(step, color="0.3", ls=":")
     axis.axhline(loss, color="0.3", ls=":", label=f"chosen: {step} steps")
@@ -129,7 +131,11 @@ def lines(folder: Path, what: str) -> list[str]:
         f"fit: {where}, {configurations} configurations, {len(record['runs'])} runs in"
         f" {duration(seconds)}",
         *(f"{a:<{first_width}}  {b:<{second_width}}  {c}" for a, b, c in texts),
-        *(f"out: {name}: {reason}" for name, reason in record["out"].items() if "worse" not in reason),
+        *(
+            f"out: {name}: {reason}"
+            for name, reason in record["out"].items()
+            if "worse" not in reason
+        ),
     ]
 
 

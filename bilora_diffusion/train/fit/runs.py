@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,37 +18,39 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 
-from ...config.options import OptimizerOptions
-from ...config.run import RunConfig
-from ...durable import discard
+from ...config.fields import options_of
+from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
-from ...fields import options_of
 from ...methods import names as method_names
 from ...methods import option_names, reads
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.checkpoint import require_same_settings
+from ...run.config import RunConfig
 from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
 from ...run.interruption import Interruption, Stop
+from ...run.options import OptimizerOptions
 from ...run.record import read_fit
 from ...run.runlog import RunLog
 from ...seeds import digest_texts, parts
 from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE, ReusableTask
 from . import report
-from .search import Curve, Plan, Search, Work
-from .space import RATE, Options, Space, default_values, read_values, title, words
+from .search import BUDGET, Curve, Plan, Search, Work, lowest
+from .space import Options, Space, default_values, folder_name, read_values, title, words
 
 FOLDS, LEAVE_ONE_OUT = 4, 8
 """Folds; below so many samples each is one."""
-MEASUREMENTS, BUDGET = 20, 10
-"""Of a whole run; runs of the whole length that a search costs at most."""
+MEASUREMENTS = 20
+"""Of a run of the whole length."""
 FIXED = frozenset(
-    ("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio")
-    + ("lr_num_cycles", "lr_power", "scale_lr", "use_8bit_adam")
+    (
+        *("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio"),
+        *("lr_num_cycles", "lr_power", "scale_lr", "use_8bit_adam"),
+    )
 )
 """Options of methods and optimizers that all runs of a fit share."""
-Train = Callable[[Any, Any, Path, int], Stop | None]
+Train = Callable[[Any, Path, int], Stop | None]
 logger = logging.getLogger(__name__)
 
 
@@ -119,10 +121,10 @@ class Fit:
 
     Args:
         cfg: the command line as it was given.
-        resolve: further arguments -> the configuration of the command line with them.
-        given: the options that the command line gives.
+        script: the training script.
+        argv: the command line.
         task: what is trained, loaded.
-        train: trains a task by a configuration in a folder up to a step.
+        train: trains a task in a folder up to a step.
         accelerator: of all processes.
 
     Raises:
@@ -132,33 +134,37 @@ class Fit:
     def __init__(
         self,
         cfg: RunConfig,
-        resolve: Callable[[Sequence[str]], Any],
-        given: frozenset[str],
+        script: Any,
+        argv: Sequence[str],
         task: ReusableTask,
         train: Train,
         accelerator: Accelerator,
     ) -> None:
         self.cfg, self.task, self._train, self._accelerator = cfg, task, train, accelerator
-        self.folder, self._resolve = Path(cfg.output_dir), resolve
+        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
+        self.folder, self._script, self._argv = Path(cfg.output_dir), script, argv
+        self._configs: dict[Options, Any] = {}
         self.what = "images" if cfg.modality == "image" else "rows"
         self.parts: list[tuple[list[int], list[int]] | None] = [None]
         if not task.has_heldout:
             self.parts = [*deal(task.names, cfg.fit_folds, self.what)]
         self.plan = make_plan(cfg, task, accelerator, len(self.parts))
-        self.space = self._read_space(given)
+        self.space = self._read_space()
         self._check()
-        self._configs: dict[Options, Any] = {}
         self._names: dict[str, Options] = {}
         self._runs: dict[tuple[Options, int], tuple[str, Curve]] = {}
         self.search = Search(self.plan, self._measure)
 
-    def _read_space(self, given: frozenset[str]) -> Space:
+    def _read_space(self) -> Space:
         cfg, known = self.cfg, set(options_of(self.cfg.groups))
         if cfg.fit_space:
             values = read_values(Path(cfg.fit_space), searchable(cfg), known)
         else:
             values = default_values(
-                given, cfg.learning_rate, self.task.num_names, self._supports_sample()
+                type(cfg).line(self._argv)[1],
+                cfg.learning_rate,
+                len(self.task.names),
+                self._supports_sample(),
             )
         read_by = {name: reads(name) for name in method_names()}
         return Space(values, read_by, option_names())
@@ -166,7 +172,7 @@ class Fit:
     def _supports_sample(self) -> bool:
         form = (("method", "bilora"), ("rho", "auto"), ("auxiliaries", "sample"))
         try:
-            self._resolve(words(form))
+            self._config(form)
         except UserError:
             return False
         return True
@@ -175,7 +181,7 @@ class Fit:
         """Refuse values that the command line would, and a budget for less than a search."""
         for start in self.space.starts():
             for options in (o for name in self.space.values for o in self.space.along(name, start)):
-                self._resolve(words(options))
+                self._config(options)
         least = max(self.plan.least, self.plan.third * len(self.space.starts()))
         if self.plan.budget < least:
             raise UserError(
@@ -209,7 +215,7 @@ class Fit:
         earlier = read_fit(self.folder / FIT_RECORD) if self.cfg.resume_from_checkpoint else None
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
-            require_same_settings(earlier["settings"], report.plain(self.settings()))
+            require_same_settings(earlier["settings"], strict_json(self.settings())[0])
             if (choice := earlier["choice"]) is not None:
                 return self._final(tuple(choice["options"].items()), choice["steps"])
         log = self._begin(earlier is not None) if self._accelerator.is_main_process else None
@@ -223,7 +229,7 @@ class Fit:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             _close(log, kind, str(error) or None)
             raise
-        if not self.search.found:
+        if not self.search.curves.keys() - self.search.out.keys() - {()}:
             reason = next(iter(self.search.out.values()), "")
             _close(log, "failed", reason)
             raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
@@ -247,17 +253,20 @@ class Fit:
         report.write(self.folder, self.settings(), self._runs, self.search, done)
 
     def _config(self, options: Options) -> Any:
+        """The command line with further options, of which it says nothing once more."""
         if options not in self._configs:
-            self._configs[options] = self._resolve(words(options))
+            logging.disable(logging.WARNING)
+            try:
+                self._configs[options] = self._script.parse([*self._argv, *words(options)])
+            finally:
+                logging.disable(logging.NOTSET)
         return self._configs[options]
 
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's own schedule, rescaled to the chosen steps."""
         cfg, warm = self._config(options), self.cfg.lr_warmup_steps
         rescaled = warm and round(warm * steps / self.plan.steps)
-        return replace(
-            cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled
-        )
+        return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)
 
     def _of_run(self, work: Work, place: Path) -> Any:
         """The configuration of a run of the search: at a constant rate, with nothing to look at."""
@@ -275,10 +284,6 @@ class Fit:
         }
         return replace(cfg, **changes)
 
-    @property
-    def _processes(self) -> int:
-        return self._accelerator.num_processes
-
     def _name(self, work: Work) -> str:
         name = folder_name(work.options)
         while self._names.setdefault(name, work.options) != work.options:
@@ -288,10 +293,10 @@ class Fit:
     def _measure(self, works: Sequence[Work]) -> list[Curve | str]:
         """Train runs, each process some of them, and gather what all have measured."""
         names = [self._name(work) for work in works]
-        rank, size = self._accelerator.process_index, self._processes
+        size = self._processes
         results, stop, error = [], None, None
         with alone():
-            for work, name in list(zip(works, names, strict=True))[rank::size]:
+            for work, name in list(zip(works, names, strict=True))[self._rank :: size]:
                 try:
                     result = self._one(work, name)
                 except Exception as caught:
@@ -322,7 +327,7 @@ class Fit:
             cfg = self._of_run(work, place)
             task = self.task.again(cfg, self.parts[work.fold], searches=True)
             try:
-                if (stop := self._train(cfg, task, place, work.steps)) is not None:
+                if (stop := self._train(task, place, work.steps)) is not None:
                     return stop._replace(run=f"{FIT}/{name}")
             except Diverged as error:
                 return str(error)
@@ -340,7 +345,7 @@ class Fit:
             *(title(work.options) or "as given", at, work.steps, loss, step, spent),
         )
         self._runs[work.options, work.fold] = (name, curve)
-        if self._accelerator.is_main_process and self._rank == 0:
+        if self._rank == 0:
             self._write()
 
 

@@ -23,6 +23,8 @@ from scipy import stats
 from .space import METHOD, RATE, Options, Space
 
 LEVEL, RESAMPLES = 0.95, 9999
+BUDGET = 10
+"""Runs of the whole length that a search costs at most, unless it is told otherwise."""
 EXPLORED = 0.6
 """Share of the budget that the first rounds, on one fold, may take."""
 BEYOND = 1.5
