@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from bilora_diffusion.errors import run_cli
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.train.launching import importing, start_missing_processes
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def train() -> None:
         start_missing_processes()
         with importing():
-            config = parse(argv)  # before all else, so that a typo is answered at once
+            config = resolve(argv)  # before all else, so that a typo is answered at once
             from bilora_diffusion.image.script import main as train_dreambooth
 
         train_dreambooth(argv, config)

@@ -5,13 +5,11 @@ What is shown is computed in ``compare_data`` and written in ``compare_html``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import gradio as gr
 from PIL import Image
@@ -34,7 +32,7 @@ ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_li
 class Tab:
     """The widgets of the scored images, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog, page: gr.Blocks, signs: Sequence[Any]) -> None:
+    def __init__(self, catalog: Catalog, changed: Any) -> None:
         self.catalog = catalog
         self.prompt = gr.State("")
         self.empty = parts.html(visible=False)
@@ -75,8 +73,7 @@ class Tab:
         shown = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
         shown += [self.query, self.means]
         everything = list(dict.fromkeys([self.empty, self.body, *choice, *shown]))
-        page.load(self.open, inputs=[], outputs=everything, **ORDERED)
-        gr.on(signs, self.again, self.query, everything, **ORDERED)
+        changed(self.open, [], everything, **ORDERED)
         self.scores.input(
             lambda path: self._opened({"scores": path}), self.scores, everything, **ORDERED
         )
@@ -90,14 +87,10 @@ class Tab:
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
-        """Fill the tab when the page is loaded, by the link's query if there is one."""
+        """Fill the tab by the page's address, which is a link's and then that of the last view."""
         return self._opened(dict(request.query_params))
 
-    def again(self, query: str | None) -> Update:
-        """The same view where the folders have changed; the first one where there was none."""
-        return self._opened(dict(parse_qsl((query or "").removeprefix("?"))), quiet=True)
-
-    def _opened(self, query: dict[str, str], quiet: bool = False) -> Update:
+    def _opened(self, query: dict[str, str]) -> Update:
         there = {item.path: item for item in self.catalog.now.scores}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
@@ -112,7 +105,7 @@ class Tab:
             what = "have no images" if asked in there else "are not there"
             lost, query = [f'The link names the scores "{asked}", which {what}.'], {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in [] if quiet else [*lost, *missing]:
+        for sentence in [*lost, *missing]:
             parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]

@@ -18,8 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.pipeline import kind_of, load_pipeline
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.console import quiet
@@ -133,7 +134,7 @@ class Pipelines:
             self._base = self._pipeline = None  # frees the memory before the next one takes it
             quiet()
             folder = local(base)
-            dtype = kind_of(folder)().precision(self.device)
+            dtype = describe(folder).family.precision(self.device)
             pipeline = load_pipeline(
                 folder,
                 dtype=torch.float32 if base.name in PIPELINES else dtype,

@@ -1,9 +1,8 @@
 """The page around the tabs: title, what was found, notices, and how it is served.
 
-A tab is a module with ``Tab(catalog, signs)``, made inside its ``gr.Tab``. The page's layout is
-made once, when the viewer starts, so a tab fills its lists when a page is loaded, and again when
-there is something new under the root, at which is looked at every load and every few seconds: at
-the events ``signs``.
+A tab is a module with ``Tab(catalog, changed)``, made inside its ``gr.Tab``. The page's layout is
+made once, when the viewer starts. A page looks at the root when it is loaded and every few seconds;
+a tab fills its lists at the event ``changed``: once after the load, and whenever something is new.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         heading = html("frame-title")
         notice = html("frame-notice", visible=False)
         kinds = ("runs", "scores", "figures")
-        seen = {kind: gr.Textbox(catalog.sign(kind), visible=False) for kind in kinds}
-        runs, scores, figures = ([page.load, seen[kind].change] for kind in kinds)
+        seen = {kind: gr.Textbox("", visible=False) for kind in kinds}
+        runs, scores, figures = (seen[kind].change for kind in kinds)
         tabs: dict[str, Callable[[], object]] = {
             "Compare": lambda: (
                 validation.build(catalog, runs),
-                compare.Tab(catalog, page, scores[1:]),
+                compare.Tab(catalog, scores),
             ),
             "Generate": lambda: generate.Tab(catalog, runs, device),
             "Vote": lambda: vote.Tab(catalog, scores),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -28,11 +28,11 @@ VISITORS = 16
 class Tab:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog, signs: Sequence[Any], device: str | None) -> None:
+    def __init__(self, catalog: Catalog, changed: Any, device: str | None) -> None:
         self.catalog, self.models = catalog, Pipelines(device)
         self.running: dict[str | None, Work] = {}
         self._widgets()
-        self._events(signs)
+        self._events(changed)
 
     def _widgets(self) -> None:
         self.empty = parts.html("generate-empty", visible=False)
@@ -61,8 +61,8 @@ class Tab:
                 self.cards = parts.html("generate-cards")
                 self.slider = parts.html("generate-slider")
 
-    def _events(self, signs: Sequence[Any]) -> None:
-        gr.on(signs, self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
+    def _events(self, changed: Any) -> None:
+        changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
         # Where another base model is chosen; else what was set stays.
         gr.on(
             [self.a.change, self.b.change],

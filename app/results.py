@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,7 +31,7 @@ REPORT_BYTES = 1_000_000
 _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>", re.IGNORECASE)
 
 
-def build(catalog: Catalog, signs: Sequence[Any]) -> None:
+def build(catalog: Catalog, changed: Any) -> None:
     """Build the tab."""
     notice = parts.html("results-notice", visible=False)
     with gr.Column(visible=False) as body:
@@ -52,9 +51,9 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
             chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
 
-    gr.on(signs, load, [chosen], [notice, body, chosen], **QUIET)
+    changed(load, [chosen], [notice, body, chosen], **QUIET)
 
-    @gr.render([chosen], triggers=[chosen.change, *signs[1:]], show_progress="hidden")
+    @gr.render([chosen], triggers=[chosen.change, changed], show_progress="hidden")
     def show(key: str | None) -> None:
         item = next((item for item in catalog.now.figures if _key(item) == key), None)
         if item is not None:

@@ -96,7 +96,7 @@ def _key(run: Shown) -> Any:
 class Tab:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog, signs: Sequence[Any]) -> None:
+    def __init__(self, catalog: Catalog, changed: Any) -> None:
         self.catalog = catalog
         self.notice = parts.html("training-notice", visible=False)
         with gr.Column(visible=False) as self.body:
@@ -126,7 +126,7 @@ class Tab:
         self.drawn, self.looks = gr.State(None), gr.State([])
         chosen, shown = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
         shown += self.plots.values()
-        gr.on(signs, self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
+        changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, chosen, shown, **QUIET)
         # After the values: a plot that gets both at once keeps the old values in the new colours.
         plots = [*self.plots.values()]

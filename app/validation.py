@@ -24,7 +24,7 @@ COLUMNS = 6
 """Runs that fit side by side."""
 
 
-def build(catalog: Catalog, signs: Sequence[Any]) -> None:
+def build(catalog: Catalog, changed: Any) -> None:
     """Build the part inside the current ``gr.Tab``."""
     empty = parts.html("validation-empty", visible=False)
     with gr.Column(visible=False, elem_id="validation") as body:
@@ -63,7 +63,7 @@ def build(catalog: Catalog, signs: Sequence[Any]) -> None:
         drawn = show(paths, at if isinstance(at, int) else None)
         return {step: at, images: drawn[images]}
 
-    gr.on(signs, fill, [chosen, step], [empty, body, chosen, slider, images], **QUIET)
+    changed(fill, [chosen, step], [empty, body, chosen, slider, images], **QUIET)
     chosen.input(show, [chosen, step], [slider, images], **QUIET)
     slider.select(move, [chosen], [step, images], trigger_mode="always_last", **QUIET)
 

@@ -26,11 +26,13 @@ from .catalog import Catalog
 from .parts import QUIET, Update, shown
 from .votes import ANY, Booth, Polls, Tally
 
+ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
+
 
 class Tab:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog, signs: Sequence[Any]) -> None:
+    def __init__(self, catalog: Catalog, changed: Any) -> None:
         self.catalog, self.polls = catalog, Polls(catalog, random.SystemRandom())
         self.voter = gr.BrowserState("", storage_key="bilora-voter", secret="bilora-voter")
         self.booth = gr.State(None)
@@ -61,23 +63,25 @@ class Tab:
         self.file = gr.DownloadButton("votes.csv", visible="hidden", elem_id="vote-file")
         self.result = parts.html("vote-result", visible=False)
         # The browser sends the token of the ballot that it shows, so that a second click on it that
-        # is still on its way when the next one is drawn is not taken for a vote on the next.
+        # is still on its way when the next one is drawn is not taken for a vote on the next. One
+        # after the other: two at once would each draw a ballot, and leave the page with the token
+        # of one and the server with the other.
         self.token = gr.Textbox(visible=False)
 
         stage = [self.booth, self.voter, self.setup, self.stage, self.stop, self.choices]
         stage += [self.notice, self.result, self.ballot, self.standing, self.token]
         setup = [self.notice, self.setup, self.below, self.scores]
-        gr.on(signs, self._load, [self.booth, self.scores], setup, **QUIET)
+        changed(self._load, [self.booth, self.scores], setup, **QUIET)
         self.scores.change(
             lambda path: gr.update(choices=self.polls.pairs(path), value=ANY),
             *([self.scores], [self.pair]),
             **QUIET,
         )
-        self.start.click(self._begin, [self.scores, self.pair, self.voter], stage, **QUIET)
+        self.start.click(self._begin, [self.scores, self.pair, self.voter], stage, **ORDERED)
         for choice, button in buttons.items():
             cast = functools.partial(self._cast, choice)
-            button.click(cast, [self.token, self.booth], stage, **QUIET)
-        self.stop.click(lambda: {self.booth: None, **self._stage(False)}, [], stage, **QUIET)
+            button.click(cast, [self.token, self.booth], stage, **ORDERED)
+        self.stop.click(lambda: {self.booth: None, **self._stage(False)}, [], stage, **ORDERED)
         show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
         export.click(self._export, [], [self.file, self.notice], **QUIET).success(
             None, js="() => { document.getElementById('vote-file').click(); }"

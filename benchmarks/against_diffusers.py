@@ -37,7 +37,7 @@ from measure import KIBI, circumstances, interleave, paired_ratio, watched
 from bilora_diffusion import methods, mini
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
-from bilora_diffusion.image.config import parse as parse_run
+from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import build_task
 from bilora_diffusion.train.running import build_accelerator
 

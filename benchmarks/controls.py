@@ -30,13 +30,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion.adapters import PRIMARY, fused
-from bilora_diffusion.config.fields import option
-from bilora_diffusion.config.values import SHARES
+from bilora_diffusion.fields import option
 from bilora_diffusion.methods import get, perturb
 from bilora_diffusion.methods.base import Method, MethodOptions, StepOptimizer
 from bilora_diffusion.methods.options import OwnOptions
 from bilora_diffusion.methods.registry import register
 from bilora_diffusion.seeds import seed_of
+from bilora_diffusion.values import SHARES
 
 BiLoRA: Any = get("bilora")
 

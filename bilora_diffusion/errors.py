@@ -10,13 +10,21 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from .durable import disk_is_full, full_disk_sentence
 
 LONGEST = 300  # characters of an unexpected exception's message that are shown
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+T = TypeVar("T")
 TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
+
+
+PICKLED = (
+    "there are no safetensors{}, and reading a pickle can run code: convert it, for example by"
+    " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained where you trust it"
+)
 
 
 class UserError(ValueError):
@@ -37,6 +45,37 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.number = number
+
+
+def reading(what: str, fix: str, load: Callable[[], T]) -> T:
+    """Read or try what others made by ``load``: whatever a library raises becomes one sentence.
+
+    Args:
+        what: a part of a model, or a file, in the user's words.
+        fix: what to do, without a period.
+
+    Raises:
+        UserError: ``load`` failed.
+    """
+    try:
+        return load()
+    except (UserError, TrainingError):
+        raise
+    except Exception as error:  # damaged files end anywhere in the libraries
+        if isinstance(error, OSError) and "`safetensors`" in str(error):
+            raise UserError(f"{what} can't be read, since {PICKLED.format('')}.") from error
+        raise UserError(f"{what} can't be read ({reason(error)}): {fix}.") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error's message, short and in one line."""
+    text = " ".join(str(error).split())
+    if "cannot identify image file" in text:  # and the address of a buffer
+        text = "not an image file that Pillow knows"
+    if text.startswith("You set `ignore_mismatched_sizes`"):
+        text = "its weights are of other shapes than its config.json says"
+    text = text.partition(". If you want to")[0]
+    return text[:240].rstrip(".: ") or type(error).__name__
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

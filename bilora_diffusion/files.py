@@ -94,14 +94,6 @@ def quoted(value: object) -> str:
     return f'"{text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."}"'
 
 
-def reason(error: Exception) -> str:
-    """An error's first sentence, without the address of a buffer that Pillow likes to name."""
-    text = str(error).strip() or type(error).__name__
-    if "cannot identify image file" in text:
-        return "not an image file that Pillow knows"
-    return text.splitlines()[0].split(". ")[0].rstrip(".")
-
-
 def folder_or_id(value: str, option: str) -> Path | None:
     """The folder that a value names, or None where it can only be a repository on the hub.
 

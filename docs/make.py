@@ -16,15 +16,15 @@ from typing import Any
 import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
-from bilora_diffusion.config.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.config.refusals import REFUSED
+from bilora_diffusion.config.run import RunConfig
+from bilora_diffusion.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import own_options
-from bilora_diffusion.run.config import RunConfig
 from bilora_diffusion.text.config import TextConfig
 
-from . import evidence
+from . import evidence, recipes
 from .evidence import table
 from .memory import row
 
@@ -187,6 +187,8 @@ def main() -> None:
     """Write the pages."""
     for name in PAGES:
         (FOLDER / name).write_text(page(name), encoding="utf-8")
+    for path, model in recipes.models(EXAMPLES).items():
+        path.write_text(recipes.page(path, model), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.dry_run import moments
 from bilora_diffusion.image.families import named
 from bilora_diffusion.methods import Target
@@ -24,6 +24,15 @@ from bilora_diffusion.train.empty import empty
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "dry_run_memory"
 MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
 """Denoisers and text encoders at full size, by the models' names."""
+VAE = {
+    "AutoencoderKL": {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": 4 * ("DownEncoderBlock2D",),
+        "up_block_types": 4 * ("UpDecoderBlock2D",),
+    }
+}
+"""Autoencoders that are not made at full size by default."""
 
 
 def row(name: str, weights: str, *words: str) -> dict[str, int]:
@@ -35,7 +44,7 @@ def row(name: str, weights: str, *words: str) -> dict[str, int]:
         words: more of a command line.
     """
     held = ["--quantize", "none" if weights == "bf16" else weights]
-    taken = moments(_task(name, "lora", *held, *words), torch.device("cuda"))
+    taken = moments(_bare(name, "lora", *held, *words), torch.device("cuda"))
     step = {"activations": taken[STEP]["activations"], "encoders": sum(taken[BEFORE].values())}
     for method in ("lora", "bilora"):
         step[method] = sum(taken[STEP].values()) + _trained(name, method)
@@ -44,21 +53,30 @@ def row(name: str, weights: str, *words: str) -> dict[str, int]:
 
 @functools.cache
 def _trained(name: str, method: str) -> int:
-    return sum(attached(_task(name, method), 1)[1].values())
+    return sum(attached(_bare(name, method), 1)[1].values())
 
 
-def _task(name: str, method: str, *words: str) -> Any:
+def _bare(name: str, method: str, *words: str) -> Any:
+    """A run without images, and without the weights of its autoencoder."""
+    given = ["--resolution", "1024", "--mixed_precision", "bf16", "--train_batch_size", "1"]
+    given += ["--num_validation_images", "0", "--method", method, *words]
+    run = task(name, *given)
+    run.pipeline.vae = SimpleNamespace(config=run.pipeline.vae.config)
+    return run
+
+
+def task(name: str, *words: str) -> Any:
     """The task as a dry run reads it."""
     with TemporaryDirectory() as folder:
-        given = ["--dataset", "mini", "--resolution", "1024", "--mixed_precision", "bf16"]
-        given += ["--validation_dataset", "none", "--num_validation_images", "0", "--dry_run"]
-        given += ["--method", method, "--train_batch_size", "1", "--output_dir", folder, *words]
-        cfg = parse(given)
+        given = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
+        given += ["--output_dir", folder, *words]
+        cfg = resolve([*given, "--pretrained_model_name_or_path", "mini"])  # without the hub
     family: Any = named(MODELS[name]["pipeline"], name)()
     denoiser = _denoiser(name)
     spec = AdapterSpec(cfg.rank, cfg.lora_alpha or cfg.rank, target_modules=family.targets)
     encoders = dict(zip(family.encoders, _encoders(name), strict=True))
-    vae = SimpleNamespace(config={"block_out_channels": [128]})  # its weights are left out
+    kind = family.parts["vae"]
+    vae = empty(lambda: getattr(diffusers, kind)(**VAE.get(kind, {})), torch.bfloat16)
     return SimpleNamespace(
         cfg=cfg,
         family=family,

@@ -190,13 +190,13 @@ def _needed(subject: Subject) -> tuple[str, ...]:
 
 def _denoiser(subject: Subject) -> str:
     """Which model of its pipeline an image run trains: the one that is there, else by its base."""
-    from bilora_diffusion.image.families import SDXL
-    from bilora_diffusion.image.inputs import pipeline_class
+    from bilora_diffusion.image.base_model import describe, folder_of
 
     folder = subject.folder
     assert folder is not None
     there = [name for name in DENOISERS if (folder / name).is_dir()]
-    flow = pipeline_class(str(subject.base_model)) not in (None, SDXL)
+    base = str(subject.base_model)
+    flow = folder_of(base) is not None and describe(base).family.flow
     return there[0] if there else DENOISERS[flow]
 
 

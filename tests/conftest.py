@@ -11,6 +11,8 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,26 @@ torch.set_num_threads(1)
 # The same examples on every machine, and no deadline: the first call of an operator is always slow.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub of which every image model is the miniature, and every language model a causal one
+    unless another kind is asked for.
+    """
+    from bilora_diffusion import mini
+    from bilora_diffusion.text import models
+
+    source = models.TextSource
+
+    def kind(options: Any) -> Any:
+        if os.path.isdir(options.model_name_or_path):
+            return source(options)
+        return SimpleNamespace(kind=options.task_type.replace("auto", "causal"))
+
+    folder = mini.pipeline_dir()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: folder / file)
+    monkeypatch.setattr(models, "TextSource", kind)
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
 import bilora_diffusion
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import FAMILIES, SDXL
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from tests.image.tiny import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,10 +117,11 @@ def test_the_python_files_are_short() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
     keys = yaml.safe_load(recipe.read_text())
-    read = parse_text if "task" in keys else parse
-    config = read(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+    read = resolve_text if "task" in keys else resolve
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    config = read(argv if {"task", "dataset"} & keys.keys() else [*argv, "--dataset", "mini"])
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
@@ -182,7 +183,7 @@ OWN_OPTION = """
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.methods import for_run
 from docs.make import options
 
@@ -190,14 +191,14 @@ ARGV = ["--dataset", "mini", "--method", "lora-asam"]
 
 
 def test_the_own_option_is_an_option_like_any_other(capsys):
-    cfg = parse([*ARGV, "--eta", "0.5"])
+    cfg = resolve([*ARGV, "--eta", "0.5"])
     assert cfg.to_dict()["eta"] == cfg.fingerprint()["eta"] == 0.5
-    assert (parse(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
-    assert for_run(cfg.completed(1, side=64), 10).own.eta == 0.5
+    assert (resolve(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
+    assert for_run(vars(cfg), 10).own.eta == 0.5
     with pytest.raises(UserError, match="--eta is -1.0: give 0 or more"):
-        parse([*ARGV, "--eta=-1"])
+        resolve([*ARGV, "--eta=-1"])
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        resolve(["--help"])
     assert "--eta" in capsys.readouterr().out
     assert "".join(options()).count("| `--eta` | `0.01` | lora-asam: ") == 2
 """
@@ -211,10 +212,8 @@ def test_an_option_of_the_example_touches_no_further_file(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_example_method_passes_the_contract_suite(tmp_path: Path) -> None:
-    selected = ("tests/contract", "-k", "lora-asam and not two_processes")
-    passed = re.search(r"(\d+) passed", run_example(tmp_path, METHOD, *selected))
-    assert passed is not None
-    assert int(passed.group(1)) > 50
+    selected = ("tests/contract", "-k", "lora-asam", "-m", "not slow and not matrix")
+    assert "4 passed" in run_example(tmp_path, METHOD, *selected)
 
 
 def with_extras(requirements: Iterable[Requirement]) -> Iterator[tuple[NormalizedName, str]]:

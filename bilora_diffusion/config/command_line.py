@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from .fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
-from .recipe import read_options
-from .values import check_choice, short
+from ..fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
+from ..values import check_choice, short
+from .recipe import find_recipe, read_options
 
 UNSET = object()
 
@@ -81,7 +81,7 @@ class CommandLine(argparse.ArgumentParser):
                 that can't be read.
         """
         flags = self._explicit(argv)
-        recipe = self._recipe(Path(flags["config"])) if flags.get("config") else {}
+        recipe = self._recipe(find_recipe(flags["config"])) if flags.get("config") else {}
         for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
             if one in flags and other not in flags:
                 recipe.pop(other, None)

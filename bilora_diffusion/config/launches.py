@@ -2,12 +2,18 @@
 
 DDP trains everything, FSDP2 adapters of text models (see ``train.sharding``). All combinations of
 FSDP2 with a method, an ablation of Bi-LoRA, DoRA, an optimizer, averaging or recording that do not
-stand here are right. The facts of a launch are read by ``train.engines``, those of a trainer by
+stand here are right. The facts of a launch are read here, those of a trainer by
 ``integrations.checks``.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from typing import Any
+
+from .. import fields
+from . import machine
 from .conditions import GIVEN, Refusal, above, other_than, refusal
 
 FSDP2, DDP = "FSDP2", "DDP"
@@ -95,3 +101,39 @@ LAUNCHES: tuple[Refusal, ...] = (
         optim=GIVEN,
     ),
 )
+
+
+def facts() -> dict[str, Any]:
+    """How accelerate was launched, by the names of `conditions.FACTS`: from the variables that its
+    launcher sets and it reads.
+    """
+
+    def is_on(name: str) -> bool:
+        return os.environ.get(name, "").lower() in fields.TRUE
+
+    def word(name: str) -> str:
+        return os.environ.get(name, "no").upper()
+
+    compiled = word("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
+    engine, bad = DDP, dict[str, bool]()
+    if is_on("ACCELERATE_USE_FSDP"):
+        engine = "FSDP on CPUs" if machine.device_type() == "cpu" else "FSDP"
+        if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
+            names = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
+            engine, bad = (
+                FSDP2,
+                {
+                    **{name: is_on(name) for name in names},
+                    "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
+                    "SIZE_BASED_WRAP": word("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
+                    "ACCELERATE_DYNAMO_BACKEND": compiled,
+                },
+            )
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        if is_on(f"ACCELERATE_USE_{name}"):
+            engine = name
+    if importlib.util.find_spec("torch_xla"):
+        engine = "XLA"
+    setting = next((name for name, given in bad.items() if given), None)
+    alone = "LOCAL_RANK" not in os.environ
+    return {"engine": engine, "fsdp_setting": setting, "compiled": compiled, "alone": alone}

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 from ..errors import UserError
+from ..fields import TRUE
 
 
 def is_installed(package: str) -> bool:
@@ -68,10 +69,24 @@ def device_type() -> str:
     """The kind of device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+    if is_told_cpu():
         return "cpu"
     device = torch.accelerator.current_accelerator(check_available=True)
     return device.type if device else "cpu"
+
+
+def processes() -> int:
+    """How many processes train together, as accelerate finds it."""
+    on_cpu = is_told_cpu()
+    mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
+    together = on_cpu or ("LOCAL_RANK" in os.environ and device_type() != "cpu")
+    sizes = [os.environ[name] for name in (*mpi, "WORLD_SIZE") if name in os.environ]
+    return int(sizes[0]) if sizes and together else 1
+
+
+def is_told_cpu() -> bool:
+    """Whether accelerate was told to stay on the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
 
 
 def default_precision() -> str:

@@ -14,14 +14,36 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
-from ..files import read_text
+from ..errors import UserError, did_you_mean
+from ..files import is_file, quoted, read_text
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""The repository's recipes, which an installed package brings along."""
 MOST_BYTES = 200_000
 MOST_LEVELS = 10
 MOST_LETTERS = 200
 """Of a key: an option of a recipe, or the label of an arm."""
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that ``--config`` names: a path, or one of `RECIPES` such as t5_base/mrpc.
+
+    Raises:
+        UserError: a name that is neither.
+    """
+    path, packaged = Path(name), RECIPES / f"{name}.yaml"
+    if is_file(path) or path.is_absolute() or path.suffix:
+        return path
+    if is_file(packaged):
+        return packaged
+    known = [
+        file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml")
+    ]
+    raise UserError(
+        f"--config {quoted(name)} is neither a file nor a recipe{did_you_mean(name, known)}: give a"
+        f" path or one of {', '.join(sorted(n for n in known if '/' not in n))}."
+    )
 
 
 def read_options(path: Path, what: str, flag: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import UserError
 
@@ -17,16 +16,15 @@ MOST_ELONGATED = 2.0
 """Of the buckets that are chosen by themselves: how much longer one side may be."""
 
 
-def sizes_of(cfg: Any) -> list[Size]:
+def sizes(side: int, buckets: str | None) -> list[Size]:
     """The sizes that a run's images are cut to; the square of ``--resolution`` alone by default.
 
     Raises:
         UserError: ``--aspect_ratio_buckets`` is no list of sizes, or they don't divide.
     """
-    side = cfg.resolution
-    if cfg.aspect_ratio_buckets is None:
+    if buckets is None:
         return [(side, side)]
-    return around(side) if cfg.aspect_ratio_buckets == AUTO else read(cfg.aspect_ratio_buckets)
+    return around(side) if buckets == AUTO else read(buckets)
 
 
 def read(text: str) -> list[Size]:

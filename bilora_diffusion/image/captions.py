@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Any
 
 import torch
 
 from ..errors import UserError
 from ..seeds import generator
+from .config import DreamBoothConfig
 from .sets import ImageSet
 
 ORDERS = 8
@@ -30,7 +30,7 @@ class Captions:
         UserError: an image has no text, or none has tags that could be shuffled.
     """
 
-    def __init__(self, cfg: Any, images: ImageSet) -> None:
+    def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
         self._cfg = cfg
         if not cfg.shuffle_tags:
             self._texts = [[text] for text in texts(cfg, images)]
@@ -71,7 +71,7 @@ class Captions:
         return orders[int(order * len(orders))]
 
 
-def texts(cfg: Any, images: ImageSet) -> list[str]:
+def texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
     """The text of every image as it is where nothing is drawn: how held-out images are measured.
 
     Raises:

@@ -12,14 +12,15 @@ from safetensors import safe_open
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name
 from ..mini import FLOW, MINI, PIPELINES
-from ..run.card import is_hub_id, loaded_from, source, write_card
+from ..train.card import is_hub_id, loaded_from, source, write_card
+from .config import DreamBoothConfig
 
 MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
 OURS = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flow"}
 
 
 def write_dreambooth_card(
-    cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None
+    cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
     """Write ``folder/README.md`` with the last validation images.
 
@@ -30,7 +31,7 @@ def write_dreambooth_card(
         repo_id: hub repository the folder goes to.
     """
     base = source(cfg.pretrained_model_name_or_path)
-    data = source(cfg.dataset_name or cfg.instance_data_dir)
+    data = source(cfg.source)
     whole, flow = methods.get(cfg.method).exports_weights, _of_transformer(folder)
     step = results.get("best_step", results["steps"])
     files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..train.running import DTYPES
+from .config import DreamBoothConfig
 from .listing import look
-from .pipeline import kind_of, load_pipeline
+from .pipeline import load_pipeline
 from .sampling import generate
 
 PRECISIONS = DTYPES | {"fp32": torch.float32}
 
 
-def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
+def ensure_class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> int:
     """Fill ``class_data_dir`` up to ``num_class_images``; returns how many were made.
 
     The work is shared among processes; each image has a seed of its own, so that an interrupted
     run goes on where it stopped.
     """
-    folder = Path(cfg.class_data_dir)
+    folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
     present = len(look(folder).images)
     # Nobody may count after another process has begun to write.
@@ -37,10 +37,12 @@ def ensure_class_images(cfg: Any, accelerator: Accelerator) -> int:
     return len(missing)
 
 
-def _sample(cfg: Any, accelerator: Accelerator, folder: Path, numbers: list[int]) -> None:
+def _sample(
+    cfg: DreamBoothConfig, accelerator: Accelerator, folder: Path, numbers: list[int]
+) -> None:
     base = cfg.pretrained_model_name_or_path
     if cfg.prior_generation_precision is None:
-        dtype = kind_of(base, cfg.revision, cfg.cache_dir)().precision(accelerator.device)
+        dtype = cfg.family.precision(accelerator.device)
     else:
         dtype = PRECISIONS[cfg.prior_generation_precision]
     pipeline = load_pipeline(
@@ -57,7 +59,7 @@ def _sample(cfg: Any, accelerator: Accelerator, folder: Path, numbers: list[int]
         part = numbers[start : start + cfg.sample_batch_size]
         images = generate(
             pipeline,
-            [cfg.class_prompt] * len(part),
+            [str(cfg.class_prompt)] * len(part),
             [cfg.seed + number for number in part],
             size=cfg.resolution,
         )

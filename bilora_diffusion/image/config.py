@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from ..config.foreign import FOREIGN
+from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
+from ..config.run import RunConfig, without_influence
 from ..methods.options import AdapterOptions, MethodFlags
-from ..run.config import RunConfig, without_influence
-from ..run.options import OptimizerOptions, StepOptions, StoppingOptions
 from . import inputs
-from .families import SDXL
+from .buckets import Size, sizes
+from .families import SDXL, named
 from .flow_options import FlowOptions
 from .options import (
     DataOptions,
@@ -51,12 +52,18 @@ class DreamBoothConfig(
     ImageOutputOptions,
     RunConfig,
 ):
-    """Every option of the script, flat. Made by ``parse``, which checks and completes it.
+    """Every option of the script, flat, and what the base model's files say. Made by `resolve`.
 
-    Then ``mixed_precision``, ``lora_alpha``, ``rho`` and ``optimizer`` (in lower case) are decided,
-    ``validation_prompts`` holds all prompts, and ``max_train_steps`` is None only where epochs
-    count. ``resolution`` may be None, and ``gradient_checkpointing`` is, until ``completed``.
+    All that a run reads is decided: ``optimizer`` is in lower case, ``validation_prompts`` holds
+    all prompts, and ``max_train_steps`` is None only where epochs count.
+
+    Attributes:
+        pipeline: the class of the base model's pipeline.
+        told_guidance: whether it is told its guidance in training.
     """
+
+    pipeline: str = ""
+    told_guidance: bool = False
 
     modality: ClassVar[str] = "image"
     groups: ClassVar[tuple[Any, ...]] = GROUPS
@@ -76,13 +83,38 @@ class DreamBoothConfig(
     foreign: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType(FOREIGN)
     complete = staticmethod(inputs.complete)
     check_inputs = staticmethod(inputs.check_inputs)
-    facts = staticmethod(inputs.facts)
 
     @property
     def leaves_unused(self) -> bool:
         # The last layer of SDXL's first encoder; what the last block of a transformer makes of text
-        model = self.pretrained_model_name_or_path
-        return self.train_text_encoder or inputs.pipeline_class(model) != SDXL
+        return self.train_text_encoder or self.pipeline != SDXL
+
+    @property
+    def family(self) -> Any:
+        """What is known of the base model's kind, with the run's settings of it."""
+        return named(self.pipeline, self.pretrained_model_name_or_path)(**self.family_settings)
+
+    @property
+    def family_settings(self) -> dict[str, Any]:
+        """What is given of that which a `Family` lets a run change."""
+        names = ("max_sequence_length", "guidance_scale")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder in which the run keeps what it encodes; None where it does not."""
+        return None if self.dry_run else inputs.cache_folder(self.disk_cache)
+
+    @property
+    def source(self) -> str:
+        """Where the training images are."""
+        return str(self.dataset_name or self.instance_data_dir)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The sizes (height, width) that images are cut to."""
+        return sizes(self.resolution, self.aspect_ratio_buckets)
 
     @property
     def sampled_prompts(self) -> list[str]:
@@ -90,21 +122,7 @@ class DreamBoothConfig(
         count = self.num_validation_images
         return [prompt for prompt in self.validation_prompts for _ in range(count)]
 
-    def completed(self, processes: int, side: int) -> Self:
-        """With what only the opened model and the launch say.
 
-        Args:
-            processes: that train together.
-            side: pixels that the pipeline was made for; used unless --resolution was given.
-        """
-        resolution = self.resolution or side
-        checkpointing = self.gradient_checkpointing
-        if checkpointing is None:
-            checkpointing = inputs.default_checkpointing(resolution)
-        known: dict[str, Any] = {"resolution": resolution, "gradient_checkpointing": checkpointing}
-        return dataclasses.replace(self, **known, **self.scaled_rates(processes))
-
-
-def parse(argv: Sequence[str] | None = None) -> DreamBoothConfig:
-    """What a command line of the image script means (`RunConfig.read`)."""
-    return DreamBoothConfig.read(argv)
+def resolve(argv: Sequence[str] | None = None) -> DreamBoothConfig:
+    """Make the configuration of a command line of the image script (`RunConfig.resolve`)."""
+    return DreamBoothConfig.resolve(argv)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..durable import replacing
 from ..seeds import digest, digest_texts
+from .config import DreamBoothConfig
 
 FORMAT = "2"
 """Changes where the same key stands for other numbers, so that earlier files are passed over."""
@@ -85,7 +86,7 @@ def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def of_prompts(
-    place: Path | None, cfg: Any, family: Any, pipeline: Any, device: torch.device
+    place: Path | None, cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
 ) -> DiskCache:
     """The cache of what the text encoders of a run make of prompts."""
     if place is None:
@@ -104,7 +105,7 @@ def of_prompts(
 
 
 def of_latents(
-    place: Path | None, cfg: Any, space: Any, vae: Any, device: torch.device
+    place: Path | None, cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device
 ) -> DiskCache:
     """The cache of what the autoencoder of a run makes of images."""
     if place is None:
@@ -137,7 +138,7 @@ def hash_files(folders: Iterable[Path]) -> str:
     return digest_texts(texts)
 
 
-def _machine(cfg: Any, device: torch.device) -> list[str]:
+def _machine(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
     """What decides the last digits of what is encoded."""
     cuda = device.type == "cuda"
     return [

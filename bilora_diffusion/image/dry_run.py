@@ -7,7 +7,7 @@ from torch import nn
 
 from ..adapters.quantize import held_bytes
 from ..train.dry_run import BEFORE, NUMBER, STEP, Moments
-from .buckets import sizes_of
+from .config import DreamBoothConfig
 from .latents import AT_ONCE
 
 HELD = {
@@ -44,7 +44,7 @@ def moments(task: Any, device: torch.device) -> Moments:
     def weights(names: Any) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in sizes.items() if name in names}
 
-    pixels, config = max(h * w for h, w in sizes_of(cfg)), pipeline.vae.config
+    pixels, config = max(h * w for h, w in cfg.sizes), pipeline.vae.config
     encoded = ENCODED * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
     drawn = DECODED * cfg.resolution**2 if cfg.sampled_prompts else 0
     channels = config.get("base_dim") or config["block_out_channels"][0]
@@ -56,7 +56,7 @@ def moments(task: Any, device: torch.device) -> Moments:
     }
 
 
-def _held(family: Any, denoiser: Any, places: int, cfg: Any) -> int:
+def _held(family: Any, denoiser: Any, places: int, cfg: DreamBoothConfig) -> int:
     config, (text, kept, more, block) = denoiser.config, HELD[family.pipeline]
     blocks = sum(len(m) for m in denoiser.children() if isinstance(m, nn.ModuleList))
     width = config.get("dim") or config.get("hidden_size")

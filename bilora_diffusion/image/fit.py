@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..train.soundness import reading, require_words
+from ..errors import UserError, reading
+from ..train.soundness import require_words
 
-ANOTHER = "give another --pretrained_model_name_or_path"
+FLAG = "--pretrained_model_name_or_path"
+ANOTHER = f"give another {FLAG}"
 
 
 def latent_channels(vae: Any) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, option
-from ..config.values import Range
-from . import inputs
+from ..fields import Idle, option
+from ..values import Range
 from .families import SDXL
 
 ON_SDXL = Idle(
-    lambda v: inputs.pipeline_class(v["pretrained_model_name_or_path"]) == SDXL,
+    lambda v: v["pipeline"] == SDXL,
     "on Stable Diffusion XL, which is no flow",
+)
+WITHOUT_GUIDANCE = Idle(
+    lambda v: not v["told_guidance"], "on a model that has no embedding of guidance"
 )
 
 
@@ -42,7 +44,7 @@ class FlowOptions:
         "Guidance that a distilled model with an embedding of it (FLUX.1-dev) is told in training."
         " Default: 3.5, as diffusers' script.",
         range=Range(100, "images are spoiled by far less", at_least=0),
-        idle=(ON_SDXL,),
+        idle=(ON_SDXL, WITHOUT_GUIDANCE),
     )
     weighting_scheme: str | None = option(
         None,

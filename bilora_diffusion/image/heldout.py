@@ -14,6 +14,7 @@ from torch import Tensor
 from ..choices import NOISE_LEVELS
 from ..seeds import generator
 from ..train.task import inference, loss_by_part
+from .config import DreamBoothConfig
 from .latents import Encoder
 from .masks import weight_map
 from .sets import ImageSet
@@ -34,7 +35,7 @@ class Conditioned(Protocol):
 
     module: Any
     device: torch.device
-    cfg: Any
+    cfg: DreamBoothConfig
     encoder: Encoder
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from ..choices import ATTENTION
 from ..config.machine import device_type
 from ..errors import UserError
 from ..files import folder_or_id, is_file, is_folder, quoted, read_text
-from ..mini import ANIMALS, FLOW, MINI, PIPELINES
+from ..mini import ANIMALS, FLOW, MINI
 from ..run.heldout_part import read_part
+from .base_model import SDXL_BASE, BaseModel, describe, folder_of
 from .bnb import quantization
-from .families import FAMILIES, SDXL, named
+from .buckets import sizes
 
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 HELDOUT = f"{MINI}-heldout"
 ANIMALS_HELDOUT = f"{ANIMALS}-heldout"
@@ -91,25 +90,39 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
             values[other] = 1
     if values["num_train_epochs"] is None and values["max_train_steps"] is None:
         values["max_train_steps"] = TABLE_A8_STEPS
-    model = values["pretrained_model_name_or_path"]
-    # kohya's format is for adapters, and is written for SDXL alone; a model that only the hub knows
-    # is taken for one
-    kohya = values["method"] != "full" and pipeline_class(model) in (None, SDXL)
-    if "output_kohya_format" not in given and not kohya:
-        values["output_kohya_format"] = False
-    if values["train_text_encoder"] and values["text_encoder_lr"] is None:
-        prodigy = values["optimizer"] == "prodigy"
-        values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
-    if model == FLOW and "max_sequence_length" not in given:
-        values["max_sequence_length"] = FLOW_TOKENS
-    overflows = model == SDXL_BASE and values["mixed_precision"] == "fp16"
-    if values["pretrained_vae_model_name_or_path"] is None and overflows:
-        values["pretrained_vae_model_name_or_path"] = FP16_FIX
-    if values["resolution"] is None:
-        values["resolution"] = pipeline_side(model)
     words = re.split(r"[\s,+]+", " ".join(values["lora_layers"]))
     words = list(dict.fromkeys(filter(None, words)))
     values["lora_layers"] = [] if words == [ATTENTION] else words  # as where nothing is given
+    model = values["pretrained_model_name_or_path"]
+    return _for_model(values, given, describe(model, values["revision"], values["cache_dir"]))
+
+
+def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) -> dict[str, Any]:
+    """Fill in what depends on the base model, and refuse what it can't take."""
+    family, folder = model.family, folder_of(model.name)
+    values["pipeline"], values["told_guidance"] = (
+        model.pipeline,
+        family.told_guidance(model.configs),
+    )
+    if "output_kohya_format" not in given:  # which is for adapters, and written for SDXL alone
+        values["output_kohya_format"] = values["method"] != "full" and not family.flow
+    if values["train_text_encoder"] and values["text_encoder_lr"] is None:
+        prodigy = values["optimizer"] == "prodigy"
+        values["text_encoder_lr"] = values["learning_rate"] if prodigy else TEXT_ENCODER_LR
+    if model.name == FLOW and "max_sequence_length" not in given:
+        values["max_sequence_length"] = FLOW_TOKENS
+    overflows = model.name == SDXL_BASE and values["mixed_precision"] == "fp16"
+    if values["pretrained_vae_model_name_or_path"] is None and overflows:
+        values["pretrained_vae_model_name_or_path"] = FP16_FIX
+    side = values["resolution"] = values["resolution"] or model.side
+    for edge in {e for size in sizes(side, values["aspect_ratio_buckets"]) for e in size}:
+        family.require_resolution(edge, model.configs)
+    if values["gradient_checkpointing"] is None:  # worth its time on CUDA from 512 pixels on
+        large = side >= CHECKPOINTING_FROM
+        values["gradient_checkpointing"] = large and device_type() == "cuda"
+    variant, weights = values["variant"], folder and folder / family.denoiser
+    if variant is not None and weights and not any(weights.glob(f"*.{variant}*.safetensors")):
+        raise UserError(f'--variant "{variant}" is not among the files of "{model.name}": drop it.')
     return values
 
 
@@ -150,57 +163,6 @@ def _prompts(given: list[str]) -> list[str]:
     return prompts
 
 
-def default_checkpointing(resolution: int) -> bool:
-    """Gradient checkpointing is worth its time on CUDA from 512 pixels on."""
-    return resolution >= CHECKPOINTING_FROM and device_type() == "cuda"
-
-
-def pipeline_folder(model: str) -> Path | None:
-    """The local folder that a model name stands for, or None for a hub id."""
-    folder = PIPELINES[model]() if model in PIPELINES else Path(model).expanduser()
-    return folder if folder.is_dir() else None
-
-
-def facts(values: dict[str, Any]) -> dict[str, Any]:
-    """What refusals may ask of the model beside the options (`conditions.FACTS`)."""
-    kind = pipeline_class(values["pretrained_model_name_or_path"])
-    return {} if kind is None else {"pipeline": kind}
-
-
-def pipeline_class(model: str) -> str | None:
-    """The class of a model's pipeline as its ``model_index.json`` has it; None where only the hub
-    knows, or the file is damaged.
-    """
-    if model == SDXL_BASE:
-        return SDXL
-    folder = pipeline_folder(model)
-    index = _json(folder / "model_index.json") if folder else None
-    return None if index is None else index.get("_class_name")
-
-
-def pipeline_side(model: str) -> int | None:
-    """Pixels a side that a model was made for; None where only loading it will tell."""
-    if model == SDXL_BASE:
-        return 1024
-    folder, kind = pipeline_folder(model), pipeline_class(model)
-    if folder is None or kind not in FAMILIES:
-        return None
-    family = named(kind, model)()
-    configs = {part: _json(folder / part / "config.json") for part in (family.denoiser, "vae")}
-    try:
-        return family.pixels_by_config({name: config or {} for name, config in configs.items()})
-    except (KeyError, TypeError):
-        return None
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def check_inputs(values: dict[str, Any]) -> None:
     """Refuse images without a prompt, folders that are empty or hold something else, and malformed
     ids.
@@ -208,7 +170,6 @@ def check_inputs(values: dict[str, Any]) -> None:
     Raises:
         UserError: one sentence with the option, its value and the fix.
     """
-    _check_model(values)
     _check_cache(values["disk_cache"])
     if values["validation_part"] is not None:
         read_part(values["validation_part"])
@@ -239,11 +200,6 @@ def cache_folder(value: str) -> Path | None:
     return Path(value).expanduser()
 
 
-def run_cache(cfg: Any) -> Path | None:
-    """The folder in which a run keeps what it encodes; None where it does not."""
-    return None if cfg.dry_run else cache_folder(cfg.disk_cache)
-
-
 def _check_cache(value: str) -> None:
     """Refuse a folder that was asked for and can't be written; one by default is only missed.
 
@@ -269,34 +225,6 @@ def _has_captions(place: str) -> bool:
 
     folder = Path(place).expanduser()
     return is_folder(folder) and look(folder).has_captions()
-
-
-def _check_model(values: dict[str, Any]) -> None:
-    flag, model = "--pretrained_model_name_or_path", values["pretrained_model_name_or_path"]
-    folder = pipeline_folder(model)
-    if folder is None:
-        _check_folder_or_id(flag, model)
-        return
-    index = _json(folder / "model_index.json") or {}
-    if "_class_name" not in index:
-        raise UserError(
-            f'{flag} "{model}" is no pipeline in diffusers format (it has no model_index.json that'
-            " names its class): give one, for example mini."
-        )
-    family = named(str(index["_class_name"]), f"{flag} {model}")()
-    tokenizers = [part.replace("text_encoder", "tokenizer") for part in family.encoders]
-    needed = set(family.parts) | set(tokenizers)
-    there = {part for part in needed if part in index and (folder / part).is_dir()}
-    if missing := sorted(needed - there - family.optional):
-        raise UserError(
-            f'{flag} "{model}" is no {family.title} pipeline in diffusers format (it has no'
-            f" {missing[0]}): give one, for example mini."
-        )
-    variant = values["variant"]
-    if variant is not None and not any(
-        (folder / family.denoiser).glob(f"*.{variant}*.safetensors")
-    ):
-        raise UserError(f'--variant "{variant}" is not among the files of "{model}": drop it.')
 
 
 def _check_folder_or_id(flag: str, value: str, what: str = "images") -> None:

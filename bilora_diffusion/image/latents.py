@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import TrainingError
 from .disk_cache import DiskCache
+from .latent_space import LatentSpace
 from .masks import at_size
 from .visits import Visit
 
@@ -18,57 +18,6 @@ ENCODED = "look at the file, or pass another --pretrained_vae_model_name_or_path
 KEPT = "delete the folder of --disk_cache, or give another"
 AT_ONCE = 1024 * 1024
 """Pixels that are encoded together: in float32 a megapixel takes gigabytes."""
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """How an autoencoder's latents are made, scaled for the denoiser, and turned back.
-
-    Args:
-        scale: what centered latents are multiplied with.
-        mean, std: of each channel, (1, c, 1, 1), if the autoencoder has them.
-        shift: of all channels.
-        drawn: whether an image's latents are drawn from its Gaussian; else they are its mean.
-    """
-
-    scale: float
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    shift: float = 0.0
-    drawn: bool = True
-
-    @classmethod
-    def of(cls, vae: Any, *, drawn: bool = True) -> Self:
-        """Read the scaling from the autoencoder's configuration."""
-
-        def per_channel(name: str) -> Tensor | None:
-            values = getattr(vae.config, name, None)
-            return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
-
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scale = getattr(vae.config, "scaling_factor", None) or 1.0
-        return cls(scale, per_channel("latents_mean"), per_channel("latents_std"), shift, drawn)
-
-    def encode(self, latents: Tensor) -> Tensor:
-        """Latents as the denoiser sees them, (n, c, h, w)."""
-        if self.mean is None or self.std is None:
-            return (latents - self.shift) * self.scale
-        return (latents - self.mean.to(latents)) * self.scale / self.std.to(latents)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents as the autoencoder sees them, (n, c, h, w)."""
-        if self.mean is None or self.std is None:
-            return latents / self.scale + self.shift
-        return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
-
-    def distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of images (n, 3, H, W), (n, c, h, w) each."""
-        posterior = vae.encode(pixels).latent_dist
-        return posterior.mean, posterior.std
-
-    def pixels(self, vae: Any, latents: Tensor) -> Tensor:
-        """Images (n, 3, H, W) in [-1, 1] of latents as the autoencoder sees them."""
-        return vae.decode(latents).sample
 
 
 class Posterior(NamedTuple):

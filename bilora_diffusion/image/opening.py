@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import mini
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import (
     folder_or_id,
     is_file,
@@ -20,7 +20,6 @@ from ..files import (
     is_text,
     quoted,
     read_rows,
-    reason,
     require_column,
 )
 from ..mini import ANIMALS, MINI

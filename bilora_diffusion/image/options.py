@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, option, unless
-from ..config.values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
-from ..run.options import OutputOptions
+from ..config.options import OutputOptions
+from ..fields import Idle, option, unless
+from ..values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
 from . import inputs
+from .base_model import SDXL_BASE, folder_of
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
@@ -30,7 +31,7 @@ ON_ONE_CONFIGURATION = Idle(
 ON_A_LOCAL_MODEL = Idle(
     lambda v: (
         v["pretrained_vae_model_name_or_path"] is None
-        and inputs.pipeline_folder(v["pretrained_model_name_or_path"]) is not None
+        and folder_of(v["pretrained_model_name_or_path"]) is not None
     ),
     "on a local model",
     "give a hub id or drop it",
@@ -45,7 +46,7 @@ class ModelOptions:
     section: ClassVar[str] = "base model"
 
     pretrained_model_name_or_path: str = option(
-        inputs.SDXL_BASE,
+        SDXL_BASE,
         "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
         " folder, or mini. With --dataset mini or mini-animals it defaults to mini.",
         place=True,
@@ -146,7 +147,7 @@ class DataOptions:
             10_000, "the order of a whole epoch is drawn at once; use more epochs", at_least=1
         ),
     )
-    resolution: int | None = option(
+    resolution: int = option(
         None,
         "Side of the training images in pixels, a multiple of 8. Default: the size that the"
         " pipeline was made for (SDXL 1024, mini 64).",

@@ -13,24 +13,19 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import snapshot_download
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from ..mini import PIPELINES
 from ..train.empty import empty
-from ..train.soundness import reading, require_finite, require_safetensors, require_whole
+from ..train.soundness import require_finite, require_safetensors, require_whole
+from .base_model import folder_of, from_hub
 from .families import named
 from .families.base import Family
 from .fit import ANOTHER
-from .inputs import pipeline_folder
 
 WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of configurations and tokenizers."""
-_GIVE_ONE = (
-    "pass --pretrained_model_name_or_path a hub id (or folder) of a pipeline in diffusers' format,"
-    " or one that is embedded, 'mini' or 'mini-flow'"
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def load_pipeline(
     if weights:
         places["variant"] = variant
     download, load = (_download, _load) if weights else (_download_configs, _empty)
-    folder = pipeline_folder(name) or download(name, vae, **places)
+    folder = folder_of(name) or download(name, vae, **places)
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
     index = _index(name, folder)
@@ -123,44 +118,6 @@ def load_pipeline(
     return pipeline
 
 
-def kind_of(name: str, revision: str | None = None, cache_dir: str | None = None) -> type[Family]:
-    """The kind of a model, of which no more than ``model_index.json`` is downloaded.
-
-    Raises:
-        UserError: there is no such model, or it is of no kind that is known.
-    """
-    folder = pipeline_folder(name)
-    if folder is None:
-        file = _from_hub(
-            name,
-            lambda: hf_hub_download(
-                name, "model_index.json", revision=revision, cache_dir=cache_dir
-            ),
-        )
-        folder = Path(file).parent
-    return named(str(_index(name, folder).get("_class_name")), name)
-
-
-def _from_hub(name: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` downloads of a model.
-
-    Raises:
-        UserError: it can't be downloaded.
-    """
-
-    def permitted() -> Any:
-        try:
-            return load()
-        except RepositoryNotFoundError as error:  # gated ones too
-            raise UserError(
-                f'the hub has no model "{name}" that you may read: check its name, accept its terms'
-                " on its page and log in with `hf auth login` if it is gated or private, or give a"
-                " local folder."
-            ) from error
-
-    return reading(f'the base model "{name}"', _GIVE_ONE, permitted)
-
-
 def _index(name: str, folder: Path) -> dict[str, Any]:
     """What ``model_index.json`` says."""
     what, fix = f'the base model "{name}"', f"correct its files, or {ANOTHER}"
@@ -177,7 +134,7 @@ def _download(name: str, vae: str | None, **options: Any) -> Path:
     given.
     """
     passed = {"vae": None} if vae else {}
-    found = _from_hub(
+    found = from_hub(
         name,
         lambda: DiffusionPipeline.download(name, use_safetensors=True, **options, **passed),
     )
@@ -202,7 +159,7 @@ def _other_vae(
 
 def _download_configs(name: str, vae: str | None, **options: Any) -> Path:
     """The folder in the hub's cache that holds all of a pipeline but its weights."""
-    found = _from_hub(
+    found = from_hub(
         name,
         lambda: snapshot_download(name, allow_patterns=list(WITHOUT_WEIGHTS), **options),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from accelerate import Accelerator
 
 from ..adapters.quantize import quantize
-from ..config import refusals
 from ..export import (
     FILE_NAME,
     kohya_file_name,
@@ -31,15 +29,13 @@ from ..run.heldout_part import chosen, copies
 from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
-from .buckets import sizes_of
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
-from .config import DreamBoothConfig, parse
+from .config import DreamBoothConfig, resolve
 from .dry_run import moments
 from .families.base import Family
-from .inputs import pipeline_class, run_cache
 from .opening import open_images
-from .pipeline import kind_of, load_pipeline
+from .pipeline import load_pipeline
 from .sets import ImageSet
 from .task import DreamBooth
 from .visits import VisitStream
@@ -57,28 +53,25 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
 
 def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data and models, these on the CPU; without weights if ``cfg.dry_run``."""
-    source = str(cfg.dataset_name or cfg.instance_data_dir)
-    instance = images(cfg, source, cfg.dataset_config_name)
+    instance = images(cfg, cfg.source, cfg.dataset_config_name)
     instance.require_masks()
     validation = heldout_images(cfg)
     held = None if validation is None else validation.pictures()
     if (held is not None or cfg.fit) and (line := copies("images", instance.pictures(), held)):
         logger.warning("%s", line)
-    kind = kind_of(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
-    if kind.flow and pipeline_class(cfg.pretrained_model_name_or_path) is None:
-        cfg = replace(cfg, output_kohya_format=False)  # the default, as only the hub knew the kind
-    refusals.check({**cfg.to_dict(), "pipeline": kind.pipeline})
+    family = cfg.family
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,
-        dtype=weights_dtypes(cfg, kind, accelerator.mixed_precision),
+        dtype=weights_dtypes(cfg, family, accelerator.mixed_precision),
         revision=cfg.revision,
         variant=cfg.variant,
         cache_dir=cfg.cache_dir,
         vae=cfg.pretrained_vae_model_name_or_path,
         weights=not cfg.dry_run,
-        later=kind().encoders if run_cache(cfg) and not cfg.train_text_encoder else (),
+        later=family.encoders if cfg.cache and not cfg.train_text_encoder else (),
     )
-    cfg = _fitted(cfg, kind(), pipeline, accelerator.num_processes)
+    if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
+        logger.warning("%s", remark)
     classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None
     return DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
 
@@ -105,28 +98,6 @@ def settle(task: DreamBooth, accelerator: Accelerator) -> None:
     task.to_device(accelerator.device)
 
 
-def _fitted(cfg: DreamBoothConfig, family: Family, pipeline: Any, processes: int) -> Any:
-    """The configuration with what only the loaded model says, and what is to be said of it."""
-    cfg = cfg.completed(processes, family.pixels(pipeline))
-    for side in {side for size in sizes_of(cfg) for side in size}:
-        family.require_resolution(side, pipeline)
-    if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
-        logger.warning("%s", remark)
-    if family.flow and cfg.use_dora:
-        logger.warning(
-            "--use_dora: diffusers reads the file as trained; ComfyUI leaves out its magnitudes, so"
-            " what that draws is not what was trained."
-        )
-    if cfg.guidance_scale is not None and not family.is_told_guidance(pipeline):
-        logger.warning(
-            "--guidance_scale %s has no effect on this %s, which has no embedding of guidance: drop"
-            " it.",
-            *(cfg.guidance_scale, family.title),
-        )
-        cfg = replace(cfg, guidance_scale=None)
-    return cfg
-
-
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
     """Hold the denoiser's weights in 4 bits; of a flow model, whose encoders are as large, theirs
     too, and these are let go of before the denoiser comes to the device.
@@ -151,9 +122,7 @@ def _quantized(read: Callable[[], Any], dtype: torch.dtype, device: torch.device
     return model
 
 
-def weights_dtypes(
-    cfg: DreamBoothConfig, kind: type[Family], precision: str
-) -> dict[str, torch.dtype]:
+def weights_dtypes(cfg: DreamBoothConfig, family: Family, precision: str) -> dict[str, torch.dtype]:
     """The dtype of each part of the pipeline, "default" for the rest.
 
     Frozen weights need no more than the arithmetic has; trained ones are kept in fp32, since bf16
@@ -161,9 +130,9 @@ def weights_dtypes(
     """
     dtypes = {"default": DTYPES[precision]}
     if get(cfg.method).exports_weights:
-        dtypes[kind.denoiser] = torch.float32
+        dtypes[family.denoiser] = torch.float32
         if cfg.train_text_encoder:
-            dtypes |= dict.fromkeys(kind().encoders, torch.float32)
+            dtypes |= dict.fromkeys(family.encoders, torch.float32)
     return dtypes
 
 
@@ -222,7 +191,7 @@ def files(folder: Path) -> dict[str, str]:
 
 DREAMBOOTH = Script(
     "dreambooth-bilora",
-    parse,
+    resolve,
     build_task,
     export,
     write_dreambooth_card,

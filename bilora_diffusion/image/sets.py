@@ -10,8 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import UserError
-from ..files import reason
+from ..errors import UserError, reason
 from .decode import DECODE_ERRORS, read_rgb, upright_size
 from .masks import Masks
 

@@ -17,13 +17,13 @@ from ..seeds import digest, generator
 from ..train.task import MicroBatch, inference
 from . import disk_cache
 from .captions import texts
+from .config import DreamBoothConfig
 from .denoising import Denoising, DreamBoothModule, Schedule
 from .families import of
 from .families.base import Family
 from .families.sdxl import tokenize
 from .flow import FlowMatching
 from .heldout import GridLoss
-from .inputs import run_cache
 from .latents import Encoder
 from .layers import chosen
 from .masks import weight_map
@@ -46,10 +46,14 @@ class DreamBooth:
     """
 
     def __init__(
-        self, cfg: Any, pipeline: Any, stream: VisitStream, validation: ImageSet | None = None
+        self,
+        cfg: DreamBoothConfig,
+        pipeline: Any,
+        stream: VisitStream,
+        validation: ImageSet | None = None,
     ) -> None:
         self.cfg, self.pipeline, self.stream, self.validation = cfg, pipeline, stream, validation
-        self.family = _family(cfg, pipeline)
+        self.family: Family = type(of(pipeline))(**cfg.family_settings)
         denoiser = self.family.model(pipeline)
         self.layers = chosen(cfg.lora_layers or [ATTENTION], self.family, denoiser)
         trained = (
@@ -142,9 +146,7 @@ class DreamBooth:
 
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
-        disk = disk_cache.of_prompts(
-            run_cache(self.cfg), self.cfg, self.family, self.pipeline, device
-        )
+        disk = disk_cache.of_prompts(self.cfg.cache, self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         # Each on its own: what is measured and drawn must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
@@ -167,7 +169,7 @@ class DreamBooth:
         vae = self.pipeline.vae
         space = self.family.space(vae)
         disk = (
-            disk_cache.of_latents(run_cache(self.cfg), self.cfg, space, vae, device)
+            disk_cache.of_latents(self.cfg.cache, self.cfg, space, vae, device)
             if self._source is None
             else self._source.encoder.disk
         )
@@ -227,7 +229,7 @@ class DreamBooth:
         if any(mask is not None for mask in masks):
             inputs["shown"] = weight_map(masks, inputs["latents"], self.cfg.unmasked_weight)
         if self.cfg.prior_prediction_weight:
-            inputs["prior"] = self.condition([self.cfg.class_prompt] * len(visits))
+            inputs["prior"] = self.condition([str(self.cfg.class_prompt)] * len(visits))
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
         names = tuple(v.name for v in visits[: len(slots)])
         levels = self.module.denoising.level(inputs["index"]).tolist()
@@ -267,14 +269,7 @@ class DreamBooth:
         return {}
 
 
-def _family(cfg: Any, pipeline: Any) -> Family:
-    """The pipeline's kind with the run's settings."""
-    kind = type(of(pipeline))
-    names = ("max_sequence_length", "guidance_scale")
-    return kind(**{name: value for name in names if (value := getattr(cfg, name)) is not None})
-
-
-def _schedule(cfg: Any, family: Family, pipeline: Any) -> Schedule:
+def _schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Schedule:
     """The noise levels of the pipeline's scheduler, drawn and weighed as the run says."""
     config = dict(pipeline.scheduler.config)
     if not family.flow:
@@ -284,11 +279,10 @@ def _schedule(cfg: Any, family: Family, pipeline: Any) -> Schedule:
             snr_gamma=cfg.snr_gamma,
             snr_weighting=cfg.snr_weighting,
         )
-    side = cfg.resolution or family.pixels(pipeline)
     shifts = cfg.timestep_shift == "pipeline"
     return FlowMatching.from_config(
         config,
-        family.mu(pipeline, family.tokens(side)) if shifts else None,
+        family.mu(pipeline, family.tokens(cfg.resolution)) if shifts else None,
         scheme=cfg.weighting_scheme or family.weighting,
         logit_mean=cfg.logit_mean,
         logit_std=cfg.logit_std,

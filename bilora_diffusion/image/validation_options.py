@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, like, option
-from ..config.values import STEPS, Range
-from ..run.options import HeldOutOptions
+from ..config.options import HeldOutOptions
+from ..fields import Idle, like, option
+from ..values import STEPS, Range
 
 WITHOUT_PROMPT = Idle(
     lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,

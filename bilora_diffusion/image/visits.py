@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +15,7 @@ from ..seeds import digest_texts, generator
 from ..train.order import KindsOrder, SampleOrder
 from . import buckets, crops
 from .captions import Captions, texts
+from .config import DreamBoothConfig
 from .resized import MOST_BYTES, Resized
 from .sets import ImageSet
 
@@ -33,7 +33,7 @@ class Visit:
     """
 
     images: ImageSet = field(repr=False)
-    cfg: Any = field(repr=False)
+    cfg: DreamBoothConfig = field(repr=False)
     kind: str
     sample: int
     slot: int
@@ -91,7 +91,9 @@ class VisitStream:
         UserError: an image without a prompt, or latents that can't be kept.
     """
 
-    def __init__(self, cfg: Any, images: ImageSet, classes: ImageSet | None = None) -> None:
+    def __init__(
+        self, cfg: DreamBoothConfig, images: ImageSet, classes: ImageSet | None = None
+    ) -> None:
         self.cfg, self.images, self.classes = cfg, images, classes
         self._captions = Captions(cfg, images)
         self.sizes = _sizes(cfg, images)
@@ -131,7 +133,7 @@ class VisitStream:
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
         of_classes = (
-            [self.cfg.class_prompt] if self.classes or self.cfg.prior_prediction_weight else []
+            [str(self.cfg.class_prompt)] if self.classes or self.cfg.prior_prediction_weight else []
         )
         return list(dict.fromkeys(self._captions.every() + of_classes))
 
@@ -165,7 +167,9 @@ class VisitStream:
             random_flip=self.cfg.random_flip,
             generator=generator(self.cfg.seed, "crop", step, sample, slot, kind),
         )
-        caption = self._captions.draw(sample, step, slot) if instance else self.cfg.class_prompt
+        caption = (
+            self._captions.draw(sample, step, slot) if instance else str(self.cfg.class_prompt)
+        )
         return Visit(images, self.cfg, kind, sample, slot, crop, size, caption)
 
     def _whole_order(self, step_size: int) -> SampleOrder | KindsOrder:
@@ -206,7 +210,7 @@ class _Visits(Dataset):
         return visits
 
 
-def centered_visits(images: ImageSet, cfg: Any) -> Iterator[Visit]:
+def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
     sizes = _sizes(cfg, images)
     for sample, caption in enumerate(texts(cfg, images)):
@@ -220,12 +224,11 @@ def centered_visits(images: ImageSet, cfg: Any) -> Iterator[Visit]:
         yield Visit(images, cfg, "grid", sample, 0, crop, sizes[sample], caption)
 
 
-def _sizes(cfg: Any, images: ImageSet) -> list[buckets.Size]:
+def _sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[buckets.Size]:
     """What each image is cut to."""
-    sizes = buckets.sizes_of(cfg)
-    return [buckets.nearest(images.size(i), sizes) for i in range(len(images))]
+    return [buckets.nearest(images.size(i), cfg.sizes) for i in range(len(images))]
 
 
-def _cropped_alike(cfg: Any, size: buckets.Size, target: buckets.Size) -> bool:
+def _cropped_alike(cfg: DreamBoothConfig, size: buckets.Size, target: buckets.Size) -> bool:
     """Whether every visit of an image sees the same part of it."""
     return cfg.center_crop or crops.resized(size, target) == target

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..config.fields import option
-from ..config.values import FACTORS, STEPS, Range
+from ..fields import option
+from ..values import FACTORS, STEPS, Range
 from .options import MethodOptions, OwnOptions
 
 if TYPE_CHECKING:

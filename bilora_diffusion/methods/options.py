@@ -18,9 +18,9 @@ from ..choices import (
     SAMPLE,
     SCHEDULES,
 )
-from ..config.fields import Idle, check, option, options_of, unless
-from ..config.values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
 from ..errors import UserError
+from ..fields import Idle, check, option, options_of, unless
+from ..values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
 
 SECTION = "adapters and method"
 RADII = Range(
@@ -49,7 +49,7 @@ class AdapterOptions:
         " the other methods may stand.",
     )
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
-    lora_alpha: float | None = option(
+    lora_alpha: float = option(
         None,
         "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
         range=SCALES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -99,19 +99,19 @@ def own_options() -> tuple[type[OwnOptions], ...]:
     return tuple(m.own_options for m in _METHODS.values() if m.own_options is not None)
 
 
-def for_run(cfg: Any, num_steps: int, sample_names: Sequence[str] = ()) -> Method:
+def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[str] = ()) -> Method:
     """The method that a run's configuration names, with its options.
 
     Args:
-        cfg: a `RunConfig`.
+        values: of a `RunConfig`'s fields, by name.
         num_steps: optimizer steps of the whole run.
         sample_names: of the training samples.
     """
-    method = get(cfg.method)
+    method = get(values["method"])
 
-    def told(group: Any) -> dict[str, Any]:
-        return {f.name: getattr(cfg, f.name) for f in fields(group) if hasattr(cfg, f.name)}
+    def given(group: Any) -> dict[str, Any]:
+        return {f.name: values[f.name] for f in fields(group) if f.name in values}
 
-    own = method.own_options and method.own_options(**told(method.own_options))
+    own = method.own_options and method.own_options(**given(method.own_options))
     of_run = {"num_steps": num_steps, "sample_names": tuple(sample_names), "own": own}
-    return method(MethodOptions(**{**told(MethodOptions), **of_run}))
+    return method(MethodOptions(**{**given(MethodOptions), **of_run}))

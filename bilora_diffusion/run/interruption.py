@@ -21,7 +21,6 @@ import psutil
 
 from ..errors import Interrupted, is_main_process
 from . import checkpoint, runlog
-from .config import RunConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
@@ -99,11 +98,12 @@ def ends_in(said: str) -> Iterator[None]:
         raise Interrupted(said, getattr(stop, "number", signal.SIGINT)) from None
 
 
-def farewell(folder: Path, stop: Stop, typed: CommandLine | None, cfg: RunConfig) -> Interrupted:
+def farewell(folder: Path, stop: Stop, typed: CommandLine | None, overwrites: bool) -> Interrupted:
     """The last words of an interrupted run, with the command that goes on from what is saved.
 
     Args:
         typed: the command that started it; None for a call from Python.
+        overwrites: whether the run was to replace an earlier one.
     """
     number, step, num_steps, run = stop
     if step == num_steps and runlog.read_run(folder).get("status") == "finished":
@@ -113,7 +113,7 @@ def farewell(folder: Path, stop: Stop, typed: CommandLine | None, cfg: RunConfig
     kept = "nothing was saved yet" if saved is None else f"{saved} is saved"
     how = f"the same arguments and --resume_from_checkpoint {value}"
     if typed is not None:
-        words = resuming(*typed, value, cfg.overwrite_output_dir)
+        words = resuming(*typed, value, overwrites)
         how = shlex.join(words).replace(f"'{TOKEN}'", f'"{TOKEN}"')
     where = "" if run is None else f" of {run}"
     said = f"interrupted at step {step} of {num_steps}{where}, {kept}: go on with\n\n    {how}\n"

@@ -20,11 +20,10 @@ NAME_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/c
 """Files that say where base model, images and the run itself lie on this machine."""
 
 
-def repository(cfg: Any) -> str:
+def repository(name: str, token: str | None) -> str:
     """The hub repository of this run; made now, so that a bad token is known before training."""
-    name = cfg.hub_model_id or Path(cfg.output_dir).name
     try:
-        return create_repo(repo_id=name, exist_ok=True, token=cfg.hub_token).repo_id
+        return create_repo(repo_id=name, exist_ok=True, token=token).repo_id
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"--push_to_hub cannot make the repository '{name}' ({_shortened(error)}): log in with"

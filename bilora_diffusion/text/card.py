@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .. import methods
-from ..run.card import is_hub_id, loaded_from, source, write_card
+from ..train.card import is_hub_id, loaded_from, source, write_card
+from .config import TextConfig
 from .models import AUTO_CLASSES
 from .places import PACKAGED
 
@@ -19,7 +20,9 @@ PIPELINE_TAGS = {
 }
 
 
-def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: str | None) -> None:
+def write_text_card(
+    cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None
+) -> None:
     """Write ``README.md`` of a run folder.
 
     Args:
@@ -45,7 +48,7 @@ def write_text_card(cfg: Any, folder: Path, results: dict[str, Any], repo_id: st
             if key.startswith("heldout_")
         },
         title=base,
-        data=cfg.task or Path(cfg.train_file).name,
+        data=cfg.task or Path(str(cfg.train_file)).name,
         auto=f"Auto{AUTO_CLASSES[kind]}",
         kind=kind,
         whole=trained.exports_weights,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from ..choices import ALL_LINEAR
+from ..config.options import StoppingOptions
+from ..config.run import RunConfig, without_influence
 from ..errors import UserError
+from ..fields import options_of
 from ..files import TABLES, is_file
-from ..run.config import RunConfig, without_influence
 from ..run.heldout_part import read_part
-from ..run.options import StoppingOptions
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -54,10 +54,10 @@ class TextConfig(
     TextOutputOptions,
     RunConfig,
 ):
-    """Every option of the script, flat. Made by ``parse_text``, which checks and completes it.
+    """Every option of the script, flat. Made by `resolve_text`.
 
-    Then ``mixed_precision``, ``lora_alpha``, ``rho``, ``optimizer`` (in lower case) and
-    ``warmup_ratio`` are decided, and ``num_train_epochs`` is None only where steps count.
+    All that a run reads is decided: ``task_type`` is what the model is, ``optimizer`` is in lower
+    case, and ``num_train_epochs`` is None only where steps count.
     """
 
     modality: ClassVar[str] = "text"
@@ -85,12 +85,21 @@ class TextConfig(
 
     @staticmethod
     def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-        """Fill in what was not given, of what only text has."""
+        """Fill in what was not given, of what only text has, and the kind of the model.
+
+        Raises:
+            UserError: there is no such model, or it is of another kind than ``--task_type``.
+        """
+        from .models import TextSource  # which takes torch
+
         values = dict(values)
         if values["num_train_epochs"] is None and values["max_train_steps"] is None:
             values["num_train_epochs"] = EPOCHS
         if values["warmup_ratio"] is None and values["lr_warmup_steps"] is None:
             values["warmup_ratio"] = 0.0 if values["lr_scheduler"] == "constant" else WARMUP_RATIO
+        if values["model_name_or_path"] is not None:
+            model = {name: values[name] for name in options_of([TextModelOptions])}
+            values["task_type"] = TextSource(TextModelOptions(**model)).kind
         return values
 
     @staticmethod
@@ -122,20 +131,10 @@ class TextConfig(
             return self.lr_warmup_steps
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
-    def completed(self, processes: int, kind: str) -> Self:
-        """With what only the opened model and the launch say.
 
-        Args:
-            processes: that train together.
-            kind: of the model: "seq2seq", "causal" or "classification".
-        """
-        rates: dict[str, Any] = self.scaled_rates(processes)
-        return dataclasses.replace(self, task_type=kind, **rates)
-
-
-def parse_text(argv: Sequence[str] | None = None) -> TextConfig:
-    """What a command line of the text script means (`RunConfig.read`)."""
-    return TextConfig.read(argv)
+def resolve_text(argv: Sequence[str] | None = None) -> TextConfig:
+    """Make the configuration of a command line of the text script (`RunConfig.resolve`)."""
+    return TextConfig.resolve(argv)
 
 
 def _check_file(name: str, value: str) -> None:

@@ -79,7 +79,7 @@ class TextSource:
     """
 
     def __init__(self, options: TextModelOptions) -> None:
-        self.options, self.name = options, str(options.model_name_or_path)
+        self.options, self.name = options, options.model_name_or_path
         self.location = locate(self.name, "--model_name_or_path")
         given = {
             "revision": options.revision,

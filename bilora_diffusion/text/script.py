@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 
 from ..adapters.quantize import quantize
-from ..errors import UserError
 from ..export import save_adapter, save_models
 from ..methods import get
 from ..run.heldout_part import copies
@@ -24,7 +23,7 @@ from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
-from .config import TextConfig, parse_text
+from .config import TextConfig, resolve_text
 from .dry_run import moments
 from .models import TextSource
 from .rows import encode_rows, open_rows
@@ -37,12 +36,6 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     """Data first, since it is quick to refuse; then the model, on the device, or empty."""
     datasets.disable_progress_bars()
     source = TextSource(cfg)
-    if cfg.packing and source.kind != "causal":
-        raise UserError(
-            f'--packing is for causal models, and "{cfg.model_name_or_path}" is a {source.kind}'
-            " model: drop it."
-        )
-    cfg = cfg.completed(accelerator.num_processes, source.kind)
     rows = open_rows(cfg)
     own = None if cfg.task else rows.validation
     held = None if own is None else [(row.where, row) for row in own]
@@ -77,7 +70,7 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
         report = save_models(folder, task.models)
         tokenizer.save_pretrained(folder / NAME)
         return report
-    base, kind = str(cfg.model_name_or_path), task.loaded.kind
+    base, kind = cfg.model_name_or_path, task.loaded.kind
     report = save_adapter(folder, model, base_model=base, kind=kind)
     return {"labels": list(task.data.rows.label_words), **report}
 
@@ -94,7 +87,7 @@ def files(folder: Path) -> dict[str, str]:
 
 TEXT = Script(
     "text-bilora",
-    parse_text,
+    resolve_text,
     build_task,
     export,
     write_text_card,

@@ -49,7 +49,6 @@ class TextTask:
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""
         cfg = self.cfg
-        assert cfg.lora_alpha is not None
         spec = AdapterSpec(
             rank=cfg.rank,
             alpha=cfg.lora_alpha,

@@ -6,7 +6,6 @@ model, fitted to what a tracer of every tensor gave (commit 48c0e54; results/dry
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from .. import adapters
 from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..choices import OPTIMIZERS
+from ..config.run import RunConfig
 from ..durable import bytes_for_people
 from ..errors import UserError
 from ..methods import Method, for_run
@@ -34,7 +34,9 @@ all but `BEFORE`; its gradients are there in `STEP`.
 """
 
 
-def main(build_task: Callable[..., Any], moments: Any, cfg: Any, accelerator: Accelerator) -> None:
+def main(
+    build_task: Callable[..., Any], moments: Any, cfg: RunConfig, accelerator: Accelerator
+) -> None:
     """Print what a run would do and take.
 
     Raises:
@@ -43,15 +45,13 @@ def main(build_task: Callable[..., Any], moments: Any, cfg: Any, accelerator: Ac
     if accelerator.num_processes > 1:
         raise UserError("--dry_run is about one process: start it with python, not accelerate.")
     task, device = build_task(cfg, accelerator), accelerator.device
-    cfg, size = task.cfg, Schedule.of(task.cfg, accelerator).step_size
+    size = Schedule.of(cfg, accelerator).step_size
     steps = total_steps(cfg, task.num_samples, size)
-    taken: Moments = moments(task, device)  # before adapters hide what is to be quantized
+    parts_of: Moments = moments(task, device)  # before adapters hide what is to be quantized
     method, trained = attached(task, steps)
     on_cuda = device.type == "cuda"
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
-    for name, parts in taken.items():
-        parts |= {"the process": process, **({} if name == BEFORE else trained)}
-        parts["gradients"] = trained["gradients"] if name == STEP else 0
+    taken = complete(parts_of, trained, process)
     peaks = {name: sum(parts.values()) for name, parts in taken.items()}
     most, room = max(peaks, key=lambda name: peaks[name]), free_memory(device) + process
     verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
@@ -82,11 +82,24 @@ def searched(cfg: Any, steps: int) -> list[str]:
     ]
 
 
+def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:
+    """With what the process takes and, in all but `BEFORE`, what is trained."""
+    return {
+        name: {
+            **parts,
+            "the process": process,
+            **({} if name == BEFORE else trained),
+            "gradients": trained["gradients"] if name == STEP else 0,
+        }
+        for name, parts in taken.items()
+    }
+
+
 def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """The method on a task's models, and bytes of what is trained and kept of it."""
     cfg = task.cfg
     # Several auxiliaries are counted and not made; weights without values have no norm.
-    method = for_run(replace(cfg, auxiliaries=1, rho_norm="scaled"), steps)
+    method = for_run({**vars(cfg), "auxiliaries": 1, "rho_norm": "scaled"}, steps)
     several = "auxiliaries" in method.reads
     count = deal(cfg.auxiliaries, task.sample_names)[0] if several else 1
     seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)

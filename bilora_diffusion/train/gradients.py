@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import INITIAL
+from ..config.run import RunConfig
 from ..errors import TrainingError
 from ..inits import compute, needs_gradient
 from ..methods import Target
-from ..run.config import RunConfig
 from ..seeds import seed_of
 from .task import Task
 

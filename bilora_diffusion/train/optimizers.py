@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 
-from ..run.config import RunConfig
+from ..config.run import RunConfig
 
 Groups = list[dict[str, Any]]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import PRIMARY
+from ..config.run import RunConfig
 from ..errors import UserError
 from ..methods import Method
 from ..methods.perturb import replaced
-from ..run.config import RunConfig
 from .averaging import Average
 
 

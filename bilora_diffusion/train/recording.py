@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from ..choices import OPTIMIZERS
+from ..config.run import RunConfig
 from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
 from ..errors import Diverged, TrainingError, UserError, keep_trace, unexpected
 from ..methods import Method
 from ..run import provenance
-from ..run.config import RunConfig
 from ..run.runlog import RunLog
 from .trainer import Trainer
 
@@ -38,7 +38,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
         f"{steps:,} step{'s' * (steps != 1)} of {size} ({epochs:.3g} epochs)",
         _trained(trainer.method, cfg),
         f"{processes}{provenance.device(device)['name']},"
-        f" {(cfg.mixed_precision or 'no').replace('no', 'fp32')}",
+        f" {cfg.mixed_precision.replace('no', 'fp32')}",
         *([f"from step {trainer.step}"] if trainer.step else []),
         f"into {folder}",
     ]
@@ -75,7 +75,7 @@ def bytes_to_write(trainer: Trainer) -> int:
     tensors = (saved * each + snapshots + 1) * trained
     every = trainer.validation_steps
     images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)
-    pixels = images * (cfg.resolution or 0) ** 2
+    pixels = images * cfg.resolution**2
     return int(tensors + pixels * PNG + ahead * LINE)
 
 

@@ -21,14 +21,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from .. import adapters
+from ..config.run import RunConfig
 from ..errors import UserError
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
-from ..run.config import RunConfig
 from ..run.folder import FIT_RECORD, OF_FIT, clear, guard, refuse_foreign_models, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured
-from . import dry_run, engines
+from . import dry_run, sharding
 from .fit import report
 from .fit.runs import Fit
 from .loop import fit
@@ -48,8 +48,8 @@ class Script(Generic[Config]):
 
     Args:
         project: its name for trackers.
-        parse: arguments -> a checked configuration.
-        build_task: configuration, accelerator -> the task, whose ``cfg`` is the completed one.
+        resolve: arguments -> the configuration.
+        build_task: configuration, accelerator -> the task.
         export: writes what was trained into the run folder and reads it back; returns what that
             showed.
         card: configuration, folder, results, hub repository or None -> writes ``README.md``.
@@ -59,7 +59,7 @@ class Script(Generic[Config]):
     """
 
     project: str
-    parse: Callable[[Sequence[str] | None], Config]
+    resolve: Callable[[Sequence[str] | None], Config]
     build_task: Callable[[Config, Accelerator], Task]
     export: Callable[[Config, Trainer, Path], dict[str, Any]]
     card: Callable[[Config, Path, dict[str, Any], str | None], None]
@@ -82,13 +82,13 @@ def main(
     typed = None if called else interruption.command_line(sys.orig_argv, sys.argv[1:])
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
-    cfg = script.parse(argv) if config is None else config
+    cfg = script.resolve(argv) if config is None else config
     folder = Path(cfg.output_dir)
     refuse_unusable(folder)
     with contextlib.nullcontext() if cfg.dry_run else lock.hold(folder):
         stop = _train(script, cfg, folder, sys.argv[1:] if argv is None else argv)
         if stop is not None:
-            raise interruption.farewell(folder, stop, typed, cfg)
+            raise interruption.farewell(folder, stop, typed, cfg.overwrite_output_dir)
 
 
 def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str]) -> Stop | None:
@@ -104,7 +104,9 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
     if cfg.dry_run:
         dry_run.main(script.build_task, script.moments, cfg, accelerator)
         return None
-    repo_id = publish.repository(cfg) if cfg.push_to_hub else None
+    repo_id = None
+    if cfg.push_to_hub:
+        repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
     task: Any = script.build_task(cfg, accelerator)
     stop, what = None, ""
     if cfg.fit:
@@ -167,7 +169,7 @@ def _run(
     """
     cfg = task.cfg
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = for_run(cfg, steps, task.sample_names)
+    method = for_run(vars(cfg), steps, task.sample_names)
     trainer = Trainer(task, method, cfg, accelerator, last_step)
     if resume is not None:
         trainer.load(resume)
@@ -208,7 +210,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's engine in the wanted precision.
 
     Raises:
-        UserError: the device can't compute in it, or the engine can't train what is asked for.
+        UserError: the device can't compute in it.
     """
     # A text encoder's last layers may be left out of the loss. No buffer changes.
     distributed = DistributedDataParallelKwargs(
@@ -227,7 +229,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
         raise UserError(
             f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
         ) from error
-    engines.check(cfg, accelerator)
+    sharding.read_in_every_process(accelerator)
     if cfg.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

@@ -16,6 +16,8 @@ It costs memory that is small beside a base in bf16: 16 bytes for each trained n
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +29,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapters import fused
+
+logger = logging.getLogger(__name__)
+
+
+def read_in_every_process(accelerator: Accelerator) -> None:
+    """Have every process read the model's file: accelerate's ``FSDP_CPU_RAM_EFFICIENT_LOADING``
+    hands out empty weights, on which no adapter can be put.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # Transformers reads it there
+        logger.info("every process reads the weights, whatever FSDP_CPU_RAM_EFFICIENT_LOADING says")
 
 
 def prepare(

@@ -5,50 +5,15 @@ is trained, where libraries fill in what is missing and only warn, or fail in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import UserError
+from ..errors import PICKLED, UserError, reading
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERTER = "https://huggingface.co/spaces/safetensors/convert"
-
-
-def reading(what: str, fix: str, load: Callable[[], Any]) -> Any:
-    """Read files that others wrote by ``load``, whose failures of any kind become a sentence.
-
-    Args:
-        what: a part of a model in the user's words.
-        fix: what to do, without a period.
-    """
-    try:
-        return load()
-    except UserError:
-        raise
-    except Exception as error:  # damaged files end anywhere in the libraries
-        if isinstance(error, OSError) and "`safetensors`" in str(error):
-            raise UserError(pickled(what)) from error
-        raise UserError(f"{what} can't be read ({reason(error)}): {fix}.") from error
-
-
-def reason(error: BaseException) -> str:
-    """An error's message, short and in one line."""
-    text = " ".join(str(error).split())
-    if text.startswith("You set `ignore_mismatched_sizes`"):
-        text = "its weights are of other shapes than its config.json says"
-    text = text.partition(". If you want to")[0]
-    return text[:240].rstrip(".: ") or type(error).__name__
-
-
-def pickled(what: str, found: str = "") -> str:
-    """The sentence about weights that are no safetensors."""
-    return (
-        f"{what} can't be read, since there are no safetensors{found}, and reading a pickle can run"
-        f" code: convert it, for example by {CONVERTER}, or by save_pretrained where you trust it."
-    )
 
 
 def require_safetensors(what: str, folder: Path) -> None:
@@ -64,7 +29,7 @@ def require_safetensors(what: str, folder: Path) -> None:
         )
         pickles += [str(name) for name in parts if not str(name).endswith(".safetensors")]
     if pickles:
-        raise UserError(pickled(what, f" but {pickles[0]}"))
+        raise UserError(f"{what} can't be read, since {PICKLED.format(f' but {pickles[0]}')}.")
 
 
 def require_whole(what: str, missing: Iterable[str]) -> None:

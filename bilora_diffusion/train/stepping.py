@@ -8,8 +8,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..config.run import RunConfig
 from ..methods import Method
-from ..run.config import RunConfig
 
 
 @dataclass(frozen=True)

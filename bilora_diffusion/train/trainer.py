@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters import fused
+from ..config.run import RunConfig
 from ..errors import Diverged
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
-from ..run.config import RunConfig
 from ..run.interruption import Interruption
 from ..seeds import digest_texts, seed_of
 from . import sharding

@@ -20,7 +20,7 @@ from bilora_diffusion.adapters import PRIMARY, AdapterSpec, is_quantized
 from bilora_diffusion.adapters.fused import fuse, unfused
 from bilora_diffusion.adapters.quantize import KEPT, quantize
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.methods import MethodOptions, Target, create
 from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
 from tests.contract.models import tiny_t5, tiny_unet
@@ -189,6 +189,6 @@ def test_without_bitsandbytes_it_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     lacks = lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", lacks)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    for refuse in (lambda: parse(["--dataset", "mini", "--quantize", "nf4"]), four_bit):
+    for refuse in (lambda: resolve(["--dataset", "mini", "--quantize", "nf4"]), four_bit):
         with pytest.raises(UserError, match=r"pip install.*bitsandbytes"):
             refuse()

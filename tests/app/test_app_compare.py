@@ -142,7 +142,7 @@ def test_a_notice_holds_no_markup(
     notices: list[str] = []
     monkeypatch.setattr(gr, "Warning", notices.append)
     with gr.Blocks() as page:
-        tab = compare.Tab(Catalog(tmp_path), page, [page.load])
+        tab = compare.Tab(Catalog(tmp_path), page.load)
     evil = '<a href="https://evil.example/">log in again</a>'
     for query in ({"scores": evil}, {"scores": "scores", "a": evil, "prompt": evil}):
         tab.open(SimpleNamespace(query_params=query))  # pyright: ignore[reportArgumentType]

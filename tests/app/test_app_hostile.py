@@ -26,12 +26,12 @@ class Tabs:
 
     def __init__(self, root: Path) -> None:
         self.catalog = Catalog(root)
-        with gr.Blocks() as page:
-            signs = [gr.State().change]
-            self.compare = compare.Tab(self.catalog, page, signs)
-            self.generate = generate.Tab(self.catalog, signs, "cpu")
-            self.vote = vote.Tab(self.catalog, signs)
-            self.training = training.Tab(self.catalog, signs)
+        with gr.Blocks():
+            changed = gr.State().change
+            self.compare = compare.Tab(self.catalog, changed)
+            self.generate = generate.Tab(self.catalog, changed, "cpu")
+            self.vote = vote.Tab(self.catalog, changed)
+            self.training = training.Tab(self.catalog, changed)
 
     def shown(self) -> dict[str, str]:
         """What each shows when it is opened and everything in it is chosen once."""

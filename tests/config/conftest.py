@@ -10,8 +10,8 @@ from bilora_diffusion.config import machine as module
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A CPU with every package and compiler, without launcher; called, it is another machine."""
+def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A CPU with every package, compiler and model, without launcher; called, it is another one."""
 
     def pretend(
         kind: str,
@@ -35,6 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         "ACCELERATE_USE_CPU",
         "LOCAL_RANK",
         "RANK",
+        "WORLD_SIZE",
         "CC",
         "CXX",
     ):

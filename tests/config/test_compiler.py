@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 
 COMPILED = ["--dataset", "mini", "--compile"]
 
@@ -27,13 +27,13 @@ def test_what_compiling_needs(
 ) -> None:
     machine(kind, **lacks)
     with pytest.raises(UserError, match=pattern):
-        parse(COMPILED)
+        resolve(COMPILED)
 
 
 @pytest.mark.parametrize(("kind", "compiler"), [("cuda", "clang"), ("cpu", "g++")])
 def test_one_compiler_is_enough(kind: str, compiler: str, machine: Callable[..., None]) -> None:
     machine(kind, compilers=(compiler,))
-    assert parse(COMPILED).compile
+    assert resolve(COMPILED).compile
 
 
 def test_another_compiler_may_be_named(
@@ -42,6 +42,6 @@ def test_another_compiler_may_be_named(
     monkeypatch.setenv("CXX", "clang++-19")
     machine("cpu", compilers=("g++",))
     with pytest.raises(UserError, match=r"no clang\+\+-19 here"):
-        parse(COMPILED)
+        resolve(COMPILED)
     machine("cpu", compilers=("clang++-19",))
-    assert parse(COMPILED).compile
+    assert resolve(COMPILED).compile

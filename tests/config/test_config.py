@@ -18,10 +18,11 @@ from torchvision.transforms import InterpolationMode
 from bilora_diffusion.adapters import ALL_LINEAR
 from bilora_diffusion.config import machine as machine_module
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import DreamBoothConfig, parse
+from bilora_diffusion.fields import options_of
+from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.inputs import FP16_FIX, SDXL_BASE
 from bilora_diffusion.image.options import INTERPOLATIONS
-from bilora_diffusion.text.config import TextConfig, parse_text
+from bilora_diffusion.text.config import TextConfig, resolve_text
 
 ROOT = Path(__file__).resolve().parents[2]
 Machine = Callable[..., None]
@@ -29,15 +30,15 @@ ICONS = "a TOK icon, in the style of TOK"
 
 
 def mini(*arguments: str) -> DreamBoothConfig:
-    return parse(["--dataset", "mini", *arguments])
+    return resolve(["--dataset", "mini", *arguments])
 
 
 def icons(*arguments: str) -> DreamBoothConfig:
-    return parse(["--dataset", "linoyts/3d_icon", *arguments])
+    return resolve(["--dataset", "linoyts/3d_icon", *arguments])
 
 
 def text(*arguments: str) -> TextConfig:
-    return parse_text(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
+    return resolve_text(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
 
 
 RADII: dict[str, dict[str, float | None]] = {
@@ -56,7 +57,11 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     # Tables A4 to A7
     (text, "", {"rank": 8, "lora_alpha": 16.0, "learning_rate": 5e-4, "lr_scheduler": "cosine"}),
     (text, "", {"rho": 0.05, "method": "bilora", "adam_weight_decay": 0.0, "warmup_ratio": 0.03}),
-    (text, "", {"max_length": 256, "task_type": "auto", "template": "auto", "targets": ALL_LINEAR}),
+    (
+        text,
+        "",
+        {"max_length": 256, "task_type": "causal", "template": "auto", "targets": ALL_LINEAR},
+    ),
     (text, "", {"max_train_steps": None, "num_train_epochs": 3}),
     # a batch that is Transformers' default stays beside an accumulation, unlike diffusers'
     (text, "--gradient_accumulation_steps 4", {"train_batch_size": 8}),
@@ -104,7 +109,7 @@ def test_what_a_command_line_means(
 
 
 def test_what_a_preset_and_a_help_hold() -> None:
-    assert parse(["--dataset_name=mini"]) == parse(["--dataset-name", "mini"]) == mini()
+    assert resolve(["--dataset_name=mini"]) == resolve(["--dataset-name", "mini"]) == mini()
     prompts = icons().validation_prompts
     assert (prompts[0], len(prompts)) == ("a TOK icon of a rabbit, in the style of TOK", 6)
     help_of = DreamBoothConfig.__dataclass_fields__["rho"].metadata["option"].help
@@ -121,17 +126,16 @@ def test_what_a_preset_and_a_help_hold() -> None:
         ("cpu", ["--resolution", "512"], False),
         ("cuda", ["--resolution", "512", "--gradient_checkpointing", "False"], False),
         ("cpu", ["--resolution", "64", "--gradient_checkpointing"], True),
-        ("cuda", ["--pretrained_model_name_or_path", "some/sdxl"], True),
+        ("cuda", ["--resolution", "1024", "--pretrained_model_name_or_path", "some/sdxl"], True),
     ],
 )
 def test_the_model_decides_what_is_left(
     machine: Machine, kind: str, arguments: list[str], expected: bool
 ) -> None:
     machine(kind)
-    cfg = mini(*arguments).completed(1, side=1024)
+    cfg = mini(*arguments)
     assert cfg.gradient_checkpointing is expected
-    assert cfg.resolution == (1024 if "some/sdxl" in arguments else int(arguments[1]))
-    assert cfg.completed(1, side=64) == cfg
+    assert cfg.resolution == int(arguments[-1] if arguments[-1].isdigit() else arguments[1])
 
 
 @pytest.mark.parametrize(
@@ -166,17 +170,23 @@ def test_mixed_precision(
     assert icons(*given).pretrained_vae_model_name_or_path == vae
 
 
-def test_scale_lr_counts_batch_accumulation_and_processes() -> None:
+def test_scale_lr_counts_batch_accumulation_and_processes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The auxiliary's rate keeps its ratio; that of text encoders stays, as in diffusers."""
+    machine("cuda")
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
     scaled = ["--scale_lr", "--train_text_encoder"]
-    cfg = mini(*scaled, "--auxiliary_learning_rate", "1e-4").completed(3, side=64)
+    cfg = mini(*scaled, "--auxiliary_learning_rate", "1e-4")
     assert cfg.learning_rate == pytest.approx(2e-4 * 4 * 3)
     assert cfg.auxiliary_learning_rate == pytest.approx(1e-4 * 4 * 3)
     assert cfg.text_encoder_lr == 5e-6
-    assert mini(*scaled).completed(3, side=64).auxiliary_learning_rate is None
-    assert mini().completed(3, side=64).learning_rate == 2e-4
-    completed = text("--scale_lr").completed(2, "causal")
-    assert (completed.task_type, completed.learning_rate) == ("causal", 5e-4 * 8 * 2)
+    assert mini(*scaled).auxiliary_learning_rate is None
+    assert mini().learning_rate == 2e-4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = text("--scale_lr")
+    assert (cfg.task_type, cfg.learning_rate) == ("causal", 5e-4 * 8 * 2)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +219,14 @@ def test_local_folders_take_the_place_of_the_hub(
     Image.new("RGB", (8, 8)).save(tmp_path / "mini" / "a.png")
     monkeypatch.chdir(tmp_path)
     model = ["--pretrained_model_name_or_path", "mini"]
-    assert parse(["--dataset", "./mini", "--instance_prompt", "x", *model]).dataset_name == "./mini"
+    assert (
+        resolve(["--dataset", "./mini", "--instance_prompt", "x", *model]).dataset_name == "./mini"
+    )
     folder = ["--instance_data_dir", "mini", *model]  # not the miniature
     with pytest.raises(UserError, match=r"no prompt: .*--instance_prompt.*\.txt"):
-        parse(folder)
+        resolve(folder)
     (tmp_path / "mini" / "a.txt").write_text("a square")
-    cfg = parse(folder)
+    cfg = resolve(folder)
     assert (cfg.instance_data_dir, cfg.dataset_name) == ("./mini", None)
     assert (cfg.instance_prompt, cfg.caption_column) == (None, None)
 
@@ -236,7 +248,7 @@ def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_p
     }
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in left.items() if value is not None]
     (tmp_path / "recipe.yaml").write_text("".join(lines))
-    again = parse_text(["--config", str(tmp_path / "recipe.yaml"), "--hub_token", "hf_secret"])
+    again = resolve_text(["--config", str(tmp_path / "recipe.yaml"), "--hub_token", "hf_secret"])
     assert again.to_dict() == {**values, "config": str(tmp_path / "recipe.yaml")}
 
 
@@ -264,11 +276,11 @@ def test_the_fingerprint_holds_what_is_learned_and_no_more(
 
 def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse(["--help"])
+        resolve(["--help"])
     shown = capsys.readouterr().out
     assert exit_.value.code == 0
-    for field in dataclasses.fields(DreamBoothConfig):
-        assert f"  --{field.name}" in shown
+    for name, field in options_of(DreamBoothConfig.groups).items():
+        assert f"  --{name}" in shown
         assert field.metadata["option"].help
     for section in ("base model:", "training images:", "adapters and method:", "output:"):
         assert shown.count(f"\n{section}\n") == 1
@@ -278,8 +290,8 @@ def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str])
     ("code", "said"),
     [
         pytest.param(  # not bitsandbytes: where it is installed, PEFT imports it
-            "import sys; from bilora_diffusion.image.config import parse;"
-            "parse(['--dataset', 'mini']);"
+            "import sys; from bilora_diffusion.image.config import resolve;"
+            "resolve(['--dataset', 'mini']);"
             "print(*{'diffusers', 'datasets', 'gradio'} & set(sys.modules))",
             "",
             marks=pytest.mark.slow,
@@ -300,6 +312,6 @@ def test_a_process_of_its_own(code: str, said: str) -> None:
 
 
 def test_a_configuration_can_be_sent_to_a_worker() -> None:
-    for config in (parse(["--dataset", "mini"]), DreamBoothConfig()):
+    for config in (resolve(["--dataset", "mini"]), DreamBoothConfig()):
         sent = pickle.loads(pickle.dumps(config))
         assert (type(sent), sent) == (type(config), config)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 from bilora_diffusion.config.command_line import CommandLine
 from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import DreamBoothConfig, parse
+from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
@@ -133,7 +135,9 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
-    cfg = parse(words(flags)).completed(processes, side=1024)
+    launch = {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+    with mock.patch.dict(os.environ, launch):
+        cfg = resolve(words(flags))
     cfg = dataclasses.replace(cfg, cache_latents="no", optimizer=cfg.optimizer.replace("8bit", ""))
     instance: Any = Images([None] * images)
     classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
@@ -189,7 +193,7 @@ def test_a_command_line_drawn_at_random(seed: int) -> None:
     theirs = {**DEFAULTS, **flags}
     if refuses(theirs):
         with pytest.raises(UserError):
-            parse(words(flags))
+            resolve(words(flags))
         theirs["do_edm_style_training"] = flags["do_edm_style_training"] = False
         flags |= {"class_data_dir": "class-images", "class_prompt": "a photo of a dog"}
         theirs |= flags
@@ -242,21 +246,21 @@ def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice: bool, tmp_path: Path) -
     file = tmp_path / "bnb.json"
     asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
     file.write_text(json.dumps(asked))
-    cfg = parse(words({"bnb_quantization_config_path": file}))
+    cfg = resolve(words({"bnb_quantization_config_path": file}))
     assert cfg.quantize == "nf4"
-    assert cfg.fingerprint() == parse(words({"quantize": "nf4"})).fingerprint()
+    assert cfg.fingerprint() == resolve(words({"quantize": "nf4"})).fingerprint()
     file.write_text(json.dumps({**asked, "llm_int8_skip_modules": ["proj_out"]}))
     with pytest.raises(UserError, match=r"bnb.json.*llm_int8_skip_modules"):
-        parse(words({"bnb_quantization_config_path": file}))
+        resolve(words({"bnb_quantization_config_path": file}))
 
 
 def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
     final = {"final_validation_prompt": "a dog"}
-    cfg = parse(words(final))
+    cfg = resolve(words(final))
     assert (cfg.validation_prompts, cfg.validation_epochs) == (["a dog"], None)
     assert cfg.num_validation_images == DEFAULTS["num_validation_images"]
-    assert parse(words({**final, "validation_epochs": 5})).validation_epochs == 5
-    both = parse(words({**final, "validation_prompt": "a cat"}))
+    assert resolve(words({**final, "validation_epochs": 5})).validation_epochs == 5
+    both = resolve(words({**final, "validation_prompt": "a cat"}))
     assert (both.validation_prompts, both.validation_epochs) == (["a cat"], 25)
 
 

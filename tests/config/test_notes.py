@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.image.config import parse
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.text.config import resolve_text
 
 MINI = "--dataset mini"
 PRODIGY = f"{MINI} --optimizer prodigy"
@@ -19,7 +19,7 @@ TASK = "--model_name_or_path smollm2 --task sst2"
 def told(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
     """What a command line means, and the sentences that are said about it."""
     caplog.clear()
-    cfg = (parse_text if "--model_name_or_path smollm2" in words else parse)(words.split())
+    cfg = (resolve_text if "--model_name_or_path smollm2" in words else resolve)(words.split())
     messages = [record.getMessage() for record in caplog.records]
     assert all(message.endswith(".") and "\n" not in message for message in messages)
     return cfg, messages

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bilora_diffusion.config.recipe import MOST_BYTES, read_options
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 ICONS = ["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]
@@ -33,7 +33,7 @@ def test_a_recipe_gives_values_and_flags_win(tmp_path: Path) -> None:
         "dataset: mini\nlearning_rate: 1e-3\nrank: 8\ncache_latents: no\ncenter-crop: true\n"
         "auxiliary_rank: null\nvalidation_prompts: [a lion, a frog]\nrho: ~\n",
     )
-    cfg = parse([*argv, "--rank", "16"])
+    cfg = resolve([*argv, "--rank", "16"])
     assert (cfg.dataset_name, cfg.learning_rate, cfg.rank, cfg.lora_alpha) == ("mini", 1e-3, 16, 32)
     assert (cfg.cache_latents, cfg.center_crop, cfg.auxiliary_rank) == ("no", True, None)
     assert (cfg.validation_prompts, cfg.rho) == (["a lion", "a frog"], 0.05)
@@ -43,7 +43,7 @@ def test_a_value_is_the_text_that_stands_there(tmp_path: Path) -> None:
     """YAML 1.1 makes 90, 8, 1.1, 1000, True and a date of these."""
     texts = ["1:30", "0o10", "010", "1.10", "1_0:00", "yes", "off", "2024-01-01", "0x10", "1e3"]
     lines = "".join(f"- {text}\n" for text in texts)
-    cfg = parse(recipe(tmp_path, f"dataset: mini\nvalidation_prompts:\n{lines}rank: 010\n"))
+    cfg = resolve(recipe(tmp_path, f"dataset: mini\nvalidation_prompts:\n{lines}rank: 010\n"))
     assert cfg.validation_prompts == texts
     assert cfg.rank == 10  # as by --rank 010
 
@@ -53,14 +53,14 @@ def test_a_flag_replaces_its_alternative_in_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "images" / "a.png").touch()
     argv = recipe(tmp_path, "dataset: mini\nmax_train_steps: 9\ninstance_prompt: TOK\n")
     argv += ["--instance_data_dir", str(tmp_path / "images"), "--num_train_epochs", "2"]
-    cfg = parse(argv)
+    cfg = resolve(argv)
     assert (cfg.dataset_name, cfg.max_train_steps, cfg.num_train_epochs) == (None, None, 2)
 
 
 def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
-    short = parse(["--dataset", "linoyts/3d_icon"]).fingerprint()
-    assert parse(ICONS).fingerprint() == {**short, "auxiliary_rank": 4}
-    cfg = parse([*ICONS, "--learning_rate", "1e-3"])  # moves both rates
+    short = resolve(["--dataset", "linoyts/3d_icon"]).fingerprint()
+    assert resolve(ICONS).fingerprint() == {**short, "auxiliary_rank": 4}
+    cfg = resolve([*ICONS, "--learning_rate", "1e-3"])  # moves both rates
     assert (cfg.learning_rate, cfg.auxiliary_learning_rate) == (1e-3, None)
 
 
@@ -98,7 +98,7 @@ def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
 )
 def test_what_is_no_recipe_is_a_sentence(tmp_path: Path, text: str | bytes, pattern: str) -> None:
     with pytest.raises(UserError) as refusal:
-        parse(recipe(tmp_path, text))
+        resolve(recipe(tmp_path, text))
     assert re.search(pattern, str(refusal.value))
     assert len(str(refusal.value)) < 400 + len(str(tmp_path))
 
@@ -107,7 +107,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
         with pytest.raises(UserError, match="of --config is "):
-            parse(["--config", path])
+            resolve(["--config", path])
 
 
 PIECES = st.sampled_from(
@@ -126,6 +126,6 @@ def test_any_bytes_are_options_or_a_sentence(
     tmp_path_factory: pytest.TempPathFactory, content: str | bytes
 ) -> None:
     argv = recipe(tmp_path_factory.getbasetemp(), content)
-    for read in (lambda: parse(argv), lambda: read_options(Path(argv[1]), "the file", "--x")):
+    for read in (lambda: resolve(argv), lambda: read_options(Path(argv[1]), "the file", "--x")):
         with contextlib.suppress(UserError):
             read()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping
+from itertools import combinations, product
 from typing import Any, cast
 
 import torch
@@ -15,13 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.choices import (
-    AUTO,
-    BALLS,
-    DIRECTIONS,
-    RHO_NORMS,
-    SAMPLE,
-)
+from bilora_diffusion.choices import AUTO, BALLS, DIRECTIONS, RHO_NORMS, SAMPLE
 from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
 from bilora_diffusion.train.compiling import Blocks
@@ -52,21 +46,22 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 def combos() -> list[tuple[str, str, str]]:
     """(method, option, kind of model): everything that is allowed."""
-    plain = [(name, "default", kind) for name in names() for kind in CASES]
-    others = [
+    return [
         (name, option, kind)
         for name in names()
         for option in SPECS
-        for kind in MAIN_KINDS
-        if option != "default" and allowed(name, option)
+        for kind in (CASES if option == "default" else MAIN_KINDS)
+        if allowed(name, option)
     ]
-    return plain + others
 
 
-def few() -> list[tuple[str, str, str]]:
-    """Every method with every option of the adapters, on one kind of model each."""
-    pairs = dict.fromkeys((name, option) for name, option, _ in combos())
-    return [(*pair, MAIN_KINDS[turn % len(MAIN_KINDS)]) for turn, pair in enumerate(pairs)]
+def rotation() -> list[tuple[str, str, str]]:
+    """Every method once, with options of the adapters and kinds of models in turn."""
+    chosen = []
+    for turn, name in enumerate(names()):
+        own = [case for case in combos() if case[0] == name]
+        chosen.append(own[4 * turn % len(own)])
+    return chosen
 
 
 def allowed(name: str, option: str, **own: Any) -> bool:
@@ -78,30 +73,14 @@ def allowed(name: str, option: str, **own: Any) -> bool:
 
 def pairwise(name: str) -> list[dict[str, Any]]:
     """Settings in which every allowed pair of values of two options occurs at least once."""
-    left = {
-        frozenset((one, other))
-        for a, b in itertools.combinations(CHOICES, 2)
-        for one, other in itertools.product(
-            *([(key, value) for value in CHOICES[key]] for key in (a, b))
-        )
-    }
-    rows = [
-        row
-        for values in itertools.product(*CHOICES.values())
-        if allowed(name, **(row := dict(zip(CHOICES, values, strict=True))))
-    ]
-    chosen = []
-    while gains := [(len(left & _pairs(row)), number) for number, row in enumerate(rows)]:
-        gain, best = max(gains)
-        if not gain:
-            return chosen
-        left -= _pairs(rows[best])
-        chosen.append(rows[best])
+    rows = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
+    pairs = [(row, set(combinations(row.items(), 2))) for row in rows if allowed(name, **row)]
+    left, chosen = set[Any]().union(*(own for _, own in pairs)), []
+    while left:
+        row, own = max(pairs, key=lambda pair: len(left & pair[1]))
+        chosen.append(row)
+        left -= own
     return chosen
-
-
-def _pairs(row: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
 
 
 class Run:
@@ -250,14 +229,13 @@ def compared(name: str, option: str, kind: str) -> Run:
     """A run that one process and two take alike; the option "auto" is a radius that sets itself,
     "sample" an auxiliary for each row beside it, in float64.
     """
-    if option in (AUTO, SAMPLE):
-        own: dict[str, Any] = {"rho": AUTO, "loss_rise": 0.3}
-        dtype = torch.float32 if option == AUTO else torch.float64
-        own |= {} if option == AUTO else {"auxiliaries": ROWS}
-        settings: dict[str, Any] = {"options": own, "dtype": dtype}
-        return Run(name, "default", kind, lr=0.1, optimizer="SGD", **settings).initialise()
-    return Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
+    own = {AUTO: {}, SAMPLE: {"auxiliaries": ROWS}}.get(option)
+    settings: dict[str, Any] = {"lr": 0.1, "optimizer": "SGD"}
+    if own is not None:
+        settings["options"] = {"rho": AUTO, "loss_rise": 0.3, **own}
+        settings["dtype"] = torch.float64 if own else torch.float32
+    return Run(name, option if own is None else "default", kind, **settings).initialise()
 
 
-SHARED = [*((*case,) for case in few()), ("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]
+SHARED = [*rotation(), ("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]
 """What two processes are compared with one in."""

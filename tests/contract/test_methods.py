@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +17,24 @@ from bilora_diffusion.config import refusals
 from bilora_diffusion.methods import Method, create, names
 from bilora_diffusion.train import compiling
 from tests.contract.harness import (
-    MAIN_KINDS,
     SHARED,
     SPECS,
     Run,
     combos,
     compared,
-    few,
     pairwise,
+    rotation,
 )
 from tests.contract.models import CASES
+from tests.scripts.runs import TORCHRUN, process
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-ALL = combos()
-FEW = few()
-FEWEST = [
-    own[turn % len(own)]
-    for turn, name in enumerate(names())
-    if (own := [case for case in FEW if case[0] == name])
-]
-"""Every method once, with options and models in rotation."""
+ALL, FEW = combos(), rotation()
 
 
-def cases(
-    chosen: list[tuple[str, str, str]], always: list[tuple[str, str, str]] = FEW
-) -> pytest.MarkDecorator:
-    """Cases of a test; those that are not in `always` run with the whole matrix only."""
+def cases(chosen: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+    """Cases of a test; those beside the rotation run with the whole matrix only."""
     marked = [
-        pytest.param(*case, marks=[pytest.mark.matrix] * (case not in always)) for case in chosen
+        pytest.param(*case, marks=[pytest.mark.matrix] * (case not in FEW)) for case in chosen
     ]
     return pytest.mark.parametrize(("name", "option", "kind"), marked)
 
@@ -162,8 +149,16 @@ def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_pat
     life(tmp_path, "bilora", kind="llm", **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", names())
+COMPILED = ("bilora", "lora-sam", "flat-lora")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in COMPILED else pytest.mark.matrix)
+        for n in names()
+    ],
+)
 def test_the_life_of_a_run_with_compiled_blocks(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +178,7 @@ def equal_but_for_rounding(
         torch.testing.assert_close(value, other[key], rtol=1e-4, atol=atol)
 
 
-@cases(ALL, FEWEST)
+@cases(ALL)
 def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind: str) -> None:
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
     whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
@@ -194,7 +189,7 @@ def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind
         equal_but_for_rounding(cut.method, cut.tensors(), final)
 
 
-@cases([case for case in ALL if not create(case[0]).exports_weights], FEWEST)
+@cases([case for case in ALL if not create(case[0]).exports_weights])
 def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
     limit = create(name).limit
     assert limit is not None, "a method on adapters has a limit in which it is LoRA"
@@ -206,9 +201,7 @@ def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
         torch.testing.assert_close(final[key], value, rtol=1e-4, atol=2e-5)
 
 
-@cases(
-    [c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})], FEWEST
-)
+@cases([c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})])
 def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, kind: str) -> None:
     run = Run(name, option, kind, spoil=(1,)).initialise()
     run.train(1)
@@ -222,27 +215,15 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, ki
     assert any(not torch.equal(value, before[key]) for key, value in after.items())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    script = REPOSITORY / "tests" / "contract" / "two_processes.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc_per_node", "2", str(script), str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = process(*TORCHRUN, 2, Path(__file__).with_name("two_processes.py"), folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.xdist_group("two_processes")
 @pytest.mark.parametrize(("name", "option", "kind"), SHARED)
 def test_two_processes_agree_with_one(
     name: str, option: str, kind: str, two_processes: Path
@@ -256,7 +237,6 @@ def test_two_processes_agree_with_one(
             torch.testing.assert_close(value, both[key], rtol=0, atol=1e-8)
 
 
-def test_every_kind_of_model_is_covered() -> None:
-    covered = {(option, kind) for _, option, kind in ALL}
-    assert {(option, kind) for option in SPECS for kind in MAIN_KINDS} <= covered
-    assert {kind for _, kind in covered} == set(CASES)
+def test_the_rotation_meets_every_option_and_kind_of_model() -> None:
+    _, options, kinds = (set(part) for part in zip(*FEW, strict=True))
+    assert (options, kinds) == (set(SPECS), set(CASES))

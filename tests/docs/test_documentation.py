@@ -24,10 +24,12 @@ from PIL import Image
 
 from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.config.refusals import REFUSED
-from bilora_diffusion.image.config import parse
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.text.config import resolve_text
 from docs import make
 from tests.references.diffusers_flags import DEFAULTS
+
+pytestmark = pytest.mark.usefixtures("hub")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +38,7 @@ INLINE = re.compile(
     r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for |\$SWEEP)[^`]*)`"
 )
 PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit")
-TRAINING = {"train_dreambooth_bilora.py": parse, "train_text_bilora.py": parse_text}
+TRAINING = {"train_dreambooth_bilora.py": resolve, "train_text_bilora.py": resolve_text}
 END = "\x1e"
 BASH = shutil.which("bash") or "bash"
 

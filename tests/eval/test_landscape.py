@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
 from eval import landscape, table
 from eval.landscape import measure, models
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders as training leaves them, with weights that nothing was learned in."""
     root = tmp_path_factory.mktemp("landscape")
     given = {**two_icons(root), "validation_dataset": "none"}
-    config = parse(flags(root, **given)).to_dict()
+    config = resolve(flags(root, **given)).to_dict()
 
     def run(name: str, method: str = "lora", seed: int = 0, **options: Any) -> None:
         log = RunLog(root / name)

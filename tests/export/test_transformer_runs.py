@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME, inspect, main
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.run.folder import clear, refuse_foreign_models
 from eval.load import applied
@@ -54,9 +54,9 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(root: Pa
 
 def test_kohyas_format_is_off_and_refused_where_it_is_asked_for(root: Path, tmp_path: Path) -> None:
     values = {"pretrained_model_name_or_path": root / "base", "resolution": 64}
-    assert parse(flags(tmp_path, **values)).output_kohya_format is False
+    assert resolve(flags(tmp_path, **values)).output_kohya_format is False
     with pytest.raises(UserError, match="StableDiffusion3Pipeline is refused"):
-        parse(flags(tmp_path, **values, output_kohya_format=True))
+        resolve(flags(tmp_path, **values, output_kohya_format=True))
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])

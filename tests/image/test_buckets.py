@@ -13,7 +13,7 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.buckets import around, nearest, read
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.visits import VisitStream, centered_visits
 from bilora_diffusion.run import runlog
@@ -58,7 +58,7 @@ def test_an_image_gets_the_shape_most_like_its_own(height: int, width: int) -> N
 
 def test_each_step_is_of_one_size_and_told_what_it_sees(photos: Path, tmp_path: Path) -> None:
     images = open_images(str(photos))
-    cfg = parse(flags(tmp_path / "run", **settings(photos, random_flip=True)))
+    cfg = resolve(flags(tmp_path / "run", **settings(photos, random_flip=True)))
     stream = VisitStream(cfg, images)
     assert stream.sizes == [(64, 64), (48, 80), (80, 48), (32, 64), (64, 32)]
     seen = []
@@ -103,7 +103,7 @@ def test_five_shapes_train_however_a_step_is_divided(photos: Path, tmp_path: Pat
 
 def test_class_images_are_cut_as_their_steps_are(photos: Path, tmp_path: Path) -> None:
     asked = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a thing"}
-    cfg = parse(flags(tmp_path / "run", **settings(photos, **asked)))
+    cfg = resolve(flags(tmp_path / "run", **settings(photos, **asked)))
     stream = VisitStream(cfg, open_images(str(photos)), open_images("mini"))
     for _, visits in stream.visits([(step, (0, 1)) for step in range(10)], 2):
         assert [visit.kind for visit in visits] == ["instance"] * 2 + ["class"] * 2

@@ -12,7 +12,7 @@ from torch import nn
 from bilora_diffusion.adapters import AdapterSpec, adaptable, target_layers
 from bilora_diffusion.choices import LAYER_GROUPS
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import SDXL, of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -101,4 +101,4 @@ def test_a_word_that_is_nothing_beside_one_that_is(word: str, said: str) -> None
 )
 def test_a_list_on_a_command_line(given: list[str], means: list[str]) -> None:
     words = ["--lora_target_modules", *given] if given else []
-    assert parse(["--dataset", "mini", *words]).lora_layers == means
+    assert resolve(["--dataset", "mini", *words]).lora_layers == means

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import crops
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.denoising import Denoising
 from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.masks import mean_of_shown, weight_map
@@ -107,7 +107,7 @@ def test_masks_from_nowhere_are_refused(photos: Path) -> None:
     with pytest.raises(UserError, match=r"no mask of .*photos, from the .mask.png files"):
         open_images(str(photos)).require_masks()
     with pytest.raises(UserError, match="--mask_column m with --alpha_mask is refused"):
-        parse(flags(photos, mask_column="m", alpha_mask=True))
+        resolve(flags(photos, mask_column="m", alpha_mask=True))
 
 
 def test_a_mask_is_cut_as_its_image_is() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bilora_diffusion import adapters
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.denoising import Denoising, DreamBoothModule
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -101,4 +101,4 @@ def test_what_can_keep_no_class_is_refused(
 ) -> None:
     asked = {"prior_prediction_weight": 1, "class_prompt": CLASS, **values}
     with pytest.raises(UserError, match=said):
-        parse(flags(tmp_path / "run", **asked))
+        resolve(flags(tmp_path / "run", **asked))

@@ -15,7 +15,7 @@ import torch
 
 from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import latents
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.families.lumina2 import Lumina2
@@ -63,7 +63,7 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros: bool, tmp_pat
     losses = []
     for trained in (None, True):
         given = {"train_text_encoder": trained, "caption_dropout": 0.5}
-        cfg = parse(flags(tmp_path, **given))
+        cfg = resolve(flags(tmp_path, **given))
         task = DreamBooth(cfg, pipeline, VisitStream(cfg, images))
         if not trained:
             task.embed(torch.device("cpu"))
@@ -183,7 +183,7 @@ def test_one_odd_image_keeps_no_other_from_being_encoded_once(
     for name, size in {"a": (64, 64), "b": (90, 90), "wide": (96, 64)}.items():
         PIL.Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{name}.png")
     given = {"dataset": tmp_path, "instance_prompt": "x", "pretrained_model_name_or_path": "mini"}
-    stream = VisitStream(parse(flags(tmp_path / "run", **given)), open_images(str(tmp_path)))
+    stream = VisitStream(resolve(flags(tmp_path / "run", **given)), open_images(str(tmp_path)))
     encoded: list[str] = []
 
     class Counting(Encoder):

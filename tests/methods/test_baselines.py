@@ -24,6 +24,7 @@ from tests.references import baselines as reference
 from tests.references.bilora import SGD, AdamW
 
 OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
+each_optimizer = pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
 
 
 def naive(run: Run) -> list[reference.Layer]:
@@ -53,41 +54,32 @@ def follow(run: Run, naive_step: Callable[[list[reference.Layer], int], float]) 
     same_factors(run, layers)
 
 
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
-def test_lora(kind: str, lr: float, decay: float) -> None:
+@each_optimizer
+def test_lora_and_lora_sam(kind: str, lr: float, decay: float) -> None:
     run, rule = Run("lora", None, kind, lr, decay), rules(kind, lr, decay)
     follow(run, lambda layers, k: reference.lora(layers, rule, *batch(k)))
-
-
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
-def test_lora_sam(kind: str, lr: float, decay: float) -> None:
-    rho = 0.2
-    run, rule = Run("lora-sam", MethodOptions(rho=rho), kind, lr, decay), rules(kind, lr, decay)
+    run, rule = Run("lora-sam", MethodOptions(rho=0.2), kind, lr, decay), rules(kind, lr, decay)
     assert run.method.metrics() == {}
-    follow(run, lambda layers, k: reference.lora_sam(layers, rule, *batch(k), rho=rho))
+    follow(run, lambda layers, k: reference.lora_sam(layers, rule, *batch(k), rho=0.2))
     assert run.passes == 2 * STEPS
     assert run.method.metrics()["sharpness"] > 0
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+@each_optimizer
 def test_l2sp_penalizes_the_change_of_the_weights(
     kind: str, lr: float, decay: float, init: str
 ) -> None:
     options = MethodOptions(own=L2SPOptions(l2sp_lambda=0.3))
-    spec = replace(SPEC, init=init)
-    run, rule = Run("lora-l2sp", options, kind, lr, decay, spec), rules(kind, lr, decay)
-    before = [layer.weight() for layer in naive(run)]
-
-    def step(layers: list[reference.Layer], k: int) -> float:
-        return reference.l2sp(layers, rule, *batch(k), strength=0.3, before=before)
-
-    follow(run, step)
+    run = Run("lora-l2sp", options, kind, lr, decay, replace(SPEC, init=init))
+    rule, before = rules(kind, lr, decay), [layer.weight() for layer in naive(run)]
+    terms: Any = {"strength": 0.3, "before": before}
+    follow(run, lambda layers, k: reference.l2sp(layers, rule, *batch(k), **terms))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("name", ["oBAR", "nBAR"])
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+@each_optimizer
 def test_bar(kind: str, lr: float, decay: float, name: str, schedule: str) -> None:
     options = MethodOptions(bar_alpha=2.0, bar_schedule=schedule, num_steps=STEPS)
     run, rule = Run(f"lora-{name}".lower(), options, kind, lr, decay), rules(kind, lr, decay)
@@ -140,7 +132,7 @@ def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(
     same_factors(run, layers)
 
 
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+@each_optimizer
 def test_flat_lora(kind: str, lr: float, decay: float) -> None:
     options = MethodOptions(rho=0.3, num_steps=STEPS, seed=5)
     run, rule = Run("flat-lora", options, kind, lr, decay), rules(kind, lr, decay)
@@ -158,7 +150,7 @@ def test_flat_lora(kind: str, lr: float, decay: float) -> None:
     follow(run, step)
 
 
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+@each_optimizer
 def test_full(kind: str, lr: float, decay: float) -> None:
     run, rule = Run("full", None, kind, lr, decay), rules(kind, lr, decay, ("W0", "b"))
     modules, empty = [run.model[i] for i in (0, 2)], torch.zeros(0)
@@ -171,25 +163,6 @@ def test_full(kind: str, lr: float, decay: float) -> None:
     for layer, module in zip(layers, modules, strict=True):
         torch.testing.assert_close(module.weight.detach(), layer.W0, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(module.bias.detach(), layer.b, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-@pytest.mark.parametrize(
-    ("name", "options", "tolerance"),
-    [
-        ("lora-sam", MethodOptions(rho=1e-300), 0),
-        ("flat-lora", MethodOptions(rho=1e-300, num_steps=STEPS), 0),
-        ("lora-obar", MethodOptions(bar_alpha=0.0), 0),
-        ("lora-nbar", MethodOptions(bar_alpha=0.0), 0),
-        # some processors' products add up in an order that depends on the rank
-        ("bilora", MethodOptions(rho=1e5, auxiliary_learning_rate=0.0), 1e-12),
-    ],
-)
-def test_the_limit_is_lora(name: str, options: MethodOptions, tolerance: float, kind: str) -> None:
-    plain, limit = Run("lora", None, kind, 0.02), Run(name, options, kind, 0.02)
-    near: Any = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close(limit.train(), plain.train(), **near)
-    torch.testing.assert_close(limit.primary(), plain.primary(), **near)
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ("lora", "full")])

@@ -15,7 +15,7 @@ from bilora_diffusion.adapters import PRIMARY, Factors
 from bilora_diffusion.methods import EFMLoRAOptions, MethodOptions
 from bilora_diffusion.methods.efm_lora import perturbations
 from tests.methods.runs import batch
-from tests.methods.test_baselines import OPTIMIZERS, STEPS, Run, follow, rules
+from tests.methods.test_baselines import STEPS, Run, each_optimizer, follow, rules
 from tests.references import baselines as reference
 
 
@@ -56,7 +56,7 @@ class EFM:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "sqrt"])
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+@each_optimizer
 def test_it_follows_the_reference_in_one_pass(
     kind: str, lr: float, decay: float, schedule: str
 ) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from bilora_diffusion.methods import LookSAMOptions, MethodOptions
 from tests.methods.runs import batch
-from tests.methods.test_baselines import OPTIMIZERS, STEPS, Run, follow, rules
+from tests.methods.test_baselines import STEPS, Run, each_optimizer, follow, rules
 from tests.references import baselines as reference
 
 Gradients = list[dict[str, Tensor]]
@@ -61,7 +60,7 @@ def options(**own: Any) -> MethodOptions:
     return MethodOptions(rho=0.2, own=LookSAMOptions(**own))
 
 
-@pytest.mark.parametrize(("kind", "lr", "decay"), OPTIMIZERS)
+@each_optimizer
 def test_it_follows_the_reference(kind: str, lr: float, decay: float) -> None:
     run = Run("lora-looksam", options(looksam_k=3, looksam_alpha=0.5), kind, lr, decay)
     naive, rule = LookSAM(0.2, 3, 0.5), rules(kind, lr, decay)

@@ -67,19 +67,6 @@ def test_methods_start_from_the_same_primary_and_the_auxiliary_as_ever(init: str
     assert not torch.equal(own[f"text/{PRIMARY}/{A}"], own[f"text/{AUXILIARY}/{A}"])
 
 
-@pytest.mark.parametrize(
-    ("values", "word"),
-    [
-        ({"rho": 0.0}, "rho is 0.0"),
-        ({"ball": "globe"}, 'did you mean "global"'),
-        ({"auxiliary_rank": 0}, "auxiliary_rank is 0"),
-    ],
-)
-def test_options_refuse(values: dict[str, Any], word: str) -> None:
-    with pytest.raises(UserError, match=word):
-        MethodOptions(**values)
-
-
 def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"lora", "bilora"} <= set(names())
     assert create("bilora").name == "bilora"

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from bilora_diffusion import mini
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
 from bilora_diffusion.mini import scorer
@@ -58,11 +58,11 @@ def test_a_folder_of_icons_is_whole(name: str) -> None:
 def test_held_out_icons_are_others_and_come_in_two_halves(name: str) -> None:
     train, heldout = read_metadata(name), read_metadata(f"{name}-heldout")
     assert not {row["codepoint"] for row in train} & {row["codepoint"] for row in heldout}
-    cfg = parse(["--dataset", name])
+    cfg = resolve(["--dataset", name])
     assert (cfg.pretrained_model_name_or_path, cfg.caption_column) == ("mini", "prompt")
     assert cfg.validation_dataset == f"{name}-heldout"
     assert set(cfg.validation_prompts) < {row["prompt"] for row in heldout}
-    parts = [parse(["--dataset", name, "--validation_part", part]) for part in ("1/2", "2/2")]
+    parts = [resolve(["--dataset", name, "--validation_part", part]) for part in ("1/2", "2/2")]
     names = [half.name(i) for half in map(heldout_images, parts) if half for i in range(len(half))]
     assert sorted(names) == sorted(row["file_name"] for row in heldout)
     if name == "mini":  # those of the paper's Table 4

@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 
 from bilora_diffusion.export import FILE_NAME, save_models
 from bilora_diffusion.image.card import write_dreambooth_card
-from bilora_diffusion.image.config import parse
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.card import write_text_card
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from tests.export.mini_loras import write_lora
 from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
+
+pytestmark = pytest.mark.usefixtures("hub")
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 ICONS = ["--pretrained_model_name_or_path", SDXL, "--dataset", "linoyts/3d_icon"]
@@ -43,7 +45,7 @@ def card(
 ) -> ModelCard:
     """The card of a run of 500 steps, with whatever images lie in its folder."""
     folder.mkdir(exist_ok=True)
-    cfg = parse([*flags, "--output_dir", str(folder), "--mixed_precision", "no"])
+    cfg = resolve([*flags, "--output_dir", str(folder), "--mixed_precision", "no"])
     cfg = dataclasses.replace(cfg, **options)
     write_dreambooth_card(cfg, folder, {"steps": 500, **(results or {})}, repo)
     return ModelCard.load(folder / "README.md")
@@ -199,7 +201,7 @@ def text_card(
     labels = ["negative", "positive"] if kind == "classification" else []
     results = {"steps": 30, "export": {"labels": labels, "layers": 3}}
     results |= {"heldout_loss": 0.123456789, "heldout_exact_match": 0.75}
-    write_text_card(parse_text(argv), folder, results, repo)
+    write_text_card(resolve_text(argv), folder, results, repo)
     return ModelCard.load(folder / "README.md")
 
 

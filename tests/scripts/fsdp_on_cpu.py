@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator
@@ -22,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 def allow_fsdp_on_cpus() -> None:
     """From now on accelerate gives CPUs the engine that it was launched with."""
+    from bilora_diffusion.config import launches
+
+    launches.machine = SimpleNamespace(**{**vars(launches.machine), "device_type": lambda: "cuda"})
     original = AcceleratorState.__init__
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:

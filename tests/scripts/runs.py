@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from bilora_diffusion import mini
@@ -51,9 +54,32 @@ def train(folder: Path, **values: Any) -> Path:
     return folder
 
 
+def once(name: str, make: Callable[[Path], object], *facts: object) -> Path:
+    """A folder made from these facts by the first who asks; all test files and workers read it."""
+    key = hashlib.sha256(repr((name, *facts)).encode()).hexdigest()[:12]
+    folder = Path(os.environ["HF_HOME"], "once", key)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a test that failed
+            make(folder / name)
+            (folder / "made").touch()
+    return folder / name
+
+
+def train_once(name: str = "run", **values: Any) -> Path:
+    """A run with these flags that is shared: read it, or copy it (`copied`)."""
+    return once(name, lambda folder: train(folder, **values), "image", sorted(values.items()))
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """A copy of a shared run, to be changed."""
+    return Path(shutil.copytree(run, folder))
+
+
 def resumed(whole: Path, step: int, **values: Any) -> Path:
     """A copy that goes on from one of the run's checkpoints; returns its folder."""
-    parts = Path(shutil.copytree(whole, whole.with_name(f"{whole.name}-parts")))
+    parts = copied(whole, whole.with_name(f"{whole.name}-parts"))
     return train(parts, **values, resume_from_checkpoint=parts / "checkpoints" / f"step-{step}")
 
 

@@ -30,27 +30,19 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_step_cost_prints_a_table_and_writes_json(tmp_path: Path) -> None:
-    words = ("--shapes", "mini", "--arms", "lora,bilora", "--steps", "2")
-    file = tmp_path / "result.json"
-    done = process(BENCHMARKS / "step_cost.py", *words, "--json", file)
-    assert done.returncode == 0, done.stderr
-    lines, result = done.stdout.splitlines(), json.loads(file.read_text())
-    assert [line.split("|")[1].strip() for line in lines[4:6]] == ["LoRA", "Bi-LoRA"]
-    assert result["layers"] == 56
-    assert result["device"]["cpu_cores"] >= 1
-    for row in result["arms"].values():
-        assert row["peak_memory_bytes"] > 2**27
-        assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in done.stdout
-
-
-@pytest.mark.slow
-def test_every_adapter_method_has_its_step_measured(
+def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
     load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    step_cost, file = load("step_cost"), tmp_path / "result.json"
+    file = tmp_path / "result.json"
+    words = ("--shapes", "mini", "--steps", "1", "--json", str(file))
+    done = process(BENCHMARKS / "step_cost.py", *words, "--arms", "lora,bilora")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(file.read_text())["arms"].values():
+        assert row["peak_memory_bytes"] > 2**27
+        assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in done.stdout
+    step_cost = load("step_cost")
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
-    step_cost.main(["--shapes", "mini", "--methods", "all", "--steps", "1", "--json", str(file)])
+    step_cost.main([*words, "--methods", "all"])
     arms = json.loads(file.read_text())["arms"]
     assert next(iter(arms)) == "lora"
     assert set(arms) == {name for name in names() if name != "full"}
@@ -70,7 +62,6 @@ def test_both_forwards_of_bilora_are_the_same_training(
     assert result["layers"] == layers  # of Llama two layers of seven; the output head has none
     assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]
     for row in result["arms"].values():
-        assert len(row["seconds"]) == 5
         low, high = row["ratio_interval_95"]
         assert low <= row["ratio_to_lora"] <= high
     lora, fused, peft = result["arms"].values()
@@ -82,26 +73,20 @@ def test_both_forwards_of_bilora_are_the_same_training(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "named"),
     [
-        ("step_cost --shapes mini --arms bilora", "error: --arms is bilora; name lora and others"),
-        ("step_cost --shapes mini --steps 0", "error: --steps is 0"),
-        ("step_cost --shapes mini --json no/such/a.json", "error: --json is no/such/a.json"),
-        ("against_diffusers --script no.py", "error: --script is no.py, which is no file"),
-        ("make_random_sdxl full", "error: full already exists and is not an empty folder"),
+        ("step_cost --shapes mini --arms bilora", "--arms"),
+        ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
+        ("against_diffusers --script no.py", "no.py"),
     ],
 )
-def test_bad_input_is_one_sentence(
-    words: str, sentence: str, load: Any, capsys: Any, monkeypatch: Any, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+def test_bad_input_is_one_sentence(words: str, named: str, load: Any, capsys: Any) -> None:
     program, *arguments = words.split(" ")
     main = load(program).main
     assert run_cli(lambda: main(arguments)) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(sentence)
+    assert captured.err.startswith("error: ")
+    assert named in captured.err
     assert (captured.err.count("\n"), captured.out) == (1, "")
 
 

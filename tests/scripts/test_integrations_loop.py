@@ -21,7 +21,7 @@ from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.checkpoint import load_tensors
 from bilora_diffusion.seeds import seed_of
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.script import build_task
 from bilora_diffusion.train.loop import fit
@@ -62,7 +62,7 @@ class OurRun:
             --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps {STEPS}
             --lr_scheduler cosine --lr_warmup_steps 3 --max_grad_norm 0.5
             --output_dir {folder / method} --report_to none"""
-        cfg = parse_text(argv.split())
+        cfg = resolve_text(argv.split())
         accelerator = Accelerator(mixed_precision="no")
         task = build_task(cfg, accelerator)
         self.kind, self.pad = task.loaded.kind, task.loaded.tokenizer.pad_token_id
@@ -71,7 +71,7 @@ class OurRun:
         order = SampleOrder(len(task.data.train), cfg.seed)
         rows = [task.data.train.row(order.sample(n)) for n in range(STEPS * BATCH)]
         self.rows = Dataset.from_list([{k: list(v) for k, v in row.items()} for row in rows])
-        loop = Loop(task, for_run(task.cfg, STEPS), task.cfg, accelerator)
+        loop = Loop(task, for_run(vars(cfg), STEPS), task.cfg, accelerator)
         self.first = {
             name: adapters.state_dict(self.model, name) for name in adapters.names(self.model)
         }

@@ -132,7 +132,7 @@ def test_the_printed_command_ends_as_the_whole_run(
     chance = random.Random(f"{kind} {number}")
     whole, folder = tmp_path / "whole", tmp_path / "it's interrupted"
     if kind == "text":
-        shared = {**material(tmp_path, "causal"), "max_train_steps": 600}
+        shared = {**material("causal"), "max_train_steps": 600}
         script, argv = TEXT_SCRIPT, text_flags
     else:
         shared = {"max_train_steps": 12, "train_batch_size": 1, "gradient_accumulation_steps": 2}

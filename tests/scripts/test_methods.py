@@ -21,30 +21,43 @@ from bilora_diffusion.methods import names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.checkpoint import ADAPTERS
-from tests.scripts.runs import column, difference, resumes_exactly, train, two_icons, weights
+from tests.scripts.runs import (
+    column,
+    difference,
+    resumes_exactly,
+    train,
+    train_once,
+    two_icons,
+    weights,
+)
 
 PROMPT = "a TOK icon of a rabbit"
 DRAWN = {"validation_prompt": PROMPT, "num_validation_images": 1}
 PISSA = {"init_lora_weights": "pissa", "use_dora": True, "lora_alpha": 6, "use_ema": True}
+USUAL = ("lora-sam", "flat-lora")
 GA = {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}
 
 
-@pytest.mark.slow
-def test_all_methods_see_the_same_and_resume_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in USUAL else pytest.mark.matrix)
+        for name in names()
+    ],
+)
+def test_methods_see_the_same_and_resume_exactly(tmp_path: Path, method: str) -> None:
     """What the contract suite has of each method holds for whole runs: data, first loss, resume."""
     shared = {"checkpointing_steps": 1, "train_batch_size": 1}
-    folders = [train(tmp_path / method, method=method, **shared) for method in names()]
-    digests = [column(folder, "digest") for folder in folders]
-    assert all(seen == digests[0] for seen in digests)
-    first = {column(folder, "loss")[0] for folder in folders if "flat" not in folder.name}
-    assert max(first) - min(first) < 1e-6  # adapters start as the base; the noise is Flat-LoRA's
-    for whole in folders:
-        resumes_exactly(whole, 1, method=whole.name, **shared)
+    plain = train_once(method="lora", **shared)
+    run = train(tmp_path / method, method=method, **shared)
+    assert column(run, "digest") == column(plain, "digest")
+    if method != "flat-lora":  # adapters start as the base; the noise is Flat-LoRA's
+        assert column(run, "loss")[0] == pytest.approx(column(plain, "loss")[0], abs=1e-6)
+    resumes_exactly(run, 1, method=method, **shared)
 
 
-@pytest.mark.parametrize("auxiliaries", [1, "sample"])
-def test_micro_batches_do_not_change_the_result(auxiliaries: int | str, tmp_path: Path) -> None:
-    shared = {"learning_rate": 5e-5, "method": "bilora", "auxiliaries": auxiliaries}
+def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
+    shared = {"learning_rate": 5e-5, "auxiliaries": "sample"}
     one, other = (
         train(tmp_path / f"{n}", **shared, train_batch_size=n, gradient_accumulation_steps=8 // n)
         for n in (8, 1)
@@ -95,24 +108,12 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path: Path) -> None:
     assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1
 
 
-def test_the_average_is_exported_and_both_are_kept(tmp_path: Path) -> None:
-    shared = {"max_train_steps": 3, "checkpointing_steps": 3, "method": "lora"}
-    plain = train(tmp_path / "plain", **shared)
-    averaged = train(tmp_path / "averaged", **shared, use_ema=True, ema_decay=0.5)
-    assert column(plain, "loss") == column(averaged, "loss")
-    assert difference(plain, averaged) > 0
-    stored = load_file(averaged / "checkpoints" / "step-3" / "adapters.safetensors")
-    kept = {key: value for key, value in stored.items() if not key.startswith("average/")}
-    trained = load_file(plain / "checkpoints" / "step-3" / "adapters.safetensors")
-    assert kept.keys() == trained.keys()
-    assert all(torch.equal(value, trained[key]) for key, value in kept.items())
-    assert len(stored) == 2 * len(kept)
-
-
-def test_the_average_that_is_measured_is_exported(
+def test_the_average_that_is_measured_is_exported_and_both_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, torch.Tensor] = {}
+    # With an alpha of the rank nothing is multiplied into the exported factors.
+    shared = {"checkpointing_steps": 2, "method": "lora", "lora_alpha": 4}
+    plain, seen = train_once(**shared), {}
 
     def measured(task: Any, evaluating: Any) -> dict[str, float]:
         with evaluating:
@@ -121,16 +122,17 @@ def test_the_average_that_is_measured_is_exported(
         return {}
 
     monkeypatch.setattr(DreamBooth, "heldout_loss", measured)
-    # With an alpha of the rank nothing is multiplied into the exported factors.
-    folder = train(
-        *(tmp_path / "run",),
-        **{"use_ema": True, "ema_decay": 0.5, "checkpointing_steps": 2, "lora_alpha": 4},
-    )
-    file = weights(folder)
+    averaged = train(tmp_path / "averaged", **shared, use_ema=True, ema_decay=0.5)
+    assert column(plain, "loss") == column(averaged, "loss")
+    file = weights(averaged)
     assert file.keys() == seen.keys()
     assert all(torch.equal(value, seen[key]) for key, value in file.items())
-    stored = load_file(folder / "checkpoints" / "step-2" / "adapters.safetensors")
-    held = {key.replace(f"unet/{PRIMARY}/", "unet."): value for key, value in stored.items()}
+    stored, trained = (load_file(f / "checkpoints/step-2" / ADAPTERS) for f in (averaged, plain))
+    kept = {key: value for key, value in stored.items() if not key.startswith("average/")}
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(value, trained[key]) for key, value in kept.items())
+    assert len(stored) == 2 * len(kept)
+    held = {key.replace(f"unet/{PRIMARY}/", "unet."): value for key, value in kept.items()}
     assert any(not torch.equal(held[key], value) for key, value in file.items())
 
 
@@ -166,10 +168,8 @@ def test_the_file_on_the_unchanged_pipeline_draws_the_runs_image(
 @pytest.mark.slow
 def test_methods_start_alike_and_see_the_data_of_other_inits(tmp_path: Path) -> None:
     other_cut = {"method": "lora", "train_batch_size": 4, "gradient_accumulation_steps": 1}
-    runs = [
-        train(tmp_path / str(number), checkpointing_steps=1, **values)
-        for number, values in enumerate(({}, GA, {**GA, **other_cut}))
-    ]
+    runs = [train_once(), train_once(checkpointing_steps=1, **GA)]
+    runs += [train(tmp_path / "cut", checkpointing_steps=1, **GA, **other_cut)]
     digests = [column(run, "digest") for run in runs]
     assert digests[0] == digests[1] == digests[2]
     first = [column(run, "loss")[0] for run in runs]
@@ -185,7 +185,7 @@ def test_methods_start_alike_and_see_the_data_of_other_inits(tmp_path: Path) -> 
 def test_the_file_of_4_bit_weights_serves_the_unquantized_pipeline(tmp_path: Path) -> None:
     folder = train(tmp_path / "run", quantize="nf4", **DRAWN)
     assert len(list((folder / "validation").rglob("*.png"))) == 1
-    plain = train(tmp_path / "plain")
+    plain = train_once()
     assert weights(folder).keys() == weights(plain).keys()
     losses = [column(run, "loss") for run in (folder, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

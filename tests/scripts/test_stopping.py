@@ -21,6 +21,7 @@ from bilora_diffusion.train.trainer import Trainer
 from tests.scripts.runs import SCRIPT, column, difference, flags, process, train, weights
 from tests.text.text_builders import (
     ADAPTER,
+    heldout,
     heldout_of,
     material,
     rows_for,
@@ -80,8 +81,8 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(
     tmp_path: Path, kind: str, method: str, values: dict[str, Any]
 ) -> None:
     given = {
-        **material(tmp_path, kind),
-        **{"validation_file": write_rows(tmp_path / "held.jsonl", rows_for(kind, 7, 24))},
+        **material(kind),
+        **{"validation_file": heldout(kind)},
         **{"method": method, "learning_rate": 3e-2, "lr_scheduler": "constant", **values},
         **{"max_train_steps": 30, "validation_loss_steps": 2, "max_new_tokens": 2},
         **{"checkpointing_steps": 2, "checkpoints_total_limit": 0},
@@ -207,7 +208,7 @@ def test_folds_go_on_where_they_were_interrupted(
 
 def test_text_has_folds_too(tmp_path: Path) -> None:
     given = {
-        **{**material(tmp_path, "classification"), "validation_loss_steps": 2, "folds": 3},
+        **{**material("classification"), "validation_loss_steps": 2, "folds": 3},
         **{"max_train_steps": 6, "validation_file": None, "method": "lora"},
     }
     run = train_text(tmp_path / "run", **given)
@@ -238,7 +239,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(
     fold = {**icons, "validation_dataset": "none", "folds": 3}
     (line,) = [line for n in (1, 2) for line in lines(train, f"fold-{n}", **fold, fold=n)]
     assert all(part in line for part in ("1 of the 3", "third.png", one.name))
-    rows = material(tmp_path, "classification")
+    rows = material("classification")
     again = write_rows(tmp_path / "held.jsonl", rows_for("classification", 3, 22))
     (line,) = lines(train_text, "text", **rows, validation_file=again)
     assert all(part in line for part in ("2 of the 3", "line 1 of held.jsonl", "of rows.jsonl"))

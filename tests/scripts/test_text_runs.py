@@ -23,13 +23,14 @@ from tests.text.text_builders import (
     NUMBERS,
     WORDS,
     exported,
+    heldout,
     heldout_of,
     material,
-    rows_for,
     save_bert,
     save_t5,
     text_difference,
     train_text,
+    train_text_once,
     write_rows,
 )
 
@@ -39,47 +40,52 @@ TASK_TYPES["headless"] = TASK_TYPES["classification"]
 LIVES: list[tuple[str, str, Given]] = [
     ("causal", "bilora", {"packing": True, "mixed_precision": "bf16"}),
     ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
-    ("causal", "bilora", {"rho": "auto", "loss_rise": 0.2}),
-    ("seq2seq", "bilora", {"auxiliaries": "sample", "auxiliaries_on": "cpu"}),
-    ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
     ("classification", "full", {}),
 ]
 SLOW_LIVES: list[tuple[str, str, Given]] = [
+    ("causal", "bilora", {"rho": "auto", "loss_rise": 0.2}),
+    ("seq2seq", "bilora", {"auxiliaries": "sample", "auxiliaries_on": "cpu"}),
+    ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
     ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
+    ("headless", "bilora", {}),  # its pooler is random: the next loader would draw it anew
+    ("causal", "bilora", {"quantize": "nf4"}),
+]
+MATRIX: list[tuple[str, str, Given]] = [
     ("seq2seq", "lora", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
     ("classification", "flat-lora", {"mixed_precision": "bf16"}),
     ("causal", "lora-obar", {"use_dora": True, "lora_dropout": 0.1}),
     ("seq2seq", "lora-nbar", {"group_by_length": True}),
     ("causal", "full", {"mixed_precision": "bf16"}),
-    ("headless", "bilora", {}),
     ("headless", "flat-lora", {}),
+    *((kind, "lora", {"quantize": "nf4"}) for kind in ("classification", "seq2seq")),
+    *(("causal", name, {}) for name in names()),
 ]
-"""A checkpoint without a pooler gets a random one, which the next loader would draw anew."""
-LISTED = {method for _, method, _ in LIVES + SLOW_LIVES}
-SLOW_LIVES += [("causal", name, {}) for name in names() if name not in LISTED]
 
 
 @pytest.fixture(scope="module")
 def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
     """What a run is given."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     given = {
         kind: {
-            **material(folder, kind),
-            "validation_file": write_rows(folder / "held.jsonl", rows_for(kind, 7, 24)),
+            **material(kind),
+            "validation_file": heldout(kind),
             "max_predictions": 0,
             "checkpointing_steps": 1,
             "rho": 0.5,  # large, so that an auxiliary that acts in an evaluation is seen
         }
-        for kind, folder in folders.items()
+        for kind in KINDS
     }
-    bare = save_bert(folders["classification"] / "bare", BertForMaskedLM)
+    bare = save_bert(tmp_path_factory.mktemp("bare") / "bert", BertForMaskedLM)
     return {**given, "headless": {**given["classification"], "model_name_or_path": bare}}
 
 
 @pytest.mark.parametrize(
     ("kind", "method", "values"),
-    [*LIVES, *(pytest.param(*life, marks=pytest.mark.slow) for life in SLOW_LIVES)],
+    [
+        *LIVES,
+        *(pytest.param(*life, marks=pytest.mark.slow) for life in SLOW_LIVES),
+        *(pytest.param(*life, marks=pytest.mark.matrix) for life in MATRIX),
+    ],
 )
 def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     given_by_kind: dict[str, Given], tmp_path: Path, kind: str, method: str, values: Given
@@ -140,18 +146,10 @@ def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
     assert not [key for key in keys if "auxiliary" in key or "initial" in key]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["causal", *(pytest.param(k, marks=pytest.mark.slow) for k in ("classification", "seq2seq"))],
-)
-def test_weights_in_four_bits(given_by_kind: dict[str, Given], tmp_path: Path, kind: str) -> None:
+def test_weights_in_four_bits(given_by_kind: dict[str, Given]) -> None:
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
-    given = {**given_by_kind[kind], "quantize": "nf4"}
-    folder = train_text(tmp_path / "run", **given)
-    parts = Path(shutil.copytree(folder, tmp_path / "parts"))
-    train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
-    assert text_difference(folder, parts) == 0
-    plain = train_text(tmp_path / "plain", **{**given, "quantize": "none"})
+    given = given_by_kind["causal"]
+    folder, plain = (train_text_once("causal", **given, quantize=kind) for kind in ("nf4", "none"))
     losses = [column(run, "loss") for run in (folder, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
@@ -174,7 +172,7 @@ def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
 
 @pytest.mark.parametrize("kind", ["causal", "classification"])
 def test_evaluation_does_not_disturb_training(
-    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, capfd: Any
 ) -> None:
     given = {**given_by_kind[kind], "max_train_steps": 4}
     quiet = train_text(tmp_path / "quiet", **{**given, "validation_file": None})
@@ -185,15 +183,15 @@ def test_evaluation_does_not_disturb_training(
     rows = runlog.read_metrics(looked)
     assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 2, 4]
     answers = sorted(path.parent.name for path in looked.rglob("predictions.jsonl"))
-    metric = {"classification": "heldout_accuracy"}.get(kind, "heldout_exact_match")
+    classified = kind == "classification"
+    metric = "heldout_accuracy" if classified else "heldout_exact_match"
     measured = [row["step"] for row in rows if metric in row]
-    if kind == "classification":
-        assert (answers, measured) == ([], [0, 2, 4])
-    else:  # an epoch is 6 steps
-        assert (answers, measured) == (["step-0", "step-4"], [0, 4])
+    # an epoch is 6 steps
+    expected = ([], [0, 2, 4]) if classified else (["step-0", "step-4"], [0, 4])
+    assert (answers, measured) == expected
     results = runlog.read_run(looked)["results"]
-    assert results["heldout_loss"] == column(looked, "heldout_loss")[-1]
-    assert results[metric] == column(looked, metric)[-1]
+    for name in ("heldout_loss", metric):
+        assert results[name] == column(looked, name)[-1]
     assert not (quiet / "validation").exists()
     assert "Map" not in capfd.readouterr().err  # progress of the tokenization
 

@@ -22,7 +22,7 @@ from eval.text_scores import harness, models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
 from tests.scripts.conftest import ROOT
-from tests.text.text_builders import ADAPTER, SAVERS, rows_for, train_text, write_rows
+from tests.text.text_builders import ADAPTER, train_text_once, write_rows
 
 pytest.importorskip("lm_eval")
 
@@ -118,16 +118,6 @@ def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
     return told
 
 
-def train(folder: Path, kind: str, method: str, **values: Any) -> Path:
-    """Two steps on a tiny model, at a rate that changes its answers."""
-    base = folder / "base"
-    if not base.exists():
-        SAVERS[kind](base)
-    rows = write_rows(folder / "rows.jsonl", rows_for(kind, 8))
-    given = {"model_name_or_path": base, "train_file": rows, "learning_rate": 0.1}
-    return train_text(folder / method, method=method, train_batch_size=4, **given, **values)
-
-
 def zero_of(run: Path, folder: Path) -> Path:
     """The run's adapter, as a folder of its own that adds nothing."""
     folder.mkdir()
@@ -141,31 +131,30 @@ def effects(found: Result) -> dict[str, float | None]:
     return {row.subject: row.value for row in found.select("toy_text effect of adapter")}
 
 
-def test_a_causal_model_with_an_adapter_and_trained_whole(
-    look: Callable[..., Result], tmp_path: Path
+CHANGED = {"learning_rate": 0.1}
+"""A rate at which two steps change the answers."""
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_an_adapter_acts_and_one_of_zeros_does_not(
+    kind: str, look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bilora = train(tmp_path, "causal", "bilora", template="plain")
-    full = train(tmp_path, "causal", "full", template="plain")
-    found = look(str(bilora), str(full), str(zero_of(bilora, tmp_path / "none")), "base")
+    """And a model trained whole; a seq2seq model is asked without a template, as it was trained."""
+    template = {"template": None} if kind == "seq2seq" else {}
+    bilora = train_text_once(kind, "bilora", method="bilora", **CHANGED, **template)
+    runs, more = [bilora, zero_of(bilora, tmp_path / "none")], []
+    if kind == "causal":
+        runs.append(train_text_once(kind, "full", method="full", **CHANGED))
+    else:
+        monkeypatch.setattr(harness, "context_text", lambda *_: pytest.fail("a template was used"))
+        more = ["--template", "run"]
+    found = look(*map(str, runs), "base", *more)
     changed, told = effects(found), answers(found)
     assert changed.pop("bilora")
     assert changed == {"none": 0}
     assert told["none"] == told["base"]
-    assert told["bilora"] != told["base"]  # both runs answer as what was trained
-    assert told["full"] not in (told["base"], told["bilora"])
-
-
-def test_a_seq2seq_model_is_asked_without_a_template_as_it_was_trained(
-    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(harness, "context_text", lambda *_: pytest.fail("a template was used"))
-    bilora = train(tmp_path, "seq2seq", "bilora")
-    none = zero_of(bilora, tmp_path / "none")
-    found = look(str(bilora), str(none), "base", "--template", "run")
-    changed, told = effects(found), answers(found)
-    assert changed.pop("bilora")
-    assert changed == {"none": 0}
-    assert told["none"] == told["base"]
+    assert told["bilora"] != told["base"]
+    assert told.get("full") not in (told["base"], told["bilora"])
 
 
 def test_what_is_finished_is_not_repeated(
@@ -229,25 +218,21 @@ def test_mtbench(
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "named"),
     [
-        ("mmlu --limit 0", '--limit: "0" is not a whole number'),
+        ("mmlu --limit 0", "--limit"),
         pytest.param("gsm8", 'did you mean "gsm8k"', marks=pytest.mark.slow),
         ("mtbench", "--judge_base_url"),
-        ("humaneval", "164 problems x 1"),
         ("humaneval --num_samples 5", "--num_samples 5 at temperature 0"),
-        ("humaneval --top_p 2", '--top_p: "2" is not a number above 0'),
         ("mmlu --include_path nowhere", '"nowhere"'),
-        ("mmlu --template fancy", '--template "fancy"'),
-        ("mmlu --control none", '--control is "none"'),
         ("mmlu", 'the data of "mmlu"'),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(
-    line: str, told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, named: str, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *line.split()]
-    assert told in refuse(capsys, *given)
+    assert named in refuse(capsys, *given)
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:

@@ -27,9 +27,11 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.train import running, trainer
 from tests.scripts.runs import (
     column,
+    copied,
     difference,
     resumes_exactly,
     train,
+    train_once,
     two_icons,
     weights,
 )
@@ -37,9 +39,8 @@ from tests.scripts.runs import (
 
 def test_arms_are_paired_and_seeds_are_not(tmp_path: Path) -> None:
     shared = {"max_train_steps": 4, "train_batch_size": 1}
-    plain = train(tmp_path / "lora", method="lora", **shared)
-    folder = train(tmp_path / "run", rho=0.01, **shared)
-    other = train(tmp_path / "other", method="lora", seed=1, train_batch_size=1)
+    plain, folder = train_once(method="lora", **shared), train_once(rho=0.01, **shared)
+    other = train(tmp_path, method="lora", seed=1, train_batch_size=1)
     digests = [column(run, "digest") for run in (plain, folder, other)]
     assert digests[0] == digests[1]
     assert len(set(digests[0])) == 4
@@ -97,8 +98,6 @@ OPTIONS: list[dict[str, Any]] = [
         **{"use_dora": True, "lora_dropout": 0.2, "report_to": "tensorboard", "lora_alpha": 6},
         **{"use_ema": True, "ema_decay": 0.5},
     },
-    {"mixed_precision": "bf16", "snr_gamma": 5.0, "gradient_checkpointing": True},
-    {"lora_layers": "all", "lora_alpha": 6},
     {
         **{"init_lora_weights": "gaussian", "lora_alpha": 6, "scale_lr": True},
         **{"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
@@ -106,18 +105,20 @@ OPTIONS: list[dict[str, Any]] = [
         **{"trigger_word": "sks", "shuffle_tags": True, "caption_dropout": 0.5},
     },
 ]
-SLOW_OPTIONS: list[dict[str, Any]] = [
+SLOW: list[dict[str, Any]] = [
+    {"mixed_precision": "bf16", "snr_gamma": 5.0, "gradient_checkpointing": True},
     {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
     {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
     {"use_8bit_adam": True, "mixed_precision": "bf16", **TEXT_ENCODERS},
-    {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
-    {**PISSA, "mixed_precision": "bf16"},
-    {"lora_layers": "attention+feed-forward"},
-    {"lora_layers": "all-linear", "mixed_precision": "bf16"},
-    {**PISSA, "lora_layers": "convolutions", "use_dora": True},
     {**GA, "lora_layers": "convolutions"},
+    {"quantize": "nf4", "lora_layers": "all", "lora_alpha": 6},
+]
+MATRIX: list[dict[str, Any]] = [
+    {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
+    {"lora_layers": "attention+feed-forward"},
+    {**PISSA, "lora_layers": "all-linear", "mixed_precision": "bf16"},
+    {**PISSA, "lora_layers": "convolutions", "use_dora": True},
     {"method": "flat-lora", "lora_layers": "convolutions"},
-    {"quantize": "nf4", "lora_layers": "all"},
     {**GA, "method": "lora", **TEXT_ENCODERS, "gradient_checkpointing": True},
     {"quantize": "nf4", "use_dora": True, **TEXT_ENCODERS},
     {"quantize": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True},
@@ -126,7 +127,11 @@ SLOW_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     "values",
-    [*OPTIONS, *(pytest.param(values, marks=pytest.mark.slow) for values in SLOW_OPTIONS)],
+    [
+        *OPTIONS,
+        *(pytest.param(values, marks=pytest.mark.slow) for values in SLOW),
+        *(pytest.param(values, marks=pytest.mark.matrix) for values in MATRIX),
+    ],
     ids=lambda values: "-".join(map(str, values.values())),
 )
 def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
@@ -165,27 +170,20 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
         assert facts[0].get(key) == facts[1].get(key)
 
 
-def test_an_early_step_in_a_format_and_refusals(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, early = train(tmp_path / "run", checkpointing_steps=1), tmp_path / "early.safetensors"
+def test_an_early_step_in_a_format_and_refusals(tmp_path: Path, capsys: Any) -> None:
+    run, early = train_once(checkpointing_steps=1), tmp_path / "early.safetensors"
     assert export([str(run), "--step", "1", "--to", "kohya", "--output", str(early)]) == 0
     facts, last = inspect(early), inspect(run / "run.safetensors")
     assert (facts.format, facts.metadata["bilora.steps"]) == ("kohya", "1")
     assert facts.metadata["sshs_model_hash"] != last.metadata["sshs_model_hash"]
-
-    (tmp_path / "whole").mkdir()
-    record = {"schema_version": runlog.SCHEMA_VERSION, "method": "full", "config": {}}
-    record["status"] = "finished"
-    (tmp_path / "whole" / "run.json").write_text(json.dumps(record))
-    (run / "exports" / "step-1").mkdir(parents=True)
-    (run / "exports" / "step-1" / FILE_NAME).write_text("")
+    full = copied(run, tmp_path / "full")
+    record = json.loads((full / "run.json").read_text())
+    (full / "run.json").write_text(json.dumps({**record, "method": "full"}))
     capsys.readouterr()
     for arguments, said in (
         ([str(run), "--step", "7"], "1, 2"),
-        ([str(run), "--step", "1"], "exists"),
-        ([str(run), "--step", "1", "--output", "a.safetensors"], "--to"),
-        ([str(tmp_path / "whole"), "--step", "1"], "--max_train_steps"),
+        ([str(run), "--step", "1", "--output", str(early), "--to", "kohya"], "exists"),
+        ([str(full), "--step", "1"], "--max_train_steps"),
         ([str(tmp_path), "--step", "1"], "run.json"),
     ):
         assert export(arguments) == 2
@@ -208,14 +206,12 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path: Path) -> None:
     free = train(tmp_path / "free", **values, prior_loss_weight=0.0)
     assert [file.stat().st_mtime_ns for file in images] == times
     assert column(folder, "loss") != column(free, "loss")
-    plain = train(tmp_path / "plain", train_batch_size=1)
+    plain = train_once(train_batch_size=1)
     assert column(free, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=1e-5)
 
 
 def test_validation_images_and_heldout_loss_do_not_disturb_training(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, caplog: Any, capsys: Any
 ) -> None:
     icons = two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 3}
@@ -242,14 +238,11 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     assert runlog.read_run(looked)["results"]["heldout_loss"] > 0
 
     opening = next(r.message for r in caplog.records if str(looked) in r.message)
-    for fact in ("2 images at 64 px", "3 steps of 4", "rank 4 on 56 layers", "fp32"):
+    for fact in ("2 images", "3 steps", "rank 4"):
         assert fact in opening
-    bar = capsys.readouterr().err
-    assert "held-out loss" in bar
-    assert "validation" in bar
+    assert "held-out loss" in capsys.readouterr().err  # the bar
     closing = caplog.records[-1].message
     for fact in (
-        f"{rows[0]['heldout_loss']:.4f} at step 0",
         f"{rows[-1]['heldout_loss']:.4f} at step 3",
         str(looked / "pytorch_lora_weights.safetensors"),
         f"python -m app.viewer {tmp_path}",
@@ -315,16 +308,13 @@ def test_a_run_goes_on_on_a_smaller_card(tmp_path: Path) -> None:
         assert "validation/" not in (parts / "README.md").read_text()
 
 
-def test_own_photos_of_any_shape(tmp_path: Path) -> None:
+def test_photos_of_any_shape(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for number, size in enumerate([(90, 70), (64, 64), (50, 120)]):
         Image.effect_noise(size, 40).convert("RGB").save(photos / f"{number}.jpg")
-    values = {
-        "dataset": photos,
-        "pretrained_model_name_or_path": "mini",
-        "instance_prompt": "a photo of a TOK thing",
-    }
+    values = {"dataset": photos, "pretrained_model_name_or_path": "mini"}
+    values |= {"instance_prompt": "a photo of a TOK thing"}
     folder = train(tmp_path / "run", **values)
     again = train(tmp_path / "again", **values, dataloader_num_workers=2)
     assert difference(folder, again) == 0

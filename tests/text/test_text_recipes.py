@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from bilora_diffusion.text import catalog
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
+
+pytestmark = pytest.mark.usefixtures("hub")
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -75,7 +77,7 @@ def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None
     table, column = COLUMNS[name]
     figures = TABLES[table][column]
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    values = vars(parse_text(["--config", str(RECIPES / f"{name}.yaml")]))
+    values = vars(resolve_text(["--config", str(RECIPES / f"{name}.yaml")]))
     for row in figures.keys() - NOT_IN_THE_RECIPE - {"Evaluation Metric"}:
         compare(row, figures[row], recipe)
         compare(row, figures[row], values)
@@ -97,7 +99,7 @@ def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None
 def test_the_recipes_without_a_hub_are_short(
     name: str, model: str, samples: int, steps: int
 ) -> None:
-    cfg = parse_text(["--config", str(RECIPES / f"{name}.yaml")])
+    cfg = resolve_text(["--config", str(RECIPES / f"{name}.yaml")])
     assert (cfg.model_name_or_path, cfg.task, cfg.method) == (model, name, "bilora")
     assert cfg.max_train_samples == samples
     batch = cfg.train_batch_size * cfg.gradient_accumulation_steps

@@ -10,9 +10,11 @@ import pytest
 from datasets import Dataset
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
 from bilora_diffusion.text.rows import open_rows
+
+pytestmark = pytest.mark.usefixtures("hub")
 
 ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
 
@@ -109,7 +111,7 @@ def test_each_held_out_row_is_in_one_part(tmp_path: Path) -> None:
     words = ["--model_name_or_path", "smollm2", "--train_file", file, "--validation_file", file]
 
     def held(*more: str) -> list[str]:
-        found = open_rows(parse_text([*words, *more]))
+        found = open_rows(resolve_text([*words, *more]))
         assert len(found.train) == 40
         return [example.prompt for example in found.validation or ()]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import collate
@@ -34,7 +34,7 @@ def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) ->
     train = write_rows(folder / "train.jsonl", rows_for(kind, 24))
     held = write_rows(folder / "held.jsonl", rows_for(kind, 7, first=24))
     given = {"train_file": train, "validation_file": held, "template": "plain", **values}
-    cfg = parse_text(
+    cfg = resolve_text(
         text_flags(
             folder / "run", model_name_or_path=base, task_type=kind, cache_dir=folder, **given
         )

@@ -33,6 +33,7 @@ from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.running import DTYPES
+from tests.scripts.runs import once
 from tests.text.text_tokenizers import (
     bert_tokenizer,
     chat_tokenizer,
@@ -141,14 +142,26 @@ def encoded(
     return encode(examples, cfg, loaded, "the set")
 
 
-def material(folder: Path, kind: str) -> dict[str, Any]:
-    """A base model and rows to learn, for ``text_flags``."""
+def material(kind: str) -> dict[str, Any]:
+    """A base model and rows to learn, for ``text_flags``; made once, to be read."""
+
+    def make(folder: Path) -> None:
+        SAVERS[kind](folder / "base")
+        write_rows(folder / "rows.jsonl", rows_for(kind, 24))
+        write_rows(folder / "held.jsonl", rows_for(kind, 7, 24))
+
+    folder = once("material", make, kind)
     return {
-        "model_name_or_path": SAVERS[kind](folder / "base"),
-        "train_file": write_rows(folder / "rows.jsonl", rows_for(kind, 24)),
+        "model_name_or_path": folder / "base",
+        "train_file": folder / "rows.jsonl",
         "template": "plain",
         "train_batch_size": 4,
     }
+
+
+def heldout(kind: str) -> Path:
+    """Rows beside those of `material`."""
+    return Path(material(kind)["train_file"]).with_name("held.jsonl")
 
 
 def text_flags(folder: Path, **values: Any) -> list[str]:
@@ -179,6 +192,12 @@ def train_text(folder: Path, **values: Any) -> Path:
     AcceleratorState._reset_state()
     main(text_flags(folder, **values))
     return folder
+
+
+def train_text_once(kind: str, name: str = "run", **values: Any) -> Path:
+    """A run with these flags on the kind's `material`, shared: read or copy it."""
+    given = {**material(kind), **values}
+    return once(name, lambda folder: train_text(folder, **given), kind, sorted(values.items()))
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:

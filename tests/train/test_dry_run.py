@@ -13,11 +13,13 @@ import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
-from bilora_diffusion.text.config import parse_text
+from bilora_diffusion.text.config import resolve_text
 from bilora_diffusion.text.dry_run import moments
 from bilora_diffusion.train.dry_run import STEP, attached
 from bilora_diffusion.train.empty import empty
 from docs.memory import FOLDER, row
+
+pytestmark = pytest.mark.usefixtures("hub")
 
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
 TEXT = json.loads((FOLDER / "text.json").read_text(encoding="utf-8"))
@@ -51,7 +53,7 @@ def text_task(case: dict[str, Any], folder: Path) -> Any:
     words = ["--model_name_or_path", "smollm2", "--train_file", str(rows), "--dry_run"]
     words += ["--output_dir", str(folder / "run"), "--method", "lora", "--rank", "8"]
     words += ["--train_batch_size", str(case["rows"]), "--mixed_precision", case["mixed_precision"]]
-    cfg = parse_text([*words, *["--gradient_checkpointing"] * case["gradient_checkpointing"]])
+    cfg = resolve_text([*words, *["--gradient_checkpointing"] * case["gradient_checkpointing"]])
     config = getattr(transformers, case["config"][0])(**case["config"][1])
     dtype = torch.float32 if case["mixed_precision"] == "no" else torch.bfloat16
     model = empty(lambda: getattr(transformers, case["class"])(config), dtype)

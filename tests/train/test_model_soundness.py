@@ -16,7 +16,8 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.pipeline import kind_of, load_pipeline
+from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.mini import pipeline_dir
 from tests.image.tiny import qwen_image, saved
 from tests.image.tiny.parts import autoencoder
@@ -187,9 +188,9 @@ def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
     def gated(*_: Any, **__: Any) -> None:
         raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
 
-    monkeypatch.setattr("bilora_diffusion.image.pipeline.hf_hub_download", gated)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", gated)
-    for load in (kind_of, lambda name: load_pipeline(name, dtype=torch.float32)):
+    for load in (describe, lambda name: load_pipeline(name, dtype=torch.float32)):
         with pytest.raises(UserError, match=r'"org/gated".*accept its terms.*hf auth login'):
             load("org/gated")
 

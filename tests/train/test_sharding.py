@@ -8,59 +8,43 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import BertForSequenceClassification
 
+from bilora_diffusion.config import launches, machine, refusals
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import names
-from bilora_diffusion.train import engines, sharding
+from bilora_diffusion.train import sharding
 from tests.text.text_builders import bert_config
 
-
-def accelerator(kind: str = "FSDP", version: int = 2, **plugin: Any) -> Any:
-    """What `check` reads of an accelerator that was launched in this way."""
-    settings = {
-        "cpu_offload": None,
-        "activation_checkpointing": False,
-        "ignored_modules": None,
-        "auto_wrap_policy": None,
-        "cpu_ram_efficient_loading": False,
-        **plugin,
-    }
-    dynamo = SimpleNamespace(backend=settings.pop("dynamo", DynamoBackend.NO))
-    return SimpleNamespace(
-        distributed_type=DistributedType[kind],
-        is_fsdp2=kind == "FSDP" and version == 2,
-        parallelism_config=settings.pop("parallelism_config", None),
-        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**settings), dynamo_plugin=dynamo),
-    )
-
-
-def config(modality: str = "text", **values: Any) -> Any:
-    given = {"method": "bilora", "quantize": None, "init_lora_weights": "default", **values}
-    return SimpleNamespace(to_dict=lambda: given, modality=modality)
-
-
-WRONG: dict[str, tuple[Any, Any]] = {
-    "FSDP": (accelerator(version=1), config()),
-    "DEEPSPEED": (accelerator("DEEPSPEED"), config()),
-    "MEGATRON_LM": (accelerator("MEGATRON_LM"), config("image")),
-    "XLA": (accelerator("XLA"), config()),
-    "a parallelism config": (accelerator("MULTI_GPU", parallelism_config=object()), config()),
-    "image models": (accelerator(), config("image")),
-    "--method full": (accelerator(), config(method="full")),
-    "--folds": (accelerator(), config(folds=4, fold=None)),
-    "FSDP_OFFLOAD_PARAMS": (accelerator(cpu_offload=CPUOffloadPolicy()), config()),
-    "FSDP_ACTIVATION_CHECKPOINTING": (accelerator(activation_checkpointing=True), config()),
-    "FSDP_IGNORED_MODULES": (accelerator(ignored_modules="a.*"), config()),
-    "ACCELERATE_DYNAMO_BACKEND": (accelerator(dynamo=DynamoBackend.INDUCTOR), config()),
-    "SIZE_BASED_WRAP": (accelerator(auto_wrap_policy=size_based_auto_wrap_policy), config()),
-    "FSDP on CPUs": (accelerator("MULTI_CPU"), config()),  # accelerate would train by DDP
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+WRONG: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, {}),
+    "DEEPSPEED": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}),
+    "MEGATRON_LM": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {"modality": "image"}),
+    "PARALLELISM_CONFIG": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}),
+    "image models": (FSDP, {"modality": "image"}),
+    "--method full": (FSDP, {"method": "full"}),
+    "--folds": (FSDP, {"folds": 4, "fold": None}),
+    "FSDP_OFFLOAD_PARAMS": ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {}),
+    "FSDP_ACTIVATION_CHECKPOINTING": ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
+    "FSDP_IGNORED_MODULES": ({**FSDP, "FSDP_IGNORED_MODULES": "a.*"}, {}),
+    "ACCELERATE_DYNAMO_BACKEND": ({**FSDP, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}),
+    "SIZE_BASED_WRAP": ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}),
+    "FSDP on CPUs": ({**FSDP, "ACCELERATE_USE_CPU": "true"}, {}),  # accelerate would train by DDP
+    "XLA": ({}, {}),
 }
-"""What a refusal names -> the launch, and what is trained."""
+"""What a refusal names -> the launcher's variables, and what is trained."""
+USUAL = {"method": "bilora", "init_lora_weights": "default", "modality": "text"}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device_type", device_type)
+
+
+def device_type() -> str:
+    return "cpu" if machine.is_told_cpu() else "cuda"
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -68,26 +52,30 @@ def test_a_launch_that_would_be_wrong_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table's own entries are tested with it, in tests/config/test_refusals.py."""
-    engine, cfg = WRONG[name]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(name == "FSDP on CPUs"))
+    launch, values = WRONG[name]
+    for variable, value in launch.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(launches.importlib.util, "find_spec", lambda package: name == "XLA")
     with pytest.raises(UserError, match=name):
-        engines.check(cfg, engine)
+        refusals.check({**USUAL, **values, **launches.facts()})
 
 
 def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for modality in ("image", "text"):
+        pissa = {"method": "flat-lora", "init_lora_weights": "pissa", "modality": modality}
+        refusals.check({**pissa, **launches.facts()})
+    for variable, value in FSDP.items():
+        monkeypatch.setenv(variable, value)
     for method in set(names()) - {"flat-lora", "full"}:
-        engines.check(config(method=method), accelerator())
-    for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        for modality in ("image", "text"):
-            cfg = config(modality, method="flat-lora", init_lora_weights="pissa")
-            engines.check(cfg, accelerator(kind))
+        refusals.check({**USUAL, "method": method, **launches.facts()})
     # under FSDP2 every process reads the weights
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    engine = accelerator(cpu_ram_efficient_loading=True)
-    engines.check(config(), engine)
-    assert engine.state.fsdp_plugin.cpu_ram_efficient_loading is False
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    engine: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    sharding.read_in_every_process(engine)
+    assert plugin.cpu_ram_efficient_loading is False
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 

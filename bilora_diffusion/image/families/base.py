@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..fit import require_channels, require_scheduler, require_tokenizer, require_vae
-from ..latents import LatentSpace
+from ..latent_space import LatentSpace
 
 STEPS = 25
 """In which images are drawn by default."""
 Conditions = dict[str, Any]
 """What a model is told beside the noisy latents, for n rows: tensors (n, ...), or lists of n
 tensors where rows differ in length."""
+
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""The configurations of denoiser and autoencoder, by the part."""
 
 
 def rows(conditions: Conditions) -> list[Conditions]:
@@ -73,6 +77,11 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """The reverse, for latents of this height and width."""
     patches = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
     return nn.functional.pixel_shuffle(patches, 2)
+
+
+def scale_of(vae: Mapping[str, Any]) -> int:
+    """Pixels a side of one latent, from an autoencoder's configuration."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def _cpu(values: Any) -> Any:
@@ -185,19 +194,16 @@ class Family:
 
     def pixels(self, pipeline: Any) -> int:
         """Side of the images that a loaded pipeline was made for."""
-        side = getattr(self.model(pipeline).config, "sample_size", None)
-        return int(side) * pipeline.vae_scale_factor if isinstance(side, int) else self.side
+        return self.side_of(
+            {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
+        )
 
-    def pixels_by_config(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """The same from the configurations of denoiser and autoencoder.
-
-        Raises:
-            KeyError, TypeError: they lack what it takes.
-        """
+    def side_of(self, configs: Configs) -> int:
+        """The same from the configurations of denoiser and autoencoder."""
         side = configs[self.denoiser].get("sample_size")
         if not isinstance(side, int):
             return self.side
-        return side * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        return side * scale_of(configs["vae"])
 
     def model(self, pipeline: Any) -> Any:
         """The denoiser of a pipeline."""
@@ -248,8 +254,8 @@ class Family:
             there = torch.backends.mps.is_macos_or_newer(14, 0)
         return torch.bfloat16 if there else torch.float32
 
-    def is_told_guidance(self, pipeline: Any) -> bool:
-        """Test that a loaded model has an embedding of guidance, which training must give."""
+    def told_guidance(self, configs: Configs) -> bool:
+        """Test that a model has an embedding of guidance, which training must give."""
         return False
 
     def remark(self, name: str, pipeline: Any) -> str | None:
@@ -260,7 +266,7 @@ class Family:
             pipeline: loaded.
         """
 
-    def require_resolution(self, resolution: int, pipeline: Any) -> None:
+    def require_resolution(self, resolution: int, configs: Configs) -> None:
         """Refuse a side that the model can't take.
 
         Raises:

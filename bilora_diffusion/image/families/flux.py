@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Conditions, Family, packed, unpacked
+from .base import Conditions, Configs, Family, packed, unpacked
 
 SINGLE_BLOCKS = 38
 """Of FLUX.1, the most that there are."""
@@ -84,10 +84,10 @@ class Flux(Family):
         return unpacked(latents, side // 8, side // 8)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        return not self.is_told_guidance(pipeline)
+        return not self.told_guidance({"transformer": pipeline.transformer.config})
 
-    def is_told_guidance(self, pipeline: Any) -> bool:
-        return pipeline.transformer.config.guidance_embeds
+    def told_guidance(self, configs: Configs) -> bool:
+        return bool(configs["transformer"].get("guidance_embeds"))
 
     def remark(self, name: str, pipeline: Any) -> str | None:
         if not self.is_distilled(pipeline):

@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
-from ..latents import LatentSpace
+from ..latent_space import LatentSpace
 from .base import Conditions, Family
 from .flux import places
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
-from ..latents import LatentSpace
+from ..latent_space import LatentSpace
 from .base import Conditions, Family, packed, padded, unpacked
 from .qwen_image import VideoSpace, told, unpadded
 

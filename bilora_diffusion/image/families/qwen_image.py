@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..fit import ANOTHER
-from ..latents import LatentSpace
+from ..latent_space import LatentSpace
 from .base import Conditions, Family, packed, padded, unpacked
 
 

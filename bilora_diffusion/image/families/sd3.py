@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from .base import Conditions, Family
+from .base import Conditions, Configs, Family, scale_of
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ class StableDiffusion3(Family):
             pooled_projections=conditions["pooled"],
         ).sample
 
-    def require_resolution(self, resolution: int, pipeline: Any) -> None:
-        super().require_resolution(resolution, pipeline)
-        config = pipeline.transformer.config
-        most = config.pos_embed_max_size * config.patch_size * pipeline.vae_scale_factor
+    def require_resolution(self, resolution: int, configs: Configs) -> None:
+        super().require_resolution(resolution, configs)
+        config = configs["transformer"]
+        places = config.get("pos_embed_max_size", 96) * config.get("patch_size", 2)
+        most = places * scale_of(configs["vae"])
         if resolution > most:
             raise UserError(
                 f"a side of {resolution} pixels is more than this {self.title} has positions for:"

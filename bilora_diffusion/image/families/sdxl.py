@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..fit import ANOTHER
-from .base import Conditions, Family
+from .base import Conditions, Configs, Family, scale_of
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -52,6 +52,12 @@ class StableDiffusionXL(Family):
     ) -> Tensor:
         added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
         return model(noisy, levels, conditions["sequence"], added_cond_kwargs=added).sample
+
+    def side_of(self, configs: Configs) -> int:
+        side = configs["unet"].get("sample_size")
+        if not (isinstance(side, int) and side > 0):
+            raise ValueError(f"its sample_size is {side!r}, and that of Stable Diffusion XL 128")
+        return side * scale_of(configs["vae"])
 
     def require_fit(self, name: str, pipeline: Any) -> None:
         _require_unet(name, pipeline)
@@ -117,10 +123,4 @@ def _require_unet(name: str, pipeline: Any) -> None:
             f'the UNet of "{name}" has projection_class_embeddings_input_dim'
             f" {config.projection_class_embeddings_input_dim} where prompt and sizes give {given}:"
             f" {ANOTHER}."
-        )
-    side = config.sample_size
-    if not (isinstance(side, int) and side > 0):
-        raise UserError(
-            f'the UNet of "{name}" has sample_size {side!r}: write the side of its latents into'
-            " unet/config.json, 128 for Stable Diffusion XL."
         )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..latents import LatentSpace
+from ..latent_space import LatentSpace
 from .base import Conditions, Family
 
 

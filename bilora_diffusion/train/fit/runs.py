@@ -18,18 +18,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 
-from ...config.fields import options_of
+from ...config.options import OptimizerOptions
+from ...config.run import RunConfig
 from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
+from ...fields import options_of
 from ...methods import names as method_names
 from ...methods import option_names, reads
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.checkpoint import require_same_settings
-from ...run.config import RunConfig
 from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
 from ...run.interruption import Interruption, Stop
-from ...run.options import OptimizerOptions
 from ...run.record import read_fit
 from ...run.runlog import RunLog
 from ...seeds import digest_texts, parts
@@ -257,7 +257,7 @@ class Fit:
         if options not in self._configs:
             logging.disable(logging.WARNING)
             try:
-                self._configs[options] = self._script.parse([*self._argv, *words(options)])
+                self._configs[options] = self._script.resolve([*self._argv, *words(options)])
             finally:
                 logging.disable(logging.NOTSET)
         return self._configs[options]

@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests.scripts.runs import once
+
 FILES = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
@@ -27,3 +29,8 @@ def saved(kind: str, folder: Path) -> Path:
     """A pipeline in diffusers' format, in a new folder."""
     made(kind).save_pretrained(folder)
     return folder
+
+
+def shared(kind: str) -> Path:
+    """The folder of such a pipeline, made by the first who asks; to be read."""
+    return once("base", lambda folder: saved(kind, folder), kind)

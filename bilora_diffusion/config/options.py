@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.fields import Idle, option, unless
-from ..config.values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
+from ..fields import Idle, option, unless
+from ..values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
 
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (
@@ -76,14 +76,14 @@ class StepOptions:
             1e30, "norms in 32 bits end there; it clips nothing far below already", above=0
         ),
     )
-    mixed_precision: str | None = option(
+    mixed_precision: str = option(
         None,
         "Precision of the frozen weights and of the arithmetic. Default: what accelerate launch"
         " was told (fp16 or bf16); else bf16 on a GPU that has it, fp16 on one that has not, and"
         " no elsewhere.",
         choices=PRECISIONS,
     )
-    gradient_checkpointing: bool | None = option(
+    gradient_checkpointing: bool = option(
         None,
         "Compute activations twice to save memory. Default: on for CUDA from 512 pixels on.",
         free=True,
@@ -279,6 +279,7 @@ class OutputOptions:
     )
     config: str | None = option(
         None,
-        "YAML file of options by their names here; options on the command line win.",
+        "YAML file of options by their names here, or the name of one in recipes/, such as"
+        " flux2_klein; options on the command line win.",
         place=True,
     )

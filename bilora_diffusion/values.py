@@ -14,8 +14,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, did_you_mean
-from ..files import is_text, quoted
+from .errors import UserError, did_you_mean
+from .files import is_text, quoted
 
 SMALLEST = 1.2e-38
 """Of 32-bit numbers; what is smaller counts as 0 in the arithmetic."""

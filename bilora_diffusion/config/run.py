@@ -1,22 +1,23 @@
-"""The configuration of a run: every option, read from a command line, checked and completed."""
+"""The configuration of a run: read, completed and checked once, by `RunConfig.resolve`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
-from .. import methods
+from .. import fields, methods
 from ..choices import OPTIMIZERS
-from ..config import fields, machine, notes, refusals
-from ..config.command_line import CommandLine
-from ..config.conditions import said
-from ..config.values import check_choice
 from ..errors import UserError
 from ..methods.options import AdapterOptions, MethodFlags
+from ..values import check_choice
+from . import launches, machine, refusals
+from .command_line import CommandLine
+from .conditions import said
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
 Values = dict[str, Any]
@@ -26,15 +27,13 @@ TRACKERS = (
     *("tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab"),
     "trackio",
 )
+logger = logging.getLogger(__name__)
 
 
 class RunConfig(
     AdapterOptions, MethodFlags, StepOptions, StoppingOptions, OptimizerOptions, OutputOptions
 ):
     """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options.
-
-    ``read`` makes one of a command line, which decides all that can be known before anything is
-    loaded. Each script's ``completed`` adds what processes and model say.
 
     Attributes:
         modality: "image" or "text".
@@ -61,15 +60,16 @@ class RunConfig(
     compile: bool = False
     eval_on_start: bool = False
     skip_final_inference: bool = False
-    resolution: int | None = None
+    resolution: int = 0
     validation_epochs: int | None
     validation_loss_steps: int
 
     @classmethod
-    def read(cls, argv: Sequence[str] | None = None) -> Self:
-        """Read the command line (and the recipe it names), check it and complete it.
+    def resolve(cls, argv: Sequence[str] | None = None) -> Self:
+        """Make the configuration of a command line, the recipe and the small files of the models
+        that it names, and the launch.
 
-        Nothing is downloaded or loaded. ``--help`` prints and exits.
+        No weights and no data are downloaded or loaded. ``--help`` prints and exits.
 
         Args:
             argv: arguments without the program's name; None for those of the process.
@@ -81,15 +81,16 @@ class RunConfig(
         values, given = cls.line(argv)
         values = cls.complete(_completed(values, given, cls.modality), given)
         values["validation_loss_steps"] = _measured_every(values, given)
-        options = fields.options_of(kind.groups)
-        values, idle = notes.set_aside(options, values, given)
-        remarks = _remarks(values, given)
-        facts = {"device": machine.device_type(), "alone": "LOCAL_RANK" not in os.environ}
-        refusals.check({**values, **facts, **cls.facts(values)})
+        values, notes = _without_idle(fields.options_of(kind.groups), values, given)
+        notes += _remarks(values, given)
+        about = {"device": machine.device_type(), "modality": cls.modality, **launches.facts()}
+        refusals.check({**values, **about})
         cls.check_inputs(values)
         _check_packages(values)
-        notes.tell(idle + remarks)
-        return kind(**values)
+        if os.environ.get("RANK", "0") == "0":
+            for note in notes:
+                logger.warning("%s", note)
+        return kind(**{**values, **_scaled_rates(values, machine.processes())})
 
     @classmethod
     def line(cls, argv: Sequence[str] | None = None) -> tuple[Values, frozenset[str]]:
@@ -100,18 +101,17 @@ class RunConfig(
 
     @staticmethod
     def complete(values: Values, given: frozenset[str]) -> Values:
-        """Fill in what was not given, of what only this script has."""
+        """Fill in what was not given, of what only this script has, and what the model's files say.
+
+        Raises:
+            UserError: there is no such model, or it can't be trained as asked.
+        """
         raise NotImplementedError
 
     @staticmethod
     def check_inputs(values: Values) -> None:
         """Refuse what only this script can be given: files, folders, hub ids."""
         raise NotImplementedError
-
-    @staticmethod
-    def facts(values: Values) -> Values:
-        """What the table of refusals may ask beside the options (`conditions.FACTS`)."""
-        return {}
 
     @classmethod
     def with_own_options(cls) -> type[Self]:
@@ -138,16 +138,6 @@ class RunConfig(
     def log_with(self) -> str | None:
         """The tracker for ``Accelerator(log_with=...)``."""
         return None if self.report_to == "none" else self.report_to
-
-    def scaled_rates(self, processes: int) -> dict[str, float]:
-        """The learning rates that ``--scale_lr`` asks for in a run on so many processes.
-
-        The auxiliary's own rate keeps its ratio to the primary's; that of text encoders stays.
-        """
-        factor = self.gradient_accumulation_steps * self.train_batch_size * processes
-        names = ("learning_rate", "auxiliary_learning_rate") if self.scale_lr else ()
-        rates = {name: getattr(self, name) for name in names}
-        return {name: rate * factor for name, rate in rates.items() if rate is not None}
 
     def warmup_steps(self, num_steps: int) -> int:
         """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
@@ -208,21 +198,48 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
     methods.check_rho(values["method"], values["rho"])
     if values["rho"] is None:
         values["rho"] = methods.default_rho(values["method"], modality)
-    values |= _of_optimizer(values, given)
+    if values["optimizer"] in ("adamw", "adamw8bit") and values["use_8bit_adam"]:
+        values |= {"optimizer": "adamw8bit", "use_8bit_adam": False}
+    if values["optimizer"] == "prodigy" and "learning_rate" not in given:
+        values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
     values["mixed_precision"] = values["mixed_precision"] or machine.default_precision()
     if "report_to" not in given and not machine.is_installed(values["report_to"]):
         values["report_to"] = "none"
     return values
 
 
-def _of_optimizer(values: Values, given: frozenset[str]) -> Values:
-    """The optimizer's one name, and the rate that is usual with it where none was given."""
-    name = values["optimizer"]
-    if name in ("adamw", "adamw8bit") and values["use_8bit_adam"]:
-        return {"optimizer": "adamw8bit", "use_8bit_adam": False}
-    if name == "prodigy" and "learning_rate" not in given:
-        return {"learning_rate": 1.0}  # Prodigy estimates the rate; this is a factor on it
-    return {}
+def _without_idle(
+    options: Mapping[str, dataclasses.Field[Any]], values: Values, given: frozenset[str]
+) -> tuple[Values, list[str]]:
+    """Take back the options that have no effect, so that the run's record does not claim them.
+
+    An option that has no effect beside others is warned of, as diffusers' script does it or passes
+    over it; refused is only what would give a wrong result.
+
+    Returns:
+        The values that hold, and a sentence for each option that was taken back.
+    """
+    kept, notes = dict(values), list[str]()
+    for name, field in options.items():
+        default = fields.default_of(field)
+        if name not in given or values[name] == default:
+            continue
+        idle = next((idle for idle in fields.option_of(field).idle if idle.when(values)), None)
+        if idle is not None:
+            kept[name] = values[idle.becomes] if idle.becomes else default
+            fix = idle.fix.replace("`", "")
+            notes.append(f"{said(name, values[name])} has no effect {idle.where}: {fix}.")
+    return kept, notes
+
+
+def _scaled_rates(values: Mapping[str, Any], processes: int) -> Values:
+    """The learning rates that ``--scale_lr`` asks for.
+
+    The auxiliary's own rate keeps its ratio to the primary's; that of text encoders stays.
+    """
+    factor = values["gradient_accumulation_steps"] * values["train_batch_size"] * processes
+    names = ("learning_rate", "auxiliary_learning_rate") if values["scale_lr"] else ()
+    return {name: values[name] * factor for name in names if values[name] is not None}
 
 
 def _measured_every(values: Values, given: frozenset[str]) -> int:

@@ -11,14 +11,15 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from ..adapters import CHANGE_BASE
+from ..config.run import RunConfig
 from ..durable import write_text
 from ..methods import get
 from ..mini import embedded
-from .folder import FIT_FIGURE
+from ..run.folder import FIT_FIGURE
 
 
 def write_card(
-    cfg: Any,
+    cfg: RunConfig,
     folder: Path,
     results: Mapping[str, Any],
     meta: ModelCardData,
@@ -62,7 +63,7 @@ def _given(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rows.items() if value is not None}
 
 
-def _settings(cfg: Any, steps: int) -> dict[str, Any]:
+def _settings(cfg: RunConfig, steps: int) -> dict[str, Any]:
     """How the run was made; of the method's own options its radius, and what is not as usual."""
     method = get(cfg.method)
     own = {

@@ -1,0 +1,130 @@
+"""What a base model's small files say before its weights are read: its kind, parts and side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, reading
+from ..files import folder_or_id
+from ..mini import PIPELINES
+from .families import SDXL, named
+from .fit import ANOTHER, FLAG
+
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+_GIVE_ONE = (
+    f"pass {FLAG} a hub id (or folder) of a pipeline in diffusers' format, or one that is embedded,"
+    " 'mini' or 'mini-flow'"
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A pipeline in diffusers' format, of a kind that is known.
+
+    Args:
+        name: as the user gave it.
+        index: its ``model_index.json``.
+        configs: the ``config.json`` of denoiser and autoencoder, by the part.
+    """
+
+    name: str
+    index: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def pipeline(self) -> str:
+        """The class of the pipeline."""
+        return str(self.index.get("_class_name"))
+
+    @property
+    def family(self) -> Any:
+        """What is known of its kind, a `families.base.Family`."""
+        return named(self.pipeline, self.name)()
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the images that it was made for."""
+        fix = f"correct its config.json, or {ANOTHER}"
+        return reading(
+            f'the denoiser of "{self.name}"', fix, lambda: self.family.side_of(self.configs)
+        )
+
+
+def folder_of(name: str) -> Path | None:
+    """The local folder that a model name stands for, or None for a hub id."""
+    folder = PIPELINES[name]() if name in PIPELINES else Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def describe(name: str, revision: str | None = None, cache_dir: str | None = None) -> BaseModel:
+    """Read what a model's small files say; of one on the hub they are downloaded.
+
+    Raises:
+        UserError: there is no such model, or it is of no kind that is known.
+    """
+    if name == SDXL_BASE:
+        parts = {"unet": {"sample_size": 128}, "vae": {"block_out_channels": [128, 256, 512, 512]}}
+        return BaseModel(name, {"_class_name": SDXL}, parts)
+    folder = folder_of(name)
+    if folder is None:
+        folder_or_id(name, FLAG)
+    places = {"revision": revision, "cache_dir": cache_dir}
+    load = partial(_read, name, folder, **places)
+    index = load("model_index.json")
+    if "_class_name" not in index:
+        raise UserError(
+            f'{FLAG} "{name}" is no pipeline in diffusers format (it has no model_index.json that'
+            " names its class): give one, for example mini."
+        )
+    family = named(str(index["_class_name"]), f"{FLAG} {name}")()
+    tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
+    needed = sorted((set(family.parts) | tokenizers) - family.optional)
+    for part in needed:
+        if part not in index or (folder is not None and not (folder / part).is_dir()):
+            raise UserError(
+                f'{FLAG} "{name}" is no {family.title} pipeline in diffusers format (it has no'
+                f" {part}): give one, for example mini."
+            )
+    configs = {part: load(f"{part}/config.json") for part in (family.denoiser, "vae")}
+    return BaseModel(name, index, configs)
+
+
+def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str, Any]:
+    """A JSON object among a model's files."""
+    from huggingface_hub import hf_hub_download
+
+    if folder is None:
+        path = Path(from_hub(name, lambda: hf_hub_download(name, file, **places)))
+    else:
+        path = folder / file
+    what, fix = f'{file} of "{name}"', f"download or write it again, or {ANOTHER}"
+    content = reading(what, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(content, dict):
+        raise UserError(f"{what} is no JSON object: {fix}.")
+    return content
+
+
+def from_hub(name: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` downloads of a model.
+
+    Raises:
+        UserError: it can't be downloaded.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def permitted() -> Any:
+        try:
+            return load()
+        except RepositoryNotFoundError as error:  # gated ones too
+            raise UserError(
+                f'the hub has no model "{name}" that you may read: check its name, accept its terms'
+                " on its page and log in with `hf auth login` if it is gated or private, or give a"
+                " local folder."
+            ) from error
+
+    return reading(f'the base model "{name}"', _GIVE_ONE, permitted)

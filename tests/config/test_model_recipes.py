@@ -1,0 +1,77 @@
+"""The recipe of each image model: found by name, dry-run, and with the memory in its head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+import train_dreambooth_bilora
+from bilora_diffusion.config.recipe import RECIPES, find_recipe, read_options
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.families import FAMILIES, SDXL
+from bilora_diffusion.mini import pipeline_dir
+from docs.make import EXAMPLES
+from docs.memory import MODELS
+from docs.recipes import LINE, models, page
+from tests.image.tiny import saved
+
+RECIPE_OF = models(EXAMPLES)
+"""The recipe's path: the model's name in the tables."""
+
+
+def test_each_kind_of_model_has_its_recipe() -> None:
+    assert {MODELS[name]["pipeline"] for name in RECIPE_OF.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("path", RECIPE_OF, ids=lambda path: path.stem)
+def test_a_recipe_runs_dry_by_its_name(
+    path: Path, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny model of the same kind; no path leads to the recipe from here."""
+    kind = MODELS[RECIPE_OF[path]]["pipeline"]
+    base = pipeline_dir() if kind == SDXL else saved(kind, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state()
+    argv = ["--config", path.stem, "--dataset", "mini", "--resolution", "64", "--dry_run"]
+    argv += ["--pretrained_model_name_or_path", str(base), "--output_dir", "run"]
+    assert train_dreambooth_bilora.main(argv) == 0
+    out = capsys.readouterr().out
+    values = read_options(path, path.name, "--config")
+    size = int(values["train_batch_size"]) * int(values["gradient_accumulation_steps"])
+    assert f"steps: {int(values['max_train_steps']):,} of {size}," in out
+    assert "Bi-LoRA on " in out
+    assert "It fits" in out
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem != "lumina2")) for p in RECIPE_OF],
+    ids=lambda path: path.stem,
+)
+def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text == page(path, RECIPE_OF[path]), "run `python -m docs.make`"
+    found = [(int(line[1]), float(line[0].split()[-2])) for line in LINE.finditer(text)]
+    assert [size for size, _ in found] == [24, 16]
+    assert all(needed < 0.9 * size for size, needed in found)
+    assert "# Rate" in text  # and where it comes from
+
+
+def test_a_file_wins_over_a_recipe_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("t5_base/mrpc") == RECIPES / "t5_base" / "mrpc.yaml"
+    (tmp_path / "sdxl").mkdir()
+    assert find_recipe("sdxl") == RECIPES / "sdxl.yaml"
+    (tmp_path / "krea2").write_text("rank: 4")
+    assert find_recipe("krea2") == Path("krea2")
+
+
+@pytest.mark.parametrize("name", ["flux2_klien", "", "../pyproject", "a\0b", "x" * 5000])
+def test_a_name_of_no_recipe_is_a_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=r"^--config .* is neither a file nor a recipe"):
+        find_recipe(name)
