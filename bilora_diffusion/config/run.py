@@ -78,7 +78,7 @@ class RunConfig(
             UserError: a value or a combination that can't be honoured; it names the fix.
         """
         kind = cls.with_own_options()
-        values, given = cls.line(argv)
+        values, given = cls.parser().read(argv, cls.alternatives)
         values = cls.complete(_completed(values, given, cls.modality), given)
         values["validation_loss_steps"] = _measured_every(values, given)
         values, notes = _without_idle(fields.options_of(kind.groups), values, given)
@@ -93,11 +93,10 @@ class RunConfig(
         return kind(**{**values, **_scaled_rates(values, machine.processes())})
 
     @classmethod
-    def line(cls, argv: Sequence[str] | None = None) -> tuple[Values, frozenset[str]]:
-        """Every option's value as a command line has it or by default, and those that it gives."""
+    def parser(cls) -> CommandLine:
+        """What reads the command lines of this script."""
         groups = cls.with_own_options().groups
-        line = CommandLine(groups, cls.description, cls.usage, cls.foreign)
-        return line.read(argv, cls.alternatives)
+        return CommandLine(groups, cls.description, cls.usage, cls.foreign)
 
     @staticmethod
     def complete(values: Values, given: frozenset[str]) -> Values:

@@ -64,7 +64,7 @@ class TextConfig(
     groups: ClassVar[tuple[Any, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
     without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"max_predictions": 0, "eval_train_samples": 0, "warmup_ratio": None}
+        {"max_predictions": 0, "eval_train_samples": 0}
     )
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("task", "train_file"),

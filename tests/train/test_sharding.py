@@ -25,7 +25,7 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "PARALLELISM_CONFIG": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}),
     "image models": (FSDP, {"modality": "image"}),
     "--method full": (FSDP, {"method": "full"}),
-    "--folds": (FSDP, {"folds": 4, "fold": None}),
+    "--fit": (FSDP, {"fit": True}),
     "FSDP_OFFLOAD_PARAMS": ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {}),
     "FSDP_ACTIVATION_CHECKPOINTING": ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
     "FSDP_IGNORED_MODULES": ({**FSDP, "FSDP_IGNORED_MODULES": "a.*"}, {}),

@@ -102,10 +102,14 @@ def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[
     return [(sorted(set(every) - set(held)), held) for held in parts(names, count)]
 
 
-def make_plan(cfg: RunConfig, task: ReusableTask, accelerator: Accelerator, folds: int) -> Plan:
-    """The size of a search."""
+def make_plan(
+    cfg: RunConfig, task: ReusableTask, accelerator: Accelerator, folds: int, typed: bool
+) -> Plan:
+    """The size of a search; ``typed``: whether the command line says how often to measure."""
     steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    every = min(steps, cfg.validation_loss_steps or math.ceil(steps / MEASUREMENTS))
+    every = math.ceil(steps / MEASUREMENTS)
+    if typed and cfg.validation_loss_steps:
+        every = min(steps, cfg.validation_loss_steps)
     return Plan(folds, steps, every, cfg.fit_budget or BUDGET * steps)
 
 
@@ -143,12 +147,14 @@ class Fit:
         self.cfg, self.task, self._train, self._accelerator = cfg, task, train, accelerator
         self._rank, self._processes = accelerator.process_index, accelerator.num_processes
         self.folder, self._script, self._argv = Path(cfg.output_dir), script, argv
+        self._typed = frozenset(type(cfg).parser().explicit(argv))
         self._configs: dict[Options, Any] = {}
         self.what = "images" if cfg.modality == "image" else "rows"
         self.parts: list[tuple[list[int], list[int]] | None] = [None]
         if not task.has_heldout:
             self.parts = [*deal(task.names, cfg.fit_folds, self.what)]
-        self.plan = make_plan(cfg, task, accelerator, len(self.parts))
+        often = "validation_loss_steps" in self._typed
+        self.plan = make_plan(cfg, task, accelerator, len(self.parts), often)
         self.space = self._read_space()
         self._check()
         self._names: dict[str, Options] = {}
@@ -161,7 +167,7 @@ class Fit:
             values = read_values(Path(cfg.fit_space), searchable(cfg), known)
         else:
             values = default_values(
-                type(cfg).line(self._argv)[1],
+                self._typed,
                 cfg.learning_rate,
                 len(self.task.names),
                 self._supports_sample(),
@@ -181,7 +187,10 @@ class Fit:
         """Refuse values that the command line would, and a budget for less than a search."""
         for start in self.space.starts():
             for options in (o for name in self.space.values for o in self.space.along(name, start)):
-                self._config(options)
+                try:
+                    self._config(options)
+                except UserError as error:
+                    raise UserError(f"in a run of --fit, {error}") from None
         least = max(self.plan.least, self.plan.third * len(self.space.starts()))
         if self.plan.budget < least:
             raise UserError(
@@ -253,11 +262,17 @@ class Fit:
         report.write(self.folder, self.settings(), self._runs, self.search, done)
 
     def _config(self, options: Options) -> Any:
-        """The command line with further options, of which it says nothing once more."""
+        """The command line with further options, of which it says nothing once more; a scale of
+        the adapters that is not typed follows the rank.
+        """
         if options not in self._configs:
+            rank, scale = dict(options).get("rank", ""), ()
+            if rank.isdecimal() and "lora_alpha" not in self._typed:
+                scale = (("lora_alpha", str(2 * int(rank))),)
             logging.disable(logging.WARNING)
             try:
-                self._configs[options] = self._script.resolve([*self._argv, *words(options)])
+                line = [*self._argv, *words((*scale, *options))]
+                self._configs[options] = self._script.resolve(line)
             finally:
                 logging.disable(logging.NOTSET)
         return self._configs[options]
