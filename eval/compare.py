@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.train.fit.search import LEVEL, Interval, bootstrap_interval
+from bilora_diffusion.intervals import LEVEL, Interval, bootstrap_interval
 
 from .table import Entry, Row, Summary
 

@@ -142,7 +142,7 @@ def test_losses_are_pooled_over_samples_at_common_steps() -> None:
 
 
 def test_options_that_a_method_does_not_read_are_no_difference() -> None:
-    every = space(method=["lora", "bilora"], rho=["0.1", "1"], rank=["4"]).all()
+    every = space(method=["lora", "bilora"], rho=["0.1", "1"], rank=["4"]).all(9)
     assert [title(options) for options in every] == [
         "lora, rank 4",
         "bilora (rho 0.1), rank 4",
@@ -169,8 +169,7 @@ BAD_SPACES = [
     ("rank: [[4]]", "something else than values"),
     ("rank: {log: [1, 2]}", "something else than values"),
     ("rank:", "something else than values"),
-    ("rank: [4, 4]", "has 4 twice"),
-    (f"rank: {list(range(1, 70))}", "69 values"),
+    ("rank: [4, 4]", "has a value twice"),
     ("learning-rate: 1\nlearning_rate: 2", "a second time"),
     ("rank: &a [4]", "an anchor"),
     ("rank: [4]\n---\nrank: [8]", "several documents"),

@@ -12,17 +12,16 @@ asks for the same runs in the same order.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from ...errors import TrainingError
+from ...intervals import Interval, bootstrap_interval
 from .space import METHOD, RATE, Options, Space
 
-LEVEL, RESAMPLES = 0.95, 9999
 BUDGET = 10
 """Runs of the whole length that a search costs at most, unless it is told otherwise."""
 EXPLORED = 0.6
@@ -31,45 +30,6 @@ BEYOND = 1.5
 """A curve is whole where it goes on for so many times the step of its lowest point."""
 Curve = Mapping[int, np.ndarray]
 """Step -> held-out loss of each sample, (n,); their mean is the held-out loss."""
-
-
-class Interval(NamedTuple):
-    """A two-sided confidence interval, in the units of what was measured."""
-
-    low: float
-    high: float
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval | None:
-    """95 % interval of the mean of independent values by ``scipy.stats.bootstrap`` (BCa).
-
-    Where all values are equal, for which BCa is not defined, it has no width. Where it is not
-    defined otherwise, the percentile interval stands in. With few values a bootstrap interval is
-    too narrow: of 95 % intervals of normal values, 72 % cover the mean for 3, 84 % for 5 and 91 %
-    for 10.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) < 2:
-        return None
-    # Equal up to rounding: what is left of differences of equal numbers has no distribution.
-    if np.ptp(array) <= 1e-12 * np.abs(array).max():
-        return Interval(float(array.mean()), float(array.mean()))
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the degenerate case is handled by the second method
-            interval = stats.bootstrap(
-                (array,),
-                np.mean,
-                confidence_level=LEVEL,
-                n_resamples=resamples,
-                method=method,
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-        if math.isfinite(interval.low) and math.isfinite(interval.high):
-            return Interval(float(interval.low), float(interval.high))
-    return None
 
 
 class Work(NamedTuple):
@@ -104,11 +64,6 @@ class Plan:
     def third(self) -> int:
         """Steps of the first round."""
         return self.rounded(self.steps / 3)
-
-    @property
-    def least(self) -> int:
-        """The smallest budget that leads one configuration through all folds."""
-        return self.folds * self.third
 
 
 def pooled(curves: Iterable[Curve]) -> dict[int, np.ndarray]:
@@ -166,16 +121,15 @@ class Search:
             self._go([Work((), 0, self.plan.steps)], self.plan.budget)
 
     def _explore(self, space: Space, most: int) -> None:
-        third = self.plan.third
-        whole = space.size * third <= most
-        self._go([Work(o, 0, third) for o in (space.all() if whole else space.starts())], most)
+        def begin(options: Iterable[Options | None]) -> bool:
+            return self._go([Work(o, 0, self.plan.third) for o in options if o is not None], most)
+
+        whole = begin(space.all(most / self.plan.third)) or not begin(space.starts())
         for name in space.axes():
-            near = [] if whole else [o for s in self._leaders() for o in space.along(name, s)]
-            self._go([Work(o, 0, third) for o in near], most)
-            while name == RATE:
-                wider = [space.beyond(start, self.curves) for start in self._leaders()]
-                if not self._go([Work(o, 0, third) for o in wider if o is not None], most):
-                    break
+            if not whole:
+                begin(options for start in self._leaders() for options in space.along(name, start))
+            while name == RATE and begin(space.beyond(o, self.curves) for o in self._leaders()):
+                pass
 
     def _narrow(self, most: int) -> None:
         group, waiting = self._ordered(self._alive()), list[Options]()
@@ -217,22 +171,20 @@ class Search:
         own = self.curves.get(work.options, [])
         return max(0, work.steps - (max(own[work.fold]) if work.fold < len(own) else 0))
 
+    def _needed(self, options: Options) -> int:
+        """Steps at which a configuration's curve is whole."""
+        return self.plan.rounded(BEYOND * lowest(pooled(self.curves[options]))[1])
+
     def _next(self, options: Options) -> list[Work]:
         """What brings a configuration on: its folds to more steps, or one more fold."""
-        own, plan = self.curves[options], self.plan
-        curve = pooled(own)
-        needed, length = plan.rounded(BEYOND * lowest(curve)[1]), max(curve)
-        if needed > length:
+        own, needed = self.curves[options], self._needed(options)
+        if needed > max(pooled(own)):
             return [Work(options, fold, needed) for fold in range(len(own))]
-        return [Work(options, len(own), needed)] if len(own) < plan.folds else []
-
-    def _falls(self, options: Options) -> bool:
-        curve = pooled(self.curves[options])
-        return self.plan.rounded(BEYOND * lowest(curve)[1]) > max(curve)
+        return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
 
     def _is_worse(self, options: Options, best: Options) -> bool:
         fewer = len(self.curves[best]) < len(self.curves[options])
-        if options == best or fewer or self._falls(options):
+        if options == best or fewer or self._needed(options) > max(pooled(self.curves[options])):
             return False
         _, difference, interval = self._beside(options, best)
         if interval is None or interval.low <= 0:
@@ -272,8 +224,15 @@ class Search:
 
     @property
     def chosen(self) -> tuple[Options, int]:
-        """The lowest configuration of those on the most folds, and its step."""
+        """The lowest configuration of those on the most folds, and its step.
+
+        Raises:
+            TrainingError: none could be trained.
+        """
         alive = self._alive()
+        if not alive:
+            reason = next(iter(self.out.values()), "")
+            raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
         most = max(len(self.curves[options]) for options in alive)
         best = self._ordered(o for o in alive if len(self.curves[o]) == most)[0]
         return best, lowest(pooled(self.curves[best]))[1]
