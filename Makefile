@@ -39,7 +39,7 @@ help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
 
 demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what they make, into demo/
-	$(BIN)/python -m examples.demo --output_dir "$(DEMO_DIR)"
+	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
 
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show its answers before and after
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"

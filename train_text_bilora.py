@@ -11,26 +11,8 @@ The last one runs on a CPU in a minute. ``--help`` explains every flag.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from bilora_diffusion.errors import run_cli
-from bilora_diffusion.text.config import resolve_text
-from bilora_diffusion.train.launching import importing, start_missing_processes
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code: 0, or 2 after a sentence that says what to mend."""
-
-    def train() -> None:
-        start_missing_processes()
-        with importing():
-            config = resolve_text(argv)  # before all else, so that a typo is answered at once
-            from bilora_diffusion.text.script import main as train_text
-
-        train_text(argv, config)
-
-    return run_cli(train)
-
+from bilora_diffusion.commands import text as main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHT
 from bilora_diffusion.run.folder import FIT
 from bilora_diffusion.run.record import RUN, read_run
 from eval import table
-from eval.table import EARLIER, FILE
+from eval.table import FILE
 
 from .runs import RunItem, named
 from .scored import Scored, scored
@@ -243,10 +243,6 @@ class Catalog:
                     scan.broken.append(Broken(folder, reason))
                 pictures = [_join(folder, name) for name in listed if name in names]
                 scan.figures.append(FigureItem(folder, shown, result, pictures))
-            return
-        for file in sorted(EARLIER.keys() & names):
-            again = f"run python -m eval.{EARLIER[file]} again"
-            scan.broken.append(Broken(folder, f"{file} is of an earlier version: {again}"))
 
     def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
         """What ``read`` makes of a folder's file, or None and a line among the broken ones."""

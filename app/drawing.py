@@ -1,13 +1,9 @@
-"""What the Generate tab asks for, the thread that draws it, and the pipeline. No widgets here.
-
-One pipeline is in memory at a time, and whoever draws with it has waited in line.
-"""
+"""The request of the Generate tab and the pipeline that draws it; one is in memory at a time."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
-from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -35,10 +31,6 @@ from .runs import RunItem
 BASE = ""
 """Stands for the base model among the paths of runs."""
 MAX_STEPS, MAX_SEED = 200, 2**32 - 1
-
-
-class Stopped(Exception):
-    """Generation was stopped by whoever asked for it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ class Request:
 
 
 class Pipelines:
-    """Keeps one pipeline loaded; ``line`` has who waits for it, first who has it.
+    """Keeps one pipeline loaded.
 
     Args:
         device: such as "cuda:1"; None for a GPU where there is one.
@@ -85,7 +77,6 @@ class Pipelines:
 
     def __init__(self, device: str | None = None) -> None:
         self.device = open_device(device)
-        self.line: list[Work] = []
         self._base: BaseChoice | None = None
         self._pipeline: Any = None
 
@@ -94,30 +85,21 @@ class Pipelines:
         base: BaseChoice,
         adapter: Path | None,
         request: Request,
-        *,
-        stop: threading.Event,
         on_step: Callable[[int], None],
     ) -> Image:
-        """One image; to be called by the first in line.
+        """One image; not to be called by two at once.
 
         Args:
             base: loaded when it is not.
             adapter: run folder; None for the base model alone.
-            stop: when set, work ends before the next step.
-            on_step: called with the number of each step, from 1, when it was taken.
+            on_step: called with the number of each step, from 1, when it was taken; what it raises
+                ends the work.
 
         Raises:
-            Stopped: ``stop`` was set.
             UserError: the base model is not on this machine, or the adapter does not fit it.
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-
-        def watched(step: int) -> None:
-            if stop.is_set():
-                raise Stopped
-            on_step(step)
-
         with applied(pipeline, subject, request.scale):
             return generate(
                 pipeline,
@@ -126,7 +108,7 @@ class Pipelines:
                 size=request.size or of(pipeline).pixels(pipeline),
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
-                on_step=watched,
+                on_step=on_step,
             )[0]
 
     def _load(self, base: BaseChoice) -> Any:
@@ -173,64 +155,6 @@ def local(base: BaseChoice) -> str:
             f'the base model "{base.name}" is not on this machine: download it with'
             f" hf download {base.name}, or put its folder there"
         ) from error
-
-
-@dataclass(eq=False)
-class Work:
-    """A generation that is going on in a thread of its own.
-
-    Args:
-        sides: label and run folder of each image; None for the base model alone.
-        base: the base model of all.
-        request: what is drawn.
-        place: the root's place on the machine, which no message shows.
-        stop: ends the work before its next step.
-        ahead: how many wait before it.
-        step: that was taken last, of the image after ``images``.
-        message: how it ended.
-        failed: whether by an error.
-    """
-
-    sides: list[tuple[str, Path | None]]
-    base: BaseChoice
-    request: Request
-    place: str
-    stop: threading.Event = field(default_factory=threading.Event)
-    ahead: int = 0
-    step: int = 0
-    images: list[Image] = field(default_factory=list)
-    message: str = ""
-    failed: bool = False
-
-    def run(self, models: Pipelines) -> None:
-        """Wait in line and draw each side."""
-        models.line.append(self)
-        try:
-            while ahead := models.line.index(self):
-                self.ahead = ahead
-                if self.stop.wait(0.1):
-                    raise Stopped
-            self.ahead = 0
-            for _, adapter in self.sides:
-                about = (self.base, adapter, self.request)
-                image = models.draw(*about, stop=self.stop, on_step=self._on_step)
-                self.step = 0
-                self.images.append(image)
-            self.message = "Done."
-        except Stopped:
-            self.message = "Cancelled."
-        except (UserError, TrainingError) as error:
-            self.message, self.failed = str(error).replace(self.place, ""), True
-        except Exception as error:
-            # The page has to hear of it; the traceback goes to the terminal.
-            self.message = f"The images could not be made ({type(error).__name__})."
-            self.failed = True
-            raise
-        finally:
-            models.line.remove(self)
-
-    def _on_step(self, step: int) -> None:
-        self.step = step
 
 
 def sides(

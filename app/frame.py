@@ -40,14 +40,14 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         heading = html("frame-title")
         notice = html("frame-notice", visible=False)
         kinds = ("runs", "scores", "figures")
-        seen = {kind: gr.Textbox("", visible=False) for kind in kinds}
+        seen = {kind: gr.Textbox("", visible=False, elem_id=f"frame-{kind}") for kind in kinds}
         runs, scores, figures = (seen[kind].change for kind in kinds)
         tabs: dict[str, Callable[[], object]] = {
             "Compare": lambda: (
                 validation.build(catalog, runs),
                 compare.Tab(catalog, scores),
             ),
-            "Generate": lambda: generate.Tab(catalog, runs, device),
+            "Generate": lambda: generate.Tab(catalog, page, runs, device),
             "Vote": lambda: vote.Tab(catalog, scores),
             "Training": lambda: training.Tab(catalog, runs),
             "Results": lambda: results.build(catalog, figures),

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.mini import MINI
 
 from . import parts
 from .catalog import Catalog
-from .drawing import BASE, Pipelines, Work, checked, drawable, sides, usual
+from .drawing import BASE, Pipelines, checked, drawable, sides, usual
 from .parts import QUIET
 from .runs import ordered, pair
 
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
-IDLE_SECONDS = 0.2
-VISITORS = 16
-"""Those who may stand in line with their place shown; Gradio's own queue holds the others."""
+
+
+class Stopped(Exception):
+    """Work was stopped by whoever asked for it."""
 
 
 class Tab:
     """The widgets, and what happens when they are used."""
 
-    def __init__(self, catalog: Catalog, changed: Any, device: str | None) -> None:
+    def __init__(self, catalog: Catalog, page: gr.Blocks, changed: Any, device: str | None) -> None:
         self.catalog, self.models = catalog, Pipelines(device)
-        self.running: dict[str | None, Work] = {}
+        self.numbers, self.current = itertools.count(1), dict[str | None, int]()
         self._widgets()
-        self._events(changed)
+        self._events(page, changed)
 
     def _widgets(self) -> None:
         self.empty = parts.html("generate-empty", visible=False)
@@ -50,6 +52,7 @@ class Tab:
                     0, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
                 )
                 self.base = gr.State(MINI)
+                self.number = gr.Number(0, visible=False)
                 self.scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
@@ -61,7 +64,7 @@ class Tab:
                 self.cards = parts.html("generate-cards")
                 self.slider = parts.html("generate-slider")
 
-    def _events(self, changed: Any) -> None:
+    def _events(self, page: gr.Blocks, changed: Any) -> None:
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
         # Where another base model is chosen; else what was set stays.
         gr.on(
@@ -71,22 +74,25 @@ class Tab:
             [self.steps, self.guidance, self.base],
             **QUIET,
         )
-        asked = [self.prompt, self.a, self.b, self.seed, self.steps, self.guidance, self.scale]
+        asked = [self.number, self.prompt, self.a, self.b, self.seed]
+        asked += [self.steps, self.guidance, self.scale]
         shown = [self.status, self.cards, self.slider]
-        # No `cancels` of Gradio's here: it leaves the next event in error now and then. The work
-        # ends by itself when it is stopped, waiting in line or drawing.
-        gr.on(
-            [self.go.click, self.prompt.submit],
+        # No `cancels` of Gradio's here: it leaves the next event in error now and then.
+        started = gr.on(
+            [self.go.click, self.prompt.submit], self.begin, [], self.number, queue=False, **QUIET
+        )
+        started.then(
             self.generate,
-            inputs=asked,
-            outputs=shown,
+            asked,
+            shown,
             show_progress="minimal",
             show_progress_on=self.status,
             trigger_mode="multiple",
-            concurrency_limit=VISITORS,
+            concurrency_limit=1,
             api_visibility="private",
         )
-        self.cancel.click(self.stop, inputs=[], outputs=[], queue=False, **QUIET)
+        self.cancel.click(self.stop, [], [], queue=False, **QUIET)
+        page.unload(self.stop)
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
         """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
@@ -109,8 +115,14 @@ class Tab:
             pass
         return [gr.skip()] * 3
 
+    def begin(self, request: gr.Request) -> int:
+        """A number for new work, which ends this browser's earlier work."""
+        self.current[request.session_hash] = number = next(self.numbers)
+        return number
+
     def generate(
         self,
+        number: int,
         prompt: str,
         a: str,
         b: str,
@@ -119,60 +131,44 @@ class Tab:
         guidance: float,
         scale: float,
         request: gr.Request,
+        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
-        """Draw both sides; yields the state of the work as it goes on."""
+        """Draw both sides; yields each as soon as it is there."""
+        images: list[Image.Image] = []
         try:
             drawing = checked(prompt, seed, steps, guidance, scale)
             base, chosen, size = sides(self.catalog, a, b)
-        except UserError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from error
-        work = Work(chosen, base, replace(drawing, size=size), f"{self.catalog.root}/")
-        self.stop(request)  # who presses Generate again wants the new one
-        self.running[request.session_hash] = work
-        thread = threading.Thread(target=work.run, args=(self.models,), daemon=True)
-        thread.start()
-        drawn = -1
-        try:
-            while thread.is_alive():
-                # Yielding is what lets Gradio notice that a browser has gone.
-                done, drawn = drawn, len(work.images)
-                yield _progress(work), gr.skip() if drawn == done else _cards(work), gr.skip()
-                thread.join(IDLE_SECONDS)
-            if work.failed:
-                yield "", gr.skip(), gr.skip()
-                raise gr.Error(escape(work.message), print_exception=False)
-            slider = parts.slider([label for label, _ in work.sides], work.images)
-            yield _message(work.message), _cards(work), slider
-        finally:  # also when the browser has gone
-            work.stop.set()
-            if self.running.get(request.session_hash) is work:
-                del self.running[request.session_hash]
+            for label, adapter in chosen:
+
+                def on_step(step: int, label: str = label) -> None:
+                    if self.current.get(request.session_hash) != number:
+                        raise Stopped
+                    progress((step, drawing.steps), desc=label, unit="steps")
+
+                on_step(0)
+                yield gr.skip(), _cards(chosen, images), gr.skip()
+                images.append(self.models.draw(base, adapter, replace(drawing, size=size), on_step))
+            slider = parts.slider([label for label, _ in chosen], images)
+            yield _message("Done."), _cards(chosen, images), slider
+        except Stopped:
+            yield _message("Cancelled."), gr.skip(), gr.skip()
+        except (UserError, TrainingError) as error:
+            text = escape(parts.plain(error, self.catalog))
+            raise gr.Error(text, print_exception=False) from error
 
     def stop(self, request: gr.Request) -> None:
-        """End what this browser asked for."""
-        work = self.running.get(request.session_hash)
-        if work is not None:
-            work.stop.set()
+        """End what this browser asked for, before its next step."""
+        self.current.pop(request.session_hash, None)
 
 
 def _message(text: str) -> str:
     return f'<p class="quiet">{escape(text)}</p>'
 
 
-def _progress(work: Work) -> str:
-    if work.ahead:
-        return _message(f"Waiting: {work.ahead} before you.")
-    steps, position = work.request.steps, len(work.images)
-    what = f"step {work.step} of {steps}" if work.step else "getting ready"
-    label = work.sides[min(position, len(work.sides) - 1)][0]
-    done = f'value="{position * steps + work.step}" max="{len(work.sides) * steps}"'
-    return f"{_message(f'{label}: {what}')}<progress {done}></progress>"
-
-
-def _cards(work: Work) -> str:
-    addresses = [parts.data_uri(image) for image in work.images] + [None] * len(work.sides)
+def _cards(sides: Sequence[tuple[str, Any]], images: Sequence[Image.Image]) -> str:
+    addresses = [parts.data_uri(image) for image in images] + [None] * len(sides)
     cards = [
         parts.card(label, address, role)
-        for (label, _), address, role in zip(work.sides, addresses, "AB", strict=False)
+        for (label, _), address, role in zip(sides, addresses, "AB", strict=False)
     ]
     return f'<div class="cards">{"".join(cards)}</div>'

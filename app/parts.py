@@ -162,7 +162,7 @@ TRAIN = (
 COMMANDS = {
     "demo": (
         "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):",
-        "python -m examples.demo --output_dir {}",
+        "python -m bilora_diffusion.demo --output_dir {}",
     ),
     "train": ("Or train on pictures of your own:", TRAIN),
     "images": (

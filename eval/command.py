@@ -123,13 +123,11 @@ def _runs_alone(words: Sequence[str]) -> list[str]:
     """The words without logs and folders of results, which are named in one line."""
     from bilora_diffusion.run.runlog import RUN  # here, so that --help does not wait for torch
 
-    files = {table.FILE, *table.EARLIER}
-
     def other(word: str) -> bool:
         path = Path(word)
         if path.is_file():
-            return path.suffix == ".log" or path.name in files
-        return not (path / RUN).exists() and any((path / file).is_file() for file in files)
+            return path.suffix == ".log" or path.name == table.FILE
+        return not (path / RUN).exists() and (path / table.FILE).is_file()
 
     left = [word for word in words if other(word)]
     if left:

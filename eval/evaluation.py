@@ -165,10 +165,6 @@ class Evaluation:
         """What stands below the tables: figures, notes and origin at the end."""
         return [report.closing(result)]
 
-    def shown(self, result: Result) -> str:
-        """What is printed."""
-        return self.report(result)
-
     def work(self) -> int | None:
         """Do all of it; returns an exit code of its own, or None for 0."""
         subjects = self.subjects()
@@ -182,9 +178,10 @@ class Evaluation:
     def write(self, result: Result) -> None:
         """Draw, write all files, and print the report and where they are."""
         result = replace(result, figures=self.figures(result, self.folder))
-        table.write(result, self.folder, self.report(result))
+        report = self.report(result)
+        table.write(result, self.folder, report)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
-        lines = [*self.shown(result).splitlines(), f"written: {self.folder}/{', '.join(files)}"]
+        lines = [*report.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
         print("\n".join(map(strip_controls, lines)))
 
 

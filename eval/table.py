@@ -28,11 +28,6 @@ from .provenance import Provenance
 
 SCHEMA_VERSION = 1
 FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.md"
-EARLIER = {
-    **{f"{name}.json": name for name in ("dynamics", "generalization", "landscape", "text_scores")},
-    "scores.json": "clip_scores",
-}
-"""Files of earlier versions' results, which are not read, and the command that makes them anew."""
 
 
 @dataclass(frozen=True)

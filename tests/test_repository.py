@@ -39,6 +39,7 @@ COMMANDS = (
     *("train_dreambooth_bilora.py", "train_text_bilora.py"),
     *("eval.clip_scores", "eval.dynamics", "eval.generalization", "eval.landscape"),
     *("eval.sweep", "eval.text_scores", "app.viewer", "bilora_diffusion.export"),
+    "bilora_diffusion",
 )
 # Each name is put together here, so as not to find itself: folders and hosts of one machine only.
 MACHINE = re.compile(
@@ -204,6 +205,7 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
 """
 
 
+@pytest.mark.slow  # in a process of its own
 def test_an_option_of_the_example_touches_no_further_file(tmp_path: Path) -> None:
     (tmp_path / "test_own_option.py").write_text(OWN_OPTION)
     test = f"{tmp_path}/test_own_option.py"

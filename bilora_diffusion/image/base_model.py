@@ -13,8 +13,9 @@ from ..errors import UserError, reading
 from ..files import folder_or_id
 from ..mini import PIPELINES
 from .families import SDXL, named
-from .fit import ANOTHER, FLAG
 
+FLAG = "--pretrained_model_name_or_path"
+ANOTHER = f"give another {FLAG}"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 _GIVE_ONE = (
     f"pass {FLAG} a hub id (or folder) of a pipeline in diffusers' format, or one that is embedded,"

@@ -10,8 +10,7 @@ import torch
 from ..errors import UserError, reading
 from ..train.soundness import require_words
 
-FLAG = "--pretrained_model_name_or_path"
-ANOTHER = f"give another {FLAG}"
+ANOTHER = "give another --pretrained_model_name_or_path"
 
 
 def latent_channels(vae: Any) -> int:

@@ -19,10 +19,9 @@ from ..errors import UserError, reading
 from ..mini import PIPELINES
 from ..train.empty import empty
 from ..train.soundness import require_finite, require_safetensors, require_whole
-from .base_model import folder_of, from_hub
+from .base_model import ANOTHER, folder_of, from_hub
 from .families import named
 from .families.base import Family
-from .fit import ANOTHER
 
 WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of configurations and tokenizers."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import UserError
+
 MINI = "mini"
 """What stands for it where a model or a data set is named."""
 FLOW = "mini-flow"
@@ -16,6 +18,7 @@ FLOW = "mini-flow"
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
 _HERE = Path(__file__).resolve().parent
+_FLOW = _HERE / "flow"
 
 
 def pipeline_dir() -> Path:
@@ -28,8 +31,13 @@ def pipeline_dir() -> Path:
 def flow_dir() -> Path:
     """Folder of the flow-matching pipeline (float16), for
     ``StableDiffusion3Pipeline.from_pretrained``.
+
+    Raises:
+        UserError: the package was installed from a wheel, which is to be small.
     """
-    return _HERE / "flow"
+    if not _FLOW.is_dir():
+        raise UserError(f"{FLOW} is in the repository only, not in its wheel: train from there.")
+    return _FLOW
 
 
 PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
@@ -37,7 +45,7 @@ PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 def embedded(model: str | Path) -> str | None:
     """The one of ``PIPELINES`` that a name or a folder stands for."""
-    places = {folder(): name for name, folder in PIPELINES.items()}
+    places = {pipeline_dir(): MINI, _FLOW: FLOW}
     return str(model) if model in PIPELINES else places.get(Path(model).expanduser().resolve())
 
 

@@ -94,12 +94,18 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
             "nothing was held out, and the training loss can't say when the model overfits:"
             f" --fit chooses the steps by folds of the same data, {flag} measures on other data"
         ]
-    lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
-    lines["score it"] = f"python -m {scores} {quoted} base"
+    if in_repository():
+        lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
+        lines["score it"] = f"python -m {scores} {quoted} base"
     width = max(map(len, lines))
     took = duration(record["wall_seconds"])
     block = [f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
     return "\n".join([*block, *last])
+
+
+def in_repository() -> bool:
+    """Test that the package is that of the repository, which alone has viewer and evaluation."""
+    return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
 def _course(losses: Mapping[int, float]) -> str:

@@ -249,12 +249,6 @@ class ClipScores(Evaluation):
             report.closing(replace(result, notes=[]), ("torch", "diffusers"), told),
         ]
 
-    def shown(self, result: Result) -> str:
-        from . import shown
-
-        verdicts = report.verdicts(result, shown.PAPER)
-        return "\n".join(["", *result.notes, shown.scores(result), "", *verdicts, ""])
-
 
 def load_models(
     scorer: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
 from ..subjects import Subject
+from ..sweep.axes import listed
 from .images import Sampling
 from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 from .prompts import Prompt, read
@@ -25,16 +25,10 @@ MINI_GUIDANCE = 4.0
 
 def read_seeds(text: str) -> list[int]:
     """``0,1`` or ``0..3`` as numbers."""
-    seeds: list[int] = []
-    for part in (part.strip() for part in text.split(",")):
-        ends = re.fullmatch(r"(\d{1,18})(?:\.\.(\d{1,18}))?", part)
-        span = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
-        if not span or len(span) > 1000:
-            raise UserError(f'--seeds is "{text}": write numbers from 0 on, such as 0,1 or 0..3.')
-        seeds += span
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f'--seeds "{text}" has a seed twice: keep one.')
-    return seeds
+    words = listed(text, f'--seeds is "{text}"')
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f'--seeds is "{text}": write numbers from 0 on, such as 0,1 or 0..3.')
+    return [int(word) for word in words]
 
 
 def base_model(subjects: Sequence[Subject], given: str | None) -> str:

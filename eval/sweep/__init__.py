@@ -23,16 +23,17 @@ import argparse
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
-from ..command import Parser, open_folder, require_free
+from ..command import Parser, open_folder, require_free, whole
 from ..evaluation import Evaluation
 from ..provenance import without_paths
+from ..report import Column
 from ..sources import run as find_run
 from ..subjects import Subject, by_group, paired
 from ..table import Result, Row
@@ -42,7 +43,7 @@ from .findings import FINISHED, HELDOUT, SECONDS, TRAINING
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .axes import Values
     from .cells import Outcome, Runner
-    from .grid import Grid, Planner
+    from .grid import Grid
 
 
 class Sweep(Evaluation):
@@ -66,23 +67,6 @@ class Sweep(Evaluation):
     @classmethod
     def arguments(cls, parser: Parser) -> None:
         add = parser.add_argument
-        cls.running_arguments(parser)
-        add(
-            "--over",
-            nargs="+",
-            default=[],
-            metavar="NAME=VALUES",
-            help="axes: name=v1,v2 or name=a..b (whole numbers, b included); seed is the axis of"
-            " pairs",
-        )
-        add("--arms", type=Path, help="YAML file: label to mapping of options")
-        add("--metric", default=HELDOUT, help="key in metrics.jsonl")
-        add("--higher_is_better", action="store_true", help="of the metric, such as accuracy")
-
-    @classmethod
-    def running_arguments(cls, parser: Parser) -> None:
-        """Add the flags that say what is run, how and where."""
-        add = parser.add_argument
         add("recipe", type=Path, help="YAML file of options that all cells share")
         add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of all cells")
         add("--control", help="the arm to compare with, by label or option; default: the first")
@@ -95,17 +79,36 @@ class Sweep(Evaluation):
             help='for accelerate launch, such as --launch="--num_processes 2 --multi_gpu"',
         )
         add("--script", default="train_dreambooth_bilora.py", help="the training script")
-        add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+        add("--jobs", type=whole(1), default=1, help="runs at a time, which share the cores")
         add("--dry_run", action="store_true", help="check and list the cells only")
+        add(
+            "--over",
+            nargs="+",
+            default=[],
+            metavar="NAME=VALUES",
+            help="axes: name=v1,v2 or name=a..b (whole numbers, b included); seed is the axis of"
+            " pairs",
+        )
+        add("--arms", type=Path, help="YAML file: label to mapping of options")
+        add("--metric", default=HELDOUT, help="key in metrics.jsonl")
+        add("--higher_is_better", action="store_true", help="of the metric, such as accuracy")
 
     def work(self) -> int | None:
         """Plan, run, compare and write; 1 when a cell failed."""
         grid, runner = self.plan()
+        runs = runner.runs_dir
         if self.args.dry_run:
             show(grid, runner)
             return None
-        self.open_folders(runner.runs_dir)
-        return self.judge(runner.run_all(grid.cells), runner.runs_dir)
+        open_folder(runs, "--runs_dir")
+        open_folder(self.folder)
+        require_free(self.folder, self.name)
+        outcomes = runner.run_all(grid.cells)
+        subjects = [subject_of(runs, outcome) for outcome in outcomes]
+        self._require_metric(subjects)
+        rows = [row for subject in subjects for row in self.rows(subject)]
+        self.write(self.complete(subjects, rows))
+        return report_failures(outcomes, runs)
 
     def plan(self) -> tuple[Grid, Runner]:
         """What is to be run, checked and shown.
@@ -114,30 +117,7 @@ class Sweep(Evaluation):
             UserError: bad input; nothing was run.
         """
         from . import axes
-
-        given = self.args
-        planner = self.planner()
-        arms = axes.load_arms(given.arms) if given.arms else {}
-        grid = planner.grid(axes.axes(given.over), arms)
-        self.control = grid.control(given.control).label
-        print(f"{len(grid.arms)} arms x {len(grid.seeds)} seeds = {len(grid.cells)} cells")
-        for arm in grid.arms:
-            note = " (control)" if arm.label == self.control else ""
-            also = f" (the same run: {', '.join(arm.also)})" if arm.also else ""
-            print(f"  {arm.label}{note}{also}")
-        self.describe(grid)
-        return grid, self.runner(planner, given.runs_dir)
-
-    def planner(self, **shared: Any) -> Planner:
-        """Reads cells as the command line says.
-
-        Args:
-            shared: options of all cells, before those of ``--set``.
-
-        Raises:
-            UserError: there is no such recipe or script, or ``--set`` or ``--launch`` is malformed.
-        """
-        from . import axes
+        from .cells import Runner
         from .grid import Planner, open_script
 
         given = self.args
@@ -147,24 +127,16 @@ class Sweep(Evaluation):
             raise UserError(f"--launch is {given.launch!r}: close its quotation marks.") from error
         if not given.recipe.is_file():
             raise UserError(f'there is no recipe "{given.recipe}": correct the first argument.')
-        shared |= axes.settings(given.set, "--set")
-        return Planner(given.recipe, open_script(given.script), shared, launch, given.metric)
-
-    def runner(self, planner: Planner, folder: Path) -> Runner:
-        """What runs the cells of a planner.
-
-        Raises:
-            UserError: no job at a time.
-        """
-        from .cells import Runner
-
-        if self.args.jobs < 1:
-            raise UserError(f"--jobs is {self.args.jobs}: give 1 or more.")
-        return Runner(planner.script, planner.recipe, folder, planner.launch, self.args.jobs)
-
-    def describe(self, grid: Grid) -> None:
-        """Put what is compared into the settings."""
-        given = self.args
+        script, shared = open_script(given.script), axes.settings(given.set, "--set")
+        planner = Planner(given.recipe, script, shared, launch, given.metric)
+        arms = axes.load_arms(given.arms) if given.arms else {}
+        grid = planner.grid(axes.axes(given.over), arms)
+        self.control = grid.control(given.control).label
+        print(f"{len(grid.arms)} arms x {len(grid.seeds)} seeds = {len(grid.cells)} cells")
+        for arm in grid.arms:
+            note = " (control)" if arm.label == self.control else ""
+            also = f" (the same run: {', '.join(arm.also)})" if arm.also else ""
+            print(f"  {arm.label}{note}{also}")
         self.settings |= {
             "recipe": given.recipe.name,
             "metric": given.metric,
@@ -175,24 +147,7 @@ class Sweep(Evaluation):
                 for arm in grid.arms
             },
         }
-
-    def open_folders(self, runs: Path) -> None:
-        """Make the folders of the runs and of the result.
-
-        Raises:
-            UserError: one can't be written, or holds the result of another command.
-        """
-        open_folder(runs, "--runs_dir")
-        open_folder(self.folder)
-        require_free(self.folder, self.name)
-
-    def judge(self, outcomes: Sequence[Outcome], runs: Path) -> int:
-        """Compare what was run, and write the result; 1 when a cell failed."""
-        subjects = [subject_of(runs, outcome) for outcome in outcomes]
-        self._require_metric(subjects)
-        rows = [row for subject in subjects for row in self.rows(subject)]
-        self.write(self.complete(subjects, rows))
-        return report_failures(outcomes, runs)
+        return grid, Runner(script, given.recipe, given.runs_dir, launch, given.jobs)
 
     def _require_metric(self, subjects: Sequence[Subject]) -> None:
         lines = [line for subject in subjects for line in subject.log()]
@@ -242,8 +197,17 @@ class Sweep(Evaluation):
         figures.draw(result, folder / "sweep.png")
         return ["sweep.png"]
 
-    def report(self, result: Result) -> str:
-        return findings.report(result)
+    def introduction(self, result: Result) -> str:
+        return findings.introduction(result)
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        name = result.settings["metric"]
+        figures = [Column(f"{what} {name}", "", True, False) for what in findings.KEY_FIGURES]
+        others = [Column(own, interval=False) for own in (f"final {TRAINING}", SECONDS)]
+        return {"": [*figures, *others]}
+
+    def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
+        return {"seeds": lambda group: findings.finished(result, group)}
 
 
 def show(grid: Grid, runner: Runner) -> None:

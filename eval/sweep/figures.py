@@ -37,9 +37,9 @@ def draw(result: Result, picture: Path) -> None:
             figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
 
 
-def mean_differences(result: Result, what: str = FINAL) -> dict[str, float]:
+def mean_differences(result: Result) -> dict[str, float]:
     """Of each arm that has one."""
-    name = f"{what} {result.settings['metric']}"
+    name = f"{FINAL} {result.settings['metric']}"
     lines = {arm: result.summary(arm, name) for arm in result.groups}
     return {
         arm: line.difference
@@ -48,21 +48,17 @@ def mean_differences(result: Result, what: str = FINAL) -> dict[str, float]:
     }
 
 
-def astray(result: Result, what: str = FINAL) -> frozenset[str]:
+def astray(result: Result) -> frozenset[str]:
     """The arms whose difference is too large to be drawn beside the others."""
-    sizes = {arm: abs(value) for arm, value in mean_differences(result, what).items()}
+    sizes = {arm: abs(value) for arm, value in mean_differences(result).items()}
     usual = statistics.median(sizes.values()) if sizes else 0.0
     return frozenset(arm for arm, size in sizes.items() if usual and size > ASTRAY * usual)
 
 
-def differences(axis: Any, result: Result, looks: Any, what: str = FINAL) -> None:
-    """The paired difference of each arm with its interval.
-
-    Args:
-        what: "final", or another word before the metric's name.
-    """
-    name, off = f"{what} {result.settings['metric']}", astray(result, what)
-    scale, values = result.metric(name).scale, mean_differences(result, what)
+def differences(axis: Any, result: Result, looks: Any) -> None:
+    """The paired difference of each arm with its interval."""
+    name, off = f"{FINAL} {result.settings['metric']}", astray(result)
+    scale, values = result.metric(name).scale, mean_differences(result)
     axis.axvline(0, color="black", lw=0.8)
     for row, arm in enumerate(result.groups):
         color = looks[arm]["color"]
@@ -87,7 +83,7 @@ def differences(axis: Any, result: Result, looks: Any, what: str = FINAL) -> Non
     side = "right" if result.settings["higher_is_better"] else "left"
     metric = f"{result.settings['metric']}{suffix(result)}"
     axis.set_xlabel(f"difference of {metric}; {side} is better")
-    axis.set_title(f"{what}, minus {result.control}: mean and 95 % interval", fontsize=9)
+    axis.set_title(f"{FINAL}, minus {result.control}: mean and 95 % interval", fontsize=9)
 
 
 def _written(axis: Any, row: int, text: str, x: float, coordinates: Any, color: Any) -> None:
@@ -113,9 +109,9 @@ def _why_none(arm: str, result: Result) -> str:
     return "not paired" if result.settings["paired"].get(arm) is False else "n/a"
 
 
-def curves(axis: Any, result: Result, looks: Any, what: str = FINAL) -> None:
-    """The metric over steps, mean over seeds; ``what`` as for the differences."""
-    name, off = result.settings["metric"], astray(result, what)
+def curves(axis: Any, result: Result, looks: Any) -> None:
+    """The metric over steps, mean over seeds."""
+    name, off = result.settings["metric"], astray(result)
     scale = result.metric(name).scale
     done = replace(result, subjects=[one for one in result.subjects if is_finished(one)])
     for arm in sorted(done.groups, key=lambda arm: arm in off):

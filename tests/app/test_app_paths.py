@@ -99,6 +99,7 @@ def test_without_gradio_it_says_what_to_install(
     assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # all is imported anew
 def test_core_and_catalog_do_without_gradio() -> None:
     code = (
         "import sys, app.catalog, app.compare_data, app.viewer; sys.exit('gradio' in sys.modules)"

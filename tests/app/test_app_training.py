@@ -211,7 +211,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path: 
     log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
     log.metric(2, loss=math.nan, seconds=0.1)
     with gr.Blocks():
-        tab = training.Tab(Catalog(tmp_path), [gr.State().change])
+        tab = training.Tab(Catalog(tmp_path), gr.State().change)
     first = tab._load(None)
     assert first[tab.runs]["value"] == ["text", "bilora"], "the control first"
     assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"

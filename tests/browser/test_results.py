@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 
 FIGURES = ("landscape_directions.png", "landscape_plane.png")
 COMMANDS = {
-    "Compare": "python -m examples.demo --output_dir {0}",
-    "Generate": "python -m examples.demo --output_dir {0}",
+    "Compare": "python -m bilora_diffusion.demo --output_dir {0}",
+    "Generate": "python -m bilora_diffusion.demo --output_dir {0}",
     "Vote": "python -m eval.clip_scores {0}/lora {0}/bilora",
     "Training": "accelerate launch train_dreambooth_bilora.py",
     "Results": "python -m eval.landscape {0}/lora {0}/bilora",

@@ -37,7 +37,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(
     r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for |\$SWEEP)[^`]*)`"
 )
-PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit")
+PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit", "bilora")
 TRAINING = {"train_dreambooth_bilora.py": resolve, "train_text_bilora.py": resolve_text}
 END = "\x1e"
 BASH = shutil.which("bash") or "bash"
@@ -83,14 +83,24 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[(.*?)\]", " ".join(rest)))))
-        assert rest[0] == "install"
+        assert rest[0] in ("install", "wheel")
         assert extras <= set(project["optional-dependencies"])
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
+    elif program == "bilora":
+        if rest[0] in ("train", "text"):
+            {"train": resolve, "text": resolve_text}[rest[0]](rest[1:])
+        else:
+            check_module(
+                importlib.import_module("bilora_diffusion.export.cli"), rest[1:], monkeypatch
+            )
     elif program == "accelerate":
         assert rest[0] == "launch"
         launch = launch_command_parser().parse_args(rest[1:])
-        check_script(launch.training_script, launch.training_script_args, monkeypatch)
+        if launch.module:
+            check(["bilora", *launch.training_script_args], monkeypatch)
+        else:
+            check_script(launch.training_script, launch.training_script_args, monkeypatch)
     elif rest[0] == "-m":
         check_module(importlib.import_module(rest[1]), rest[2:], monkeypatch)
     else:
@@ -170,7 +180,14 @@ def test_the_readme_is_short_and_its_loop_trains() -> None:
     assert 0 < names["bilora"].auxiliary_norm() <= 0.05 * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", make.PAGES)
+SLOW = ("../README.md", "models.md")
+"""Pages that count the memory of the largest models."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES],
+)
 def test_a_page_is_what_the_code_makes(name: str) -> None:
     shown = (make.FOLDER / name).read_text(encoding="utf-8")
     assert shown == make.page(name), "an option has changed: run `python -m docs.make`"

@@ -47,9 +47,9 @@ def test_results_lie_beside_the_runs(name: str) -> None:
 def test_results_and_logs_among_runs_are_left_out(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, file in (("scores", table.FILE), ("sweep", "landscape.json")):
+    for name in ("scores", "sweep"):
         (runs / "demo" / name).mkdir()
-        (runs / "demo" / name / file).touch()
+        (runs / "demo" / name / table.FILE).touch()
     (runs / "demo" / "lora.log").touch()
     words = [str(path) for path in sorted(Path("demo").iterdir())]
     read = parser_of("dynamics").read([*words, "demo/missing"])

@@ -102,7 +102,9 @@ def test_arms_are_compared_seed_by_seed(
     assert result.settings["arms"]["bilora"]["options"] == {"method": "lora", "rank": "3"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert text in capsys.readouterr().out
-    assert text.startswith("`heldout_loss` x 1000 of mini.yaml, lower is better: mean over 2 seeds")
+    assert text.startswith(
+        "# Sweep\n\n`heldout_loss` x 1000 of mini.yaml, lower is better: mean over 2 seeds"
+    )
     assert "at equal training loss (140.00)" in text
     assert "| lora (control) | 2/2 | 85.00 |  | 75.00 |  |" in text
     assert "| bilora | 2/2 | 70.00 | -15.00 [-20.00, -10.00], 2/2 | 65.00 |" in text

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bilora_diffusion.demo import require_paired
 from bilora_diffusion.errors import TrainingError
 from examples import own_loop
-from examples.demo import require_paired
 
 
 def run(folder: Path, digests: Sequence[str]) -> Path:

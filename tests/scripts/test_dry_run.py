@@ -140,7 +140,7 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(
         return str(here)
 
     monkeypatch.setattr(pipeline, "snapshot_download", download)
-    monkeypatch.setattr(pipeline, "hf_hub_download", lambda *_, **__: whole / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: whole / file)
     values = {"pretrained_model_name_or_path": "somebody/sd3", "resolution": 64}
     assert "It fits" in image_run(capsys, tmp_path / "run", **values)
     assert not list(here.rglob("*.safetensors"))

@@ -24,7 +24,7 @@ COMMANDS = {  # the recorded name -> the file or module that runs it today
     "train_dreambooth_bilora.py": "train_dreambooth_bilora.py",
     "train_text_bilora.py": "train_text_bilora.py",
     "bilora_diffusion.export": "bilora_diffusion.export",
-    "bilora_diffusion.demo": "examples.demo",
+    "bilora_diffusion.demo": "bilora_diffusion.demo",
     "bilora_diffusion.demo_text": "examples.demo_text",
     "eval.clip_scores": "eval.clip_scores",
     "eval.dynamics": "eval.dynamics",

@@ -13,8 +13,8 @@ LIGHT = """
 import gc, sys
 from bilora_diffusion.train.launching import importing
 with importing():
-    from train_dreambooth_bilora import parse
-    parse(["--dataset", "mini"])
+    from bilora_diffusion.image.config import resolve
+    resolve(["--dataset", "mini"])
     import bilora_diffusion.image.script
     others = {"datasets", "pandas", "matplotlib", "gradio", "open_clip", "lm_eval"}
     assert not others & sys.modules.keys()

@@ -131,6 +131,11 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
 ]
 
 
+def opened(folder: Path) -> Any:
+    assert describe(str(folder)).side
+    return load_pipeline(str(folder), dtype=torch.float32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     case: tuple[str, Damage, tuple[str, ...]], folder: Path
@@ -138,7 +143,7 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     _, damage, parts = case
     damage(folder)
     with pytest.raises(UserError) as refusal:
-        load_pipeline(str(folder), dtype=torch.float32)
+        opened(folder)
     for part in (*parts, str(folder)):
         assert part in str(refusal.value)
     assert str(refusal.value).endswith(".")

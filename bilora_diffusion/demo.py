@@ -1,7 +1,8 @@
 """The demo: LoRA and Bi-LoRA on the miniature's 23 icons, and one picture of their course and of
 what they make.
 
-    python -m examples.demo --output_dir demo
+    bilora demo --output_dir demo
+    python -m bilora_diffusion.demo --config mini_flow --output_dir demo-flow
 
 Both runs see the same data and noise; the digests in their ``metrics.jsonl`` prove it.
 """
@@ -19,14 +20,15 @@ import matplotlib
 import torch
 from PIL.Image import Image
 
-from bilora_diffusion.errors import TrainingError, UserError, run_cli
-from bilora_diffusion.image import script as train
-from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.sampling import generate
-from bilora_diffusion.methods import get
-from bilora_diffusion.run import runlog
-from bilora_diffusion.run.interruption import ends_in
+from .errors import TrainingError, UserError, run_cli
+from .image import script as train
+from .image.opening import open_images
+from .image.pipeline import load_pipeline
+from .image.sampling import generate
+from .methods import get
+from .run import runlog
+from .run.console import in_repository
+from .run.interruption import ends_in
 
 METHODS = ("lora", "bilora")
 OWN = {
@@ -39,7 +41,6 @@ TITLES = {name: get(name).title for name in METHODS}
 SUBJECTS = 6
 """So many of the held-out icons; the subjects of the paper's Table 4 stand first among them."""
 Course = list[tuple[int, float]]
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "mini.yaml"
 COURSE = (
     *("--validation_epochs", "17"),  # images at half of the recipe's steps and at their end
     *("--validation_loss_steps", "40", "--validation_part", "1/4"),  # 32 icons: a few seconds each
@@ -48,10 +49,10 @@ COURSE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of both runs")
+    parser.add_argument("--config", type=Path, default=Path("mini"), help="recipe of both runs")
     args, flags = parser.parse_known_args(argv)
 
     def work() -> None:
@@ -81,8 +82,11 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
     for method in METHODS:
         print(f"  {TITLES[method]:8} {folder / method}")
     print(f"Their held-out loss, and six icons that no run has seen: {picture}")
-    print(f"\nScore both: python -m eval.clip_scores {' '.join(str(folder / m) for m in METHODS)}")
-    print(f"Look at them: python -m app.viewer {folder}")
+    if in_repository():
+        print(
+            f"\nScore both: python -m eval.clip_scores {' '.join(str(folder / m) for m in METHODS)}"
+        )
+        print(f"Look at them: python -m app.viewer {folder}")
 
 
 def require_paired(folders: Sequence[Path]) -> int:

@@ -1,0 +1,98 @@
+"""The command of the installed package; the scripts of the repository are the same functions.
+
+    bilora demo
+    bilora train --config flux2_klein --dataset my_photos --instance_prompt "a photo of TOK dog"
+    bilora text --config t5_base/mrpc
+    bilora export runs/dog --to kohya
+    accelerate launch -m bilora_diffusion train --dataset linoyts/3d_icon
+
+Each has ``--help``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import UserError, did_you_mean, run_cli
+
+Words = Sequence[str]
+
+
+def train(argv: Words | None = None, script: Words = ()) -> int:
+    """Train an image model; returns the exit code: 0, or 2 after a sentence that says what to mend.
+
+    Args:
+        argv: arguments; None for ``sys.argv``.
+        script: as of `start_missing_processes`.
+    """
+    from .train.launching import importing, start_missing_processes
+
+    def work() -> None:
+        start_missing_processes(script)
+        with importing():
+            from .image.config import resolve
+
+            config = resolve(argv)  # before all else, so that a typo is answered at once
+            from .image.script import main
+
+        main(argv, config)
+
+    return run_cli(work)
+
+
+def text(argv: Words | None = None, script: Words = ()) -> int:
+    """Train a text model; as `train`."""
+    from .train.launching import importing, start_missing_processes
+
+    def work() -> None:
+        start_missing_processes(script)
+        with importing():
+            from .text.config import resolve_text
+
+            config = resolve_text(argv)
+            from .text.script import main
+
+        main(argv, config)
+
+    return run_cli(work)
+
+
+def export(argv: Words | None = None, script: Words = ()) -> int:
+    """Print what is inside a LoRA file, convert it, or export a run's checkpoint."""
+    from .export.cli import main
+
+    return main(argv)
+
+
+def demo(argv: Words | None = None, script: Words = ()) -> int:
+    """Train LoRA and Bi-LoRA on 23 icons and draw what they make."""
+    from .demo import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "text": text,
+    "export": export,
+    "demo": demo,
+}
+
+
+def main() -> int:
+    """Run the command that ``sys.argv`` names; returns the exit code."""
+    name, *words = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        print(f"usage: bilora {{{','.join(COMMANDS)}}} ...\n\n{inspect.cleandoc(__doc__ or '')}")
+        return 0
+    if name not in COMMANDS:
+        return run_cli(lambda: _refuse(name))
+    sys.argv = [f"bilora {name}", *words]
+    return COMMANDS[name](script=("-m", __package__, name))
+
+
+def _refuse(name: str) -> None:
+    hint = did_you_mean(name, COMMANDS)
+    raise UserError(f'bilora has no command "{name}"{hint}: give one of {", ".join(COMMANDS)}.')

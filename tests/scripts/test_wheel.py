@@ -1,0 +1,95 @@
+"""The wheel, installed beside nothing of the repository: the command ``bilora`` and its demo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.runs import ROOT
+
+pytestmark = pytest.mark.slow
+ALONE = """
+import os, runpy, sys
+folder, *sys.argv = sys.argv[1:]
+here = [p for p in sys.path if not os.path.exists(os.path.join(p, "train_dreambooth_bilora.py"))]
+sys.path = [folder, *here]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    import bilora_diffusion
+    assert bilora_diffusion.__file__.startswith(folder), bilora_diffusion.__file__
+    assert not {"eval", "app", "examples"} & sys.modules.keys()
+"""
+"""Runs a script as if the repository, which the environment may name, were not there."""
+
+
+def pip(*words: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, words), "--no-deps", "--no-index", "-q"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder into which the wheel was installed."""
+    source, folder = (tmp_path_factory.mktemp(name) for name in ("source", "installed"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("bilora_diffusion", "recipes"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    pip("wheel", "--no-build-isolation", "-w", source, source)
+    (wheel,) = source.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert sum(file.file_size for file in archive.infolist()) < 60e6
+    pip("install", "--target", folder, wheel)
+    return folder
+
+
+def bilora(installed: Path, folder: Path, *words: object) -> tuple[int, str]:
+    """Exit code and output of the command, in an empty folder."""
+    command = [sys.executable, "-c", ALONE, installed, installed / "bin" / "bilora", *words]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone.pop("PYTHONPATH", None)
+    run = subprocess.run(
+        [*map(str, command)], cwd=folder, env=alone, capture_output=True, text=True
+    )
+    assert "Traceback" not in run.stderr, run.stderr
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_the_demo_trains_and_draws(installed: Path, tmp_path: Path) -> None:
+    code, out = bilora(installed, tmp_path, "demo", "--max_train_steps", "20")
+    assert code == 0, out
+    assert "saw the same data and noise in all 20 steps" in out
+    assert "python -m eval" not in out  # which only the repository has
+    assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
+    assert bilora(installed, tmp_path, "export", "demo/bilora")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ("train --config mini --dry_run", 0, "It fits"),
+        ("text --help", 0, "usage: bilora text"),
+        ("--help", 0, "usage: bilora {train,text,export,demo}"),
+        ("trian", 2, 'did you mean "train"'),
+        ("train --config sdxll", 2, 'did you mean "sdxl"'),
+        ("train --config mini_flow", 2, "mini-flow is in the repository only"),
+    ],
+)
+def test_a_command_answers(
+    installed: Path, tmp_path: Path, words: str, code: int, expected: str
+) -> None:
+    ended, out = bilora(installed, tmp_path, *words.split())
+    assert ended == code
+    assert expected in out
+    assert not list(tmp_path.iterdir())
