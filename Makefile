@@ -31,9 +31,11 @@ else
 BROWSER_READY := $(VENV)/.browser
 endif
 
+TYPES = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test test-all test-matrix lint format clean
+.PHONY: help demo demo-text test test-all test-matrix lint style format clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -44,8 +46,11 @@ demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what th
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show its answers before and after
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
-test: lint $(BROWSER_READY) $(VENV)/.sandbox  ## ruff, pyright, the floors, and the tests of a few seconds each
-	$(PYTEST) -m "not slow and not matrix" $(PYTEST_ARGS)
+# pyright runs beside the tests: it takes one core for a minute.
+test: style $(BROWSER_READY) $(VENV)/.sandbox  ## ruff, pyright, the floors, and the tests of a few seconds each
+	@$(TYPES) > $(VENV)/types.log 2>&1 & types=$$!; trap 'kill $$types' INT TERM; \
+	$(PYTEST) -m "not slow and not matrix" $(PYTEST_ARGS); tests=$$?; \
+	wait $$types; typed=$$?; cat $(VENV)/types.log; exit $$((tests + typed))
 
 test-all: test  ## and then the rest: kills, several processes, all of the browser
 	$(PYTEST) -m "slow and not matrix" $(PYTEST_ARGS)
@@ -53,12 +58,14 @@ test-all: test  ## and then the rest: kills, several processes, all of the brows
 test-matrix: $(VENV)/.installed-dev  ## every method with every option on every kind of model, for a release
 	$(PYTEST) -m matrix $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-dev  ## ruff, pyright, and who may import whom
+lint: style  ## ruff, pyright, and who may import whom
+	$(TYPES)
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m docs.scope
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed-dev  ## let ruff mend style and order of imports
 	$(BIN)/ruff check --fix .

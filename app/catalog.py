@@ -67,17 +67,13 @@ class ScoresItem:
 
 @dataclass(frozen=True)
 class FigureItem:
-    """A result with figures, PNG files relative to the root, and what its file says."""
+    """A result with figures, PNG files relative to the root; ``kind`` is the command's name."""
 
     path: str
     name: str
-    result: dict[str, Any]
+    kind: str
+    result: Any
     figures: list[str]
-
-    @property
-    def kind(self) -> str:
-        """ "landscape", "dynamics", "generalization", "sweep", "tune" or "text_scores"."""
-        return self.result["kind"]
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,6 @@ class Catalog:
     Args:
         root: an existing folder.
         public: whether others than this machine's user may see :meth:`place`.
-
-    Raises:
-        UserError: ``root`` is no folder.
     """
 
     def __init__(self, root: Path, public: bool = False) -> None:
@@ -154,9 +147,6 @@ class Catalog:
 
         Args:
             relative: POSIX path below the root; need not exist.
-
-        Raises:
-            UserError: it is absolute, contains ``..``, or a link in it leads out of the root.
         """
         parts = PurePosixPath(relative)
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
@@ -236,13 +226,14 @@ class Catalog:
             result = self._one(folder, FILE, read_result, scan)
             if isinstance(result, Scored):
                 scan.scores.append(ScoresItem(folder, shown, result))
-            elif result is not None:
-                listed = result["figures"]
+            if result is not None:
+                about = vars(result.result) if isinstance(result, Scored) else result
+                listed = about["figures"]
                 if missing := [name for name in listed if name not in names]:
                     reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
                     scan.broken.append(Broken(folder, reason))
                 pictures = [_join(folder, name) for name in listed if name in names]
-                scan.figures.append(FigureItem(folder, shown, result, pictures))
+                scan.figures.append(FigureItem(folder, shown, about["kind"], result, pictures))
 
     def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
         """What ``read`` makes of a folder's file, or None and a line among the broken ones."""
@@ -274,18 +265,12 @@ def read_steps(folder: Path) -> tuple[int, ...]:
 
 
 def read_result(folder: Path) -> Scored | dict[str, Any]:
-    """A result: its images, or of another command what ``result.json`` says.
-
-    Raises:
-        UserError: it is damaged or of another version.
-    """
+    """A result: its images, or of another command what ``result.json`` says."""
     record = table.head(folder)
-    if record["kind"] == SCORES:
-        return scored(table.read(folder))
     pictures = record.get("figures")
     if not isinstance(pictures, list) or not all(_is_name(name) for name in pictures):
         raise UserError(f"{folder / FILE} is damaged: run python -m eval.{record['kind']} again")
-    return record
+    return scored(table.read(folder)) if record["kind"] == SCORES else record
 
 
 def _is_name(name: object) -> bool:

@@ -167,7 +167,7 @@ class Tab:
             self.cards: compare_html.cards(result, self._cards(item, view, pictures)),
             self.slider: parts.slider(pair, [pictures[label] for label in pair]),
             self.query: data.link(view),
-            self.means: parts.shown(means + compare_html.summary(result, *pair)),
+            self.means: parts.shown(means),
         }
 
     def _picture(self, item: ScoresItem, view: View, label: str) -> Image.Image | None:

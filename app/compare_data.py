@@ -124,22 +124,6 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
     return [row(text) for text in dict.fromkeys(result.texts) if text in drawn]
 
 
-def comparison(result: Scored, a: str, b: str, metric: str) -> Summary | None:
-    """Adapter b minus adapter a over all prompts, where the scoring compared the two."""
-    line, other = (result.result.summary(group, metric) for group in (b, a))
-    if line is not None and line.control == a and line.difference is not None:
-        return line
-    if other is None or other.control != b or other.difference is None:
-        return None
-    low, high = other.difference_interval or (None, None)
-    return replace(
-        other,
-        difference=-other.difference,
-        difference_low=None if high is None else -high,
-        difference_high=None if low is None else -low,
-    )
-
-
 def listed(view: View, result: Scored) -> list[PromptRow]:
     """The prompts of a view, sorted and filtered; those without a score come last.
 

@@ -9,7 +9,7 @@ from html import escape
 from eval.clip_scores.names import METRICS
 
 from . import parts
-from .compare_data import PromptRow, best, comparison, times_100, tone
+from .compare_data import PromptRow, best, times_100
 from .scored import Scored, ScoredImage
 
 
@@ -55,37 +55,9 @@ def _row(row: PromptRow, chosen: bool) -> str:
     )
 
 
-def summary(result: Scored, a: str, b: str) -> str:
-    """Each score's mean over the prompts, and the difference of the pair with its interval."""
-    lines = result.result.summaries
-    names = [name for name in METRICS if any(line.metric == name for line in lines)]
-    if not names:
-        return ""
-    head = "".join(f"<th>{escape(label)}</th>" for label in result.labels)
-    body = ""
-    for name in names:
-        means = [result.result.summary(label, name) for label in result.labels]
-        values = "".join(f"<td>{times_100(line.mean if line else None)}</td>" for line in means)
-        body += f"<tr>{_title(name)}{values}{_difference(result, a, b, name)}</tr>"
-    return (
-        '<div class="scroll"><table class="means"><thead><tr><th>mean over prompts</th>'
-        f"{head}<th>{escape(b)} − {escape(a)}, 95 % interval</th></tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 def _title(metric: str) -> str:
     known = METRICS[metric]
     return f'<th title="{escape(known.explanation)}">{known.title}</th>'
-
-
-def _difference(result: Scored, a: str, b: str, metric: str) -> str:
-    line = comparison(result, a, b, metric)
-    if line is None or line.difference is None:
-        return "<td>–</td>"
-    ends = line.difference_interval
-    text = f" ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})" if ends else ""
-    return f'<td class="{tone(line)}">{100 * line.difference:+.2f}{text}</td>'
 
 
 def cards(result: Scored, shown: Sequence[Card]) -> str:
@@ -125,6 +97,6 @@ def _legend(result: Scored) -> str:
     notes = "".join(f" {escape(model.note)}" for model in (scorer, captioner) if model)
     return (
         f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
-        " A difference is green or red where its 95 % interval (over the seeds; in the table of"
-        f" means, over the prompts) leaves out zero.{notes}</p>"
+        " A difference is green or red where its 95 % interval over the seeds leaves out zero."
+        f" Means over the prompts are in the tab Results.{notes}</p>"
     )

@@ -70,9 +70,6 @@ class Pipelines:
 
     Args:
         device: such as "cuda:1"; None for a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -94,9 +91,6 @@ class Pipelines:
             adapter: run folder; None for the base model alone.
             on_step: called with the number of each step, from 1, when it was taken; what it raises
                 ends the work.
-
-        Raises:
-            UserError: the base model is not on this machine, or the adapter does not fit it.
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
@@ -129,21 +123,13 @@ class Pipelines:
 
 @cache
 def usual(base: BaseChoice) -> tuple[int, float]:
-    """Steps and guidance with which a base model's images are drawn by default.
-
-    Raises:
-        UserError: it is not on this machine.
-    """
+    """Steps and guidance with which a base model's images are drawn by default."""
     _, steps, guidance = settings.usual(local(base), base.name)
     return steps, guidance
 
 
 def local(base: BaseChoice) -> str:
-    """The folder of a base model: the viewer itself downloads nothing.
-
-    Raises:
-        UserError: it is not on this machine.
-    """
+    """The folder of a base model: the viewer itself downloads nothing."""
     if base.name in PIPELINES or Path(base.name).exists():
         return base.name
     try:
@@ -164,10 +150,6 @@ def sides(
 
     Args:
         a, b: paths of runs, or ``BASE``.
-
-    Raises:
-        UserError: a run has gone, the two have different base models, or its files lead out of the
-            root.
     """
     runs = {run.path: run for run in catalog.now.runs if drawable(run)}
     found: list[tuple[str, Path | None]] = []
@@ -201,11 +183,7 @@ def drawable(run: RunItem) -> bool:
 def checked(
     prompt: str, seed: float | None, steps: float | None, guidance: float, scale: float
 ) -> Request:
-    """The form's values.
-
-    Raises:
-        UserError: one is missing or out of range.
-    """
+    """The form's values."""
     if not prompt or not prompt.strip():
         raise UserError("the prompt is empty: write what is to be drawn")
     if seed is None or not 0 <= seed <= MAX_SEED:

@@ -1,4 +1,4 @@
-"""The tab "Results": figures and reports of landscapes, dynamics, sweeps and scores of texts."""
+"""The tab "Results": figures and reports of all results."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .catalog import Catalog, FigureItem
 from .parts import QUIET, Update
 
 TITLES = {
+    "clip_scores": "Scored images",
     "landscape": "Loss landscape",
     "dynamics": "Training dynamics",
     "generalization": "Generalization",

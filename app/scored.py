@@ -104,12 +104,7 @@ class Scored:
 
 
 def scored(result: Result) -> Scored:
-    """A result of ``eval.clip_scores``, its parts checked against one another.
-
-    Raises:
-        UserError: a part of its settings is missing, or an image is of no adapter or prompt that
-            it lists.
-    """
+    """A result of ``eval.clip_scores``, its parts checked against one another."""
     again = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:
         found = Scored(result, _settings().validate_python(result.settings))

@@ -87,11 +87,7 @@ def be_private(cache: Path) -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuse an address that can't be listened on.
-
-    Raises:
-        UserError: the port is out of range or taken, or the host is none of this machine.
-    """
+    """Refuse an address that can't be listened on."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port or -1), family=family).close()

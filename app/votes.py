@@ -190,9 +190,6 @@ class Polls:
         Args:
             path: of the score folder.
             pair: a value from :meth:`pairs`.
-
-        Raises:
-            UserError: votes can't be written, or there is nothing to vote on.
         """
         with self._file("written") as file:
             file.execute("DELETE FROM votes WHERE FALSE")
@@ -204,9 +201,6 @@ class Polls:
 
         Args:
             choice: "left", "right" or "tie".
-
-        Raises:
-            UserError: the vote can't be written, or there is nothing more to vote on.
         """
         if (ballot := booth.ballot) is not None:
             winner = {"left": ballot.left.label, "right": ballot.right.label}.get(choice, "")
@@ -219,11 +213,7 @@ class Polls:
         return self._booth(booth.session, booth.scores, booth.labels)
 
     def votes(self, scores: str | None = None, session: str | None = None) -> list[Vote]:
-        """Votes in the order they were cast, of one score folder or session where given.
-
-        Raises:
-            UserError: the file can't be read, is damaged, or is a link out of the root.
-        """
+        """Votes in the order they were cast, of one score folder or session where given."""
         if not self._catalog.resolve(FILE).exists():
             return []
         which = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
@@ -246,11 +236,7 @@ class Polls:
             ) from error
 
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
-        """The counts of a score folder's votes, and of how many voters; of its present weights.
-
-        Raises:
-            UserError: votes can't be read.
-        """
+        """The counts of a score folder's votes, and of how many voters; of its present weights."""
         item = self._item(path)
         present = {one.pair for one in ballots(item.path, item.result, _labels(pair))}
         votes = [vote for vote in self.votes(item.path) if vote.pair in present]
@@ -260,9 +246,6 @@ class Polls:
         """Write all votes of this root as ``votes.csv`` into a new folder below ``folder``.
 
         A text that a spreadsheet would compute as a formula gets an apostrophe before it.
-
-        Raises:
-            UserError: votes can't be read.
         """
         rows = [vote[: len(COLUMNS)] for vote in self.votes()]
         path = folder / secrets.token_hex(8) / "votes.csv"

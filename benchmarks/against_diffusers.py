@@ -3,15 +3,18 @@
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py \\
         --model random_sdxl --resolution 256 --batch 1 --steps 69 --mixed_precision bf16 \\
-        --methods bilora
+        --variants bilora
+    python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py \\
+        --device cuda --preset sdxl-1024 --json result.json
 
 ``--script`` is a copy of diffusers' ``examples/dreambooth/train_dreambooth_lora_sdxl.py`` of the
 version that is installed. Both see the same folder of images, with the same batch, rank, alpha,
 rate, start and layers, and write one LoRA file. Whole processes take turns, in rotating order:
-LoRA there, LoRA here and Bi-LoRA here, a seed for each round. Steps are timed by their progress
-bars. Memory is the highest resident one, a GPU's own left out. On the miniature the held-out loss
-of what each round made is measured on this project's grid. Random weights come from
-``make_random_sdxl.py``.
+LoRA there, and here what ``--variants`` names, a seed for each round. Steps are timed by their
+progress bars. Memory is the highest resident one; that of a GPU, of which nobody else may use any,
+is looked at every few milliseconds, and stands beside what ``--dry_run`` says. On the miniature the
+held-out loss of what each round made is measured on this project's grid. Random weights come from
+``make_random_sdxl.py``. The JSON file holds no paths, so it can be posted.
 """
 
 from __future__ import annotations
@@ -27,23 +30,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import KIBI, circumstances, interleave, paired_ratio, watched
+from measure import KIBI, GPUMemory, circumstances, interleave, paired_ratio, watched
 
-from bilora_diffusion import methods, mini
+from bilora_diffusion import mini
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import build_task
+from bilora_diffusion.run.record import read_metrics
 from bilora_diffusion.train.running import build_accelerator
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"
-METHODS = ("lora", "bilora")
+VARIANTS = {
+    "lora": "--method lora",
+    "bilora": "--method bilora",
+    "bilora-sample": "--method bilora --auxiliaries sample --rho auto",
+    "bilora-fp16": "--method bilora --mixed_precision fp16",
+    "bilora-nf4": "--method bilora --quantize nf4",
+    "bilora-compile": "--method bilora --compile",
+}
+"""Runs of this project: name -> flags, beside those that all runs share."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "mini": {
+        **{"model": str(mini.pipeline_dir()), "resolution": 64, "batch": 4, "steps": 200},
+        **{"rounds": 5, "mixed_precision": "no", "variants": ["lora", "bilora"]},
+    },
+    "sdxl-1024": {
+        **{"model": "stabilityai/stable-diffusion-xl-base-1.0", "resolution": 1024, "batch": 1},
+        **{"steps": 69, "rounds": 3, "mixed_precision": "bf16", "variants": list(VARIANTS)},
+    },
+}
 PROMPT = "a TOK icon, in the style of TOK"
 RANK = 4
 STEP = re.compile(rb"(\d+)/(\d+) \[")
@@ -53,13 +76,20 @@ FIGURES = {
     "step": ("a step (s)", 1),
     "images_per_second": ("images/s", 1),
     "memory": ("memory (GB)", 1e-9),
+    "gpu_memory": ("GPU memory (GB)", 1e-9),
+    "estimate": ("by --dry_run (GB)", 1e-9),
+    "skipped": ("steps left out by fp16's scaler", 1),
     "heldout_loss": ("held-out loss x 1000", 1e3),
 }
-"""What a round measures of an arm -> its column, and its unit there."""
+"""Figure of a round -> its column, and its unit there."""
+BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+NEEDED = re.compile(r"the run needs about ([0-9.]+) (\w+)")
 
 
-def command(method: str | None, folder: Path, seed: int, images: Path, args: Any) -> list[str]:
-    """The words of this script's command line after ``python``; of the other without a method."""
+def command(
+    variant: str | None, folder: Path, seed: int, images: Path, args: argparse.Namespace
+) -> list[str]:
+    """Words of this project's command line after ``python``; diffusers' without a variant."""
     same = (
         f"--pretrained_model_name_or_path {args.model} --instance_data_dir {images}"
         f" --resolution {args.resolution} --train_batch_size {args.batch} --rank {RANK}"
@@ -69,30 +99,47 @@ def command(method: str | None, folder: Path, seed: int, images: Path, args: Any
         " --lr_warmup_steps 0 --num_validation_images 0"
     )
     words = [*same.split(), "--instance_prompt", PROMPT]
-    if method is None:
+    if variant is None:
         return [str(args.script), *words, *shlex.split(args.peer_flags)]
-    ours = f"--method {method} --lora_alpha {RANK} --init_lora_weights gaussian"
+    ours = f"{VARIANTS[variant]} --lora_alpha {RANK} --init_lora_weights gaussian"
     ours += " --no_output_kohya_format --validation_dataset none --disk_cache no"
     return [OURS, *words, *ours.split()]
 
 
-def run(words: Sequence[str], steps: int, log: Path) -> dict[str, float]:
-    """Run a command of so many steps to its end; what it prints goes to ``log``.
+def estimate(words: Sequence[str], environment: dict[str, str]) -> float:
+    """Bytes that ``--dry_run`` says a command of this project takes.
+
+    Raises:
+        TrainingError: it does not say.
+    """
+    dry = [sys.executable, *words, "--dry_run"]
+    printed = subprocess.run(dry, capture_output=True, text=True, env=environment, check=False)
+    needed = NEEDED.search(printed.stdout)
+    if needed is None:
+        raise TrainingError(f"--dry_run ended with {printed.returncode}: {printed.stderr[-500:]}")
+    return float(needed[1]) * BYTES[needed[2]]
+
+
+def run(
+    words: Sequence[str], steps: int, log: Path, environment: dict[str, str]
+) -> dict[str, float]:
+    """Run a command of so many steps to its end, with its output in ``log``.
 
     Returns:
         "seconds" of the whole process, until its first step began ("start") and of a later step
-        (the median), and bytes of "memory".
+        (the median), bytes of "memory", and of "gpu_memory" where the command may use a GPU.
 
     Raises:
         TrainingError: it failed, or showed no progress bar.
     """
-    bars = {**os.environ, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1", "HF_HUB_OFFLINE": "1"}
+    bars = {**environment, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
     began, ticks, pipe = time.perf_counter(), [], subprocess.PIPE
-    with log.open("wb") as kept:
+    gpu = None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPUMemory()
+    with log.open("wb") as output, gpu or nullcontext():
         process: Any = subprocess.Popen(watched(words), stdout=pipe, stderr=pipe, env=bars)
         while block := os.read(process.stderr.fileno(), 2**16):
             now = time.perf_counter() - began
-            kept.write(block)
+            output.write(block)
             ticks += [(int(done), int(total), now) for done, total in STEP.findall(block)]
         resident, ended = process.stdout.read(), process.wait()
         whole = time.perf_counter() - began
@@ -103,7 +150,8 @@ def run(words: Sequence[str], steps: int, log: Path) -> dict[str, float]:
     gaps = [later - earlier for earlier, later in zip([first, *others], others, strict=False)]
     step = statistics.median(gaps) if gaps else first
     memory = int(resident) * KIBI
-    return {"seconds": whole, "start": max(0.0, first - step), "step": step, "memory": memory}
+    figures = {"seconds": whole, "start": max(0.0, first - step), "step": step, "memory": memory}
+    return figures if gpu is None else {**figures, "gpu_memory": gpu.highest}
 
 
 def taken_at(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
@@ -142,56 +190,65 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything that the command line asks for, with its logs and runs under ``folder``."""
     images = folder / "images"
     shutil.copytree(mini.train_dir(), images, ignore=shutil.ignore_patterns("*.jsonl"))
-    arms: dict[str, str | None] = {PEER: None}
-    arms |= {methods.get(name).title: name for name in args.methods}
-    measured: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    environment = dict(os.environ)
+    if Path(args.model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    if args.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    variants: dict[str, str | None] = {PEER: None, **{name: name for name in args.variants}}
+    measured: dict[str, list[dict[str, float]]] = {label: [] for label in variants}
+    needed = {
+        name: estimate(command(name, folder / "dry", 0, images, args), environment)
+        for name in args.variants
+    }
 
-    def work(arm: str, number: int) -> float:
-        out = folder / f"{arms[arm]}-{number}"
-        words = command(arms[arm], out, number, images, args)
-        figures = run(words, args.steps, folder / f"{out.name}.log")
+    def work(label: str, number: int) -> float:
+        variant = variants[label]
+        out = folder / f"{variant}-{number}"
+        words = command(variant, out, number, images, args)
+        figures = run(words, args.steps, folder / f"{out.name}.log", environment)
         figures["images_per_second"] = args.batch / figures["step"]
-        if args.model == str(mini.pipeline_dir()):
+        if args.model == PRESETS["mini"]["model"]:
             figures["heldout_loss"] = heldout_loss(out)
-        measured[arm].append(figures)
-        print(f"round {number + 1}, {arm}: {figures}", file=sys.stderr, flush=True)
+        if variant is not None:
+            skipped = sum(row.get("skipped", False) for row in read_metrics(out))
+            figures |= {"estimate": needed[variant], "skipped": skipped}
+        measured[label].append(figures)
+        print(f"round {number + 1}, {label}: {figures}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
         return figures["seconds"]
 
-    works = [lambda number, arm=arm: work(arm, number) for arm in measured]
+    works = [lambda number, label=label: work(label, number) for label in measured]
     interleave(works, rounds=args.rounds, warmup=0)
-    rows = {arm: summary(measured[arm], measured[PEER]) for arm in measured}
-    flags = {k: v for k, v in vars(args).items() if k != "json"}  # without places of this machine
-    flags |= {"model": Path(args.model).name, "script": args.script.name}
+    rows = {label: summary(measured[label], measured[PEER]) for label in measured}
+    flags = {k: v for k, v in vars(args).items() if k != "json"}  # without paths of this machine
+    model = Path(args.model).name if Path(args.model).is_dir() else args.model
+    flags |= {"model": model, "script": args.script.name}
     about = {"images": len(list(images.iterdir())), "rounds": args.rounds, "flags": flags}
-    used = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"arms": rows, **about, **circumstances(used)}
+    return {"arms": rows, **about, **circumstances(torch.device(args.device))}
 
 
 def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Medians of an arm's figures, and their paired ratios to the peer with 95 % intervals."""
-    row = {}
+    """Medians of a variant's figures, and their paired ratios to the peer's with 95 % intervals."""
+    row: dict[str, dict[str, Any]] = {}
     for name in rounds[0]:
         values = [one[name] for one in rounds]
-        ratio, interval = paired_ratio(values, [one[name] for one in peer])
-        row[name] = {"median": statistics.median(values), "ratio": ratio}
-        row[name] |= {"ratio_95": interval, "values": values}
+        row[name] = {"median": statistics.median(values), "values": values}
+        if name in peer[0]:
+            ratio, interval = paired_ratio(values, [one[name] for one in peer])
+            row[name] |= {"ratio": ratio, "ratio_95": interval}
     return row
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    columns = {name: FIGURES[name] for name in result["arms"][PEER]}
+    rows = result["arms"]
+    columns = {k: v for k, v in FIGURES.items() if any(k in row for row in rows.values())}
     titles = " | ".join(title for title, _ in columns.values())
     lines = [f"| | {titles} |", "|---|" + "---|" * len(columns)]
-    for arm, row in result["arms"].items():
-        cells = []
-        for name, (_, unit) in columns.items():
-            ratio, spread = row[name]["ratio"], row[name]["ratio_95"]
-            cell = f", x {ratio:.2f}" if arm != PEER else ""
-            cell += f" ({spread[0]:.2f} to {spread[1]:.2f})" if cell and spread else ""
-            cells.append(f"{row[name]['median'] * unit:.2f}{cell}")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    for label, row in rows.items():
+        figures = [_figure(row.get(name), unit, label) for name, (_, unit) in columns.items()]
+        lines.append(f"| {label} | {' | '.join(figures)} |")
     flags, device = result["flags"], result["device"]
     lines += [
         "",
@@ -202,22 +259,49 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _figure(cell: dict[str, Any] | None, unit: float, label: str) -> str:
+    """A cell of the table: the median, and for all but the peer its ratio with the interval."""
+    if cell is None:
+        return ""
+    text = f"{cell['median'] * unit:.2f}"
+    if label == PEER or "ratio" not in cell:
+        return text
+    spread = cell["ratio_95"]
+    interval = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
+    return f"{text}, x {cell['ratio']:.2f}{interval}"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line to settings."""
+    """Command line to settings.
+
+    Raises:
+        UserError: no such script, or no GPU.
+    """
     parser = argparse.ArgumentParser(description="diffusers' script and this one, side by side.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
-    parser.add_argument("--model", default=str(mini.pipeline_dir()), help="default: the miniature")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"))
+    parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", help="folder or hub id")
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="NAME",
+        help="some of " + ", ".join(VARIANTS),
+    )
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
     parser.add_argument("--peer_flags", default="", help="more flags for diffusers' script")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     if not args.script.is_file():
-        raise UserError(f"--script is {args.script}, which is no file; give your copy of it.")
+        raise UserError(f"--script is {args.script}, which is not a file; give your copy of it.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
     return args
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,6 +32,31 @@ def watched(words: Sequence[str]) -> list[str]:
     highest resident memory in `KIBI` bytes.
     """
     return [sys.executable, "-c", _TAKES, sys.executable, *words]
+
+
+class GPUMemory:
+    """Context that samples how much memory of the GPU is taken beyond what was at its start.
+
+    Attributes:
+        highest: in bytes.
+    """
+
+    highest = 0
+
+    def __enter__(self) -> Self:
+        free, _ = torch.cuda.mem_get_info()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, args=(free,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self, free_at_first: int) -> None:
+        while not self._ended.wait(0.005):
+            self.highest = max(self.highest, free_at_first - torch.cuda.mem_get_info()[0])
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -51,3 +51,8 @@ def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
     if name.lower().endswith(FILE_NAME) or stem.lower() in _TAKEN:
         name = f"{stem}-kohya.safetensors"
     return name
+
+
+def workflow_file_name(folder: str | Path) -> str:
+    """The name of a run's workflow for ComfyUI, "runs/icons" -> "icons.comfy.json"."""
+    return f"{Path(kohya_file_name(folder)).stem}.comfy.json"

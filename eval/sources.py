@@ -1,4 +1,4 @@
-"""One thing that is measured, and what one word names: a run folder, a file, the hub's, or base."""
+"""One thing that is measured, and what one word names: a run folder, a file, or base."""
 
 from __future__ import annotations
 
@@ -101,21 +101,12 @@ def find(word: str) -> Subject:
         # the folder's name where the file has the name that all have
         name = path.resolve().parent.name if path.name == FILE_NAME else path.stem
         return _file(path, "file", name, word)
-    repository, _, weight_name = word.partition(":")
-    parts = repository.split("/")
-    if word.startswith((".", "/", "~")) or "\\" in word or len(parts) > 2:
-        raise UserError(f'there is no run folder and no file "{word}": correct the path.')
-    if len(parts) < 2:
-        raise UserError(
-            f'"{word}" is no run folder, LoRA file or hub id (owner/name)'
-            f"{did_you_mean(word, [BASE])}: correct it."
-        )
-    owner = Path(parts[0])
-    if owner.is_dir():  # a folder of ours, not an account: the hub is not asked
-        near = [f"{owner.name}/{entry.name}" for entry in owner.iterdir() if entry.is_dir()]
-        hint = did_you_mean(repository, near)
-        raise UserError(f'there is no run folder and no file "{word}"{hint}: correct the path.')
-    return _hub(repository, weight_name or None, word)
+    owner = path.parent
+    names = [str(owner / one.name) for one in owner.iterdir()] if owner.is_dir() else []
+    raise UserError(
+        f'there is no run folder and no file "{word}"{did_you_mean(word, [BASE, *names])}: correct'
+        " the path; what is on the hub is had by hf download."
+    )
 
 
 def run(folder: Path, word: str) -> Subject:
@@ -236,45 +227,3 @@ def _peft(folder: Path, name: str, word: str) -> Subject:
         weights=folder,
         about={"revision": config["revision"]} if config.get("revision") else {},
     )
-
-
-def _hub(repository: str, weight_name: str | None, word: str) -> Subject:
-    import httpx
-    from huggingface_hub import HfApi, ModelCard, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    # Its retries are told in a hundred lines, and what came of them in the one below.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    if weight_name is not None and not weight_name.endswith(".safetensors"):
-        raise UserError(f'"{word}" names no .safetensors file: only such files are read.')
-    try:
-        try:
-            path = hf_hub_download(repository, weight_name or FILE_NAME)
-        except EntryNotFoundError:
-            if weight_name is not None:
-                raise
-            path = hf_hub_download(repository, _only(repository, HfApi().list_repo_files))
-        try:
-            base: Any = ModelCard.load(repository).data.get("base_model")
-        except (EntryNotFoundError, ValueError):
-            base = None
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f'"{word}" is neither here nor can it be had from the hub ({reason}): check the name,'
-            " the connection and, for a private one, `hf auth login`."
-        ) from error
-    if isinstance(base, list):
-        base = base[0] if base else None
-    return _file(Path(path), "hub", repository.split("/")[-1], word, base or None)
-
-
-def _only(repository: str, list_files: Any) -> str:
-    files = [name for name in list_files(repository) if name.endswith(".safetensors")]
-    if len(files) != 1:
-        inside = ", ".join(files) or "none"
-        raise UserError(
-            f"{repository} has no {FILE_NAME} and {len(files)} other .safetensors files"
-            f" ({inside}): name one as {repository}:FILE.safetensors."
-        )
-    return files[0]

@@ -131,7 +131,7 @@ class Entry:
     Args:
         label: unique.
         group: what it is averaged in.
-        kind: "run", "file", "hub" or "base".
+        kind: "run", "file" or "base".
         source: as it was named, without machine paths.
         method, seed: of training; None where unknown.
         digest: of the weights; "" where they played no part.

@@ -184,6 +184,10 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     # when to stop
     *(
+        refusal("the search says when to stop", "drop one of them", **{name: wanted, "fit": True})
+        for name, wanted in _BY_THE_LOSS.items()
+    ),
+    *(
         refusal(
             "there is no held-out loss to go by",
             f"add `--{place}`, or drop it and use `--fit`",
@@ -198,10 +202,6 @@ REFUSED: tuple[Refusal, ...] = (
             "say how often to measure it, for example `--validation_loss_steps 50`",
             **{name: wanted, "validation_loss_steps": 0},
         )
-        for name, wanted in _BY_THE_LOSS.items()
-    ),
-    *(
-        refusal("the search says when to stop", "drop one of them", **{name: wanted, "fit": True})
         for name, wanted in _BY_THE_LOSS.items()
     ),
     refusal(

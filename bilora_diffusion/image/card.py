@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from safetensors import safe_open
 
 from .. import methods
-from ..lora_names import FILE_NAME, kohya_file_name
+from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..mini import FLOW, MINI, PIPELINES
 from ..train.card import is_hub_id, loaded_from, source, write_card
 from .config import DreamBoothConfig
@@ -41,6 +41,7 @@ def write_dreambooth_card(
     urls = [quote(file.relative_to(folder).as_posix()) for file in files]
     gallery = list(zip(prompts, urls, strict=True))
     trigger = cfg.trigger_word or cfg.instance_prompt
+    workflow = workflow_file_name(folder)
     vae = cfg.pretrained_vae_model_name_or_path
     tags = ["text-to-image", "diffusers"]
     tags += ["full-fine-tuning"] if whole else ["lora", "template:sd-lora"]
@@ -77,6 +78,8 @@ def write_dreambooth_card(
         note="" if repo_id else "  # this folder",
         file=FILE_NAME,
         kohya=kohya_file_name(folder) if cfg.output_kohya_format else None,
+        lora=kohya_file_name(folder),
+        workflow=workflow if (folder / workflow).is_file() else None,
     )
 
 

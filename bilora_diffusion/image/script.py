@@ -24,11 +24,13 @@ from ..export import (
     training_facts,
     verify,
 )
+from ..lora_names import workflow_file_name
 from ..methods import get
 from ..run.heldout_part import chosen, copies
 from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
+from . import comfy
 from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, resolve
@@ -70,8 +72,10 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         weights=not cfg.dry_run,
         later=family.encoders if cfg.cache and not cfg.train_text_encoder else (),
     )
-    if (remark := family.remark(cfg.pretrained_model_name_or_path, pipeline)) is not None:
-        logger.warning("%s", remark)
+    of_model = family.remark(cfg.pretrained_model_name_or_path, pipeline)
+    for remark in (of_model, comfy.remark(family.title, family.pipeline, cfg.use_dora)):
+        if remark is not None:
+            logger.warning("%s", remark)
     classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None
     return DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
 
@@ -174,6 +178,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
         kohya=cfg.output_kohya_format,
         extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
     )
+    comfy.write(cfg, folder, task.pipeline)
     return verify(folder, task.models)
 
 
@@ -184,6 +189,7 @@ def files(folder: Path) -> dict[str, str]:
         "for ComfyUI, A1111": kohya_file_name(folder),
         "UNet": "unet",
         "transformer": "transformer",
+        "workflow for ComfyUI": workflow_file_name(folder),
         "model card": "README.md",
         "images": "validation",
     }

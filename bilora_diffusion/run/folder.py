@@ -22,6 +22,7 @@ from ..lora_names import (
     KOHYA_FILE_NAME_BEFORE,
     WEIGHTS,
     kohya_file_name,
+    workflow_file_name,
 )
 from ..methods import get
 from . import checkpoint, snapshots
@@ -169,7 +170,8 @@ def clear(folder: Path, keep: Collection[str] = ()) -> None:
         return
     whole = WHOLE_MODELS if trained_whole(folder) else ()
     card = (CARD,) if wrote_card(_own(folder) or {}) else ()
-    for name in (*BESIDES, *card, *whole, *RESULTS, kohya_file_name(folder), RUN):
+    named = kohya_file_name(folder), workflow_file_name(folder)
+    for name in (*BESIDES, *card, *whole, *RESULTS, *named, RUN):
         path = folder / name
         if name in keep:
             continue

@@ -3,11 +3,11 @@
     make demo && python -m eval.clip_scores                # the demo's two runs and the base model
     python -m eval.clip_scores runs/lora runs/bilora base --max_prompts 6 --seeds 0  # a minute
     python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
-    python -m eval.clip_scores some/lora-on-the-hub base --prompts my_prompts.txt \\
+    python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
-An adapter is a run folder, a LoRA file, a hub id, or `base` for none; LABEL=ADAPTER names it. All
+An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER names it. All
 get the same prompts and the same initial noise. Images are kept as PNG files with their parameters,
 so an interrupted run continues by the same command and nothing is generated twice. The general
 prompts measure drift from the base model. Beside the result's files it draws a grid of images.
@@ -106,7 +106,7 @@ class ClipScores(Evaluation):
             if not Path(run, RUN).is_file():
                 raise UserError(
                     f"no adapter was named and there is no demo run {run}: run `make demo` first,"
-                    " or name run folders, LoRA files or hub ids."
+                    " or name run folders or LoRA files."
                 )
         self.notes.append(
             f"No adapter was named, so these are the demo's two runs ({' and '.join(runs)}), with"

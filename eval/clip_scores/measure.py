@@ -39,11 +39,7 @@ class Seen(NamedTuple):
 
 
 class Judge:
-    """Scores images by what they are held against.
-
-    Raises:
-        UserError: a picture can't be read.
-    """
+    """Scores images by what they are held against."""
 
     def __init__(
         self,

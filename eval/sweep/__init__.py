@@ -111,11 +111,7 @@ class Sweep(Evaluation):
         return report_failures(outcomes, runs)
 
     def plan(self) -> tuple[Grid, Runner]:
-        """What is to be run, checked and shown.
-
-        Raises:
-            UserError: bad input; nothing was run.
-        """
+        """What is to be run, checked and shown."""
         from . import axes
         from .cells import Runner
         from .grid import Planner, open_script

@@ -17,11 +17,7 @@ Values = Mapping[str, Any]
 
 
 def settings(words: Sequence[str], flag: str) -> dict[str, str]:
-    """``name=value`` words as a mapping.
-
-    Raises:
-        UserError: one is not of that form, comes twice, or is the sweep's own business.
-    """
+    """``name=value`` words as a mapping."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -37,11 +33,7 @@ def settings(words: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def axes(words: Sequence[str]) -> dict[str, list[str]]:
-    """``--over`` words: ``name=v1,v2`` or ``name=a..b`` (whole numbers, b included).
-
-    Raises:
-        UserError: a word that is neither, or a value that comes twice.
-    """
+    """``--over`` words: ``name=v1,v2`` or ``name=a..b`` (whole numbers, b included)."""
     given = settings(words, "--over").items()
     return {name: listed(text, f'--over has "{name}={text}"') for name, text in given}
 
@@ -51,9 +43,6 @@ def listed(text: str, shown: str) -> list[str]:
 
     Args:
         shown: the beginning of a sentence about them.
-
-    Raises:
-        UserError: it is neither, or a value comes twice.
     """
     values: list[str] = []
     for part in (part.strip() for part in text.split(",")):
@@ -73,11 +62,7 @@ def listed(text: str, shown: str) -> list[str]:
 
 
 def load_arms(path: Path) -> dict[str, dict[str, Any]]:
-    """An arms file: a mapping from label to a mapping of options.
-
-    Raises:
-        UserError: it can't be read, or holds something else.
-    """
+    """An arms file: a mapping from label to a mapping of options."""
     loaded = read_options(path, f'the arms file "{path}"', "--arms")
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(

@@ -1,12 +1,7 @@
-"""A sweep as one picture: the difference of each arm to the control, and the metric over steps.
-
-An arm that went far astray (it diverged, say) would leave no room to tell the others apart, so it
-stands at the edge, with its value.
-"""
+"""A sweep as one picture: the difference of each arm to the control, and the metric over steps."""
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +11,6 @@ from ..table import Result
 from .findings import is_finished, suffix
 
 FINAL = "final"
-ASTRAY = 30.0
-"""An arm is off the scale when its difference is so many times the median arm's."""
 
 
 def draw(result: Result, picture: Path) -> None:
@@ -48,26 +41,18 @@ def mean_differences(result: Result) -> dict[str, float]:
     }
 
 
-def astray(result: Result) -> frozenset[str]:
-    """The arms whose difference is too large to be drawn beside the others."""
-    sizes = {arm: abs(value) for arm, value in mean_differences(result).items()}
-    usual = statistics.median(sizes.values()) if sizes else 0.0
-    return frozenset(arm for arm, size in sizes.items() if usual and size > ASTRAY * usual)
-
-
 def differences(axis: Any, result: Result, looks: Any) -> None:
     """The paired difference of each arm with its interval."""
-    name, off = f"{FINAL} {result.settings['metric']}", astray(result)
+    name = f"{FINAL} {result.settings['metric']}"
     scale, values = result.metric(name).scale, mean_differences(result)
     axis.axvline(0, color="black", lw=0.8)
     for row, arm in enumerate(result.groups):
         color = looks[arm]["color"]
         if arm not in values:  # beside the zero line and not on it: there is no difference
-            _written(axis, row, _why_none(arm, result), 0, axis.transData, "gray")
-        elif arm in off:
-            right, text = values[arm] > 0, f"{scale * values[arm]:+.3g}"
-            text = f"{text} \u2192" if right else f"\u2190 {text}"
-            _written(axis, row, text, float(right), axis.get_yaxis_transform(), color)
+            place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
+            axis.annotate(
+                _why_none(arm, result), (0, row), va="center", fontsize=8, color="gray", **place
+            )
         else:
             line = result.summary(arm, name)
             ends = line.difference_interval if line is not None else None
@@ -86,21 +71,6 @@ def differences(axis: Any, result: Result, looks: Any) -> None:
     axis.set_title(f"{FINAL}, minus {result.control}: mean and 95 % interval", fontsize=9)
 
 
-def _written(axis: Any, row: int, text: str, x: float, coordinates: Any, color: Any) -> None:
-    """Words in an arm's line, to the left of x = 1 and to the right of another."""
-    axis.annotate(
-        text,
-        (x, row),
-        xycoords=coordinates,
-        xytext=(-4 if x == 1 else 5, 0),
-        textcoords="offset points",
-        ha="right" if x == 1 else "left",
-        va="center",
-        fontsize=8,
-        color=color,
-    )
-
-
 def _why_none(arm: str, result: Result) -> str:
     if arm == result.control:
         return "control"
@@ -111,11 +81,10 @@ def _why_none(arm: str, result: Result) -> str:
 
 def curves(axis: Any, result: Result, looks: Any) -> None:
     """The metric over steps, mean over seeds."""
-    name, off = result.settings["metric"], astray(result)
+    name = result.settings["metric"]
     scale = result.metric(name).scale
     done = replace(result, subjects=[one for one in result.subjects if is_finished(one)])
-    for arm in sorted(done.groups, key=lambda arm: arm in off):
-        axis.autoscale(arm not in off)  # one that went astray is drawn, but the others set the axis
+    for arm in done.groups:
         style = {"ms": 3, "lw": 1.2, "alpha": 0.1, **looks[arm]}
         plot.line(axis, done.curve(arm, name), style.pop("color"), arm, **style)
     axis.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.4g}")

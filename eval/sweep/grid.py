@@ -81,9 +81,6 @@ class Grid:
         Args:
             wanted: a label, or options that one arm alone has (``method=lora``); None for the
                 first arm.
-
-        Raises:
-            UserError: no arm, or several, fit.
         """
         if wanted is None:
             return self.arms[0]
@@ -113,9 +110,6 @@ def open_script(name: str) -> Path:
 
     A script that is not listed in ``CONFIGS`` must take the options of the DreamBooth script; it is
     imported, so that methods which it registers are known.
-
-    Raises:
-        UserError: there is no such file.
     """
     path = next((p for p in (ROOT / name, Path(name)) if p.is_file()), None)
     if path is None:
@@ -146,11 +140,7 @@ class Planner:
     metric: str = HELDOUT
 
     def grid(self, over: Mapping[str, Sequence[str]], arms: Mapping[str, Values]) -> Grid:
-        """The arms times the axes times the seeds, each cell checked.
-
-        Raises:
-            UserError: a cell that the script would refuse, or an option given in two places.
-        """
+        """The arms times the axes times the seeds, each cell checked."""
         over, shared = dict(over), dict(self.shared)
         if both := [n for n in over if n in shared or any(n in a for a in arms.values())]:
             raise UserError(f'"{both[0]}" is an axis of --over and set elsewhere too: keep one.')
@@ -189,9 +179,6 @@ class Planner:
 
         Args:
             seed: None for the recipe's.
-
-        Raises:
-            UserError: the script would refuse it.
         """
         merged = {**self.shared, **values, **({} if seed is None else {SEED: seed})}
         flags = to_flags(merged)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -25,7 +25,7 @@ from .bases import Base
 from .benchmarks import EFFECT, GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
-from .models import Decoding, Keeper, Loaded, Models
+from .models import Decoding, Models
 from .mtbench import MTBench
 from .sandbox import Sandbox
 
@@ -34,24 +34,12 @@ HUMANEVAL_TOKENS, MTBENCH_TOKENS = 512, 1024
 SCORE = "score"
 
 
-class Engine(Protocol):
-    """A benchmark, ready to be asked of models."""
-
-    def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
-        ...
-
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Ask and score a model; what is kept is not asked again."""
-        ...
-
-
 @dataclass(frozen=True)
 class Asked:
     """A benchmark, with what asks it and all that its score depends on beside the subject."""
 
     benchmark: Benchmark
-    engine: Engine
+    engine: Harness | HumanEval | MTBench
     settings: dict[str, Any]
 
     def template(self, base: Base) -> str:
@@ -110,7 +98,7 @@ def asked(
     return found
 
 
-def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models: int) -> Engine:
+def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models: int) -> Any:
     if benchmark.engine == HARNESS:
         return Harness(benchmark, manager, args.limit, args.include_path)
     if benchmark.engine == MTBENCH:

@@ -129,12 +129,6 @@ def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Score
     assert all(f'"{word}"' in said for word, said in zip(lost.values(), missing, strict=True))
 
 
-def test_a_result_with_one_adapter_or_no_image_can_be_opened() -> None:
-    alone = {(BILORA, RABBIT, 0): ScoredImage("x.png", {})}
-    assert first_view("s", scores_of(LABELS, PROMPTS, alone)).adapters == (BILORA,)
-    assert first_view("s", scores_of(LABELS, PROMPTS, {}, ())).prompt == RABBIT
-
-
 def test_a_notice_holds_no_markup(
     result: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,28 +171,6 @@ def test_a_difference_that_chance_explains_has_no_colour(
 ) -> None:
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
     assert rows(made(scores), LORA, BILORA, "i2t")[0].tone == tone
-
-
-def test_means_with_the_difference_of_the_pair(result: Scored) -> None:
-    def shown(low: float, high: float) -> str:
-        ends = {"difference_low": low, "difference_high": high, "higher": 1}
-        ours = Summary(BILORA, "i2t", mean=0.3, control=LORA, difference=0.02, **ends)
-        scores = made(I2T, [Summary(LORA, "i2t", mean=0.3), ours])
-        pairs = ((LORA, BILORA), (BILORA, LORA))
-        return "".join(compare_html.summary(scores, a, b) for a, b in pairs)
-
-    html = shown(0.01, 0.03)
-    assert '<td class="up">+2.00 (+1.00 to +3.00)</td>' in html
-    assert '<td class="down">-2.00 (-3.00 to -1.00)</td>' in html
-    assert shown(-0.01, 0.05).count('class="even"') == 2
-    assert compare_html.summary(result, LORA, BILORA) == ""
-
-
-def test_small_pictures_are_enlarged_and_large_ones_reduced() -> None:
-    sizes = {(64, 32): (256, 128), (300, 200): (300, 200), (1536, 768): (768, 384)}
-    for size, shown in sizes.items():
-        assert parts.fitted(Image.new("RGB", size)).size == shown
-    assert parts.data_uri(Image.new("RGB", (64, 64))).startswith("data:image/webp;base64,")
 
 
 def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path: Path) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import pytest
 
 from app import training
@@ -28,7 +26,6 @@ from app.charts import (
     colors_of,
     radii,
     radius,
-    smooth,
     table,
     thin,
 )
@@ -56,17 +53,6 @@ def shown(
     run = run or record()
     item = RunItem(name, name, run, None)
     return Shown(item, color, found, progress(run, found, 0.0, 0.0))
-
-
-@pytest.mark.parametrize("window", [1, 2, 7, 500])
-def test_running_mean(window: int) -> None:
-    rng = random.Random(0)
-    points = [(2 * at, rng.random()) for at in range(60)]
-    values = [value for _, value in points]
-    expected = [np.mean(values[max(0, at - window + 1) : at + 1]) for at in range(60)]
-    assert [step for step, _ in smooth(points, window)] == [step for step, _ in points]
-    assert [value for _, value in smooth(points, window)] == pytest.approx(expected)
-    assert smooth([], window) == []
 
 
 def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off() -> None:
@@ -159,17 +145,6 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
     assert table(charts(runs[1:], window=1)["loss-difference"]).empty
     assert all(table(lines).empty for lines in charts([], 5).values())
     assert charts([], 5).keys() == TITLES.keys()
-
-
-def test_equal_rates_and_equal_radii_are_one_line() -> None:
-    one, other = [{"step": 1, "lr": 0.5}], [{"step": 1, "lr": 0.1}]
-    equal = charts([shown("a", one), shown("b", one)], 1)["rate"]
-    assert equal == [Line("all runs", [(1, 0.5)])]
-    assert len(charts([shown("a", one), shown("b", other)], 1)["rate"]) == 2
-    short, long = rows(1.0, 1.0), rows(*[1.0] * 9)
-    found = radii([shown("a", short), shown("b", long), shown("c", short)])
-    assert [line.name for line in found] == ["ρ = 0.05"]
-    assert found[0].points == [(1, 0.05), (9, 0.05)], "as long as the longest run"
 
 
 def test_a_run_keeps_its_colour() -> None:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import signal
-import tempfile
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -25,10 +24,9 @@ from app.scored import Scored, ScoredImage, ScoredPrompt
 from app.votes import ANY, FILE, FORMULA, Ballot, Booth, Polls, Side, Tally, Vote, ballots, tallies
 from bilora_diffusion.errors import UserError
 from eval.compare import win_rate_interval
-from tests.app.folders import draw, scores_of, write, write_bomb
+from tests.app.folders import draw, scores_of, write
 
 COLORS = {"LoRA": "teal", "Bi-LoRA": "orange"}
-NOBODY = 65534
 
 
 def result(labels: tuple[str, ...] = ("LoRA", "Bi-LoRA"), prompts: int = 5) -> Scored:
@@ -123,20 +121,6 @@ def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> 
     assert (tally.wins + tally.losses, voters) == (4, 1)
 
 
-def test_pictures_that_cant_be_shown_do_not_end_the_vote_on_the_others(tmp_path: Path) -> None:
-    polls = made(tmp_path, prompts=2)
-    for seed, make in enumerate((write_bomb, os.mkfifo)):
-        path = tmp_path / "scores" / "images" / "LoRA" / str(seed) / "icon 0.png"
-        path.unlink()
-        make(path)
-    now = polls.open("scores", ANY, "me")
-    for _ in range(2):
-        assert now.ballot is not None
-        assert now.ballot.prompt == "icon 1"
-        now = polls.cast(now, "tie")
-    assert now.ballot is None
-
-
 def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_again(
     tmp_path: Path,
 ) -> None:
@@ -207,39 +191,6 @@ def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path: Path) -> No
     (tmp_path / FILE).symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="out of the root"):
         polls.open("scores", ANY, "me")
-
-
-def in_closed_folder(root: Path, answers: multiprocessing.Queue[str]) -> None:
-    if os.getuid() == 0:  # root may write everywhere
-        os.setuid(NOBODY)
-    polls = Polls(Catalog(root), random.Random())
-    answers.put(f"{len(polls.votes())} read")
-    for act in (lambda: polls.open("scores", ANY, "me"), lambda: polls.cast(booth(2, "me"), "tie")):
-        try:
-            act()
-            answers.put("written")
-        except UserError as error:
-            answers.put(str(error))
-
-
-def test_a_read_only_folder_is_read_but_refused_for_votes() -> None:
-    fork = multiprocessing.get_context("fork")
-    answers = fork.Queue()
-    # Outside pytest's own folders, which are private.
-    with tempfile.TemporaryDirectory(prefix="bilora-votes-") as name:
-        folder = Path(name)
-        made(folder, prompts=1).cast(booth(1, "me"), "left")
-        (folder / FILE).chmod(0o444)
-        folder.chmod(0o555)
-        worker = fork.Process(target=in_closed_folder, args=(folder, answers))
-        worker.start()
-        read, *refused = [answers.get(timeout=60) for _ in range(3)]
-        worker.join(60)
-        folder.chmod(0o755)
-    assert read == "1 read"
-    for sentence in refused:
-        assert sentence.startswith(f"{FILE} can't be written")
-        assert name not in sentence
 
 
 def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path: Path) -> None:

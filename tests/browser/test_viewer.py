@@ -41,12 +41,15 @@ FILLED = {
     "Generate": "#generate-a input",
     "Vote": "#vote-start",
     "Training": "#training-loss svg.marks",
-    "Results": "#tab-results section.empty",
+    "Results": "#results-report",
 }
 """What is there when a tab has been filled."""
 
 
-@pytest.mark.parametrize("phone", [False, pytest.param(True, marks=pytest.mark.slow)])
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("phone", [False, True])
 def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(
     viewer: Viewer,
     visit: Callable[..., Page],

@@ -71,7 +71,6 @@ BOTH: list[tuple[str, str]] = [
     ("--fit --keep_best", "--keep_best with --fit.*the search says when"),
     ("--fit --early_stopping_patience 2", "--early_stopping_patience 2 with --fit.*drop"),
     ("--fit --method full", "--fit with --method full.*bilora"),
-    ("--fit --compile", "--fit with --compile.*drop"),
     ("--fit --fit_folds 1", "--fit_folds is 1.*2 or more"),
     ("--fit --fit_folds 5000", "--fit_folds is 5000.*at most 1000"),
     ("--fit --fit_budget 0", "--fit_budget is 0.*1 or more"),
@@ -90,6 +89,7 @@ BOTH: list[tuple[str, str]] = [
     ("--config nowhere.yaml", '"nowhere.yaml".*--config'),
 ]
 IMAGES: list[tuple[str, str]] = [
+    ("--fit --compile", "--fit with --compile.*drop"),
     ("--resolution 100", "--resolution is 100.*multiple of 8.*96"),
     ("--resolution 0", "--resolution is 0.*such as 8"),
     ("--resolution 1000000000000", "34 GB"),

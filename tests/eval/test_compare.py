@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from scipy import stats
 
 from bilora_diffusion.errors import UserError
@@ -18,9 +17,6 @@ from eval.compare import (
     win_rate_interval,
 )
 from eval.table import Entry, Row, Summary
-
-finite = st.floats(-1e3, 1e3)
-
 
 VALUES = [0.3, -0.1, 0.8, 0.4, 0.2]
 

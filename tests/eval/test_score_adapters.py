@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
@@ -79,36 +77,11 @@ def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None
     assert altered(lambda t, _: t.update({key: t[key].half()})) != digest
 
 
-def test_the_hubs_files_come_from_its_cache(files: Path) -> None:
-    """The cache is filled as a download fills it; offline, nothing else can be asked for."""
-    repository = Path(constants.HF_HUB_CACHE) / "models--owner--icons"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
-    for name in (FILE, "other.safetensors"):
-        shutil.copy(files / "unet" / FILE, snapshot / name)
-    (snapshot / "README.md").write_text("---\nbase_model: owner/base\n---\n")
-    try:
-        usual, named = single(["owner/icons", "Other=owner/icons:other.safetensors"])
-        assert (usual.kind, usual.source, usual.label) == ("hub", "owner/icons", "LoRA")
-        assert usual.base_model == named.base_model == "owner/base"
-        assert usual.digest == named.digest == one(files / "unet" / FILE).digest
-        assert named.weights == snapshot / "other.safetensors"
-        with pytest.raises(UserError, match=r'"owner/icons:gone\.safetensors"'):
-            one("owner/icons:gone.safetensors")
-    finally:
-        shutil.rmtree(repository)
-
-
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
         (["bse"], ['"bse"', 'did you mean "base"']),
-        (["owner/nothing"], ['"owner/nothing"', "connection"]),
         (["runs/bilroa"], ['did you mean "runs/bilora"']),  # and the hub is not asked
-        (["=base"], ['"=base"', "LABEL=ADAPTER"]),
-        (["A=cut.safetensors", "B=./cut.safetensors"], ["cut.safetensors is given twice"]),
         (["runs/bilora"], ["runs/bilora", "run.json"]),
         (["pickle.bin"], ["pickle.bin", ".safetensors"]),
         (["plain.safetensors"], ["plain.safetensors", "no LoRA"]),
@@ -262,14 +235,6 @@ def renamed(tensors: dict[str, Any], key: str) -> None:
 
 MISFITS: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
     "another layer": (renamed, r"no layer for 1 of.*unet.*to_z"),
-    "another width": (
-        lambda t, key: t.update({key: torch.zeros(2, 640)}),
-        r"bad.*(640|does not fit|can't be loaded)",
-    ),
-    "another model": (
-        lambda t, key: t.update({key.replace("unet.", "transformer."): t.pop(key)}),
-        "transformer",
-    ),
     "an auxiliary": (
         lambda t, key: t.update({key.replace("lora_A", "lora_A.auxiliary"): t[key].clone()}),
         "more than one adapter.*auxiliary",

@@ -19,9 +19,7 @@ from eval.clip_scores.models import ModelEntry, digest
 from eval.clip_scores.names import BLIP
 from tests.eval import clip_models
 from tests.eval.clip_models import (
-    CONTEXT,
     DIMENSION,
-    TEXT,
     pictures,
     put_on_hub,
     save_open_clip,
@@ -95,60 +93,6 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
     again = embeddings @ many.texts(texts[::-1]).flip(0).T
     torch.testing.assert_close(again, table, atol=1e-6, rtol=0)
-
-
-@scorer_schemes
-def test_a_text_that_is_too_long_is_known(folders: dict[str, Path], scheme: str) -> None:
-    scorer = models.load(f"{scheme}:{folders[scheme]}")
-    texts = ["", "rabbit", "tok " * (CONTEXT - 2), "tok " * (CONTEXT - 1), "tok " * 100]
-    assert [scorer.is_cut(text) for text in texts] == [False, False, False, True, True]
-    whole, *longer = scorer.texts(texts)[2:]
-    for cut in longer:
-        torch.testing.assert_close(cut, whole)
-
-
-@pytest.fixture
-def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small model in open_clip's own list: with one tag on the hub, and one in a file here."""
-    from open_clip import factory, pretrained
-
-    text = TEXT | {"hf_tokenizer_name": str(tmp_path / "clip")}
-    config = clip_models.open_clip_config(text_cfg=text)
-    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", [*factory._MODEL_CONFIG_PATHS])
-    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
-    (tmp_path / "small.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "small.json")
-    own = {"mean": [0.5, 0.4, 0.3], "resize_mode": "squash"}
-    folder = save_open_clip(tmp_path / "clip", preprocess_cfg=own, quick_gelu=True)
-    tag = pretrained._pcfg(hf_hub="tests/small-tag/", mean=(0.5, 0.4, 0.3), resize_mode="squash")
-    tags = {"hub": tag | {"quick_gelu": True}, "plain": {"file": str(folder / WEIGHTS)}}
-    monkeypatch.setitem(pretrained._PRETRAINED, "small", tags)
-    put_on_hub("tests/small-tag", folder, "f" * 40)
-    return folder
-
-
-def test_a_tag_brings_its_own_preprocessing_and_activation(
-    registered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the folder has them, and a file or a tag without such facts has open_clip's usual ones."""
-    names = [f"small/{tag}" for tag in ("hub", "plain", registered / WEIGHTS)]
-    tag, plain, file, folder = (models.load(f"open_clip:{n}") for n in [*names, registered])
-    images = pictures(4, None)
-    torch.testing.assert_close(tag.images(images), folder.images(images), rtol=0, atol=1e-6)
-    torch.testing.assert_close(tag.texts(["a"]), folder.texts(["a"]), rtol=0, atol=1e-6)
-    assert tag.entry.name == "open_clip:small/hub"
-    assert tag.entry.revision == f"hub@{'f' * 40}"
-    assert "QuickGELU" in tag.entry.note
-    assert torch.equal(plain.images(images), file.images(images))
-    assert (plain.images(images) - tag.images(images)).abs().max() > 1e-3
-    assert file.entry.name == f"open_clip:small/{WEIGHTS}"
-    assert plain.entry.revision == f"plain@{file.entry.revision}"
-    monkeypatch.setattr(mini, "scorer_dir", lambda: registered)  # a random model of the same form
-    embedded = models.load("embedded")
-    assert torch.equal(embedded.images(images), folder.images(images))
-    assert (embedded.entry.name, embedded.entry.kind) == (mini.NAME, "embedded")
-    assert embedded.entry.revision == folder.entry.revision
-    assert "cannot be set beside the paper's" in embedded.entry.note
 
 
 def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor, cosine_similarity
+from torch import Tensor
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.mini import heldout_dir
 from eval.clip_scores.captioners import Captioner
 from eval.clip_scores.images import Job, Sampling, Store, jobs
-from eval.clip_scores.measure import Judge, nearest, truth_pictures
+from eval.clip_scores.measure import Judge, truth_pictures
 from eval.clip_scores.models import ModelEntry, Scorer
 from eval.clip_scores.prompts import Prompt
 from eval.subjects import Subject
@@ -122,17 +120,3 @@ def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> 
     own.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r'own\.png.*"a red own"'):
         truth_pictures(prompts, "mini")
-
-
-def random(rows: int, seed: int) -> Tensor:
-    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed))
-
-
-@given(st.integers(1, 9), st.integers(2, 9), st.integers(0, 99))
-def test_nearest_is_that_of_a_loop(n: int, m: int, seed: int) -> None:
-    images, train = random(n, seed).double(), random(m, seed + 1000).double()
-    likeness, index = nearest(images, train)
-    for row in range(n):
-        cosines = [float(cosine_similarity(images[row], picture, dim=0)) for picture in train]
-        assert index[row] == max(range(m), key=cosines.__getitem__)
-        assert float(likeness[row]) == pytest.approx(max(cosines), abs=1e-12)

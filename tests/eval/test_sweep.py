@@ -132,28 +132,10 @@ def test_a_missing_cell_leaves_the_other_seeds(
     assert (code, result.provenance) == (1, None)
 
 
-def test_another_metric_may_be_better_when_higher(
-    swept: Sweeping, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--metric", "train_grid_loss", "--higher_is_better", "--control", "rank=3"]
-    _, result = swept(TWO, *words)
-    assert result.control == "bilora"
-    final = line(result, "lora", "final train_grid_loss")
-    assert (final.higher, final.pairs) == (0, 2)
-    assert line(result, "lora", "best train_grid_loss").mean == pytest.approx(0.20)
-    assert "highest over training" in capsys.readouterr().out
-    swept(TWO, "--metric", "heldout_los")
-    assert '"heldout_los" (did you mean "heldout_loss"?)' in capsys.readouterr().err
-
-
 REFUSED: list[tuple[list[str], str]] = [
     ([RECIPE, "--over", "metod=lora"], 'unknown flag "--metod" (did you mean "--method"?)'),
     ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the arms"),
-    ([RECIPE, "--ovr", "seed=0"], 'unexpected "--ovr" (did you mean "--over"?)'),
-    ([RECIPE, "--script", "train_dreambooth_bilor.py"], 'mean "train_dreambooth_bilora.py"'),
-    ([RECIPE, "--metric"], "expected one argument"),
     (["none.yaml"], 'there is no recipe "none.yaml"'),
-    ([RECIPE, "--launch", '"unclosed'], """--launch is '"unclosed'"""),
     ([RECIPE, "--runs_dir", "{tmp}/file"], "is no folder that can be written"),
 ]
 

@@ -70,21 +70,15 @@ def test_a_folders_name_tells_what_is_run(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["seed"], {}, 'has "seed": write name=value'),
-    (["seed=4..0"], {}, "a <= b"),
-    (["rho=0.1,0.1"], {}, "0.1 twice"),
     (["rho=1", "rho=2"], {}, 'gives "rho" twice'),
-    (["output_dir=here,there"], {}, "which the sweep decides"),
     (["seed=0..99999"], {}, "at most 10000 values"),
     (["rank=2,4"], {"arms": {"a": {"rank": 8}}}, '"rank" is an axis of --over and set'),
-    (["seed=a"], {}, 'seed is "a": give whole numbers'),
     (
         ["seed=0"],
         {"shared": {"validation_dataset": "none", "validation_loss_steps": "0"}},
         "would have no heldout_loss",
     ),
-    ([], {"arms": {"odd": {"learning_rat": 1}}}, r'in the arm "odd": unknown flag .*learning_rate'),
     ([], {"arms": {"odd": {"method": "lorra"}}}, r'did you mean "lora"'),
-    ([], {"arms": {"odd": {"use_dora": "maybe"}}}, "give True or False"),
 ]
 
 
@@ -120,24 +114,6 @@ def test_axes_and_arms_are_read(tmp_path: Path) -> None:
         ("--use_dora=no", "--cache_latents=yes"),
     ]
     assert labels(grid("use_dora=on,off")) == ["use_dora=on", "use_dora=off"]
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("[", "is not valid YAML in line 1"),
-        ("lora: {rank: 1, rank: 2}", "twice"),
-        ("", "holds no arms"),
-        ("lora: fast", '"lora" is not a mapping'),
-        ("lora: {seed: 3}", "the same for all arms"),
-    ],
-)
-def test_a_bad_arms_file_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "arms.yaml").write_text(text)
-    with pytest.raises(UserError, match=sentence):
-        axes.load_arms(tmp_path / "arms.yaml")
-    with pytest.raises(UserError, match=r"none.yaml\" of --arms is not there"):
-        axes.load_arms(tmp_path / "none.yaml")
 
 
 def test_the_control_is_found_by_label_or_option() -> None:

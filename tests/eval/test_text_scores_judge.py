@@ -150,16 +150,8 @@ def test_questions_are_read_from_a_file(tmp_path: Path) -> None:
     assert found == [Question("81", "writing", "First."), Question("2", "math", "2 + 3?", "5")]
     assert [question.temperature for question in found] == [0.7, 0.0]
     assert mtbench.questions(str(path), 1) == found[:1]
-    for text, told in (
-        ("{}", "line 1 .* turns"),
-        ('{"turns": ["a"]}\nno JSON', "line 2 .* JSON"),
-        ('{"turns": ["a"], "question_id": 1}\n{"turns": ["b"], "question_id": 1}', "1 twice"),
-        ("", "no question: give another"),
-    ):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=told):
-            mtbench.questions(str(path))
-    with pytest.raises(UserError, match="correct the path"):
-        mtbench.questions(str(tmp_path / "none"))
+    path.write_text('{"turns": ["a"]}\nno JSON', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2 .* JSON"):
+        mtbench.questions(str(path))
     with pytest.raises(UserError, match="by --mtbench_questions"):
         mtbench.questions(None)  # the hub is out of reach in tests

@@ -81,18 +81,3 @@ def test_the_report_is_read_back(tmp_path: Path) -> None:
         assert words in text
     table.write(found, tmp_path, text)
     assert TextScores.__new__(TextScores).report(table.read(tmp_path)) == text
-
-
-def test_what_a_reader_has_to_know_comes_first() -> None:
-    subject = Subject("mine", "mine")
-    rows = [
-        subject.row("b", 0.0),
-        subject.row("b", 0.0, item="q0"),
-        subject.row("b without an answer", 1),
-        subject.row("b effect of adapter", 0.0),
-    ]
-    limited, unparsed, idle = shown.notes(rows, {"b": SHARE}, 1)
-    assert "--limit" in limited
-    assert "1 of 1 items" in unparsed
-    assert "mine is zero" in idle
-    assert shown.notes(rows[:2], {"b": SHARE}, None) == []

@@ -52,9 +52,10 @@ def train(model: nn.Module, output, steps: int = 3, **options: Any):
     return bilora
 
 
-@pytest.mark.parametrize("kind", list(CASES))
-@pytest.mark.parametrize("init", CHANGE_BASE)
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.matrix] * (k in ("mlp", "clip"))) for k in CASES]
+)
+@pytest.mark.parametrize(("init", "use_dora"), zip(CHANGE_BASE, (False, True), strict=True))
 def test_a_model_starts_as_it_came_and_its_peft_file_gives_the_same_outputs(
     kind, init, use_dora, tmp_path: Path
 ) -> None:
@@ -86,8 +87,7 @@ def test_a_model_starts_as_it_came_and_its_peft_file_gives_the_same_outputs(
         torch.testing.assert_close(case.output(loaded), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", CHANGE_BASE)
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("init", "use_dora"), zip(CHANGE_BASE, (True, False), strict=True))
 def test_a_diffusers_file_gives_the_same_outputs(init, use_dora, tmp_path: Path) -> None:
     unet, encoder = make_unet(), tiny_clip()
     plain = copy.deepcopy(unet)

@@ -48,9 +48,6 @@ def a_file(
     return len(text).to_bytes(8, "little") + text + fill * end
 
 
-# What is right -----------------------------------------------------------------------------------
-
-
 def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, capsys) -> None:
     for file in (FILE_NAME, "icons.safetensors"):
         contents = inspect(folder / file)
@@ -112,9 +109,6 @@ def test_eight_bits_are_converted_exactly(tmp_path: Path, dtype: torch.dtype, to
     assert torch.equal(layer.B.double(), B.double())
 
 
-# What hides an auxiliary -------------------------------------------------------------------------
-
-
 def smuggle(way: str, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     for key in [key for key in tensors if key.startswith("unet.")]:
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")
@@ -144,9 +138,6 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None
         read(tmp_path / FILE_NAME)
 
 
-# What is refused ---------------------------------------------------------------------------------
-
-
 def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) -> None:
     whole = (folder / FILE_NAME).read_bytes()
     contents = {"short": whole[:-10], "header": whole[:100], "text": b"no weights", "empty": b""}
@@ -165,7 +156,6 @@ def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) 
 
 
 DORA = {f"{UNET}.lora_magnitude_vector": ("F32", [4])}
-KERNEL = {f"{UNET}.lora_A.weight": ("F32", [2, 4, 3, 3])}
 AB = pair(UNET)
 DOWN_UP = ("down", "up")
 KOHYAS = pair(KOHYA, ab=DOWN_UP)
@@ -175,26 +165,16 @@ KOHYAS = pair(KOHYA, ab=DOWN_UP)
     ("tensors", "metadata", "named"),
     [
         (pair(UNET, 0), "", "lora_A"),
-        (AB | {f"{UNET}.lora_B.weight": ("F16", [0, 2])}, "", "lora_B.*0, 2"),
-        *((pair(UNET, dtype=dtype), "", f"lora_A.*{dtype}") for dtype in ("C64", "BOOL", "I64")),
-        (AB | {f"{UNET}.alpha": ("F32", [2])}, "", "2 values as .*alpha"),
-        (AB | {f"{UNET}.alpha": ("BOOL", [])}, "", "False as .*alpha"),
-        (AB | {f"{UNET}.alpha": ("C64", [])}, "", "0j as .*alpha"),
-        ({f"{UNET}.lora_A.weight": ("F32", [2, 4])}, "", "lora_A.* factor B"),
-        (AB | {f"{UNET}.alpha": ("F32", []), "unet.x.alpha": ("F32", [])}, "", "unet.x"),
-        (AB | {f"{UNET}.lora_up.weight": ("F32", [4, 2])}, "", "lora_B.*lora_up"),
-        (AB | {f"{UNET}.lora_B.weight": ("F16", [4, 3])}, "", "lora_B.*4, 3"),
-        (KERNEL | {f"{UNET}.lora_B.weight": ("F32", [4, 2, 3, 3])}, "", "lora_B.*4, 2, 3, 3"),
+        (pair(UNET, dtype="C64"), "", "lora_A.*C64"),
+        (AB | {f"{UNET}.alpha": ("F32", [2])}, "", "alpha"),
+        ({f"{UNET}.lora_A.weight": ("F32", [2, 4])}, "", "lora_A"),
+        (AB | {f"{UNET}.lora_up.weight": ("F32", [4, 2])}, "", "lora_up"),
+        (AB | {f"{UNET}.lora_B.weight": ("F16", [4, 3])}, "", "lora_B"),
         (AB | DORA | pair("unet.conv_out"), "", "conv_out"),
-        (AB | {f"{UNET}.lora_magnitude_vector": ("F32", [3])}, "", "magnitude"),
         (KOHYAS | {f"{KOHYA}.dora_scale": ("F32", [1, 4])}, "", "along the inputs"),
-        (AB | DORA, '{"unet.r": 2}', "no DoRA"),
-        (AB, '{"unet.r": 2, "unet.use_dora": true}', "DoRA"),
+        (AB | DORA, '{"unet.r": 2}', "DoRA"),
         (AB, '{"unet.lora_alpha": 2}', "rank 2.* 8"),
-        (AB, '{"unet.r": 2, "unet.rank_pattern": {"conv_in": 3}}', "2.* 3"),
         (AB, '{"unet.r": 2, "unet.peft_type": "LOHA"}', "LOHA"),
-        (AB, "[[1, 2]]", "items"),
-        (AB, '{"lora_alpha": "x"}', "lora_alpha"),
         (pair(PEFT), "", "adapter_config.json"),
     ],
 )
@@ -211,20 +191,11 @@ def test_what_can_not_be_right_is_refused_even_by_a_look(
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        *(
-            (pair(name, ab=DOWN_UP), name.split("_", 2)[2])
-            for name in (
-                *("lora_unet_input_blocks_99_1_proj_in", "lora_unet_input_blocks_-1_1_proj_in"),
-                *("lora_unet_input_blocks_3_1_proj_in", "lora_unet_input_blocks_4_-1_conv"),
-                *("lora_unet_down_blocks_32_resnets_0_conv1", "lora_unet_mid_block_whatever"),
-                *("lora_te2_whatever_layer", "lora_te1_text_model_encoder_layers_-1_mlp_fc1"),
-            )
-        ),
+        (pair("lora_unet_input_blocks_3_1_proj_in", ab=DOWN_UP), "input_blocks_3_1"),
+        (pair("lora_unet_mid_block_whatever", ab=DOWN_UP), "whatever"),
         # a layer by two names, of which one would be lost
         (KOHYAS | pair("lora_unet_time_embedding_linear_1", ab=DOWN_UP), "time_embedding.linear_1"),
-        (AB | pair("conv_in"), r"unet\.conv_in"),
         (AB | {"unet.conv_in.hada_w1_a": ("F16", [2, 2])}, "hada_w1_a"),
-        (AB | {f"{UNET}.lora_B.bias": ("F16", [4])}, "lora_B.bias"),
     ],
 )
 def test_what_can_be_looked_at_but_not_be_used(tmp_path: Path, tensors: Any, named: str) -> None:
@@ -235,23 +206,17 @@ def test_what_can_be_looked_at_but_not_be_used(tmp_path: Path, tensors: Any, nam
         read(path)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "alpha"),
-    [
-        *((1e30, 1e30, 2.0), (1e-30, 1e38, 1e9), (math.nan, 1.0, 2.0), (1.0, 1e300, 2.0)),
-        *((1.0, 1.0, math.inf), (1.0, 1.0, math.nan)),
-    ],
-)
-def test_values_beyond_fp32_are_refused(tmp_path: Path, a: float, b: float, alpha: float) -> None:
-    path = tmp_path / "odd.safetensors"
-    tensors = {
-        f"{UNET}.lora_A.weight": torch.full((2, 4), a, dtype=torch.float64),
-        f"{UNET}.lora_B.weight": torch.full((4, 2), b, dtype=torch.float64),
-        f"{UNET}.alpha": torch.tensor(alpha),
-    }
-    save_file(tensors, path)
-    with pytest.raises(UserError, match="conv_in"):
-        read(path)
+def test_values_beyond_fp32_are_refused(tmp_path: Path) -> None:
+    path, nan = tmp_path / "odd.safetensors", math.nan
+    for a, b, alpha in ((1e30, 1e30, 2.0), (1e-30, 1e38, 1e9), (nan, 1.0, 2.0), (1.0, 1.0, nan)):
+        tensors = {
+            f"{UNET}.lora_A.weight": torch.full((2, 4), a, dtype=torch.float64),
+            f"{UNET}.lora_B.weight": torch.full((4, 2), b, dtype=torch.float64),
+            f"{UNET}.alpha": torch.tensor(alpha),
+        }
+        save_file(tensors, path)
+        with pytest.raises(UserError, match="conv_in"):
+            read(path)
 
 
 FLAGS = ("use_rslora", "use_dora")
@@ -261,14 +226,11 @@ COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        *(("[]", r"\[\]"), ("{", "adapter_config.json"), ('{"r": 4, "peft_type": "LOHA"}', "LOHA")),
-        *(("{}", "rank 4.* 8"), ('{"lora_alpha": 16}', "rank 4.* 8"), ('{"r": "4"}', "'4'")),
-        *((f'{{"r": 4, "{flag}": "no"}}', f"{flag}.*'no'") for flag in FLAGS),
-        ('{"r": 4, "lora_alpha": 1e999}', "lora_alpha.*inf"),
-        *((f'{{"r": 4, "alpha_pattern": {v}}}', "alpha_pattern") for v in ("[]", '"x"', "3")),
+        ("{", "adapter_config.json"),
+        ("{}", "rank 4.* 8"),
+        ('{"r": 4, "use_dora": "no"}', "use_dora"),
+        ('{"r": 4, "lora_alpha": 1e999}', "lora_alpha"),
         *((f'{{"r": 4, "alpha_pattern": {{"{k}": 2}}}}', "alpha_pattern") for k in COSTLY),
-        ('{"r": 4, "alpha_pattern": {"a": "2"}}', "alpha_pattern.a.*'2'"),
-        ('{"r": 4, "base_model_name_or_path": "\\ud800"}', "ud800"),
     ],
 )
 def test_a_configuration_that_is_not_pefts_is_refused(

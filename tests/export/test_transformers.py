@@ -72,11 +72,9 @@ def pipeline_that_loads(kind: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("layers", "dora"),
-    [("attention", False), ("attention", True), ("all", False)],
-    ids=["lora", "dora", "all layers"],
+    ("kind", "layers", "dora"),
+    [*((kind, "all", False) for kind in FILES), (SD3, "attention", True)],
 )
-@pytest.mark.parametrize("kind", FILES)
 def test_the_pipeline_loads_what_was_trained(
     kind: str, layers: str, dora: bool, tmp_path: Path
 ) -> None:

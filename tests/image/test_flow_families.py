@@ -36,6 +36,7 @@ LONG = ", ".join([PROMPT] * 8)
 WITHOUT = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
 """The guidance that is none; where it is 1, it is not here. FLUX.1 always is told one."""
 
+SD3 = "StableDiffusion3Pipeline"
 each_kind = pytest.mark.parametrize("kind", FILES)
 
 
@@ -216,8 +217,10 @@ def test_gradients_reach_every_target(word: str, kind: str) -> None:
     assert reached == names - unread
 
 
-@pytest.mark.slow
-@each_kind
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k == SD3 else pytest.mark.matrix) for k in FILES],
+)
 def test_compiled_blocks_give_the_same_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
     pipeline = made(kind)

@@ -142,6 +142,7 @@ def test_open_clip_loads_the_scorer_by_itself(loaded: Any) -> None:
     assert torch.equal(loaded[0].encode_text(tokens), other.eval().encode_text(tokens))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_figures_of_the_scorers_card_come_out_again(loaded: Any) -> None:
     figures = json.loads((scorer.scorer_dir() / "figures.json").read_text())["figures"]

@@ -67,7 +67,7 @@ def once(name: str, make: Callable[[Path], object], *facts: object) -> Path:
     return folder / name
 
 
-def train_once(name: str = "run", **values: Any) -> Path:
+def train_once(name: str = "run", /, **values: Any) -> Path:
     """A run with these flags that is shared: read it, or copy it (`copied`)."""
     return once(name, lambda folder: train(folder, **values), "image", sorted(values.items()))
 

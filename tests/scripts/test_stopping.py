@@ -71,7 +71,7 @@ def icons(tmp_path: Path) -> dict[str, Any]:
         ("causal", "bilora", {"use_ema": True, "ema_decay": 0.5}),
         pytest.param("classification", "lora", {"use_dora": True}, marks=pytest.mark.slow),
         pytest.param("seq2seq", "lora", {"init_lora_weights": "pissa"}, marks=pytest.mark.slow),
-        ("classification", "full", {"learning_rate": 3e-4}),
+        pytest.param("classification", "full", {"learning_rate": 3e-4}, marks=pytest.mark.slow),
     ],
 )
 def test_text_ends_where_its_record_says_and_leaves_its_best_step(

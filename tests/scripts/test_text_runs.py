@@ -6,7 +6,6 @@ Every pair of a method and an option of the adapters is the contract's; here eac
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from bilora_diffusion.export import main as export_step
 from bilora_diffusion.methods import names
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model
-from tests.scripts.runs import column
+from tests.scripts.runs import column, copied
 from tests.text.text_builders import (
     KINDS,
     NUMBERS,
@@ -30,7 +29,6 @@ from tests.text.text_builders import (
     save_t5,
     text_difference,
     train_text,
-    train_text_once,
     write_rows,
 )
 
@@ -48,7 +46,6 @@ SLOW_LIVES: list[tuple[str, str, Given]] = [
     ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
     ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
     ("headless", "bilora", {}),  # its pooler is random: the next loader would draw it anew
-    ("causal", "bilora", {"quantize": "nf4"}),
 ]
 MATRIX: list[tuple[str, str, Given]] = [
     ("seq2seq", "lora", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
@@ -57,7 +54,6 @@ MATRIX: list[tuple[str, str, Given]] = [
     ("seq2seq", "lora-nbar", {"group_by_length": True}),
     ("causal", "full", {"mixed_precision": "bf16"}),
     ("headless", "flat-lora", {}),
-    *((kind, "lora", {"quantize": "nf4"}) for kind in ("classification", "seq2seq")),
     *(("causal", name, {}) for name in names()),
 ]
 
@@ -92,7 +88,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
 ) -> None:
     given = {**given_by_kind[kind], "method": method, **values}
     folder = train_text(tmp_path / "run", **given)
-    parts = Path(shutil.copytree(folder, tmp_path / "parts"))
+    parts = copied(folder, tmp_path / "parts")
     train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
     assert text_difference(folder, parts) == 0
     for key in ("loss", "digest", "grad_norm", "heldout_loss"):
@@ -146,10 +142,17 @@ def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
     assert not [key for key in keys if "auxiliary" in key or "initial" in key]
 
 
-def test_weights_in_four_bits(given_by_kind: dict[str, Given]) -> None:
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.matrix] * (k != "causal")) for k in KINDS]
+)
+def test_weights_in_four_bits(given_by_kind: dict[str, Given], tmp_path: Path, kind: str) -> None:
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
-    given = given_by_kind["causal"]
-    folder, plain = (train_text_once("causal", **given, quantize=kind) for kind in ("nf4", "none"))
+    given = {**given_by_kind[kind], "quantize": "nf4"}
+    folder = train_text(tmp_path / "run", **given)
+    parts = copied(folder, tmp_path / "parts")
+    train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
+    assert text_difference(folder, parts) == 0
+    plain = train_text(tmp_path / "plain", **{**given, "quantize": "none"})
     losses = [column(run, "loss") for run in (folder, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]

@@ -194,7 +194,7 @@ def train_text(folder: Path, **values: Any) -> Path:
     return folder
 
 
-def train_text_once(kind: str, name: str = "run", **values: Any) -> Path:
+def train_text_once(kind: str, name: str = "run", /, **values: Any) -> Path:
     """A run with these flags on the kind's `material`, shared: read or copy it."""
     given = {**material(kind), **values}
     return once(name, lambda folder: train_text(folder, **given), kind, sorted(values.items()))

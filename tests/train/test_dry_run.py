@@ -22,18 +22,27 @@ from docs.memory import FOLDER, row
 pytestmark = pytest.mark.usefixtures("hub")
 
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
-TEXT = json.loads((FOLDER / "text.json").read_text(encoding="utf-8"))
+TEXT = {
+    "{model} {rows}x{tokens} {mixed_precision} {gradient_checkpointing}".format(**case): case
+    for case in json.loads((FOLDER / "text.json").read_text(encoding="utf-8"))
+}
 POSITIONS = {"medium": 384**2 * 1536 * 2, "large": 192**2 * 2432 * 2}
 """Bytes that the tracer counted too many: it took SD3's table of positions, which is bf16 in a run,
 for fp32.
 """
-SLOW = ("Stable", "Qwen", "Krea")
+SLOW = ("Stable", "FLUX.2", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * n.startswith(SLOW)) for n in TABLE],
-)
+def rows(named: Any) -> list[Any]:
+    """The rows by these names, of which the large models' are slow."""
+    marks = [[pytest.mark.slow] * name.startswith(SLOW) for name in named]
+    cases = named.values() if named is TEXT else named
+    return [
+        pytest.param(case, marks=m, id=n) for case, m, n in zip(cases, marks, named, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", rows(TABLE))
 def test_each_image_model_is_within_15_percent(name: str) -> None:
     model, weights = name.rsplit(", ", 1)
     over = next((size for kind, size in POSITIONS.items() if model.endswith(kind)), 0)
@@ -68,11 +77,7 @@ def text_task(case: dict[str, Any], folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "case",
-    TEXT,
-    ids=lambda c: "{model} {rows}x{tokens} {mixed_precision} {gradient_checkpointing}".format(**c),
-)
+@pytest.mark.parametrize("case", rows(TEXT))
 def test_each_text_model_is_within_15_percent(case: dict[str, Any], tmp_path: Path) -> None:
     task = text_task(case, tmp_path)
     step = moments(task, None)[STEP]

@@ -19,7 +19,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.mini import pipeline_dir
-from tests.image.tiny import qwen_image, saved
+from tests.image.tiny import qwen_image, shared
 from tests.image.tiny.parts import autoencoder
 
 Damage = Callable[[Path], None]
@@ -102,13 +102,10 @@ def inpainting(folder: Path) -> None:
 
 INDEX = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "part-1.bin"}})
 DDPM, FLOW = ["diffusers", "DDPMScheduler"], "FlowMatchEulerDiscreteScheduler"
-SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
-    ("inpainting", inpainting, ("UNet", "17 in_channels", "text-to-image")),
-    *(
-        (f"{part} lacks", weighed(part, drop), (part, "lacks weights"))
-        for part in ("unet", "vae", "text_encoder_2")
-    ),
+    ("inpainting", inpainting, ("UNet", "17 in_channels")),
+    ("unet lacks", weighed("unet", drop), ("unet", "lacks weights")),
     ("unet shape", weighed("unet", reshape), ("unet", "shape")),
     ("unet infinite", weighed("unet", spoil), ("unet", "not finite")),
     ("pickled", pickled("vae"), ("vae", "pytorch_model.bin", "convert")),
@@ -118,16 +115,11 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
         ("unet", "part-1.bin", "convert"),
     ),
     ("cut", written("text_encoder_2/model.safetensors", "1234"), ("text_encoder_2", "again")),
-    ("no timesteps", configured(SCHEDULER, num_train_timesteps=0), ("num_train_timesteps 0",)),
     ("no noise", configured(SCHEDULER, beta_start=0.0, beta_end=0.0), ("noise levels",)),
     ("flow", configured("model_index.json", scheduler=["diffusers", FLOW]), (FLOW,)),
-    ("index", written("model_index.json", "[1]"), ("correct its files",)),
-    ("no sample size", configured("unet/config.json", sample_size=None), ("sample_size", "128")),
+    ("index", written("model_index.json", "[1]"), ("no JSON object",)),
     ("time ids", configured("unet/config.json", addition_time_embed_dim=16), ("288", "192")),
-    ("no scale", configured("vae/config.json", scaling_factor="x"), ("scaling_factor 'x'",)),
-    ("means", configured("vae/config.json", latents_mean=[0, 0]), ("latents_mean", "8 channels")),
     ("no tokenizer", written("tokenizer_2/tokenizer.json", None), ("tokenizer_2", "no words")),
-    ("long prompts", configured(TOKENIZER, model_max_length=1000), ("1000", "32 tokens")),
 ]
 
 
@@ -149,24 +141,14 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     assert str(refusal.value).endswith(".")
 
 
-def test_another_autoencoder_has_to_fit(tmp_path: Path) -> None:
-    AutoencoderKL(latent_channels=4).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="8 in_channels where its autoencoder has 4"):
-        load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path))
-
-
 def channels_of_another(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
     autoencoder(8).save_pretrained(folder / "vae")
 
 
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 FLOW_CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("other channels", channels_of_another, ("latents of 4 channels", "makes 8")),
-    ("worded shift", configured("vae/config.json", shift_factor="x"), ("shift_factor 'x'",)),
-    ("cut weights", written(WEIGHTS, "1234"), ("transformer", "download or write it again")),
     ("empty config", written("transformer/config.json", ""), ("transformer", "again")),
-    ("no scheduler", lambda f: shutil.rmtree(f / "scheduler"), ("scheduler", "correct its files")),
     ("SDXL's levels", configured("model_index.json", scheduler=DDPM), ("DDPMScheduler",)),
 ]
 
@@ -175,18 +157,19 @@ FLOW_CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
 def test_a_flow_model_that_cannot_be_trained_is_a_sentence(
     case: tuple[str, Damage, tuple[str, ...]], tmp_path: Path
 ) -> None:
-    folder = saved("StableDiffusion3Pipeline", tmp_path / "model")
-    load_pipeline(str(folder), dtype=torch.float32)
+    folder = Path(shutil.copytree(shared("StableDiffusion3Pipeline"), tmp_path / "model"))
     test_a_pipeline_that_cannot_be_trained_is_a_sentence(case, folder)
 
 
-def test_another_autoencoder_is_of_the_models_class(tmp_path: Path) -> None:
-    qwen_image.video_autoencoder().save_pretrained(tmp_path)
-    said = "AutoencoderKLQwenImage.*AutoencoderKL by itself as --pretrained_vae_model_name_or_path"
-    with pytest.raises(UserError, match=said):
-        load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path))
-    with pytest.raises(UserError, match="AutoencoderKL by itself"):
-        load_pipeline("mini", dtype=torch.float32, vae=str(pipeline_dir()))
+def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path: Path) -> None:
+    AutoencoderKL(latent_channels=4).save_pretrained(tmp_path / "four")
+    with pytest.raises(UserError, match="8 in_channels where its autoencoder has 4"):
+        load_pipeline("mini", dtype=torch.float32, vae=str(tmp_path / "four"))
+    qwen_image.video_autoencoder().save_pretrained(tmp_path / "video")
+    said = "AutoencoderKL by itself as --pretrained_vae_model_name_or_path"
+    for folder in (tmp_path / "video", pipeline_dir()):
+        with pytest.raises(UserError, match=said):
+            load_pipeline("mini", dtype=torch.float32, vae=str(folder))
 
 
 def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

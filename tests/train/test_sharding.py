@@ -21,13 +21,10 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WRONG: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, {}),
     "DEEPSPEED": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}),
-    "MEGATRON_LM": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {"modality": "image"}),
     "PARALLELISM_CONFIG": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}),
     "image models": (FSDP, {"modality": "image"}),
-    "--method full": (FSDP, {"method": "full"}),
     "--fit": (FSDP, {"fit": True}),
     "FSDP_OFFLOAD_PARAMS": ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {}),
-    "FSDP_ACTIVATION_CHECKPOINTING": ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
     "FSDP_IGNORED_MODULES": ({**FSDP, "FSDP_IGNORED_MODULES": "a.*"}, {}),
     "ACCELERATE_DYNAMO_BACKEND": ({**FSDP, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}),
     "SIZE_BASED_WRAP": ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}),

@@ -1,0 +1,162 @@
+"""The workflow for ComfyUI: it hangs together, and its noise levels are those of diffusers.
+
+ComfyUI's formulas are those of its comfy/samplers.py, comfy/model_sampling.py and nodes of 2026.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+from bilora_diffusion.image import comfy
+from bilora_diffusion.image.families import SDXL
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
+from tests.export.comfy_names import NAMES
+from tests.image.tiny import FILES, made
+
+STEPS, SIDE = 5, 64
+READ = sorted({SDXL, *comfy.ENCODERS})
+
+
+def pipeline_of(kind: str) -> Any:
+    return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
+
+
+def graph_of(pipeline: Any) -> dict[str, Any]:
+    names: Any = {"checkpoint": "model", "lora": "dog.safetensors", "prompt": "a fox"}
+    return comfy.workflow(pipeline, **names, seed=3, side=SIDE, steps=STEPS, guidance=2.5)
+
+
+def nodes(graph: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
+    return [node["inputs"] for node in graph.values() if node["class_type"] in kinds]
+
+
+def time_shift(alpha: float, times: torch.Tensor) -> torch.Tensor:
+    return alpha * times / (1 + (alpha - 1) * times)
+
+
+def comfy_levels(graph: dict[str, Any]) -> torch.Tensor:
+    """Noise levels of a workflow from the first to the last before 0."""
+    if nodes(graph, "Flux2Scheduler"):
+        (given,) = nodes(graph, "Flux2Scheduler")
+        mu = compute_empirical_mu(given["width"] * given["height"] // 256, given["steps"])
+        return time_shift(math.exp(mu), torch.linspace(1, 0, given["steps"] + 1)[:-1])
+    (sampler,) = nodes(graph, "KSampler")
+    steps, scheduler = sampler["steps"], sampler["scheduler"]
+    if scheduler == "ddim_uniform":
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        kept = (1 - betas).cumprod(0)
+        levels = ((1 - kept) / kept).sqrt()
+        return levels[1 :: 1000 // steps].flip(0).float()
+    if flux := nodes(graph, "ModelSamplingFlux"):
+        assert flux[0]["max_shift"] == flux[0]["base_shift"]
+        alpha = math.exp(flux[0]["max_shift"])
+    else:
+        alpha = nodes(graph, "ModelSamplingSD3", "ModelSamplingAuraFlow")[0]["shift"]
+    if scheduler == "normal":
+        least = time_shift(alpha, torch.tensor(0.001)).item()
+        return time_shift(alpha, torch.linspace(1, least, steps))
+    assert scheduler == "simple"
+    return time_shift(alpha, 1 - torch.arange(steps) / steps)
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_the_noise_levels_are_those_of_diffusers(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, drawn = pipeline_of(kind), []
+    scheduler: Any = EulerDiscreteScheduler if kind == SDXL else FlowMatchEulerDiscreteScheduler
+    original = scheduler.set_timesteps
+
+    @functools.wraps(original)
+    def recording(self: Any, *args: Any, **values: Any) -> None:
+        original(self, *args, **values)
+        drawn.append(self.sigmas[:-1].float().clone())
+
+    monkeypatch.setattr(scheduler, "set_timesteps", recording)
+    generate(pipeline, ["a fox"], [3], size=SIDE, steps=STEPS, guidance_scale=2.5)
+    torch.testing.assert_close(comfy_levels(graph_of(pipeline)), drawn[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_workflow_hangs_together(kind: str) -> None:
+    graph = graph_of(pipeline_of(kind))
+    for number, node in graph.items():
+        links = [value[0] for value in node["inputs"].values() if isinstance(value, list)]
+        assert all(int(link) < int(number) for link in links)  # what comes before, so no circle
+    ends = [
+        number
+        for number in graph
+        if all(
+            [number] != v[:1]
+            for n in graph.values()
+            for v in n["inputs"].values()
+            if isinstance(v, list)
+        )
+    ]
+    assert [graph[number]["class_type"] for number in ends] == ["SaveImage"]  # all serve it
+    (lora,) = nodes(graph, "LoraLoader", "LoraLoaderModelOnly")
+    assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
+    assert nodes(graph, "CLIPTextEncode")[0]["text"] == "a fox"
+    (guided,) = nodes(graph, "KSampler", "CFGGuider")
+    adds = kind in (comfy.Z_IMAGE, comfy.KREA2)  # these add guidance to the prediction
+    assert guided["cfg"] == (1 if kind == comfy.FLUX else 3.5 if adds else 2.5)
+
+
+def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other() -> None:
+    named = {kind for kind in FILES if type(made(kind).transformer).__name__ in NAMES}
+    assert named == set(comfy.ENCODERS)
+    for kind in FILES:
+        assert (comfy.remark("Lumina 2", kind, False) is None) == (kind in named)
+        assert comfy.remark("", kind, True) is not None
+    assert comfy.remark("", SDXL, True) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "written"),
+    [
+        ({}, True),
+        ({"pretrained_model_name_or_path": "mini"}, False),
+        ({"output_kohya_format": False}, False),
+        ({"method": "full"}, False),
+    ],
+    ids=str,
+)
+def test_it_is_written_where_comfyui_reads_the_file(
+    changes: dict[str, Any], written: bool, tmp_path: Path
+) -> None:
+    values = {
+        "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+        "output_kohya_format": True,
+        "method": "lora",
+        "use_dora": False,
+        "sampled_prompts": [],
+        "trigger_word": None,
+        "instance_prompt": "a TOK dog",
+        "seed": 0,
+        "resolution": 1024,
+        "validation_num_inference_steps": None,
+        "validation_guidance_scale": None,
+    }
+    path = tmp_path / f"{tmp_path.name}.comfy.json"
+    path.write_text("of an earlier run")
+    cfg: Any = SimpleNamespace(**{**values, **changes})
+    comfy.write(cfg, tmp_path, load_pipeline("mini", dtype=torch.float32))
+    assert path.exists() == written
+    if written:
+        graph = json.loads(path.read_text())
+        assert (
+            nodes(graph, "CheckpointLoaderSimple")[0]["ckpt_name"] == "sd_xl_base_1.0.safetensors"
+        )
+        assert nodes(graph, "LoraLoader")[0]["lora_name"] == f"{tmp_path.name}.safetensors"
+        assert nodes(graph, "KSampler")[0]["steps"] == 25
