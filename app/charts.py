@@ -175,7 +175,10 @@ def radii(runs: Sequence[Shown]) -> list[Line]:
     """rho: one line for all runs with the same constant one, one a run where it changes."""
     lines: dict[str, Points] = {}
     for run in runs:
-        line = series(run.rows, "rho") or radius(run.run.record, run.state.steps)
+        line, config = series(run.rows, "rho"), run.run.record["config"]
+        rho, bounded = config.get("rho"), config.get("ball") != "none"
+        if not line and bounded and run.run.method == "bilora" and isinstance(rho, int | float):
+            line = [(step, float(rho)) for step in sorted({1, run.state.steps}) if step]
         if not line:
             continue
         constant = len({value for _, value in line}) == 1
@@ -183,31 +186,6 @@ def radii(runs: Sequence[Shown]) -> list[Line]:
         if name not in lines or lines[name][-1][0] < line[-1][0]:  # as long as the longest run
             lines[name] = line
     return [Line(name, points) for name, points in lines.items()]
-
-
-def radius(record: Row, last_step: int) -> Points:
-    """rho of the ball over steps 1 to ``last_step``, in the units in which the norm is logged.
-
-    The logged norm is that of ``rho_norm`` (scaled by alpha/r or bare), and rho bounds just that,
-    so the line needs no conversion. Empty for a method without a ball, and for an old run whose
-    radius rose.
-
-    Args:
-        record: ``run.json``.
-    """
-    config = record["config"]
-    rho = config.get("rho")
-    fixed = config.get("ball") != "none" and config.get("rho_schedule", "constant") == "constant"
-    bounded = record["method"] == "bilora" and isinstance(rho, int | float) and fixed
-    return [(step, float(rho)) for step in sorted({1, last_step})] if bounded and last_step else []
-
-
-def rates(runs: Sequence[Shown]) -> list[Line]:
-    """The primary's learning rate; one line where all runs have the same."""
-    lines = over(runs, "lr")
-    if len(lines) > 1 and all(line.points == lines[0].points for line in lines):
-        return [Line("all runs", lines[0].points)]
-    return lines
 
 
 def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
@@ -228,7 +206,7 @@ def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
         **{name: over(runs, name) for name in METRICS},
         "norm": [*radii(runs), *norms],
         "rise": [run.line(smooth(series(run.rows, "loss_rise"), window)) for run in runs],
-        "rate": rates(runs),
+        "rate": over(runs, "lr"),
     }
 
 
@@ -255,19 +233,3 @@ TITLES = {
     "rate": ("Learning rate", "Of the primary adapter."),
 }
 """Each plot's title and caption."""
-
-
-def colors_of(chosen: Sequence[str], known: Sequence[str]) -> dict[str, int]:
-    """The place of a colour for each of up to eight chosen runs, all different.
-
-    A run keeps its colour whatever else is chosen, except where two would have the same one.
-
-    Args:
-        known: all runs there are.
-    """
-    free, found = list(range(len(COLORS))), {}
-    for path in chosen[: len(COLORS)]:
-        own = known.index(path) % len(COLORS) if path in known else free[0]
-        found[path] = own if own in free else free[0]
-        free.remove(found[path])
-    return found

@@ -15,7 +15,7 @@ from eval import compare
 from eval.clip_scores.names import METRICS
 from eval.table import Summary
 
-from .scored import Scored, ScoredImage
+from .scored import Scored
 
 ORDERS = {
     "gain": "Largest gain first",
@@ -149,18 +149,6 @@ def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
     if prompt not in order:
         return order[0] if order else prompt
     return order[min(max(order.index(prompt) + step, 0), len(order) - 1)]
-
-
-def best(images: Sequence[ScoredImage]) -> dict[str, float]:
-    """Metric -> the best score among images; without those that do not judge and ties of all."""
-    leaders: dict[str, float] = {}
-    for name in METRICS:
-        values = [image.scores[name] for image in images if name in image.scores]
-        direction = METRICS[name].higher_is_better
-        if direction is None or len({round(value, 6) for value in values}) < 2:
-            continue
-        leaders[name] = max(values) if direction else min(values)
-    return leaders
 
 
 def first_view(scores: str, result: Scored) -> View:

@@ -9,7 +9,7 @@ from html import escape
 from eval.clip_scores.names import METRICS
 
 from . import parts
-from .compare_data import PromptRow, best, times_100
+from .compare_data import PromptRow, times_100
 from .scored import Scored, ScoredImage
 
 
@@ -62,21 +62,19 @@ def _title(metric: str) -> str:
 
 def cards(result: Scored, shown: Sequence[Card]) -> str:
     """The pictures side by side with their scores."""
-    leaders = best([card.image for card in shown if card.image is not None])
     body = "".join(
-        parts.card(card.title, card.picture, card.role, "no image", _facts(result, card, leaders))
+        parts.card(card.title, card.picture, card.role, "no image", _facts(result, card))
         for card in shown
     )
     return f'<div class="cards">{body}</div>{_legend(result)}'
 
 
-def _facts(result: Scored, card: Card, leaders: dict[str, float]) -> str:
+def _facts(result: Scored, card: Card) -> str:
     image, rows = card.image, ""
     if image is None:
         return f'<p class="quiet">{escape(card.line)}</p>' if card.line else ""
     for name, value in image.scores.items():
-        mark = ' class="best"' if leaders.get(name) == value else ""
-        rows += f"<tr{mark}>{_title(name)}<td>{times_100(value)}</td></tr>"
+        rows += f"<tr>{_title(name)}<td>{times_100(value)}</td></tr>"
     text = f'<table class="scores">{rows}</table>'
     text += f'<p class="quiet">by {escape(result.settings.scorer.name)}</p>'
     if image.caption:

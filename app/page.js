@@ -21,15 +21,6 @@ const bilora = {
         list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
     });
   },
-  // The slider over the steps of validation images.
-  steps(element, trigger) {
-    element.addEventListener("input", (event) => {
-      const steps = JSON.parse(event.target.dataset.steps), step = steps[event.target.value];
-      event.target.setAttribute("aria-valuetext", `step ${step}`);
-      element.querySelector("output").textContent = `step ${step}`;
-      trigger("select", { step });
-    });
-  },
   // Puts a view into the browser's address, beside what else is there (`__theme`).
   address(query) {
     if (!query) return "";

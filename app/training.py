@@ -16,7 +16,7 @@ from bilora_diffusion.run.record import METRICS, RUN, read_fit, read_metrics, re
 
 from . import parts
 from .catalog import Catalog
-from .charts import COLORS, TITLES, Line, Shown, ceiling, charts, colors_of, radii, table
+from .charts import COLORS, TITLES, Line, Shown, ceiling, charts, radii, table
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, short
 from .training_data import memory, progress
@@ -176,10 +176,9 @@ class Tab:
 
     def _read(self, paths: Sequence[str]) -> list[Shown | Failed]:
         runs = {run.path: run for run in self.catalog.now.runs}
-        colors = colors_of(paths, list(runs))
         return [
             self._one(runs[path], color) if path in runs else Failed(path, color, "it has gone")
-            for path, color in colors.items()
+            for color, path in enumerate(paths[: len(COLORS)])
         ]
 
     def _one(self, run: RunItem, color: int) -> Shown | Failed:

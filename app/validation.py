@@ -6,7 +6,6 @@ It needs no scores: training leaves the images. The base model's column is a run
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -31,9 +30,8 @@ def build(catalog: Catalog, changed: Any) -> None:
         with gr.Row(equal_height=True):
             place: dict[str, Any] = {"elem_id": "validation-runs", "scale": 2, "min_width": 300}
             chosen = gr.Dropdown([], label="Runs", multiselect=True, max_choices=COLUMNS, **place)
-            slider = parts.html("validation-step", js_on_load="bilora.steps(element, trigger)")
+            step = gr.Radio([], label="Images at step", elem_id="validation-step")
         images = parts.html("validation-images")
-    step = gr.State(None)
 
     def fill(paths: list[str], at: int | None) -> Update:
         runs = ordered(with_images(catalog))
@@ -56,16 +54,11 @@ def build(catalog: Catalog, changed: Any) -> None:
         there = [runs[path] for path in paths if path in runs]
         steps = common_steps(there)
         at = at if at in steps else (steps or [0])[-1]
-        return {slider: range_of(steps, at), images: table(catalog, there, at)}
+        choice = gr.update(choices=steps, value=at, visible=len(steps) > 1)
+        return {step: choice, images: table(catalog, there, at)}
 
-    def move(paths: list[str], event: gr.EventData) -> Update:
-        at = event._data["step"]
-        drawn = show(paths, at if isinstance(at, int) else None)
-        return {step: at, images: drawn[images]}
-
-    changed(fill, [chosen, step], [empty, body, chosen, slider, images], **QUIET)
-    chosen.input(show, [chosen, step], [slider, images], **QUIET)
-    slider.select(move, [chosen], [step, images], trigger_mode="always_last", **QUIET)
+    changed(fill, [chosen, step], [empty, body, chosen, step, images], **QUIET)
+    gr.on([chosen.input, step.input], show, [chosen, step], [step, images], **QUIET)
 
 
 def with_images(catalog: Catalog) -> list[RunItem]:
@@ -77,19 +70,6 @@ def common_steps(runs: Sequence[RunItem]) -> list[int]:
     """Steps after the start at which any of the runs has images; only the start where none has."""
     steps = sorted({step for run in runs for step in run.steps})
     return [step for step in steps if step] or steps
-
-
-def range_of(steps: Sequence[int], at: int) -> str:
-    """The slider over the steps, as HTML."""
-    if not steps:
-        return ""
-    hidden = " hidden" if len(steps) == 1 else ""
-    return (
-        f'<label class="steps"><span>Images at <output>step {at}</output></span>'
-        f'<input type="range" min="0" max="{len(steps) - 1}" value="{list(steps).index(at)}"'
-        f' aria-label="step" aria-valuetext="step {at}" data-steps="{json.dumps(list(steps))}"'
-        f"{hidden}></label>"
-    )
 
 
 def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:

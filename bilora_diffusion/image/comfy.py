@@ -42,11 +42,8 @@ ENCODERS = {
     KREA2: ("krea2", "qwen3vl_4b_bf16"),
 }
 """The kind that a loader of text encoders is told, and their files."""
-AUTOENCODERS = {
-    **dict.fromkeys((FLUX, Z_IMAGE), "ae"),
-    **dict.fromkeys((QWEN, KREA2), "qwen_image_vae"),
-    FLUX2: "flux2-vae",
-}
+AUTOENCODERS = {FLUX: "ae", FLUX2: "flux2-vae", Z_IMAGE: "ae"}
+AUTOENCODERS |= dict.fromkeys((QWEN, KREA2), "qwen_image_vae")
 """Of models that are not one file with it."""
 LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
 Output = list[Any]
@@ -55,11 +52,10 @@ Output = list[Any]
 class Graph(dict[str, Any]):
     """The nodes of a workflow by their numbers."""
 
-    def add(self, kind: str, output: int = 0, **inputs: Any) -> Output:
-        """One more node; returns one of its outputs."""
-        number = str(len(self) + 1)
-        self[number] = {"class_type": kind, "inputs": inputs}
-        return [number, output]
+    def add(self, kind: str, **inputs: Any) -> Output:
+        """One more node; returns the first of its outputs."""
+        self[number := str(len(self) + 1)] = {"class_type": kind, "inputs": inputs}
+        return [number, 0]
 
 
 def remark(title: str, pipeline: str, dora: bool) -> str | None:
@@ -78,13 +74,7 @@ def remark(title: str, pipeline: str, dora: bool) -> str | None:
 
 
 def write(cfg: Any, folder: Path, pipeline: Any) -> None:
-    """Write the workflow beside the LoRA file; none where ComfyUI does not read that as trained.
-
-    Args:
-        cfg: the run's configuration.
-        folder: the run folder.
-        pipeline: what was trained.
-    """
+    """Write the workflow beside the LoRA file; none where ComfyUI does not read that as trained."""
     path, kind = folder / workflow_file_name(folder), type(pipeline).__name__
     path.unlink(missing_ok=True)
     base = cfg.pretrained_model_name_or_path
@@ -128,14 +118,13 @@ def workflow(
     """
     kind, graph = type(pipeline).__name__, Graph()
     model, clip, vae = _loaded(graph, kind, checkpoint)
+    given = {"model": model, "lora_name": lora, "strength_model": 1}
     if kind == SDXL:  # adapters of the text encoders may be in the file
-        model = graph.add(
-            "LoraLoader", model=model, clip=clip, lora_name=lora, strength_model=1, strength_clip=1
-        )
+        model = graph.add("LoraLoader", **given, clip=clip, strength_clip=1)
         clip = [model[0], 1]
     else:
-        model = graph.add("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1)
-    model = _shifted(graph, pipeline, model, side)
+        model = graph.add("LoraLoaderModelOnly", **given)
+        model = _shifted(graph, pipeline, model, side)
     positive = graph.add("CLIPTextEncode", clip=clip, text=prompt)
     if kind == FLUX or (kind == SDXL and pipeline.config.get("force_zeros_for_empty_prompt")):
         negative = graph.add("ConditioningZeroOut", conditioning=positive)
@@ -202,7 +191,7 @@ def _loaded(graph: Graph, kind: str, checkpoint: str) -> tuple[Output, Output, O
 def _shifted(graph: Graph, pipeline: Any, model: Output, side: int) -> Output:
     """The model with the shift of noise levels that the pipeline has at this size."""
     kind, family, config = type(pipeline).__name__, of(pipeline), pipeline.scheduler.config
-    if kind in (SDXL, FLUX2):  # these are told by their scheduler
+    if kind == FLUX2:  # its scheduler's node has it
         return model
     dynamic = config.get("use_dynamic_shifting")
     mu = family.mu(pipeline, family.tokens(side)) if dynamic else math.log(config.shift)

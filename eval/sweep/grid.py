@@ -185,7 +185,7 @@ class Planner:
         own = ("--output_dir=run", "--overwrite_output_dir")
         script = CONFIGS.get(self.script.name, DreamBoothConfig)
         try:
-            config = script.read(["--config", str(self.recipe), *flags, *own])
+            config = script.resolve(["--config", str(self.recipe), *flags, *own])
         except UserError as error:
             raise UserError(f'in the arm "{label}": {error}') from None
         if self.metric == HELDOUT and getattr(config, "validation_dataset", "") is None:

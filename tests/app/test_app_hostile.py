@@ -16,7 +16,7 @@ import pytest
 from app import compare, compare_data, frame, generate, results, training, validation, vote
 from app.catalog import Catalog
 from app.votes import ANY
-from tests.app.hostile import HOSTILE, make_good
+from tests.app.hostile import DAMAGES, FILES, HOSTILE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
 
@@ -37,8 +37,7 @@ class Tabs:
         """What each shows when it is opened and everything in it is chosen once."""
         now, runs = self.catalog.now, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
-        images = [validation.range_of(steps, steps[-1])]
-        images += [validation.table(self.catalog, runs, step) for step in steps]
+        images = [validation.table(self.catalog, runs, step) for step in steps]
         scores = [self.compare.open(SimpleNamespace(query_params={}))]  # pyright: ignore
         votes = [self.vote._load(None, None)]
         for item in now.scores:
@@ -90,7 +89,14 @@ def root(tabs: Tabs, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+SLOW = tuple(f"{file} {what}" for file in FILES for what in DAMAGES)
+"""One of each damage is enough for the fast tests."""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW[1::2])) for what in HOSTILE],
+)
 def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
     tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

@@ -23,9 +23,6 @@ from app.charts import (
     by_level,
     ceiling,
     charts,
-    colors_of,
-    radii,
-    radius,
     table,
     thin,
 )
@@ -68,27 +65,6 @@ def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off() -> None:
     assert ceiling(values) is None
     values[100] = 500.0
     assert 2 < (ceiling(values) or 0) < 10
-
-
-def test_a_constant_rho_is_a_horizontal_line_in_the_units_of_the_norm_where_there_is_a_ball() -> (
-    None
-):
-    for norm in ("scaled", "unscaled"):
-        assert radius(record(rho_norm=norm), 40) == [(1, 0.05), (40, 0.05)]
-    assert radius(record(), 1) == [(1, 0.05)]
-    for run in (
-        record("lora"),
-        record("lora-sam"),  # its rho bounds a perturbation, not an auxiliary
-        record(rho=None),
-        record(rho="auto"),
-        record(ball="none"),
-        record(rho_schedule="linear"),  # of an earlier version
-    ):
-        assert radius(run, 40) == []
-    assert radius(record(), 0) == [], "before the first step"
-    found = [{"step": step, "loss": 1.0, "rho": rho} for step, rho in ((1, 0.3), (2, 0.5))]
-    (line,) = radii([shown("auto", found, record(rho="auto"))])
-    assert (line.name, line.points) == ("ρ of auto", [(1, 0.3), (2, 0.5)]), "of the log"
 
 
 def test_progress_of_a_running_run() -> None:
@@ -145,16 +121,6 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
     assert table(charts(runs[1:], window=1)["loss-difference"]).empty
     assert all(table(lines).empty for lines in charts([], 5).values())
     assert charts([], 5).keys() == TITLES.keys()
-
-
-def test_a_run_keeps_its_colour() -> None:
-    known = [f"run{at}" for at in range(20)]
-    alone = colors_of(["run3"], known)
-    assert colors_of(["run1", "run3"], known)["run3"] == alone["run3"]
-    crowded = colors_of([f"run{at}" for at in (3, 11, 19, 0, 1, 2, 4, 5)], known)
-    assert sorted(crowded.values()) == list(range(len(COLORS)))
-    assert crowded["run3"] == alone["run3"]
-    assert len(colors_of([*known, "gone"], known)) == len(COLORS)
 
 
 def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_its_search() -> None:

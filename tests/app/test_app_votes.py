@@ -89,7 +89,7 @@ def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path: P
 
 
 def test_sides_are_drawn_by_a_fair_coin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    polls, n = made(tmp_path, prompts=1), 1000
+    polls, n = made(tmp_path, prompts=1), 300
     monkeypatch.setattr(votes, "_pixels", lambda path: b"")
     drawn = [polls.open("scores", ANY, "me").ballot for _ in range(n)]
     assert len({one.pair for one in drawn if one}) == 2
@@ -147,6 +147,7 @@ def cast_many(root: Path, session: str, count: int) -> None:
         polls.cast(booth(at, session), ("left", "right", "tie")[at % 3])
 
 
+@pytest.mark.slow
 def test_threads_and_processes_lose_nothing(tmp_path: Path) -> None:
     polls, fork = made(tmp_path, prompts=1), multiprocessing.get_context("fork")
     jobs = [(tmp_path, f"voter {number}", 9) for number in range(6)]

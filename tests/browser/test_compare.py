@@ -52,10 +52,8 @@ def test_runs_before_any_scoring_then_their_scores_by_mouse_keyboard_and_link(
     expect(subjects).to_have_count(6)
     names = ["base model", "LoRA, seed 0", "Bi-LoRA, seed 0"]
     expect(subjects.first.locator("figcaption")).to_have_text(names)
-    expect(page.locator("#validation-step output")).to_have_text("step 2")
-    page.locator("#validation-step input").focus()
-    page.keyboard.press("ArrowLeft")
-    expect(page.locator("#validation-step output")).to_have_text("step 1")
+    expect(page.locator("#validation-step input:checked")).to_have_value("2")
+    page.locator("#validation-step label", has_text="1").click()
     expect(subjects.first.locator(".absent")).to_have_text("none at step 1")  # of Bi-LoRA
     base, lora = (image.get_attribute("src") for image in subjects.first.locator("img").all())
     assert base == lora

@@ -41,7 +41,7 @@ FILLED = {
     "Generate": "#generate-a input",
     "Vote": "#vote-start",
     "Training": "#training-loss svg.marks",
-    "Results": "#results-report",
+    "Results": "#results-result input",
 }
 """What is there when a tab has been filled."""
 

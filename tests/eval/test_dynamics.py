@@ -142,6 +142,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
     assert not any(str(folder) in (out / name).read_text() for name in tables)
 
 
+@pytest.mark.slow
 def test_one_layer_and_named_groups(
     late: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

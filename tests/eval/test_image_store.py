@@ -77,6 +77,7 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made: Mad
         store.open(replace(base[0], file=Path("gone.png")))
 
 
+@pytest.mark.slow
 def test_order_batch_and_processes_change_no_bit(made: Made, pipeline: Any, tmp_path: Path) -> None:
     store, by_label = made
     todo = [*by_label["base model"], *by_label["Text"]]

@@ -130,10 +130,12 @@ def picture(pipeline: Any) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("name", ["unet", "text", "whole"])
+@pytest.mark.parametrize("name", ["unet", "text", pytest.param("whole", marks=pytest.mark.slow)])
 def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_error(
-    name: str, pipeline: Any, files: Path, whole: Path
+    name: str, pipeline: Any, files: Path, request: pytest.FixtureRequest
 ) -> None:
+    if name == "whole":
+        request.getfixturevalue("whole")
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     image, text = picture(pipeline), embed(pipeline, [PROMPT])
@@ -145,7 +147,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
         assert not any(p.requires_grad for p in pipeline.unet.parameters())
         assert not pipeline.unet.training
         if name == "whole":
-            trained = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
+            trained = load_file(files / name / "unet" / "diffusion_pytorch_model.safetensors")
             assert all(torch.equal(p, trained[k]) for k, p in pipeline.unet.named_parameters())
         else:
             other = load_pipeline("mini", dtype=torch.float32)
@@ -154,7 +156,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     with pytest.raises(ZeroDivisionError), applied(pipeline, one(files / name)):
         raise ZeroDivisionError
     if name == "whole":
-        with pytest.raises(UserError, match="no scale"), applied(pipeline, one(whole), 0.5):
+        with pytest.raises(UserError, match="no scale"), applied(pipeline, one(files / name), 0.5):
             pass
     elif name == "unet":
         with applied(pipeline, one(files / name), 0.0):

@@ -71,3 +71,16 @@ NAMES: dict[str, dict[str, str]] = {
     },
 }
 """By the class of the transformer in diffusers."""
+
+_PLACE = r"(down_blocks_\d+|up_blocks_\d+|mid_block)_(attentions|resnets)_\d+"
+_BLOCK_SDXL = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_0_proj|ff_net_2)"
+SDXL_KEYS = (
+    rf"lora_unet_{_PLACE}_({_BLOCK_SDXL}|proj_in|proj_out|conv1|conv2|conv_shortcut|time_emb_proj)",
+    r"lora_unet_(down_blocks_\d+_downsamplers|up_blocks_\d+_upsamplers)_0_conv",
+    r"lora_unet_(conv_in|conv_out|(time|add)_embedding_linear_[12])",
+    r"lora_unet_(time_embed_[02]|label_emb_0_[02]|input_blocks_0_0|out_2)",  # its own names
+    r"lora_te[12]_text_model_encoder_layers_\d+_(mlp_fc[12]|self_attn_(q|k|v|out)_proj)",
+    "lora_te2_text_projection",
+)
+"""What it calls SDXL's layers in a file; each has `SDXL_ENDINGS`."""
+SDXL_ENDINGS = (".lora_up.weight", ".lora_down.weight", ".alpha", ".dora_scale")

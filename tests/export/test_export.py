@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,16 @@ from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import FILE_NAME, kohya_file_name, save_diffusers, verify
 from bilora_diffusion.export.layers import kohya_name
+from bilora_diffusion.image import layers as choice
+from bilora_diffusion.image.families import of
+from bilora_diffusion.image.pipeline import load_pipeline
+from tests.export.comfy_names import SDXL_ENDINGS, SDXL_KEYS
 from tests.export.export_models import (
     ATTENTION,
     FACTS,
     UNET_TARGETS,
     add_adapters,
+    export_all,
     make_unet,
     plain_models,
     read_metadata,
@@ -119,6 +125,23 @@ def test_kohya_names(folder) -> None:
         assert keys[f"{name}.lora_down.weight"].shape[0] == keys[f"{name}.alpha"].item() == 4
         assert keys[f"{name}.lora_up.weight"].shape[1] == 4
     assert kohya_name("unet", "conv_in") == "lora_unet_conv_in"
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_comfyui_finds_every_key_of_kohyas_file(layers: str, dora: bool, tmp_path: Path) -> None:
+    pipeline = load_pipeline("mini", dtype=torch.float32)
+    places = choice.chosen([layers], of(pipeline), pipeline.unet)
+    spec = AdapterSpec(target_modules=places, use_dora=dora)
+    models = {"unet": add_adapters(pipeline.unet, spec)}
+    for name in ("text_encoder", "text_encoder_2"):
+        models[name] = add_adapters(getattr(pipeline, name), AdapterSpec(use_dora=dora))
+    export_all(tmp_path / "dog", models)
+    keys = list(load_file(tmp_path / "dog" / "dog.safetensors"))
+    layer = re.compile("|".join(SDXL_KEYS))
+    names = {key: next((e for e in SDXL_ENDINGS if key.endswith(e)), None) for key in keys}
+    assert not [k for k, end in names.items() if not end or not layer.fullmatch(k[: -len(end)])]
+    assert any(key.endswith(".dora_scale") for key in keys) == dora
 
 
 def test_kohyas_file_is_named_after_the_run() -> None:

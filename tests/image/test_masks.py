@@ -146,7 +146,13 @@ def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -
         assert not gradient[2].any()
 
 
-@pytest.mark.parametrize("values", [{}, {"cache_latents": "no", "dataloader_num_workers": 1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        pytest.param({"cache_latents": "no", "dataloader_num_workers": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_learns_what_is_shown(photos: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     shared = {
         **{"dataset": photos, "pretrained_model_name_or_path": "mini", "max_train_steps": 3},

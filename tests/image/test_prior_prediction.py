@@ -63,6 +63,7 @@ def test_the_departure_is_that_from_the_model_without_adapters() -> None:
         assert all(g is not None and bool(g.any()) for g in gradients)
 
 
+@pytest.mark.slow
 def test_the_class_stays_while_the_subject_is_learned(tmp_path: Path) -> None:
     shared = {
         **{**two_icons(tmp_path / "icons"), "class_prompt": CLASS, "max_train_steps": 24},

@@ -57,7 +57,7 @@ def test_both_forwards_of_bilora_are_the_same_training(
     narrow = replace(llama, build=partial(load("random_models").llama_7b, "tiny"))
     monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
-    step_cost.main(["--shapes", shapes, "--steps", "3", "--json", str(file)])
+    step_cost.main(["--shapes", shapes, "--steps", "5", "--json", str(file)])
     result = json.loads(file.read_text())
     assert result["layers"] == layers  # of Llama two layers of seven; the output head has none
     assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]

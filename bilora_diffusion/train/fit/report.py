@@ -107,7 +107,11 @@ def lines(folder: Path, what: str) -> list[str]:
         elif method not in {row["options"].get(METHOD) for _, row in rows}:
             rows.append((str(method), row))
     texts = [
-        (label, ", ".join(filter(None, (row["title"], f"{row['steps']} steps"))), _how(row, record))
+        (
+            label,
+            f"{row['title'] + ', ' if row['options'] else ''}{row['steps']} steps",
+            _how(row, record),
+        )
         for label, row in rows
     ]
     widths = [max(len(text[i]) for text in texts) for i in (0, 1)]
