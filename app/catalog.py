@@ -150,7 +150,7 @@ class Catalog:
         """
         parts = PurePosixPath(relative)
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{relative!r} is no path below the root: give a relative one")
+            raise UserError(f"{relative!r} is not a path below the root: give a relative one")
         try:
             found = (self.root / parts).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links

@@ -163,7 +163,7 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
         probe.unlink(missing_ok=True)  # another process may make the same folder now
     except OSError as error:
         raise UserError(
-            f"{folder} is no folder that can be written ({error.strerror}): give another {flag}."
+            f"{folder} is not a folder that can be written ({error.strerror}): give another {flag}."
         ) from error
     return folder
 

@@ -183,15 +183,15 @@ class EqualTraining:
 
 def final(rows: Iterable[Row], metric: str) -> list[Row]:
     """For each subject a row "final METRIC": its value at the last step that has one."""
-    return [_derived(course[-1], "final") for course in _courses(rows, metric)]
+    return [_derived(curve[-1], "final") for curve in _curves(rows, metric)]
 
 
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
     """For each subject a row "best METRIC": the best value over training."""
     choose = max if higher_is_better else min
     return [
-        _derived(choose(course, key=lambda row: row.value or 0.0), "best")
-        for course in _courses(rows, metric)
+        _derived(choose(curve, key=lambda row: row.value or 0.0), "best")
+        for curve in _curves(rows, metric)
     ]
 
 
@@ -204,16 +204,16 @@ def equal_training(
     loss never fell below its start is left aside: it would take all others back to the start.
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
-    courses = []  # rows, and training losses where both were measured
-    for course in _courses((row for row in rows if row.group not in unpaired), metric):
-        pairs = [(row, losses.get((row.subject, row.step))) for row in course]
+    curves = []  # rows, and training losses where both were measured
+    for curve in _curves((row for row in rows if row.group not in unpaired), metric):
+        pairs = [(row, losses.get((row.subject, row.step))) for row in curve]
         measured = [(row, loss) for row, loss in pairs if loss is not None]
         if measured:
-            courses.append(([row for row, _ in measured], [loss for _, loss in measured]))
+            curves.append(([row for row, _ in measured], [loss for _, loss in measured]))
     reached: dict[str, list[float | None]] = {}
-    for course, falling in courses:
+    for curve, falling in curves:
         fell = len(falling) > 1 and min(falling) < falling[0]
-        reached.setdefault(course[0].group, []).append(min(falling) if fell else None)
+        reached.setdefault(curve[0].group, []).append(min(falling) if fell else None)
     lowest = [
         (value, group)
         for group, values in reached.items()
@@ -224,11 +224,11 @@ def equal_training(
         return None, []
     level = EqualTraining(*max(lowest))
     derived = []
-    for course, falling in courses:
-        measured = [row.value or 0.0 for row in course]
+    for curve, falling in curves:
+        measured = [row.value or 0.0 for row in curve]
         value = at_training_loss(falling, measured, level.training_loss)
         if value is not None:
-            derived.append(replace(_derived(course[0], "equal_training"), value=value))
+            derived.append(replace(_derived(curve[0], "equal_training"), value=value))
     return level, derived
 
 
@@ -251,13 +251,13 @@ def at_training_loss(
     return None
 
 
-def _courses(rows: Iterable[Row], metric: str) -> list[list[Row]]:
+def _curves(rows: Iterable[Row], metric: str) -> list[list[Row]]:
     """The defined rows of each subject over training, in order."""
-    courses: dict[str, list[Row]] = {}
+    curves: dict[str, list[Row]] = {}
     for row in rows:
         if row.metric == metric and row.step is not None and row.value is not None:
-            courses.setdefault(row.subject, []).append(row)
-    return [sorted(course, key=lambda row: row.step or 0) for course in courses.values()]
+            curves.setdefault(row.subject, []).append(row)
+    return [sorted(curve, key=lambda row: row.step or 0) for curve in curves.values()]
 
 
 def _derived(row: Row, what: str) -> Row:

@@ -70,5 +70,5 @@ def peft_config(folder: Path) -> dict[str, Any]:
     """``adapter_config.json`` of a folder with a PEFT adapter."""
     path = folder / PEFT_CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is no PEFT adapter (it has no {PEFT_CONFIG}): give another.")
+        raise UserError(f"{folder} is not a PEFT adapter (it has no {PEFT_CONFIG}): give another.")
     return read_config(path)

@@ -140,7 +140,7 @@ def _folder(folder: Path, word: str) -> Subject:
     if (folder / PEFT_FILE).is_file():
         return _peft(folder, name, word)
     raise UserError(
-        f"{word} is no run folder (it has no {RUN}) and holds neither {FILE_NAME} nor {PEFT_FILE}:"
+        f"{word} is not a run folder (it has no {RUN}) and has neither {FILE_NAME} nor {PEFT_FILE}:"
         " give one, or name a .safetensors file in it."
     )
 

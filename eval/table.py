@@ -103,11 +103,6 @@ class Summary:
         """How many values were compared with the control's."""
         return self.higher + self.equal + self.lower
 
-    @property
-    def win_rate(self) -> float:
-        """(higher + equal / 2) / pairs; there must be a pair."""
-        return (self.higher + self.equal / 2) / self.pairs
-
     def better(self, higher_is_better: bool | None) -> int:
         """The pairs in which the group is better; an equal one is not."""
         return self.higher if higher_is_better else self.lower

@@ -32,6 +32,7 @@ from . import dry_run, sharding
 from .fit import report
 from .fit.runs import Fit
 from .loop import fit
+from .probe import probe, trainable
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
 from .task import Task
@@ -107,7 +108,8 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
     repo_id = None
     if cfg.push_to_hub:
         repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
-    task: Any = script.build_task(cfg, accelerator)
+    with trainable(cfg.base_model):
+        task: Any = script.build_task(cfg, accelerator)
     stop, what = None, ""
     if cfg.fit:
         fit = Fit(cfg, script, argv, task, functools.partial(_run_of_fit, script), accelerator)
@@ -168,9 +170,12 @@ def _run(
         repo_id: hub repository the folder goes to.
     """
     cfg = task.cfg
-    steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = for_run(vars(cfg), steps, task.sample_names)
-    trainer = Trainer(task, method, cfg, accelerator, last_step)
+    with trainable(cfg.base_model):
+        steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
+        method = for_run(vars(cfg), steps, task.sample_names)
+        trainer = Trainer(task, method, cfg, accelerator, last_step)
+        if resume is None:
+            probe(trainer, cfg.base_model)
     if resume is not None:
         trainer.load(resume)
         if last_step is None:

@@ -4,7 +4,7 @@
     i2t = (scorer.images(images) * scorer.texts(prompts)).sum(dim=1)      # raw cosine, CLIP I2T
 
 Names of scorers, which embed images and texts in one space: ``embedded`` (the miniature's own),
-``open_clip:MODEL/TAG`` (the tag may be a local safetensors file), ``open_clip:FOLDER`` and
+``open_clip:MODEL/TAG``, ``open_clip:FOLDER`` and
 ``hf:ID_OR_FOLDER`` (CLIP of transformers).
 
 What those raise passes through (:data:`FAILURES`), and the command says it in one sentence. Refused
@@ -78,8 +78,7 @@ def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
 
     Args:
         scheme: before the colon of its name.
-        source: "MODEL/TAG" (a pretrained tag or a local safetensors file; a file is used with
-            open_clip's default preprocessing), or a folder that open_clip saved.
+        source: "MODEL/TAG", or a folder that open_clip saved.
     """
     import open_clip
 
@@ -102,9 +101,11 @@ def _named(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[s
     import open_clip
 
     if not open_clip.is_pretrained_cfg(architecture, tag):
-        file = _weights_file(architecture, tag)
-        name = f"{scheme}:{architecture}/{file.name}"
-        return ModelEntry(name, scheme, architecture, digest(file)), {"pretrained": str(file)}
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        raise UserError(
+            f'{architecture} of open_clip has no tag "{tag}"{did_you_mean(tag, tags)}: give one of'
+            f" {', '.join(tags)}, or a folder."
+        )
     config = open_clip.get_pretrained_cfg(architecture, tag)
     # open_clip only warns when weights trained with QuickGELU meet a model without it (all of
     # OpenAI's with their plain names), and the embeddings are then wrong.
@@ -117,20 +118,6 @@ def _named(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[s
     return entry, {"pretrained": tag, "force_quick_gelu": switch}
 
 
-def _weights_file(architecture: str, name: str) -> Path:
-    import open_clip
-
-    file = Path(name).expanduser()
-    if not file.is_file() or file.suffix != ".safetensors":
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        raise UserError(
-            f'{architecture} of open_clip has no tag "{name}"{did_you_mean(name, tags)}, and it is'
-            f" no safetensors file (a pickle can run code): give one of"
-            f" {', '.join([*tags, 'such files'])}."
-        )
-    return file
-
-
 def _saved(scheme: str, source: str) -> ModelEntry:
     """A folder of open_clip's; from one without safetensors it would go on with a pickle."""
     import open_clip
@@ -139,7 +126,7 @@ def _saved(scheme: str, source: str) -> ModelEntry:
     files = [folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()]
     if not files:
         raise UserError(
-            f'"{source}" is no model of open_clip{did_you_mean(source, open_clip.list_models())}'
+            f'"{source}" is not a model of open_clip{did_you_mean(source, open_clip.list_models())}'
             f" and no folder with {OPEN_CLIP_FILES[0]} (a pickle can run code): give MODEL/TAG as"
             " open_clip.list_pretrained() has it, such a folder, or hf:FOLDER for a CLIP of"
             " transformers."

@@ -44,24 +44,24 @@ class Dynamics(Evaluation):
         )
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import courses
+        from . import curves
 
-        self.layer = self.args.layer or courses.ALL
+        self.layer = self.args.layer or curves.ALL
         self.small: dict[str, list[str]] = {}
-        self.courses: dict[str, dict[str, courses.Course]] = {}
+        self.curves: dict[str, dict[str, curves.RunCurves]] = {}
         for group, runs in by_group(subjects).items():
-            names = courses.layer_names(runs[0])
-            courses.choose(names, self.layer)
-            self.small[group] = courses.spread(names) if runs[0].method == "lora-sam" else []
+            names = curves.layer_names(runs[0])
+            curves.choose(names, self.layer)
+            self.small[group] = curves.spread(names) if runs[0].method == "lora-sam" else []
             chosen = [self.layer, *self.small[group]]
-            self.courses |= {run.label: courses.read(run, chosen) for run in runs}
-            recorded = [self.courses[run.label][self.layer].recorded for run in runs]
+            self.curves |= {run.label: curves.read(run, chosen) for run in runs}
+            recorded = [self.curves[run.label][self.layer].recorded for run in runs]
             require_common_steps(group, recorded)
         self.settings |= {
             "layer": self.layer,
-            "level": courses.LEVEL,
+            "level": curves.LEVEL,
             "steps": {
-                group: max(self.courses[run.label][self.layer].steps[-1] for run in runs)
+                group: max(self.curves[run.label][self.layer].steps[-1] for run in runs)
                 for group, runs in by_group(subjects).items()
             },
             "options": {group: options(runs[0]) for group, runs in by_group(subjects).items()},
@@ -69,9 +69,9 @@ class Dynamics(Evaluation):
         self._note(by_group(subjects))
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from .courses import OF_LAYERS
+        from .curves import OF_LAYERS
 
-        read = self.courses[subject.label]
+        read = self.curves[subject.label]
         for name, values in read[self.layer].values.items():
             for step, value in values.items():
                 yield subject.row(name, value, step=step)
@@ -83,9 +83,9 @@ class Dynamics(Evaluation):
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from . import courses, shown
+        from . import curves, shown
 
-        rows += courses.key_figures(rows, self.settings["steps"])
+        rows += curves.key_figures(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=shown.metrics())
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:

@@ -1,5 +1,5 @@
 """What is shown of recorded runs: Figures 2, A2 and A4 of the paper, one of the auxiliary's own
-course, and the tables of the key figures.
+curve, and the tables of the key figures.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, 
 from ..plot import Curve, Panel, wrapped
 from ..report import Column
 from ..table import Metric, Result
-from .courses import ALL, CROSS, NEGLIGIBLE
+from .curves import ALL, CROSS, NEGLIGIBLE
 
 TERM_LOOKS = dict(
     zip(

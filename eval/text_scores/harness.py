@@ -40,7 +40,7 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     """
     for folder in include_path:
         if not folder.is_dir():
-            raise UserError(f'--include_path "{folder}" is no folder: give one with task YAMLs.')
+            raise UserError(f'--include_path "{folder}" is not a folder: give one with task YAMLs.')
     try:
         import lm_eval.tasks as shipped
     except ImportError as error:

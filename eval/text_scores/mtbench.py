@@ -95,7 +95,7 @@ class Judge:
             )
             return (reply.choices[0].message.content or "") if len(reply.choices) else ""
         except (AttributeError, TypeError):  # the package hands on what is no such reply as it is
-            reason = "its reply is no chat completion"
+            reason = "its reply is not a chat completion"
         except (OpenAIError, ValueError) as error:
             reason = f"{error} {error.__cause__ or ''}"
         reason = reason.replace(self.key, "***") if self.key else reason
@@ -138,7 +138,7 @@ def connect(base_url: str | None, model: str | None) -> Judge:
         )
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(
-            f'--judge_base_url "{base_url}" is no address: write it like http://localhost:8000/v1.'
+            f'--judge_base_url "{base_url}" is not an address: write it like http://localhost:8000/v1.'
         )
     if importlib.util.find_spec("openai") is None:
         raise UserError("the package that asks the judge is missing: run `pip install openai`.")

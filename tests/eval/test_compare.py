@@ -141,7 +141,7 @@ def test_the_control() -> None:
         compare.control(found, "plan")
 
 
-COURSES = {  # group -> seed -> step -> (training, held-out)
+CURVES = {  # group -> seed -> step -> (training, held-out)
     "a": {0: {0: (10.0, 5.0), 1: (8.0, 4.0), 2: (6.0, 4.5)}, 1: {0: (9.0, 6.0), 1: (7.0, 3.0)}},
     "b": {0: {0: (10.0, 5.0), 1: (5.0, 2.0), 2: (6.0, 2.5)}},
     "never fell": {0: {0: (3.0, 1.0), 1: (4.0, 2.0)}},
@@ -151,9 +151,9 @@ COURSES = {  # group -> seed -> step -> (training, held-out)
 def test_key_figures_over_training() -> None:
     rows = [
         row(group, seed, value, metric=metric, step=step)
-        for group, runs in COURSES.items()
-        for seed, course in runs.items()
-        for step, (training, heldout) in course.items()
+        for group, runs in CURVES.items()
+        for seed, curve in runs.items()
+        for step, (training, heldout) in curve.items()
         for metric, value in (("train", training), ("held", heldout))
     ]
     final = {r.subject: r.value for r in compare.final(rows, "held")}

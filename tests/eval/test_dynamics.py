@@ -14,8 +14,8 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import snapshots
 from eval import dynamics, table
-from eval.dynamics import courses
-from eval.dynamics.courses import settles
+from eval.dynamics import curves
+from eval.dynamics.curves import settles
 from eval.sources import run as opened
 from eval.table import Result
 from tests.run import recorded_runs
@@ -41,7 +41,7 @@ def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | No
 def test_cosines_are_those_of_the_whole_matrices() -> None:
     generator = torch.Generator().manual_seed(0)
     one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
-    found = courses.cosines(one, other)
+    found = curves.cosines(one, other)
 
     def naive(*sides: list[torch.Tensor]) -> float:
         a, b = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in sides)
@@ -55,38 +55,38 @@ def test_cosines_are_those_of_the_whole_matrices() -> None:
     }
     for name, (left, right) in parts.items():
         assert found[name] == pytest.approx(naive(left, right), abs=1e-12)
-    wider = courses.cosines(one, recorded_runs.factors(generator, rank=3))
-    assert [wider[name] is None for name in courses.QUANTITIES] == [True, True, True, False]
+    wider = curves.cosines(one, recorded_runs.factors(generator, rank=3))
+    assert [wider[name] is None for name in curves.QUANTITIES] == [True, True, True, False]
     zero = [f._replace(B=torch.zeros_like(f.B)) for f in one]
-    assert courses.cosines(zero, one)["product"] is None
+    assert curves.cosines(zero, one)["product"] is None
 
 
-def test_a_course_over_one_layer_and_over_all(tmp_path: Path) -> None:
+def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
-    found = courses.read(opened(run, "run"), [courses.ALL, layer])
+    found = curves.read(opened(run, "run"), [curves.ALL, layer])
     files = snapshots.steps(run)
     last, middle = snapshots.read(files[10]), snapshots.read(files[4])
-    for name, where in ((courses.ALL, [0, 1, 2]), (layer, [2])):
+    for name, where in ((curves.ALL, [0, 1, 2]), (layer, [2])):
         values = found[name].values
         assert values["primary/product"][10] == pytest.approx(1)
         for role, of, to in (
             ("primary", PRIMARY, PRIMARY),
             ("auxiliary", AUXILIARY, AUXILIARY),
-            (courses.CROSS, AUXILIARY, PRIMARY),
+            (curves.CROSS, AUXILIARY, PRIMARY),
         ):
             own, end = ([s.factors[a][i] for i in where] for s, a in ((middle, of), (last, to)))
-            for quantity, value in courses.cosines(own, end).items():
+            for quantity, value in curves.cosines(own, end).items():
                 assert values[f"{role}/{quantity}"][4] == value
         assert values["auxiliary_norm"][3] == 0.05
     names = [f"layer.{i}" for i in range(10)]
-    assert courses.choose(names, "layer.3") == [3]
+    assert curves.choose(names, "layer.3") == [3]
     with pytest.raises(UserError, match=r'"layers.3" \(did you mean "layer.3"\?\)'):
-        courses.choose(names, "layers.3")
-    assert courses.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
-    assert courses.spread(names[:2], 4) == names[:2]
+        curves.choose(names, "layers.3")
+    assert curves.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
+    assert curves.spread(names[:2], 4) == names[:2]
     assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
-    assert found[courses.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
+    assert found[curves.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
     for who in ("primary", "auxiliary"):
         settled = {}
         for row in result.select(f"settled {who}/product"):
-            course = courses.read(opened(folder / row.subject, ""), [courses.ALL])[courses.ALL]
-            steps, cosines = zip(*course.values[f"{who}/product"].items(), strict=True)
+            found = curves.read(opened(folder / row.subject, ""), [curves.ALL])[curves.ALL]
+            steps, cosines = zip(*found.values[f"{who}/product"].items(), strict=True)
             settled[row.seed] = row.value
             assert row.value == settles(steps, cosines, 0.9)
         line = result.summary("Bi-LoRA", f"settled {who}/product")

@@ -162,7 +162,7 @@ def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
 
 CASES: list[tuple[list[str], str]] = [
     (["base"], "no training images"),
-    (["{runs}/text"], "no run of SDXL DreamBooth"),
+    (["{runs}/text"], "not a run of SDXL DreamBooth"),
     (["{runs}/lora-0", "--space", "lora,ful"], '"lora,ful"'),
     (["{runs}/lora-0", "--split", "heldout"], "--validation_dataset"),
     (["{runs}/lora-0", "{runs}/other-images"], "other images"),

@@ -80,7 +80,6 @@ def refused(given: str, *words: str) -> None:
     [
         ("embeded", ['"embeded"', 'did you mean "embedded"', "hf:ID"]),
         ("open_clip:ViT-B-32/opnai", ['"opnai"', 'did you mean "openai"', "laion400m_e31"]),
-        ("open_clip:ViT-B-32/pickle.pt", ['"pickle.pt"', "a pickle can run code"]),
         ("hf:tests/absent", ['"hf:tests/absent"', "connection"]),
         ("blip:theirs", ["type clip", "not blip"]),
         *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),

@@ -136,7 +136,7 @@ REFUSED: list[tuple[list[str], str]] = [
     ([RECIPE, "--over", "metod=lora"], 'unknown flag "--metod" (did you mean "--method"?)'),
     ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the arms"),
     (["none.yaml"], 'there is no recipe "none.yaml"'),
-    ([RECIPE, "--runs_dir", "{tmp}/file"], "is no folder that can be written"),
+    ([RECIPE, "--runs_dir", "{tmp}/file"], "is not a folder that can be written"),
 ]
 
 

@@ -65,7 +65,7 @@ def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service
     [
         ((401, json.dumps({"error": {"message": f"key {SECRET} is unknown"}})), 1, "401.*unknown"),
         ((500, json.dumps({"error": {"message": f"failed on {SECRET}"}})), 3, "500.*failed on"),
-        ((200, "{}"), 1, "no chat completion"),
+        ((200, "{}"), 1, "not a chat completion"),
     ],
 )
 def test_a_judge_that_gives_no_answer_is_refused_without_its_key(
@@ -91,7 +91,7 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch: pytest.M
     for url, model, told in (
         (None, "m", "--judge_base_url"),
         ("http://x/v1", None, "--judge_model"),
-        ("localhost:8000", "m", '"localhost:8000" is no address'),
+        ("localhost:8000", "m", '"localhost:8000" is not an address'),
         (f"https://me:{SECRET}@host/v1", "m", mtbench.KEY),
     ):
         with pytest.raises(UserError, match=told) as caught:

@@ -49,7 +49,7 @@ LEVEL = 0.9
 
 
 @dataclass(frozen=True)
-class Course:
+class RunCurves:
     """Curves of one run over some layers.
 
     Args:
@@ -127,8 +127,8 @@ def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def read(run: Subject, chosen: Sequence[str]) -> dict[str, Course]:
-    """The courses of a run, one for each choice of layers."""
+def read(run: Subject, chosen: Sequence[str]) -> dict[str, RunCurves]:
+    """The curves of a run, one for each choice of layers."""
     files = _files(run)
     final = snapshots.read(files[-1])
     places = {layer: choose(final.names, layer) for layer in chosen}
@@ -151,7 +151,7 @@ def read(run: Subject, chosen: Sequence[str]) -> dict[str, Course]:
                 for values in curves.values():
                     values.setdefault(name, {})[line["step"]] = line[name]
     return {
-        layer: Course(curves[layer], ratios[layer], _chance(final, where))
+        layer: RunCurves(curves[layer], ratios[layer], _chance(final, where))
         for layer, where in places.items()
     }
 
