@@ -124,6 +124,11 @@ class RunConfig(
         return False
 
     @property
+    def base_model(self) -> str:
+        """The model that is trained, as the user gave it."""
+        raise NotImplementedError
+
+    @property
     def sampled_prompts(self) -> list[str]:
         """The prompt of each validation image, in their order; none for text."""
         return []

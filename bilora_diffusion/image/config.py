@@ -85,6 +85,10 @@ class DreamBoothConfig(
     check_inputs = staticmethod(inputs.check_inputs)
 
     @property
+    def base_model(self) -> str:
+        return self.pretrained_model_name_or_path
+
+    @property
     def leaves_unused(self) -> bool:
         # The last layer of SDXL's first encoder; what the last block of a transformer makes of text
         return self.train_text_encoder or self.pipeline != SDXL

@@ -88,6 +88,13 @@ class Denoising:
                 f"the model predicts '{prediction}', and training knows epsilon and v_prediction:"
                 " choose another base model."
             )
+        if not native:
+            standard: Any = DDPMScheduler.from_config(config)
+            levels = standard.alphas_cumprod
+            kind = str(config.get("_class_name"))
+            known = "FlowMatch" not in kind and "beta_start" in config and len(levels) > 0
+            if not known or not bool(((levels >= 0) & (levels < 1)).all()):
+                raise ValueError(f"its scheduler, a {kind}, has no noise levels from 0 to 1")
         if native:
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         if edm:

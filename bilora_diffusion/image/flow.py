@@ -52,6 +52,8 @@ class FlowMatching:
             mu: the logarithm of the shift; None leaves such levels unshifted.
             drawing: the other arguments.
         """
+        if "FlowMatch" not in (kind := str(config.get("_class_name", "FlowMatch"))):
+            raise ValueError(f"its scheduler, a {kind}, has no straight paths to noise")
         if mu is None and config.get("use_dynamic_shifting"):
             config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)

@@ -34,9 +34,12 @@ class LatentSpace:
             values = getattr(vae.config, name, None)
             return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
 
+        mean, std = per_channel("latents_mean"), per_channel("latents_std")
+        if (mean is None) != (std is None):
+            raise ValueError("its autoencoder has one of latents_mean and latents_std alone")
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
-        return cls(scale, per_channel("latents_mean"), per_channel("latents_std"), shift, drawn)
+        return cls(scale, mean, std, shift, drawn)
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents as the denoiser sees them, (n, c, h, w)."""

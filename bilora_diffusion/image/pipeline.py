@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from ..errors import UserError, reading
 from ..mini import PIPELINES
 from ..train.empty import empty
-from ..train.soundness import require_finite, require_safetensors, require_whole
+from ..train.soundness import require_safetensors, require_whole, require_words
 from .base_model import ANOTHER, folder_of, from_hub
 from .families import named
 from .families.base import Family
@@ -70,8 +70,8 @@ def load_pipeline(
         The pipeline, with its `Origin` as ``origin``.
 
     Raises:
-        UserError: nothing that can be loaded is there, only pickles are, weights are missing or not
-            finite, or the parts don't fit together.
+        UserError: nothing that can be loaded is there, only pickles are, weights are missing, or
+            a tokenizer knows no words.
     """
     places: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     if weights:
@@ -110,7 +110,11 @@ def load_pipeline(
             folder, **parts, **dict.fromkeys(absent), use_safetensors=True
         ),
     )
-    reading(f'the base model "{name}"', ANOTHER, lambda: family.require_fit(name, pipeline))
+    for part in family.encoders:
+        if part not in absent:
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            fix = f"put its files into the folder {tokenizer}, or {ANOTHER}"
+            require_words(f'the {tokenizer} of "{name}"', getattr(pipeline, tokenizer), None, fix)
     pipeline.register_to_config(_name_or_path=name)  # and not a folder of the hub's cache
     pipeline.set_progress_bar_config(disable=True)
     pipeline.origin = origin
@@ -197,5 +201,4 @@ def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:
         ),
     )
     require_whole(what, found["missing_keys"])
-    require_finite(what, model)
     return model.requires_grad_(False).eval()

@@ -238,7 +238,7 @@ class DreamBooth:
 
 def _schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Schedule:
     """The noise levels of the pipeline's scheduler, drawn and weighed as the run says."""
-    config = dict(pipeline.scheduler.config)
+    config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     if not family.flow:
         return Denoising.from_config(
             config,

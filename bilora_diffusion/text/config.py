@@ -118,6 +118,10 @@ class TextConfig(
                 _check_file(name, values[name])
 
     @property
+    def base_model(self) -> str:
+        return self.model_name_or_path
+
+    @property
     def targets(self) -> str | tuple[str, ...]:
         """``--target_modules`` as an adapter takes it."""
         names = tuple(self.target_modules)

@@ -21,7 +21,7 @@ from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
 from ..train.empty import empty
-from ..train.soundness import reading, require_finite, require_safetensors, require_words
+from ..train.soundness import reading, require_safetensors, require_words
 from .options import TextModelOptions
 from .places import gguf_file, locate
 
@@ -144,7 +144,6 @@ class TextSource:
                 )
             model = _without_quantization(model, dtype) if packed else model
             new = self._new_modules(model, report)
-            require_finite(f'the model "{self.name}"', model)
         _settle_padding(model, tokenizer)
         return TextModel(model.eval(), tokenizer, self.kind, new)
 

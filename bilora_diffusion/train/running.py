@@ -29,6 +29,7 @@ from ..run.interruption import Stop
 from ..run.record import last_measured
 from . import dry_run, folds, sharding
 from .loop import fit
+from .probe import probe, trainable
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
 from .task import Task
@@ -151,10 +152,13 @@ def _run(
         last_step: where the folds end it.
         repo_id: hub repository the folder goes to.
     """
-    task = script.build_task(cfg, accelerator)
-    steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
-    method = for_run(vars(cfg), steps, task.sample_names)
-    trainer = Trainer(task, method, cfg, accelerator, last_step)
+    with trainable(cfg.base_model):
+        task = script.build_task(cfg, accelerator)
+        steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
+        method = for_run(vars(cfg), steps, task.sample_names)
+        trainer = Trainer(task, method, cfg, accelerator, last_step)
+        if resume is None:
+            probe(trainer, cfg.base_model)
     if resume is not None:
         trainer.load(resume)
         logger.info("resuming from %s", resume)

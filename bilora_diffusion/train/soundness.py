@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..errors import PICKLED, UserError, reading
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -41,17 +39,6 @@ def require_whole(what: str, missing: Iterable[str]) -> None:
             f"{what} lacks weights ({lacking[0]}{more}): download or write it again, or give"
             " another model."
         )
-
-
-def require_finite(what: str, model: nn.Module) -> None:
-    """Refuse weights that are infinite or no numbers; takes 0.1 s a gigabyte."""
-    for name, weight in model.named_parameters():
-        floats = weight.numel() and weight.is_floating_point()
-        if floats and not all(end.isfinite() for end in weight.detach().aminmax()):
-            raise UserError(
-                f"{what} holds weights that are not finite ({name}): download or write it again, or"
-                " give another model."
-            )
 
 
 def require_words(what: str, tokenizer: Any, rows: int | None, fix: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..fit import require_channels, require_scheduler, require_tokenizer, require_vae
 from ..latent_space import LatentSpace
 
 STEPS = 25
@@ -208,27 +207,6 @@ class Family:
     def model(self, pipeline: Any) -> Any:
         """The denoiser of a pipeline."""
         return getattr(pipeline, self.denoiser)
-
-    def require_fit(self, name: str, pipeline: Any) -> None:
-        """Refuse a pipeline whose parts load, but can't be trained together.
-
-        Args:
-            name: as the user gave it.
-            pipeline: whole and finite.
-
-        Raises:
-            UserError: one sentence with the model, the part and the fix.
-        """
-        for part in self.encoders:
-            if (encoder := getattr(pipeline, part)) is not None:
-                tokenizer = part.replace("text_encoder", "tokenizer")
-                require_tokenizer(
-                    name, tokenizer, pipeline, encoder, cut="CLIP" in self.parts[part]
-                )
-        require_scheduler(name, pipeline.scheduler, flow=self.flow)
-        require_vae(name, pipeline.vae)
-        if self.flow:
-            require_channels(name, self.model(pipeline), pipeline.vae, self.packing)
 
     def is_distilled(self, pipeline: Any) -> bool:
         """Test that a loaded model is distilled to a few steps without guidance."""

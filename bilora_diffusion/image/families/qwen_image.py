@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..fit import ANOTHER
 from ..latent_space import LatentSpace
-from .base import Conditions, Family, packed, padded, unpacked
+from .base import Conditions, Configs, Family, packed, padded, unpacked
 
 
 class VideoSpace(LatentSpace):
@@ -92,12 +91,13 @@ class QwenImage(Family):
     def unpacked(self, latents: Tensor, side: int) -> Tensor:
         return unpacked(latents, side // 8, side // 8)
 
-    def require_fit(self, name: str, pipeline: Any) -> None:
-        if pipeline.transformer.config.guidance_embeds:
+    def told_guidance(self, configs: Configs) -> bool:
+        if configs["transformer"].get("guidance_embeds"):
             raise UserError(
-                f'"{name}" has guidance_embeds, with which diffusers can\'t run it: {ANOTHER}.'
+                "this Qwen-Image has guidance_embeds, with which diffusers can't run it: give"
+                " another --pretrained_model_name_or_path."
             )
-        super().require_fit(name, pipeline)
+        return False
 
 
 def unpadded(sequence: Tensor, mask: Tensor) -> list[Tensor]:

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
-from ..fit import ANOTHER
 from .base import Conditions, Configs, Family, scale_of
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -59,10 +57,6 @@ class StableDiffusionXL(Family):
             raise ValueError(f"its sample_size is {side!r}, and that of Stable Diffusion XL 128")
         return side * scale_of(configs["vae"])
 
-    def require_fit(self, name: str, pipeline: Any) -> None:
-        _require_unet(name, pipeline)
-        super().require_fit(name, pipeline)
-
 
 def tokenize(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
     """Token ids, (n, tokens) of either tokenizer, padded and cut to the model's length."""
@@ -92,35 +86,3 @@ def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
         states.append(output.hidden_states[-2])
     assert pooled is not None
     return {"sequence": torch.cat(states, dim=-1), "pooled": pooled}
-
-
-def _require_unet(name: str, pipeline: Any) -> None:
-    config: Any = pipeline.unet.config
-    latent = pipeline.vae.config.latent_channels
-    for side in ("in_channels", "out_channels"):
-        if config[side] != latent:
-            raise UserError(
-                f'the UNet of "{name}" has {config[side]} {side} where its autoencoder has {latent}'
-                " (9 are an inpainting model's): give a text-to-image model, and the autoencoder"
-                " that belongs to it."
-            )
-    encoders = [getattr(pipeline, part).config for part in ENCODERS]
-    width = sum(encoder.hidden_size for encoder in encoders)
-    wanted = config.cross_attention_dim
-    if wanted != width and set(wanted if isinstance(wanted, list | tuple) else ()) != {width}:
-        raise UserError(
-            f'the UNet of "{name}" has cross_attention_dim {wanted} where its text encoders give'
-            f" {width}: {ANOTHER}."
-        )
-    if config.addition_embed_type != "text_time":
-        raise UserError(
-            f'the UNet of "{name}" has addition_embed_type {config.addition_embed_type}, and that'
-            f" of Stable Diffusion XL has text_time: {ANOTHER}."
-        )
-    given = encoders[1].projection_dim + 6 * config.addition_time_embed_dim
-    if config.projection_class_embeddings_input_dim != given:
-        raise UserError(
-            f'the UNet of "{name}" has projection_class_embeddings_input_dim'
-            f" {config.projection_class_embeddings_input_dim} where prompt and sizes give {given}:"
-            f" {ANOTHER}."
-        )
