@@ -116,6 +116,7 @@ def test_the_noise_levels_in_the_log_are_those_that_were_drawn(
         assert logged == column(cut, f"noise_level_{name}")
 
 
+@pytest.mark.slow
 def test_images_are_drawn_as_the_command_line_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
