@@ -130,9 +130,7 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 def _config(subject: Subject) -> DreamBoothConfig:
     folder, values = subject.folder, subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
-        raise UserError(
-            f"{subject.source} is not a run of SDXL DreamBooth: give another."
-        )
+        raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
     kind = DreamBoothConfig.with_own_options()
     if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
         raise UserError(

@@ -187,9 +187,7 @@ def _fewshot(words: Sequence[str], chosen: Sequence[Benchmark]) -> dict[str, int
     for word in words:
         name, equals, number = word.rpartition("=")
         if not number.isdecimal():
-            raise UserError(
-                f'--num_fewshot "{word}" is not a number: write N, or NAME=N.'
-            )
+            raise UserError(f'--num_fewshot "{word}" is not a number: write N, or NAME=N.')
         if equals and name not in takers:
             raise UserError(
                 f'--num_fewshot "{word}" names no benchmark that takes examples'
