@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.files import is_folder, is_text
 from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHTS
-from bilora_diffusion.run.folder import FOLDS
+from bilora_diffusion.run.folder import FIT
 from bilora_diffusion.run.record import RUN, read_run
 from eval import table
 from eval.table import FILE
@@ -199,7 +199,7 @@ class Catalog:
             below, names = [], {entry.name for entry in entries}
             for entry in entries:
                 path = _join(folder, entry.name)
-                of_a_run = entry.name == FOLDS and RUN in names
+                of_a_run = entry.name == FIT and RUN in names
                 if entry.name in SKIPPED or entry.name.startswith(".") or of_a_run:
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Shown:
     color: int
     rows: list[dict[str, Any]]
     state: Progress
-    folds: Row = field(default_factory=dict)
+    fit: Row = field(default_factory=dict)
 
     def line(self, points: Points, faint: str = "") -> Line:
         """A line of this run; ``faint`` says what a faint one is."""
@@ -157,15 +157,17 @@ def by_level(rows: Sequence[Row]) -> Points:
     return [(level, end - start) for level, end, start in both if None not in (end, start)]
 
 
-def of_folds(runs: Sequence[Shown]) -> list[Line]:
-    """The folds' held-out losses over the steps, and their mean."""
+def of_fits(runs: Sequence[Shown]) -> list[Line]:
+    """The held-out losses of a search's runs over the steps; those of the choice stand out."""
     lines = []
     for run in runs:
-        curves = [*run.folds["folds"], run.folds["mean"]] if run.folds else []
-        for number, curve in enumerate(curves, start=1):
-            both = zip(run.folds["steps"], curve, strict=True)
-            points = [(step, value) for step, value in both if value is not None]
-            lines.append(run.line(points, f"fold {number}" if number < len(curves) else ""))
+        chosen = (run.fit.get("choice") or {}).get("title")
+        for one in sorted(run.fit.get("runs", ()), key=lambda one: one["title"] == chosen):
+            both = zip(one["steps"], one["losses"], strict=True)
+            points = [(step, value) for step, value in both if step and value is not None]
+            name = f"{one['title']}, fold {one['fold']}"
+            line = run.line(points, name)
+            lines.append(replace(line, color=COLORS[run.color]) if one["title"] == chosen else line)
     return lines
 
 
@@ -200,7 +202,7 @@ def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
         "heldout": over(runs, "heldout_loss", "train_grid_loss", "training set"),
         "heldout-difference": differences(runs, "heldout_loss"),
         "levels": over_zero(levels, "base model"),
-        "folds": of_folds(runs),
+        "fit": of_fits(runs),
         **{name: over(runs, name) for name in METRICS},
         "norm": [*radii(runs), *norms],
         "rise": [run.line(smooth(series(run.rows, "loss_rise"), window)) for run in runs],
@@ -218,10 +220,7 @@ TITLES = {
         "Held-out loss at each noise level",
         "The last measurement minus the base model's; across: the timestep.",
     ),
-    "folds": (
-        "Held-out loss of the folds",
-        "Their mean, which chose the number of steps; faint: each of them.",
-    ),
+    "fit": ("Search of --fit", "Held-out loss of each run; strong: what was chosen."),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
         "Norm of the auxiliary, ‖B₂A₂‖",

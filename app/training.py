@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.run.durations import duration
-from bilora_diffusion.run.folder import FOLDS_CURVES
-from bilora_diffusion.run.record import METRICS, RUN, read_folds, read_metrics, read_run
+from bilora_diffusion.run.folder import FIT_RECORD
+from bilora_diffusion.run.record import METRICS, RUN, read_fit, read_metrics, read_run
 
 from . import parts
 from .catalog import Catalog
@@ -66,8 +66,10 @@ def _lines(run: Shown) -> list[str]:
     if radii([run]):
         norm = config.get("rho_norm", "scaled")
         about.append(f"ρ {short(config['rho'])}" + ("" if norm == "scaled" else f", {norm} norm"))
-    if run.folds.get("chosen_steps"):
-        about.append(f"{run.folds['chosen_steps']} steps chosen by {len(run.folds['folds'])} folds")
+    if run.fit:
+        choice, spent = run.fit["choice"], f"{run.fit['spent']:,} steps"
+        title = f"{choice['title']}, {choice['steps']} steps" if choice else "still searching"
+        about.append(f"--fit: {title} ({len(run.fit['runs'])} runs, {spent})")
     lines = [" · ".join(about), " · ".join(facts), state.reason]
     return [line for line in lines if line]
 
@@ -78,6 +80,17 @@ def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
         return {"visible": False}
     top, colors = ceiling(values), {line.name: line.color for line in lines if line.points}
     return {"visible": True, "color_map": colors, "y_lim": None if top is None else [None, top]}
+
+
+def _key(run: Shown) -> Any:
+    """What changes where a run has something new to show."""
+    return (
+        run.run.name,
+        len(run.rows),
+        run.state,
+        run.fit.get("spent"),
+        len(run.fit.get("runs", ())),
+    )
 
 
 class Tab:
@@ -147,7 +160,7 @@ class Tab:
     def _draw(self, paths: Sequence[str] | None, window: int, drawn: Any = None) -> Update:
         """The chosen runs as they are now; nothing where all is as it was ``drawn``."""
         runs = self._read(paths or [])
-        keys = [r if isinstance(r, Failed) else (r.run.name, len(r.rows), r.state) for r in runs]
+        keys = [r if isinstance(r, Failed) else _key(r) for r in runs]
         if (window, *keys) == drawn:
             return {self.cards: gr.skip()}
         shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
@@ -178,7 +191,7 @@ class Tab:
             rows = self.catalog.kept(files[1], read) if files[1] in there else []
             written = max(file.stat().st_mtime for file in there)
             state = progress(record, rows, written)
-            folds = read_folds(self.catalog.resolve(f"{path}/{FOLDS_CURVES}")) or {}
-            return Shown(replace(run, record=record), color, rows, state, folds)
+            fit = read_fit(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
+            return Shown(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
             return Failed(run.name, color, parts.plain(error, self.catalog))

@@ -35,6 +35,10 @@ class TrainingError(RuntimeError):
     """Training or export can't go on (a non-finite loss, a file that does not match the model)."""
 
 
+class Diverged(TrainingError):
+    """A loss is not finite, which the run's own options are to blame for."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal, by its number, ended the work. The message says what is saved and how to go on."""
 

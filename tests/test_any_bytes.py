@@ -18,7 +18,7 @@ from app.runs import RunItem, named
 from app.training_data import progress
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.run.record import Folds, Options, Record, read_folds, read_metrics
+from bilora_diffusion.run.record import Fit, Options, Record, read_fit, read_metrics
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
 from eval.sources import run as find_run
@@ -61,7 +61,8 @@ RUN: dict[str, Any] = {"schema_version": 1, "method": "bilora", "status": "runni
 RUN["config"] = {"rho": 0.05}
 LOSSES = ("loss", "heldout_loss", "heldout_loss_by_level/25")
 STEP = ("step", *LOSSES, "lr", "rho", "seconds", "digest")
-CURVES = {"settings": {}, "steps": [0], "folds": [[1.0]], "mean": [1.0], "chosen_steps": 1}
+FIT: dict[str, Any] = {"settings": {}, "spent": 0, "runs": [], "out": {}, "choice": None}
+FIT["standings"] = []
 PLAIN = st.sampled_from(["lora", "0.1", "1e-3", "5", "nan", "1e999", "a..b"]) | VALUES
 RANGE = st.dictionaries(st.sampled_from(["log", "uniform", "choice", "method", "rho"]), PLAIN)
 AXES = st.dictionaries(st.sampled_from(["method", "rank", "seed", "LoRA"]), PLAIN | RANGE)
@@ -93,7 +94,7 @@ def read_run(path: Path) -> None:
     (item,) = named([RunItem(".", "run", dict(run.record), None)])
     assert len(item.images) <= 10_000
     state = progress(run.record, lines, 0.0, 0.0)
-    shown = Shown(item, 0, lines, state, read_folds(folder / "folds.json") or {})
+    shown = Shown(item, 0, lines, state, read_fit(folder / "fit.json") or {})
     for curves in charts([shown], 5).values():
         table(curves)
 
@@ -101,7 +102,7 @@ def read_run(path: Path) -> None:
 READERS: list[tuple[str, Callable[[Path], object]]] = [
     *((name, read_images) for name in ("metadata.jsonl", "metadata.csv", "a.txt", "a.png")),
     *((f"rows.{suffix}", read_rows) for suffix in ("jsonl", "json", "csv", "parquet")),
-    *((name, read_run) for name in ("run.json", "metrics.jsonl", "folds.json")),
+    *((name, read_run) for name in ("run.json", "metrics.jsonl", "fit.json")),
     *((name, prompts.read) for name in ("prompts.txt", "prompts.csv")),
     ("space.yaml", axes.load_arms),
 ]
@@ -112,7 +113,7 @@ ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "metrics.jsonl": st.lists(
         odd(STEP).map(lambda line: {"step": 1, "loss": 1} | line), max_size=4
     ),
-    "folds.json": odd(Folds.model_fields).map(lambda curves: CURVES | curves),
+    "fit.json": odd(Fit.model_fields).map(lambda fit: FIT | fit),
     "space.yaml": SPACE | VALUES,
 }
 

@@ -34,7 +34,7 @@ from .initial import (
     start_from_initial,
     subtract_initial,
 )
-from .injection import adopt, inject, to_full_precision
+from .injection import adopt, inject, restored, to_full_precision
 from .saving import (
     lora_config,
     peft_key,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..lora_names import PRIMARY
-from .access import layers, names, whole
+from .access import layers, names, whole, within
 from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import ALL_LINEAR, AdapterSpec, base_of, peft_targets, target_layers
@@ -115,6 +117,29 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
             )
     to_full_precision(model, name)
     return True
+
+
+@contextmanager
+def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
+    """Within the context adapters may be put on a model and trained, with whatever `spec` trains or
+    changes beside them; then the model is as it came, to the bit.
+    """
+    changed = [p for key, p in model.named_parameters() if within(key, spec.modules_to_save or ())]
+    if spec.changes_base:
+        changed += [cast(Any, layer).weight for layer in target_layers(model, spec).values()]
+    before = [(p, p.data.to("cpu", copy=True), p.device) for p in changed]
+    try:
+        yield
+    finally:
+        for path, layer in layers(model):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer.get_base_layer())
+        cast(Any, model).__dict__.pop("peft_config", None)
+        if hasattr(model, "_hf_peft_config_loaded"):
+            cast(Any, model)._hf_peft_config_loaded = False
+        for parameter, values, device in before:
+            parameter.data, parameter.grad = values.to(device), None
+            parameter.requires_grad_(False)
 
 
 def to_full_precision(model: nn.Module, name: str) -> None:

@@ -80,7 +80,7 @@ class CommandLine(argparse.ArgumentParser):
             UserError: an unknown option, a value of the wrong type or beyond all range, a recipe
                 that can't be read.
         """
-        flags = self._explicit(argv)
+        flags = self.explicit(argv)
         recipe = self._recipe(find_recipe(flags["config"])) if flags.get("config") else {}
         for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
             if one in flags and other not in flags:
@@ -93,7 +93,8 @@ class CommandLine(argparse.ArgumentParser):
         """Every option's value when nobody gives one."""
         return {name: default_of(field) for name, field in self._fields.items()}
 
-    def _explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
+    def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The options that the arguments give, without a recipe's."""
         namespace = argparse.Namespace(**dict.fromkeys(self._fields, UNSET))
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
@@ -159,7 +160,7 @@ class CommandLine(argparse.ArgumentParser):
         texts = [_as_argument(item) for item in items]
         if takes_list:
             return texts
-        return self._explicit([f"--{name}={texts[0]}"])[name]
+        return self.explicit([f"--{name}={texts[0]}"])[name]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None:

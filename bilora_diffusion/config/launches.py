@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import fields
 from . import machine
-from .conditions import ABSENT, GIVEN, Refusal, above, other_than, refusal
+from .conditions import GIVEN, Refusal, above, other_than, refusal
 
 FSDP2, DDP = "FSDP2", "DDP"
 _OR_DDP = "or launch with `--multi_gpu` (DDP)"
@@ -71,10 +71,9 @@ LAUNCHES: tuple[Refusal, ...] = (
         engine=FSDP2,
     ),
     refusal(
-        "each fold splits a model of its own, and accelerate is set up for one in a process",
-        "launch with `--multi_gpu` (DDP), or make each by `--fold` in a launch of its own",
-        folds=GIVEN,
-        fold=ABSENT,
+        "its runs share a model that is whole in each process",
+        "launch with `--multi_gpu` (DDP)",
+        fit=True,
         engine=FSDP2,
     ),
     refusal(

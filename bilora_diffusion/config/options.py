@@ -25,6 +25,7 @@ AT_A_CONSTANT_RATE = Idle(
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
+WITHOUT_FIT = unless("fit", True, "without a search")
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 
@@ -114,18 +115,35 @@ class StoppingOptions:
         "Leave the weights of the step with the lowest held-out loss instead of the last one's;"
         " averaged with --use_ema.",
     )
-    folds: int | None = option(
-        None,
-        "Choose the number of steps without a validation set: so many runs of --max_train_steps"
-        " first, each of which holds out another part of what is learned from and measures it every"
-        " --validation_loss_steps; then one on everything, to the step where the mean of their"
-        " held-out losses is lowest.",
-        range=Range(1000, "as many runs are made", at_least=2),
+    fit: bool = option(
+        False,
+        "Choose rate, rank, method and steps first, by paired runs on folds of what is learned from"
+        " (or on a validation set), of --max_train_steps at most; then train on everything with"
+        " them. The same command goes on where it was interrupted.",
+        free=True,
     )
-    fold: int | None = option(
+    fit_space: str | None = option(
         None,
-        "Make only this one of the --folds, from 1; it exports nothing.",
-        range=Range(1000, "there are as many --folds at most", at_least=1),
+        "YAML file of what --fit searches: option -> values. Default: three rates around"
+        " --learning_rate and further where the best is at an edge; ranks 4, 8, 16, and lora and"
+        " bilora --rho auto, unless --rank or --method is given.",
+        place=True,
+        free=True,
+        idle=(WITHOUT_FIT,),
+    )
+    fit_budget: int | None = option(
+        None,
+        "Optimizer steps of all runs of --fit but the last. Default: 10 times --max_train_steps.",
+        range=STEPS,
+        free=True,
+        idle=(WITHOUT_FIT,),
+    )
+    fit_folds: int | None = option(
+        None,
+        "Folds of --fit. Default: 4, or as many as there are samples below 8.",
+        range=Range(1000, "each is several runs", at_least=2),
+        free=True,
+        idle=(WITHOUT_FIT,),
     )
 
 

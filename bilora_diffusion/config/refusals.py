@@ -21,7 +21,6 @@ from .conditions import (
     GIVEN,
     Refusal,
     above,
-    beyond,
     other_than,
     refusal,
     several,
@@ -185,9 +184,13 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     # when to stop
     *(
+        refusal("the search says when to stop", "drop one of them", **{name: wanted, "fit": True})
+        for name, wanted in _BY_THE_LOSS.items()
+    ),
+    *(
         refusal(
             "there is no held-out loss to go by",
-            f"add `--{place}`, or drop it and use `--folds`",
+            f"add `--{place}`, or drop it and use `--fit`",
             **{name: wanted, **absent},
         )
         for name, wanted in _BY_THE_LOSS.items()
@@ -199,20 +202,20 @@ REFUSED: tuple[Refusal, ...] = (
             "say how often to measure it, for example `--validation_loss_steps 50`",
             **{name: wanted, "validation_loss_steps": 0},
         )
-        for name, wanted in {**_BY_THE_LOSS, "folds": GIVEN}.items()
-    ),
-    *(
-        refusal("the folds say when to stop", "drop one of them", **{name: wanted, "folds": GIVEN})
         for name, wanted in _BY_THE_LOSS.items()
     ),
     refusal(
-        "an epoch of a fold is shorter than one of all",
-        "give the most steps to try by `--max_train_steps`",
-        folds=GIVEN,
-        num_train_epochs=GIVEN,
+        "its runs would change the weights that all of them share",
+        "use `--method bilora`, `lora` or another with adapters",
+        fit=True,
+        method="full",
     ),
-    refusal("it is one of several", "add `--folds`", fold=GIVEN, folds=ABSENT),
-    refusal("there are not so many `--folds`", "give a lower number", fold=beyond("folds")),
+    refusal(
+        "compiled blocks know the adapters that they were compiled with",
+        "drop `--compile`",
+        fit=True,
+        compile=True,
+    ),
     # the run
     refusal("a run needs a folder", "name it", output_dir=ABSENT),
     refusal(

@@ -78,8 +78,7 @@ class RunConfig(
             UserError: a value or a combination that can't be honoured; it names the fix.
         """
         kind = cls.with_own_options()
-        line = CommandLine(kind.groups, cls.description, cls.usage, cls.foreign)
-        values, given = line.read(argv, cls.alternatives)
+        values, given = cls.parser().read(argv, cls.alternatives)
         values = cls.complete(_completed(values, given, cls.modality), given)
         values["validation_loss_steps"] = _measured_every(values, given)
         values, notes = _without_idle(fields.options_of(kind.groups), values, given)
@@ -92,6 +91,12 @@ class RunConfig(
             for note in notes:
                 logger.warning("%s", note)
         return kind(**{**values, **_scaled_rates(values, machine.processes())})
+
+    @classmethod
+    def parser(cls) -> CommandLine:
+        """What reads the command lines of this script."""
+        groups = cls.with_own_options().groups
+        return CommandLine(groups, cls.description, cls.usage, cls.foreign)
 
     @staticmethod
     def complete(values: Values, given: frozenset[str]) -> Values:
@@ -111,7 +116,7 @@ class RunConfig(
     def with_own_options(cls) -> type[Self]:
         """This class with the options that single methods have."""
         own = methods.own_options()
-        return _extended(cls, own) if own else cls
+        return _extended(cls, own) if own and not hasattr(cls, "_extends") else cls
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers that read images send it along, and pickle finds no class that was made here.
@@ -141,15 +146,6 @@ class RunConfig(
     def warmup_steps(self, num_steps: int) -> int:
         """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
         return self.lr_warmup_steps or 0
-
-    def of_fold(self, number: int, folder: str) -> Self:
-        """The configuration of one of the runs that ``--folds`` makes, in a folder of its own."""
-        changes: dict[str, Any] = {
-            **{"fold": number, "output_dir": folder, "report_to": "none", "push_to_hub": False},
-            **{"resume_from_checkpoint": None, "overwrite_output_dir": False},
-            **{"log_dynamics": False, "eval_on_start": False, **self.without_samples},
-        }
-        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def to_dict(self) -> Values:
         """All options as JSON values; the hub token is left out."""
@@ -259,7 +255,7 @@ def _measured_every(values: Values, given: frozenset[str]) -> int:
 
 
 def _goes_by_the_loss(values: Mapping[str, Any]) -> bool:
-    names = ("folds", "keep_best", "early_stopping_patience")
+    names = ("fit", "keep_best", "early_stopping_patience")
     return any(values[name] for name in names)
 
 

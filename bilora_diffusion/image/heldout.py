@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..choices import NOISE_LEVELS
 from ..seeds import generator
-from ..train.task import inference
+from ..train.task import inference, loss_by_part
 from .config import DreamBoothConfig
 from .latents import Encoder
 from .masks import weight_map
@@ -65,7 +65,7 @@ class GridLoss:
     Args:
         task: gives the module, the text conditioning and the autoencoder.
         train: the training images, measured on the same grid so that two runs can be compared at
-            equal training loss.
+            equal training loss; None to measure each held-out image instead.
         validation: held-out images.
 
     ``sets`` has the images of both by the name of their loss.
@@ -75,11 +75,10 @@ class GridLoss:
         self.task = task
         vae = task.pipeline.vae
         space, disk = task.module.family.space(vae), task.encoder.disk
-        encoder = Encoder(vae, space, task.device, lambda _: True, disk)
-        self.sets = {
-            "heldout_loss": self._load(encoder, validation),
-            "train_grid_loss": self._load(encoder, train.images),
-        }
+        encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.kept)
+        self.sets = {"heldout_loss": self._load(encoder, validation)}
+        if train is not None:
+            self.sets["train_grid_loss"] = self._load(encoder, train.images)
 
     def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         grid = []
@@ -93,15 +92,18 @@ class GridLoss:
 
     def __call__(self) -> dict[str, float]:
         """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels; and
-        ``heldout_loss_by_level/LEVEL`` of each level, a mean over the held-out images.
+        ``heldout_loss_by_level/LEVEL`` of each level, a mean over the held-out images, or that of
+        each image (`loss_by_part`).
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
         names = self.task.module.denoising.level(torch.tensor(self._known())).round().int().tolist()
-        levels = zip(names, tables["heldout_loss"].mean(1).tolist(), strict=True)
+        held = tables["heldout_loss"]
+        levels = zip(names, held.mean(1).tolist(), strict=True)
+        own = loss_by_part(held.mean(0).tolist(), held.shape[1])
         return {
             **{name: float(losses.mean(0).mean()) for name, losses in tables.items()},
-            **{f"{BY_LEVEL}{level}": loss for level, loss in levels},
+            **({f"{BY_LEVEL}{level}": loss for level, loss in levels} if len(tables) > 1 else own),
         }
 
     def _known(self) -> list[int]:

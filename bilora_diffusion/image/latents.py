@@ -54,6 +54,7 @@ class Encoder:
         keeps: of which visits the posterior is kept, for all others that see the same. These are
             encoded one by one, so that the result does not depend on what else was lacking.
         disk: where what is kept stays for the next run.
+        kept: by what is seen, whichever set it is of; shared by encoders of one autoencoder.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Encoder:
         device: torch.device,
         keeps: Callable[[Visit], bool] = lambda _: False,
         disk: DiskCache | None = None,
+        kept: dict[tuple[str, ...], Posterior] | None = None,
     ) -> None:
         self._vae, self.space, self._device, self._keeps = vae, space, device, keeps
-        self._kept: dict[tuple[str, ...], Posterior] = {}  # by what is seen, whichever set it is of
+        self.kept = {} if kept is None else kept
         self.disk = disk or DiskCache()
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
@@ -76,20 +78,20 @@ class Encoder:
         """
         self._keep([visit for visit in visits if self._keeps(visit)])
         passing = iter(self._encoded([v for v in visits if not self._keeps(v)], AT_ONCE))
-        return [self._kept[v.content] if self._keeps(v) else next(passing) for v in visits]
+        return [self.kept[v.content] if self._keeps(v) else next(passing) for v in visits]
 
     def _keep(self, visits: Sequence[Visit]) -> None:
-        new = {v.content: v for v in visits if v.content not in self._kept}
+        new = {v.content: v for v in visits if v.content not in self.kept}
         for content, visit in new.items():
             if parts := self.disk.get(*content):
                 require_finite(
                     f"the kept latent of the image '{visit.name}'", KEPT, *parts.values()
                 )
-                self._kept[content] = Posterior(**parts)
-        lacking = [content for content in new if content not in self._kept]
+                self.kept[content] = Posterior(**parts)
+        lacking = [content for content in new if content not in self.kept]
         encoded = self._encoded([new[content] for content in lacking], 1)
         for content, made in zip(lacking, encoded, strict=True):
-            self._kept[content] = made
+            self.kept[content] = made
             there = {name: part for name, part in made._asdict().items() if part is not None}
             self.disk.put(there, *content)
 

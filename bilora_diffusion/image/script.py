@@ -27,7 +27,7 @@ from ..export import (
 from ..lora_names import workflow_file_name
 from ..methods import get
 from ..run.heldout_part import chosen, copies
-from ..train import folds, running
+from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from . import comfy
@@ -58,14 +58,9 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     instance = images(cfg, cfg.source, cfg.dataset_config_name)
     instance.require_masks()
     validation = heldout_images(cfg)
-    held = None if cfg.fold or validation is None else validation.pictures()
-    if (held is not None or cfg.fold == 1) and (
-        line := copies("images", instance.pictures(), held)
-    ):
+    held = None if validation is None else validation.pictures()
+    if (held is not None or cfg.fit) and (line := copies("images", instance.pictures(), held)):
         logger.warning("%s", line)
-    if cfg.fold:
-        names = [instance.name(i) for i in range(len(instance))]
-        instance, validation = map(instance.only, folds.dealt(cfg, names, "images"))
     family = cfg.family
     pipeline = load_pipeline(
         cfg.pretrained_model_name_or_path,

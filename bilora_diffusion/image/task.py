@@ -73,6 +73,8 @@ class DreamBooth:
         if cfg.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         self.prompts: PromptCache | None = None
+        self._source: DreamBooth | None = None  # whose prompts and latents these are
+        self._searches = False
         self.num_samples = stream.num_samples
         self.sample_names = [stream.images.name(i) for i in range(len(stream.images))]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
@@ -117,6 +119,31 @@ class DreamBooth:
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
 
+    @property
+    def names(self) -> list[str]:
+        """Of all images, by which they are dealt into folds."""
+        return self.sample_names
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there are held-out images."""
+        return self.validation is not None
+
+    def again(
+        self,
+        cfg: Any,
+        fold: tuple[Sequence[int], Sequence[int]] | None = None,
+        searches: bool = False,
+    ) -> DreamBooth:
+        """The same models, latents and prompts for a run of another configuration; see `Task`."""
+        images, held = self.stream.images, self.validation
+        if fold is not None:
+            images, held = map(images.only, fold)
+        task = DreamBooth(cfg, self.pipeline, VisitStream(cfg, images, self.stream.classes), held)
+        task.prompts, task._source, task._searches = self.prompts, self, searches
+        task.to_device(self.device)
+        return task
+
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
         disk = disk_cache.of_prompts(self.cfg.cache, self.cfg, self.family, self.pipeline, device)
@@ -141,10 +168,15 @@ class DreamBooth:
         self.device = device
         vae = self.pipeline.vae
         space = self.family.space(vae)
-        disk = disk_cache.of_latents(self.cfg.cache, self.cfg, space, vae, device)
+        disk = (
+            disk_cache.of_latents(self.cfg.cache, self.cfg, space, vae, device)
+            if self._source is None
+            else self._source.encoder.disk
+        )
         if not self.cfg.offload:
             vae.to(device)
-        self.encoder = Encoder(vae, space, device, self.stream.keeps, disk)
+        kept = None if self._source is None else self._source.encoder.kept
+        self.encoder = Encoder(vae, space, device, self.stream.keeps, disk, kept)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)
@@ -152,7 +184,8 @@ class DreamBooth:
             self.embed(device)
         self.module.denoiser.to(device)
         held = self.validation
-        self.grid = None if held is None else GridLoss(self, self.stream, held)
+        train = None if self._searches else self.stream
+        self.grid = None if held is None else GridLoss(self, train, held)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of a module's inputs for these captions; an empty one is what guidance

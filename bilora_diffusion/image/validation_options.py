@@ -91,13 +91,13 @@ class ValidationOptions:
     validation_loss_steps: int = option(
         0,
         "Measure that loss every so many steps; 0 measures it at the start and the end only."
-        " --folds, --keep_best and --early_stopping_patience measure it twenty times by default.",
+        " --fit, --keep_best and --early_stopping_patience measure it twenty times by default.",
         range=STEPS.or_zero,
         idle=(
             Idle(
-                lambda v: not v["validation_dataset"] and not v["folds"],
+                lambda v: not v["validation_dataset"] and not v["fit"],
                 "without held-out images",
-                "add `--validation_dataset`, `--folds 4`, or drop it",
+                "add `--validation_dataset`, `--fit`, or drop it",
             ),
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ class Bar:
 
 
 def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
-    """What was saved where, how the held-out loss went, and what to do next; without a held-out
-    loss last what shows overfitting.
+    """What was saved where, and what to do next; last what the last step gave away of the held-out
+    loss, or how to get one.
 
     Args:
         files: what a file or folder in the run folder is for -> its name, if it is there.
@@ -84,25 +84,21 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     rows = runlog.read_metrics(folder)
     losses = {r["step"]: r["heldout_loss"] for r in rows if r.get("heldout_loss") is not None}
     record = runlog.read_run(folder)
+    config, last = record["config"], []
     if losses:
-        lines["held-out loss"], best = _course(losses)
-        if "best_step" in record["results"]:
-            lines["held-out loss"] += "; what is saved is of the lowest"
-        elif best in kept and best != max(losses):
-            command = f"python -m bilora_diffusion.export {quoted} --step {best}"
-            lines[f"step {best}'s adapter"] = command
+        lines["held-out loss"] = _course(losses)
+        last = [_advice(quoted, losses, kept, "best_step" in record["results"])]
+    elif not config.get("fit"):
+        flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
+        last = [
+            "nothing was held out, and the training loss can't say when the model overfits:"
+            f" --fit chooses the steps by folds of the same data, {flag} measures on other data"
+        ]
     if in_repository():
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
         lines["score it"] = f"python -m {scores} {quoted} base"
     width = max(map(len, lines))
     took = duration(record["wall_seconds"])
-    config, last = record["config"], []
-    if not losses and not config.get("folds"):
-        flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
-        last = [
-            "nothing was held out, and the training loss can't say when the model overfits:"
-            f" {flag} shows it, or --folds 5 where there is no more data"
-        ]
     block = [f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
     return "\n".join([*block, *last])
 
@@ -112,12 +108,36 @@ def in_repository() -> bool:
     return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
-def _course(losses: Mapping[int, float]) -> tuple[str, int]:
-    """How the held-out loss went, and the measured step at which it was lowest."""
-    first, last = min(losses), max(losses)
-    best = min(losses, key=lambda step: losses[step])
+def _course(losses: Mapping[int, float]) -> str:
+    """How the held-out loss went."""
+    first, best, last = min(losses), _lowest(losses), max(losses)
     low = f"lowest {losses[best]:.4f} at step {best}" if best != last else "the lowest measured"
-    return f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}, {low}", best
+    return f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}, {low}"
+
+
+def _lowest(losses: Mapping[int, float]) -> int:
+    return min(losses, key=lambda step: losses[step])
+
+
+def _advice(folder: str, losses: Mapping[int, float], kept: Collection[int], saved: bool) -> str:
+    """What the last step gave away of the held-out loss, and how to have it back.
+
+    Args:
+        kept: steps of which there are checkpoints.
+        saved: whether what the run leaves is of the lowest.
+    """
+    best, last = _lowest(losses), max(losses)
+    if best == last:
+        return f"step {last}, the last, was the best measured: more steps may be better still"
+    gain = 100 * (1 - losses[best] / losses[last])
+    said = f"step {best} was {gain:.1f} % better than step {last}"
+    if saved:
+        return f"{said}, and what is saved is of it"
+    if best == 0:
+        return f"{said}, so nothing was gained: lower --learning_rate"
+    if best in kept:
+        return f"{said}: export it with python -m bilora_diffusion.export {folder} --step {best}"
+    return f"{said}: to have it, train again with --keep_best, or with --fit"
 
 
 def quiet() -> None:

@@ -32,9 +32,9 @@ from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 RESULTS = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
 # What else a run leaves, and a fresh start deletes.
 EXPORTS = "exports"  # adapters of checkpoints
-FOLDS, FOLDS_CURVES, FOLDS_FIGURE = "folds", "folds.json", "folds.png"
-OF_FOLDS = (FOLDS, FOLDS_CURVES, FOLDS_FIGURE)
-BESIDES = ("validation", "logs", EXPORTS, *OF_FOLDS, snapshots.FOLDER, ERROR)
+FIT, FIT_RECORD, FIT_FIGURE = "fit", "fit.json", "fit.png"
+OF_FIT = (FIT, FIT_RECORD, FIT_FIGURE)
+BESIDES = ("validation", "logs", EXPORTS, *OF_FIT, snapshots.FOLDER, ERROR)
 WHOLE_MODELS = (*COMPONENTS, "model")  # what full fine-tuning leaves
 # Folders of the system, in which nobody keeps runs, but for the places named after them.
 SYSTEM = (

@@ -21,7 +21,6 @@ import psutil
 
 from ..errors import Interrupted, is_main_process
 from . import checkpoint, runlog
-from .folder import FOLDS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
@@ -32,14 +31,14 @@ CommandLine = tuple[list[str], int]
 
 
 class Stop(NamedTuple):
-    """Where a signal ended a run: its number, the steps taken, those of the whole run, and which of
-    the run's ``--folds`` it was.
+    """Where a signal ended a run: its number, the steps taken, those of the whole run, and the name
+    of a run of ``--fit``.
     """
 
     number: int
     step: int
     num_steps: int
-    fold: int | None = None
+    run: str | None = None
 
 
 class Interruption:
@@ -106,17 +105,17 @@ def farewell(folder: Path, stop: Stop, typed: CommandLine | None, overwrites: bo
         typed: the command that started it; None for a call from Python.
         overwrites: whether the run was to replace an earlier one.
     """
-    number, step, num_steps, fold = stop
+    number, step, num_steps, run = stop
     if step == num_steps and runlog.read_run(folder).get("status") == "finished":
         return Interrupted(f"interrupted when the run in {folder} had already finished", number)
-    saved = checkpoint.latest(folder if fold is None else folder / FOLDS / str(fold))
-    value = "auto" if saved is None or fold is not None else "latest"
+    saved = checkpoint.latest(folder / (run or ""))
+    value = "auto" if saved is None or run is not None else "latest"
     kept = "nothing was saved yet" if saved is None else f"{saved} is saved"
     how = f"the same arguments and --resume_from_checkpoint {value}"
     if typed is not None:
         words = resuming(*typed, value, overwrites)
         how = shlex.join(words).replace(f"'{TOKEN}'", f'"{TOKEN}"')
-    where = "" if fold is None else f" of fold {fold}"
+    where = "" if run is None else f" of {run}"
     said = f"interrupted at step {step} of {num_steps}{where}, {kept}: go on with\n\n    {how}\n"
     return Interrupted(said, number)
 

@@ -15,8 +15,8 @@ from ..errors import UserError
 from .paths import without_paths
 
 # Of exports, diffusers would load one by its name where no file is named.
-NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "folds/*", "logs/*", ".*"]
-NAME_PATHS = ["run.json", "folds.json", "adapter_config.json", "config.json", "*/config.json"]
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]
+NAME_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
 """Files that say where base model, images and the run itself lie on this machine."""
 
 

@@ -1,4 +1,4 @@
-"""Models of a run's files, ``run.json``, ``metrics.jsonl`` and ``folds.json``, and their readers.
+"""Models of a run's files, ``run.json``, ``metrics.jsonl`` and ``fit.json``, and their readers.
 
 Whoever reads a run (resume, guard, evaluation, viewer) reads it here, and goes by these types. What
 does not fit them makes that run unreadable, with the reason in one sentence.
@@ -110,20 +110,54 @@ class Line(_Strict):
     dynamics: dict[str, Any] | None = None
 
 
-class Folds(_Strict):
-    """``folds.json``: held-out losses of the folds by step, and the step that they choose."""
+class FitRun(_Strict):
+    """A run of a search: its held-out losses by step."""
 
-    settings: dict[str, Any]
+    name: Text
+    title: Text
+    fold: Count
     steps: list[Count]
-    folds: list[list[Number | None]]
-    mean: list[Number | None]
-    chosen_steps: Annotated[Count, Field(ge=1)] | None
+    losses: list[Number | None]
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
-        if any(len(curve) != len(self.steps) for curve in (*self.folds, self.mean)):
-            raise ValueError("curves of another length than the steps")
+        if len(self.steps) != len(self.losses):
+            raise ValueError("losses of another number than the steps")
         return self
+
+
+class FitRow(_Strict):
+    """A configuration beside the chosen one, at one step."""
+
+    options: dict[Text, Text]
+    title: Text
+    steps: Count
+
+
+class FitChoice(FitRow):
+    """What a fit chose."""
+
+    steps: Annotated[Count, Field(ge=1)]
+    loss: Number
+
+
+class FitStanding(FitRow):
+    """How much worse a configuration is."""
+
+    folds: Count
+    difference: Number
+    interval: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
+
+
+class Fit(_Strict):
+    """``fit.json``: the runs of a search, and what it chose."""
+
+    settings: dict[str, Any]
+    spent: Count
+    runs: list[FitRun]
+    out: dict[Text, Text]
+    choice: FitChoice | None
+    standings: list[FitStanding]
 
 
 @contextlib.contextmanager
@@ -195,8 +229,8 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     }
 
 
-def read_folds(path: Path) -> dict[str, Any] | None:
-    """A run's ``folds.json``, which fits `Folds`; None where there is none.
+def read_fit(path: Path) -> dict[str, Any] | None:
+    """A run's ``fit.json``, which fits `Fit`; None where there is none.
 
     Raises:
         UserError: it is damaged.
@@ -204,7 +238,7 @@ def read_folds(path: Path) -> dict[str, Any] | None:
     try:
         with _reading(path, "start a new run in another --output_dir"):
             content = _parsed(finite(path).read_bytes())
-            Folds.model_validate(content)
+            Fit.model_validate(content)
             return content
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -132,11 +132,12 @@ class RunLog:
         self._run["results"] = results
         self.close("finished")
 
-    def close(self, status: str, reason: str | None = None) -> None:
+    def close(self, status: str, reason: str | None = None, **results: Any) -> None:
         """Close the record as "finished", "failed" for a reason in one sentence, or "interrupted",
         which goes on with the next resume; on a full disk it is written over the old one.
         """
         self._run["status"] = status
+        self._run["results"] |= results
         if reason is not None:
             self._run["error"] = reason
         try:

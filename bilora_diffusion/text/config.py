@@ -63,7 +63,9 @@ class TextConfig(
     modality: ClassVar[str] = "text"
     groups: ClassVar[tuple[Any, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
-    without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType({"max_predictions": 0})
+    without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"max_predictions": 0, "eval_train_samples": 0}
+    )
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("task", "train_file"),
         ("max_train_steps", "num_train_epochs"),

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 
 from ..durable import write_text
 from ..errors import UserError
-from ..train.task import inference
+from ..train.task import inference, loss_by_part
 from .config import TextConfig
 from .encode import Encoded
 from .metrics import score
@@ -40,25 +40,31 @@ class Evaluation:
         assert data.validation is not None
         self.cfg, self.loaded, self.module, self.data = cfg, loaded, module, data
         self.rows: Encoded = data.validation
+        self.by_row = False
         self.new_tokens = 0 if loaded.kind == "classification" else _new_tokens(cfg, loaded)
 
     def measure(self) -> dict[str, float]:
         """``heldout_loss``: the mean over all target tokens; a classifier's metrics; and
-        ``train_grid_loss``, the same on the first ``eval_train_samples`` training rows.
+        ``train_grid_loss``, the same on the first ``eval_train_samples`` training rows; or, where
+        it measures ``by_row``, each row's part (`loss_by_part`).
         """
-        loss, classes = self._measure(self.rows, len(self.rows))
-        figures = {PREFIX + "loss": loss}
+        losses, classes = self._measure(self.rows, len(self.rows))
+        total = sum(self.rows.target_tokens)
+        figures = {PREFIX + "loss": sum(losses) / total}
+        if self.by_row:
+            return figures | loss_by_part(losses, total)
         if classes:
             words = self.data.rows.label_words
             figures |= self._scores([words[classes[i]] for i in range(len(self.rows))])
         if self.cfg.eval_train_samples:
             count = min(len(self.data.train), self.cfg.eval_train_samples)
-            figures["train_grid_loss"], _ = self._measure(self.data.train, count)
+            losses, _ = self._measure(self.data.train, count)
+            figures["train_grid_loss"] = sum(losses) / sum(self.data.train.target_tokens[:count])
         return figures
 
-    def _measure(self, rows: Encoded, count: int) -> tuple[float, dict[int, int]]:
-        """Mean loss per target token of the first ``count`` rows, and a classifier's choices."""
-        total, classes, kind = 0.0, {}, self.loaded.kind
+    def _measure(self, rows: Encoded, count: int) -> tuple[list[float], dict[int, int]]:
+        """The summed losses of the first ``count`` rows, and a classifier's choices."""
+        sums, classes, kind = [0.0] * count, dict[int, int](), self.loaded.kind
         with inference(self.module):
             for numbers in self.batches(rows.lengths[:count]):
                 batch = collate(
@@ -66,10 +72,12 @@ class Evaluation:
                 )
                 inputs: Any = send_to_device(batch, self.loaded.model.device)
                 logits = self.module.logits(inputs)
-                total += float(self.module.losses(logits, inputs["labels"]).double().sum())
+                losses = self.module.losses(logits, inputs["labels"]).double().tolist()
+                for number, loss in zip(numbers, losses, strict=True):
+                    sums[number] = loss
                 if kind == "classification":
                     classes.update(zip(numbers, logits.argmax(-1).tolist(), strict=True))
-        return total / sum(rows.target_tokens[:count]), classes
+        return sums, classes
 
     def answer(self, folder: Path) -> dict[str, float]:
         """Let the model answer, greedily; write ``predictions.jsonl``; return metrics."""

@@ -18,9 +18,9 @@ from ..methods.options import AdapterOptions, MethodFlags
 from ..values import BATCHES, ROWS, SHARES, STEPS, TOKENS, WORKERS
 
 WITHOUT_ROWS = Idle(
-    lambda v: not v["task"] and not v["validation_file"] and not v["folds"],
+    lambda v: not v["task"] and not v["validation_file"] and not v["fit"],
     "without held-out rows",
-    "add `--validation_file`, `--folds 4`, or drop it",
+    "add `--validation_file`, `--fit`, or drop it",
 )
 
 

@@ -6,7 +6,6 @@ python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.js
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..adapters.quantize import quantize
 from ..export import save_adapter, save_models
 from ..methods import get
 from ..run.heldout_part import copies
-from ..train import folds, running
+from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
@@ -38,16 +37,12 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     datasets.disable_progress_bars()
     source = TextSource(cfg)
     rows = open_rows(cfg)
-    own = None if cfg.fold or cfg.task else rows.validation
+    own = None if cfg.task else rows.validation
     held = None if own is None else [(row.where, row) for row in own]
-    if (held is not None or cfg.fold == 1) and (
+    if (held is not None or (cfg.fit and rows.validation is None)) and (
         line := copies("rows", [(row.where, row) for row in rows.train], held)
     ):
         logger.warning("%s", line)
-    if cfg.fold:
-        dealt = folds.dealt(cfg, [example.where for example in rows.train], "rows")
-        train, held = ([rows.train[i] for i in part] for part in dealt)
-        rows = dataclasses.replace(rows, train=train, validation=held)
     kept = DTYPES[accelerator.mixed_precision]
     loaded = source.load(
         # Weights that are trained are kept in fp32, since bf16 would lose small updates.

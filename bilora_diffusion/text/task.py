@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .config import TextConfig
 from .evaluation import Evaluation
 from .models import TextModel
 from .module import TextModule, collate
-from .rows import TextData
+from .rows import TextData, encode_rows
 
 NAME = "model"
 
@@ -39,6 +40,7 @@ class TextTask:
         self.num_samples = len(data.train)
         self.sample_names = [data.train.name(i) for i in range(len(data.train))]
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
+        self._folds: dict[tuple[int, ...], TextData] = {}
 
     def data_summary(self) -> str:
         """What it is trained on, in a few words."""
@@ -57,6 +59,36 @@ class TextTask:
             modules_to_save=self.loaded.whole_modules,
         )
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all rows before packing, by which they are dealt into folds."""
+        return [example.where for example in self.data.rows.train]
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.evaluation is not None
+
+    def again(
+        self,
+        cfg: TextConfig,
+        fold: tuple[Sequence[int], Sequence[int]] | None = None,
+        searches: bool = False,
+    ) -> TextTask:
+        """The same model and rows for a run of another configuration; see `Task`."""
+        data = self.data
+        if fold is not None:
+            key = tuple(fold[1])
+            if key not in self._folds:
+                train, held = ([data.rows.train[i] for i in part] for part in fold)
+                rows = replace(data.rows, train=train, validation=held)
+                self._folds[key] = encode_rows(cfg, rows, self.loaded)
+            data = self._folds[key]
+        task = TextTask(cfg, self.loaded, data)
+        if task.evaluation is not None:
+            task.evaluation.by_row = searches
+        return task
 
     def to_device(self, device: torch.device) -> None:
         """Move the model."""

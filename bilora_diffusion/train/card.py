@@ -15,7 +15,7 @@ from ..config.run import RunConfig
 from ..durable import write_text
 from ..methods import get
 from ..mini import embedded
-from ..run.folder import FOLDS_FIGURE
+from ..run.folder import FIT_FIGURE
 
 
 def write_card(
@@ -42,7 +42,7 @@ def write_card(
     stopped = {
         "step of these weights, with the lowest held-out loss": results.get("best_step"),
         "stopped early, after steps": early,
-        f"steps chosen by {cfg.folds} folds": results.get("chosen_steps"),
+        "steps chosen by --fit": results.get("chosen_steps"),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
@@ -53,7 +53,7 @@ def write_card(
         method=method,
         settings=_given(_settings(cfg, results["steps"])),
         results=_given({**measured, **stopped}),
-        folds=FOLDS_FIGURE if cfg.folds else None,
+        fit=FIT_FIGURE if cfg.fit else None,
         **facts,
     )
     write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")

@@ -21,6 +21,7 @@ from ..methods import Method, for_run
 from ..methods.auxiliaries import deal
 from ..methods.full import free_memory
 from ..run import provenance
+from .fit.search import BUDGET
 from .stepping import Schedule, total_steps
 
 CUDA_CONTEXT, CPU_LIBRARIES = 600_000_000, 100_000_000
@@ -54,14 +55,14 @@ def main(
     peaks = {name: sum(parts.values()) for name, parts in taken.items()}
     most, room = max(peaks, key=lambda name: peaks[name]), free_memory(device) + process
     verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
-    folds = f"; before them --folds {cfg.folds} runs of as many" if cfg.folds else ""
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(p.numel() for p in method.clip_parameters())
     lines = [
         "--dry_run: nothing is loaded, trained or written.",
         f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
-        f"steps: {steps:,} of {size}, {steps * size / task.num_samples:.3g} epochs{folds}",
+        f"steps: {steps:,} of {size}, {steps * size / task.num_samples:.3g} epochs",
+        *(searched(cfg, steps) if cfg.fit else ()),
         f"memory of {provenance.device(device)['name']} when it is highest ({most}):",
         *(f"  {bytes_for_people(n):>8}  {part}" for part, n in taken[most].items() if n),
         *(f"peak of {name}: {bytes_for_people(peak)}" for name, peak in peaks.items()),
@@ -69,6 +70,16 @@ def main(
         f" {bytes_for_people(room)} for it.",
     ]
     print("\n".join(lines), flush=True)
+
+
+def searched(cfg: Any, steps: int) -> list[str]:
+    """Size of the search before a run."""
+    budget = cfg.fit_budget or BUDGET * steps
+    return [
+        f"--fit: before them at most {budget:,} steps, in up to {budget * 3 // steps} runs of"
+        f" {steps // 3:,} steps and more; with the last one that is {(budget + steps) / 3600:.2g}"
+        " hours for each second that a step takes"
+    ]
 
 
 def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from ..choices import OPTIMIZERS
 from ..config.run import RunConfig
 from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
-from ..errors import TrainingError, UserError, keep_trace, unexpected
+from ..errors import Diverged, TrainingError, UserError, keep_trace, unexpected
 from ..methods import Method
 from ..run import provenance
 from ..run.runlog import RunLog
@@ -119,11 +120,12 @@ def recorded(log: RunLog | None, folder: Path, trainer: Trainer) -> Iterator[Non
         foreseen = isinstance(error, UserError | TrainingError)
         if not foreseen:
             keep_trace(error, folder)
-        _close(log, "failed", str(error) if foreseen else unexpected(error))
+        why = {"diverged": True} if isinstance(error, Diverged) else {}
+        _close(log, "failed", str(error) if foreseen else unexpected(error), **why)
         raise
 
 
-def _close(log: RunLog | None, status: str, reason: str | None = None) -> None:
+def _close(log: RunLog | None, status: str, reason: str | None = None, **results: Any) -> None:
     with contextlib.suppress(OSError):  # on a full disk the record stays as it was
         if log is not None:
-            log.close(status, reason)
+            log.close(status, reason, **results)

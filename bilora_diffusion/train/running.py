@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,14 +20,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+from .. import adapters
 from ..config.run import RunConfig
 from ..errors import UserError
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
-from ..run.folder import FOLDS, OF_FOLDS, clear, guard, refuse_foreign_models, refuse_unusable
+from ..run.folder import FIT_RECORD, OF_FIT, clear, guard, refuse_foreign_models, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured
-from . import dry_run, folds, sharding
+from . import dry_run, sharding
+from .fit import report
+from .fit.runs import Fit
 from .loop import fit
 from .probe import probe, trainable
 from .recording import announce, recorded
@@ -84,16 +87,16 @@ def main(
     folder = Path(cfg.output_dir)
     refuse_unusable(folder)
     with contextlib.nullcontext() if cfg.dry_run else lock.hold(folder):
-        for file in folder.glob(f"{FOLDS}/*/{lock.FILE}"):
-            with lock.hold(file.parent):  # no fold is being trained by a command of its own
-                pass
-        stop = _train(script, cfg, folder)
+        stop = _train(script, cfg, folder, sys.argv[1:] if argv is None else argv)
         if stop is not None:
             raise interruption.farewell(folder, stop, typed, cfg.overwrite_output_dir)
 
 
-def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
+def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str]) -> Stop | None:
     """Train in a folder that is locked; returns what stopped it, if anything did."""
+    begun = cfg.fit and (folder / FIT_RECORD).exists() and not _is_finished(folder)
+    if begun and cfg.resume_from_checkpoint is None and not cfg.overwrite_output_dir:
+        cfg = replace(cfg, resume_from_checkpoint="auto")  # pyright: ignore
     guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
     if get(cfg.method).exports_weights:
         refuse_foreign_models(folder)
@@ -105,26 +108,41 @@ def _train(script: Script[Config], cfg: Config, folder: Path) -> Stop | None:
     repo_id = None
     if cfg.push_to_hub:
         repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
-    stop, last_step = None, None
-    if cfg.folds and not cfg.fold:
-        chosen = folds.choose(cfg, accelerator, functools.partial(_run_fold, script))
-        stop, last_step = (chosen, None) if isinstance(chosen, Stop) else (None, chosen)
+    with trainable(cfg.base_model):
+        task: Any = script.build_task(cfg, accelerator)
+    stop, what = None, ""
+    if cfg.fit:
+        fit = Fit(cfg, script, argv, task, functools.partial(_run_of_fit, script), accelerator)
+        chosen, what = fit.choose(), fit.what
+        if isinstance(chosen, Stop):
+            stop = chosen
+        else:
+            task = task.again(chosen)
     if stop is None:
-        stop = _run(script, cfg, accelerator, folder, resume, last_step, repo_id)
+        stop = _run(script, task, accelerator, folder, resume, repo_id=repo_id)
+    if cfg.fit and stop is None and accelerator.is_main_process:
+        logger.info("\n".join(report.lines(folder, what)))
     _let_go(accelerator)
     accelerator.end_training()
     return stop
 
 
-def _run_fold(
-    script: Script[Config], cfg: Config, folder: Path, resume: Path | None
-) -> Stop | None:
-    """One of a run's folds, with an engine of its own in the processes that are there."""
-    accelerator = build_accelerator(cfg)
-    with lock.hold(folder):
-        stop = _run(script, cfg, accelerator, folder, resume)
-    _let_go(accelerator)
+def _run_of_fit(script: Script[Config], task: Any, folder: Path, last_step: int) -> Stop | None:
+    """Bring one run of a search to a step, and give the models back as they were."""
+    accelerator = build_accelerator(task.cfg)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.hold(folder))
+        for target in task.targets():
+            stack.enter_context(adapters.restored(target.model, target.spec))
+        resume = checkpoint.latest(folder)
+        stop = _run(script, task, accelerator, folder, resume, last_step)
+        _let_go(accelerator)
     return stop
+
+
+def _is_finished(folder: Path) -> bool:
+    there = (folder / runlog.RUN).exists()
+    return there and runlog.read_run(folder)["status"] == "finished"
 
 
 def _let_go(accelerator: Accelerator) -> None:
@@ -138,22 +156,21 @@ def _let_go(accelerator: Accelerator) -> None:
 
 def _run(
     script: Script[Config],
-    cfg: Config,
+    task: Any,
     accelerator: Accelerator,
     folder: Path,
     resume: Path | None,
     last_step: int | None = None,
     repo_id: str | None = None,
 ) -> Stop | None:
-    """Build, train and finish; nothing of it is alive when this returns what stopped it, if
-    anything did.
+    """Train and finish; nothing of it is alive when this returns what stopped it, if anything did.
 
     Args:
-        last_step: where the folds end it.
+        last_step: where a run of a search ends, which exports nothing.
         repo_id: hub repository the folder goes to.
     """
+    cfg = task.cfg
     with trainable(cfg.base_model):
-        task = script.build_task(cfg, accelerator)
         steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
         method = for_run(vars(cfg), steps, task.sample_names)
         trainer = Trainer(task, method, cfg, accelerator, last_step)
@@ -161,15 +178,17 @@ def _run(
             probe(trainer, cfg.base_model)
     if resume is not None:
         trainer.load(resume)
-        logger.info("resuming from %s", resume)
+        if last_step is None:
+            logger.info("resuming from %s", resume)
     log = None
     if accelerator.is_main_process:
         if resume is None:
-            clear(folder, keep=OF_FOLDS if last_step else ())
+            clear(folder, keep=OF_FIT if cfg.fit and last_step is None else ())
         log = runlog.RunLog(folder, accelerator.device)
         resumed, steps = trainer.step if resume else None, trainer.last_step
         log.start(cfg.to_dict(), cfg.method, cfg.seed, resumed, num_steps=steps)
-        announce(trainer, folder)
+        if last_step is None:
+            announce(trainer, folder)
     try:
         with trainer.interruption, recorded(log, folder, trainer):
             values = cfg.to_dict()  # of the kinds that every tracker can show
@@ -180,13 +199,13 @@ def _run(
             fit(trainer, folder, log)
             if not trainer.finished:
                 raise KeyboardInterrupt
-            results = _finish(script, cfg, trainer, folder, log, repo_id)
+            results = _finish(script, cfg, trainer, folder, log, last_step is None, repo_id)
     except KeyboardInterrupt:
         number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT
         return Stop(number, trainer.step, trainer.last_step)
     if log is not None:
         log.finish(**results)
-        if cfg.fold is None:
+        if last_step is None:
             logger.info(console.closing(folder, script.files(folder), script.scores))
     late = trainer.interruption.number  # too late to stop the run, but not what comes after it
     return None if late is None else Stop(late, trainer.last_step, trainer.last_step)
@@ -227,17 +246,25 @@ def _finish(
     trainer: Trainer,
     folder: Path,
     log: runlog.RunLog | None,
+    exports: bool,
     repo_id: str | None,
 ) -> dict[str, Any]:
-    """Export the primary, prove it from the file, write the model card; returns the results. A fold
-    has only the results.
+    """Export the primary, prove it from the file, write the model card; returns the results. A run
+    of a search leaves a checkpoint instead, from which it goes on.
     """
     results: dict[str, Any] = {"steps": trainer.step, **trainer.outcome.results()}
     if log is not None:
         measured = last_measured(folder, trainer.outcome.step(trainer.step))
         results |= {name: value for name, (_, value) in measured.items()}
-    if log is not None and cfg.fold is None:
-        if cfg.folds:
+    if (
+        not exports
+        and checkpoint.latest(folder) != folder / checkpoint.CHECKPOINTS / f"step-{trainer.step}"
+    ):
+        if log is not None:
+            log.sync()
+        trainer.save(folder)
+    if log is not None and exports:
+        if cfg.fit:
             results["chosen_steps"] = trainer.last_step
         log.writes_card()
         with trainer.outcome.applied():

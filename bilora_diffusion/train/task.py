@@ -14,6 +14,10 @@ from torch import nn
 
 from ..methods import Target
 
+BY_SAMPLE = "heldout_loss_of/"
+"""Stands before the number of a part of the held-out samples in the name of its loss."""
+MOST_PARTS = 128
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -89,6 +93,49 @@ class Task(Protocol):
         anything.
         """
         ...
+
+
+class ReusableTask(Task, Protocol):
+    """A task whose models, and what is encoded of its data, serve several runs."""
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models that are trained, by name."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all samples, by which they are dealt into folds."""
+        ...
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether a loss can be measured on samples that are not learned from."""
+        ...
+
+    def again(
+        self,
+        cfg: Any,
+        fold: tuple[Sequence[int], Sequence[int]] | None = None,
+        searches: bool = False,
+    ) -> ReusableTask:
+        """A task of another configuration on the same models and what is encoded.
+
+        Args:
+            fold: the positions of the samples to learn from, and of those to hold out.
+            searches: measure each held-out sample, and nothing else.
+        """
+        ...
+
+
+def loss_by_part(losses: Sequence[float], total: float) -> dict[str, float]:
+    """``heldout_loss_of/N`` of parts of the held-out samples, whose mean is the held-out loss.
+
+    Args:
+        losses: of each sample, summed over what the mean is over, which counts ``total``.
+    """
+    count = min(len(losses), MOST_PARTS)
+    return {f"{BY_SAMPLE}{part}": sum(losses[part::count]) * count / total for part in range(count)}
 
 
 @contextmanager

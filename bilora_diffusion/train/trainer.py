@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import adapters
 from ..adapters import fused
 from ..config.run import RunConfig
-from ..errors import TrainingError
+from ..errors import Diverged
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
@@ -115,7 +115,7 @@ class Trainer:
         No number is read before all of the step's work is given to the device.
 
         Raises:
-            TrainingError: a loss is not finite; what is saved is untouched.
+            Diverged: a loss is not finite; what is saved is untouched.
         """
         started = time.perf_counter()
         self._passed.clear()
@@ -175,7 +175,7 @@ class Trainer:
             finite = torch.isfinite(losses).tolist()
             if not all(finite):
                 bad = [n for n, good in zip(batch.names, finite, strict=True) if not good]
-                raise TrainingError(
+                raise Diverged(
                     f"the loss at step {self.step} is not finite for {', '.join(bad)}: lower"
                     " --learning_rate or look at these samples; the last checkpoint is untouched."
                 )

@@ -19,7 +19,8 @@ from eval.table import Entry, Result, Row, Summary
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LABELS = ("lora", "bilora")
-CURVES = {"settings": {}, "steps": [0, 5], "folds": [[1, 2]], "mean": [1, 2], "chosen_steps": 5}
+SEARCHED = {"name": "lora", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1, 2]}
+FIT = {"settings": {}, "spent": 5, "runs": [SEARCHED], "out": {}, "choice": None, "standings": []}
 
 
 def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
@@ -47,7 +48,7 @@ def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
     config = {"validation_prompts": ["a hat"], "num_validation_images": 1, "rho": 0.05}
     make_run(folder, method, **{"config": config} | changes)
     make_images(folder, 2)
-    (folder / "folds.json").write_text(json.dumps(CURVES), "utf-8")
+    (folder / "fit.json").write_text(json.dumps(FIT), "utf-8")
     rows = [{"step": step, "loss": 1 / step, "heldout_loss": 1.0} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder

@@ -93,7 +93,7 @@ HALF = "\ud800"
 FILES = {
     "run.json": make_run,
     "metrics.jsonl": make_run,
-    "folds.json": make_run,
+    "fit.json": make_run,
     "validation/step-2/000.png": make_run,
     "result.json": make_result,
     "figure.png": make_result,
@@ -149,9 +149,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
         what: replaced(make_run, "metrics.jsonl", partial(_write, text=f"{text}\n"))
         for what, text in METRICS.items()
     },
-    "folds without folds": replaced(
-        make_run, "folds.json", partial(_write, text='{"mean": [1], "steps": [1]}')
-    ),
+    "fit without runs": replaced(make_run, "fit.json", partial(_write, text='{"spent": 1}')),
     # validation images, results and scores
     **{f"step {step[:9]}": partial(_at_step, step=step) for step in ("9" * 30, "٣", "<script>")},
     "result is a list": replaced(make_result, "result.json", partial(_write, text="[]")),

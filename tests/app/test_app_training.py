@@ -123,7 +123,7 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
     assert charts([], 5).keys() == TITLES.keys()
 
 
-def test_noise_levels_are_a_change_since_the_start_and_folds_stand_behind_their_mean() -> None:
+def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_its_search() -> None:
     key = "heldout_loss_by_level/"
     found = [
         {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
@@ -131,12 +131,15 @@ def test_noise_levels_are_a_change_since_the_start_and_folds_stand_behind_their_
     ]
     assert by_level(found) == [(25, -0.5), (75, 0.5)]
     assert by_level(rows(1.0)) == []
-    folds = {"steps": [0, 5], "folds": [[1.0, 0.5], [2.0, None]], "mean": [1.5, None]}
-    runs = [shown("a", []), replace(shown("b", []), folds=folds)]
-    assert charts(runs, 1)["folds"] == [
-        Line("b, fold 1", [(0, 1.0), (5, 0.5)], COLORS[0] + FAINT),
-        Line("b, fold 2", [(0, 2.0)], COLORS[0] + FAINT),
-        Line("b", [(0, 1.5)], COLORS[0]),
+    searched = [
+        {"title": title, "fold": 1, "steps": [0, 5, 9], "losses": [9.0, loss, None]}
+        for title, loss in (("lora", 0.5), ("bilora", 0.7))
+    ]
+    fit = {"runs": searched, "choice": {"title": "lora"}}
+    runs = [shown("a", []), replace(shown("b", []), fit=fit)]
+    assert charts(runs, 1)["fit"] == [
+        Line("b, bilora, fold 1", [(5, 0.7)], COLORS[0] + FAINT),
+        Line("b, lora, fold 1", [(5, 0.5)], COLORS[0]),
     ]
 
 

@@ -31,7 +31,6 @@ CONFIGS: dict[Any, tuple[Read, list[str]]] = {
 LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
 PACKAGES = frozenset({"bitsandbytes", "prodigyopt", "xformers", "wandb"})
 PRIOR = "--with_prior_preservation --class_data_dir {tmp}/class"
-FOLDS = "--folds 4 --validation_loss_steps 3 --max_train_steps 9"
 
 BOTH: list[tuple[str, str]] = [
     # what argparse sees
@@ -69,15 +68,14 @@ BOTH: list[tuple[str, str]] = [
         "--keep_best with --validation_loss_steps 0.*--validation_loss_steps 50",
     ),
     ("--early_stopping_patience 0", "--early_stopping_patience is 0.*1 or more"),
-    ("--folds 1", "--folds is 1.*2 or more"),
-    (
-        "--folds 4 --max_train_steps 9 --validation_loss_steps 0",
-        "--folds 4 with --validation_loss_steps 0",
-    ),
-    (f"{FOLDS} --early_stopping_patience 2", "--early_stopping_patience 2 with --folds 4.*drop"),
-    ("--folds 4 --validation_loss_steps 3 --num_train_epochs 2", "--max_train_steps"),
-    ("--fold 2", "--fold 2 and no --folds.*add --folds"),
-    (f"{FOLDS} --fold 5", "--fold 5.*so many --folds.*lower"),
+    ("--fit --keep_best", "--keep_best with --fit.*the search says when"),
+    ("--fit --early_stopping_patience 2", "--early_stopping_patience 2 with --fit.*drop"),
+    ("--fit --method full", "--fit with --method full.*bilora"),
+    ("--fit --fit_folds 1", "--fit_folds is 1.*2 or more"),
+    ("--fit --fit_folds 5000", "--fit_folds is 5000.*at most 1000"),
+    ("--fit --fit_budget 0", "--fit_budget is 0.*1 or more"),
+    ("--fit --fit_budget many", "--fit_budget"),
+    ("--folds 4", 'unknown flag "--folds"'),
     # text and places
     (f"--hub_model_id {LATIN}", "--hub_model_id.*no text"),
     ("--output_dir a\0b", "--output_dir.*no text"),
@@ -91,6 +89,7 @@ BOTH: list[tuple[str, str]] = [
     ("--config nowhere.yaml", '"nowhere.yaml".*--config'),
 ]
 IMAGES: list[tuple[str, str]] = [
+    ("--fit --compile", "--fit with --compile.*drop"),
     ("--resolution 100", "--resolution is 100.*multiple of 8.*96"),
     ("--resolution 0", "--resolution is 0.*such as 8"),
     ("--resolution 1000000000000", "34 GB"),
@@ -107,7 +106,7 @@ IMAGES: list[tuple[str, str]] = [
     ("--validation_prompts {tmp}/empty.txt", "empty.txt.*empty file"),
     ("--validation_prompts {tmp}/latin.txt", "latin.txt.*UTF-8"),
     (f"{PRIOR} --class_prompt x --num_class_images 0", "--num_class_images is 0"),
-    ("--validation_dataset none --keep_best", "no --validation_dataset.*or drop it.*--folds"),
+    ("--validation_dataset none --keep_best", "no --validation_dataset.*or drop it.*--fit"),
     ("--variant fp16", '--variant "fp16".*mini'),
     ("--pretrained_model_name_or_path ./nothing", '"./nothing".*not exist'),
     ("--pretrained_model_name_or_path {tmp}/full", "model_index.json of .*full.*can't be read"),
@@ -154,7 +153,7 @@ TEXTS: list[tuple[str, str]] = [
     ("--task sst-2", 'did you mean "sst2"'),
 ]
 ROWS: list[tuple[str, str]] = [
-    ("--train_file a.csv --early_stopping_patience 2", "no --validation_file.*--folds"),
+    ("--train_file a.csv --early_stopping_patience 2", "no --validation_file.*--fit"),
     ("--train_file {tmp}/full", "is a folder"),
     ("--train_file {tmp}/none.jsonl", "none.jsonl.*does not exist"),
     ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*regular file"),
@@ -219,7 +218,6 @@ COMPARED = {
     "caption_column": {"image_column": 1},
     "input_column": {"target_column": 1},
     "auxiliary_learning_rate": {"learning_rate": 0.5},
-    "fold": {"folds": 0.5},
 }
 """What the table compares an option with."""
 

@@ -121,7 +121,7 @@ def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(
 ORDERS = {
     "start": {},
     "resume": {"resume_from_checkpoint": "latest"},
-    "fold": {"folds": 2, "validation_loss_steps": 1, "overwrite_output_dir": True},
+    "fit": {"fit": True, "overwrite_output_dir": True},
 }
 
 
@@ -129,7 +129,7 @@ class Reached(Exception):
     """The first run was let in."""
 
 
-@pytest.mark.parametrize(("first", "second"), [("start", "fold"), ("fold", "resume")])
+@pytest.mark.parametrize(("first", "second"), [("start", "fit"), ("fit", "resume")])
 def test_a_second_run_is_refused_before_it_reads_or_deletes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
 ) -> None:

@@ -31,7 +31,7 @@ def test_no_path_of_this_machine_is_published(
     for name in ("unet/config.json", "adapter_config.json", "checkpoints/step-1/config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(own))
-    (tmp_path / "folds.json").write_text(json.dumps({"settings": config, "steps": [0]}))
+    (tmp_path / "fit.json").write_text(json.dumps({"settings": config, "steps": [0]}))
     sent: dict[str, bytes] = {}
     folders: list[dict[str, Any]] = []
 
@@ -41,7 +41,7 @@ def test_no_path_of_this_machine_is_published(
     monkeypatch.setattr(publish, "upload_folder", lambda **given: folders.append(given))
     monkeypatch.setattr(publish, "create_commit", commit)
     publish.push(tmp_path, "me/run", None)
-    assert set(sent) == {"run.json", "folds.json", "unet/config.json", "adapter_config.json"}
+    assert set(sent) == {"run.json", "fit.json", "unet/config.json", "adapter_config.json"}
     left = publish.filter_repo_objects(
         [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()],
         ignore_patterns=folders[0]["ignore_patterns"],

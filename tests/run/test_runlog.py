@@ -17,7 +17,7 @@ import torch
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import provenance, runlog
-from bilora_diffusion.run.record import read_folds
+from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 
 CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_dir": Path("out")}
@@ -179,24 +179,26 @@ def test_a_line_that_is_none_of_metrics_is_refused_by_its_number(tmp_path: Path,
         read_metrics(tmp_path)
 
 
-def test_folds_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "folds.json"
-    assert read_folds(path) is None
-    curves = {"steps": [0, 5], "folds": [[1.0, 0.5], [2.0, None]], "mean": [1.5, None]}
-    whole = {"settings": {}, **curves, "chosen_steps": 5}
+def test_a_fit_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "fit.json"
+    assert read_fit(path) is None
+    run = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
+    choice = {"options": {"rank": "4"}, "title": "rank 4", "steps": 5, "loss": 0.5}
+    whole = {"settings": {}, "spent": 5, "runs": [run], "out": {}, "choice": choice}
+    whole["standings"] = []
     path.write_text(json.dumps(whole))
-    assert read_folds(path) == whole
+    assert read_fit(path) == whole
     for odd in (
-        *({"folds": None}, {"folds": [[1.0]]}, {"mean": [1.0]}, {"mean": ["x", 1.0]}),
-        *({"steps": ["a", "b"]}, {"settings": []}, {"chosen_steps": 0}, {"chosen_steps": "x"}),
+        *({"runs": None}, {"runs": [run | {"losses": [1.0]}]}, {"runs": [run | {"fold": "x"}]}),
+        *({"out": []}, {"settings": []}, {"choice": choice | {"steps": 0}}, {"standings": [{}]}),
     ):
         path.write_text(json.dumps(whole | odd))
-        with pytest.raises(UserError, match=r"folds\.json is damaged"):
-            read_folds(path)
-    del whole["folds"]
+        with pytest.raises(UserError, match=r"fit\.json is damaged"):
+            read_fit(path)
+    del whole["runs"]
     path.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match="it has no folds"):
-        read_folds(path)
+    with pytest.raises(UserError, match="it has no runs"):
+        read_fit(path)
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -147,36 +147,28 @@ def test_the_printed_command_ends_as_the_whole_run(
         assert column(whole, key) == column(folder, key)
 
 
-FOLDS = {"folds": 2, "validation_loss_steps": 8}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [{}, FOLDS], ids=["run", "folds"])
-def test_a_second_run_is_refused_until_the_first_is_killed(
-    tmp_path: Path, first: dict[str, Any]
-) -> None:
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     """The first stands still meanwhile, as one does that takes long steps."""
     folder = tmp_path / "run"
-    given = {**first, "max_train_steps": 8, "checkpointing_steps": 1, "train_batch_size": 1}
-    trained = folder / "folds" / "1" if first else folder
+    given = {"max_train_steps": 8, "checkpointing_steps": 1, "train_batch_size": 1}
     running = start(flags(folder, **given))
     patience = time.monotonic() + 600
-    while checkpoint.latest(trained) is None and time.monotonic() < patience:
+    while checkpoint.latest(folder) is None and time.monotonic() < patience:
         assert running.poll() is None
         time.sleep(0.01)
     running.send_signal(signal.SIGSTOP)
     try:
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        for place, second in (
-            (folder, {}),
-            (folder, {"overwrite_output_dir": True}),
-            (folder, {"resume_from_checkpoint": "auto"}),
-            (folder, {**FOLDS, "overwrite_output_dir": True}),
-            (trained, {**FOLDS, "fold": 1, "resume_from_checkpoint": "auto"}),
+        for second in (
+            {},
+            {"overwrite_output_dir": True},
+            {"resume_from_checkpoint": "auto"},
+            {"fit": True, "overwrite_output_dir": True},
         ):
-            with pytest.raises(UserError, match=f"{running.pid} .*{place}"):
-                train(place, **{**given, **second})
-        assert export([str(trained), "--step", "1"]) == 2
+            with pytest.raises(UserError, match=f"{running.pid} .*{folder}"):
+                train(folder, **{**given, **second})
+        assert export([str(folder), "--step", "1"]) == 2
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     finally:
         running.kill()

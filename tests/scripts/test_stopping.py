@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME
 from bilora_diffusion.export import main as export
 from bilora_diffusion.run import runlog
-from bilora_diffusion.train.trainer import Trainer
 from tests.scripts.runs import SCRIPT, column, difference, flags, process, train, weights
 from tests.text.text_builders import (
     ADAPTER,
@@ -142,84 +139,6 @@ def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str
     assert losses(run) == losses(parts)
 
 
-@pytest.mark.slow
-def test_folds_choose_the_steps_of_the_run_on_all(tmp_path: Path, icons: dict[str, Any]) -> None:
-    given = {
-        **{**icons, "validation_loss_steps": 2, "max_train_steps": 6, "learning_rate": 3e-3},
-        # a schedule that ends with the steps tried, which the last run keeps
-        **{"lr_scheduler": "cosine", "checkpointing_steps": 3, "validation_dataset": "none"},
-    }
-    run = train(tmp_path / "run", **given, folds=2)
-    curves = folds_of(run, 2)
-    assert all(list(curve) == [0, 2, 4, 6] for curve in curves)
-    chosen = min((2, 4, 6), key=lambda step: sum(curve[step] for curve in curves))
-    assert results(run)["chosen_steps"] == results(run)["steps"] == chosen
-    assert runlog.read_run(run)["num_steps"] == chosen
-    for n in (1, 2):
-        assert not weights_there(run / "folds" / str(n))
-    assert "](folds.png)" in (run / "README.md").read_text()
-    assert (run / "folds.png").stat().st_size > 5_000
-    # As a run of the same schedule is at that step.
-    plain = train(tmp_path / "plain", **{**given, "checkpointing_steps": chosen})
-    assert column(plain, "loss")[:chosen] == column(run, "loss")
-    assert export([str(plain), "--step", str(chosen), "--to", "diffusers"]) == 0
-    made = load_file(plain / "exports" / f"step-{chosen}" / FILE_NAME)
-    assert all(torch.equal(made[key], value) for key, value in weights(run).items())
-
-
-@pytest.mark.slow
-def test_folds_go_on_where_they_were_interrupted(
-    tmp_path: Path, icons: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {**icons, "max_train_steps": 4, "validation_loss_steps": 2, "folds": 2}
-    whole = train(tmp_path / "whole", **given)
-    chosen, step = results(whole)["chosen_steps"], Trainer.train_step
-    taken: list[int] = []
-
-    def interrupted(self: Any, batches: Any) -> Any:
-        taken.append(self.step)
-        if len(taken) in (6, 9):  # the second fold's second step; the last run's first
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    parts = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt, match=r"step 2 of 4 of fold 2.*folds/2/.*step-2"):
-        train(parts, **given)
-    assert runlog.read_run(parts)["status"] == "interrupted"
-    first = (parts / "folds" / "1" / "run.json").read_bytes()
-    with pytest.raises(UserError, match="rank"):
-        train(parts, **given, rank=2, resume_from_checkpoint="auto")
-    with pytest.raises(KeyboardInterrupt, match=f"step 1 of {chosen},"):
-        train(parts, **given, resume_from_checkpoint="auto")
-    train(parts, **given, resume_from_checkpoint="latest")
-    assert len(taken) == 8 + chosen  # no step was taken twice
-    assert (parts / "folds" / "1" / "run.json").read_bytes() == first
-    assert difference(whole, parts) == 0
-    assert folds_of(whole) == folds_of(parts)
-    for name in ("folds.json", "folds.png"):
-        assert (whole / name).stat().st_size == (parts / name).stat().st_size
-    # A fold made by hand is the same.
-    alone = train(tmp_path / "alone", **given, fold=2)
-    assert losses(alone) == losses(whole / "folds" / "2")
-    fresh = train(parts, **{**given, "folds": None}, overwrite_output_dir=True)
-    assert not (fresh / "folds").exists()
-
-
-def test_text_has_folds_too(tmp_path: Path) -> None:
-    given = {
-        **{**material("classification"), "validation_loss_steps": 2, "folds": 3},
-        **{"max_train_steps": 6, "validation_file": None, "method": "lora"},
-    }
-    run = train_text(tmp_path / "run", **given)
-    curves = folds_of(run, 3)
-    chosen = min((2, 4, 6), key=lambda step: sum(curve[step] for curve in curves))
-    assert results(run)["steps"] == chosen
-    with pytest.raises(UserError, match=r"--folds 25.*24 rows"):
-        train_text(tmp_path / "many", **{**given, "folds": 25})
-
-
-@pytest.mark.slow
 def test_what_is_learned_and_held_out_at_once_is_one_line(
     tmp_path: Path, icons: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,8 +156,11 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(
     (line,) = lines(train, "one", **icons)
     assert all(part in line for part in ("1 of the 3", "another.png", two.name))
     shutil.copy(one, learned / "third.png")
-    fold = {**icons, "validation_dataset": "none", "folds": 3}
-    (line,) = [line for n in (1, 2) for line in lines(train, f"fold-{n}", **fold, fold=n)]
+    fit = {**icons, "validation_dataset": "none", "fit": True, "fit_budget": 1}
+    caplog.clear()
+    with pytest.raises(UserError, match="--fit_budget 1 is too small"):
+        lines(train, "fit", **fit)
+    (line,) = [one.message for one in caplog.records if "copies of" in one.message]
     assert all(part in line for part in ("1 of the 3", "third.png", one.name))
     rows = material("classification")
     again = write_rows(tmp_path / "held.jsonl", rows_for("classification", 3, 22))
@@ -247,13 +169,16 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("values", [STOPPING, {"folds": 2}], ids=["best", "folds"])
+@pytest.mark.parametrize("values", [STOPPING, {"fit": True}], ids=["best", "fit"])
 def test_two_processes_agree_with_one(
     tmp_path: Path,
     icons: dict[str, Any],
     values: dict[str, Any],
 ) -> None:
+    (tmp_path / "space.yaml").write_text("rank: [2, 4]\n")
     given = {**icons, **values, "max_train_steps": 6, "train_batch_size": 2}
+    if "fit" in values:
+        given["fit_space"] = tmp_path / "space.yaml"
     one = train(tmp_path / "one", **given)
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     own = flags(tmp_path / "two", **{**given, "train_batch_size": 1})
@@ -263,12 +188,3 @@ def test_two_processes_agree_with_one(
     for key in ("steps", "best_step", "chosen_steps"):
         assert results(one).get(key) == results(two).get(key)
     assert difference(one, two) < given["learning_rate"] / 10
-
-
-def folds_of(folder: Path, count: int = 2) -> list[dict[int, Any]]:
-    """The curves as the folds' own records have them."""
-    return [dict(losses(folder / "folds" / str(n))) for n in range(1, count + 1)]
-
-
-def weights_there(folder: Path) -> bool:
-    return (folder / FILE_NAME).exists() or (folder / "README.md").exists()

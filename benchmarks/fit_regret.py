@@ -1,0 +1,136 @@
+"""Regret of ``--fit``: its choice beside the best of its space in hindsight, on unseen data.
+
+    python -m benchmarks.fit_regret --output_dir results/fit_regret    # many hours on two cores
+    python -m benchmarks.fit_regret --sets animals --seeds 0 --steps 60 --output_dir results/try
+
+For each set and seed: one fit on folds of the set; then each configuration that it tried, and the
+command as given, trained on the whole set and measured on the miniature's held-out pictures (or
+reviews) all along. Regret is the loss of the choice at its step minus the lowest of all
+configurations and steps, as a share of that. What is finished is not repeated, so that the same
+command goes on. Writes rows.csv and report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bilora_diffusion import mini
+from bilora_diffusion.run.paths import ROOT
+from bilora_diffusion.run.record import RUN, read_fit, read_metrics, read_run
+from bilora_diffusion.text import catalog
+from bilora_diffusion.train.fit.space import folder_name, words
+
+IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
+COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
+ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
+REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
+COLUMNS = ("set", "seed", "choice", "steps", "loss", "given", "best", "regret")
+
+
+def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[str]]:
+    """Script and options of a set; what holds nothing out; and what holds the truth out."""
+    images = [*COMMON, *ICONS, "--num_validation_images", "0"]
+    none, part = ["--validation_dataset", "none"], ["--validation_part", "1/4"]
+    heldout = ["--validation_dataset", "mini-heldout", *part]
+    if name == "animals":
+        animals = ["--validation_dataset", "mini-animals-heldout", *part]
+        return IMAGE, [*images, "--dataset", "mini-animals"], none, animals
+    if name == "icons":
+        return IMAGE, [*images, "--dataset", "mini"], none, heldout
+    if name == "icons8":
+        lines = (mini.train_dir() / "metadata.jsonl").read_text().splitlines()[:8]
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in map(json.loads, lines):
+            file = folder / row["file_name"]
+            file.write_bytes((mini.train_dir() / file.name).read_bytes())
+            file.with_suffix(".txt").write_text(row["prompt"])
+        return IMAGE, [*images, "--dataset", str(folder)], none, heldout
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
+    # The file is sorted by class.
+    for split, every, count in (("train", 133, 64), ("validation", 29, 290)):
+        own = [r for i, r in enumerate(rows) if not i % every and (split == "train" or i % 133)]
+        lines = [{"prompt": r["sentence"], "answer": str(r["label"])} for r in own[:count]]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{split}.jsonl").write_text(text)
+    base = [*COMMON, *REVIEWS, "--learning_rate", "5e-4", "--lr_scheduler", "constant"]
+    base += ["--train_file", str(folder / "train.jsonl")]
+    return TEXT, base, [], ["--validation_file", str(folder / "validation.jsonl")]
+
+
+def run(script: str, options: Sequence[str], folder: Path) -> None:
+    """Train, or go on; nothing where that was done."""
+    if (folder / RUN).exists() and read_run(folder)["status"] == "finished":
+        return
+    line = [sys.executable, str(ROOT / script), *options, "--output_dir", str(folder)]
+    subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
+
+
+def curve(folder: Path) -> dict[int, float]:
+    """Held-out loss by step."""
+    rows = [row for row in read_metrics(folder) if row.get("heldout_loss") is not None]
+    return {row["step"]: row["heldout_loss"] for row in rows if row["step"]}
+
+
+def measure(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """The row of one set and seed."""
+    script, base, none, truth = command(name, folder / name / "data")
+    base += ["--seed", str(seed), "--max_train_steps", str(steps)]
+    place = folder / name / f"seed-{seed}"
+    run(script, [*base, *none, "--fit"], place / "fit")
+    record: Any = read_fit(place / "fit" / "fit.json")
+    every = str(record["settings"]["every"])
+    curves: dict[str, Mapping[int, float]] = {}
+    for options in (tuple(one["options"].items()) for one in record["runs"]):
+        key = folder_name(options)
+        if key not in curves:
+            own = [*words(options), *truth, "--validation_loss_steps", every]
+            run(script, [*base, *own], place / "truth" / key)
+            curves[key] = curve(place / "truth" / key)
+    choice, given = record["choice"], curves.pop("as_given", None)
+    loss = curves[folder_name(tuple(choice["options"].items()))][choice["steps"]]
+    best = min(value for one in curves.values() for value in one.values())
+    last = given[max(given)] if given else None
+    row = (name, seed, choice["title"], choice["steps"], loss, last, best, loss / best - 1)
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing and write the table after each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", nargs="+", default=["icons", "icons8", "animals", "reviews"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs/fit_regret"))
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in args.seeds:
+        for name in args.sets:
+            rows.append(measure(name, seed, args.steps, args.runs_dir.absolute()))
+            with (args.output_dir / "rows.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+            lines = [
+                " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+                for row in rows
+            ]
+            head = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+            table = "\n".join(f"| {line} |" for line in [*head, *lines])
+            (args.output_dir / "report.md").write_text(f"# Regret of --fit\n\n{table}\n")
+            print(table, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What a fit leaves beside its runs: ``fit.json``, ``fit.png``, and the lines at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...durable import dump_json, replacing, strict_json, write_text
+from ...intervals import bootstrap_interval
+from ...run import provenance
+from ...run.durations import duration
+from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
+from ...run.record import read_fit, read_run
+from .search import Curve, Search, lowest, pooled
+from .space import METHOD, Options, title
+
+SHOWN, RESAMPLES = 5, 999
+"""Curves in the figure; of each of its intervals, of which there are a hundred."""
+
+
+def write(
+    folder: Path,
+    settings: Mapping[str, Any],
+    runs: Mapping[tuple[Options, int], tuple[str, Curve]],
+    search: Search,
+    done: bool = False,
+) -> None:
+    """Write ``fit.json``: what was measured so far, and in the end what was chosen.
+
+    Args:
+        runs: by configuration and fold, the run's folder and curve.
+    """
+    curves = [
+        {
+            **{"name": name, "title": title(options), "options": dict(options), "fold": fold + 1},
+            **{"steps": list(curve), "losses": [float(values.mean()) for values in curve.values()]},
+        }
+        for (options, fold), (name, curve) in runs.items()
+    ]
+    choice, standings = None, search.standings() if done else []
+    if standings:
+        options, step, *_ = standings[0]
+        loss = float(pooled(search.curves[options])[step].mean())
+        choice = {"options": dict(options), "title": title(options), "steps": step, "loss": loss}
+    content = {
+        **{"settings": settings, "spent": search.spent, "runs": curves, "choice": choice},
+        "out": {title(options): reason for options, reason in search.out.items()},
+        "standings": [
+            {
+                **{"options": dict(row.options), "title": title(row.options), "steps": row.step},
+                **{"folds": row.folds, "difference": row.difference, "interval": row.interval},
+            }
+            for row in standings
+        ],
+        "versions": provenance.versions(),
+    }
+    write_text(folder / FIT_RECORD, dump_json(strict_json(content)[0]))
+
+
+def draw(folder: Path, search: Search) -> None:
+    """Draw the best curves as ``fit.png``: each by its difference to the choice, paired by sample,
+    with its 95 % interval.
+    """
+    from matplotlib.figure import Figure  # here, as it takes a while and fits are rare
+
+    chosen, step = search.chosen
+    loss, _ = lowest(pooled(search.curves[chosen]))
+    figure, least = Figure(figsize=(7, 4), layout="constrained"), loss
+    axis = figure.add_subplot()
+    for row in [row for row in search.standings() if row.options][:SHOWN]:
+        one, other = (pooled(search.curves[o][: row.folds]) for o in (row.options, chosen))
+        differences = {at: one[at] - other[step] for at in one if at > 0}
+        means = [loss + float(values.mean()) for values in differences.values()]
+        (line,) = axis.plot([*differences], means, marker=".", label=title(row.options))
+        least = min(least, *means)
+        found = [bootstrap_interval(v, resamples=RESAMPLES) for v in differences.values()]
+        ends = [(loss + interval.low, loss + interval.high) for interval in found if interval]
+        if row.options != chosen and len(ends) == len(found):
+            low, high = zip(*ends, strict=True)
+            axis.fill_between([*differences], low, high, color=line.get_color(), alpha=0.12, lw=0)
+    axis.axvline(step, color="0.3", ls=":", label=f"chosen: {step} steps")
+    axis.set(xlabel="optimizer step", ylabel="held-out loss", ylim=(0.97 * least, 1.25 * loss))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize="small")
+    with replacing(folder / FIT_FIGURE) as aside:
+        figure.savefig(aside, dpi=120)
+
+
+def lines(folder: Path, what: str) -> list[str]:
+    """The end of a fit in lines: how much was searched, what was chosen, and what is next to it.
+
+    Args:
+        what: the samples are called, such as "images".
+    """
+    record = read_fit(folder / FIT_RECORD)
+    assert record is not None
+    runs, settings, (first, *others) = record["runs"], record["settings"], record["standings"]
+    seconds = sum(read_run(folder / FIT / run["name"])["wall_seconds"] for run in runs)
+    folds = settings["folds"]
+    where = f"{folds} folds of {settings['samples']} {what}" if folds > 1 else "a held-out set"
+    rows = [("chosen", first), *(("next", row) for row in others[:1] if row["options"])]
+    for row in others:
+        method = row["options"].get(METHOD)
+        if not row["options"]:
+            rows.append(("as given", row))
+        elif method not in {row["options"].get(METHOD) for _, row in rows}:
+            rows.append((str(method), row))
+    texts = [
+        (
+            label,
+            f"{row['title'] + ', ' if row['options'] else ''}{row['steps']} steps",
+            _how(row, record),
+        )
+        for label, row in rows
+    ]
+    widths = [max(len(text[i]) for text in texts) for i in (0, 1)]
+    return [
+        f"fit: {where}, {len({run['title'] for run in runs})} configurations, {len(runs)} runs in"
+        f" {duration(seconds)}",
+        *(f"{one:<{widths[0]}}  {two:<{widths[1]}}  {three}" for one, two, three in texts),
+    ]
+
+
+def _how(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    if row is record["standings"][0]:
+        return f"held-out loss {record['choice']['loss']:.4f}"
+    interval, folds = row["interval"], record["settings"]["folds"]
+    within = f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
+    return f"{row['difference']:+.4f}{within}{part}"

@@ -1,0 +1,348 @@
+"""Runs of a search: each an ordinary run folder, on models and data that are loaded once.
+
+Several processes each train some of the runs, alone; all of them learn what all have measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather_object
+
+from ...config.options import OptimizerOptions
+from ...config.run import RunConfig
+from ...durable import discard, strict_json
+from ...errors import Diverged, TrainingError, UserError
+from ...fields import options_of
+from ...methods import names as method_names
+from ...methods import option_names, reads
+from ...methods.options import SECTION
+from ...run import checkpoint, runlog
+from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
+from ...run.interruption import Interruption, Stop
+from ...run.record import read_fit
+from ...seeds import digest_texts, parts
+from ..stepping import Schedule, total_steps
+from ..task import BY_SAMPLE, ReusableTask
+from . import report
+from .search import BUDGET, Curve, Plan, Search, Work, lowest
+from .space import Options, Space, default_values, folder_name, read_values, words
+
+FOLDS, LEAVE_ONE_OUT = 4, 8
+"""Folds; below so many samples each is one."""
+MEASUREMENTS = 20
+"""Of a run of the whole length."""
+FIXED = frozenset(
+    (
+        *("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio"),
+        *("lr_num_cycles", "lr_power", "scale_lr", "use_8bit_adam"),
+    )
+)
+"""Options of methods and optimizers that all runs of a fit share."""
+SAMPLE = (("method", "bilora"), ("rho", "auto"), ("auxiliaries", "sample"))
+QUIET = {
+    **{"report_to": "none", "push_to_hub": False, "log_dynamics": False, "eval_on_start": False},
+    **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
+    **{"lr_scheduler": "constant_with_warmup", "checkpoints_total_limit": 1},
+}
+"""Options of every run of a search: at a constant rate, with nothing to look at."""
+Train = Callable[[Any, Path, int], Stop | None]
+logger = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):
+    """A signal ended a run."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the context accelerate takes this process for the only one."""
+    states: list[Any] = [PartialState._shared_state, AcceleratorState._shared_state]
+    before = [dict(state) for state in states]
+    try:
+        for state in states:
+            state |= {"num_processes": 1, "process_index": 0}
+            state["distributed_type"] = DistributedType.NO
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state.update(values)
+
+
+def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[int], list[int]]]:
+    """The positions that each fold learns from, and those that it holds out; both in order.
+
+    Args:
+        names: of the samples, by which they are dealt; not by their order or the run's seed.
+        folds: how many; None for `FOLDS`, or one for each of fewer than `LEAVE_ONE_OUT` samples.
+        what: they are called, such as "images".
+
+    Raises:
+        UserError: there are fewer of them than folds, or than two, or one stands twice.
+    """
+    count = folds or (FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names)))
+    try:
+        dealt = parts(names, count)
+    except ValueError as error:
+        raise UserError(
+            f"--fit by {count} folds of {len(names)} {what} is refused: {error} Give more of them,"
+            " each once, or a held-out set."
+        ) from None
+    return [(sorted(set(range(len(names))) - set(held)), held) for held in dealt]
+
+
+class Fit:
+    """A search with its runs, in a run folder.
+
+    Args:
+        cfg: the command line as it was given.
+        script: the training script.
+        argv: the command line.
+        task: what is trained, loaded.
+        train: trains a task in a folder up to a step.
+        accelerator: of all processes.
+
+    Raises:
+        UserError: a space or a budget that can't be searched, or samples that can't be dealt.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        script: Any,
+        argv: Sequence[str],
+        task: ReusableTask,
+        train: Train,
+        accelerator: Accelerator,
+    ) -> None:
+        self.cfg, self.task, self._train, self._accelerator = cfg, task, train, accelerator
+        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
+        self.folder, self._script, self._argv = Path(cfg.output_dir), script, argv
+        self._typed = frozenset(type(cfg).parser().explicit(argv))
+        self._configs: dict[Options, Any] = {}
+        self._names: dict[str, Options] = {}
+        self._runs: dict[tuple[Options, int], tuple[str, Curve]] = {}
+        self.what = "images" if cfg.modality == "image" else "rows"
+        self._folds: list[Any] = [None]
+        if not task.has_heldout:
+            self._folds = deal(task.names, cfg.fit_folds, self.what)
+        self._step_size = Schedule.of(cfg, accelerator).step_size
+        steps = total_steps(cfg, task.num_samples, self._step_size)
+        every = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
+        every = min(steps, every or math.ceil(steps / MEASUREMENTS))
+        self.plan = Plan(len(self._folds), steps, every, cfg.fit_budget or BUDGET * steps)
+        self.space = Space(
+            self._values(), {name: reads(name) for name in method_names()}, option_names()
+        )
+        self._check()
+        self.search = Search(self.plan, self._measure)
+
+    def _values(self) -> dict[str, tuple[str, ...]]:
+        cfg, count = self.cfg, len(self.task.names)
+        if not cfg.fit_space:
+            rate, supported = cfg.learning_rate, self._fault(SAMPLE) is None
+            return default_values(self._typed, rate, count, supported)
+        sections = (SECTION, OptimizerOptions.section)
+        groups = [group for group in cfg.groups if group.section in sections]
+        searchable = set(options_of(groups)) - FIXED
+        return read_values(Path(cfg.fit_space), searchable, set(options_of(cfg.groups)))
+
+    def _check(self) -> None:
+        """Refuse values that the command line would, and a budget for less than a search."""
+        plan, starts = self.plan, self.space.starts()
+        for options in (o for s in starts for name in self.space.values
+                        for o in self.space.along(name, s)):  # fmt: skip
+            if fault := self._fault(options):
+                raise UserError(f"in a run of --fit, {fault}")
+        if plan.budget < (least := max(plan.folds, len(starts)) * plan.third):
+            raise UserError(
+                f"--fit_budget {plan.budget} is too small for runs of {plan.steps} steps on"
+                f" {plan.folds} folds: give at least {least}, or fewer --max_train_steps."
+            )
+
+    def _fault(self, options: Options) -> str | None:
+        """Why the command line would refuse a configuration; None where it would not."""
+        try:
+            self._config(options)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _config(self, options: Options) -> Any:
+        """The command line with further options, of which it says nothing once more; a scale of
+        the adapters that is not typed follows the rank.
+        """
+        if options not in self._configs:
+            rank, line = dict(options).get("rank", ""), list(self._argv)
+            if rank.isdecimal() and "lora_alpha" not in self._typed:
+                line += ["--lora_alpha", str(2 * int(rank))]
+            logging.disable(logging.WARNING)
+            try:
+                self._configs[options] = self._script.resolve([*line, *words(options)])
+            finally:
+                logging.disable(logging.NOTSET)
+        return self._configs[options]
+
+    def _settings(self) -> dict[str, Any]:
+        """What the choice depends on."""
+        names, cut = self.task.names, ("train_batch_size", "gradient_accumulation_steps")
+        return {
+            **{key: value for key, value in self.cfg.fingerprint().items() if key not in cut},
+            **{"step_size": self._step_size, "samples": len(names), "names": digest_texts(names)},
+            **{**vars(self.plan), "space": self.space.values},
+        }
+
+    def choose(self) -> Any:
+        """Search, or go on with a search.
+
+        Returns:
+            The configuration to train with; or the `Stop` of what stopped the search.
+
+        Raises:
+            UserError: the search that was begun in the folder had other settings.
+            TrainingError: no configuration could be trained.
+        """
+        earlier = read_fit(self.folder / FIT_RECORD) if self.cfg.resume_from_checkpoint else None
+        self._accelerator.wait_for_everyone()  # before the main process writes what all have read
+        if earlier is not None:
+            settings, _ = strict_json(self._settings())
+            checkpoint.require_same_settings(earlier["settings"], settings)
+            if (choice := earlier["choice"]) is not None:
+                return self._final(tuple(choice["options"].items()), choice["steps"])
+        log = None
+        if self._rank == 0:
+            clear(self.folder, keep=OF_FIT if earlier else ())
+            log = runlog.RunLog(self.folder, self._accelerator.device)
+            log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None)
+            log.doing("search")
+            self._write()
+        status, reason = "running", None
+        try:
+            with Interruption(patient=True) as self._interruption:
+                self.search.run(self.space)
+            chosen = self.search.chosen
+            if log is not None:
+                self._write(done=True)
+                report.draw(self.folder, self.search)
+                for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
+                    discard(place)
+        except _Stopped as stopped:
+            status = "interrupted"
+            return stopped.stop
+        except BaseException as error:
+            status, reason = "failed", str(error) or None
+            raise
+        finally:
+            if log is not None:
+                log.close(status, reason)
+        return self._final(*chosen)
+
+    def _write(self, done: bool = False) -> None:
+        report.write(self.folder, self._settings(), self._runs, self.search, done)
+
+    def _final(self, options: Options, steps: int) -> Any:
+        """The configuration with the user's own schedule, rescaled to the chosen steps."""
+        cfg, warm = self._config(options), self.cfg.lr_warmup_steps
+        rescaled = warm and round(warm * steps / self.plan.steps)
+        return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)
+
+    def _of_run(self, work: Work, place: Path) -> Any:
+        """The configuration of a run of the search."""
+        cfg, plan = self._config(work.options), self.plan
+        # One process takes the steps that all of them take together in the last run.
+        pieces = cfg.gradient_accumulation_steps * self._processes
+        own = {"max_train_steps": plan.steps, "validation_loss_steps": plan.every}
+        own |= {"output_dir": str(place), "gradient_accumulation_steps": pieces}
+        warm = self.cfg.warmup_steps(plan.steps)
+        return replace(cfg, **{**QUIET, **cfg.without_samples, **own, "lr_warmup_steps": warm})
+
+    def _name(self, work: Work) -> str:
+        name = folder_name(work.options)
+        while self._names.setdefault(name, work.options) != work.options:
+            name += "+"
+        return f"{name}_fold{work.fold + 1}" if self.plan.folds > 1 else name
+
+    def _measure(self, works: Sequence[Work]) -> list[Curve | str]:
+        """Train runs, each process some of them, and gather what all have measured."""
+        names, size = [self._name(work) for work in works], self._processes
+        results, stop, error = [], None, None
+        try:
+            with alone():
+                for work, name in list(zip(works, names, strict=True))[self._rank :: size]:
+                    results.append(self._one(work, name))
+        except _Stopped as stopped:
+            stop = stopped.stop
+        except Exception as caught:  # the others are to know it, who would wait for ever
+            error = caught
+        if stop is None and (number := self._interruption.number):
+            stop = Stop(number, 0, self.plan.steps, "the next run")
+        shared = gather_object([(results, stop, error and str(error))])
+        if error is not None:
+            raise error
+        if reason := next((text for *_, text in shared if text), None):
+            raise TrainingError(f"another process could not go on: {reason}")
+        if stop := next((one for _, one, _ in shared if one), None):
+            raise _Stopped(stop)
+        curves = [shared[i % size][0][i // size] for i in range(len(works))]
+        for work, name, curve in zip(works, names, curves, strict=True):
+            self._note(work, name, curve)
+        return curves
+
+    def _note(self, work: Work, name: str, curve: Curve | str) -> None:
+        if not isinstance(curve, str):
+            self._runs[work.options, work.fold] = (name, curve)
+        if self._rank == 0:
+            self._write()
+
+    def _one(self, work: Work, name: str) -> Curve | str:
+        """Bring one run to its steps, or read it where that was done before."""
+        place = self.folder / FIT / name
+        curve = read_curve(place, work.steps)
+        if curve is None and (reason := read_failure(place)) is not None:
+            return reason
+        if curve is None:
+            fold = self._folds[work.fold]
+            task = self.task.again(self._of_run(work, place), fold, searches=True)
+            try:
+                if (stop := self._train(task, place, work.steps)) is not None:
+                    raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
+            except Diverged as error:
+                return str(error)
+            curve = read_curve(place, work.steps)
+            assert curve is not None
+        loss, step = lowest(curve)
+        logger.info("fit: %s, %d steps: lowest %.4f at step %d", name, work.steps, loss, step)
+        self._note(work, name, curve)
+        return curve
+
+
+def read_curve(folder: Path, steps: int) -> Curve | None:
+    """What a run has measured up to a step; None where it has not come so far."""
+    if max(checkpoint.steps(folder), default=0) < steps:
+        return None
+    curve = {}
+    for row in runlog.read_metrics(folder):
+        losses = [value for key, value in row.items() if key.startswith(BY_SAMPLE)]
+        if losses and row["step"] <= steps:
+            curve[row["step"]] = np.array([math.inf if v is None else v for v in losses])
+    return curve
+
+
+def read_failure(folder: Path) -> str | None:
+    """Why a run could not go on, where its loss is to blame."""
+    if not (folder / runlog.RUN).exists():
+        return None
+    record = runlog.read_run(folder)
+    return record["error"] if record["results"].get("diverged") else None

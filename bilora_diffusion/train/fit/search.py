@@ -1,0 +1,251 @@
+"""Successive halving over configurations, steps and folds, by paired held-out losses.
+
+All configurations start on the first fold for a third of the steps. Then the better half goes on
+again and again: to more steps while its loss still falls, else to the next fold. A configuration
+is out where the interval of its difference to the best, paired by held-out sample, says that it is
+worse; the others wait, and go on when there are steps left in the budget.
+
+Everything follows from the numbers that ``measure`` gives, so that a search which is begun anew
+asks for the same runs in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import TrainingError
+from ...intervals import Interval, bootstrap_interval
+from .space import METHOD, RATE, Options, Space
+
+BUDGET = 10
+"""Runs of the whole length that a search costs at most, unless it is told otherwise."""
+EXPLORED = 0.6
+"""Share of the budget that the first rounds, on one fold, may take."""
+BEYOND = 1.5
+"""A curve is whole where it goes on for so many times the step of its lowest point."""
+Curve = Mapping[int, np.ndarray]
+"""Step -> held-out loss of each sample, (n,); their mean is the held-out loss."""
+
+
+class Work(NamedTuple):
+    """A run to bring to a number of steps."""
+
+    options: Options
+    fold: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Size of a search.
+
+    Args:
+        folds: of the samples; 1 where a held-out set takes their place.
+        steps: optimizer steps of a run at most.
+        every: steps from one measurement to the next.
+        budget: optimizer steps of all runs.
+    """
+
+    folds: int
+    steps: int
+    every: int
+    budget: int
+
+    def rounded(self, steps: float) -> int:
+        """A number of steps as a multiple of `every`, within the run."""
+        return min(self.steps, math.ceil(steps / self.every) * self.every)
+
+    @property
+    def third(self) -> int:
+        """Steps of the first round."""
+        return self.rounded(self.steps / 3)
+
+
+def pooled(curves: Iterable[Curve]) -> dict[int, np.ndarray]:
+    """The losses of all samples of some folds at each step that all were measured at."""
+    listed = list(curves)
+    common = sorted(set.intersection(*(set(curve) for curve in listed)))
+    return {step: np.concatenate([curve[step] for curve in listed]) for step in common}
+
+
+def lowest(curve: Curve) -> tuple[float, int]:
+    """The lowest mean of a curve and its step, of equal ones the first; that at step 0 is the base
+    model's and does not count.
+    """
+    means = [(float(np.mean(losses)), step) for step, losses in curve.items() if step > 0]
+    return min((mean if math.isfinite(mean) else math.inf, step) for mean, step in means)
+
+
+class Standing(NamedTuple):
+    """A configuration at one step beside the chosen one, paired on the folds that both have."""
+
+    options: Options
+    step: int
+    folds: int
+    difference: float
+    interval: Interval | None
+
+
+class Search:
+    """A search and all that it measured.
+
+    Args:
+        plan: its size.
+        measure: trains runs and returns the curve of each, or why the run could not go on.
+
+    Attributes:
+        curves: by configuration, of its folds in order.
+        out: configurations that could not go on or are worse, and why.
+        spent: optimizer steps so far.
+    """
+
+    def __init__(
+        self, plan: Plan, measure: Callable[[Sequence[Work]], Sequence[Curve | str]]
+    ) -> None:
+        self.plan, self._measure = plan, measure
+        self.curves: dict[Options, list[Curve]] = {}
+        self.out: dict[Options, str] = {}
+        self.spent = 0
+
+    def run(self, space: Space) -> None:
+        """Search a space, and measure the command line as it was given if the budget has room."""
+        given = self.plan.steps if self.plan.budget >= 4 * self.plan.steps else 0
+        self._explore(space, int(EXPLORED * (self.plan.budget - given)))
+        self._narrow(self.plan.budget - given)
+        if self.curves and given:
+            self._go([Work((), 0, self.plan.steps)], self.plan.budget)
+
+    def _explore(self, space: Space, most: int) -> None:
+        def begin(options: Iterable[Options | None]) -> bool:
+            return self._go([Work(o, 0, self.plan.third) for o in options if o is not None], most)
+
+        whole = begin(space.all(most / self.plan.third)) or not begin(space.starts())
+        for name in space.axes():
+            if not whole:
+                begin(options for start in self._leaders() for options in space.along(name, start))
+            while name == RATE and begin(space.beyond(o, self.curves) for o in self._leaders()):
+                pass
+
+    def _narrow(self, most: int) -> None:
+        group, waiting = self._ordered(self._alive()), list[Options]()
+        while group:
+            group = [options for options in group if not self._is_worse(options, group[0])]
+            if not any(map(self._next, group)):
+                if not waiting:
+                    return
+                group.append(waiting.pop(0))
+                continue
+            half = max(2, math.ceil(len(group) / 2))
+            group, waiting = group[:half], [*group[half:], *waiting]
+            works = [work for options in group for work in self._next(options)]
+            first = sum(map(self._cost, self._next(group[0])))
+            share = max(first, (most - self.spent) // 2)
+            if not (self._go(works, min(most, self.spent + share)) or self._go(works, most)):
+                return
+            group = self._ordered([options for options in group if options not in self.out])
+
+    def _go(self, works: Sequence[Work], most: int) -> bool:
+        """Measure what is not measured yet and fits the budget; whether there was any."""
+        todo: list[Work] = []
+        for work in dict.fromkeys(works):
+            cost = self._cost(work)
+            if cost and work.options not in self.out and self.spent + cost <= most:
+                self.spent += cost
+                todo.append(work)
+        for work, curve in zip(todo, self._measure(todo) if todo else (), strict=True):
+            if isinstance(curve, str):
+                self.out[work.options] = curve
+            elif not math.isfinite(lowest(curve)[0]):
+                self.out[work.options] = "no step has a finite held-out loss"
+            else:
+                own = self.curves.setdefault(work.options, [])
+                own[work.fold :] = [curve, *own[work.fold + 1 :]]
+        return bool(todo)
+
+    def _cost(self, work: Work) -> int:
+        own = self.curves.get(work.options, [])
+        return max(0, work.steps - (max(own[work.fold]) if work.fold < len(own) else 0))
+
+    def _needed(self, options: Options) -> int:
+        """Steps at which a configuration's curve is whole."""
+        return self.plan.rounded(BEYOND * lowest(pooled(self.curves[options]))[1])
+
+    def _next(self, options: Options) -> list[Work]:
+        """What brings a configuration on: its folds to more steps, or one more fold."""
+        own, needed = self.curves[options], self._needed(options)
+        if needed > max(pooled(own)):
+            return [Work(options, fold, needed) for fold in range(len(own))]
+        return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
+
+    def _is_worse(self, options: Options, best: Options) -> bool:
+        fewer = len(self.curves[best]) < len(self.curves[options])
+        if options == best or fewer or self._needed(options) > max(pooled(self.curves[options])):
+            return False
+        _, difference, interval = self._beside(options, best)
+        if interval is None or interval.low <= 0:
+            return False
+        self.out[options] = f"worse by {difference:.4g} ({interval.low:.4g} to {interval.high:.4g})"
+        return True
+
+    def _beside(
+        self, options: Options, best: Options, step: int | None = None, at: int | None = None
+    ) -> tuple[int, float, Interval | None]:
+        """Folds that both have, and the mean difference of a configuration to another there, with
+        its interval: at given steps, or at those where each is lowest.
+        """
+        count = min(len(self.curves[options]), len(self.curves[best]))
+        one, other = (pooled(self.curves[o][:count]) for o in (options, best))
+        mine, its = (
+            s if s in curve else lowest(curve)[1] for s, curve in ((step, one), (at, other))
+        )
+        differences = one[mine] - other[its]
+        return count, float(differences.mean()), bootstrap_interval(differences)
+
+    def _alive(self) -> list[Options]:
+        return [options for options in self.curves if options not in self.out and options]
+
+    def _ordered(self, group: Iterable[Options]) -> list[Options]:
+        """Configurations by their lowest loss on the folds that all of them have."""
+        listed = list(group)
+        count = min((len(self.curves[options]) for options in listed), default=0)
+        return sorted(listed, key=lambda o: lowest(pooled(self.curves[o][:count])))
+
+    def _leaders(self) -> list[Options]:
+        """The best configuration of each method, the lowest first."""
+        best: dict[str | None, Options] = {}
+        for options in self._ordered(self._alive()):
+            best.setdefault(dict(options).get(METHOD), options)
+        return list(best.values())
+
+    @property
+    def chosen(self) -> tuple[Options, int]:
+        """The lowest configuration of those on the most folds, and its step.
+
+        Raises:
+            TrainingError: none could be trained.
+        """
+        alive = self._alive()
+        if not alive:
+            reason = next(iter(self.out.values()), "")
+            raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
+        most = max(len(self.curves[options]) for options in alive)
+        best = self._ordered(o for o in alive if len(self.curves[o]) == most)[0]
+        return best, lowest(pooled(self.curves[best]))[1]
+
+    def standings(self) -> list[Standing]:
+        """The choice first, then all others that were measured: those on more folds first, then
+        the lower ones; last the command line as it was given, at its last step.
+        """
+        chosen, step = self.chosen
+        rows = []
+        for options, own in self.curves.items():
+            its = lowest(pooled(own))[1] if options else max(pooled(own))
+            rows.append(Standing(options, its, *self._beside(options, chosen, its, step)))
+        return sorted(
+            rows, key=lambda r: (r.options != chosen, not r.options, -r.folds, r.difference)
+        )

@@ -1,0 +1,154 @@
+"""Space of a fit: the options that are searched and their values, as words of a command line."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config.recipe import read_options
+from ...errors import UserError, did_you_mean
+
+RATE, METHOD = "learning_rate", "method"
+RANKS = ("4", "8", "16")
+FACTOR = 2.0
+"""Between two rates."""
+MOST_FOR_SAMPLE = 512
+"""Samples of which each gets an auxiliary of its own: each costs an adapter's memory."""
+Options = tuple[tuple[str, str], ...]
+"""A configuration: what it sets, beside what the user gave; () is the command line as given."""
+
+
+def words(options: Options) -> list[str]:
+    """The options as arguments."""
+    return [word for name, value in options for word in (f"--{name}", value)]
+
+
+def title(options: Options) -> str:
+    """The options as a reader sees them: "bilora (rho auto), rate 0.0004, rank 8"."""
+    if not options:
+        return "as given"
+    values = {"rate" if name == RATE else name: value for name, value in options}
+    method, rho = values.pop(METHOD, None), values.pop("rho", None)
+    form = ", ".join(
+        f"{name} {value}"
+        for name, value in (("rho", rho), ("auxiliaries", values.pop("auxiliaries", None)))
+        if value is not None
+    )
+    first = f"{method} ({form})" if method and form else method or form
+    return ", ".join(filter(None, (first, *(f"{n} {value}" for n, value in values.items()))))
+
+
+def folder_name(options: Options) -> str:
+    """A name for a run's folder: the values, of letters that every file system knows."""
+    text = "_".join(value for _, value in options) or "as_given"
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)[:100]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Options and the values that each may have.
+
+    Args:
+        values: of each option, in the order in which they are searched.
+        read_by: by method, those of ``of_methods`` that it reads; others are no difference.
+        of_methods: the options that some methods read.
+    """
+
+    values: Mapping[str, tuple[str, ...]]
+    read_by: Mapping[str, frozenset[str]]
+    of_methods: frozenset[str] = frozenset()
+
+    def configuration(self, values: Mapping[str, str]) -> Options:
+        """Values as a configuration, without the options that its method does not read."""
+        read = self.read_by.get(values.get(METHOD, ""), self.of_methods)
+        return tuple(pair for pair in values.items() if pair[0] not in self.of_methods - read)
+
+    def all(self, most: float) -> list[Options]:
+        """Every configuration once; none if there are more than ``most``."""
+        if math.prod(map(len, self.values.values())) > most:
+            return []
+        rows = itertools.product(*self.values.values())
+        every = (self.configuration(dict(zip(self.values, row, strict=True))) for row in rows)
+        return list(dict.fromkeys(every))
+
+    def starts(self) -> list[Options]:
+        """The middle of the space for each method."""
+        middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
+        methods = self.values.get(METHOD)
+        each = [{**middle, METHOD: method} for method in methods] if methods else [middle]
+        return [self.configuration(values) for values in each]
+
+    def along(self, name: str, start: Options) -> list[Options]:
+        """A configuration with each value of one option."""
+        return [self.configuration({**dict(start), name: value}) for value in self.values[name]]
+
+    def axes(self) -> list[str]:
+        """The options with several values, the rate first; the method is none of them."""
+        names = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
+        return sorted(names, key=lambda name: name != RATE)
+
+    def beyond(self, start: Options, tried: Collection[Options]) -> Options | None:
+        """The next rate beyond those tried, where a configuration is at an edge of them."""
+        rates = sorted({float(rate) for rate in self.values.get(RATE, ())})
+        if len(rates) < 2:
+            return None
+        others = {**dict(start), RATE: ""}
+        near = [float(dict(o)[RATE]) for o in tried if {**dict(o), RATE: ""} == others]
+        rate, factor = float(dict(start)[RATE]), rates[-1] / rates[-2]
+        if len(near) < 2 or min(near) < rate < max(near):
+            return None
+        further = rate * factor if rate == max(near) else rate / factor
+        return self.configuration({**dict(start), RATE: f"{further:.6g}"})
+
+
+def default_values(
+    typed: Collection[str], rate: float, samples: int, supports_sample: bool
+) -> dict[str, tuple[str, ...]]:
+    """What is searched where no file says it; what the user typed is fixed, but for the rate.
+
+    Args:
+        typed: names of options.
+        rate: the given or usual one.
+        samples: that are learned from.
+        supports_sample: whether the run can have an auxiliary for each sample.
+    """
+    values: dict[str, tuple[str, ...]] = {}
+    if METHOD not in typed:
+        values[METHOD] = ("lora", "bilora")
+        values |= {} if "rho" in typed else {"rho": ("auto",)}
+        if samples <= MOST_FOR_SAMPLE and supports_sample and "auxiliaries" not in typed:
+            values["auxiliaries"] = ("sample",)
+    values[RATE] = tuple(f"{rate * by:.6g}" for by in (1 / FACTOR, 1.0, FACTOR))
+    return values if "rank" in typed else {**values, "rank": RANKS}
+
+
+def read_values(path: Path, searchable: Collection[str], known: Collection[str]) -> dict[str, Any]:
+    """Read a file of values: option -> value or list of values.
+
+    Raises:
+        UserError: it can't be read, or names an option that is not ``searchable``.
+    """
+    what = f'the space "{path}"'
+    loaded = read_options(path, what, "--fit_space")
+    if not isinstance(loaded, dict) or not loaded:
+        raise UserError(f'{what} has no options: write lines like "rank: [4, 8]".')
+    space: dict[str, tuple[str, ...]] = {}
+    for key, given in loaded.items():
+        name, values = key.replace("-", "_"), given if isinstance(given, list) else [given]
+        if name not in searchable:
+            hint = f"{did_you_mean(name, searchable)}: name an option of --help"
+            shared = ", which is the same for all runs of a fit: give it on the command line"
+            raise UserError(f'{what} has "{key}"{shared if name in known else hint}.')
+        if name in space:
+            raise UserError(f'{what} gives {name} a second time, as "{key}": keep one of them.')
+        if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
+            raise UserError(f"{what}, {name} has something else than values: write [4, 8].")
+        texts = [str(v).lower() if isinstance(v, bool) else v for v in values]
+        if len(set(texts)) < len(texts):
+            raise UserError(f"{what}, {name} has a value twice: keep one of them.")
+        space[name] = tuple(texts)
+    return space

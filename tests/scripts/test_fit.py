@@ -1,0 +1,171 @@
+"""--fit from the command line: one process, killed and gone on with, and what it leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.run import console, runlog
+from bilora_diffusion.run.record import read_fit
+from bilora_diffusion.train.trainer import Trainer
+from tests.scripts.runs import column
+from tests.text.text_builders import exported, heldout, material, rows_for, train_text, write_rows
+
+SPACE = "method: [lora, bilora]\nuse_dora: [false, true]\n"
+FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "constant"}
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, Any]:
+    """A classifier of 24 rows, and a space of two methods with and without DoRA."""
+    (tmp_path / "space.yaml").write_text(SPACE)
+    fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 40}
+    return {**material("classification"), **FIT, **fit}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found = read_fit(folder / "fit.json")
+    assert found is not None
+    return found
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, *at: int) -> list[int]:
+    """Ctrl-C in these steps of all that are taken; returns the list of those."""
+    taken, step = list[int](), Trainer.train_step
+
+    def interrupted(self: Any, batches: Any) -> Any:
+        taken.append(self.step)
+        if len(taken) in at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    return taken
+
+
+@pytest.mark.slow
+def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
+    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_text(tmp_path / "whole", **given)
+    found = record(whole)
+    choice, spent = found["choice"], found["spent"]
+    assert spent <= 40
+    assert {run["fold"] for run in found["runs"] if run["title"] == choice["title"]} == {1, 2, 3, 4}
+    assert not list(whole.glob("fit/*/checkpoints"))
+    assert (whole / "fit.png").stat().st_size > 5_000
+    assert "](fit.png)" in (whole / "README.md").read_text()
+    results = runlog.read_run(whole)["results"]
+    assert results["chosen_steps"] == results["steps"] == choice["steps"]
+
+    # The last run is what a command with these options makes.
+    own = {**given, **choice["options"], "max_train_steps": choice["steps"]}
+    plain = train_text(tmp_path / "plain", **{**own, "fit": None, "fit_space": None,
+                                              "fit_budget": None})  # fmt: skip
+    left, right = exported(whole), exported(plain)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+    # Each part begins with models that no run had before: the same bytes, and no step twice.
+    taken = interrupt(monkeypatch, 3, 12, spent + 1)
+    parts = tmp_path / "parts"
+    for where in ("fit/", "fit/", f"of {choice['steps']},"):
+        with pytest.raises(KeyboardInterrupt, match=where):
+            train_text(parts, **given)
+    with pytest.raises(UserError, match="learning_rate was"):
+        train_text(parts, **given, learning_rate=3e-2)
+    train_text(parts, **given)
+    assert len(taken) == spent + choice["steps"]
+    again = record(parts)
+    assert {**again, "settings": 0} == {**found, "settings": 0}
+    assert all(torch.equal(left[key], value) for key, value in exported(parts).items())
+    for run in found["runs"]:
+        for name in ("loss", "digest", "heldout_loss"):
+            folders = (folder / "fit" / run["name"] for folder in (whole, parts))
+            one, two = (column(folder, name) for folder in folders)
+            assert one == two
+    with pytest.raises(UserError, match="holds another run"):
+        train_text(parts, **given)
+
+
+def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path: Path) -> None:
+    """With a held-out set in place of folds, and without a word about overfitting at the end."""
+    (tmp_path / "space.yaml").write_text("method: [bilora, lora]\n")
+    given = {**material("classification"), **FIT, "validation_file": heldout("classification")}
+    fit = train_text(tmp_path / "fit", **given, fit=True, fit_space=tmp_path / "space.yaml",
+                     fit_budget=12)  # fmt: skip
+    found = record(fit)
+    assert [run["title"] for run in found["runs"]] == ["bilora", "lora"]
+    length = found["runs"][1]["steps"][-1]
+    plain = train_text(tmp_path / "plain", **given, method="lora")
+    for name in ("loss", "digest"):
+        assert column(fit / "fit" / "lora", name) == column(plain, name)[:length]
+    held = [row for row in runlog.read_metrics(plain) if "heldout_loss" in row]
+    losses = [row["heldout_loss"] for row in held if row["step"] <= length]
+    assert found["runs"][1]["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"fit_budget": 1}, "rank: [4]", "--fit_budget 1 is too small.*at least"),
+    ({"fit_folds": 25}, "rank: [4]", "25 folds of 24 rows"),
+    ({"train_file": "one"}, "rank: [4]", "2 folds of 1 rows"),
+    ({"fit_space": "nowhere.yaml"}, "", "nowhere.yaml"),
+    ({"fit_space": "."}, "", "is a folder|no regular file"),
+    ({}, "rank: [0]", "in a run of --fit, --rank is 0"),
+    ({}, "rank: [many]", "in a run of --fit, .*rank"),
+    ({}, "learning_rate: [1e-3, fast]", "in a run of --fit, .*learning_rate"),
+    ({}, "method: [loar]", 'did you mean "lora"'),
+    ({}, "method: [full]", "--fit with --method full|--method full.*--fit"),
+    ({}, "method: [efm-lora]\nuse_dora: [true]", "use_dora"),
+    ({}, "method: [lora-sam]\nrho: [auto]", "only bilora can follow"),
+    ({}, "max_length: [8, 16]", "the same for all runs"),
+    ({}, "lr_scheduler: [cosine]", "the same for all runs"),
+]
+
+
+@pytest.mark.parametrize(("values", "space", "words"), BAD)
+def test_what_cannot_be_searched_is_one_sentence(
+    tmp_path: Path, values: dict[str, Any], space: str, words: str
+) -> None:
+    (tmp_path / "space.yaml").write_text(space)
+    one = write_rows(tmp_path / "one.jsonl", rows_for("causal", 1))
+    kind = "causal" if "train_file" in values else "classification"
+    given = {**material(kind), "fit": True, "fit_space": tmp_path / "space.yaml", **FIT, **values}
+    if "train_file" in values:
+        given["train_file"] = one
+    with pytest.raises(UserError, match=words) as refused:
+        train_text(tmp_path / "run", **given)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+LOSSES = [
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "step 5 was 20.0 % better than step 10: export it with"),
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [10], {}, "--keep_best"),
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [], {"best_step": 5}, "what is saved is of it"),
+    ({0: 0.5, 5: 0.6}, [], {}, "nothing was gained"),
+    ({0: 0.5, 5: 0.4}, [], {}, "more steps may be better"),
+    ({}, [], {}, "--fit chooses .*--validation_dataset"),
+]
+
+
+@pytest.mark.parametrize(("losses", "kept", "results", "words"), LOSSES)
+def test_the_last_line_says_what_the_last_step_gave_away(
+    tmp_path: Path, losses: dict[int, float], kept: list[int], results: Any, words: str
+) -> None:
+    log = runlog.RunLog(tmp_path)
+    log.start({}, method="lora", seed=0, resume_step=None)
+    for step, loss in losses.items():
+        log.metric(step, heldout_loss=loss)
+    log.finish(**results)
+    for step in kept:
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    last = console.closing(tmp_path, {}, "eval.clip_scores").splitlines()[-1]
+    assert re.search(words, last)

@@ -1,0 +1,192 @@
+"""The search of --fit as functions of numbers: what it runs, what it drops, what it chooses."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.train.fit.search import Curve, Plan, Search, Work, lowest, pooled
+from bilora_diffusion.train.fit.space import Options, Space, default_values, read_values, title
+
+READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
+OF_METHODS = frozenset({"rho", "auxiliaries"})
+PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
+Loss = Callable[[Options, int], float]
+
+
+def space(**values: Sequence[str]) -> Space:
+    return Space({name: tuple(own) for name, own in values.items()}, READS, OF_METHODS)
+
+
+def overfitting(options: Options, step: int) -> float:
+    """Falls and rises again, the sooner the higher the rate; lowest of all at a rate of 0.0008."""
+    values = dict(options)
+    speed = float(values.get("learning_rate", "0.0002")) / 1e-3
+    floor = {"lora": 0.08, "bilora": 0.078}[values.get("method", "lora")]
+    floor += 0.002 * abs(np.log2(speed / 0.8)) + 1e-4 * abs(int(values.get("rank", "4")) - 8)
+    return floor + 0.04 * np.exp(-step * speed / 25) + 5e-5 * speed * step
+
+
+def measured(loss: Loss, calls: list[Work], noise: float = 5e-4) -> Callable[..., list[Curve]]:
+    """Curves of a loss with its own noise for each image and configuration."""
+
+    def draw(*key: object) -> np.ndarray:
+        seed = zlib.crc32(repr(key).encode())
+        return np.random.default_rng(seed).normal(size=12)
+
+    def measure(works: Sequence[Work]) -> list[Curve]:
+        calls.extend(works)
+        return [
+            {
+                step: loss(w.options, step) + 0.02 * draw(w.fold) + noise * draw(w.options, w.fold)
+                for step in range(0, w.steps + 1, PLAN.every)
+            }
+            for w in works
+        ]
+
+    return measure
+
+
+def searched(loss: Loss = overfitting, plan: Plan = PLAN, **values: Sequence[str]) -> Search:
+    own = values or default_values((), 2e-4, 23, True)
+    search = Search(plan, measured(loss, []))
+    search.run(space(**own))
+    return search
+
+
+def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates() -> None:
+    calls: list[Work] = []
+    search = Search(PLAN, measured(overfitting, calls))
+    search.run(space(**default_values((), 2e-4, 23, True)))
+    options, step = search.chosen
+    found = dict(options)
+    assert found["method"] == "bilora"
+    assert float(found["learning_rate"]) > 4e-4  # beyond the three rates around the given one
+    best = min(overfitting((("method", "bilora"), ("learning_rate", "0.0008"), ("rank", "8")), at)
+               for at in range(20, 301, 20))  # fmt: skip
+    assert overfitting(options, step) < 1.01 * best
+    assert len(search.curves[options]) == PLAN.folds
+    # Each run is asked for more steps only, and all of them together for no more than the budget.
+    reached: dict[tuple[Options, int], int] = {}
+    for work in calls:
+        assert reached.get(work[:2], 0) < work.steps <= PLAN.steps
+        reached[work[:2]] = work.steps
+    assert sum(reached.values()) == search.spent <= PLAN.budget
+    again: list[Work] = []
+    Search(PLAN, measured(overfitting, again)).run(space(**default_values((), 2e-4, 23, True)))
+    assert again == calls
+    chosen, *others, given = search.standings()
+    assert (chosen.options, chosen.step, chosen.difference) == (options, step, 0.0)
+    assert (given.options, given.step) == ((), PLAN.steps)
+    assert given.interval is not None
+    assert given.interval.low < given.difference < given.interval.high
+    folds = [row.folds for row in others]
+    assert folds == sorted(folds, reverse=True)
+
+
+def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve() -> None:
+    search = searched(plan=Plan(1, 300, 20, 300), rank=["8"])
+    curve = search.curves[(("rank", "8"),)][0]
+    assert search.chosen == ((("rank", "8"),), lowest(curve)[1])
+    assert max(curve) == 300  # it still falls at every third
+    quick = searched(lambda o, step: abs(step - 40) / 1e3, Plan(1, 300, 20, 300), rank=["8"])
+    assert quick.chosen[1] == 40
+    assert quick.spent == 100  # a third: it has turned
+
+
+def test_only_what_is_worse_beyond_doubt_is_out() -> None:
+    def loss(options: Options, step: int) -> float:
+        return (
+            1
+            + abs(step - 60) / 1e3
+            + {"4": 0.0, "8": 1e-5, "16": 0.05}[dict(options).get("rank", "8")]
+        )
+
+    search = searched(loss, rank=["4", "8", "16"])
+    assert [dict(options)["rank"] for options in search.out] == ["16"]
+    assert {dict(o)["rank"]: len(c) for o, c in search.curves.items() if o} == {
+        "4": 4,
+        "8": 4,
+        "16": 1,
+    }
+
+
+def test_a_configuration_that_cannot_go_on_takes_no_other_down() -> None:
+    measure = measured(overfitting, [])
+
+    def failing(works: Sequence[Work]) -> list[Curve | str]:
+        bad = [dict(work.options).get("learning_rate") == "0.0004" for work in works]
+        pairs = zip(bad, measure(works), strict=True)
+        return ["the loss is not finite" if b else curve for b, curve in pairs]
+
+    search = Search(PLAN, failing)
+    search.run(space(learning_rate=["0.0001", "0.0002", "0.0004"]))
+    assert search.out[(("learning_rate", "0.0004"),)] == "the loss is not finite"
+    assert dict(search.chosen[0])["learning_rate"] == "0.0002"
+    lost = Search(PLAN, lambda works: ["gone" for _ in works])
+    lost.run(space(rank=["4", "8"]))
+    assert len(lost.out) == 2
+    infinite = Search(PLAN, lambda works: [{0: np.ones(3), 20: np.full(3, np.inf)} for _ in works])
+    infinite.run(space(rank=["4"]))
+    assert list(infinite.out) == [(("rank", "4"),)]
+
+
+def test_losses_are_pooled_over_samples_at_common_steps() -> None:
+    one, two = {0: np.array([1.0]), 5: np.array([3.0])}, {0: np.array([2.0, 4.0])}
+    assert {step: list(values) for step, values in pooled([one, two]).items()} == {0: [1, 2, 4]}
+
+
+def test_options_that_a_method_does_not_read_are_no_difference() -> None:
+    every = space(method=["lora", "bilora"], rho=["0.1", "1"], rank=["4"]).all(9)
+    assert [title(options) for options in every] == [
+        "lora, rank 4",
+        "bilora (rho 0.1), rank 4",
+        "bilora (rho 1), rank 4",
+    ]
+
+
+def test_what_the_user_gave_is_fixed_but_for_the_rate() -> None:
+    values = default_values({"rank", "method", "learning_rate"}, 1e-3, 23, True)
+    assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
+    assert "auxiliaries" not in default_values((), 1e-3, 513, True)
+    assert "auxiliaries" not in default_values((), 1e-3, 23, False)
+    assert "rho" not in default_values({"rho"}, 1e-3, 23, True)
+
+
+BAD_SPACES = [
+    ("", "has no options"),
+    ("[rank, 4]", "has no options"),
+    ("rank: 4\nrank: 8", "gives"),
+    ("rank: [4, 8", "not valid YAML"),
+    ("rnak: [4]", 'did you mean "rank"'),
+    ("resolution: [64, 128]", "the same for all runs"),
+    ("rank: []", "something else than values"),
+    ("rank: [[4]]", "something else than values"),
+    ("rank: {log: [1, 2]}", "something else than values"),
+    ("rank:", "something else than values"),
+    ("rank: [4, 4]", "has a value twice"),
+    ("learning-rate: 1\nlearning_rate: 2", "a second time"),
+    ("rank: &a [4]", "an anchor"),
+    ("rank: [4]\n---\nrank: [8]", "several documents"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_SPACES)
+def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "space.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words) as refused:
+        read_values(file, {"rank", "learning_rate"}, {"rank", "learning_rate", "resolution"})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_space_has_values_and_lists(tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+    file.write_text("rank: [4, 8]\nuse_dora: [true, false]\nrho: auto\n")
+    values = read_values(file, {"rank", "use_dora", "rho"}, ())
+    assert values == {"rank": ("4", "8"), "use_dora": ("true", "false"), "rho": ("auto",)}
