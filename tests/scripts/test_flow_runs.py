@@ -1,6 +1,4 @@
-"""Flow-matching models through the script, on tiny random weights: SD3 and one of 5-D latents in
-several ways, each other in one life.
-"""
+"""Flow-matching models through the script, on tiny random weights: SD3, one of 5-D latents, lives."""
 
 from __future__ import annotations
 
