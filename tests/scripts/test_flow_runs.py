@@ -1,4 +1,4 @@
-"""Flow-matching models through the script, on tiny random weights: SD3, one of 5-D latents, lives."""
+"""Flow-matching models through the script, on tiny random weights; SD3 and Qwen-Image most."""
 
 from __future__ import annotations
 
