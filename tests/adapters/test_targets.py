@@ -26,20 +26,20 @@ class Odd(nn.Module):
         self.plain = nn.Linear(8, 8)
 
 
-def test_what_is_refused() -> None:
-    for values, word in (
-        ({"rank": 0}, "rank is 0"),
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
         ({"init": "gausian"}, 'did you mean "gaussian"'),
         ({"target_modules": "to_q("}, "regular expression"),
         ({"target_modules": ("attention.out_proj",)}, "MultiheadAttention"),
-        ({"target_modules": ("grouped",)}, '"grouped"'),
-        ({"target_modules": ("dilated",)}, '"dilated"'),
-        ({"target_modules": ("circular",)}, '"circular"'),
+        *(({"target_modules": (name,)}, name) for name in ("grouped", "dilated", "circular")),
         ({"target_modules": ("table",)}, "Embedding"),
         ({"target_modules": ("to_q",)}, "matches no layer of Odd"),
-    ):
-        with pytest.raises(UserError, match=word):
-            adapters.inject(Odd(), AdapterSpec(**values))
+    ],
+)
+def test_what_is_refused(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        adapters.inject(Odd(), AdapterSpec(**values))
 
 
 @pytest.mark.parametrize(
