@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train_dreambooth_bilora
 import train_text_bilora
@@ -23,6 +25,7 @@ from tests.scripts.runs import SCRIPT, copied, flags, process, train_once
 from tests.text.text_builders import (
     material,
     rows_for,
+    save_bert,
     save_gpt2,
     text_flags,
     train_text_once,
@@ -47,6 +50,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (T5, {"task_type": "causal"}, ("--task_type causal", "seq2seq")),
     (T5, {"packing": True}, ("--packing", "seq2seq")),
     (LLAMA, {"target_modules": "to_q"}, ("to_q", "q_proj")),
+    (BERT, {"model_name_or_path": "{tmp}/infinite"}, ("infinite", "not finite")),
 ]
 """What is wrong, and what the sentence names."""
 DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
@@ -65,6 +69,10 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "typo.yaml").write_text("dataset: mini\nlearning_rat: 0.1\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (save_gpt2(folder / "no-words") / name).unlink()
+    save_bert(folder / "infinite")
+    weights = load_file(folder / "infinite" / "model.safetensors")
+    weights["bert.pooler.dense.bias"].fill_(math.nan)
+    save_file(weights, folder / "infinite" / "model.safetensors", metadata={"format": "pt"})
     good = json.dumps(rows_for(LLAMA, 1)[0]) + "\n"
     (folder / "broken.jsonl").write_text(good + good[:-4] + "\n")
     (folder / "latin.jsonl").write_bytes((good + '{"prompt": "é"}\n').encode("latin-1"))
