@@ -108,7 +108,7 @@ def _of_csv(path: Path, name: str, column: str) -> list[tuple[str, Prompt]]:
         file = path.parent / Path(reference).expanduser() if reference else None
         if file and not file.is_file():
             raise UserError(
-                f'{where} has the reference "{reference}", which is not there: correct it or leave'
+                f'{where} has the reference "{reference[:200]}", which is not there: correct it or leave'
                 " it empty."
             )
         prompts.append((where, Prompt(text, instance, file)))
@@ -120,7 +120,7 @@ def _refuse_twice(name: str, prompts: list[tuple[str, Prompt]]) -> None:
     for where, prompt in prompts:
         if (other := first.setdefault(prompt.text, where)) != where:
             raise UserError(
-                f'{name} has the prompt "{prompt.text}" at {other} and at {where}: drop one of'
+                f'{name} has the prompt "{prompt.text[:200]}" at {other} and at {where}: drop one of'
                 " them."
             )
 
