@@ -108,8 +108,8 @@ def _of_csv(path: Path, name: str, column: str) -> list[tuple[str, Prompt]]:
         file = path.parent / Path(reference).expanduser() if reference else None
         if file and not file.is_file():
             raise UserError(
-                f'{where} has the reference "{reference[:200]}", which is not there: correct it or leave'
-                " it empty."
+                f'{where} has the reference "{reference[:200]}", which is not there: correct it or'
+                " leave it empty."
             )
         prompts.append((where, Prompt(text, instance, file)))
     return prompts
@@ -120,8 +120,8 @@ def _refuse_twice(name: str, prompts: list[tuple[str, Prompt]]) -> None:
     for where, prompt in prompts:
         if (other := first.setdefault(prompt.text, where)) != where:
             raise UserError(
-                f'{name} has the prompt "{prompt.text[:200]}" at {other} and at {where}: drop one of'
-                " them."
+                f'{name} has the prompt "{prompt.text[:200]}" at {other} and at {where}: drop'
+                " one of them."
             )
 
 
