@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion import mini
 from bilora_diffusion.run.paths import ROOT
-from bilora_diffusion.run.record import RUN, read_fit, read_metrics, read_run
+from bilora_diffusion.run.record import read_fit, read_metrics
+from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
 from bilora_diffusion.train.fit.space import folder_name, words
 
@@ -69,10 +70,9 @@ def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[st
 
 def run(script: str, options: Sequence[str], folder: Path) -> None:
     """Train, or go on; nothing where that was done."""
-    if (folder / RUN).exists() and read_run(folder)["status"] == "finished":
-        return
-    line = [sys.executable, str(ROOT / script), *options, "--output_dir", str(folder)]
-    subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
+    if not is_finished(folder):
+        line = [sys.executable, str(ROOT / script), *options, "--output_dir", str(folder)]
+        subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
 
 
 def curve(folder: Path) -> dict[int, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from .errors import UserError, did_you_mean, run_cli
 
@@ -27,33 +28,23 @@ def train(argv: Words | None = None, script: Words = ()) -> int:
         argv: arguments; None for ``sys.argv``.
         script: as of `start_missing_processes`.
     """
-    from .train.launching import importing, start_missing_processes
-
-    def work() -> None:
-        start_missing_processes(script)
-        with importing():
-            from .image.config import resolve
-
-            config = resolve(argv)  # before all else, so that a typo is answered at once
-            from .image.script import main
-
-        main(argv, config)
-
-    return run_cli(work)
+    return _train("image", argv, script)
 
 
 def text(argv: Words | None = None, script: Words = ()) -> int:
     """Train a text model; as `train`."""
+    return _train("text", argv, script)
+
+
+def _train(modality: str, argv: Words | None, script: Words) -> int:
     from .train.launching import importing, start_missing_processes
 
     def work() -> None:
         start_missing_processes(script)
         with importing():
-            from .text.config import resolve_text
-
-            config = resolve_text(argv)
-            from .text.script import main
-
+            # Before all else, so that a typo is answered at once.
+            config = import_module(f".{modality}.config", __package__).resolve(argv)
+            main = import_module(f".{modality}.script", __package__).main
         main(argv, config)
 
     return run_cli(work)

@@ -8,7 +8,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +20,6 @@ RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 T = TypeVar("T")
 TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
-
-
 PICKLED = (
     "there are no safetensors{}, and reading a pickle can run code: convert it, for example by"
     " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained where you trust it"
@@ -47,24 +46,33 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-def reading(what: str, fix: str, load: Callable[[], T]) -> T:
-    """Read or try what others made by ``load``: whatever a library raises becomes one sentence.
+@contextmanager
+def translated(sentence: str, fix: str) -> Iterator[None]:
+    """Within the context, whatever a library raises becomes one sentence; a full disk stays one.
 
     Args:
-        what: a part of a model, or a file, in the user's words.
+        sentence: what can't be done, in the user's words, such as "config.json can't be read".
         fix: what to do, without a period.
 
     Raises:
-        UserError: ``load`` failed.
+        UserError: something was raised.
     """
     try:
-        return load()
+        yield
     except (UserError, TrainingError):
         raise
     except Exception as error:  # damaged files end anywhere in the libraries
+        if disk_is_full(error):
+            raise
         if isinstance(error, OSError) and "`safetensors`" in str(error):
-            raise UserError(f"{what} can't be read, since {PICKLED.format('')}.") from error
-        raise UserError(f"{what} can't be read ({reason(error)}): {fix}.") from error
+            raise UserError(f"{sentence}, since {PICKLED.format('')}.") from error
+        raise UserError(f"{sentence} ({reason(error)}): {fix}.") from error
+
+
+def reading(what: str, fix: str, load: Callable[[], T]) -> T:
+    """Read a part of a model, or a file, by ``load``, with what it raises `translated`."""
+    with translated(f"{what} can't be read", fix):
+        return load()
 
 
 def reason(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from packaging.utils import NormalizedName, canonicalize_name
 import bilora_diffusion
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import FAMILIES, SDXL
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 from tests.image.tiny import FILES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,6 @@ import importlib.util
 import os
 from typing import Any
 
-from .. import fields
 from . import machine
 from .conditions import GIVEN, Refusal, above, other_than, refusal
 
@@ -108,29 +107,23 @@ def facts() -> dict[str, Any]:
     launcher sets and it reads.
     """
 
-    def is_on(name: str) -> bool:
-        return os.environ.get(name, "").lower() in fields.TRUE
-
     def word(name: str) -> str:
         return os.environ.get(name, "no").upper()
 
     compiled = word("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
     engine, bad = DDP, dict[str, bool]()
-    if is_on("ACCELERATE_USE_FSDP"):
+    if machine.is_on("ACCELERATE_USE_FSDP"):
         engine = "FSDP on CPUs" if machine.device_type() == "cpu" else "FSDP"
         if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
             names = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
-            engine, bad = (
-                FSDP2,
-                {
-                    **{name: is_on(name) for name in names},
-                    "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
-                    "SIZE_BASED_WRAP": word("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
-                    "ACCELERATE_DYNAMO_BACKEND": compiled,
-                },
-            )
+            engine, bad = FSDP2, {name: machine.is_on(name) for name in names}
+            bad |= {
+                "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
+                "SIZE_BASED_WRAP": word("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
+                "ACCELERATE_DYNAMO_BACKEND": compiled,
+            }
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
-        if is_on(f"ACCELERATE_USE_{name}"):
+        if machine.is_on(f"ACCELERATE_USE_{name}"):
             engine = name
     if importlib.util.find_spec("torch_xla"):
         engine = "XLA"

@@ -69,7 +69,7 @@ def device_type() -> str:
     """The kind of device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
     import torch
 
-    if is_told_cpu():
+    if is_on("ACCELERATE_USE_CPU"):
         return "cpu"
     device = torch.accelerator.current_accelerator(check_available=True)
     return device.type if device else "cpu"
@@ -77,16 +77,16 @@ def device_type() -> str:
 
 def processes() -> int:
     """How many processes train together, as accelerate finds it."""
-    on_cpu = is_told_cpu()
+    on_cpu = is_on("ACCELERATE_USE_CPU")
     mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
     together = on_cpu or ("LOCAL_RANK" in os.environ and device_type() != "cpu")
     sizes = [os.environ[name] for name in (*mpi, "WORLD_SIZE") if name in os.environ]
     return int(sizes[0]) if sizes and together else 1
 
 
-def is_told_cpu() -> bool:
-    """Whether accelerate was told to stay on the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+def is_on(variable: str) -> bool:
+    """Test that a variable of accelerate's launcher says yes."""
+    return os.environ.get(variable, "").lower() in TRUE
 
 
 def default_precision() -> str:

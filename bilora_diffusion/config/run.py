@@ -251,12 +251,16 @@ def _measured_every(values: Values, given: frozenset[str]) -> int:
     every, steps = values["validation_loss_steps"], values["max_train_steps"]
     if "validation_loss_steps" in given or steps is None or not _goes_by_the_loss(values):
         return every
+    return twentieth(steps)
+
+
+def twentieth(steps: int) -> int:
+    """Steps from one measurement to the next, of twenty in a run."""
     return max(1, steps // 20)
 
 
 def _goes_by_the_loss(values: Mapping[str, Any]) -> bool:
-    names = ("fit", "keep_best", "early_stopping_patience")
-    return any(values[name] for name in names)
+    return any(values[name] for name in ("fit", "keep_best", "early_stopping_patience"))
 
 
 def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:

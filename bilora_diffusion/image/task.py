@@ -14,7 +14,7 @@ from ..adapters import AdapterSpec
 from ..choices import ATTENTION
 from ..methods import Target
 from ..seeds import digest, generator
-from ..train.task import MicroBatch, inference
+from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import texts
 from .config import DreamBoothConfig
@@ -129,12 +129,7 @@ class DreamBooth:
         """Whether there are held-out images."""
         return self.validation is not None
 
-    def again(
-        self,
-        cfg: Any,
-        fold: tuple[Sequence[int], Sequence[int]] | None = None,
-        searches: bool = False,
-    ) -> DreamBooth:
+    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
         images, held = self.stream.images, self.validation
         if fold is not None:

@@ -26,7 +26,7 @@ from ..lora_names import (
 )
 from ..methods import get
 from . import checkpoint, snapshots
-from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
+from .runlog import CARD, ERROR, METRICS, RUN, is_finished, read_run, wrote_card
 
 # By these a folder is known to hold a run.
 RESULTS = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
@@ -80,7 +80,6 @@ def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
         UserError: when ``folder`` holds files that a run would replace and did not write, or a run
             that is neither resumed nor to be overwritten.
     """
-    folder = Path(folder)
     if resume is not None and overwrite:
         raise UserError(
             "--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of "
@@ -96,7 +95,7 @@ def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
         )
     found = checkpoint.resolve(folder, resume)
     # Starting afresh is right after a kill before the first checkpoint, not after a whole run.
-    if found is None and read_run(folder).get("status") == "finished":
+    if found is None and is_finished(folder):
         raise UserError(
             f"{folder} holds a finished run without a checkpoint: give another --output_dir, "
             "or delete it with --overwrite_output_dir"

@@ -106,7 +106,7 @@ def farewell(folder: Path, stop: Stop, typed: CommandLine | None, overwrites: bo
         overwrites: whether the run was to replace an earlier one.
     """
     number, step, num_steps, run = stop
-    if step == num_steps and runlog.read_run(folder).get("status") == "finished":
+    if step == num_steps and runlog.is_finished(folder):
         return Interrupted(f"interrupted when the run in {folder} had already finished", number)
     saved = checkpoint.latest(folder / (run or ""))
     value = "auto" if saved is None or run is not None else "latest"

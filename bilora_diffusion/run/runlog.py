@@ -127,14 +127,10 @@ class RunLog:
             os.fsync(self._metrics.fileno())
             self._write()
 
-    def finish(self, **results: Any) -> None:
-        """Close the record as "finished" with what came out."""
-        self._run["results"] = results
-        self.close("finished")
-
     def close(self, status: str, reason: str | None = None, **results: Any) -> None:
         """Close the record as "finished", "failed" for a reason in one sentence, or "interrupted",
-        which goes on with the next resume; on a full disk it is written over the old one.
+        which goes on with the next resume; on a full disk it is written over the old one. What
+        came out is added to its results.
         """
         self._run["status"] = status
         self._run["results"] |= results
@@ -176,6 +172,11 @@ class RunLog:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_finished(folder: Path) -> bool:
+    """Test that a folder holds a run that came to its end."""
+    return (folder / RUN).exists() and read_run(folder)["status"] == "finished"
 
 
 def wrote_card(record: Mapping[str, Any]) -> bool:

@@ -54,7 +54,7 @@ class TextConfig(
     TextOutputOptions,
     RunConfig,
 ):
-    """Every option of the script, flat. Made by `resolve_text`.
+    """Every option of the script, flat. Made by `resolve`.
 
     All that a run reads is decided: ``task_type`` is what the model is, ``optimizer`` is in lower
     case, and ``num_train_epochs`` is None only where steps count.
@@ -136,7 +136,7 @@ class TextConfig(
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
 
-def resolve_text(argv: Sequence[str] | None = None) -> TextConfig:
+def resolve(argv: Sequence[str] | None = None) -> TextConfig:
     """Make the configuration of a command line of the text script (`RunConfig.resolve`)."""
     return TextConfig.resolve(argv)
 

@@ -23,7 +23,7 @@ from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .card import write_text_card
-from .config import TextConfig, resolve_text
+from .config import TextConfig, resolve
 from .dry_run import moments
 from .models import TextSource
 from .rows import encode_rows, open_rows
@@ -87,7 +87,7 @@ def files(folder: Path) -> dict[str, str]:
 
 TEXT = Script(
     "text-bilora",
-    resolve_text,
+    resolve,
     build_task,
     export,
     write_text_card,

@@ -15,7 +15,7 @@ from ..adapters import AdapterSpec
 from ..methods import Target
 from ..seeds import digest, digest_texts
 from ..train.order import LengthGroupedOrder, SampleOrder
-from ..train.task import MicroBatch
+from ..train.task import Fold, MicroBatch
 from .config import TextConfig
 from .evaluation import Evaluation
 from .models import TextModel
@@ -70,12 +70,7 @@ class TextTask:
         """Whether there are held-out rows."""
         return self.evaluation is not None
 
-    def again(
-        self,
-        cfg: TextConfig,
-        fold: tuple[Sequence[int], Sequence[int]] | None = None,
-        searches: bool = False,
-    ) -> TextTask:
+    def again(self, cfg: TextConfig, fold: Fold | None = None, searches: bool = False) -> TextTask:
         """The same model and rows for a run of another configuration; see `Task`."""
         data = self.data
         if fold is not None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from ..config import machine
 from ..errors import UserError
 
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
@@ -30,7 +31,7 @@ def start_missing_processes(script: Sequence[str] = ()) -> None:
     Raises:
         UserError: several processes are expected, and how many is not known.
     """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = machine.is_on("ACCELERATE_USE_CPU")
     ranks = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     if not on_cpu or "MASTER_ADDR" not in os.environ or any(r in os.environ for r in ranks):
         return

@@ -4,33 +4,19 @@ sentence, and one row goes forward and backward, whose loss and gradients have t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
-from ..durable import disk_is_full
-from ..errors import TrainingError, UserError, reason
+from ..errors import UserError, translated
 from .trainer import Trainer
 
 FIX = "give another model or other parts of it, or other options"
 
 
-@contextmanager
-def trainable(model: str) -> Iterator[None]:
-    """Within the context an error of a library says that a model can't be trained as asked.
-
-    Raises:
-        UserError: one sentence with the model and the error.
-    """
-    try:
-        yield
-    except (UserError, TrainingError):
-        raise
-    except Exception as error:
-        if disk_is_full(error):
-            raise
-        raise UserError(f'"{model}" can\'t be trained so ({reason(error)}): {FIX}.') from error
+def trainable(model: str) -> AbstractContextManager[None]:
+    """A context in which an error of a library says that a model can't be trained as asked."""
+    return translated(f'"{model}" can\'t be trained so', FIX)
 
 
 def probe(trainer: Trainer, model: str) -> None:

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -94,13 +94,13 @@ def main(
 
 def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str]) -> Stop | None:
     """Train in a folder that is locked; returns what stopped it, if anything did."""
-    begun = cfg.fit and (folder / FIT_RECORD).exists() and not _is_finished(folder)
-    if begun and cfg.resume_from_checkpoint is None and not cfg.overwrite_output_dir:
-        cfg = replace(cfg, resume_from_checkpoint="auto")  # pyright: ignore
-    guard(folder, cfg.resume_from_checkpoint, cfg.overwrite_output_dir)
+    begun = cfg.fit and (folder / FIT_RECORD).exists() and not runlog.is_finished(folder)
+    goes_on = "auto" if begun and not cfg.overwrite_output_dir else None
+    resume_from = cfg.resume_from_checkpoint or goes_on
+    guard(folder, resume_from, cfg.overwrite_output_dir)
     if get(cfg.method).exports_weights:
         refuse_foreign_models(folder)
-    resume = checkpoint.resolve(folder, cfg.resume_from_checkpoint)
+    resume = checkpoint.resolve(folder, resume_from)
     accelerator = build_accelerator(cfg)
     if cfg.dry_run:
         dry_run.main(script.build_task, script.moments, cfg, accelerator)
@@ -113,7 +113,7 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
     stop, what = None, ""
     if cfg.fit:
         fit = Fit(cfg, script, argv, task, functools.partial(_run_of_fit, script), accelerator)
-        chosen, what = fit.choose(), fit.what
+        chosen, what = fit.choose(goes_on=resume_from is not None), fit.what
         if isinstance(chosen, Stop):
             stop = chosen
         else:
@@ -138,11 +138,6 @@ def _run_of_fit(script: Script[Config], task: Any, folder: Path, last_step: int)
         stop = _run(script, task, accelerator, folder, resume, last_step)
         _let_go(accelerator)
     return stop
-
-
-def _is_finished(folder: Path) -> bool:
-    there = (folder / runlog.RUN).exists()
-    return there and runlog.read_run(folder)["status"] == "finished"
 
 
 def _let_go(accelerator: Accelerator) -> None:
@@ -199,12 +194,17 @@ def _run(
             fit(trainer, folder, log)
             if not trainer.finished:
                 raise KeyboardInterrupt
-            results = _finish(script, cfg, trainer, folder, log, last_step is None, repo_id)
+            results = _measured(trainer, folder, log)
+            if last_step is None:
+                results |= _export(script, cfg, trainer, folder, log, results, repo_id)
+            else:
+                _leave(trainer, folder, log)
+            accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT
         return Stop(number, trainer.step, trainer.last_step)
     if log is not None:
-        log.finish(**results)
+        log.close("finished", **results)
         if last_step is None:
             logger.info(console.closing(folder, script.files(folder), script.scores))
     late = trainer.interruption.number  # too late to stop the run, but not what comes after it
@@ -240,37 +240,42 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _finish(
+def _measured(trainer: Trainer, folder: Path, log: runlog.RunLog | None) -> dict[str, Any]:
+    """The results of a run: its steps, and what was measured last of the weights it leaves."""
+    results: dict[str, Any] = {"steps": trainer.step, **trainer.outcome.results()}
+    if log is not None:
+        measured = last_measured(folder, trainer.outcome.step(trainer.step))
+        results |= {name: value for name, (_, value) in measured.items()}
+    return results
+
+
+def _leave(trainer: Trainer, folder: Path, log: runlog.RunLog | None) -> None:
+    """Leave a checkpoint, from which a run of a search goes on."""
+    if checkpoint.latest(folder) != folder / checkpoint.CHECKPOINTS / f"step-{trainer.step}":
+        if log is not None:
+            log.sync()
+        trainer.save(folder)
+
+
+def _export(
     script: Script[Config],
     cfg: Config,
     trainer: Trainer,
     folder: Path,
     log: runlog.RunLog | None,
-    exports: bool,
+    measured: dict[str, Any],
     repo_id: str | None,
 ) -> dict[str, Any]:
-    """Export the primary, prove it from the file, write the model card; returns the results. A run
-    of a search leaves a checkpoint instead, from which it goes on.
+    """Export the primary, prove it from the file and write the model card; returns what to add to
+    the results.
     """
-    results: dict[str, Any] = {"steps": trainer.step, **trainer.outcome.results()}
-    if log is not None:
-        measured = last_measured(folder, trainer.outcome.step(trainer.step))
-        results |= {name: value for name, (_, value) in measured.items()}
-    if (
-        not exports
-        and checkpoint.latest(folder) != folder / checkpoint.CHECKPOINTS / f"step-{trainer.step}"
-    ):
-        if log is not None:
-            log.sync()
-        trainer.save(folder)
-    if log is not None and exports:
-        if cfg.fit:
-            results["chosen_steps"] = trainer.last_step
-        log.writes_card()
-        with trainer.outcome.applied():
-            results["export"] = script.export(cfg, trainer, folder)
-        script.card(cfg, folder, results, repo_id)
-        if repo_id is not None:
-            publish.push(folder, repo_id, cfg.hub_token)
-    trainer.accelerator.wait_for_everyone()
+    if log is None:
+        return {}
+    results: dict[str, Any] = {"chosen_steps": trainer.last_step} if cfg.fit else {}
+    log.writes_card()
+    with trainer.outcome.applied():
+        results["export"] = script.export(cfg, trainer, folder)
+    script.card(cfg, folder, measured | results, repo_id)
+    if repo_id is not None:
+        publish.push(folder, repo_id, cfg.hub_token)
     return results

@@ -95,6 +95,10 @@ class Task(Protocol):
         ...
 
 
+Fold = tuple[Sequence[int], Sequence[int]]
+"""Positions of the samples to learn from, and of those to hold out."""
+
+
 class ReusableTask(Task, Protocol):
     """A task whose models, and what is encoded of its data, serve several runs."""
 
@@ -113,16 +117,11 @@ class ReusableTask(Task, Protocol):
         """Whether a loss can be measured on samples that are not learned from."""
         ...
 
-    def again(
-        self,
-        cfg: Any,
-        fold: tuple[Sequence[int], Sequence[int]] | None = None,
-        searches: bool = False,
-    ) -> ReusableTask:
+    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> ReusableTask:
         """A task of another configuration on the same models and what is encoded.
 
         Args:
-            fold: the positions of the samples to learn from, and of those to hold out.
+            fold: part of the samples; None for all of them, with the held-out set.
             searches: measure each held-out sample, and nothing else.
         """
         ...

@@ -41,7 +41,7 @@ def test_curves_follow_a_run_and_show_values(
 ) -> None:
     other = begin(tmp_path / "lora", "lora")
     train(other, "lora", 1, 200)
-    other.finish(steps=200)
+    other.close("finished", steps=200)
     live = begin(tmp_path / "bilora", "bilora")
     train(live, "bilora", 1, 100)
     page = go(visit(), start(tmp_path).url, "Training")

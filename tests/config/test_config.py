@@ -22,7 +22,7 @@ from bilora_diffusion.fields import options_of
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.inputs import FP16_FIX, SDXL_BASE
 from bilora_diffusion.image.options import INTERPOLATIONS
-from bilora_diffusion.text.config import TextConfig, resolve_text
+from bilora_diffusion.text.config import TextConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 Machine = Callable[..., None]
@@ -38,7 +38,7 @@ def icons(*arguments: str) -> DreamBoothConfig:
 
 
 def text(*arguments: str) -> TextConfig:
-    return resolve_text(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
+    return TextConfig.resolve(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
 
 
 RADII: dict[str, dict[str, float | None]] = {
@@ -248,7 +248,7 @@ def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_p
     }
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in left.items() if value is not None]
     (tmp_path / "recipe.yaml").write_text("".join(lines))
-    again = resolve_text(["--config", str(tmp_path / "recipe.yaml"), "--hub_token", "hf_secret"])
+    again = TextConfig.resolve(["--config", f"{tmp_path}/recipe.yaml", "--hub_token", "hf_secret"])
     assert again.to_dict() == {**values, "config": str(tmp_path / "recipe.yaml")}
 
 

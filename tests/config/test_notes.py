@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 
 MINI = "--dataset mini"
 PRODIGY = f"{MINI} --optimizer prodigy"

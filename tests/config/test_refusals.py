@@ -21,12 +21,12 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.fields import option_of, options_of
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.methods import names
-from bilora_diffusion.text.config import TextConfig, resolve_text
+from bilora_diffusion.text.config import TextConfig
 
 Read = Callable[[Sequence[str]], Any]
 CONFIGS: dict[Any, tuple[Read, list[str]]] = {
     DreamBoothConfig: (resolve, ["--dataset", "mini"]),
-    TextConfig: (resolve_text, ["--model_name_or_path", "gpt2", "--task", "sst2"]),
+    TextConfig: (TextConfig.resolve, ["--model_name_or_path", "gpt2", "--task", "sst2"]),
 }
 LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
 PACKAGES = frozenset({"bitsandbytes", "prodigyopt", "xformers", "wandb"})
@@ -164,11 +164,11 @@ CASES: list[tuple[Read, list[str], tuple[str, str]]] = [
     *((*CONFIGS[DreamBoothConfig], case) for case in IMAGES),
     *((*CONFIGS[TextConfig], case) for case in TEXTS),
     *((resolve, ["--instance_prompt", "x"], case) for case in FOLDERS),
-    *((resolve_text, ["--model_name_or_path", "gpt2"], case) for case in ROWS),
+    *((TextConfig.resolve, ["--model_name_or_path", "gpt2"], case) for case in ROWS),
     # what a command line needs
     (resolve, [], ("", "--instance_data_dir")),
-    (resolve_text, ["--task", "sst2"], ("", "--model_name_or_path")),
-    (resolve_text, ["--model_name_or_path", "gpt2"], ("", "--train_file")),
+    (TextConfig.resolve, ["--task", "sst2"], ("", "--model_name_or_path")),
+    (TextConfig.resolve, ["--model_name_or_path", "gpt2"], ("", "--train_file")),
 ]
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.config.refusals import REFUSED
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 from docs import make
 from tests.references.diffusers_flags import DEFAULTS
 

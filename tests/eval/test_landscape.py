@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def run(name: str, method: str = "lora", seed: int = 0, **options: Any) -> None:
         log = RunLog(root / name)
         log.start(config | options, method=method, seed=seed, resume_step=None)
-        log.finish(steps=2)
+        log.close("finished", steps=2)
         factors = {
             "A": torch.full((2, 4), float(seed)),
             "B": torch.full((4, 2), float(len(method))),

@@ -64,7 +64,7 @@ def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> 
         if step:
             log.metric(step, digest=f"{digests.get(cell.arm)}{cell.seed}", seconds=0.1 * step)
         log.metric(step, heldout_loss=heldout, train_grid_loss=training)
-    log.finish(steps=len(curve) - 1)
+    log.close("finished", steps=len(curve) - 1)
     return Outcome(cell.name, cell.arm, cell.seed, "finished")
 
 

@@ -52,7 +52,7 @@ def save_record(
     log.start(options | config | own, method=method, seed=seed, resume_step=None)
     for step, figures in rows:
         log.metric(step, **figures)
-    log.finish()
+    log.close("finished")
     return folder
 
 

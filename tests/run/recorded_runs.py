@@ -83,7 +83,7 @@ def make(
             own = {n: between(*ends[n], share[n]) for n in names}
             found = figures(own, method, step, ratio)
             snapshots.write(folder, snapshots.Snapshot(step, own, found))
-    log.finish(steps=max(steps, default=0))
+    log.close("finished", steps=max(steps, default=0))
     return folder
 
 

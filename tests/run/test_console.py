@@ -18,7 +18,7 @@ def measured(
     log.start(config or {}, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
-    log.finish()
+    log.close("finished")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "photo.png").write_bytes(b"mine")
     clear(tmp_path)
-    start(tmp_path).finish()
+    start(tmp_path).close("finished")
     (tmp_path / "README.md").write_text("the finished run's card")
     save(tmp_path, 1)
     (tmp_path / "validation").mkdir()
@@ -107,12 +107,12 @@ def test_what_is_resumed_lies_in_the_folder(tmp_path: Path) -> None:
     guard(run, None, True)
     guard(run, "auto", False)  # killed before its first checkpoint
     refused("latest", folder=run, resume="latest")
-    log.finish()
+    log.close("finished")
     refused("a finished run without a checkpoint", folder=run, resume="auto")
     path = save(run, 5)
     for value in ("auto", "latest", "step-5", path, str(path)):
         guard(run, value, False)
         refused("one of the two", folder=run, resume=value, overwrite=True)
     guard(other, path, False)
-    start(other).finish()
+    start(other).close("finished")
     refused(other, path, "--output_dir", folder=other, resume=path)

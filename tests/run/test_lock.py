@@ -113,7 +113,7 @@ def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(
     then = time.time() - lock.STALE_SECONDS - 1
     os.utime(tmp_path / "run.json", (then, then))
     with hold(tmp_path):
-        log.finish()
+        log.close("finished")
     with hold(tmp_path):
         pass
 

@@ -26,7 +26,7 @@ def test_no_path_of_this_machine_is_published(
     }
     log.start(config, method="lora", seed=0, resume_step=None)
     log.metric(1, loss=0.5)
-    log.finish()
+    log.close("finished")
     own = {"_name_or_path": f"{home}/base", "sample_size": 64}
     for name in ("unet/config.json", "adapter_config.json", "checkpoints/step-1/config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="cannot be written as JSON"):
         log.metric(3, value=object())
     log.metric(3, loss=float("nan"))
-    log.finish(heldout_loss=0.0834, verify={"layers": 7})
+    log.close("finished", heldout_loss=0.0834, verify={"layers": 7})
     assert read_metrics(folder) == [
         {"step": 1, "loss": 0.5, "lr": 2e-4, "digest": "ab", "dynamics": {"gain": 0.5}},
         {"step": 2, "loss": 0.25, "taken": True, "note": None},
@@ -85,7 +85,7 @@ def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> 
     assert left == ["step-2", "step-5", "step-x"]
     assert "error" not in read_run(tmp_path)
     again.metric(6, loss=0.5)
-    again.finish()
+    again.close("finished")
     kept = [{"step": step, "loss": step / 3} for step in range(1, 6)]
     later = [{"step": 5, "validation_loss": 0.1}, {"step": 6, "loss": 0.5}]
     assert read_metrics(tmp_path) == kept + later
@@ -112,7 +112,7 @@ def test_wall_time_and_peak_memory_add_up(tmp_path: Path, monkeypatch: pytest.Mo
     clock[0] = 1.0
     last = start(tmp_path, resume_step=2)
     clock[0] += 0.5
-    last.finish(x=1)
+    last.close("finished", x=1)
     record = read_run(tmp_path)
     assert record["wall_seconds"] == 22.5
     assert record["peak_memory_bytes"] == 120
@@ -151,7 +151,7 @@ def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
 def test_a_record_that_does_not_fit_its_model_is_refused_by_its_first_odd_value(
     tmp_path: Path, key: str, value: Any, shown: str
 ) -> None:
-    start(tmp_path).finish()
+    start(tmp_path).close("finished")
     record = read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(record | {key: value}))
     with pytest.raises(UserError, match=shown):

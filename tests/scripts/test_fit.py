@@ -164,7 +164,7 @@ def test_the_last_line_says_what_the_last_step_gave_away(
     log.start({}, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
-    log.finish(**results)
+    log.close("finished", **results)
     for step in kept:
         (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
     last = console.closing(tmp_path, {}, "eval.clip_scores").splitlines()[-1]

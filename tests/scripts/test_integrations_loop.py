@@ -21,7 +21,7 @@ from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.checkpoint import load_tensors
 from bilora_diffusion.seeds import seed_of
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.script import build_task
 from bilora_diffusion.train.loop import fit

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from bilora_diffusion.text import catalog
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 
 pytestmark = pytest.mark.usefixtures("hub")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import collate

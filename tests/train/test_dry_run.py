@@ -13,7 +13,7 @@ import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
-from bilora_diffusion.text.config import resolve_text
+from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.dry_run import moments
 from bilora_diffusion.train.dry_run import STEP, attached
 from bilora_diffusion.train.empty import empty

@@ -41,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def device_type() -> str:
-    return "cpu" if machine.is_told_cpu() else "cuda"
+    return "cpu" if machine.is_on("ACCELERATE_USE_CPU") else "cuda"
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -5,6 +5,7 @@ Several processes each train some of the runs, alone; all of them learn what all
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import RunConfig
+from ...config.run import RunConfig, twentieth
 from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
 from ...fields import options_of
@@ -39,8 +40,6 @@ from .space import Options, Space, default_values, folder_name, read_values, wor
 
 FOLDS, LEAVE_ONE_OUT = 4, 8
 """Folds; below so many samples each is one."""
-MEASUREMENTS = 20
-"""Of a run of the whole length."""
 FIXED = frozenset(
     (
         *("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio"),
@@ -141,7 +140,7 @@ class Fit:
         self._step_size = Schedule.of(cfg, accelerator).step_size
         steps = total_steps(cfg, task.num_samples, self._step_size)
         every = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
-        every = min(steps, every or math.ceil(steps / MEASUREMENTS))
+        every = min(steps, every or twentieth(steps))
         self.plan = Plan(len(self._folds), steps, every, cfg.fit_budget or BUDGET * steps)
         self.space = Space(
             self._values(), {name: reads(name) for name in method_names()}, option_names()
@@ -162,10 +161,10 @@ class Fit:
     def _check(self) -> None:
         """Refuse values that the command line would, and a budget for less than a search."""
         plan, starts = self.plan, self.space.starts()
-        for options in (o for s in starts for name in self.space.values
-                        for o in self.space.along(name, s)):  # fmt: skip
-            if fault := self._fault(options):
-                raise UserError(f"in a run of --fit, {fault}")
+        for start, name in itertools.product(starts, self.space.values):
+            for options in self.space.along(name, start):
+                if fault := self._fault(options):
+                    raise UserError(f"in a run of --fit, {fault}")
         if plan.budget < (least := max(plan.folds, len(starts)) * plan.third):
             raise UserError(
                 f"--fit_budget {plan.budget} is too small for runs of {plan.steps} steps on"
@@ -204,8 +203,11 @@ class Fit:
             **{**vars(self.plan), "space": self.space.values},
         }
 
-    def choose(self) -> Any:
+    def choose(self, goes_on: bool) -> Any:
         """Search, or go on with a search.
+
+        Args:
+            goes_on: from what the folder holds.
 
         Returns:
             The configuration to train with; or the `Stop` of what stopped the search.
@@ -214,7 +216,7 @@ class Fit:
             UserError: the search that was begun in the folder had other settings.
             TrainingError: no configuration could be trained.
         """
-        earlier = read_fit(self.folder / FIT_RECORD) if self.cfg.resume_from_checkpoint else None
+        earlier = read_fit(self.folder / FIT_RECORD) if goes_on else None
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
             settings, _ = strict_json(self._settings())
@@ -250,7 +252,8 @@ class Fit:
         return self._final(*chosen)
 
     def _write(self, done: bool = False) -> None:
-        report.write(self.folder, self._settings(), self._runs, self.search, done)
+        if self._rank == 0:
+            report.write(self.folder, self._settings(), self._runs, self.search, done)
 
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's own schedule, rescaled to the chosen steps."""
@@ -297,14 +300,10 @@ class Fit:
             raise _Stopped(stop)
         curves = [shared[i % size][0][i // size] for i in range(len(works))]
         for work, name, curve in zip(works, names, curves, strict=True):
-            self._note(work, name, curve)
+            if not isinstance(curve, str):
+                self._runs[work.options, work.fold] = (name, curve)
+        self._write()
         return curves
-
-    def _note(self, work: Work, name: str, curve: Curve | str) -> None:
-        if not isinstance(curve, str):
-            self._runs[work.options, work.fold] = (name, curve)
-        if self._rank == 0:
-            self._write()
 
     def _one(self, work: Work, name: str) -> Curve | str:
         """Bring one run to its steps, or read it where that was done before."""
@@ -324,7 +323,8 @@ class Fit:
             assert curve is not None
         loss, step = lowest(curve)
         logger.info("fit: %s, %d steps: lowest %.4f at step %d", name, work.steps, loss, step)
-        self._note(work, name, curve)
+        self._runs[work.options, work.fold] = (name, curve)
+        self._write()  # the viewer shows it before the others are there
         return curve
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
+from ...methods.auxiliaries import MOST
 
 RATE, METHOD = "learning_rate", "method"
 RANKS = ("4", "8", "16")
 FACTOR = 2.0
 """Between two rates."""
-MOST_FOR_SAMPLE = 512
-"""Samples of which each gets an auxiliary of its own: each costs an adapter's memory."""
 Options = tuple[tuple[str, str], ...]
 """A configuration: what it sets, beside what the user gave; () is the command line as given."""
 
@@ -120,7 +119,7 @@ def default_values(
     if METHOD not in typed:
         values[METHOD] = ("lora", "bilora")
         values |= {} if "rho" in typed else {"rho": ("auto",)}
-        if samples <= MOST_FOR_SAMPLE and supports_sample and "auxiliaries" not in typed:
+        if samples <= MOST and supports_sample and "auxiliaries" not in typed:
             values["auxiliaries"] = ("sample",)
     values[RATE] = tuple(f"{rate * by:.6g}" for by in (1 / FACTOR, 1.0, FACTOR))
     return values if "rank" in typed else {**values, "rank": RANKS}
