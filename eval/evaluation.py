@@ -44,6 +44,8 @@ class Evaluation:
     Attributes:
         name: of the module in ``eval``, and the result's kind.
         described: by default the module's docstring; its first paragraph stands above the flags.
+        options: dataclasses of its flags; see `bilora_diffusion.fields`.
+        runs: help of the argument that names the runs.
         title: of the report; by default the name.
         metrics: how its metrics are shown.
         over: what is averaged and paired: "seed" or "item".
@@ -54,6 +56,8 @@ class Evaluation:
     name: ClassVar[str]
     title: ClassVar[str] = ""
     described: ClassVar[str | None] = None
+    options: ClassVar[Sequence[type]] = ()
+    runs: ClassVar[str] = "run folders"
     metrics: ClassVar[Mapping[str, Metric]] = {}
     over: ClassVar[str] = "seed"
 
@@ -73,14 +77,15 @@ class Evaluation:
     @classmethod
     def parser(cls) -> Parser:
         """The command line."""
-        parser = Parser(f"eval.{cls.name}", cls.described or sys.modules[cls.__module__].__doc__)
+        described = cls.described or sys.modules[cls.__module__].__doc__
+        parser = Parser(f"eval.{cls.name}", described, cls.options)
         cls.arguments(parser)
         return parser
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        """Add the flags: run folders, ``--group``, ``--output_dir``."""
-        parser.add_runs()
+        """Add what is no option: run folders, ``--group``, ``--output_dir``."""
+        parser.add_runs(cls.runs)
         parser.add_output(cls.name)
 
     def subjects(self) -> Sequence[Subject]:

@@ -17,7 +17,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bilora_diffusion.choices import TEMPLATES
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.run.record import last_measured
 
@@ -28,7 +27,6 @@ from .bases import training_set
 HARNESS, HUMANEVAL, MTBENCH, HELDOUT = "harness", "humaneval", "mtbench", "heldout"
 HELDOUT_LOSS = "heldout_loss"
 OF_RUN, NONE = "run", "none"
-GIVEN_TEMPLATES = (OF_RUN, NONE, *TEMPLATES)
 EFFECT = "effect of adapter"
 """Largest change of a probe's logits by it."""
 UNPARSED = "without an answer"

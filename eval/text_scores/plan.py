@@ -15,14 +15,14 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 
 from ..kept import Kept
 from ..subjects import Subject
 from ..table import Metric
 from . import benchmarks, harness, humaneval, mtbench
 from .bases import Base
-from .benchmarks import EFFECT, GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
+from .benchmarks import EFFECT, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
 from .models import Decoding, Models
@@ -59,11 +59,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--num_samples {args.num_samples} at temperature 0 would be the same program each"
             " time: give --temperature, such as 0.2 for pass@1 or 0.8 for pass@10."
-        )
-    if args.template not in (None, *GIVEN_TEMPLATES):
-        raise UserError(
-            f'--template "{args.template}"{did_you_mean(args.template, GIVEN_TEMPLATES)} is none:'
-            f" give one of {', '.join(GIVEN_TEMPLATES)}."
         )
 
 
