@@ -89,14 +89,14 @@ class Evaluation:
         parser.add_output(cls.name)
 
     def subjects(self) -> Sequence[Subject]:
-        """What is measured."""
+        """Subjects to measure."""
         return gather(self.args.runs, self.args.group)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Check what can be checked, before anything is measured or written."""
 
     def rows(self, subject: Subject) -> Iterable[Row]:
-        """What is measured of one subject."""
+        """Measurements of one subject."""
         raise NotImplementedError
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
@@ -139,7 +139,7 @@ class Evaluation:
         return list(drawn)
 
     def introduction(self, result: Result) -> str:
-        """What stands above the tables."""
+        """Text above the tables."""
         return f"Mean with {report.INTERVALS}."
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -167,7 +167,7 @@ class Evaluation:
         )
 
     def further(self, result: Result) -> list[str]:
-        """What stands below the tables: figures, notes and origin at the end."""
+        """Parts below the tables: figures, notes and origin at the end."""
         return [report.closing(result)]
 
     def work(self) -> int | None:

@@ -33,7 +33,7 @@ LOWEST_AT = f"step of best {HELDOUT}"
 
 
 def metrics(level: float | None = None) -> dict[str, Metric]:
-    """How the metrics are shown: losses times 1000."""
+    """Titles and forms of the metrics: losses times 1000."""
 
     def loss(title: str) -> Metric:
         return Metric(title, higher_is_better=False, scale=1000, form=".2f")

@@ -86,7 +86,7 @@ def _draw(axis: Any, result: Result, curve: Curve, log: bool, color: Any) -> Non
 
 
 def positive(curve: Sequence[Summary]) -> list[Summary]:
-    """What a logarithmic axis can show: zeros become gaps, bands end above zero."""
+    """A curve for a logarithmic axis: zeros become gaps, bands end above zero."""
     return [
         replace(point, error=min(point.error, 0.99 * point.mean))
         if point.mean and point.error is not None

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.fields import option
 from bilora_diffusion.values import WORKERS, Range
 
@@ -53,7 +53,7 @@ SIDES = Range(2**14, "no model draws larger images", at_least=8, multiple_of=8)
 
 @dataclass(frozen=True)
 class WhatOptions:
-    """What is drawn, and what it is held against."""
+    """Prompts, scores and comparison."""
 
     section = "prompts and models"
     prompts: str = option("3d_icon", "A set that is shipped, a text file, or a CSV file.")
@@ -78,7 +78,7 @@ class WhatOptions:
 
 @dataclass(frozen=True)
 class HowOptions:
-    """How images are drawn."""
+    """Sampling of images."""
 
     section = "images"
     num_inference_steps: int | None = option(None, f"Steps of the sampler {USUAL}.", range=COUNTS)
@@ -281,22 +281,13 @@ def load_models(
     """Scorer and captioner by their names; no captioner for None."""
     from . import captioners, models
 
-    name = scorer
-    try:
+    fix = "check its name, its files, the connection to the hub, and that open_clip_torch is there"
+    with translated(f'"{scorer}" can\'t be loaded', fix):
         first = models.load(scorer, revision=revisions[0], device=device)
-        if captioner is None:
-            return first, None
-        name = captioner
-        second = captioners.load(captioner, first, revision=revisions[1], device=device)
-        return first, second
-    except UserError:
-        raise
-    except models.FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f'"{name}" can\'t be loaded ({reason}): check its name, its files and the connection to'
-            " the hub, and that open_clip_torch is installed."
-        ) from error
+    if captioner is None:
+        return first, None
+    with translated(f'"{captioner}" can\'t be loaded', fix):
+        return first, captioners.load(captioner, first, revision=revisions[1], device=device)
 
 
 main = ClipScores.main

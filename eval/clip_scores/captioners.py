@@ -55,7 +55,7 @@ def load(
 
     Raises:
         UserError: an unknown name, or a model that cannot caption; it says what to give.
-        Exception: one of ``models.FAILURES``, of the library that can't load it.
+        Exception: of the library that can't load it.
     """
     scheme, colon, source = name.partition(":")
     schemes = ("embedded", "blip")

@@ -1,4 +1,4 @@
-"""How the adapters move while they are trained: Figures 2, A2 and A4 from recorded runs.
+"""Movement of the adapters while they are trained: Figures 2, A2 and A4 from recorded runs.
 
     python -m eval.dynamics runs/lora-sam runs/bilora
     python -m eval.dynamics runs/bilora-seed0 runs/bilora-seed1 runs/bilora-10x-seed0 \\

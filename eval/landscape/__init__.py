@@ -1,4 +1,4 @@
-"""How flat the minima are that runs end in (the paper's Fig. 3): loss around them, sharpness.
+"""Flatness of the minima that runs end in (the paper's Fig. 3): loss around them, sharpness.
 
     python -m eval.landscape runs/lora runs/bilora
     python -m eval.landscape runs/sweep/method-*/ --eigenvalue --output_dir results/landscape
@@ -216,12 +216,12 @@ class Landscape(Evaluation):
 
 
 def grounds(result: Result) -> str:
-    """Which loss it is."""
+    """Name of the loss."""
     return "training" if result.settings["split"] == "train" else "held-out"
 
 
 def notes(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What has to be known to read the tables."""
+    """Sentences that explain the tables."""
     radii = [f"{own[-1]:g} ({space})" for space, own in settings["positions"].items()]
     yield (
         "Directions are filter-normalized (Li et al. 2018): at radius t every filter has moved by"

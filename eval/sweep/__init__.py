@@ -116,7 +116,7 @@ class Sweep(Evaluation):
         return report_failures(outcomes, runs)
 
     def plan(self) -> tuple[Grid, Runner]:
-        """What is to be run, checked and shown."""
+        """Check and print the runs; returns them with what runs them."""
         from . import axes
         from .cells import Runner
         from .grid import Planner, open_script

@@ -31,7 +31,7 @@ def draw(result: Result, picture: Path) -> None:
 
 
 def mean_differences(result: Result) -> dict[str, float]:
-    """Of each arm that has one."""
+    """Mean difference of each variant that has one."""
     name = f"{FINAL} {result.settings['metric']}"
     lines = {arm: result.summary(arm, name) for arm in result.groups}
     return {

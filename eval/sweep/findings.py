@@ -1,4 +1,4 @@
-"""How a sweep is shown: the scale of its numbers, the table of arms, what has to be known."""
+"""Scale of a sweep's numbers, facts of its table, and sentences around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEY_FIGURES = ("final", "best", "equal_training")
 
 
 def metrics(result: Result) -> dict[str, Metric]:
-    """How the metric is written: losses below 1 times 1000, with two places, others with four."""
+    """Forms of the metric: losses below 1 times 1000, with two places, others with four."""
     name, higher = result.settings["metric"], result.settings["higher_is_better"]
     lines = [result.summary(group, f"final {name}") for group in result.groups]
     means = [abs(line.mean) for line in lines if line is not None and line.mean is not None]
@@ -41,7 +41,7 @@ def suffix(result: Result) -> str:
 
 
 def is_finished(entry: Entry) -> bool:
-    """Whether a cell is."""
+    """Test that a run is finished."""
     return entry.about["status"] == FINISHED
 
 
@@ -75,13 +75,13 @@ def notes(result: Result) -> Iterator[str]:
 
 
 def finished(result: Result, group: str) -> str:
-    """How many cells of an arm are, of how many."""
+    """Finished runs of a variant, of how many."""
     cells = result.members(group)
     return f"{sum(map(is_finished, cells))}/{len(cells)}"
 
 
 def introduction(result: Result) -> str:
-    """What is compared, and how."""
+    """Sentence above the table."""
     settings, count = result.settings, len(result.settings["seeds"])
     return (
         f"`{settings['metric']}`{suffix(result)} of {settings['recipe']},"

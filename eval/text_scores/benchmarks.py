@@ -37,7 +37,7 @@ SHOWN = 200
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is asked.
+    """Settings of a benchmark.
 
     Args:
         name: as asked for.
@@ -63,7 +63,7 @@ class Benchmark:
 
     @property
     def recorded(self) -> bool:
-        """Whether training measured it."""
+        """True for what training measured."""
         return self.engine == HELDOUT
 
 
@@ -100,7 +100,7 @@ class Measured:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def further(self) -> dict[str, float]:
-        """What a table shows beside the value; nothing of items where there is none."""
+        """Figures beside the value; none of items where there is none."""
         unparsed = sum(not item.parsed for item in self.items)
         counts = {"items": len(self.items), UNPARSED: unparsed} if self.items else {}
         return counts | self.others
@@ -158,7 +158,7 @@ def choose(
 
 
 def harness_tasks(names: str) -> list[str]:
-    """What the names are to the harness; empty where none is asked by it."""
+    """Tasks of the harness among the names."""
     words = [word.strip() for word in names.split(",") if word.strip()]
     return [
         PAPER[word].task if word in PAPER else word

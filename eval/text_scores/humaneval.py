@@ -24,7 +24,7 @@ from .models import Decoding, Keeper, Loaded, answers
 from .sandbox import Execution, Sandbox
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\n```")
-"""What a completion of a function's body does not go on with."""
+"""Strings that end a completion of a function's body."""
 K = (1, 10, 100)
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one code block.\n\n"
@@ -61,7 +61,7 @@ class HumanEval:
     samples: int
 
     def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
+        """All that a score depends on beside the model."""
         return {
             "decoding": self.decoding.record(),
             "num_samples": self.samples,
@@ -111,7 +111,7 @@ def _prompt(problem: Problem, template: str) -> str:
 
 
 def program(problem: Problem, text: str, template: str) -> str | None:
-    """What is run: the function and its test; None where an answer holds no code."""
+    """Function and its test, to be run; None where an answer holds no code."""
     code = problem["prompt"] + text
     if template != NONE:
         blocks = _BLOCK.findall(text)

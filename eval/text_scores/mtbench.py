@@ -29,7 +29,7 @@ from .models import Decoding, Keeper, Loaded, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Of the categories, as MT-Bench sets them; 0 for the others, which have one right answer."""
+"""Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer."""
 ASKED_AGAIN = 3
 _GRADING = (
     "Rate how well an assistant answered a user's question. Judge usefulness, relevance,"
@@ -47,7 +47,7 @@ _FORMS = (
     re.compile(rf"rating\W{{0,6}}{_RATING}", re.IGNORECASE),
     re.compile(rf"\[\s*{_RATING}\]"),
 )
-"""How a rating is written, the asked form first."""
+"""Forms of a rating, the asked one first."""
 
 
 def rating(text: str) -> float | None:
@@ -62,7 +62,7 @@ def rating(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """Where ratings come from.
+    """Source of ratings.
 
     Args:
         base_url: up to and with "/v1".
@@ -205,7 +205,7 @@ def _first(turns: Any) -> Any:
 
 
 def grading_prompt(question: Question, answer: str) -> str:
-    """What the judge is asked."""
+    """Prompt for the judge."""
     reference = f"\n# A right answer, for comparison\n{question.reference}\n"
     return _GRADING.format(
         question=question.text,
@@ -224,7 +224,7 @@ class MTBench:
     decoding: Decoding
 
     def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
+        """All that a score depends on beside the model."""
         texts = [part for q in self.questions for part in (q.id, q.category, q.text, q.reference)]
         return {
             "decoding": self.decoding.record(),

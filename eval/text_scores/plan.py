@@ -1,6 +1,4 @@
-"""What is asked, decided and checked before a model is loaded, and then asked; what is finished is
-kept.
-"""
+"""Benchmarks: chosen and checked before a model is loaded, then measured; scores are cached."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ class Asked:
         return base.template if self.benchmark.template == OF_RUN else self.benchmark.template
 
     def described(self, measured: Measured) -> tuple[Metric, dict[str, Any]]:
-        """How it is shown and was asked, with what only asking it told."""
+        """Its metric and its settings, with those that are known only after it was asked."""
         settings = self.settings | measured.settings
         higher = bool(settings.pop("higher_is_better", True))
         return Metric(self.benchmark.title, "", higher, self.benchmark.scale, ".2f"), settings
@@ -118,7 +116,7 @@ def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models
 
 
 def dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Of the models: the named one, else bfloat16 where a GPU has it."""
+    """Dtype of the models: the named one, else bfloat16 where a GPU has it."""
     if name is not None:
         return DTYPES[name]
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -15,8 +15,9 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel,
 
 from bilora_diffusion.mini import scorer as mini
 from eval.clip_scores import captioners, models
-from eval.clip_scores.models import ModelEntry, digest
+from eval.clip_scores.models import ModelEntry
 from eval.clip_scores.names import BLIP
+from eval.digests import of_files
 from tests.eval import clip_models
 from tests.eval.clip_models import (
     DIMENSION,
@@ -47,7 +48,7 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders.get(scheme, captioners).load(f"{scheme}:{folder}").entry
-        named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, digest(weights))
+        named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, of_files(weights))
         assert replace(entry, note="") == named
         assert ("search" in entry.note) == (scheme == "blip")
     commit, default = "0123456789abcdef0123456789abcdef01234567", BLIP

@@ -165,7 +165,7 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
 ) -> None:
     adapters = [str(scored_runs / "demo" / name) for name in ("lora", "bilora")]
     output, more = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
-    argv = words(output, *more, steps=6)
+    argv = words(output, *more, steps=3)
     first = start(argv)
     while not (before := pictures(output)) and first.poll() is None:
         time.sleep(0.02)
@@ -182,13 +182,13 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert {name: after[name] for name in before} == before
 
     whole = tmp_path / "whole"
-    run(*words(whole, *more, "--processes", "2", steps=6))
+    run(*words(whole, *more, "--processes", "2", steps=3))
     assert len(pictures(whole)) == 15
     assert record(whole) == record(output)
 
     two = tmp_path / "two"
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    launched = start(words(two, *more, steps=6), *launcher)
+    launched = start(words(two, *more, steps=3), *launcher)
     printed, _ = launched.communicate()
     assert (launched.returncode, printed.count("written: ")) == (0, 1)
     assert len(pictures(two)) == 15
