@@ -53,7 +53,7 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
 
 
 @dataclass(frozen=True)
-class Options:
+class GeneralizationOptions:
     """Flags of the command."""
 
     section = "comparison"
@@ -67,7 +67,7 @@ class Generalization(Evaluation):
     training loss at which runs are compared, and the group that sets it.
     """
 
-    name, options = "generalization", (Options,)
+    name, options = "generalization", (GeneralizationOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import compare

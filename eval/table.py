@@ -209,9 +209,10 @@ class Result:
         )
 
     def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
-        """A metric over training at the steps that all of the group have."""
-        members = len(self.members(group))
-        return [s for s in self.over_training(group, metric, item) if s.count == members]
+        """A metric over training at the steps that all have of the group which were measured."""
+        points = self.over_training(group, metric, item)
+        measured = max((point.count for point in points), default=0)
+        return [point for point in points if point.count == measured]
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str, int | None], Summary]:

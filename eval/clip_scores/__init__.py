@@ -52,7 +52,7 @@ SIDES = Range(2**14, "no model draws larger images", at_least=8, multiple_of=8)
 
 
 @dataclass(frozen=True)
-class WhatOptions:
+class PromptOptions:
     """Prompts, scores and comparison."""
 
     section = "prompts and models"
@@ -77,7 +77,7 @@ class WhatOptions:
 
 
 @dataclass(frozen=True)
-class HowOptions:
+class SamplingOptions:
     """Sampling of images."""
 
     section = "images"
@@ -109,7 +109,7 @@ class ClipScores(Evaluation):
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
-    metrics, described, options = METRICS, DESCRIBED, (WhatOptions, HowOptions)
+    metrics, described, options = METRICS, DESCRIBED, (PromptOptions, SamplingOptions)
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -166,7 +166,7 @@ class ClipScores(Evaluation):
         from bilora_diffusion.train.launching import start_missing_processes
 
         from .images import Store, jobs
-        from .measure import Judge, truth_pictures
+        from .measure import ImageJudge, truth_pictures
 
         start_missing_processes(["-m", f"eval.{self.name}"])
         args, subjects = self.args, self.subjects()
@@ -191,7 +191,7 @@ class ClipScores(Evaluation):
         if models is None:
             return
         self.truths = truth_pictures(self.prompts, self.sampling.base_model)
-        self.judge = Judge(store, *models, self.truths, self.training, originals)
+        self.judge = ImageJudge(store, *models, self.truths, self.training, originals)
         self._describe(*models)
         rows = [row for subject in subjects for row in self.rows(subject)]
         self.origin = of_this_process(self.command, device)

@@ -38,7 +38,7 @@ class Seen(NamedTuple):
     words: Tensor | None = None
 
 
-class Judge:
+class ImageJudge:
     """Scores images by what they are held against."""
 
     def __init__(

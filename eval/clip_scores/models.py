@@ -57,7 +57,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model with what belongs to it."""
 
     model: Any
@@ -66,7 +66,7 @@ class Loaded:
     entry: ModelEntry
 
 
-def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
+def from_open_clip(scheme: str, source: str, device: str = "cpu") -> LoadedModel:
     """A CLIP or CustomTextCLIP.
 
     Args:
@@ -86,7 +86,7 @@ def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
     model, preprocess = loaded
     tokenize: Any = open_clip.get_tokenizer(place)
     _require_words(entry.name, getattr(tokenize, "tokenizer", None))
-    return Loaded(model.eval(), preprocess, tokenize, entry)
+    return LoadedModel(model.eval(), preprocess, tokenize, entry)
 
 
 def _named(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
@@ -136,7 +136,7 @@ def from_transformers(
     *,
     revision: str | None = None,
     device: str = "cpu",
-) -> Loaded:
+) -> LoadedModel:
     """A model and its processor from a hub id or a folder, both from one commit."""
     from transformers.utils.hub import cached_file
 
@@ -166,7 +166,9 @@ def from_transformers(
         source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
     entry = ModelEntry(f"{scheme}:{source}", scheme, source, commit)
     _require_words(entry.name, processor.tokenizer)
-    return Loaded(model.to(device).eval(), processor.image_processor, processor.tokenizer, entry)
+    return LoadedModel(
+        model.to(device).eval(), processor.image_processor, processor.tokenizer, entry
+    )
 
 
 def _require_type(name: str, config: Path, kind: str) -> None:
@@ -260,7 +262,7 @@ def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: 
     return _open_clip(replace(loaded, entry=entry), device, batch)
 
 
-def _open_clip(loaded: Loaded, device: str, batch: int) -> Scorer:
+def _open_clip(loaded: LoadedModel, device: str, batch: int) -> Scorer:
     model, preprocess, tokenize = loaded.model, loaded.preprocess, loaded.tokenize
     # The empty text's tokens mark a text's ends and its padding; not every model has the length.
     marks = tokenize([""])[0].tolist()

@@ -29,7 +29,7 @@ _COMPARED = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learni
 
 
 @dataclass(frozen=True)
-class Options:
+class DynamicsOptions:
     """Flags of the command."""
 
     section = "layers"
@@ -43,7 +43,7 @@ class Dynamics(Evaluation):
     each group its number of ``steps`` and its ``options``: learning rates, ranks and radius.
     """
 
-    name, title, options = "dynamics", "Training dynamics", (Options,)
+    name, title, options = "dynamics", "Training dynamics", (DynamicsOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import curves

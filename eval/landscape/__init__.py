@@ -39,7 +39,7 @@ SPACES = tuple(TITLES)
 
 
 @dataclass(frozen=True)
-class Options:
+class LandscapeOptions:
     """Flags of the command."""
 
     section = "measurement"
@@ -86,7 +86,7 @@ class Landscape(Evaluation):
     starts.
     """
 
-    name, title, options = "landscape", "Flatness", (Options,)
+    name, title, options = "landscape", "Flatness", (LandscapeOptions,)
     runs = 'run folders, or "base" for the model before'
     metrics: ClassVar[Mapping[str, Metric]] = {
         "rise": Metric("rise along random directions"),

@@ -173,10 +173,10 @@ class Model:
     """A loaded point: ``spaces`` has the weights of each space asked for that it has."""
 
     spaces: dict[str, list[Weight]]
-    loss: Grid
+    loss: LevelGrid
 
 
-class Grid(GridLoss):
+class LevelGrid(GridLoss):
     """The grid loss of some images at some of its noise levels, as terms that add up to the mean.
 
     Noise, levels and batches are those of the held-out loss in training. With all images and
@@ -255,7 +255,7 @@ def load(
     if "full" in spaces:
         held["full"] = full_space(task, full_weights)
     images = point.images.only(range(len(point.images))[: max_images or None])
-    return Model(held, Grid(task, images, levels))
+    return Model(held, LevelGrid(task, images, levels))
 
 
 @torch.no_grad()

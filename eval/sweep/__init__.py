@@ -32,6 +32,7 @@ from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.fields import option
 from bilora_diffusion.values import WORKERS
 
+from .. import plot
 from ..command import Parser, open_folder, require_free
 from ..evaluation import Evaluation
 from ..provenance import without_paths
@@ -49,7 +50,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """Flags of the command."""
 
     section = "sweep"
@@ -58,7 +59,7 @@ class Options:
         "Axes: name=v1,v2 or name=a..b (whole numbers, b included); seed is the axis of pairs.",
     )
     arms: Path | None = option(None, "YAML file: label to mapping of options.")  # noqa: RUF009
-    set: list[str] = option([], "Options of all runs, NAME=VALUE.")  # noqa: RUF009
+    set: list[str] = option([], "SweepOptions of all runs, NAME=VALUE.")  # noqa: RUF009
     control: str | None = option(
         None, "The variant to compare with, by label or option (default: the first)."
     )
@@ -85,7 +86,7 @@ class Sweep(Evaluation):
     compared and the arm that sets it, or None.
     """
 
-    name, options = "sweep", (Options,)
+    name, options = "sweep", (SweepOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         args.output_dir = args.output_dir or args.runs_dir / self.name
@@ -193,9 +194,9 @@ class Sweep(Evaluation):
         return replace(result, metrics=findings.metrics(result))
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import figures
-
-        figures.draw(result, folder / "sweep.png")
+        size = {"figsize": (12, max(3.6, 0.34 * len(result.groups) + 1.6))}
+        row = findings.panels(result)
+        plot.panels(result, folder / "sweep.png", [row], control=result.control, **size)
         return ["sweep.png"]
 
     def introduction(self, result: Result) -> str:

