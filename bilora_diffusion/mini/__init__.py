@@ -17,6 +17,7 @@ FLOW = "mini-flow"
 """What stands for the flow-matching one where a model is named."""
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
+HELDOUT, ANIMALS_HELDOUT = f"{MINI}-heldout", f"{ANIMALS}-heldout"
 _HERE = Path(__file__).resolve().parent
 _FLOW = _HERE / "flow"
 
@@ -71,3 +72,11 @@ def animals_train_dir() -> Path:
 def animals_heldout_dir() -> Path:
     """Folder of the 64 held-out animals and their ``metadata.jsonl``."""
     return _HERE / "animals" / "heldout"
+
+
+FOLDERS = {
+    MINI: train_dir,
+    HELDOUT: heldout_dir,
+    ANIMALS: animals_train_dir,
+    ANIMALS_HELDOUT: animals_heldout_dir,
+}
