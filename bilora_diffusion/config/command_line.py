@@ -46,7 +46,7 @@ class CommandLine(argparse.ArgumentParser):
         description: first lines of ``--help``.
         usage: the shortest complete command line.
         foreign: options of other scripts that are none here, with the reason and what to use
-            instead (``foreign.FOREIGN``).
+            instead (`refusals.Table`).
     """
 
     def __init__(
