@@ -38,9 +38,9 @@ BOTH: list[tuple[str, str]] = [
     ("--rank 4 stray", '"stray".*flag'),
     ("--rank 4.5", "--rank.*'4.5'.*whole number"),
     (f"--rank {'1' * 10_000}", "--rank.*whole number"),
-    ("--rho small", "--rho.*small.*a number, or auto"),
+    ("--rho small", "--rho.*small.*a number or auto"),
     ("--rho", "--rho has no value"),
-    ("--use_dora perhaps", '--use_dora.*"perhaps".*True or False'),
+    ("--use_dora perhaps", "--use_dora.*'perhaps'.*True or False"),
     ("--quantize nf8", '"nf8".*did you mean "nf4"'),
     # names and ranges
     ("--method bilra", '--method.*"bilra".*did you mean "bilora"'),
