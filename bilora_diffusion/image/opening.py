@@ -85,19 +85,19 @@ def open_images(
     Raises:
         UserError: no such set, column, split or image; the message names it and the fix.
     """
-    folder = FOLDERS[dataset]() if dataset in FOLDERS else folder_or_id(dataset, "the set")
+    folder = FOLDERS[dataset] if dataset in FOLDERS else folder_or_id(dataset, "the set")
     listing = None if folder is None or config_name is not None else look(folder)
+    captioned = listing is not None and listing.has_captions
     if listing and (listing.metadata or (listing.images and not listing.tables)):
         require_column(image_column, ["image"], "--image_column", dataset)
         table = _listed(dataset, listing, mask_column)
     else:
         # Else datasets may take the captions beside images in subfolders for the data.
-        images_only = listing is not None and listing.has_captions
-        data = _load(dataset, folder, config_name, images_only, cache_dir)
+        data = _load(dataset, folder, config_name, captioned, cache_dir)
         table = _loaded(dataset, data, image_column, mask_column)
     beside = False
-    captioned = listing and table.files and not listing.metadata and listing.has_captions
-    if captioned and (caption_column is None or TEXT not in table.columns):
+    unread = caption_column is None or TEXT not in table.columns
+    if listing and captioned and unread and table.files and not listing.metadata:
         table.columns[TEXT] = partial(listing.captions, table.files)
         caption_column = caption_column or TEXT
         beside = caption_column == TEXT
