@@ -17,8 +17,6 @@ from .values import SMALLEST, Range, check_choice, check_number, check_place, ch
 
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
-NO_TRUTH = "neither true nor false: "
-NO_NUMBER = "neither a number nor "
 
 
 @dataclass(frozen=True)
@@ -185,12 +183,12 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
         return {**usual, "type": typing.get_args(hint)[0], "nargs": "+"}
-    if declared.words:
-        return {**usual, "type": _number_or(declared.words)}
+    if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
+        hint = typing.get_args(hint)[0]
+    if hint in (int, float):
+        return {**usual, "type": _number(hint, declared.words)}
     if {"yes", "no"} <= set(declared.choices or ()):
         return {**usual, "type": _yes_or_no, "nargs": "?", "const": "yes"}
-    if isinstance(hint, types.UnionType):  # of a type and None
-        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is not bool:
         return {**usual, "type": hint}
     if bare:
@@ -198,16 +196,17 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     return {**usual, "type": _truth, "nargs": "?", "const": True}
 
 
-def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
-    """Reads one of a few words, or a number."""
+def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:
+    """Reads a number, or one of a few words; raises ValueError that says so."""
+    named = " or ".join(("a whole number" if kind is int else "a number", *words))
 
     def read(text: str) -> float | str:
         if text in words:
             return text
         try:
-            return float(text)
+            return kind(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{NO_NUMBER}{' or '.join(words)}: {text}") from error
+            raise ValueError(f"give {named}") from error
 
     return read
 
@@ -215,12 +214,12 @@ def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
 def _truth(word: str) -> bool:
     if word.lower() in (*TRUE, *FALSE):
         return word.lower() in TRUE
-    raise argparse.ArgumentTypeError(f"{NO_TRUTH}{word}")
+    raise ValueError("give True or False, or the flag alone")
 
 
 def _yes_or_no(word: str) -> str:
     """Whatever says yes or no, by that word; any other as it is."""
     try:
         return "yes" if _truth(word) else "no"
-    except argparse.ArgumentTypeError:
+    except ValueError:
         return word

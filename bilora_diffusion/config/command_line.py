@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from ..fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
+from ..fields import add_flags, check, default_of, options_of
 from ..values import check_choice, short
 from .recipe import find_recipe, read_options
 
@@ -45,27 +45,18 @@ class Sentences(argparse.ArgumentParser):
         if action.choices is not None:
             check_choice(action.option_strings[0], value, action.choices)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        read: Any = action.type or str
+        try:
+            return read(text)
+        except ValueError as error:
+            flag = action.option_strings[0]
+            raise UserError(f"{flag} is {short(repr(text))}: {error}.") from error
+
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
-        match = re.match(r"argument (--\w+)\S*: (.*)", message, flags=re.DOTALL)
-        if match is None:
-            raise UserError(f"{message}: --help lists all flags.")
-        flag, complaint = match.groups()
-        wrong = re.match(r"invalid (int|float) value: (.*)", complaint, flags=re.DOTALL)
-        if wrong is not None:
-            kind = "a whole number" if wrong[1] == "int" else "a number"
-            raise UserError(f"{flag} is {short(wrong[2])}: give {kind}.")
-        word = re.match(rf"{NO_NUMBER}([\w ]+): (.*)", complaint, flags=re.DOTALL)
-        if word is not None:
-            raise UserError(f"{flag} is {short(word[2])}: give a number, or {word[1]}.")
-        truth = re.match(rf"{NO_TRUTH}(.*)", complaint, flags=re.DOTALL)
-        if truth is not None:
-            raise UserError(
-                f'{flag} is "{short(truth[1])}": give True or False, or the flag alone.'
-            )
-        if complaint.startswith("ignored explicit argument"):
-            raise UserError(f"{flag} takes no value: give it alone.")
-        raise UserError(f"{flag} has no value: put one after it.")
+        flag = re.match(r"argument (--\w+).*expected", message)
+        raise UserError(f"{flag[1]} has no value: put one after it." if flag else f"{message}.")
 
 
 class CommandLine(Sentences):
@@ -76,7 +67,7 @@ class CommandLine(Sentences):
         description: first lines of ``--help``.
         usage: the shortest complete command line.
         foreign: options of other scripts that are none here, with the reason and what to use
-            instead (``foreign.FOREIGN``).
+            instead (`refusals.Table`).
     """
 
     def __init__(

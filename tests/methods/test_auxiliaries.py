@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,15 +17,14 @@ from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import Method, MethodOptions, Target, create
 from bilora_diffusion.methods.auxiliaries import deal
-from tests.methods.runs import Run, batch
-from tests.methods.test_bilora import naive_copy
-from tests.references import bilora as reference
+from tests.methods.runs import STEPS, Run, batch, naive
+from tests.references import methods as reference
 
 COUNT = 5
 
 
 def samples(k: int, rows: int = 7) -> list[int | None]:
-    """Which samples step k sees: some twice, some not at all, and one row that is none."""
+    """Samples of step k: some twice, some not at all, and one row that is none."""
     drawn = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
     return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
 
@@ -47,42 +47,31 @@ def flats(method: Method) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 5), tuple(range(1, 7))], ids=["one", "three", "rows"])
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_50_steps_follow_per_sample_loops(kind: str, cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("kind", "lr", "rho"), [("SGD", 0.1, 0.05), ("AdamW", 5e-3, 0.3)])
+def test_50_steps_follow_per_sample_loops(
+    kind: str, lr: float, rho: float, cuts: tuple[int, ...]
+) -> None:
     """Acceptance: float64, to 1e-10, however the batch is cut."""
-    lr, rho = (0.1, 0.05) if kind == "SGD" else (5e-3, 0.3)
-    options = MethodOptions(
-        auxiliaries=COUNT,
-        rho=rho,
-        auxiliary_rank=2,
-        auxiliary_alpha=3,
-        auxiliary_learning_rate=2 * lr,
-    )
-    run = Run("bilora", options, kind, lr)
-    layers = naive_copy(run.model)
-
-    def rules(rate: float, names: Sequence[str]) -> list[dict[str, Any]]:
-        ascend = "A2" in names
-        make = {"SGD": reference.SGD, "AdamW": lambda r, a: reference.AdamW(r, 0.0, a)}[kind]
-        return [{name: make(rate, ascend) for name in names} for _ in layers]
-
-    others = [rules(2 * lr, ("A2", "B2")) for _ in range(COUNT)]
-    naive = reference.BySample(layers, rules(lr, ("A1", "B1")), others, rho)
+    given: dict[str, Any] = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "rho": rho}
+    given["auxiliary_learning_rate"] = 2 * lr
+    one = Run("bilora", MethodOptions(**given), kind, lr)
+    run = Run("bilora", MethodOptions(auxiliaries=COUNT, **given), kind, lr)
+    first, *others = (naive(one) for _ in range(1 + COUNT))
+    net = reference.Net([replace(la, A2=None, B2=None) for la in first.layers], first.rules)
     expected, moved = [], 0
-    for k in range(50):
-        before = list(naive.pairs)
+    for k in range(STEPS):
+        before = [other.layers[0].A2 for other in others]
         groups = [None if s is None else s % COUNT for s in samples(k)]
-        expected.append(naive.step(*batch(k), groups))
-        moved += sum(a is not b for a, b in zip(before, naive.pairs, strict=True))
-    assert moved < 50 * COUNT, "some must have stood still"
-    losses = run.train(50, backward=lambda k: backward(run, k, cuts))
+        expected.append(reference.by_sample(net, *batch(k), rho, others, groups))
+        moved += sum(a is not o.layers[0].A2 for a, o in zip(before, others, strict=True))
+    assert moved < STEPS * COUNT, "some must have stood still"
+    losses = run.train(backward=lambda k: backward(run, k, cuts))
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
-    for factor, layer in zip(adapters.factors(run.model, PRIMARY), layers, strict=True):
-        torch.testing.assert_close(factor.A, layer.A1, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(factor.B, layer.B1, rtol=1e-10, atol=1e-10)
-    for group, flat in enumerate(flats(run.method).values()):
-        pairs = naive.pairs[group]
-        whole = torch.cat([A.flatten() for A, _ in pairs] + [B.T.flatten() for _, B in pairs])
+    for factor, layer in zip(adapters.factors(run.model, PRIMARY), net.layers, strict=True):
+        torch.testing.assert_close([factor.A, factor.B], [layer.A, layer.B], rtol=1e-10, atol=1e-10)
+    for flat, other in zip(flats(run.method).values(), others, strict=True):
+        own: Any = other.layers
+        whole = torch.cat([la.A2.flatten() for la in own] + [la.B2.T.flatten() for la in own])
         torch.testing.assert_close(flat, whole, rtol=1e-10, atol=1e-10)
 
 
