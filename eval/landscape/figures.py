@@ -98,8 +98,8 @@ def planes(result: Result, picture: Path) -> None:
     options = {"figsize": size, "layout": "compressed"}
     with plot.canvas(picture, len(spaces), len(groups), **options) as (figure, axes):
         for row, space in zip(axes, spaces, strict=True):
-            shown = _contours(row, result, space, groups)
-            figure.colorbar(shown, ax=row, label="rise of the loss")
+            contours = _contours(row, result, space, groups)
+            figure.colorbar(contours, ax=row, label="rise of the loss")
 
 
 def _contours(row: Any, result: Result, space: str, groups: Sequence[str]) -> Any:

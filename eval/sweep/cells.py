@@ -28,8 +28,8 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import checkpoint, runlog
 
 from ..provenance import without_paths
-from .findings import FINISHED
 from .grid import Cell
+from .reporting import FINISHED
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"

@@ -24,7 +24,7 @@ from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
 
 from .axes import SEED, Values, settings
-from .findings import HELDOUT
+from .reporting import HELDOUT
 
 MEASURED = (
     *("validation_dataset", "validation_file", "validation_part", "max_eval_samples"),

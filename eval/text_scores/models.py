@@ -20,8 +20,8 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model
 from bilora_diffusion.text.tokenizing import context_rows, generation_prompt
 
+from ..cache import Cache
 from ..digests import PEFT_FILE
-from ..kept import Kept
 from ..load import put_peft
 from ..subjects import Subject
 from .bases import Base
@@ -41,7 +41,7 @@ class Loaded(TextModel):
 
     effect: float | None = None
 
-    def shown(self, template: str) -> str:
+    def template_used(self, template: str) -> str:
         """The template that is really used: T5 and its kin get the bare prompt, as in training."""
         return template if self.kind == "causal" else NONE
 
@@ -119,7 +119,7 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
     return effect
 
 
-Keeper = Callable[[Mapping[str, Any]], Kept]
+CacheOf = Callable[[Mapping[str, Any]], Cache]
 """Further circumstances -> the cache of a subject and a benchmark under them."""
 
 
@@ -152,16 +152,16 @@ def answers(
     decoding: Decoding,
     template: str,
     batch_size: int,
-    kept: Kept,
+    cache: Cache,
 ) -> dict[str, str]:
-    """Key of a prompt -> the model's answer; what is kept already is not generated again."""
-    missing = [key for key in prompts if key not in kept]
+    """Key of a prompt -> the model's answer; what is cached already is not generated again."""
+    missing = [key for key in prompts if key not in cache]
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]
         rows = [_tokens(loaded, prompts[key], template) for key in keys]
         for key, text in zip(keys, _generate(loaded, keys, rows, decoding), strict=True):
-            kept.put(key, _cut(text, decoding.stops))
-    return {key: kept.get(key) for key in prompts}
+            cache.put(key, _cut(text, decoding.stops))
+    return {key: cache.get(key) for key in prompts}
 
 
 def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:

@@ -16,7 +16,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.mini import heldout_dir
 from eval import compare
-from eval.clip_scores import shown
+from eval.clip_scores import reporting
 from eval.clip_scores.captioners import Captioner
 from eval.clip_scores.images import Job, Sampling, Store, jobs
 from eval.clip_scores.measure import ImageJudge, truth_pictures
@@ -147,7 +147,7 @@ def test_the_first_prompts_and_the_average_have_the_shape_of_the_papers_table() 
         rows=rows,
         summaries=compare.summaries(rows, "LoRA", over="item"),
     )
-    lines = [line.strip("|").split(" | ") for line in shown.scores(made).splitlines()]
+    lines = [line.strip("|").split(" | ") for line in reporting.scores(made).splitlines()]
     head, _, *cells = [[cell.strip() for cell in line] for line in lines]
     assert head[1:] == ["CLIP I2T LoRA", "CLIP I2T Bi-LoRA", "CLIP T2T LoRA", "CLIP T2T Bi-LoRA"]
     assert [row[0] for row in cells] == [*(f"Thing {n}" for n in range(6)), "average of 8"]

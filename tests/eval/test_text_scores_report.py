@@ -11,7 +11,7 @@ import pytest
 from eval import compare, table
 from eval.subjects import Subject
 from eval.table import Metric, Result, Summary
-from eval.text_scores import TextScores, shown
+from eval.text_scores import TextScores, reporting
 
 Scores = dict[str, dict[int | None, list[float]]]
 SHARE = Metric("Bench", "", True, 100.0, ".2f")
@@ -29,7 +29,7 @@ def result(scores: Scores, peaks: Sequence[int] = ()) -> Result:
             rows.append(subject.row("b", sum(items) / len(items)))
             rows += [subject.row("b", v, item=f"q{n}") for n, v in enumerate(items)]
     control = compare.control(subjects, None)
-    lines = shown.summaries(rows, ["b"], control)
+    lines = reporting.summaries(rows, ["b"], control)
     settings = {"benchmarks": {"b": {"num_fewshot": 5}}}
     return Result(
         "text_scores", subjects, {"b": SHARE}, control, settings, rows=rows, summaries=lines
@@ -62,7 +62,7 @@ def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean() -> N
         replace(row, value=0.9) if (row.group, row.item) == ("bilora", "") else row
         for row in found.rows
     ]
-    lines = shown.summaries(rows, ["b"], "lora")
+    lines = reporting.summaries(rows, ["b"], "lora")
     assert [one.group for one in lines if one.difference is not None] == ["base"]
 
 
