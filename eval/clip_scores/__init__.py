@@ -220,8 +220,8 @@ class ClipScores(Evaluation):
         """Fill in the settings."""
         prompts = [asdict(prompt) for prompt in self.prompts]
         for prompt in prompts:
-            held = prompt["text"] in self.truths and not prompt["general"]
-            prompt["reference"] = prompt["reference"].name if held else None
+            known = prompt["text"] in self.truths and not prompt["general"]
+            prompt["reference"] = prompt["reference"].name if known else None
             prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
@@ -262,12 +262,12 @@ class ClipScores(Evaluation):
     def further(self, result: Result) -> list[str]:
         from . import reporting
 
-        told = [*reporting.made(result), *report.sources(result)]
+        sentences = [*reporting.made(result), *report.sources(result)]
         return [
             reporting.legend(result),
             report.listed(report.verdicts(result, reporting.PAPER)),
             report.section("In the shape of the paper's Table 4", reporting.scores(result)),
-            report.closing(replace(result, notes=[]), ("torch", "diffusers"), told),
+            report.closing(replace(result, notes=[]), ("torch", "diffusers"), sentences),
         ]
 
 

@@ -53,13 +53,13 @@ def _losses(result: Result, metric: str, group: str, space: str) -> list[tuple[E
     """Losses of each run of a group, a line per direction or position."""
     known = "positions" if metric == "profile" else "grid_positions"
     rows = result.select(metric, group, space)
-    found = []
+    losses = []
     for entry in result.members(group):
         values = [row.value for row in rows if row.subject == entry.label]
         if values:
             width = len(result.settings[known][space])
-            found.append((entry, np.array(values, dtype=float).reshape(-1, width)))
-    return found
+            losses.append((entry, np.array(values, dtype=float).reshape(-1, width)))
+    return losses
 
 
 def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:

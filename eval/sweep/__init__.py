@@ -243,9 +243,9 @@ def report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
     """The exit code, after a sentence for what failed."""
     failed = [outcome for outcome in outcomes if outcome.status != FINISHED]
     if failed:
-        told = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
+        reasons = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
         print(
-            f"error: {len(failed)} of {len(outcomes)} cells failed: {told}. Their logs are"
+            f"error: {len(failed)} of {len(outcomes)} cells failed: {reasons}. Their logs are"
             f" {runs_dir}/<cell>.log, and the same command tries them again.",
             file=sys.stderr,
         )

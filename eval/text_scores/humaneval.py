@@ -70,7 +70,8 @@ class HumanEval:
     def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
         """Write the programs that are not cached, run all, estimate pass@k."""
         asked = {key: problem for problem in self.problems for key in self._keys(problem)}
-        prompts = {key: _prompt(problem, template) for key, problem in asked.items()}
+        form = "{code}" if template == NONE else INSTRUCTION
+        prompts = {key: form.format(code=problem["prompt"]) for key, problem in asked.items()}
         written = cache({"decoding": self.decoding.record()})
         texts = answers(loaded, prompts, self.decoding, template, batch_size, written)
         programs = {key: program(problem, texts[key], template) for key, problem in asked.items()}
@@ -101,11 +102,6 @@ class HumanEval:
         outcomes = Counter(execution.outcome for execution in executions.values())
         others = {f"programs {name}": float(outcomes[name]) for name in sorted(outcomes)}
         return Measured(estimates.pop("pass@1"), items, estimates | others)
-
-
-def _prompt(problem: Problem, template: str) -> str:
-    code = problem["prompt"]
-    return code if template == NONE else INSTRUCTION.format(code=code)
 
 
 def program(problem: Problem, text: str, template: str) -> str | None:

@@ -234,11 +234,11 @@ class MTBench:
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
             written = cache({"decoding": decoding.record()})
             replies |= answers(loaded, prompts, decoding, template, batch_size, written)
-        said = cache(self.settings())
+        ratings = cache(self.settings())
         for question in tqdm(self.questions, unit="answer", leave=False):
             prompt = grading_prompt(question, replies[question.id].strip())
-            said.item(question.id, lambda prompt=prompt: self._judged(prompt))
-        return assess(self.questions, replies, {q.id: said.get(q.id) for q in self.questions})
+            ratings.item(question.id, lambda prompt=prompt: self._judged(prompt))
+        return assess(self.questions, replies, {q.id: ratings.get(q.id) for q in self.questions})
 
     def _judged(self, prompt: str) -> str:
         """The judge's words; it is asked again where they hold no rating."""

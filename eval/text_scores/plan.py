@@ -76,19 +76,19 @@ def asked(
     dtype: torch.dtype,
 ) -> dict[str, Asked]:
     """The benchmarks that training did not record, ready to be asked."""
-    found = {}
+    ready = {}
     for benchmark in chosen:
         if not benchmark.recorded:
             engine = _engine(benchmark, args, manager, len(subjects))
             named = {"template": benchmark.template, "limit": args.limit}
             numbers = {"dtype": str(dtype).removeprefix("torch.")}
-            found[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
-    for subject in subjects if found else ():
+            ready[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
+    for subject in subjects if ready else ():
         if subject.option("task_type") == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
             )
-    return found
+    return ready
 
 
 def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models: int) -> Any:

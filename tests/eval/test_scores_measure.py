@@ -154,5 +154,6 @@ def test_the_first_prompts_and_the_average_have_the_shape_of_the_papers_table() 
     means = [*draws.mean(2)[:, :6].T, draws.mean((1, 2))]
     for row, (lora, bilora) in zip(cells, means, strict=True):
         expected = [f"{100 * lora:.2f}", f"{100 * bilora:.2f}"]
-        expected[bilora > lora] = f"**{expected[bilora > lora]}**"
+        best = int(bilora > lora)
+        expected[best] = f"**{expected[best]}**"
         assert row[1:] == [*expected, *expected[::-1]]
