@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from .durable import disk_is_full, full_disk_sentence
 
-LONGEST = 300  # characters of an unexpected exception's message that are shown
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 T = TypeVar("T")
@@ -136,9 +135,7 @@ def run_cli(main: Callable[[], None]) -> int:
 
 def unexpected(error: BaseException) -> str:
     """An exception that nobody foresaw, as the start of a sentence."""
-    said = " ".join(str(error).split())
-    shown = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
-    return f"unexpected {type(error).__name__}" + (f": {shown}" if shown else "")
+    return f"unexpected {type(error).__name__}" + (f": {reason(error)}" if str(error) else "")
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:

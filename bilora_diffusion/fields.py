@@ -12,9 +12,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .values import SMALLEST, Range, check_choice, check_number, check_place, check_text
+from .errors import UserError
+from .files import is_text, quoted
+from .values import SMALLEST, Range, check_choice
 
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
@@ -136,13 +139,36 @@ def check(
         if value is None or value in declared.words:
             continue
         shown = f"{dashes}{name}"
-        check_text(shown, value)
+        _check_text(shown, value)
         if declared.range:
-            check_number(shown, value, declared.range, smallest)
+            declared.range.check(shown, value, smallest)
         if declared.choices:
             check_choice(shown, value, declared.choices)
         if declared.place and isinstance(value, str):
-            check_place(shown, value)
+            _check_place(shown, value)
+
+
+def _check_text(shown: str, value: Any) -> None:
+    """Refuse NULs and bytes that are not UTF-8, which can be neither written nor opened."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("\0" in text or not is_text(text)):
+            raise UserError(
+                f"{shown} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
+                " write it anew."
+            )
+
+
+def _check_place(shown: str, value: str) -> None:
+    """Refuse a name that no file or folder can have; it need not exist."""
+    try:
+        Path(value).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "there is no such user"
+        raise UserError(
+            f"{shown} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
+        ) from error
 
 
 def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:

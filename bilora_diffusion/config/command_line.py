@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
 from ..fields import add_flags, check, default_of, options_of
-from ..values import check_choice, short
+from ..files import quoted
+from ..values import check_choice
 from .recipe import find_recipe, read_options
 
 UNSET = object()
@@ -155,8 +156,7 @@ class CommandLine(argparse.ArgumentParser):
         if value is None and field.default is None:
             return UNSET
         if (isinstance(value, list) and not takes_list) or not all(map(_is_scalar, items)):
-            shown = short(str(value).replace("'", ""))
-            raise UserError(f'"{name}" is {shown}: give a single value.')
+            raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
         texts = [_as_argument(item) for item in items]
         if takes_list:
             return texts
@@ -172,7 +172,7 @@ class CommandLine(argparse.ArgumentParser):
             return read(text)
         except ValueError as error:
             flag = action.option_strings[0]
-            raise UserError(f"{flag} is {short(repr(text))}: {error}.") from error
+            raise UserError(f"{flag} is {quoted(text)}: {error}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""

@@ -19,19 +19,18 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def require(package: str, option: str, least: str = "") -> None:
+def require(package: str, option: str) -> None:
     """Refuse an option whose package is missing.
 
     Args:
+        package: its name, and the version that is needed where others are known not to do.
         option: it and its value, as the user wrote them.
-        least: the version that it needs, such as ">=0.50".
 
     Raises:
         UserError: it says how to install it.
     """
-    if not is_installed(package):
-        name = f'"{package}{least}"' if least else package
-        raise UserError(f"{option} needs a package that is missing: run `pip install {name}`.")
+    if not is_installed(package.partition(">")[0]):
+        raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
 
 
 def require_compiler(option: str) -> None:

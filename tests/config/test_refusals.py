@@ -35,10 +35,10 @@ BOTH: list[tuple[str, str]] = [
     # what argparse sees
     ("--rnk 4", '"--rnk".*did you mean "--rank"'),
     ("--rank 4 stray", '"stray".*flag'),
-    ("--rank 4.5", "--rank.*'4.5'.*whole number"),
+    ("--rank 4.5", '--rank.*"4.5".*whole number'),
     ("--rho small", "--rho.*small.*a number or auto"),
     ("--rho", "--rho has no value"),
-    ("--use_dora perhaps", "--use_dora.*'perhaps'.*True or False"),
+    ("--use_dora perhaps", '--use_dora.*"perhaps".*True or False'),
     # names and ranges
     ("--quantize nf8", '"nf8".*did you mean "nf4"'),
     ("--method bilra", '--method.*"bilra".*did you mean "bilora"'),
@@ -55,9 +55,9 @@ BOTH: list[tuple[str, str]] = [
     ("--output_dir a\0b", "--output_dir.*no text"),
     ("--resume_from_checkpoint ~no-such-user/x", "~no-such-user.*no such user"),
     # the machine
-    ("--optimizer prodigy", "pip install prodigyopt"),
-    ("--quantize nf4", '--quantize nf4.*pip install "bitsandbytes'),
-    ("--report_to wandb", "--report_to wandb.*pip install wandb"),
+    ("--optimizer prodigy", "pip install 'prodigyopt'"),
+    ("--quantize nf4", "--quantize nf4.*pip install 'bitsandbytes"),
+    ("--report_to wandb", "--report_to wandb.*pip install 'wandb'"),
     ("--push_to_hub", "--push_to_hub.*hf auth login"),
     ("--mixed_precision fp16", "fp16 with the device cpu.*GPU"),
     # the table (each of its entries is tested below)
@@ -210,7 +210,7 @@ def test_an_entry_of_the_table(entry: Refusal) -> None:
         ("mps", {}, {}, "--mixed_precision bf16", "mps"),
         ("mps", {}, {}, "--use_8bit_adam", "adamw8bit with the device mps.*no kernels"),
         ("cpu", {}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "", "fp8"),
-        ("cuda", {"missing": {"triton"}}, {}, "--compile", "pip install triton"),
+        ("cuda", {"missing": {"triton"}}, {}, "--compile", "pip install 'triton'"),
         ("cuda", {"compilers": ("g++",)}, {}, "--compile", "a C compiler.*no gcc"),
         ("cpu", {"headers": False}, {}, "--compile", "Python's headers.*python3-dev"),
         ("cpu", {"compilers": ("g++",)}, {"CXX": "clang++-19"}, "--compile", r"no clang\+\+-19"),
