@@ -106,7 +106,7 @@ def is_main_process() -> bool:
 def run_cli(main: Callable[[], None]) -> int:
     """Run a script's `main` and say in one sentence on stderr what ended it.
 
-    Of an error that all processes of a distributed run meet, only the main one tells.
+    Of an error that all processes of a distributed run meet, only the main one reports it.
 
     Returns:
         The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and

@@ -1,7 +1,7 @@
-"""How an option is declared: a field of a dataclass that carries all there is to know about it.
+"""Declaration of an option: a field of a dataclass that carries all there is to know about it.
 
 Its default, help, choices and range, who reads it, and whether it touches what is learned. The
-command line, ``--help``, the tables of docs/, the checks and what is set aside are made from it.
+command line, ``--help``, the tables of docs/, the checks and the ignored options are made from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 
 @dataclass(frozen=True)
 class Idle:
-    """Where an option has no effect: it is then named in one line and set aside.
+    """A case in which an option has no effect: it is then named in one line and ignored.
 
     Args:
         when: whether it has none, from all options' values.
@@ -48,7 +48,7 @@ def unless(name: str, value: Any, where: str) -> Idle:
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of its option, in its metadata under "option".
+    """Metadata of a field under "option".
 
     Args:
         help: one or two sentences for ``--help``.
@@ -97,7 +97,7 @@ def like(group: Any, name: str, **changes: Any) -> Any:
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:
-    """What a field says of its option."""
+    """The metadata of a field that is an option."""
     return field.metadata["option"]
 
 
@@ -210,7 +210,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _reading(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """How ``add_argument`` is to read a field's values."""
+    """Arguments of ``add_argument`` that say how a field's values are read."""
     if field.default_factory is not dataclasses.MISSING:
         (item,) = typing.get_args(hint)
         return {"type": item, "nargs": "+", "default": default_of(field)}
@@ -247,7 +247,7 @@ def _truth(word: str) -> bool:
 
 
 def _yes_or_no(word: str) -> str:
-    """Whatever says yes or no, by that word; any other as it is."""
+    """Reads any word for yes or no as that word, and others as they are."""
     try:
         return "yes" if _truth(word) else "no"
     except ValueError:

@@ -64,7 +64,7 @@ class Range:
             raise UserError(f"{shown} is {text}: {fix}.")
 
     def _fix(self, value: Any) -> str | None:
-        """What to give instead of a number; None for one in the range."""
+        """The advice for a number out of the range; None for one in it."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return "give a number"
         number: Any = value

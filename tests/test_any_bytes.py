@@ -1,4 +1,4 @@
-"""Whatever the bytes of a file that others wrote: one sentence, or success."""
+"""Files of any bytes that others wrote: one sentence, or success."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ REPEATABLE = settings(
 
 
 def survives(read: Callable[[], object]) -> None:
-    """It succeeds, or says in one sentence what to mend."""
+    """Succeeds, or says in one sentence what to mend."""
     sentence = ""
     try:
         read()

@@ -40,7 +40,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence, and that tells given values from defaults.
+    """A parser whose complaints are one sentence, and that separates given values from defaults.
 
     Args:
         groups: dataclasses of options; one of them has the field ``config``, a recipe's path.

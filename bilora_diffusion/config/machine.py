@@ -1,4 +1,4 @@
-"""What this machine has: packages, the device, the precision that a launcher chose."""
+"""Facts about this machine: packages, the device, the precision that a launcher chose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..fields import TRUE
 
 
 def is_installed(package: str) -> bool:
-    """Whether a top-level package can be imported; it is not imported."""
+    """Test that a top-level package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -61,7 +61,7 @@ def require_compiler(option: str) -> None:
 
 
 def has_headers() -> bool:
-    """Whether this Python has what extensions written in C include."""
+    """Test for the files that extensions written in C include."""
     return Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
@@ -76,7 +76,7 @@ def device_type() -> str:
 
 
 def processes() -> int:
-    """How many processes train together, as accelerate finds it."""
+    """Number of processes that train together, as accelerate finds it."""
     on_cpu = is_on("ACCELERATE_USE_CPU")
     mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
     together = on_cpu or ("LOCAL_RANK" in os.environ and device_type() != "cpu")
@@ -90,7 +90,7 @@ def is_on(variable: str) -> bool:
 
 
 def launch() -> dict[str, Any]:
-    """How accelerate was launched, as facts of `refusals`: from the variables that its launcher
+    """Facts of `refusals` about accelerate's launch, from the variables that its launcher
     sets and it reads.
     """
 
@@ -120,19 +120,19 @@ def launch() -> dict[str, Any]:
 
 
 def default_precision() -> str:
-    """What accelerate launch was told, else the best that the device has.
+    """The precision given to accelerate launch, else the best that the device has.
 
-    ``accelerate launch`` says "no" where nobody chose, so "no" counts as not told.
+    ``accelerate launch`` says "no" where nobody chose, so "no" counts as not given.
 
     Raises:
-        UserError: it was told a precision that training does not have.
+        UserError: it was given a precision that training does not have.
     """
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if told in ("fp16", "bf16"):
-        return told
-    if told != "no":
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if given in ("fp16", "bf16"):
+        return given
+    if given != "no":
         raise UserError(
-            f'accelerate is set to mixed precision "{told}", which training does not have:'
+            f'accelerate is set to mixed precision "{given}", which training does not have:'
             " give --mixed_precision bf16, fp16 or no."
         )
     if device_type() != "cuda":

@@ -89,7 +89,7 @@ class RunConfig(
 
     @classmethod
     def parser(cls) -> CommandLine:
-        """What reads the command lines of this script."""
+        """The parser of this script's command lines."""
         groups = cls.with_own_options().groups
         return CommandLine(
             groups, cls.description, cls.usage, refusals.table().foreign[cls.modality]
@@ -122,7 +122,7 @@ class RunConfig(
 
     @property
     def leaves_unused(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient, which DDP must know."""
+        """A step may leave trained parameters without a gradient, which DDP must know."""
         return False
 
     @property

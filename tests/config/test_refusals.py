@@ -173,7 +173,7 @@ COMPARED = {
     "input_column": {"target_column": 1},
     "auxiliary_learning_rate": {"learning_rate": 0.5},
 }
-"""What the table compares an option with."""
+"""Values that the table compares an option with."""
 
 
 def example(entry: Refusal) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def example(entry: Refusal) -> dict[str, Any]:
 
 @pytest.mark.parametrize("entry", table().refused, ids=Refusal.shown)
 def test_an_entry_of_the_table(entry: Refusal) -> None:
-    """It holds for its facts together alone, and names options and choices that exist."""
+    """Holds for its facts together alone, and names options and choices that exist."""
     facts = example(entry)
     assert refused(facts) is entry
     sentence = entry.sentence(facts)

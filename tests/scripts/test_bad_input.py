@@ -52,7 +52,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (LLAMA, {"target_modules": "to_q"}, ("to_q", "q_proj")),
     (BERT, {"model_name_or_path": "{tmp}/infinite"}, ("infinite", "not finite")),
 ]
-"""What is wrong, and what the sentence names."""
+"""A wrong value or file, and the words that the sentence has."""
 DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
 
 

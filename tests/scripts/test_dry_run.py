@@ -42,7 +42,7 @@ def bare(kind: str, folder: Path) -> Path:
 
 
 def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
-    """What a dry run of images says; it writes nothing."""
+    """Output of a dry run of images, which writes nothing."""
     AcceleratorState._reset_state()
     argv = [*flags(folder, **values), "--dry_run"]
     assert train_dreambooth_bilora.main(argv) == code

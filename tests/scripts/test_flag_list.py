@@ -87,7 +87,7 @@ def test_no_flag_is_lost(command: str) -> None:
 
 
 def _serves(new: argparse.Action, old: dict[str, Any]) -> bool:
-    """Whether a flag of today takes all that a recorded one took, and has its default."""
+    """Test that a flag of today takes all that a recorded one took, and has its default."""
     return (
         {*(new.option_strings or [new.dest])} >= set(old["flags"])
         and ((new.nargs != 0), new.nargs, _plain(new.default))
