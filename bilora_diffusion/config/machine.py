@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import sys
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -31,38 +27,6 @@ def require(package: str, option: str) -> None:
     """
     if not is_installed(package.partition(">")[0]):
         raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
-
-
-def require_compiler(option: str) -> None:
-    """Refuse an option that compiles where PyTorch's inductor would find no compiler.
-
-    It takes a C++ compiler for the CPU; on CUDA Triton, which takes a C compiler; both take
-    Python's headers.
-
-    Raises:
-        UserError: it names what is missing and how to install it.
-    """
-    if device_type() == "cuda":
-        require("triton", option)
-        kind, package, names = "C", "gcc", (os.environ.get("CC") or "gcc", "clang")
-    else:
-        usual = "clang++" if sys.platform == "darwin" else "g++"
-        kind, package, names = "C++", "g++", (os.environ.get("CXX") or usual,)
-    if not any(map(shutil.which, names)):
-        raise UserError(
-            f"{option} needs a {kind} compiler, and there is no {names[0]} here: run"
-            f" `apt-get install {package}` or what your system has instead, or leave it out."
-        )
-    if not has_headers():
-        raise UserError(
-            f"{option} needs Python's headers, and there is no Python.h here: run"
-            " `apt-get install python3-dev` or what your system has instead, or leave it out."
-        )
-
-
-def has_headers() -> bool:
-    """Test for the files that extensions written in C include."""
-    return Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def device_type() -> str:

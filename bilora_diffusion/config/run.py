@@ -300,8 +300,6 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     }.items():
         if package:
             machine.require(package, option)
-    if values.get("compile"):
-        machine.require_compiler("--compile")
     if values["push_to_hub"] and values["hub_token"] is None:
         from huggingface_hub import get_token
 
