@@ -1,4 +1,4 @@
-"""What the Compare tab shows, as plain data: scores per prompt, order, one view, its link.
+"""Data of the Compare tab: scores per prompt, order, one view, its link.
 
 Pure functions on a ``Scored``; no files and no widgets. Adapters are called by their labels and
 prompts by their texts, so that a link survives scoring again.
@@ -23,7 +23,7 @@ ORDERS = {
     "name": "By name",
     "list": "As in the prompt set",
 }
-"""How the prompts are sorted, by the change from the first adapter to the second."""
+"""Orders of the prompts, by the change from the first adapter to the second."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PromptRow:
 
     Args:
         at: its place among the prompts.
-        name: what the prompt names, where the prompt set says, else its text.
+        name: the prompt's instance, where the prompt set says, else its text.
         tone: of the change, see :func:`tone`.
     """
 
@@ -89,7 +89,7 @@ def times_100(value: float | None) -> str:
 
 
 def tone(line: Summary | None) -> str:
-    """A difference as "up" (better), "down", or "even": what chance alone explains."""
+    """A difference as "up" (better), "down", or "even", which chance alone explains."""
     known = METRICS.get(line.metric) if line else None
     judged = compare.verdict(line, known.higher_is_better) if line and known else None
     return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
@@ -152,7 +152,7 @@ def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
 
 
 def first_view(scores: str, result: Scored) -> View:
-    """What is shown before anything is chosen: the first two adapters, the largest gain."""
+    """The view before anything is chosen: the first two adapters, the largest gain."""
     drawn = {label for label, _, _ in result.images}
     there = [label for label in result.labels if label in drawn] or result.labels
     a, b = (there * 2)[:2]

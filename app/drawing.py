@@ -53,9 +53,7 @@ class BaseChoice:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn: as in diffusers, the adapter's scale, and the side in pixels, None for
-    the model's own.
-    """
+    """A picture to draw, by diffusers' values; the side is in pixels, None for the model's own."""
 
     prompt: str
     seed: int
@@ -146,7 +144,7 @@ def local(base: BaseChoice) -> str:
 def sides(
     catalog: Catalog, a: str, b: str
 ) -> tuple[BaseChoice, list[tuple[str, Path | None]], int | None]:
-    """What two choices mean: base model, label and folder of each, and the size trained on.
+    """Two choices as base model, label and folder of each, and the size trained on.
 
     Args:
         a, b: paths of runs, or ``BASE``.
@@ -176,7 +174,7 @@ def sides(
 
 
 def drawable(run: RunItem) -> bool:
-    """Whether a run has weights for an SDXL pipeline."""
+    """Test that a run has weights of an image model."""
     return run.weights is not None and not run.weights.endswith("adapter_model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""The page around the tabs: title, what was found, notices, and how it is served.
+"""The page around the tabs, and its server: title, counts and notices.
 
 A tab is a module with ``Tab(catalog, changed)``, made inside its ``gr.Tab``. The page's layout is
 made once, when the viewer starts. A page looks at the root when it is loaded and every few seconds;
@@ -72,7 +72,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 
 def title(catalog: Catalog) -> str:
-    """The page's heading: the root's name and how much was found there."""
+    """The page's heading: the root's name and the numbers of folders there."""
     now = catalog.now
     items = {"run": now.runs, "score folder": now.scores, "result": now.figures}
     counts = [f"{len(some)} {what}{'s' * (len(some) != 1)}" for what, some in items.items()]
@@ -80,7 +80,7 @@ def title(catalog: Catalog) -> str:
 
 
 def notices(catalog: Catalog) -> str:
-    """Which folders are broken; "" without one."""
+    """The list of broken folders; "" without one."""
     broken = catalog.now.broken
     if not broken:
         return ""

@@ -41,9 +41,8 @@ class Tab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
-                with gr.Row():
-                    self.a = gr.Dropdown(label="A", elem_id="generate-a", min_width=120)
-                    self.b = gr.Dropdown(label="B", elem_id="generate-b", min_width=120)
+                self.a = gr.Dropdown(label="A", elem_id="generate-a")
+                self.b = gr.Dropdown(label="B", elem_id="generate-b")
                 whole: dict[str, Any] = {"precision": 0, "min_width": 90}
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", elem_id="generate-seed", **whole)

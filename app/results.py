@@ -15,7 +15,7 @@ from bilora_diffusion.files import finite
 from eval.table import REPORT
 
 from . import parts
-from .catalog import Catalog, FigureItem
+from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 
 TITLES = {
@@ -43,7 +43,7 @@ def build(catalog: Catalog, changed: Any) -> None:
         if not results:
             return {notice: parts.shown(_empty(catalog))}
         choices = [
-            (f"{TITLES.get(item.kind, item.kind)}: {item.name}", _key(item)) for item in results
+            (f"{TITLES.get(item.kind, item.kind)}: {item.name}", item.path) for item in results
         ]
         keys = [key for _, key in choices]
         return {
@@ -56,7 +56,7 @@ def build(catalog: Catalog, changed: Any) -> None:
 
     @gr.render([chosen], triggers=[chosen.change, changed], show_progress="hidden")
     def show(key: str | None) -> None:
-        item = next((item for item in catalog.now.figures if _key(item) == key), None)
+        item = next((item for item in catalog.now.figures if item.path == key), None)
         if item is not None:
             _show(catalog, item)
 
@@ -74,7 +74,7 @@ def _empty(catalog: Catalog) -> str:
     return parts.empty(catalog, "No results yet", *names)
 
 
-def _show(catalog: Catalog, item: FigureItem) -> None:
+def _show(catalog: Catalog, item: ResultItem) -> None:
     images, lost = pictures(catalog, item)
     with gr.Row(elem_id="results-figures"):
         for image, name in images:
@@ -90,7 +90,7 @@ def _show(catalog: Catalog, item: FigureItem) -> None:
     gr.Markdown("\n\n".join([*lost, text(catalog, item)]), elem_id="results-report")
 
 
-def listed(catalog: Catalog) -> list[FigureItem]:
+def listed(catalog: Catalog) -> list[ResultItem]:
     """The results, by kind and path."""
     order = {kind: place for place, kind in enumerate(TITLES)}
     return sorted(
@@ -98,7 +98,7 @@ def listed(catalog: Catalog) -> list[FigureItem]:
     )
 
 
-def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
     """The figures of a result with their captions, and a sentence for each that can't be read."""
     found, lost = [], []
     for path in item.figures:
@@ -112,7 +112,7 @@ def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image
     return found, lost
 
 
-def text(catalog: Catalog, item: FigureItem) -> str:
+def text(catalog: Catalog, item: ResultItem) -> str:
     """The report of a result, its pictures left out, since they stand above it."""
     try:
         path = finite(catalog.resolve(f"{item.path}/{REPORT}"))
@@ -121,7 +121,3 @@ def text(catalog: Catalog, item: FigureItem) -> str:
     except (UserError, OSError):
         return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
     return _PICTURE.sub("", report)
-
-
-def _key(item: FigureItem) -> str:
-    return f"{item.kind} {item.path}"

@@ -1,4 +1,4 @@
-"""A run as the viewer's lists have it: its name by method and seed, and which two are looked at."""
+"""A run as the viewer's lists have it: its name by method and seed, and the pair to see first."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunItem:
 
     @property
     def is_text(self) -> bool:
-        """Whether it trains a language model."""
+        """Test that it trains a language model."""
         return "model_name_or_path" in self.record["config"]
 
     @cached_property

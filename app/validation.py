@@ -5,14 +5,11 @@ It needs no scores: training leaves the images. The base model's column is a run
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
-
-from bilora_diffusion.errors import UserError
 
 from . import parts
 from .catalog import Catalog
@@ -91,9 +88,7 @@ def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
 
 
 def _cell(catalog: Catalog, name: str, run: RunItem, step: int, key: tuple[str, int]) -> str:
-    address, number = None, run.images.get(key)
-    if number is not None:
-        with contextlib.suppress(UserError):  # a link out of the root
-            address = parts.address(catalog.resolve(run.image(step, number)))
+    number = run.images.get(key)
+    address = None if number is None else parts.below(catalog, run.image(step, number))
     picture = parts.image(address, f"{name}: {key[0]}", f"none at step {step}")
     return f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"

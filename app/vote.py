@@ -1,13 +1,12 @@
-"""The tab "Vote": which of two images is better, without knowing which adapter made which.
+"""The tab "Vote": a choice of the better one of two images, blind to the adapters that made them.
 
 Nothing that the browser gets tells the sides apart: the images come without names and without the
-parameters in their PNG files, and the adapters of a ballot stay on the server. The result is shown
+parameters in their files, and the adapters of a ballot stay on the server. The result is shown
 on request only and put away at the next vote, since it would tell which side has just won.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import random
 import re
@@ -158,8 +157,7 @@ def ballot(booth: Booth) -> str:
     if booth.ballot is None:
         return ""
     sides = "".join(
-        f'<img id="vote-image-{side}" alt="{side} image"'
-        f' src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f'<img id="vote-image-{side}" alt="{side} image" src="{image}">'
         for side, image in zip(("left", "right"), booth.images, strict=True)
     )
     return (
@@ -169,7 +167,7 @@ def ballot(booth: Booth) -> str:
 
 
 def standing(booth: Booth) -> str:
-    """How far a voter has come, as HTML."""
+    """Progress of a voter, as HTML."""
     if booth.ballot is None:
         return f"<p><b>All {booth.total} pairs voted on, thank you.</b></p>"
     done = f"{booth.done} of {booth.total} pairs voted on."

@@ -16,15 +16,8 @@ from app import catalog as catalogs
 from app import parts, validation
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered
-from app.scored import ScoredImage, ScoredPrompt
 from eval import table
-from tests.app.folders import WEIGHTS, make_images, make_run, scores_of, write
-
-
-def make_one_score(folder: Path) -> Path:
-    """A score folder with one image."""
-    images = {("lora", "a prompt", 0): ScoredImage("images/0.png", {"i2t": 0.25})}
-    return write(scores_of(["lora"], [ScoredPrompt("a prompt")], images), folder)
+from tests.app.folders import WEIGHTS, make_images, make_run, make_scores
 
 
 def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
@@ -50,7 +43,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     (tmp_path / "env" / "pyvenv.cfg").touch()
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
-    make_one_score(tmp_path / "scores")
+    make_scores(tmp_path / "scores")
     make_figures(tmp_path / "flat", "landscape")
     now = Catalog(tmp_path).now
     assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
@@ -102,7 +95,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
     assert after(lambda: make_images(run, 50)) == {"runs"}
     assert catalog.now.runs[0].steps == (50,)
-    assert after(lambda: make_one_score(tmp_path / "scores")) == {"scores", "figures"}
+    assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
     assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
     assert catalog.now.runs[0].status == "failed"
