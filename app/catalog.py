@@ -44,7 +44,7 @@ SKIPPED = frozenset(
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
 DIGITS = 15
-"""Of a step; JavaScript's numbers end there."""
+"""Most digits of a step; JavaScript's numbers end there."""
 RENAME = "its name is not UTF-8: give it another"
 FRESH_SECONDS = 2.0
 """Time for which a look at the root serves all visitors."""

@@ -28,16 +28,16 @@ Points = list[tuple[int, float]]
 """(step, value), by step."""
 
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
-"""Of runs; each has a contrast of at least 3 to a light and to a dark page."""
+"""Colours of runs; each has a contrast of at least 3 to a light and to a dark page."""
 GREY = "#808890"
-"""Of what belongs to no run."""
+"""Colour of lines that belong to no run."""
 FAINT, WIDE = "88", "c0"
 """Opacity of a faint line, and of the control's, upon which others are often drawn; by these ends
 of a colour ``style.css`` knows them, and draws them thin and broad.
 """
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 MOST_POINTS = 400
-"""Of one line, about."""
+"""Points of one line, about."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def thin(points: Points, limit: int = MOST_POINTS) -> Points:
     """
     if len(points) <= limit:
         return points
-    kept = {0, len(points) - 1}
+    chosen = {0, len(points) - 1}
     values = np.asarray([value for _, value in points])
     for stretch in np.array_split(np.arange(len(points)), limit // 2):
-        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
-    return [points[at] for at in sorted(kept)]
+        chosen |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    return [points[at] for at in sorted(chosen)]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:

@@ -70,20 +70,20 @@ class Tab:
         chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]  # as View has them
-        shown = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
-        shown += [self.query, self.means]
-        everything = list(dict.fromkeys([self.empty, self.body, *choice, *shown]))
+        view = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
+        view += [self.query, self.means]
+        everything = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
         changed(self.open, [], everything, **ORDERED)
         self.scores.input(
             lambda path: self._opened({"scores": path}), self.scores, everything, **ORDERED
         )
         last: dict[str, Any] = {"trigger_mode": "always_last", **ORDERED}
         changes = [*(widget.input for widget in chosen), self.words.change]
-        gr.on(changes, self.show, choice, shown, **last)
-        self.list.select(self.pick, choice, shown, **ORDERED)
+        gr.on(changes, self.show, choice, view, **last)
+        self.list.select(self.pick, choice, view, **ORDERED)
         every: dict[str, Any] = {"trigger_mode": "multiple", **ORDERED}
         for button, by in ((previous, -1), (following, 1)):
-            button.click(partial(self.step, by), choice, shown, **every)
+            button.click(partial(self.step, by), choice, view, **every)
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
@@ -97,15 +97,15 @@ class Tab:
             runs = parts.measurable(self.catalog, "clip_scores")
             text = "No scored images yet"
             text = parts.empty(self.catalog, text, "clip_scores") if runs else ""
-            return {self.empty: parts.shown(text), self.body: gr.update(visible=False)}
+            return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
-        lost = []
+        absent = []
         if asked and asked not in items:
             what = "have no images" if asked in there else "are not there"
-            lost, query = [f'The link names the scores "{asked}", which {what}.'], {}
+            absent, query = [f'The link names the scores "{asked}", which {what}.'], {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in [*lost, *missing]:
+        for sentence in [*absent, *missing]:
             parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
@@ -167,7 +167,7 @@ class Tab:
             self.cards: self._cards(item, view, pictures),
             self.slider: parts.slider(pair, [pictures[label] for label in pair]),
             self.query: data.link(view),
-            self.means: parts.shown(means),
+            self.means: parts.notice(means),
         }
 
     def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:

@@ -120,8 +120,8 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         name = result.prompt(text).instance or text
         return PromptRow(result.texts.index(text), name, text, *means, tone=tone(two))
 
-    drawn = {text for _, text, _ in result.images}
-    return [row(text) for text in dict.fromkeys(result.texts) if text in drawn]
+    with_image = {text for _, text, _ in result.images}
+    return [row(text) for text in dict.fromkeys(result.texts) if text in with_image]
 
 
 def listed(view: View, result: Scored) -> list[PromptRow]:
@@ -130,8 +130,11 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
     A gain is a change for the better: for memorization, where lower is better, a decrease.
     """
     words = view.words.casefold().split()
-    found = rows(result, view.a, view.b, view.metric)
-    kept = [row for row in found if all(word in row.text.casefold() for word in words)]
+    matching = [
+        row
+        for row in rows(result, view.a, view.b, view.metric)
+        if all(word in row.text.casefold() for word in words)
+    ]
     known = METRICS.get(view.metric)
     sign = -1 if known is not None and known.higher_is_better is False else 1
     sign = -sign if view.order == "gain" else sign
@@ -140,7 +143,7 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
         "list": lambda row: 0,
         "gain": lambda row: (row.change is None, sign * (row.change or 0.0), row.name.casefold()),
     }
-    return sorted(kept, key=keys.get(view.order, keys["gain"]))
+    return sorted(matching, key=keys.get(view.order, keys["gain"]))
 
 
 def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
@@ -153,8 +156,8 @@ def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
 
 def first_view(scores: str, result: Scored) -> View:
     """The view before anything is chosen: the first two adapters, the largest gain."""
-    drawn = {label for label, _, _ in result.images}
-    there = [label for label in result.labels if label in drawn] or result.labels
+    with_image = {label for label, _, _ in result.images}
+    there = [label for label in result.labels if label in with_image] or result.labels
     a, b = (there * 2)[:2]
     metric, seeds = next(iter(metrics(result)), "i2t"), result.settings.seeds or [0]
     view = View(scores, a, b, tuple(there[2:4]), next(iter(result.texts), ""), seeds[0], metric)

@@ -150,17 +150,17 @@ def sides(
         a, b: paths of runs, or ``BASE``.
     """
     runs = {run.path: run for run in catalog.now.runs if drawable(run)}
-    found: list[tuple[str, Path | None]] = []
+    chosen: list[tuple[str, Path | None]] = []
     bases, size = list[BaseChoice](), None
     for path in (a, b):
         if path == BASE:
-            found.append(("base model", None))
+            chosen.append(("base model", None))
             continue
         if path not in runs:
             raise UserError(f'the run "{path}" has gone: choose another')
         run = runs[path]
         catalog.resolve(run.weights or path)  # a link out of the root is refused
-        found.append((run.name, catalog.resolve(path)))
+        chosen.append((run.name, catalog.resolve(path)))
         bases.append(BaseChoice.of(run.record["config"]))
         size = size or run.record["config"].get("resolution")
     if len(set(bases)) > 1:
@@ -170,7 +170,7 @@ def sides(
         )
     # Of the base model alone: that of the first run, or the miniature.
     bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
-    return (bases or [BaseChoice(MINI)])[0], found, size if isinstance(size, int) else None
+    return (bases or [BaseChoice(MINI)])[0], chosen, size if isinstance(size, int) else None
 
 
 def drawable(run: RunItem) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 
 import gradio as gr
 
-from . import compare, generate, guard, results, training, validation, vote
+from . import compare, generate, guard, parts, results, training, validation, vote
 from .catalog import Catalog
-from .parts import QUIET, html, shown
+from .parts import QUIET, html
 
 HERE = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
@@ -59,7 +59,11 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
         def look() -> list[Any]:
             catalog.look()
-            return [title(catalog), shown(notices(catalog)), *(catalog.sign(kind) for kind in seen)]
+            return [
+                title(catalog),
+                parts.notice(notices(catalog)),
+                *(catalog.sign(kind) for kind in seen),
+            ]
 
         gr.on(
             [page.load, gr.Timer(RESCAN_SECONDS).tick],

@@ -79,8 +79,8 @@ class Guard:
 
         A web site can let its own name lead to this machine, but no address and no name of ours.
         """
-        found = _HOST.fullmatch(host)
-        name = found[1].strip("[]") if found else ""
+        match = _HOST.fullmatch(host)
+        name = match[1].strip("[]") if match else ""
         if self._public:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)

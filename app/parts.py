@@ -27,12 +27,12 @@ from .catalog import Catalog
 from .runs import RunItem, pair
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Of events that fill the page without anyone waiting for them."""
+"""Properties of events that fill the page without anyone waiting for them."""
 SMALLEST, LARGEST = 256, 768
 """Sides in pixels between which a picture is shown."""
 SLIDER_SMALLEST = 384
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Of pictures; for others Pillow would start programs, such as an interpreter of PostScript."""
+"""Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript."""
 MOST_PIXELS = 2**26
 """A small file may hold any number of equal ones, and all must fit into memory."""
 Update = dict[Any, Any]
@@ -44,7 +44,7 @@ def html(elem_id: str | None = None, **more: Any) -> gr.HTML:
     return gr.HTML(elem_id=elem_id, apply_default_css=False, **more)
 
 
-def shown(text: str) -> Any:
+def notice(text: str) -> Any:
     """HTML that takes no place while it is empty."""
     return gr.update(value=text, visible=bool(text))
 

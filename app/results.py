@@ -41,13 +41,13 @@ def build(catalog: Catalog, changed: Any) -> None:
     def load(now: str | None) -> Update:
         results = listed(catalog)
         if not results:
-            return {notice: parts.shown(_empty(catalog))}
+            return {notice: parts.notice(_empty(catalog))}
         choices = [
             (f"{TITLES.get(item.kind, item.kind)}: {item.name}", item.path) for item in results
         ]
         keys = [key for _, key in choices]
         return {
-            notice: parts.shown(""),
+            notice: parts.notice(""),
             body: gr.update(visible=True),
             chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
@@ -70,12 +70,12 @@ def _empty(catalog: Catalog) -> str:
         "text_scores": any(run.is_text for run in runs),
         "dynamics": bool(parts.measurable(catalog, "dynamics")),
     }
-    names = [name for name, wanted in needed.items() if wanted]
+    names = [name for name, is_needed in needed.items() if is_needed]
     return parts.empty(catalog, "No results yet", *names)
 
 
 def _show(catalog: Catalog, item: ResultItem) -> None:
-    images, lost = pictures(catalog, item)
+    images, unread = pictures(catalog, item)
     with gr.Row(elem_id="results-figures"):
         for image, name in images:
             gr.Image(
@@ -87,7 +87,7 @@ def _show(catalog: Catalog, item: ResultItem) -> None:
                 buttons=["download", "fullscreen"],
                 min_width=320,
             )
-    gr.Markdown("\n\n".join([*lost, text(catalog, item)]), elem_id="results-report")
+    gr.Markdown("\n\n".join([*unread, text(catalog, item)]), elem_id="results-report")
 
 
 def listed(catalog: Catalog) -> list[ResultItem]:
@@ -100,16 +100,16 @@ def listed(catalog: Catalog) -> list[ResultItem]:
 
 def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
     """The figures of a result with their captions, and a sentence for each that can't be read."""
-    found, lost = [], []
+    figures, unread = [], []
     for path in item.figures:
         name, picture = PurePosixPath(path).stem, None
         with contextlib.suppress(UserError):  # a link out of the root
             picture = parts.read(catalog.resolve(path), "RGBA")
         if picture is None:
-            lost.append(f"The figure {name}.png can't be read: make the result again.")
+            unread.append(f"The figure {name}.png can't be read: make the result again.")
         else:
-            found.append((picture, name.replace("_", " ").replace("-", " ")))
-    return found, lost
+            figures.append((picture, name.replace("_", " ").replace("-", " ")))
+    return figures, unread
 
 
 def text(catalog: Catalog, item: ResultItem) -> str:

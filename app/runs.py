@@ -16,7 +16,7 @@ from bilora_diffusion.errors import UserError
 CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
 MOST_IMAGES = 10_000
-"""Of one step; a page holds no more."""
+"""Images of one step; a page holds no more."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunItem:
 
     @property
     def seed(self) -> int | None:
-        """Of training, where the record has one."""
+        """The seed of training, where the record has one."""
         return self.record.get("seed")
 
     @property

@@ -60,12 +60,12 @@ class Scored:
 
     @property
     def labels(self) -> list[str]:
-        """Of the adapters."""
+        """Labels of the adapters."""
         return [entry.label for entry in self.result.subjects]
 
     @cached_property
     def texts(self) -> list[str]:
-        """Of the prompts."""
+        """Texts of the prompts."""
         return [prompt.text for prompt in self.settings.prompts]
 
     def prompt(self, text: str) -> Prompt:

@@ -113,16 +113,16 @@ class Tab:
                     for name, (title, caption) in TITLES.items()
                 }
         self.drawn, self.looks = gr.State(None), gr.State([])
-        chosen, shown = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
-        shown += self.plots.values()
+        chosen, outputs = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
+        outputs += self.plots.values()
         changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
-        gr.on([self.runs.change, window.release], self._draw, chosen, shown, **QUIET)
+        gr.on([self.runs.change, window.release], self._draw, chosen, outputs, **QUIET)
         # After the values: a plot that gets both at once keeps the old values in the new colours.
         plots = [*self.plots.values()]
         self.looks.change(
             lambda looks: [gr.update(**one) for one in looks], self.looks, plots, **QUIET
         )
-        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], shown, **QUIET)
+        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], outputs, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
         runs = sorted(
@@ -130,18 +130,18 @@ class Tab:
         )
         if not runs:
             text = parts.empty(self.catalog, "No runs yet", "demo", "train")
-            return {self.notice: parts.shown(text)}
+            return {self.notice: parts.notice(text)}
         there = {run.path for run in runs}
         going = [run.path for run in runs if run.status == "running"]
         latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
         first = [run.path for run in ordered(latest)]
-        kept = [path for path in chosen or [] if path in there]
-        new = [path for path in going if path not in kept][: len(COLORS) - len(kept)]
-        now = [*kept, *new] if kept else first
+        stay = [path for path in chosen or [] if path in there]
+        new = [path for path in going if path not in stay][: len(COLORS) - len(stay)]
+        now = [*stay, *new] if stay else first
         # What is the same is not sent: someone may be choosing just now.
         value: dict[str, Any] = {} if now == chosen else {"value": now}
         return {
-            self.notice: parts.shown(""),
+            self.notice: parts.notice(""),
             self.body: gr.update(visible=True),
             self.runs: gr.update(choices=[(run.name, run.path) for run in runs], **value),
         }

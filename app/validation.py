@@ -36,7 +36,7 @@ def build(catalog: Catalog, changed: Any) -> None:
             names = ["images"] if catalog.now.runs else ["demo", "train"]
             title = "No validation images yet" if catalog.now.runs else "No images yet"
             text = "" if catalog.now.scores else parts.empty(catalog, title, *names)
-            return {empty: parts.shown(text), body: gr.update(visible=False)}
+            return {empty: parts.notice(text), body: gr.update(visible=False)}
         there = {run.path for run in runs}
         paths = [path for path in paths if path in there] or [run.path for run in pair(runs)]
         return {

@@ -22,7 +22,7 @@ from bilora_diffusion.errors import UserError
 
 from . import parts
 from .catalog import Catalog
-from .parts import QUIET, Update, shown
+from .parts import QUIET, Update
 from .votes import ANY, Booth, Polls, Tally
 
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
@@ -90,10 +90,10 @@ class Tab:
         items = self.polls.items()
         if not items:
             text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
-            return {self.notice: shown(text)}
+            return {self.notice: parts.notice(text)}
         paths = [item.path for item in items]
         return {
-            self.notice: shown(""),
+            self.notice: parts.notice(""),
             self.setup: gr.update(visible=booth is None),
             self.below: gr.update(visible=True),
             self.scores: gr.update(
@@ -117,7 +117,9 @@ class Tab:
         return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice)))
 
     def _report(self, path: str | None, pair: str) -> Update:
-        return self._or_notice(lambda: {self.result: shown(table(*self.polls.result(path, pair)))})
+        return self._or_notice(
+            lambda: {self.result: parts.notice(table(*self.polls.result(path, pair)))}
+        )
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
@@ -125,16 +127,16 @@ class Tab:
 
     def _or_notice(self, act: Callable[[], Update]) -> Update:
         try:
-            return {self.notice: shown(""), **act()}
+            return {self.notice: parts.notice(""), **act()}
         except (UserError, OSError) as error:
             text = escape(parts.plain(error, self.catalog))
-            return {self.notice: shown(f'<section class="broken"><b>{text}</b></section>')}
+            return {self.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
 
     def _stage(self, voting: bool) -> Update:
         return {
             self.setup: gr.update(visible=not voting),
             **{part: gr.update(visible=voting) for part in (self.stage, self.stop)},
-            self.result: shown(""),
+            self.result: parts.notice(""),
         }
 
     def _voting(self, booth: Booth) -> Update:

@@ -116,17 +116,14 @@ def models() -> Iterable[str]:
     yield table(heads, body)
 
 
-@functools.cache
-def memory_of(model: str, weights: str) -> dict[str, int]:
-    """Memory of a model for the tables."""
-    return row(model, weights, "--gradient_checkpointing")
+memory_of = functools.cache(lambda model, weights: row(model, weights, "--gradient_checkpointing"))
 
 
 def python() -> Iterable[str]:
     """The table of `BiLoRAConfig`."""
     doc = inspect.cleandoc(BiLoRAConfig.__doc__ or "")
-    told = doc.partition("Args:\n")[2].partition("\n\n")[0]
-    names, texts = (re.split(r"^ {4}(\w+): ", told, flags=re.MULTILINE)[i::2] for i in (1, 2))
+    args = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    names, texts = (re.split(r"^ {4}(\w+): ", args, flags=re.MULTILINE)[i::2] for i in (1, 2))
     defaults = {field.name: field.default for field in dataclasses.fields(BiLoRAConfig)}
     body = [
         (f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split()))

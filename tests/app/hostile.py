@@ -185,7 +185,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "300 broken runs": many,
     "nobody may read it": closed,
 }
-"""What is wrong -> what makes it at a place where nothing is yet."""
+"""Damage -> a function that makes it at a place where nothing is yet."""
 
 
 def make_good(root: Path) -> None:

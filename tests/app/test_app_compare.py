@@ -1,4 +1,4 @@
-"""What the Compare tab shows, as data and as HTML."""
+"""Data and HTML of the Compare tab."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ def result() -> Scored:
 def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
     result: Scored,
 ) -> None:
+    assert metrics(result) == ["i2t", "nearest"]
+    assert [times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
     found = rows(result, LORA, BILORA, "i2t")
     assert [row.text for row in found] == list(TEXTS)
     assert [row.change for row in found] == pytest.approx([0.01, -0.05, 0.09])
@@ -100,14 +102,6 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None
     assert neighbour(some, CLOUD, 1) == CLOUD
     assert neighbour(some[:1], CLOUD, 1) == LION  # filtered away: the list's first
     assert neighbour([], CLOUD, 1) == CLOUD
-
-
-def test_scores_that_an_image_has_are_offered_and_shown_times_100(
-    result: Scored,
-) -> None:
-    assert metrics(result) == ["i2t", "nearest"]
-    shown = [times_100(value) for value in (0.31417, -0.005, 0.0, None)]
-    assert shown == ["31.42", "-0.50", "0.00", "–"]
 
 
 def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Scored) -> None:
