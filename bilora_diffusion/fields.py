@@ -1,7 +1,6 @@
-"""How an option is declared: a field of a dataclass that carries all there is to know about it.
+"""Options, declared as fields of dataclasses that carry default, help, choices, range and readers.
 
-Its default, help, choices and range, who reads it, and whether it touches what is learned. The
-command line, ``--help``, the tables of docs/, the checks and what is set aside are made from it.
+The command line, ``--help``, the tables of docs/, the checks and what is ignored come from them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from .values import SMALLEST, Range, check_choice, check_number, check_place, ch
 
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
-NO_TRUTH = "neither true nor false: "
-NO_NUMBER = "neither a number nor "
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class Idle:
 
 def unless(name: str, value: Any, where: str) -> Idle:
     """No effect unless another option has one value."""
-    words = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
-    return Idle(lambda values: values[name] != value, where, f"{words} or drop it")
+    fix = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
+    return Idle(lambda values: values[name] != value, where, f"{fix} or drop it")
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,7 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
 
 def like(group: Any, name: str, **changes: Any) -> Any:
-    """An option of another group once more, for instance with a ``default`` of its own.
-
-    Args:
-        changes: what differs, as `option` takes it.
-    """
+    """An option of another group once more, with ``changes`` as `option` takes them."""
     field = group.__dataclass_fields__[name]
     return option(**{"default": default_of(field), **vars(option_of(field)), **changes})
 
@@ -155,27 +148,26 @@ def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
     return by_name
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any]) -> None:
+def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool = False) -> None:
     """Add a flag for each option of some groups, dataclasses with a ``section``.
 
     They are those of Transformers' ``HfArgumentParser``, whose import takes a second: underscores
     and dashes both hold; a boolean stands alone or before a value, as does a choice of yes, no and
     others, and a boolean that is on by default also has a ``--no_`` form; a list takes one or more
-    values.
+    values. Where they are ``bare``, booleans take no value: a positional argument may follow them.
     """
     for name, members in sections(groups).items():
         section = parser.add_argument_group(name)
         for group in members:
             hints = typing.get_type_hints(group)
             for option_name, field in options_of([group]).items():
-                _add_flag(section, field, hints[option_name])
+                _add_flag(section, field, hints[option_name], bare)
 
 
-def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    declared = option_of(field)
-    help = declared.help.replace("%", "%%")
-    flags = [*_spellings(field.name), *declared.aliases]
-    section.add_argument(*flags, help=help, choices=declared.choices, **_reading(field, hint))
+def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any, bare: bool) -> None:
+    help = option_of(field).help.replace("%", "%%")
+    flags = [*_spellings(field.name), *option_of(field).aliases]
+    section.add_argument(*flags, help=help, **_reading(field, hint, bare))
     if field.default is True:
         negative = {"action": "store_false", "dest": field.name, "default": False}
         section.add_argument(*_spellings(f"no_{field.name}"), help=help, **negative)
@@ -185,32 +177,36 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def _reading(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, Any]:
     """How ``add_argument`` is to read a field's values."""
+    declared = option_of(field)
+    usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
-        (item,) = typing.get_args(hint)
-        return {"type": item, "nargs": "+", "default": default_of(field)}
-    if words := option_of(field).words:
-        return {"type": _number_or(words), "default": field.default}
-    if {"yes", "no"} <= set(option_of(field).choices or ()):
-        return {"type": _yes_or_no, "default": field.default, "nargs": "?", "const": "yes"}
-    if isinstance(hint, types.UnionType):  # of a type and None
-        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+        return {**usual, "type": typing.get_args(hint)[0], "nargs": "+"}
+    if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
+        hint = typing.get_args(hint)[0]
+    if hint in (int, float):
+        return {**usual, "type": _number(hint, declared.words)}
+    if {"yes", "no"} <= set(declared.choices or ()):
+        return {**usual, "type": _yes_or_no, "nargs": "?", "const": "yes"}
     if hint is not bool:
-        return {"type": hint, "default": field.default}
-    return {"type": _truth, "default": field.default, "nargs": "?", "const": True}
+        return {**usual, "type": hint}
+    if bare:
+        return {"action": "store_true"}
+    return {**usual, "type": _truth, "nargs": "?", "const": True}
 
 
-def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
-    """Reads one of a few words, or a number."""
+def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:
+    """Reads a number, or one of a few words; raises ValueError that says so."""
+    named = " or ".join(("a whole number" if kind is int else "a number", *words))
 
     def read(text: str) -> float | str:
         if text in words:
             return text
         try:
-            return float(text)
+            return kind(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{NO_NUMBER}{' or '.join(words)}: {text}") from error
+            raise ValueError(f"give {named}") from error
 
     return read
 
@@ -218,12 +214,12 @@ def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
 def _truth(word: str) -> bool:
     if word.lower() in (*TRUE, *FALSE):
         return word.lower() in TRUE
-    raise argparse.ArgumentTypeError(f"{NO_TRUTH}{word}")
+    raise ValueError("give True or False, or the flag alone")
 
 
 def _yes_or_no(word: str) -> str:
     """Whatever says yes or no, by that word; any other as it is."""
     try:
         return "yes" if _truth(word) else "no"
-    except argparse.ArgumentTypeError:
+    except ValueError:
         return word

@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
-from bilora_diffusion.config.foreign import FOREIGN
-from bilora_diffusion.config.refusals import REFUSED
+from bilora_diffusion.config import refusals
 from bilora_diffusion.config.run import RunConfig
 from bilora_diffusion.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.image.config import DreamBoothConfig
@@ -44,7 +43,7 @@ def options() -> Iterable[str]:
         "An option that the chosen method does not read stands without complaint, so that runs that"
         " differ only in `--method` can share a recipe."
     )
-    body = [(entry.shown(), entry.reason, entry.instead) for entry in REFUSED]
+    body = [(entry.shown(), entry.reason, entry.instead) for entry in refusals.table().refused]
     yield table(("together", "why they are refused", "instead"), body)
     yield "## Options without effect"
     yield (
@@ -64,7 +63,8 @@ def diffusers() -> Iterable[str]:
     yield known["others"]
     yield _flags(known["flow"])
     yield known["apart"]
-    body = [(f"`--{name}`", *sentence) for name, sentence in FOREIGN.items()]
+    foreign = refusals.table().foreign["image"].items()
+    body = [(f"`--{name}`", *sentence) for name, sentence in foreign]
     yield table(("flag", "why it is no option here", "instead"), body)
 
 

@@ -27,7 +27,7 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 OfMean = Callable[[Sequence[float]], Interval | None]
 Units = Mapping[Any, float | None]
-"""What is averaged and paired -> its value."""
+"""Seed or item, which is averaged and paired -> its value."""
 
 
 def student_interval(values: Sequence[float]) -> Interval | None:
@@ -147,7 +147,7 @@ def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:
 
 
 def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
-    """Whether the interval of the mean difference shows the group better or worse."""
+    """Better, worse or neither, by the interval of the mean difference; None if undefined."""
     if higher_is_better is None or line.difference is None:
         return None
     low, high = line.difference_low, line.difference_high
@@ -235,7 +235,7 @@ def equal_training(
 def at_training_loss(
     training: Sequence[float], measured: Sequence[float], level: float
 ) -> float | None:
-    """What was measured when a run's training loss first fell to ``level``.
+    """Measurement at which a run's training loss first fell to ``level``.
 
     Returns:
         The value, interpolated linearly between the two points around ``level``; None where the

@@ -1,4 +1,4 @@
-"""What was measured already, kept beside the result, so that the same command goes on from there.
+"""Cache of measurements beside the result, so that the same command goes on from there.
 
 kept = Kept(folder, {"digest": subject.digest, "images": fingerprint})
 value = kept.piece(["sharpness", 0.05], measure)       # measured once
@@ -45,7 +45,7 @@ class Kept:
         return _digest(key) in self._values
 
     def get(self, key: Any) -> Any:
-        """What :meth:`put` was given; None if nothing."""
+        """Value that :meth:`put` was given; None if nothing."""
         return self._values.get(_digest(key))
 
     def put(self, key: Any, value: Any) -> Any:
@@ -63,7 +63,7 @@ class Kept:
         return plain["value"]
 
     def piece(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is kept under a key, or what ``make`` returns now."""
+        """Value that is cached under a key, or that ``make`` returns now."""
         return self.get(key) if key in self else self.put(key, make())
 
     def _read(self, line: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Where a result comes from: the command, and the versions, commit and machine of its runs.
+"""Origin of a result: the command, and the versions, commit and machine of its runs.
 
 Results are shared and published, so a path of one machine never enters them.
 """
@@ -16,7 +16,7 @@ from bilora_diffusion.run.paths import without_paths
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made a result.
+    """Origin of a result.
 
     Args:
         command: the command line, absolute paths shortened to names.
@@ -66,7 +66,7 @@ def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> 
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None if it is not there."""
+    """Version of an installed package; None if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -144,7 +144,7 @@ def pictures(result: Result) -> str:
 
 
 def sources(result: Result) -> list[str]:
-    """What each subject is, and by which weights it was measured."""
+    """Kind, source and weights of each subject."""
     told = []
     for entry in result.subjects:
         words = [entry.kind, entry.source, entry.method]
@@ -166,7 +166,7 @@ def closing(result: Result, packages: Sequence[str] = ("torch",), told: Sequence
 
 
 def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:
-    """Where a result comes from: command, machine, versions of some packages, commit."""
+    """Origin of a result: command, machine, versions of some packages, commit."""
     if provenance is None:
         return []
     device = provenance.device

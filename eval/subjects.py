@@ -1,4 +1,4 @@
-"""What is measured: run folders, files of adapters and the base model, and which are repeats.
+"""Subjects: run folders, files of adapters and the base model, and the groups of repeats.
 
 gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # groups of runs that differ in the seed
 single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its own
@@ -94,7 +94,7 @@ def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
-    """Whether each group's runs saw the control's inputs at each step that both took, seed by seed.
+    """Group -> True if its runs saw the control's inputs at each step that both took, seed by seed.
 
     None for the control, and where no seed has both; a run without digests is not paired.
     """

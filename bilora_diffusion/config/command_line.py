@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from ..fields import NO_NUMBER, NO_TRUTH, add_flags, check, default_of, options_of
+from ..fields import add_flags, check, default_of, options_of
 from ..values import check_choice, short
 from .recipe import find_recipe, read_options
 
@@ -38,15 +38,36 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
             action.option_strings = strings
 
 
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence, and that tells given values from defaults.
+class Sentences(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None:
+            check_choice(action.option_strings[0], value, action.choices)
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        read: Any = action.type or str
+        try:
+            return read(text)
+        except ValueError as error:
+            flag = action.option_strings[0]
+            raise UserError(f"{flag} is {short(repr(text))}: {error}.") from error
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into a ``UserError``."""
+        flag = re.match(r"argument (--\w+).*expected", message)
+        raise UserError(f"{flag[1]} has no value: put one after it." if flag else f"{message}.")
+
+
+class CommandLine(Sentences):
+    """A parser that tells given values from defaults.
 
     Args:
         groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
         description: first lines of ``--help``.
         usage: the shortest complete command line.
         foreign: options of other scripts that are none here, with the reason and what to use
-            instead (``foreign.FOREIGN``).
+            instead (`refusals.Table`).
     """
 
     def __init__(
@@ -154,42 +175,12 @@ class CommandLine(argparse.ArgumentParser):
         takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return UNSET
-        if (isinstance(value, list) and not takes_list) or not all(map(_is_scalar, items)):
+        if (isinstance(value, list) and not takes_list) or not all(
+            isinstance(item, bool | str) for item in items
+        ):
             shown = short(str(value).replace("'", ""))
             raise UserError(f'"{name}" is {shown}: give a single value.')
-        texts = [_as_argument(item) for item in items]
+        texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         if takes_list:
             return texts
         return self.explicit([f"--{name}={texts[0]}"])[name]
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None:
-            check_choice(action.option_strings[0], value, action.choices)
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into a ``UserError``."""
-        match = re.match(r"argument (--\w+)\S*: (.*)", message, flags=re.DOTALL)
-        if match is None:
-            raise UserError(f"{message}: --help lists all flags.")
-        flag, complaint = match.groups()
-        wrong = re.match(r"invalid (int|float) value: (.*)", complaint, flags=re.DOTALL)
-        if wrong is not None:
-            kind = "a whole number" if wrong[1] == "int" else "a number"
-            raise UserError(f"{flag} is {short(wrong[2])}: give {kind}.")
-        word = re.match(rf"{NO_NUMBER}([\w ]+): (.*)", complaint, flags=re.DOTALL)
-        if word is not None:
-            raise UserError(f"{flag} is {short(word[2])}: give a number, or {word[1]}.")
-        truth = re.match(rf"{NO_TRUTH}(.*)", complaint, flags=re.DOTALL)
-        if truth is not None:
-            raise UserError(
-                f'{flag} is "{short(truth[1])}": give True or False, or the flag alone.'
-            )
-        raise UserError(f"{flag} has no value: put one after it.")
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | str)
-
-
-def _as_argument(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else value

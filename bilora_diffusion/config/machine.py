@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..fields import TRUE
@@ -87,6 +88,36 @@ def processes() -> int:
 def is_on(variable: str) -> bool:
     """Test that a variable of accelerate's launcher says yes."""
     return os.environ.get(variable, "").lower() in TRUE
+
+
+def launch() -> dict[str, Any]:
+    """How accelerate was launched, as facts of `refusals`: from the variables that its launcher
+    sets and it reads.
+    """
+
+    def word(name: str) -> str:
+        return os.environ.get(name, "no").upper()
+
+    compiled = word("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
+    engine, bad = "DDP", dict[str, bool]()
+    if is_on("ACCELERATE_USE_FSDP"):
+        engine = "FSDP on CPUs" if device_type() == "cpu" else "FSDP"
+        if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
+            names = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
+            engine, bad = "FSDP2", {name: is_on(name) for name in names}
+            bad |= {
+                "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
+                "SIZE_BASED_WRAP": word("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
+                "ACCELERATE_DYNAMO_BACKEND": compiled,
+            }
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        if is_on(f"ACCELERATE_USE_{name}"):
+            engine = name
+    if importlib.util.find_spec("torch_xla"):
+        engine = "XLA"
+    setting = next((name for name, given in bad.items() if given), None)
+    alone = "LOCAL_RANK" not in os.environ
+    return {"engine": engine, "fsdp_setting": setting, "compiled": compiled, "alone": alone}
 
 
 def default_precision() -> str:

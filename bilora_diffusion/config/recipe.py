@@ -8,21 +8,19 @@ repeated keys are refused, since an option has no use for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import UserError, did_you_mean
-from ..files import is_file, quoted, read_text
+from ..errors import UserError, did_you_mean, reason
+from ..files import is_file, is_text, quoted, read_text
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 """The repository's recipes, which an installed package brings along."""
 MOST_BYTES = 200_000
-MOST_LEVELS = 10
 MOST_LETTERS = 200
-"""Of a key: an option of a recipe, or the label of an arm."""
+"""Of a key: an option of a recipe, or the label of a variant."""
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
@@ -59,76 +57,46 @@ def read_options(path: Path, what: str, flag: str) -> Any:
     """
     text = read_text(path, f"{what} of {flag}", MOST_BYTES)
     try:
-        events = yaml.parse(text, Loader=yaml.BaseLoader)
-        return _document(events)
-    except _Unfit as error:
-        raise UserError(f"{what} {error}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{what} is not valid YAML{line}: correct it.") from error
-    except (ValueError, OverflowError) as error:  # an escape or a version beyond all range
-        raise UserError(f"{what} is not valid YAML ({error}): correct it.") from error
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise UserError(f"{what} is nested too deeply: flatten it.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{what} can't be read ({line}{error.problem}): correct it.") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond all range
+        raise UserError(f"{what} is not valid YAML ({reason(error)}): correct it.") from error
 
 
-class _Unfit(Exception):
-    """The end of a sentence about a file."""
+class _Loader(yaml.BaseLoader):
+    """PyYAML's loader that leaves values text, without the parts that options have no use for."""
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if event.anchor is not None or getattr(event, "tag", None) is not None:
+            raise _invalid("an anchor, an alias or a tag, or a text like one without quotes", event)
+        return super().compose_node(parent, index)
 
-def _document(events: Iterator[Any]) -> Any:
-    next(events)  # the start of the stream
-    if isinstance(next(events), yaml.StreamEndEvent):
-        return None
-    value = _value(next(events), events, 0)
-    next(events)  # the end of the document
-    if not isinstance(next(events), yaml.StreamEndEvent):
-        raise _Unfit('holds several documents: leave out the lines "---"')
-    return value
+    def construct_scalar(self, node: Any) -> Any:
+        plain = node.style is None and node.value in _WORDS
+        return _WORDS[node.value] if plain else _text(node)
 
-
-def _value(event: Any, events: Iterator[Any], level: int) -> Any:
-    line = event.start_mark.line + 1
-    if event.anchor is not None or getattr(event, "tag", None) is not None:
-        raise _Unfit(
-            f"uses an anchor, an alias or a tag in line {line}: write the value out, or put a text"
-            " that starts with &, * or ! in quotes"
-        )
-    if level > MOST_LEVELS:
-        raise _Unfit(f"is nested more than {MOST_LEVELS} levels deep in line {line}: flatten it")
-    if isinstance(event, yaml.ScalarEvent):
-        return _scalar(event)
-    if isinstance(event, yaml.SequenceStartEvent):
-        values = []
-        while not isinstance(item := next(events), yaml.SequenceEndEvent):
-            values.append(_value(item, events, level + 1))
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        values: dict[str, Any] = {}
+        for key, value in node.value:
+            if (name := _text(key)) in values:
+                raise _invalid(f"{quoted(name)} a second time", key)
+            if len(name) > MOST_LETTERS:
+                raise _invalid(f"a key of {len(name)} letters", key)
+            values[name] = self.construct_object(value)
         return values
-    return _mapping(events, level)
 
 
-def _mapping(events: Iterator[Any], level: int) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    while not isinstance(event := next(events), yaml.MappingEndEvent):
-        line = event.start_mark.line + 1
-        if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag:
-            raise _Unfit(f"has a key in line {line} that is no plain text: name an option")
-        key = _readable(event.value, line)
-        if len(key) > MOST_LETTERS:
-            raise _Unfit(f"has a key of {len(key)} letters in line {line}: name an option")
-        if key in values:
-            raise _Unfit(f'gives "{key}" twice, in lines {lines[key]} and {line}: keep one')
-        lines[key] = line
-        values[key] = _value(next(events), events, level + 1)
-    return values
-
-
-def _scalar(event: Any) -> str | bool | None:
-    if event.style is None and event.value in _WORDS:
-        return _WORDS[event.value]
-    return _readable(event.value, event.start_mark.line + 1)
-
-
-def _readable(text: str, line: int) -> str:
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _Unfit(f"has an escaped character in line {line} that is no text: leave it out")
+def _text(node: Any) -> str:
+    text = node.value  # of a list or a mapping it is one of nodes
+    if not isinstance(text, str) or "\0" in text or not is_text(text):
+        raise _invalid("no text where one is expected", node)
     return text
+
+
+def _invalid(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)

@@ -1,8 +1,9 @@
-"""What does not go together, why, and what to do instead: the one table of it.
+"""What does not go together, why, and what to do instead: the one table of it, `refusals.toml`.
 
-Options with each other and with the device, and ways to launch (`launches`). It is asked with a
-mapping of facts: option values by name, and what `conditions.FACTS` names. Command lines, launches
-and trainers refuse what stands here, the contract tests leave it out, and docs/options.md shows it
+Options with each other and with the device, ways to launch (DDP trains everything, FSDP2 adapters
+of text models, see ``train.sharding``), and flags of other scripts. It is asked with a mapping of
+facts: option values by name, and what its ``[facts]`` name. Command lines, launches and trainers
+refuse what stands there, the contract tests leave it out, and docs/options.md shows it
 (``python -m docs.make``).
 
 An option that the chosen method does not read stands without complaint, so that runs which differ
@@ -11,235 +12,139 @@ only in ``--method`` can share a recipe.
 
 from __future__ import annotations
 
+import functools
+import re
+import tomllib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..choices import AUTO
 from ..errors import UserError
-from .conditions import (
-    ABSENT,
-    GIVEN,
-    Refusal,
-    above,
-    other_than,
-    refusal,
-    several,
-)
-from .data_refusals import OF_DATA
-from .launches import FSDP2, LAUNCHES
-from .optimizer_refusals import OF_OPTIMIZERS
 
-FLOWS = other_than("StableDiffusionXLPipeline")
-
-_NEEDS_ADAPTERS = {
-    "use_dora": (True, "there is no adapter whose magnitude could be trained apart"),
-    "init_lora_weights": (("gaussian", "pissa", "lora-ga"), "there is no adapter to start"),
-    "lora_dropout": (above(0), "there is no adapter to put dropout in front of"),
-    "output_kohya_format": (
-        True,
-        "kohya's format is for adapters, and this method leaves whole models",
-    ),
-    "log_dynamics": (True, "there are no factors whose course could be recorded"),
-}
-
-_BY_THE_LOSS = {"early_stopping_patience": GIVEN, "keep_best": True}
-_NOTHING_HELD_OUT = {
-    "validation_dataset": {"validation_dataset": ABSENT},
-    "validation_file": {"task": ABSENT, "validation_file": ABSENT},
-}
-
-_WITHOUT_AUTO = (
-    (
-        "ball",
-        "none",
-        "there is no ball whose radius could set itself",
-        "use `--ball global` or `per-layer`",
-    ),
-    (
-        "auxiliary_direction",
-        "descent",
-        "an auxiliary that descends does not raise the loss",
-        "drop `--auxiliary_direction` or give `--rho` a number",
-    ),
-)
-
-_WITH_SEVERAL = (
-    ("ball", ("none", "per-layer"), "each has one ball over all layers", "use `--ball global`"),
-    (
-        "optimizer",
-        "prodigy",
-        "it counts steps for all weights, also for the auxiliaries that a step does not see",
-        "use `--optimizer adamw`",
-    ),
-    (
-        "trainer_processes",
-        above(1),
-        "its DDP would average the gradients of different samples' auxiliaries",
-        "train in one process, or by the scripts of this project",
-    ),
-    ("packing", True, "a packed row holds several samples", "drop `--packing`"),
-    ("compile", True, "compiled blocks know one auxiliary for all rows", "drop `--compile`"),
-    ("log_dynamics", True, "it records one auxiliary", "drop `--log_dynamics`"),
-    (
-        "engine",
-        FSDP2,
-        "the rows of a process would gather weights that others do not ask for",
-        "launch with `--multi_gpu` (DDP)",
-    ),
-)
-
-REFUSED: tuple[Refusal, ...] = (
-    *OF_DATA,
-    # weights in 4 bits
-    refusal(
-        "quantized weights can't be trained",
-        "drop `--quantize` or use `--method bilora`, `lora` or another with adapters",
-        method="full",
-        quantize="nf4",
-    ),
-    refusal(
-        "its noise is added to the base weights, and 4 bits can't hold it",
-        "drop `--quantize` or use `--method bilora`, `lora-sam` or another that adds no noise",
-        method="flat-lora",
-        quantize="nf4",
-    ),
-    refusal(
-        "this start is taken out of the base weights, which would be rounded to 4 bits once more",
-        "drop `--quantize` or use `--init_lora_weights default` or `gaussian`",
-        init_lora_weights=("pissa", "lora-ga"),
-        quantize="nf4",
-    ),
-    *(
-        refusal(
-            reason, f"drop `--{name}` or use another method", **{"method": "full", name: wanted}
-        )
-        for name, (wanted, reason) in _NEEDS_ADAPTERS.items()
-    ),
-    refusal(
-        "its steepest step is that of a weight without magnitudes of its own",
-        "drop `--use_dora` or use `--method lora-sam`",
-        method="efm-lora",
-        use_dora=True,
-    ),
-    # precision, loss, rates
-    refusal(
-        "the gradients of its two passes would have to be unscaled twice by one loss scaler",
-        "use `--mixed_precision bf16` or `no`",
-        method=("lora-sam", "lora-looksam"),
-        mixed_precision="fp16",
-    ),
-    refusal("it does not work there", "use fp16 or no", mixed_precision="bf16", device="mps"),
-    refusal("it needs a GPU", "use bf16 or no", mixed_precision="fp16", device="cpu"),
-    refusal(
-        "it needs CUDA",
-        "drop it",
-        enable_xformers_memory_efficient_attention=True,
-        device=other_than("cuda"),
-    ),
-    refusal(
-        "min-SNR weights are not defined for it, which weighs the noise levels itself",
-        "drop one of the two",
-        do_edm_style_training=True,
-        snr_gamma=above(0),
-    ),
-    *(
-        refusal(
-            "it predicts the velocity of a flow, which has no signal-to-noise ratios",
-            "drop it, or weigh by `--weighting_scheme`",
-            **{name: wanted, "pipeline": FLOWS},
-        )
-        for name, wanted in {"snr_gamma": above(0), "do_edm_style_training": True}.items()
-    ),
-    refusal(
-        "kohya's format is written for Stable Diffusion XL alone",
-        "drop it or give `--no_output_kohya_format`; ComfyUI reads the file for diffusers of most"
-        " other models (docs/files.md)",
-        output_kohya_format=True,
-        pipeline=FLOWS,
-    ),
-    refusal(
-        "its text encoders are large and serve once, before training",
-        "drop it",
-        train_text_encoder=True,
-        pipeline=FLOWS,
-    ),
-    refusal(
-        "both say how the rate rises", "give only one", warmup_ratio=GIVEN, lr_warmup_steps=GIVEN
-    ),
-    *OF_OPTIMIZERS,
-    # Bi-LoRA's ablations
-    refusal(
-        "an auxiliary that never leaves zero does nothing",
-        "use `--method lora`",
-        method="bilora",
-        auxiliary_learning_rate=0,
-    ),
-    *(
-        refusal(reason, instead, method="bilora", rho=AUTO, **{name: values})
-        for name, values, reason, instead in _WITHOUT_AUTO
-    ),
-    *(
-        refusal(reason, instead, method="bilora", auxiliaries=several(), **{name: values})
-        for name, values, reason, instead in _WITH_SEVERAL
-    ),
-    # when to stop
-    *(
-        refusal("the search says when to stop", "drop one of them", **{name: wanted, "fit": True})
-        for name, wanted in _BY_THE_LOSS.items()
-    ),
-    *(
-        refusal(
-            "there is no held-out loss to go by",
-            f"add `--{place}`, or drop it and use `--fit`",
-            **{name: wanted, **absent},
-        )
-        for name, wanted in _BY_THE_LOSS.items()
-        for place, absent in _NOTHING_HELD_OUT.items()
-    ),
-    *(
-        refusal(
-            "the held-out loss would be known at the start and the end only",
-            "say how often to measure it, for example `--validation_loss_steps 50`",
-            **{name: wanted, "validation_loss_steps": 0},
-        )
-        for name, wanted in _BY_THE_LOSS.items()
-    ),
-    refusal(
-        "its runs would change the weights that all of them share",
-        "use `--method bilora`, `lora` or another with adapters",
-        fit=True,
-        method="full",
-    ),
-    refusal(
-        "compiled blocks know the adapters that they were compiled with",
-        "drop `--compile`",
-        fit=True,
-        compile=True,
-    ),
-    # the run
-    refusal("a run needs a folder", "name it", output_dir=ABSENT),
-    refusal(
-        "one continues what the other deletes",
-        "drop one of them",
-        resume_from_checkpoint=GIVEN,
-        overwrite_output_dir=True,
-    ),
-    refusal(
-        "the token could leak to the tracker",
-        "drop it and run `hf auth login`",
-        hub_token=GIVEN,
-        report_to=("wandb", "all"),
-    ),
-    *LAUNCHES,
-)
+TABLE = Path(__file__).with_name("refusals.toml")
+Facts = Mapping[str, Any]
+_TEXT = re.compile(r"(given|absent|above|other than|equal to)(?: (.+))?")
 
 
-def refused(facts: Mapping[str, Any]) -> Refusal | None:
+class Condition(NamedTuple):
+    """What is asked of one fact.
+
+    Args:
+        name: of the fact.
+        test: "given", "absent", "above", "other than" or "equal to"; "" where values are listed.
+        argument: of the test: a number, words with commas between them, or ``--option``.
+        values: those that meet it, where they are listed.
+    """
+
+    name: str
+    test: str = ""
+    argument: str = ""
+    values: tuple[Any, ...] = ()
+
+    def holds(self, facts: Facts) -> bool:
+        """Whether the fact is known and as it is asked for."""
+        if self.name not in facts:
+            return False
+        value, other = facts[self.name], facts.get(self.argument[2:])
+        match self.test:
+            case "given":
+                return value not in (None, "") and value is not False
+            case "absent":
+                return value in (None, "")
+            case "above":
+                return isinstance(value, str) or (value or 0) > float(self.argument)
+            case "other than":
+                return value is not None and value not in (other, *self.argument.split(", "))
+            case "equal to":
+                return bool(value) and value == other
+        return value in self.values
+
+    def shown(self) -> str:
+        """It in Markdown."""
+        if form := table().facts.get(self.name):
+            named = " or ".join(form.format(value) for value in self.values or ("...",))
+        else:
+            first, *others = self.values or (True,)
+            named = " or ".join((f"`{said(self.name, first)}`", *(f"`{v}`" for v in others)))
+        if self.test in ("", "given"):
+            return named
+        argument = f"`{self.argument}`" if self.argument.startswith("--") else self.argument
+        return f"no {named}" if self.test == "absent" else f"{named} {self.test} {argument}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Facts that are refused together.
+
+    Args:
+        when: what is asked of them; the entry holds where every condition is met.
+        reason: a clause that follows "since", with options in backquotes.
+        instead: what to do about it, in the imperative, likewise.
+    """
+
+    when: tuple[Condition, ...]
+    reason: str
+    instead: str
+
+    def holds(self, facts: Facts) -> bool:
+        """Whether these facts are refused."""
+        return all(condition.holds(facts) for condition in self.when)
+
+    def sentence(self, facts: Facts) -> str:
+        """What the user reads, for facts for which the entry holds."""
+        subject = ""
+        for name, test, *_ in self.when:
+            link = " and " if test == "absent" or " with " in subject else " with "
+            part = f"no --{name}" if test == "absent" else said(name, facts[name])
+            subject = f"{subject}{link}{part}" if subject else part
+        return f"{subject} is refused, since {self.reason}: {self.instead}.".replace("`", "")
+
+    def shown(self) -> str:
+        """The facts in Markdown."""
+        return ", ".join(condition.shown() for condition in self.when)
+
+
+class Table(NamedTuple):
+    """Content of `refusals.toml`.
+
+    Args:
+        facts: facts that are no options, and how a sentence calls them.
+        refused: the entries, in the order in which they are asked.
+        foreign: by modality, flags of other scripts that are none here: a clause that follows
+            "since", and what to do, with options in backquotes.
+    """
+
+    facts: dict[str, str]
+    refused: tuple[Refusal, ...]
+    foreign: dict[str, dict[str, tuple[str, str]]]
+
+
+@functools.cache
+def table() -> Table:
+    """Read the table, once."""
+    content = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    refused = tuple(
+        Refusal(tuple(map(_condition, when, when.values())), row["since"], row["instead"])
+        for row in content["refused"]
+        for when in row["when"]
+    )
+    return Table(content["facts"], refused, content["foreign"])
+
+
+def _condition(name: str, asked: Any) -> Condition:
+    """A cell of the table: a value, a list of values, or a test in words."""
+    if isinstance(asked, str) and (test := _TEXT.fullmatch(asked)):
+        return Condition(name, test[1], test[2] or "")
+    return Condition(name, values=tuple(asked) if isinstance(asked, list) else (asked,))
+
+
+def refused(facts: Facts) -> Refusal | None:
     """The first entry that holds for these facts, or None; unknown facts are not refused."""
-    return next((entry for entry in REFUSED if entry.holds(facts)), None)
+    return next((entry for entry in table().refused if entry.holds(facts)), None)
 
 
-def check(facts: Mapping[str, Any]) -> None:
+def check(facts: Facts) -> None:
     """Refuse what does not go together.
 
     Raises:
@@ -247,3 +152,13 @@ def check(facts: Mapping[str, Any]) -> None:
     """
     if (entry := refused(facts)) is not None:
         raise UserError(entry.sentence(facts))
+
+
+def said(name: str, value: Any) -> str:
+    """A fact as the user wrote it, without a secret."""
+    if name in table().facts:
+        return table().facts[name].format(value)
+    if value is True or name == "hub_token":
+        return f"--{name}"
+    plain = not isinstance(value, str) or re.fullmatch(r"[\w.+-]+", value)
+    return f"--{name} {value}" if plain else f'--{name} "{value}"'

@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from .. import fields, methods
@@ -15,10 +14,10 @@ from ..choices import OPTIMIZERS
 from ..errors import UserError
 from ..methods.options import AdapterOptions, MethodFlags
 from ..values import check_choice
-from . import launches, machine, refusals
+from . import machine, refusals
 from .command_line import CommandLine
-from .conditions import said
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
+from .refusals import said
 
 Values = dict[str, Any]
 SAMPLES_OF_A_STEP = 10**6
@@ -40,7 +39,6 @@ class RunConfig(
         groups: the option dataclasses it is made of, in the order of ``--help``.
         alternatives: pairs of options of which one replaces the other (`CommandLine.read`).
         description, usage: of ``--help``.
-        foreign: flags of other scripts that are refused with what to use instead.
         without_influence: options that a resumed run may change freely: they do not touch what is
             learned, or only in the last digits, as another card does.
         without_samples: values with which no images or answers are made.
@@ -51,7 +49,6 @@ class RunConfig(
     alternatives: ClassVar[tuple[tuple[str, str], ...]]
     description: ClassVar[str]
     usage: ClassVar[str]
-    foreign: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType({})
     without_influence: ClassVar[frozenset[str]]
     without_samples: ClassVar[Mapping[str, Any]]
 
@@ -83,7 +80,7 @@ class RunConfig(
         values["validation_loss_steps"] = _measured_every(values, given)
         values, notes = _without_idle(fields.options_of(kind.groups), values, given)
         notes += _remarks(values, given)
-        about = {"device": machine.device_type(), "modality": cls.modality, **launches.facts()}
+        about = {"device": machine.device_type(), "modality": cls.modality, **machine.launch()}
         refusals.check({**values, **about})
         cls.check_inputs(values)
         _check_packages(values)
@@ -96,7 +93,9 @@ class RunConfig(
     def parser(cls) -> CommandLine:
         """What reads the command lines of this script."""
         groups = cls.with_own_options().groups
-        return CommandLine(groups, cls.description, cls.usage, cls.foreign)
+        return CommandLine(
+            groups, cls.description, cls.usage, refusals.table().foreign[cls.modality]
+        )
 
     @staticmethod
     def complete(values: Values, given: frozenset[str]) -> Values:

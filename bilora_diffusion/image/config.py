@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from ..config.foreign import FOREIGN
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import RunConfig, without_influence
 from ..methods.options import AdapterOptions, MethodFlags
@@ -80,7 +79,6 @@ class DreamBoothConfig(
         " meaning; defaults are those of the Bi-LoRA paper's Table A8."
     )
     usage: ClassVar[str] = "%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]"
-    foreign: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType(FOREIGN)
     complete = staticmethod(inputs.complete)
     check_inputs = staticmethod(inputs.check_inputs)
 

@@ -76,9 +76,6 @@ class TextConfig(
         " that Transformers' and TRL's scripts have keep their names; defaults are those of the"
         " Bi-LoRA paper's Tables A4 to A7."
     )
-    foreign: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType(
-        {"compile": ("only the blocks of image models are compiled", "drop it")}
-    )
     usage: ClassVar[str] = (
         "%(prog)s --model_name_or_path MODEL {--task TASK,--train_file FILE} [flags]"
     )

@@ -76,8 +76,8 @@ def searched(cfg: Any, steps: int) -> list[str]:
     """Size of the search before a run."""
     budget = cfg.fit_budget or BUDGET * steps
     return [
-        f"--fit: before them at most {budget:,} steps, in up to {budget * 3 // steps} runs of"
-        f" {steps // 3:,} steps and more; with the last one that is {(budget + steps) / 3600:.2g}"
+        f"--fit: before them at most {budget:,} steps, in up to {budget * 2 // steps} runs of"
+        f" {steps // 2:,} steps and more; with the last one that is {(budget + steps) / 3600:.2g}"
         " hours for each second that a step takes"
     ]
 

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.decode import DECODE_ERRORS, read_rgb
+from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.image.decode import read_rgb
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
     words: Tensor | None = None
 
 
-class Judge:
+class ImageJudge:
     """Scores images by what they are held against."""
 
     def __init__(
@@ -143,13 +143,9 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
             continue
         if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
-        try:
+        what = f'the reference {file} of "{prompt.text}" can\'t be read'
+        with translated(what, "correct the file of prompts"):
             pictures[prompt.text] = read_rgb(file)
-        except DECODE_ERRORS as error:
-            raise UserError(
-                f'the reference {file} of "{prompt.text}" can\'t be read: correct the file of'
-                " prompts."
-            ) from error
     return pictures
 
 

@@ -89,7 +89,7 @@ def _of_text(path: Path, name: str) -> list[tuple[str, Prompt]]:
 
 
 def instance_of(text: str) -> str | None:
-    """What a prompt of the form "... of a INSTANCE, ..." asks for; None for another form."""
+    """Instance of a prompt of the form "... of a INSTANCE, ..."; None for another form."""
     match = _INSTANCE.search(text)
     return match[1].strip() if match else None
 

@@ -1,4 +1,4 @@
-"""What the command line decides, checked before anything is generated."""
+"""Settings from the command line, checked before anything is generated."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _place(base_model: str) -> str:
 
 
 def miniature(base_model: str) -> str | None:
-    """Which embedded miniature a base model's name or folder is."""
+    """Name of the embedded miniature that a base model's name or folder is."""
     return mini.embedded(_place(base_model))
 
 
@@ -96,7 +96,7 @@ def prompts(args: Namespace) -> list[Prompt]:
 
 
 def sampling(args: Namespace, base: str) -> Sampling:
-    """How images are made: as is usual for the model where nothing is given."""
+    """Sampling as it is usual for the model where nothing is given."""
     side, steps, guidance = usual(base)
     return Sampling(
         base_model=base,

@@ -35,14 +35,14 @@ from ..table import Row
 
 ALL = "all"
 QUANTITIES = ("A", "B", "factors", "product")
-"""What a cosine is taken of: A, B, both, or B A; of the chosen layers as one vector."""
+"""Vectors that a cosine is taken of: A, B, both, or B A, all chosen layers as one."""
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
 CROSS = "auxiliary_to_primary"
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
 OF_LAYERS = (*NORMS, RATIO)
 """Curves of single layers that are shown (Fig. A4)."""
 NEGLIGIBLE = 1e4
-"""How many times smaller the third term of Eq. 5 is said to be."""
+"""Ratio of Eq. 5's terms above which the third counts as negligible."""
 SMALL_MULTIPLES = 4
 LEVEL = 0.9
 """The cosine to the final weights at which they count as settled."""
@@ -76,7 +76,7 @@ class RunCurves:
         return set(self.values["primary/product"])
 
     def figures(self) -> dict[str, float | None]:
-        """What needs its layers one by one.
+        """Figures that need its layers one by one.
 
         "layer_ratio" is a layer's median ratio over the steps that have one, then the median over
         layers; "layers_above" the share of the layers whose median is above ``NEGLIGIBLE``; "chance
@@ -162,7 +162,7 @@ def _ratios(snapshot: Snapshot, where: Sequence[int]) -> list[float | None]:
 
 
 def _cosines(now: Snapshot, final: Snapshot, where: Sequence[int]) -> dict[str, float | None]:
-    """Of each adapter with its own final weights, and of the auxiliary with the primary's."""
+    """Cosines of each adapter with its final weights, and of the auxiliary with the primary's."""
     pairs = {NAMES[a]: (now.factors[a], final.factors[a]) for a in now.factors}
     if AUXILIARY in now.factors:
         pairs[CROSS] = (now.factors[AUXILIARY], final.factors[PRIMARY])

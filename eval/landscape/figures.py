@@ -50,7 +50,7 @@ def profiles(result: Result, picture: Path) -> None:
 
 
 def _losses(result: Result, metric: str, group: str, space: str) -> list[tuple[Entry, np.ndarray]]:
-    """What was measured of each run of a group, a line per direction or position."""
+    """Losses of each run of a group, a line per direction or position."""
     known = "positions" if metric == "profile" else "grid_positions"
     rows = result.select(metric, group, space)
     found = []
@@ -63,7 +63,7 @@ def _losses(result: Result, metric: str, group: str, space: str) -> list[tuple[E
 
 
 def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
-    """Of each group but the control, how much more each seed's loss rises than the control's."""
+    """Rise of each seed's loss beyond the control's, of each other group."""
     rises: dict[str, dict[int | None, np.ndarray]] = {}
     for group in result.groups:
         for entry, losses in _losses(result, "profile", group, space):

@@ -1,4 +1,4 @@
-"""How sharp a minimum is.
+"""Sharpness of a minimum.
 
 SAM sharpness (Foret et al. 2021, https://arxiv.org/abs/2010.01412, Eq. 1; the paper, Eq. 2) is
 
@@ -44,7 +44,7 @@ TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Sharpness:
-    """What the ascent found.
+    """Result of the ascent.
 
     Args:
         value: the highest L(w + e) - L(w) that was found; at least 0, which e = 0 has.
@@ -173,7 +173,7 @@ def _on_sphere(weights: Sequence[Weight], rho: float, seed: int, number: int) ->
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """What Lanczos found.
+    """Result of Lanczos.
 
     Args:
         value: None where it did not converge.

@@ -96,7 +96,7 @@ def displaceable(weights: Sequence[Weight]) -> Iterator[Place]:
 
 
 class Place:
-    """Where the weights are: their own values plus a displacement."""
+    """Place of the weights: their own values plus a displacement."""
 
     def __init__(self, own: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.own, self.copies = own, copies

@@ -35,7 +35,7 @@ SCHEMA_VERSION = 1
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
 PATIENCE_SECONDS = 30.0
-"""How long a cell that is told to end may take before it is killed."""
+"""Time between asking a run to end and killing it."""
 PAUSE_SECONDS = 0.05
 """Between two looks at the running cells."""
 THREADS = "OMP_NUM_THREADS"
@@ -46,7 +46,7 @@ _OF_LAUNCHER = ("subprocess.CalledProcessError", "torch.distributed.elastic")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """Outcome of a run.
 
     Args:
         cell: name of the run folder.
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def state(folder: Path) -> str:
-    """What a run folder holds: finished, checkpoint (can be continued), begun, or new."""
+    """State of a run folder: finished, checkpoint (can be continued), begun, or new."""
     with contextlib.suppress(UserError):
         if runlog.read_run(folder)["status"] == FINISHED:
             return FINISHED
@@ -143,7 +143,7 @@ class Runner:
             bar.write(f"{outcome.cell} failed: {outcome.error}", file=sys.stderr)
 
     def environment(self) -> dict[str, str] | None:
-        """Of each cell's process; several at a time share the cores, unless the user says how."""
+        """Environment of each run; several at a time share the cores, unless the user says how."""
         if self.jobs == 1 or THREADS in os.environ:
             return None
         return {**os.environ, THREADS: str(max(1, (os.cpu_count() or 1) // self.jobs))}
@@ -198,7 +198,7 @@ class _Run:
         return self.process is not None and self.process.poll() is not None
 
     def outcome(self) -> Outcome:
-        """What became of it, however it ended."""
+        """Its outcome, however it ended."""
         self.log.close()
         cell, code = self.cell, self.process.returncode if self.process else 0
         if self._finished():

@@ -1,4 +1,4 @@
-"""What a sweep compares: axes and named arms to cells, each checked before anything runs.
+"""Grid of a sweep: axes and named arms to cells, each checked before anything runs.
 
 An arm is a set of options; a cell is an arm with a seed. Arms whose runs would be the same (an
 option that their method does not read, a value that is the default) are one arm.
@@ -202,7 +202,7 @@ class Planner:
         return Cell(name, arm.label, seed, flags)
 
     def _identity(self, config: Any) -> dict[str, Any]:
-        """What decides the run's result: options that are not at their default and are read.
+        """Options that decide the run's result: those that are not at their default and are read.
 
         The recipe's options are among them, so a finished run is not taken for that of an edited
         recipe; defaults are not, so that a new option of the script renames no run.
@@ -241,12 +241,9 @@ def _same(value: Any, text: str) -> bool:
 
 
 def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(
-            f'seed is "{text}": give whole numbers, for example --over seed=0..4.'
-        ) from error
+    if not text.strip().lstrip("-").isdecimal():
+        raise UserError(f'seed is "{text}": give whole numbers, for example --over seed=0..4.')
+    return int(text)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is scored: which runs share a row, and the base model and template under each subject."""
+"""Subjects of text scores: runs that share a row, and the base model and template under each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Base:
     template: str = "auto"
 
     def identity(self) -> dict[str, Any]:
-        """What a score depends on; where files lie is not."""
+        """All that a score depends on, without the places of files."""
         return asdict(self) | {"cache_dir": None, "name": without_paths(self.name)}
 
 
@@ -82,7 +82,7 @@ def _in_rows(given: Sequence[Subject], named: Collection[str], together: bool) -
 
 
 def training_set(subject: Subject) -> str:
-    """What a run was trained on: a task's name, or a file's."""
+    """Name of the task or file that a run was trained on."""
     name = subject.option("task") or Path(str(subject.option("train_file") or "unknown")).stem
     return str(name)
 
@@ -150,7 +150,7 @@ def _before_training(given: Sequence[Subject], only_heldout: bool) -> list[Subje
 
 
 def _described(subject: Subject, base: Base) -> Subject:
-    """With what tables say of it: base model, training set, cost and memory of training."""
+    """A subject with facts for tables: base model, training set, cost and memory of training."""
     about: dict[str, Any] = {"quantize": base.quantize}
     if subject.record:
         about["training_set"] = training_set(subject)
@@ -162,9 +162,7 @@ def _described(subject: Subject, base: Base) -> Subject:
 
 @cache
 def gradient_steps(method: str) -> int:
-    """How often a method computes the gradient of one optimizer step, counted on a toy model: the
-    "Cost" of the paper's Table 3.
-    """
+    """Gradients that a method computes per optimizer step: the "Cost" of the paper's Table 3."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 2))

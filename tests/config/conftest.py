@@ -17,7 +17,7 @@ def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         kind: str,
         *,
         bf16: bool = True,
-        missing: frozenset[str] = frozenset(),
+        missing: Collection[str] = (),
         compilers: Collection[str] = ("gcc", "g++"),
         headers: bool = True,
     ) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from bilora_diffusion.adapters import ALL_LINEAR
-from bilora_diffusion.config import machine as machine_module
+from bilora_diffusion.config.machine import device_type
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.fields import options_of
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
@@ -24,8 +23,6 @@ from bilora_diffusion.image.inputs import FP16_FIX, SDXL_BASE
 from bilora_diffusion.image.options import INTERPOLATIONS
 from bilora_diffusion.text.config import TextConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-Machine = Callable[..., None]
 ICONS = "a TOK icon, in the style of TOK"
 
 
@@ -118,75 +115,69 @@ def test_what_a_preset_and_a_help_hold() -> None:
     assert {name.replace("_", "-") for name in INTERPOLATIONS} == modes
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments", "expected"),
-    [
-        ("cuda", ["--resolution", "512"], True),
-        ("cuda", ["--resolution", "504"], False),
-        ("cpu", ["--resolution", "512"], False),
-        ("cuda", ["--resolution", "512", "--gradient_checkpointing", "False"], False),
-        ("cpu", ["--resolution", "64", "--gradient_checkpointing"], True),
-        ("cuda", ["--resolution", "1024", "--pretrained_model_name_or_path", "some/sdxl"], True),
-    ],
-)
-def test_the_model_decides_what_is_left(
-    machine: Machine, kind: str, arguments: list[str], expected: bool
-) -> None:
-    machine(kind)
-    cfg = mini(*arguments)
-    assert cfg.gradient_checkpointing is expected
-    assert cfg.resolution == int(arguments[-1] if arguments[-1].isdigit() else arguments[1])
+def precision(kind: str, words: str, expected: str, launched: str = "", **more: Any) -> Any:
+    """The autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone."""
+    values = {"mixed_precision": expected, "pretrained_vae_model_name_or_path": None}
+    if expected == "fp16":
+        values["pretrained_vae_model_name_or_path"] = FP16_FIX
+    launch = {"ACCELERATE_MIXED_PRECISION": launched or "no"}
+    return {"kind": kind, **more}, launch, icons, words, values
 
 
-@pytest.mark.parametrize(
-    ("kind", "bf16", "launched", "given", "expected"),
-    [
-        ("cpu", True, "", [], "no"),
-        ("cuda", True, "", [], "bf16"),
-        ("cuda", False, "", [], "fp16"),
-        ("cuda", True, "no", [], "bf16"),
-        ("cuda", True, "fp16", [], "fp16"),
-        ("cuda", True, "fp16", ["--mixed_precision", "no"], "no"),
-        ("cpu", True, "bf16", [], "bf16"),
-        ("mps", True, "", [], "no"),
-    ],
-)
-def test_mixed_precision(
-    machine: Machine,
+THREE = {"LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+FP16_FREE = {"mixed_precision": "fp16", "pretrained_vae_model_name_or_path": None}
+SCALED = "--scale_lr --train_text_encoder"
+ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str, Any]] = [
+    ({"kind": "cuda"}, {}, mini, "--resolution 512", {"gradient_checkpointing": True}),
+    ({"kind": "cuda"}, {}, mini, "--resolution 504", {"gradient_checkpointing": False}),
+    ({"kind": "cpu"}, {}, mini, "--resolution 512", {"gradient_checkpointing": False}),
+    (
+        {"kind": "cuda"},
+        {},
+        mini,
+        "--resolution 512 --gradient_checkpointing False",
+        {"gradient_checkpointing": False},
+    ),
+    ({"kind": "cpu"}, {}, mini, "--gradient_checkpointing", {"gradient_checkpointing": True}),
+    precision("cpu", "", "no"),
+    precision("cuda", "", "bf16"),
+    precision("cuda", "", "fp16", bf16=False),
+    precision("cuda", "", "bf16", "no"),
+    precision("cuda", "", "fp16", "fp16"),
+    precision("cuda", "--mixed_precision no", "no", "fp16"),
+    precision("cpu", "", "bf16", "bf16"),
+    precision("mps", "", "no"),
+    ({"kind": "cuda", "bf16": False}, {}, mini, "", FP16_FREE),
+    # --scale_lr counts batch, accumulation and processes; the rate of text encoders stays
+    (
+        {"kind": "cuda"},
+        THREE,
+        mini,
+        f"{SCALED} --auxiliary_learning_rate 1e-4",
+        {"learning_rate": 24e-4, "auxiliary_learning_rate": 12e-4, "text_encoder_lr": 5e-6},
+    ),
+    ({"kind": "cuda"}, THREE, mini, SCALED, {"auxiliary_learning_rate": None}),
+    ({"kind": "cuda"}, THREE, mini, "", {"learning_rate": 2e-4}),
+    ({"kind": "cuda"}, THREE, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
+    ({"kind": "cpu", "missing": {"tensorboard"}}, {}, mini, "", {"log_with": None}),
+]
+
+
+@pytest.mark.parametrize(("here", "launch", "read", "words", "expected"), ON_MACHINES)
+def test_what_a_machine_decides(
+    here: dict[str, Any],
+    launch: dict[str, str],
+    read: Callable[..., Any],
+    words: str,
+    expected: dict[str, Any],
+    machine: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    bf16: bool,
-    launched: str,
-    given: list[str],
-    expected: str,
 ) -> None:
-    """And the autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone."""
-    machine(kind, bf16=bf16)
-    if launched:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    assert mini(*given).mixed_precision == expected
-    assert mini(*given).pretrained_vae_model_name_or_path is None
-    vae = FP16_FIX if expected == "fp16" else None
-    assert icons(*given).pretrained_vae_model_name_or_path == vae
-
-
-def test_scale_lr_counts_batch_accumulation_and_processes(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The auxiliary's rate keeps its ratio; that of text encoders stays, as in diffusers."""
-    machine("cuda")
-    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
+    machine(**here)
+    for name, value in launch.items():
         monkeypatch.setenv(name, value)
-    scaled = ["--scale_lr", "--train_text_encoder"]
-    cfg = mini(*scaled, "--auxiliary_learning_rate", "1e-4")
-    assert cfg.learning_rate == pytest.approx(2e-4 * 4 * 3)
-    assert cfg.auxiliary_learning_rate == pytest.approx(1e-4 * 4 * 3)
-    assert cfg.text_encoder_lr == 5e-6
-    assert mini(*scaled).auxiliary_learning_rate is None
-    assert mini().learning_rate == 2e-4
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    cfg = text("--scale_lr")
-    assert (cfg.task_type, cfg.learning_rate) == ("causal", 5e-4 * 8 * 2)
+    cfg = read(*words.split())
+    assert {name: getattr(cfg, name) for name in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +220,6 @@ def test_local_folders_take_the_place_of_the_hub(
     cfg = resolve(folder)
     assert (cfg.instance_data_dir, cfg.dataset_name) == ("./mini", None)
     assert (cfg.instance_prompt, cfg.caption_column) == (None, None)
-
-
-def test_the_default_tracker_needs_no_package(machine: Machine) -> None:
-    machine("cpu", missing=frozenset({"tensorboard"}))
-    assert (mini().report_to, mini().log_with) == ("none", None)
 
 
 def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_path: Path) -> None:
@@ -286,29 +272,11 @@ def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str])
         assert shown.count(f"\n{section}\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        pytest.param(  # not bitsandbytes: where it is installed, PEFT imports it
-            "import sys; from bilora_diffusion.image.config import resolve;"
-            "resolve(['--dataset', 'mini']);"
-            "print(*{'diffusers', 'datasets', 'gradio'} & set(sys.modules))",
-            "",
-            marks=pytest.mark.slow,
-        ),
-        (
-            "import os; os.environ['ACCELERATE_USE_CPU'] = 'True'; import torch;"
-            "torch.accelerator.current_accelerator = None;"
-            f"from {machine_module.__name__} import device_type; print(device_type())",
-            "cpu",
-        ),
-    ],
-    ids=["parsing loads nothing heavy", "accelerate on the CPU is the CPU"],
-)
-def test_a_process_of_its_own(code: str, said: str) -> None:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == said
+def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: torch.device("cuda"))
+    assert device_type() == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert device_type() == "cpu"
 
 
 def test_a_configuration_can_be_sent_to_a_worker() -> None:

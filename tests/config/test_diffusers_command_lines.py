@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import nn
 
+from bilora_diffusion.config import refusals
 from bilora_diffusion.config.command_line import CommandLine
-from bilora_diffusion.config.foreign import FOREIGN
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
@@ -216,6 +216,7 @@ def test_epochs_over_more_class_images_than_instance_images() -> None:
     assert ours({**flags, "repeats": 60}, 1, images=5, class_images=200).steps == 1200
 
 
+FOREIGN = refusals.table().foreign["image"]
 RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
 OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
 

@@ -17,7 +17,7 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.mini import heldout_dir
 from eval.clip_scores.captioners import Captioner
 from eval.clip_scores.images import Job, Sampling, Store, jobs
-from eval.clip_scores.measure import Judge, truth_pictures
+from eval.clip_scores.measure import ImageJudge, truth_pictures
 from eval.clip_scores.models import ModelEntry, Scorer
 from eval.clip_scores.prompts import Prompt
 from eval.subjects import Subject
@@ -78,7 +78,7 @@ def measured(
     """The rows of all subjects."""
     usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
     originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
-    judge = Judge(Colors(colors), originals=originals, progress=False, **usual | more)
+    judge = ImageJudge(Colors(colors), originals=originals, progress=False, **usual | more)
     return [row for one in subjects for row in judge.rows(one, jobs(one, prompts, range(seeds)))]
 
 

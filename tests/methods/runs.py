@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.methods import Method, MethodOptions, Target, create
+from tests.references import methods as reference
 
 SPEC = AdapterSpec(rank=3, alpha=6, target_modules=("0", "2"))
-STEPS = 20
+STEPS = 50
 
 
 def two_layers() -> nn.Module:
@@ -77,7 +78,49 @@ class Run:
         return adapters.state_dict(self.model, PRIMARY)
 
 
-def frozen(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Copies of the weight and bias under each layer's adapters."""
-    bases = [cast(Any, layer).base_layer for _, layer in adapters.layers(model)]
-    return [(base.weight.detach().clone(), base.bias.detach().clone()) for base in bases]
+def naive(run: Run) -> reference.Net:
+    """The layers as the reference has them, with an optimizer as the run's for each matrix."""
+    first, *rest = run.optimizer.param_groups
+    own = ("W0", "b") if run.method.exports_weights else ("A", "B")
+    groups = [(own, first), *((("A2", "B2"), group) for group in rest[:1])]
+    make = getattr(reference, type(run.optimizer).__name__)
+    rules = [
+        {
+            name: make(group["lr"], group["weight_decay"], group.get("maximize", False))
+            for names, group in groups
+            for name in names
+        }
+        for _ in range(2)
+    ]
+    layers = []
+    for path, module in (("0", run.model[0]), ("2", run.model[2])):
+        base = getattr(module, "base_layer", module)
+        factors = [
+            {f.name: f for f in adapters.factors(run.model, name)}[path]
+            for name in run.method.adapters
+        ]
+        values: list[Any] = [v for f in factors for v in (f.A.clone(), f.B.clone(), f.scale)]
+        values = values or [torch.zeros(0), torch.zeros(0), 1.0]
+        weight, bias = (p.detach().clone() for p in (base.weight, base.bias))
+        layers.append(reference.Layer(weight, bias, *values))
+    return reference.Net(layers, rules)
+
+
+def same(run: Run, net: reference.Net) -> None:
+    """All that is trained is as the reference has it."""
+    for layer, other in zip(net.layers, naive(run).layers, strict=True):
+        for name in ("W0", "b", "A", "B", "A2", "B2"):
+            expected, value = getattr(layer, name), getattr(other, name)
+            assert (expected is None) == (value is None)
+            if value is not None:
+                torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+def follow(run: Run, step: Callable[[reference.Net, Tensor, Tensor], float]) -> reference.Net:
+    """The run takes the reference's steps, which is returned."""
+    net, expected = naive(run), []
+    for net.k in range(STEPS):
+        expected.append(step(net, *batch(net.k)))
+    torch.testing.assert_close(run.train(), expected, rtol=1e-10, atol=1e-10)
+    same(run, net)
+    return net

@@ -1,113 +1,34 @@
-"""Bi-LoRA against the naive reference, its limiting cases, and the ball after every step."""
+"""Bi-LoRA: its ball after every step, the radius that sets itself, and its optimizers."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bilora_diffusion import adapters
+from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.methods import MethodOptions, Target, create
-from tests.methods.runs import Run, batch, frozen
-from tests.references import bilora as reference
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import MethodOptions, Target, ball, create, radius
+from tests.methods.runs import SPEC, STEPS, Run, batch, two_layers
 
-
-def naive_copy(model: nn.Module) -> list[reference.Layer]:
-    first, second = (adapters.factors(model, name) for name in (PRIMARY, AUXILIARY))
-    layers = []
-    for (W0, b), one, two in zip(frozen(model), first, second, strict=True):
-        A1, B1, A2, B2 = (t.clone() for t in (one.A, one.B, two.A, two.B))
-        layers.append(reference.Layer(W0, b, A1, B1, A2, B2, s1=one.scale, s2=two.scale))
-    return layers
-
-
-def project(layers: list[reference.Layer], rho: float, options: dict[str, Any]) -> None:
-    """What follows a step under these options."""
-    if options.get("ball") == "per-layer":
-        reference.clip_each(layers, rho)
-    elif options.get("ball") != "none":
-        reference.clip(layers, rho, scaled=options.get("rho_norm") != "unscaled")
-
-
-@pytest.mark.parametrize(
-    ("kind", "lr", "rho", "decay", "options"),
-    [
-        *(
-            (*optimizer, {"rho_norm": norm})
-            for norm in ("scaled", "unscaled")
-            for optimizer in (
-                ("SGD", 0.1, 0.05, 0.0),
-                ("AdamW", 5e-3, 0.05, 0.01),
-                ("AdamW", 5e-3, 0.5, 0.0),
-            )
-        ),
-        ("AdamW", 5e-3, 0.05, 0.0, {"ball": "per-layer"}),
-        ("AdamW", 5e-3, 0.05, 0.0, {"ball": "none"}),
-        ("AdamW", 5e-3, 0.05, 0.0, {"auxiliary_direction": "descent"}),
-    ],
-    ids=str,
-)
-def test_50_steps_follow_the_naive_reference(
-    kind: str, lr: float, rho: float, decay: float, options: dict[str, Any]
-) -> None:
-    """Acceptance: float64, with different ranks, scales and learning rates of the two adapters."""
-    given: dict[str, Any] = {"rho": rho, "auxiliary_rank": 2, "auxiliary_alpha": 3}
-    given |= {"auxiliary_learning_rate": 2 * lr, **options}
-    run = Run("bilora", MethodOptions(**given), kind, lr, decay)
-    layers = naive_copy(run.model)
-
-    def rule(name: str) -> reference.SGD | reference.AdamW:
-        own = name.endswith("2")
-        ascend, rate = own and "auxiliary_direction" not in options, 2 * lr if own else lr
-        if kind == "SGD":
-            return reference.SGD(rate, ascend)
-        return reference.AdamW(rate, 0.0 if own else decay, ascend)
-
-    rules = [{name: rule(name) for name in ("B1", "A1", "B2", "A2")} for _ in layers]
-    losses, outside = [], 0
-    for k in range(50):
-        losses.append(reference.step(layers, rules, *batch(k)))
-        outside += reference.c_norm(layers, options.get("rho_norm") != "unscaled") > rho
-        project(layers, rho, options)
-    assert outside >= 5, "the ball must have been at work"
-    torch.testing.assert_close(run.train(50), losses, rtol=1e-12, atol=1e-12)
-    for name, letters in ((PRIMARY, ("A1", "B1")), (AUXILIARY, ("A2", "B2"))):
-        for factor, layer in zip(adapters.factors(run.model, name), layers, strict=True):
-            for tensor, letter in zip((factor.A, factor.B), letters, strict=True):
-                torch.testing.assert_close(tensor, getattr(layer, letter), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_as_rho_goes_to_zero_it_becomes_lora(kind: str) -> None:
-    lora = Run("lora", None, kind, 0.02).train(50)
-    gaps = []
-    for rho in (1e-2, 1e-4, 1e-6):
-        losses = Run("bilora", MethodOptions(rho=rho), kind, 0.02).train(50)
-        gaps.append(max(abs(a - b) for a, b in zip(losses, lora, strict=True)))
-    assert gaps[0] > gaps[1] > gaps[2]
-    assert gaps[2] < 1e-5
-
-
-def weight_change(layer: Any, scaled: bool) -> Tensor:
-    """s B2 A2 of a linear or convolution layer, formed in float64."""
-    A, B = (f[AUXILIARY].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
-    change = torch.einsum(
-        "mr,rnk->mnk", B.flatten(1), A.flatten(2) if A.dim() > 2 else A[..., None]
-    )
-    return change * (layer.scaling[AUXILIARY] if scaled else 1.0)
+RHO = 0.01
+ALPHAS = st.sampled_from([0.5, 2.0, 32.0])
 
 
 @settings(max_examples=25)
 @given(
     sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)),
     ranks=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    alphas=st.tuples(st.sampled_from([0.5, 2.0, 32.0]), st.sampled_from([0.5, 2.0, 32.0])),
+    alphas=st.tuples(ALPHAS, ALPHAS),
     rho=st.floats(1e-3, 10),
     rho_norm=st.sampled_from(["scaled", "unscaled"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
@@ -125,21 +46,202 @@ def test_the_norm_is_within_rho_after_every_step(
     """Acceptance: the norm of the products themselves, formed in float64; Conv2d among them."""
     n, h, m = sizes
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(n, h, 3, padding=1), nn.Flatten(2), nn.Linear(4, m), nn.Linear(m, m)
-    ).to(dtype)
+    layers = (nn.Conv2d(n, h, 3, padding=1), nn.Flatten(2), nn.Linear(4, m), nn.Linear(m, m))
+    model = nn.Sequential(*layers).to(dtype)
     given: dict[str, Any] = {"auxiliary_rank": ranks[1], "auxiliary_alpha": alphas[1]}
     # slow for the primary, that no run diverges
     method = create("bilora", MethodOptions(rho, rho_norm, auxiliary_learning_rate=0.3, **given))
     spec = AdapterSpec(rank=ranks[0], alpha=alphas[0], target_modules=("0", "2", "3"))
     optimizer = getattr(torch.optim, kind)(method.setup([Target("model", model, spec, 1e-4)]))
     method.bind(optimizer)
-    scaled = rho_norm == "scaled"
     for k in range(6):
         x = torch.randn(2, n, 2, 2, generator=torch.Generator().manual_seed(k)).to(dtype)
         model(x).float().sin().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        changes = [weight_change(layer, scaled) for _, layer in adapters.layers(model)]
-        total = math.sqrt(math.fsum(float(change.square().sum()) for change in changes))
-        assert total <= rho * (1 + 1e-6)
+        squares = []
+        for f in adapters.factors(model, AUXILIARY):
+            change = f.B.double().flatten(1) @ f.A.double().flatten(1)
+            squares.append((change * (f.scale if rho_norm == "scaled" else 1)).square().sum())
+        assert math.sqrt(math.fsum(map(float, squares))) <= rho * (1 + 1e-6)
+
+
+def test_the_unit_of_the_loss_plays_no_part_in_the_radius() -> None:
+    curves = []
+    for unit in (1.0, 10.0):
+        options = MethodOptions(rho="auto", loss_rise=0.3)
+        run = Run("bilora", options, lambda g, unit=unit: torch.optim.AdamW(g, eps=1e-8 * unit))
+
+        def backward(k: int, run: Run = run, unit: float = unit) -> Tensor:
+            loss = unit * (run.model(batch(k)[0]) - batch(k)[1]).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        losses = run.train(20, backward=backward)
+        curves.append([*(loss / unit for loss in losses), run.method.metrics()["rho"]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_the_radius_never_passes_a_share_of_the_primarys_change(init: str) -> None:
+    """However little the loss moves in comparison to what is asked for."""
+    run = Run("bilora", MethodOptions(rho="auto", loss_rise=10.0), spec=replace(SPEC, init=init))
+    weights = [layer.weight.detach() for layer in cast(Any, two_layers())[::2]]
+    for k in range(STEPS):
+        run.train(1, first=k)
+        with run.method.evaluating():
+            now = [effective(layer) for _, layer in adapters.layers(run.model)]
+        moved = math.hypot(*(float((a - b).norm()) for a, b in zip(now, weights, strict=True)))
+        assert run.method.metrics()["rho"] <= radius.MOST * moved * (1 + 1e-9)
+    assert run.method.metrics()["rho"] == pytest.approx(radius.MOST * moved)
+
+
+def effective(layer: Any) -> Tensor:
+    """The weight that acts where the primary alone does."""
+    inputs = torch.eye(layer.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        return (layer(inputs) - layer(torch.zeros_like(inputs))).T
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) -> None:
+    """A negative slope is that of a primary which leans on the auxiliary."""
+    auto = radius.AutoRadius(0.1)
+    norm = torch.tensor(2.0, dtype=torch.float64)
+    for _ in range(30):
+        auto.projected(norm)
+        gamma = sign * 0.5 * norm  # half of the loss at a radius of 1
+        norm = auto.update(torch.ones_like(norm), gamma, moved=100 * norm)
+    assert float(norm) == pytest.approx(0.2, rel=1e-2)
+
+
+def test_a_loop_of_ones_own_gives_the_loss() -> None:
+    model = two_layers()
+    bilora = attach(model, BiLoRAConfig(rank=3, rho="auto", target_modules=("0", "2")))
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=5e-3))
+    bilora.bind(optimizer)
+    for observed in (True, True, False):
+        loss = (model(batch(0)[0]) - batch(0)[1]).square().mean()
+        loss.backward()
+        if observed:
+            bilora.observe(loss)
+            optimizer.step()
+    assert bilora.auxiliary_norm() > 0
+    with pytest.raises(UserError, match=r"observe\(loss\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["lora-sam", "flat-lora"])
+def test_a_method_whose_radius_can_not_set_itself_refuses(name: str) -> None:
+    with pytest.raises(UserError, match=f"auto.*{name}"):
+        create(name, MethodOptions(rho="auto"))
+
+
+class Plain(torch.optim.Optimizer):
+    """Gradient descent that knows no `maximize`, as Prodigy and 8-bit AdamW."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter -= group["lr"] * parameter.grad
+
+
+def made(kind: Any = "SGD", bound: bool = True) -> Any:
+    return Run("bilora", MethodOptions(rho=RHO), kind, 0.1, bound=bound)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped: bool) -> None:
+    run = made("AdamW", bound=False)
+    assert run.method.metrics() == {}
+    optimizer = Accelerator(cpu=True).prepare(run.optimizer) if wrapped else run.optimizer
+    run.method.bind(optimizer)
+    run.model._apply(lambda tensor: tensor.clone())  # as accelerate moves models, after `setup`
+    scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: 1 / (k + 1))
+    for k in range(3):
+        run.backward(k)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        metrics = run.method.metrics()
+        assert list(metrics) == ["auxiliary_norm_before", "auxiliary_norm"]
+        assert metrics["auxiliary_norm_before"] > RHO
+        norm = ball.frobenius_norm(adapters.factors(run.model, AUXILIARY))
+        for value in (metrics["auxiliary_norm"], run.method.auxiliary_norm(), float(norm)):
+            assert value == pytest.approx(RHO, rel=1e-12)
+    groups = run.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.1 / 4] * 2)
+    assert groups[1]["maximize"]
+    with pytest.raises(UserError, match="twice"):
+        run.method.bind(run.optimizer)
+
+
+def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook() -> None:
+    run = made()
+    second = torch.optim.SGD(run.groups)
+    run.method.bind(second)
+    run.backward()
+    run.optimizer.step()
+    assert run.method.metrics() == {}
+    second.step()
+    assert run.method.metrics()
+    with pytest.raises(UserError, match="object"):
+        run.method.bind(object())
+
+
+UP = {"maximize": True}
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda p, a: [{"params": p}], "lacks 4"),
+        (lambda p, a: [{"params": a, **UP}], "lacks 4"),
+        (lambda p, a: [{"params": p}, {"params": a}], "maximize=False"),
+        (lambda p, a: [{"params": p + a, **UP}], "foreign"),
+        (lambda p, a: [{"params": p}, {"params": a, "weight_decay": 0.1, **UP}], "decay=0.1"),
+        (lambda p, a: [{"params": p, **UP}, {"params": a, **UP}], "of the primary"),
+    ],
+)
+def test_bind_refuses_groups_that_would_train_otherwise(build: Any, word: str) -> None:
+    run = made(bound=False)
+    optimizer = torch.optim.SGD(build(*(group["params"] for group in run.groups)), lr=0.1)
+    with pytest.raises(UserError, match=word):
+        run.method.bind(optimizer)
+
+
+def test_an_optimizer_without_maximize_ascends_all_the_same() -> None:
+    reached = []
+    for kind in (torch.optim.SGD, Plain):
+        run = made(kind)
+        for k in range(4):
+            run.backward(k)
+            parameters = adapters.parameters(run.model, AUXILIARY)
+            before = [cast(Tensor, p.grad).clone() for p in parameters]
+            run.optimizer.step()
+            assert all(
+                torch.equal(cast(Tensor, p.grad), g)
+                for p, g in zip(parameters, before, strict=True)
+            )
+            run.optimizer.zero_grad()
+        pair = (adapters.state_dict(run.model, name) for name in (PRIMARY, AUXILIARY))
+        reached.append([value for state in pair for value in state.values()])
+    torch.testing.assert_close(reached[0], reached[1], rtol=1e-12, atol=0)
+
+
+def test_a_closure_is_refused_where_gradients_must_be_turned() -> None:
+    run = made(Plain)
+    with pytest.raises(UserError, match="closure"):
+        run.optimizer.step(lambda: float(run.backward()))
+    run.backward()
+    run.optimizer.step(None)
+    known = made()
+    known.optimizer.step(lambda: float(known.backward()))
+    assert known.method.metrics()["auxiliary_norm"] > 0

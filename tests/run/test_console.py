@@ -1,44 +1,44 @@
-"""What a run says: the bar smooths the loss, the last block names the best step and real paths."""
+"""The last block of a run: real paths, the best step, and what the last one gave away."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bilora_diffusion.run import console
 from bilora_diffusion.run.runlog import RunLog
 
+NAN = float("nan")
+LOSSES = [
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "step 5 was 20.0 % better than step 10: export it with"),
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [10], {}, "--keep_best"),
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [], {"best_step": 5}, "what is saved is of it"),
+    ({0: 0.5, 5: 0.6}, [], {}, "nothing was gained"),
+    ({0: 0.5, 5: 0.4, 10: NAN}, [], {}, "step 5, .*more steps may be better"),
+    ({}, [], {}, "--fit chooses .*--validation_dataset"),
+]
 
-def measured(
-    folder: Path, losses: dict[int, float], config: dict[str, int | None] | None = None
-) -> None:
-    """The record of a run with these held-out losses by step."""
-    log = RunLog(folder)
-    log.start(config or {}, method="lora", seed=0, resume_step=None)
-    for step, loss in losses.items():
-        log.metric(step, heldout_loss=loss)
-    log.close("finished")
 
-
-@pytest.mark.parametrize(
-    ("kept", "command"), [((100, 150), True), ((150, 200), False)], ids=["kept", "pruned"]
-)
-def test_the_end_names_the_best_step_and_how_to_get_its_adapter(
-    tmp_path: Path, kept: tuple[int, ...], command: bool
+@pytest.mark.parametrize(("losses", "kept", "results", "words"), LOSSES)
+def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
+    tmp_path: Path, losses: dict[int, float], kept: list[int], results: Any, words: str
 ) -> None:
     run = tmp_path / "my run"
+    log = RunLog(run)
+    log.start({}, method="lora", seed=0, resume_step=None)
+    for step, loss in losses.items():
+        log.metric(step, heldout_loss=loss)
+    log.close("finished", **results)
     for step in kept:
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "weights.safetensors").touch()
     files = {"for diffusers": "weights.safetensors", "model card": "README.md"}
-    measured(run, {0: 0.12, 100: 0.0795, 200: 0.0836})
-    text = console.closing(run, files, "eval.clip_scores")
-    assert str(run / "weights.safetensors") in text
-    assert "model card" not in text  # it is not there
-    assert "0.1200 at step 0, 0.0836 at step 200, lowest 0.0795 at step 100" in text
-    assert (f"python -m bilora_diffusion.export '{run}' --step 100" in text) is command
-    assert f"python -m eval.clip_scores '{run}' base" in text
-    measured(tmp_path / "other", {0: 0.2, 2: 0.1, 4: float("nan")})
-    text = console.closing(tmp_path / "other", {}, "eval.text_scores")
-    assert "0.1000 at step 2, the lowest measured" in text
+    block = console.closing(run, files, "eval.clip_scores")
+    assert re.search(words, block.splitlines()[-1])
+    assert str(run / "weights.safetensors") in block
+    assert "model card" not in block  # it is not there
+    assert f"python -m eval.clip_scores '{run}' base" in block
+    assert ("0.5000 at step 10, lowest 0.4000 at step 5" in block) == (losses.get(10) == 0.5)

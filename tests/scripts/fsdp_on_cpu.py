@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 def allow_fsdp_on_cpus() -> None:
     """From now on accelerate gives CPUs the engine that it was launched with."""
-    from bilora_diffusion.config import launches
+    from bilora_diffusion.config import machine
 
-    launches.machine = SimpleNamespace(**{**vars(launches.machine), "device_type": lambda: "cuda"})
+    launch = machine.launch
+    machine.launch = lambda: {**launch(), "engine": "FSDP2"}
     original = AcceleratorState.__init__
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,13 +14,12 @@ from bilora_diffusion.train.fit.search import Curve, Plan, Search, Work, lowest,
 from bilora_diffusion.train.fit.space import Options, Space, default_values, read_values, title
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
-OF_METHODS = frozenset({"rho", "auxiliaries"})
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
 Loss = Callable[[Options, int], float]
 
 
 def space(**values: Sequence[str]) -> Space:
-    return Space({name: tuple(own) for name, own in values.items()}, READS, OF_METHODS)
+    return Space({name: tuple(own) for name, own in values.items()}, READS)
 
 
 def overfitting(options: Options, step: int) -> float:
@@ -81,8 +80,8 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates() -> No
     Search(PLAN, measured(overfitting, again)).run(space(**default_values((), 2e-4, 23, True)))
     assert again == calls
     chosen, *others, given = search.standings()
-    assert (chosen.options, chosen.step, chosen.difference) == (options, step, 0.0)
-    assert (given.options, given.step) == ((), PLAN.steps)
+    assert (chosen.options, chosen.steps, chosen.difference) == (options, step, 0.0)
+    assert (given.options, given.steps) == ((), PLAN.steps)
     assert given.interval is not None
     assert given.interval.low < given.difference < given.interval.high
     folds = [row.folds for row in others]
@@ -93,10 +92,10 @@ def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve() -> 
     search = searched(plan=Plan(1, 300, 20, 300), rank=["8"])
     curve = search.curves[(("rank", "8"),)][0]
     assert search.chosen == ((("rank", "8"),), lowest(curve)[1])
-    assert max(curve) == 300  # it still falls at every third
+    assert max(curve) == 300  # it still falls
     quick = searched(lambda o, step: abs(step - 40) / 1e3, Plan(1, 300, 20, 300), rank=["8"])
     assert quick.chosen[1] == 40
-    assert quick.spent == 100  # a third: it has turned
+    assert quick.spent == 160  # half, by twenties: it has turned
 
 
 def test_only_what_is_worse_beyond_doubt_is_out() -> None:
@@ -158,35 +157,31 @@ def test_what_the_user_gave_is_fixed_but_for_the_rate() -> None:
     assert "rho" not in default_values({"rho"}, 1e-3, 23, True)
 
 
-BAD_SPACES = [
-    ("", "has no options"),
-    ("[rank, 4]", "has no options"),
-    ("rank: 4\nrank: 8", "gives"),
-    ("rank: [4, 8", "not valid YAML"),
-    ("rnak: [4]", 'did you mean "rank"'),
-    ("resolution: [64, 128]", "the same for all runs"),
-    ("rank: []", "something else than values"),
-    ("rank: [[4]]", "something else than values"),
-    ("rank: {log: [1, 2]}", "something else than values"),
-    ("rank:", "something else than values"),
-    ("rank: [4, 4]", "has a value twice"),
-    ("learning-rate: 1\nlearning_rate: 2", "a second time"),
-    ("rank: &a [4]", "an anchor"),
-    ("rank: [4]\n---\nrank: [8]", "several documents"),
-]
+BAD_SPACES = {
+    "": "has no options",
+    "[rank, 4]": "has no options",
+    "rank: [4, 8": "can't be read",
+    "rnak: [4]": 'did you mean "rank"',
+    "learning-rate: 1": 'did you mean "learning_rate"',
+    "resolution: [64, 128]": "the same for all runs",
+    "rank: []": "something else than values",
+    "rank: [[4]]": "something else than values",
+    "rank: {log: [1, 2]}": "something else than values",
+    "rank:": "something else than values",
+}
 
 
-@pytest.mark.parametrize(("text", "words"), BAD_SPACES)
-def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+@pytest.mark.parametrize("text", BAD_SPACES)
+def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=words) as refused:
-        read_values(file, {"rank", "learning_rate"}, {"rank", "learning_rate", "resolution"})
+    with pytest.raises(UserError, match=BAD_SPACES[text]) as refused:
+        read_values(file, {"rank", "learning_rate"})
     assert "\n" not in str(refused.value)
 
 
 def test_a_space_has_values_and_lists(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
-    file.write_text("rank: [4, 8]\nuse_dora: [true, false]\nrho: auto\n")
-    values = read_values(file, {"rank", "use_dora", "rho"}, ())
+    file.write_text("rank: [4, 8, 4]\nuse_dora: [true, false]\nrho: auto\n")
+    values = read_values(file, {"rank", "use_dora", "rho"})
     assert values == {"rank": ("4", "8"), "use_dora": ("true", "false"), "rho": ("auto",)}

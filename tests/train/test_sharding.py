@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
-from bilora_diffusion.config import launches, machine, refusals
+from bilora_diffusion.config import machine, refusals
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods import names
 from bilora_diffusion.train import sharding
@@ -52,9 +52,9 @@ def test_a_launch_that_would_be_wrong_is_refused(
     launch, values = WRONG[name]
     for variable, value in launch.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(launches.importlib.util, "find_spec", lambda package: name == "XLA")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda package: name == "XLA")
     with pytest.raises(UserError, match=name):
-        refusals.check({**USUAL, **values, **launches.facts()})
+        refusals.check({**USUAL, **values, **machine.launch()})
 
 
 def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(
@@ -62,11 +62,11 @@ def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(
 ) -> None:
     for modality in ("image", "text"):
         pissa = {"method": "flat-lora", "init_lora_weights": "pissa", "modality": modality}
-        refusals.check({**pissa, **launches.facts()})
+        refusals.check({**pissa, **machine.launch()})
     for variable, value in FSDP.items():
         monkeypatch.setenv(variable, value)
     for method in set(names()) - {"flat-lora", "full"}:
-        refusals.check({**USUAL, "method": method, **launches.facts()})
+        refusals.check({**USUAL, "method": method, **machine.launch()})
     # under FSDP2 every process reads the weights
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)

@@ -31,28 +31,26 @@ def write(
     Args:
         runs: by configuration and fold, the run's folder and curve.
     """
+
+    def described(options: Options, **values: Any) -> dict[str, Any]:
+        return {"title": title(options), **values, "options": dict(options)}
+
     curves = [
-        {
-            **{"name": name, "title": title(options), "options": dict(options), "fold": fold + 1},
-            **{"steps": list(curve), "losses": [float(values.mean()) for values in curve.values()]},
-        }
+        described(
+            **{"options": options, "name": name, "fold": fold + 1, "steps": list(curve)},
+            losses=[float(values.mean()) for values in curve.values()],
+        )
         for (options, fold), (name, curve) in runs.items()
     ]
     choice, standings = None, search.standings() if done else []
     if standings:
         options, step, *_ = standings[0]
-        loss = float(pooled(search.curves[options])[step].mean())
-        choice = {"options": dict(options), "title": title(options), "steps": step, "loss": loss}
+        loss = lowest(pooled(search.curves[options]))[0]
+        choice = described(options, steps=step, loss=loss)
     content = {
         **{"settings": settings, "spent": search.spent, "runs": curves, "choice": choice},
         "out": {title(options): reason for options, reason in search.out.items()},
-        "standings": [
-            {
-                **{"options": dict(row.options), "title": title(row.options), "steps": row.step},
-                **{"folds": row.folds, "difference": row.difference, "interval": row.interval},
-            }
-            for row in standings
-        ],
+        "standings": [described(**row._asdict()) for row in standings],
         "versions": provenance.versions(),
     }
     write_text(folder / FIT_RECORD, dump_json(strict_json(content)[0]))
@@ -99,33 +97,23 @@ def lines(folder: Path, what: str) -> list[str]:
     seconds = sum(read_run(folder / FIT / run["name"])["wall_seconds"] for run in runs)
     folds = settings["folds"]
     where = f"{folds} folds of {settings['samples']} {what}" if folds > 1 else "a held-out set"
-    rows = [("chosen", first), *(("next", row) for row in others[:1] if row["options"])]
+    count = len({run["title"] for run in runs})
+    loss = f"held-out loss {record['choice']['loss']:.4f}"
+    rows, seen = [("chosen", first, loss)], {first["options"].get(METHOD)}
     for row in others:
-        method = row["options"].get(METHOD)
-        if not row["options"]:
-            rows.append(("as given", row))
-        elif method not in {row["options"].get(METHOD) for _, row in rows}:
-            rows.append((str(method), row))
+        within = " ({:.4f} to {:.4f})".format(*row["interval"]) if row["interval"] else ""
+        part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
+        method = row["options"].get(METHOD) if row["options"] else "as given"
+        label = "next" if row is others[0] and row["options"] else method
+        if label == "next" or method not in seen:
+            rows.append((str(label), row, f"{row['difference']:+.4f}{within}{part}"))
+            seen.add(method)
     texts = [
-        (
-            label,
-            f"{row['title'] + ', ' if row['options'] else ''}{row['steps']} steps",
-            _how(row, record),
-        )
-        for label, row in rows
+        (label, f"{row['title']}, {row['steps']} steps".removeprefix("as given, "), end)
+        for label, row, end in rows
     ]
     widths = [max(len(text[i]) for text in texts) for i in (0, 1)]
     return [
-        f"fit: {where}, {len({run['title'] for run in runs})} configurations, {len(runs)} runs in"
-        f" {duration(seconds)}",
+        f"fit: {where}, {count} configurations, {len(runs)} runs in {duration(seconds)}",
         *(f"{one:<{widths[0]}}  {two:<{widths[1]}}  {three}" for one, two, three in texts),
     ]
-
-
-def _how(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    if row is record["standings"][0]:
-        return f"held-out loss {record['choice']['loss']:.4f}"
-    interval, folds = row["interval"], record["settings"]["folds"]
-    within = f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
-    part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
-    return f"{row['difference']:+.4f}{within}{part}"

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
 from ...fields import options_of
 from ...methods import names as method_names
-from ...methods import option_names, reads
+from ...methods import reads
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
@@ -142,9 +142,7 @@ class Fit:
         every = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
         every = min(steps, every or twentieth(steps))
         self.plan = Plan(len(self._folds), steps, every, cfg.fit_budget or BUDGET * steps)
-        self.space = Space(
-            self._values(), {name: reads(name) for name in method_names()}, option_names()
-        )
+        self.space = Space(self._values(), {name: reads(name) for name in method_names()})
         self._check()
         self.search = Search(self.plan, self._measure)
 
@@ -155,8 +153,7 @@ class Fit:
             return default_values(self._typed, rate, count, supported)
         sections = (SECTION, OptimizerOptions.section)
         groups = [group for group in cfg.groups if group.section in sections]
-        searchable = set(options_of(groups)) - FIXED
-        return read_values(Path(cfg.fit_space), searchable, set(options_of(cfg.groups)))
+        return read_values(Path(cfg.fit_space), set(options_of(groups)) - FIXED)
 
     def _check(self) -> None:
         """Refuse values that the command line would, and a budget for less than a search."""
@@ -165,7 +162,7 @@ class Fit:
             for options in self.space.along(name, start):
                 if fault := self._fault(options):
                     raise UserError(f"in a run of --fit, {fault}")
-        if plan.budget < (least := max(plan.folds, len(starts)) * plan.third):
+        if plan.budget < (least := max(plan.folds, len(starts)) * plan.first):
             raise UserError(
                 f"--fit_budget {plan.budget} is too small for runs of {plan.steps} steps on"
                 f" {plan.folds} folds: give at least {least}, or fewer --max_train_steps."
@@ -280,24 +277,24 @@ class Fit:
     def _measure(self, works: Sequence[Work]) -> list[Curve | str]:
         """Train runs, each process some of them, and gather what all have measured."""
         names, size = [self._name(work) for work in works], self._processes
-        results, stop, error = [], None, None
+        results, end = [], None
         try:
             with alone():
                 for work, name in list(zip(works, names, strict=True))[self._rank :: size]:
                     results.append(self._one(work, name))
-        except _Stopped as stopped:
-            stop = stopped.stop
-        except Exception as caught:  # the others are to know it, who would wait for ever
-            error = caught
-        if stop is None and (number := self._interruption.number):
-            stop = Stop(number, 0, self.plan.steps, "the next run")
-        shared = gather_object([(results, stop, error and str(error))])
-        if error is not None:
-            raise error
-        if reason := next((text for *_, text in shared if text), None):
-            raise TrainingError(f"another process could not go on: {reason}")
-        if stop := next((one for _, one, _ in shared if one), None):
-            raise _Stopped(stop)
+            if number := self._interruption.number:
+                raise _Stopped(Stop(number, 0, self.plan.steps, "the next run"))
+        except Exception as error:  # the others are to know it, who would wait for ever
+            end = error
+        reason = getattr(end, "stop", None) or (end and (str(end) or repr(end)))
+        shared = gather_object([(results, reason)])
+        if end is not None:
+            raise end
+        for _, other in shared:
+            if isinstance(other, Stop):
+                raise _Stopped(other)
+            if other is not None:
+                raise TrainingError(f"another process could not go on: {other}")
         curves = [shared[i % size][0][i // size] for i in range(len(works))]
         for work, name, curve in zip(works, names, curves, strict=True):
             if not isinstance(curve, str):
@@ -309,40 +306,30 @@ class Fit:
         """Bring one run to its steps, or read it where that was done before."""
         place = self.folder / FIT / name
         curve = read_curve(place, work.steps)
-        if curve is None and (reason := read_failure(place)) is not None:
-            return reason
         if curve is None:
             fold = self._folds[work.fold]
             task = self.task.again(self._of_run(work, place), fold, searches=True)
-            try:
+            with suppress(Diverged):  # its record has the reason
                 if (stop := self._train(task, place, work.steps)) is not None:
                     raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
-            except Diverged as error:
-                return str(error)
             curve = read_curve(place, work.steps)
             assert curve is not None
-        loss, step = lowest(curve)
-        logger.info("fit: %s, %d steps: lowest %.4f at step %d", name, work.steps, loss, step)
-        self._runs[work.options, work.fold] = (name, curve)
-        self._write()  # the viewer shows it before the others are there
+        if not isinstance(curve, str):
+            loss, step = lowest(curve)
+            logger.info("fit: %s, %d steps: lowest %.4f at step %d", name, work.steps, loss, step)
+            self._runs[work.options, work.fold] = (name, curve)
+            self._write()  # the viewer shows it before the others are there
         return curve
 
 
-def read_curve(folder: Path, steps: int) -> Curve | None:
-    """What a run has measured up to a step; None where it has not come so far."""
-    if max(checkpoint.steps(folder), default=0) < steps:
-        return None
-    curve = {}
-    for row in runlog.read_metrics(folder):
-        losses = [value for key, value in row.items() if key.startswith(BY_SAMPLE)]
-        if losses and row["step"] <= steps:
-            curve[row["step"]] = np.array([math.inf if v is None else v for v in losses])
-    return curve
-
-
-def read_failure(folder: Path) -> str | None:
-    """Why a run could not go on, where its loss is to blame."""
-    if not (folder / runlog.RUN).exists():
-        return None
-    record = runlog.read_run(folder)
+def read_curve(folder: Path, steps: int) -> Curve | str | None:
+    """Losses of a run up to a step, or why it can't come so far; None where it did not yet."""
+    if max(checkpoint.steps(folder), default=0) >= steps:
+        curve = {}
+        for row in runlog.read_metrics(folder):
+            losses = [value for key, value in row.items() if key.startswith(BY_SAMPLE)]
+            if losses and row["step"] <= steps:
+                curve[row["step"]] = np.array([math.inf if v is None else v for v in losses])
+        return curve
+    record = runlog.read_run(folder) if (folder / runlog.RUN).exists() else {"results": {}}
     return record["error"] if record["results"].get("diverged") else None

@@ -1,9 +1,9 @@
 """Successive halving over configurations, steps and folds, by paired held-out losses.
 
-All configurations start on the first fold for a third of the steps. Then the better half goes on
-again and again: to more steps while its loss still falls, else to the next fold. A configuration
-is out where the interval of its difference to the best, paired by held-out sample, says that it is
-worse; the others wait, and go on when there are steps left in the budget.
+All configurations start on the first fold for half of the steps: fewer favour fast rates. Then the
+better half goes on again and again: to more steps while its loss still falls, else to the next
+fold. A configuration is out where the interval of its difference to the best, paired by held-out
+sample, says that it is worse; the others wait, and go on when there are steps left in the budget.
 
 Everything follows from the numbers that ``measure`` gives, so that a search which is begun anew
 asks for the same runs in the same order.
@@ -61,9 +61,9 @@ class Plan:
         return min(self.steps, math.ceil(steps / self.every) * self.every)
 
     @property
-    def third(self) -> int:
+    def first(self) -> int:
         """Steps of the first round."""
-        return self.rounded(self.steps / 3)
+        return self.rounded(self.steps / 2)
 
 
 def pooled(curves: Iterable[Curve]) -> dict[int, np.ndarray]:
@@ -82,10 +82,10 @@ def lowest(curve: Curve) -> tuple[float, int]:
 
 
 class Standing(NamedTuple):
-    """A configuration at one step beside the chosen one, paired on the folds that both have."""
+    """A configuration at a step beside the chosen one, paired on the folds that both have."""
 
     options: Options
-    step: int
+    steps: int
     folds: int
     difference: float
     interval: Interval | None
@@ -122,32 +122,38 @@ class Search:
 
     def _explore(self, space: Space, most: int) -> None:
         def begin(options: Iterable[Options | None]) -> bool:
-            return self._go([Work(o, 0, self.plan.third) for o in options if o is not None], most)
+            return self._go([Work(o, 0, self.plan.first) for o in options if o is not None], most)
 
-        whole = begin(space.all(most / self.plan.third)) or not begin(space.starts())
+        most = max(most, len(space.starts()) * self.plan.first)
+        every = begin(space.all(most / self.plan.first)) or not begin(space.starts())
         for name in space.axes():
-            if not whole:
+            if not every:
                 begin(options for start in self._leaders() for options in space.along(name, start))
             while name == RATE and begin(space.beyond(o, self.curves) for o in self._leaders()):
                 pass
 
     def _narrow(self, most: int) -> None:
-        group, waiting = self._ordered(self._alive()), list[Options]()
-        while group:
-            group = [options for options in group if not self._is_worse(options, group[0])]
-            if not any(map(self._next, group)):
-                if not waiting:
-                    return
-                group.append(waiting.pop(0))
-                continue
-            half = max(2, math.ceil(len(group) / 2))
-            group, waiting = group[:half], [*group[half:], *waiting]
-            works = [work for options in group for work in self._next(options)]
-            first = sum(map(self._cost, self._next(group[0])))
-            share = max(first, (most - self.spent) // 2)
+        size = len(self._ordered())
+        while group := self._unfinished():
+            size = max(2, math.ceil(size / 2))
+            first, *others = (self._next(options) for options in group[:size])
+            share = max(sum(map(self._cost, first)), (most - self.spent) // 2)
+            works = [*first, *(work for works in others for work in works)]
             if not (self._go(works, min(most, self.spent + share)) or self._go(works, most)):
                 return
-            group = self._ordered([options for options in group if options not in self.out])
+
+    def _unfinished(self) -> list[Options]:
+        """Configurations that can be brought on, without those that turn out to be worse."""
+        ordered = self._ordered()
+        for options in ordered[1:]:
+            differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
+            is_whole = self._needed(options) <= max(pooled(self.curves[options]))
+            if is_whole and folds <= len(self.curves[ordered[0]]):
+                interval = bootstrap_interval(differences)
+                if interval is not None and interval.low > 0:
+                    ends = f"{interval.low:.4g} to {interval.high:.4g}"
+                    self.out[options] = f"worse by {differences.mean():.4g} ({ends})"
+        return [options for options in ordered if options not in self.out and self._next(options)]
 
     def _go(self, works: Sequence[Work], most: int) -> bool:
         """Measure what is not measured yet and fits the budget; whether there was any."""
@@ -182,60 +188,48 @@ class Search:
             return [Work(options, fold, needed) for fold in range(len(own))]
         return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
 
-    def _is_worse(self, options: Options, best: Options) -> bool:
-        fewer = len(self.curves[best]) < len(self.curves[options])
-        if options == best or fewer or self._needed(options) > max(pooled(self.curves[options])):
-            return False
-        _, difference, interval = self._beside(options, best)
-        if interval is None or interval.low <= 0:
-            return False
-        self.out[options] = f"worse by {difference:.4g} ({interval.low:.4g} to {interval.high:.4g})"
-        return True
-
-    def _beside(
+    def _differences(
         self, options: Options, best: Options, step: int | None = None, at: int | None = None
-    ) -> tuple[int, float, Interval | None]:
-        """Folds that both have, and the mean difference of a configuration to another there, with
-        its interval: at given steps, or at those where each is lowest.
+    ) -> np.ndarray:
+        """Losses of a configuration less another's on the folds that both have, by sample: at given
+        steps, or at those where each is lowest.
         """
         count = min(len(self.curves[options]), len(self.curves[best]))
         one, other = (pooled(self.curves[o][:count]) for o in (options, best))
         mine, its = (
             s if s in curve else lowest(curve)[1] for s, curve in ((step, one), (at, other))
         )
-        differences = one[mine] - other[its]
-        return count, float(differences.mean()), bootstrap_interval(differences)
+        return one[mine] - other[its]
 
-    def _alive(self) -> list[Options]:
-        return [options for options in self.curves if options not in self.out and options]
-
-    def _ordered(self, group: Iterable[Options]) -> list[Options]:
-        """Configurations by their lowest loss on the folds that all of them have."""
-        listed = list(group)
-        count = min((len(self.curves[options]) for options in listed), default=0)
-        return sorted(listed, key=lambda o: lowest(pooled(self.curves[o][:count])))
+    def _ordered(self) -> list[Options]:
+        """Configurations that are not out: the lowest of those on at least as many folds as all but
+        one, then the others by their difference to it.
+        """
+        alive = [options for options in self.curves if options and options not in self.out]
+        folds = sorted(len(self.curves[options]) for options in alive)[-2:][:1]
+        enough = [o for o in alive if [len(self.curves[o])] >= folds]
+        best = min(enough, key=lambda o: lowest(pooled(self.curves[o][: folds[0]])), default=())
+        return sorted(alive, key=lambda o: (o != best, self._differences(o, best).mean()))
 
     def _leaders(self) -> list[Options]:
         """The best configuration of each method, the lowest first."""
         best: dict[str | None, Options] = {}
-        for options in self._ordered(self._alive()):
+        for options in self._ordered():
             best.setdefault(dict(options).get(METHOD), options)
         return list(best.values())
 
     @property
     def chosen(self) -> tuple[Options, int]:
-        """The lowest configuration of those on the most folds, and its step.
+        """The first of all configurations, and its lowest step.
 
         Raises:
             TrainingError: none could be trained.
         """
-        alive = self._alive()
-        if not alive:
+        ordered = self._ordered()
+        if not ordered:
             reason = next(iter(self.out.values()), "")
             raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
-        most = max(len(self.curves[options]) for options in alive)
-        best = self._ordered(o for o in alive if len(self.curves[o]) == most)[0]
-        return best, lowest(pooled(self.curves[best]))[1]
+        return ordered[0], lowest(pooled(self.curves[ordered[0]]))[1]
 
     def standings(self) -> list[Standing]:
         """The choice first, then all others that were measured: those on more folds first, then
@@ -245,7 +239,10 @@ class Search:
         rows = []
         for options, own in self.curves.items():
             its = lowest(pooled(own))[1] if options else max(pooled(own))
-            rows.append(Standing(options, its, *self._beside(options, chosen, its, step)))
+            differences = self._differences(options, chosen, its, step)
+            folds = min(len(own), len(self.curves[chosen]))
+            mean, interval = float(differences.mean()), bootstrap_interval(differences)
+            rows.append(Standing(options, its, folds, mean, interval))
         return sorted(
             rows, key=lambda r: (r.options != chosen, not r.options, -r.folds, r.difference)
         )

@@ -7,7 +7,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
@@ -15,8 +14,6 @@ from ...methods.auxiliaries import MOST
 
 RATE, METHOD = "learning_rate", "method"
 RANKS = ("4", "8", "16")
-FACTOR = 2.0
-"""Between two rates."""
 Options = tuple[tuple[str, str], ...]
 """A configuration: what it sets, beside what the user gave; () is the command line as given."""
 
@@ -28,17 +25,12 @@ def words(options: Options) -> list[str]:
 
 def title(options: Options) -> str:
     """The options as a reader sees them: "bilora (rho auto), rate 0.0004, rank 8"."""
-    if not options:
-        return "as given"
     values = {"rate" if name == RATE else name: value for name, value in options}
-    method, rho = values.pop(METHOD, None), values.pop("rho", None)
-    form = ", ".join(
-        f"{name} {value}"
-        for name, value in (("rho", rho), ("auxiliaries", values.pop("auxiliaries", None)))
-        if value is not None
-    )
+    method = values.pop(METHOD, "")
+    form = ", ".join(f"{n} {values.pop(n)}" for n in ("rho", "auxiliaries") if n in values)
     first = f"{method} ({form})" if method and form else method or form
-    return ", ".join(filter(None, (first, *(f"{n} {value}" for n, value in values.items()))))
+    rest = (f"{name} {value}" for name, value in values.items())
+    return ", ".join(filter(None, (first, *rest))) or "as given"
 
 
 def folder_name(options: Options) -> str:
@@ -53,33 +45,33 @@ class Space:
 
     Args:
         values: of each option, in the order in which they are searched.
-        read_by: by method, those of ``of_methods`` that it reads; others are no difference.
-        of_methods: the options that some methods read.
+        read_by: by method, the options that it reads of those that some methods read.
     """
 
     values: Mapping[str, tuple[str, ...]]
     read_by: Mapping[str, frozenset[str]]
-    of_methods: frozenset[str] = frozenset()
 
     def configuration(self, values: Mapping[str, str]) -> Options:
         """Values as a configuration, without the options that its method does not read."""
-        read = self.read_by.get(values.get(METHOD, ""), self.of_methods)
-        return tuple(pair for pair in values.items() if pair[0] not in self.of_methods - read)
+        of_methods = frozenset[str]().union(*self.read_by.values())
+        idle = of_methods - self.read_by.get(values.get(METHOD, ""), of_methods)
+        return tuple(pair for pair in values.items() if pair[0] not in idle)
 
     def all(self, most: float) -> list[Options]:
         """Every configuration once; none if there are more than ``most``."""
         if math.prod(map(len, self.values.values())) > most:
             return []
         rows = itertools.product(*self.values.values())
-        every = (self.configuration(dict(zip(self.values, row, strict=True))) for row in rows)
-        return list(dict.fromkeys(every))
+        every = (dict(zip(self.values, row, strict=True)) for row in rows)
+        return list(dict.fromkeys(map(self.configuration, every)))
 
     def starts(self) -> list[Options]:
         """The middle of the space for each method."""
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
         methods = self.values.get(METHOD)
-        each = [{**middle, METHOD: method} for method in methods] if methods else [middle]
-        return [self.configuration(values) for values in each]
+        return (
+            self.along(METHOD, tuple(middle.items())) if methods else [self.configuration(middle)]
+        )
 
     def along(self, name: str, start: Options) -> list[Options]:
         """A configuration with each value of one option."""
@@ -107,7 +99,7 @@ class Space:
 def default_values(
     typed: Collection[str], rate: float, samples: int, supports_sample: bool
 ) -> dict[str, tuple[str, ...]]:
-    """What is searched where no file says it; what the user typed is fixed, but for the rate.
+    """The space of a fit without a file; what the user typed is fixed, but for the rate.
 
     Args:
         typed: names of options.
@@ -117,15 +109,13 @@ def default_values(
     """
     values: dict[str, tuple[str, ...]] = {}
     if METHOD not in typed:
-        values[METHOD] = ("lora", "bilora")
-        values |= {} if "rho" in typed else {"rho": ("auto",)}
-        if samples <= MOST and supports_sample and "auxiliaries" not in typed:
-            values["auxiliaries"] = ("sample",)
-    values[RATE] = tuple(f"{rate * by:.6g}" for by in (1 / FACTOR, 1.0, FACTOR))
-    return values if "rank" in typed else {**values, "rank": RANKS}
+        values = {METHOD: ("lora", "bilora"), "rho": ("auto",)}
+        values |= {"auxiliaries": ("sample",)} if samples <= MOST and supports_sample else {}
+    values |= {RATE: tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0)), "rank": RANKS}
+    return {name: own for name, own in values.items() if name == RATE or name not in typed}
 
 
-def read_values(path: Path, searchable: Collection[str], known: Collection[str]) -> dict[str, Any]:
+def read_values(path: Path, searchable: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Read a file of values: option -> value or list of values.
 
     Raises:
@@ -136,18 +126,15 @@ def read_values(path: Path, searchable: Collection[str], known: Collection[str])
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f'{what} has no options: write lines like "rank: [4, 8]".')
     space: dict[str, tuple[str, ...]] = {}
-    for key, given in loaded.items():
-        name, values = key.replace("-", "_"), given if isinstance(given, list) else [given]
+    for name, given in loaded.items():
+        values = given if isinstance(given, list) else [given]
         if name not in searchable:
-            hint = f"{did_you_mean(name, searchable)}: name an option of --help"
-            shared = ", which is the same for all runs of a fit: give it on the command line"
-            raise UserError(f'{what} has "{key}"{shared if name in known else hint}.')
-        if name in space:
-            raise UserError(f'{what} gives {name} a second time, as "{key}": keep one of them.')
+            raise UserError(
+                f'{what} has "{name}"{did_you_mean(name, searchable)}, which is no option or the'
+                " same for all runs of a fit: name options of methods, adapters or the optimizer."
+            )
         if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
             raise UserError(f"{what}, {name} has something else than values: write [4, 8].")
-        texts = [str(v).lower() if isinstance(v, bool) else v for v in values]
-        if len(set(texts)) < len(texts):
-            raise UserError(f"{what}, {name} has a value twice: keep one of them.")
-        space[name] = tuple(texts)
+        texts = (str(v).lower() if isinstance(v, bool) else v for v in values)
+        space[name] = tuple(dict.fromkeys(texts))
     return space

@@ -1,0 +1,144 @@
+"""Every method against its naive reference, step by step in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilora_diffusion.methods import (
+    EFMLoRAOptions,
+    L2SPOptions,
+    LookSAMOptions,
+    MethodOptions,
+    names,
+    radius,
+)
+from bilora_diffusion.seeds import seed_of
+from tests.methods.runs import SPEC, STEPS, Run, follow
+from tests.references import methods as reference
+from tests.references.methods import Net
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+}
+
+
+def bar(net: Net, x: Tensor, y: Tensor, kind: str, schedule: str) -> float:
+    strength = 2.0 * FALLS[schedule]((net.k + 1) / STEPS)
+    return reference.bar(net, x, y, kind, strength)
+
+
+def flat_lora(net: Net, x: Tensor, y: Tensor) -> float:
+    """With the noise of seed 5."""
+    normal = []
+    for layer, path in zip(net.layers, ("0", "2"), strict=True):
+        seed = seed_of(5, "flat-lora", net.k + 1, f"model.{path}")
+        generator = torch.Generator().manual_seed(seed)
+        normal.append(torch.randn(layer.W0.shape, generator=generator, dtype=torch.float64))
+    rho = 0.3 * (1 - math.cos(math.pi * (net.k + 1) / STEPS)) / 2
+    return reference.flat_lora(net, x, y, rho, normal)
+
+
+Case = tuple[str, dict[str, Any], Callable[[Net, Tensor, Tensor], float]]
+BALL: dict[str, Any] = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "rho": 0.05}
+CASES: list[Case] = [
+    ("lora", {}, reference.lora),
+    ("full", {}, reference.full),
+    ("flat-lora", {"rho": 0.3, "seed": 5}, flat_lora),
+    ("lora-sam", {"rho": 0.2}, partial(reference.lora_sam, rho=0.2)),
+    ("lora-msam", {"rho": 0.2}, partial(reference.lora_msam, rho=0.2)),
+    (
+        "lora-looksam",
+        {"rho": 0.2, "own": LookSAMOptions(looksam_k=3, looksam_alpha=0.5)},
+        partial(reference.lora_looksam, rho=0.2, every=3, alpha=0.5),
+    ),
+    *(
+        (
+            "lora-l2sp",
+            {"own": L2SPOptions(l2sp_lambda=0.3), "init": init},
+            partial(reference.lora_l2sp, strength=0.3),
+        )
+        for init in ("default", "pissa")
+    ),
+    *(
+        (
+            "efm-lora",
+            {"rho": 0.2, "own": EFMLoRAOptions(efm_beta=0.6, efm_schedule=schedule)},
+            partial(reference.efm_lora, rho=0.2, beta=0.6, schedule=schedule),
+        )
+        for schedule in ("constant", "sqrt")
+    ),
+    *(
+        (
+            f"lora-{kind.lower()}",
+            {"bar_alpha": 2.0, "bar_schedule": schedule},
+            partial(bar, kind=kind, schedule=schedule),
+        )
+        for kind in ("oBAR", "nBAR")
+        for schedule in FALLS
+    ),
+    ("bilora", BALL, partial(reference.bilora, rho=0.05)),
+    ("bilora", BALL | {"rho": 0.5}, partial(reference.bilora, rho=0.5)),
+    *(
+        ("bilora", BALL | {"ball": ball}, partial(reference.bilora, rho=0.05, ball=ball))
+        for ball in ("per-layer", "none")
+    ),
+    ("bilora", BALL | {"auxiliary_direction": "descent"}, partial(reference.bilora, rho=0.05)),
+    (
+        "bilora",
+        BALL | {"rho_norm": "unscaled"},
+        partial(reference.bilora, rho=0.05, scaled=False),
+    ),
+    *(
+        (
+            "bilora",
+            {"rho": "auto", "loss_rise": 0.3, "rho_norm": norm},
+            partial(reference.auto_radius, tau=0.3, most=radius.MOST, scaled=norm == "scaled"),
+        )
+        for norm in ("scaled", "unscaled")
+    ),
+]
+PASSES = {"lora-sam": 2 * STEPS, "lora-looksam": STEPS + math.ceil(STEPS / 3)}
+OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
+
+
+@pytest.mark.parametrize(
+    ("case", "optimizer"),
+    [
+        (case, optimizer)
+        for case in CASES
+        for optimizer in OPTIMIZERS
+        if optimizer[0] == "AdamW" or not ("msam" in case[0] or case[1].get("ball") == "none")
+    ],
+)
+def test_50_steps_follow_the_naive_reference(
+    case: Case, optimizer: tuple[str, float, float]
+) -> None:
+    """Acceptance: float64; an auxiliary has another rank, scale and learning rate. MSAM needs a
+    momentum, and without a ball gradient ascent diverges.
+    """
+    (name, options, step), (kind, lr, decay) = case, optimizer
+    given = {"num_steps": STEPS, **options}
+    spec = replace(SPEC, init=given.pop("init", "default"))
+    if given.get("auxiliary_rank"):
+        given["auxiliary_learning_rate"] = 2 * lr
+    run = Run(name, MethodOptions(**given), kind, lr, decay, spec)
+    net = follow(run, step)
+    assert run.passes == PASSES.get(name, STEPS)
+    assert sum(net.numbers.get("outside", [5])) >= 5, "the ball must have been at work"
+    if name == "efm-lora":
+        moves = [float((la.s * e["B"] @ la.A).norm()) for la, e in net.beside(net.memory)]
+        assert run.method.metrics() == pytest.approx({"perturbation_norm": math.hypot(*moves)})
+
+
+def test_every_method_has_a_reference() -> None:
+    assert {name for name, *_ in CASES} == set(names())
