@@ -11,9 +11,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .values import SMALLEST, Range, check_choice, check_number, check_place, check_text
+from .errors import UserError
+from .files import is_text, quoted
+from .values import SMALLEST, Range, check_choice
 
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
@@ -21,7 +24,7 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 
 @dataclass(frozen=True)
 class Idle:
-    """Where an option has no effect: it is then named in one line and set aside.
+    """A case in which an option has no effect: it is then named in one line and ignored.
 
     Args:
         when: whether it has none, from all options' values.
@@ -44,7 +47,7 @@ def unless(name: str, value: Any, where: str) -> Idle:
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of its option, in its metadata under "option".
+    """Metadata of a field under "option".
 
     Args:
         help: one or two sentences for ``--help``.
@@ -89,7 +92,7 @@ def like(group: Any, name: str, **changes: Any) -> Any:
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:
-    """What a field says of its option."""
+    """The metadata of a field that is an option."""
     return field.metadata["option"]
 
 
@@ -131,13 +134,36 @@ def check(
         if value is None or value in declared.words:
             continue
         shown = f"{dashes}{name}"
-        check_text(shown, value)
+        _check_text(shown, value)
         if declared.range:
-            check_number(shown, value, declared.range, smallest)
+            declared.range.check(shown, value, smallest)
         if declared.choices:
             check_choice(shown, value, declared.choices)
         if declared.place and isinstance(value, str):
-            check_place(shown, value)
+            _check_place(shown, value)
+
+
+def _check_text(shown: str, value: Any) -> None:
+    """Refuse NULs and bytes that are not UTF-8, which can be neither written nor opened."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("\0" in text or not is_text(text)):
+            raise UserError(
+                f"{shown} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
+                " write it anew."
+            )
+
+
+def _check_place(shown: str, value: str) -> None:
+    """Refuse a name that no file or folder can have; it need not exist."""
+    try:
+        Path(value).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "there is no such user"
+        raise UserError(
+            f"{shown} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
+        ) from error
 
 
 def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
@@ -178,7 +204,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, Any]:
-    """How ``add_argument`` is to read a field's values."""
+    """Arguments of ``add_argument`` that say how a field's values are read."""
     declared = option_of(field)
     usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
@@ -218,7 +244,7 @@ def _truth(word: str) -> bool:
 
 
 def _yes_or_no(word: str) -> str:
-    """Whatever says yes or no, by that word; any other as it is."""
+    """Reads any word for yes or no as that word, and others as they are."""
     try:
         return "yes" if _truth(word) else "no"
     except ValueError:

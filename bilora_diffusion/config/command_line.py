@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
 from ..fields import add_flags, check, default_of, options_of
-from ..values import check_choice, short
+from ..files import quoted
+from ..values import check_choice
 from .recipe import find_recipe, read_options
 
 UNSET = object()
@@ -51,7 +52,7 @@ class Sentences(argparse.ArgumentParser):
             return read(text)
         except ValueError as error:
             flag = action.option_strings[0]
-            raise UserError(f"{flag} is {short(repr(text))}: {error}.") from error
+            raise UserError(f"{flag} is {quoted(text)}: {error}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
@@ -60,7 +61,7 @@ class Sentences(argparse.ArgumentParser):
 
 
 class CommandLine(Sentences):
-    """A parser that tells given values from defaults.
+    """A parser that separates given values from defaults.
 
     Args:
         groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
@@ -178,8 +179,7 @@ class CommandLine(Sentences):
         if (isinstance(value, list) and not takes_list) or not all(
             isinstance(item, bool | str) for item in items
         ):
-            shown = short(str(value).replace("'", ""))
-            raise UserError(f'"{name}" is {shown}: give a single value.')
+            raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         if takes_list:
             return texts
