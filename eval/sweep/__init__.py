@@ -40,8 +40,8 @@ from ..report import Column
 from ..sources import run as find_run
 from ..subjects import Subject, by_group, paired
 from ..table import Result, Row
-from . import findings
-from .findings import FINISHED, HELDOUT, SECONDS, TRAINING
+from . import reporting
+from .reporting import FINISHED, HELDOUT, SECONDS, TRAINING
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .axes import Values
@@ -190,26 +190,26 @@ class Sweep(Evaluation):
         self.settings["paired"] = pairs
         self.settings["equal_training"] = None if level is None else asdict(level)
         result = self.result(subjects, rows, lines, self.control)
-        self.notes += findings.notes(result)
-        return replace(result, metrics=findings.metrics(result))
+        self.notes += reporting.notes(result)
+        return replace(result, metrics=reporting.metrics(result))
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         size = {"figsize": (12, max(3.6, 0.34 * len(result.groups) + 1.6))}
-        row = findings.panels(result)
+        row = reporting.panels(result)
         plot.panels(result, folder / "sweep.png", [row], control=result.control, **size)
         return ["sweep.png"]
 
     def introduction(self, result: Result) -> str:
-        return findings.introduction(result)
+        return reporting.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         name = result.settings["metric"]
-        figures = [Column(f"{what} {name}", "", True, False) for what in findings.KEY_FIGURES]
+        figures = [Column(f"{what} {name}", "", True, False) for what in reporting.KEY_FIGURES]
         others = [Column(own, interval=False) for own in (f"final {TRAINING}", SECONDS)]
         return {"": [*figures, *others]}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        return {"seeds": lambda group: findings.finished(result, group)}
+        return {"seeds": lambda group: reporting.finished(result, group)}
 
 
 def show(grid: Grid, runner: Runner) -> None:
@@ -243,9 +243,9 @@ def report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
     """The exit code, after a sentence for what failed."""
     failed = [outcome for outcome in outcomes if outcome.status != FINISHED]
     if failed:
-        told = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
+        reasons = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
         print(
-            f"error: {len(failed)} of {len(outcomes)} cells failed: {told}. Their logs are"
+            f"error: {len(failed)} of {len(outcomes)} cells failed: {reasons}. Their logs are"
             f" {runs_dir}/<cell>.log, and the same command tries them again.",
             file=sys.stderr,
         )

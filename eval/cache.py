@@ -1,7 +1,7 @@
 """Cache of measurements beside the result, so that the same command goes on from there.
 
-kept = Kept(folder, {"digest": subject.digest, "images": fingerprint})
-value = kept.piece(["sharpness", 0.05], measure)       # measured once
+cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
+value = cache.item(["sharpness", 0.05], measure)       # measured once
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bilora_diffusion.durable import strict_json, write_text
 FOLDER = "kept"
 
 
-class Kept:
+class Cache:
     """Values by key, each on the disk before the next one is made.
 
     One file of JSON lines in ``FOLDER`` for all that depends on the same: two commands that measure
@@ -62,7 +62,7 @@ class Kept:
         self._values[_digest(key)] = plain["value"]
         return plain["value"]
 
-    def piece(self, key: Any, make: Callable[[], Any]) -> Any:
+    def item(self, key: Any, make: Callable[[], Any]) -> Any:
         """Value that is cached under a key, or that ``make`` returns now."""
         return self.get(key) if key in self else self.put(key, make())
 
