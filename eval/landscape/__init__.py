@@ -104,9 +104,8 @@ class Landscape(Evaluation):
         from .. import compare
         from . import measure, models
 
-        for name, least in (("points", 3), ("grid", 0)):
-            value = getattr(self.args, name)
-            if (value and (value < 3 or value % 2 == 0)) or value < least:
+        for name, value in (("points", self.args.points), ("grid", self.args.grid or 3)):
+            if value < 3 or value % 2 == 0:
                 raise UserError(f"--{name} is {value}: give an odd number from 3 on.")
         for word in self.args.space.split(","):
             check_choice("--space", word, SPACES)

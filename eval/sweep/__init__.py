@@ -145,11 +145,8 @@ class Sweep(Evaluation):
             "higher_is_better": given.higher_is_better,
             "seeds": list(grid.seeds),
             "arms": {
-                variant.label: {
-                    "also": list(variant.also),
-                    "options": shown_options(variant.values),
-                }
-                for variant in grid.variants
+                one.label: {"also": list(one.also), "options": shown_options(one.values)}
+                for one in grid.variants
             },
         }
         return grid, Runner(script, given.recipe, given.runs_dir, launch, given.jobs)
