@@ -1,4 +1,4 @@
-"""What a base model's small files say before its weights are read: its kind, parts and side."""
+"""A base model's small files, read before its weights are: its kind, parts and side."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class BaseModel:
 
     @property
     def family(self) -> Any:
-        """What is known of its kind, a `families.base.Family`."""
+        """Facts of its kind, a `families.base.Family`."""
         return named(self.pipeline, self.name)()
 
     @property
@@ -63,7 +63,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def describe(name: str, revision: str | None = None, cache_dir: str | None = None) -> BaseModel:
-    """Read what a model's small files say; of one on the hub they are downloaded.
+    """Read a model's small files; of one on the hub they are downloaded.
 
     Raises:
         UserError: there is no such model, or it is of no kind that is known.
@@ -77,12 +77,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     places = {"revision": revision, "cache_dir": cache_dir}
     load = partial(_read, name, folder, **places)
     index = load("model_index.json")
-    if "_class_name" not in index:
-        raise UserError(
-            f'{FLAG} "{name}" is no pipeline in diffusers format (it has no model_index.json that'
-            " names its class): give one, for example mini."
-        )
-    family = named(str(index["_class_name"]), f"{FLAG} {name}")()
+    family = named(str(index.get("_class_name")), f"{FLAG} {name}")()
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
     needed = sorted((set(family.parts) | tokenizers) - family.optional)
     for part in needed:
@@ -111,7 +106,7 @@ def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str,
 
 
 def from_hub(name: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` downloads of a model.
+    """Download by ``load`` from a model's repository.
 
     Raises:
         UserError: it can't be downloaded.

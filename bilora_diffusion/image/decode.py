@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-"""What telephones write; Pillow reads it where the package pillow-heif is installed."""
+"""Of telephones; Pillow reads it where the package pillow-heif is installed."""
 
 DECODE_ERRORS = (
     OSError,
@@ -36,7 +36,7 @@ DECODE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on files that are damaged, of an unknown kind, or absurdly large."""
+"""Errors of Pillow on files that are damaged, of an unknown kind, or absurdly large."""
 
 _ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -44,23 +44,20 @@ _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 @functools.cache
 def reads_heif() -> bool:
-    """Whether HEIC files can be read."""
-    return importlib.util.find_spec("pillow_heif") is not None
+    """Let Pillow read HEIC files, if the package for it is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return True
 
 
 def image_suffixes() -> frozenset[str]:
-    """What the names of images that can be read end in, in lower case."""
+    """Ends of the names of images that can be read, in lower case."""
     return IMAGE_SUFFIXES | HEIF_SUFFIXES if reads_heif() else IMAGE_SUFFIXES
 
 
-@functools.cache
-def _register_heif() -> None:
-    if reads_heif():
-        importlib.import_module("pillow_heif").register_heif_opener()
-
-
 def _opened(source: Path | bytes) -> Image.Image:
-    _register_heif()
+    reads_heif()
     if isinstance(source, bytes):
         return Image.open(BytesIO(source))
     if source.exists() and not is_file(source):  # a pipe would keep everyone waiting
@@ -82,17 +79,14 @@ def read_rgb(source: Path | bytes) -> Image.Image:
         return to_rgb(image)
 
 
-def read_brightness(source: Path | bytes) -> Image.Image:
-    """Decode a file to upright gray, mode "L"; see ``read_rgb``."""
-    return read_rgb(source).convert("L")
-
-
-def read_opacity(source: Path | bytes) -> Image.Image:
-    """Decode the alpha channel of a file, upright, mode "L": 255 where it has none.
+def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
+    """Decode a mask, upright, mode "L": its brightness, or its opacity, 255 where it has none.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be decoded.
     """
+    if not alpha:
+        return read_rgb(source).convert("L")
     with _opened(source) as image:
         image.load()
         return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")

@@ -7,9 +7,9 @@ https://arxiv.org/abs/2206.00364 as diffusers' DreamBooth scripts use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
@@ -20,35 +20,15 @@ from ..errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, moved
 from .families.sdxl import encode
+from .flow import Predict, Schedule
 from .masks import mean_of_shown
 
 _DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
-"""The inputs that are no conditions."""
-
-
-class Schedule(Protocol):
-    """Noise levels and the loss that belongs to them: :class:`Denoising`, or ``FlowMatching``."""
-
-    @property
-    def num_timesteps(self) -> int: ...
-
-    def draw(self, random: torch.Generator) -> Tensor: ...
-
-    def level(self, index: Tensor) -> Tensor: ...
-
-    def loss(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        latents: Tensor,
-        noise: Tensor,
-        index: Tensor,
-        weighted: Tensor,
-        shown: Tensor | None = None,
-    ) -> Tensor: ...
+"""Inputs that are not conditions."""
 
 
 @dataclass(frozen=True)
-class Denoising:
+class Denoising(Schedule):
     """A noise schedule with the loss that belongs to it.
 
     Args:
@@ -77,65 +57,38 @@ class Denoising:
         Raises:
             UserError: min-SNR weights together with the EDM formulation, or an unknown target.
         """
-        native = "EDM" in str(config.get("_class_name", ""))
+        native = "EDM" in (kind := str(config.get("_class_name", "")))
         if (edm or native) and snr_gamma is not None:
             raise UserError(
                 f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
             )
-        prediction = config.get("prediction_type", "epsilon")
-        if prediction not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"the model predicts '{prediction}', and training knows epsilon and v_prediction:"
-                " choose another base model."
-            )
-        if not native:
-            standard: Any = DDPMScheduler.from_config(config)
-            levels = standard.alphas_cumprod
-            kind = str(config.get("_class_name"))
-            known = "FlowMatch" not in kind and "beta_start" in config and len(levels) > 0
-            if not known or not bool(((levels >= 0) & (levels < 1)).all()):
-                raise ValueError(f"its scheduler, a {kind}, has no noise levels from 0 to 1")
+        if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise ValueError(f"it predicts '{config['prediction_type']}', not noise or velocity")
         if native:
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
+        standard: Any = DDPMScheduler.from_config(config)
+        levels = standard.alphas_cumprod
+        known = "FlowMatch" not in kind and "beta_start" in config and len(levels) > 0
+        if not known or not bool(((levels >= 0) & (levels < 1)).all()):
+            raise ValueError(f"its scheduler, a {kind}, has no noise levels from 0 to 1")
         if edm:
             return cls(EulerDiscreteScheduler.from_config(config), "edm")
-        return cls(DDPMScheduler.from_config(config), "standard", snr_gamma, snr_weighting)
+        return cls(standard, "standard", snr_gamma, snr_weighting)
 
     @property
     def num_timesteps(self) -> int:
-        """How many noise levels the schedule has."""
         return int(self.scheduler.config["num_train_timesteps"])
 
     def draw(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d."""
         return torch.randint(self.num_timesteps, (), generator=random)
 
     def level(self, index: Tensor) -> Tensor:
-        """Noise levels as logs name them: their numbers."""
         return index
 
-    def loss(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        latents: Tensor,
-        noise: Tensor,
-        index: Tensor,
-        weighted: Tensor,
-        shown: Tensor | None = None,
-    ) -> Tensor:
-        """Loss of each sample.
-
-        Args:
-            model: maps (noisy latents, timesteps) to the model's prediction.
-            latents: clean latents, (n, c, h, w).
-            noise: standard normal, like ``latents``.
-            index: noise level of each sample, (n,), in [0, num_timesteps).
-            weighted: True where the min-SNR weight applies, (n,).
-            shown: what each place counts, (n, 1, h, w); None for all alike.
-
-        Returns:
-            (n,) in float32.
-        """
+    def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Mean square of each sample's error; ``model`` is given timesteps."""
+        latents, noise, index = (inputs[name] for name in ("latents", "noise", "index"))
+        shown = inputs.get("shown")
         if self.kind != "standard":
             return mean_of_shown(self._edm_squares(model, latents, noise, index), shown)
         scheduler = self.scheduler
@@ -148,19 +101,13 @@ class Denoising:
             return loss
         floored = self.snr_weighting == "diffusers"
         weights = min_snr_weights(self._snr(index), self.snr_gamma, velocity, floored)
-        return torch.where(weighted, loss * weights, loss)
+        return torch.where(inputs["instance"], loss * weights, loss)
 
     def _snr(self, index: Tensor) -> Tensor:
         alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
         return alphas / (1 - alphas)
 
-    def _edm_squares(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        latents: Tensor,
-        noise: Tensor,
-        index: Tensor,
-    ) -> Tensor:
+    def _edm_squares(self, model: Predict, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
         scheduler = self.scheduler
         sigma = scheduler.sigmas.to(latents.device)[index].view(-1, 1, 1, 1).float()
         timesteps = scheduler.timesteps.to(latents.device)[index]
@@ -235,18 +182,21 @@ class DreamBoothModule(nn.Module):
         """Mean square by which the adapters change what is predicted for the class's prompt, at the
         same noisy latents: (n,) in float32.
         """
-        dtype = precision(self.denoiser)
-        told = {**inputs["prior"], "time_ids": inputs["time_ids"]}
-        conditions = moved(told, noisy.device, dtype)
-
-        def predicted() -> Tensor:
-            return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions).float()
-
+        predict = self._predictor(inputs["prior"], inputs["time_ids"], noisy.device)
         if self._adapted is None:
             self._adapted = [layer for _, layer in adapters.layers(self.denoiser)]
         with torch.no_grad(), adapters.off(self._adapted):
-            before = predicted()
-        return (predicted() - before).square().flatten(1).mean(dim=1)
+            before = predict(noisy, levels).float()
+        return (predict(noisy, levels).float() - before).square().flatten(1).mean(dim=1)
+
+    def _predictor(self, text: Conditions, time_ids: Tensor, device: torch.device) -> Predict:
+        dtype = precision(self.denoiser)
+        conditions = moved({**text, "time_ids": time_ids}, device, dtype)
+
+        def predict(noisy: Tensor, levels: Tensor) -> Tensor:
+            return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
+
+        return predict
 
     def _encoded(self, ids: Sequence[Tensor], told: Tensor) -> Conditions:
         text = encode(list(self.text_encoders), ids)
@@ -261,21 +211,13 @@ class DreamBoothModule(nn.Module):
         """One loss per row, (n,), in float32; ``calls`` gets what the denoiser was given: noisy
         latents and levels.
         """
-        dtype, device = precision(self.denoiser), inputs["latents"].device
         text = self._encoded(inputs["ids"], inputs["told"]) if "ids" in inputs else inputs
-        told = {name: values for name, values in text.items() if name not in _DRAWN}
-        conditions = moved({**told, "time_ids": inputs["time_ids"]}, device, dtype)
+        text = {name: values for name, values in text.items() if name not in _DRAWN}
+        predict = self._predictor(text, inputs["time_ids"], inputs["latents"].device)
 
-        def predict(noisy: Tensor, levels: Tensor) -> Tensor:
+        def recorded(noisy: Tensor, levels: Tensor) -> Tensor:
             if calls is not None:
                 calls.append((noisy, levels))
-            return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
+            return predict(noisy, levels)
 
-        return self.denoising.loss(
-            predict,
-            inputs["latents"],
-            inputs["noise"],
-            inputs["index"],
-            inputs["instance"],
-            inputs.get("shown"),
-        )
+        return self.denoising.loss(recorded, inputs)

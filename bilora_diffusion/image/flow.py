@@ -6,7 +6,8 @@ https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,10 +21,45 @@ from torch import Tensor
 
 from .masks import mean_of_shown
 
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""A model: noisy latents, (n, c, h, w), and noise levels, (n,), to its prediction."""
+
+
+class Schedule(ABC):
+    """Noise levels, and the loss that belongs to them."""
+
+    @property
+    @abstractmethod
+    def num_timesteps(self) -> int:
+        """How many noise levels there are."""
+
+    @abstractmethod
+    def draw(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d."""
+
+    @abstractmethod
+    def level(self, index: Tensor) -> Tensor:
+        """Noise levels as logs name them, by their numbers."""
+
+    @abstractmethod
+    def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Loss of each sample.
+
+        Args:
+            model: maps noisy latents and levels to its prediction.
+            inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
+                each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
+                class images; and, with masks, ``shown``, weights of the places, (n, 1, h, w).
+
+        Returns:
+            (n,) in float32.
+        """
+
 
 @dataclass(frozen=True)
-class FlowMatching:
-    """The noise levels of a model's own schedule, how they are drawn and weighed, and the loss.
+class FlowMatching(Schedule):
+    """Noise levels of a model's own schedule, drawn and weighed by a scheme; class images are
+    weighed like the others.
 
     Args:
         sigmas: noise levels from 1 downwards, (T,).
@@ -64,42 +100,20 @@ class FlowMatching:
 
     @property
     def num_timesteps(self) -> int:
-        """How many noise levels the schedule has."""
         return len(self.sigmas)
 
     def draw(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d."""
         share = compute_density_for_timestep_sampling(
             self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
         return (share * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)[0]
 
     def level(self, index: Tensor) -> Tensor:
-        """Noise levels in thousandths, for logs, by their numbers."""
         return 1000 * self.sigmas[index]
 
-    def loss(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        latents: Tensor,
-        noise: Tensor,
-        index: Tensor,
-        weighted: Tensor,
-        shown: Tensor | None = None,
-    ) -> Tensor:
-        """Loss of each sample, w(s) times the mean square of the velocity's error.
-
-        Args:
-            model: maps (noisy latents, noise levels in [0, 1]) to the velocity.
-            latents: clean latents, (n, c, h, w).
-            noise: standard normal, like ``latents``.
-            index: number of each sample's noise level, (n,).
-            weighted: unused: class images are weighed like the others.
-            shown: what each place counts, (n, 1, h, w); None for all alike.
-
-        Returns:
-            (n,) in float32.
-        """
+    def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
+        """w(s) times the mean square of the velocity's error; ``model`` is given s in [0, 1]."""
+        latents, noise, index = (inputs[name] for name in ("latents", "noise", "index"))
         sigma = self.sigmas.to(latents.device)[index]
         along = sigma.view(-1, 1, 1, 1)
         velocity = model((1 - along) * latents + along * noise, sigma).float()
@@ -107,4 +121,4 @@ class FlowMatching:
         weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
         if self.preconditioned:
             weights = weights * sigma**2
-        return weights.float() * mean_of_shown(squares, shown)
+        return weights.float() * mean_of_shown(squares, inputs.get("shown"))

@@ -16,7 +16,6 @@ from ..seeds import generator
 from ..train.task import inference, loss_by_part
 from .config import DreamBoothConfig
 from .latents import Encoder
-from .masks import weight_map
 from .sets import ImageSet
 from .visits import centered_visits
 
@@ -38,8 +37,10 @@ class Conditioned(Protocol):
     cfg: DreamBoothConfig
     encoder: Encoder
 
-    def condition(self, captions: Sequence[str]) -> dict[str, Any]:
-        """The text part of a module's inputs for these captions."""
+    def inputs(
+        self, latents: Any, noise: Any, index: Any, instance: Any, images: Any, masks: Any
+    ) -> dict[str, Any]:
+        """A module's inputs for some images."""
         ...
 
     @property
@@ -134,15 +135,7 @@ class GridLoss:
                 for image in images
             ]
         )
-        inputs = {
-            "latents": latents,
-            "noise": noise,
-            "index": torch.full((len(images),), level),
-            "instance": torch.ones(len(images), dtype=torch.bool),
-            "time_ids": torch.tensor([image.time_ids for image in images], dtype=torch.float32),
-            **self.task.condition([image.caption for image in images]),
-        }
-        if any(image.mask is not None for image in images):
-            masks = [image.mask for image in images]
-            inputs["shown"] = weight_map(masks, latents, self.task.cfg.unmasked_weight)
+        index, instance = torch.full((len(images),), level), torch.ones(len(images)).bool()
+        masks = [image.mask for image in images]
+        inputs = self.task.inputs(latents, noise, index, instance, images, masks)
         return self.task.module.sample_losses(send_to_device(inputs, self.task.device)).cpu()

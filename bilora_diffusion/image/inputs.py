@@ -1,7 +1,8 @@
-"""What a command line means by its model, images and prompts, and whether these can exist."""
+"""Meaning of a command line's model, images and prompts, and checks that these can exist."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -10,18 +11,15 @@ from typing import Any
 
 from ..choices import ATTENTION
 from ..config.machine import device_type
-from ..errors import UserError
+from ..errors import UserError, reading
 from ..files import folder_or_id, is_file, is_folder, quoted, read_text
-from ..mini import ANIMALS, FLOW, MINI
+from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
 from ..run.heldout_part import read_part
 from .base_model import SDXL_BASE, BaseModel, describe, folder_of
-from .bnb import quantization
 from .buckets import sizes
+from .listing import look
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
-HELDOUT = f"{MINI}-heldout"
-ANIMALS_HELDOUT = f"{ANIMALS}-heldout"
-BUILT_IN = (MINI, HELDOUT, ANIMALS, ANIMALS_HELDOUT)
 ICONS = "linoyts/3d_icon"
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
 """The six subjects of the paper's Table 4; they are in no training set."""
@@ -37,6 +35,11 @@ FLOW_TOKENS = 16
 CHECKPOINTING_FROM = 512
 CACHE, CACHE_AUTO = "bilora-diffusion", "auto"
 MOST_PROMPT_BYTES = 1_000_000
+PLACES = (
+    *("pretrained_vae_model_name_or_path", "dataset_name", "instance_data_dir"),
+    *("validation_dataset", "hub_model_id"),
+)
+"""Options that name a folder or a repository on the hub."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
     """
     values = dict(values)
     for name in ("instance_data_dir", "class_data_dir"):
-        if values[name] in BUILT_IN:
+        if values[name] in FOLDERS:
             values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     _apply_preset(values, given)
     if values["bnb_quantization_config_path"] is not None:
-        values["quantize"] = quantization(values["bnb_quantization_config_path"])
+        values["quantize"] = _quantization(values["bnb_quantization_config_path"])
     for one, other in (BATCH, BATCH[::-1]):
         if one in given and other not in given:
             values[other] = 1
@@ -163,32 +166,69 @@ def _prompts(given: list[str]) -> list[str]:
     return prompts
 
 
+def _quantization(path: str) -> str:
+    """ "nf4", if a file of settings for bitsandbytes, as diffusers' scripts take it, asks for it.
+
+    It may ask for double quantization or not: ``--quantize nf4`` always quantizes twice. The dtype
+    of the arithmetic follows ``--mixed_precision``, as in diffusers' scripts.
+
+    Raises:
+        UserError: no JSON, or one that asks for something else.
+    """
+    shown, fix = f'--bnb_quantization_config_path "{path}"', "or use --quantize nf4 instead"
+    file = Path(path).expanduser()
+    asked = reading(shown, fix, lambda: json.loads(read_text(file, shown, MOST_PROMPT_BYTES)))
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    if not isinstance(asked, dict) or any(asked.get(name) != nf4[name] for name in nf4):
+        raise UserError(
+            f"{shown} does not ask for NF4, for which alone bitsandbytes is used: write"
+            f' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, {fix}.'
+        )
+    if asked.get("load_in_8bit") or asked.get("llm_int8_skip_modules"):
+        raise UserError(
+            f"{shown} has load_in_8bit or llm_int8_skip_modules, and which layers are quantized is"
+            f" decided here: take that out, {fix}."
+        )
+    return "nf4"
+
+
 def check_inputs(values: dict[str, Any]) -> None:
-    """Refuse images without a prompt, folders that are empty or hold something else, and malformed
-    ids.
+    """Refuse images without a prompt, places that can't be a folder, and malformed ids.
 
     Raises:
         UserError: one sentence with the option, its value and the fix.
     """
-    _check_cache(values["disk_cache"])
     if values["validation_part"] is not None:
         read_part(values["validation_part"])
-    for name in ("pretrained_vae_model_name_or_path", "dataset_name", "validation_dataset"):
-        if values[name] is not None and values[name] not in BUILT_IN:
-            what = "an autoencoder" if "vae" in name else "images"
-            _check_folder_or_id(f"--{name}", values[name], what)
-    if values["instance_data_dir"] is not None:
-        _check_folder("--instance_data_dir", values["instance_data_dir"])
-    if values["class_data_dir"] is not None:
-        _check_class_folder(values)
-    if values["hub_model_id"] is not None:
-        folder_or_id(values["hub_model_id"], "--hub_model_id")
+    for name in PLACES:
+        value = values[name]
+        if value is None or value in FOLDERS:
+            continue
+        if folder_or_id(value, f"--{name}") is None and name == "instance_data_dir":
+            raise UserError(f"--{name} {quoted(value)} does not exist: correct the path.")
     source = str(values["dataset_name"] or values["instance_data_dir"])
+    folder, classes = Path(source).expanduser(), values["class_data_dir"]
+    if classes is not None and Path(classes).exists():
+        place = folder_or_id(classes, "--class_data_dir")
+        if place is not None and place.resolve() == folder.resolve():
+            raise UserError(
+                f"--class_data_dir {quoted(classes)} is the folder of the training images: give the"
+                " class images a folder of their own."
+            )
     bare = values["caption_column"] is None and not values["instance_prompt"]
-    if bare and not _has_captions(source):
+    if bare and not (is_folder(folder) and look(folder).has_captions):
         raise UserError(
             f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
             " --caption_column, or a .txt file with its caption beside each image."
+        )
+    cache, shown = cache_folder(values["disk_cache"]), quoted(values["disk_cache"])
+    if cache is None or values["disk_cache"] == CACHE_AUTO:  # which is only missed
+        return
+    there = next(path for path in (cache, *cache.absolute().parents) if os.path.lexists(path))
+    writable = is_folder(there) and os.access(there, os.W_OK | os.X_OK)
+    if not (writable and values["disk_cache"].strip()):
+        raise UserError(
+            f"--disk_cache {shown} is not a folder that can be written: give another, auto, or no."
         )
 
 
@@ -198,62 +238,3 @@ def cache_folder(value: str) -> Path | None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(home) / CACHE if value == CACHE_AUTO else None
     return Path(value).expanduser()
-
-
-def _check_cache(value: str) -> None:
-    """Refuse a folder that was asked for and can't be written; one by default is only missed.
-
-    Raises:
-        UserError: a file lies there, or it may not be written.
-    """
-    shown, place = f"--disk_cache {quoted(value)}", cache_folder(value)
-    if not value.strip():
-        raise UserError(f"{shown} names no folder: give one, auto, or no.")
-    if place is None or value == CACHE_AUTO:
-        return
-    existing = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
-    if not is_folder(existing):
-        what = "is a file" if existing == place else f"lies below {existing}, which is a file"
-        raise UserError(f"{shown} {what}: give a folder, auto, or no.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{shown} is not writable: change its permissions, give another, or no.")
-
-
-def _has_captions(place: str) -> bool:
-    """Whether a folder has captions beside images; an image without is found when it is opened."""
-    from .listing import look
-
-    folder = Path(place).expanduser()
-    return is_folder(folder) and look(folder).has_captions()
-
-
-def _check_folder_or_id(flag: str, value: str, what: str = "images") -> None:
-    if folder_or_id(value, flag) is not None:
-        _check_folder(flag, value, what)
-
-
-def _check_folder(flag: str, value: str, what: str = "images") -> None:
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise UserError(f'{flag} "{value}" does not exist: correct the path.')
-    if not path.is_dir():
-        raise UserError(f'{flag} "{value}" is a file: give the folder that holds it.')
-    try:
-        empty = not any(path.iterdir())
-    except OSError as error:
-        raise UserError(f'{flag} "{value}" may not be read: change its permissions.') from error
-    if empty:
-        raise UserError(f'{flag} "{value}" is an empty folder: put {what} into it.')
-
-
-def _check_class_folder(values: dict[str, Any]) -> None:
-    value = values["class_data_dir"]
-    path = Path(value).expanduser()
-    if path.exists() and not path.is_dir():
-        raise UserError(f'--class_data_dir "{value}" is a file: give a folder.')
-    for other in ("instance_data_dir", "dataset_name"):
-        if values[other] and path.resolve() == Path(values[other]).expanduser().resolve():
-            raise UserError(
-                f'--class_data_dir "{value}" is the folder of the training images: give the class'
-                " images a folder of their own."
-            )

@@ -14,7 +14,7 @@ from .decode import HEIF_SUFFIXES, image_suffixes
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 MASK = ".mask"
-"""What the name of a mask ends in, before .png."""
+"""End of a mask's name, before .png."""
 NAMED = 8
 MOST_CAPTION_BYTES = 100_000
 MOST_ENTRIES = 200_000
@@ -23,45 +23,48 @@ MOST_ENTRIES = 200_000
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder, hidden ones left out; those of subfolders unless it has metadata."""
+    """The files of a folder, then those of its subfolders; without hidden ones."""
 
     folder: Path
-    files: tuple[Path, ...]
-    deeper: tuple[Path, ...] = ()
+    files: Sequence[Path]
+
+    @cached_property
+    def _pictures(self) -> list[Path]:
+        suffixes = image_suffixes()
+        return [p for p in self.files if p.suffix.lower() in suffixes and is_file(p)]
 
     @cached_property
     def metadata(self) -> list[Path]:
         """The metadata files in it."""
-        return [path for path in self.files if path.name in METADATA and is_file(path)]
+        return [self.folder / name for name in METADATA if is_file(self.folder / name)]
 
     @property
     def tables(self) -> bool:
-        """Whether it holds Parquet or Arrow: images beside these are no data (a preview, say)."""
-        return any(path.suffix in (".parquet", ".arrow") for path in (*self.files, *self.deeper))
+        """Test for Parquet or Arrow: images beside these are no data (a preview, say)."""
+        return any(path.suffix in (".parquet", ".arrow") for path in self.files)
 
     @cached_property
     def images(self) -> list[Path]:
         """The images directly in it, without the masks that lie beside them."""
         masks = set(self.masks.values())
-        return [path for path in self.files if _is_image(path) and path not in masks]
+        return [p for p in self._pictures if p.parent == self.folder and p not in masks]
 
     @cached_property
     def masks(self) -> dict[str, Path]:
         """Masks by the stem of the image beside them, as name.mask.png is of name.jpg."""
-        stems = {stem(path) for path in self.files if _is_image(path)}
-        pngs = [path for path in self.files if path.suffix.lower() == ".png"]
-        found = {stem(path).removesuffix(MASK): path for path in pngs if MASK in path.name}
-        return {name: path for name, path in found.items() if name in stems - {stem(path)}}
+        stems = {stem(path) for path in self._pictures if path.parent == self.folder}
+        pngs = [path for path in self._pictures if path.name.lower().endswith(f"{MASK}.png")]
+        return {name: path for path in pngs if (name := stem(path)[: -len(MASK)]) in stems}
 
     @cached_property
     def texts(self) -> dict[str, Path]:
         """``.txt`` files by their stems."""
-        every = (*self.files, *self.deeper)
-        return {stem(path): path for path in every if path.suffix.lower() == ".txt"}
+        return {stem(path): path for path in self.files if path.suffix.lower() == ".txt"}
 
+    @property
     def has_captions(self) -> bool:
-        """Whether a ``.txt`` file lies beside an image."""
-        return any(stem(p) in self.texts for p in (*self.files, *self.deeper) if _is_image(p))
+        """Test for a ``.txt`` file beside an image."""
+        return any(stem(path) in self.texts for path in self._pictures)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
         """The text of the ``.txt`` file beside each image, as one line; None where there is none.
@@ -75,20 +78,19 @@ class Listing:
         name = f"the caption {path.relative_to(self.folder)}"
         return " ".join(read_text(path, name, MOST_CAPTION_BYTES).split())
 
-    def left_out(self, used: Sequence[Path], *, captioned: bool) -> list[str]:
-        """What lies there beside images and is not read, in a few words."""
+    def left_out(self, used: Sequence[Path], *, captioned: bool) -> str | None:
+        """Number and names of the files that are not read, or None."""
         taken = {*used, *self.masks.values()}
         if captioned:
             taken |= {self.texts.get(stem(path), path) for path in used}
-        every = (*self.files, *self.deeper)
-        rest = [path for path in every if path not in taken and path.name not in METADATA]
+        rest = [p for p in self.files if p not in taken and p.name not in METADATA]
         if not rest:
-            return []
+            return None
         names = [quoted(path.relative_to(self.folder)).strip('"') for path in rest[:NAMED]]
         heif = any(path.suffix.lower() in HEIF_SUFFIXES - image_suffixes() for path in rest)
         count = f"{len(rest)} file{'s' if len(rest) > 1 else ''}"
         hint = "; `pip install pillow-heif` makes HEIC readable" if heif else ""
-        return [f"{count} ({', '.join(names)}{', ...' if len(rest) > NAMED else ''}){hint}"]
+        return f"{count} ({', '.join(names)}{', ...' if len(rest) > NAMED else ''}){hint}"
 
 
 def look(folder: Path) -> Listing:
@@ -97,8 +99,8 @@ def look(folder: Path) -> Listing:
     Raises:
         UserError: it may not be read, or holds more than a set of images would.
     """
-    count, found = 0, []
-    alone = any(is_file(folder / name) for name in METADATA)
+    folder = folder.resolve()
+    files, count, alone = list[Path](), 0, bool(Listing(folder, ()).metadata)
 
     def refuse(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -115,16 +117,10 @@ def look(folder: Path) -> Listing:
             )
         names += [name for name in folders if Path(place, name).is_symlink()]
         folders[:] = [name for name in folders if not name.startswith(".") and not alone]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    direct = [path for path in found if path.parent == folder]
-    deeper = [path for path in found if path.parent != folder]
-    return Listing(folder, tuple(sorted(direct)), tuple(sorted(deeper)))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in image_suffixes() and is_file(path)
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return Listing(folder, sorted(files, key=lambda path: (path.parent != folder, path)))
 
 
 def stem(path: Path) -> str:
     """A file's path without its ending."""
-    return os.path.splitext(os.path.abspath(path))[0]
+    return os.path.splitext(path)[0]

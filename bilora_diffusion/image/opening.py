@@ -1,48 +1,59 @@
 """From what ``--dataset`` names to a set of images with captions.
 
-A folder of images alone or with a metadata file is read here, so that texts stay texts and a
-missing file is named; hub ids and every other layout by ``datasets``, which keeps no copy of images
-that lie in a folder.
+A folder of images alone or with a metadata file is read here, so that texts stay texts, a missing
+file is named, and ``datasets``, whose import takes seconds, is not needed; hub ids and every other
+layout are read by ``datasets``, which keeps no copy of images that lie in a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import mini
-from ..errors import UserError, reason
-from ..files import (
-    folder_or_id,
-    is_file,
-    is_folder,
-    is_text,
-    quoted,
-    read_rows,
-    require_column,
-)
-from ..mini import ANIMALS, MINI
-from .inputs import ANIMALS_HELDOUT, HELDOUT
-from .listing import METADATA, Listing, look, stem
-from .masks import ALPHA, Masks
-from .masks import BESIDE as MASKS_BESIDE
-from .sets import NO_CAPTIONS, ImageSet, encoded
+from PIL import Image
 
-FOLDERS = {
-    MINI: mini.train_dir,
-    HELDOUT: mini.heldout_dir,
-    ANIMALS: mini.animals_train_dir,
-    ANIMALS_HELDOUT: mini.animals_heldout_dir,
-}
+from ..errors import UserError, translated
+from ..files import Rows, folder_or_id, is_file, is_text, kind_of, quoted, read_rows, require_column
+from ..mini import FOLDERS
+from .decode import read_mask
+from .listing import METADATA, Listing, look, stem
+from .sets import Entry, ImageSet
+
 BESIDE = "the .txt files beside them"
+MASKS_BESIDE = "the .mask.png files beside them"
 TEXT = "text"
 """The column of the captions that lie beside the images."""
+NO_CAPTIONS = "none"
+"""The ``--caption_column`` of one who wants no captions, wherever they lie."""
 SPLIT = "train"
 MOST_BYTES = 500_000_000
 """Of a metadata file."""
-Content = dict[str, Any]
-"""What an ``ImageSet`` is made of: rows, names, captions, and what is said of it."""
+Source = Callable[[], Path | bytes | None]
+
+
+@dataclass
+class Table:
+    """A set as it is stored, a row for each image.
+
+    Args:
+        names: for messages.
+        sources: of the images.
+        columns: what gives the values of each column.
+        files: of the images, where they lie in the set's folder.
+        masks: their sources; [] where there are none.
+        masks_from: where these come from.
+    """
+
+    names: list[str]
+    sources: Sequence[Source]
+    columns: dict[str, Callable[[], list[Any]]]
+    files: list[Path] = field(default_factory=list)
+    masks: Sequence[Source | None] = ()
+    masks_from: str | None = None
 
 
 def open_images(
@@ -59,9 +70,10 @@ def open_images(
     """Open a set of images; each is looked at once here and read again when needed.
 
     Args:
-        dataset: one of ``FOLDERS``, such as "mini"; a local folder with images alone, with images
-            and a ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any layout
-            that ``datasets`` reads; or the id of a set on the hub. Their split "train" is taken.
+        dataset: one of ``mini.FOLDERS``, such as "mini"; a local folder with images alone, with
+            images and a ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any
+            layout that ``datasets`` reads; or the id of a set on the hub. Their split "train" is
+            taken.
         image_column: where the images are; a folder's own images are in column "image".
         caption_column: where their captions are; "none" to have none; None for those of the
             ``.txt`` files beside the images of a folder without metadata.
@@ -73,139 +85,117 @@ def open_images(
     Raises:
         UserError: no such set, column, split or image; the message names it and the fix.
     """
-    if caption_column == image_column:
-        raise UserError(
-            f'"{image_column}" can\'t be both --image_column and --caption_column: change one.'
-        )
-    folder = FOLDERS[dataset]() if dataset in FOLDERS else folder_or_id(dataset, "the set")
+    folder = FOLDERS[dataset] if dataset in FOLDERS else folder_or_id(dataset, "the set")
     listing = None if folder is None or config_name is not None else look(folder)
+    captioned = listing is not None and listing.has_captions
     if listing and (listing.metadata or (listing.images and not listing.tables)):
         require_column(image_column, ["image"], "--image_column", dataset)
-        content = _folder(dataset, listing, caption_column, mask_column)
+        table = _listed(dataset, listing, mask_column)
     else:
-        columns = (image_column, caption_column, mask_column)
-        content = _of_datasets(dataset, folder, listing, config_name, cache_dir, columns)
-    if alpha_mask:
-        content["masks"] = Masks(ALPHA, [encoded(row) for row in content["rows"]])
-    return ImageSet(dataset, **content, skip_bad_images=skip_bad_images)
+        # Else datasets may take the captions beside images in subfolders for the data.
+        data = _load(dataset, folder, config_name, captioned, cache_dir)
+        table = _loaded(dataset, data, image_column, mask_column)
+    beside = False
+    unread = caption_column is None or TEXT not in table.columns
+    if listing and captioned and unread and table.files and not listing.metadata:
+        table.columns[TEXT] = partial(listing.captions, table.files)
+        caption_column = caption_column or TEXT
+        beside = caption_column == TEXT
+    captions = _captions(dataset, table, caption_column)
+    left_out = listing.left_out(table.files, captioned=beside) if listing and table.files else None
+    masks = table.sources if alpha_mask else table.masks or [None] * len(table.names)
+    entries = [
+        Entry(name, source, text, mask and partial(_mask, mask, alpha_mask))
+        for name, source, text, mask in zip(
+            table.names, table.sources, captions, masks, strict=True
+        )
+    ]
+    return ImageSet(
+        dataset,
+        entries,
+        remarks=[f"left out of {dataset}: {left_out}"] if left_out else [],
+        masks_from="their alpha channel" if alpha_mask else table.masks_from,
+        captions_from=BESIDE if beside else None,
+        skip_bad_images=skip_bad_images,
+    )
 
 
-def _folder(label: str, listing: Listing, column: str | None, mask_column: str | None) -> Content:
+def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
     """The images that a metadata file lists, in its order; without one, by their names."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
-    beside = not listing.metadata and column != NO_CAPTIONS and listing.has_captions()
-    if listing.metadata:
-        metadata = listing.metadata[0]
-        rows = read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)
-        if not rows:
+    rows = [(label, {"file_name": path.name}) for path in listing.images]
+    for metadata in listing.metadata:
+        if not (rows := read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)):
             raise UserError(f"{metadata} lists no image: add some.")
-        files = [_file(listing.folder, row.get("file_name"), where) for where, row in rows]
-    else:
-        files = listing.images
-        rows = [(label, {"file_name": path.name}) for path in files]
-        if odd := [path.name for path in files if not is_text(path.name)]:
-            raise UserError(
-                f"the name {quoted(odd[0])} of an image in {label} is no text: rename it."
-            )
-    if beside:
-        texts = listing.captions(files)
-        rows = [(where, row | {TEXT: text}) for (where, row), text in zip(rows, texts, strict=True)]
-        column = column or TEXT
-    extra = dict.fromkeys(key for _, row in rows for key in row if key != "file_name")
-    names = [str(row["file_name"]) for _, row in rows]
-    found = [listing.masks.get(stem(path)) for path in files]
-    masks = Masks(MASKS_BESIDE, found) if any(found) else None
+    files = [_file(listing.folder, where, row, "file_name") for where, row in rows]
+    columns = {key: partial(_values, rows, key) for key in {"image": 0} | _keys(rows)}
+    masks, masks_from = [listing.masks.get(stem(path)) for path in files], MASKS_BESIDE
     if mask_column is not None:
-        require_column(mask_column, list(extra), "--mask_column", label)
-        named = ((row.get(mask_column), where) for where, row in rows)
-        paths = [
-            _file(listing.folder, name, where, mask_column) if name else None
-            for name, where in named
+        require_column(mask_column, _keys(rows), "--mask_column", label)
+        del columns[mask_column]
+        masks_from = f'column "{mask_column}"'
+        masks = [
+            _file(listing.folder, where, row, mask_column) if row.get(mask_column) else None
+            for where, row in rows
         ]
-        masks = Masks(f'column "{mask_column}"', paths)
-        del extra[mask_column]
-    columns = ["image", *extra]
-    return {
-        "rows": [{"path": str(path)} for path in files],
-        "names": names,
-        "captions": _captions(
-            label, names, columns, column, lambda key: [row.get(key) for _, row in rows]
-        ),
-        "masks": masks,
-        "left_out": listing.left_out(files, captioned=beside),
-        "caption_source": BESIDE if beside else None,
-    }
+    return Table(
+        [str(row["file_name"]) for _, row in rows],
+        [partial(Path, path) for path in files],
+        columns,
+        files,
+        [path and partial(Path, path) for path in masks],
+        masks_from if any(masks) or mask_column else None,
+    )
 
 
-def _file(folder: Path, name: Any, where: str, column: str = "file_name") -> Path:
-    if not isinstance(name, str) or not name:
-        raise UserError(f'{where} has no "{column}" that is a name: give that of its image.')
-    shown, path = quoted(name), folder / name
-    if "\0" in name or not is_text(name):
-        raise UserError(f"{where} names {shown}, which no file can be called: correct it.")
-    try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # links in a circle, or a name that is too long
-        inside = True
-    if not inside:
-        raise UserError(f"{where} names {shown} outside of its folder: move the image into it.")
-    if is_folder(path):
-        raise UserError(f"{where} names {shown}, which is a folder: name each of its images.")
+def _keys(rows: Rows) -> dict[str, int]:
+    """The columns of rows beside the file's name, in their order."""
+    return {key: 0 for _, row in rows for key in row if key != "file_name"}
+
+
+def _values(rows: Rows, key: str) -> list[Any]:
+    return [row.get(key) for _, row in rows]
+
+
+def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
+    name = row.get(column)
+    if not isinstance(name, str) or not name or "\0" in name or not is_text(name):
+        given = (
+            "names no file" if name is None else f"names {quoted(name)}, which no file is called"
+        )
+        raise UserError(f'"{column}" of {where} {given}: give the name of an image.')
+    path = folder / name
+    if not Path(os.path.normpath(path)).is_relative_to(folder):
+        raise UserError(
+            f"{where} names {quoted(name)} outside of its folder: move the image into it."
+        )
     if not is_file(path):
-        raise UserError(f"{where} names {shown}, which is not there: add the file or drop the row.")
+        raise UserError(
+            f"{where} names {quoted(name)}, which is not a file there: add it or drop the row."
+        )
     return path
 
 
-def _of_datasets(
-    label: str,
-    folder: Path | None,
-    listing: Listing | None,
-    config_name: str | None,
-    cache_dir: str | None,
-    chosen: tuple[str, str | None, str | None],
-) -> Content:
-    """The images of a split, which stay encoded until they are needed.
-
-    Args:
-        chosen: the columns of images, captions and masks.
-    """
-    image_column, column, mask_column = chosen
-    # Else datasets may take the captions beside images in subfolders for the data.
-    beside = bool(listing and listing.has_captions())
-    data = _load(label, folder, config_name, cache_dir, images_only=beside)
-    rows = _encoded(label, data, image_column, "--image_column")
-    masks = None
-    if mask_column is not None:
-        sources = map(encoded, _encoded(label, data, mask_column, "--mask_column"))
-        masks = Masks(f'column "{mask_column}"', list(sources))
+def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
+    """The images of a split, which stay encoded until they are needed."""
+    rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    names = [f"{label}[{i}]" for i in range(len(data))]
-    files, left_out, source = [], [], None
-    if listing and not listing.tables:
-        root = listing.folder.resolve()  # datasets made the paths absolute
-        paths = [Path(row.get("path") or root) for row in rows]
-        inside = [p.relative_to(root) if p.is_relative_to(root) else p for p in paths]
-        files = [listing.folder / path for path in inside]
-        left_out = listing.left_out(files, captioned=beside and column is None)
-    if listing and beside and column is None:
-        captions, source = listing.captions(files), BESIDE
-    else:
-        captions = _captions(
-            label, names, data.column_names, column, lambda key: list(data.select_columns(key)[key])
-        )
-    return {
-        "rows": rows,
-        "names": names,
-        "captions": captions,
-        "masks": masks,
-        "left_out": left_out,
-        "caption_source": source,
-    }
+    masks = mask_column and _undecoded(label, data, mask_column, "--mask_column")
+    files = [Path(row["path"]) for row in rows if row and row["bytes"] is None and row["path"]]
+    numbers = range(len(data))
+    return Table(
+        [f"{label}[{i}]" for i in numbers],
+        [partial(_stored, rows, i) for i in numbers],
+        {key: partial(data.__getitem__, key) for key in data.column_names},
+        files if len(files) == len(data) else [],
+        [partial(_stored, masks, i) for i in numbers] if masks else [],
+        f'column "{mask_column}"' if masks else None,
+    )
 
 
-def _encoded(label: str, data: Any, column: str, option: str) -> Any:
+def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
     """A column of images as ``datasets`` keeps those that it does not decode."""
     import datasets
 
@@ -217,72 +207,64 @@ def _encoded(label: str, data: Any, column: str, option: str) -> Any:
     return data.select_columns(column).cast_column(column, datasets.Image(decode=False))[column]
 
 
-def _captions(
-    label: str,
-    names: Sequence[str],
-    columns: Sequence[str],
-    column: str | None,
-    values: Callable[[str], list[Any]],
-) -> list[str | None]:
+def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | bytes | None:
+    stored = rows[number] or {}
+    if stored.get("bytes") is not None:
+        return stored["bytes"]
+    return None if stored.get("path") is None else Path(stored["path"])
+
+
+def _mask(source: Source, alpha: bool) -> Image.Image | None:
+    encoded = source()
+    return None if encoded is None else read_mask(encoded, alpha=alpha)
+
+
+def _captions(label: str, table: Table, column: str | None) -> list[str | None]:
     """The texts of a column, one for each image; all None where no column is asked for."""
-    if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in columns):
-        return [None] * len(names)
-    require_column(column, columns, "--caption_column", label)
-    captions = values(column)
-    for value, name in zip(captions, names, strict=True):
-        if value is not None and not isinstance(value, str):
+    if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
+        return [None] * len(table.names)
+    require_column(column, table.columns, "--caption_column", label)
+    captions = list(table.columns[column]())
+    for value, name in zip(captions, table.names, strict=True):
+        if value is not None and not (
+            isinstance(value, str) and is_text(value) and "\0" not in value
+        ):
             raise UserError(
-                f'the caption of {name} in {label}, column "{column}", is a {type(value).__name__}'
-                " and not text: set --caption_column to a column of texts."
-            )
-        if value and ("\0" in value or not is_text(value)):
-            raise UserError(
-                f"the caption of {name} in {label}, {quoted(value)}, holds a NUL or half a"
-                " character (a lone surrogate): write it anew, in UTF-8."
+                f'the caption of {name} in {label}, column "{column}", is {kind_of(value)}'
+                f" ({quoted(value)}) that is not UTF-8 text: set --caption_column to a column of"
+                " texts."
             )
     return captions
 
 
 def _load(
-    label: str,
-    folder: Path | None,
-    config_name: str | None,
-    cache_dir: str | None,
-    *,
-    images_only: bool,
+    label: str, folder: Path | None, config_name: str | None, images_only: bool, cache: str | None
 ) -> Any:
     """The split of a folder, or of a set on the hub."""
     import datasets
     from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
-    place = str(folder or label)
-    try:
-        if images_only:
-            splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache_dir)
-        else:
-            splits = datasets.load_dataset(place, config_name, cache_dir=cache_dir)
-    except (DataFilesNotFoundError, EmptyDatasetError) as error:
-        raise UserError(
-            f'"{label}" holds no images and nothing else that can be read: put images into it (of'
-            " HEIC, `pip install pillow-heif` makes them readable)."
-        ) from error
-    except DatasetNotFoundError as error:
-        raise UserError(
-            f'the hub has no dataset "{label}" that you may read: check its name, log in with'
-            " `hf auth login` if it is private or gated, or give a local folder."
-        ) from error
-    except (OSError, RuntimeError) as error:  # out of reach, offline, damaged, disk full
-        fix = "check its files" if folder else "check the connection"
-        raise UserError(
-            f'the dataset "{label}" could not be loaded ({reason(error)}): {fix}, or give another'
-            " folder."
-        ) from error
-    except (ValueError, TypeError, LookupError, DatasetsError) as error:
-        raise UserError(
-            f'datasets refuses "{label}" ({reason(error)}): check --dataset and'
-            " --dataset_config_name."
-        ) from error
+    place = str(folder.resolve() if folder else label)
+    with translated(
+        f'the dataset "{label}" can\'t be loaded',
+        "check its files or the connection, --dataset and --dataset_config_name",
+    ):
+        try:
+            if images_only:
+                splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache)
+            else:
+                splits = datasets.load_dataset(place, config_name, cache_dir=cache)
+        except (DataFilesNotFoundError, EmptyDatasetError) as error:
+            raise UserError(
+                f'"{label}" holds no images and nothing else that can be read: put images into it'
+                " (of HEIC, `pip install pillow-heif` makes them readable)."
+            ) from error
+        except DatasetNotFoundError as error:
+            raise UserError(
+                f'the hub has no dataset "{label}" that you may read: check its name, log in with'
+                " `hf auth login` if it is private or gated, or give a local folder."
+            ) from error
     if SPLIT not in splits:
         known = ", ".join(map(str, splits))
         raise UserError(f'{label} has no split "{SPLIT}", only {known}: give a set that has it.')

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..config.options import OutputOptions
 from ..fields import Idle, option, unless
+from ..mini import FOLDERS
 from ..values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
 from . import inputs
 from .base_model import SDXL_BASE, folder_of
@@ -25,7 +26,7 @@ ON_A_FOLDER_OF_FILES = Idle(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
 ON_ONE_CONFIGURATION = Idle(
-    lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in inputs.BUILT_IN,
+    lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
     "on a folder or a built-in set, which has one",
 )
 ON_A_LOCAL_MODEL = Idle(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +18,12 @@ from ..errors import UserError, reading
 from ..mini import PIPELINES
 from ..train.empty import empty
 from ..train.soundness import require_safetensors, require_whole, require_words
-from .base_model import ANOTHER, folder_of, from_hub
-from .families import named
-from .families.base import Family
+from .base_model import ANOTHER, describe, folder_of, from_hub
+from .config import DreamBoothConfig
 
 WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of configurations and tokenizers."""
+Dtypes = torch.dtype | dict[str, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Origin:
 
     Args:
         folder: of the whole.
-        later: what reads each part that was left without weights (`train.empty`).
+        later: functions that read the parts that were left without weights (`train.empty`).
     """
 
     folder: Path
@@ -48,7 +47,7 @@ def resolve(name: str) -> str:
 def load_pipeline(
     name: str,
     *,
-    dtype: torch.dtype | dict[str, torch.dtype],
+    dtype: Dtypes,
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
@@ -73,15 +72,20 @@ def load_pipeline(
         UserError: nothing that can be loaded is there, only pickles are, weights are missing, or
             a tokenizer knows no words.
     """
-    places: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    if weights:
-        places["variant"] = variant
-    download, load = (_download, _load) if weights else (_download_configs, _empty)
-    folder = folder_of(name) or download(name, vae, **places)
+    model = describe(name, revision, cache_dir)
+    folder = folder_of(name)
+    if folder is None and weights:
+        options: dict[str, Any] = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+        options |= {"vae": None} if vae else {}
+        get = partial(DiffusionPipeline.download, name, use_safetensors=True, **options)
+        folder = Path(from_hub(name, get))
+    elif folder is None:
+        options = {"revision": revision, "cache_dir": cache_dir}
+        get = partial(snapshot_download, name, allow_patterns=list(WITHOUT_WEIGHTS), **options)
+        folder = Path(from_hub(name, get))
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
-    index = _index(name, folder)
-    family = named(str(index.get("_class_name")), name)()
+    family, index, load = model.family, model.index, _load if weights else _empty
     absent = [part for part in family.optional if (index.get(part) or [None])[0] is None]
     origin, parts = Origin(folder), dict[str, Any]()
     for part, kind in family.parts.items():
@@ -89,14 +93,21 @@ def load_pipeline(
             continue
         # Autoencoders overflow in half precision: latents are made and decoded in float32.
         own = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
-        options: dict[str, Any] = {"dtype": torch.float32 if part == "vae" else own}
-        loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
+        options = {"dtype": torch.float32 if part == "vae" else own}
+        what, place, fix = f'the {part} of "{name}"', folder, f"download it again, or {ANOTHER}"
         if part == "vae" and vae:
-            parts[part] = _other_vae(load, family, loader, vae, cache_dir=cache_dir, **options)
-            continue
-        if variant and any((folder / part).glob(f"*.{variant}.*")):
-            options["variant"] = variant
-        read = partial(load, f'the {part} of "{name}"', loader, folder, subfolder=part, **options)
+            what, place, fix = (
+                f'the autoencoder "{vae}"',
+                vae,
+                f"give a folder or a hub id of a {kind}",
+            )
+            options["cache_dir"] = cache_dir
+        else:
+            options["subfolder"] = part
+            if variant and any((folder / part).glob(f"*.{variant}.*")):
+                options["variant"] = variant
+        loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
+        read = partial(load, what, loader, place, fix, **options)
         if part in later:
             origin.later[part] = read
             parts[part] = _empty(*read.args, **read.keywords)
@@ -121,84 +132,44 @@ def load_pipeline(
     return pipeline
 
 
-def _index(name: str, folder: Path) -> dict[str, Any]:
-    """What ``model_index.json`` says."""
-    what, fix = f'the base model "{name}"', f"correct its files, or {ANOTHER}"
-    index = reading(
-        what, fix, lambda: json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
+    """Load the pipeline that a configuration names; see `load_pipeline`."""
+    return load_pipeline(
+        cfg.pretrained_model_name_or_path,
+        dtype=dtype,
+        revision=cfg.revision,
+        variant=cfg.variant,
+        cache_dir=cfg.cache_dir,
+        vae=cfg.pretrained_vae_model_name_or_path,
+        **options,
     )
-    if not isinstance(index, dict):
-        raise UserError(f"{what} has a model_index.json that is no JSON object: {fix}.")
-    return index
-
-
-def _download(name: str, vae: str | None, **options: Any) -> Path:
-    """The folder in the hub's cache that holds a pipeline, without the autoencoder if another is
-    given.
-    """
-    passed = {"vae": None} if vae else {}
-    found = from_hub(
-        name,
-        lambda: DiffusionPipeline.download(name, use_safetensors=True, **options, **passed),
-    )
-    return Path(found)
-
-
-def _other_vae(
-    load: Callable[..., Any], family: Family, kind: Any, place: str, **options: Any
-) -> Any:
-    """The autoencoder that a run takes instead of the pipeline's own."""
-    what = f'the autoencoder "{place}"'
-    fix = (
-        "give a folder or a hub id (`hf auth login` if it is gated) that holds an"
-        f" {kind.__name__} by itself as --pretrained_vae_model_name_or_path"
-    )
-    config = reading(what, fix, lambda: kind.load_config(place, cache_dir=options["cache_dir"]))
-    found = config.get("_class_name", kind.__name__)
-    if found != kind.__name__:
-        raise UserError(f"{what} is of the class {found}, which is not {family.title}'s: {fix}.")
-    return load(what, kind, place, **options)
-
-
-def _download_configs(name: str, vae: str | None, **options: Any) -> Path:
-    """The folder in the hub's cache that holds all of a pipeline but its weights."""
-    found = from_hub(
-        name,
-        lambda: snapshot_download(name, allow_patterns=list(WITHOUT_WEIGHTS), **options),
-    )
-    return Path(found)
 
 
 def _empty(
     what: str,
     kind: Any,
     place: str | Path,
+    fix: str,
     dtype: torch.dtype,
-    subfolder: str | None = None,
+    subfolder: str = "",
     cache_dir: str | None = None,
     **_: Any,
 ) -> Any:
     """One model without its weights."""
-    found = {"subfolder": subfolder or "", "cache_dir": cache_dir}
+    at: dict[str, Any] = {"subfolder": subfolder, "cache_dir": cache_dir}
 
     def build() -> Any:
         if hasattr(kind, "load_config"):  # a model of diffusers
-            return kind.from_config(kind.load_config(place, **found))
-        return kind(kind.config_class.from_pretrained(place, **found))
+            return kind.from_config(kind.load_config(place, **at))
+        return kind(kind.config_class.from_pretrained(place, **at))
 
-    return reading(what, f"correct its config.json, or {ANOTHER}", lambda: empty(build, dtype))
+    return reading(what, fix, lambda: empty(build, dtype))
 
 
-def _load(what: str, kind: Any, place: str | Path, **options: Any) -> Any:
+def _load(what: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
     """One model with all of its weights, from safetensors."""
-    folder = Path(place).expanduser() / options.get("subfolder", "")
-    require_safetensors(what, folder)
-    model, found = reading(
-        what,
-        f"download or write it again, or {ANOTHER}",
-        lambda: kind.from_pretrained(
-            place, use_safetensors=True, output_loading_info=True, **options
-        ),
-    )
-    require_whole(what, found["missing_keys"])
+    require_safetensors(what, Path(place).expanduser() / options.get("subfolder", ""))
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, loaded = reading(what, fix, lambda: kind.from_pretrained(place, **options))
+    require_whole(what, loaded["missing_keys"])
     return model.requires_grad_(False).eval()

@@ -35,9 +35,8 @@ from .card import write_dreambooth_card
 from .class_images import ensure_class_images
 from .config import DreamBoothConfig, resolve
 from .dry_run import moments
-from .families.base import Family
 from .opening import open_images
-from .pipeline import load_pipeline
+from .pipeline import load_base
 from .sets import ImageSet
 from .task import DreamBooth
 from .visits import VisitStream
@@ -46,15 +45,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
-    """Data first, since it is quick to refuse; then the models; then both on the device."""
-    task = assembled(cfg, accelerator)
-    if not cfg.dry_run:
-        settle(task, accelerator)
-    return task
-
-
-def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
-    """Data and models, these on the CPU; without weights if ``cfg.dry_run``."""
+    """Data first, since it is quick to refuse; then the models; then both on the device, where
+    prompts are embedded. In a dry run models have no weights, and stay where they are.
+    """
     instance = images(cfg, cfg.source, cfg.dataset_config_name)
     instance.require_masks()
     validation = heldout_images(cfg)
@@ -62,44 +55,33 @@ def assembled(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     if (held is not None or cfg.fit) and (line := copies("images", instance.pictures(), held)):
         logger.warning("%s", line)
     family = cfg.family
-    pipeline = load_pipeline(
-        cfg.pretrained_model_name_or_path,
-        dtype=weights_dtypes(cfg, family, accelerator.mixed_precision),
-        revision=cfg.revision,
-        variant=cfg.variant,
-        cache_dir=cfg.cache_dir,
-        vae=cfg.pretrained_vae_model_name_or_path,
-        weights=not cfg.dry_run,
-        later=family.encoders if cfg.cache and not cfg.train_text_encoder else (),
-    )
+    # Frozen weights need no more than the arithmetic has; bf16 would lose small updates of others.
+    dtypes = {"default": DTYPES[accelerator.mixed_precision]}
+    if get(cfg.method).exports_weights:
+        trained = [family.denoiser, *(family.encoders if cfg.train_text_encoder else ())]
+        dtypes |= dict.fromkeys(trained, torch.float32)
+    later = family.encoders if cfg.cache and not cfg.train_text_encoder else ()
+    pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=later)
     of_model = family.remark(cfg.pretrained_model_name_or_path, pipeline)
     for remark in (of_model, comfy.remark(family.title, family.pipeline, cfg.use_dora)):
         if remark is not None:
             logger.warning("%s", remark)
-    classes = class_images(cfg, accelerator, instance) if cfg.with_prior_preservation else None
-    return DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+    classes = None
+    if cfg.with_prior_preservation:
+        classes = instance if cfg.dry_run else class_images(cfg, accelerator)
+    task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+    if not cfg.dry_run:
+        if cfg.quantize != "none":
+            quantize_models(task, dtypes["default"], accelerator.device)
+        task.to_device(accelerator.device)
+    return task
 
 
-def class_images(cfg: DreamBoothConfig, accelerator: Accelerator, instance: ImageSet) -> ImageSet:
-    """The class images, of which those that lack are made; in a dry run the instance's stand for
-    them.
-    """
-    if cfg.dry_run:
-        return instance
+def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
+    """The class images, of which those that are missing are made."""
     ensure_class_images(cfg, accelerator)
-    classes = open_images(
-        str(cfg.class_data_dir), caption_column="none", skip_bad_images=cfg.skip_bad_images
-    )
-    for line in classes.remarks():
-        logger.warning("%s", line)
-    return classes
-
-
-def settle(task: DreamBooth, accelerator: Accelerator) -> None:
-    """Bring the models to the device, quantized where that is asked for, and embed the prompts."""
-    if task.cfg.quantize != "none":
-        quantize_models(task, DTYPES[accelerator.mixed_precision], accelerator.device)
-    task.to_device(accelerator.device)
+    plain = {"image_column": "image", "caption_column": "none", "mask_column": None}
+    return images(cfg, str(cfg.class_data_dir), **plain, alpha_mask=False)
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
@@ -126,32 +108,13 @@ def _quantized(read: Callable[[], Any], dtype: torch.dtype, device: torch.device
     return model
 
 
-def weights_dtypes(cfg: DreamBoothConfig, family: Family, precision: str) -> dict[str, torch.dtype]:
-    """The dtype of each part of the pipeline, "default" for the rest.
-
-    Frozen weights need no more than the arithmetic has; trained ones are kept in fp32, since bf16
-    would lose small updates.
-    """
-    dtypes = {"default": DTYPES[precision]}
-    if get(cfg.method).exports_weights:
-        dtypes[family.denoiser] = torch.float32
-        if cfg.train_text_encoder:
-            dtypes |= dict.fromkeys(family.encoders, torch.float32)
-    return dtypes
-
-
-def images(cfg: DreamBoothConfig, dataset: str, config_name: str | None = None) -> ImageSet:
-    """An image set with its captions, opened as the configuration says."""
-    opened = open_images(
-        dataset,
-        image_column=cfg.image_column,
-        caption_column=cfg.caption_column,
-        mask_column=cfg.mask_column,
-        alpha_mask=cfg.alpha_mask,
-        config_name=config_name,
-        cache_dir=cfg.cache_dir,
-        skip_bad_images=cfg.skip_bad_images,
-    )
+def images(
+    cfg: DreamBoothConfig, dataset: str, config_name: str | None = None, **changed: Any
+) -> ImageSet:
+    """An image set with its captions, opened as the configuration says but for what is changed."""
+    options = ("image_column", "caption_column", "mask_column", "alpha_mask", "cache_dir")
+    options = {name: getattr(cfg, name) for name in (*options, "skip_bad_images")}
+    opened = open_images(dataset, config_name=config_name, **options | changed)
     for line in opened.remarks():
         logger.warning("%s", line)
     return opened
@@ -167,7 +130,7 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
 
 
 def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Write what was trained, as it is now, and read it back; returns what that showed."""
+    """Write the trained weights as they are now; returns a comparison of them with the files."""
     task: Any = trainer.task
     if trainer.method.exports_weights:
         return save_models(folder, task.models)
@@ -183,7 +146,7 @@ def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, A
 
 
 def files(folder: Path) -> dict[str, str]:
-    """What the files that a run leaves are for."""
+    """Uses of the files that a run leaves, and their names."""
     return {
         "for diffusers": FILE_NAME,
         "for ComfyUI, A1111": kohya_file_name(folder),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
 from ..choices import ATTENTION
@@ -18,12 +18,12 @@ from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import texts
 from .config import DreamBoothConfig
-from .denoising import Denoising, DreamBoothModule, Schedule
+from .denoising import Denoising, DreamBoothModule
 from .families import of
 from .families.base import Family
 from .families.sdxl import tokenize
-from .flow import FlowMatching
-from .heldout import GridLoss
+from .flow import FlowMatching, Schedule
+from .heldout import GridImage, GridLoss
 from .latents import Encoder
 from .layers import chosen
 from .masks import weight_map
@@ -194,6 +194,25 @@ class DreamBooth:
         assert self.prompts is not None
         return self.prompts.conditions(captions)
 
+    def inputs(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        index: Tensor,
+        instance: Tensor,
+        images: Sequence[Visit | GridImage],
+        masks: Sequence[Tensor | None],
+    ) -> dict[str, Any]:
+        """A module's inputs for some images, whose masks are on the grid of their latents."""
+        inputs = {
+            **{"latents": latents, "noise": noise, "index": index, "instance": instance},
+            "time_ids": torch.tensor([image.time_ids for image in images], dtype=torch.float32),
+            **self.condition([image.caption for image in images]),
+        }
+        if any(mask is not None for mask in masks):
+            inputs["shown"] = weight_map(masks, latents, self.cfg.unmasked_weight)
+        return inputs
+
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
@@ -213,16 +232,9 @@ class DreamBooth:
             latents.append(draw)
             masks.append(posterior.mask)
             digests.append(visit.digest(digest(noise[-1], index[-1])))
-        inputs = {
-            "latents": torch.stack(latents),
-            "noise": torch.stack(noise),
-            "index": torch.stack(index),
-            "instance": torch.tensor([v.kind == "instance" for v in visits]),
-            "time_ids": torch.tensor([v.time_ids for v in visits], dtype=torch.float32),
-            **self.condition([v.caption for v in visits]),
-        }
-        if any(mask is not None for mask in masks):
-            inputs["shown"] = weight_map(masks, inputs["latents"], self.cfg.unmasked_weight)
+        parts = (torch.stack(rows) for rows in (latents, noise, index))
+        instance = torch.tensor([v.kind == "instance" for v in visits])
+        inputs = self.inputs(*parts, instance=instance, images=visits, masks=masks)
         if self.cfg.prior_prediction_weight:
             inputs["prior"] = self.condition([str(self.cfg.class_prompt)] * len(visits))
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))

@@ -16,13 +16,52 @@ from ..train.order import KindsOrder, SampleOrder
 from . import buckets, crops
 from .captions import Captions, texts
 from .config import DreamBoothConfig
-from .resized import MOST_BYTES, Resized
 from .sets import ImageSet
 
 Slots = tuple[int, tuple[int, ...]]
 """A step and the positions of a micro-batch within the step's whole batch."""
 MAX_CACHED = 2000
-"""``--cache_latents auto`` keeps the latents of at most so many images in memory."""
+"""``--cache_latents auto`` caches the latents of at most so many images in memory."""
+MOST_BYTES = 10**9
+"""Of resized images that a training process caches, with those that read images for it."""
+
+
+class Resized:
+    """Images and their masks as small as covers what is cut out of them, 8 bits a value; decoding
+    and resizing a photo of 12 megapixels takes half a second, cutting next to nothing.
+
+    Args:
+        most_bytes: images that do not fit into so many are resized anew at each visit.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._room = most_bytes
+        self._cached: dict[tuple[int, int, buckets.Size], tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(
+        self, images: ImageSet, sample: int, target: buckets.Size, interpolation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one.
+
+        Args:
+            images: a set that lives as long as this.
+            sample: which of them.
+            target: (height, width) of what will be cut out.
+            interpolation: a choice of ``--image_interpolation_mode``.
+        """
+        key = id(images), sample, target
+        if key in self._cached:
+            return self._cached[key]
+        mask = images.mask(sample)
+        made = (
+            crops.fitted(images.image(sample), target, interpolation),
+            None if mask is None else crops.fitted(mask, target, "bilinear"),
+        )
+        size = sum(part.nbytes for part in made if part is not None)
+        if size <= self._room:
+            self._room -= size
+            self._cached[key] = made
+        return made
 
 
 @dataclass

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
@@ -102,7 +100,7 @@ def check_trainable(bilora: BiLoRA) -> None:
                 f"{name} is trainable, but only the adapters would be trained and saved; freeze "
                 "it by requires_grad_(False), or name its module in modules_to_save."
             )
-    if rounded := _rounded(own):
+    if rounded := [p.dtype for p in own if p.dtype not in (torch.float32, torch.float64)]:
         raise UserError(
             f"The adapters are in {rounded[0]}, in which small updates are lost (a full evaluation "
             "in half precision casts them); train before it, or attach anew."
@@ -132,12 +130,3 @@ def check_class(kind: Any) -> type[Optimizer]:
             "give a subclass of torch.optim.Optimizer."
         )
     return kind
-
-
-def narrow(model: nn.Module, adapter: str) -> bool:
-    """Test that an adapter is in less than fp32."""
-    return bool(_rounded(adapters.parameters(model, adapter)))
-
-
-def _rounded(parameters: Iterable[Tensor]) -> list[torch.dtype]:
-    return [p.dtype for p in parameters if p.dtype not in (torch.float32, torch.float64)]

@@ -54,9 +54,8 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     if not isinstance(bilora, BiLoRA):
         bilora = attach(cast(nn.Module, trainer.model), bilora)
     checks.check_model(trainer, bilora)
-    for name in (PRIMARY, AUXILIARY):
-        if checks.narrow(bilora.model, name):  # TRL rounds those of a quantized model to bf16
-            adapters.to_full_precision(bilora.model, name)
+    for name in (PRIMARY, AUXILIARY):  # TRL rounds those of a quantized model to bf16
+        adapters.to_full_precision(bilora.model, name)
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
     if bilora.config.auxiliaries > 1:

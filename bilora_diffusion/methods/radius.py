@@ -39,7 +39,7 @@ further before the others suffer."""
 DECAY = 0.98
 """Of both running means, which reach back over fifty steps: over ten, the radius swings."""
 DOWN, UP = 0.9, 1.1
-"""What the radius is multiplied with in one step lies between them."""
+"""Bounds of the factor on the radius in one step."""
 MOST = 0.4
 """Of the norm of the primary's change of the weights, in the measure of the radius."""
 _LEAST = 1e-30

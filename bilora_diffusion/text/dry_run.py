@@ -1,4 +1,4 @@
-"""What a dry run of text counts beside what is trained: frozen weights, and what a step holds."""
+"""Memory of a dry run of text beside what is trained: frozen weights, and what a step holds."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ from .config import TextConfig
 from .examples import Example
 from .models import TextModel
 from .module import collate
-from .tokenizing import IGNORED, ROWS, settle_template, tokenizer_digest
+from .tokenizing import IGNORED, ROWS, resolve_template, tokenizer_hash
 
 FORMAT = "4"
 """Raise it when tokenization changes, so that older caches are not taken."""
@@ -72,11 +72,11 @@ class Encoded:
         return dict(self._rows[i])
 
     def name(self, i: int) -> str:
-        """What row ``i`` is called: "line 17 of train.jsonl"; of a packed row all that is in it."""
+        """Name of row ``i``, "line 17 of train.jsonl"; of a packed row all that is in it."""
         return " and ".join(self.examples[source].where for source in self.sources[i])
 
     def example(self, i: int) -> Example:
-        """What row ``i``, which is not packed, was made from."""
+        """Example of row ``i``, which is not packed."""
         (source,) = self.sources[i]
         return self.examples[source]
 
@@ -99,8 +99,8 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     for option, length in settings.items():
         _check_length(option, length, loaded)
     if kind == "causal":
-        settings["template"] = settle_template(cfg.template, tokenizer)
-    key = [FORMAT, kind, repr(settings), tokenizer_digest(tokenizer)]
+        settings["template"] = resolve_template(cfg.template, tokenizer)
+    key = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
     fingerprint = digest_texts([*key, *map(repr, examples)])
     pairs = kind == "classification" and "token_type_ids" in tokenizer("a", "b")
     features = _features(kind, pairs)

@@ -86,17 +86,16 @@ class Evaluation:
         if not count or self.loaded.kind == "classification":
             return {}
         prompts = [self._prompt(i) for i in range(count)]
-        answers = [""] * count
+        made: dict[int, str] = {}
         with inference(self.module):
             for numbers in self.batches([len(prompt) for prompt in prompts]):
                 texts = self._generate([prompts[i] for i in numbers])
-                for i, text in zip(numbers, texts, strict=True):
-                    answers[i] = text
-        lines = []
-        for i in range(count):
+                made.update(zip(numbers, texts, strict=True))
+        answers, lines = [made[i] for i in range(count)], []
+        for i, answer in enumerate(answers):
             example = self.rows.example(i)
-            line = {"prompt": example.question, "prediction": answers[i]}
-            lines.append(json.dumps(line | {"reference": example.answer}, ensure_ascii=False))
+            line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
+            lines.append(json.dumps(line, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
         return self._scores(answers)

@@ -16,12 +16,12 @@ INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
 INSTRUCTION = "instruction"
 CONTEXTS = ("input", "context")
-"""What Alpaca and Dolly call that which an instruction is about."""
+"""Alpaca's and Dolly's columns of what an instruction is about."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What goes into a model and what should come out of it.
+    """A model's input and the answer that it should give.
 
     Attributes:
         label: the class number where there are classes.

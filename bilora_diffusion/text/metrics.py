@@ -1,4 +1,4 @@
-"""How good answers are: classes by scikit-learn, free text by comparison."""
+"""Scores of answers: classes by scikit-learn, free text by comparison."""
 
 from __future__ import annotations
 

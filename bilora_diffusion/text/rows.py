@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UserError, reason
+from ..errors import UserError, translated
 from ..run.heldout_part import chosen
 from ..seeds import digest_texts, generator, seed_of
 from . import catalog
@@ -43,7 +43,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TextData:
-    """What is learned from, and what is held out, tokenized."""
+    """Training and held-out rows, tokenized."""
 
     rows: Rows
     train: Encoded
@@ -154,12 +154,15 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
 
 def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
     import datasets
-    from datasets.exceptions import DatasetsError
 
     if task.package:
         return datasets.Dataset.from_list(packaged_rows(task, split))
     given: Any = {"split": split, "cache_dir": cache_dir}
-    try:
+    with translated(
+        f"the dataset {task.dataset} of the task {task.name} could not be loaded",
+        "check the connection, log in with `hf auth login` if it is not public, or give a file by"
+        " --train_file",
+    ):
         try:
             return datasets.load_dataset(task.dataset, task.config_name, **given)
         except RuntimeError as error:
@@ -169,12 +172,6 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
         branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
         files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
         return datasets.load_dataset("parquet", data_files=files, **given)
-    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
-        raise UserError(
-            f"the dataset {task.dataset} of the task {task.name} could not be loaded"
-            f" ({reason(error)}): check the connection, log in with `hf auth login` if it is not"
-            " public, or give a file by --train_file."
-        ) from error
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:

@@ -76,7 +76,7 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """What the files that a run leaves are for."""
+    """Files that a run leaves, by their purpose."""
     return {
         "adapter": "adapter_model.safetensors",
         "model": NAME,

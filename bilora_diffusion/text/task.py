@@ -43,7 +43,7 @@ class TextTask:
         self._folds: dict[tuple[int, ...], TextData] = {}
 
     def data_summary(self) -> str:
-        """What it is trained on, in a few words."""
+        """The training set, in a few words."""
         return f"{self.num_samples:,} rows of at most {self.cfg.max_length} tokens"
 
     def targets(self) -> list[Target]:
@@ -67,7 +67,7 @@ class TextTask:
 
     @property
     def has_heldout(self) -> bool:
-        """Whether there are held-out rows."""
+        """True if there are held-out rows."""
         return self.evaluation is not None
 
     def again(self, cfg: TextConfig, fold: Fold | None = None, searches: bool = False) -> TextTask:

@@ -12,8 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..choices import TEMPLATES
-from ..errors import UserError
+from ..errors import UserError, translated
 from ..seeds import digest_texts
 from .examples import Example
 
@@ -28,7 +27,7 @@ ALPACA_INPUT = (
     " context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-"""What Stanford Alpaca was trained on, to the letter: the answer follows the colon at once.
+"""Stanford Alpaca's prompts to the letter: the answer follows the colon at once.
 
 Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
 """
@@ -83,11 +82,7 @@ def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length:
     """One or two sentences; of two, the longer is cut, token by token, as Transformers does."""
     rows = []
     for example in examples:
-        if example.label is None:
-            raise UserError(
-                f"{example.where} has no label, which a classifier learns: give a task or a column"
-                " that has labels, or --task_type causal or seq2seq."
-            )
+        assert example.label is not None
         pair = () if example.pair is None else (example.pair,)
         whole = tokenizer(example.question, *pair, verbose=False)
         cut = len(whole["input_ids"]) > max_length
@@ -101,7 +96,7 @@ def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length:
 def causal_rows(
     examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
 ) -> list[Row]:
-    """Context and answer, under a settled template; every answer's tokens have a loss, and so has
+    """Context and answer, under a resolved template; every answer's tokens have a loss, and so has
     the EOS after the last.
 
     Where a row is too long, its context is cut from the left (a BOS stays), so that the answer and
@@ -130,7 +125,7 @@ ROWS = {
     "classification": classification_rows,
     "causal": causal_rows,
 }
-"""How each kind of model's examples become rows."""
+"""Functions that make rows of examples, by kind of model."""
 
 
 def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list[list[int]]:
@@ -154,12 +149,12 @@ def generation_prompt(
     Args:
         max_length: cut from the left to so many tokens, as in training; None: do not cut.
     """
-    template = settle_template(template, tokenizer)
+    template = resolve_template(template, tokenizer)
     ids = context_rows([context_text(example, tokenizer, template)], tokenizer, template)[0]
     return ids if max_length is None else _keep_last(ids, max_length, tokenizer.bos_token_id)
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Identifies how a tokenizer cuts text; of a fast one not where its files lie."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -215,10 +210,8 @@ def _keep_last(values: list[Any], size: int, first: Any) -> list[Any]:
     return values[len(values) - size :]
 
 
-def settle_template(template: str, tokenizer: Any) -> str:
-    """What "auto" stands for: "chat" if the tokenizer has a chat template, else "alpaca"."""
-    if template not in TEMPLATES:
-        raise UserError(f'"{template}" is no template: give one of {", ".join(TEMPLATES)}.')
+def resolve_template(template: str, tokenizer: Any) -> str:
+    """Replace "auto" by "chat" if the tokenizer has a chat template, else by "alpaca"."""
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
         raise UserError(
@@ -229,7 +222,7 @@ def settle_template(template: str, tokenizer: Any) -> str:
 
 
 def render(example: Example, tokenizer: Any, template: str) -> Rendered:
-    """A row as text, under a settled template.
+    """A row as text, under a resolved template.
 
     Raises:
         UserError: a conversation that the template can't show.
@@ -279,21 +272,15 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
 
 
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
-    import jinja2
-
-    try:
+    sentence = f"the tokenizer's chat template refuses {where}"
+    with translated(sentence, "correct its turns, or give --template alpaca"):
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
         )
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise UserError(
-            f"the tokenizer's chat template refuses {where} ({str(error).rstrip('.')}): correct its"
-            " turns, or give --template alpaca."
-        ) from error
 
 
 def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -> int:
-    """Where an answer that starts at ``start`` ends, the mark that ends its turn included.
+    """End of the answer that starts at ``start``, the mark that ends its turn included.
 
     Templates may strip the content, put something before it, and need not end turns with the EOS
     token; the mark is the special token that follows the content. Line breaks after it belong to

@@ -18,7 +18,7 @@ from typing import Any
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.seeds import digest_texts
 from bilora_diffusion.text.examples import Example
-from bilora_diffusion.text.tokenizing import context_text, settle_template
+from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
 from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
 from .models import Keeper, Loaded
@@ -166,7 +166,7 @@ def _model(loaded: Loaded, template: str, batch_size: int) -> Any:
                 )
             turns = tuple((turn["role"], turn["content"]) for turn in chat_history)
             example = Example("", "", turns=(*turns, ("assistant", "")))
-            settled = settle_template(template, loaded.tokenizer)
+            settled = resolve_template(template, loaded.tokenizer)
             return context_text(example, loaded.tokenizer, settled)
 
     with _quiet():

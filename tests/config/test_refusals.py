@@ -83,17 +83,14 @@ IMAGES: list[tuple[str, str]] = [
     ("--pretrained_model_name_or_path {tmp}/full", "model_index.json of .*full.*can't be read"),
     ("--pretrained_model_name_or_path {tmp}/other", "it has no text_encoder_2"),
     ("--pretrained_vae_model_name_or_path ../vae", '"../vae".*not exist'),
-    ("--pretrained_vae_model_name_or_path {tmp}/empty", "put an autoencoder into it"),
     ("--bnb_quantization_config_path {tmp}/int8.json", "int8.json.*--quantize nf4"),
-    ("--bnb_quantization_config_path {tmp}/empty.txt", "empty.txt.*no JSON"),
+    ("--bnb_quantization_config_path {tmp}/empty.txt", "empty.txt.*--quantize nf4"),
     ("--cache_latents perhaps", "perhaps.*auto, yes, no"),
-    ("--disk_cache {tmp}/a.zip", "--disk_cache.*a.zip.*is a file.*auto, or no"),
-    ("--disk_cache {tmp}/a.zip/cache", "--disk_cache.*lies below.*a.zip, which is a file"),
-    ("--disk_cache=", "--disk_cache.*names no folder.*auto, or no"),
+    ("--disk_cache {tmp}/a.zip/cache", "--disk_cache.*a.zip/cache.*auto, or no"),
+    ("--disk_cache=", "--disk_cache.*auto, or no"),
 ]
 FOLDERS: list[tuple[str, str]] = [
     ("--instance_data_dir {tmp}/nowhere", "nowhere.*not exist"),
-    ("--instance_data_dir {tmp}/empty", "empty folder"),
     ("--instance_data_dir {tmp}/a.zip", "is a file"),
     (
         "--instance_data_dir {tmp}/full --with_prior_preservation --class_data_dir {tmp}/full"

@@ -1,4 +1,4 @@
-"""What ComfyUI calls the layers that get adapters by default, by their names in diffusers.
+"""ComfyUI's names of the layers that get adapters by default, by their names in diffusers.
 
 Facts read in its comfy/lora.py and comfy/utils.py of 2026: for these models it takes a key
 "transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file, and changes the weight of the layer of
@@ -82,5 +82,5 @@ SDXL_KEYS = (
     r"lora_te[12]_text_model_encoder_layers_\d+_(mlp_fc[12]|self_attn_(q|k|v|out)_proj)",
     "lora_te2_text_projection",
 )
-"""What it calls SDXL's layers in a file; each has `SDXL_ENDINGS`."""
+"""Its names of SDXL's layers in a file; each has `SDXL_ENDINGS`."""
 SDXL_ENDINGS = (".lora_up.weight", ".lora_down.weight", ".alpha", ".dora_scale")

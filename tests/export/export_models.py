@@ -69,6 +69,12 @@ def read_metadata(file: Path) -> dict[str, str]:
         return content.metadata()
 
 
+def equal(one: Path, other: Path) -> bool:
+    """Two files have the same tensors."""
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
 def rewrite(
     source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, str]], Any]
 ) -> Path:

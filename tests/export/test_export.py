@@ -21,7 +21,6 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import FILE_NAME, kohya_file_name, save_diffusers, verify
-from bilora_diffusion.export.layers import kohya_name
 from bilora_diffusion.image import layers as choice
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -109,22 +108,6 @@ def test_every_choice_of_layers_is_read_exactly(tmp_path, component, targets, do
     scale = adapters.factors(models[component], PRIMARY)[0].scale
     for key, value in loaded.items():
         assert torch.equal(value, trained[key] * (scale if "lora_B" in key else 1))
-
-
-def test_kohya_names(folder) -> None:
-    keys = load_file(folder / "icons.safetensors")
-    for name in (
-        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0",
-        "lora_unet_down_blocks_0_resnets_0_conv1",
-        "lora_unet_time_embed_0",
-        "lora_unet_label_emb_0_0",
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
-        "lora_te2_text_model_encoder_layers_1_mlp_fc2",
-        "lora_te2_text_projection",
-    ):
-        assert keys[f"{name}.lora_down.weight"].shape[0] == keys[f"{name}.alpha"].item() == 4
-        assert keys[f"{name}.lora_up.weight"].shape[1] == 4
-    assert kohya_name("unet", "conv_in") == "lora_unet_conv_in"
 
 
 @pytest.mark.parametrize("layers", ["attention", "all"])

@@ -18,7 +18,7 @@ from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.export import FILE_NAME, convert, inspect, main, reader, save_adapter
 from bilora_diffusion.export.layers import kohya_name, plain_name
 from bilora_diffusion.text.models import load_text_model
-from tests.export.export_models import all_models, export_all, plain_models
+from tests.export.export_models import all_models, equal, export_all, plain_models
 from tests.text.text_builders import save_llama
 
 SDXL: dict[str, Any] = {
@@ -41,11 +41,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """UNet with convolutions and both text encoders, of alpha 6 and rank 4, in both formats."""
     models = all_models(rank=4, alpha=6, use_dora=request.param)
     return export_all(tmp_path_factory.mktemp("convert") / "icons", models)
-
-
-def equal(one: Path, other: Path) -> bool:
-    left, right = load_file(one), load_file(other)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def test_around_all_formats(folder: Path, tmp_path: Path) -> None:

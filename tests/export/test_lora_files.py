@@ -1,4 +1,4 @@
-"""What is found in good, foreign, altered and broken files: read, or refused in one sentence."""
+"""Good, foreign, altered and broken files: read, or refused in one sentence."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from bilora_diffusion.export import (
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.layers import chosen
 from tests.export.comfy_names import NAMES
-from tests.export.export_models import FACTS, add_adapters
+from tests.export.export_models import FACTS, add_adapters, equal
 from tests.image.tiny import FILES, made
 
 SD3 = "StableDiffusion3Pipeline"
@@ -94,44 +94,31 @@ def test_the_pipeline_loads_what_was_trained(
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_keys_and_metadata(kind: str, tmp_path: Path) -> None:
+def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyui(
+    kind: str, tmp_path: Path
+) -> None:
     pipeline = trained(kind)
     file = exported(tmp_path, pipeline)
     layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
     sides = [f"transformer.{name}.lora_{side}.weight" for name in layers for side in "AB"]
     assert set(load_file(file)) == set(sides)
     contents = inspect(file)
-    assert contents.format == "diffusers"
+    assert (contents.format, contents.auxiliary) == ("diffusers", False)
     assert contents.layers == {"transformer": len(layers)}
-    assert not contents.auxiliary
     described = json.loads(contents.metadata["lora_adapter_metadata"])
     assert all(name.startswith("transformer.") for name in described)
     assert described["transformer.r"] == described["transformer.lora_alpha"] == 2
     assert contents.metadata["ss_network_dim"] == "2"
-    assert "ss_network_module" not in contents.metadata  # kohya's module reads other keys
-    assert "modelspec.architecture" not in contents.metadata
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_comfyui_finds_a_layer_for_every_key_of_the_models_that_the_docs_name(
-    kind: str, tmp_path: Path
-) -> None:
-    pipeline = trained(kind)
+    # kohya's module reads other keys
+    assert not {"ss_network_module", "modelspec.architecture"} & contents.metadata.keys()
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", page, re.MULTILINE)
     reads = {title: comfyui for title, _, comfyui in rows}
     known = NAMES.get(type(pipeline.transformer).__name__)
     assert reads[of(pipeline).title] == ("yes" if known else "no")
-    if known is None:
-        return
-    keys = load_file(exported(tmp_path, pipeline))
-    layers = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in keys}
-    places = set()
-    for layer in layers:
-        numbers = re.findall(r"(?<=s\.)\d+|(?<=refiner\.)\d+", layer)
-        name = re.sub(r"(?<=s\.)\d+|(?<=refiner\.)\d+", "#", layer.removeprefix("transformer."))
-        places.add((known[name], *numbers))
-    assert len(places) == len(layers)  # no two of them in one place
+    number = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
+    places = {(known[number.sub("#", n)], *number.findall(n)) for n in layers if known}
+    assert len(places) == (len(layers) if known else 0)  # no two of them in one place
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -140,7 +127,7 @@ def test_around_the_formats(dora: bool, tmp_path: Path) -> None:
     source = exported(tmp_path / "run", pipeline)
     peft = convert(source, "peft", tmp_path / "peft")
     back = convert(peft, "diffusers", tmp_path / "back.safetensors")
-    assert _equal(back, source)
+    assert equal(back, source)
     assert inspect(back).metadata["bilora.rho"] == inspect(source).metadata["bilora.rho"]
     loaded: Any = PeftModel.from_pretrained(made(SD3).transformer, str(peft))
     other = made(SD3)
@@ -149,11 +136,6 @@ def test_around_the_formats(dora: bool, tmp_path: Path) -> None:
     expected = output(other)
     other.transformer = loaded.base_model.model
     torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=1e-5)
-
-
-def _equal(one: Path, other: Path) -> bool:
-    left, right = load_file(one), load_file(other)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -167,7 +149,7 @@ def test_a_foreign_files_layers_are_known_for_a_transformers(kind: str, tmp_path
         given = tmp_path / f"{number}.safetensors"
         keys = {key: prefix + key.removeprefix("transformer.") for key in tensors}
         save_file({keys[key]: value for key, value in tensors.items()}, given)
-        assert _equal(convert(given, "diffusers", tmp_path / f"{number}-back.safetensors"), source)
+        assert equal(convert(given, "diffusers", tmp_path / f"{number}-back.safetensors"), source)
 
 
 def test_kohyas_format_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.denoising import Denoising, min_snr_weights
 
 CONFIG: dict[str, Any] = {
@@ -35,6 +34,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return latents, noise
 
 
+def inputs(instance: Tensor | None = None) -> dict[str, Tensor]:
+    latents, noise = batch()
+    instance = torch.ones(3, dtype=torch.bool) if instance is None else instance
+    return {"latents": latents, "noise": noise, "index": INDEX, "instance": instance}
+
+
 def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
     return torch.tanh(noisy) * (1 + timesteps.view(-1, 1, 1, 1).float() / 1000)
 
@@ -48,7 +53,7 @@ def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weig
         {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
     )
     weighted = torch.tensor([True, True, False])
-    loss = denoising.loss(predict, latents, noise, INDEX, weighted)
+    loss = denoising.loss(predict, inputs(weighted))
     for row, t in enumerate(INDEX.tolist()):
         a = alphas()[t]
         x, e = latents[row].double(), noise[row].double()
@@ -79,7 +84,7 @@ def test_min_snr_weights() -> None:
 def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
     latents, noise = batch()
     denoising = Denoising.from_config(CONFIG, edm=True)
-    loss = denoising.loss(predict, latents, noise, INDEX, torch.ones(3, dtype=torch.bool))
+    loss = denoising.loss(predict, inputs())
     for row, index in enumerate(INDEX.tolist()):
         sigma = denoising.scheduler.sigmas[index].double()
         t = denoising.scheduler.timesteps[index].double()
@@ -96,7 +101,7 @@ def test_native_edm_is_chosen_by_the_pipeline() -> None:
     name = "EDMDPMSolverMultistepScheduler"
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
-    loss = denoising.loss(predict, *batch(), INDEX, torch.ones(3, dtype=torch.bool))
+    loss = denoising.loss(predict, inputs())
     assert denoising.kind == "edm_native"
     assert torch.isfinite(loss).all()
 
@@ -111,5 +116,5 @@ def test_native_edm_is_chosen_by_the_pipeline() -> None:
 def test_what_no_loss_is_for_is_refused(
     config: dict[str, Any], options: dict[str, Any], part: str
 ) -> None:
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(ValueError, match=part):
         Denoising.from_config(config, **options)

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import disk_cache, inputs
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.latents import LatentSpace
 from bilora_diffusion.image.prompts import PromptCache
@@ -94,10 +95,10 @@ def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert inputs.cache_folder("~/here") == tmp_path / "home" / "here"
     assert inputs.cache_folder("no") is None
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match=r"new/cache.*is not writable: change its permissions"):
-        inputs._check_cache(str(tmp_path / "new" / "cache"))
-    inputs._check_cache("auto")  # is only missed
-    inputs._check_cache("no")
+    with pytest.raises(UserError, match=r"new/cache.*can be written: give another"):
+        resolve(["--dataset", "mini", "--disk_cache", str(tmp_path / "new" / "cache")])
+    for place in ("auto", "no"):  # is only missed
+        assert resolve(["--dataset", "mini", "--disk_cache", place])
 
 
 def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path: Path) -> None:

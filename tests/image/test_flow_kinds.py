@@ -91,10 +91,11 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme: str) -> Non
     s = flow.sigmas[index].double().view(-1, 1, 1, 1)
     noisy = (1 - s) * x0 + s * e
     clean = noisy - s * noisy.tanh()
-    weight = plain.loss(lambda x, _: x.tanh(), x0, e, index, index) / (
-        (noisy.tanh() - (e - x0)) ** 2
-    ).mean((1, 2, 3))
-    loss = flow.loss(lambda x, _: x.tanh(), x0, e, index, index)
+    inputs = {"latents": x0, "noise": e, "index": index}
+    weight = plain.loss(lambda x, _: x.tanh(), inputs) / ((noisy.tanh() - (e - x0)) ** 2).mean(
+        (1, 2, 3)
+    )
+    loss = flow.loss(lambda x, _: x.tanh(), inputs)
     expected = weight * ((clean - x0) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-7)
 

@@ -134,12 +134,13 @@ def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -
     assert float(mean_of_shown(squares, faint)[0]) == pytest.approx(float(expected))
 
     x0, noise = torch.randn(2, 3, 4, 8, 8)
-    index, ones = torch.tensor([10, 400, 700]), torch.ones(3, dtype=torch.bool)
+    inputs = {"latents": x0, "noise": noise, "index": torch.tensor([10, 400, 700])}
+    inputs |= {"instance": torch.ones(3, dtype=torch.bool), "shown": shown}
     config = dict(DDPMScheduler().config)
     kinds = [Denoising.from_config(config), Denoising.from_config(config, edm=True)]
     for kind in (*kinds, FlowMatching.from_config(config, None)):
         answer = torch.randn(3, 4, 8, 8, requires_grad=True)
-        loss = kind.loss(lambda *_, a=answer: a, x0, noise, index, ones, shown)
+        loss = kind.loss(lambda *_, a=answer: a, inputs)
         (gradient,) = torch.autograd.grad(loss.sum(), answer)
         assert bool((gradient[0, :, :, :4] != 0).all())
         assert not gradient[0, :, :, 4:].any()

@@ -18,7 +18,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.crops import Crop, cut, draw, fitted, resized
 from bilora_diffusion.image.decode import read_rgb, to_rgb
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.image.resized import Resized
+from bilora_diffusion.image.visits import Resized
 from bilora_diffusion.seeds import generator
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]

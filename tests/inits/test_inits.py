@@ -37,7 +37,7 @@ def weight_of(model: nn.Module, index: int = 0) -> Tensor:
 
 
 def start(model: nn.Module, spec: AdapterSpec, gradients: dict[str, Tensor] | None = None) -> None:
-    """What a method and a fresh run do about the init, without a method."""
+    """Start from an init as a method and a fresh run do, without a method."""
     adapters.inject(model, spec)
     inits.prepare(model, spec)
     inits.compute(model, spec, gradients)

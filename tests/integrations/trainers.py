@@ -178,5 +178,5 @@ def difference(left: BiLoRA, right: BiLoRA) -> float:
 
 
 def losses(trainer: Any, name: str = "loss") -> list[float]:
-    """What a trainer logged under a name, by default the training loss of each step."""
+    """Values that a trainer logged under a name, by default the training loss of each step."""
     return [line[name] for line in trainer.state.log_history if name in line]

@@ -24,7 +24,7 @@ COUNT = 5
 
 
 def samples(k: int, rows: int = 7) -> list[int | None]:
-    """Which samples step k sees: some twice, some not at all, and one row that is none."""
+    """Samples of step k: some twice, some not at all, and one row that is none."""
     drawn = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
     return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
 

@@ -1,4 +1,4 @@
-"""What the baselines promise beside their references: limits, perturbations, refusals."""
+"""Promises of the baselines beside their references: limits, perturbations, refusals."""
 
 from __future__ import annotations
 

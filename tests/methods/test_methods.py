@@ -32,7 +32,7 @@ ADAPTING = [name for name in names() if not create(name).exports_weights]
 
 
 def start(name: str, init: str) -> dict[str, Tensor]:
-    """What a method on two models starts from, by "target/adapter/module path"."""
+    """First values of a method on two models, by "target/adapter/module path"."""
     unet = AdapterSpec(target_modules=CASES["unet"].targets)
     method = create(name)
     torch.manual_seed(7)

@@ -30,8 +30,8 @@ ROOT = Path(mini.__file__).parent
 ICONS = {
     "mini": (mini.train_dir(), 23),
     "mini-heldout": (mini.heldout_dir(), 128),
-    "mini-animals": (mini.animals_train_dir(), 12),
-    "mini-animals-heldout": (mini.animals_heldout_dir(), 64),
+    "mini-animals": (mini.FOLDERS["mini-animals"], 12),
+    "mini-animals-heldout": (mini.FOLDERS["mini-animals-heldout"], 64),
 }
 SIZES = {mini.pipeline_dir(): 44e6, mini.flow_dir(): 30e6, scorer.scorer_dir(): 30e6}
 SOLID, FLAT = "a ToK icon of a {}, in the style of ToK", "a flat icon of a {}"

@@ -1,4 +1,4 @@
-"""What a command line of diffusers' train_dreambooth_lora_sdxl.py (0.42) means, there and here."""
+"""Meaning of a command line of diffusers' train_dreambooth_lora_sdxl.py (0.42), there and here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULTS = {name: flag.get("default") for name, flag in TABLES["sdxl"].items()}
 
 @dataclass(frozen=True)
 class Meaning:
-    """How a command line trains.
+    """The training that a command line asks for.
 
     Args:
         batch: images of one optimizer step, over all processes.
@@ -40,7 +40,7 @@ class Meaning:
 
 
 def default_here(values: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """What stands here for flags that a command line leaves out, where diffusers has another.
+    """Defaults of flags that a command line leaves out, where diffusers has another.
 
     Args:
         values: of every flag, with diffusers' defaults.
@@ -62,14 +62,14 @@ def default_here(values: Mapping[str, Any], given: frozenset[str]) -> dict[str, 
 
 
 def refuses(values: Mapping[str, Any]) -> bool:
-    """Whether that script ends with an error (of what the tests draw)."""
+    """Test that the script ends with an error (of what the tests draw)."""
     lacks = None in (values["class_data_dir"], values["class_prompt"])
     both = values["do_edm_style_training"] and values["snr_gamma"] is not None
     return both or (values["with_prior_preservation"] and lacks)
 
 
 def meaning(values: Mapping[str, Any], images: int, class_images: int, processes: int) -> Meaning:
-    """What that script does with these values of all flags, and ``lora_alpha`` where it had it.
+    """The script's training with these values of all flags, and ``lora_alpha`` where it had it.
 
     Args:
         values: by the names of the flags.

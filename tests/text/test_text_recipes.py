@@ -53,7 +53,7 @@ METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
 
 
 def compare(row: str, figure: Any, values: dict[str, Any]) -> None:
-    """That ``values`` (a recipe, or what a run takes from it) agree with a row of its column."""
+    """Hold ``values`` (a recipe, or what a run takes from it) to a row of its column."""
     if row in KEYS:
         assert float(values[KEYS[row]]) == figure
     elif row in WORDS:

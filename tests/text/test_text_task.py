@@ -54,7 +54,7 @@ def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
 
 
 def their_loss(task: TextTask, rows: Encoded, count: int) -> float:
-    """What Transformers' model says of the first rows as one batch."""
+    """The loss that Transformers' model gives the first rows as one batch."""
     batch = collate([rows.row(i) for i in range(count)], task.loaded.kind, 0)
     with torch.no_grad():
         return float(task.loaded.model(**batch).loss)
