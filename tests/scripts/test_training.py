@@ -70,7 +70,7 @@ class Asked(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["bilora", "lora-sam"])
+@pytest.mark.parametrize("method", ["bilora", pytest.param("lora-sam", marks=pytest.mark.slow)])
 def test_no_number_is_asked_for_before_a_step_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -92,19 +92,17 @@ def test_no_number_is_asked_for_before_a_step_is_made(
 PISSA = {"init_lora_weights": "pissa"}
 GA = {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}
 TEXT_ENCODERS = {"train_text_encoder": True, "text_encoder_lr": 1e-3}
-OPTIONS: list[dict[str, Any]] = [
-    {
-        **{"use_dora": True, "lora_dropout": 0.2, "report_to": "tensorboard", "lora_alpha": 6},
-        **{"use_ema": True, "ema_decay": 0.5},
-    },
+OPTIONS = {
+    **{"use_dora": True, "lora_dropout": 0.2, "report_to": "tensorboard", "lora_alpha": 6},
+    **{"use_ema": True, "ema_decay": 0.5},
+}
+SLOW: list[dict[str, Any]] = [
     {
         **{"init_lora_weights": "gaussian", "lora_alpha": 6, "scale_lr": True},
         **{"random_flip": True, "cache_latents": "no", "dataloader_num_workers": 1},
         **{"lr_scheduler": "cosine", "lr_warmup_steps": 1},
         **{"trigger_word": "sks", "shuffle_tags": True, "caption_dropout": 0.5},
     },
-]
-SLOW: list[dict[str, Any]] = [
     {"mixed_precision": "bf16", "snr_gamma": 5.0, "gradient_checkpointing": True},
     {**TEXT_ENCODERS, **PISSA, "no_output_kohya_format": True},
     {"optimizer": "prodigy", "learning_rate": 1.0, "do_edm_style_training": True},
@@ -127,7 +125,7 @@ MATRIX: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "values",
     [
-        *OPTIONS,
+        OPTIONS,
         *(pytest.param(values, marks=pytest.mark.slow) for values in SLOW),
         *(pytest.param(values, marks=pytest.mark.matrix) for values in MATRIX),
     ],
