@@ -118,6 +118,7 @@ def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str
     assert best is not None
     assert 0 < best < stop < 12
     shown = {"validation_prompt": "a TOK icon", "num_validation_images": 1}
+    shown |= {"validation_num_inference_steps": 2}
     run = train(tmp_path / "run", **given, **shown, **STOPPING)
     assert (results(run)["best_step"], results(run)["steps"]) == (best, stop)
     assert export([str(plain), "--step", str(best), "--to", "diffusers"]) == 0
