@@ -35,7 +35,7 @@ class ArmKind(NamedTuple):
 
 
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
-"""What `--methods all` means: every method that trains adapters. `full` is run by name only."""
+"""Methods of `--methods all`: those that train adapters. `full` is run by name only."""
 KINDS = {
     **{name: ArmKind(methods.get(name).title, name) for name in methods.names()},
     "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),

@@ -43,7 +43,7 @@ BiLoRA: Any = get("bilora")
 
 @dataclass(frozen=True)
 class TLoRAOptions(OwnOptions):
-    """What only T-LoRA reads."""
+    """Options that only T-LoRA reads."""
 
     tlora_least: float = option(
         0.5, "t-lora: share of the ranks that act at pure noise (0.5 in the paper).", range=SHARES

@@ -116,7 +116,7 @@ def paired_ratio(
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """Where and with what a result was measured."""
+    """Device, versions and commit of a measurement."""
     commit, changed = provenance.commit()
     about = {"device": provenance.device(device), "versions": provenance.versions()}
     return {**about, "commit": commit, "commit_differs": changed}

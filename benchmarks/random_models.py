@@ -57,7 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4}
     | {"num_hidden_layers": 2, "vocab_size": 256},
 }
-"""What is smaller where the size is "tiny"; the form is the same."""
+"""Changes of the configurations where the size is "tiny"; the form is the same."""
 
 
 def sdxl_unet(size: str = "full") -> Any:

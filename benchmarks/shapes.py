@@ -1,4 +1,4 @@
-"""What a step is measured on: a random model, its inputs, its loss, and training's adapters."""
+"""Shapes that a step is measured on: random model, inputs, loss, and training's adapters."""
 
 from __future__ import annotations
 

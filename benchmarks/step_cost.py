@@ -1,4 +1,4 @@
-"""What a training step costs: the methods side by side, as in the paper's Table 7.
+"""Cost of a training step: the methods side by side, as in the paper's Table 7.
 
     python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
     python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json

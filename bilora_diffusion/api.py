@@ -33,7 +33,7 @@ class BiLoRAConfig:
         auxiliary_rank: rank of the auxiliary; None is the primary's.
         auxiliary_alpha: alpha of the auxiliary; None is the primary's.
         rho: radius of the ball that bounds the auxiliary (Eq. 8); "auto" sets itself, by the losses
-            that `BiLoRA.observe` is told.
+            given to `BiLoRA.observe`.
         rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
             B2 @ A2.
         loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;

@@ -35,7 +35,7 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
 ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL = "attention", "feed-forward", "convolutions", "all"
 LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL)
-"""What stands for many layers of a denoiser (`image.layers`)."""
+"""Names of groups of a denoiser's layers (`image.layers`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
 AUTO = "auto"
@@ -49,6 +49,6 @@ SCHEDULES = ("constant", "linear", "cosine")
 KINDS = ("seq2seq", "causal", "classification")
 """The kinds of model that text is for."""
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
-"""How a causal language model is shown a question."""
+"""Forms in which a causal language model gets a question."""
 NOISE_LEVELS = 10
 """Of the held-out grid, evenly spaced over the schedule (25, 125, ... 925 of 1,000)."""

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from .errors import UserError, did_you_mean, run_cli
+from .errors import run_cli
+from .values import check_choice
 
 Words = Sequence[str]
 
@@ -79,11 +80,6 @@ def main() -> int:
         print(f"usage: bilora {{{','.join(COMMANDS)}}} ...\n\n{inspect.cleandoc(__doc__ or '')}")
         return 0
     if name not in COMMANDS:
-        return run_cli(lambda: _refuse(name))
+        return run_cli(lambda: check_choice("the command of bilora", name, COMMANDS))
     sys.argv = [f"bilora {name}", *words]
     return COMMANDS[name](script=("-m", __package__, name))
-
-
-def _refuse(name: str) -> None:
-    hint = did_you_mean(name, COMMANDS)
-    raise UserError(f'bilora has no command "{name}"{hint}: give one of {", ".join(COMMANDS)}.')

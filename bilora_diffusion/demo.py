@@ -1,4 +1,4 @@
-"""The demo: LoRA and Bi-LoRA on the miniature's 23 icons, and one picture of their course and of
+"""The demo: LoRA and Bi-LoRA on the miniature's 23 icons, and one picture of their losses and of
 what they make.
 
     bilora demo --output_dir demo
@@ -35,13 +35,13 @@ OWN = {
     "lora": ("--eval_on_start",),  # the base model's, once
     "bilora": ("--auxiliaries", "sample", "--rho", "auto"),
 }
-"""What a method is told beside its name."""
+"""Flags of a method beside its name."""
 COLORS = {"LoRA": "#111111", "Bi-LoRA": "#d95f02"}
 TITLES = {name: get(name).title for name in METHODS}
 SUBJECTS = 6
 """So many of the held-out icons; the subjects of the paper's Table 4 stand first among them."""
-Course = list[tuple[int, float]]
-COURSE = (
+Curve = list[tuple[int, float]]
+MEASURED = (
     *("--validation_epochs", "17"),  # images at half of the recipe's steps and at their end
     *("--validation_loss_steps", "40", "--validation_part", "1/4"),  # 32 icons: a few seconds each
 )
@@ -70,14 +70,14 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         print(f"\n== {TITLES[method]}")
         words = ["--config", str(recipe), "--method", method, *OWN[method], "--seed", str(seed)]
         words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
-        train.main([*words, *COURSE, *flags])
+        train.main([*words, *MEASURED, *flags])
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"
-    rows, labels = icons(folder)
-    courses = {TITLES[method]: course(folder / method) for method in METHODS}
-    draw(rows, labels, courses, picture)
+    rows, labels = make_icons(folder)
+    curves = {TITLES[method]: read_curve(folder / method) for method in METHODS}
+    draw(rows, labels, curves, picture)
     print(f"\nBoth runs saw the same data and noise in all {steps} steps (equal digests).")
-    print(losses(courses))
+    print(as_table(curves))
     print("\nRun folders:")
     for method in METHODS:
         print(f"  {TITLES[method]:8} {folder / method}")
@@ -99,8 +99,8 @@ def require_paired(folders: Sequence[Path]) -> int:
         [row["digest"] for row in runlog.read_metrics(folder) if "digest" in row]
         for folder in folders
     ]
-    for step, seen in enumerate(zip_longest(*digests), start=1):
-        if len(set(seen)) != 1:
+    for step, pair in enumerate(zip_longest(*digests), start=1):
+        if len(set(pair)) != 1:
             raise TrainingError(
                 f"the runs {', '.join(map(str, folders))} saw different inputs at step {step}:"
                 " train them with the same seed, data, batch size and number of steps."
@@ -108,7 +108,7 @@ def require_paired(folders: Sequence[Path]) -> int:
     return len(digests[0])
 
 
-def icons(folder: Path) -> tuple[dict[str, list[Image]], list[str]]:
+def make_icons(folder: Path) -> tuple[dict[str, list[Image]], list[str]]:
     """Rows of icons from base, LoRA, Bi-LoRA and ground truth, of equal noise, and the columns'
     labels: the first held-out subjects of what the runs in a folder were trained on.
     """
@@ -132,16 +132,16 @@ def icons(folder: Path) -> tuple[dict[str, list[Image]], list[str]]:
 
 
 def draw(
-    rows: dict[str, list[Image]], labels: Sequence[str], courses: dict[str, Course], picture: Path
+    rows: dict[str, list[Image]], labels: Sequence[str], curves: dict[str, Curve], picture: Path
 ) -> None:
-    """One PNG: the courses of the held-out loss left, rows of icons right."""
+    """One PNG: the curves of the held-out loss left, rows of icons right."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(1.3 * len(labels) + 5.2, 1.35 * len(rows) + 0.3))
     sides: Any = figure.subfigures(1, 2, width_ratios=[4.2, 1.3 * len(labels) + 1])
     left, right = sides
-    _draw_courses(left.add_subplot(), courses)
+    _draw_curves(left.add_subplot(), curves)
     left.subplots_adjust(left=0.13, right=0.8, bottom=0.11, top=0.9)
     axes = right.subplots(len(rows), len(labels), squeeze=False)
     right.subplots_adjust(left=0.05, right=0.995, bottom=0.01, top=0.94, wspace=0.06, hspace=0.06)
@@ -158,15 +158,15 @@ def draw(
     plt.close(figure)
 
 
-def _draw_courses(axis: Any, courses: dict[str, Course]) -> None:
-    highest = max(1000 * course[-1][1] for course in courses.values())
-    for name, course in courses.items():
-        points = [(step, 1000 * loss) for step, loss in course if step]
+def _draw_curves(axis: Any, curves: dict[str, Curve]) -> None:
+    highest = max(1000 * curve[-1][1] for curve in curves.values())
+    for name, curve in curves.items():
+        points = [(step, 1000 * loss) for step, loss in curve if step]
         lowest, end = min(points, key=lambda point: point[1]), points[-1]
         axis.plot(*zip(*points, strict=True), color=COLORS[name], lw=2)
         axis.plot(*lowest, "o", color=COLORS[name], ms=7)
         text = f"{name}\nlowest\n{lowest[1]:.1f}"
-        side = "bottom" if end[1] == highest else "top"  # courses may end close together
+        side = "bottom" if end[1] == highest else "top"  # curves may end close together
         where: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": side}
         axis.annotate(text, end, **where, color=COLORS[name])
     axis.set_xlabel("steps")
@@ -175,7 +175,7 @@ def _draw_courses(axis: Any, courses: dict[str, Course]) -> None:
     axis.margins(y=0.14)
 
 
-def course(folder: Path) -> Course:
+def read_curve(folder: Path) -> Curve:
     """(step, held-out loss) of a run, in its order.
 
     Raises:
@@ -187,13 +187,13 @@ def course(folder: Path) -> Course:
     return [(row["step"], row["heldout_loss"]) for row in rows]
 
 
-def losses(courses: dict[str, Course]) -> str:
+def as_table(curves: dict[str, Curve]) -> str:
     """A table of held-out losses: base, then each method at its lowest and at its end."""
     lines = ["", f"{'held-out loss':12}{'lowest':>11}{'at step':>9}{'at the end':>12}"]
-    lines.append(f"{'base model':12}{courses[TITLES[METHODS[0]]][0][1]:12.4f}")
-    for name, found in courses.items():
-        step, least = min(found, key=lambda point: point[1])
-        lines.append(f"{name:12}{least:12.4f}{step:9}{found[-1][1]:12.4f}")
+    lines.append(f"{'base model':12}{curves[TITLES[METHODS[0]]][0][1]:12.4f}")
+    for name, curve in curves.items():
+        step, least = min(curve, key=lambda point: point[1])
+        lines.append(f"{name:12}{least:12.4f}{step:9}{curve[-1][1]:12.4f}")
     return "\n".join(lines)
 
 

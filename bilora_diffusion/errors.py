@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from .durable import disk_is_full, full_disk_sentence
 
-LONGEST = 300  # characters of an unexpected exception's message that are shown
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 T = TypeVar("T")
@@ -107,7 +106,7 @@ def is_main_process() -> bool:
 def run_cli(main: Callable[[], None]) -> int:
     """Run a script's `main` and say in one sentence on stderr what ended it.
 
-    Of an error that all processes of a distributed run meet, only the main one tells.
+    Of an error that all processes of a distributed run meet, only the main one reports it.
 
     Returns:
         The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and
@@ -136,9 +135,7 @@ def run_cli(main: Callable[[], None]) -> int:
 
 def unexpected(error: BaseException) -> str:
     """An exception that nobody foresaw, as the start of a sentence."""
-    said = " ".join(str(error).split())
-    shown = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
-    return f"unexpected {type(error).__name__}" + (f": {shown}" if shown else "")
+    return f"unexpected {type(error).__name__}" + (f": {reason(error)}" if str(error) else "")
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:

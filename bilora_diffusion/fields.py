@@ -1,7 +1,6 @@
-"""How an option is declared: a field of a dataclass that carries all there is to know about it.
+"""Options, declared as fields of dataclasses that carry default, help, choices, range and readers.
 
-Its default, help, choices and range, who reads it, and whether it touches what is learned. The
-command line, ``--help``, the tables of docs/, the checks and what is set aside are made from it.
+The command line, ``--help``, the tables of docs/, the checks and what is ignored come from them.
 """
 
 from __future__ import annotations
@@ -12,9 +11,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .values import SMALLEST, Range, check_choice, check_number, check_place, check_text
+from .errors import UserError
+from .files import is_text, quoted
+from .values import SMALLEST, Range, check_choice
 
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
@@ -22,7 +24,7 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 
 @dataclass(frozen=True)
 class Idle:
-    """Where an option has no effect: it is then named in one line and set aside.
+    """A case in which an option has no effect: it is then named in one line and ignored.
 
     Args:
         when: whether it has none, from all options' values.
@@ -39,13 +41,13 @@ class Idle:
 
 def unless(name: str, value: Any, where: str) -> Idle:
     """No effect unless another option has one value."""
-    words = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
-    return Idle(lambda values: values[name] != value, where, f"{words} or drop it")
+    fix = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
+    return Idle(lambda values: values[name] != value, where, f"{fix} or drop it")
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of its option, in its metadata under "option".
+    """Metadata of a field under "option".
 
     Args:
         help: one or two sentences for ``--help``.
@@ -84,17 +86,13 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
 
 def like(group: Any, name: str, **changes: Any) -> Any:
-    """An option of another group once more, for instance with a ``default`` of its own.
-
-    Args:
-        changes: what differs, as `option` takes it.
-    """
+    """An option of another group once more, with ``changes`` as `option` takes them."""
     field = group.__dataclass_fields__[name]
     return option(**{"default": default_of(field), **vars(option_of(field)), **changes})
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:
-    """What a field says of its option."""
+    """The metadata of a field that is an option."""
     return field.metadata["option"]
 
 
@@ -136,13 +134,36 @@ def check(
         if value is None or value in declared.words:
             continue
         shown = f"{dashes}{name}"
-        check_text(shown, value)
+        _check_text(shown, value)
         if declared.range:
-            check_number(shown, value, declared.range, smallest)
+            declared.range.check(shown, value, smallest)
         if declared.choices:
             check_choice(shown, value, declared.choices)
         if declared.place and isinstance(value, str):
-            check_place(shown, value)
+            _check_place(shown, value)
+
+
+def _check_text(shown: str, value: Any) -> None:
+    """Refuse NULs and bytes that are not UTF-8, which can be neither written nor opened."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and ("\0" in text or not is_text(text)):
+            raise UserError(
+                f"{shown} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
+                " write it anew."
+            )
+
+
+def _check_place(shown: str, value: str) -> None:
+    """Refuse a name that no file or folder can have; it need not exist."""
+    try:
+        Path(value).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "there is no such user"
+        raise UserError(
+            f"{shown} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
+        ) from error
 
 
 def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
@@ -153,27 +174,26 @@ def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
     return by_name
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any]) -> None:
+def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool = False) -> None:
     """Add a flag for each option of some groups, dataclasses with a ``section``.
 
     They are those of Transformers' ``HfArgumentParser``, whose import takes a second: underscores
     and dashes both hold; a boolean stands alone or before a value, as does a choice of yes, no and
     others, and a boolean that is on by default also has a ``--no_`` form; a list takes one or more
-    values.
+    values. Where they are ``bare``, booleans take no value: a positional argument may follow them.
     """
     for name, members in sections(groups).items():
         section = parser.add_argument_group(name)
         for group in members:
             hints = typing.get_type_hints(group)
             for option_name, field in options_of([group]).items():
-                _add_flag(section, field, hints[option_name])
+                _add_flag(section, field, hints[option_name], bare)
 
 
-def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    declared = option_of(field)
-    help = declared.help.replace("%", "%%")
-    flags = [*_spellings(field.name), *declared.aliases]
-    section.add_argument(*flags, help=help, choices=declared.choices, **_reading(field, hint))
+def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any, bare: bool) -> None:
+    help = option_of(field).help.replace("%", "%%")
+    flags = [*_spellings(field.name), *option_of(field).aliases]
+    section.add_argument(*flags, help=help, **_reading(field, hint, bare))
     if field.default is True:
         negative = {"action": "store_false", "dest": field.name, "default": False}
         section.add_argument(*_spellings(f"no_{field.name}"), help=help, **negative)
@@ -183,20 +203,23 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def _reading(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """How ``add_argument`` is to read a field's values."""
+def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, Any]:
+    """Arguments of ``add_argument`` that say how a field's values are read."""
+    declared = option_of(field)
+    usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
-        (item,) = typing.get_args(hint)
-        return {"type": item, "nargs": "+", "default": default_of(field)}
+        return {**usual, "type": typing.get_args(hint)[0], "nargs": "+"}
     if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
         hint = typing.get_args(hint)[0]
     if hint in (int, float):
-        return {"type": _number(hint, option_of(field).words), "default": field.default}
-    if {"yes", "no"} <= set(option_of(field).choices or ()):
-        return {"type": _yes_or_no, "default": field.default, "nargs": "?", "const": "yes"}
+        return {**usual, "type": _number(hint, declared.words)}
+    if {"yes", "no"} <= set(declared.choices or ()):
+        return {**usual, "type": _yes_or_no, "nargs": "?", "const": "yes"}
     if hint is not bool:
-        return {"type": hint, "default": field.default}
-    return {"type": _truth, "default": field.default, "nargs": "?", "const": True}
+        return {**usual, "type": hint}
+    if bare:
+        return {"action": "store_true"}
+    return {**usual, "type": _truth, "nargs": "?", "const": True}
 
 
 def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:
@@ -221,7 +244,7 @@ def _truth(word: str) -> bool:
 
 
 def _yes_or_no(word: str) -> str:
-    """Whatever says yes or no, by that word; any other as it is."""
+    """Reads any word for yes or no as that word, and others as they are."""
     try:
         return "yes" if _truth(word) else "no"
     except ValueError:

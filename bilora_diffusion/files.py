@@ -18,11 +18,11 @@ from typing import Any
 from .errors import UserError, did_you_mean
 
 LETTERS = 80
-"""How much of a text that is wrong a sentence quotes."""
+"""Letters that a sentence quotes of a wrong text."""
 MOST_BYTES = 2_000_000_000
 """Of a table; it is read into memory."""
 COLUMNS = 20
-"""How many columns a sentence lists."""
+"""Columns that a sentence lists at most."""
 Rows = list[tuple[str, dict[str, Any]]]
 """The rows of a table, each with what to call it in messages: "line 3 of answers.csv"."""
 
@@ -248,7 +248,7 @@ def _parquet(path: Path, name: str) -> Rows:
 _READERS: dict[str, Any] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
 _READERS[".parquet"] = _parquet
 TABLES = tuple(_READERS)
-"""What the name of a table may end in."""
+"""Endings of a table's name."""
 
 
 def _mode(path: Path) -> int | None:

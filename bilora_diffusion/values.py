@@ -1,4 +1,4 @@
-"""Whether a value can be meant at all: its range, its choices, its text, the place that it names.
+"""Ranges and choices: the values that an option can have.
 
 What a number is bounded by from below is what makes sense; the bounds from above are far beyond
 what any run needs: a typing error is to end in a sentence, not in a wait or in a full memory.
@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from .errors import UserError, did_you_mean
-from .files import is_text, quoted
+from .files import quoted
 
 SMALLEST = 1.2e-38
 """Of 32-bit numbers; what is smaller counts as 0 in the arithmetic."""
@@ -46,8 +45,26 @@ class Range:
         """The same range, and 0."""
         return dataclasses.replace(self, at_least=0, above=None)
 
-    def fix(self, value: Any) -> str | None:
-        """What to give instead of a number; None for one in the range."""
+    def check(self, shown: str, value: Any, smallest: float = SMALLEST) -> None:
+        """Refuse a number out of the range.
+
+        Args:
+            shown: the option as the user wrote it.
+            smallest: below it, a number other than 0 is refused too.
+
+        Raises:
+            UserError: one sentence with the value and the fix.
+        """
+        fix = self._fix(value)
+        if not fix and 0 < abs(value) < smallest:
+            fix = "give a larger number, or 0, which it is in 32-bit arithmetic"
+        if fix:
+            long = type(value) is int and abs(value) >= 10**30
+            text = f"a number of {len(str(abs(value)))} digits" if long else f"{value!r:.80}"
+            raise UserError(f"{shown} is {text}: {fix}.")
+
+    def _fix(self, value: Any) -> str | None:
+        """The advice for a number out of the range; None for one in it."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return "give a number"
         number: Any = value
@@ -85,26 +102,6 @@ DECAYS = Range(1e4, "one step would take away more than the whole weight", at_le
 SHARES = Range(1, "it is a share", at_least=0, below=1)
 
 
-def check_number(shown: str, value: Any, allowed: Range, smallest: float = SMALLEST) -> None:
-    """Refuse a number out of its range.
-
-    Args:
-        shown: the option as the user wrote it.
-        smallest: below it, a number other than 0 is refused too.
-
-    Raises:
-        UserError: one sentence with the value and the fix.
-    """
-    if fix := allowed.fix(value):
-        long = type(value) is int and abs(value) >= 10**30
-        text = f"a number of {len(str(abs(value)))} digits" if long else f"{value!r:.80}"
-        raise UserError(f"{shown} is {text}: {fix}.")
-    if 0 < abs(value) < smallest:
-        raise UserError(
-            f"{shown} is {value}, which is 0 in 32-bit arithmetic: give a larger number, or 0."
-        )
-
-
 def check_choice(shown: str, value: Any, choices: Iterable[Any]) -> None:
     """Refuse a value that is none of the choices.
 
@@ -114,42 +111,4 @@ def check_choice(shown: str, value: Any, choices: Iterable[Any]) -> None:
     names = [str(choice) for choice in choices]
     if value not in names:
         hint = did_you_mean(str(value), names)
-        raise UserError(f'{shown} is "{short(str(value))}"{hint}: use one of {", ".join(names)}.')
-
-
-def short(text: str) -> str:
-    """What a sentence can repeat of a value."""
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} letters)"
-
-
-def check_text(shown: str, value: Any) -> None:
-    """Refuse bytes of a command line that are not UTF-8, and NULs.
-
-    They would pass every other check, and fail where they are tokenized, written or opened.
-
-    Raises:
-        UserError: it names the option and its value.
-    """
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and ("\0" in text or not is_text(text)):
-            raise UserError(
-                f"{shown} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
-                " write it anew."
-            )
-
-
-def check_place(shown: str, value: str) -> None:
-    """Refuse a name that no file or folder can have; it need not exist.
-
-    Raises:
-        UserError: it names the option, its value and the system's reason.
-    """
-    try:
-        Path(value).expanduser().stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "there is no such user"
-        raise UserError(
-            f"{shown} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
-        ) from error
+        raise UserError(f"{shown} is {quoted(value)}{hint}: use one of {', '.join(names)}.")

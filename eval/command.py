@@ -1,16 +1,18 @@
-"""What the commands of this package share: a parser, exit codes, output folder and device."""
+"""Parser, exit codes, output folder and device of all commands."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from bilora_diffusion.config import command_line
 from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
+from bilora_diffusion.fields import add_flags, check, options_of
+from bilora_diffusion.values import Range
 
 from . import table
 from .subjects import read_groups
@@ -19,20 +21,35 @@ if TYPE_CHECKING:
     import torch
 
 
-class Parser(argparse.ArgumentParser):
-    """Complaints are one sentence, with a hint for an unknown flag."""
+COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
+POSITIVE = Range(1e9, "nothing is measured that far out", above=0)
 
-    _output: tuple[str, Path] | None = None
 
-    def __init__(self, module: str, described: str | None) -> None:
+class Help(command_line.Help, argparse.RawDescriptionHelpFormatter):
+    """Shows options as training does, and the text below them as it is written."""
+
+
+class Parser(command_line.Sentences):
+    """The command line of a command.
+
+    Args:
+        module: as in ``python -m MODULE``.
+        described: its first paragraph stands above the flags, the rest below them.
+        groups: dataclasses of options; see `bilora_diffusion.fields`.
+    """
+
+    def __init__(self, module: str, described: str | None, groups: Sequence[Any] = ()) -> None:
         summary, _, rest = (described or "").partition("\n\n")
         super().__init__(
             prog=f"python -m {module}",
             description=summary,
             epilog=rest,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
         )
+        add_flags(self, groups, bare=True)
+        self._fields = options_of(groups)
+        self._output: tuple[str, Path] | None = None
 
     def add_runs(self, runs: str = "run folders") -> None:
         """Add the arguments that say which runs."""
@@ -59,64 +76,26 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             hint = did_you_mean(unknown[0], flags)
             raise UserError(f'unexpected "{unknown[0]}"{hint}: --help lists all flags.')
+        check(self._fields, vars(args))
         if getattr(args, "runs", None):
             args.runs = _runs_alone(args.runs)
         if self._output is not None and args.output_dir is None:
             groups = [run for _, runs in read_groups(getattr(args, "group", [])) for run in runs]
-            named = [*(getattr(args, "runs", None) or []), *groups]
-            args.output_dir = folder_of(named, self._output[1]) / self._output[0]
+            args.output_dir = folder_of([*args.runs, *groups], self._output[1]) / self._output[0]
         return args
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into a ``UserError``."""
-        raise UserError(f"{message}: --help lists all flags.")
-
-
-def only(kind: Any, rule: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """What argparse reads a word by; the rule is said of a word that does not fit it."""
-
-    def read(word: str) -> Any:
-        try:
-            value = kind(word)
-        except ValueError:
-            value = math.nan  # which fits no rule
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f'"{word}" is not {rule}')
-        return value
-
-    return read
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """One of a few words."""
-    return only(str, " or ".join(words), words.__contains__)
-
-
-def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """A whole number."""
-    rule = f"a whole number from {least} " + ("on" if most == math.inf else f"to {most}")
-    return only(int, rule, lambda value: least <= value <= most)
-
-
-POSITIVE = only(float, "a number above 0", lambda value: 0 < value < math.inf)
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
     """The folder that holds all of some runs, where their results are put and the viewer looks."""
-    paths = [path for word in runs for path in (_path(word),) if path is not None]
+    places = [(word, word.partition("=")[2]) for word in runs]  # LABEL=RUN is a run too
+    named = [next((w for w in words if w and Path(w).exists()), None) for words in places]
+    paths = [Path(os.path.normpath(word)) for word in named if word is not None]
     parents = [(path.parent if path.is_file() else path).absolute().parent for path in paths]
     if not parents:
         return otherwise
     common = Path(os.path.commonpath(parents))
     here = Path.cwd()
     return common.relative_to(here) if common.is_relative_to(here) else common
-
-
-def _path(word: str) -> Path | None:
-    for text in (word, word.partition("=")[2]):
-        if text and Path(text).exists():
-            return Path(os.path.normpath(text))
-    return None
 
 
 def _runs_alone(words: Sequence[str]) -> list[str]:
@@ -143,7 +122,7 @@ def run(work: Callable[[], int | None]) -> int:
     """
     code: int | None = None
 
-    def kept() -> None:
+    def resumable() -> None:
         nonlocal code
         try:
             code = work()
@@ -151,7 +130,7 @@ def run(work: Callable[[], int | None]) -> int:
             sentence = "interrupted: the same command goes on where this one stopped."
             raise Interrupted(sentence) from None
 
-    return run_cli(kept) or code or 0
+    return run_cli(resumable) or code or 0
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:

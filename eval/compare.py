@@ -27,7 +27,7 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 OfMean = Callable[[Sequence[float]], Interval | None]
 Units = Mapping[Any, float | None]
-"""What is averaged and paired -> its value."""
+"""Seed or item, which is averaged and paired -> its value."""
 
 
 def student_interval(values: Sequence[float]) -> Interval | None:
@@ -70,15 +70,14 @@ def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
         unit = row.item if over == ITEM else row.subject if row.seed is None else row.seed
         values.setdefault(row.group, {}).setdefault(unit, []).append(row.value)
     return {
-        group: {unit: _mean(some) for unit, some in sorted(own.items(), key=_seeds_first)}
-        if over == SEED  # a bootstrap depends on the order of its values
+        # a bootstrap depends on the order of its values: seeds in theirs, then subjects
+        group: {
+            unit: _mean(own[unit]) for unit in sorted(own, key=lambda u: (isinstance(u, str), u))
+        }
+        if over == SEED
         else {unit: _mean(some) for unit, some in own.items()}
         for group, own in values.items()
     }
-
-
-def _seeds_first(item: tuple[Any, Any]) -> tuple[bool, Any]:
-    return isinstance(item[0], str), item[0]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -147,7 +146,7 @@ def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:
 
 
 def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
-    """Whether the interval of the mean difference shows the group better or worse."""
+    """Better, worse or neither, by the interval of the mean difference; None if undefined."""
     if higher_is_better is None or line.difference is None:
         return None
     low, high = line.difference_low, line.difference_high
@@ -235,7 +234,7 @@ def equal_training(
 def at_training_loss(
     training: Sequence[float], measured: Sequence[float], level: float
 ) -> float | None:
-    """What was measured when a run's training loss first fell to ``level``.
+    """Measurement at which a run's training loss first fell to ``level``.
 
     Returns:
         The value, interpolated linearly between the two points around ``level``; None where the

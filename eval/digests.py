@@ -1,4 +1,4 @@
-"""What identifies weights: a digest of all their tensors, whatever their file is called."""
+"""Hashes that identify weights and files, whatever they are called."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.export import inspect
 from bilora_diffusion.export.peft_config import read_config
 from bilora_diffusion.lora_names import ADAPTER_METADATA
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-"""What of PEFT's configuration changes how the tensors act."""
+"""Names of PEFT's options that change how the tensors act."""
 
 
 def of_lora(path: Path) -> str:
-    """Of a LoRA file and what of its metadata changes how the tensors act."""
+    """Hash of a LoRA file, and of its metadata that change how the tensors act."""
     described = json.loads(inspect(path).metadata.get(ADAPTER_METADATA, "{}"))
     acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
     return _digest([("", path)], acting)
 
 
 def of_peft(folder: Path) -> str:
-    """Of a folder with a PEFT adapter; see :func:`of_lora`."""
+    """Hash of a folder with a PEFT adapter; see :func:`of_lora`."""
     acting = {k: v for k, v in peft_config(folder).items() if k in _ACTING}
     return _digest([("", folder / PEFT_FILE)], acting)
 
 
 def of_models(folder: Path, names: Sequence[str]) -> str:
-    """Of whole models in a folder."""
+    """Hash of whole models in a folder."""
     files = []
     for name in names:
         parts = sorted((folder / name).glob("*.safetensors"))
@@ -45,25 +45,46 @@ def of_models(folder: Path, names: Sequence[str]) -> str:
 
 
 def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None) -> str:
-    """Of name, dtype, shape and bytes of each tensor; other metadata plays no part."""
+    """Hash of name, dtype, shape and bytes of each tensor; other metadata plays no part."""
     import torch
 
     state = hashlib.sha256()
     if acting is not None:
         state.update(json.dumps(acting, sort_keys=True).encode())
     for prefix, path in files:
-        try:
-            with safe_open(path, framework="pt") as content:
-                for key in sorted(content.keys()):
-                    tensor = content.get_tensor(key).contiguous()
-                    shape = tuple(tensor.shape)
-                    state.update(f"{prefix}/{key} {tensor.dtype} {shape}\n".encode())
-                    state.update(tensor.reshape(-1).view(torch.uint8).numpy())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}): write or download it again."
-            ) from error
+        with (
+            translated(f"{path} is not a whole safetensors file", "write or download it again"),
+            safe_open(path, framework="pt") as content,
+        ):
+            for key in sorted(content.keys()):
+                tensor = content.get_tensor(key).contiguous()
+                shape = tuple(tensor.shape)
+                state.update(f"{prefix}/{key} {tensor.dtype} {shape}\n".encode())
+                state.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
+    """Hash of names and bytes of all files in folders, or of those with one of the suffixes."""
+    state = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and (not suffixes or path.suffix in suffixes):
+                name = path.relative_to(folder).as_posix()
+                state.update(f"{name} {path.stat().st_size}\n".encode())
+                with path.open("rb") as file:
+                    hashlib.file_digest(file, lambda: state)  # goes on with it
+    return state.hexdigest()
+
+
+def of_files(*files: Path) -> str:
+    """First 12 hex digits of the SHA-256 of a file, or of the hashes of several."""
+    sums = []
+    for path in files:
+        with path.open("rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    whole = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+    return whole[:12]
 
 
 def peft_config(folder: Path) -> dict[str, Any]:

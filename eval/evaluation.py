@@ -44,6 +44,8 @@ class Evaluation:
     Attributes:
         name: of the module in ``eval``, and the result's kind.
         described: by default the module's docstring; its first paragraph stands above the flags.
+        options: dataclasses of its flags; see `bilora_diffusion.fields`.
+        runs: help of the argument that names the runs.
         title: of the report; by default the name.
         metrics: how its metrics are shown.
         over: what is averaged and paired: "seed" or "item".
@@ -54,6 +56,8 @@ class Evaluation:
     name: ClassVar[str]
     title: ClassVar[str] = ""
     described: ClassVar[str | None] = None
+    options: ClassVar[Sequence[type]] = ()
+    runs: ClassVar[str] = "run folders"
     metrics: ClassVar[Mapping[str, Metric]] = {}
     over: ClassVar[str] = "seed"
 
@@ -73,25 +77,26 @@ class Evaluation:
     @classmethod
     def parser(cls) -> Parser:
         """The command line."""
-        parser = Parser(f"eval.{cls.name}", cls.described or sys.modules[cls.__module__].__doc__)
+        described = cls.described or sys.modules[cls.__module__].__doc__
+        parser = Parser(f"eval.{cls.name}", described, cls.options)
         cls.arguments(parser)
         return parser
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        """Add the flags: run folders, ``--group``, ``--output_dir``."""
-        parser.add_runs()
+        """Add what is no option: run folders, ``--group``, ``--output_dir``."""
+        parser.add_runs(cls.runs)
         parser.add_output(cls.name)
 
     def subjects(self) -> Sequence[Subject]:
-        """What is measured."""
+        """Subjects to measure."""
         return gather(self.args.runs, self.args.group)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Check what can be checked, before anything is measured or written."""
 
     def rows(self, subject: Subject) -> Iterable[Row]:
-        """What is measured of one subject."""
+        """Measurements of one subject."""
         raise NotImplementedError
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
@@ -134,7 +139,7 @@ class Evaluation:
         return list(drawn)
 
     def introduction(self, result: Result) -> str:
-        """What stands above the tables."""
+        """Text above the tables."""
         return f"Mean with {report.INTERVALS}."
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -162,7 +167,7 @@ class Evaluation:
         )
 
     def further(self, result: Result) -> list[str]:
-        """What stands below the tables: figures, notes and origin at the end."""
+        """Parts below the tables: figures, notes and origin at the end."""
         return [report.closing(result)]
 
     def work(self) -> int | None:

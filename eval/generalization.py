@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.fields import option
 
 from . import report
-from .command import Parser
 from .evaluation import Evaluation, require_common_steps
 from .plot import Curve, Panel
 from .report import Column
@@ -33,7 +33,7 @@ LOWEST_AT = f"step of best {HELDOUT}"
 
 
 def metrics(level: float | None = None) -> dict[str, Metric]:
-    """How the metrics are shown: losses times 1000."""
+    """Titles and forms of the metrics: losses times 1000."""
 
     def loss(title: str) -> Metric:
         return Metric(title, higher_is_better=False, scale=1000, form=".2f")
@@ -52,6 +52,14 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
     }
 
 
+@dataclass(frozen=True)
+class GeneralizationOptions:
+    """Flags of the command."""
+
+    section = "comparison"
+    control: str | None = option(None, "Group to compare with (default: LoRA, or the first).")
+
+
 class Generalization(Evaluation):
     """Both losses of each run at each step that has both, their gap, and the key figures of it.
 
@@ -59,13 +67,7 @@ class Generalization(Evaluation):
     training loss at which runs are compared, and the group that sets it.
     """
 
-    name = "generalization"
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        super().arguments(parser)
-        help_text = "label of the group to compare with; default: LoRA, or the first"
-        parser.add_argument("--control", help=help_text)
+    name, options = "generalization", (GeneralizationOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import compare

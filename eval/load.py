@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.export import COMPONENTS
 from bilora_diffusion.export.layers import diffusers_tensors
 from bilora_diffusion.export.reader import read
@@ -28,7 +27,7 @@ from bilora_diffusion.train.task import precision
 from .digests import PEFT_FILE
 from .subjects import Subject
 
-_FAILURES = (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, SafetensorError)
+FIX = "give the base model that it was trained on"
 
 
 @contextmanager
@@ -67,24 +66,23 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     verbosity = diffusers_logging.get_verbosity()
     try:
         diffusers_logging.set_verbosity_error()  # it warns of each model without an adapter
-        pipeline.load_lora_weights(tensors, adapter_name=PRIMARY)
-        pipeline.set_adapters([PRIMARY], [scale])
-    except _FAILURES as error:
-        raise _unfit(f"{file} can't be loaded into the base model", error) from error
+        with translated(f"{file} can't be loaded into the base model", FIX):
+            pipeline.load_lora_weights(tensors, adapter_name=PRIMARY)
+            pipeline.set_adapters([PRIMARY], [scale])
     finally:
         diffusers_logging.set_verbosity(verbosity)
     # diffusers only warns of keys that name no layer, and loads the rest.
-    wanted = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
+    expected = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
     models = _parts(pipeline)
     there = {
         f"{component}.{name.removeprefix('text_model.')}"
         for component, model in models.items()
         for name, _ in adapters.layers(model, PRIMARY)
     }
-    if absent := sorted(wanted - there):
+    if absent := sorted(expected - there):
         raise UserError(
             f"{file} does not fit the base model, which has no layer for {len(absent)} of its"
-            f" {len(wanted)}, such as {absent[0]}: give the base model that it was trained on."
+            f" {len(expected)}, such as {absent[0]}: {FIX}."
         )
     for model in models.values():
         # diffusers adds layers in training mode, in which a dropout acts
@@ -100,8 +98,7 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
     parts, trained = _parts(pipeline), [name for name in COMPONENTS if (folder / name).is_dir()]
     if absent := [name for name in trained if name not in parts]:
         raise UserError(
-            f"{folder / absent[0]} does not fit the base model, which has no {absent[0]}: give the"
-            " base model that it was trained on."
+            f"{folder / absent[0]} does not fit the base model, which has no {absent[0]}: {FIX}."
         )
     before = {name: (parts[name], parts[name].device) for name in trained}
     others = {name: _load_model(model, folder / name) for name, (model, _) in before.items()}
@@ -113,16 +110,11 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
 
 def _load_model(base: Any, folder: Path) -> Any:
     """The trained model, if it has the base model's shapes."""
-    try:
+    with translated(f"{folder} can't be loaded", "train again"):
         model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
-    except _FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} can't be loaded ({reason}): train again.") from error
     shapes, others = ({k: v.shape for k, v in one.state_dict().items()} for one in (model, base))
     if shapes != others:
-        raise UserError(
-            f"{folder} does not fit the base model: give the base model that it was trained on."
-        )
+        raise UserError(f"{folder} does not fit the base model: {FIX}.")
     return model.eval().requires_grad_(False)
 
 
@@ -136,27 +128,19 @@ def put_peft(base: TextModel, folder: Path) -> Any:
     """The base model with a PEFT adapter, which has arrived whole."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    try:
+    fix = f"{FIX} by --model_name_or_path"
+    with translated(f"the adapter in {folder} can't be put on its base model", fix):
         written = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
-    except _FAILURES as error:
-        what = f"the adapter in {folder} can't be put on its base model"
-        raise _unfit(what, error, " by --model_name_or_path") from error
-    held = get_peft_model_state_dict(adapted)
+    arrived = get_peft_model_state_dict(adapted)
     astray = [
         name
         for name, tensor in written.items()
-        if name not in held or not torch.equal(held[name].cpu().to(tensor.dtype), tensor)
+        if name not in arrived or not torch.equal(arrived[name].cpu().to(tensor.dtype), tensor)
     ]
-    if astray or len(held) != len(written):
+    if astray or len(arrived) != len(written):
         raise UserError(
             f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"
-            f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): give"
-            " the base model that it was trained on by --model_name_or_path."
+            f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): {fix}."
         )
     return adapted.eval()
-
-
-def _unfit(what: str, error: Exception, how: str = "") -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{what} ({reason}): give the base model that it was trained on{how}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +27,8 @@ class Curve:
     Args:
         item: of the metric.
         label: for a legend; "" for none.
-        color: by default the group's.
-        style: of the line.
-        difference: whether its difference to the control is drawn, with its interval.
+        color, style: of the line; by default the group's.
+        difference: draw its difference to the control, with its interval.
     """
 
     group: str
@@ -37,7 +36,7 @@ class Curve:
     item: str = ""
     label: str = ""
     color: str = ""
-    style: str = "-"
+    style: str = ""
     difference: bool = False
 
 
@@ -53,28 +52,47 @@ class Panel:
     legend: bool = True
 
 
-def panels(result: Result, path: Path, rows: Sequence[Sequence[Panel]]) -> None:
-    """Draw rows of panels, each as long as the longest."""
-    colors = looks(result.groups)
-    with canvas(path, len(rows), max(map(len, rows))) as (_, axes):
+@dataclass(frozen=True)
+class Forest:
+    """Mean differences of a metric to the control with their intervals, a line for each group.
+
+    Args:
+        missing: group -> word in place of a difference.
+    """
+
+    title: str
+    xlabel: str
+    metric: str
+    missing: Mapping[str, str]
+
+
+def panels(
+    result: Result, path: Path, rows: Sequence[Sequence[Panel | Forest]], **options: Any
+) -> None:
+    """Draw rows of panels, each as long as the longest; ``options`` are those of `canvas`."""
+    styles = looks(result.groups, options.pop("control", ""))
+    with canvas(path, len(rows), max(map(len, rows)), **options) as (_, axes):
         for axis in axes.flat:
             axis.set_axis_off()
         for line_of_axes, row in zip(axes, rows, strict=True):
             for axis, panel in zip(line_of_axes, row, strict=False):
                 axis.set_axis_on()
+                if isinstance(panel, Forest):
+                    _draw_forest(axis, result, panel, styles)
+                    continue
                 for curve in panel.curves:
-                    _draw(axis, result, curve, panel.log, colors[curve.group]["color"])
+                    _draw(axis, result, curve, panel.log, styles[curve.group])
                 for level in panel.levels:
                     axis.axhline(level, color="black", lw=0.7, ls=":")
                 axis.set_yscale("log" if panel.log else "linear")
                 finish(axis, panel.title, panel.ylabel, panel.legend)
 
 
-def _draw(axis: Any, result: Result, curve: Curve, log: bool, color: Any) -> None:
-    color = curve.color or color
+def _draw(axis: Any, result: Result, curve: Curve, log: bool, look: Mapping[str, Any]) -> None:
+    color = curve.color or look["color"]
     if not curve.difference:
         points = result.curve(curve.group, curve.metric, curve.item)
-        style = {"ls": curve.style, "marker": "." if len(points) < 12 else ""}
+        style = {"ls": curve.style or look["ls"], "marker": "." if len(points) < 12 else ""}
         line(axis, positive(points) if log else points, color, curve.label or None, **style)
         return
     points = result.over_training(curve.group, curve.metric, curve.item)
@@ -85,8 +103,31 @@ def _draw(axis: Any, result: Result, curve: Curve, log: bool, color: Any) -> Non
             axis.plot([point.step] * 2, point.difference_interval, color=color, lw=1)
 
 
+def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, Any]) -> None:
+    metric = result.metric(panel.metric)
+    axis.axvline(0, color="black", lw=0.8)
+    for row, group in enumerate(result.groups):
+        line, color = result.summary(group, panel.metric), styles[group]["color"]
+        if line is None or line.difference is None:
+            # beside the zero line and not on it: there is no difference
+            place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
+            word = panel.missing.get(group, "n/a")
+            axis.annotate(word, (0, row), va="center", fontsize=8, color="gray", **place)
+            continue
+        ends = [metric.scale * end for end in line.difference_interval or ()]
+        axis.plot(ends, [row] * len(ends), color=color, lw=2)
+        axis.plot(metric.scale * line.difference, row, marker=styles[group]["marker"], color=color)
+    axis.set_yticks(range(len(result.groups)), result.groups, fontsize=8)
+    for tick, group in zip(axis.get_yticklabels(), result.groups, strict=True):
+        tick.set_color(styles[group]["color"])
+    axis.set_ylim(len(result.groups) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel(panel.xlabel)
+    axis.set_title(panel.title, fontsize=9)
+
+
 def positive(curve: Sequence[Summary]) -> list[Summary]:
-    """What a logarithmic axis can show: zeros become gaps, bands end above zero."""
+    """A curve for a logarithmic axis: zeros become gaps, bands end above zero."""
     return [
         replace(point, error=min(point.error, 0.99 * point.mean))
         if point.mean and point.error is not None

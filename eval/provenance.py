@@ -1,4 +1,4 @@
-"""Where a result comes from: the command, and the versions, commit and machine of its runs.
+"""Origin of a result: the command, and the versions, commit and machine of its runs.
 
 Results are shared and published, so a path of one machine never enters them.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from bilora_diffusion.run.paths import without_paths
@@ -16,7 +15,7 @@ from bilora_diffusion.run.paths import without_paths
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made a result.
+    """Origin of a result.
 
     Args:
         command: the command line, absolute paths shortened to names.
@@ -61,13 +60,5 @@ def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> 
     from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
 
     commit, changes = provenance.commit()
-    versions = provenance.versions() | {name: version(name) for name in packages}
+    versions = provenance.versions(*packages)
     return Provenance(command, versions, commit, changes, provenance.device(device), [])
-
-
-def version(package: str) -> str | None:
-    """Of an installed package; None if it is not there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

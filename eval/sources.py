@@ -46,12 +46,12 @@ class Subject(Entry):
 
     @property
     def finished(self) -> bool:
-        """Whether its run is."""
+        """True for a finished run."""
         return self.record.get("status") == "finished"
 
     @property
     def is_text(self) -> bool:
-        """Whether train_text_bilora.py made it."""
+        """True for a run of train_text_bilora.py."""
         return "model_name_or_path" in self.record.get("config", {})
 
     def option(self, name: str) -> Any:
@@ -88,7 +88,7 @@ class Subject(Entry):
 
 
 def find(word: str) -> Subject:
-    """What ``word`` names, with its weights and their digest.
+    """Open what ``word`` names, with its weights and their digest.
 
     Its label is what to call it, its group its method's title.
     """
@@ -167,7 +167,7 @@ def _weights_of(subject: Subject) -> Subject:
 
 
 def _needed(subject: Subject) -> tuple[str, ...]:
-    """What a run of its kind leaves."""
+    """Files and folders that a run of its kind leaves."""
     from bilora_diffusion import methods
 
     whole = methods.get(str(subject.method)).exports_weights
@@ -180,7 +180,7 @@ def _needed(subject: Subject) -> tuple[str, ...]:
 
 
 def _denoiser(subject: Subject) -> str:
-    """Which model of its pipeline an image run trains: the one that is there, else by its base."""
+    """Name of the model that an image run trains: the one that is there, else by its base."""
     from bilora_diffusion.image.base_model import describe, folder_of
 
     folder = subject.folder

@@ -1,4 +1,4 @@
-"""What is measured: run folders, files of adapters and the base model, and which are repeats.
+"""Subjects: run folders, files of adapters and the base model, and the groups of repeats.
 
 gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # groups of runs that differ in the seed
 single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its own
@@ -94,7 +94,7 @@ def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
-    """Whether each group's runs saw the control's inputs at each step that both took, seed by seed.
+    """Group -> True if its runs saw the control's inputs at each step that both took, seed by seed.
 
     None for the control, and where no seed has both; a run without digests is not paired.
     """
@@ -138,14 +138,14 @@ def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
         options = settings.get(subject.folder, {}) if subject.record else {}
         others = [settings[run.folder] for run in runs if run.method == subject.method]
         differing = [name for name in options if any(o.get(name) != options[name] for o in others)]
-        distinction = ", ".join(f"{name}={_shown(options[name])}" for name in differing)
+        distinction = ", ".join(f"{name}={_as_text(options[name])}" for name in differing)
         label = BASE if subject.kind == BASE else subject.group
         label = f"{label} ({distinction})" if distinction else label
         grouped.append(replace(subject, group=label))
     return grouped
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)

@@ -89,18 +89,18 @@ class Summary:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the mean."""
+        """Interval of the mean."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def difference_interval(self) -> tuple[float, float] | None:
-        """Of the mean difference."""
+        """Interval of the mean difference."""
         low, high = self.difference_low, self.difference_high
         return None if low is None or high is None else (low, high)
 
     @property
     def pairs(self) -> int:
-        """How many values were compared with the control's."""
+        """Number of values that were compared with the control's."""
         return self.higher + self.equal + self.lower
 
     def better(self, higher_is_better: bool | None) -> int:
@@ -110,7 +110,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is read and shown."""
+    """Title, direction and form of a metric."""
 
     title: str
     explanation: str = ""
@@ -121,7 +121,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured, as a result lists it.
+    """Something that was measured, as a result lists it.
 
     Args:
         label: unique.
@@ -179,7 +179,7 @@ class Result:
         return [entry for entry in self.subjects if entry.group == group]
 
     def metric(self, name: str) -> Metric:
-        """How a metric is shown."""
+        """Title and form of a metric."""
         return self.metrics.get(name) or Metric(name)
 
     def select(self, metric: str, group: str | None = None, item: str | None = None) -> list[Row]:
@@ -209,9 +209,10 @@ class Result:
         )
 
     def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
-        """A metric over training at the steps that all of the group have."""
-        members = len(self.members(group))
-        return [s for s in self.over_training(group, metric, item) if s.count == members]
+        """A metric over training at the steps that all have of the group which were measured."""
+        points = self.over_training(group, metric, item)
+        measured = max((point.count for point in points), default=0)
+        return [point for point in points if point.count == measured]
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str, int | None], Summary]:
@@ -226,10 +227,6 @@ def write(result: Result, folder: Path, report: str) -> None:
     record = _adapter(Result).dump_python(result, exclude={"rows", "summaries"})
     text = dump_json(strict_json({"schema_version": SCHEMA_VERSION, **record})[0])
     write_text(folder / FILE, text)
-
-
-def _fields(value: Any, kind: Any) -> dict[str, Any]:
-    return {one.name: getattr(value, one.name) for one in fields(kind)}
 
 
 def read(folder: Path, rows: bool = True) -> Result:
@@ -269,9 +266,10 @@ def head(folder: Path) -> dict[str, Any]:
 def to_csv(kind: Any, lines: Iterable[Any]) -> str:
     """Dataclasses as CSV, unrounded; None and what is not finite is an empty field."""
     text = _Lines()
-    writer = csv.DictWriter(text, [one.name for one in fields(kind)], lineterminator="\r\n")
+    names = [one.name for one in fields(kind)]
+    writer = csv.DictWriter(text, names, lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(strict_json(_fields(line, kind))[0] for line in lines)
+    writer.writerows(strict_json({n: getattr(line, n) for n in names})[0] for line in lines)
     return text.getvalue()
 
 
@@ -285,7 +283,7 @@ class _Lines(io.StringIO):
 
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
-    """What :func:`to_csv` wrote."""
+    """Read what :func:`to_csv` wrote."""
     names = [one.name for one in fields(kind)]
     words = {one.name for one in fields(kind) if one.type == "str"}
     with finite(path).open(encoding="utf-8", newline="") as file:

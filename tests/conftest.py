@@ -1,4 +1,4 @@
-"""What every test relies on: no network, one thread per process, caches of their own.
+"""Setting of every test: no network, one thread per process, caches of their own.
 
 The environment is set here, at import, because the libraries read it when they are first imported,
 and because the processes that tests start inherit it.

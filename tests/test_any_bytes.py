@@ -1,4 +1,4 @@
-"""Whatever the bytes of a file that others wrote: one sentence, or success."""
+"""Files of any bytes that others wrote: one sentence, or success."""
 
 from __future__ import annotations
 
@@ -104,7 +104,6 @@ READERS: list[tuple[str, Callable[[Path], object]]] = [
     *((f"rows.{suffix}", read_rows) for suffix in ("jsonl", "json", "csv", "parquet")),
     *((name, read_run) for name in ("run.json", "metrics.jsonl", "fit.json")),
     *((name, prompts.read) for name in ("prompts.txt", "prompts.csv")),
-    ("space.yaml", axes.load_arms),
 ]
 ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "run.json": st.tuples(odd(Options.model_fields), odd(Record.model_fields)).map(
@@ -118,17 +117,14 @@ ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-REPEATABLE = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
+SETTINGS = settings(
+    max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
 def survives(read: Callable[[], object]) -> None:
-    """It succeeds, or says in one sentence what to mend."""
+    """Succeeds, or says in one sentence what to mend."""
     sentence = ""
     try:
         read()
@@ -138,48 +134,48 @@ def survives(read: Callable[[], object]) -> None:
     assert "\n" not in sentence
 
 
-def prepare(folder: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     """A folder of two images, and of a run."""
     for name in ("a.png", "b.png"):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    (folder / "run.json").write_text(json.dumps(RUN))
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    return tmp_path
 
 
 @pytest.mark.parametrize(("name", "read"), READERS)
-@REPEATABLE
+@SETTINGS
 @given(content=CONTENT)
 def test_a_file_of_any_bytes(
-    name: str, read: Callable[[Path], object], content: bytes, tmp_path: Path
+    name: str, read: Callable[[Path], object], content: bytes, folder: Path
 ) -> None:
-    prepare(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    survives(lambda: read(tmp_path / name))
+    (folder / name).write_bytes(content)
+    survives(lambda: read(folder / name))
 
 
 @pytest.mark.parametrize(("name", "read"), READERS)
-def test_what_has_been_a_surprise(
-    name: str, read: Callable[[Path], object], tmp_path: Path
-) -> None:
-    prepare(tmp_path)
+def test_what_has_been_a_surprise(name: str, read: Callable[[Path], object], folder: Path) -> None:
     for start, end in itertools.product(BEGINNINGS, SURPRISES):
-        (tmp_path / name).write_bytes(start + end)
-        survives(lambda: read(tmp_path / name))
+        (folder / name).write_bytes(start + end)
+        survives(lambda: read(folder / name))
 
 
-@pytest.mark.parametrize(("name", "read"), [r for r in READERS if r[0] in ANY_VALUES])
-@REPEATABLE
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("space.yaml", axes.load_arms), *(r for r in READERS if r[0] in ANY_VALUES)],
+)
+@SETTINGS
 @given(data=st.data())
 def test_a_file_of_any_values(
-    name: str, read: Callable[[Path], object], data: st.DataObject, tmp_path: Path
+    name: str, read: Callable[[Path], object], data: st.DataObject, folder: Path
 ) -> None:
-    prepare(tmp_path)
     content = data.draw(ANY_VALUES[name])
     rows = content if name.endswith(".jsonl") else [content]
-    (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    survives(lambda: read(tmp_path / name))
+    (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    survives(lambda: read(folder / name))
 
 
-@REPEATABLE
+@SETTINGS
 @given(
     content=st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
     | st.from_regex(r"[a-z]+=-?[0-9.,]{1,40}", fullmatch=True)

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
 from ..fields import add_flags, check, default_of, options_of
-from ..values import check_choice, short
+from ..files import quoted
+from ..values import check_choice
 from .recipe import find_recipe, read_options
 
 UNSET = object()
@@ -38,8 +39,29 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
             action.option_strings = strings
 
 
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence, and that tells given values from defaults.
+class Sentences(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None:
+            check_choice(action.option_strings[0], value, action.choices)
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        read: Any = action.type or str
+        try:
+            return read(text)
+        except ValueError as error:
+            flag = action.option_strings[0]
+            raise UserError(f"{flag} is {quoted(text)}: {error}.") from error
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into a ``UserError``."""
+        flag = re.match(r"argument (--\w+).*expected", message)
+        raise UserError(f"{flag[1]} has no value: put one after it." if flag else f"{message}.")
+
+
+class CommandLine(Sentences):
+    """A parser that separates given values from defaults.
 
     Args:
         groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
@@ -154,35 +176,11 @@ class CommandLine(argparse.ArgumentParser):
         takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return UNSET
-        if (isinstance(value, list) and not takes_list) or not all(map(_is_scalar, items)):
-            shown = short(str(value).replace("'", ""))
-            raise UserError(f'"{name}" is {shown}: give a single value.')
-        texts = [_as_argument(item) for item in items]
+        if (isinstance(value, list) and not takes_list) or not all(
+            isinstance(item, bool | str) for item in items
+        ):
+            raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
+        texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         if takes_list:
             return texts
         return self.explicit([f"--{name}={texts[0]}"])[name]
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None:
-            check_choice(action.option_strings[0], value, action.choices)
-
-    def _get_value(self, action: argparse.Action, text: str) -> Any:
-        read: Any = action.type or str
-        try:
-            return read(text)
-        except ValueError as error:
-            flag = action.option_strings[0]
-            raise UserError(f"{flag} is {short(repr(text))}: {error}.") from error
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into a ``UserError``."""
-        flag = re.match(r"argument (--\w+).*expected", message)
-        raise UserError(f"{flag[1]} has no value: put one after it." if flag else f"{message}.")
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | str)
-
-
-def _as_argument(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else value

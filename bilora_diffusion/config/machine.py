@@ -1,13 +1,9 @@
-"""What this machine has: packages, the device, the precision that a launcher chose."""
+"""Facts about this machine: packages, the device, the precision that a launcher chose."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import sys
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -15,55 +11,22 @@ from ..fields import TRUE
 
 
 def is_installed(package: str) -> bool:
-    """Whether a top-level package can be imported; it is not imported."""
+    """Test that a top-level package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
-def require(package: str, option: str, least: str = "") -> None:
+def require(package: str, option: str) -> None:
     """Refuse an option whose package is missing.
 
     Args:
+        package: its name, and the version that is needed where others are known not to do.
         option: it and its value, as the user wrote them.
-        least: the version that it needs, such as ">=0.50".
 
     Raises:
         UserError: it says how to install it.
     """
-    if not is_installed(package):
-        name = f'"{package}{least}"' if least else package
-        raise UserError(f"{option} needs a package that is missing: run `pip install {name}`.")
-
-
-def require_compiler(option: str) -> None:
-    """Refuse an option that compiles where PyTorch's inductor would find no compiler.
-
-    It takes a C++ compiler for the CPU; on CUDA Triton, which takes a C compiler; both take
-    Python's headers.
-
-    Raises:
-        UserError: it names what is missing and how to install it.
-    """
-    if device_type() == "cuda":
-        require("triton", option)
-        kind, package, names = "C", "gcc", (os.environ.get("CC") or "gcc", "clang")
-    else:
-        usual = "clang++" if sys.platform == "darwin" else "g++"
-        kind, package, names = "C++", "g++", (os.environ.get("CXX") or usual,)
-    if not any(map(shutil.which, names)):
-        raise UserError(
-            f"{option} needs a {kind} compiler, and there is no {names[0]} here: run"
-            f" `apt-get install {package}` or what your system has instead, or leave it out."
-        )
-    if not has_headers():
-        raise UserError(
-            f"{option} needs Python's headers, and there is no Python.h here: run"
-            " `apt-get install python3-dev` or what your system has instead, or leave it out."
-        )
-
-
-def has_headers() -> bool:
-    """Whether this Python has what extensions written in C include."""
-    return Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not is_installed(package.partition(">")[0]):
+        raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
 
 
 def device_type() -> str:
@@ -77,7 +40,7 @@ def device_type() -> str:
 
 
 def processes() -> int:
-    """How many processes train together, as accelerate finds it."""
+    """Number of processes that train together, as accelerate finds it."""
     on_cpu = is_on("ACCELERATE_USE_CPU")
     mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
     together = on_cpu or ("LOCAL_RANK" in os.environ and device_type() != "cpu")
@@ -91,7 +54,7 @@ def is_on(variable: str) -> bool:
 
 
 def launch() -> dict[str, Any]:
-    """How accelerate was launched, as facts of `refusals`: from the variables that its launcher
+    """Facts of `refusals` about accelerate's launch, from the variables that its launcher
     sets and it reads.
     """
 
@@ -121,19 +84,19 @@ def launch() -> dict[str, Any]:
 
 
 def default_precision() -> str:
-    """What accelerate launch was told, else the best that the device has.
+    """The precision given to accelerate launch, else the best that the device has.
 
-    ``accelerate launch`` says "no" where nobody chose, so "no" counts as not told.
+    ``accelerate launch`` says "no" where nobody chose, so "no" counts as not given.
 
     Raises:
-        UserError: it was told a precision that training does not have.
+        UserError: it was given a precision that training does not have.
     """
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if told in ("fp16", "bf16"):
-        return told
-    if told != "no":
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if given in ("fp16", "bf16"):
+        return given
+    if given != "no":
         raise UserError(
-            f'accelerate is set to mixed precision "{told}", which training does not have:'
+            f'accelerate is set to mixed precision "{given}", which training does not have:'
             " give --mixed_precision bf16, fp16 or no."
         )
     if device_type() != "cuda":

@@ -99,7 +99,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class StoppingOptions:
-    """How the held-out loss says when to stop."""
+    """Early stopping, the best step and the search, by the held-out loss."""
 
     section: ClassVar[str] = "when to stop"
 
@@ -149,7 +149,7 @@ class StoppingOptions:
 
 @dataclass(frozen=True)
 class HeldOutOptions:
-    """What is held out; each script has them in a section of its own."""
+    """The held-out part; each script has it in a section of its own."""
 
     validation_part: str | None = option(
         None,

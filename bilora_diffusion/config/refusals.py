@@ -1,4 +1,4 @@
-"""What does not go together, why, and what to do instead: the one table of it, `refusals.toml`.
+"""The one table of combinations that are refused, why, and what to do instead: `refusals.toml`.
 
 Options with each other and with the device, ways to launch (DDP trains everything, FSDP2 adapters
 of text models, see ``train.sharding``), and flags of other scripts. It is asked with a mapping of
@@ -28,7 +28,7 @@ _TEXT = re.compile(r"(given|absent|above|other than|equal to)(?: (.+))?")
 
 
 class Condition(NamedTuple):
-    """What is asked of one fact.
+    """A condition on one fact.
 
     Args:
         name: of the fact.
@@ -43,7 +43,7 @@ class Condition(NamedTuple):
     values: tuple[Any, ...] = ()
 
     def holds(self, facts: Facts) -> bool:
-        """Whether the fact is known and as it is asked for."""
+        """Test that the fact is known and meets the condition."""
         if self.name not in facts:
             return False
         value, other = facts[self.name], facts.get(self.argument[2:])
@@ -61,7 +61,7 @@ class Condition(NamedTuple):
         return value in self.values
 
     def shown(self) -> str:
-        """It in Markdown."""
+        """The condition in Markdown."""
         if form := table().facts.get(self.name):
             named = " or ".join(form.format(value) for value in self.values or ("...",))
         else:
@@ -88,11 +88,11 @@ class Refusal:
     instead: str
 
     def holds(self, facts: Facts) -> bool:
-        """Whether these facts are refused."""
+        """Test that these facts are refused."""
         return all(condition.holds(facts) for condition in self.when)
 
     def sentence(self, facts: Facts) -> str:
-        """What the user reads, for facts for which the entry holds."""
+        """The sentence for the user, for facts for which the entry holds."""
         subject = ""
         for name, test, *_ in self.when:
             link = " and " if test == "absent" or " with " in subject else " with "
@@ -133,7 +133,7 @@ def table() -> Table:
 
 
 def _condition(name: str, asked: Any) -> Condition:
-    """A cell of the table: a value, a list of values, or a test in words."""
+    """A value of the table as a condition: a value, a list of values, or a test in words."""
     if isinstance(asked, str) and (test := _TEXT.fullmatch(asked)):
         return Condition(name, test[1], test[2] or "")
     return Condition(name, values=tuple(asked) if isinstance(asked, list) else (asked,))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from .. import fields, methods
 from ..choices import OPTIMIZERS
-from ..errors import UserError
+from ..errors import UserError, is_main_process
 from ..methods.options import AdapterOptions, MethodFlags
 from ..values import check_choice
 from . import machine, refusals
@@ -84,14 +83,13 @@ class RunConfig(
         refusals.check({**values, **about})
         cls.check_inputs(values)
         _check_packages(values)
-        if os.environ.get("RANK", "0") == "0":
-            for note in notes:
-                logger.warning("%s", note)
+        for note in notes if is_main_process() else ():
+            logger.warning("%s", note)
         return kind(**{**values, **_scaled_rates(values, machine.processes())})
 
     @classmethod
     def parser(cls) -> CommandLine:
-        """What reads the command lines of this script."""
+        """The parser of this script's command lines."""
         groups = cls.with_own_options().groups
         return CommandLine(
             groups, cls.description, cls.usage, refusals.table().foreign[cls.modality]
@@ -124,7 +122,7 @@ class RunConfig(
 
     @property
     def leaves_unused(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient, which DDP must know."""
+        """A step may leave trained parameters without a gradient, which DDP must know."""
         return False
 
     @property
@@ -248,9 +246,8 @@ def _scaled_rates(values: Mapping[str, Any], processes: int) -> Values:
 def _measured_every(values: Values, given: frozenset[str]) -> int:
     """Steps from one held-out loss to the next: twenty in a run that goes by it, unless given."""
     every, steps = values["validation_loss_steps"], values["max_train_steps"]
-    if "validation_loss_steps" in given or steps is None or not _goes_by_the_loss(values):
-        return every
-    return twentieth(steps)
+    chosen = "validation_loss_steps" not in given and steps and _goes_by_the_loss(values)
+    return twentieth(steps) if chosen else every
 
 
 def twentieth(steps: int) -> int:
@@ -264,32 +261,24 @@ def _goes_by_the_loss(values: Mapping[str, Any]) -> bool:
 
 def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
     """A sentence for each default that follows from what was given and might surprise."""
-    remarks = []
-    chosen = "validation_loss_steps" not in given and values["validation_loss_steps"]
-    if chosen and _goes_by_the_loss(values):
-        remarks.append(
-            f"the held-out loss is measured every {chosen} steps: change it with"
-            " --validation_loss_steps."
-        )
-    if "rank" in given and "lora_alpha" not in given:
-        remarks.append(
-            f"--rank {values['rank']} comes with --lora_alpha {values['lora_alpha']:g}, the paper's"
-            f" ratio: for diffusers' add --lora_alpha {values['rank']}."
-        )
-    if values["optimizer"] == "prodigy" and values["learning_rate"] <= LOW_FOR_PRODIGY:
-        remarks.append(
-            f"{said('learning_rate', values['learning_rate'])} is low for prodigy, which multiplies"
-            " it with a rate of its own: 1.0 is usual."
-        )
+    every, rank, alpha = (values[n] for n in ("validation_loss_steps", "rank", "lora_alpha"))
+    measured = every and "validation_loss_steps" not in given and _goes_by_the_loss(values)
+    low = values["optimizer"] == "prodigy" and values["learning_rate"] <= LOW_FOR_PRODIGY
     warm = values["lr_warmup_steps"] or values.get("warmup_ratio")
-    if values["lr_scheduler"] == "constant_with_warmup" and not warm:
-        remarks.append("--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.")
-    if values["use_dora"] and values.get("output_kohya_format"):
-        remarks.append(
-            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
-            " from version 0.3.30 on, and not by A1111, as the model card says in full."
-        )
-    return remarks
+    remarks = {
+        f"the held-out loss is measured every {every} steps: change it with"
+        " --validation_loss_steps.": measured,
+        f"--rank {rank} comes with --lora_alpha {alpha:g}, the paper's ratio: for diffusers' add"
+        f" --lora_alpha {rank}.": "rank" in given and "lora_alpha" not in given,
+        f"{said('learning_rate', values['learning_rate'])} is low for prodigy, which multiplies it"
+        " with a rate of its own: 1.0 is usual.": low,
+        "--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.": not warm
+        and values["lr_scheduler"] == "constant_with_warmup",
+        "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so from"
+        " version 0.3.30 on, and not by A1111, as the model card says in full.": values["use_dora"]
+        and values.get("output_kohya_format"),
+    }
+    return [sentence for sentence, holds in remarks.items() if holds]
 
 
 def _check_packages(values: Mapping[str, Any]) -> None:
@@ -298,19 +287,19 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     Raises:
         UserError: it names the option and what to install or to use instead.
     """
-    tracker = values["report_to"]
+    tracker, optimizer = values["report_to"], values["optimizer"]
     check_choice("--report_to", tracker, (*TRACKERS, "all", "none"))
-    if tracker in TRACKERS:
-        machine.require(tracker, f"--report_to {tracker}")
-    if values["quantize"] == "nf4":
-        machine.require("bitsandbytes", "--quantize nf4", ">=0.50")  # older ones: on CUDA only
-    if package := OPTIMIZERS[values["optimizer"]].package:
-        machine.require(package, f"--optimizer {values['optimizer']}")
     xformers = "enable_xformers_memory_efficient_attention"
-    if values.get(xformers):
-        machine.require("xformers", f"--{xformers}")
-    if values.get("compile"):
-        machine.require_compiler("--compile")
+    for option, package in {
+        f"--report_to {tracker}": tracker if tracker in TRACKERS else None,
+        "--quantize nf4": "bitsandbytes>=0.50"
+        if values["quantize"] == "nf4"
+        else None,  # else on CUDA alone
+        f"--optimizer {optimizer}": OPTIMIZERS[optimizer].package,
+        f"--{xformers}": "xformers" if values.get(xformers) else None,
+    }.items():
+        if package:
+            machine.require(package, option)
     if values["push_to_hub"] and values["hub_token"] is None:
         from huggingface_hub import get_token
 

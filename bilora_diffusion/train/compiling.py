@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..errors import LONGEST, TrainingError
+from ..errors import TrainingError, reason
 from ..run.durations import duration
 
 BACKEND = "inductor"
@@ -74,9 +74,8 @@ class Blocks:
         try:
             yield
         except (TorchDynamoException, CppCompileError) as error:
-            reason = " ".join(str(error).split())[:LONGEST]
             raise TrainingError(
-                f"--compile failed at step {number}, leave it out: {reason}"
+                f"--compile failed at step {number}, leave it out: {reason(error)}"
             ) from error
         graphs, seconds = (now - then for now, then in zip(_compiled(), before, strict=True))
         if graphs:

@@ -18,16 +18,17 @@ Scorer and captioner default to the embedded ones for the miniature, and otherwi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.fields import option
+from bilora_diffusion.values import WORKERS, Range
 
 from .. import report
-from ..command import Parser, only, open_device, open_folder, require_free, whole
+from ..command import COUNTS, Parser, open_device, open_folder, require_free
 from ..evaluation import Evaluation
 from ..provenance import of_this_process, without_paths
 from ..report import Column
@@ -41,13 +42,60 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
     from .models import Scorer
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
-DEFAULT_SEEDS = "0,1"
 IMAGES = "images"
 DEMO_METHODS = ("lora", "bilora")
 
 
-FINITE = only(float, "a finite number", math.isfinite)
-EIGHTS = only(int, "a multiple of 8, such as 64 or 1024", lambda side: side >= 8 and side % 8 == 0)
+USUAL = "(default: as is usual for the model)"
+FACTORS = Range(10**6, "no image is left beyond it", at_least=-(10**6))
+SIDES = Range(2**14, "no model draws larger images", at_least=8, multiple_of=8)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Prompts, scores and comparison."""
+
+    section = "prompts and models"
+    prompts: str = option("3d_icon", "A set that is shipped, a text file, or a CSV file.")
+    prompt_column: str | None = option(None, "Its column of the CSV file.")
+    general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
+    max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
+    seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
+    base_model: str | None = option(
+        None, "Hub id, folder or mini (default: what the runs were trained on)."
+    )
+    scorer: str | None = option(None, f"{SCORERS}.")
+    scorer_revision: str | None = option(None, "Branch, tag or commit of a hub id after hf:.")
+    captioner: str | None = option(None, f"{CAPTIONERS}.")
+    captioner_revision: str | None = option(None, "Branch, tag or commit of a hub id after blip:.")
+    skip_captions: bool = option(False, "No captions and no T2T.")
+    control: str | None = option(None, "Compare with this label (default: the first but base).")
+    train_data: str | None = option(
+        None, "Set for memorization (default: the run's own); none leaves it out."
+    )
+    grid_prompts: int = option(6, "Rows of the grid of images.", range=COUNTS)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling of images."""
+
+    section = "images"
+    num_inference_steps: int | None = option(None, f"Steps of the sampler {USUAL}.", range=COUNTS)
+    guidance_scale: float | None = option(
+        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=FACTORS
+    )
+    resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
+    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=FACTORS)
+    batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
+    lanes: int = option(4, "Images in one call of the denoiser.", range=COUNTS)
+    processes: int | None = option(
+        None, "On one device (default: all cores for the miniature, else 1).", range=WORKERS
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
+    dtype: str | None = option(
+        None, "Of the denoiser (default: the device's best).", choices=tuple(PRECISIONS.values())
+    )
 
 
 class ClipScores(Evaluation):
@@ -61,40 +109,13 @@ class ClipScores(Evaluation):
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
-    metrics, described = METRICS, DESCRIBED
+    metrics, described, options = METRICS, DESCRIBED, (PromptOptions, SamplingOptions)
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        """All flags."""
-        add = parser.add_argument
-        add("runs", nargs="*", metavar="ADAPTER", help="default: the demo's two runs and base")
-        add("--prompts", default="3d_icon", help="shipped set, text file, or CSV file")
-        add("--prompt_column", help="of the CSV file")
-        add("--general_prompts", default="general", help='for drift; "none" leaves drift out')
-        add("--max_prompts", type=whole(1), help="take only the first of each set")
-        add("--seeds", default=DEFAULT_SEEDS, help=f"such as 0,1 or 0..3; default: {DEFAULT_SEEDS}")
-        add("--base_model", help="hub id, folder or mini; default: what the runs were trained on")
-        add("--scorer", help=SCORERS)
-        add("--scorer_revision", help="branch, tag or commit of a hub id after hf:")
-        add("--captioner", help=CAPTIONERS)
-        add("--captioner_revision", help="branch, tag or commit of a hub id after blip:")
-        add("--skip_captions", action="store_true", help="no captions and no T2T")
-        add("--control", metavar="LABEL", help="compare with this; default: the first but base")
+        help = "default: the demo's two runs and base"
+        parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=help)
         parser.add_output("scores", DEMO)
-        usual = "default: as is usual for the model"
-        add("--num_inference_steps", type=whole(1), help=usual)
-        add("--guidance_scale", type=FINITE, help=f"{usual}; 4 for the miniature")
-        add("--resolution", type=EIGHTS, help="pixels a side; default: the pipeline's own")
-        add("--adapter_scale", type=FINITE, default=1.0)
-        add("--batch_size", type=whole(1), default=16, help="images between two visits to the disk")
-        add("--lanes", type=whole(1), default=4, help="images in one call of the denoiser")
-        add("--train_data", metavar="SET", help='for memorization; default: the run\'s own; "none"')
-        add("--grid_prompts", type=whole(1), default=6, help="rows of the grid of images")
-        cores = "on one device; default: all cores for the miniature, else 1"
-        add("--processes", type=whole(1), help=cores)
-        add("--device", help="cpu, cuda, cuda:1, mps; default: accelerate's choice")
-        precision = "of the denoiser; default: the device's best"
-        add("--dtype", choices=PRECISIONS.values(), help=precision)
 
     def subjects(self) -> list[Subject]:
         if self.args.runs:
@@ -145,7 +166,7 @@ class ClipScores(Evaluation):
         from bilora_diffusion.train.launching import start_missing_processes
 
         from .images import Store, jobs
-        from .measure import Judge, truth_pictures
+        from .measure import ImageJudge, truth_pictures
 
         start_missing_processes(["-m", f"eval.{self.name}"])
         args, subjects = self.args, self.subjects()
@@ -170,7 +191,7 @@ class ClipScores(Evaluation):
         if models is None:
             return
         self.truths = truth_pictures(self.prompts, self.sampling.base_model)
-        self.judge = Judge(store, *models, self.truths, self.training, originals)
+        self.judge = ImageJudge(store, *models, self.truths, self.training, originals)
         self._describe(*models)
         rows = [row for subject in subjects for row in self.rows(subject)]
         self.origin = of_this_process(self.command, device)
@@ -199,8 +220,8 @@ class ClipScores(Evaluation):
         """Fill in the settings."""
         prompts = [asdict(prompt) for prompt in self.prompts]
         for prompt in prompts:
-            held = prompt["text"] in self.truths and not prompt["general"]
-            prompt["reference"] = prompt["reference"].name if held else None
+            known = prompt["text"] in self.truths and not prompt["general"]
+            prompt["reference"] = prompt["reference"].name if known else None
             prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
@@ -223,15 +244,15 @@ class ClipScores(Evaluation):
         return self.result(subjects, rows, lines, self.control, provenance=self.origin)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import shown
+        from . import reporting
 
-        drawn = shown.grid(result, folder, self.truths, self.args.grid_prompts)
-        return [shown.GRID] if drawn else []
+        drawn = reporting.grid(result, folder, self.truths, self.args.grid_prompts)
+        return [reporting.GRID] if drawn else []
 
     def introduction(self, result: Result) -> str:
-        from . import shown
+        from . import reporting
 
-        return shown.introduction(result)
+        return reporting.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         measured = {line.metric for line in result.summaries}
@@ -239,14 +260,14 @@ class ClipScores(Evaluation):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        from . import shown
+        from . import reporting
 
-        told = [*shown.made(result), *report.sources(result)]
+        sentences = [*reporting.made(result), *report.sources(result)]
         return [
-            shown.legend(result),
-            report.listed(report.verdicts(result, shown.PAPER)),
-            report.section("In the shape of the paper's Table 4", shown.scores(result)),
-            report.closing(replace(result, notes=[]), ("torch", "diffusers"), told),
+            reporting.legend(result),
+            report.listed(report.verdicts(result, reporting.PAPER)),
+            report.section("In the shape of the paper's Table 4", reporting.scores(result)),
+            report.closing(replace(result, notes=[]), ("torch", "diffusers"), sentences),
         ]
 
 
@@ -260,22 +281,13 @@ def load_models(
     """Scorer and captioner by their names; no captioner for None."""
     from . import captioners, models
 
-    name = scorer
-    try:
+    fix = "check its name, its files, the connection to the hub, and that open_clip_torch is there"
+    with translated(f'"{scorer}" can\'t be loaded', fix):
         first = models.load(scorer, revision=revisions[0], device=device)
-        if captioner is None:
-            return first, None
-        name = captioner
-        second = captioners.load(captioner, first, revision=revisions[1], device=device)
-        return first, second
-    except UserError:
-        raise
-    except models.FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f'"{name}" can\'t be loaded ({reason}): check its name, its files and the connection to'
-            " the hub, and that open_clip_torch is installed."
-        ) from error
+    if captioner is None:
+        return first, None
+    with translated(f'"{captioner}" can\'t be loaded', fix):
+        return first, captioners.load(captioner, first, revision=revisions[1], device=device)
 
 
 main = ClipScores.main

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from bilora_diffusion.errors import UserError, did_you_mean
 
 from . import models
-from .models import Loaded, ModelEntry, Scorer, from_transformers, in_batches
+from .models import LoadedModel, ModelEntry, Scorer, from_transformers, in_batches
 from .names import BLIP, CAPTIONERS
 
 MIN_TOKENS = 5
@@ -55,7 +55,7 @@ def load(
 
     Raises:
         UserError: an unknown name, or a model that cannot caption; it says what to give.
-        Exception: one of ``models.FAILURES``, of the library that can't load it.
+        Exception: of the library that can't load it.
     """
     scheme, colon, source = name.partition(":")
     schemes = ("embedded", "blip")
@@ -103,7 +103,7 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
     return Captioner(entry, caption)
 
 
-def blip(loaded: Loaded, batch: int = 16) -> Captioner:
+def blip(loaded: LoadedModel, batch: int = 16) -> Captioner:
     """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling."""
     from transformers import GenerationConfig
 

@@ -14,7 +14,6 @@ used by more processes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from bilora_diffusion import methods
 from bilora_diffusion.durable import write_bytes
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import translated
 from bilora_diffusion.image.families.base import joined
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.prompts import embed, embed_negative
@@ -43,6 +42,7 @@ from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import versions
 from bilora_diffusion.seeds import seed_of
 
+from ..digests import of_folders
 from ..load import applied
 from ..provenance import without_paths
 from ..subjects import BASE, Subject
@@ -53,13 +53,12 @@ LANES = 4
 _CHUNK = "parameters"
 _VERSIONS = "versions"
 """The one entry that informs and determines nothing."""
-_DAMAGED = (OSError, SyntaxError, ValueError, struct.error)
 _STATED = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How all images of a comparison are made.
+    """Sampling of all images of a comparison.
 
     Args:
         base_model: folder, hub id, or "mini".
@@ -108,7 +107,7 @@ def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> l
 
 
 def _family(subject: Subject) -> str:
-    """What the weights are, whatever they are called: a name may change and its images stay."""
+    """Kind of the weights, whatever they are called: a name may change and its images stay."""
     if subject.method is None:
         return "base-model" if subject.kind == BASE else subject.kind
     known = subject.method in methods.names()
@@ -135,7 +134,10 @@ class Store:
 
     @cached_property
     def _base_digest(self) -> str | None:
-        return _digest_of_base(self.sampling.base_model)
+        """Hash of the base model's folder, whose name is not enough; None for a hub id."""
+        folder = Path(resolve(self.sampling.base_model)).expanduser()
+        there = folder.is_dir()
+        return of_folders(folder, suffixes=(".safetensors", ".json", ".txt")) if there else None
 
     def parameters(self, job: Job) -> dict[str, Any]:
         """All that determines an image."""
@@ -198,13 +200,24 @@ class Store:
 
     def open(self, job: Job) -> Image.Image:
         """The image of a job, RGB."""
-        return _read(self.root / job.file)
+        path = self.root / job.file
+        with (
+            translated(f"{path} can't be read", "the same command makes it again"),
+            Image.open(path, formats=["PNG"]) as image,
+        ):
+            return image.convert("RGB")
 
     def _write(self, part: Sequence[Job], images: Sequence[Image.Image]) -> None:
         stated = {name: version for name, version in versions().items() if name in _STATED}
         for job, image in zip(part, images, strict=True):
             record = {**self.parameters(job), _VERSIONS: stated}
-            _write_png(self.root / job.file, image, record)
+            information, content = PngInfo(), BytesIO()
+            information.add_text(_CHUNK, json.dumps(record, sort_keys=True))
+            image.save(content, format="PNG", pnginfo=information)
+            path = self.root / job.file
+            with translated(f"{path} can't be written", "give another output folder"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, content.getvalue())
 
 
 def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
@@ -237,56 +250,12 @@ def _one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_png(path: Path, image: Image.Image, parameters: Mapping[str, Any]) -> None:
-    """Write an image and its parameters, whole or not at all."""
-    information, content = PngInfo(), BytesIO()
-    information.add_text(_CHUNK, json.dumps(dict(parameters), sort_keys=True))
-    image.save(content, format="PNG", pnginfo=information)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content.getvalue())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or give another"
-            " output folder."
-        ) from error
-
-
 def _matches(path: Path, parameters: Mapping[str, Any]) -> bool:
-    """Whether a whole PNG with exactly these parameters is there; every byte is checked."""
+    """Test that a whole PNG with exactly these parameters is there; every byte is checked."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             record = json.loads(image.info[_CHUNK])
             image.verify()  # reads to the end and compares each chunk's checksum
         return record | {_VERSIONS: 0} == json.loads(json.dumps({**parameters, _VERSIONS: 0}))
-    except (*_DAMAGED, KeyError, TypeError):
+    except (OSError, SyntaxError, ValueError, struct.error, KeyError, TypeError):
         return False
-
-
-def _read(path: Path) -> Image.Image:
-    """The image, RGB, read to the end."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.convert("RGB")
-    except _DAMAGED as error:
-        raise UserError(
-            f"{path} is missing or damaged: the same command makes it again."
-        ) from error
-
-
-def _digest_of_base(base_model: str) -> str | None:
-    """Identifies the weights of a pipeline's folder; None for a hub id.
-
-    The folder's name is not enough: the miniature changes with the package, and two folders may
-    have one name.
-    """
-    folder = Path(resolve(base_model)).expanduser()
-    if not folder.is_dir():
-        return None
-    state = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
-            state.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                hashlib.file_digest(file, lambda: state)  # goes on with it
-    return state.hexdigest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.decode import DECODE_ERRORS, read_rgb
+from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.image.decode import read_rgb
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
     words: Tensor | None = None
 
 
-class Judge:
+class ImageJudge:
     """Scores images by what they are held against."""
 
     def __init__(
@@ -102,7 +102,8 @@ class Judge:
         with tqdm(total=len(jobs), desc=what, unit="image", disable=not self._progress) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 pictures = [self._store.open(job) for job in chunk]
-                keys = [(_content(picture), captioned) for picture in pictures]
+                contents = [repr(p.size).encode() + p.tobytes() for p in pictures]
+                keys = [(blake2b(one, digest_size=16).digest(), captioned) for one in contents]
                 new = dict(zip(keys, pictures, strict=True))
                 new = {key: picture for key, picture in new.items() if key not in self._seen}
                 if new:
@@ -118,10 +119,6 @@ class Judge:
         captions = self._captioner(pictures)
         words = self._scorer.texts(captions)
         return [Seen(*parts) for parts in zip(vectors, captions, words, strict=True)]
-
-
-def _content(image: Image) -> bytes:
-    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
 
 
 def _embedded(images: ImageSet, scorer: Scorer) -> tuple[list[str], Tensor]:
@@ -143,13 +140,9 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
             continue
         if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
-        try:
+        what = f'the reference {file} of "{prompt.text}" can\'t be read'
+        with translated(what, "correct the file of prompts"):
             pictures[prompt.text] = read_rgb(file)
-        except DECODE_ERRORS as error:
-            raise UserError(
-                f'the reference {file} of "{prompt.text}" can\'t be read: correct the file of'
-                " prompts."
-            ) from error
     return pictures
 
 

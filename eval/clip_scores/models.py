@@ -4,18 +4,16 @@
     i2t = (scorer.images(images) * scorer.texts(prompts)).sum(dim=1)      # raw cosine, CLIP I2T
 
 Names of scorers, which embed images and texts in one space: ``embedded`` (the miniature's own),
-``open_clip:MODEL/TAG``, ``open_clip:FOLDER`` and
-``hf:ID_OR_FOLDER`` (CLIP of transformers).
+``open_clip:MODEL/TAG``, ``open_clip:FOLDER`` and ``hf:ID_OR_FOLDER`` (CLIP of transformers).
 
-What those raise passes through (:data:`FAILURES`), and the command says it in one sentence. Refused
-here is what they would pass over in silence: pickles, missing weights, a tokenizer without words.
+What those raise passes through, and the command translates it. Refused here is what they would pass
+over in silence: pickles, missing weights, a tokenizer without words.
 The one exception to safetensors is a tag of open_clip whose hub repository holds none: open_clip
 then reads the file that it ships, with torch's ``weights_only``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,20 +22,15 @@ from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from bilora_diffusion.errors import UserError, did_you_mean
 
+from ..digests import of_files
 from .names import SCORERS
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-FAILURES = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError),
-    *(ImportError, SafetensorError),
-)
-"""What the two libraries raise on names and files that they cannot use."""
 SCHEMES = ("embedded", "open_clip", "hf")
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
 
@@ -64,7 +57,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model with what belongs to it."""
 
     model: Any
@@ -73,7 +66,7 @@ class Loaded:
     entry: ModelEntry
 
 
-def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
+def from_open_clip(scheme: str, source: str, device: str = "cpu") -> LoadedModel:
     """A CLIP or CustomTextCLIP.
 
     Args:
@@ -93,7 +86,7 @@ def from_open_clip(scheme: str, source: str, device: str = "cpu") -> Loaded:
     model, preprocess = loaded
     tokenize: Any = open_clip.get_tokenizer(place)
     _require_words(entry.name, getattr(tokenize, "tokenizer", None))
-    return Loaded(model.eval(), preprocess, tokenize, entry)
+    return LoadedModel(model.eval(), preprocess, tokenize, entry)
 
 
 def _named(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
@@ -113,7 +106,7 @@ def _named(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[s
     switch = bool(config.get("quick_gelu")) and not has_it
     note = "QuickGELU is on, as the weights were trained with it." if switch else ""
     file = Path(open_clip.download_pretrained(config))
-    revision = f"{tag}@{_hub_commit(file) or digest(file)}"
+    revision = f"{tag}@{_hub_commit(file) or of_files(file)}"
     entry = ModelEntry(f"{scheme}:{architecture}/{tag}", scheme, architecture, revision, note)
     return entry, {"pretrained": tag, "force_quick_gelu": switch}
 
@@ -132,7 +125,7 @@ def _saved(scheme: str, source: str) -> ModelEntry:
             " transformers."
         )
     name = folder.resolve().name
-    return ModelEntry(f"{scheme}:{name}", scheme, name, digest(files[0]))
+    return ModelEntry(f"{scheme}:{name}", scheme, name, of_files(files[0]))
 
 
 def from_transformers(
@@ -143,7 +136,7 @@ def from_transformers(
     *,
     revision: str | None = None,
     device: str = "cpu",
-) -> Loaded:
+) -> LoadedModel:
     """A model and its processor from a hub id or a folder, both from one commit."""
     from transformers.utils.hub import cached_file
 
@@ -170,10 +163,12 @@ def from_transformers(
         place, revision=commit or revision, trust_remote_code=False
     )
     if is_local:
-        source, commit = folder.resolve().name, digest(*sorted(folder.glob("*.safetensors")))
+        source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
     entry = ModelEntry(f"{scheme}:{source}", scheme, source, commit)
     _require_words(entry.name, processor.tokenizer)
-    return Loaded(model.to(device).eval(), processor.image_processor, processor.tokenizer, entry)
+    return LoadedModel(
+        model.to(device).eval(), processor.image_processor, processor.tokenizer, entry
+    )
 
 
 def _require_type(name: str, config: Path, kind: str) -> None:
@@ -189,16 +184,6 @@ def _require_words(name: str, tokenizer: Any) -> None:
         raise UserError(
             f'the tokenizer of "{name}" knows no words: put its files beside the weights.'
         )
-
-
-def digest(*files: Path) -> str:
-    """The first 12 hex digits of the SHA-256 of a file, or of the digests of several."""
-    sums = []
-    for path in files:
-        with path.open("rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-    whole = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-    return whole[:12]
 
 
 def _hub_commit(file: Path) -> str | None:
@@ -255,7 +240,7 @@ def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: 
 
     Raises:
         UserError: an unknown name, or a model that would score wrongly; it says what to give.
-        Exception: one of ``models.FAILURES``, of the library that can't load it.
+        Exception: of the library that can't load it.
     """
     scheme, colon, source = name.partition(":")
     if scheme not in SCHEMES or (scheme == "embedded") == bool(colon):
@@ -277,7 +262,7 @@ def load(name: str, *, revision: str | None = None, device: str = "cpu", batch: 
     return _open_clip(replace(loaded, entry=entry), device, batch)
 
 
-def _open_clip(loaded: Loaded, device: str, batch: int) -> Scorer:
+def _open_clip(loaded: LoadedModel, device: str, batch: int) -> Scorer:
     model, preprocess, tokenize = loaded.model, loaded.preprocess, loaded.tokenize
     # The empty text's tokens mark a text's ends and its padding; not every model has the length.
     marks = tokenize([""])[0].tolist()

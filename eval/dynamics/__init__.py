@@ -1,4 +1,4 @@
-"""How the adapters move while they are trained: Figures 2, A2 and A4 from recorded runs.
+"""Movement of the adapters while they are trained: Figures 2, A2 and A4 from recorded runs.
 
     python -m eval.dynamics runs/lora-sam runs/bilora
     python -m eval.dynamics runs/bilora-seed0 runs/bilora-seed1 runs/bilora-10x-seed0 \\
@@ -14,10 +14,11 @@ Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+from bilora_diffusion.fields import option
 
 from .. import report
-from ..command import Parser
 from ..evaluation import Evaluation, require_common_steps
 from ..plot import Panel
 from ..report import Column
@@ -27,6 +28,14 @@ from ..table import Result, Row
 _COMPARED = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
 
 
+@dataclass(frozen=True)
+class DynamicsOptions:
+    """Flags of the command."""
+
+    section = "layers"
+    layer: str = option("all", "Name of one layer, or all.")
+
+
 class Dynamics(Evaluation):
     """The recorded curves of each run, cosines to its final weights, and key figures of them.
 
@@ -34,19 +43,12 @@ class Dynamics(Evaluation):
     each group its number of ``steps`` and its ``options``: learning rates, ranks and radius.
     """
 
-    name, title = "dynamics", "Training dynamics"
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        super().arguments(parser)
-        parser.add_argument(
-            "--layer", metavar="NAME", help="one layer's name, or all; default: all"
-        )
+    name, title, options = "dynamics", "Training dynamics", (DynamicsOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import curves
 
-        self.layer = self.args.layer or curves.ALL
+        self.layer = self.args.layer
         self.small: dict[str, list[str]] = {}
         self.curves: dict[str, dict[str, curves.RunCurves]] = {}
         for group, runs in by_group(subjects).items():
@@ -64,7 +66,9 @@ class Dynamics(Evaluation):
                 group: max(self.curves[run.label][self.layer].steps[-1] for run in runs)
                 for group, runs in by_group(subjects).items()
             },
-            "options": {group: options(runs[0]) for group, runs in by_group(subjects).items()},
+            "options": {
+                group: compared_options(runs[0]) for group, runs in by_group(subjects).items()
+            },
         }
         self._note(by_group(subjects))
 
@@ -83,15 +87,15 @@ class Dynamics(Evaluation):
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from . import curves, shown
+        from . import curves, figures
 
         rows += curves.key_figures(rows, self.settings["steps"])
-        return replace(super().complete(subjects, rows), metrics=shown.metrics())
+        return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        from . import shown
+        from . import figures
 
-        return shown.panels(result)
+        return figures.panels(result)
 
     def introduction(self, result: Result) -> str:
         layer = result.settings["layer"]
@@ -103,9 +107,9 @@ class Dynamics(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        from . import shown
+        from . import figures
 
-        return shown.columns(result)
+        return figures.columns(result)
 
     def _note(self, groups: dict[str, list[Subject]]) -> None:
         for label, runs in groups.items():
@@ -123,7 +127,7 @@ class Dynamics(Evaluation):
             )
 
 
-def options(run: Subject) -> dict[str, object]:
+def compared_options(run: Subject) -> dict[str, object]:
     """Learning rates, ranks and radius of a run, as far as its method reads them."""
     from bilora_diffusion.adapters import AUXILIARY
     from bilora_diffusion.methods import get

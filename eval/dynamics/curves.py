@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
 from bilora_diffusion.errors import UserError, did_you_mean
@@ -35,14 +34,14 @@ from ..table import Row
 
 ALL = "all"
 QUANTITIES = ("A", "B", "factors", "product")
-"""What a cosine is taken of: A, B, both, or B A; of the chosen layers as one vector."""
+"""Vectors that a cosine is taken of: A, B, both, or B A, all chosen layers as one."""
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
 CROSS = "auxiliary_to_primary"
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
 OF_LAYERS = (*NORMS, RATIO)
 """Curves of single layers that are shown (Fig. A4)."""
 NEGLIGIBLE = 1e4
-"""How many times smaller the third term of Eq. 5 is said to be."""
+"""Ratio of Eq. 5's terms above which the third counts as negligible."""
 SMALL_MULTIPLES = 4
 LEVEL = 0.9
 """The cosine to the final weights at which they count as settled."""
@@ -76,7 +75,7 @@ class RunCurves:
         return set(self.values["primary/product"])
 
     def figures(self) -> dict[str, float | None]:
-        """What needs its layers one by one.
+        """Figures that need its layers one by one.
 
         "layer_ratio" is a layer's median ratio over the steps that have one, then the median over
         layers; "layers_above" the share of the layers whose median is above ``NEGLIGIBLE``; "chance
@@ -144,7 +143,9 @@ def read(run: Subject, chosen: Sequence[str]) -> dict[str, RunCurves]:
             for name, value in values.items():
                 curves[layer].setdefault(name, {})[snapshot.step] = value
             if FIRST_ORDER in snapshot.layers:
-                ratios[layer][snapshot.step] = _ratios(snapshot, where)
+                quotients = (snapshot.layers[FIRST_ORDER] / snapshot.layers[TERMS[-1]])[where]
+                finite = [v if math.isfinite(v) else None for v in quotients.tolist()]
+                ratios[layer][snapshot.step] = finite
     for line in run.log():
         for name in LOGGED:
             if name in line:
@@ -156,13 +157,8 @@ def read(run: Subject, chosen: Sequence[str]) -> dict[str, RunCurves]:
     }
 
 
-def _ratios(snapshot: Snapshot, where: Sequence[int]) -> list[float | None]:
-    quotients = (snapshot.layers[FIRST_ORDER] / snapshot.layers[TERMS[-1]])[where]
-    return [value if math.isfinite(value) else None for value in quotients.tolist()]
-
-
 def _cosines(now: Snapshot, final: Snapshot, where: Sequence[int]) -> dict[str, float | None]:
-    """Of each adapter with its own final weights, and of the auxiliary with the primary's."""
+    """Cosines of each adapter with its final weights, and of the auxiliary with the primary's."""
     pairs = {NAMES[a]: (now.factors[a], final.factors[a]) for a in now.factors}
     if AUXILIARY in now.factors:
         pairs[CROSS] = (now.factors[AUXILIARY], final.factors[PRIMARY])
@@ -180,25 +176,19 @@ def cosines(one: Sequence[Factors], other: Sequence[Factors]) -> dict[str, float
     """
     values: dict[str, float | None] = dict.fromkeys(QUANTITIES)
     if all(f.A.shape == g.A.shape for f, g in zip(one, other, strict=True)):
-        dots = {side: _dots(one, other, side) for side in "AB"}
-        for side, (inner, left, right) in dots.items():
-            values[side] = _cosine(inner, left, right)
+        dots = {}
+        for side in "AB":
+            flat = [
+                torch.cat([getattr(f, side).double().flatten() for f in s]) for s in (one, other)
+            ]
+            pairs = (flat, flat[:1] * 2, flat[1:] * 2)
+            dots[side] = [float(left @ right) for left, right in pairs]
+            values[side] = _cosine(*dots[side])
         values["factors"] = _cosine(*(a + b for a, b in zip(dots["A"], dots["B"], strict=True)))
     values["product"] = _cosine(
         *(float(inner_products(*pair).sum()) for pair in ((one, other), (one, one), (other, other)))
     )
     return values
-
-
-def _dots(one: Sequence[Factors], other: Sequence[Factors], side: str) -> list[float]:
-    left, right = (
-        torch.cat([_side(f, side).double().flatten() for f in factors]) for factors in (one, other)
-    )
-    return [float(left @ right), float(left @ left), float(right @ right)]
-
-
-def _side(factors: Factors, side: str) -> Tensor:
-    return factors.A if side == "A" else factors.B
 
 
 def _cosine(inner: float, left: float, right: float) -> float | None:

@@ -1,4 +1,4 @@
-"""How flat the minima are that runs end in (the paper's Fig. 3): loss around them, sharpness.
+"""Flatness of the minima that runs end in (the paper's Fig. 3): loss around them, sharpness.
 
     python -m eval.landscape runs/lora runs/bilora
     python -m eval.landscape runs/sweep/method-*/ --eigenvalue --output_dir results/landscape
@@ -8,7 +8,7 @@
 Loss along filter-normalized random directions and on a plane of two, the largest loss within a ball
 (SAM sharpness) and, with --eigenvalue, the largest eigenvalue of the Hessian; all of them in the
 space of the LoRA factors and in that of the model's own weights. Runs of one method and setting
-that differ in the seed are repeats. What was measured is kept, so an interrupted command goes on
+that differ in the seed are repeats. What was measured is cached, so an interrupted command goes on
 where it stopped.
 
 Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscape_grid.png.
@@ -17,17 +17,19 @@ Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscap
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.fields import option
 
 from .. import report
-from ..command import POSITIVE, Parser, one_of, only, open_device, whole
+from ..cache import Cache
+from ..command import COUNTS, POSITIVE, open_device
 from ..evaluation import Evaluation
-from ..kept import Kept
 from ..report import Column
 from ..subjects import Subject, by_group, gather
 from ..table import Metric, Result, Row
@@ -36,17 +38,39 @@ TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without t
 SPACES = tuple(TITLES)
 
 
-_ODD = only(int, "an odd number from 3 on", lambda value: value >= 3 and value % 2 == 1)
-_ODD_OR_NONE = only(
-    int,
-    "an odd number from 3 on, or 0 for no plane",
-    lambda value: value == 0 or (value >= 3 and value % 2 == 1),
-)
-_SPACES = only(
-    lambda word: word.split(","),
-    "lora, full, or both with a comma",
-    lambda spaces: set(spaces) <= set(SPACES),
-)
+@dataclass(frozen=True)
+class LandscapeOptions:
+    """Flags of the command."""
+
+    section = "measurement"
+    control: str | None = option(None, "Group to compare with (default: the first).")
+    space: str = option(
+        "lora,full", "Spaces to look at.", choices=("lora,full", "full,lora", "lora", "full")
+    )
+    full_weights: str = option(
+        "all",
+        "All weights of the trained models, or those that adapters sit on.",
+        choices=("all", "adapted"),
+    )
+    directions: int = option(3, "Random directions of each profile.", range=COUNTS)
+    radius: float = option(1.0, "Radius of profiles and plane in the LoRA space.", range=POSITIVE)
+    full_radius: float = option(0.3, "The same in the full space.", range=POSITIVE)
+    points: int = option(21, "Points of each profile, an odd number.", range=COUNTS)
+    grid: int = option(
+        11, "Points of the plane's axes, an odd number; 0 for none.", range=COUNTS.or_zero
+    )
+    grid_runs: int = option(
+        1, "Runs of each group whose planes are averaged; 0 for all.", range=COUNTS.or_zero
+    )
+    rho: float = option(0.05, "Radius of the SAM sharpness.", range=POSITIVE)
+    ascent_steps: int = option(10, "Steps of its gradient ascent.", range=COUNTS)
+    restarts: int = option(0, "Further ascents from random points.", range=COUNTS.or_zero)
+    eigenvalue: bool = option(False, "Also the top eigenvalue of the Hessian.")
+    split: str = option("train", "Images of the loss.", choices=("train", "heldout"))
+    max_images: int = option(8, "The first so many of them; 0 for all.", range=COUNTS.or_zero)
+    levels: int = option(4, "Noise levels of the loss.", range=replace(COUNTS, most=NOISE_LEVELS))
+    seed: int = option(0, "Seed of directions and starts.")
+    device: str = option("auto", "cpu, cuda, or auto.")
 
 
 class Landscape(Evaluation):
@@ -62,53 +86,14 @@ class Landscape(Evaluation):
     starts.
     """
 
-    name, title = "landscape", "Flatness"
+    name, title, options = "landscape", "Flatness", (LandscapeOptions,)
+    runs = 'run folders, or "base" for the model before'
     metrics: ClassVar[Mapping[str, Metric]] = {
         "rise": Metric("rise along random directions"),
         "sharpness": Metric("SAM sharpness"),
         "eigenvalue": Metric("top Hessian eigenvalue"),
         "loss": Metric("loss"),
     }
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        add = parser.add_argument
-        parser.add_runs('run folders, or "base" for the model before')
-        add("--control", help="the group to compare with; default: the first")
-        add("--space", type=_SPACES, default="lora,full", help="lora, full, or both with a comma")
-        add(
-            "--full_weights",
-            default="all",
-            type=one_of("all", "adapted"),
-            help="all weights of the trained models, or those that adapters sit on",
-        )
-        add("--directions", type=whole(1), default=3, help="random directions of each profile")
-        add("--radius", type=POSITIVE, default=1.0, help="of profiles and plane, LoRA space")
-        add("--full_radius", type=POSITIVE, default=0.3, help="the same in the full space")
-        add("--points", type=_ODD, default=21, help="of each profile, odd")
-        add("--grid", type=_ODD_OR_NONE, default=11, help="of the plane's axes, odd; 0 for none")
-        add(
-            "--grid_runs",
-            type=whole(0),
-            default=1,
-            help="runs of each group whose planes are averaged; 0 for all",
-        )
-        add("--rho", type=POSITIVE, default=0.05, help="radius of the SAM sharpness")
-        add("--ascent_steps", type=whole(1), default=10, help="steps of its gradient ascent")
-        add("--restarts", type=whole(0), default=0, help="further ascents from random points")
-        add("--eigenvalue", action="store_true", help="also the top eigenvalue of the Hessian")
-        split = "images of the loss: train or heldout"
-        add("--split", type=one_of("train", "heldout"), default="train", help=split)
-        add("--max_images", type=whole(0), default=8, help="the first so many of them; 0: all")
-        add(
-            "--levels",
-            type=whole(1, NOISE_LEVELS),
-            default=4,
-            help=f"noise levels of the loss, 1 to {NOISE_LEVELS}",
-        )
-        add("--seed", type=int, default=0, help="of directions and starts")
-        add("--device", default="auto", help="cpu, cuda, or auto")
-        parser.add_output(cls.name)
 
     def subjects(self) -> Sequence[Subject]:
         from bilora_diffusion.run.console import quiet
@@ -120,7 +105,11 @@ class Landscape(Evaluation):
         from .. import compare
         from . import measure, models
 
-        spaces = [space for space in SPACES if space in self.args.space]
+        for name, least in (("points", 3), ("grid", 0)):
+            value = getattr(self.args, name)
+            if (value and (value < 3 or value % 2 == 0)) or value < least:
+                raise UserError(f"--{name} is {value}: give an odd number from 3 on.")
+        spaces = [space for space in SPACES if space in self.args.space.split(",")]
         for subject in subjects:
             if "full" not in spaces and not models.has_factors(subject):
                 raise UserError(
@@ -171,8 +160,8 @@ class Landscape(Evaluation):
         given, point, parts = self.args, self.points[subject.label], self.parts[subject.label]
         sample = {"max_images": given.max_images, "levels": given.levels}
         about = [subject.digest, subject.kind, point.loss, given.split, sample]
-        kept = Kept(self.folder, about)
-        model = cache(  # one model is in memory at a time, and none where all is kept
+        cached = Cache(self.folder, about)
+        model = cache(  # one model is in memory at a time, and none where all is cached
             lambda: models.load(
                 point, list(parts), given.full_weights, device=self.device, **sample
             )
@@ -185,7 +174,7 @@ class Landscape(Evaluation):
                 def make(space: str = space, measure_it: Any = measure_it) -> Any:
                     return measure_it(model().spaces[space], model().loss.terms)
 
-                measured.setdefault(key[0], []).append(kept.piece(key, make))
+                measured.setdefault(key[0], []).append(cached.item(key, make))
                 self.bar.update()
             if measured["start"][0]["loss"] is None:
                 raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
@@ -227,12 +216,12 @@ class Landscape(Evaluation):
 
 
 def grounds(result: Result) -> str:
-    """Which loss it is."""
+    """Name of the loss."""
     return "training" if result.settings["split"] == "train" else "held-out"
 
 
 def notes(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What has to be known to read the tables."""
+    """Sentences that explain the tables."""
     radii = [f"{own[-1]:g} ({space})" for space, own in settings["positions"].items()]
     yield (
         "Directions are filter-normalized (Li et al. 2018): at radius t every filter has moved by"

@@ -1,4 +1,4 @@
-"""What is measured of one subject in one space: parts, each kept as soon as it is there."""
+"""Measurements of one subject in one space, in parts that are cached one by one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _start(weights: Sequence[Weight], loss: Loss) -> Any:
 def rows(
     subject: Subject, space: str, measured: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]
 ) -> Iterator[Row]:
-    """What the parts of one space come to."""
+    """Rows from the parts of one space."""
     row = partial(subject.row, item=space)
     (start,), (ascent,), lines = measured["start"], measured["sharpness"], measured["line"]
     yield row("loss", start["loss"])

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.choices import NOISE_LEVELS
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
@@ -27,7 +27,7 @@ from bilora_diffusion.image.script import heldout_images, images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
-from bilora_diffusion.run.record import RUN, fault
+from bilora_diffusion.run.record import RUN
 
 from ..load import put_lora, put_models
 from ..subjects import BASE, Subject
@@ -75,7 +75,7 @@ class Point:
 
     @property
     def loss(self) -> list[Any]:
-        """What identifies the loss as a function of the weights."""
+        """Identity of the loss as a function of the weights."""
         options = [getattr(self.config, name) for name in LOSS_OPTIONS]
         return [*base_key(self.config), self.images.fingerprint(), options]
 
@@ -99,7 +99,7 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
 
 
 def has_factors(subject: Subject) -> bool:
-    """Whether it has a LoRA space."""
+    """Test that it has a LoRA space."""
     return subject.kind != BASE and not methods.get(str(subject.method)).exports_weights
 
 
@@ -118,7 +118,7 @@ def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
 
 
 def base_key(config: DreamBoothConfig) -> list[Any]:
-    """What identifies the base model: its name and revision, and the files of a local folder."""
+    """Identity of the base model: its name and revision, and the files of a local folder."""
     folder = Path(resolve(config.pretrained_model_name_or_path))
     files = sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else []
     stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
@@ -142,26 +142,24 @@ def _config(subject: Subject) -> DreamBoothConfig:
             f"{subject.weights} holds more than the primary ({inside.evidence[0]}): export it"
             " again."
         )
-    try:
+    with translated(f"{RUN} of {folder} is damaged", "give another run"):
         return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise UserError(f"{RUN} of {folder} is damaged{fault(error)}: give another run.") from error
 
 
 def _require_comparable(opened: Mapping[str, Point]) -> None:
     first, *others = opened.values()
     for point in others:
-        own, wanted = point.config, first.config
-        if base_key(own) != base_key(wanted):
+        own, expected = point.config, first.config
+        if base_key(own) != base_key(expected):
             what = (
                 f"the base model {own.pretrained_model_name_or_path} and not"
-                f" {wanted.pretrained_model_name_or_path}"
+                f" {expected.pretrained_model_name_or_path}"
             )
         elif point.images.fingerprint() != first.images.fingerprint():
             what = "other images"
-        elif options := [n for n in LOSS_OPTIONS if getattr(own, n) != getattr(wanted, n)]:
+        elif options := [n for n in LOSS_OPTIONS if getattr(own, n) != getattr(expected, n)]:
             name = options[0]
-            what = f"{name} {getattr(own, name)!r} and not {getattr(wanted, name)!r}"
+            what = f"{name} {getattr(own, name)!r} and not {getattr(expected, name)!r}"
         else:
             continue
         raise UserError(
@@ -175,10 +173,10 @@ class Model:
     """A loaded point: ``spaces`` has the weights of each space asked for that it has."""
 
     spaces: dict[str, list[Weight]]
-    loss: Grid
+    loss: LevelGrid
 
 
-class Grid(GridLoss):
+class LevelGrid(GridLoss):
     """The grid loss of some images at some of its noise levels, as terms that add up to the mean.
 
     Noise, levels and batches are those of the held-out loss in training. With all images and
@@ -219,8 +217,27 @@ def load(
         max_images: of the loss, the first so many of the set; 0 for all.
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
     """
-    config, subject = _plain(point.config), point.subject
-    pipeline = _pipeline(config)
+    subject = point.subject
+    config = replace(
+        point.config,
+        mixed_precision="no",
+        quantize="none",
+        gradient_checkpointing=False,
+        enable_xformers_memory_efficient_attention=False,
+        with_prior_preservation=False,
+        validation_prompts=[],
+        cache_latents="no",
+        disk_cache="no",
+        dataloader_num_workers=0,
+    )
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype=torch.float32,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path,
+    )
     weights = None if subject.weights is None else Path(subject.weights)
     if weights is not None and not has_factors(subject):
         put_models(pipeline, weights)
@@ -232,39 +249,13 @@ def load(
     task.module.requires_grad_(False)
     task.module.eval()
     task.to_device(torch.device(device))
-    held = {}
+    weights_by_space = {}
     if "lora" in spaces and has_factors(subject):
-        held["lora"] = factor_weights(task.models)
+        weights_by_space["lora"] = factor_weights(task.models)
     if "full" in spaces:
-        held["full"] = full_space(task, full_weights)
+        weights_by_space["full"] = full_space(task, full_weights)
     images = point.images.only(range(len(point.images))[: max_images or None])
-    return Model(held, Grid(task, images, levels))
-
-
-def _plain(config: DreamBoothConfig) -> DreamBoothConfig:
-    return replace(
-        config,
-        mixed_precision="no",
-        quantize="none",
-        gradient_checkpointing=False,
-        enable_xformers_memory_efficient_attention=False,
-        with_prior_preservation=False,
-        validation_prompts=[],
-        cache_latents="no",
-        disk_cache="no",
-        dataloader_num_workers=0,
-    )
-
-
-def _pipeline(config: DreamBoothConfig) -> Any:
-    return load_pipeline(
-        config.pretrained_model_name_or_path,
-        dtype=torch.float32,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path,
-    )
+    return Model(weights_by_space, LevelGrid(task, images, levels))
 
 
 @torch.no_grad()
@@ -293,18 +284,18 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     the direction does not depend on how a term's size is shared among its two vectors. A layer that
     was not trained has B = 0, which stays 0; DoRA's magnitudes are left out.
     """
-    held = []
+    weights = []
     for name, model in models.items():
         for path, layer in adapters.layers(model, PRIMARY):
             down, up = (cast(Tensor, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
-            held.append(Weight(f"{name}.{path}.lora_A", down, 0))
-            held.append(Weight(f"{name}.{path}.lora_B", up, 1))
-    return held
+            weights.append(Weight(f"{name}.{path}.lora_A", down, 0))
+            weights.append(Weight(f"{name}.{path}.lora_B", up, 1))
+    return weights
 
 
 def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
     """The weights of the trained models without the adapters; a filter is an output's weights."""
-    held = []
+    weights = []
     for target in task.targets():
         model, own = target.model, dict[str, Tensor]()
         if full_weights == "adapted":
@@ -319,5 +310,5 @@ def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
                 for path, parameter in model.named_parameters()
                 if parameter.dim() > 1 and ".lora_" not in path
             }
-        held += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
-    return held
+        weights += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
+    return weights

@@ -24,26 +24,54 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.fields import option
+from bilora_diffusion.values import WORKERS
 
-from ..command import Parser, open_folder, require_free, whole
+from .. import plot
+from ..command import Parser, open_folder, require_free
 from ..evaluation import Evaluation
 from ..provenance import without_paths
 from ..report import Column
 from ..sources import run as find_run
 from ..subjects import Subject, by_group, paired
 from ..table import Result, Row
-from . import findings
-from .findings import FINISHED, HELDOUT, SECONDS, TRAINING
+from . import reporting
+from .reporting import FINISHED, HELDOUT, SECONDS, TRAINING
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .axes import Values
     from .cells import Outcome, Runner
     from .grid import Grid
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Flags of the command."""
+
+    section = "sweep"
+    over: list[str] = option(  # noqa: RUF009
+        [],
+        "Axes: name=v1,v2 or name=a..b (whole numbers, b included); seed is the axis of pairs.",
+    )
+    arms: Path | None = option(None, "YAML file: label to mapping of options.")  # noqa: RUF009
+    set: list[str] = option([], "SweepOptions of all runs, NAME=VALUE.")  # noqa: RUF009
+    control: str | None = option(
+        None, "The variant to compare with, by label or option (default: the first)."
+    )
+    metric: str = option(HELDOUT, "Key in metrics.jsonl.")
+    higher_is_better: bool = option(False, "Of the metric, such as accuracy.")
+    runs_dir: Path = option(Path("runs", "sweep"), "Folder of the run folders.")  # noqa: RUF009
+    launch: str = option(
+        "", 'Arguments for accelerate launch, as in --launch="--num_processes 2 --multi_gpu".'
+    )
+    script: str = option("train_dreambooth_bilora.py", "The training script.")
+    jobs: int = option(1, "Runs at a time, which share the cores.", range=WORKERS)
+    dry_run: bool = option(False, "Check and list the runs only.")
 
 
 class Sweep(Evaluation):
@@ -58,7 +86,7 @@ class Sweep(Evaluation):
     compared and the arm that sets it, or None.
     """
 
-    name = "sweep"
+    name, options = "sweep", (SweepOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         args.output_dir = args.output_dir or args.runs_dir / self.name
@@ -66,32 +94,10 @@ class Sweep(Evaluation):
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        add = parser.add_argument
-        add("recipe", type=Path, help="YAML file of options that all cells share")
-        add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of all cells")
-        add("--control", help="the arm to compare with, by label or option; default: the first")
-        add("--output_dir", type=Path, help=f"default: {cls.name}, in --runs_dir")
-        add("--runs_dir", type=Path, default=Path("runs", cls.name))
-        add(
-            "--launch",
-            default="",
-            metavar="ARGUMENTS",
-            help='for accelerate launch, such as --launch="--num_processes 2 --multi_gpu"',
-        )
-        add("--script", default="train_dreambooth_bilora.py", help="the training script")
-        add("--jobs", type=whole(1), default=1, help="runs at a time, which share the cores")
-        add("--dry_run", action="store_true", help="check and list the cells only")
-        add(
-            "--over",
-            nargs="+",
-            default=[],
-            metavar="NAME=VALUES",
-            help="axes: name=v1,v2 or name=a..b (whole numbers, b included); seed is the axis of"
-            " pairs",
-        )
-        add("--arms", type=Path, help="YAML file: label to mapping of options")
-        add("--metric", default=HELDOUT, help="key in metrics.jsonl")
-        add("--higher_is_better", action="store_true", help="of the metric, such as accuracy")
+        help = "YAML file of options that all runs share"
+        parser.add_argument("recipe", type=Path, help=help)
+        help = f"default: {cls.name}, in --runs_dir"
+        parser.add_argument("--output_dir", type=Path, help=help)
 
     def work(self) -> int | None:
         """Plan, run, compare and write; 1 when a cell failed."""
@@ -111,7 +117,7 @@ class Sweep(Evaluation):
         return report_failures(outcomes, runs)
 
     def plan(self) -> tuple[Grid, Runner]:
-        """What is to be run, checked and shown."""
+        """Check and print the runs; returns them with what runs them."""
         from . import axes
         from .cells import Runner
         from .grid import Planner, open_script
@@ -184,26 +190,26 @@ class Sweep(Evaluation):
         self.settings["paired"] = pairs
         self.settings["equal_training"] = None if level is None else asdict(level)
         result = self.result(subjects, rows, lines, self.control)
-        self.notes += findings.notes(result)
-        return replace(result, metrics=findings.metrics(result))
+        self.notes += reporting.notes(result)
+        return replace(result, metrics=reporting.metrics(result))
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import figures
-
-        figures.draw(result, folder / "sweep.png")
+        size = {"figsize": (12, max(3.6, 0.34 * len(result.groups) + 1.6))}
+        row = reporting.panels(result)
+        plot.panels(result, folder / "sweep.png", [row], control=result.control, **size)
         return ["sweep.png"]
 
     def introduction(self, result: Result) -> str:
-        return findings.introduction(result)
+        return reporting.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         name = result.settings["metric"]
-        figures = [Column(f"{what} {name}", "", True, False) for what in findings.KEY_FIGURES]
+        figures = [Column(f"{what} {name}", "", True, False) for what in reporting.KEY_FIGURES]
         others = [Column(own, interval=False) for own in (f"final {TRAINING}", SECONDS)]
         return {"": [*figures, *others]}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        return {"seeds": lambda group: findings.finished(result, group)}
+        return {"seeds": lambda group: reporting.finished(result, group)}
 
 
 def show(grid: Grid, runner: Runner) -> None:
@@ -237,9 +243,9 @@ def report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
     """The exit code, after a sentence for what failed."""
     failed = [outcome for outcome in outcomes if outcome.status != FINISHED]
     if failed:
-        told = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
+        reasons = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
         print(
-            f"error: {len(failed)} of {len(outcomes)} cells failed: {told}. Their logs are"
+            f"error: {len(failed)} of {len(outcomes)} cells failed: {reasons}. Their logs are"
             f" {runs_dir}/<cell>.log, and the same command tries them again.",
             file=sys.stderr,
         )

@@ -18,7 +18,7 @@ Values = Mapping[str, Any]
 
 def settings(words: Sequence[str], flag: str) -> dict[str, str]:
     """``name=value`` words as a mapping."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
@@ -26,10 +26,10 @@ def settings(words: Sequence[str], flag: str) -> dict[str, str]:
             raise UserError(f'{flag} has "{word}": write name=value.')
         if name in OWN:
             raise UserError(f'{flag} has "{name}", which the sweep decides: leave it out.')
-        if name in found:
+        if name in values:
             raise UserError(f'{flag} gives "{name}" twice: keep one.')
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def axes(words: Sequence[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What a sweep compares: axes and named arms to cells, each checked before anything runs.
+"""Grid of a sweep: axes and named arms to cells, each checked before anything runs.
 
 An arm is a set of options; a cell is an arm with a seed. Arms whose runs would be the same (an
 option that their method does not read, a value that is the default) are one arm.
@@ -24,7 +24,7 @@ from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
 
 from .axes import SEED, Values, settings
-from .findings import HELDOUT
+from .reporting import HELDOUT
 
 MEASURED = (
     *("validation_dataset", "validation_file", "validation_part", "max_eval_samples"),
@@ -75,31 +75,35 @@ class Grid:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
 
-    def control(self, wanted: str | None) -> Arm:
+    def control(self, word: str | None) -> Arm:
         """The arm that the others are compared with.
 
         Args:
-            wanted: a label, or options that one arm alone has (``method=lora``); None for the
+            word: a label, or options that one arm alone has (``method=lora``); None for the
                 first arm.
         """
-        if wanted is None:
+        if word is None:
             return self.arms[0]
         for arm in self.arms:
-            if wanted in (arm.label, *arm.also):
+            if word in (arm.label, *arm.also):
                 return arm
         labels = [arm.label for arm in self.arms]
         fits: list[Arm] = []
-        if "=" in wanted:
-            pairs = settings(re.split(r"[,\s]+", wanted.strip()), "--control").items()
-            fits = [a for a in self.arms if all(_same(a.values.get(k), v) for k, v in pairs)]
+        if "=" in word:
+            pairs = settings(re.split(r"[,\s]+", word.strip()), "--control").items()
+            fits = [
+                arm
+                for arm in self.arms
+                if all(str(arm.values.get(k)).lower() == v.lower() for k, v in pairs)
+            ]
             fits = [a for a in fits if len(a.values) == len(pairs)] or fits
         if len(fits) == 1:
             return fits[0]
         if fits:
-            found = ", ".join(f'"{arm.label}"' for arm in fits)
-            raise UserError(f'--control "{wanted}" fits {found}: give the label of one.')
+            names = ", ".join(f'"{arm.label}"' for arm in fits)
+            raise UserError(f'--control "{word}" fits {names}: give the label of one.')
         raise UserError(
-            f'--control "{wanted}" is none of the arms{did_you_mean(wanted, labels)}: use one of '
+            f'--control "{word}" is none of the arms{did_you_mean(word, labels)}: use one of '
             + ", ".join(f'"{label}"' for label in labels)
             + "."
         )
@@ -145,7 +149,9 @@ class Planner:
         if both := [n for n in over if n in shared or any(n in a for a in arms.values())]:
             raise UserError(f'"{both[0]}" is an axis of --over and set elsewhere too: keep one.')
         given = over.pop(SEED, None) or ([shared[SEED]] if SEED in shared else None)
-        seeds = None if given is None else tuple(map(_whole, given))
+        if wrong := [seed for seed in given or () if not re.fullmatch(r"\s*-?\d+\s*", seed)]:
+            raise UserError(f'seed is "{wrong[0]}": give whole numbers, as in --over seed=0..4.')
+        seeds = None if given is None else tuple(map(int, given))
         merged = self._merge(over, arms or {"": {}}, seeds[0] if seeds else None)
         if seeds is None:
             seeds = (int(self.read(merged[0].label, merged[0].values, None)[0].seed),)
@@ -160,8 +166,8 @@ class Planner:
         for base, point in itertools.product(named, itertools.product(*over.values())):
             axes = dict(zip(over, point, strict=True))
             values = {**named[base], **axes}
-            spoken = base or ", ".join(f"{name}={value}" for name, value in axes.items())
-            config, _ = self.read(spoken or self.recipe.stem, values, seed)
+            title = base or ", ".join(f"{name}={value}" for name, value in axes.items())
+            config, _ = self.read(title or self.recipe.stem, values, seed)
             unread = unread_options(config)
             parts = [f"{n}={without_paths(str(v))}" for n, v in axes.items() if n not in unread]
             label = ", ".join([base, *parts] if base else parts) or self.recipe.stem
@@ -202,7 +208,7 @@ class Planner:
         return Cell(name, arm.label, seed, flags)
 
     def _identity(self, config: Any) -> dict[str, Any]:
-        """What decides the run's result: options that are not at their default and are read.
+        """Options that decide the run's result: those that are not at their default and are read.
 
         The recipe's options are among them, so a finished run is not taken for that of an edited
         recipe; defaults are not, so that a new option of the script renames no run.
@@ -234,19 +240,6 @@ def to_flags(values: Values) -> tuple[str, ...]:
         f"--{name}={words[value] if isinstance(value, bool) else value}"
         for name, value in values.items()
     )
-
-
-def _same(value: Any, text: str) -> bool:
-    return str(value).lower() == text.lower()
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(
-            f'seed is "{text}": give whole numbers, for example --over seed=0..4.'
-        ) from error
 
 
 def _digest(values: Mapping[str, Any]) -> str:

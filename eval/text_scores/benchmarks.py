@@ -17,7 +17,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bilora_diffusion.choices import TEMPLATES
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.run.record import last_measured
 
@@ -28,7 +27,6 @@ from .bases import training_set
 HARNESS, HUMANEVAL, MTBENCH, HELDOUT = "harness", "humaneval", "mtbench", "heldout"
 HELDOUT_LOSS = "heldout_loss"
 OF_RUN, NONE = "run", "none"
-GIVEN_TEMPLATES = (OF_RUN, NONE, *TEMPLATES)
 EFFECT = "effect of adapter"
 """Largest change of a probe's logits by it."""
 UNPARSED = "without an answer"
@@ -39,7 +37,7 @@ SHOWN = 200
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is asked.
+    """Settings of a benchmark.
 
     Args:
         name: as asked for.
@@ -65,7 +63,7 @@ class Benchmark:
 
     @property
     def recorded(self) -> bool:
-        """Whether training measured it."""
+        """True for what training measured."""
         return self.engine == HELDOUT
 
 
@@ -102,7 +100,7 @@ class Measured:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def further(self) -> dict[str, float]:
-        """What a table shows beside the value; nothing of items where there is none."""
+        """Figures beside the value; none of items where there is none."""
         unparsed = sum(not item.parsed for item in self.items)
         counts = {"items": len(self.items), UNPARSED: unparsed} if self.items else {}
         return counts | self.others
@@ -160,7 +158,7 @@ def choose(
 
 
 def harness_tasks(names: str) -> list[str]:
-    """What the names are to the harness; empty where none is asked by it."""
+    """Tasks of the harness among the names."""
     words = [word.strip() for word in names.split(",") if word.strip()]
     return [
         PAPER[word].task if word in PAPER else word
@@ -208,7 +206,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Column:
+class RecordedColumn:
     """A training set's metric."""
 
     name: str
@@ -217,7 +215,7 @@ class Column:
     values: dict[str, tuple[int, float]]
 
 
-def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Column]:
+def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[RecordedColumn]:
     """A column per training set and metric, losses last.
 
     Args:
@@ -232,7 +230,7 @@ def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Column
     judged = {name for name, metric in values if metric != LOSS}
     several = len({name for name, _ in values}) > 1
     return [
-        _column(name, metric, several, values[name, metric])
+        _recorded_column(name, metric, several, values[name, metric])
         for name, metric in sorted(values, key=lambda key: key[1] == LOSS)
         if (HELDOUT_LOSS if metric == LOSS else HELDOUT) in wanted
         or (HELDOUT in wanted and name not in judged)
@@ -264,12 +262,14 @@ def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
     return values
 
 
-def _column(name: str, metric: str, several: bool, values: dict[str, tuple[int, float]]) -> Column:
+def _recorded_column(
+    name: str, metric: str, several: bool, values: dict[str, tuple[int, float]]
+) -> RecordedColumn:
     plain = metric.removeprefix(PREFIX)
     title = TITLES.get(plain, plain)
     title = f"{name} {title}" if several else title
     loss = metric == LOSS
     shown = Metric(title, "", not loss, 1.0 if loss else 100.0, ".4f" if loss else ".2f")
-    return Column(
+    return RecordedColumn(
         f"heldout:{name}:{plain}", shown, {"metric": metric, "training_set": name}, values
     )

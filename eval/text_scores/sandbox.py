@@ -26,7 +26,7 @@ from bilora_diffusion.errors import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 FOLDER = "/scratch"
-"""Where a program works."""
+"""Working folder of a program."""
 DISK = 64 << 20
 """Bytes of all files of a program."""
 LIMITS = {
@@ -43,7 +43,7 @@ MOST = 1 << 16
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of a program.
+    """Outcome of a program.
 
     Args:
         outcome: "passed", "failed" (it raised), "timed out", "killed" (it ended without having
@@ -61,7 +61,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How programs are run."""
+    """Bubblewrap, and the seconds that a program may take."""
 
     bwrap: str
     seconds: float = 10.0
@@ -90,7 +90,7 @@ class Sandbox:
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
     def breach(self) -> str:
-        """What a program could do, or why none could be run; "" where the sandbox holds."""
+        """Forbidden act of a program, or the reason why none could be run; "" for none."""
         with (
             tempfile.NamedTemporaryFile("w", prefix="outside-") as target,
             socket.create_server(("127.0.0.1", 0)) as server,

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: it limits itself, runs a program, and says what became of it.
+"""Program inside the sandbox: it limits itself, runs another, and reports its outcome.
 
 It is started by its path and knows nothing of this package, which is not there in the sandbox.
 """
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def run(program: str, secret: str) -> dict[str, str]:
-    """What became of a program."""
+    """Run a program; returns its outcome."""
     # BaseException: a program that leaves by sys.exit has not come to its end.
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import warnings
@@ -12,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bilora_diffusion import adapters
@@ -78,31 +79,23 @@ def test_the_init_is_as_named() -> None:
         assert not factor.B.any()
 
 
-def test_only_gives_the_output_of_these_adapters_and_restores_order_flags_and_switches() -> None:
-    model, x = two_adapters(tiny_mlp(), use_dora=True), torch.randn(4, 6)
+def test_only_restores_order_flags_and_switches() -> None:
+    model = two_adapters(tiny_mlp(), use_dora=True)
     adapters.parameters(model, PRIMARY)[0].requires_grad_(False)
 
     def state() -> tuple[Any, ...]:
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         return adapters.active(model), flags
 
-    before, both = state(), model(x)
-    outputs = []
-    for names in ((PRIMARY,), ()):
-        with adapters.only(model, names):
-            assert adapters.active(model) == names
-            outputs.append(model(x))
-    with pytest.raises(RuntimeError, match="boom"), adapters.only(model, (AUXILIARY,)):
-        raise RuntimeError("boom")
-    assert state() == before
-    for one, other in ((both, outputs[0]), (both, outputs[1]), tuple(outputs)):
-        assert not torch.allclose(one, other)
-    for _, layer in adapters.layers(model):
-        layer.enable_adapters(False)
-    before = state()
-    with adapters.only(model, BOTH):
-        assert adapters.active(model) == BOTH
-    assert state() == before
+    for enabled in (True, False):
+        for _, layer in adapters.layers(model):
+            layer.enable_adapters(enabled)
+        before = state()
+        for names in ((PRIMARY,), (), BOTH[::-1]):
+            with contextlib.suppress(KeyError), adapters.only(model, names):
+                assert adapters.active(model) == names
+                raise KeyError
+            assert state() == before
 
 
 @pytest.mark.parametrize("make", [tiny_mlp, tiny_unet, tiny_t5, tiny_clip])
@@ -122,19 +115,6 @@ def test_what_is_trainable_and_the_state_under_pefts_keys(
         theirs = get_peft_model_state_dict(model, adapter_name=name)
         assert state.keys() == theirs.keys()
         assert all(torch.equal(state[key], theirs[key]) for key in state)
-
-
-def test_factors_share_storage_and_make_the_weight_change() -> None:
-    model = nn.ModuleDict({"unet": two_adapters(tiny_unet()), "text": two_adapters(tiny_clip())})
-    for name in BOTH:
-        found, layers = adapters.factors(model, name), adapters.layers(model, name)
-        assert [f.name for f in found] == [path for path, _ in layers]
-        assert {f.name.partition(".")[0] for f in found} == {"unet", "text"}
-        for factor, (_, layer) in zip(found, layers, strict=True):
-            delta = cast(Any, layer).get_delta_weight(name)
-            torch.testing.assert_close(factor.scale * factor.B @ factor.A, delta.flatten(1))
-            assert factor.A.data_ptr() == cast(Tensor, layer.lora_A[name].weight).data_ptr()
-            assert factor.B.data_ptr() == cast(Tensor, layer.lora_B[name].weight).data_ptr()
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -6,14 +6,13 @@ import copy
 import importlib.util
 import sys
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes import functional
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec, is_quantized
@@ -21,8 +20,8 @@ from bilora_diffusion.adapters.fused import fuse, unfused
 from bilora_diffusion.adapters.quantize import KEPT, quantize
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.methods import MethodOptions, Target, create
 from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
+from tests.contract.harness import Run
 from tests.contract.models import tiny_t5, tiny_unet
 
 INPUTS, OUTPUTS = 96, 80  # a row is one block of 64 and a half
@@ -146,42 +145,29 @@ def test_dora_starts_exactly_as_its_base(autocast: bool, monkeypatch: pytest.Mon
         assert torch.equal(model(x), model[0].base_layer(x))
 
 
-def train(checkpointing: bool, evaluated: bool = False) -> list[float]:
+def train(checkpointing: bool = False, evaluated: bool = False) -> list[float]:
     """The losses of three steps of Bi-LoRA on 4-bit weights."""
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(INPUTS, 64), nn.Linear(64, 8)), torch.randn(8, INPUTS)
-    quantize(model, torch.float32)
-    method = create("bilora", MethodOptions(rho=0.1))
-    spec = AdapterSpec(rank=2, target_modules=("0", "1"))
-    optimizer = torch.optim.AdamW(method.setup([Target("model", model, spec, lr=1e-2)]))
-    method.bind(optimizer)
-
-    def forward_backward() -> Tensor:
-        made = (
-            cast(Tensor, checkpoint(model, x, use_reentrant=False)) if checkpointing else model(x)
-        )
-        loss = (made - 1).square().mean()
-        loss.backward()
-        return loss.detach()
-
+    run: Any = Run("bilora", "nf4", "llm")
+    if checkpointing:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
     losses = []
     for _ in range(3):
-        losses.append(float(method.step(forward_backward, optimizer)))
+        losses += run.train(1)
         if evaluated:
-            with torch.no_grad(), method.evaluating():
-                model.eval()(x)
-            model.train()
+            with torch.no_grad(), run.method.evaluating():
+                run.case.output(run.model.eval())
+            run.model.train()
     return losses
 
 
 def test_checkpointing_and_evaluations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = train(checkpointing=False)
+    losses = train()
     assert losses[2] < losses[1] < losses[0]
     assert train(checkpointing=True) == losses
     # as on a CPU with AVX512-BF16, where an evaluation repacks the weights unless it is told not
     # to; repacked, they would pass no gradient on
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    assert train(checkpointing=False, evaluated=True) == losses
+    assert train(evaluated=True) == losses
 
 
 def test_without_bitsandbytes_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,23 +11,17 @@ from bilora_diffusion.config import machine as module
 
 @pytest.fixture(autouse=True)
 def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A CPU with every package, compiler and model, without launcher; called, it is another one."""
+    """A CPU with every package and model, without launcher; called, it is another one."""
 
     def pretend(
         kind: str,
         *,
         bf16: bool = True,
         missing: Collection[str] = (),
-        compilers: Collection[str] = ("gcc", "g++"),
-        headers: bool = True,
     ) -> None:
         monkeypatch.setattr(module, "device_type", lambda: kind)
         monkeypatch.setattr("bilora_diffusion.image.inputs.device_type", lambda: kind)
         monkeypatch.setattr(module, "is_installed", lambda name: name not in missing)
-        monkeypatch.setattr(
-            module.shutil, "which", lambda name: name if name in compilers else None
-        )
-        monkeypatch.setattr(module, "has_headers", lambda: headers)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bf16)
 
     for name in (
@@ -36,8 +30,6 @@ def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         "LOCAL_RANK",
         "RANK",
         "WORLD_SIZE",
-        "CC",
-        "CXX",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -1,4 +1,4 @@
-"""What a command line means: defaults, presets, recipes, the machine, and which value wins."""
+"""Meaning of a command line: defaults, presets, recipes, the machine, and which value wins."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         "--validation_prompt one --validation_prompts two three",
         {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
     ),
-    # what goes by the held-out loss measures it twenty times, unless told
+    # what goes by the held-out loss measures it twenty times, unless given
     (icons, "--fit", {"validation_loss_steps": 25}),
     (mini, "--keep_best --max_train_steps 9", {"validation_loss_steps": 1}),
     (mini, "--keep_best --validation_loss_steps 3", {"validation_loss_steps": 3}),

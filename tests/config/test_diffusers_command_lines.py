@@ -38,36 +38,26 @@ from tests.references.diffusers_flags import (
     refuses,
 )
 
+FOREIGN = refusals.table().foreign["image"]
+RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
+OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
 # Where images and models come from, and what goes on from elsewhere or leaves the machine.
-ALWAYS = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
 ASIDE = {
+    *("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"),
     *("pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
     *("dataset_name", "caption_column"),
     *("resume_from_checkpoint", "push_to_hub", "hub_token"),
 }
-BARE = {name for name, default in DEFAULTS.items() if isinstance(default, bool)}
-# What is drawn for a flag; True is the bare flag.
+# What is drawn for a flag; for others what the record gives, and True for the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(sorted(BARE - ASIDE), (True,)),
-    "dataset_config_name": ("default",),
-    "image_column": ("image", "picture"),
+    **{name: OF_ALL_SCRIPTS[name]["given"] or (True,) for name in DEFAULTS if name not in ASIDE},
     "repeats": (1, 3, 10),
     "class_data_dir": ("class-images",),
-    "class_prompt": ("a photo of a dog",),
-    "validation_prompt": ("a TOK dog on the moon",),
-    "num_validation_images": (1, 8),
-    "validation_epochs": (1, 10),
-    "prior_loss_weight": (0.5, 1.0),
     "num_class_images": (4, 100, 1000),
-    "output_dir": ("runs/dog",),
-    "seed": (0, 42),
     "resolution": (512, 1024),
     "train_batch_size": (1, 2, 3, 4),
-    "sample_batch_size": (1, 8),
     "num_train_epochs": (1, 4, 7),
     "max_train_steps": (5, 40, 300),
-    "checkpointing_steps": (10, 500),
-    "checkpoints_total_limit": (1, 3),
     "gradient_accumulation_steps": (1, 2, 5),
     "learning_rate": (1e-4, 5e-5, 1.0),
     "text_encoder_lr": (5e-6, 1e-5),
@@ -75,28 +65,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
         *("constant", "constant_with_warmup", "linear"),
         *("cosine", "cosine_with_restarts", "polynomial"),
     ),
-    "snr_gamma": (1.0, 5.0),
     "lr_warmup_steps": (0, 2, 100),
     "lr_num_cycles": (1, 3),
     "lr_power": (0.5, 2.0),
-    "dataloader_num_workers": (0, 2),
     "optimizer": ("AdamW", "adamw", "prodigy", "Prodigy"),
-    "adam_beta1": (0.9, 0.8),
-    "adam_beta2": (0.999, 0.99),
-    "prodigy_beta3": (0.5,),
-    "adam_weight_decay": (0.0, 1e-2),
-    "adam_weight_decay_text_encoder": (0.0, 1e-2),
-    "adam_epsilon": (1e-8, 1e-6),
-    "max_grad_norm": (0.5, 1.0),
-    "hub_model_id": ("me/dog",),
-    "logging_dir": ("logs",),
-    "report_to": ("tensorboard", "wandb"),
-    "mixed_precision": ("no", "bf16"),
-    "prior_generation_precision": ("no", "fp32", "bf16"),
-    "local_rank": (-1, 0),
     "rank": (4, 16, 64),
-    "lora_dropout": (0.0, 0.1),
-    "image_interpolation_mode": ("lanczos", "bicubic"),
 }
 IMAGES, CLASS_IMAGES = 5, 200
 
@@ -183,11 +156,7 @@ def same(one: Meaning, other: Meaning) -> None:
     assert one.course == pytest.approx(other.course, abs=1e-9)
 
 
-def test_every_flag_is_drawn_or_set_aside() -> None:
-    assert set(VALUES) | ALWAYS | ASIDE == set(DEFAULTS)
-
-
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(15))
 def test_a_command_line_drawn_at_random(seed: int) -> None:
     flags, processes = drawn(seed)
     theirs = {**DEFAULTS, **flags}
@@ -208,17 +177,11 @@ def test_a_command_line_drawn_at_random(seed: int) -> None:
 
 
 def test_epochs_over_more_class_images_than_instance_images() -> None:
-    flags = {"with_prior_preservation": True, "class_data_dir": "class-images"}
-    flags |= {"class_prompt": "a photo of a dog", "num_class_images": 200, "num_train_epochs": 4}
-    flags |= {"train_batch_size": 1}
+    flags = {"with_prior_preservation": True, "class_data_dir": "class-images", "class_prompt": "x"}
+    flags |= {"num_class_images": 200, "num_train_epochs": 4, "train_batch_size": 1}
     assert ours(flags, 1, images=5, class_images=200).steps == 800
     assert ours(flags, 1, images=5, class_images=300).steps == 800  # no more than were asked for
     assert ours({**flags, "repeats": 60}, 1, images=5, class_images=200).steps == 1200
-
-
-FOREIGN = refusals.table().foreign["image"]
-RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
-OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
 
 
 @pytest.mark.parametrize("name", OF_ALL_SCRIPTS)
@@ -265,16 +228,11 @@ def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
     assert (both.validation_prompts, both.validation_epochs) == (["a cat"], 25)
 
 
-def test_every_flag_of_all_scripts_stands_in_one_table() -> None:
-    tables = [*DEFAULTS, *TABLES["flow"], *FOREIGN]
-    assert sorted(tables) == sorted(OF_ALL_SCRIPTS)
+def test_the_tables_have_every_flag_and_name_every_default_that_differs() -> None:
+    assert sorted([*DEFAULTS, *TABLES["flow"], *FOREIGN]) == sorted(OF_ALL_SCRIPTS)
     assert {
         n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]
     } == set(DEFAULTS)
-
-
-def test_the_table_names_every_default_that_differs_and_no_other_flag() -> None:
     here = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
-    assert set(DEFAULTS) <= set(here)
     for name, flag in (TABLES["sdxl"] | TABLES["flow"]).items():
         assert flag.get("here") or here[name] == flag.get("default")

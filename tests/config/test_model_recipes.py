@@ -16,7 +16,8 @@ from bilora_diffusion.mini import pipeline_dir
 from docs.make import EXAMPLES
 from docs.memory import MODELS
 from docs.recipes import LINE, models, page
-from tests.image.tiny import saved
+from tests.image.tiny import shared
+from tests.scripts.test_dry_run import without_weights
 
 RECIPE_OF = models(EXAMPLES)
 """The recipe's path: the model's name in the tables."""
@@ -30,15 +31,17 @@ def test_each_kind_of_model_has_its_recipe() -> None:
 def test_a_recipe_runs_dry_by_its_name(
     path: Path, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a tiny model of the same kind; no path leads to the recipe from here."""
+    """On a tiny model of the same kind without weights; no path leads to the recipe from here."""
     kind = MODELS[RECIPE_OF[path]]["pipeline"]
-    base = pipeline_dir() if kind == SDXL else saved(kind, tmp_path / "base")
+    base = without_weights(pipeline_dir() if kind == SDXL else shared(kind), tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state()
     argv = ["--config", path.stem, "--dataset", "mini", "--resolution", "64", "--dry_run"]
     argv += ["--pretrained_model_name_or_path", str(base), "--output_dir", "run"]
+    argv += ["--validation_dataset", "mini-heldout", "--validation_prompt", "an icon"]
     assert train_dreambooth_bilora.main(argv) == 0
     out = capsys.readouterr().out
+    assert "weights: " in out
     values = read_options(path, path.name, "--config")
     size = int(values["train_batch_size"]) * int(values["gradient_accumulation_steps"])
     assert f"steps: {int(values['max_train_steps']):,} of {size}," in out

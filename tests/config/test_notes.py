@@ -1,4 +1,4 @@
-"""What is told of a command line before it runs: what has no effect, and defaults that surprise."""
+"""Messages before a run: options without effect, and defaults that surprise."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ HUB = "--dataset a/b --instance_prompt x"
 TASK = "--model_name_or_path smollm2 --task sst2"
 
 
-def told(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
-    """What a command line means, and the sentences that are said about it."""
+def resolved(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
+    """The configuration of a command line, and the messages about it."""
     caplog.clear()
     cfg = (resolve_text if "--model_name_or_path smollm2" in words else resolve)(words.split())
     messages = [record.getMessage() for record in caplog.records]
@@ -60,12 +60,12 @@ def told(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
         (f"{TASK} --lr_scheduler constant", "--lr_warmup_steps 3", "constant_with_warmup"),
     ],
 )
-def test_an_option_without_effect_is_told_and_set_aside(
+def test_an_option_without_effect_is_named_and_ignored(
     words: str, idle: str, fix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line, and the run is that of the command line without it; diffusers accepts them too."""
-    without, before = told(words, caplog)
-    cfg, messages = told(f"{words} {idle}", caplog)
+    without, before = resolved(words, caplog)
+    cfg, messages = resolved(f"{words} {idle}", caplog)
     if TASK not in words:  # there it takes the place of the default share
         assert cfg == without
     assert cfg.warmup_steps(100) == without.warmup_steps(100)
@@ -76,14 +76,14 @@ def test_an_option_without_effect_is_told_and_set_aside(
     assert "hf_x" not in message
 
 
-def test_an_evaluation_without_rows_is_told(
+def test_an_evaluation_without_rows_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
     words = f"--model_name_or_path smollm2 --train_file {tmp_path / 'rows.jsonl'}"
     idle = "--eval_steps 5 --validation_epochs 1 --eval_on_start --eval_train_samples 3"
-    without, _ = told(words, caplog)
-    cfg, messages = told(f"{words} {idle} --max_predictions 2", caplog)
+    without, _ = resolved(words, caplog)
+    cfg, messages = resolved(f"{words} {idle} --max_predictions 2", caplog)
     assert cfg == without
     assert len(messages) == 5
     assert all("--validation_file" in message for message in messages)
@@ -103,14 +103,14 @@ def test_an_evaluation_without_rows_is_told(
         (MINI, []),
     ],
 )
-def test_defaults_that_might_surprise_are_told_once(
+def test_defaults_that_might_surprise_are_named_once(
     words: str,
     parts: list[str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    _, messages = told(words, caplog)
+    _, messages = resolved(words, caplog)
     assert len(messages) == bool(parts)
     assert all(part in messages[0] for part in parts)
     monkeypatch.setenv("RANK", "1")
-    assert told(words, caplog)[1] == []  # the main process alone speaks
+    assert resolved(words, caplog)[1] == []  # the main process alone speaks

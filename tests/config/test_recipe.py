@@ -69,8 +69,8 @@ def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
     [
         # what is no option
         ("dataset: mini\nrnk: 4\n", '"rnk".*did you mean "rank"'),
-        ("dataset: mini\nrank: four\n", "--rank.*'four'.*whole number"),
-        ("dataset: mini\nrank: [1, 2]\n", '"rank".*1, 2.*single value'),
+        ("dataset: mini\nrank: four\n", '--rank.*"four".*whole number'),
+        ("dataset: mini\nrank: [1, 2]\n", '"rank".*1.*single value'),
         ("dataset: mini\nrank: {a: 1}\n", '"rank".*single value'),
         ("dataset: mini\nrank: null\n", '"rank".*single value'),
         ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),

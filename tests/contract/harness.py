@@ -65,7 +65,7 @@ def rotation() -> list[tuple[str, str, str]]:
 
 
 def allowed(name: str, option: str, **own: Any) -> bool:
-    """Whether the table of combinations lets these through."""
+    """Test that the table of combinations lets these through."""
     said = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
     held = "nf4" if option == "nf4" else "none"
     return refusals.refused({"method": name, "quantize": held, **said, **own}) is None
@@ -87,8 +87,8 @@ class Run:
     """A method on a model with its optimizer; the batch of each step is the same.
 
     Args:
-        pieces: micro-batches of a step.
-        spoil: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
+        micro_batches: micro-batches of a step.
+        overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
         compiled: its repeated blocks are, by `compiling.BACKEND`.
     """
 
@@ -101,12 +101,12 @@ class Run:
         options: Mapping[str, Any] | None = None,
         lr: float = 1e-2,
         optimizer: str | Callable[..., torch.optim.Optimizer] = "AdamW",
-        pieces: int = 1,
-        spoil: tuple[int, ...] | None = None,
+        micro_batches: int = 1,
+        overflow: tuple[int, ...] | None = None,
         compiled: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.case, self.pieces, self.spoil = CASES[kind], pieces, spoil
+        self.case, self.micro_batches, self.overflow = CASES[kind], micro_batches, overflow
         self.model = self.case.make().train().to(dtype)
         self.original = copy.deepcopy(self.model)
         if option == "nf4":
@@ -124,12 +124,12 @@ class Run:
         self.forward_model: nn.Module = self.model
         self.accelerator: Accelerator | None = None
         self.rows = slice(0, ROWS)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if spoil else None
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if overflow else None
         self.taken = 0
         self.blocks = Blocks([self.model] if compiled else [])
 
     def initialise(self) -> Run:
-        """What comes before the first step of a fresh run."""
+        """Do the work before the first step of a fresh run."""
         if self.spec.changes_base and not self.method.exports_weights:
             with collecting(self.model) as gradients:
                 self._loss(self.rows).backward()
@@ -138,7 +138,7 @@ class Run:
         return self
 
     def resume(self, saved: dict[str, Any]) -> Run:
-        """What comes instead on a run that is continued."""
+        """Do the work before the first step of a run that goes on."""
         for key, tensor in self.method.tensors().items():
             tensor.copy_(saved["tensors"][key])
         adapters.subtract_initial(self.model)
@@ -194,15 +194,15 @@ class Run:
         return (self.case.output(self.forward_model, rows) - 1).square().mean()
 
     def _forward_backward(self) -> Tensor:
-        first, count = self.rows.start, (self.rows.stop - self.rows.start) // self.pieces
+        first, count = self.rows.start, (self.rows.stop - self.rows.start) // self.micro_batches
         total = torch.zeros(())
-        for piece in range(self.pieces):
-            start = first + piece * count
+        for number in range(self.micro_batches):
+            start = first + number * count
             with self.method.seen(range(start, start + count)):
-                loss = self._loss(slice(start, start + count)) / self.pieces
+                loss = self._loss(slice(start, start + count)) / self.micro_batches
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
-        if self.spoil and self.taken in self.spoil:
+        if self.overflow and self.taken in self.overflow:
             for parameter in self.method.clip_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
@@ -238,4 +238,4 @@ def compared(name: str, option: str, kind: str) -> Run:
 
 
 SHARED = [*rotation(), ("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]
-"""What two processes are compared with one in."""
+"""Cases in which two processes are compared with one."""

@@ -1,4 +1,4 @@
-"""What every registered method promises, with every option of its adapters, on each model."""
+"""Promises of every registered method, with every option of its adapters, on each model."""
 
 from __future__ import annotations
 
@@ -183,8 +183,10 @@ def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
     whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
     losses, final = whole.train(), whole.tensors()
-    for pieces in (2, 4):
-        cut = Run(name, option, kind, lr=0.1, optimizer="SGD", pieces=pieces).initialise()
+    for micro_batches in (2, 4):
+        cut = Run(
+            name, option, kind, lr=0.1, optimizer="SGD", micro_batches=micro_batches
+        ).initialise()
         torch.testing.assert_close(cut.train(), losses, rtol=1e-5, atol=1e-6)
         equal_but_for_rounding(cut.method, cut.tensors(), final)
 
@@ -203,7 +205,7 @@ def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
 
 @cases([c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})])
 def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, kind: str) -> None:
-    run = Run(name, option, kind, spoil=(1,)).initialise()
+    run = Run(name, option, kind, overflow=(1,)).initialise()
     run.train(1)
     before, state = run.tensors(), run.method.state_dict()
     run.train(1)

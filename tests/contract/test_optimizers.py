@@ -1,4 +1,4 @@
-"""What every optimizer that can be named promises, under methods that use it differently."""
+"""Promises of every optimizer that can be named, under methods that use it differently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "wide", case)
 
 
-def made(name: str, method: str, spoil: tuple[int, ...] | None = None, **options: Any) -> Run:
+def made(name: str, method: str, overflow: tuple[int, ...] | None = None, **options: Any) -> Run:
     """The method on a wide model with the optimizer that a command line names."""
     cfg = resolve(["--dataset", "mini", "--optimizer", name, "--method", method])
     return Run(
@@ -48,13 +48,13 @@ def made(name: str, method: str, spoil: tuple[int, ...] | None = None, **options
         options={"rho": RHO.get(name, 0.05), **options},
         lr=RATES.get(name, 1e-2),
         optimizer=lambda groups: build_optimizer(cfg, groups),
-        spoil=spoil,
+        overflow=overflow,
     )
 
 
 @pytest.mark.parametrize("method", ["lora", "bilora", "lora-sam"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_descends_and_resumes_to_the_bit(name: str, method: str) -> None:
+def test_it_descends_and_resumes_bit_exact(name: str, method: str) -> None:
     whole = made(name, method)
     losses = whole.train(12)
     assert losses[-1] < losses[0]
@@ -72,7 +72,7 @@ def test_it_descends_and_resumes_to_the_bit(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_that_the_scaler_leaves_out_changes_nothing(name: str) -> None:
-    run = made(name, "bilora", spoil=(2,))
+    run = made(name, "bilora", overflow=(2,))
     run.train(2)
     method = run.method
     assert isinstance(method, BiLoRA)

@@ -59,7 +59,7 @@ def scripts(page: Path) -> Iterator[str]:
 
 
 def commands(page: Path, folder: Path) -> list[list[str]]:
-    """What a reader's shell would start."""
+    """Commands that a reader's shell would start."""
     record = folder / "started"
     started = shlex.quote(str(record))
     functions = "".join(

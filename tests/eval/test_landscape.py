@@ -164,6 +164,7 @@ CASES: list[tuple[list[str], str]] = [
     (["base"], "no training images"),
     (["{runs}/text"], "not a run of SDXL DreamBooth"),
     (["{runs}/lora-0", "--space", "lora,ful"], '"lora,ful"'),
+    (["{runs}/lora-0", "--points", "4"], "--points is 4: give an odd number"),
     (["{runs}/lora-0", "--split", "heldout"], "--validation_dataset"),
     (["{runs}/lora-0", "{runs}/other-images"], "other images"),
     (["{runs}/lora-0", "{runs}/small"], "resolution 32 and not 64"),

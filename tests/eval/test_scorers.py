@@ -1,8 +1,10 @@
-"""Scorers and captioners against the libraries alone: small random models of the real classes."""
+"""Scorers and captioners on small random models: against the libraries alone, and refused."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,17 @@ import open_clip
 import pytest
 import torch
 from PIL.Image import Image
+from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.clip_scores import captioners, models
-from eval.clip_scores.models import ModelEntry, digest
+from eval.clip_scores import captioners, load_models, models
+from eval.clip_scores.models import ModelEntry
 from eval.clip_scores.names import BLIP
+from eval.digests import of_files
 from tests.eval import clip_models
-from tests.eval.clip_models import (
-    DIMENSION,
-    pictures,
-    put_on_hub,
-    save_open_clip,
-    sentences,
-)
+from tests.eval.clip_models import DIMENSION, pictures, put_on_hub, save_open_clip, sentences
 
 WEIGHTS = "open_clip_model.safetensors"
 KINDS = {"open_clip": "open_clip", "hf": "transformers", "blip": "blip"}
@@ -36,9 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of each kind, by scheme."""
     root = tmp_path_factory.mktemp("models")
     return {
-        "open_clip": save_open_clip(root / "open_clip-one"),
-        "hf": clip_models.save_hf_clip(root / "hf-one", clip_models.make_hf_clip()),
-        "blip": clip_models.save_blip(root / "blip-one"),
+        "open_clip": save_open_clip(root / "ours"),
+        "hf": clip_models.save_hf_clip(root / "theirs", clip_models.make_hf_clip()),
+        "blip": clip_models.save_blip(root / "blip"),
     }
 
 
@@ -47,7 +46,7 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders.get(scheme, captioners).load(f"{scheme}:{folder}").entry
-        named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, digest(weights))
+        named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, of_files(weights))
         assert replace(entry, note="") == named
         assert ("search" in entry.note) == (scheme == "blip")
     commit, default = "0123456789abcdef0123456789abcdef01234567", BLIP
@@ -132,3 +131,91 @@ def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -
     assert entry.revision != other.entry.revision
     assert entry.name == f"{mini.NAME} retrieval"
     assert "nearest of 20, not generated" in entry.note
+
+
+WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "blip:blip")
+
+
+class Boom:
+    """Running this is what reading a pickle can do."""
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (Path("exploded"), "x"))
+
+
+@pytest.fixture
+def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same in the working folder, to be damaged, and a pickle."""
+    for folder in folders.values():
+        shutil.copytree(folder, tmp_path / folder.name)
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Boom()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def spoil(file: str, how: str) -> None:
+    """Damage a file; ``how`` may be a new text."""
+    path = Path(file)
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    elif how in ("gone", "pickle"):
+        path.unlink()
+        if how == "pickle":
+            Path("pickle.pt").rename(path.parent / "pytorch_model.bin")
+    elif how == "incomplete":
+        tensors = load_file(path)
+        del tensors[min(tensors)]
+        save_file(tensors, path, {"format": "pt"})
+    else:
+        path.write_text(how)
+
+
+def refused(given: str, *words: str) -> None:
+    """A model, or MODEL@REVISION, is refused in one sentence in which each of the words stands."""
+    name, _, revision = given.partition("@")
+    captions = name.startswith("bl")
+    names = ("open_clip:ours", name) if captions else (name, None)
+    revisions = (None, revision or None) if captions else (revision or None, None)
+    with pytest.raises(UserError) as caught:
+        load_models(*names, revisions=revisions)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("embeded", ['"embeded"', 'did you mean "embedded"', "hf:ID"]),
+        ("open_clip:ViT-B-32/opnai", ['"opnai"', 'did you mean "openai"', "laion400m_e31"]),
+        ("hf:tests/absent", ['"hf:tests/absent"', "connection"]),
+        ("blip:theirs", ["type clip", "not blip"]),
+        *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),
+    ],
+)
+def test_a_model_that_can_not_be_had_is_refused(
+    name: str, words: list[str], models_here: Path
+) -> None:
+    refused(name, *words)
+
+
+OURS, THEIRS = "ours/open_clip_model.safetensors", "theirs/model.safetensors"
+SCHEMES = {"ours": "open_clip", "theirs": "hf", "blip": "blip"}
+DAMAGES = ("cut", "pickle", "incomplete")
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        *((file, how) for file in (OURS, THEIRS) for how in DAMAGES),
+        *((f"{folder}/tokenizer.json", "gone") for folder in SCHEMES),
+    ],
+)
+def test_a_damaged_model_is_refused(file: str, how: str, models_here: Path) -> None:
+    spoil(file, how)
+    folder = file.partition("/")[0]
+    refused(f"{SCHEMES[folder]}:{folder}", folder)
+    if (file, how) == (THEIRS, "pickle"):
+        put_on_hub("tests/pickled", models_here / "theirs", "a" * 40)
+        refused("hf:tests/pickled", '"hf:tests/pickled"')

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -24,6 +25,7 @@ from bilora_diffusion.export import FILE_NAME, kohya_file_name, save_diffusers, 
 from bilora_diffusion.image import layers as choice
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
 from tests.export.comfy_names import SDXL_ENDINGS, SDXL_KEYS
 from tests.export.export_models import (
     ATTENTION,
@@ -57,7 +59,7 @@ def loaded_by_diffusers(folder: Path, component: str) -> nn.Module:
     return model
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rank=st.integers(1, 12),
     alpha=st.floats(0.1, 64, allow_nan=False).map(lambda value: round(value, 3)),
@@ -110,20 +112,57 @@ def test_every_choice_of_layers_is_read_exactly(tmp_path, component, targets, do
         assert torch.equal(value, trained[key] * (scale if "lora_B" in key else 1))
 
 
-@pytest.mark.parametrize("layers", ["attention", "all"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_comfyui_finds_every_key_of_kohyas_file(layers: str, dora: bool, tmp_path: Path) -> None:
-    pipeline = load_pipeline("mini", dtype=torch.float32)
-    places = choice.chosen([layers], of(pipeline), pipeline.unet)
-    spec = AdapterSpec(target_modules=places, use_dora=dora)
-    models = {"unet": add_adapters(pipeline.unet, spec)}
-    for name in ("text_encoder", "text_encoder_2"):
-        models[name] = add_adapters(getattr(pipeline, name), AdapterSpec(use_dora=dora))
+MODELS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def draw(pipeline: Any) -> np.ndarray:
+    (image,) = generate(pipeline, ["a fox"], [0], size=64, steps=2, guidance_scale=3.0)
+    return np.asarray(image, dtype=int)
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "alpha", "dora"),
+    [
+        (MODELS, "attention", 8, False),
+        (MODELS, "attention", 6, False),
+        (MODELS, "all", 8, True),
+        (("unet",), "all", 8, False),
+    ],
+)
+def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
+    names: tuple[str, ...], layers: str, alpha: int, dora: bool, tmp_path: Path
+) -> None:
+    trained, loaded = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
+    places = choice.chosen([layers], of(trained), trained.unet)
+    models = {}
+    for name in names:
+        targets = places if name == "unet" else "all-linear"
+        spec = AdapterSpec(rank=4, alpha=alpha, use_dora=dora, target_modules=targets)
+        model = models[name] = add_adapters(getattr(trained, name), spec)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.mul_(0.05 if parameter.dim() > 1 else 1)
+        if dora:  # whose magnitudes are those of the weights
+            for _, layer in adapters.layers(model, PRIMARY):
+                weight = adapters.base_weight(layer).detach()
+                magnitude = cast(Any, layer).lora_magnitude_vector[PRIMARY].weight
+                magnitude.data = weight.flatten(1).norm(dim=1).view(magnitude.shape)
     export_all(tmp_path / "dog", models)
+    before, both = draw(loaded), draw(trained)
+    with adapters.only(nn.ModuleDict(models), [PRIMARY]):
+        expected = draw(trained)
+    assert np.abs(before - expected).max() > 12
+    assert np.abs(both - expected).max() > 2  # here the auxiliary acts too
+    loaded.load_lora_weights(tmp_path / "dog")  # of the two files, diffusers takes its own
+    assert np.abs(draw(loaded) - expected).max() <= 1
+    if not dora:  # diffusers drops dora_scale from kohya files
+        loaded.unload_lora_weights()
+        loaded.load_lora_weights(tmp_path / "dog", weight_name="dog.safetensors")
+        assert np.abs(draw(loaded) - expected).max() <= 1
     keys = list(load_file(tmp_path / "dog" / "dog.safetensors"))
     layer = re.compile("|".join(SDXL_KEYS))
-    names = {key: next((e for e in SDXL_ENDINGS if key.endswith(e)), None) for key in keys}
-    assert not [k for k, end in names.items() if not end or not layer.fullmatch(k[: -len(end)])]
+    ends = {key: next((e for e in SDXL_ENDINGS if key.endswith(e)), "") for key in keys}
+    assert all(end and layer.fullmatch(key.removesuffix(end)) for key, end in ends.items())
     assert any(key.endswith(".dora_scale") for key in keys) == dora
 
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import PRIMARY, AdapterSpec
-from bilora_diffusion.adapters.quantize import quantize
+from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import Method, MethodOptions, Target, create
+from bilora_diffusion.methods import Method, MethodOptions
 from bilora_diffusion.methods.auxiliaries import deal
+from tests.contract.harness import Run as Small
+from tests.contract.models import ROWS
 from tests.methods.runs import STEPS, Run, batch, naive
 from tests.references import methods as reference
 
@@ -75,72 +76,19 @@ def test_50_steps_follow_per_sample_loops(
         torch.testing.assert_close(flat, whole, rtol=1e-10, atol=1e-10)
 
 
-class Small(nn.Module):
-    """Convolutions and linear layers, of which two have one shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1)
-        self.point = nn.Conv2d(6, 6, 1)
-        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.last = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.point(torch.tanh(self.conv(x)))).flatten(2).mT
-        return self.last(torch.tanh(self.two(torch.tanh(self.one(hidden)))).mean(1))
-
-
-def small(dtype: torch.dtype, option: str, **options: Any) -> tuple[Any, Method, Any]:
-    torch.manual_seed(0)
-    model = Small().to(dtype)
-    if option == "nf4":
-        quantize(model, torch.float32, skip=())
-    names = ("conv", "point", "one", "two", "last")
-    spec = AdapterSpec(
-        rank=2,
-        alpha=3,
-        target_modules=names,
-        use_dora=option == "dora",
-        init="pissa" if option == "pissa" else "default",
-        dropout=0.3 if option == "dropout" else 0.0,
-    )
-    method = create("bilora", MethodOptions(auxiliaries=4, rho=0.5, **options))
-    torch.manual_seed(1)
-    optimizer = torch.optim.AdamW(method.setup([Target("model", model, spec, 1e-2)]))
-    method.bind(optimizer)
-    return model, method, optimizer
-
-
-@pytest.mark.parametrize("option", ["plain", "dora", "pissa", "nf4"])
+@pytest.mark.parametrize("option", ["default", "dora", "pissa", "nf4"])
 def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option: str) -> None:
-    dtype = torch.float32 if option == "nf4" else torch.float64
-
-    def run(cuts: Sequence[int]) -> tuple[list[float], dict[str, Tensor]]:
-        model, method, optimizer = small(dtype, option)
-        losses = []
-        for k in range(6):
-            x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(k)).to(dtype)
-
-            def forward_backward(x: Tensor = x, k: int = k) -> Tensor:
-                total = torch.zeros((), dtype=dtype)
-                for start, stop in zip((0, *cuts), (*cuts, 4), strict=True):
-                    rows = [(k + i) % 6 for i in range(start, stop)]
-                    with method.seen(rows):
-                        loss = (model(x[start:stop]) - 1).square().mean(1).sum() / 4
-                        loss.backward()
-                    total += loss.detach()
-                return total
-
-            losses.append(float(method.step(forward_backward, optimizer)))
-        return losses, {key: value.clone() for key, value in method.tensors().items()}
-
-    losses, tensors = run(())
-    single, others = run((1, 2, 3))
-    rtol, atol = (1e-4, 1e-5) if option == "nf4" else (1e-9, 1e-10)
-    torch.testing.assert_close(losses, single, rtol=rtol, atol=atol)
-    assert len(set(losses)) == 6
-    for key, value in tensors.items():
-        torch.testing.assert_close(value, others[key], rtol=rtol, atol=atol)
+    """On convolutions and linear layers of one shape and of several."""
+    losses, tensors = [], []
+    for pieces in (1, ROWS):
+        options = {"auxiliaries": 3, "rho": 0.5}
+        given: Any = {"options": options, "optimizer": "SGD", "lr": 0.1, "pieces": pieces}
+        run = Small("bilora", option, "unet", **given).initialise()
+        losses.append(run.train(2))
+        tensors.append(run.tensors())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tensors[0], tensors[1], rtol=1e-4, atol=2e-5)
+    assert len(set(losses[0])) == len(losses[0])
 
 
 def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball() -> None:

@@ -37,6 +37,11 @@ def flags(folder: Path, **values: Any) -> list[str]:
         "output_dir": folder,
         **values,
     }
+    return words(settings)
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line: True is a bare flag, None leaves an option out."""
     argv: list[str] = []
     for name, value in settings.items():
         if value is not None:
@@ -111,10 +116,15 @@ def two_icons(folder: Path) -> dict[str, Any]:
     return {**places, "pretrained_model_name_or_path": "mini", "instance_prompt": "a TOK icon"}
 
 
+WEIGHTS = (
+    *("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"),
+    *("model/model.safetensors", "adapter_model.safetensors"),
+)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The exported weights of a run: of the adapter, or of the whole UNet."""
-    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(whole if whole.exists() else folder / "pytorch_lora_weights.safetensors")
+    """The exported weights of a run: of the adapter, or of the whole model."""
+    return load_file(next(folder / name for name in WEIGHTS if (folder / name).exists()))
 
 
 def column(folder: Path, key: str) -> list[Any]:

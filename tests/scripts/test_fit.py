@@ -14,8 +14,8 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.train.trainer import Trainer
-from tests.scripts.runs import column
-from tests.text.text_builders import exported, heldout, material, rows_for, train_text, write_rows
+from tests.scripts.runs import column, weights
+from tests.text.text_builders import heldout, material, rows_for, train_text, write_rows
 
 SPACE = "method: [lora, bilora]\n"
 FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "constant"}
@@ -68,7 +68,7 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
     own = {**given, **choice["options"], "max_train_steps": choice["steps"]}
     no_fit = dict.fromkeys(("fit", "fit_space", "fit_budget", "fit_folds"))
     plain = train_text(tmp_path / "plain", **{**own, **no_fit})
-    left, right = exported(whole), exported(plain)
+    left, right = weights(whole), weights(plain)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
 
@@ -84,7 +84,7 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
     assert len(taken) == spent + choice["steps"]
     again = record(parts)
     assert {**again, "settings": 0} == {**found, "settings": 0}
-    assert all(torch.equal(left[key], value) for key, value in exported(parts).items())
+    assert all(torch.equal(left[key], value) for key, value in weights(parts).items())
     for run in found["runs"]:
         for name in ("loss", "digest", "heldout_loss"):
             folders = (folder / "fit" / run["name"] for folder in (whole, parts))

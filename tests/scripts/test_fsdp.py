@@ -12,16 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import TEXT_SCRIPT, TORCHRUN, column, process
-from tests.text.text_builders import (
-    SAVERS,
-    exported,
-    rows_for,
-    text_difference,
-    text_flags,
-    train_text,
-    write_rows,
-)
+from tests.scripts.runs import TEXT_SCRIPT, TORCHRUN, column, difference, process, weights
+from tests.text.text_builders import SAVERS, rows_for, text_flags, train_text, write_rows
 
 ENGINE = {
     "ACCELERATE_USE_CPU": "true",
@@ -116,8 +108,8 @@ def test_two_processes_leave_what_one_leaves(setting: Setting, name: str) -> Non
                 assert a[key] == pytest.approx(b[key], abs=close), key
             else:
                 assert a[key] == b[key], key
-    assert text_difference(one, two) < close
-    assert not any("auxiliary" in key for key in exported(two))
+    assert difference(one, two) < close
+    assert not any("auxiliary" in key for key in weights(two))
     files = [path.relative_to(one) for path in one.rglob("*")]
     assert sorted(files) == sorted(path.relative_to(two) for path in two.rglob("*"))
     for file in files:
@@ -132,11 +124,11 @@ def test_two_processes_leave_what_one_leaves(setting: Setting, name: str) -> Non
 
 def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting: Setting) -> None:
     whole, resumed = (setting.run(name, "two") for name in ("causal-bilora", "resumed"))
-    assert text_difference(whole, resumed) == 0
+    assert difference(whole, resumed) == 0
     assert column(whole, "loss")[-2:] == column(resumed, "loss")[-2:]
     step = {"resume_from_checkpoint": whole / "checkpoints" / "step-2"}
     flags = options(setting.folder, "causal-bilora", 1) | step
-    assert text_difference(train_text(setting.run("resumed", "one"), **flags), whole) < 1e-5
+    assert difference(train_text(setting.run("resumed", "one"), **flags), whole) < 1e-5
 
 
 def test_cpus_are_refused_before_anything_is_written(setting: Setting) -> None:

@@ -24,7 +24,7 @@ from tests.scripts.runs import (
     train_once,
     two_icons,
 )
-from tests.text.text_builders import material, text_difference, text_flags, train_text_once
+from tests.text.text_builders import material, text_flags, train_text_once
 
 STEPS, KILLS = 18, 2
 
@@ -117,7 +117,7 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path: Path) -> None:
     whole, folder = train_text_once("causal", **shared), tmp_path / "it's interrupted"
     command = [sys.executable, str(TEXT_SCRIPT), *text_flags(folder, **shared)]
     interrupt_and_go_on(command, folder, signal.SIGTERM)
-    assert text_difference(whole, folder) == 0
+    assert difference(whole, folder) == 0
     for key in ("step", "loss", "digest"):
         assert column(whole, key) == column(folder, key)
 

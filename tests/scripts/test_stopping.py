@@ -30,7 +30,6 @@ from tests.text.text_builders import (
     heldout_of,
     material,
     rows_for,
-    text_difference,
     train_text,
     write_rows,
 )
@@ -104,7 +103,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(
     for step in (f"step-{stop - 2}", f"step-{stop}"):  # after the best; where all is over
         again = parts / "checkpoints" / step
         train_text(parts, **given, **STOPPING, resume_from_checkpoint=again)
-        assert text_difference(run, parts) == 0
+        assert difference(run, parts) == 0
         assert column(run, "digest") == column(parts, "digest")
         assert {**results(parts), "export": 0} == {**found, "export": 0}
 

@@ -16,18 +16,16 @@ from bilora_diffusion.export import main as export_step
 from bilora_diffusion.methods import names
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model
-from tests.scripts.runs import column, copied
+from tests.scripts.runs import column, copied, difference, weights
 from tests.text.text_builders import (
     KINDS,
     NUMBERS,
     WORDS,
-    exported,
     heldout,
     heldout_of,
     material,
     save_bert,
     save_t5,
-    text_difference,
     train_text,
     write_rows,
 )
@@ -90,7 +88,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     folder = train_text(tmp_path / "run", **given)
     parts = copied(folder, tmp_path / "parts")
     train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
-    assert text_difference(folder, parts) == 0
+    assert difference(folder, parts) == 0
     for key in ("loss", "digest", "grad_norm", "heldout_loss"):
         assert column(folder, key) == column(parts, key)
     record = runlog.read_run(folder)
@@ -111,7 +109,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
         assert export_step([str(folder), "--step", "2"]) == 0
         assert export_step([str(folder), "--step", "1", "--to", "kohya"]) == 2
         made = folder / "exports" / "step-2"
-        assert text_difference(made, folder) == 0
+        assert difference(made, folder) == 0
         configs = [json.loads((f / "adapter_config.json").read_text()) for f in (made, folder)]
         for config in configs:
             config["target_modules"] = sorted(config["target_modules"])
@@ -122,9 +120,9 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
             drawn = load_text_model(
                 str(given["model_name_or_path"]), labels=("negative", "positive")
             )
-            trained = exported(folder)["base_model.model.classifier.weight"]
+            trained = weights(folder)["base_model.model.classifier.weight"]
             assert (drawn.model.classifier.weight - trained).abs().max() > 1e-3
-        assert report["parameters"] == sum(value.numel() for value in exported(folder).values())
+        assert report["parameters"] == sum(value.numel() for value in weights(folder).values())
 
 
 def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
@@ -136,7 +134,7 @@ def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
         assert (config["r"], config["lora_alpha"]) == (4, 8)
     new = {"classification": ["classifier"], "headless": ["bert.pooler.dense", "classifier"]}
     assert bool(config["modules_to_save"]) == (kind in new)
-    keys = exported(folder).keys()
+    keys = weights(folder).keys()
     whole = {key.rpartition(".")[0] for key in keys if "lora_" not in key}
     assert sorted(whole) == [f"base_model.model.{name}" for name in new.get(kind, [])]
     assert not [key for key in keys if "auxiliary" in key or "initial" in key]
@@ -149,14 +147,11 @@ def test_weights_in_four_bits(given_by_kind: dict[str, Given], tmp_path: Path, k
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
     given = {**given_by_kind[kind], "quantize": "nf4"}
     folder = train_text(tmp_path / "run", **given)
-    parts = copied(folder, tmp_path / "parts")
-    train_text(parts, **given, resume_from_checkpoint=parts / "checkpoints" / "step-1")
-    assert text_difference(folder, parts) == 0
     plain = train_text(tmp_path / "plain", **{**given, "quantize": "none"})
     losses = [column(run, "loss") for run in (folder, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
-    assert exported(folder).keys() == exported(plain).keys()
+    assert weights(folder).keys() == weights(plain).keys()
 
 
 def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
@@ -173,7 +168,7 @@ def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
     assert column(pieces, "digest") == column(whole, "digest") == column(sam, "digest")
 
 
-@pytest.mark.parametrize("kind", ["causal", "classification"])
+@pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
 def test_evaluation_does_not_disturb_training(
     given_by_kind: dict[str, Given], tmp_path: Path, kind: str, capfd: Any
 ) -> None:
@@ -182,7 +177,7 @@ def test_evaluation_does_not_disturb_training(
     asked = {"validation_loss_steps": 2, "validation_epochs": 1, "eval_on_start": True}
     asked |= {"generation_max_new_tokens": 4, "max_predictions": 3}
     looked = train_text(tmp_path / "looked", **{**given, **asked})
-    assert text_difference(quiet, looked) == 0
+    assert difference(quiet, looked) == 0
     rows = runlog.read_metrics(looked)
     assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 2, 4]
     answers = sorted(path.parent.name for path in looked.rglob("predictions.jsonl"))
@@ -203,15 +198,17 @@ def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(
     given_by_kind: dict[str, Given], tmp_path: Path
 ) -> None:
     given = {**given_by_kind["causal"], "max_train_steps": None, "num_train_epochs": 2}
+    given["train_batch_size"] = 8
     folder = train_text(tmp_path / "run", **given, warmup_ratio=0.25)
-    assert [row["step"] for row in runlog.read_metrics(folder) if "lr" in row] == list(range(1, 13))
+    assert [row["step"] for row in runlog.read_metrics(folder) if "lr" in row] == list(range(1, 7))
     rates = column(folder, "lr")
-    assert rates[:4] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2])
-    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[:3] == pytest.approx([0, 5e-3, 1e-2])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
     packed = train_text(tmp_path / "packed", **given, packing=True, max_length=128)
-    assert 0 < len(column(packed, "loss")) < 12
+    assert 0 < len(column(packed, "loss")) < 6
 
 
+@pytest.mark.slow
 def test_dynamics_are_recorded(given_by_kind: dict[str, Given], tmp_path: Path) -> None:
     given = {**given_by_kind["causal"], "log_dynamics": True, "dynamics_steps": 1}
     folder = train_text(tmp_path / "run", **given)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -33,7 +32,7 @@ from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.running import DTYPES
-from tests.scripts.runs import once
+from tests.scripts.runs import once, words
 from tests.text.text_tokenizers import (
     bert_tokenizer,
     chat_tokenizer,
@@ -177,11 +176,7 @@ def text_flags(folder: Path, **values: Any) -> list[str]:
         "output_dir": folder,
         **values,
     }
-    argv: list[str] = []
-    for name, value in settings.items():
-        if value is not None:
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return argv
+    return words(settings)
 
 
 def train_text(folder: Path, **values: Any) -> Path:
@@ -198,19 +193,6 @@ def train_text_once(kind: str, name: str = "run", /, **values: Any) -> Path:
     """A run with these flags on the kind's `material`, shared: read or copy it."""
     given = {**material(kind), **values}
     return once(name, lambda folder: train_text(folder, **given), kind, sorted(values.items()))
-
-
-def exported(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that a run left: of its adapter, or of the whole model."""
-    whole = folder / "model" / "model.safetensors"
-    return load_file(whole if whole.exists() else folder / ADAPTER)
-
-
-def text_difference(a: Path, b: Path) -> float:
-    """The largest difference between two runs' weights."""
-    left, right = exported(a), exported(b)
-    assert left.keys() == right.keys()
-    return max((left[key] - right[key]).abs().max().item() for key in left)
 
 
 def heldout_of(base: Path, folder: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""What was measured already, kept beside the result, so that the same command goes on from there.
+"""Cache of measurements beside the result, so that the same command goes on from there.
 
-kept = Kept(folder, {"digest": subject.digest, "images": fingerprint})
-value = kept.piece(["sharpness", 0.05], measure)       # measured once
+cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
+value = cache.item(["sharpness", 0.05], measure)       # measured once
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bilora_diffusion.durable import strict_json, write_text
 FOLDER = "kept"
 
 
-class Kept:
+class Cache:
     """Values by key, each on the disk before the next one is made.
 
     One file of JSON lines in ``FOLDER`` for all that depends on the same: two commands that measure
@@ -45,7 +45,7 @@ class Kept:
         return _digest(key) in self._values
 
     def get(self, key: Any) -> Any:
-        """What :meth:`put` was given; None if nothing."""
+        """Value that :meth:`put` was given; None if nothing."""
         return self._values.get(_digest(key))
 
     def put(self, key: Any, value: Any) -> Any:
@@ -62,8 +62,8 @@ class Kept:
         self._values[_digest(key)] = plain["value"]
         return plain["value"]
 
-    def piece(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is kept under a key, or what ``make`` returns now."""
+    def item(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Value that is cached under a key, or that ``make`` returns now."""
         return self.get(key) if key in self else self.put(key, make())
 
     def _read(self, line: bytes) -> bool:

@@ -1,6 +1,4 @@
-"""What is shown of recorded runs: Figures 2, A2 and A4 of the paper, one of the auxiliary's own
-curve, and the tables of the key figures.
-"""
+"""Figures 2, A2 and A4 of the paper, one of the auxiliary's curve, and tables of key figures."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ QUANTITIES = {"product": "B A", "factors": "A and B", "A": "A", "B": "B"}
 
 
 def metrics() -> dict[str, Metric]:
-    """How the key figures are shown."""
+    """Titles and forms of the key figures."""
     titles = {
         f"settled {who}/{what}": f"{title} settled"
         for who in ("primary", "auxiliary")

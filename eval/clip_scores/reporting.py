@@ -1,4 +1,4 @@
-"""What is shown of a comparison: the paper's Table 4 and Figure A1, and how it was made."""
+"""Report of a comparison: the paper's Table 4 and Figure A1, and sentences around them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names(result: Result) -> dict[str, str]:
 
 
 def introduction(result: Result) -> str:
-    """How the images were made, and what a reader has to know before the scores."""
+    """Sampling of the images, and sentences to be read before the scores."""
     settings, count = result.settings, len(names(result))
     sampling, scorer, seeds = settings["sampling"], settings["scorer"], settings["seeds"]
     notes = [model["note"] for model in (scorer, settings["captioner"]) if model and model["note"]]
@@ -53,13 +53,13 @@ def introduction(result: Result) -> str:
 
 
 def legend(result: Result) -> str:
-    """What the scores are."""
+    """Explanation of the scores."""
     measured = {line.metric for line in result.summaries}
-    told = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
+    sentences = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
     return (
         "Cosines x 100, each prompt's the mean over seeds, with 95 % intervals of the mean by"
         f" bootstrap over prompts (BCa, 9999 resamples). Difference: to {escaped(result.control)},"
-        " paired by prompt, and in how many prompts it is better. " + " ".join(told)
+        " paired by prompt, and in how many prompts it is better. " + " ".join(sentences)
     )
 
 
@@ -95,17 +95,17 @@ def _cells(
 
 
 def made(result: Result) -> list[str]:
-    """Which models scored, and how many prompts they did not read to their end."""
+    """Models that scored, and the number of prompts that they did not read to their end."""
     prompts = result.settings["prompts"]
-    told = [
+    sentences = [
         f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts are longer"
         " than the scorer's text encoder takes and were cut."
     ]
     for role in ("scorer", "captioner"):
         if model := result.settings[role]:
             exact = ", ".join(filter(None, (model["kind"], model["model"], model["revision"])))
-            told.append(f"{role.capitalize()}: {model['name']} ({exact}).")
-    return told
+            sentences.append(f"{role.capitalize()}: {model['name']} ({exact}).")
+    return sentences
 
 
 def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image], rows: int) -> bool:

@@ -1,4 +1,4 @@
-"""How a sweep is shown: the scale of its numbers, the table of arms, what has to be known."""
+"""Scale of a sweep's numbers, facts of its table, and sentences around it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from .. import report
+from ..plot import Curve, Forest, Panel
 from ..table import Entry, Metric, Result
 
 HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
@@ -14,7 +15,7 @@ KEY_FIGURES = ("final", "best", "equal_training")
 
 
 def metrics(result: Result) -> dict[str, Metric]:
-    """How the metric is written: losses below 1 times 1000, with two places, others with four."""
+    """Forms of the metric: losses below 1 times 1000, with two places, others with four."""
     name, higher = result.settings["metric"], result.settings["higher_is_better"]
     lines = [result.summary(group, f"final {name}") for group in result.groups]
     means = [abs(line.mean) for line in lines if line is not None and line.mean is not None]
@@ -41,8 +42,23 @@ def suffix(result: Result) -> str:
 
 
 def is_finished(entry: Entry) -> bool:
-    """Whether a cell is."""
+    """Test that a run is finished."""
     return entry.about["status"] == FINISHED
+
+
+def panels(result: Result) -> list[Panel | Forest]:
+    """Last differences to the control, and the metric over training; a variant has one color."""
+    name, paired = result.settings["metric"], result.settings["paired"]
+    unpaired = [group for group, same in paired.items() if same is False]
+    unfinished = [g for g in result.groups if not any(map(is_finished, result.members(g)))]
+    missing = dict.fromkeys(unpaired, "not paired") | dict.fromkeys(unfinished, "missing")
+    side = "right" if result.settings["higher_is_better"] else "left"
+    title = f"final, minus {result.control}: mean and 95 % interval"
+    xlabel = f"difference of {name}{suffix(result)}; {side} is better"
+    missing[result.control] = "control"
+    curves = [Curve(group, name) for group in result.groups]
+    over_training = "over training: mean and standard error over seeds"
+    return [Forest(title, xlabel, f"final {name}", missing), Panel(over_training, name, curves)]
 
 
 def notes(result: Result) -> Iterator[str]:
@@ -75,13 +91,13 @@ def notes(result: Result) -> Iterator[str]:
 
 
 def finished(result: Result, group: str) -> str:
-    """How many cells of an arm are, of how many."""
+    """Finished runs of a variant, of how many."""
     cells = result.members(group)
     return f"{sum(map(is_finished, cells))}/{len(cells)}"
 
 
 def introduction(result: Result) -> str:
-    """What is compared, and how."""
+    """Sentence above the table."""
     settings, count = result.settings, len(result.settings["seeds"])
     return (
         f"`{settings['metric']}`{suffix(result)} of {settings['recipe']},"

@@ -1,0 +1,170 @@
+"""Results and caches come back as they were written; where commands put them; bad ones refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_diffusion.errors import UserError
+from eval import command, table
+from eval.cache import FOLDER, Cache
+from eval.provenance import Provenance
+from eval.table import Entry, Metric, Result, Row, Summary
+
+WHOLE = Result(
+    kind="landscape",
+    subjects=[Entry("a", "LoRA", seed=0, method="lora", about={"cost": 1})],
+    metrics={"loss": Metric("held-out loss", scale=1000, form=".2f")},
+    control="LoRA",
+    settings={"levels": [1, 2], "equal": None},
+    notes=["A note."],
+    figures=["a.png"],
+    provenance=Provenance("python -m eval.landscape a", {"torch": "2"}, None, None, {}, []),
+    rows=[
+        Row("a", "LoRA", 0, "i2t", 'a "cat", in\nthe rain', None, 0.1 + 0.2, "images/1.png"),
+        Row("a", "LoRA", None, "loss", "", 25, None, "a\rb\r\nc\u2028\x00"),
+    ],
+    summaries=[
+        Summary("LoRA", "loss", step=25, count=2, mean=1 / 3, error=0.0),
+        Summary("LoRA", "loss", "x", mean=1.0, low=-0.5, high=1.5, control="base", lower=2),
+    ],
+)
+
+
+def test_a_result_comes_back(tmp_path: Path) -> None:
+    for result in (Result("sweep", subjects=[], rows=[], summaries=[]), WHOLE):
+        table.write(result, tmp_path, "# Report")
+        assert table.read(tmp_path) == result
+    names = ["report.md", "result.json", "rows.csv", "summary.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert table.read(tmp_path, rows=False).rows == []
+    assert json.loads((tmp_path / "result.json").read_text())["schema_version"] == 1
+
+
+HEAD = "subject,group,seed,metric,item,step,value,note\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("rows.csv", f"{HEAD}a,b,0,c,,,high,\n", "is damaged"),
+        ("rows.csv", "subject,group\na,b\n", "is damaged"),
+        ("summary.csv", "\x00", "is damaged"),
+        (table.FILE, None, r"holds no result\.json"),
+        (table.FILE, '{"schema_version": 9, "kind": "sweep"}', r"version 9, .* eval\.sweep"),
+        *((table.FILE, text, "is damaged") for text in ("{}", "{")),
+    ],
+)
+def test_what_is_no_result_of_this_version_is_refused(
+    tmp_path: Path, file: str, text: str | None, words: str
+) -> None:
+    table.write(WHOLE, tmp_path, "")
+    (tmp_path / file).unlink()
+    if text is not None:
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        table.read(tmp_path)
+
+
+def test_a_curve_has_the_steps_that_all_of_a_group_have() -> None:
+    points = ((5, 2, 1.0), (0, 2, None), (9, 1, 2.0))
+    lines = [Summary("LoRA", "loss", step=s, count=c, mean=m) for s, c, m in points]
+    curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
+    assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
+
+
+def test_one_result_does_not_replace_another(tmp_path: Path) -> None:
+    table.write(WHOLE, tmp_path, "")
+    command.require_free(tmp_path, "landscape")
+    command.require_free(tmp_path / "new", "sweep")
+    with pytest.raises(UserError, match=r"holds a result of eval\.landscape: give another"):
+        command.require_free(tmp_path, "sweep")
+
+
+ABOUT = {"digest": "abc", "levels": (1, 2)}
+
+
+def test_a_value_is_measured_once(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, object]:
+        made.append(1)
+        return {"loss": math.inf, "values": (1, 2)}
+
+    for _ in range(2):
+        cache = Cache(tmp_path, ABOUT)
+        assert cache.item(["line", 0], make) == {"loss": None, "values": [1, 2]}
+    assert len(made) == 1
+    assert ["line", 1] not in cache
+    assert cache.get(["line", 1]) is None
+    cache.put("none", None)
+    assert Cache(tmp_path, ABOUT).item("none", pytest.fail) is None
+    other = Cache(tmp_path, ABOUT | {"digest": "def"})  # what it depends on tells values apart
+    assert "none" not in other
+    other.put("none", 2.0)  # two commands at once do not meet
+    cache.put("rise", 3.0)
+    assert Cache(tmp_path, ABOUT).get("none") is None
+
+
+@pytest.mark.parametrize("torn", [b'{"key": "b", "value": 2}', b"\xff\n"])
+def test_what_a_kill_tore_off_is_measured_again(tmp_path: Path, torn: bytes) -> None:
+    Cache(tmp_path, ABOUT).put("a", 1)
+    (file,) = (tmp_path / FOLDER).iterdir()
+    file.write_bytes(file.read_bytes() + torn)
+    cache = Cache(tmp_path, ABOUT)
+    assert cache.get("a") == 1
+    assert cache.item("b", lambda: 3) == 3
+    assert Cache(tmp_path, ABOUT).get("b") == 3
+
+
+COMMANDS = {
+    "clip_scores": "scores",
+    **{name: name for name in ("dynamics", "generalization", "landscape", "text_scores")},
+}
+"""Command -> its folder of results."""
+
+
+@pytest.fixture
+def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``parsers(name)``, in a folder with two runs in ``demo`` and another elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo/lora", "demo/bilora", "other/lora"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("run.json", "pytorch_lora_weights.safetensors"):
+            (tmp_path / name / file).touch()
+    return lambda name: import_module(f"eval.{name}").main.__self__.parser()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_results_lie_beside_the_runs(name: str, parsers: Any) -> None:
+    words, parser = ["demo/lora", "demo/bilora/"], parsers(name)
+    assert parser.read(words).output_dir == Path("demo") / COMMANDS[name]
+    assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
+    summary = (import_module(f"eval.{name}").__doc__ or "").partition("\n")[0]
+    assert parser.description == summary
+
+
+def test_results_and_logs_among_runs_are_left_out(
+    parsers: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("scores", "sweep"):
+        Path("demo", name).mkdir()
+        Path("demo", name, table.FILE).touch()
+    Path("demo", "lora.log").touch()
+    words = [str(path) for path in sorted(Path("demo").iterdir())]
+    read = parsers("dynamics").read([*words, "demo/missing"])
+    assert read.runs == ["demo/bilora", "demo/lora", "demo/missing"]
+    assert "demo/lora.log, demo/scores, demo/sweep" in capsys.readouterr().err
+
+
+def test_a_switch_takes_no_value_and_a_run_may_follow_it(parsers: Any) -> None:
+    args = parsers("landscape").read(["--eigenvalue", "demo/lora", "--ascent-steps", "3"])
+    assert (args.eigenvalue, args.runs, args.ascent_steps) == (True, ["demo/lora"], 3)
+    with pytest.raises(UserError, match="--eigenvalue: ignored"):
+        parsers("landscape").read(["demo/lora", "--eigenvalue=yes"])
