@@ -106,7 +106,10 @@ def read(path: Path) -> Snapshot:
             )
         factors = {
             adapter: [
-                Factors(name, *(tensors[_key(adapter, name, side)] for side in "AB"), float(scale))
+                Factors(
+                    *(name, tensors[_key(adapter, name, "A")], tensors[_key(adapter, name, "B")]),
+                    scale=float(scale),
+                )
                 for name, scale in zip(about["layers"], scales, strict=True)
             ]
             for adapter, scales in about["scales"].items()
