@@ -94,6 +94,7 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path: Path) -> None:
     assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_does_not_go_on_beyond_its_length(tmp_path: Path) -> None:
     """Flat-LoRA's noise depends on how long the run is, so a longer one is another run."""
     train(tmp_path / "run", method="flat-lora", checkpointing_steps=2)

@@ -211,7 +211,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     tmp_path: Path, caplog: Any, capsys: Any
 ) -> None:
     icons = two_icons(tmp_path / "icons")
-    shared = {**icons, "max_train_steps": 3}
+    shared = {**icons, "max_train_steps": 3, "train_batch_size": 1}
     quiet = train(tmp_path / "quiet", **{**shared, "validation_dataset": "none"})
     caplog.clear()
     caplog.set_level("INFO", logger="bilora_diffusion")
