@@ -15,7 +15,7 @@ from bilora_diffusion.files import finite
 from eval.table import REPORT
 
 from . import parts
-from .catalog import Catalog, FigureItem
+from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 
 TITLES = {
@@ -41,13 +41,13 @@ def build(catalog: Catalog, changed: Any) -> None:
     def load(now: str | None) -> Update:
         results = listed(catalog)
         if not results:
-            return {notice: parts.shown(_empty(catalog))}
+            return {notice: parts.notice(_empty(catalog))}
         choices = [
-            (f"{TITLES.get(item.kind, item.kind)}: {item.name}", _key(item)) for item in results
+            (f"{TITLES.get(item.kind, item.kind)}: {item.name}", item.path) for item in results
         ]
         keys = [key for _, key in choices]
         return {
-            notice: parts.shown(""),
+            notice: parts.notice(""),
             body: gr.update(visible=True),
             chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
@@ -56,7 +56,7 @@ def build(catalog: Catalog, changed: Any) -> None:
 
     @gr.render([chosen], triggers=[chosen.change, changed], show_progress="hidden")
     def show(key: str | None) -> None:
-        item = next((item for item in catalog.now.figures if _key(item) == key), None)
+        item = next((item for item in catalog.now.figures if item.path == key), None)
         if item is not None:
             _show(catalog, item)
 
@@ -70,12 +70,12 @@ def _empty(catalog: Catalog) -> str:
         "text_scores": any(run.is_text for run in runs),
         "dynamics": bool(parts.measurable(catalog, "dynamics")),
     }
-    names = [name for name, wanted in needed.items() if wanted]
+    names = [name for name, is_needed in needed.items() if is_needed]
     return parts.empty(catalog, "No results yet", *names)
 
 
-def _show(catalog: Catalog, item: FigureItem) -> None:
-    images, lost = pictures(catalog, item)
+def _show(catalog: Catalog, item: ResultItem) -> None:
+    images, unread = pictures(catalog, item)
     with gr.Row(elem_id="results-figures"):
         for image, name in images:
             gr.Image(
@@ -87,10 +87,10 @@ def _show(catalog: Catalog, item: FigureItem) -> None:
                 buttons=["download", "fullscreen"],
                 min_width=320,
             )
-    gr.Markdown("\n\n".join([*lost, text(catalog, item)]), elem_id="results-report")
+    gr.Markdown("\n\n".join([*unread, text(catalog, item)]), elem_id="results-report")
 
 
-def listed(catalog: Catalog) -> list[FigureItem]:
+def listed(catalog: Catalog) -> list[ResultItem]:
     """The results, by kind and path."""
     order = {kind: place for place, kind in enumerate(TITLES)}
     return sorted(
@@ -98,21 +98,21 @@ def listed(catalog: Catalog) -> list[FigureItem]:
     )
 
 
-def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
     """The figures of a result with their captions, and a sentence for each that can't be read."""
-    found, lost = [], []
+    figures, unread = [], []
     for path in item.figures:
         name, picture = PurePosixPath(path).stem, None
         with contextlib.suppress(UserError):  # a link out of the root
             picture = parts.read(catalog.resolve(path), "RGBA")
         if picture is None:
-            lost.append(f"The figure {name}.png can't be read: make the result again.")
+            unread.append(f"The figure {name}.png can't be read: make the result again.")
         else:
-            found.append((picture, name.replace("_", " ").replace("-", " ")))
-    return found, lost
+            figures.append((picture, name.replace("_", " ").replace("-", " ")))
+    return figures, unread
 
 
-def text(catalog: Catalog, item: FigureItem) -> str:
+def text(catalog: Catalog, item: ResultItem) -> str:
     """The report of a result, its pictures left out, since they stand above it."""
     try:
         path = finite(catalog.resolve(f"{item.path}/{REPORT}"))
@@ -121,7 +121,3 @@ def text(catalog: Catalog, item: FigureItem) -> str:
     except (UserError, OSError):
         return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
     return _PICTURE.sub("", report)
-
-
-def _key(item: FigureItem) -> str:
-    return f"{item.kind} {item.path}"

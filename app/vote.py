@@ -1,13 +1,12 @@
-"""The tab "Vote": which of two images is better, without knowing which adapter made which.
+"""The tab "Vote": a choice of the better one of two images, blind to the adapters that made them.
 
 Nothing that the browser gets tells the sides apart: the images come without names and without the
-parameters in their PNG files, and the adapters of a ballot stay on the server. The result is shown
+parameters in their files, and the adapters of a ballot stay on the server. The result is shown
 on request only and put away at the next vote, since it would tell which side has just won.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import random
 import re
@@ -23,7 +22,7 @@ from bilora_diffusion.errors import UserError
 
 from . import parts
 from .catalog import Catalog
-from .parts import QUIET, Update, shown
+from .parts import QUIET, Update
 from .votes import ANY, Booth, Polls, Tally
 
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
@@ -91,10 +90,10 @@ class Tab:
         items = self.polls.items()
         if not items:
             text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
-            return {self.notice: shown(text)}
+            return {self.notice: parts.notice(text)}
         paths = [item.path for item in items]
         return {
-            self.notice: shown(""),
+            self.notice: parts.notice(""),
             self.setup: gr.update(visible=booth is None),
             self.below: gr.update(visible=True),
             self.scores: gr.update(
@@ -118,7 +117,9 @@ class Tab:
         return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice)))
 
     def _report(self, path: str | None, pair: str) -> Update:
-        return self._or_notice(lambda: {self.result: shown(table(*self.polls.result(path, pair)))})
+        return self._or_notice(
+            lambda: {self.result: parts.notice(table(*self.polls.result(path, pair)))}
+        )
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
@@ -126,16 +127,16 @@ class Tab:
 
     def _or_notice(self, act: Callable[[], Update]) -> Update:
         try:
-            return {self.notice: shown(""), **act()}
+            return {self.notice: parts.notice(""), **act()}
         except (UserError, OSError) as error:
             text = escape(parts.plain(error, self.catalog))
-            return {self.notice: shown(f'<section class="broken"><b>{text}</b></section>')}
+            return {self.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
 
     def _stage(self, voting: bool) -> Update:
         return {
             self.setup: gr.update(visible=not voting),
             **{part: gr.update(visible=voting) for part in (self.stage, self.stop)},
-            self.result: shown(""),
+            self.result: parts.notice(""),
         }
 
     def _voting(self, booth: Booth) -> Update:
@@ -158,8 +159,7 @@ def ballot(booth: Booth) -> str:
     if booth.ballot is None:
         return ""
     sides = "".join(
-        f'<img id="vote-image-{side}" alt="{side} image"'
-        f' src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f'<img id="vote-image-{side}" alt="{side} image" src="{image}">'
         for side, image in zip(("left", "right"), booth.images, strict=True)
     )
     return (
@@ -169,7 +169,7 @@ def ballot(booth: Booth) -> str:
 
 
 def standing(booth: Booth) -> str:
-    """How far a voter has come, as HTML."""
+    """Progress of a voter, as HTML."""
     if booth.ballot is None:
         return f"<p><b>All {booth.total} pairs voted on, thank you.</b></p>"
     done = f"{booth.done} of {booth.total} pairs voted on."

@@ -10,21 +10,15 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 
 from app import catalog as catalogs
-from app import parts, validation
+from app import parts, results, training, validation, vote
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered
-from app.scored import ScoredImage, ScoredPrompt
 from eval import table
-from tests.app.folders import WEIGHTS, make_images, make_run, scores_of, write
-
-
-def make_one_score(folder: Path) -> Path:
-    """A score folder with one image."""
-    images = {("lora", "a prompt", 0): ScoredImage("images/0.png", {"i2t": 0.25})}
-    return write(scores_of(["lora"], [ScoredPrompt("a prompt")], images), folder)
+from tests.app.folders import WEIGHTS, make_images, make_run, make_scores
 
 
 def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
@@ -50,7 +44,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     (tmp_path / "env" / "pyvenv.cfg").touch()
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
-    make_one_score(tmp_path / "scores")
+    make_scores(tmp_path / "scores")
     make_figures(tmp_path / "flat", "landscape")
     now = Catalog(tmp_path).now
     assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
@@ -102,7 +96,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
     assert after(lambda: make_images(run, 50)) == {"runs"}
     assert catalog.now.runs[0].steps == (50,)
-    assert after(lambda: make_one_score(tmp_path / "scores")) == {"scores", "figures"}
+    assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
     assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
     assert catalog.now.runs[0].status == "failed"
@@ -111,6 +105,21 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
     assert after(lambda: shutil.rmtree(run)) == {"runs"}
     assert paths(catalog) == ["other"]
+
+
+def test_the_tabs_of_an_empty_root_name_the_commands_that_fill_it(tmp_path: Path) -> None:
+    catalog, changed = Catalog(tmp_path), gr.State().change
+    with gr.Blocks():
+        training_tab, vote_tab = training.Tab(catalog, changed), vote.Tab(catalog, changed)
+    for shown, command in (
+        (
+            training_tab._load(None)[training_tab.notice],
+            "accelerate launch train_dreambooth_bilora",
+        ),
+        (vote_tab._load(None, None)[vote_tab.notice], f"eval.clip_scores {tmp_path}/lora"),
+        ({"value": results._empty(catalog)}, f"eval.landscape {tmp_path}/lora {tmp_path}/bilora"),
+    ):
+        assert command in shown["value"]
 
 
 def test_commands_have_the_paths_that_a_shell_needs(

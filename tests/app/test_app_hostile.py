@@ -34,7 +34,7 @@ class Tabs:
             self.training = training.Tab(self.catalog, changed)
 
     def shown(self) -> dict[str, str]:
-        """What each shows when it is opened and everything in it is chosen once."""
+        """The contents of each when it is opened and everything in it is chosen once."""
         now, runs = self.catalog.now, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
         images = [validation.table(self.catalog, runs, step) for step in steps]
@@ -69,13 +69,13 @@ def to_json(update: Any) -> Any:
 
 
 def sent(values: Iterable[Any]) -> str:
-    """What the browser gets of an event's values, as Gradio writes it."""
+    """An event's values for the browser, as Gradio writes them."""
     return orjson.dumps(list(values), default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 @pytest.fixture(scope="module")
 def tabs(tmp_path_factory: pytest.TempPathFactory) -> Tabs:
-    """Of a root with good folders alone."""
+    """Tabs of a root with good folders alone."""
     root = tmp_path_factory.mktemp("good")
     make_good(root)
     return Tabs(root)
@@ -89,13 +89,17 @@ def root(tabs: Tabs, tmp_path: Path) -> Path:
     return tmp_path
 
 
-SLOW = tuple(f"{file} {what}" for file in FILES for what in DAMAGES)
-"""One of each damage is enough for the fast tests."""
+SLOW = {
+    f"{file} {what}"
+    for at, file in enumerate(FILES)
+    for number, what in enumerate(DAMAGES)
+    if at % len(DAMAGES) != number
+}
+"""One damage of each file is enough for the fast tests."""
 
 
 @pytest.mark.parametrize(
-    "what",
-    [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW[1::2])) for what in HOSTILE],
+    "what", [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW)) for what in HOSTILE]
 )
 def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
     tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -111,7 +115,7 @@ def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
     assert "good/landscape 1" in shown["Results"]
     assert shown["images"].count("data:image/webp") >= 2
     assert shown["Compare"].count("data:image/webp") >= 2
-    assert shown["Vote"].count("data:image/png") >= 2
+    assert shown["Vote"].count("data:image/webp") >= 2
     for part in ("cards", "curves"):
         assert all(f"{name}, seed 0" in shown[part] for name in ("LoRA", "Bi-LoRA"))
     for tab in ("page", "images", "cards"):  # the others' texts are no HTML
