@@ -19,8 +19,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.mini import pipeline_dir
-from tests.image.tiny import qwen_image, shared
-from tests.image.tiny.parts import autoencoder
+from tests.image.tiny import made_part, shared
 from tests.scripts.runs import train
 
 Damage = Callable[[Path], None]
@@ -118,7 +117,7 @@ CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
     ("cut", written("text_encoder_2/model.safetensors", "1234"), ("text_encoder_2", "again")),
     ("no noise", configured(SCHEDULER, beta_start=0.0, beta_end=0.0), ("noise levels",)),
     ("flow", configured("model_index.json", scheduler=["diffusers", FLOW]), (FLOW,)),
-    ("index", written("model_index.json", "[1]"), ("no JSON object",)),
+    ("index", written("model_index.json", "[1]"), ("JSON object",)),
     ("time ids", configured("unet/config.json", addition_time_embed_dim=16), ("288", "192")),
     ("no tokenizer", written("tokenizer_2/tokenizer.json", None), ("tokenizer_2", "no words")),
 ]
@@ -140,7 +139,8 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
 
 def channels_of_another(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
-    autoencoder(8).save_pretrained(folder / "vae")
+    vae = made_part("StableDiffusion3Pipeline", "vae", latent_channels=8)
+    vae.save_pretrained(folder / "vae")
 
 
 FLOW_CASES: list[tuple[str, Damage, tuple[str, ...]]] = [
@@ -162,7 +162,7 @@ def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path: Pat
     AutoencoderKL(latent_channels=4).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match=r'"mini" can.t be trained so .*channels'):
         train(tmp_path / "run", pretrained_vae_model_name_or_path=tmp_path / "four")
-    qwen_image.video_autoencoder().save_pretrained(tmp_path / "video")
+    made_part("QwenImagePipeline", "vae").save_pretrained(tmp_path / "video")
     for folder in (tmp_path / "video", pipeline_dir()):
         with pytest.raises(UserError, match=f'the autoencoder "{folder}"'):
             load_pipeline("mini", dtype=torch.float32, vae=str(folder))
