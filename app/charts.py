@@ -133,10 +133,14 @@ def curves(
 
 def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
     """Each run minus plain LoRA of the same seed, step by step: paired runs see the same noise."""
-    controls = {run.run.seed: run for run in reversed(runs) if run.run.method == CONTROL}
+
+    def pair(run: Shown) -> tuple[int | None, bool]:
+        return run.run.seed, run.run.is_text
+
+    controls = {pair(run): run for run in reversed(runs) if run.run.method == CONTROL}
     lines = []
     for run in runs:
-        control = controls.get(run.run.seed)
+        control = controls.get(pair(run))
         if control is None or control is run:
             continue
         other = dict(series(control.rows, key))
