@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tests.app.hostile import HOSTILE, make_good
 from tests.browser.conftest import Viewer, go, pick
 
 pytestmark = pytest.mark.slow
+HERE = "127.0.0.1"
 
 
 def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(
@@ -53,11 +56,14 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(
 
     answers: list[Response] = []
     page.on("response", lambda answer: answers.append(answer))
-    page.goto("about:blank")  # a page of no site
-    ask = "([url, how]) => fetch(url, how).then(a => a.text(), e => `refused: ${e}`)"
-    assert "refused" in page.evaluate(ask, [f"{hostile.url}/config", {}])
-    sent = {"method": "POST", "mode": "no-cors", "body": '{"data": [], "fn_index": 0}'}
-    assert page.evaluate(ask, [f"{hostile.url}/gradio_api/queue/join", sent]) == ""
+    with http.server.ThreadingHTTPServer((HERE, 0), http.server.SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        page.goto(f"http://{HERE}:{other.server_port}/docs/")
+        ask = "([url, how]) => fetch(url, how).then(a => a.text(), e => `refused: ${e}`)"
+        assert "refused" in page.evaluate(ask, [f"{hostile.url}/config", {}])
+        sent = {"method": "POST", "mode": "no-cors", "body": '{"data": [], "fn_index": 0}'}
+        assert page.evaluate(ask, [f"{hostile.url}/gradio_api/queue/join", sent]) == ""
+        other.shutdown()
     assert {a.status for a in answers if a.url.startswith(hostile.url)} == {403}
     page.set_content(f'<iframe src="{hostile.url}/"></iframe>')
     page.wait_for_timeout(2000)
