@@ -69,7 +69,7 @@ def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
         ("dataset: mini\nrank: {a: 1}\n", '"rank".*single value'),
         ("dataset: mini\nrank: null\n", '"rank".*single value'),
         ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),
-        ("dataset: mini\nconfig: other.yaml\n", 'unknown key "config"'),
+        ("dataset: mini\nconfig: other.yaml\n", 'unknown option "config"'),
         # what is no file of options
         ("dataset: mini\n  rank: 4\n", "line 2"),
         ("- mini\n", "holds no options"),
