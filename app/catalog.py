@@ -1,4 +1,4 @@
-"""What lies under the viewer's root: run folders, score folders and figures. No widgets here.
+"""Run folders, results and figures under the viewer's root. No widgets here.
 
     catalog = Catalog(Path("demo"))
     catalog.now.runs, catalog.now.scores, catalog.now.figures, catalog.now.broken
@@ -32,10 +32,10 @@ from .scored import Scored, scored
 
 SCORES = "clip_scores"
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
-"""What a run exports: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
+"""Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
 DEPTH = 6
-"""How deep below the root folders are looked at."""
+"""Levels of folders below the root that are looked at."""
 SKIPPED = frozenset(
     {"checkpoints", "images", "validation", "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
@@ -44,30 +44,23 @@ SKIPPED = frozenset(
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
 DIGITS = 15
-"""Of a step; JavaScript's numbers end there."""
+"""Most digits of a step; JavaScript's numbers end there."""
 RENAME = "its name is not UTF-8: give it another"
 FRESH_SECONDS = 2.0
-"""So long a look at the root serves all visitors."""
+"""Time for which a look at the root serves all visitors."""
 Item = TypeVar("Item")
 Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class ScoresItem:
-    """A folder with scored images, whose files are relative to ``path``."""
+class ResultItem:
+    """A result folder.
 
-    path: str
-    name: str
-    result: Scored
-
-    def file(self, name: str) -> str:
-        """A file of this folder, relative to the root, for :meth:`Catalog.resolve`."""
-        return _join(self.path, name)
-
-
-@dataclass(frozen=True)
-class FigureItem:
-    """A result with figures, PNG files relative to the root; ``kind`` is the command's name."""
+    Args:
+        kind: name of the command.
+        result: a :class:`Scored` of scored images, else ``result.json``.
+        figures: PNG files relative to the root.
+    """
 
     path: str
     name: str
@@ -75,10 +68,14 @@ class FigureItem:
     result: Any
     figures: list[str]
 
+    def file(self, name: str) -> str:
+        """A file of this folder, relative to the root, for :meth:`Catalog.resolve`."""
+        return _join(self.path, name)
+
 
 @dataclass(frozen=True)
 class Broken:
-    """A folder that can't be shown, and why, in one sentence."""
+    """A folder that can't be shown, and the reason in one sentence."""
 
     path: str
     reason: str
@@ -86,11 +83,11 @@ class Broken:
 
 @dataclass
 class Scan:
-    """What one look at the root finds, each by path."""
+    """The folders that one look at the root finds, by path; ``scores`` are among ``figures``."""
 
     runs: list[RunItem] = field(default_factory=list)
-    scores: list[ScoresItem] = field(default_factory=list)
-    figures: list[FigureItem] = field(default_factory=list)
+    scores: list[ResultItem] = field(default_factory=list)
+    figures: list[ResultItem] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
 
 
@@ -120,15 +117,15 @@ class Catalog:
         return self.root.name or "/"
 
     def place(self, path: str = ".") -> str:
-        """What a command started in this process' folder calls a path below the root.
+        """The name of a path below the root for a command started in this process' folder.
 
         Where others may see it, a root that lies elsewhere is called by its name alone.
         """
         root, here = self.root, Path.cwd()
-        shown = root.relative_to(here) if root.is_relative_to(here) else root
-        if self._public and shown.is_absolute():
-            shown = Path(self.name)
-        return str(PurePosixPath(shown.as_posix()) / path)
+        place = root.relative_to(here) if root.is_relative_to(here) else root
+        if self._public and place.is_absolute():
+            place = Path(self.name)
+        return str(PurePosixPath(place.as_posix()) / path)
 
     def sign(self, kind: str) -> str:
         """Changes whenever there is something else among the "runs", "scores" or "figures".
@@ -152,15 +149,15 @@ class Catalog:
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{relative!r} is not a path below the root: give a relative one")
         try:
-            found = (self.root / parts).resolve()
+            place = (self.root / parts).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links
             raise UserError(f"{relative!r} can't be followed: give another path") from error
-        if not found.is_relative_to(self.root):
+        if not place.is_relative_to(self.root):
             raise UserError(f"{relative!r} leads out of the root: copy it into the root instead")
-        return found
+        return place
 
-    def kept(self, file: Path, read: Callable[[], Item]) -> Item:
-        """What ``read`` makes of a file, read again only where it has changed.
+    def cached(self, file: Path, read: Callable[[], Item]) -> Item:
+        """A file by ``read``, called again only where the file has changed.
 
         Raises:
             OSError: there is none.
@@ -215,32 +212,29 @@ class Catalog:
                 yield folder, names
 
     def _look(self, folder: str, names: set[str], scan: Scan) -> None:
-        shown = self.name if folder == "." else folder
+        name = self.name if folder == "." else folder
         if RUN in names:
             record = self._one(folder, RUN, read_run, scan)
             if record is not None:
-                weights = next((_join(folder, name) for name in EXPORTED if name in names), None)
+                weights = next((_join(folder, file) for file in EXPORTED if file in names), None)
                 steps = read_steps(self.root / folder)
-                scan.runs.append(RunItem(folder, shown, record, weights, steps))
-        if FILE in names:
-            result = self._one(folder, FILE, read_result, scan)
-            if isinstance(result, Scored):
-                scan.scores.append(ScoresItem(folder, shown, result))
-            if result is not None:
-                about = vars(result.result) if isinstance(result, Scored) else result
-                listed = about["figures"]
-                if missing := [name for name in listed if name not in names]:
-                    reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
-                    scan.broken.append(Broken(folder, reason))
-                pictures = [_join(folder, name) for name in listed if name in names]
-                scan.figures.append(FigureItem(folder, shown, about["kind"], result, pictures))
+                scan.runs.append(RunItem(folder, name, record, weights, steps))
+        result = self._one(folder, FILE, read_result, scan) if FILE in names else None
+        if result is not None:
+            about = vars(result.result) if isinstance(result, Scored) else result
+            if missing := [file for file in about["figures"] if file not in names]:
+                reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
+                scan.broken.append(Broken(folder, reason))
+            pictures = [_join(folder, file) for file in about["figures"] if file in names]
+            scan.figures.append(ResultItem(folder, name, about["kind"], result, pictures))
+            scan.scores += scan.figures[-1:] if isinstance(result, Scored) else []
 
     def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
-        """What ``read`` makes of a folder's file, or None and a line among the broken ones."""
+        """A folder's file by ``read``, or None and a line among the broken ones."""
         try:
             # The reader gets the folder's own name, so that messages have it too.
             place = self.resolve(_join(folder, file))
-            return self.kept(place, lambda: read(self.root / folder))
+            return self.cached(place, lambda: read(self.root / folder))
         except UserError as error:
             reason = " ".join(str(error).split())
         except OSError as error:
@@ -265,14 +259,11 @@ def read_steps(folder: Path) -> tuple[int, ...]:
 
 
 def read_result(folder: Path) -> Scored | dict[str, Any]:
-    """A result: its images, or of another command what ``result.json`` says."""
+    """A result: its scored images, or of another command ``result.json``."""
     record = table.head(folder)
     pictures = record.get("figures")
-    if not isinstance(pictures, list) or not all(_is_name(name) for name in pictures):
+    if not isinstance(pictures, list) or not all(
+        isinstance(name, str) and name == Path(name).name for name in pictures
+    ):
         raise UserError(f"{folder / FILE} is damaged: run python -m eval.{record['kind']} again")
     return scored(table.read(folder)) if record["kind"] == SCORES else record
-
-
-def _is_name(name: object) -> bool:
-    """Whether a figure's name is that of a file beside the result."""
-    return isinstance(name, str) and name == Path(name).name

@@ -1,4 +1,4 @@
-"""Which training curves there are for the chosen runs, as tables for Gradio's plots. No widgets.
+"""Training curves of the chosen runs, as tables for Gradio's plots. No widgets.
 
     for name, lines in charts(runs, window=25).items():
         TITLES[name], table(lines)
@@ -28,30 +28,33 @@ Points = list[tuple[int, float]]
 """(step, value), by step."""
 
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
-"""Of runs; each has a contrast of at least 3 to a light and to a dark page."""
+"""Colours of runs; each has a contrast of at least 3 to a light and to a dark page."""
 GREY = "#808890"
-"""Of what belongs to no run."""
-FAINT, WIDE = "66", "c0"
-"""How opaque a faint line is, and the control's, upon which others are often drawn; by these ends
+"""Colour of lines that belong to no run."""
+FAINT, WIDE = "88", "c0"
+"""Opacity of a faint line, and of the control's, upon which others are often drawn; by these ends
 of a colour ``style.css`` knows them, and draws them thin and broad.
 """
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 MOST_POINTS = 400
-"""Of one line, about."""
+"""Points of one line, about."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`."""
+    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`. One that can't be
+    ``read`` has the reason in its state.
+    """
 
     run: RunItem
     color: int
     rows: list[dict[str, Any]]
     state: Progress
     fit: Row = field(default_factory=dict)
+    read: bool = True
 
     def line(self, points: Points, faint: str = "") -> Line:
-        """A line of this run; ``faint`` says what a faint one is."""
+        """A line of this run; ``faint`` names a faint one."""
         name = f"{self.run.name}, {faint}" if faint else self.run.name
         end = FAINT if faint else WIDE if self.run.method == CONTROL else ""
         return Line(name, points, COLORS[self.color] + end)
@@ -90,11 +93,11 @@ def thin(points: Points, limit: int = MOST_POINTS) -> Points:
     """
     if len(points) <= limit:
         return points
-    kept = {0, len(points) - 1}
+    chosen = {0, len(points) - 1}
     values = np.asarray([value for _, value in points])
     for stretch in np.array_split(np.arange(len(points)), limit // 2):
-        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
-    return [points[at] for at in sorted(kept)]
+        chosen |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    return [points[at] for at in sorted(chosen)]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -108,31 +111,36 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def ceiling(values: Sequence[float]) -> float | None:
-    """Where the vertical axis ends so that rare peaks are cut off; None where none stands out."""
+    """End of the vertical axis that cuts rare peaks off; None where none stands out."""
     low, near, high = np.quantile(values, [0, 0.99, 1])
     outstanding = len(values) > 50 and high - low > 3 * (near - low) > 0
     return float(near + 0.06 * (near - low)) if outstanding else None
 
 
-def loss(runs: Sequence[Shown], window: int) -> list[Line]:
-    """Training loss: each step's faint, the running mean over it."""
-    raw = [(run, series(run.rows, "loss")) for run in runs]
-    faint = [run.line(points, "each step") for run, points in raw]
-    return [*faint, *(run.line(smooth(points, window)) for run, points in raw)]
+def curves(
+    runs: Sequence[Shown], key: str, window: int = 1, behind: tuple[str, str] | None = None
+) -> list[Line]:
+    """The running mean of one key of the log.
 
-
-def over(runs: Sequence[Shown], key: str, behind: str = "", what: str = "") -> list[Line]:
-    """One key of the log, and another faint behind it, which ``what`` names."""
-    faint = [run.line(series(run.rows, behind), what) for run in runs] if behind else []
-    return [*faint, *(run.line(series(run.rows, key)) for run in runs)]
+    Args:
+        behind: a key that is drawn faint behind it, and its name in the plot.
+    """
+    lines = [run.line(smooth(series(run.rows, key), window)) for run in runs]
+    if behind is None:
+        return lines
+    return [*(run.line(series(run.rows, behind[0]), behind[1]) for run in runs), *lines]
 
 
 def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
     """Each run minus plain LoRA of the same seed, step by step: paired runs see the same noise."""
-    controls = {run.run.seed: run for run in reversed(runs) if run.run.method == CONTROL}
+
+    def pair(run: Shown) -> tuple[int | None, bool]:
+        return run.run.seed, run.run.is_text
+
+    controls = {pair(run): run for run in reversed(runs) if run.run.method == CONTROL}
     lines = []
     for run in runs:
-        control = controls.get(run.run.seed)
+        control = controls.get(pair(run))
         if control is None or control is run:
             continue
         other = dict(series(control.rows, key))
@@ -158,16 +166,21 @@ def by_level(rows: Sequence[Row]) -> Points:
 
 
 def of_fits(runs: Sequence[Shown]) -> list[Line]:
-    """The held-out losses of a search's runs over the steps; those of the choice stand out."""
+    """The held-out losses of a search's runs over the steps; those of the choice stand out, or of
+    the lowest so far.
+    """
     lines = []
     for run in runs:
-        chosen = (run.fit.get("choice") or {}).get("title")
-        for one in sorted(run.fit.get("runs", ()), key=lambda one: one["title"] == chosen):
+        searched: list[tuple[str, str, Points]] = []
+        for one in run.fit.get("runs", ()):
             both = zip(one["steps"], one["losses"], strict=True)
             points = [(step, value) for step, value in both if step and value is not None]
-            name = f"{one['title']}, fold {one['fold']}"
+            searched.append((one["title"], f"{one['title']}, fold {one['fold']}", points))
+        lows = [(value, title) for title, _, points in searched for _, value in points]
+        best = (run.fit.get("choice") or {}).get("title") or min(lows, default=(0, ""))[1]
+        for title, name, points in sorted(searched, key=lambda one: one[0] == best):
             line = run.line(points, name)
-            lines.append(replace(line, color=COLORS[run.color]) if one["title"] == chosen else line)
+            lines.append(replace(line, color=COLORS[run.color]) if title == best else line)
     return lines
 
 
@@ -178,7 +191,7 @@ def radii(runs: Sequence[Shown]) -> list[Line]:
         line, config = series(run.rows, "rho"), run.run.record["config"]
         rho, bounded = config.get("rho"), config.get("ball") != "none"
         if not line and bounded and run.run.method == "bilora" and isinstance(rho, int | float):
-            line = [(step, float(rho)) for step in sorted({1, run.state.steps}) if step]
+            line = [(step, float(rho)) for step in sorted({1, run.state.steps} - {0})]
         if not line:
             continue
         constant = len({value for _, value in line}) == 1
@@ -195,18 +208,18 @@ def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
         window: of the running mean, in steps.
     """
     levels = [run.line(by_level(run.rows)) for run in runs]
-    norms = over(runs, "auxiliary_norm", "auxiliary_norm_before", "before the projection")
+    before = ("auxiliary_norm_before", "before the projection")
     return {
-        "loss": loss(runs, window),
+        "loss": curves(runs, "loss", window, ("loss", "each step")),
         "loss-difference": differences(runs, "loss", window),
-        "heldout": over(runs, "heldout_loss", "train_grid_loss", "training set"),
+        "heldout": curves(runs, "heldout_loss", behind=("train_grid_loss", "training set")),
         "heldout-difference": differences(runs, "heldout_loss"),
         "levels": over_zero(levels, "base model"),
         "fit": of_fits(runs),
-        **{name: over(runs, name) for name in METRICS},
-        "norm": [*radii(runs), *norms],
-        "rise": [run.line(smooth(series(run.rows, "loss_rise"), window)) for run in runs],
-        "rate": over(runs, "lr"),
+        **{name: curves(runs, name) for name in METRICS},
+        "norm": [*radii(runs), *curves(runs, "auxiliary_norm", behind=before)],
+        "rise": curves(runs, "loss_rise", window),
+        "rate": curves(runs, "lr"),
     }
 
 
@@ -220,7 +233,10 @@ TITLES = {
         "Held-out loss at each noise level",
         "The last measurement minus the base model's; across: the timestep.",
     ),
-    "fit": ("Search of --fit", "Held-out loss of each run; strong: what was chosen."),
+    "fit": (
+        "Search of --fit",
+        "Held-out loss of each run; strong: the choice, or the lowest so far.",
+    ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
         "Norm of the auxiliary, ‖B₂A₂‖",

@@ -1,6 +1,6 @@
 """The Compare tab's lower part: scored images side by side and a slider over a pair.
 
-What is shown is computed in ``compare_data`` and written in ``compare_html``.
+Its data are computed in ``compare_data`` and written in ``compare_html``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eval.clip_scores.names import METRICS
 
 from . import compare_data as data
 from . import compare_html, parts
-from .catalog import Catalog, ScoresItem
+from .catalog import Catalog, ResultItem
 from .compare_data import View
 from .parts import QUIET, Update
 
@@ -70,20 +70,20 @@ class Tab:
         chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]  # as View has them
-        shown = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
-        shown += [self.query, self.means]
-        everything = list(dict.fromkeys([self.empty, self.body, *choice, *shown]))
+        view = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
+        view += [self.query, self.means]
+        everything = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
         changed(self.open, [], everything, **ORDERED)
         self.scores.input(
             lambda path: self._opened({"scores": path}), self.scores, everything, **ORDERED
         )
         last: dict[str, Any] = {"trigger_mode": "always_last", **ORDERED}
         changes = [*(widget.input for widget in chosen), self.words.change]
-        gr.on(changes, self.show, choice, shown, **last)
-        self.list.select(self.pick, choice, shown, **ORDERED)
+        gr.on(changes, self.show, choice, view, **last)
+        self.list.select(self.pick, choice, view, **ORDERED)
         every: dict[str, Any] = {"trigger_mode": "multiple", **ORDERED}
         for button, by in ((previous, -1), (following, 1)):
-            button.click(partial(self.step, by), choice, shown, **every)
+            button.click(partial(self.step, by), choice, view, **every)
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
@@ -97,15 +97,15 @@ class Tab:
             runs = parts.measurable(self.catalog, "clip_scores")
             text = "No scored images yet"
             text = parts.empty(self.catalog, text, "clip_scores") if runs else ""
-            return {self.empty: parts.shown(text), self.body: gr.update(visible=False)}
+            return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
-        lost = []
+        absent = []
         if asked and asked not in items:
             what = "have no images" if asked in there else "are not there"
-            lost, query = [f'The link names the scores "{asked}", which {what}.'], {}
+            absent, query = [f'The link names the scores "{asked}", which {what}.'], {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in [*lost, *missing]:
+        for sentence in [*absent, *missing]:
             parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
@@ -127,11 +127,11 @@ class Tab:
         }
 
     def show(self, *values: Any) -> Update:
-        """What the widgets choose; nothing while the page is being filled."""
+        """Show what the widgets choose; nothing while the page is being filled."""
         return self._shown(*self._view(*values)) if values[0] else {self.query: gr.skip()}
 
     def pick(self, event: gr.EventData, *values: Any) -> Update:
-        """A prompt of the list."""
+        """Show a prompt of the list."""
         view, item = self._view(*values)
         at, texts = event._data["prompt"], item.result.texts
         if not isinstance(at, int) or not 0 <= at < len(texts):
@@ -139,12 +139,12 @@ class Tab:
         return self._shown(replace(view, prompt=texts[at]), item)
 
     def step(self, by: int, *values: Any) -> Update:
-        """The next or the previous prompt of the list."""
+        """Show the next or the previous prompt of the list."""
         view, item = self._view(*values)
         prompt = data.neighbour(data.listed(view, item.result), view.prompt, by)
         return self._shown(replace(view, prompt=prompt), item)
 
-    def _view(self, *values: Any) -> tuple[View, ScoresItem]:
+    def _view(self, *values: Any) -> tuple[View, ResultItem]:
         view = View(*values)
         for item in self.catalog.now.scores:
             known, prompts = item.result.labels, item.result.texts
@@ -153,8 +153,8 @@ class Tab:
                 return replace(view, also=also, words=view.words or ""), item
         raise gr.Error("These scores have gone or changed: load the page again.")
 
-    def _shown(self, view: View, item: ScoresItem) -> Update:
-        result, listed, pair = item.result, data.listed(view, item.result), (view.a, view.b)
+    def _shown(self, view: View, item: ResultItem) -> Update:
+        listed, pair = data.listed(view, item.result), (view.a, view.b)
         pictures = {label: self._picture(item, view, label) for label in view.adapters}
         order = [row.text for row in listed]
         place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
@@ -164,13 +164,13 @@ class Tab:
             self.title: f"<h3>{escape(view.prompt)}</h3>",
             self.place: place,
             self.list: compare_html.prompt_list(listed, view.prompt, *pair),
-            self.cards: compare_html.cards(result, self._cards(item, view, pictures)),
+            self.cards: self._cards(item, view, pictures),
             self.slider: parts.slider(pair, [pictures[label] for label in pair]),
             self.query: data.link(view),
-            self.means: parts.shown(means),
+            self.means: parts.notice(means),
         }
 
-    def _picture(self, item: ScoresItem, view: View, label: str) -> Image.Image | None:
+    def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:
         image = item.result.images.get((label, view.prompt, view.seed))
         try:
             return parts.read(self.catalog.resolve(item.file(image.file))) if image else None
@@ -178,31 +178,32 @@ class Tab:
             parts.warn(str(error))
             return None
 
-    def _cards(
-        self, item: ScoresItem, view: View, pictures: dict[str, Image.Image | None]
-    ) -> list[compare_html.Card]:
-        cards = []
+    def _cards(self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]) -> str:
+        cards = ""
         for label, picture in pictures.items():
-            image = item.result.images.get((label, view.prompt, view.seed))
+            image, facts = item.result.images.get((label, view.prompt, view.seed)), ""
+            if image is not None:
+                near = self._named(item, image.nearest_image, mini.train_dir())
+                facts = compare_html.facts(item.result, image, near)
             role = "A" if label == view.a else "B" if label == view.b else ""
-            near = self._named(item, image.nearest_image if image else None, mini.train_dir())
             address = parts.data_uri(picture) if picture else None
-            cards.append(compare_html.Card(label, address, image, near, role))
-        truth = self._named(item, item.result.prompt(view.prompt).reference, mini.heldout_dir())
-        line = "the held-out picture that the prompt describes"
-        return [*cards, compare_html.Card("ground truth", truth, line=line)] if truth else cards
+            cards += parts.card(label, address, role, "no image", facts)
+        reference = item.result.prompt(view.prompt).reference
+        if truth := self._named(item, reference and reference.name, mini.heldout_dir()):
+            line = '<p class="quiet">the held-out picture that the prompt describes</p>'
+            cards += parts.card("ground truth", truth, facts=line)
+        return f'<div class="cards">{cards}</div>{compare_html.legend(item.result)}'
 
-    def _named(self, item: ScoresItem, name: str | None, package: Path) -> str | None:
-        """A picture that a result names: a file of its folder, else one of the package's own, of
-        which only plain names are looked for; None where it leads out of the root.
+    def _named(self, item: ResultItem, name: str | None, package: Path) -> str | None:
+        """The picture of a name in a result: a file of its folder, else, for a plain name, one of
+        the package.
         """
         if not name:
             return None
-        try:
-            found = parts.address(self.catalog.resolve(item.file(name)))
-        except UserError:  # the card still names it
-            return None
-        return found or (parts.address(package / name) if name == Path(name).name else None)
+        is_plain = name == Path(name).name
+        return parts.below(self.catalog, item.file(name)) or (
+            parts.address(package / name) if is_plain else None
+        )
 
 
 def _list(name: str, label: str, min_width: int = 160, **more: Any) -> gr.Dropdown:

@@ -1,4 +1,4 @@
-"""What the Compare tab shows, as plain data: scores per prompt, order, one view, its link.
+"""Data of the Compare tab: scores per prompt, order, one view, its link.
 
 Pure functions on a ``Scored``; no files and no widgets. Adapters are called by their labels and
 prompts by their texts, so that a link survives scoring again.
@@ -23,7 +23,7 @@ ORDERS = {
     "name": "By name",
     "list": "As in the prompt set",
 }
-"""How the prompts are sorted, by the change from the first adapter to the second."""
+"""Orders of the prompts, by the change from the first adapter to the second."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PromptRow:
 
     Args:
         at: its place among the prompts.
-        name: what the prompt names, where the prompt set says, else its text.
+        name: the prompt's instance, where the prompt set says, else its text.
         tone: of the change, see :func:`tone`.
     """
 
@@ -89,7 +89,7 @@ def times_100(value: float | None) -> str:
 
 
 def tone(line: Summary | None) -> str:
-    """A difference as "up" (better), "down", or "even": what chance alone explains."""
+    """A difference as "up" (better), "down", or "even", which chance alone explains."""
     known = METRICS.get(line.metric) if line else None
     judged = compare.verdict(line, known.higher_is_better) if line and known else None
     return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
@@ -120,8 +120,8 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         name = result.prompt(text).instance or text
         return PromptRow(result.texts.index(text), name, text, *means, tone=tone(two))
 
-    drawn = {text for _, text, _ in result.images}
-    return [row(text) for text in dict.fromkeys(result.texts) if text in drawn]
+    with_image = {text for _, text, _ in result.images}
+    return [row(text) for text in dict.fromkeys(result.texts) if text in with_image]
 
 
 def listed(view: View, result: Scored) -> list[PromptRow]:
@@ -130,8 +130,11 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
     A gain is a change for the better: for memorization, where lower is better, a decrease.
     """
     words = view.words.casefold().split()
-    found = rows(result, view.a, view.b, view.metric)
-    kept = [row for row in found if all(word in row.text.casefold() for word in words)]
+    matching = [
+        row
+        for row in rows(result, view.a, view.b, view.metric)
+        if all(word in row.text.casefold() for word in words)
+    ]
     known = METRICS.get(view.metric)
     sign = -1 if known is not None and known.higher_is_better is False else 1
     sign = -sign if view.order == "gain" else sign
@@ -140,7 +143,7 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
         "list": lambda row: 0,
         "gain": lambda row: (row.change is None, sign * (row.change or 0.0), row.name.casefold()),
     }
-    return sorted(kept, key=keys.get(view.order, keys["gain"]))
+    return sorted(matching, key=keys.get(view.order, keys["gain"]))
 
 
 def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
@@ -152,9 +155,9 @@ def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
 
 
 def first_view(scores: str, result: Scored) -> View:
-    """What is shown before anything is chosen: the first two adapters, the largest gain."""
-    drawn = {label for label, _, _ in result.images}
-    there = [label for label in result.labels if label in drawn] or result.labels
+    """The view before anything is chosen: the first two adapters, the largest gain."""
+    with_image = {label for label, _, _ in result.images}
+    there = [label for label in result.labels if label in with_image] or result.labels
     a, b = (there * 2)[:2]
     metric, seeds = next(iter(metrics(result)), "i2t"), result.settings.seeds or [0]
     view = View(scores, a, b, tuple(there[2:4]), next(iter(result.texts), ""), seeds[0], metric)

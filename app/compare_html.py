@@ -1,36 +1,14 @@
-"""The Compare tab's own HTML: the list of prompts, the means and the cards. Strings only."""
+"""The Compare tab's own HTML: the list of prompts and the facts below pictures. Strings only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
 from eval.clip_scores.names import METRICS
 
-from . import parts
 from .compare_data import PromptRow, times_100
 from .scored import Scored, ScoredImage
-
-
-@dataclass(frozen=True)
-class Card:
-    """A picture and what is known of it.
-
-    Args:
-        title: its adapter's label, or what it is.
-        picture, nearest: ``data:`` addresses, of it and of the training picture most like it.
-        image: its record, for scores and caption.
-        role: "A" or "B" for the pair.
-        line: a sentence about it.
-    """
-
-    title: str
-    picture: str | None
-    image: ScoredImage | None = None
-    nearest: str | None = None
-    role: str = ""
-    line: str = ""
 
 
 def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:
@@ -55,32 +33,23 @@ def _row(row: PromptRow, chosen: bool) -> str:
     )
 
 
-def _title(metric: str) -> str:
-    known = METRICS[metric]
-    return f'<th title="{escape(known.explanation)}">{known.title}</th>'
+def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
+    """Scores and caption of an image as HTML.
 
-
-def cards(result: Scored, shown: Sequence[Card]) -> str:
-    """The pictures side by side with their scores."""
-    body = "".join(
-        parts.card(card.title, card.picture, card.role, "no image", _facts(result, card))
-        for card in shown
-    )
-    return f'<div class="cards">{body}</div>{_legend(result)}'
-
-
-def _facts(result: Scored, card: Card) -> str:
-    image, rows = card.image, ""
-    if image is None:
-        return f'<p class="quiet">{escape(card.line)}</p>' if card.line else ""
+    Args:
+        nearest: ``data:`` address of the training picture most like it.
+    """
+    rows = ""
     for name, value in image.scores.items():
-        rows += f"<tr>{_title(name)}<td>{times_100(value)}</td></tr>"
+        about = METRICS[name]
+        head = f'<th title="{escape(about.explanation)}">{about.title}</th>'
+        rows += f"<tr>{head}<td>{times_100(value)}</td></tr>"
     text = f'<table class="scores">{rows}</table>'
     text += f'<p class="quiet">by {escape(result.settings.scorer.name)}</p>'
     if image.caption:
         text += f'<p class="caption">“{escape(image.caption)}”</p>'
     if image.nearest_image:
-        thumbnail = f'<img src="{card.nearest}" alt="">' if card.nearest else ""
+        thumbnail = f'<img src="{nearest}" alt="">' if nearest else ""
         text += (
             f'<div class="nearest">{thumbnail}<span>nearest training image<br>'
             f"{escape(image.nearest_image)} · {times_100(image.scores.get('nearest'))}</span></div>"
@@ -88,8 +57,8 @@ def _facts(result: Scored, card: Card) -> str:
     return text
 
 
-def _legend(result: Scored) -> str:
-    """Whose scores these are."""
+def legend(result: Scored) -> str:
+    """The models that gave the scores, as HTML."""
     scorer, captioner = result.settings.scorer, result.settings.captioner
     captions = f" Captions by {escape(captioner.name)}." if captioner else ""
     notes = "".join(f" {escape(model.note)}" for model in (scorer, captioner) if model)

@@ -53,9 +53,7 @@ class BaseChoice:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn: as in diffusers, the adapter's scale, and the side in pixels, None for
-    the model's own.
-    """
+    """A picture to draw, by diffusers' values; the side is in pixels, None for the model's own."""
 
     prompt: str
     seed: int
@@ -146,23 +144,23 @@ def local(base: BaseChoice) -> str:
 def sides(
     catalog: Catalog, a: str, b: str
 ) -> tuple[BaseChoice, list[tuple[str, Path | None]], int | None]:
-    """What two choices mean: base model, label and folder of each, and the size trained on.
+    """Two choices as base model, label and folder of each, and the size trained on.
 
     Args:
         a, b: paths of runs, or ``BASE``.
     """
     runs = {run.path: run for run in catalog.now.runs if drawable(run)}
-    found: list[tuple[str, Path | None]] = []
+    chosen: list[tuple[str, Path | None]] = []
     bases, size = list[BaseChoice](), None
     for path in (a, b):
         if path == BASE:
-            found.append(("base model", None))
+            chosen.append(("base model", None))
             continue
         if path not in runs:
             raise UserError(f'the run "{path}" has gone: choose another')
         run = runs[path]
         catalog.resolve(run.weights or path)  # a link out of the root is refused
-        found.append((run.name, catalog.resolve(path)))
+        chosen.append((run.name, catalog.resolve(path)))
         bases.append(BaseChoice.of(run.record["config"]))
         size = size or run.record["config"].get("resolution")
     if len(set(bases)) > 1:
@@ -172,11 +170,11 @@ def sides(
         )
     # Of the base model alone: that of the first run, or the miniature.
     bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
-    return (bases or [BaseChoice(MINI)])[0], found, size if isinstance(size, int) else None
+    return (bases or [BaseChoice(MINI)])[0], chosen, size if isinstance(size, int) else None
 
 
 def drawable(run: RunItem) -> bool:
-    """Whether a run has weights for an SDXL pipeline."""
+    """Test that a run has weights of an image model."""
     return run.weights is not None and not run.weights.endswith("adapter_model.safetensors")
 
 

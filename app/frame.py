@@ -1,4 +1,4 @@
-"""The page around the tabs: title, what was found, notices, and how it is served.
+"""The page around the tabs, and its server: title, counts and notices.
 
 A tab is a module with ``Tab(catalog, changed)``, made inside its ``gr.Tab``. The page's layout is
 made once, when the viewer starts. A page looks at the root when it is loaded and every few seconds;
@@ -14,9 +14,9 @@ from typing import Any
 
 import gradio as gr
 
-from . import compare, generate, guard, results, training, validation, vote
+from . import compare, generate, guard, parts, results, training, validation, vote
 from .catalog import Catalog
-from .parts import QUIET, html, shown
+from .parts import QUIET, html
 
 HERE = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
@@ -59,7 +59,11 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
         def look() -> list[Any]:
             catalog.look()
-            return [title(catalog), shown(notices(catalog)), *(catalog.sign(kind) for kind in seen)]
+            return [
+                title(catalog),
+                parts.notice(notices(catalog)),
+                *(catalog.sign(kind) for kind in seen),
+            ]
 
         gr.on(
             [page.load, gr.Timer(RESCAN_SECONDS).tick],
@@ -72,7 +76,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 
 def title(catalog: Catalog) -> str:
-    """The page's heading: the root's name and how much was found there."""
+    """The page's heading: the root's name and the numbers of folders there."""
     now = catalog.now
     items = {"run": now.runs, "score folder": now.scores, "result": now.figures}
     counts = [f"{len(some)} {what}{'s' * (len(some) != 1)}" for what, some in items.items()]
@@ -80,7 +84,7 @@ def title(catalog: Catalog) -> str:
 
 
 def notices(catalog: Catalog) -> str:
-    """Which folders are broken; "" without one."""
+    """The list of broken folders; "" without one."""
     broken = catalog.now.broken
     if not broken:
         return ""

@@ -41,9 +41,8 @@ class Tab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
-                with gr.Row():
-                    self.a = gr.Dropdown(label="A", elem_id="generate-a", min_width=120)
-                    self.b = gr.Dropdown(label="B", elem_id="generate-b", min_width=120)
+                self.a = gr.Dropdown(label="A", elem_id="generate-a")
+                self.b = gr.Dropdown(label="B", elem_id="generate-b")
                 whole: dict[str, Any] = {"precision": 0, "min_width": 90}
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", elem_id="generate-seed", **whole)
@@ -76,7 +75,7 @@ class Tab:
         )
         asked = [self.number, self.prompt, self.a, self.b, self.seed]
         asked += [self.steps, self.guidance, self.scale]
-        shown = [self.status, self.cards, self.slider]
+        outputs = [self.status, self.cards, self.slider]
         # No `cancels` of Gradio's here: it leaves the next event in error now and then.
         started = gr.on(
             [self.go.click, self.prompt.submit], self.begin, [], self.number, queue=False, **QUIET
@@ -84,7 +83,7 @@ class Tab:
         started.then(
             self.generate,
             asked,
-            shown,
+            outputs,
             show_progress="minimal",
             show_progress_on=self.status,
             trigger_mode="multiple",
@@ -100,10 +99,10 @@ class Tab:
         named = [("base model", BASE), *((run.name, run.path) for run in runs)]
         first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
         there = {path for _, path in named}
-        kept = a in there and b in there and {a, b} != {BASE}
-        a, b = (a, b) if kept else first
+        stays = a in there and b in there and {a, b} != {BASE}
+        a, b = (a, b) if stays else first
         text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
-        return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.shown(text)]
+        return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.notice(text)]
 
     def usual(self, a: str, b: str, before: str) -> list[Any]:
         """Steps and guidance that are usual for the base model, if it is another than before."""

@@ -1,5 +1,5 @@
-"""What the viewer's server refuses: pages of others, routes that its page does not ask for, and
-downloads.
+"""Guard of the viewer's server: it refuses pages of others, routes that its page does not ask for,
+and downloads.
 
 Gradio's server also takes files, fetches the addresses that it is sent, and on any host but
 "localhost" lets every web site read its answers.
@@ -75,21 +75,17 @@ class Guard:
         return "" if OPEN.fullmatch(path) or path.startswith(self._files) else "This is closed."
 
     def _is_ours(self, host: str) -> bool:
-        """Whether a page that was asked for at this host comes from here.
+        """Test that a page that was asked for at this host comes from here.
 
         A web site can let its own name lead to this machine, but no address and no name of ours.
         """
-        found = _HOST.fullmatch(host)
-        name = found[1].strip("[]") if found else ""
-        return bool(name) and (name in self._names or (self._public and _is_address(name)))
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+        match = _HOST.fullmatch(host)
+        name = match[1].strip("[]") if match else ""
+        if self._public:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_address(name)
+                return True
+        return bool(name) and name in self._names
 
 
 def _with_policy(send: Send) -> Send:

@@ -1,4 +1,4 @@
-"""What all tabs are made of: pictures and cards as HTML, the notice of an empty tab, quiet events.
+"""Parts of all tabs: pictures and cards as HTML, the notice of an empty tab, quiet events.
 
 Pictures go into the page as data, so that no route has to serve files.
 """
@@ -6,6 +6,7 @@ Pictures go into the page as data, so that no route has to serve files.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
 import shlex
@@ -18,6 +19,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.files import is_file
 from bilora_diffusion.image.decode import DECODE_ERRORS
 
@@ -25,12 +27,12 @@ from .catalog import Catalog
 from .runs import RunItem, pair
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Of events that fill the page without anyone waiting for them."""
+"""Properties of events that fill the page without anyone waiting for them."""
 SMALLEST, LARGEST = 256, 768
 """Sides in pixels between which a picture is shown."""
 SLIDER_SMALLEST = 384
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Of pictures; for others Pillow would start programs, such as an interpreter of PostScript."""
+"""Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript."""
 MOST_PIXELS = 2**26
 """A small file may hold any number of equal ones, and all must fit into memory."""
 Update = dict[Any, Any]
@@ -42,7 +44,7 @@ def html(elem_id: str | None = None, **more: Any) -> gr.HTML:
     return gr.HTML(elem_id=elem_id, apply_default_css=False, **more)
 
 
-def shown(text: str) -> Any:
+def notice(text: str) -> Any:
     """HTML that takes no place while it is empty."""
     return gr.update(value=text, visible=bool(text))
 
@@ -102,6 +104,12 @@ def address(path: Path) -> str | None:
 def _address(path: Path, changed: int, size: int) -> str | None:
     picture = read(path)
     return data_uri(picture) if picture else None
+
+
+def below(catalog: Catalog, path: str) -> str | None:
+    """:func:`address` of a picture below the root; None where the path leads out of it."""
+    with contextlib.suppress(UserError):
+        return address(catalog.resolve(path))
 
 
 def image(address: str | None, label: str, missing: str = "") -> str:
@@ -191,7 +199,7 @@ COMMANDS = {
         "python -m eval.text_scores {} --benchmarks heldout",
     ),
 }
-"""What to do where nothing is yet, and its command, to be filled with the root or with runs."""
+"""Advice where nothing is yet, and its command, to be filled with the root or with runs."""
 
 
 def empty(catalog: Catalog, title: str, *names: str) -> str:

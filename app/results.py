@@ -15,19 +15,10 @@ from bilora_diffusion.files import finite
 from eval.table import REPORT
 
 from . import parts
-from .catalog import Catalog, FigureItem
+from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 
-TITLES = {
-    "clip_scores": "Scored images",
-    "landscape": "Loss landscape",
-    "dynamics": "Training dynamics",
-    "generalization": "Generalization",
-    "sweep": "Sweep",
-    "tune": "Tuned comparison",
-    "text_scores": "Text scores",
-}
-"""Kinds of results in the order in which the list has them."""
+RESULTS = ("landscape", "generalization", "text_scores", "dynamics")
 REPORT_BYTES = 1_000_000
 _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>", re.IGNORECASE)
 
@@ -39,15 +30,16 @@ def build(catalog: Catalog, changed: Any) -> None:
         chosen = gr.Dropdown([], label="Result", elem_id="results-result")
 
     def load(now: str | None) -> Update:
-        results = listed(catalog)
+        results = sorted(catalog.now.figures, key=lambda item: (item.kind, item.path))
         if not results:
-            return {notice: parts.shown(_empty(catalog))}
+            return {notice: parts.notice(_empty(catalog))}
         choices = [
-            (f"{TITLES.get(item.kind, item.kind)}: {item.name}", _key(item)) for item in results
+            (f"{item.kind.replace('_', ' ').capitalize()}: {item.name}", item.path)
+            for item in results
         ]
         keys = [key for _, key in choices]
         return {
-            notice: parts.shown(""),
+            notice: parts.notice(""),
             body: gr.update(visible=True),
             chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
         }
@@ -56,26 +48,18 @@ def build(catalog: Catalog, changed: Any) -> None:
 
     @gr.render([chosen], triggers=[chosen.change, changed], show_progress="hidden")
     def show(key: str | None) -> None:
-        item = next((item for item in catalog.now.figures if _key(item) == key), None)
+        item = next((item for item in catalog.now.figures if item.path == key), None)
         if item is not None:
             _show(catalog, item)
 
 
 def _empty(catalog: Catalog) -> str:
-    runs = catalog.now.runs
-    landscape = not runs or bool(parts.measurable(catalog, "landscape"))
-    needed = {
-        "landscape": landscape,
-        "generalization": True,
-        "text_scores": any(run.is_text for run in runs),
-        "dynamics": bool(parts.measurable(catalog, "dynamics")),
-    }
-    names = [name for name, wanted in needed.items() if wanted]
-    return parts.empty(catalog, "No results yet", *names)
+    names = [name for name in RESULTS if parts.measurable(catalog, name)]
+    return parts.empty(catalog, "No results yet", *(names or RESULTS[:2]))
 
 
-def _show(catalog: Catalog, item: FigureItem) -> None:
-    images, lost = pictures(catalog, item)
+def _show(catalog: Catalog, item: ResultItem) -> None:
+    images, unread = pictures(catalog, item)
     with gr.Row(elem_id="results-figures"):
         for image, name in images:
             gr.Image(
@@ -87,32 +71,24 @@ def _show(catalog: Catalog, item: FigureItem) -> None:
                 buttons=["download", "fullscreen"],
                 min_width=320,
             )
-    gr.Markdown("\n\n".join([*lost, text(catalog, item)]), elem_id="results-report")
+    gr.Markdown("\n\n".join([*unread, text(catalog, item)]), elem_id="results-report")
 
 
-def listed(catalog: Catalog) -> list[FigureItem]:
-    """The results, by kind and path."""
-    order = {kind: place for place, kind in enumerate(TITLES)}
-    return sorted(
-        catalog.now.figures, key=lambda item: (order.get(item.kind, len(order)), item.path)
-    )
-
-
-def pictures(catalog: Catalog, item: FigureItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
     """The figures of a result with their captions, and a sentence for each that can't be read."""
-    found, lost = [], []
+    figures, unread = [], []
     for path in item.figures:
         name, picture = PurePosixPath(path).stem, None
         with contextlib.suppress(UserError):  # a link out of the root
             picture = parts.read(catalog.resolve(path), "RGBA")
         if picture is None:
-            lost.append(f"The figure {name}.png can't be read: make the result again.")
+            unread.append(f"The figure {name}.png can't be read: make the result again.")
         else:
-            found.append((picture, name.replace("_", " ").replace("-", " ")))
-    return found, lost
+            figures.append((picture, name.replace("_", " ").replace("-", " ")))
+    return figures, unread
 
 
-def text(catalog: Catalog, item: FigureItem) -> str:
+def text(catalog: Catalog, item: ResultItem) -> str:
     """The report of a result, its pictures left out, since they stand above it."""
     try:
         path = finite(catalog.resolve(f"{item.path}/{REPORT}"))
@@ -121,7 +97,3 @@ def text(catalog: Catalog, item: FigureItem) -> str:
     except (UserError, OSError):
         return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
     return _PICTURE.sub("", report)
-
-
-def _key(item: FigureItem) -> str:
-    return f"{item.kind} {item.path}"

@@ -1,4 +1,4 @@
-"""A run as the viewer's lists have it: its name by method and seed, and which two are looked at."""
+"""A run as the viewer's lists have it: its name by method and seed, and the pair to see first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bilora_diffusion.errors import UserError
 CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
 MOST_IMAGES = 10_000
-"""Of one step; a page holds no more."""
+"""Images of one step; a page holds no more."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunItem:
 
     @property
     def seed(self) -> int | None:
-        """Of training, where the record has one."""
+        """The seed of training, where the record has one."""
         return self.record.get("seed")
 
     @property
@@ -54,7 +54,7 @@ class RunItem:
 
     @property
     def is_text(self) -> bool:
-        """Whether it trains a language model."""
+        """Test that it trains a language model."""
         return "model_name_or_path" in self.record["config"]
 
     @cached_property

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bilora_diffusion.errors import UserError
+from eval.clip_scores.prompts import Prompt
 from eval.table import FILE, Result
 
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
-"""Metric -> what of an image is the note beside its value."""
+"""Metric -> the fact of an image that is the note beside its value."""
 LARGEST_SEED = 2**53
 """JavaScript's whole numbers end there."""
-
-
-@dataclass(frozen=True)
-class ScoredPrompt:
-    """A prompt.
-
-    Args:
-        instance: what it names, where the prompt set says.
-        reference: file name of the held-out picture it describes, where one exists.
-        general: asked to measure drift and in no other score.
-    """
-
-    text: str
-    instance: str | None = None
-    reference: str | None = None
-    general: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +39,9 @@ class ScoringModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a result was measured, as far as the viewer shows it."""
+    """The settings of a result that the viewer shows; a reference is a plain file name."""
 
-    prompts: list[ScoredPrompt]
+    prompts: list[Prompt]
     seeds: list[int]
     scorer: ScoringModel
     captioner: ScoringModel | None
@@ -75,48 +60,43 @@ class Scored:
 
     @property
     def labels(self) -> list[str]:
-        """Of the adapters."""
+        """Labels of the adapters."""
         return [entry.label for entry in self.result.subjects]
 
     @cached_property
     def texts(self) -> list[str]:
-        """Of the prompts."""
+        """Texts of the prompts."""
         return [prompt.text for prompt in self.settings.prompts]
 
-    def prompt(self, text: str) -> ScoredPrompt:
+    def prompt(self, text: str) -> Prompt:
         """The prompt of a text."""
         return self.settings.prompts[self.texts.index(text)]
 
     @cached_property
     def images(self) -> dict[Key, ScoredImage]:
         """All images."""
-        found: dict[Key, dict[str, Any]] = {}
+        images: dict[Key, dict[str, Any]] = {}
         for row in self.result.select("image"):
-            found[row.subject, row.item, row.seed or 0] = {"file": row.note, "scores": {}}
+            images[row.subject, row.item, row.seed or 0] = {"file": row.note, "scores": {}}
         for row in self.result.rows:
-            image = found.get((row.subject, row.item, row.seed or 0))
+            image = images.get((row.subject, row.item, row.seed or 0))
             if image is None or row.value is None:
                 continue
             image["scores"][row.metric] = row.value
             if row.metric in NOTES:
                 image[NOTES[row.metric]] = row.note
-        return {key: ScoredImage(**image) for key, image in found.items()}
+        return {key: ScoredImage(**image) for key, image in images.items()}
 
 
 def scored(result: Result) -> Scored:
     """A result of ``eval.clip_scores``, its parts checked against one another."""
     again = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:
-        found = Scored(result, _settings().validate_python(result.settings))
+        scores = Scored(result, TypeAdapter(Settings).validate_python(result.settings))
     except ValueError as error:
         raise UserError(again) from error
-    known = (label in found.labels and text in found.texts for label, text, _ in found.images)
-    seeds = [*found.settings.seeds, *(seed for _, _, seed in found.images)]
+    known = (label in scores.labels and text in scores.texts for label, text, _ in scores.images)
+    seeds = [*scores.settings.seeds, *(seed for _, _, seed in scores.images)]
     if not all(known) or any(abs(seed) > LARGEST_SEED for seed in seeds):
         raise UserError(again)
-    return found
-
-
-@cache
-def _settings() -> TypeAdapter[Settings]:
-    return TypeAdapter(Settings)
+    return scores

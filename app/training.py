@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from html import escape
 from typing import Any
 
 import gradio as gr
 
+from bilora_diffusion.durable import bytes_for_people
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import METRICS, RUN, read_fit, read_metrics, read_run
+from bilora_diffusion.train.fit.search import BUDGET
 
 from . import parts
 from .catalog import Catalog
 from .charts import COLORS, TITLES, Line, Shown, ceiling, charts, radii, table
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, short
-from .training_data import memory, progress
+from .training_data import Progress, progress
 
 TICK_SECONDS = 3.0
 CHOSEN = 4
-"""Runs that are shown before any is chosen."""
+"""Number of runs that are shown before any is chosen."""
 WINDOW = 25
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A chosen run that can't be read, and why."""
-
-    name: str
-    color: int
-    reason: str
-
-
-def cards(runs: Sequence[Shown | Failed]) -> tuple[str, str]:
+def cards(runs: Sequence[Shown]) -> tuple[str, str]:
     """The state of each run, as HTML, and the legend of the plots."""
     items = names = ""
     for run in runs:
-        failed = isinstance(run, Failed)
-        name = escape(run.name if failed else run.run.name)
-        status = escape("failed" if failed else run.state.status)
-        lines = [run.reason] if failed else _lines(run)
-        text = "".join(f'<div class="line">{escape(line)}</div>' for line in lines)
+        name, status = escape(run.run.name), escape(run.state.status)
+        text = "".join(f'<div class="line">{escape(line)}</div>' for line in _lines(run))
         color = f'style="--line: {COLORS[run.color]}"'
         items += (
             f'<li class="{status}" {color}><span class="state">{status}</span>'
@@ -56,20 +46,24 @@ def cards(runs: Sequence[Shown | Failed]) -> tuple[str, str]:
 
 def _lines(run: Shown) -> list[str]:
     state, config = run.state, run.run.record["config"]
+    if not run.read:
+        return [state.reason]
     steps = f"{state.steps} of {state.total} steps" if state.total else f"{state.steps} steps"
-    facts = [steps, duration(state.wall_seconds)]
+    facts = [steps, duration(state.wall_seconds)] if state.steps or not run.fit else []
     if state.left_seconds:
         facts.append(f"about {duration(state.left_seconds)} left")
     if state.peak_memory_bytes:
-        facts.append(f"peak {memory(state.peak_memory_bytes)}")
+        facts.append(f"peak {bytes_for_people(state.peak_memory_bytes)}")
     about = [run.run.path]
     if radii([run]):
         norm = config.get("rho_norm", "scaled")
         about.append(f"ρ {short(config['rho'])}" + ("" if norm == "scaled" else f", {norm} norm"))
     if run.fit:
-        choice, spent = run.fit["choice"], f"{run.fit['spent']:,} steps"
+        choice, budget = run.fit["choice"], config.get("fit_budget") or BUDGET * (state.total or 0)
         title = f"{choice['title']}, {choice['steps']} steps" if choice else "still searching"
-        about.append(f"--fit: {title} ({len(run.fit['runs'])} runs, {spent})")
+        most = f" of at most {budget:,}" if budget and not choice else ""
+        count = len(run.fit["runs"])
+        about.append(f"--fit: {title} ({count} runs, {run.fit['spent']:,}{most} steps)")
     lines = [" · ".join(about), " · ".join(facts), state.reason]
     return [line for line in lines if line]
 
@@ -83,14 +77,9 @@ def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
 
 
 def _key(run: Shown) -> Any:
-    """What changes where a run has something new to show."""
-    return (
-        run.run.name,
-        len(run.rows),
-        run.state,
-        run.fit.get("spent"),
-        len(run.fit.get("runs", ())),
-    )
+    """A value that changes where a run has something new to show."""
+    fit = run.fit.get("spent"), len(run.fit.get("runs", ()))
+    return run.run.name, len(run.rows), run.state, fit
 
 
 class Tab:
@@ -109,31 +98,30 @@ class Tab:
             self.legend = parts.html("training-legend")
             with gr.Row(elem_id="training-plots"):
                 self.plots = {
-                    (name, is_text): gr.LinePlot(
+                    name: gr.LinePlot(
                         x="step",
                         y="value",
                         color="run",
-                        label=title + " (text)" * is_text,
+                        label=title,
                         caption=caption,
                         colors_in_legend=[],
-                        elem_id=f"training-{name}" + "-text" * is_text,
+                        elem_id=f"training-{name}",
                         min_width=320,
                         visible=False,
                     )
-                    for is_text in (False, True)
                     for name, (title, caption) in TITLES.items()
                 }
         self.drawn, self.looks = gr.State(None), gr.State([])
-        chosen, shown = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
-        shown += self.plots.values()
+        chosen, outputs = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
+        outputs += self.plots.values()
         changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
-        gr.on([self.runs.change, window.release], self._draw, chosen, shown, **QUIET)
+        gr.on([self.runs.change, window.release], self._draw, chosen, outputs, **QUIET)
         # After the values: a plot that gets both at once keeps the old values in the new colours.
         plots = [*self.plots.values()]
         self.looks.change(
             lambda looks: [gr.update(**one) for one in looks], self.looks, plots, **QUIET
         )
-        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], shown, **QUIET)
+        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], outputs, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
         runs = sorted(
@@ -141,18 +129,18 @@ class Tab:
         )
         if not runs:
             text = parts.empty(self.catalog, "No runs yet", "demo", "train")
-            return {self.notice: parts.shown(text)}
+            return {self.notice: parts.notice(text)}
         there = {run.path for run in runs}
         going = [run.path for run in runs if run.status == "running"]
         latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
         first = [run.path for run in ordered(latest)]
-        kept = [path for path in chosen or [] if path in there]
-        new = [path for path in going if path not in kept][: len(COLORS) - len(kept)]
-        now = [*kept, *new] if kept else first
+        stay = [path for path in chosen or [] if path in there]
+        new = [path for path in going if path not in stay][: len(COLORS) - len(stay)]
+        now = [*stay, *new] if stay else first
         # What is the same is not sent: someone may be choosing just now.
         value: dict[str, Any] = {} if now == chosen else {"value": now}
         return {
-            self.notice: parts.shown(""),
+            self.notice: parts.notice(""),
             self.body: gr.update(visible=True),
             self.runs: gr.update(choices=[(run.name, run.path) for run in runs], **value),
         }
@@ -160,38 +148,38 @@ class Tab:
     def _draw(self, paths: Sequence[str] | None, window: int, drawn: Any = None) -> Update:
         """The chosen runs as they are now; nothing where all is as it was ``drawn``."""
         runs = self._read(paths or [])
-        keys = [r if isinstance(r, Failed) else _key(r) for r in runs]
+        keys = [_key(run) for run in runs]
         if (window, *keys) == drawn:
             return {self.cards: gr.skip()}
         shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
         shown[self.drawn], looks = (window, *keys), []
         shown[self.looks] = looks
-        for is_text in (False, True):
-            own = [r for r in runs if isinstance(r, Shown) and r.run.is_text == is_text]
-            for name, lines in charts(own, int(window)).items():
-                frame = table(lines)
-                looks.append(look(lines, frame["value"].tolist()))
-                shown[self.plots[name, is_text]] = gr.skip() if frame.empty else frame
+        for name, lines in charts([run for run in runs if run.read], int(window)).items():
+            frame = table(lines)
+            looks.append(look(lines, frame["value"].tolist()))
+            shown[self.plots[name]] = gr.skip() if frame.empty else frame
         return shown
 
-    def _read(self, paths: Sequence[str]) -> list[Shown | Failed]:
+    def _read(self, paths: Sequence[str]) -> list[Shown]:
         runs = {run.path: run for run in self.catalog.now.runs}
         return [
-            self._one(runs[path], color) if path in runs else Failed(path, color, "it has gone")
+            self._one(runs.get(path) or RunItem(path, path, {"config": {}}, None), color)
             for color, path in enumerate(paths[: len(COLORS)])
         ]
 
-    def _one(self, run: RunItem, color: int) -> Shown | Failed:
+    def _one(self, run: RunItem, color: int) -> Shown:
         path = run.path
         try:
             folder = self.catalog.resolve(path)
             files = [self.catalog.resolve(f"{path}/{name}") for name in (RUN, METRICS)]
             record, there = read_run(folder), [file for file in files if file.exists()]
             read = partial(read_metrics, folder)
-            rows = self.catalog.kept(files[1], read) if files[1] in there else []
+            rows = self.catalog.cached(files[1], read) if files[1] in there else []
             written = max(file.stat().st_mtime for file in there)
             state = progress(record, rows, written)
             fit = read_fit(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
             return Shown(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
-            return Failed(run.name, color, parts.plain(error, self.catalog))
+            reason = parts.plain(error, self.catalog)
+            state = Progress("failed", reason, 0, None, 0.0, None, 0)
+            return Shown(run, color, [], state, read=False)

@@ -1,4 +1,4 @@
-"""Where a run stands, by its record and the metrics that it has written. No widgets here."""
+"""State of a run, by its record and the metrics that it has written. No widgets here."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ RECENT_STEPS = 50
 Row = Mapping[str, Any]
 
 
-def total_steps(record: Row) -> int | None:
-    """How many steps the run is to take; None in an old record of a run that counts epochs."""
-    return record.get("num_steps") or record["config"].get("max_train_steps")
-
-
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """State of a run.
 
     Args:
         status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
-            is busy with something else than steps, what that is, such as "validation images".
-        reason: why it failed, in one sentence, or what a stalled run means; "" otherwise.
+            is busy with something else than steps, its name, such as "validation images".
+        reason: of a failed or a stalled run, in one sentence; "" otherwise.
         steps, total: steps done and to do; ``total`` None where it is not known.
         wall_seconds: spent so far, over all resumes.
         left_seconds: of a running run, by its recent steps; None where it can't be told.
@@ -50,12 +45,12 @@ class Progress:
 def progress(
     record: Row, rows: Sequence[Row], last_written: float, now: float | None = None
 ) -> Progress:
-    """Where a run stands.
+    """The state of a run.
 
     Args:
         record: ``run.json``.
         rows: of ``metrics.jsonl``.
-        last_written: when either file was last changed, in seconds as ``time.time`` counts.
+        last_written: time of the last change of either file, in seconds as ``time.time`` counts.
         now: by default ``time.time()``.
     """
     now = time.time() if now is None else now
@@ -64,7 +59,7 @@ def progress(
     recent = [row["seconds"] for row in taken[-RECENT_STEPS:]]
     usual = statistics.median(recent) if recent else 0.0
     steps = max((row["step"] for row in rows), default=0)
-    total = total_steps(record)
+    total = record.get("num_steps") or record["config"].get("max_train_steps")
     status, reason = record["status"], record.get("error") or ""
     doing = record.get("doing") or TRAINING
     patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
@@ -78,8 +73,8 @@ def progress(
     left = None
     if running and total is not None and recent:
         left = max(0, total - steps) * usual
-    wall, memory = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
-    return Progress(status, reason, steps, total, wall, left, memory)
+    wall, peak = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
+    return Progress(status, reason, steps, total, wall, left, peak)
 
 
 def _seconds(moment: Any) -> float | None:
@@ -88,8 +83,3 @@ def _seconds(moment: Any) -> float | None:
         return datetime.fromisoformat(moment).timestamp()
     except (TypeError, ValueError):
         return None
-
-
-def memory(count: int) -> str:
-    """Bytes as "786 MiB" or "17.2 GiB"."""
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

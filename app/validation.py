@@ -5,14 +5,11 @@ It needs no scores: training leaves the images. The base model's column is a run
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
-
-from bilora_diffusion.errors import UserError
 
 from . import parts
 from .catalog import Catalog
@@ -39,7 +36,7 @@ def build(catalog: Catalog, changed: Any) -> None:
             names = ["images"] if catalog.now.runs else ["demo", "train"]
             title = "No validation images yet" if catalog.now.runs else "No images yet"
             text = "" if catalog.now.scores else parts.empty(catalog, title, *names)
-            return {empty: parts.shown(text), body: gr.update(visible=False)}
+            return {empty: parts.notice(text), body: gr.update(visible=False)}
         there = {run.path for run in runs}
         paths = [path for path in paths if path in there] or [run.path for run in pair(runs)]
         return {
@@ -91,9 +88,7 @@ def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
 
 
 def _cell(catalog: Catalog, name: str, run: RunItem, step: int, key: tuple[str, int]) -> str:
-    address, number = None, run.images.get(key)
-    if number is not None:
-        with contextlib.suppress(UserError):  # a link out of the root
-            address = parts.address(catalog.resolve(run.image(step, number)))
+    number = run.images.get(key)
+    address = None if number is None else parts.below(catalog, run.image(step, number))
     picture = parts.image(address, f"{name}: {key[0]}", f"none at step {step}")
     return f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"

@@ -64,7 +64,14 @@ def serve(args: argparse.Namespace) -> None:
     check_address(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
         be_private(Path(cache))
-        frame = _frame()
+        try:
+            import gradio  # noqa: F401
+
+            from . import frame
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
+            ) from error
         frame.launch(catalog, host=args.host, port=args.port, public=public, device=args.device)
 
 
@@ -96,18 +103,6 @@ def check_address(host: str, port: int) -> None:
             f"--host {host} --port {port} can't be listened on ({error}): give an address of this"
             f" machine, such as {LOCAL}, and a free port from 1024 to 65535"
         ) from error
-
-
-def _frame():
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "the viewer needs Gradio: install it with pip install 'bilora-diffusion[app]'"
-        ) from error
-    from . import frame
-
-    return frame
 
 
 if __name__ == "__main__":

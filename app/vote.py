@@ -1,13 +1,12 @@
-"""The tab "Vote": which of two images is better, without knowing which adapter made which.
+"""The tab "Vote": a choice of the better one of two images, blind to the adapters that made them.
 
 Nothing that the browser gets tells the sides apart: the images come without names and without the
-parameters in their PNG files, and the adapters of a ballot stay on the server. The result is shown
+parameters in their files, and the adapters of a ballot stay on the server. The result is shown
 on request only and put away at the next vote, since it would tell which side has just won.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import random
 import re
@@ -20,11 +19,12 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.errors import UserError
+from eval.compare import win_rate_interval
 
 from . import parts
 from .catalog import Catalog
-from .parts import QUIET, Update, shown
-from .votes import ANY, Booth, Polls, Tally
+from .parts import QUIET, Update
+from .votes import ANY, Booth, Polls, Tally, ballots
 
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
 
@@ -88,13 +88,13 @@ class Tab:
         )
 
     def _load(self, booth: Booth | None, chosen: str | None) -> Update:
-        items = self.polls.items()
+        items = [one for one in self.catalog.now.scores if ballots(one.path, one.result)]
         if not items:
             text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
-            return {self.notice: shown(text)}
+            return {self.notice: parts.notice(text)}
         paths = [item.path for item in items]
         return {
-            self.notice: shown(""),
+            self.notice: parts.notice(""),
             self.setup: gr.update(visible=booth is None),
             self.below: gr.update(visible=True),
             self.scores: gr.update(
@@ -118,7 +118,9 @@ class Tab:
         return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice)))
 
     def _report(self, path: str | None, pair: str) -> Update:
-        return self._or_notice(lambda: {self.result: shown(table(*self.polls.result(path, pair)))})
+        return self._or_notice(
+            lambda: {self.result: parts.notice(table(*self.polls.result(path, pair)))}
+        )
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
@@ -126,16 +128,16 @@ class Tab:
 
     def _or_notice(self, act: Callable[[], Update]) -> Update:
         try:
-            return {self.notice: shown(""), **act()}
+            return {self.notice: parts.notice(""), **act()}
         except (UserError, OSError) as error:
             text = escape(parts.plain(error, self.catalog))
-            return {self.notice: shown(f'<section class="broken"><b>{text}</b></section>')}
+            return {self.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
 
     def _stage(self, voting: bool) -> Update:
         return {
             self.setup: gr.update(visible=not voting),
             **{part: gr.update(visible=voting) for part in (self.stage, self.stop)},
-            self.result: shown(""),
+            self.result: parts.notice(""),
         }
 
     def _voting(self, booth: Booth) -> Update:
@@ -158,8 +160,7 @@ def ballot(booth: Booth) -> str:
     if booth.ballot is None:
         return ""
     sides = "".join(
-        f'<img id="vote-image-{side}" alt="{side} image"'
-        f' src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        f'<img id="vote-image-{side}" alt="{side} image" src="{image}">'
         for side, image in zip(("left", "right"), booth.images, strict=True)
     )
     return (
@@ -169,7 +170,7 @@ def ballot(booth: Booth) -> str:
 
 
 def standing(booth: Booth) -> str:
-    """How far a voter has come, as HTML."""
+    """Progress of a voter, as HTML."""
     if booth.ballot is None:
         return f"<p><b>All {booth.total} pairs voted on, thank you.</b></p>"
     done = f"{booth.done} of {booth.total} pairs voted on."
@@ -182,12 +183,12 @@ def table(rows: Sequence[Tally], voters: int) -> str:
         return "<p>No votes yet.</p>"
     people = "1 voter" if voters == 1 else f"{voters} voters"
     body = ""
-    for row in rows:
-        rate = f"{100 * row.rate:.0f} %"
-        if (interval := row.interval) is not None:
+    for adapter, other, *won in rows:
+        rate = f"{100 * (won[0] + won[1] / 2) / sum(won):.0f} %"
+        if (interval := win_rate_interval(*won)) is not None:
             rate += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-        names = f"<b>{escape(row.adapter)}</b> over {escape(row.other)}"
-        counts = f"{row.wins}, {row.ties}, {row.losses}"
+        names = f"<b>{escape(adapter)}</b> over {escape(other)}"
+        counts = ", ".join(map(str, won))
         body += f"<tr><td>{names}</td><td>{counts}</td><td>{rate}</td></tr>"
     return (
         '<div class="scroll"><table class="tally"><thead><tr><th>Adapters</th>'

@@ -1,4 +1,4 @@
-"""Blind votes: what may be voted on, whose image is on which side, who is winning. No widgets.
+"""Blind votes: ballots, their sides, and the count. No widgets.
 
     polls = Polls(catalog, random.SystemRandom())
     booth = polls.open("scores", ANY, session)
@@ -10,43 +10,37 @@ several voters, threads and processes may write at once. Votes of earlier versio
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import io
 import json
 import random
 import secrets
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from bilora_diffusion.errors import UserError
-from eval.compare import Interval, win_rate_interval
 
 from . import parts
-from .catalog import Catalog, ScoresItem
+from .catalog import Catalog, ResultItem
 from .scored import Scored
 
 FILE = "votes.db"
 BUSY_SECONDS = 30.0
 ANY = ""
 """The value of "any pair"."""
-SHOWN_PIXELS = 384
-"""Smaller images are enlarged to about this size."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of a formula."""
+"""Beginnings of a text that a spreadsheet computes."""
 COLUMNS = (
     *("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right"),
     *("choice", "winner", "session"),
 )
-"""Of the CSV file."""
+"""Columns of the CSV file."""
 
 
 class Side(NamedTuple):
@@ -103,16 +97,6 @@ class Tally(NamedTuple):
     ties: int
     losses: int
 
-    @property
-    def rate(self) -> float:
-        """(wins + ties / 2) / votes."""
-        return (self.wins + self.ties / 2) / (self.wins + self.ties + self.losses)
-
-    @property
-    def interval(self) -> Interval | None:
-        """95 % interval of the rate; None for a lone tie."""
-        return win_rate_interval(self.wins, self.ties, self.losses)
-
 
 def tallies(votes: Iterable[Vote]) -> list[Tally]:
     """The votes of each two adapters, by their labels."""
@@ -123,7 +107,7 @@ def tallies(votes: Iterable[Vote]) -> list[Tally]:
 
 
 def ballots(scores: str, result: Scored, labels: Sequence[str] | None = None) -> list[Ballot]:
-    """All that can be voted on in a score folder, general prompts left out; no side is drawn yet.
+    """All ballots of a score folder, general prompts left out; no side is drawn yet.
 
     Args:
         scores: the folder's name.
@@ -144,13 +128,13 @@ def ballots(scores: str, result: Scored, labels: Sequence[str] | None = None) ->
 
 @dataclass(frozen=True)
 class Booth:
-    """What one voter's page is at.
+    """State of one voter's page.
 
     Args:
         labels: of the adapters to compare; None for any two.
         done, total: pairs voted on in this session, and all.
         ballot: None when all are done.
-        images: of both sides, as PNG files with nothing in them but pixels.
+        images: of both sides, as ``data:`` addresses with nothing in them but pixels.
         token: names the ballot to the browser.
     """
 
@@ -160,7 +144,7 @@ class Booth:
     done: int
     total: int
     ballot: Ballot | None = None
-    images: Sequence[bytes] = ()
+    images: Sequence[str | None] = ()
     token: str = ""
 
 
@@ -175,10 +159,6 @@ class Polls:
     def __init__(self, catalog: Catalog, rng: random.Random) -> None:
         self._catalog, self._rng = catalog, rng
 
-    def items(self) -> list[ScoresItem]:
-        """Score folders in which there is something to vote on."""
-        return [item for item in self._catalog.now.scores if ballots(item.path, item.result)]
-
     def pairs(self, path: str | None) -> list[tuple[str, str]]:
         """Names and values of the pairs of adapters of a score folder, "any pair" first."""
         labels = combinations(self._item(path).result.labels, 2)
@@ -191,8 +171,8 @@ class Polls:
             path: of the score folder.
             pair: a value from :meth:`pairs`.
         """
-        with self._file("written") as file:
-            file.execute("DELETE FROM votes WHERE FALSE")
+        with self._file() as file:
+            file.execute("DELETE FROM votes WHERE FALSE")  # fails where nothing can be written
         return self._booth(session, self._item(path).path, _labels(pair))
 
     def cast(self, booth: Booth, choice: str) -> Booth:
@@ -207,7 +187,7 @@ class Polls:
             about = (ballot.scores, ballot.prompt, ballot.seed, ballot.left.label)
             about = (*about, ballot.right.label, choice, winner, booth.session, ballot.pair)
             vote = Vote(datetime.now(UTC).isoformat(timespec="seconds"), *about)
-            with self._file("written") as file:
+            with self._file() as file:
                 marks = ", ".join("?" * len(vote))
                 file.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", vote)
         return self._booth(booth.session, booth.scores, booth.labels)
@@ -217,26 +197,26 @@ class Polls:
         if not self._catalog.resolve(FILE).exists():
             return []
         which = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
-        with self._file("read") as file:
+        with self._file() as file:
             query = f"SELECT * FROM votes WHERE {which} ORDER BY rowid"
             return [Vote(*row) for row in file.execute(query, (scores, session))]
 
-    @contextmanager
-    def _file(self, done: str) -> Iterator[sqlite3.Connection]:
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[sqlite3.Connection]:
         path = self._catalog.resolve(FILE)
         columns = f"{', '.join(Vote._fields)}, UNIQUE (session, pair)"
         try:
-            with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as file, file:
+            with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as file, file:
                 file.execute(f"CREATE TABLE IF NOT EXISTS votes ({columns})")
                 yield file
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{FILE} can't be {done} ({error}): give the viewer a root folder that you may"
+                f"{FILE} can't be used ({error}): give the viewer a root folder that you may"
                 " write to, with free space, and move the file away if it has no votes"
             ) from error
 
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
-        """The counts of a score folder's votes, and of how many voters; of its present weights."""
+        """Counts of the votes on a score folder's present weights, and the number of voters."""
         item = self._item(path)
         present = {one.pair for one in ballots(item.path, item.result, _labels(pair))}
         votes = [vote for vote in self.votes(item.path) if vote.pair in present]
@@ -254,7 +234,7 @@ class Polls:
             csv.writer(file).writerows([COLUMNS, *(map(_inert, row) for row in rows)])
         return path
 
-    def _item(self, path: str | None) -> ScoresItem:
+    def _item(self, path: str | None) -> ResultItem:
         for item in self._catalog.now.scores:
             if item.path == path:
                 return item
@@ -264,17 +244,14 @@ class Polls:
         item = self._item(path)
         choices = ballots(path, item.result, labels)
         seen = {vote.pair for vote in self.votes(path, session)}
-        left = [one for one in choices if one.pair not in seen]
-        booth = Booth(session, path, labels, len(choices) - len(left), len(choices))
-        for one in self._rng.sample(left, len(left)):
-            sides = self._rng.sample([one.left, one.right], 2)
-            files = [item.file(side.file) for side in sides]
-            try:
-                images = [_pixels(self._catalog.resolve(file)) for file in files]
-            except UserError:  # a missing image does not end the vote on the others
-                continue
-            ballot = Ballot(path, one.prompt, one.seed, *sides)
-            return replace(booth, ballot=ballot, images=images, token=secrets.token_hex(8))
+        open_ = [one for one in choices if one.pair not in seen]
+        booth = Booth(session, path, labels, len(choices) - len(open_), len(choices))
+        for one in self._rng.sample(open_, len(open_)):
+            left, right = self._rng.sample([one.left, one.right], 2)
+            images = [parts.below(self._catalog, item.file(side.file)) for side in (left, right)]
+            if None not in images:  # a missing image does not end the vote on the others
+                ballot = replace(one, left=left, right=right)
+                return replace(booth, ballot=ballot, images=images, token=secrets.token_hex(8))
         if booth.done == 0:
             raise UserError(f"no two images of {path} can be read: choose other adapters")
         return booth
@@ -286,15 +263,3 @@ def _labels(pair: str) -> Sequence[str] | None:
 
 def _inert(cell: str | int) -> str | int:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
-
-
-def _pixels(path: Path) -> bytes:
-    image = parts.read(path)
-    if image is None:
-        raise UserError(f"{path.name} can't be read: make the result again")
-    factor = max(1, SHOWN_PIXELS // max(image.size))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
-    image.info = {}  # the text in the file names its adapter
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

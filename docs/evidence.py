@@ -95,15 +95,15 @@ def figure(check: Check) -> Figure:
         values = units(result.select(metric, item=item), over).get(group, {})
         return {unit: value for unit, value in values.items() if value is not None}
 
-    own = of(check.metric, check.group)
+    values = of(check.metric, check.group)
     other = of(check.minus, check.group) if check.minus else of(check.metric, check.control)
     if check.control or check.minus:
-        own = {unit: own[unit] - other[unit] for unit in own if unit in other}
-    interval = bootstrap_interval(list(own.values())) if own else None
+        values = {unit: values[unit] - other[unit] for unit in values if unit in other}
+    interval = bootstrap_interval(list(values.values())) if values else None
     if interval is None:
         raise ValueError(f"{check.result} has no interval for {check.metric} of {check.group}.")
     size = abs(mean(list(other.values()))) if other else 1.0
-    return Figure(mean(list(own.values())), *interval, len(own), size)
+    return Figure(mean(list(values.values())), *interval, len(values), size)
 
 
 def _benchmark(check: Check, arms: dict[str, Any]) -> Figure:
@@ -150,7 +150,10 @@ def page() -> Iterable[str]:
         sections += [
             f"### {claim.name}: {claim.says}",
             f"{claim.where}. Here: **{overall(verdicts)}**.",
-            table(_HEAD, map(_line, claim.checks, figures, verdicts)),
+            table(
+                ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict"),
+                map(_line, claim.checks, figures, verdicts),
+            ),
             f"```bash\n{claim.command.strip()}\n```",
         ]
     return [
@@ -158,9 +161,6 @@ def page() -> Iterable[str]:
         table(("finding", "of ours", "here"), rows["F"]),
         *sections,
     ]
-
-
-_HEAD = ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict")
 
 
 def _line(check: Check, found: Figure, result: str) -> tuple[str, ...]:

@@ -1,15 +1,17 @@
 """Make the pages, and the tables in pages, that are made from the code and from results.
 
-python -m docs.make            # writes all; run it after any change of an option or a result
+python -m docs.make                     # writes all; run it after any change
+python -m docs.make --only options.md   # of an option; what measures the models takes longer
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +116,14 @@ def models() -> Iterable[str]:
     yield table(heads, body)
 
 
-@functools.cache
-def memory_of(model: str, weights: str) -> dict[str, int]:
-    """Memory of a model for the tables."""
-    return row(model, weights, "--gradient_checkpointing")
+memory_of = functools.cache(lambda model, weights: row(model, weights, "--gradient_checkpointing"))
 
 
 def python() -> Iterable[str]:
     """The table of `BiLoRAConfig`."""
     doc = inspect.cleandoc(BiLoRAConfig.__doc__ or "")
-    told = doc.partition("Args:\n")[2].partition("\n\n")[0]
-    names, texts = (re.split(r"^ {4}(\w+): ", told, flags=re.MULTILINE)[i::2] for i in (1, 2))
+    args = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    names, texts = (re.split(r"^ {4}(\w+): ", args, flags=re.MULTILINE)[i::2] for i in (1, 2))
     defaults = {field.name: field.default for field in dataclasses.fields(BiLoRAConfig)}
     body = [
         (f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split()))
@@ -183,12 +182,16 @@ def _value(value: Any) -> str:
     return "on" if value is True else f"`{value}`"
 
 
-def main() -> None:
-    """Write the pages."""
-    for name in PAGES:
-        (FOLDER / name).write_text(page(name), encoding="utf-8")
-    for path, model in recipes.models(EXAMPLES).items():
-        path.write_text(recipes.page(path, model), encoding="utf-8")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the pages and the heads of recipes."""
+    parser, pages = argparse.ArgumentParser("docs.make"), [*PAGES, "recipes"]
+    parser.add_argument("--only", action="append", choices=pages, help="can be given several times")
+    for name in parser.parse_args(argv).only or pages:
+        if name in PAGES:
+            (FOLDER / name).write_text(page(name), encoding="utf-8")
+        else:
+            for path, model in recipes.models(EXAMPLES).items():
+                path.write_text(recipes.page(path, model), encoding="utf-8")
 
 
 if __name__ == "__main__":

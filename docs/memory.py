@@ -43,8 +43,8 @@ def row(name: str, weights: str, *words: str) -> dict[str, int]:
         weights: bf16, or how they are quantized.
         words: more of a command line.
     """
-    held = ["--quantize", "none" if weights == "bf16" else weights]
-    taken = moments(_bare(name, "lora", *held, *words), torch.device("cuda"))
+    quantized = ["--quantize", "none" if weights == "bf16" else weights]
+    taken = moments(_bare(name, "lora", *quantized, *words), torch.device("cuda"))
     step = {"activations": taken[STEP]["activations"], "encoders": sum(taken[BEFORE].values())}
     for method in ("lora", "bilora"):
         step[method] = sum(taken[STEP].values()) + _trained(name, method)
@@ -72,7 +72,8 @@ def task(name: str, *words: str) -> Any:
         given += ["--output_dir", folder, *words]
         cfg = resolve([*given, "--pretrained_model_name_or_path", "mini"])  # without the hub
     family: Any = named(MODELS[name]["pipeline"], name)()
-    denoiser = _denoiser(name)
+    part, config = MODELS[name]["denoiser"]
+    denoiser = empty(lambda: getattr(diffusers, part)(**config), torch.bfloat16)
     spec = AdapterSpec(cfg.rank, cfg.lora_alpha or cfg.rank, target_modules=family.targets)
     encoders = dict(zip(family.encoders, _encoders(name), strict=True))
     kind = family.parts["vae"]
@@ -85,11 +86,6 @@ def task(name: str, *words: str) -> Any:
         sample_names=[""],
         targets=lambda: [Target(family.denoiser, denoiser, spec, cfg.learning_rate)],
     )
-
-
-def _denoiser(name: str) -> Any:
-    kind, config = MODELS[name]["denoiser"]
-    return empty(lambda: getattr(diffusers, kind)(**config), torch.bfloat16)
 
 
 @functools.cache

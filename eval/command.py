@@ -87,20 +87,15 @@ class Parser(command_line.Sentences):
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
     """The folder that holds all of some runs, where their results are put and the viewer looks."""
-    paths = [path for word in runs for path in (_path(word),) if path is not None]
+    places = [(word, word.partition("=")[2]) for word in runs]  # LABEL=RUN is a run too
+    named = [next((w for w in words if w and Path(w).exists()), None) for words in places]
+    paths = [Path(os.path.normpath(word)) for word in named if word is not None]
     parents = [(path.parent if path.is_file() else path).absolute().parent for path in paths]
     if not parents:
         return otherwise
     common = Path(os.path.commonpath(parents))
     here = Path.cwd()
     return common.relative_to(here) if common.is_relative_to(here) else common
-
-
-def _path(word: str) -> Path | None:
-    for text in (word, word.partition("=")[2]):
-        if text and Path(text).exists():
-            return Path(os.path.normpath(text))
-    return None
 
 
 def _runs_alone(words: Sequence[str]) -> list[str]:

@@ -70,15 +70,14 @@ def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
         unit = row.item if over == ITEM else row.subject if row.seed is None else row.seed
         values.setdefault(row.group, {}).setdefault(unit, []).append(row.value)
     return {
-        group: {unit: _mean(some) for unit, some in sorted(own.items(), key=_seeds_first)}
-        if over == SEED  # a bootstrap depends on the order of its values
+        # a bootstrap depends on the order of its values: seeds in theirs, then subjects
+        group: {
+            unit: _mean(own[unit]) for unit in sorted(own, key=lambda u: (isinstance(u, str), u))
+        }
+        if over == SEED
         else {unit: _mean(some) for unit, some in own.items()}
         for group, own in values.items()
     }
-
-
-def _seeds_first(item: tuple[Any, Any]) -> tuple[bool, Any]:
-    return isinstance(item[0], str), item[0]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

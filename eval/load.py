@@ -72,17 +72,17 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     finally:
         diffusers_logging.set_verbosity(verbosity)
     # diffusers only warns of keys that name no layer, and loads the rest.
-    wanted = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
+    expected = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
     models = _parts(pipeline)
     there = {
         f"{component}.{name.removeprefix('text_model.')}"
         for component, model in models.items()
         for name, _ in adapters.layers(model, PRIMARY)
     }
-    if absent := sorted(wanted - there):
+    if absent := sorted(expected - there):
         raise UserError(
             f"{file} does not fit the base model, which has no layer for {len(absent)} of its"
-            f" {len(wanted)}, such as {absent[0]}: {FIX}."
+            f" {len(expected)}, such as {absent[0]}: {FIX}."
         )
     for model in models.values():
         # diffusers adds layers in training mode, in which a dropout acts
@@ -132,13 +132,13 @@ def put_peft(base: TextModel, folder: Path) -> Any:
     with translated(f"the adapter in {folder} can't be put on its base model", fix):
         written = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
-    held = get_peft_model_state_dict(adapted)
+    arrived = get_peft_model_state_dict(adapted)
     astray = [
         name
         for name, tensor in written.items()
-        if name not in held or not torch.equal(held[name].cpu().to(tensor.dtype), tensor)
+        if name not in arrived or not torch.equal(arrived[name].cpu().to(tensor.dtype), tensor)
     ]
-    if astray or len(held) != len(written):
+    if astray or len(arrived) != len(written):
         raise UserError(
             f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"
             f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): {fix}."

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from bilora_diffusion.run.paths import without_paths
@@ -61,13 +60,5 @@ def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> 
     from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
 
     commit, changes = provenance.commit()
-    versions = provenance.versions() | {name: version(name) for name in packages}
+    versions = provenance.versions(*packages)
     return Provenance(command, versions, commit, changes, provenance.device(device), [])
-
-
-def version(package: str) -> str | None:
-    """Version of an installed package; None if it is missing."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

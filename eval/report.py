@@ -95,11 +95,11 @@ def comparison(
     """The groups in rows, a metric's mean and perhaps its difference to the control's in columns.
 
     Args:
-        facts: head -> what is said of a group before its metrics; by default how many runs there
+        facts: head -> a word about a group before its metrics; by default how many runs there
             are, and groups without any of the metrics are left out.
     """
-    said = facts or {"seeds": lambda group: str(len(result.members(group)))}
-    head, rows = ["run", *said], []
+    known = facts or {"seeds": lambda group: str(len(result.members(group)))}
+    head, rows = ["run", *known], []
     for column in columns:
         head += [result.metric(column.metric).title, *["difference"] * column.difference]
     for group in result.groups:
@@ -109,7 +109,7 @@ def comparison(
         is_control = group == result.control
         row = [
             f"{group} (control)" if is_control else group,
-            *(say(group) for say in said.values()),
+            *(fact(group) for fact in known.values()),
         ]
         for column, line in zip(columns, lines, strict=True):
             metric = result.metric(column.metric)
@@ -125,17 +125,17 @@ def verdicts(result: Result, names: Sequence[str]) -> list[str]:
     """One sentence for each group and metric that was compared: better, worse, or neither shown."""
     from . import compare  # here, so that --help does not wait for scipy
 
-    told = []
+    sentences = []
     for group in result.groups:
         for metric, line in ((result.metric(name), result.summary(group, name)) for name in names):
             if line is not None and line.pairs:
-                found = compare.verdict(line, metric.higher_is_better)
-                judged = f"{group} is {found} than {line.control}"
-                if found == compare.UNDECIDED:
+                judgement = compare.verdict(line, metric.higher_is_better)
+                judged = f"{group} is {judgement} than {line.control}"
+                if judgement == compare.UNDECIDED:
                     judged = f"no difference between {group} and {line.control} is shown"
-                shown = difference(line, metric)
-                told.append(f"{metric.title}: {judged}: {shown} {line.over}s better.")
-    return told
+                change = difference(line, metric)
+                sentences.append(f"{metric.title}: {judged}: {change} {line.over}s better.")
+    return sentences
 
 
 def pictures(result: Result) -> str:
@@ -145,23 +145,23 @@ def pictures(result: Result) -> str:
 
 def sources(result: Result) -> list[str]:
     """Kind, source and weights of each subject."""
-    told = []
+    sentences = []
     for entry in result.subjects:
         words = [entry.kind, entry.source, entry.method]
         words += [f"on {entry.base_model}"] if entry.base_model else []
         weights = entry.digest and f"weights {entry.digest[:12]}"
         quantize = entry.about.get("quantize", "none")
         words += ["" if quantize == "none" else quantize, weights]
-        told.append(f"{entry.label}: {', '.join(filter(None, words))}.")
-    return told
+        sentences.append(f"{entry.label}: {', '.join(filter(None, words))}.")
+    return sentences
 
 
-def closing(result: Result, packages: Sequence[str] = ("torch",), told: Sequence[str] = ()) -> str:
+def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
     """The end of a report: figures, notes, and where it comes from."""
     notes = list(map(escaped, result.notes))
     if any(1 < len(result.members(group)) < FEW for group in result.groups):
         notes.append("With fewer than ten seeds a bootstrap interval is too narrow.")
-    sentences = [*notes, *map(escaped, told), *origin(result.provenance, packages)]
+    sentences = [*notes, *map(escaped, facts), *origin(result.provenance, packages)]
     return page(pictures(result), listed(sentences)).rstrip()
 
 

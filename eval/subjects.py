@@ -138,14 +138,14 @@ def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
         options = settings.get(subject.folder, {}) if subject.record else {}
         others = [settings[run.folder] for run in runs if run.method == subject.method]
         differing = [name for name in options if any(o.get(name) != options[name] for o in others)]
-        distinction = ", ".join(f"{name}={_shown(options[name])}" for name in differing)
+        distinction = ", ".join(f"{name}={_as_text(options[name])}" for name in differing)
         label = BASE if subject.kind == BASE else subject.group
         label = f"{label} ({distinction})" if distinction else label
         grouped.append(replace(subject, group=label))
     return grouped
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)

@@ -66,7 +66,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     """Read a model's small files; of one on the hub they are downloaded.
 
     Raises:
-        UserError: there is no such model, or it is of no kind that is known.
+        UserError: there is no such model, or its kind is not known.
     """
     if name == SDXL_BASE:
         parts = {"unet": {"sample_size": 128}, "vae": {"block_out_channels": [128, 256, 512, 512]}}
@@ -83,7 +83,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     for part in needed:
         if part not in index or (folder is not None and not (folder / part).is_dir()):
             raise UserError(
-                f'{FLAG} "{name}" is no {family.title} pipeline in diffusers format (it has no'
+                f'{FLAG} "{name}" is not a {family.title} pipeline in diffusers format (it has no'
                 f" {part}): give one, for example mini."
             )
     configs = {part: load(f"{part}/config.json") for part in (family.denoiser, "vae")}
@@ -101,7 +101,7 @@ def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str,
     what, fix = f'{file} of "{name}"', f"download or write it again, or {ANOTHER}"
     content = reading(what, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
-        raise UserError(f"{what} is no JSON object: {fix}.")
+        raise UserError(f"{what} is not a JSON object: {fix}.")
     return content
 
 

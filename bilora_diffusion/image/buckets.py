@@ -13,14 +13,14 @@ AUTO = "auto"
 MULTIPLE = 16
 """Pixels that divide every side: a latent has 8, and most transformers see two by two of them."""
 MOST_ELONGATED = 2.0
-"""Of the buckets that are chosen by themselves: how much longer one side may be."""
+"""Most by which one side of an automatic bucket is longer than the other."""
 
 
 def sizes(side: int, buckets: str | None) -> list[Size]:
     """The sizes that a run's images are cut to; the square of ``--resolution`` alone by default.
 
     Raises:
-        UserError: ``--aspect_ratio_buckets`` is no list of sizes, or they don't divide.
+        UserError: ``--aspect_ratio_buckets`` is not a list of sizes, or they don't divide.
     """
     if buckets is None:
         return [(side, side)]
@@ -31,21 +31,21 @@ def read(text: str) -> list[Size]:
     """Sizes as diffusers' scripts take them: "height,width;height,width".
 
     Raises:
-        UserError: that is something else, or a side is no multiple of 16.
+        UserError: that is something else, or a side is not a multiple of 16.
     """
     sizes = []
     for part in text.split(";"):
         sides = part.split(",")
         if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
             raise UserError(
-                f'--aspect_ratio_buckets "{text}" is no list of sizes: give auto, or heights and'
+                f'--aspect_ratio_buckets "{text}" is not a list of sizes: give auto, or heights and'
                 " widths such as 1024,1024;1216,832."
             )
         height, width = map(int, sides)
         if not height or not width or height % MULTIPLE or width % MULTIPLE:
             raise UserError(
-                f'"{part}" of --aspect_ratio_buckets has a side that is no multiple of {MULTIPLE}:'
-                f" give {_near(height)},{_near(width)}."
+                f'"{part}" of --aspect_ratio_buckets has a side that is not a multiple of'
+                f" {MULTIPLE}: give {_near(height)},{_near(width)}."
             )
         sizes.append((height, width))
     return list(dict.fromkeys(sizes))

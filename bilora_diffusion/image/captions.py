@@ -1,4 +1,4 @@
-"""What is told of an image at each visit: its caption, its tags in another order, or nothing."""
+"""Captions of images as they are drawn: whole, with tags in another order, or dropped."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def with_trigger(text: str, trigger: str | None) -> str:
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether a text has a word, or several, that are not part of longer ones."""
+    """Test that a text has a word, or several, that are not part of longer ones."""
     text, word = (unicodedata.normalize("NFC", each) for each in (text, word))
     # Marks such as those of <s1> are an end by themselves.
     before = r"(?<!\w)" if re.match(r"\w", word) else ""

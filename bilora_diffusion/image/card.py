@@ -84,7 +84,7 @@ def write_dreambooth_card(
 
 
 def _of_transformer(folder: Path) -> bool:
-    """Whether a run trained a flow-matching transformer, by the weights that it left."""
+    """Test that a run trained a flow-matching transformer, by the weights that it left."""
     file = folder / FILE_NAME
     if not file.is_file():
         return (folder / "transformer").is_dir()

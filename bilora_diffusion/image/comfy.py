@@ -162,7 +162,7 @@ def workflow(
 
 
 def _scheduler(kind: str, steps: int) -> str:
-    """Which of ComfyUI's has the levels of diffusers' scheduler, or comes nearest."""
+    """ComfyUI's scheduler with the levels of diffusers', or the nearest."""
     if kind == SDXL and 1000 % steps == 0:
         return "ddim_uniform"
     return "normal" if kind in (SDXL, SD3) else "simple"

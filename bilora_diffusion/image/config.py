@@ -93,24 +93,24 @@ class DreamBoothConfig(
 
     @property
     def family(self) -> Any:
-        """What is known of the base model's kind, with the run's settings of it."""
+        """Facts of the base model's kind, with the run's settings of it."""
         return named(self.pipeline, self.pretrained_model_name_or_path)(**self.family_settings)
 
     @property
     def family_settings(self) -> dict[str, Any]:
-        """What is given of that which a `Family` lets a run change."""
+        """Given values of the settings that a `Family` lets a run change."""
         names = ("max_sequence_length", "guidance_scale")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def cache(self) -> Path | None:
-        """The folder in which the run keeps what it encodes; None where it does not."""
+        """Folder in which the run caches what it encodes; None where it does not."""
         return None if self.dry_run else inputs.cache_folder(self.disk_cache)
 
     @property
     def source(self) -> str:
-        """Where the training images are."""
+        """Name or place of the training images."""
         return str(self.dataset_name or self.instance_data_dir)
 
     @property

@@ -61,7 +61,7 @@ def _opened(source: Path | bytes) -> Image.Image:
     if isinstance(source, bytes):
         return Image.open(BytesIO(source))
     if source.exists() and not is_file(source):  # a pipe would keep everyone waiting
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return Image.open(source)
 
 

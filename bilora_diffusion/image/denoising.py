@@ -20,8 +20,7 @@ from ..errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, moved
 from .families.sdxl import encode
-from .flow import Predict, Schedule
-from .masks import mean_of_shown
+from .flow import Predict, Schedule, mean_of_shown
 
 _DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
 """Inputs that are not conditions."""

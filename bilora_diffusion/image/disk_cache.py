@@ -43,7 +43,7 @@ class DiskCache:
         self.folder, self._about, self._writable = folder, (FORMAT, *about), True
 
     def get(self, *key: str) -> dict[str, Tensor] | None:
-        """What was put under a key; None where nothing was, or the file is damaged or another's."""
+        """Tensors under a key; None if there are none, or the file is damaged or another's."""
         if self.folder is None:
             return None
         name, file = self._file(self.folder, key)
@@ -139,7 +139,7 @@ def hash_files(folders: Iterable[Path]) -> str:
 
 
 def _machine(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
-    """What decides the last digits of what is encoded."""
+    """Facts of the machine that decide the last digits of what is encoded."""
     cuda = device.type == "cuda"
     return [
         *(torch.__version__, version("diffusers"), version("transformers"), device.type),

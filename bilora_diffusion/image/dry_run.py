@@ -1,4 +1,4 @@
-"""What a dry run of images counts beside what is trained: models, pictures, what a step holds."""
+"""Memory of a dry run of images beside what is trained: models, pictures, activations."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ ENCODED, DECODED = 20, 24
 
 
 def moments(task: Any, device: torch.device) -> Moments:
-    """Of a task whose models are empty; on a CPU all of them are there from the start."""
+    """Memory of a task whose models are empty; on a CPU all are there from the start."""
     cfg, family, pipeline = task.cfg, task.family, task.pipeline
     few = {*task.models, *(family.encoders if family.flow else ())}
     sizes = {

@@ -19,8 +19,6 @@ from diffusers.training_utils import (
 )
 from torch import Tensor
 
-from .masks import mean_of_shown
-
 Predict = Callable[[Tensor, Tensor], Tensor]
 """A model: noisy latents, (n, c, h, w), and noise levels, (n,), to its prediction."""
 
@@ -31,7 +29,7 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def num_timesteps(self) -> int:
-        """How many noise levels there are."""
+        """Number of noise levels."""
 
     @abstractmethod
     def draw(self, random: torch.Generator) -> Tensor:
@@ -122,3 +120,11 @@ class FlowMatching(Schedule):
         if self.preconditioned:
             weights = weights * sigma**2
         return weights.float() * mean_of_shown(squares, inputs.get("shown"))
+
+
+def mean_of_shown(squares: Tensor, shown: Tensor | None) -> Tensor:
+    """Mean over each sample of (n, c, h, w), weighted by (n, 1, h, w): (n,); 0 where nothing is."""
+    if shown is None:
+        return squares.flatten(1).mean(dim=1)
+    count = squares.shape[1] * shown.flatten(1).sum(dim=1)
+    return (squares * shown).flatten(1).sum(dim=1) / count.clamp_min(torch.finfo(count.dtype).tiny)

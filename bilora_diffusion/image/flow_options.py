@@ -11,7 +11,7 @@ from .families import SDXL
 
 ON_SDXL = Idle(
     lambda v: v["pipeline"] == SDXL,
-    "on Stable Diffusion XL, which is no flow",
+    "on Stable Diffusion XL, which is not a flow model",
 )
 WITHOUT_GUIDANCE = Idle(
     lambda v: not v["told_guidance"], "on a model that has no embedding of guidance"
@@ -20,7 +20,7 @@ WITHOUT_GUIDANCE = Idle(
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """What flow-matching transformers have: SD3, FLUX and later models."""
+    """Options of flow-matching transformers: SD3, FLUX and later models."""
 
     section: ClassVar[str] = "flow-matching models"
 

@@ -30,7 +30,7 @@ def grid_levels(total: int) -> list[int]:
 
 
 class Conditioned(Protocol):
-    """What the grid needs of a task."""
+    """The part of a task that the grid needs."""
 
     module: Any
     device: torch.device
@@ -76,7 +76,7 @@ class GridLoss:
         self.task = task
         vae = task.pipeline.vae
         space, disk = task.module.family.space(vae), task.encoder.disk
-        encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.kept)
+        encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.cached)
         self.sets = {"heldout_loss": self._load(encoder, validation)}
         if train is not None:
             self.sets["train_grid_loss"] = self._load(encoder, train.images)

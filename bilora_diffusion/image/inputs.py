@@ -44,7 +44,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Preset:
-    """What a well-known set brings along; each value gives way to one that the user gives."""
+    """Defaults of a well-known set; each gives way to a value that the user gives."""
 
     instance_prompt: str = "a TOK icon, in the style of TOK"
     subjects: tuple[str, ...] = SUBJECTS

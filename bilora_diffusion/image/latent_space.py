@@ -1,4 +1,4 @@
-"""How an autoencoder's latents are made, scaled for the denoiser, and turned back."""
+"""Encoding and scaling of an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """How an autoencoder's latents are made, scaled for the denoiser, and turned back.
+    """Encoding of images by an autoencoder, scaling for the denoiser, and the way back.
 
     Args:
         scale: what centered latents are multiplied with.

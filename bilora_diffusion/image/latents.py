@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TrainingError
 from .disk_cache import DiskCache
 from .latent_space import LatentSpace
-from .masks import at_size
 from .visits import Visit
 
 ENCODED = "look at the file, or pass another --pretrained_vae_model_name_or_path"
-KEPT = "delete the folder of --disk_cache, or give another"
+CACHED = "delete the folder of --disk_cache, or give another"
 AT_ONCE = 1024 * 1024
 """Pixels that are encoded together: in float32 a megapixel takes gigabytes."""
 
@@ -51,10 +51,11 @@ class Encoder:
         vae: the autoencoder, which comes to the device for the while of encoding.
         space: how its latents are scaled.
         device: where it encodes.
-        keeps: of which visits the posterior is kept, for all others that see the same. These are
-            encoded one by one, so that the result does not depend on what else was lacking.
-        disk: where what is kept stays for the next run.
-        kept: by what is seen, whichever set it is of; shared by encoders of one autoencoder.
+        caches: tests that the posterior of a draw is cached, for all others that see the same.
+            These are encoded one by one, so that the result does not depend on what else was
+            missing.
+        disk: the cache that stays for the next run.
+        cached: by content, whichever set it is of; shared by encoders of one autoencoder.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Encoder:
         vae: Any,
         space: LatentSpace,
         device: torch.device,
-        keeps: Callable[[Visit], bool] = lambda _: False,
+        caches: Callable[[Visit], bool] = lambda _: False,
         disk: DiskCache | None = None,
-        kept: dict[tuple[str, ...], Posterior] | None = None,
+        cached: dict[tuple[str, ...], Posterior] | None = None,
     ) -> None:
-        self._vae, self.space, self._device, self._keeps = vae, space, device, keeps
-        self.kept = {} if kept is None else kept
+        self._vae, self.space, self._device, self._caches = vae, space, device, caches
+        self.cached = {} if cached is None else cached
         self.disk = disk or DiskCache()
 
     def __call__(self, visits: Sequence[Visit]) -> list[Posterior]:
@@ -76,22 +77,22 @@ class Encoder:
         Raises:
             TrainingError: a latent is not finite; the image is named.
         """
-        self._keep([visit for visit in visits if self._keeps(visit)])
-        passing = iter(self._encoded([v for v in visits if not self._keeps(v)], AT_ONCE))
-        return [self.kept[v.content] if self._keeps(v) else next(passing) for v in visits]
+        self._fill([visit for visit in visits if self._caches(visit)])
+        passing = iter(self._encoded([v for v in visits if not self._caches(v)], AT_ONCE))
+        return [self.cached[v.content] if self._caches(v) else next(passing) for v in visits]
 
-    def _keep(self, visits: Sequence[Visit]) -> None:
-        new = {v.content: v for v in visits if v.content not in self.kept}
+    def _fill(self, visits: Sequence[Visit]) -> None:
+        new = {v.content: v for v in visits if v.content not in self.cached}
         for content, visit in new.items():
             if parts := self.disk.get(*content):
                 require_finite(
-                    f"the kept latent of the image '{visit.name}'", KEPT, *parts.values()
+                    f"the cached latent of the image '{visit.name}'", CACHED, *parts.values()
                 )
-                self.kept[content] = Posterior(**parts)
-        lacking = [content for content in new if content not in self.kept]
-        encoded = self._encoded([new[content] for content in lacking], 1)
-        for content, made in zip(lacking, encoded, strict=True):
-            self.kept[content] = made
+                self.cached[content] = Posterior(**parts)
+        missing = [content for content in new if content not in self.cached]
+        encoded = self._encoded([new[content] for content in missing], 1)
+        for content, made in zip(missing, encoded, strict=True):
+            self.cached[content] = made
             there = {name: part for name, part in made._asdict().items() if part is not None}
             self.disk.put(there, *content)
 
@@ -115,3 +116,20 @@ class Encoder:
             require_finite(f"the latent of the image '{visit.name}'", ENCODED, mean[row], std[row])
         shown = [None if mask is None else at_size(mask, mean) for mask in masks]
         return [Posterior(*parts) for parts in zip(mean, std, shown, strict=True)]
+
+
+def weight_map(masks: Sequence[Tensor | None], like: Tensor, outside: float) -> Tensor:
+    """Weights of the latents' places, (n, 1, h, w): 1 within a mask, ``outside`` beyond it.
+
+    Args:
+        masks: (1, H, W) in [0, 1] each; None for an image that is learned whole.
+        like: latents, (n, c, h, w).
+    """
+    whole = torch.ones(1, *like.shape[-2:])
+    shown = [whole if mask is None else at_size(mask, like) for mask in masks]
+    return outside + (1 - outside) * torch.stack(shown)
+
+
+def at_size(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (1, H, W) averaged down to the grid of latents (..., h, w): (1, h, w)."""
+    return F.adaptive_avg_pool2d(mask, (like.shape[-2], like.shape[-1]))

@@ -1,4 +1,4 @@
-"""Which layers of a denoiser get adapters: groups of them, and the ends of layers' names."""
+"""Layers of a denoiser that get adapters: groups of them, and the ends of layers' names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
     for word in words:
         if word not in groups and not any(_ends(name, word) for name, _ in model.named_modules()):
             raise UserError(
-                f'{FLAG} "{word}" is no layer of the {kind}{_hint(word, groups[ALL])}: give'
+                f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL])}: give'
                 f" {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
                 f" {family.targets[0]}."
             )

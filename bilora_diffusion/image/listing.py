@@ -1,4 +1,4 @@
-"""What lies in a folder that is given as a set of images."""
+"""Contents of a folder that is given as a set of images."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Listing:
         """The text of the ``.txt`` file beside each image, as one line; None where there is none.
 
         Raises:
-            UserError: a caption is no UTF-8 text, or far too long.
+            UserError: a caption is not UTF-8 text, or far too long.
         """
         return [path and self._caption(path) for path in map(self.texts.get, map(stem, images))]
 

@@ -31,7 +31,7 @@ NO_CAPTIONS = "none"
 """The ``--caption_column`` of one who wants no captions, wherever they lie."""
 SPLIT = "train"
 MOST_BYTES = 500_000_000
-"""Of a metadata file."""
+"""Largest metadata file."""
 Source = Callable[[], Path | bytes | None]
 
 
@@ -196,7 +196,7 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
 
 
 def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
-    """A column of images as ``datasets`` keeps those that it does not decode."""
+    """A column of images that ``datasets`` does not decode."""
     import datasets
 
     require_column(column, data.column_names, option, label)

@@ -198,7 +198,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """What only image models have: text encoders, noise levels, their attention."""
+    """Options of image models alone: text encoders, noise levels, their attention."""
 
     section: ClassVar[str] = "text encoders and loss"
 

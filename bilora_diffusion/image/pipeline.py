@@ -28,7 +28,7 @@ Dtypes = torch.dtype | dict[str, torch.dtype]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a pipeline was read from.
+    """Origin of a pipeline.
 
     Args:
         folder: of the whole.

@@ -53,21 +53,24 @@ class PromptCache:
 
         Each on its own, so that the result does not depend on what else was new.
         """
-        new = [p for p in dict.fromkeys(prompts) if p not in self._known]
-        found = {prompt: self._disk.get(prompt) for prompt in new}
-        self._known |= {prompt: _row(parts) for prompt, parts in found.items() if parts}
-        if new := [prompt for prompt in new if prompt not in self._known]:
-            self._embed(new)
-
-    def _embed(self, prompts: Sequence[str]) -> None:
+        missing = []
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self._known:
+                continue
+            if parts := self._disk.get(prompt):
+                self._known[prompt] = _row(parts)
+            else:
+                missing.append(prompt)
+        if not missing:
+            return
         self._ready()
-        encoders = self._encoders()
+        parts = [getattr(self._pipeline, name) for name in self.family.encoders]
+        encoders = [encoder for encoder in parts if encoder is not None]
         for encoder in encoders:
             encoder.to(self._device)
-        for prompt in prompts:
-            (row,) = rows(self.family.embed(self._pipeline, [prompt]))
-            self._known[prompt] = row
-            self._disk.put(_parts(row), prompt)
+        for prompt in missing:
+            (self._known[prompt],) = rows(self.family.embed(self._pipeline, [prompt]))
+            self._disk.put(_parts(self._known[prompt]), prompt)
         for encoder in encoders:
             encoder.to("cpu")
 
@@ -81,12 +84,10 @@ class PromptCache:
         leads away from.
         """
         self.add(captions)
-        return joined(
-            [
-                self._known[text] if text else self.family.negative(self._pipeline, self._known[""])
-                for text in captions
-            ]
-        )
+        if "" not in captions:
+            return self(captions)
+        negative = self.family.negative(self._pipeline, self._known[""])
+        return joined([self._known[text] if text else negative for text in captions])
 
     def release(self) -> None:
         """Let go of the encoders, of which those of a flow model are as large as the denoiser."""
@@ -95,10 +96,6 @@ class PromptCache:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _encoders(self) -> list[Any]:
-        parts = (getattr(self._pipeline, name) for name in self.family.encoders)
-        return [encoder for encoder in parts if encoder is not None]
 
     def with_negative(self, prompts: Sequence[str]) -> tuple[Conditions, Conditions]:
         """Embeddings of ``prompts`` and of as many empty ones, as ``sampling.generate`` takes."""

@@ -6,6 +6,7 @@ python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_d
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
 from ..export import (
@@ -32,15 +34,17 @@ from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from . import comfy
 from .card import write_dreambooth_card
-from .class_images import ensure_class_images
 from .config import DreamBoothConfig, resolve
 from .dry_run import moments
+from .listing import look
 from .opening import open_images
 from .pipeline import load_base
+from .sampling import generate
 from .sets import ImageSet
 from .task import DreamBooth
 from .visits import VisitStream
 
+PRECISIONS = DTYPES | {"fp32": torch.float32}
 logger = logging.getLogger(__name__)
 
 
@@ -78,8 +82,35 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
 
 
 def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
-    """The class images, of which those that are missing are made."""
-    ensure_class_images(cfg, accelerator)
+    """Class images of prior preservation, sampled from the base model until there are enough.
+
+    The work is shared among processes; each image has a seed of its own, so that an interrupted
+    run goes on where it stopped.
+    """
+    folder = Path(str(cfg.class_data_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = range(len(look(folder).images), cfg.num_class_images)
+    # Nobody may count after another process has begun to write.
+    accelerator.wait_for_everyone()
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        precision = cfg.prior_generation_precision
+        device = accelerator.device
+        dtype = PRECISIONS[precision] if precision else cfg.family.precision(device)
+        pipeline = load_base(cfg, dtype).to(device)
+        batches = range(0, len(mine), cfg.sample_batch_size)
+        for start in tqdm(batches, "class images", disable=not accelerator.is_main_process):
+            part = mine[start : start + cfg.sample_batch_size]
+            made = generate(
+                pipeline,
+                [str(cfg.class_prompt)] * len(part),
+                [cfg.seed + number for number in part],
+                size=cfg.resolution,
+            )
+            for number, image in zip(part, made, strict=True):
+                mark = hashlib.sha256(image.tobytes()).hexdigest()[:12]
+                image.save(folder / f"{number}-{mark}.png")
+    accelerator.wait_for_everyone()
     plain = {"image_column": "image", "caption_column": "none", "mask_column": None}
     return images(cfg, str(cfg.class_data_dir), **plain, alpha_mask=False)
 

@@ -222,7 +222,7 @@ class ImageSet:
         return [text for text in texts if text is not None]
 
     def remarks(self) -> list[str]:
-        """What should be known of the set and would surprise, a line each."""
+        """Facts of the set that would surprise, a line each."""
         lines = []
         if self._captions_from:
             count = sum(self.caption(i) is not None for i in range(len(self)))

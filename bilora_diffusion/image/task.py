@@ -24,9 +24,8 @@ from .families.base import Family
 from .families.sdxl import tokenize
 from .flow import FlowMatching, Schedule
 from .heldout import GridImage, GridLoss
-from .latents import Encoder
+from .latents import Encoder, weight_map
 from .layers import chosen
-from .masks import weight_map
 from .prompts import PromptCache
 from .sampling import generate
 from .sets import ImageSet
@@ -81,7 +80,7 @@ class DreamBooth:
         self.models |= dict(zip(self.family.encoders, trained, strict=False))
 
     def data_summary(self) -> str:
-        """What it is trained on, in a few words."""
+        """A summary of the training images, in a few words."""
         classes = self.stream.classes
         prior = f" and {len(classes)} class images" if classes else ""
         sizes = sorted(set(self.stream.sizes))
@@ -121,12 +120,12 @@ class DreamBooth:
 
     @property
     def names(self) -> list[str]:
-        """Of all images, by which they are dealt into folds."""
+        """Names of all images, by which they are dealt into folds."""
         return self.sample_names
 
     @property
     def has_heldout(self) -> bool:
-        """Whether there are held-out images."""
+        """Test for held-out images."""
         return self.validation is not None
 
     def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
@@ -153,7 +152,7 @@ class DreamBooth:
             self.prompts.release()
 
     def read_encoders(self) -> None:
-        """Read the text encoders that were left without weights in the hope of kept embeddings."""
+        """Read the text encoders that were left without weights, if embeddings are missing."""
         for name in self.family.encoders:
             if read := self.pipeline.origin.later.pop(name, None):
                 setattr(self.pipeline, name, read())
@@ -170,8 +169,8 @@ class DreamBooth:
         )
         if not self.cfg.offload:
             vae.to(device)
-        kept = None if self._source is None else self._source.encoder.kept
-        self.encoder = Encoder(vae, space, device, self.stream.keeps, disk, kept)
+        cached = None if self._source is None else self._source.encoder.cached
+        self.encoder = Encoder(vae, space, device, self.stream.caches, disk, cached)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)

@@ -1,4 +1,4 @@
-"""Which image is seen when, and how it is cropped: the training stream of DreamBooth."""
+"""The training stream of DreamBooth: order of the images, their crops and captions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Resized:
 
 @dataclass
 class Visit:
-    """One look at one image: what is seen, and what SDXL is told about size and crop.
+    """One draw of one image: its pixels, and SDXL's conditioning on size and crop.
 
     ``kind`` is "instance", "class" or "grid"; ``slot`` is the position within the step's batch.
     """
@@ -88,7 +88,7 @@ class Visit:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Two visits with the same see the same pixels, in whichever run and set."""
+        """Draws with the same content see the same pixels, in whichever run and set."""
         seen = repr((tuple(self.crop), tuple(self.size)))
         return self.images.content(self.sample).hex(), seen
 
@@ -102,7 +102,7 @@ class Visit:
         read now unless they were read before.
 
         Args:
-            resized: where what it is cut from is kept for the next visit.
+            resized: the cache of what it is cut from.
         """
         if self.loaded is not None:
             return self.loaded
@@ -127,7 +127,7 @@ class VisitStream:
         classes: the class images of prior preservation, or None.
 
     Raises:
-        UserError: an image without a prompt, or latents that can't be kept.
+        UserError: an image without a prompt, or latents that can't be cached.
     """
 
     def __init__(
@@ -161,13 +161,13 @@ class VisitStream:
                 " not of the shape that it is cut to: add --center_crop, or drop --cache_latents."
             )
         few = sum(map(len, sets)) <= MAX_CACHED
-        self._keeps = cfg.cache_latents == "yes" or (cfg.cache_latents == "auto" and few)
-        self._reads_ahead = bool(odd) or not self._keeps
+        self._caches = cfg.cache_latents == "yes" or (cfg.cache_latents == "auto" and few)
+        self._reads_ahead = bool(odd) or not self._caches
 
-    def keeps(self, visit: Visit) -> bool:
-        """Whether the latents of what is seen are kept for the visits that see the same."""
+    def caches(self, visit: Visit) -> bool:
+        """Test that the latents of a draw are cached for the draws that see the same."""
         size = visit.images.size(visit.sample)
-        return self._keeps and _cropped_alike(self.cfg, size, visit.size)
+        return self._caches and _cropped_alike(self.cfg, size, visit.size)
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
@@ -227,11 +227,11 @@ def _ignore_signals(_: int) -> None:
 
 
 class _Visits(Dataset):
-    """The visits of each entry of a schedule; what is not kept is read here."""
+    """The visits of each entry of a schedule; those that are not cached are read here."""
 
     def __init__(self, stream: VisitStream, schedule: Sequence[Slots], step_size: int) -> None:
         self._stream, self._schedule, self._step_size = stream, schedule, step_size
-        # Each process that reads images keeps its own.
+        # Each process that reads images has a cache of its own.
         self._resized = Resized(MOST_BYTES // max(1, stream.cfg.dataloader_num_workers))
 
     def __len__(self) -> int:
@@ -244,7 +244,7 @@ class _Visits(Dataset):
             self._stream.draw(step, slot, self._step_size, kind) for kind in kinds for slot in slots
         ]
         for visit in visits:
-            if not self._stream.keeps(visit):
+            if not self._stream.caches(visit):
                 visit.loaded = visit.read(self._resized)
         return visits
 
@@ -264,10 +264,10 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
 
 
 def _sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[buckets.Size]:
-    """What each image is cut to."""
+    """Size that each image is cut to."""
     return [buckets.nearest(images.size(i), cfg.sizes) for i in range(len(images))]
 
 
 def _cropped_alike(cfg: DreamBoothConfig, size: buckets.Size, target: buckets.Size) -> bool:
-    """Whether every visit of an image sees the same part of it."""
+    """Test that every draw of an image sees the same part of it."""
     return cfg.center_crop or crops.resized(size, target) == target

@@ -12,9 +12,9 @@ from pathlib import Path
 from ..errors import UserError
 
 MINI = "mini"
-"""What stands for it where a model or a data set is named."""
+"""Its name as a model and as a data set."""
 FLOW = "mini-flow"
-"""What stands for the flow-matching one where a model is named."""
+"""The name of the flow-matching one."""
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
 HELDOUT, ANIMALS_HELDOUT = f"{MINI}-heldout", f"{ANIMALS}-heldout"

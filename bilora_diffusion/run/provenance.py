@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, machine, memory."""
+"""Origin of a result: versions, commit, machine, memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 CAN_BE_BOUND = hasattr(os, "sched_getaffinity")  # to some of the cores; not everywhere
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of what a run depends on; None for what is not installed."""
-    installed: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
+def versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python, of a run's packages and of ``more``; None for what is not installed."""
+    installed: dict[str, str | None] = dict.fromkeys((*PACKAGES, *more))
+    for name in installed:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
     own = sys.modules["bilora_diffusion"].__version__  # also where it is run from a checkout

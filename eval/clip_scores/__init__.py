@@ -220,8 +220,8 @@ class ClipScores(Evaluation):
         """Fill in the settings."""
         prompts = [asdict(prompt) for prompt in self.prompts]
         for prompt in prompts:
-            held = prompt["text"] in self.truths and not prompt["general"]
-            prompt["reference"] = prompt["reference"].name if held else None
+            known = prompt["text"] in self.truths and not prompt["general"]
+            prompt["reference"] = prompt["reference"].name if known else None
             prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
@@ -244,15 +244,15 @@ class ClipScores(Evaluation):
         return self.result(subjects, rows, lines, self.control, provenance=self.origin)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import shown
+        from . import reporting
 
-        drawn = shown.grid(result, folder, self.truths, self.args.grid_prompts)
-        return [shown.GRID] if drawn else []
+        drawn = reporting.grid(result, folder, self.truths, self.args.grid_prompts)
+        return [reporting.GRID] if drawn else []
 
     def introduction(self, result: Result) -> str:
-        from . import shown
+        from . import reporting
 
-        return shown.introduction(result)
+        return reporting.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         measured = {line.metric for line in result.summaries}
@@ -260,14 +260,14 @@ class ClipScores(Evaluation):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        from . import shown
+        from . import reporting
 
-        told = [*shown.made(result), *report.sources(result)]
+        sentences = [*reporting.made(result), *report.sources(result)]
         return [
-            shown.legend(result),
-            report.listed(report.verdicts(result, shown.PAPER)),
-            report.section("In the shape of the paper's Table 4", shown.scores(result)),
-            report.closing(replace(result, notes=[]), ("torch", "diffusers"), told),
+            reporting.legend(result),
+            report.listed(report.verdicts(result, reporting.PAPER)),
+            report.section("In the shape of the paper's Table 4", reporting.scores(result)),
+            report.closing(replace(result, notes=[]), ("torch", "diffusers"), sentences),
         ]
 
 

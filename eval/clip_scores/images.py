@@ -211,7 +211,13 @@ class Store:
         stated = {name: version for name, version in versions().items() if name in _STATED}
         for job, image in zip(part, images, strict=True):
             record = {**self.parameters(job), _VERSIONS: stated}
-            _write_png(self.root / job.file, image, record)
+            information, content = PngInfo(), BytesIO()
+            information.add_text(_CHUNK, json.dumps(record, sort_keys=True))
+            image.save(content, format="PNG", pnginfo=information)
+            path = self.root / job.file
+            with translated(f"{path} can't be written", "give another output folder"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, content.getvalue())
 
 
 def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
@@ -242,16 +248,6 @@ def _one_thread(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write_png(path: Path, image: Image.Image, parameters: Mapping[str, Any]) -> None:
-    """Write an image and its parameters, whole or not at all."""
-    information, content = PngInfo(), BytesIO()
-    information.add_text(_CHUNK, json.dumps(dict(parameters), sort_keys=True))
-    image.save(content, format="PNG", pnginfo=information)
-    with translated(f"{path} can't be written", "give another output folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content.getvalue())
 
 
 def _matches(path: Path, parameters: Mapping[str, Any]) -> bool:

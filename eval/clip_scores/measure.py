@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -102,7 +102,8 @@ class ImageJudge:
         with tqdm(total=len(jobs), desc=what, unit="image", disable=not self._progress) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 pictures = [self._store.open(job) for job in chunk]
-                keys = [(_content(picture), captioned) for picture in pictures]
+                contents = [repr(p.size).encode() + p.tobytes() for p in pictures]
+                keys = [(blake2b(one, digest_size=16).digest(), captioned) for one in contents]
                 new = dict(zip(keys, pictures, strict=True))
                 new = {key: picture for key, picture in new.items() if key not in self._seen}
                 if new:
@@ -118,10 +119,6 @@ class ImageJudge:
         captions = self._captioner(pictures)
         words = self._scorer.texts(captions)
         return [Seen(*parts) for parts in zip(vectors, captions, words, strict=True)]
-
-
-def _content(image: Image) -> bytes:
-    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
 
 
 def _embedded(images: ImageSet, scorer: Scorer) -> tuple[list[str], Tensor]:

@@ -1,4 +1,4 @@
-"""Scores, and names that the command line is told, which is read before torch is imported."""
+"""Scores, and names of the command line, which is read before torch is imported."""
 
 from __future__ import annotations
 

@@ -73,7 +73,13 @@ def read(source: str | Path, column: str | None = None) -> list[Prompt]:
         prompts = _of_text(path, name)
     if not prompts:
         raise UserError(f"{name} holds no prompt: write one a line.")
-    _refuse_twice(name, prompts)
+    first: dict[str, str] = {}
+    for where, prompt in prompts:
+        if (other := first.setdefault(prompt.text, where)) != where:
+            raise UserError(
+                f'{name} has the prompt "{prompt.text[:200]}" at {other} and at {where}: drop'
+                " one of them."
+            )
     plain = [prompt for _, prompt in prompts]
     return _with_references(name, plain) if is_shipped else plain
 
@@ -113,16 +119,6 @@ def _of_csv(path: Path, name: str, column: str) -> list[tuple[str, Prompt]]:
             )
         prompts.append((where, Prompt(text, instance, file)))
     return prompts
-
-
-def _refuse_twice(name: str, prompts: list[tuple[str, Prompt]]) -> None:
-    first: dict[str, str] = {}
-    for where, prompt in prompts:
-        if (other := first.setdefault(prompt.text, where)) != where:
-            raise UserError(
-                f'{name} has the prompt "{prompt.text[:200]}" at {other} and at {where}: drop'
-                " one of them."
-            )
 
 
 def _with_references(name: str, prompts: list[Prompt]) -> list[Prompt]:

@@ -38,19 +38,19 @@ def base_model(subjects: Sequence[Subject], given: str | None) -> str:
         given: the user's own word; it says where the subjects do not, and may name a local copy
             of the hub's model that they name.
     """
-    told: dict[str, Subject] = {}
+    named: dict[str, Subject] = {}
     for subject in subjects:
         if subject.base_model is not None:
-            told.setdefault(_place(subject.base_model), subject)
-    if len(told) > 1:
-        one, other = list(told.values())[:2]
+            named.setdefault(_place(subject.base_model), subject)
+    if len(named) > 1:
+        one, other = list(named.values())[:2]
         raise UserError(
             f'"{one.label}" was trained on {one.base_model} and "{other.label}" on'
             f" {other.base_model}: compare adapters of one base model."
         )
-    if given is None and not told:
+    if given is None and not named:
         raise UserError("no adapter says which base model it belongs to: give --base_model.")
-    for name, subject in told.items():
+    for name, subject in named.items():
         if given is None:
             given = str(subject.base_model)
         is_copy = Path(given).is_dir() and "/" in name and not Path(name).is_dir()

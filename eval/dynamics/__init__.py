@@ -87,15 +87,15 @@ class Dynamics(Evaluation):
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from . import curves, shown
+        from . import curves, figures
 
         rows += curves.key_figures(rows, self.settings["steps"])
-        return replace(super().complete(subjects, rows), metrics=shown.metrics())
+        return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        from . import shown
+        from . import figures
 
-        return shown.panels(result)
+        return figures.panels(result)
 
     def introduction(self, result: Result) -> str:
         layer = result.settings["layer"]
@@ -107,9 +107,9 @@ class Dynamics(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        from . import shown
+        from . import figures
 
-        return shown.columns(result)
+        return figures.columns(result)
 
     def _note(self, groups: dict[str, list[Subject]]) -> None:
         for label, runs in groups.items():

@@ -1,5 +1,3 @@
-"""``python -m eval.dynamics``."""
-
 import sys
 
 from . import main

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
 from bilora_diffusion.errors import UserError, did_you_mean
@@ -144,7 +143,9 @@ def read(run: Subject, chosen: Sequence[str]) -> dict[str, RunCurves]:
             for name, value in values.items():
                 curves[layer].setdefault(name, {})[snapshot.step] = value
             if FIRST_ORDER in snapshot.layers:
-                ratios[layer][snapshot.step] = _ratios(snapshot, where)
+                quotients = (snapshot.layers[FIRST_ORDER] / snapshot.layers[TERMS[-1]])[where]
+                finite = [v if math.isfinite(v) else None for v in quotients.tolist()]
+                ratios[layer][snapshot.step] = finite
     for line in run.log():
         for name in LOGGED:
             if name in line:
@@ -154,11 +155,6 @@ def read(run: Subject, chosen: Sequence[str]) -> dict[str, RunCurves]:
         layer: RunCurves(curves[layer], ratios[layer], _chance(final, where))
         for layer, where in places.items()
     }
-
-
-def _ratios(snapshot: Snapshot, where: Sequence[int]) -> list[float | None]:
-    quotients = (snapshot.layers[FIRST_ORDER] / snapshot.layers[TERMS[-1]])[where]
-    return [value if math.isfinite(value) else None for value in quotients.tolist()]
 
 
 def _cosines(now: Snapshot, final: Snapshot, where: Sequence[int]) -> dict[str, float | None]:
@@ -180,25 +176,19 @@ def cosines(one: Sequence[Factors], other: Sequence[Factors]) -> dict[str, float
     """
     values: dict[str, float | None] = dict.fromkeys(QUANTITIES)
     if all(f.A.shape == g.A.shape for f, g in zip(one, other, strict=True)):
-        dots = {side: _dots(one, other, side) for side in "AB"}
-        for side, (inner, left, right) in dots.items():
-            values[side] = _cosine(inner, left, right)
+        dots = {}
+        for side in "AB":
+            flat = [
+                torch.cat([getattr(f, side).double().flatten() for f in s]) for s in (one, other)
+            ]
+            pairs = (flat, flat[:1] * 2, flat[1:] * 2)
+            dots[side] = [float(left @ right) for left, right in pairs]
+            values[side] = _cosine(*dots[side])
         values["factors"] = _cosine(*(a + b for a, b in zip(dots["A"], dots["B"], strict=True)))
     values["product"] = _cosine(
         *(float(inner_products(*pair).sum()) for pair in ((one, other), (one, one), (other, other)))
     )
     return values
-
-
-def _dots(one: Sequence[Factors], other: Sequence[Factors], side: str) -> list[float]:
-    left, right = (
-        torch.cat([_side(f, side).double().flatten() for f in factors]) for factors in (one, other)
-    )
-    return [float(left @ right), float(left @ left), float(right @ right)]
-
-
-def _side(factors: Factors, side: str) -> Tensor:
-    return factors.A if side == "A" else factors.B
 
 
 def _cosine(inner: float, left: float, right: float) -> float | None:

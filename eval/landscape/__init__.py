@@ -8,7 +8,7 @@
 Loss along filter-normalized random directions and on a plane of two, the largest loss within a ball
 (SAM sharpness) and, with --eigenvalue, the largest eigenvalue of the Hessian; all of them in the
 space of the LoRA factors and in that of the model's own weights. Runs of one method and setting
-that differ in the seed are repeats. What was measured is kept, so an interrupted command goes on
+that differ in the seed are repeats. What was measured is cached, so an interrupted command goes on
 where it stopped.
 
 Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscape_grid.png.
@@ -25,11 +25,12 @@ from typing import Any, ClassVar
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.fields import option
+from bilora_diffusion.values import check_choice
 
 from .. import report
+from ..cache import Cache
 from ..command import COUNTS, POSITIVE, open_device
 from ..evaluation import Evaluation
-from ..kept import Kept
 from ..report import Column
 from ..subjects import Subject, by_group, gather
 from ..table import Metric, Result, Row
@@ -44,9 +45,7 @@ class LandscapeOptions:
 
     section = "measurement"
     control: str | None = option(None, "Group to compare with (default: the first).")
-    space: str = option(
-        "lora,full", "Spaces to look at.", choices=("lora,full", "full,lora", "lora", "full")
-    )
+    space: str = option("lora,full", "lora, full, or both with a comma.")
     full_weights: str = option(
         "all",
         "All weights of the trained models, or those that adapters sit on.",
@@ -105,10 +104,11 @@ class Landscape(Evaluation):
         from .. import compare
         from . import measure, models
 
-        for name, least in (("points", 3), ("grid", 0)):
-            value = getattr(self.args, name)
-            if (value and (value < 3 or value % 2 == 0)) or value < least:
+        for name, value in (("points", self.args.points), ("grid", self.args.grid or 3)):
+            if value < 3 or value % 2 == 0:
                 raise UserError(f"--{name} is {value}: give an odd number from 3 on.")
+        for word in self.args.space.split(","):
+            check_choice("--space", word, SPACES)
         spaces = [space for space in SPACES if space in self.args.space.split(",")]
         for subject in subjects:
             if "full" not in spaces and not models.has_factors(subject):
@@ -160,8 +160,8 @@ class Landscape(Evaluation):
         given, point, parts = self.args, self.points[subject.label], self.parts[subject.label]
         sample = {"max_images": given.max_images, "levels": given.levels}
         about = [subject.digest, subject.kind, point.loss, given.split, sample]
-        kept = Kept(self.folder, about)
-        model = cache(  # one model is in memory at a time, and none where all is kept
+        cached = Cache(self.folder, about)
+        model = cache(  # one model is in memory at a time, and none where all is cached
             lambda: models.load(
                 point, list(parts), given.full_weights, device=self.device, **sample
             )
@@ -174,7 +174,7 @@ class Landscape(Evaluation):
                 def make(space: str = space, measure_it: Any = measure_it) -> Any:
                     return measure_it(model().spaces[space], model().loss.terms)
 
-                measured.setdefault(key[0], []).append(kept.piece(key, make))
+                measured.setdefault(key[0], []).append(cached.item(key, make))
                 self.bar.update()
             if measured["start"][0]["loss"] is None:
                 raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")

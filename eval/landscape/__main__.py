@@ -1,5 +1,3 @@
-"""``python -m eval.landscape``."""
-
 import sys
 
 from . import main

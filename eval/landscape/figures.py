@@ -53,13 +53,13 @@ def _losses(result: Result, metric: str, group: str, space: str) -> list[tuple[E
     """Losses of each run of a group, a line per direction or position."""
     known = "positions" if metric == "profile" else "grid_positions"
     rows = result.select(metric, group, space)
-    found = []
+    losses = []
     for entry in result.members(group):
         values = [row.value for row in rows if row.subject == entry.label]
         if values:
             width = len(result.settings[known][space])
-            found.append((entry, np.array(values, dtype=float).reshape(-1, width)))
-    return found
+            losses.append((entry, np.array(values, dtype=float).reshape(-1, width)))
+    return losses
 
 
 def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
@@ -98,8 +98,8 @@ def planes(result: Result, picture: Path) -> None:
     options = {"figsize": size, "layout": "compressed"}
     with plot.canvas(picture, len(spaces), len(groups), **options) as (figure, axes):
         for row, space in zip(axes, spaces, strict=True):
-            shown = _contours(row, result, space, groups)
-            figure.colorbar(shown, ax=row, label="rise of the loss")
+            contours = _contours(row, result, space, groups)
+            figure.colorbar(contours, ax=row, label="rise of the loss")
 
 
 def _contours(row: Any, result: Result, space: str, groups: Sequence[str]) -> Any:

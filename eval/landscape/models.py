@@ -149,17 +149,17 @@ def _config(subject: Subject) -> DreamBoothConfig:
 def _require_comparable(opened: Mapping[str, Point]) -> None:
     first, *others = opened.values()
     for point in others:
-        own, wanted = point.config, first.config
-        if base_key(own) != base_key(wanted):
+        own, expected = point.config, first.config
+        if base_key(own) != base_key(expected):
             what = (
                 f"the base model {own.pretrained_model_name_or_path} and not"
-                f" {wanted.pretrained_model_name_or_path}"
+                f" {expected.pretrained_model_name_or_path}"
             )
         elif point.images.fingerprint() != first.images.fingerprint():
             what = "other images"
-        elif options := [n for n in LOSS_OPTIONS if getattr(own, n) != getattr(wanted, n)]:
+        elif options := [n for n in LOSS_OPTIONS if getattr(own, n) != getattr(expected, n)]:
             name = options[0]
-            what = f"{name} {getattr(own, name)!r} and not {getattr(wanted, name)!r}"
+            what = f"{name} {getattr(own, name)!r} and not {getattr(expected, name)!r}"
         else:
             continue
         raise UserError(
@@ -249,13 +249,13 @@ def load(
     task.module.requires_grad_(False)
     task.module.eval()
     task.to_device(torch.device(device))
-    held = {}
+    weights_by_space = {}
     if "lora" in spaces and has_factors(subject):
-        held["lora"] = factor_weights(task.models)
+        weights_by_space["lora"] = factor_weights(task.models)
     if "full" in spaces:
-        held["full"] = full_space(task, full_weights)
+        weights_by_space["full"] = full_space(task, full_weights)
     images = point.images.only(range(len(point.images))[: max_images or None])
-    return Model(held, LevelGrid(task, images, levels))
+    return Model(weights_by_space, LevelGrid(task, images, levels))
 
 
 @torch.no_grad()
@@ -284,18 +284,18 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     the direction does not depend on how a term's size is shared among its two vectors. A layer that
     was not trained has B = 0, which stays 0; DoRA's magnitudes are left out.
     """
-    held = []
+    weights = []
     for name, model in models.items():
         for path, layer in adapters.layers(model, PRIMARY):
             down, up = (cast(Tensor, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
-            held.append(Weight(f"{name}.{path}.lora_A", down, 0))
-            held.append(Weight(f"{name}.{path}.lora_B", up, 1))
-    return held
+            weights.append(Weight(f"{name}.{path}.lora_A", down, 0))
+            weights.append(Weight(f"{name}.{path}.lora_B", up, 1))
+    return weights
 
 
 def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
     """The weights of the trained models without the adapters; a filter is an output's weights."""
-    held = []
+    weights = []
     for target in task.targets():
         model, own = target.model, dict[str, Tensor]()
         if full_weights == "adapted":
@@ -310,5 +310,5 @@ def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
                 for path, parameter in model.named_parameters()
                 if parameter.dim() > 1 and ".lora_" not in path
             }
-        held += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
-    return held
+        weights += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
+    return weights

@@ -109,14 +109,14 @@ class _Climber:
         for number in range(steps):
             if not at.steepness:
                 break
-            found = self.look(self.step(at, eta))
+            candidate = self.look(self.step(at, eta))
             if number == 0:
-                first = found.height
-            if found.height > at.height:
-                at, eta = found, 2 * eta
+                first = candidate.height
+            if candidate.height > at.height:
+                at, eta = candidate, 2 * eta
             else:
                 eta /= 2
-            del found
+            del candidate
         return _Ascent(start, first, at.height, norm(at.e), steepness)
 
     @torch.no_grad()
@@ -229,14 +229,17 @@ def top_eigenvalue(
     Nothing is moved. Lanczos keeps ``vectors`` vectors of the size of the space in memory.
     """
     sizes = [weight.tensor.numel() for weight in weights]
-    count, kind = sum(sizes), _numpy_dtype(weights)
+    count, wide = sum(sizes), any(weight.tensor.dtype == torch.float64 for weight in weights)
+    kind = np.float64 if wide else np.float32
     vectors = min(vectors, count)
     _check_memory(count, vectors, kind)
     products, largest = 0, 0.0
 
     def multiply(values: np.ndarray) -> np.ndarray:
         nonlocal products, largest
-        parts = _split(values.astype(kind).reshape(-1), weights, sizes)
+        flat = torch.from_numpy(values.astype(kind).reshape(-1)).split(sizes)
+        pairs = zip(flat, (weight.tensor for weight in weights), strict=True)
+        parts = [part.view(tensor.shape).to(tensor) for part, tensor in pairs]
         found = _joined(hessian_product(weights, loss, parts), kind)
         products, largest = products + 1, max(largest, float(np.abs(found).max()))
         return found
@@ -268,23 +271,9 @@ def top_eigenvalue(
     return Eigenvalue(float(values[0]), residual, products)
 
 
-def _numpy_dtype(weights: Sequence[Weight]) -> type[np.floating[Any]]:
-    wide = any(weight.tensor.dtype == torch.float64 for weight in weights)
-    return np.float64 if wide else np.float32
-
-
-def _split(values: np.ndarray, weights: Sequence[Weight], sizes: Sequence[int]) -> list[Tensor]:
-    flat = torch.from_numpy(values).split(list(sizes))
-    return [
-        part.view(weight.tensor.shape).to(weight.tensor)
-        for part, weight in zip(flat, weights, strict=True)
-    ]
-
-
 def _joined(parts: Sequence[Tensor], kind: Any) -> np.ndarray:
-    return np.concatenate([part.detach().cpu().double().numpy().ravel() for part in parts]).astype(
-        kind
-    )
+    flat = [part.detach().cpu().double().numpy().ravel() for part in parts]
+    return np.concatenate(flat).astype(kind)
 
 
 def _check_memory(count: int, vectors: int, kind: Any) -> None:

@@ -62,8 +62,8 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
         total += float(term.detach())
         if not term.requires_grad:
             continue
-        found = torch.autograd.grad(term, tensors, allow_unused=True)
-        for own, part in zip(gradient, found, strict=True):
+        slopes = torch.autograd.grad(term, tensors, allow_unused=True)
+        for own, part in zip(gradient, slopes, strict=True):
             if part is not None:
                 own.add_(part)
     return total, gradient
@@ -139,9 +139,9 @@ def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) ->
     """``direction`` with the norm of each filter set to that of ``weight``'s filter."""
     rest = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    wanted = torch.linalg.vector_norm(weight, dim=rest, keepdim=True, dtype=wide)
-    has = torch.linalg.vector_norm(direction, dim=rest, keepdim=True, dtype=wide)
-    return direction * (wanted / has.clamp_min(torch.finfo(wide).tiny))
+    norms = torch.linalg.vector_norm(weight, dim=rest, keepdim=True, dtype=wide)
+    lengths = torch.linalg.vector_norm(direction, dim=rest, keepdim=True, dtype=wide)
+    return direction * (norms / lengths.clamp_min(torch.finfo(wide).tiny))
 
 
 def gaussian(weight: Weight, *key: int | str) -> Tensor:

@@ -1,5 +1,3 @@
-"""``python -m eval.sweep``."""
-
 import sys
 
 from . import main

@@ -28,8 +28,8 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import checkpoint, runlog
 
 from ..provenance import without_paths
-from .findings import FINISHED
 from .grid import Cell
+from .reporting import FINISHED
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
@@ -50,11 +50,11 @@ class Outcome:
 
     Args:
         cell: name of the run folder.
-        arm: label of its arm.
+        arm: label of its variant.
         seed: its seed.
         status: finished, failed, or waiting.
         exit_code: of a failed one; negative for a signal.
-        error: last line of what a failed one said, without machine paths.
+        error: last line of the output of a failed one, without machine paths.
     """
 
     cell: str
@@ -113,7 +113,7 @@ class Runner:
         done = {c.name for c in cells if state(self.runs_dir / c.name) == FINISHED}
         for cell in cells:
             status = FINISHED if cell.name in done else "waiting"
-            self.outcomes[cell.name] = Outcome(cell.name, cell.arm, cell.seed, status)
+            self.outcomes[cell.name] = Outcome(cell.name, cell.variant, cell.seed, status)
         self._record()
         # Cells that were there already took no time, and say nothing about how long one takes.
         bar = tqdm(total=len(cells), initial=len(done), desc="cells", unit="cell", smoothing=0)
@@ -156,15 +156,15 @@ class Runner:
         write_text(self.runs_dir / RECORD, dump_json(record))
 
 
-def explain(code: int, said: str) -> tuple[int, str]:
+def explain(code: int, output: str) -> tuple[int, str]:
     """The exit code of the training process, and one line why it failed.
 
     Args:
         code: the launcher's exit code.
-        said: the cell's output. A single process of accelerate launch ends with the launcher's own
+        output: of the run. A single process of accelerate launch ends with the launcher's own
             traceback, which is passed over but for the script's exit code, which it names.
     """
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     if lines and lines[-1].startswith(_OF_LAUNCHER[0]):
         status = re.search(r"non-zero exit status (\d+)", lines[-1])
         if killed := re.search(r"died with <Signals\.(\w+): (\d+)>", lines[-1]):
@@ -173,11 +173,11 @@ def explain(code: int, said: str) -> tuple[int, str]:
         tracebacks = [n for n, line in enumerate(lines) if line.startswith("Traceback")]
         lines = lines[: tracebacks[-1] if tracebacks else -1]
     own = [line for line in lines if not line.startswith(_OF_LAUNCHER)]
-    errors = [found[1] for line in own if (found := _SENTENCE.fullmatch(line))]
+    errors = [match[1] for line in own if (match := _SENTENCE.fullmatch(line))]
     raised = [line for line in own if _EXCEPTION.fullmatch(line)]
     if not errors and not raised and code < 0:
         return code, f"killed by signal {-code}"
-    return code, without_paths((errors or raised or own or ["it said nothing"])[-1])
+    return code, without_paths((errors or raised or own or ["no output"])[-1])
 
 
 class _Run:
@@ -189,7 +189,7 @@ class _Run:
         self.log = open(f"{self.folder}.log", "ab")  # noqa: SIM115, closed by `outcome`
         self.began = 0
         self.process: subprocess.Popen[bytes] | None = None
-        self.told = False
+        self.announced = False
 
     def is_over(self) -> bool:
         """Look after it: start it where it waits."""
@@ -202,10 +202,10 @@ class _Run:
         self.log.close()
         cell, code = self.cell, self.process.returncode if self.process else 0
         if self._finished():
-            return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
-        said = Path(f"{self.folder}.log").read_bytes()[self.began :]
-        code, error = explain(code, said.decode("utf-8", errors="replace"))
-        return Outcome(cell.name, cell.arm, cell.seed, "failed", code, error)
+            return Outcome(cell.name, cell.variant, cell.seed, FINISHED)
+        output = Path(f"{self.folder}.log").read_bytes()[self.began :]
+        code, error = explain(code, output.decode("utf-8", errors="replace"))
+        return Outcome(cell.name, cell.variant, cell.seed, "failed", code, error)
 
     def _finished(self) -> bool:
         return state(self.folder) == FINISHED
@@ -213,10 +213,10 @@ class _Run:
     def _start(self) -> bool:
         """Start it in a process group of its own, unless another has it, or had it and ended it."""
         if not _lock(self.log):
-            if not self.told:
-                told = f"waiting for {self.cell.name}, which another sweep has left running"
-                tqdm.write(told, file=sys.stderr)
-            self.told = True
+            if not self.announced:
+                message = f"waiting for {self.cell.name}, which another sweep has left running"
+                tqdm.write(message, file=sys.stderr)
+            self.announced = True
             return False
         if self._finished():
             return False
@@ -253,7 +253,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes with all that they started: told first, killed where that does not help."""
+    """End processes with all that they started: asked first, killed where that does not help."""
     gone = (ProcessLookupError, psutil.Error)
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         launched: list[psutil.Process] = []

@@ -10,9 +10,9 @@
         --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
 
 A run is a run folder or a folder with a PEFT adapter; `base` is the model without one, and among
-recorded figures (heldout) what the runs measured before their first step. Runs of one
-method that differ in the seed only are one row. What is finished is kept, so that the same command
-goes on where it was interrupted. Writes report.md, rows.csv, summary.csv and result.json.
+recorded figures (heldout) what the runs measured before their first step. Runs of one method that
+differ in the seed only are one row. Scores are cached: the same command goes on where it was
+interrupted. Writes report.md, rows.csv, summary.csv and result.json.
 
 Settings: MMLU with 5 examples, DROP and BBH with 3 and no chain of thought, as INSTRUCTEVAL; GSM8K,
 HumanEval and MT-Bench with none, under the template of training. Any other task of
@@ -168,30 +168,30 @@ class TextScores(Evaluation):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """Differences over seeds, or over items where there are not two common seeds."""
-        from . import shown
+        from . import reporting
 
-        self.notes += shown.notes(rows, self.titles, self.args.limit)
+        self.notes += reporting.notes(rows, self.titles, self.args.limit)
         return self.result(
             subjects,
             rows,
-            shown.summaries(rows, list(self.titles), self.control),
+            reporting.summaries(rows, list(self.titles), self.control),
             self.control,
             metrics=self.titles,
             provenance=of_this_process(self.command, self.device, PACKAGES),
         )
 
     def introduction(self, result: Result) -> str:
-        from . import shown
+        from . import reporting
 
-        return shown.introduction(result)
+        return reporting.introduction(result)
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        from . import shown
+        from . import reporting
 
         return {
             "seeds": lambda group: str(len(result.members(group))),
-            "cost": lambda group: shown.cost(result, group),
-            "peak memory": lambda group: shown.memory(result, group),
+            "cost": lambda group: reporting.cost(result, group),
+            "peak memory": lambda group: reporting.memory(result, group),
         }
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -199,14 +199,14 @@ class TextScores(Evaluation):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        from . import shown
+        from . import reporting
 
         versions = result.provenance.versions if result.provenance else {}
         packages = [name for name, version in versions.items() if version]
         return [
             report.listed(report.verdicts(result, list(result.settings["benchmarks"]))),
-            report.section("Runs", shown.runs(result)),
-            report.section("How it was asked", shown.asked(result)),
+            report.section("Runs", reporting.runs(result)),
+            report.section("How it was asked", reporting.asked(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
         ]
 

@@ -90,18 +90,18 @@ def training_set(subject: Subject) -> str:
 def _of_config(config: Mapping[str, Any], args: argparse.Namespace) -> Base:
     names = [field.name for field in fields(Base) if field.name != "name"]
     given = {name: config[name] for name in names if config.get(name) is not None}
-    return _as_told(Base(str(config["model_name_or_path"]), **given), args)
+    return _as_given(Base(str(config["model_name_or_path"]), **given), args)
 
 
-def _as_told(base: Base, args: argparse.Namespace) -> Base:
+def _as_given(base: Base, args: argparse.Namespace) -> Base:
     """The base model, but for what the command line says otherwise."""
     names = ("revision", "cache_dir", "tokenizer_name", "quantize")
-    told = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.model_name_or_path is not None:
-        told = {"revision": None, "name": args.model_name_or_path, **told}
+        given = {"revision": None, "name": args.model_name_or_path, **given}
     if args.trust_remote_code:
-        told["trust_remote_code"] = True
-    return replace(base, **told)
+        given["trust_remote_code"] = True
+    return replace(base, **given)
 
 
 def _of_adapter(subject: Subject, template: str, args: argparse.Namespace) -> Base:
@@ -111,7 +111,7 @@ def _of_adapter(subject: Subject, template: str, args: argparse.Namespace) -> Ba
             " --model_name_or_path."
         )
     revision = subject.about.get("revision")
-    return _as_told(Base(str(subject.base_model), revision=revision, template=template), args)
+    return _as_given(Base(str(subject.base_model), revision=revision, template=template), args)
 
 
 def _bare(runs: Sequence[Base], under: Sequence[Base], args: argparse.Namespace) -> Base:
@@ -124,7 +124,7 @@ def _bare(runs: Sequence[Base], under: Sequence[Base], args: argparse.Namespace)
         )
     if not under and args.model_name_or_path is None:
         raise UserError('"base" alone names no model: give it by --model_name_or_path.')
-    return (*runs, *under)[0] if under else _as_told(Base(args.model_name_or_path), args)
+    return (*runs, *under)[0] if under else _as_given(Base(args.model_name_or_path), args)
 
 
 def _before_training(given: Sequence[Subject], only_heldout: bool) -> list[Subject]:

@@ -21,7 +21,7 @@ from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
 from ..digests import of_folders
 from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
-from .models import Keeper, Loaded
+from .models import CacheOf, Loaded
 
 INVALID = "[invalid]"
 """Result of the harness's filters where they find no answer."""
@@ -41,7 +41,7 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     for folder in include_path:
         if not folder.is_dir():
             raise UserError(f'--include_path "{folder}" is not a folder: give one with task YAMLs.')
-    require("lm_eval", "--benchmarks", "[hf]>=0.4.13,<0.5")
+    require("lm_eval>=0.4.13,<0.5", "--benchmarks")
     import lm_eval.tasks as shipped
 
     root = Path(shipped.__file__).parent
@@ -82,13 +82,13 @@ class Harness:
             "include_path": of_folders(*self.include_path) if self.include_path else None,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
+    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
         """Ask and score."""
         from lm_eval.evaluator import evaluate
 
         tasks = _tasks(self.manager, self.benchmark)
         _set(tasks["tasks"], self.benchmark)
-        template = loaded.shown(template)
+        template = loaded.template_used(template)
         with _quiet():
             result = evaluate(
                 _model(loaded, template, batch_size),

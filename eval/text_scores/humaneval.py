@@ -21,7 +21,7 @@ from bilora_diffusion.config.machine import require
 from bilora_diffusion.errors import UserError
 
 from .benchmarks import NONE, SHOWN, Item, Measured
-from .models import Decoding, Keeper, Loaded, answers
+from .models import CacheOf, Decoding, Loaded, answers
 from .sandbox import Execution, Sandbox
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\nimport ", "\n```")
@@ -67,11 +67,12 @@ class HumanEval:
             "sandbox": self.sandbox.version,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Write the programs that are not kept, run all, estimate pass@k."""
+    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
+        """Write the programs that are not cached, run all, estimate pass@k."""
         asked = {key: problem for problem in self.problems for key in self._keys(problem)}
-        prompts = {key: _prompt(problem, template) for key, problem in asked.items()}
-        written = kept({"decoding": self.decoding.record()})
+        form = "{code}" if template == NONE else INSTRUCTION
+        prompts = {key: form.format(code=problem["prompt"]) for key, problem in asked.items()}
+        written = cache({"decoding": self.decoding.record()})
         texts = answers(loaded, prompts, self.decoding, template, batch_size, written)
         programs = {key: program(problem, texts[key], template) for key, problem in asked.items()}
         return self.assess(texts, programs, run_all(self.sandbox, programs))
@@ -101,11 +102,6 @@ class HumanEval:
         outcomes = Counter(execution.outcome for execution in executions.values())
         others = {f"programs {name}": float(outcomes[name]) for name in sorted(outcomes)}
         return Measured(estimates.pop("pass@1"), items, estimates | others)
-
-
-def _prompt(problem: Problem, template: str) -> str:
-    code = problem["prompt"]
-    return code if template == NONE else INSTRUCTION.format(code=code)
 
 
 def program(problem: Problem, text: str, template: str) -> str | None:

@@ -20,8 +20,8 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model
 from bilora_diffusion.text.tokenizing import context_rows, generation_prompt
 
+from ..cache import Cache
 from ..digests import PEFT_FILE
-from ..kept import Kept
 from ..load import put_peft
 from ..subjects import Subject
 from .bases import Base
@@ -41,7 +41,7 @@ class Loaded(TextModel):
 
     effect: float | None = None
 
-    def shown(self, template: str) -> str:
+    def template_used(self, template: str) -> str:
         """The template that is really used: T5 and its kin get the bare prompt, as in training."""
         return template if self.kind == "causal" else NONE
 
@@ -55,13 +55,13 @@ class Models:
         self._base: Loaded | None = None
 
     @contextmanager
-    def ready(self, subject: Subject, wanted: Base) -> Iterator[Loaded]:
+    def ready(self, subject: Subject, spec: Base) -> Iterator[Loaded]:
         """A subject's model; the base model is bare again afterwards."""
         adapter = subject.weights
         if adapter is not None and not (adapter / PEFT_FILE).is_file():  # trained whole
             place = str(adapter / WHOLE_MODEL)
-            wanted, adapter = replace(wanted, name=place, revision=None, quantize="none"), None
-        base = self._load(wanted)
+            spec, adapter = replace(spec, name=place, revision=None, quantize="none"), None
+        base = self._load(spec)
         if base.kind == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
@@ -76,17 +76,17 @@ class Models:
             base.model.zero_grad()
             adapted.unload()
 
-    def _load(self, wanted: Base) -> Loaded:
-        key = replace(wanted, template="")
+    def _load(self, spec: Base) -> Loaded:
+        key = replace(spec, template="")
         if self._base is None or self._key != key:
             self._base = None  # never two at a time
-            self._base, self._key = load_base(wanted, self._device, self._dtype), key
+            self._base, self._key = load_base(spec, self._device, self._dtype), key
         return self._base
 
 
-def load_base(wanted: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load_base(spec: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
     """A base model on its device, in 4 bits where training had it so."""
-    options = asdict(wanted)
+    options = asdict(spec)
     name, quantized = options.pop("name"), options.pop("quantize") != "none"
     del options["template"]
     base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
@@ -119,7 +119,7 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
     return effect
 
 
-Keeper = Callable[[Mapping[str, Any]], Kept]
+CacheOf = Callable[[Mapping[str, Any]], Cache]
 """Further circumstances -> the cache of a subject and a benchmark under them."""
 
 
@@ -152,16 +152,17 @@ def answers(
     decoding: Decoding,
     template: str,
     batch_size: int,
-    kept: Kept,
+    cache: Cache,
 ) -> dict[str, str]:
-    """Key of a prompt -> the model's answer; what is kept already is not generated again."""
-    missing = [key for key in prompts if key not in kept]
+    """Key of a prompt -> the model's answer; what is cached already is not generated again."""
+    missing = [key for key in prompts if key not in cache]
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]
         rows = [_tokens(loaded, prompts[key], template) for key in keys]
         for key, text in zip(keys, _generate(loaded, keys, rows, decoding), strict=True):
-            kept.put(key, _cut(text, decoding.stops))
-    return {key: kept.get(key) for key in prompts}
+            ends = [end for stop in decoding.stops if (end := text.find(stop)) >= 0]
+            cache.put(key, text[: min(ends)] if ends else text)
+    return {key: cache.get(key) for key in prompts}
 
 
 def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:
@@ -203,8 +204,3 @@ def _generate(
         )
     skipped = longest if loaded.kind == "causal" else 0
     return tokenizer.batch_decode(tokens[:, skipped:], skip_special_tokens=True)
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text

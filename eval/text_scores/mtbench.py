@@ -25,7 +25,7 @@ from bilora_diffusion.files import read_rows
 from bilora_diffusion.seeds import digest_texts
 
 from .benchmarks import SHOWN, Item, Measured
-from .models import Decoding, Keeper, Loaded, answers
+from .models import CacheOf, Decoding, Loaded, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -226,19 +226,19 @@ class MTBench:
             "judge_base_url": self.judge.base_url,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, kept: Keeper) -> Measured:
-        """Answer and have rated what is not kept; the score is the mean rating."""
+    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
+        """Answer and have rated what is not cached; the score is the mean rating."""
         replies: dict[str, str] = {}
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
-            written = kept({"decoding": decoding.record()})
+            written = cache({"decoding": decoding.record()})
             replies |= answers(loaded, prompts, decoding, template, batch_size, written)
-        said = kept(self.settings())
+        ratings = cache(self.settings())
         for question in tqdm(self.questions, unit="answer", leave=False):
             prompt = grading_prompt(question, replies[question.id].strip())
-            said.piece(question.id, lambda prompt=prompt: self._judged(prompt))
-        return assess(self.questions, replies, {q.id: said.get(q.id) for q in self.questions})
+            ratings.item(question.id, lambda prompt=prompt: self._judged(prompt))
+        return assess(self.questions, replies, {q.id: ratings.get(q.id) for q in self.questions})
 
     def _judged(self, prompt: str) -> str:
         """The judge's words; it is asked again where they hold no rating."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bilora_diffusion.errors import UserError
 
-from ..kept import Kept
+from ..cache import Cache
 from ..subjects import Subject
 from ..table import Metric
 from . import benchmarks, harness, humaneval, mtbench
@@ -76,19 +76,19 @@ def asked(
     dtype: torch.dtype,
 ) -> dict[str, Asked]:
     """The benchmarks that training did not record, ready to be asked."""
-    found = {}
+    ready = {}
     for benchmark in chosen:
         if not benchmark.recorded:
             engine = _engine(benchmark, args, manager, len(subjects))
             named = {"template": benchmark.template, "limit": args.limit}
             numbers = {"dtype": str(dtype).removeprefix("torch.")}
-            found[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
-    for subject in subjects if found else ():
+            ready[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
+    for subject in subjects if ready else ():
         if subject.option("task_type") == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
             )
-    return found
+    return ready
 
 
 def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models: int) -> Any:
@@ -132,24 +132,24 @@ def measured(
     batch_size: int,
 ) -> dict[str, Measured]:
     """Every benchmark's score of a subject; its model is loaded only if one is missing."""
-    keepers = {name: partial(_kept, folder, subject, base, one) for name, one in asked.items()}
-    scores = {name: keepers[name](one.settings) for name, one in asked.items()}
-    missing = [name for name, kept in scores.items() if SCORE not in kept]
+    caches = {name: partial(_cache, folder, subject, base, one) for name, one in asked.items()}
+    scores = {name: caches[name](one.settings) for name, one in asked.items()}
+    missing = [name for name, cache in scores.items() if SCORE not in cache]
     if missing:
         with models.ready(subject, base) as loaded:
             for name in tqdm(missing, desc=subject.label, unit="score"):
                 template = asked[name].template(base)
-                score = asked[name].engine.measure(loaded, template, batch_size, keepers[name])
+                score = asked[name].engine.measure(loaded, template, batch_size, caches[name])
                 if loaded.effect is not None:
                     score.others[EFFECT] = loaded.effect
                 scores[name].put(SCORE, asdict(score))
     adapter = TypeAdapter(Measured)
-    return {name: adapter.validate_python(kept.get(SCORE)) for name, kept in scores.items()}
+    return {name: adapter.validate_python(cache.get(SCORE)) for name, cache in scores.items()}
 
 
-def _kept(
+def _cache(
     folder: Path, subject: Subject, base: Base, asked: Asked, about: Mapping[str, Any]
-) -> Kept:
+) -> Cache:
     under = base.identity() | {"template": asked.template(base), "dtype": asked.settings["dtype"]}
     of_subject = {"benchmark": asked.benchmark.name, "digest": subject.digest, "base": under}
-    return Kept(folder, of_subject | {"about": dict(about)})
+    return Cache(folder, of_subject | {"about": dict(about)})

@@ -7,18 +7,22 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from pydantic import TypeAdapter
 
-from app.scored import NOTES, Key, Scored, ScoredImage, ScoredPrompt, ScoringModel, Settings, scored
+from app.scored import NOTES, Key, Scored, ScoredImage, ScoringModel, Settings, scored
 from eval import table
-from eval.table import Entry, Result, Row, Summary
+from eval.clip_scores.prompts import Prompt
+from eval.table import Entry, Result, Row
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LABELS = ("lora", "bilora")
+COLORS = ("teal", "orange", "maroon")
+"""Colours of the images of each adapter."""
 SEARCHED = {"name": "lora", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1, 2]}
 FIT = {"settings": {}, "spent": 5, "runs": [SEARCHED], "out": {}, "choice": None, "standings": []}
 
@@ -66,32 +70,44 @@ def make_result(folder: Path, report: str = "# Report", **changes: Any) -> Path:
 
 def make_scores(
     folder: Path,
-    prompt: str = "a hat",
     labels: Sequence[str] = LABELS,
-    file: str | None = None,
-    score: float = 0.25,
-    seed: int = 0,
+    texts: Sequence[str] = ("a hat",),
     seeds: Sequence[int] = (0,),
-) -> Path:
-    """Scored images of two adapters."""
+    listed: Sequence[int] | None = None,
+    file: str | None = None,
+) -> Scored:
+    """Scored images of adapters, each of its :data:`COLORS`; a text that begins with "a photo" is
+    a general prompt.
+
+    Args:
+        listed: seeds in the settings, by default ``seeds``.
+        file: name of every image; by default each has one of its own.
+    """
     images = {}
     for number, label in enumerate(labels):
-        image = ScoredImage(file or f"{number}.png", {"i2t": score}, "a caption", "near.png")
-        images[label, prompt, seed] = image
-    write(scores_of(labels, [ScoredPrompt(prompt, "hat", "truth.png")], images, seeds), folder)
-    for name in ("0.png", "1.png", "near.png", "truth.png"):
+        written = PngImagePlugin.PngInfo()
+        written.add_text("parameters", label)  # as in real files
+        for at, (text, seed) in enumerate(product(texts, seeds)):
+            scores = {"i2t": 0.25 + 0.01 * number * (at - 1), "nearest": 0.5}
+            name = file or f"{number}-{at}.png"
+            images[label, text, seed] = ScoredImage(name, scores, "a caption", "near.png")
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.new("RGB", (8, 8), COLORS[number])
+            image.save(folder / f"{number}-{at}.png", pnginfo=written)
+    for name in ("near.png", "truth.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
-    return folder
+    prompts = [
+        Prompt(text, text.split()[-1], Path("truth.png"), text.startswith("a photo"))
+        for text in texts
+    ]
+    return write(scores_of(labels, prompts, images, seeds if listed is None else listed), folder)
 
 
 def scores_of(
     labels: Sequence[str],
-    prompts: Sequence[ScoredPrompt],
+    prompts: Sequence[Prompt],
     images: Mapping[Key, ScoredImage],
-    seeds: Sequence[int] = (0, 1),
-    scorer: ScoringModel | None = None,
-    captioner: ScoringModel | None = None,
-    summaries: Sequence[Summary] = (),
+    seeds: Sequence[int],
 ) -> Scored:
     """Scores as the tabs see them; an adapter's digest is "digest LABEL"."""
     rows = []
@@ -102,23 +118,16 @@ def scores_of(
         for metric, (value, note) in values.items():
             rows.append(Row(label, label, seed, metric, text, None, value, note))
     entries = [Entry(one, one, method=one, digest=f"digest {one}") for one in labels]
-    settings = Settings(list(prompts), list(seeds), scorer or ScoringModel("test-CLIP"), captioner)
-    about = asdict(settings)
-    return scored(Result("clip_scores", entries, settings=about, rows=rows, summaries=summaries))
+    settings = Settings(list(prompts), list(seeds), ScoringModel("test-CLIP"), None)
+    about = TypeAdapter(Settings).dump_python(settings, mode="json")
+    return scored(Result("clip_scores", entries, settings=about, rows=rows))
 
 
-def write(scores: Scored, folder: Path) -> Path:
-    """The files of a result that reads back as these scores."""
+def write(scores: Scored, folder: Path) -> Scored:
+    """Write a result that reads back as these scores."""
     folder.mkdir(parents=True, exist_ok=True)
     table.write(scores.result, folder, "")
-    return folder
-
-
-def draw(scores: Scored, folder: Path, color: Mapping[str, str]) -> None:
-    """The pictures of scores, of one colour an adapter."""
-    for (label, *_), image in scores.images.items():
-        (folder / image.file).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), color[label]).save(folder / image.file)
+    return scores
 
 
 def write_bomb(path: Path) -> Path:

@@ -14,11 +14,12 @@ from tests.app.folders import make_whole_run as make_run
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>'
 
 
-def replaced(make: Callable[[Path], Path], file: str, by: Callable[[Path], Any]) -> Any:
+def replaced(make: Callable[[Path], Any], file: str, by: Callable[[Path], Any]) -> Any:
     """A good folder in which ``by`` makes something else in place of a file."""
 
     def damage(folder: Path) -> None:
-        path = make(folder) / file
+        make(folder)
+        path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         by(path)
@@ -38,7 +39,8 @@ def changed(file: str, old: str, new: str) -> Any:
     """Scores with other words in a file."""
 
     def damage(folder: Path) -> None:
-        path = make_scores(folder) / file
+        make_scores(folder)
+        path = folder / file
         text = path.read_text("utf-8")
         assert old in text
         path.write_text(text.replace(old, new), "utf-8")
@@ -100,7 +102,7 @@ FILES = {
     "report.md": make_result,
     "rows.csv": make_scores,
     "summary.csv": make_scores,
-    "0.png": make_scores,
+    "0-0.png": make_scores,
 }
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "is a pipe": os.mkfifo,
@@ -161,14 +163,14 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
         make_result,
         report=f'{EVIL}<form action="http://evil.example/"><button>log in</button></form>',
     ),
-    "scores of markup": partial(make_scores, prompt=EVIL, labels=(EVIL, f"b{EVIL}")),
+    "scores of markup": partial(make_scores, labels=(EVIL, f"b{EVIL}"), texts=(EVIL,)),
     "score is not a number": changed("rows.csv", "0.25", "nan"),
     "huge scores": changed("rows.csv", "0.25", "1e308"),
     "huge seed": changed("rows.csv", ",0,", f",{2**70},"),
     "image of an unknown adapter": changed("rows.csv", "lora,lora,0,image", "x,x,0,image"),
     "prompts are others": changed("result.json", '"text": "a hat"', '"text": "another"'),
     "settings are lost": changed("result.json", '"seeds"', '"grains"'),
-    "no seeds": partial(make_scores, seeds=[]),
+    "no seeds": partial(make_scores, listed=[]),
     "half a letter in the settings": changed("result.json", "test-CLIP", r"\ud800"),
     "labels are alike": changed("result.json", '"bilora"', '"lora"'),
     "scored image leads out": partial(make_scores, file="../../../../etc/passwd"),
@@ -183,7 +185,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "300 broken runs": many,
     "nobody may read it": closed,
 }
-"""What is wrong -> what makes it at a place where nothing is yet."""
+"""Damage -> a function that makes it at a place where nothing is yet."""
 
 
 def make_good(root: Path) -> None:

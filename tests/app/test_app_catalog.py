@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
-from typing import Any
 
+import gradio as gr
 import pytest
 
 from app import catalog as catalogs
-from app import parts, validation
+from app import parts, results, training, validation, vote
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered
-from app.scored import ScoredImage, ScoredPrompt
-from eval import table
-from tests.app.folders import WEIGHTS, make_images, make_run, scores_of, write
-
-
-def make_one_score(folder: Path) -> Path:
-    """A score folder with one image."""
-    images = {("lora", "a prompt", 0): ScoredImage("images/0.png", {"i2t": 0.25})}
-    return write(scores_of(["lora"], [ScoredPrompt("a prompt")], images), folder)
-
-
-def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
-    """A result with one figure."""
-    record: dict[str, Any] = {"schema_version": 1, "kind": kind, "figures": ["loss.png"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / table.FILE).write_text(json.dumps(record | changes), encoding="utf-8")
-    (folder / "loss.png").touch()
-    return folder
+from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 
 
 def paths(catalog: Catalog) -> list[str]:
@@ -50,8 +32,8 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     (tmp_path / "env" / "pyvenv.cfg").touch()
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
-    make_one_score(tmp_path / "scores")
-    make_figures(tmp_path / "flat", "landscape")
+    make_scores(tmp_path / "scores")
+    make_result(tmp_path / "flat")
     now = Catalog(tmp_path).now
     assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
         ("a", "bilora", "running", f"a/{WEIGHTS}"),
@@ -59,7 +41,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
         ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
     assert [item.file("images/0.png") for item in now.scores] == ["scores/images/0.png"]
-    results = [("landscape", ["flat/loss.png"]), ("clip_scores", [])]
+    results = [("landscape", ["flat/figure.png"]), ("clip_scores", [])]
     assert [(item.kind, item.figures) for item in now.figures] == results
     assert now.broken == []
     (run,) = Catalog(tmp_path / "a").now.runs
@@ -102,8 +84,8 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
     assert after(lambda: make_images(run, 50)) == {"runs"}
     assert catalog.now.runs[0].steps == (50,)
-    assert after(lambda: make_one_score(tmp_path / "scores")) == {"scores", "figures"}
-    assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
+    assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
+    assert after(lambda: make_result(tmp_path / "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
     assert catalog.now.runs[0].status == "failed"
     make_run(tmp_path / "other")
@@ -111,6 +93,21 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
     assert after(lambda: shutil.rmtree(run)) == {"runs"}
     assert paths(catalog) == ["other"]
+
+
+def test_the_tabs_of_an_empty_root_name_the_commands_that_fill_it(tmp_path: Path) -> None:
+    catalog, changed = Catalog(tmp_path), gr.State().change
+    with gr.Blocks():
+        training_tab, vote_tab = training.Tab(catalog, changed), vote.Tab(catalog, changed)
+    for shown, command in (
+        (
+            training_tab._load(None)[training_tab.notice],
+            "accelerate launch train_dreambooth_bilora",
+        ),
+        (vote_tab._load(None, None)[vote_tab.notice], f"eval.clip_scores {tmp_path}/lora"),
+        ({"value": results._empty(catalog)}, f"eval.landscape {tmp_path}/lora {tmp_path}/bilora"),
+    ):
+        assert command in shown["value"]
 
 
 def test_commands_have_the_paths_that_a_shell_needs(

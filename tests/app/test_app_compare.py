@@ -1,4 +1,4 @@
-"""What the Compare tab shows, as data and as HTML."""
+"""Data and HTML of the Compare tab."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from app.compare_data import (
     rows,
     times_100,
 )
-from app.scored import Key, Scored, ScoredImage, ScoredPrompt
-from eval.table import Summary
+from app.scored import Key, Scored, ScoredImage
+from eval.clip_scores.prompts import Prompt
 from tests.app.folders import scores_of, write, write_bomb
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
-PROMPTS = [ScoredPrompt(text, text.split()[-1]) for text in TEXTS]
+PROMPTS = [Prompt(text, text.split()[-1]) for text in TEXTS]
 I2T = {
     RABBIT: {0: (0.30, 0.32), 1: (0.30, 0.30)},
     CLOUD: {0: (0.40, 0.35)},
@@ -44,7 +44,7 @@ VIEW = View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
 def made(
-    i2t: Mapping[str, Mapping[int, Sequence[float]]], summaries: Sequence[Summary] = ()
+    i2t: Mapping[str, Mapping[int, Sequence[float]]],
 ) -> Scored:
     """Three adapters, of which the last has no scores."""
     images: dict[Key, ScoredImage] = {}
@@ -54,7 +54,7 @@ def made(
                 scores = {"i2t": value, "nearest": value}
                 images[label, text, seed] = ScoredImage(f"{label}-{text}-{seed}.png", scores)
         images[BASE, text, 0] = ScoredImage("base.png", {})
-    return scores_of(LABELS, PROMPTS, images, summaries=summaries)
+    return scores_of(LABELS, PROMPTS, images, (0, 1))
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def result() -> Scored:
 def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
     result: Scored,
 ) -> None:
+    assert metrics(result) == ["i2t", "nearest"]
+    assert [times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
     found = rows(result, LORA, BILORA, "i2t")
     assert [row.text for row in found] == list(TEXTS)
     assert [row.change for row in found] == pytest.approx([0.01, -0.05, 0.09])
@@ -102,14 +104,6 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None
     assert neighbour([], CLOUD, 1) == CLOUD
 
 
-def test_scores_that_an_image_has_are_offered_and_shown_times_100(
-    result: Scored,
-) -> None:
-    assert metrics(result) == ["i2t", "nearest"]
-    shown = [times_100(value) for value in (0.31417, -0.005, 0.0, None)]
-    assert shown == ["31.42", "-0.50", "0.00", "–"]
-
-
 def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Scored) -> None:
     first = first_view("scores", result)
     about = {"a": BILORA, "b": LORA, "also": (BASE,), "prompt": CLOUD, "seed": 1}
@@ -143,9 +137,10 @@ def test_a_notice_holds_no_markup(
 def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
-    cards = compare_html.cards(result, [compare_html.Card(evil, None, image, role="A")])
+    cards = parts.card(evil, None, "A", evil, compare_html.facts(result, image, None))
     some = [replace(row, name=evil, text=evil) for row in rows(result, LORA, BILORA, "i2t")[:1]]
     prompts = compare_html.prompt_list(some, evil, evil, evil)
+    cards += compare_html.legend(result)
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards

@@ -1,4 +1,4 @@
-"""What the Generate tab asks for, and drawing that can be stopped, on the miniature."""
+"""Requests of the Generate tab, and drawing that can be stopped, on the miniature."""
 
 from __future__ import annotations
 

@@ -1,11 +1,7 @@
-"""The viewer in a process of its own, and a real browser that looks at it.
-
-Screenshots are kept in the folder that ``BROWSER_ARTEFACTS`` names, or in ``artefacts`` here.
-"""
+"""The viewer in a process of its own, and a real browser that looks at it."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -16,12 +12,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from accelerate.state import AcceleratorState
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.browser import roots
+from bilora_diffusion.image import script as train
+from tests.app.folders import make_result, make_scores
+from tests.scripts.runs import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -34,6 +33,8 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "cloud", "lion", "frog"))
+SEEDS = (0, 1)
 PATIENCE = 280.0
 """Seconds that a viewer may take to start: it imports PyTorch and Gradio."""
 LOADED = 60_000
@@ -52,11 +53,7 @@ def go(page: Page, address: str, tab: str | None = None) -> Page:
     page.goto(address)
     page.locator("#frame-title h1").wait_for()
     if tab is not None:
-        found = page.get_by_role("tab", name=tab)
-        if not found.is_visible():  # where they don't all fit, the others are in a menu
-            page.locator(".overflow-menu > button").click()
-            found = page.locator(".overflow-dropdown").get_by_text(tab)
-        found.click()
+        page.get_by_role("tab", name=tab).click()
     return page
 
 
@@ -68,7 +65,7 @@ def pick(page: Page, field: str, option: str) -> None:
 
 
 def fits(page: Page) -> bool:
-    """Whether nothing is wider than the window."""
+    """Test that nothing is wider than the window."""
     widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     return widths[0] <= widths[1]
 
@@ -108,11 +105,15 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs of two steps (``lora``, ``bilora``) and their ``scores``."""
+    """Two runs of two steps (``lora``, ``bilora``), their ``scores`` and a wide report."""
     root = tmp_path_factory.mktemp("viewer") / "studio"
-    root.mkdir()
-    roots.make_runs(root)
-    roots.make_scores(root / "scores", roots.METHODS)
+    for method in ("lora", "bilora"):
+        AcceleratorState._reset_state()
+        values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {"eval_on_start": True}
+        values |= {"learning_rate": 0.02, "num_validation_images": 1}  # enough to see it
+        train.main(flags(root / method, method=method, **values))
+    make_scores(root / "scores", ("lora", "bilora"), TEXTS, SEEDS)
+    make_result(root / "landscape", f"| {'very wide ' * 30} |\n| --- |\n| 0.12 |\n")
     return root
 
 
@@ -162,22 +163,3 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
             return context.new_page()
 
         yield enter
-
-
-@pytest.fixture
-def page(visit: Callable[..., Page]) -> Page:
-    """A page of a desktop browser, at no address yet."""
-    return visit()
-
-
-@pytest.fixture(scope="session")
-def shot() -> Callable[[Page, str], Path]:
-    """``shot(page, "compare")`` keeps a screenshot of the whole page."""
-    folder = Path(os.environ.get("BROWSER_ARTEFACTS") or Path(__file__).parent / "artefacts")
-
-    def take(page: Page, name: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=folder / f"{name}.png", full_page=True, animations="disabled")
-        return folder / f"{name}.png"
-
-    return take

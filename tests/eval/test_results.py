@@ -13,7 +13,7 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from eval import command, table
-from eval.kept import FOLDER, Kept
+from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance
 from eval.table import Entry, Metric, Result, Row, Summary
 
@@ -98,29 +98,29 @@ def test_a_value_is_measured_once(tmp_path: Path) -> None:
         return {"loss": math.inf, "values": (1, 2)}
 
     for _ in range(2):
-        kept = Kept(tmp_path, ABOUT)
-        assert kept.piece(["line", 0], make) == {"loss": None, "values": [1, 2]}
+        cache = Cache(tmp_path, ABOUT)
+        assert cache.item(["line", 0], make) == {"loss": None, "values": [1, 2]}
     assert len(made) == 1
-    assert ["line", 1] not in kept
-    assert kept.get(["line", 1]) is None
-    kept.put("none", None)
-    assert Kept(tmp_path, ABOUT).piece("none", pytest.fail) is None
-    other = Kept(tmp_path, ABOUT | {"digest": "def"})  # what it depends on tells values apart
+    assert ["line", 1] not in cache
+    assert cache.get(["line", 1]) is None
+    cache.put("none", None)
+    assert Cache(tmp_path, ABOUT).item("none", pytest.fail) is None
+    other = Cache(tmp_path, ABOUT | {"digest": "def"})  # what it depends on tells values apart
     assert "none" not in other
     other.put("none", 2.0)  # two commands at once do not meet
-    kept.put("rise", 3.0)
-    assert Kept(tmp_path, ABOUT).get("none") is None
+    cache.put("rise", 3.0)
+    assert Cache(tmp_path, ABOUT).get("none") is None
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "b", "value": 2}', b"\xff\n"])
 def test_what_a_kill_tore_off_is_measured_again(tmp_path: Path, torn: bytes) -> None:
-    Kept(tmp_path, ABOUT).put("a", 1)
+    Cache(tmp_path, ABOUT).put("a", 1)
     (file,) = (tmp_path / FOLDER).iterdir()
     file.write_bytes(file.read_bytes() + torn)
-    kept = Kept(tmp_path, ABOUT)
-    assert kept.get("a") == 1
-    assert kept.piece("b", lambda: 3) == 3
-    assert Kept(tmp_path, ABOUT).get("b") == 3
+    cache = Cache(tmp_path, ABOUT)
+    assert cache.get("a") == 1
+    assert cache.item("b", lambda: 3) == 3
+    assert Cache(tmp_path, ABOUT).get("b") == 3
 
 
 COMMANDS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from eval.clip_scores.settings import base_model
 from eval.load import applied
 from eval.subjects import single
 from tests.export.mini_loras import one, rewrite, write_lora
-from tests.scripts.runs import flags
+from tests.scripts.runs import train_once
 
 PROMPT = "a ToK icon of a Owl, in the style of ToK"
 FILE = "pytorch_lora_weights.safetensors"
@@ -41,21 +40,6 @@ def files(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     every = ("unet", "text_encoder", "text_encoder_2")
     write_lora(root / "text", pipeline, size=1.0, components=every)
     return root
-
-
-@pytest.fixture(scope="module")
-def whole(files: Path) -> Path:
-    """A run of full fine-tuning, of two steps."""
-    from accelerate.state import AcceleratorState
-
-    from bilora_diffusion.image.script import main
-
-    AcceleratorState._reset_state()
-    main(flags(files / "whole", method="full"))
-    return files / "whole"
-
-
-# Arguments ----------------------------------------------------------------------------------------
 
 
 def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None:
@@ -121,9 +105,6 @@ def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
             base_model(subjects, given)
 
 
-# In a pipeline ------------------------------------------------------------------------------------
-
-
 def picture(pipeline: Any) -> np.ndarray:
     """Its pixels as they come from the pipeline's text encoders and UNet, (64, 64, 3)."""
     (image,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
@@ -132,14 +113,13 @@ def picture(pipeline: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["unet", "text", pytest.param("whole", marks=pytest.mark.slow)])
 def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_error(
-    name: str, pipeline: Any, files: Path, request: pytest.FixtureRequest
+    name: str, pipeline: Any, files: Path
 ) -> None:
-    if name == "whole":
-        request.getfixturevalue("whole")
+    run = train_once("full", method="full") if name == "whole" else files / name
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     image, text = picture(pipeline), embed(pipeline, [PROMPT])
-    with applied(pipeline, one(files / name)):
+    with applied(pipeline, one(run)):
         inside = picture(pipeline)
         assert not np.array_equal(inside, image)
         same = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
@@ -147,19 +127,19 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
         assert not any(p.requires_grad for p in pipeline.unet.parameters())
         assert not pipeline.unet.training
         if name == "whole":
-            trained = load_file(files / name / "unet" / "diffusion_pytorch_model.safetensors")
+            trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
             assert all(torch.equal(p, trained[k]) for k, p in pipeline.unet.named_parameters())
         else:
             other = load_pipeline("mini", dtype=torch.float32)
-            other.load_lora_weights(str(files / name), weight_name=FILE)
+            other.load_lora_weights(str(run), weight_name=FILE)
             assert np.array_equal(inside, picture(other))
-    with pytest.raises(ZeroDivisionError), applied(pipeline, one(files / name)):
+    with pytest.raises(ZeroDivisionError), applied(pipeline, one(run)):
         raise ZeroDivisionError
     if name == "whole":
-        with pytest.raises(UserError, match="no scale"), applied(pipeline, one(files / name), 0.5):
+        with pytest.raises(UserError, match="no scale"), applied(pipeline, one(run), 0.5):
             pass
     elif name == "unet":
-        with applied(pipeline, one(files / name), 0.0):
+        with applied(pipeline, one(run), 0.0):
             assert np.array_equal(picture(pipeline), image)
     assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == own
     assert not any(pipeline.get_list_adapters().values())
@@ -182,76 +162,61 @@ def predicted(unet: Any) -> torch.Tensor:
     return unet(sample, 500, words, added_cond_kwargs=added).sample
 
 
-def kohya_tensors(unet: Any, odd: tuple[int, float], dora: bool) -> dict[str, torch.Tensor]:
-    """Of rank and alpha 4, and of another rank and alpha on queries and convolutions."""
-    tensors, draw = {}, torch.Generator().manual_seed(0)
-    for path, module in unet.named_modules():
-        if not path.endswith(("to_q", "to_k", "to_v", "conv1")):
-            continue
-        rank, alpha = odd if path.endswith(("to_q", "conv1")) else (4, 4.0)
-        name, (m, n, *kernel) = f"lora_unet_{path.replace('.', '_')}", module.weight.shape
-        ones = [1] * len(kernel)
-        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, n, *kernel, generator=draw) / 8
-        tensors[f"{name}.lora_up.weight"] = torch.randn(m, rank, *ones, generator=draw) / 8
-        tensors[f"{name}.alpha"] = torch.tensor(alpha)
-        if dora:
-            scale = torch.rand(m, generator=draw) + 0.5
-            tensors[f"{name}.dora_scale"] = scale.reshape(-1, 1, *ones)
-    return tensors
-
-
 @pytest.mark.parametrize(("odd", "dora"), [((4, 1.0), False), ((2, 4.0), True)])
 def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(
     odd: tuple[int, float], dora: bool, pipeline: Any, tmp_path: Path
 ) -> None:
-    tensors = kohya_tensors(pipeline.unet, odd, dora)
-    save_file(tensors, tmp_path / "locon.safetensors")
-    made = convert(tmp_path / "locon.safetensors", "diffusers")
+    """Rank and alpha are 4, but for queries and convolutions; expected is what is made by hand."""
+    tensors, draw = {}, torch.Generator().manual_seed(0)
     by_hand = copy.deepcopy(pipeline.unet)
     for path, module in by_hand.named_modules():
-        name = f"lora_unet_{path.replace('.', '_')}"
-        if f"{name}.alpha" in tensors:
-            down, up, alpha = (
-                tensors[f"{name}.{kind}"]
-                for kind in ("lora_down.weight", "lora_up.weight", "alpha")
-            )
-            weight = module.weight.data
-            weight += alpha / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-            if dora:
-                norm = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
-                weight *= tensors[f"{name}.dora_scale"] / norm
+        if not path.endswith(("to_q", "to_k", "to_v", "conv1")):
+            continue
+        rank, alpha = odd if path.endswith(("to_q", "conv1")) else (4, 4.0)
+        weight, name = module.weight.data, f"lora_unet_{path.replace('.', '_')}"
+        (m, n, *kernel), ones = weight.shape, [1] * (weight.dim() - 2)
+        down = torch.randn(rank, n, *kernel, generator=draw) / 8
+        up = torch.randn(m, rank, *ones, generator=draw) / 8
+        own = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+        weight += alpha / rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        if dora:
+            own["dora_scale"] = (torch.rand(m, generator=draw) + 0.5).reshape(-1, 1, *ones)
+            norm = weight.flatten(1).norm(dim=1).reshape(-1, 1, *ones)
+            weight *= own["dora_scale"] / norm
+        tensors |= {f"{name}.{kind}": value for kind, value in own.items()}
+    save_file(tensors, tmp_path / "locon.safetensors")
     base, expected = predicted(pipeline.unet), predicted(by_hand)
     found = []
-    for file in (tmp_path / "locon.safetensors", made):
+    for file in (
+        tmp_path / "locon.safetensors",
+        convert(tmp_path / "locon.safetensors", "diffusers"),
+    ):
         with applied(pipeline, one(file)):
             found.append(predicted(pipeline.unet))
         assert (found[-1] - expected).norm() < 1e-5 * (expected - base).norm()
     assert torch.equal(*found)
 
 
-def renamed(tensors: dict[str, Any], key: str) -> None:
-    layer = key.partition("to_q")[0]
-    for name in [name for name in tensors if name.startswith(f"{layer}to_q")]:
-        tensors[name.replace("to_q", "to_z")] = tensors.pop(name)
-
-
-MISFITS: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
-    "another layer": (renamed, r"no layer for 1 of.*unet.*to_z"),
-    "an auxiliary": (
-        lambda t, key: t.update({key.replace("lora_A", "lora_A.auxiliary"): t[key].clone()}),
-        "more than one adapter.*auxiliary",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", MISFITS)
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("to_q", "to_z", r"no layer for 1 of.*unet.*to_z"),
+        ("lora_A", "lora_A.auxiliary", "more than one adapter.*auxiliary"),
+    ],
+)
 def test_a_file_that_does_not_fit_is_refused(
-    kind: str, pipeline: Any, files: Path, tmp_path: Path
+    old: str, new: str, message: str, pipeline: Any, files: Path, tmp_path: Path
 ) -> None:
-    change, message = MISFITS[kind]
-    key = next(key for key in load_file(files / "unet" / FILE) if "to_q.lora_A" in key)
-    bad = tmp_path / "bad.safetensors"
-    rewrite(files / "unet" / FILE, bad, lambda tensors, _: change(tensors, key))
-    with pytest.raises(UserError, match=message), applied(pipeline, one(bad)):
+    def change(tensors: dict[str, Any], _: Any) -> None:
+        layer = next(key for key in tensors if "to_q.lora_A" in key).partition("to_q")[0]
+        for name in [n for n in tensors if n.startswith(f"{layer}to_q") and old in n]:
+            tensor = tensors[name] if old == "lora_A" else tensors.pop(name)
+            tensors[name.replace(old, new)] = tensor.clone()
+
+    rewrite(files / "unet" / FILE, tmp_path / "bad.safetensors", change)
+    with (
+        pytest.raises(UserError, match=message),
+        applied(pipeline, one(tmp_path / "bad.safetensors")),
+    ):
         pass
     assert not any(pipeline.get_list_adapters().values())

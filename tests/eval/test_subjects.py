@@ -62,27 +62,15 @@ def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path: Path) -> None:
     assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
 
 
-COMMANDS = ("clip_scores", "dynamics", "generalization", "landscape", "text_scores")
-RECORDS = {"config": (None,), "seed": ("x",)}
-LINES = ('{"step": 1, "heldout_loss": "x"}', "[" * 100_000)
+DAMAGED: list[tuple[str, str, Any]] = [
+    *((name, "run.json", {"config": None}) for name in ("clip_scores", "landscape", "text_scores")),
+    ("dynamics", "run.json", {"seed": "x"}),
+    ("dynamics", "metrics.jsonl", "[" * 100_000),
+    ("generalization", "metrics.jsonl", '{"step": 1, "heldout_loss": "x"}'),
+]
 
 
-@pytest.mark.parametrize(
-    ("command", "file", "content"),
-    [
-        *(
-            (command, "run.json", {key: value})
-            for command in COMMANDS
-            for key, values in RECORDS.items()
-            for value in values
-        ),
-        *(
-            (command, "metrics.jsonl", line)
-            for command in ("dynamics", "generalization")
-            for line in LINES
-        ),
-    ],
-)
+@pytest.mark.parametrize(("command", "file", "content"), DAMAGED)
 def test_a_damaged_run_ends_a_command_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, file: str, content: Any
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.errors import UserError
-from eval.kept import Kept
+from eval.cache import Cache
 from eval.text_scores import mtbench
 from eval.text_scores.benchmarks import Measured
 from eval.text_scores.models import Decoding
@@ -103,10 +103,10 @@ def measure(url: str, folder: Path) -> Measured:
     asked = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     for question in QUESTIONS:  # every answer is there already, so that no model is asked
         decoding = Decoding(8, temperature=question.temperature).record()
-        written = Kept(folder, {"decoding": decoding})
-        written.piece(question.id, lambda name=question.id: f"answer to {name}")
+        written = Cache(folder, {"decoding": decoding})
+        written.item(question.id, lambda name=question.id: f"answer to {name}")
     nobody: Any = None
-    return asked.measure(nobody, "auto", 2, lambda about: Kept(folder, about))
+    return asked.measure(nobody, "auto", 2, lambda about: Cache(folder, about))
 
 
 def test_answers_are_rated_and_what_can_not_be_read_is_asked_again_and_counted(

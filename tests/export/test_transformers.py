@@ -32,6 +32,7 @@ from tests.export.export_models import FACTS, add_adapters, equal
 from tests.image.tiny import FILES, made
 
 SD3 = "StableDiffusion3Pipeline"
+FAST = (SD3, "FluxPipeline")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -73,7 +74,10 @@ def pipeline_that_loads(kind: str) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "layers", "dora"),
-    [*((kind, "all", False) for kind in FILES), (SD3, "attention", True)],
+    [
+        *(pytest.param(k, "all", False, marks=[pytest.mark.slow] * (k not in FAST)) for k in FILES),
+        (SD3, "attention", True),
+    ],
 )
 def test_the_pipeline_loads_what_was_trained(
     kind: str, layers: str, dora: bool, tmp_path: Path
@@ -98,7 +102,7 @@ def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyu
     kind: str, tmp_path: Path
 ) -> None:
     pipeline = trained(kind)
-    file = exported(tmp_path, pipeline)
+    file = exported(tmp_path / "run", pipeline)
     layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
     sides = [f"transformer.{name}.lora_{side}.weight" for name in layers for side in "AB"]
     assert set(load_file(file)) == set(sides)
@@ -119,6 +123,13 @@ def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyu
     number = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
     places = {(known[number.sub("#", n)], *number.findall(n)) for n in layers if known}
     assert len(places) == (len(layers) if known else 0)  # no two of them in one place
+    # PEFT's keys, and those that diffusers' `save_lora_adapter` writes, do not say the model.
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+    for prefix in ("", "base_model.model."):
+        given = tmp_path / f"foreign{len(prefix)}.safetensors"
+        stored = load_file(file).items()
+        save_file({prefix + k.removeprefix("transformer."): v for k, v in stored}, given)
+        assert equal(convert(given, "diffusers", given.with_name(f"back-{given.name}")), file)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -136,20 +147,6 @@ def test_around_the_formats(dora: bool, tmp_path: Path) -> None:
     expected = output(other)
     other.transformer = loaded.base_model.model
     torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_a_foreign_files_layers_are_known_for_a_transformers(kind: str, tmp_path: Path) -> None:
-    """PEFT's keys and those that diffusers' `save_lora_adapter` writes do not say it."""
-    source = exported(tmp_path / "run", trained(kind))
-    tensors = load_file(source)
-    rank = min(next(iter(tensors.values())).shape)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": rank}))
-    for number, prefix in enumerate(("", "base_model.model.")):
-        given = tmp_path / f"{number}.safetensors"
-        keys = {key: prefix + key.removeprefix("transformer.") for key in tensors}
-        save_file({keys[key]: value for key, value in tensors.items()}, given)
-        assert equal(convert(given, "diffusers", tmp_path / f"{number}-back.safetensors"), source)
 
 
 def test_kohyas_format_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.sampling import _sampler
-from tests.image.tiny import krea2, lumina2, qwen_image
+from tests.image.tiny import made
 from tests.scripts.runs import train
 
 SIDE, STEPS = 64, 10
+QWEN, LUMINA = "QwenImagePipeline", "Lumina2Pipeline"
 
 
 def drawn_levels(pipeline: Any) -> torch.Tensor:
@@ -36,10 +37,14 @@ def drawn_levels(pipeline: Any) -> torch.Tensor:
     return sampler.scheduler.sigmas[:-1]
 
 
-@pytest.mark.parametrize("make", [lambda: krea2.pipeline(is_distilled=True), lumina2.pipeline])
-def test_levels_that_depend_on_the_resolution_are_the_pipelines(make: Callable[[], Any]) -> None:
-    pipeline = make()
-    levels = qwen_image.shifted(num_train_timesteps=STEPS, max_image_seq_len=6400)
+@pytest.mark.parametrize("kind", ["Krea2Pipeline", LUMINA])
+def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind: str) -> None:
+    pipeline = made(kind)
+    if kind != LUMINA:
+        pipeline.register_to_config(is_distilled=True)
+    levels = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, num_train_timesteps=STEPS, max_image_seq_len=6400
+    )
     pipeline.register_modules(scheduler=levels)
     family: Family = of(pipeline)
     mu = family.mu(pipeline, family.tokens(SIDE))
@@ -47,20 +52,14 @@ def test_levels_that_depend_on_the_resolution_are_the_pipelines(make: Callable[[
     torch.testing.assert_close(ours, drawn_levels(pipeline))
 
 
-def test_a_distilled_krea_2_is_remarked_upon() -> None:
-    base, distilled = krea2.pipeline(), krea2.pipeline(is_distilled=True)
-    assert of(base).remark("krea", base) is None
-    assert '"krea" is distilled' in of(distilled).remark("krea", distilled)
-
-
 def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path: Path) -> None:
-    qwen_image.pipeline(guidance_embeds=True).save_pretrained(tmp_path / "qwen")
+    made(QWEN, guidance_embeds=True).save_pretrained(tmp_path / "qwen")
     with pytest.raises(UserError, match="Qwen-Image has guidance_embeds"):
         train(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "qwen", resolution=64)
 
 
 def test_prompts_longer_than_lumina_2_has_positions_are_refused() -> None:
-    pipeline = lumina2.pipeline()
+    pipeline = made(LUMINA)
     family = of(pipeline)
     with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give 299 at most"):
         replace(family, max_sequence_length=300).embed(pipeline, ["an icon"])
@@ -73,7 +72,7 @@ def test_prompts_longer_than_lumina_2_has_positions_are_refused() -> None:
 
 @torch.no_grad()
 def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from() -> None:
-    pipeline = lumina2.pipeline()
+    pipeline = made(LUMINA)
     family = of(pipeline)
     (ours,) = family.negative(pipeline, family.embed(pipeline, [""]))["sequence"]
     _, _, theirs, mask = pipeline.encode_prompt("an icon", negative_prompt="")
@@ -102,7 +101,7 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme: str) -> Non
 
 @torch.no_grad()
 def test_an_image_is_one_frame_of_a_video() -> None:
-    pipeline = qwen_image.pipeline()
+    pipeline = made(QWEN)
     vae, pixels = pipeline.vae, torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     space = of(pipeline).space(vae)
     mean, std = space.distribution(vae, pixels)

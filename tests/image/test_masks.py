@@ -17,8 +17,8 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import crops
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.denoising import Denoising
-from bilora_diffusion.image.flow import FlowMatching
-from bilora_diffusion.image.masks import mean_of_shown, weight_map
+from bilora_diffusion.image.flow import FlowMatching, mean_of_shown
+from bilora_diffusion.image.latents import weight_map
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run import runlog
 from tests.scripts.runs import column, flags, resumes_exactly, train

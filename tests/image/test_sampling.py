@@ -192,7 +192,7 @@ def test_one_odd_image_keeps_no_other_from_being_encoded_once(
             return super()._encoded(visits, at_once)
 
     space = LatentSpace.of(pipeline.vae)
-    encode = Counting(pipeline.vae, space, torch.device("cpu"), stream.keeps)
+    encode = Counting(pipeline.vae, space, torch.device("cpu"), stream.caches)
     plain = Encoder(pipeline.vae, space, torch.device("cpu"))
     schedule = [(step, (0, 1, 2)) for step in range(3)]
     for _, visits in stream.visits(schedule, 3):

@@ -86,7 +86,10 @@ def test_a_radius_that_sets_itself_goes_by_the_loss_of_the_whole_step(
     assert reference.auxiliary_norm() <= radii[-1] * (1 + 1e-4)
 
 
-@pytest.mark.parametrize(("kind", "make"), [("trainer", peft_llm), ("sft", tiny_llm)])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)],
+)
 def test_what_is_evaluated_and_saved_is_the_primary_alone(
     kind: str, make: Any, tmp_path: Path
 ) -> None:
@@ -166,7 +169,7 @@ def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path: Path) -> Non
     tokens = rows()["input_ids"]
     examples = [{"input_ids": ids, "labels": n % 2} for n, ids in enumerate(tokens)]
     bilora = attached(model, replace(CONFIG, modules_to_save=("score",)))
-    trainer = with_bilora(tmp_path, bilora, data=examples)
+    trainer = with_bilora(tmp_path, bilora, data=examples, max_steps=4)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert not torch.equal(model.score.weight, before)

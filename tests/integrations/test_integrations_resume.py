@@ -30,7 +30,7 @@ from tests.integrations.trainers import (
     with_bilora,
 )
 
-STOP = 7
+STOP = 4
 
 
 class Stop(TrainerCallback):
@@ -59,6 +59,7 @@ def make(
         "max_grad_norm": 0.1,
         "save_strategy": "steps",
         "save_steps": STOP,
+        "max_steps": 9,
         "data": rows(24),
     }
     return with_bilora(folder, bilora, kind, **(chosen | values)), bilora

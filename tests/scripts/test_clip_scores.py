@@ -133,6 +133,8 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs: Path, tmp_pa
     assert made.settings["captioner"]["kind"] == "retrieval"
     assert made.settings["prompts"][0]["reference"] == "1f407.png"
     assert len(made.select("truth")) == 2 * 8
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == (int(120 * (1.5 * 3 + 1.2)), int(120 * (1.5 * 6 + 0.4)))
     line = made.summary("broken", "i2t")
     assert line is not None
     assert line.higher < line.lower

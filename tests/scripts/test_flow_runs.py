@@ -31,10 +31,11 @@ from tests.scripts.runs import (
 )
 
 SD3, VIDEO = "StableDiffusion3Pipeline", "QwenImagePipeline"
+MARKS = {SD3: (), VIDEO: pytest.mark.slow}
+"""Of real runs of the script; those of the other kinds are made once a week."""
 each_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != SD3)) for kind in FILES]
+    "kind", [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.matrix)) for kind in FILES]
 )
-both_kinds = pytest.mark.parametrize("kind", [SD3, pytest.param(VIDEO, marks=pytest.mark.slow)])
 
 
 def on(kind: str, **values: Any) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(
     assert generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes() != before
 
 
-@both_kinds
+@pytest.mark.parametrize("kind", [SD3, pytest.param(VIDEO, marks=pytest.mark.matrix)])
 def test_methods_masks_and_a_kept_class(kind: str, tmp_path: Path) -> None:
     """Methods see the same; a class that is kept and the hidden half of an image cost a loss."""
     icons = two_icons(tmp_path / "icons")
@@ -122,12 +123,10 @@ def test_images_are_drawn_as_the_command_line_says(
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [])
     values = on(SD3, num_validation_images=1, final_validation_prompt="a TOK icon")
-    train(tmp_path / "usual", **values)
     given = {"validation_guidance_scale": 2.0, "validation_num_inference_steps": 3}
-    train(tmp_path / "given", **values, **given)
-    train(tmp_path / "skipped", **values, skip_final_inference=True)
-    told = [(call["steps"], call["guidance_scale"]) for call in calls]
-    assert told == [(None, None), (3, 2.0)]
+    train(tmp_path / "given", **values, **given, max_train_steps=1)
+    train(tmp_path / "skipped", **values, skip_final_inference=True, max_train_steps=1)
+    assert [(call["steps"], call["guidance_scale"]) for call in calls] == [(3, 2.0)]
 
 
 def test_what_others_leave_out_is_a_line(tmp_path: Path, caplog: Any) -> None:
@@ -153,15 +152,14 @@ def test_an_autoencoder_at_rest_on_the_cpu_changes_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [SD3, VIDEO])
-def test_four_bits_and_two_processes(kind: str, tmp_path: Path) -> None:
-    values = on(kind, quantize="nf4", checkpointing_steps=1)
+def test_four_bits_and_two_processes(tmp_path: Path) -> None:
+    values = on(VIDEO, quantize="nf4", checkpointing_steps=1)
     folder = train(tmp_path / "nf4", **values)
     resumes_exactly(folder, 1, **values)
     assert all(math.isfinite(loss) for loss in column(folder, "loss"))
     assert max(value.abs().max() for value in weights(folder).values()) > 0
-    one, two = train(tmp_path / "one", **on(kind)), tmp_path / "two"
-    argv = flags(two, **on(kind, train_batch_size=1))
+    one, two = train(tmp_path / "one", **on(SD3)), tmp_path / "two"
+    argv = flags(two, **on(SD3, train_batch_size=1))
     done = process(*TORCHRUN, 2, SCRIPT, *argv, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-2000:]
     assert column(one, "digest") == column(two, "digest")

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text import tokenizing
 from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.examples import Example, from_turns
-from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.tokenizing import generation_prompt
 from tests.text.text_builders import encoded
 from tests.text.text_tokenizers import (
@@ -214,16 +212,3 @@ def test_refusals(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         encoded(examples, plain_tokenizer(**tokenizer), **settings)
-
-
-def test_batches_are_padded_on_the_right() -> None:
-    examples = [Example("what is", "red"), Example("this", "green")]
-    batch = collate(all_rows(encoded(examples, t5_tokenizer(), "seq2seq")), "seq2seq", 0)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["input_ids"][1, 2] == 0
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    examples = [Example("red", "yes", 1, pair="one two"), Example("red", "no", 0)]
-    rows = all_rows(encoded(examples, bert_tokenizer(), "classification"))
-    batch = collate(rows, "classification", 0)
-    assert batch["labels"].tolist() == [1, 0]
-    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0] * 6]

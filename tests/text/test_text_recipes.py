@@ -90,19 +90,3 @@ def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None
         assert catalog.get(recipe["task"]).metrics[0] == metric
     else:
         assert not name.startswith("t5_base/")
-
-
-@pytest.mark.parametrize(
-    ("name", "model", "samples", "steps"),
-    [("rotten_tomatoes", "minilm", 1500, 2 * 47), ("gsm_symbolic", "smollm2", 480, 20)],
-)
-def test_the_recipes_without_a_hub_are_short(
-    name: str, model: str, samples: int, steps: int
-) -> None:
-    cfg = resolve_text(["--config", str(RECIPES / f"{name}.yaml")])
-    assert (cfg.model_name_or_path, cfg.task, cfg.method) == (model, name, "bilora")
-    assert cfg.max_train_samples == samples
-    batch = cfg.train_batch_size * cfg.gradient_accumulation_steps
-    epochs = cfg.num_train_epochs or 0
-    assert (cfg.max_train_steps or epochs * -(-samples // batch)) == steps
-    assert cfg.validation_loss_steps < steps

@@ -20,7 +20,7 @@ from ..latent_space import LatentSpace
 STEPS = 25
 """In which images are drawn by default."""
 Conditions = dict[str, Any]
-"""What a model is told beside the noisy latents, for n rows: tensors (n, ...), or lists of n
+"""Inputs of a model beside the noisy latents, for n rows: tensors (n, ...), or lists of n
 tensors where rows differ in length."""
 
 
@@ -219,8 +219,8 @@ class Family:
         return STEPS, self.guidance
 
     def precision(self, device: torch.device) -> torch.dtype:
-        """In what images are made on a device by default: 16 bits on a GPU, for a flow model those
-        of bf16, whose range fp16 lacks.
+        """Dtype of images on a device by default: 16 bits on a GPU, for a flow model those of bf16,
+        whose range fp16 lacks.
         """
         if device.type not in ("cuda", "mps"):
             return torch.float32
@@ -248,7 +248,7 @@ class Family:
         """Refuse a side that the model can't take.
 
         Raises:
-            UserError: it is no multiple of ``patch``.
+            UserError: it is not a multiple of ``patch``.
         """
         if resolution % self.patch:
             nearest = max(self.patch, resolution // self.patch * self.patch)

@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
+import transformers
+import yaml
+
+from bilora_diffusion.image.families import named
 from tests.scripts.runs import once
 
-FILES = {
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "Flux2KleinPipeline": "flux2",
-    "ZImagePipeline": "z_image",
-    "QwenImagePipeline": "qwen_image",
-    "Krea2Pipeline": "krea2",
-    "Lumina2Pipeline": "lumina2",
-}
-"""By the class of the pipeline, the file here whose ``pipeline()`` makes one."""
+from .words import TOKENIZERS
+
+FILES: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("models.yaml").read_text(encoding="utf-8")
+)
+"""By the class of the pipeline, the configurations of its parts."""
 
 
-def made(kind: str) -> Any:
-    """A pipeline with its fixed random weights."""
-    return import_module(f"{__name__}.{FILES[kind]}").pipeline()
+def made(kind: str, **options: Any) -> Any:
+    """A pipeline with its fixed random weights; options are of its transformer."""
+    sizes, family = FILES[kind], named(kind, kind)
+    torch.manual_seed(0)
+    parts: dict[str, Any] = dict(sizes.get("pipeline", {}))
+    for part in family.parts:
+        parts[part] = made_part(kind, part, **(options if part == "transformer" else {}))
+        if part.startswith("text_encoder"):
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            parts[tokenizer] = TOKENIZERS[sizes[tokenizer]]() if part in sizes else None
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**sizes["scheduler"])
+    return getattr(diffusers, kind)(scheduler=scheduler, **parts)
+
+
+def made_part(kind: str, part: str, **options: Any) -> Any:
+    """One model of a pipeline; None where the pipeline goes without."""
+    if (config := FILES[kind].get(part)) is None:
+        return None
+    name = named(kind, kind).parts[part]
+    make: Any = getattr(diffusers, name, None) or getattr(transformers, name)
+    config = {**config, **options}
+    if part == "vae":
+        torch.manual_seed(1)
+    if part.startswith("text_encoder"):
+        words = TOKENIZERS[FILES[kind][part.replace("text_encoder", "tokenizer")]]()
+        inner = config.get("text_config", config)
+        inner = {**inner, "vocab_size": len(words.get_vocab())}
+        if name.startswith(("CLIP", "Gemma")):
+            marks = ("pad_token_id", "bos_token_id", "eos_token_id")
+            inner |= {mark: getattr(words, mark) for mark in marks}
+        config = {**config, "text_config": inner} if "text_config" in config else inner
+        return make(make.config_class(**config)).eval()
+    model = make(**config).eval()
+    if name == "ZImageTransformer2DModel":
+        for token in (model.x_pad_token, model.cap_pad_token):
+            torch.nn.init.normal_(token)
+    if name == "AutoencoderKLFlux2":
+        model.bn.running_mean.normal_(std=0.3)
+        model.bn.running_var.uniform_(0.5, 2.0)
+    return model
 
 
 def saved(kind: str, folder: Path) -> Path:

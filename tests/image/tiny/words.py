@@ -1,13 +1,16 @@
-"""Small tokenizers of the classes that the models have, made in code, and Qwen3 for one."""
+"""Small tokenizers of the classes that the models have, made in code."""
 
 from __future__ import annotations
 
 import re
 import string
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import Qwen2Tokenizer, Qwen3Config, T5Tokenizer
+from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
+
+from bilora_diffusion.mini import pipeline_dir
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
@@ -49,21 +52,6 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def qwen3(vocabulary: int, width: int, depth: int) -> Qwen3Config:
-    """Two heads; as many positions as Qwen3 has, fewer than its tokenizer's length."""
-    return Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    )
-
-
 def t5_tokenizer() -> Any:
     """Unigrams: characters and a few words."""
     words = [f"▁{word}" for word in (*WORDS.split(), *string.ascii_lowercase)]
@@ -71,3 +59,21 @@ def t5_tokenizer() -> Any:
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -4.0}
     scores |= dict.fromkeys(words, -2.0) | dict.fromkeys(letters, -3.0)
     return T5Tokenizer(vocab=list(scores.items()), extra_ids=1, model_max_length=512)
+
+
+def gemma_tokenizer() -> Any:
+    """Of single characters; like Gemma's, it begins every text with a token, and has no length."""
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    letters = string.ascii_letters + string.digits + string.punctuation
+    vocab = {word: number for number, word in enumerate((*special, "▁", *letters))}
+    words = GemmaTokenizer(vocab=vocab, add_bos_token=True)
+    assert words("").input_ids == [words.bos_token_id]
+    return words
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "clip": lambda: CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer"),
+    "t5": t5_tokenizer,
+    "qwen": qwen_tokenizer,
+    "gemma": gemma_tokenizer,
+}

@@ -55,11 +55,11 @@ def introduction(result: Result) -> str:
 def legend(result: Result) -> str:
     """Explanation of the scores."""
     measured = {line.metric for line in result.summaries}
-    told = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
+    sentences = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
     return (
         "Cosines x 100, each prompt's the mean over seeds, with 95 % intervals of the mean by"
         f" bootstrap over prompts (BCa, 9999 resamples). Difference: to {escaped(result.control)},"
-        " paired by prompt, and in how many prompts it is better. " + " ".join(told)
+        " paired by prompt, and in how many prompts it is better. " + " ".join(sentences)
     )
 
 
@@ -97,15 +97,15 @@ def _cells(
 def made(result: Result) -> list[str]:
     """Models that scored, and the number of prompts that they did not read to their end."""
     prompts = result.settings["prompts"]
-    told = [
+    sentences = [
         f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts are longer"
         " than the scorer's text encoder takes and were cut."
     ]
     for role in ("scorer", "captioner"):
         if model := result.settings[role]:
             exact = ", ".join(filter(None, (model["kind"], model["model"], model["revision"])))
-            told.append(f"{role.capitalize()}: {model['name']} ({exact}).")
-    return told
+            sentences.append(f"{role.capitalize()}: {model['name']} ({exact}).")
+    return sentences
 
 
 def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image], rows: int) -> bool:

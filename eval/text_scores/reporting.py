@@ -76,9 +76,9 @@ def _over_items(line: Summary, items: Summary | None) -> Summary:
 
 def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) -> list[str]:
     """Sentences to be read before the table."""
-    told = []
+    sentences = []
     if limit is not None and any(row.item for row in rows):
-        told.append(
+        sentences.append(
             f"Only the first {limit} items of each task were asked (--limit): these are no results,"
             " only a trial."
         )
@@ -89,15 +89,15 @@ def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) 
             counted = (
                 "are left out" if any(row.value is None for row in items) else "count as wrong"
             )
-            told.append(
+            sentences.append(
                 f"{metric.title}: in {unparsed} of {len(items)} items no answer could be read; they"
                 f" {counted}."
             )
     idle = [row.subject for row in rows if row.metric.endswith(f" {EFFECT}") and row.value == 0]
-    told += [
+    sentences += [
         f"The adapter of {label} is zero: it is the base model." for label in dict.fromkeys(idle)
     ]
-    return told
+    return sentences
 
 
 def benchmarks(result: Result) -> dict[str, Metric]:
@@ -135,8 +135,8 @@ def runs(result: Result) -> str:
         further: dict[str, list[str]] = {}
         for row in whole:
             if row.metric.startswith(f"{name} "):
-                told = f"{row.metric.removeprefix(name)[1:]} {row.value:.4g}"
-                further.setdefault(row.subject, []).append(told)
+                figure = f"{row.metric.removeprefix(name)[1:]} {row.value:.4g}"
+                further.setdefault(row.subject, []).append(figure)
         for row in whole:
             if row.metric == name:
                 seed = ABSENT if row.seed is None else str(row.seed)

@@ -1,7 +1,7 @@
 """Cache of measurements beside the result, so that the same command goes on from there.
 
-kept = Kept(folder, {"digest": subject.digest, "images": fingerprint})
-value = kept.piece(["sharpness", 0.05], measure)       # measured once
+cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
+value = cache.item(["sharpness", 0.05], measure)       # measured once
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bilora_diffusion.durable import strict_json, write_text
 FOLDER = "kept"
 
 
-class Kept:
+class Cache:
     """Values by key, each on the disk before the next one is made.
 
     One file of JSON lines in ``FOLDER`` for all that depends on the same: two commands that measure
@@ -35,9 +35,7 @@ class Kept:
         self._path = folder / FOLDER / f"{_digest(about)}.jsonl"
         self._values: dict[str, Any] = {}
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        whole = [
-            line for line in lines[:-1] if self._read(line)
-        ]  # a whole line ends with a newline
+        whole = list(filter(self._read, lines[:-1]))  # a whole line ends with a newline
         if [*whole, b""] != lines:
             write_text(self._path, b"".join(line + b"\n" for line in whole).decode("utf-8"))
 
@@ -62,7 +60,7 @@ class Kept:
         self._values[_digest(key)] = plain["value"]
         return plain["value"]
 
-    def piece(self, key: Any, make: Callable[[], Any]) -> Any:
+    def item(self, key: Any, make: Callable[[], Any]) -> Any:
         """Value that is cached under a key, or that ``make`` returns now."""
         return self.get(key) if key in self else self.put(key, make())
 
