@@ -54,6 +54,17 @@ def verify(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, flo
     return report
 
 
+def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose tensors are other ones, have other values, or are not finite."""
+    if odd := sorted(stored.keys() ^ expected.keys()):
+        raise TrainingError(f"{path} does not hold what was trained alone: look at {odd[0]}.")
+    for key, value in expected.items():
+        if not value.isfinite().all():
+            raise TrainingError(f"{key} is not finite, so nothing is exported: take a checkpoint.")
+        if not stored[key].equal(value.detach().cpu()):
+            raise TrainingError(f"{key} of {path} differs from the model: export it again.")
+
+
 def trained(model: nn.Module) -> list[Layer]:
     """A model's primary by the definition of what it adds, W + s * (B @ A - B0 @ A0), in fp64."""
     tensors, taken = state_dict(model, PRIMARY), state_dict(model, INITIAL)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..durable import readable_as, replacing
-from ..errors import TrainingError, UserError
+from ..errors import UserError
 from ..lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
@@ -24,6 +24,7 @@ from ..lora_names import (
     kohya_file_name,
 )
 from .layers import Part, diffusers_tensors, kohya_tensors, primary_part
+from .readback import require_equal
 
 _SDXL = {
     "ss_base_model_version": "sdxl_base_v1-0",
@@ -223,7 +224,7 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         shutil.rmtree(aside, ignore_errors=True)
         cast(Any, model).save_pretrained(aside, safe_serialization=True)
         readable_as(aside / "config.json", *aside.glob("*.safetensors"))
-        _compare(name, aside, model)
+        _compare(final, aside, model)
         weights = sum(p.numel() for p in model.parameters())
         report[name] = {"weights": weights, "readback_difference": 0.0}
         shutil.rmtree(final, ignore_errors=True)
@@ -231,17 +232,12 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
     return report
 
 
-def _compare(name: str, folder: Path, model: nn.Module) -> None:
+def _compare(folder: Path, aside: Path, model: nn.Module) -> None:
     stored = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(aside.glob("*.safetensors")):
         stored |= load_file(file)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Transformers leaves out what is tied to another weight.
     written = {id(value) for key, value in parameters.items() if key in stored}
-    for key, value in parameters.items():
-        if id(value) not in written:
-            raise TrainingError(f"{folder.name} lacks {key} of {name}.")
-        if not value.isfinite().all():
-            raise TrainingError(f"{name}.{key} is not finite; export a good checkpoint.")
-        if key in stored and not value.detach().cpu().equal(stored[key]):
-            raise TrainingError(f"{name}.{key} differs from its file.")
+    expected = {k: v for k, v in parameters.items() if k in stored or id(v) not in written}
+    require_equal(folder, {k: v for k, v in stored.items() if k in parameters}, expected)

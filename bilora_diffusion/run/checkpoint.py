@@ -12,13 +12,13 @@ A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
-from ..errors import TrainingError, UserError
+from ..errors import TrainingError, UserError, translated
 from .state_codec import join, separate, split
 
 SCHEMA_VERSION = 2
@@ -107,14 +107,9 @@ def _write(aside: Path, state: Checkpoint) -> None:
     for name, content in ((ADAPTERS, state.tensors), (OPTIMIZER, moments)):
         save_file(separate(content), aside / name, metadata={"format": "pt"})
     readable_as(aside / STATE, aside / ADAPTERS, aside / OPTIMIZER)
-    seal(aside)
-
-
-def seal(folder: Path) -> None:
-    """Write the digests of a checkpoint's files beside them, and flush all to the disk."""
-    (folder / DIGESTS).write_text(_index({n: _digest(folder / n) for n in FILES}), encoding="utf-8")
+    (aside / DIGESTS).write_text(_index({n: _digest(aside / n) for n in FILES}), encoding="utf-8")
     for name in (*FILES, DIGESTS, "."):
-        sync(folder / name)
+        sync(aside / name)
 
 
 def _index(digests: Mapping[str, str]) -> str:
@@ -163,40 +158,16 @@ def load(path: Path) -> Checkpoint:
         )
         parts = {name: state[name] for name in _PARTS}
         parts["optimizer"] = join(state["optimizer"], moments)
-        for name, part in parts.items():
-            if not (isinstance(part, dict) or (part is None and name == "scaler")):
-                raise TypeError(f"{name} is a {type(part).__name__}")
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise TypeError(f"the step is {state['step']!r}")
         return Checkpoint(step=state["step"], tensors=tensors, **parts)
 
 
-@contextlib.contextmanager
-def unaltered(path: Path, name: str = ".") -> Iterator[None]:
-    """Take what a checkpoint, or one file of it, holds to be what `save` has written.
-
-    Raises:
-        UserError: within the context it turns out not to be.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path / name} is missing: {_instead(path)}") from error
-    except OSError as error:
-        raise UserError(
-            f"{path / name} cannot be read ({error.strerror}): {_instead(path)}"
-        ) from error
-    except (
-        *(SafetensorError, ValueError, LookupError, TypeError, AttributeError),
-        *(ArithmeticError, RecursionError),
-    ) as error:
-        raise UserError(f"{path / name} is truncated or altered: {_instead(path)}") from error
+def unaltered(path: Path, name: str = ".") -> AbstractContextManager[None]:
+    """Context of reading a checkpoint, or one file of it: an error says what to do instead."""
+    return translated(f"{path / name} can't be read", _instead(path))
 
 
 def _instead(path: Path) -> str:
-    """What to do about an unusable checkpoint: the newest other one beside or inside it, if any."""
+    """Way out of an unusable checkpoint: the newest other one beside or inside it, if any."""
     others = {**_steps(path.parent), **_steps(path / CHECKPOINTS)}
     usable = [others[step] for step in sorted(others) if others[step] != path]
     spoilt = _NAME.fullmatch(path.name) and path.exists()

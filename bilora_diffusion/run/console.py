@@ -69,8 +69,8 @@ class Bar:
 
 
 def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
-    """What was saved where, and what to do next; last what the last step gave away of the held-out
-    loss, or how to get one.
+    """Files of a run by their uses, and what to do next; last the held-out loss that the last step
+    gave away, or how to get one.
 
     Args:
         files: what a file or folder in the run folder is for -> its name, if it is there.
@@ -86,8 +86,15 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     record = runlog.read_run(folder)
     config, last = record["config"], []
     if losses:
-        lines["held-out loss"] = _course(losses)
-        last = [_advice(quoted, losses, kept, "best_step" in record["results"])]
+        first, final, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
+        low = (
+            f"lowest {losses[best]:.4f} at step {best}" if best != final else "the lowest measured"
+        )
+        lines["held-out loss"] = (
+            f"{losses[first]:.4f} at step {first}, {losses[final]:.4f} at step {final}, {low}"
+        )
+        gain = 100 * (1 - losses[best] / losses[final])
+        last = [_advice(quoted, best, final, gain, kept, "best_step" in record["results"])]
     elif not config.get("fit"):
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
         last = [
@@ -108,28 +115,18 @@ def in_repository() -> bool:
     return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
-def _course(losses: Mapping[int, float]) -> str:
-    """How the held-out loss went."""
-    first, best, last = min(losses), _lowest(losses), max(losses)
-    low = f"lowest {losses[best]:.4f} at step {best}" if best != last else "the lowest measured"
-    return f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}, {low}"
-
-
-def _lowest(losses: Mapping[int, float]) -> int:
-    return min(losses, key=lambda step: losses[step])
-
-
-def _advice(folder: str, losses: Mapping[int, float], kept: Collection[int], saved: bool) -> str:
-    """What the last step gave away of the held-out loss, and how to have it back.
+def _advice(
+    folder: str, best: int, last: int, gain: float, kept: Collection[int], saved: bool
+) -> str:
+    """Loss that the last step gave away, and how to have it back.
 
     Args:
+        gain: of the best step over the last, in percent.
         kept: steps of which there are checkpoints.
         saved: whether what the run leaves is of the lowest.
     """
-    best, last = _lowest(losses), max(losses)
     if best == last:
         return f"step {last}, the last, was the best measured: more steps may be better still"
-    gain = 100 * (1 - losses[best] / losses[last])
     said = f"step {best} was {gain:.1f} % better than step {last}"
     if saved:
         return f"{said}, and what is saved is of it"

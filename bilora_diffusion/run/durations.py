@@ -1,4 +1,4 @@
-"""How long something took, for people. Light, as the viewer's pages use it without torch."""
+"""Durations for people. Light, as the viewer's pages use it without torch."""
 
 from __future__ import annotations
 

@@ -80,11 +80,6 @@ def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
         UserError: when ``folder`` holds files that a run would replace and did not write, or a run
             that is neither resumed nor to be overwritten.
     """
-    if resume is not None and overwrite:
-        raise UserError(
-            "--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of "
-            "the two"
-        )
     _refuse_foreign(folder, resume)
     if overwrite or not holds_run(folder):
         return
@@ -152,12 +147,12 @@ def refuse_foreign_models(folder: Path) -> None:
 
 
 def trained_whole(folder: Path) -> bool:
-    """Whether the folder's run trained all weights of its models."""
+    """Test that the folder's run trained all weights of its models."""
     return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is anything by which a run is known."""
+    """Test for anything by which a run is known."""
     return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
 
 

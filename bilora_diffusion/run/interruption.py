@@ -31,7 +31,7 @@ CommandLine = tuple[list[str], int]
 
 
 class Stop(NamedTuple):
-    """Where a signal ended a run: its number, the steps taken, those of the whole run, and the name
+    """End of a run by a signal: its number, the steps taken, those of the whole run, and the name
     of a run of ``--fit``.
     """
 
@@ -57,7 +57,6 @@ class Interruption:
         self.number: int | None = None
         self._pressed: float | None = None
         self._before: dict[int, Any] = {}
-        self._process = os.getpid()
 
     def __enter__(self) -> Interruption:
         self._process = os.getpid()

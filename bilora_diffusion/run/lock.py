@@ -103,7 +103,7 @@ def _locked(path: Path) -> IO[bytes]:
 
 
 def _silent_seconds(folder: Path) -> float:
-    """How long ago the run whose record says that it goes on wrote it; infinite without one."""
+    """Seconds since the run whose record says that it goes on wrote it; infinite without one."""
     with contextlib.suppress(OSError, UserError):
         if read_run(folder).get("status") == "running":
             return time.time() - (folder / RUN).stat().st_mtime
@@ -111,7 +111,7 @@ def _silent_seconds(folder: Path) -> float:
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
-    """Whether an open file has not been deleted or replaced."""
+    """Test that an open file has not been deleted or replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except OSError:

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, machine, memory."""
+"""Origin of a result: versions, commit, machine, memory."""
 
 from __future__ import annotations
 

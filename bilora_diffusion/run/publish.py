@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 
 from ..durable import dump_json
-from ..errors import UserError
+from ..errors import UserError, reason
 from .paths import without_paths
 
 # Of exports, diffusers would load one by its name where no file is named.
@@ -26,13 +26,9 @@ def repository(name: str, token: str | None) -> str:
         return create_repo(repo_id=name, exist_ok=True, token=token).repo_id
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"--push_to_hub cannot make the repository '{name}' ({_shortened(error)}): log in with"
+            f"--push_to_hub cannot make the repository '{name}' ({reason(error)}): log in with"
             " `hf auth login`, give --hub_model_id, or drop --push_to_hub."
         ) from error
-
-
-def _shortened(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def push(folder: Path, repo_id: str, token: str | None) -> None:
@@ -56,7 +52,7 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
             f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
-            f" ({_shortened(error)}): upload it with `hf upload {repo_id} {folder}`."
+            f" ({reason(error)}): upload it with `hf upload {repo_id} {folder}`."
         ) from error
 
 

@@ -135,14 +135,14 @@ class FitRow(_Strict):
 
 
 class FitChoice(FitRow):
-    """What a fit chose."""
+    """Choice of a fit."""
 
     steps: Annotated[Count, Field(ge=1)]
     loss: Number
 
 
 class FitStanding(FitRow):
-    """How much worse a configuration is."""
+    """A configuration by its difference to the choice."""
 
     folds: Count
     difference: Number

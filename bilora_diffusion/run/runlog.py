@@ -180,5 +180,5 @@ def is_finished(folder: Path) -> bool:
 
 
 def wrote_card(record: Mapping[str, Any]) -> bool:
-    """Whether the ``README.md`` beside a ``run.json`` is a run's model card."""
+    """Test that the ``README.md`` beside a ``run.json`` is a run's model card."""
     return bool(record.get("card")) or record.get("status") == "finished"

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters import Factors
 from ..durable import discard, remove_leftovers, sync, write_bytes
-from ..errors import TrainingError, UserError
+from ..errors import TrainingError, UserError, translated
 
 FOLDER = "dynamics"
 SCHEMA_VERSION = 1
@@ -93,10 +93,12 @@ def read(path: Path) -> Snapshot:
     Raises:
         UserError: it is damaged, or another version wrote it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["snapshot"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with (
+        translated(f"{path} can't be read", "delete it to leave this step out, or train again"),
+        safe_open(path, framework="pt") as file,
+    ):
+        about = json.loads((file.metadata() or {})["snapshot"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if about["schema_version"] != SCHEMA_VERSION:
             raise UserError(
                 f"{path} has schema version {about['schema_version']}, but this version of"
@@ -104,23 +106,16 @@ def read(path: Path) -> Snapshot:
             )
         factors = {
             adapter: [
-                Factors(name, *_sides(tensors, adapter, name), float(scale))
+                Factors(
+                    *(name, tensors[_key(adapter, name, "A")], tensors[_key(adapter, name, "B")]),
+                    scale=float(scale),
+                )
                 for name, scale in zip(about["layers"], scales, strict=True)
             ]
             for adapter, scales in about["scales"].items()
         }
         layers = {k.removeprefix("layers/"): v for k, v in tensors.items() if k[:7] == "layers/"}
         return Snapshot(about["step"], factors, layers)
-    except UserError:
-        raise
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged: delete it to leave this step out, or train again"
-        ) from error
-
-
-def _sides(tensors: dict[str, Tensor], adapter: str, layer: str) -> tuple[Tensor, Tensor]:
-    return tensors[_key(adapter, layer, "A")], tensors[_key(adapter, layer, "B")]
 
 
 def _key(adapter: str, layer: str, side: str) -> str:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What JSON can hold of a ``state_dict``, and its tensors by path, such as "state/0/exp_avg".
+    """JSON of a ``state_dict``, and its tensors by path, such as "state/0/exp_avg".
 
     Null stands in a tensor's place. Tuples come back as lists.
 

@@ -20,10 +20,10 @@ def moments(task: Any, device: Any) -> Moments:
     inner = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
     layer = HIDDEN[loaded.kind] * width + INNER * inner
     layer += 0 if causal else SCORES * config.num_attention_heads * tokens
-    kept = count * width + layer if cfg.gradient_checkpointing else count * layer
+    states = count * width + layer if cfg.gradient_checkpointing else count * layer
     weights = held_bytes(loaded.model, cfg.quantize, loaded.whole_modules)
-    held = int(cfg.train_batch_size * tokens * NUMBER[cfg.mixed_precision] * kept)
+    activations = int(cfg.train_batch_size * tokens * NUMBER[cfg.mixed_precision] * states)
     targets = cfg.train_batch_size * (tokens if causal else max(train.target_tokens))
     words = 0 if loaded.kind == "classification" else config.vocab_size
     logits = targets * words * LOGITS
-    return {STEP: {"weights: model": weights, "activations": held, "logits": logits}}
+    return {STEP: {"weights: model": weights, "activations": activations, "logits": logits}}

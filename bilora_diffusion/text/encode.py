@@ -101,7 +101,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     if kind == "causal":
         settings["template"] = resolve_template(cfg.template, tokenizer)
     key = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
-    fingerprint = digest_texts([*key, *map(repr, examples)])
+    hashed = digest_texts([*key, *map(repr, examples)])
     pairs = kind == "classification" and "token_type_ids" in tokenizer("a", "b")
     features = _features(kind, pairs)
     folder = Path(cfg.cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
@@ -121,9 +121,9 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
             "rows_of": partial(ROWS[kind], tokenizer=tokenizer, **settings),
             "columns": features.keys() - {"sources"},
         },
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        cache_file_name=str(folder / f"{hashed}.arrow"),
         load_from_cache_file=not cfg.overwrite_cache,
-        new_fingerprint=fingerprint,
+        new_fingerprint=hashed,
         num_proc=workers if workers > 1 else None,
         writer_batch_size=WRITE_ROWS,
     )
@@ -156,9 +156,9 @@ def _tokenize(
 ) -> dict[str, list[Any]]:
     """Columns of examples to columns of rows."""
     table = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-    kept = [row for row in table if row["answer"].strip()]
-    numbers = [row.pop("number") for row in kept]
-    rows = rows_of([Example(**row) for row in kept]) if kept else []
+    answered = [row for row in table if row["answer"].strip()]
+    numbers = [row.pop("number") for row in answered]
+    rows = rows_of([Example(**row) for row in answered]) if answered else []
     pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if row.target_tokens]
     made = {name: [getattr(row, name) for row, _ in pairs] for name in columns}
     return made | {"sources": [[n] for _, n in pairs]}
@@ -187,8 +187,8 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
         sums = {name: sum(part[name] for part in parts) for name in SUMMED}
         sources = [source for part in parts for source in part["sources"]]
         rows.append({**joined(parts), **sums, "sources": sources})
-    own = encoded.data.features
-    features = datasets.Features({**own, "position_ids": own["input_ids"]})
+    columns = encoded.data.features
+    features = datasets.Features({**columns, "position_ids": columns["input_ids"]})
     data = datasets.Dataset.from_list(rows, features=features)
     return Encoded(data, encoded.kind, encoded.examples)
 
@@ -238,11 +238,11 @@ def require_packable(model: Any) -> None:
         UserError: it takes no positions, has attention of another kind, or mixes packed examples.
     """
     config = model.config.get_text_config()
-    refused = f"--packing does not suit the model type {config.model_type}, which"
+    unsuited = f"--packing does not suit the model type {config.model_type}, which"
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's
     if "position_ids" not in inspect.signature(plain.forward).parameters:
         raise UserError(
-            f"{refused} takes no position_ids, so positions would run on from one example to the"
+            f"{unsuited} takes no position_ids, so positions would run on from one example to the"
             " next: drop it."
         )
     if config._attn_implementation not in ATTENTION:
@@ -255,9 +255,9 @@ def require_packable(model: Any) -> None:
     alone, packed, other = _probe(model)
     scale = float(alone.abs().max())
     if float((packed - other).abs().max()) > 1e-6 * scale:
-        raise UserError(f"{refused} lets a token see the example before its own: drop it.")
+        raise UserError(f"{unsuited} lets a token see the example before its own: drop it.")
     if float((packed - alone).abs().max()) > 0.05 * scale:  # loose, for weights in half precision
-        raise UserError(f"{refused} counts the positions of packed examples wrong: drop it.")
+        raise UserError(f"{unsuited} counts the positions of packed examples wrong: drop it.")
 
 
 def _probe(model: Any) -> list[Tensor]:

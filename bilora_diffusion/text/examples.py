@@ -63,9 +63,9 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
             f"{where} has no turn of the assistant that answers one before it: give roles"
             ' "user" and "assistant", in turn.'
         )
-    kept = tuple(turns[: answers[-1] + 1])
-    plain = len(kept) == 2 and kept[0][0] == "user"
-    return Example(kept[-2][1], kept[-1][1], turns=() if plain else kept, where=where)
+    used = tuple(turns[: answers[-1] + 1])
+    plain = len(used) == 2 and used[0][0] == "user"
+    return Example(used[-2][1], used[-1][1], turns=() if plain else used, where=where)
 
 
 def open_file(
@@ -82,7 +82,7 @@ def open_file(
             for conversations.
 
     Raises:
-        UserError: it can't be read, has no rows, lacks a column, or a row is of another kind.
+        UserError: it can't be read, has no rows, a column is missing, or a row is of another kind.
     """
     rows = read_rows(path)
     if not rows:
@@ -129,7 +129,7 @@ def text_of(
     """The text in a column; with ``numbers`` a whole number, or true and false, counts as text.
 
     Raises:
-        UserError: the row lacks it, or it is something else; it ends with ``fix``.
+        UserError: the column is missing or something else; it ends with ``fix``.
     """
     if column not in row:
         raise UserError(f'{where} has no "{column}", only {listed(list(row))}: {fix}.')

@@ -200,7 +200,7 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     """Kind of model that a configuration is for.
 
     Raises:
-        UserError: the wanted kind does not fit, or "auto" can't tell.
+        UserError: the kind asked for does not fit, or "auto" can't tell.
     """
     possible = [kind for kind in KINDS if _has_class(config, kind)]
     if config.is_encoder_decoder and "causal" in possible:

@@ -34,8 +34,8 @@ def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> 
     """
     fill = {"input_ids": pad_token_id, "labels": IGNORED}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    whole = {"labels": torch.tensor(columns.pop("labels"))} if kind == "classification" else {}
-    batch = {name: padded(values, fill.get(name, 0)) for name, values in columns.items()} | whole
+    classes = {"labels": torch.tensor(columns.pop("labels"))} if kind == "classification" else {}
+    batch = {name: padded(values, fill.get(name, 0)) for name, values in columns.items()} | classes
     if "position_ids" not in batch:
         batch["attention_mask"] = padded([[1] * len(ids) for ids in columns["input_ids"]], 0)
     return batch
@@ -80,6 +80,6 @@ class TextModule(nn.Module):
         if self.kind != "classification":
             given["use_cache"] = False
             return model(**given).logits
-        kept = precision(self.model)  # its head is in fp32, whatever the layers before it are in
-        with torch.autocast(given["input_ids"].device.type, kept, enabled=kept != torch.float32):
+        dtype = precision(self.model)  # its head is in fp32, whatever the layers before it are in
+        with torch.autocast(given["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
             return model(**given).logits

@@ -37,16 +37,16 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     datasets.disable_progress_bars()
     source = TextSource(cfg)
     rows = open_rows(cfg)
-    own = None if cfg.task else rows.validation
-    held = None if own is None else [(row.where, row) for row in own]
+    given = None if cfg.task else rows.validation
+    held = None if given is None else [(row.where, row) for row in given]
     if (held is not None or (cfg.fit and rows.validation is None)) and (
         line := copies("rows", [(row.where, row) for row in rows.train], held)
     ):
         logger.warning("%s", line)
-    kept = DTYPES[accelerator.mixed_precision]
+    dtype = DTYPES[accelerator.mixed_precision]
     loaded = source.load(
         # Weights that are trained are kept in fp32, since bf16 would lose small updates.
-        dtype=torch.float32 if get(cfg.method).exports_weights else kept,
+        dtype=torch.float32 if get(cfg.method).exports_weights else dtype,
         labels=rows.label_words if cfg.task_type == "classification" else None,
         seed=cfg.seed,
         weights=not cfg.dry_run,
@@ -55,8 +55,8 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
     if cfg.dry_run:
         return task
     if cfg.quantize != "none":
-        kept, skipped = DTYPES[accelerator.mixed_precision], loaded.whole_modules
-        count = quantize(loaded.model, kept, skip=skipped, device=accelerator.device)
+        skipped, device = loaded.whole_modules, accelerator.device
+        count = quantize(loaded.model, dtype, skip=skipped, device=device)
         logger.info("the weights of %d layers are held in NF4", count)
     task.to_device(accelerator.device)
     return task

@@ -100,24 +100,24 @@ class TextTask:
             else SampleOrder(len(train), seed)
         )
         for step, slots in schedule:
-            whole = [order.sample(step * step_size + slot) for slot in range(step_size)]
-            yield self.micro_batch(slots, whole)
+            samples = [order.sample(step * step_size + slot) for slot in range(step_size)]
+            yield self.micro_batch(slots, samples)
 
-    def micro_batch(self, slots: tuple[int, ...], whole: Sequence[int]) -> MicroBatch:
-        """Some slots of a step whose samples are ``whole``."""
+    def micro_batch(self, slots: tuple[int, ...], samples: Sequence[int]) -> MicroBatch:
+        """Some slots of a step of these samples."""
         train = self.data.train
-        mine = [whole[slot] for slot in slots]
+        mine = [samples[slot] for slot in slots]
         rows = [train.row(sample) for sample in mine]
-        weight = len(whole) / sum(train.target_tokens[sample] for sample in whole)
+        weight = len(samples) / sum(train.target_tokens[sample] for sample in samples)
         inputs = {
             **collate(rows, self.loaded.kind, self.loaded.tokenizer.pad_token_id),
             "weights": torch.full((len(slots),), weight),
         }
-        digests = tuple(self._digest(sample, row) for sample, row in zip(mine, rows, strict=True))
+        digests = tuple(self._hash(sample, row) for sample, row in zip(mine, rows, strict=True))
         names = tuple(train.name(s) for s in mine)
         return MicroBatch(slots, names, digests, inputs, samples=tuple(mine))
 
-    def _digest(self, sample: int, row: dict[str, Any]) -> str:
+    def _hash(self, sample: int, row: dict[str, Any]) -> str:
         tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}
         return digest_texts([str(sample), *tokens, digest(*tokens.values())])
 

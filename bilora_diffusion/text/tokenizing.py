@@ -84,12 +84,12 @@ def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length:
     for example in examples:
         assert example.label is not None
         pair = () if example.pair is None else (example.pair,)
-        whole = tokenizer(example.question, *pair, verbose=False)
-        cut = len(whole["input_ids"]) > max_length
+        encoding = tokenizer(example.question, *pair, verbose=False)
+        cut = len(encoding["input_ids"]) > max_length
         if cut:
-            whole = tokenizer(example.question, *pair, truncation=True, max_length=max_length)
-        kinds = whole.get("token_type_ids")
-        rows.append(Row(whole["input_ids"], example.label, 1, cut, kinds))
+            encoding = tokenizer(example.question, *pair, truncation=True, max_length=max_length)
+        kinds = encoding.get("token_type_ids")
+        rows.append(Row(encoding["input_ids"], example.label, 1, cut, kinds))
     return rows
 
 
@@ -230,7 +230,7 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
     if template != "chat":
         return Rendered(context_text(example, tokenizer, template), example.answer)
     messages, where = example.messages(), example.where
-    text = whole = _chat(messages, tokenizer, where)
+    text = full = _chat(messages, tokenizer, where)
     spans = []
     for number in reversed(range(len(messages))):
         if messages[number]["role"] == "assistant":
@@ -245,7 +245,7 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
             spans.append((len(before), end))
             text = before
     (start, end), *earlier = spans
-    return Rendered(whole[:start], whole[start:end], earlier)
+    return Rendered(full[:start], full[start:end], earlier)
 
 
 def context_text(example: Example, tokenizer: Any, template: str) -> str:

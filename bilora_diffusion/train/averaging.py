@@ -46,7 +46,7 @@ class Average:
         return {f"average/{i}": value for i, value in enumerate(self._ema.shadow_params)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside the averages."""
+        """State that a resume needs beside the averages."""
         return {"steps": self._ema.optimization_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

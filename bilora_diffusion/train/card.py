@@ -64,7 +64,7 @@ def _given(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(cfg: RunConfig, steps: int) -> dict[str, Any]:
-    """How the run was made; of the method's own options its radius, and what is not as usual."""
+    """Settings of the run; of the method's own options its radius, and what is not as usual."""
     method = get(cfg.method)
     own = {
         name.replace("_", " "): getattr(cfg, name)
@@ -93,19 +93,19 @@ def _settings(cfg: RunConfig, steps: int) -> dict[str, Any]:
 
 
 def source(name: str) -> str:
-    """What may be published of a model's or data set's name: not where it lies on this machine."""
+    """A model's or data set's name as it may be published: not where it lies on this machine."""
     if known := embedded(name):
         return known
     return name if is_hub_id(name) else Path(name).name
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one on the hub and is no folder here."""
+    """Test that a name can be one on the hub and is no folder here."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def loaded_from(name: str) -> str:
-    """What a reader of the card gives ``from_pretrained``: a hub id, or where he has the folder."""
+    """Argument of ``from_pretrained`` in a card: a hub id, or the place of the reader's folder."""
     return name if is_hub_id(name) else f"path/to/{name}"
 
 

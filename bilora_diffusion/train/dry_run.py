@@ -29,7 +29,7 @@ CUDA_CONTEXT, CPU_LIBRARIES = 600_000_000, 100_000_000
 NUMBER = {"no": 4, "fp16": 2, "bf16": 2}  # bytes
 BEFORE, STEP = "before training", "a training step"
 Moments = dict[str, dict[str, int]]
-"""What takes memory at one time or another, in bytes, without what is trained, which is there in
+"""Bytes by part at one time or another, without those of what is trained, which is there in
 all but `BEFORE`; its gradients are there in `STEP`.
 """
 

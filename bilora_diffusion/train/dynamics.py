@@ -64,7 +64,7 @@ class Dynamics:
         return cls(trainer, optimizer)
 
     def due(self, step: int) -> bool:
-        """Whether a step (0: before training) is recorded; the last one always is."""
+        """Test that a step (0: before training) is recorded; the last one always is."""
         return step % self.every == 0 or step == self._trainer.num_steps
 
     def perturbed(self) -> None:

@@ -22,7 +22,7 @@ from ..seeds import seed_of
 from .task import Task
 
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
-"""What the loss is multiplied by where weights are fp16, until no gradient overflows."""
+"""Factors of the loss where weights are fp16, until no gradient overflows."""
 logger = logging.getLogger(__name__)
 
 
@@ -79,7 +79,7 @@ def initialise(
 
     Raises:
         UserError: the loss reaches no layer of a model.
-        TrainingError: a loss or a gradient is not finite.
+        TrainingError: a gradient is not finite.
     """
     wanted = [target for target in targets if adapters.layers(target.model, INITIAL)]
     gradients: Mapping[str, Mapping[str, Tensor]] = {}
@@ -127,7 +127,7 @@ def mean_gradients(
         the loss does not reach is missing.
 
     Raises:
-        TrainingError: a loss or a gradient is not finite.
+        TrainingError: a gradient is not finite.
     """
     logger.info("lora-ga: the mean gradient of %d samples", samples)
     half = any(
@@ -140,7 +140,8 @@ def mean_gradients(
             sums = {n: stack.enter_context(collecting(m)) for n, m in models.items()}
             for losses in _losses(task, samples, micro_batch, seed, device):
                 (losses.sum() * (scale / samples)).backward()
-        bad = [f"{n}.{p}" for n, own in sums.items() for p, g in own.items() if not _finite(g)]
+        every = [(f"{n}.{p}", g) for n, own in sums.items() for p, g in own.items()]
+        bad = [name for name, gradient in every if not gradient.isfinite().all()]
         if not bad:
             return {n: {p: g.div_(scale) for p, g in own.items()} for n, own in sums.items()}
     raise TrainingError(
@@ -161,13 +162,4 @@ def _losses(
         with torch.random.fork_rng(devices=[device] if on_cuda else []):
             torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
             losses = task.module(batch.on(device))
-        if not _finite(losses):
-            raise TrainingError(
-                f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"
-                " look at these samples or use --init_lora_weights default."
-            )
         yield losses
-
-
-def _finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values.detach()).all())

@@ -61,7 +61,7 @@ BUILDERS: dict[str, Callable[[RunConfig, Groups], Optimizer]] = {
     "adamw8bit": _adamw8bit,
     "prodigy": _prodigy,
 }
-"""What `choices.OPTIMIZERS` names."""
+"""Builders of `choices.OPTIMIZERS`."""
 
 
 def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:

@@ -23,8 +23,6 @@ class SampleOrder:
     """
 
     def __init__(self, n: int, seed: int, repeats: int = 1, purpose: str = "order") -> None:
-        if n < 1 or repeats < 1:
-            raise ValueError(f"n and repeats must be at least 1, not {n} and {repeats}")
         self.n, self.seed, self.repeats, self.purpose = n, seed, repeats, purpose
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
@@ -34,8 +32,6 @@ class SampleOrder:
 
     def sample(self, position: int) -> int:
         """The sample, in [0, n), at the absolute ``position`` (0 is the first of epoch 0)."""
-        if position < 0:
-            raise ValueError(f"a position is at least 0, not {position}")
         epoch, offset = divmod(position, len(self))
         return int(self.permutation(epoch)[offset]) % self.n
 
@@ -83,7 +79,7 @@ class KindsOrder:
         return self._length
 
     def kind(self, step: int) -> Hashable:
-        """What all samples of a step are."""
+        """Kind of all samples of a step."""
         return self._step(step)[0]
 
     def sample(self, position: int) -> int:

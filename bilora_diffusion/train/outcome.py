@@ -58,7 +58,7 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the patience is at its end."""
+        """Test that the patience is at its end."""
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
@@ -67,11 +67,11 @@ class Best:
         return replaced(self.parameters, [value.to(p.device) for p, value in own])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was kept, by "best/number"."""
+        """The kept weights, by "best/number"."""
         return {f"best/{i}": value for i, value in enumerate(self._kept)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside the tensors."""
+        """State that a resume needs beside the tensors."""
         return {"step": self.step, "loss": self.loss, "since": self.since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Outcome:
         return last if self.best.step is None or not self._cfg.keep_best else self.best.step
 
     def results(self) -> dict[str, Any]:
-        """Whether the run ended early, and the best step where that is what it leaves; for its
+        """The early end, and the best step where that is what it leaves; for its
         record.
         """
         best = self.best
@@ -151,12 +151,12 @@ class Outcome:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, by name."""
+        """Tensors for a checkpoint, by name."""
         averages = {} if self.average is None else self.average.tensors()
         return {**averages, **self.best.tensors()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside the tensors, and an export (`described`)."""
+        """State that a resume needs beside the tensors, and an export (`described`)."""
         return {
             "average": None if self.average is None else self.average.state_dict(),
             "best": self.best.state_dict(),
@@ -171,7 +171,7 @@ class Outcome:
 
 
 def described(method: Method) -> dict[str, Any]:
-    """What an export must know of a checkpoint beside its tensors, as JSON can hold it.
+    """Facts that an export needs of a checkpoint beside its tensors, as JSON can hold them.
 
     Returns:
         "adapters", PEFT's configuration of each target's primary, and "averaged", the keys in

@@ -197,8 +197,10 @@ def _run(
             results = _measured(trainer, folder, log)
             if last_step is None:
                 results |= _export(script, cfg, trainer, folder, log, results, repo_id)
-            else:
-                _leave(trainer, folder, log)
+            elif checkpoint.steps(folder)[-1:] != [trainer.step]:  # a search goes on from it
+                if log is not None:
+                    log.sync()
+                trainer.save(folder)
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.asked_to_stop() or trainer.interruption.number or signal.SIGINT
@@ -247,14 +249,6 @@ def _measured(trainer: Trainer, folder: Path, log: runlog.RunLog | None) -> dict
         measured = last_measured(folder, trainer.outcome.step(trainer.step))
         results |= {name: value for name, (_, value) in measured.items()}
     return results
-
-
-def _leave(trainer: Trainer, folder: Path, log: runlog.RunLog | None) -> None:
-    """Leave a checkpoint, from which a run of a search goes on."""
-    if checkpoint.latest(folder) != folder / checkpoint.CHECKPOINTS / f"step-{trainer.step}":
-        if log is not None:
-            log.sync()
-        trainer.save(folder)
 
 
 def _export(

@@ -1,4 +1,4 @@
-"""What one optimizer step is: which samples, in which pieces, and how the update is made."""
+"""One optimizer step: its samples, its pieces, and the update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..methods import Method
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which slots of which step each process computes, and in how many pieces.
+    """Slots of a step that each process computes, and their pieces.
 
     Args:
         micro_batch: samples of one forward pass on one process.
@@ -29,7 +29,7 @@ class Schedule:
 
     @classmethod
     def of(cls, cfg: RunConfig, accelerator: Accelerator) -> Schedule:
-        """What a training configuration means for this process."""
+        """Schedule of a training configuration for this process."""
         return cls(
             cfg.train_batch_size,
             cfg.gradient_accumulation_steps,
@@ -74,7 +74,7 @@ class Remaining(Sequence[tuple[int, tuple[int, ...]]]):
 
 
 class ClippedOptimizer:
-    """What a method steps: clips the gradients that it wants clipped, then updates once.
+    """Optimizer as methods see it: clips the gradients that it wants clipped, then updates once.
 
     ``skipped`` tells whether the gradient scaler left the update out, in which case neither
     projection nor schedule may move on.
@@ -103,7 +103,7 @@ class ClippedOptimizer:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last update was left out by the gradient scaler."""
+        """Test that the last update was left out by the gradient scaler."""
         return bool(self._accelerator.optimizer_step_was_skipped)
 
 

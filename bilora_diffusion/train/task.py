@@ -65,7 +65,7 @@ class Task(Protocol):
         ...
 
     def data_summary(self) -> str:
-        """What it is trained on, in a few words, such as "23 images at 1024 px"."""
+        """The training data in a few words, such as "23 images at 1024 px"."""
         ...
 
     def targets(self) -> list[Target]:
@@ -114,7 +114,7 @@ class ReusableTask(Task, Protocol):
 
     @property
     def has_heldout(self) -> bool:
-        """Whether a loss can be measured on samples that are not learned from."""
+        """Test that a loss can be measured on samples that are not learned from."""
         ...
 
     def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> ReusableTask:

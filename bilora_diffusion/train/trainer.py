@@ -1,4 +1,4 @@
-"""What takes a training step: a task, a method and their optimizer, with exact resume.
+"""Training steps: a task, a method and their optimizer, with exact resume.
 
 The step's micro-batches (data, noise and timesteps come from generators keyed by seed, step and
 sample, never from global random state) are frozen, and `method.step` gets a closure that runs all
@@ -181,7 +181,7 @@ class Trainer:
                 )
 
     def _seen(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
-        """What identifies data, noise and timesteps of the whole step, over all processes, and its
+        """Hash of data, noise and timesteps of the whole step, over all processes, and its
         noise levels.
         """
         mine = [pair for b in batches for pair in zip(b.slots, b.digests, strict=True)]
@@ -200,7 +200,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the run ends here: at its last step, or earlier by its held-out loss."""
+        """Test that the run ends here: at its last step, or earlier by its held-out loss."""
         return self.step >= self.last_step or self.outcome.best.exhausted
 
     @contextlib.contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import pytest
@@ -17,17 +15,7 @@ from app import catalog as catalogs
 from app import parts, results, training, validation, vote
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered
-from eval import table
-from tests.app.folders import WEIGHTS, make_images, make_run, make_scores
-
-
-def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
-    """A result with one figure."""
-    record: dict[str, Any] = {"schema_version": 1, "kind": kind, "figures": ["loss.png"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / table.FILE).write_text(json.dumps(record | changes), encoding="utf-8")
-    (folder / "loss.png").touch()
-    return folder
+from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 
 
 def paths(catalog: Catalog) -> list[str]:
@@ -45,7 +33,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
     make_scores(tmp_path / "scores")
-    make_figures(tmp_path / "flat", "landscape")
+    make_result(tmp_path / "flat")
     now = Catalog(tmp_path).now
     assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
         ("a", "bilora", "running", f"a/{WEIGHTS}"),
@@ -53,7 +41,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
         ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
     assert [item.file("images/0.png") for item in now.scores] == ["scores/images/0.png"]
-    results = [("landscape", ["flat/loss.png"]), ("clip_scores", [])]
+    results = [("landscape", ["flat/figure.png"]), ("clip_scores", [])]
     assert [(item.kind, item.figures) for item in now.figures] == results
     assert now.broken == []
     (run,) = Catalog(tmp_path / "a").now.runs
@@ -97,7 +85,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     assert after(lambda: make_images(run, 50)) == {"runs"}
     assert catalog.now.runs[0].steps == (50,)
     assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
-    assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
+    assert after(lambda: make_result(tmp_path / "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
     assert catalog.now.runs[0].status == "failed"
     make_run(tmp_path / "other")

@@ -52,8 +52,8 @@ def test_a_file_that_holds_something_else_gets_no_name(
     model = with_adapters(save_llama(tmp_path / "base"))
     odd = {"base_model.model.auxiliary.lora_A.weight": torch.zeros(2)}
     for change, word in (
-        (lambda stored: stored | odd, "does not hold the primary alone"),
-        (lambda stored: dict(list(stored.items())[1:]), "does not hold the primary alone"),
+        (lambda stored: stored | odd, "does not hold what was trained alone"),
+        (lambda stored: dict(list(stored.items())[1:]), "does not hold what was trained alone"),
         (lambda stored: {key: value + 1 for key, value in stored.items()}, "differs"),
     ):
         monkeypatch.setattr(conversion, "load_file", lambda path, c=change: c(load_file(path)))

@@ -77,19 +77,6 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path: Path) -> None:
     assert same(found.tensors["b"], base)
 
 
-@pytest.mark.parametrize(
-    "altered", ["[[", '{"step": 3}', '{"step": -1, "optimizer": {"state": []}}']
-)
-def test_a_state_that_no_version_wrote_is_refused_in_a_sentence(
-    tmp_path: Path, altered: str
-) -> None:
-    path = save(tmp_path, 3)
-    (path / "state.json").write_text(altered)
-    checkpoint.seal(path)  # so that it is not refused for its digest alone
-    with pytest.raises(UserError, match=r"step-3.*altered: delete step-3"):
-        load(path)
-
-
 @pytest.mark.parametrize("value", [{1}, object(), torch.float32], ids=["set", "object", "dtype"])
 def test_what_cannot_come_back_is_refused(tmp_path: Path, value: Any) -> None:
     save(tmp_path, 1)
@@ -170,10 +157,8 @@ def test_damage_names_the_file_and_the_way_out(tmp_path: Path, name: str) -> Non
             file.write_bytes(damaged)
         with pytest.raises(UserError) as error:
             load(path)
-        assert f"{file} is {'missing' if damaged is None else 'truncated or altered'}" in str(
-            error.value
-        )
-        assert str(path.parent / "step-9") in str(error.value)
+        for place in (file, path.parent / "step-9"):
+            assert str(place) in str(error.value)
     file.write_bytes(content)
     assert load(path).step == 10
 

@@ -112,7 +112,6 @@ def test_what_is_resumed_lies_in_the_folder(tmp_path: Path) -> None:
     path = save(run, 5)
     for value in ("auto", "latest", "step-5", path, str(path)):
         guard(run, value, False)
-        refused("one of the two", folder=run, resume=value, overwrite=True)
     guard(other, path, False)
     start(other).close("finished")
     refused(other, path, "--output_dir", folder=other, resume=path)

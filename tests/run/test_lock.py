@@ -15,6 +15,7 @@ from typing import NoReturn
 import pytest
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import main as export
 from bilora_diffusion.image.script import main as train
 from bilora_diffusion.run import lock
 from bilora_diffusion.run.lock import hold
@@ -140,6 +141,7 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(
             patch.setattr(running, "build_accelerator", lambda _: pytest.fail("was let in"))
             with pytest.raises(UserError, match=f"writing into {folder}"):
                 train(flags(folder, **ORDERS[second]))
+            assert first == "start" or export([str(folder), "--step", "1"]) == 2
         raise Reached
 
     monkeypatch.setattr(running, "build_accelerator", goes_on)

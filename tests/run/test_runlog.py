@@ -120,85 +120,59 @@ def test_wall_time_and_peak_memory_add_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert [entry["step"] for entry in record["resumed"]] == [1, 2]
 
 
-def test_reading_what_is_not_a_run(tmp_path: Path) -> None:
+FIT_RUN = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
+FIT: dict[str, Any] = {"settings": {}, "spent": 5, "runs": [FIT_RUN], "out": {}, "standings": []}
+FIT["choice"] = {"options": {"rank": "4"}, "title": "rank 4", "steps": 5, "loss": 0.5}
+ODD = [
+    ("run.json", "{", "damaged"),
+    ("run.json", '{"schema_version": 2}', "schema version 2"),
+    *(
+        (
+            "run.json",
+            {"schema_version": 1, "method": "a", "status": "failed", "config": {}} | odd,
+            at,
+        )
+        for odd, at in (
+            ({"seed": 10**400}, "'seed' is 1000"),
+            ({"config": {"rho": [1]}}, r"'config\.rho' is \[1\]"),
+            ({"config": {"rho": math.inf}}, "damaged"),
+            ({"results": {"best_step": "x"}}, r"'results\.best_step' is 'x'"),
+        )
+    ),
+    *(
+        ("metrics.jsonl", f'{{"step": 1}}\n{line}\n', r"line 2 of .*metrics\.jsonl")
+        for line in ('{"loss": 2}', '{"step": 1, "loss": Infinity}', '{"step": 1, "loss": "0.5"}')
+    ),
+    *(
+        ("fit.json", FIT | odd, r"fit\.json is damaged")
+        for odd in ({"runs": None}, {"runs": [FIT_RUN | {"losses": [1.0]}]}, {"standings": [{}]})
+    ),
+]
+"""Files by content -> what is named; any bytes and values are tried in tests/test_any_bytes.py."""
+
+
+@pytest.mark.parametrize(("name", "content", "said"), ODD)
+def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: Any, said: str) -> None:
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    readers = {"run.json": read_run, "metrics.jsonl": read_metrics}
+    read = readers.get(name, lambda folder: read_fit(folder / name))
+    with pytest.raises(UserError, match=said):
+        read(tmp_path)
+
+
+def test_what_is_not_there_and_what_another_version_added(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
+    assert read_fit(tmp_path / "fit.json") is None
     with pytest.raises(UserError, match=r"no run\.json"):
         read_run(tmp_path)
-    for content, part in {"{": "damaged", '{"schema_version": 2}': "schema version 2"}.items():
-        (tmp_path / "run.json").write_text(content)
-        with pytest.raises(UserError, match=part):
-            read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
-    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
-        read_metrics(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "shown"),
-    [
-        ("seed", [1], r"'seed' is \[1\]"),
-        ("seed", 10**400, "'seed' is 1000"),
-        ("method", "\ud800", r"'method' is '\\ud800'"),
-        ("status", "resting", "'status' is 'resting'"),
-        ("config", [], r"'config' is \[\]"),
-        ("config", {"rho": [1]}, r"'config\.rho' is \[1\]"),
-        ("config", {"rho": math.inf}, "run.json is damaged"),
-        ("config", {"validation_prompts": ["a", 1]}, r"'config\.validation_prompts' is 1"),
-        ("wall_seconds", -1, "'wall_seconds' is -1"),
-        ("results", {"best_step": "x"}, r"'results\.best_step' is 'x'"),
-    ],
-)
-def test_a_record_that_does_not_fit_its_model_is_refused_by_its_first_odd_value(
-    tmp_path: Path, key: str, value: Any, shown: str
-) -> None:
     start(tmp_path).close("finished")
     record = read_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps(record | {key: value}))
-    with pytest.raises(UserError, match=shown):
-        read_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps(record | {"key of another version": value}))
-    if value != {"rho": math.inf}:
-        assert read_run(tmp_path)["seed"] == 3
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *('{"step": -1}', '{"step": 1.5}', '{"step": 1, "loss": Infinity}', "[1]", ""),
-        *('{"step": 1, "loss": "0.5"}', '{"step": 1, "loss": 1e308}'),
-        '{"step": 1, "loss": %s}' % ("[" * 100_000),
-        '{"step": 1, "loss": 1%s}' % ("0" * 5000),
-    ],
-)
-def test_a_line_that_is_none_of_metrics_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
-    whole = '{"step": 0, "loss": NaN, "skipped": false}\n'
-    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 1, "lo')
-    assert read_metrics(tmp_path) == [{"step": 0, "loss": None, "skipped": False}]
-    (tmp_path / "metrics.jsonl").write_text(f"{whole}{line}\n")
-    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl"):
-        read_metrics(tmp_path)
-
-
-def test_a_fit_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "fit.json"
-    assert read_fit(path) is None
-    run = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
-    choice = {"options": {"rank": "4"}, "title": "rank 4", "steps": 5, "loss": 0.5}
-    whole = {"settings": {}, "spent": 5, "runs": [run], "out": {}, "choice": choice}
-    whole["standings"] = []
-    path.write_text(json.dumps(whole))
-    assert read_fit(path) == whole
-    for odd in (
-        *({"runs": None}, {"runs": [run | {"losses": [1.0]}]}, {"runs": [run | {"fold": "x"}]}),
-        *({"out": []}, {"settings": []}, {"choice": choice | {"steps": 0}}, {"standings": [{}]}),
-    ):
-        path.write_text(json.dumps(whole | odd))
-        with pytest.raises(UserError, match=r"fit\.json is damaged"):
-            read_fit(path)
-    del whole["runs"]
-    path.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match="it has no runs"):
-        read_fit(path)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"of another version": [1]}))
+    assert read_run(tmp_path)["seed"] == 3
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN}\n{"step": 1, "lo')
+    assert read_metrics(tmp_path) == [{"step": 0, "loss": None}]
+    (tmp_path / "fit.json").write_text(json.dumps(FIT))
+    assert read_fit(tmp_path / "fit.json") == FIT
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -82,29 +82,27 @@ def test_the_others_leave_an_adapter(name: str, tmp_path: Path, capsys: Any) -> 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     common = {
         **given(tmp_path, tiny_llm(), TEXT),
-        **{"max_steps": 4, "save_steps": 2, "train_sampling_strategy": "sequential"},
+        **{"max_steps": 4, "save_steps": 4, "train_sampling_strategy": "sequential"},
         # not AdamW, which amplifies rounding where gradients are small
         **{"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.1},
     }
 
-    def last(folder: str, processes: int, **more: Any) -> dict[str, Tensor]:
+    def last(folder: str, processes: int) -> dict[str, Tensor]:
         """What the last checkpoint holds."""
         own = {"per_device_train_batch_size": 4 // processes, "output_dir": tmp_path / folder}
         if processes == 1:
             start(TRAINER, {**common, **own})
         else:
             script = ROOT / "examples" / f"{TRAINER}.py"
-            done = process(*TORCHRUN, processes, script, *words({**common, **own, **more}))
+            done = process(*TORCHRUN, processes, script, *words({**common, **own}))
             assert done.returncode == 0, done.stderr
         files = ("adapter_model.safetensors", "bilora_state.safetensors")
         held = [load_file(tmp_path / folder / "checkpoint-4" / name) for name in files]
         return {f"{n}/{key}": value for n, own in enumerate(held) for key, value in own.items()}
 
     one, two = last("one", 1), last("two", 2)
-    again = last("two", 2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-2")
     for key, value in one.items():
         assert (two[key] - value).abs().max() < 1e-5, key
-        assert torch.equal(again[key], two[key]), key
     for adapter in (PRIMARY, AUXILIARY):
         ends = [v for key, v in two.items() if key[0] == "1" and adapter in key and "lora_B" in key]
         assert max(value.abs().max().item() for value in ends) > 1e-4, adapter

@@ -13,10 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.sampling import generate
-from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.methods import names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
@@ -54,18 +52,6 @@ def test_methods_see_the_same_and_resume_exactly(tmp_path: Path, method: str) ->
     if method != "flat-lora":  # adapters start as the base; the noise is Flat-LoRA's
         assert column(run, "loss")[0] == pytest.approx(column(plain, "loss")[0], abs=1e-6)
     resumes_exactly(run, 1, method=method, **shared)
-
-
-def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
-    shared = {"learning_rate": 5e-5, "auxiliaries": "sample"}
-    one, other = (
-        train(tmp_path / f"{n}", **shared, train_batch_size=n, gradient_accumulation_steps=4 // n)
-        for n in (4, 1)
-    )
-    assert column(one, "digest") == column(other, "digest")
-    # Adam turns rounding into a share of the rate, up to 1.1e-6 on some processors; other inputs or
-    # noise would change a weight by whole rates.
-    assert difference(one, other) < 2e-6
 
 
 @pytest.mark.slow
@@ -108,34 +94,7 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path: Path) -> None:
     assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1
 
 
-def test_the_average_that_is_measured_is_exported_and_both_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # With an alpha of the rank nothing is multiplied into the exported factors.
-    shared = {"checkpointing_steps": 2, "method": "lora", "lora_alpha": 4}
-    plain, seen = train_once(**shared), {}
-
-    def measured(task: Any, evaluating: Any) -> dict[str, float]:
-        with evaluating:
-            named = adapters.named_parameters(task.models["unet"], PRIMARY)
-            seen.update({f"unet.{key}": value.detach().clone() for key, value in named.items()})
-        return {}
-
-    monkeypatch.setattr(DreamBooth, "heldout_loss", measured)
-    averaged = train(tmp_path / "averaged", **shared, use_ema=True, ema_decay=0.5)
-    assert column(plain, "loss") == column(averaged, "loss")
-    file = weights(averaged)
-    assert file.keys() == seen.keys()
-    assert all(torch.equal(value, seen[key]) for key, value in file.items())
-    stored, trained = (load_file(f / "checkpoints/step-2" / ADAPTERS) for f in (averaged, plain))
-    kept = {key: value for key, value in stored.items() if not key.startswith("average/")}
-    assert kept.keys() == trained.keys()
-    assert all(torch.equal(value, trained[key]) for key, value in kept.items())
-    assert len(stored) == 2 * len(kept)
-    held = {key.replace(f"unet/{PRIMARY}/", "unet."): value for key, value in kept.items()}
-    assert any(not torch.equal(held[key], value) for key, value in file.items())
-
-
+@pytest.mark.slow
 def test_a_schedule_does_not_go_on_beyond_its_length(tmp_path: Path) -> None:
     """Flat-LoRA's noise depends on how long the run is, so a longer one is another run."""
     train(tmp_path / "run", method="flat-lora", checkpointing_steps=2)
@@ -149,11 +108,8 @@ def whole_pipeline() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("values", [PISSA, GA])
-def test_the_file_on_the_unchanged_pipeline_draws_the_runs_image(
-    tmp_path: Path, values: dict[str, Any]
-) -> None:
-    folder = train(tmp_path / "run", **values, **DRAWN, max_train_steps=4)
+def test_the_file_on_the_unchanged_pipeline_draws_the_runs_image(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", **PISSA, **DRAWN, max_train_steps=4)
     (file,) = (folder / "validation" / "step-4").glob("*.png")
     pipeline = whole_pipeline()
     images = [np.asarray(Image.open(file), dtype=int)]

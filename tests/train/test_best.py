@@ -1,14 +1,16 @@
-"""The lowest held-out loss: its step, where the patience ends, and which weights are kept."""
+"""The lowest held-out loss: its step, where the patience ends, which weights are kept; averages."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bilora_diffusion.train.averaging import Average
 from bilora_diffusion.train.outcome import Best
 from tests.train.stopping import reading
 
@@ -53,3 +55,15 @@ def test_a_new_one_goes_on_where_another_was_left() -> None:
     assert second.exhausted
     with second.applied():
         assert weight.tolist() == [1.0, 1.0]
+
+
+def test_an_average_is_there_within_its_context_only() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    average = Average([weight], 0.5)
+    for _ in range(20):  # the decay grows to its limit
+        with torch.no_grad():
+            weight.add_(1.0)
+        average.update()
+    with average.applied():
+        assert weight.tolist() == pytest.approx([19.0] * 2, abs=1e-2)
+    assert weight.tolist() == [20.0] * 2

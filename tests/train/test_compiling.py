@@ -11,17 +11,16 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.train import compiling
 from tests.contract.harness import Run
 from tests.scripts.runs import (
-    SCRIPT,
     column,
     difference,
-    flags,
-    process,
     resumed,
     resumes_exactly,
     train,
+    two_icons,
     weights,
 )
 
@@ -29,7 +28,7 @@ PRIOR = {"prior_prediction_weight": 1, "class_prompt": "an icon", "gradient_chec
 """Adapters are switched off and on within each step, and each block runs twice."""
 RUNS: list[tuple[dict[str, Any], int]] = [
     (PRIOR, 6),
-    ({"use_dora": True, "mixed_precision": "bf16", "validation_dataset": "mini-heldout"}, 64),
+    ({"use_dora": True, "mixed_precision": "bf16"}, 64),
     ({"lora_dropout": 0.2, "train_text_encoder": True}, 3),
     ({"quantize": "nf4"}, 3),
     ({"aspect_ratio_buckets": "64,64;48,80"}, 9),
@@ -70,24 +69,25 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(
 
 @pytest.mark.parametrize(
     ("values", "most"),
-    [pytest.param(*run, marks=pytest.mark.slow) for run in RUNS[:2]]
-    + [pytest.param(*run, marks=pytest.mark.matrix) for run in RUNS[2:]],
+    [pytest.param(*run, marks=pytest.mark.slow) for run in RUNS[:1]]
+    + [pytest.param(*run, marks=pytest.mark.matrix) for run in RUNS[1:]],
     ids=[",".join(values) for values, _ in RUNS],
 )
 def test_a_run_is_the_same_and_goes_on(
     values: dict[str, Any], most: int, without_compiler: None, tmp_path: Path
 ) -> None:
-    shared = {"max_train_steps": 4, "train_batch_size": 1, **values}
+    icons = two_icons(tmp_path / "icons")
+    shared = {**icons, "max_train_steps": 2, "train_batch_size": 1, **values}
     plain = train(tmp_path / "plain", **shared)
     before = counters["stats"]["unique_graphs"]
-    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
+    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=1)
     assert 0 < counters["stats"]["unique_graphs"] - before <= most
     rounding = 2e-2 if "mixed_precision" in values else 1e-5
     for key in ("loss", "heldout_loss"):
         assert column(compiled, key) == pytest.approx(column(plain, key), rel=rounding)
     assert weights(compiled).keys() == weights(plain).keys()
     torch._dynamo.reset()  # as a new process does
-    parts = resumed(compiled, 2, **shared, compile=True)
+    parts = resumed(compiled, 1, **shared, compile=True)
     # Where encoders are trained, or in bf16, the last digits of a graph are not always the same.
     assert difference(compiled, parts) <= rounding / 10
     assert column(parts, "loss") == pytest.approx(column(compiled, "loss"), rel=rounding)
@@ -96,20 +96,24 @@ def test_a_run_is_the_same_and_goes_on(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's inductor needs a C++ compiler")
 def test_losses_are_those_without(tmp_path: Path) -> None:
-    shared = {"max_train_steps": 12, "train_batch_size": 1}
+    shared = {"max_train_steps": 4, "train_batch_size": 1}
     plain = train(tmp_path / "plain", **shared)
-    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=8)
+    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
     assert column(compiled, "digest") == column(plain, "digest")
     assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), abs=1e-4)
     torch._dynamo.reset()
-    resumes_exactly(compiled, 8, **shared, compile=True)
+    resumes_exactly(compiled, 2, **shared, compile=True)
 
 
-@pytest.mark.slow
-def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path: Path) -> None:
-    argv = flags(tmp_path / "run", compile=True)
-    done = process(SCRIPT, *argv, CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: --compile failed at step 1, leave it out: ")
-    assert len(last) < 400
+def test_a_compiler_that_fails_is_told_in_a_sentence(
+    without_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compiling, "BACKEND", fails)
+    run = Run("bilora", "default", "unet", compiled=True)
+    said = r"--compile failed at step 1, .*no compiler"
+    with pytest.raises(TrainingError, match=said) as error, run.blocks.step(1):
+        run.train(1)
+    assert "\n" not in str(error.value)

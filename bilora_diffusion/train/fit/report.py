@@ -1,4 +1,4 @@
-"""What a fit leaves beside its runs: ``fit.json``, ``fit.png``, and the lines at the end."""
+"""Files of a fit beside its runs: ``fit.json``, ``fit.png``, and the lines at the end."""
 
 from __future__ import annotations
 

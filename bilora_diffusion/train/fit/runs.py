@@ -192,7 +192,7 @@ class Fit:
         return self._configs[options]
 
     def _settings(self) -> dict[str, Any]:
-        """What the choice depends on."""
+        """Settings that the choice depends on."""
         names, cut = self.task.names, ("train_batch_size", "gradient_accumulation_steps")
         return {
             **{key: value for key, value in self.cfg.fingerprint().items() if key not in cut},

@@ -182,7 +182,7 @@ class Search:
         return self.plan.rounded(BEYOND * lowest(pooled(self.curves[options]))[1])
 
     def _next(self, options: Options) -> list[Work]:
-        """What brings a configuration on: its folds to more steps, or one more fold."""
+        """Works that bring a configuration on: its folds to more steps, or one more fold."""
         own, needed = self.curves[options], self._needed(options)
         if needed > max(pooled(own)):
             return [Work(options, fold, needed) for fold in range(len(own))]
