@@ -14,15 +14,8 @@ from ..methods.options import AdapterOptions, MethodFlags
 from . import inputs
 from .buckets import Size, sizes
 from .families import SDXL, named
-from .flow_options import FlowOptions
-from .options import (
-    DataOptions,
-    DiffusionOptions,
-    ImageOutputOptions,
-    ModelOptions,
-    PriorOptions,
-)
-from .validation_options import ValidationOptions
+from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .options import DataOptions, ImageOutputOptions, ModelOptions, ValidationOptions
 
 GROUPS = (
     ModelOptions,
