@@ -31,7 +31,7 @@ COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7
 """Colours of runs; each has a contrast of at least 3 to a light and to a dark page."""
 GREY = "#808890"
 """Colour of lines that belong to no run."""
-FAINT, WIDE = "88", "c0"
+FAINT, WIDE = "80", "c0"
 """Opacity of a faint line, and of the control's, upon which others are often drawn; by these ends
 of a colour ``style.css`` knows them, and draws them thin and broad.
 """

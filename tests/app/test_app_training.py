@@ -18,6 +18,7 @@ from app.charts import (
     FAINT,
     GREY,
     TITLES,
+    WIDE,
     Line,
     Shown,
     by_level,
@@ -122,6 +123,7 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
         assert table(charts(others, window=1)["loss-difference"]).empty
     assert all(table(lines).empty for lines in charts([], 5).values())
     assert charts([], 5).keys() == TITLES.keys()
+    assert not [color for color in (*COLORS, GREY) if color.endswith((FAINT, WIDE))], "style.css"
 
 
 def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_its_search() -> None:
