@@ -9,14 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bilora_diffusion import BiLoRAConfig, attach
 from bilora_diffusion.adapters import CHANGE_BASE
 from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.export import FILE_NAME, inspect, save_diffusers, verify
-from bilora_diffusion.train.averaging import Average
 from tests.contract.models import tiny_clip
 from tests.export.export_models import ATTENTION, make_unet, rewrite
 
@@ -83,23 +81,3 @@ def test_a_diffusers_file_gives_the_same_outputs(init, use_dora, tmp_path: Path)
     rewrite(tmp_path / FILE_NAME, tmp_path / FILE_NAME, forget)
     with pytest.raises(TrainingError, match="differs"):
         verify(tmp_path, models)
-
-
-def test_the_average_is_exported_where_it_is_applied(tmp_path: Path) -> None:
-    model = make_unet()
-    options: dict[str, Any] = {"rank": 2, "init": "pissa", "target_modules": ATTENTION}
-    bilora = train(model, unet_output, **options)
-    average = Average(bilora.clip_parameters(), decay=0.5)
-    with torch.no_grad():
-        for parameter in bilora.clip_parameters():
-            parameter.add_(0.1)
-    with average.applied():
-        save_diffusers(tmp_path / "average", {"unet": model}, base_model="some/base")
-        verify(tmp_path / "average", {"unet": model})
-    save_diffusers(tmp_path / "last", {"unet": model}, base_model="some/base")
-    files = [load_file(tmp_path / name / FILE_NAME) for name in ("average", "last")]
-    for key, value in files[0].items():
-        difference = files[1][key] - value
-        first, second = difference.chunk(2, dim=0 if "lora_A" in key else 1)
-        assert float(first.abs().min()) > 0.05
-        assert not second.any()
