@@ -133,7 +133,7 @@ def test_a_missing_cell_leaves_the_other_seeds(
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    ([RECIPE, "--over", "metod=lora"], 'unknown flag "--metod" (did you mean "--method"?)'),
+    ([RECIPE, "--over", "metod=lora"], 'unknown option "--metod" (did you mean "--method"?)'),
     ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the variants"),
     (["none.yaml"], 'there is no recipe "none.yaml"'),
     ([RECIPE, "--runs_dir", "{tmp}/file"], "is not a folder that can be written"),
