@@ -18,10 +18,20 @@ from bilora_diffusion.train.fit.search import BUDGET
 
 from . import parts
 from .catalog import Catalog
-from .charts import COLORS, TITLES, Line, Shown, ceiling, charts, radii, table
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, short
-from .training_data import Progress, progress
+from .training_data import (
+    COLORS,
+    TITLES,
+    Line,
+    Progress,
+    Shown,
+    ceiling,
+    charts,
+    progress,
+    radii,
+    table,
+)
 
 TICK_SECONDS = 3.0
 CHOSEN = 4

@@ -146,28 +146,24 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) 
     assert validation.table(catalog, runs, 100).count("none at step 100") == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "words"),
-    [
+def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    head = '{"schema_version": 1, "kind": '
+    broken = [
         ("run.json", "{", "run.json"),
         ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
-        ("result.json", '{"schema_version": 1, "kind": "clip_scores"}', "result.json"),
+        ("result.json", f'{head}"clip_scores"}}', "result.json"),
         ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
-        ("result.json", '{"schema_version": 1, "kind": "sweep"}', "python -m eval.sweep"),
-        ("result.json", '{"schema_version": 1, "kind": "a", "figures": ["../x.png"]}', "eval.a"),
-        ("result.json", '{"schema_version": 1, "kind": "sweep", "figures": ["x.png"]}', "x.png"),
-    ],
-)
-def test_a_broken_folder_is_named_and_the_rest_is_shown(
-    tmp_path: Path, file: str, text: str, words: str
-) -> None:
+        ("result.json", f'{head}"sweep"}}', "python -m eval.sweep"),
+        ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
+        ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
+    ]
     make_run(tmp_path / "good")
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / file).write_text(text)
+    for number, (file, text, _) in enumerate(broken):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    (broken,) = catalog.now.broken
-    assert broken.path == "bad"
-    assert words in broken.reason
-    assert str(tmp_path) not in broken.reason
+    assert [one.path for one in catalog.now.broken] == [str(number) for number in range(7)]
+    for one, (_, _, words) in zip(catalog.now.broken, broken, strict=True):
+        assert words in one.reason
+        assert str(tmp_path) not in one.reason

@@ -13,10 +13,13 @@ import pytest
 
 from app import training
 from app.catalog import Catalog
-from app.charts import (
+from app.runs import RunItem
+from app.training_data import (
+    BUSY_SECONDS,
     COLORS,
     FAINT,
     GREY,
+    STALE_SECONDS,
     TITLES,
     WIDE,
     Line,
@@ -24,11 +27,10 @@ from app.charts import (
     by_level,
     ceiling,
     charts,
+    progress,
     table,
     thin,
 )
-from app.runs import RunItem
-from app.training_data import BUSY_SECONDS, STALE_SECONDS, progress
 from bilora_diffusion.run.runlog import RunLog
 from tests.app.folders import make_run
 
