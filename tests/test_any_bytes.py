@@ -13,9 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.charts import Shown, charts, table
 from app.runs import RunItem, named
-from app.training_data import progress
+from app.training_data import Shown, charts, progress, table
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import Fit, Options, Record, read_fit, read_metrics
