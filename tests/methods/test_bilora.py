@@ -53,7 +53,9 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
     model = model.to(memory_format=layout)
     given: dict[str, Any] = {"auxiliary_rank": ranks[1], "auxiliary_alpha": alphas[1]}
     # slow for the primary, that no run diverges
-    method = create("bilora", MethodOptions(rho, rho_norm, auxiliary_learning_rate=0.3, **given))
+    method: Any = create(
+        "bilora", MethodOptions(rho, rho_norm, auxiliary_learning_rate=0.3, **given)
+    )
     spec = AdapterSpec(rank=ranks[0], alpha=alphas[0], target_modules=("0", "2", "3"))
     optimizer = getattr(torch.optim, kind)(method.setup([Target("model", model, spec, 1e-4)]))
     method.bind(optimizer)
