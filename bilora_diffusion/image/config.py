@@ -13,15 +13,8 @@ from ..config.run import RunConfig, without_influence
 from ..methods.options import AdapterOptions, MethodFlags
 from . import inputs
 from .families import SDXL, named
-from .flow_options import FlowOptions
-from .options import (
-    DataOptions,
-    DiffusionOptions,
-    ImageOutputOptions,
-    ModelOptions,
-    PriorOptions,
-)
-from .validation_options import ValidationOptions
+from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .options import DataOptions, ImageOutputOptions, ModelOptions, ValidationOptions
 
 GROUPS = (
     ModelOptions,

@@ -204,10 +204,8 @@ def test_gradients_reach_every_target(word: str, kind: str) -> None:
     assert reached == names - unread
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.slow if k == SD3 else pytest.mark.matrix) for k in FILES],
-)
+@pytest.mark.matrix
+@each_kind
 def test_compiled_blocks_give_the_same_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
     pipeline = made(kind)
