@@ -1,10 +1,11 @@
 """The Compare tab's lower part: scored images side by side and a slider over a pair.
 
-Its data are computed in ``compare_data`` and written in ``compare_html``.
+Its data are computed in ``compare_data``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -19,10 +20,11 @@ from bilora_diffusion.errors import UserError
 from eval.clip_scores.names import METRICS
 
 from . import compare_data as data
-from . import compare_html, parts
+from . import parts
 from .catalog import Catalog, ResultItem
-from .compare_data import View
+from .compare_data import PromptRow, View, times_100
 from .parts import QUIET, Update
+from .scored import Scored, ScoredImage
 
 UNSCORED = "no image has a score"
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
@@ -163,7 +165,7 @@ class Tab:
             self.prompt: view.prompt,
             self.title: f"<h3>{escape(view.prompt)}</h3>",
             self.place: place,
-            self.list: compare_html.prompt_list(listed, view.prompt, *pair),
+            self.list: prompt_list(listed, view.prompt, *pair),
             self.cards: self._cards(item, view, pictures),
             self.slider: parts.slider(pair, [pictures[label] for label in pair]),
             self.query: data.link(view),
@@ -181,18 +183,18 @@ class Tab:
     def _cards(self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]) -> str:
         cards = ""
         for label, picture in pictures.items():
-            image, facts = item.result.images.get((label, view.prompt, view.seed)), ""
+            image, about = item.result.images.get((label, view.prompt, view.seed)), ""
             if image is not None:
                 near = self._named(item, image.nearest_image, mini.train_dir())
-                facts = compare_html.facts(item.result, image, near)
+                about = facts(item.result, image, near)
             role = "A" if label == view.a else "B" if label == view.b else ""
             address = parts.data_uri(picture) if picture else None
-            cards += parts.card(label, address, role, "no image", facts)
+            cards += parts.card(label, address, role, "no image", about)
         reference = item.result.prompt(view.prompt).reference
         if truth := self._named(item, reference and reference.name, mini.heldout_dir()):
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
             cards += parts.card("ground truth", truth, facts=line)
-        return f'<div class="cards">{cards}</div>{compare_html.legend(item.result)}'
+        return f'<div class="cards">{cards}</div>{legend(item.result)}'
 
     def _named(self, item: ResultItem, name: str | None, package: Path) -> str | None:
         """The picture of a name in a result: a file of its folder, else, for a plain name, one of
@@ -208,3 +210,61 @@ class Tab:
 
 def _list(name: str, label: str, min_width: int = 160, **more: Any) -> gr.Dropdown:
     return gr.Dropdown(label=label, elem_id=f"compare-{name}", min_width=min_width, **more)
+
+
+def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:
+    """The prompts with their scores; a row is a button that carries its position."""
+    if not listed:
+        return '<p class="quiet">No prompt contains these words.</p>'
+    rows = "".join(_row(row, row.text == chosen) for row in listed)
+    return (
+        '<div class="prompts-head"><span>Prompt</span>'
+        f'<span title="{escape(a)}">A</span><span title="{escape(b)}">B</span><span>B − A</span>'
+        f'</div><div class="prompts">{rows}</div>'
+    )
+
+
+def _row(row: PromptRow, chosen: bool) -> str:
+    change = "–" if row.change is None else f"{100 * row.change:+.2f}"
+    current = ' aria-current="true"' if chosen else ""
+    return (
+        f'<button type="button" class="prompt" data-prompt="{row.at}"{current}>'
+        f'<span title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
+        f'<span>{times_100(row.b)}</span><span class="{row.tone}">{change}</span></button>'
+    )
+
+
+def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
+    """Scores and caption of an image as HTML.
+
+    Args:
+        nearest: ``data:`` address of the training picture most like it.
+    """
+    rows = ""
+    for name, value in image.scores.items():
+        about = METRICS[name]
+        head = f'<th title="{escape(about.explanation)}">{about.title}</th>'
+        rows += f"<tr>{head}<td>{times_100(value)}</td></tr>"
+    text = f'<table class="scores">{rows}</table>'
+    text += f'<p class="quiet">by {escape(result.settings.scorer.name)}</p>'
+    if image.caption:
+        text += f'<p class="caption">“{escape(image.caption)}”</p>'
+    if image.nearest_image:
+        thumbnail = f'<img src="{nearest}" alt="">' if nearest else ""
+        text += (
+            f'<div class="nearest">{thumbnail}<span>nearest training image<br>'
+            f"{escape(image.nearest_image)} · {times_100(image.scores.get('nearest'))}</span></div>"
+        )
+    return text
+
+
+def legend(result: Scored) -> str:
+    """The models that gave the scores, as HTML."""
+    scorer, captioner = result.settings.scorer, result.settings.captioner
+    captions = f" Captions by {escape(captioner.name)}." if captioner else ""
+    notes = "".join(f" {escape(model.note)}" for model in (scorer, captioner) if model)
+    return (
+        f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
+        " A difference is green or red where its 95 % interval over the seeds leaves out zero."
+        f" Means over the prompts are in the tab Results.{notes}</p>"
+    )

@@ -18,16 +18,7 @@ from . import parts
 from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 
-TITLES = {
-    "clip_scores": "Scored images",
-    "landscape": "Loss landscape",
-    "dynamics": "Training dynamics",
-    "generalization": "Generalization",
-    "sweep": "Sweep",
-    "tune": "Tuned comparison",
-    "text_scores": "Text scores",
-}
-"""Kinds of results in the order in which the list has them."""
+RESULTS = ("landscape", "generalization", "text_scores", "dynamics")
 REPORT_BYTES = 1_000_000
 _PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>", re.IGNORECASE)
 
@@ -39,11 +30,12 @@ def build(catalog: Catalog, changed: Any) -> None:
         chosen = gr.Dropdown([], label="Result", elem_id="results-result")
 
     def load(now: str | None) -> Update:
-        results = listed(catalog)
+        results = sorted(catalog.now.figures, key=lambda item: (item.kind, item.path))
         if not results:
             return {notice: parts.notice(_empty(catalog))}
         choices = [
-            (f"{TITLES.get(item.kind, item.kind)}: {item.name}", item.path) for item in results
+            (f"{item.kind.replace('_', ' ').capitalize()}: {item.name}", item.path)
+            for item in results
         ]
         keys = [key for _, key in choices]
         return {
@@ -62,16 +54,8 @@ def build(catalog: Catalog, changed: Any) -> None:
 
 
 def _empty(catalog: Catalog) -> str:
-    runs = catalog.now.runs
-    landscape = not runs or bool(parts.measurable(catalog, "landscape"))
-    needed = {
-        "landscape": landscape,
-        "generalization": True,
-        "text_scores": any(run.is_text for run in runs),
-        "dynamics": bool(parts.measurable(catalog, "dynamics")),
-    }
-    names = [name for name, is_needed in needed.items() if is_needed]
-    return parts.empty(catalog, "No results yet", *names)
+    names = [name for name in RESULTS if parts.measurable(catalog, name)]
+    return parts.empty(catalog, "No results yet", *(names or RESULTS[:2]))
 
 
 def _show(catalog: Catalog, item: ResultItem) -> None:
@@ -88,14 +72,6 @@ def _show(catalog: Catalog, item: ResultItem) -> None:
                 min_width=320,
             )
     gr.Markdown("\n\n".join([*unread, text(catalog, item)]), elem_id="results-report")
-
-
-def listed(catalog: Catalog) -> list[ResultItem]:
-    """The results, by kind and path."""
-    order = {kind: place for place, kind in enumerate(TITLES)}
-    return sorted(
-        catalog.now.figures, key=lambda item: (order.get(item.kind, len(order)), item.path)
-    )
 
 
 def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:

@@ -18,10 +18,20 @@ from bilora_diffusion.train.fit.search import BUDGET
 
 from . import parts
 from .catalog import Catalog
-from .charts import COLORS, TITLES, Line, Shown, ceiling, charts, radii, table
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, short
-from .training_data import Progress, progress
+from .training_data import (
+    COLORS,
+    TITLES,
+    Line,
+    Progress,
+    Shown,
+    ceiling,
+    charts,
+    progress,
+    radii,
+    table,
+)
 
 TICK_SECONDS = 3.0
 CHOSEN = 4
@@ -98,18 +108,17 @@ class Tab:
             self.legend = parts.html("training-legend")
             with gr.Row(elem_id="training-plots"):
                 self.plots = {
-                    (name, is_text): gr.LinePlot(
+                    name: gr.LinePlot(
                         x="step",
                         y="value",
                         color="run",
-                        label=title + " (text)" * is_text,
+                        label=title,
                         caption=caption,
                         colors_in_legend=[],
-                        elem_id=f"training-{name}" + "-text" * is_text,
+                        elem_id=f"training-{name}",
                         min_width=320,
                         visible=False,
                     )
-                    for is_text in (False, True)
                     for name, (title, caption) in TITLES.items()
                 }
         self.drawn, self.looks = gr.State(None), gr.State([])
@@ -155,12 +164,10 @@ class Tab:
         shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
         shown[self.drawn], looks = (window, *keys), []
         shown[self.looks] = looks
-        for is_text in (False, True):
-            alike = [run for run in runs if run.read and run.run.is_text == is_text]
-            for name, lines in charts(alike, int(window)).items():
-                frame = table(lines)
-                looks.append(look(lines, frame["value"].tolist()))
-                shown[self.plots[name, is_text]] = gr.skip() if frame.empty else frame
+        for name, lines in charts([run for run in runs if run.read], int(window)).items():
+            frame = table(lines)
+            looks.append(look(lines, frame["value"].tolist()))
+            shown[self.plots[name]] = gr.skip() if frame.empty else frame
         return shown
 
     def _read(self, paths: Sequence[str]) -> list[Shown]:

@@ -1,22 +1,51 @@
-"""State of a run, by its record and the metrics that it has written. No widgets here."""
+"""State of the chosen runs and their curves, as tables for Gradio's plots. No widgets.
+
+    for name, lines in charts(runs, window=25).items():
+        TITLES[name], table(lines)
+
+Colours are of runs, the same in every plot; what stands behind (each step's loss, the training set)
+is faint, and what belongs to no run is grey.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.lock import STALE_SECONDS
+from bilora_diffusion.text.metrics import METRICS
 
+from .runs import CONTROL, RunItem
+
+Row = Mapping[str, Any]
+Points = list[tuple[int, float]]
+"""(step, value), by step."""
+
+COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
+"""Colours of runs; each has a contrast of at least 3 to a light and to a dark page."""
+GREY = "#808890"
+"""Colour of lines that belong to no run."""
+FAINT, WIDE = "80", "c0"
+"""Opacity of a faint line, and of the control's, upon which others are often drawn; by these ends
+of a colour ``style.css`` knows them, and draws them thin and broad.
+"""
+LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
+MOST_POINTS = 400
+"""Points of one line, about."""
 BUSY_SECONDS = 3600.0
 """``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
 TRAINING = "training"
 RECENT_STEPS = 50
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,3 +112,214 @@ def _seconds(moment: Any) -> float | None:
         return datetime.fromisoformat(moment).timestamp()
     except (TypeError, ValueError):
         return None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`. One that can't be
+    ``read`` has the reason in its state.
+    """
+
+    run: RunItem
+    color: int
+    rows: list[dict[str, Any]]
+    state: Progress
+    fit: Row = field(default_factory=dict)
+    read: bool = True
+
+    def line(self, points: Points, faint: str = "") -> Line:
+        """A line of this run; ``faint`` names a faint one."""
+        name = f"{self.run.name}, {faint}" if faint else self.run.name
+        end = FAINT if faint else WIDE if self.run.method == CONTROL else ""
+        return Line(name, points, COLORS[self.color] + end)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve with the name that is shown where a pointer is on it."""
+
+    name: str
+    points: Points
+    color: str = GREY
+
+
+def series(rows: Sequence[Row], key: str) -> Points:
+    """A metric over the steps; rows without it, or with null for a non-finite number, left out."""
+    numbers = [(row["step"], row.get(key)) for row in rows]
+    return [
+        (step, float(value))
+        for step, value in numbers
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def smooth(points: Points, window: int) -> Points:
+    """The mean of each value and up to ``window - 1`` values before it."""
+    values = pd.Series([value for _, value in points], dtype=float)
+    means = values.rolling(max(1, window), min_periods=1).mean()
+    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
+
+
+def thin(points: Points, limit: int = MOST_POINTS) -> Points:
+    """At most about ``limit`` points: the lowest and the highest of equal stretches of steps.
+
+    The first and the last point stay, so a curve keeps its length and its peaks.
+    """
+    if len(points) <= limit:
+        return points
+    chosen = {0, len(points) - 1}
+    values = np.asarray([value for _, value in points])
+    for stretch in np.array_split(np.arange(len(points)), limit // 2):
+        chosen |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    return [points[at] for at in sorted(chosen)]
+
+
+def table(lines: Sequence[Line]) -> pd.DataFrame:
+    """The points of lines by "step", "value" (of five digits) and "run"."""
+    rows = [
+        (step, float(f"{value:.5g}"), line.name)
+        for line in lines
+        for step, value in thin(line.points)
+    ]
+    return pd.DataFrame(rows, columns=["step", "value", "run"])
+
+
+def ceiling(values: Sequence[float]) -> float | None:
+    """End of the vertical axis that cuts rare peaks off; None where none stands out."""
+    low, near, high = np.quantile(values, [0, 0.99, 1])
+    outstanding = len(values) > 50 and high - low > 3 * (near - low) > 0
+    return float(near + 0.06 * (near - low)) if outstanding else None
+
+
+def curves(
+    runs: Sequence[Shown], key: str, window: int = 1, behind: tuple[str, str] | None = None
+) -> list[Line]:
+    """The running mean of one key of the log.
+
+    Args:
+        behind: a key that is drawn faint behind it, and its name in the plot.
+    """
+    lines = [run.line(smooth(series(run.rows, key), window)) for run in runs]
+    if behind is None:
+        return lines
+    return [*(run.line(series(run.rows, behind[0]), behind[1]) for run in runs), *lines]
+
+
+def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
+    """Each run minus plain LoRA of the same seed, step by step: paired runs see the same noise."""
+
+    def pair(run: Shown) -> tuple[int | None, bool]:
+        return run.run.seed, run.run.is_text
+
+    controls = {pair(run): run for run in reversed(runs) if run.run.method == CONTROL}
+    lines = []
+    for run in runs:
+        control = controls.get(pair(run))
+        if control is None or control is run:
+            continue
+        other = dict(series(control.rows, key))
+        points = [(at, value - other[at]) for at, value in series(run.rows, key) if at in other]
+        lines.append(run.line(smooth(points, window)))
+    return over_zero(lines, "LoRA of the same seed")
+
+
+def over_zero(lines: list[Line], name: str) -> list[Line]:
+    """The lines, and behind them one at 0."""
+    steps = [step for line in lines for step, _ in line.points]
+    zero = [(at, 0.0) for at in (min(steps), max(steps))] if steps else []
+    return [Line(name, zero), *lines]
+
+
+def by_level(rows: Sequence[Row]) -> Points:
+    """Held-out loss at each noise level: the last measurement minus the first."""
+    measured = [row for row in rows if "heldout_loss" in row] or [{}]
+    first, last = measured[0], measured[-1]
+    levels = {key: int(level[1]) for key in last if (level := LEVEL.fullmatch(key))}
+    both = [(level, last[key], first.get(key)) for key, level in levels.items()]
+    return [(level, end - start) for level, end, start in both if None not in (end, start)]
+
+
+def of_fits(runs: Sequence[Shown]) -> list[Line]:
+    """The held-out losses of a search's runs over the steps; those of the choice stand out, or of
+    the lowest so far.
+    """
+    lines = []
+    for run in runs:
+        searched: list[tuple[str, str, Points]] = []
+        for one in run.fit.get("runs", ()):
+            both = zip(one["steps"], one["losses"], strict=True)
+            points = [(step, value) for step, value in both if step and value is not None]
+            searched.append((one["title"], f"{one['title']}, fold {one['fold']}", points))
+        lows = [(value, title) for title, _, points in searched for _, value in points]
+        best = (run.fit.get("choice") or {}).get("title") or min(lows, default=(0, ""))[1]
+        for title, name, points in sorted(searched, key=lambda one: one[0] == best):
+            line = run.line(points, name)
+            lines.append(replace(line, color=COLORS[run.color]) if title == best else line)
+    return lines
+
+
+def radii(runs: Sequence[Shown]) -> list[Line]:
+    """rho: one line for all runs with the same constant one, one a run where it changes."""
+    lines: dict[str, Points] = {}
+    for run in runs:
+        line, config = series(run.rows, "rho"), run.run.record["config"]
+        rho, bounded = config.get("rho"), config.get("ball") != "none"
+        if not line and bounded and run.run.method == "bilora" and isinstance(rho, int | float):
+            line = [(step, float(rho)) for step in sorted({1, run.state.steps} - {0})]
+        if not line:
+            continue
+        constant = len({value for _, value in line}) == 1
+        name = f"ρ = {line[0][1]:g}" if constant else f"ρ of {run.run.name}"
+        if name not in lines or lines[name][-1][0] < line[-1][0]:  # as long as the longest run
+            lines[name] = line
+    return [Line(name, points) for name, points in lines.items()]
+
+
+def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
+    """Each plot's lines, those behind first, by the names of :data:`TITLES`.
+
+    Args:
+        window: of the running mean, in steps.
+    """
+    levels = [run.line(by_level(run.rows)) for run in runs]
+    before = ("auxiliary_norm_before", "before the projection")
+    return {
+        "loss": curves(runs, "loss", window, ("loss", "each step")),
+        "loss-difference": differences(runs, "loss", window),
+        "heldout": curves(runs, "heldout_loss", behind=("train_grid_loss", "training set")),
+        "heldout-difference": differences(runs, "heldout_loss"),
+        "levels": over_zero(levels, "base model"),
+        "fit": of_fits(runs),
+        **{name: curves(runs, name) for name in METRICS},
+        "norm": [*radii(runs), *curves(runs, "auxiliary_norm", behind=before)],
+        "rise": curves(runs, "loss_rise", window),
+        "rate": curves(runs, "lr"),
+    }
+
+
+BELOW = "Below zero: better than LoRA of the same seed."
+TITLES = {
+    "loss": ("Training loss", "Running mean; faint: each step."),
+    "loss-difference": ("Training loss, difference to LoRA", BELOW),
+    "heldout": ("Held-out loss", "Faint: on the training set."),
+    "heldout-difference": ("Held-out loss, difference to LoRA", BELOW),
+    "levels": (
+        "Held-out loss at each noise level",
+        "The last measurement minus the base model's; across: the timestep.",
+    ),
+    "fit": (
+        "Search of --fit",
+        "Held-out loss of each run; strong: the choice, or the lowest so far.",
+    ),
+    **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
+    "norm": (
+        "Norm of the auxiliary, ‖B₂A₂‖",
+        "After the projection; faint: before it. Grey: the radius ρ.",
+    ),
+    "rise": (
+        "Rise of the loss by the auxiliary",
+        "To first order, as a share of it; running mean. A radius that sets itself goes by it.",
+    ),
+    "rate": ("Learning rate", "Of the primary adapter."),
+}
+"""Each plot's title and caption."""

@@ -19,11 +19,12 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.errors import UserError
+from eval.compare import win_rate_interval
 
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .votes import ANY, Booth, Polls, Tally
+from .votes import ANY, Booth, Polls, Tally, ballots
 
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
 
@@ -87,7 +88,7 @@ class Tab:
         )
 
     def _load(self, booth: Booth | None, chosen: str | None) -> Update:
-        items = self.polls.items()
+        items = [one for one in self.catalog.now.scores if ballots(one.path, one.result)]
         if not items:
             text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
             return {self.notice: parts.notice(text)}
@@ -182,12 +183,12 @@ def table(rows: Sequence[Tally], voters: int) -> str:
         return "<p>No votes yet.</p>"
     people = "1 voter" if voters == 1 else f"{voters} voters"
     body = ""
-    for row in rows:
-        rate = f"{100 * row.rate:.0f} %"
-        if (interval := row.interval) is not None:
+    for adapter, other, *won in rows:
+        rate = f"{100 * (won[0] + won[1] / 2) / sum(won):.0f} %"
+        if (interval := win_rate_interval(*won)) is not None:
             rate += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-        names = f"<b>{escape(row.adapter)}</b> over {escape(row.other)}"
-        counts = f"{row.wins}, {row.ties}, {row.losses}"
+        names = f"<b>{escape(adapter)}</b> over {escape(other)}"
+        counts = ", ".join(map(str, won))
         body += f"<tr><td>{names}</td><td>{counts}</td><td>{rate}</td></tr>"
     return (
         '<div class="scroll"><table class="tally"><thead><tr><th>Adapters</th>'

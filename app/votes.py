@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bilora_diffusion.errors import UserError
-from eval.compare import Interval, win_rate_interval
 
 from . import parts
 from .catalog import Catalog, ResultItem
@@ -98,16 +97,6 @@ class Tally(NamedTuple):
     ties: int
     losses: int
 
-    @property
-    def rate(self) -> float:
-        """(wins + ties / 2) / votes."""
-        return (self.wins + self.ties / 2) / (self.wins + self.ties + self.losses)
-
-    @property
-    def interval(self) -> Interval | None:
-        """95 % interval of the rate; None for a lone tie."""
-        return win_rate_interval(self.wins, self.ties, self.losses)
-
 
 def tallies(votes: Iterable[Vote]) -> list[Tally]:
     """The votes of each two adapters, by their labels."""
@@ -169,10 +158,6 @@ class Polls:
 
     def __init__(self, catalog: Catalog, rng: random.Random) -> None:
         self._catalog, self._rng = catalog, rng
-
-    def items(self) -> list[ResultItem]:
-        """Score folders with a ballot."""
-        return [item for item in self._catalog.now.scores if ballots(item.path, item.result)]
 
     def pairs(self, path: str | None) -> list[tuple[str, str]]:
         """Names and values of the pairs of adapters of a score folder, "any pair" first."""

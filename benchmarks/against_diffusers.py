@@ -14,7 +14,7 @@ LoRA there, and here what ``--variants`` names, a seed for each round. Steps are
 progress bars. Memory is the highest resident one; that of a GPU, of which nobody else may use any,
 is looked at every few milliseconds, and stands beside what ``--dry_run`` says. On the miniature the
 held-out loss of what each round made is measured on this project's grid. Random weights come from
-``make_random_sdxl.py``. The JSON file holds no paths, so it can be posted.
+``random_models.py``. The JSON file holds no paths, so it can be posted.
 """
 
 from __future__ import annotations

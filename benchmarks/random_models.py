@@ -1,4 +1,12 @@
-"""Real architectures with random weights, made in seconds: what the benchmarks run on.
+"""Real architectures with random weights, made in seconds; and a whole SDXL pipeline of them.
+
+    python benchmarks/random_models.py random_sdxl               # 6.9 GB, half a minute
+    python benchmarks/random_models.py random_tiny --size tiny   # the same form, 10 MB
+    python train_dreambooth_bilora.py --pretrained_model_name_or_path random_sdxl --dataset mini \\
+        --resolution 128 --max_train_steps 2 --output_dir out
+
+The pipeline makes noise, not pictures: it is for shapes, memory and time. Its models are written in
+bf16 one after the other, so no more than the UNet is ever in memory.
 
 A model is built without memory (on PyTorch's ``meta`` device), given memory in its final precision,
 and filled. Matrices and kernels get normal values of standard deviation 1/sqrt(fan-in), so that
@@ -9,16 +17,23 @@ published ``config.json`` files.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import diffusers
 import torch
 import transformers
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from bilora_diffusion.errors import UserError, run_cli
+from bilora_diffusion.mini import pipeline_dir
 
 Model = TypeVar("Model", bound=nn.Module)
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,3 +155,73 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
     scale = 0.02 if isinstance(module, nn.Embedding) else values[0].numel() ** -0.5
     for part in values.view(-1).split(BLOCK):
         part.copy_(block[: part.numel()] * scale)
+
+
+BUILDERS: dict[str, Callable[[str], Any]] = {
+    "unet": sdxl_unet,
+    "vae": sdxl_vae,
+    "text_encoder": sdxl_text_encoder,
+    "text_encoder_2": sdxl_text_encoder_2,
+}
+
+
+def write_pipeline(folder: Path, size: str = "full") -> dict[str, int]:
+    """Write the pipeline into ``folder``; returns how many parameters each model has.
+
+    Raises:
+        UserError: a folder in use.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} already exists and is not an empty folder; name a new one or remove it."
+        )
+    with torch.device("meta"):
+        empty = {name: build(size) for name, build in BUILDERS.items()}
+    for seed, (name, build) in enumerate(BUILDERS.items()):
+        model = materialize(lambda b=build: b(size), dtype=torch.bfloat16, seed=seed)
+        model.save_pretrained(folder / name, max_shard_size="2GB")
+        del model
+    _write_rest(folder, empty)
+    return {name: sum(p.numel() for p in model.parameters()) for name, model in empty.items()}
+
+
+def _write_rest(folder: Path, parts: dict[str, Any]) -> None:
+    """Tokenizers, scheduler and ``model_index.json``, from a pipeline that takes no memory."""
+    pipeline = StableDiffusionXLPipeline(
+        **parts,
+        tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(pad_token="!"),
+        scheduler=cast(Any, EulerDiscreteScheduler)(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+    )
+    for name in ("tokenizer", "tokenizer_2", "scheduler"):
+        getattr(pipeline, name).save_pretrained(folder / name)
+    pipeline.save_config(folder)
+
+
+def _tokenizer(**special_tokens: Any) -> CLIPTokenizer:
+    """The miniature's vocabulary (it takes any string, byte by byte) with CLIP's own length."""
+    place: dict[str, Any] = {"subfolder": "tokenizer", "model_max_length": TEXT_LENGTH}
+    return CLIPTokenizer.from_pretrained(pipeline_dir(), **place, **special_tokens)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, write the folder, say what is in it."""
+    parser = argparse.ArgumentParser(description="Write an SDXL pipeline with random weights.")
+    parser.add_argument("folder", type=Path, help="new folder for the pipeline")
+    parser.add_argument(
+        "--size", default="full", choices=("full", "tiny"), help="full: SDXL base 1.0"
+    )
+    args = parser.parse_args(argv)
+    for name, count in write_pipeline(args.folder, args.size).items():
+        print(f"{name}: {count:,} parameters")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

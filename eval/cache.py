@@ -35,9 +35,7 @@ class Cache:
         self._path = folder / FOLDER / f"{_digest(about)}.jsonl"
         self._values: dict[str, Any] = {}
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        whole = [
-            line for line in lines[:-1] if self._read(line)
-        ]  # a whole line ends with a newline
+        whole = list(filter(self._read, lines[:-1]))  # a whole line ends with a newline
         if [*whole, b""] != lines:
             write_text(self._path, b"".join(line + b"\n" for line in whole).decode("utf-8"))
 

@@ -162,7 +162,7 @@ def test_what_has_been_a_surprise(name: str, read: Callable[[Path], object], fol
 
 @pytest.mark.parametrize(
     ("name", "read"),
-    [("space.yaml", axes.load_arms), *(r for r in READERS if r[0] in ANY_VALUES)],
+    [("space.yaml", axes.load_variants), *(r for r in READERS if r[0] in ANY_VALUES)],
 )
 @SETTINGS
 @given(data=st.data())

@@ -120,23 +120,21 @@ class CommandLine(Sentences):
         namespace = argparse.Namespace(**dict.fromkeys(self._fields, UNSET))
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            self._refuse(unknown[0])
+            word = unknown[0].split("=")[0]
+            if not word.startswith("-"):
+                raise UserError(f'unexpected "{word}": put the flag that it belongs to before it.')
+            self._refuse(word, self._names())
         return {name: value for name, value in vars(namespace).items() if value is not UNSET}
 
-    def _refuse(self, word: str) -> NoReturn:
-        if not word.startswith("-"):
-            raise UserError(f'unexpected "{word}": put the flag that it belongs to in front of it.')
-        flag = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        self._refuse_foreign(flag[2:], flag)
-        hint = did_you_mean(flag, [f"--{name}" for name in self._names()])
-        raise UserError(f'unknown flag "{word.split("=")[0]}"{hint}: --help lists all flags.')
-
-    def _refuse_foreign(self, name: str, shown: str) -> None:
+    def _refuse(self, given: str, names: Mapping[str, str]) -> NoReturn:
+        """Refuse an option that is none of those, as a flag or as the key of a recipe."""
+        name, dashes = given.lstrip("-").replace("-", "_"), "--" if given[0] == "-" else ""
         if name in self._foreign:
             reason, instead = self._foreign[name]
-            raise UserError(
-                f"{shown} is no option here, since {reason}: {instead}.".replace("`", "")
-            )
+            sentence = f"{dashes}{name} is no option here, since {reason}: {instead}."
+            raise UserError(sentence.replace("`", ""))
+        hint = did_you_mean(f"{dashes}{name}", [f"{dashes}{known}" for known in names])
+        raise UserError(f'unknown option "{given}"{hint}: --help lists all of them.')
 
     def _names(self) -> dict[str, str]:
         """Every spelling of an option without its dashes -> the field's name."""
@@ -151,36 +149,35 @@ class CommandLine(Sentences):
         loaded = read_options(path, f'the recipe "{path}"', "--config")
         if not isinstance(loaded, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
+        names = {n: field for n, field in self._names().items() if n[:3] != "no_" and n != "config"}
+        words: dict[str, str] = {}
+        lists: dict[str, list[str] | None] = {}
         try:
-            return self._recipe_values(loaded)
+            for key, value in loaded.items():
+                if (name := names.get(key.replace("-", "_"))) is None:
+                    self._refuse(key or '""', names)
+                if name in words or name in lists:
+                    raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
+                texts = self._texts(name, value)
+                if isinstance(texts, str):
+                    words[name] = texts
+                else:
+                    lists[name] = texts
+            given = self.explicit([f"--{name}={text}" for name, text in words.items()])
         except UserError as error:
             raise UserError(f'in the recipe "{path}", {error}') from None
+        return {**given, **{name: texts for name, texts in lists.items() if texts is not None}}
 
-    def _recipe_values(self, loaded: dict[Any, Any]) -> dict[str, Any]:
-        names, values = self._names(), {}
-        for key, value in loaded.items():
-            name = names.get(str(key).replace("-", "_"))
-            if name is None or name == "config" or str(key).startswith("no_"):
-                self._refuse_foreign(str(key).replace("-", "_"), f'"{key}"')
-                known = sorted(set(names) - {"config"})
-                hint = did_you_mean(str(key), known)
-                raise UserError(f'unknown key "{key}"{hint}: --help lists all of them.')
-            if name in values:
-                raise UserError(f'"{key}" gives {name} a second time: keep one of the two lines.')
-            values[name] = self._recipe_value(name, value)
-        return {name: value for name, value in values.items() if value is not UNSET}
-
-    def _recipe_value(self, name: str, value: Any) -> Any:
+    def _texts(self, name: str, value: Any) -> str | list[str] | None:
+        """A value of a recipe as on a command line; None where it is that of nobody's choice."""
         field = self._fields[name]
         items = value if isinstance(value, list) else [value]
         takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
-            return UNSET
+            return None
         if (isinstance(value, list) and not takes_list) or not all(
             isinstance(item, bool | str) for item in items
         ):
             raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
-        if takes_list:
-            return texts
-        return self.explicit([f"--{name}={texts[0]}"])[name]
+        return texts if takes_list else texts[0]

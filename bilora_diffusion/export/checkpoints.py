@@ -71,13 +71,7 @@ def _load(folder: Path, step: int, record: Mapping[str, Any]) -> checkpoint.Chec
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {there}.")
     path = checkpoint.resolve(folder, f"step-{step}")
     assert path is not None
-    saved = checkpoint.load(path)
-    if not saved.extra.get("result"):
-        raise UserError(
-            f"{path} was written by a version whose checkpoints can't be exported; go on with it"
-            " by --resume_from_checkpoint, and export a later one."
-        )
-    return saved
+    return checkpoint.load(path)
 
 
 def _primaries(saved: checkpoint.Checkpoint) -> dict[str, tuple[dict, dict, bool]]:

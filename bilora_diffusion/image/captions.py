@@ -32,22 +32,22 @@ class Captions:
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
         self._cfg = cfg
-        if not cfg.shuffle_tags:
-            self._texts = [[text] for text in texts(cfg, images)]
-            return
-        plain = images.prompts(cfg.instance_prompt)
-        if not any("," in text for text in plain):
-            raise UserError(
-                f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags with"
-                " commas between them; drop it."
-            )
-        orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
+        plain, orders = images.prompts(cfg.instance_prompt), range(1)
+        if cfg.shuffle_tags:
+            orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
+            if not any("," in text for text in plain):
+                raise UserError(
+                    f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags"
+                    " with commas between them; drop it."
+                )
         self._texts = [
             [with_trigger(self._shuffled(text, i, order), cfg.trigger_word) for order in orders]
             for i, text in enumerate(plain)
         ]
 
     def _shuffled(self, text: str, sample: int, order: int) -> str:
+        if not self._cfg.shuffle_tags:
+            return text
         tags = [tag.strip() for tag in text.split(",")]
         trigger = self._cfg.trigger_word
         front = [tag for tag in tags if trigger and has_word(tag, trigger)]

@@ -12,17 +12,9 @@ from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import RunConfig, without_influence
 from ..methods.options import AdapterOptions, MethodFlags
 from . import inputs
-from .buckets import Size, sizes
 from .families import SDXL, named
-from .flow_options import FlowOptions
-from .options import (
-    DataOptions,
-    DiffusionOptions,
-    ImageOutputOptions,
-    ModelOptions,
-    PriorOptions,
-)
-from .validation_options import ValidationOptions
+from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .options import DataOptions, ImageOutputOptions, ModelOptions, ValidationOptions
 
 GROUPS = (
     ModelOptions,
@@ -112,11 +104,6 @@ class DreamBoothConfig(
     def source(self) -> str:
         """Name or place of the training images."""
         return str(self.dataset_name or self.instance_data_dir)
-
-    @property
-    def sizes(self) -> list[Size]:
-        """The sizes (height, width) that images are cut to."""
-        return sizes(self.resolution, self.aspect_ratio_buckets)
 
     @property
     def sampled_prompts(self) -> list[str]:

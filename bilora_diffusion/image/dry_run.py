@@ -7,6 +7,7 @@ from torch import nn
 
 from ..adapters.quantize import held_bytes
 from ..train.dry_run import BEFORE, NUMBER, STEP, Moments
+from . import buckets
 from .config import DreamBoothConfig
 from .latents import AT_ONCE
 
@@ -44,7 +45,8 @@ def moments(task: Any, device: torch.device) -> Moments:
     def weights(names: Any) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in sizes.items() if name in names}
 
-    pixels, config = max(h * w for h, w in cfg.sizes), pipeline.vae.config
+    cut = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    pixels, config = max(h * w for h, w in cut), pipeline.vae.config
     encoded = ENCODED * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
     drawn = DECODED * cfg.resolution**2 if cfg.sampled_prompts else 0
     channels = config.get("base_dim") or config["block_out_channels"][0]

@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config.options import OutputOptions
-from ..fields import Idle, option, unless
+from ..config.options import HeldOutOptions, OutputOptions
+from ..fields import Idle, like, option
 from ..mini import FOLDERS
-from ..values import BATCHES, DECAYS, FACTORS, RATES, SHARES, WORKERS, Range
+from ..values import SHARES, STEPS, WORKERS, Range
 from . import inputs
 from .base_model import SDXL_BASE, folder_of
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
     "nearest_exact",
-)
-WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
-WITHOUT_ANY_PRIOR = Idle(
-    lambda v: not v["with_prior_preservation"] and not v["prior_prediction_weight"],
-    "without prior preservation",
-    "add `--prior_prediction_weight 1` or `--with_prior_preservation`, or drop it",
 )
 ON_A_FOLDER_OF_FILES = Idle(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
@@ -37,7 +31,11 @@ ON_A_LOCAL_MODEL = Idle(
     "on a local model",
     "give a hub id or drop it",
 )
-ON_FROZEN_ENCODERS = unless("train_text_encoder", True, "on frozen text encoders")
+WITHOUT_PROMPT = Idle(
+    lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
+    "without a prompt",
+    "add `--validation_prompt` or drop it",
+)
 
 
 @dataclass(frozen=True)
@@ -197,117 +195,89 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class DiffusionOptions:
-    """Options of image models alone: text encoders, noise levels, their attention."""
+class ValidationOptions:
+    """Images and losses that show how training goes."""
 
-    section: ClassVar[str] = "text encoders and loss"
+    section: ClassVar[str] = "validation"
+    free: ClassVar[bool] = True
 
-    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
-    text_encoder_lr: float | None = option(
+    validation_prompt: str | None = option(
+        None, "Prompt to generate images for, during training and at its end."
+    )
+    final_validation_prompt: str | None = option(
         None,
-        "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",
-        range=RATES,
+        "Prompt to generate images for at the end alone, unless --validation_epochs is given.",
         idle=(
-            ON_FROZEN_ENCODERS,
             Idle(
-                lambda v: (
-                    v["optimizer"] == "prodigy" and v["text_encoder_lr"] != v["learning_rate"]
-                ),
-                "on prodigy, which has one rate for all",
-                "give `--learning_rate` alone",
-                becomes="learning_rate",
+                lambda v: v["final_validation_prompt"] not in v["validation_prompts"],
+                "beside `--validation_prompt`, whose images are made at the end too",
             ),
         ),
     )
-    adam_weight_decay_text_encoder: float = option(
-        1e-3,
-        "Weight decay of the text encoders' adapters.",
-        range=DECAYS,
-        idle=(ON_FROZEN_ENCODERS,),
+    validation_prompts: list[str] = option(  # noqa: RUF009
+        [], "More such prompts, or one text file with a prompt on each line."
     )
-    do_edm_style_training: bool = option(
-        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
-    )
-    snr_gamma: float | None = option(
-        None,
-        "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
-        range=Range(1e6, "no signal-to-noise ratio of a schedule is higher", above=0),
-    )
-    snr_weighting: str = option(
-        "published",
-        "--snr_gamma for models that predict velocity: min(snr, gamma) / (snr + 1), as Section 3.4"
-        " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
-        " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
-        choices=("published", "diffusers"),
-        idle=(
-            Idle(
-                lambda v: v["snr_gamma"] is None,
-                "on an unweighted loss",
-                "add `--snr_gamma 5` or drop it",
-            ),
-        ),
-    )
-    enable_xformers_memory_efficient_attention: bool = option(
-        False, "Use xFormers' attention instead of PyTorch's.", free=True
-    )
-    compile: bool = option(
-        False,
-        "Compile the denoiser's repeated blocks for training steps, adapters included, by"
-        " torch.compile; it needs a compiler (docs/trouble.md).",
-        free=True,
-    )
-
-
-@dataclass(frozen=True)
-class PriorOptions:
-    """Prior preservation: class images that keep the model from forgetting."""
-
-    section: ClassVar[str] = "prior preservation"
-
-    with_prior_preservation: bool = option(
-        False, "Train on images of the class too, which the base model makes where they lack."
-    )
-    class_data_dir: str | None = option(
-        None,
-        "Folder of the class images; it is made and filled if need be.",
-        place=True,
-        idle=(WITHOUT_PRIOR,),
-    )
-    class_prompt: str | None = option(
-        None, "Prompt that stands for the class.", idle=(WITHOUT_ANY_PRIOR,)
-    )
-    prior_prediction_weight: float = option(
-        0.0,
-        "Keep the class without images of it: this much counts, in the loss, by what the adapters"
-        " change the prediction for --class_prompt on the training images. A step takes twice as"
-        " long.",
-        range=FACTORS,
-    )
-    num_class_images: int = option(
-        100,
-        "How many class images there must be.",
-        range=Range(100_000, "each lacking one is generated, in a second or more", at_least=1),
-        idle=(WITHOUT_PRIOR,),
-    )
-    prior_loss_weight: float = option(
-        1.0,
-        "Weight of the class images in the loss.",
-        range=FACTORS,
-        idle=(WITHOUT_PRIOR,),
-    )
-    sample_batch_size: int = option(
+    num_validation_images: int = option(
         4,
-        "Images that are generated at a time, on each device.",
-        range=BATCHES,
-        idle=(WITHOUT_PRIOR,),
-        free=True,
+        "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
+        " get 1 each by default.",
+        range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
+        idle=(WITHOUT_PROMPT,),
     )
-    prior_generation_precision: str | None = option(
+    validation_epochs: int | None = option(
+        25, "Generate them every so many epochs.", range=STEPS, idle=(WITHOUT_PROMPT,)
+    )
+    validation_num_inference_steps: int | None = option(
         None,
-        "Precision in which class images are generated. Default: on an accelerator fp16, for"
-        " flow-matching models bf16, where it has that; else fp32.",
-        choices=("no", "fp32", "fp16", "bf16"),
-        idle=(WITHOUT_PRIOR,),
+        "Steps of the sampler in which they are generated. Default: 25; of models that are"
+        " distilled to a few steps as many as these take.",
+        range=Range(1000, "no scheduler here has more noise levels", at_least=1),
+        idle=(WITHOUT_PROMPT,),
+    )
+    validation_guidance_scale: float | None = option(
+        None,
+        "Guidance with which they are generated. Default: what is usual for the model, and none for"
+        " distilled ones that take none (docs/models.md).",
+        range=Range(100, "images are spoiled by far less", at_least=0),
+        idle=(WITHOUT_PROMPT,),
+    )
+    skip_final_inference: bool = option(
+        False,
+        "Generate none at the end, but where an epoch of --validation_epochs ends there.",
+        idle=(WITHOUT_PROMPT,),
+    )
+    eval_on_start: bool = option(
+        False, "Let the untrained model make them, too: the viewer's column of the base model."
+    )
+    validation_dataset: str | None = option(
+        None,
+        "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
+        " mini: mini-heldout, for mini-animals: mini-animals-heldout.",
+        place=True,
+    )
+    validation_part: str | None = like(
+        HeldOutOptions,
+        "validation_part",
+        idle=(
+            Idle(
+                lambda v: not v["validation_dataset"],
+                "without held-out images",
+                "add `--validation_dataset` or drop it",
+            ),
+        ),
+    )
+    validation_loss_steps: int = option(
+        0,
+        "Measure that loss every so many steps; 0 measures it at the start and the end only."
+        " --fit, --keep_best and --early_stopping_patience measure it twenty times by default.",
+        range=STEPS.or_zero,
+        idle=(
+            Idle(
+                lambda v: not v["validation_dataset"] and not v["fit"],
+                "without held-out images",
+                "add `--validation_dataset`, `--fit`, or drop it",
+            ),
+        ),
     )
 
 

@@ -265,7 +265,8 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
 
 def _sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[buckets.Size]:
     """Size that each image is cut to."""
-    return [buckets.nearest(images.size(i), cfg.sizes) for i in range(len(images))]
+    sizes = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    return [buckets.nearest(images.size(i), sizes) for i in range(len(images))]
 
 
 def _cropped_alike(cfg: DreamBoothConfig, size: buckets.Size, target: buckets.Size) -> bool:

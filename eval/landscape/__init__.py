@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.fields import option
+from bilora_diffusion.values import check_choice
 
 from .. import report
 from ..cache import Cache
@@ -44,9 +45,7 @@ class LandscapeOptions:
 
     section = "measurement"
     control: str | None = option(None, "Group to compare with (default: the first).")
-    space: str = option(
-        "lora,full", "Spaces to look at.", choices=("lora,full", "full,lora", "lora", "full")
-    )
+    space: str = option("lora,full", "lora, full, or both with a comma.")
     full_weights: str = option(
         "all",
         "All weights of the trained models, or those that adapters sit on.",
@@ -105,10 +104,11 @@ class Landscape(Evaluation):
         from .. import compare
         from . import measure, models
 
-        for name, least in (("points", 3), ("grid", 0)):
-            value = getattr(self.args, name)
-            if (value and (value < 3 or value % 2 == 0)) or value < least:
+        for name, value in (("points", self.args.points), ("grid", self.args.grid or 3)):
+            if value < 3 or value % 2 == 0:
                 raise UserError(f"--{name} is {value}: give an odd number from 3 on.")
+        for word in self.args.space.split(","):
+            check_choice("--space", word, SPACES)
         spaces = [space for space in SPACES if space in self.args.space.split(",")]
         for subject in subjects:
             if "full" not in spaces and not models.has_factors(subject):

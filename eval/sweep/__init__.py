@@ -1,4 +1,4 @@
-"""Train a grid of arms and seeds, and compare the arms with a control, paired by seed.
+"""Train a grid of variants and seeds, and compare them with a control, paired by seed.
 
     python -m eval.sweep recipes/mini.yaml --over method=lora,bilora seed=0..4
     python -m eval.sweep recipes/mini.yaml --over method=lora,bilora seed=0..4 rho=0.01,0.05,0.1 \\
@@ -77,13 +77,13 @@ class SweepOptions:
 class Sweep(Evaluation):
     """The metric and the training loss of each finished cell over training, and key figures.
 
-    A subject is a cell, a group an arm; ``about`` of a subject says what became of it: ``status``
+    A subject is a run, a group a variant; ``about`` of a subject says what became of it: ``status``
     (finished, failed or waiting), ``exit_code`` and ``error``.
 
     ``settings``: ``recipe``, ``metric``, ``higher_is_better``, ``seeds``; ``arms``, by label their
     ``options`` and the labels that turned out to be the same run (``also``); ``paired``, whether
-    an arm's runs saw the control's inputs; ``equal_training``, the training loss at which arms are
-    compared and the arm that sets it, or None.
+    a variant's runs saw the control's inputs; ``equal_training``, the training loss at which
+    variants are compared and the one that sets it, or None.
     """
 
     name, options = "sweep", (SweepOptions,)
@@ -131,22 +131,22 @@ class Sweep(Evaluation):
             raise UserError(f'there is no recipe "{given.recipe}": correct the first argument.')
         script, shared = open_script(given.script), axes.settings(given.set, "--set")
         planner = Planner(given.recipe, script, shared, launch, given.metric)
-        arms = axes.load_arms(given.arms) if given.arms else {}
-        grid = planner.grid(axes.axes(given.over), arms)
+        variants = axes.load_variants(given.arms) if given.arms else {}
+        grid = planner.grid(axes.axes(given.over), variants)
         self.control = grid.control(given.control).label
-        print(f"{len(grid.arms)} arms x {len(grid.seeds)} seeds = {len(grid.cells)} cells")
-        for arm in grid.arms:
-            note = " (control)" if arm.label == self.control else ""
-            also = f" (the same run: {', '.join(arm.also)})" if arm.also else ""
-            print(f"  {arm.label}{note}{also}")
+        print(f"{len(grid.variants)} variants x {len(grid.seeds)} seeds = {len(grid.cells)} runs")
+        for variant in grid.variants:
+            note = " (control)" if variant.label == self.control else ""
+            also = f" (the same run: {', '.join(variant.also)})" if variant.also else ""
+            print(f"  {variant.label}{note}{also}")
         self.settings |= {
             "recipe": given.recipe.name,
             "metric": given.metric,
             "higher_is_better": given.higher_is_better,
             "seeds": list(grid.seeds),
             "arms": {
-                arm.label: {"also": list(arm.also), "options": shown_options(arm.values)}
-                for arm in grid.arms
+                one.label: {"also": list(one.also), "options": shown_options(one.values)}
+                for one in grid.variants
             },
         }
         return grid, Runner(script, given.recipe, given.runs_dir, launch, given.jobs)
@@ -222,7 +222,7 @@ def show(grid: Grid, runner: Runner) -> None:
 
 
 def shown_options(values: Values) -> dict[str, Any]:
-    """An arm's options without machine paths."""
+    """A variant's options without machine paths."""
     return {
         name: without_paths(value) if isinstance(value, str) else value
         for name, value in values.items()
@@ -235,8 +235,8 @@ def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
     if outcome.status == FINISHED:
         run = find_run(runs_dir / outcome.cell, outcome.cell)
         return replace(run, group=outcome.arm, about=facts)
-    cell, arm, seed = outcome.cell, outcome.arm, outcome.seed
-    return Subject(cell, arm, source=cell, seed=seed, about=facts)
+    cell, variant, seed = outcome.cell, outcome.arm, outcome.seed
+    return Subject(cell, variant, source=cell, seed=seed, about=facts)
 
 
 def report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
@@ -245,7 +245,7 @@ def report_failures(outcomes: Sequence[Outcome], runs_dir: Path) -> int:
     if failed:
         reasons = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failed)
         print(
-            f"error: {len(failed)} of {len(outcomes)} cells failed: {reasons}. Their logs are"
+            f"error: {len(failed)} of {len(outcomes)} runs failed: {reasons}. Their logs are"
             f" {runs_dir}/<cell>.log, and the same command tries them again.",
             file=sys.stderr,
         )

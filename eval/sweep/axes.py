@@ -1,4 +1,4 @@
-"""The words of ``--over``, ``--set`` and the arms file, read, or refused for their form."""
+"""The words of ``--over``, ``--set`` and the file of variants, read, or refused for their form."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def listed(text: str, shown: str) -> list[str]:
     return values
 
 
-def load_arms(path: Path) -> dict[str, dict[str, Any]]:
-    """An arms file: a mapping from label to a mapping of options."""
-    loaded = read_options(path, f'the arms file "{path}"', "--arms")
+def load_variants(path: Path) -> dict[str, dict[str, Any]]:
+    """A file of variants: a mapping from label to a mapping of options."""
+    loaded = read_options(path, f'the file of variants "{path}"', "--arms")
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(
-            f'--arms "{path}" holds no arms: write lines like "lora: {{method: lora}}".'
+            f'--arms "{path}" holds no variants: write lines like "lora: {{method: lora}}".'
         )
-    arms: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
     for label, options in loaded.items():
         options = {} if options is None else options
         scalar = isinstance(options, dict) and all(
@@ -82,8 +82,8 @@ def load_arms(path: Path) -> dict[str, dict[str, Any]]:
         named = {str(name).replace("-", "_"): value for name, value in options.items()}
         if wrong := [name for name in named if name in (SEED, *OWN)]:
             raise UserError(
-                f'--arms "{path}": "{label}" sets {wrong[0]}, which is the same for all arms: leave'
-                " it out, and give seeds by --over seed=0..4."
+                f'--arms "{path}": "{label}" sets {wrong[0]}, which is the same for all variants:'
+                " leave it out, and give seeds by --over seed=0..4."
             )
-        arms[str(label)] = named
-    return arms
+        variants[str(label)] = named
+    return variants

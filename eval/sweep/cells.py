@@ -50,7 +50,7 @@ class Outcome:
 
     Args:
         cell: name of the run folder.
-        arm: label of its arm.
+        arm: label of its variant.
         seed: its seed.
         status: finished, failed, or waiting.
         exit_code: of a failed one; negative for a signal.
@@ -113,7 +113,7 @@ class Runner:
         done = {c.name for c in cells if state(self.runs_dir / c.name) == FINISHED}
         for cell in cells:
             status = FINISHED if cell.name in done else "waiting"
-            self.outcomes[cell.name] = Outcome(cell.name, cell.arm, cell.seed, status)
+            self.outcomes[cell.name] = Outcome(cell.name, cell.variant, cell.seed, status)
         self._record()
         # Cells that were there already took no time, and say nothing about how long one takes.
         bar = tqdm(total=len(cells), initial=len(done), desc="cells", unit="cell", smoothing=0)
@@ -202,10 +202,10 @@ class _Run:
         self.log.close()
         cell, code = self.cell, self.process.returncode if self.process else 0
         if self._finished():
-            return Outcome(cell.name, cell.arm, cell.seed, FINISHED)
+            return Outcome(cell.name, cell.variant, cell.seed, FINISHED)
         output = Path(f"{self.folder}.log").read_bytes()[self.began :]
         code, error = explain(code, output.decode("utf-8", errors="replace"))
-        return Outcome(cell.name, cell.arm, cell.seed, "failed", code, error)
+        return Outcome(cell.name, cell.variant, cell.seed, "failed", code, error)
 
     def _finished(self) -> bool:
         return state(self.folder) == FINISHED

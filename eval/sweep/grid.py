@@ -1,7 +1,7 @@
-"""Grid of a sweep: axes and named arms to cells, each checked before anything runs.
+"""Grid of a sweep: axes and named variants to cells, each checked before anything runs.
 
-An arm is a set of options; a cell is an arm with a seed. Arms whose runs would be the same (an
-option that their method does not read, a value that is the default) are one arm.
+A variant is a set of options; a cell is a variant with a seed. Variants whose runs would be the
+same (an option that their method does not read, a value that is the default) are one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONFIGS = {"train_dreambooth_bilora.py": DreamBoothConfig, "train_text_bilora.py
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One row of the table.
 
     Args:
@@ -55,55 +55,55 @@ class Cell:
     """One run.
 
     Args:
-        name: of its run folder: the arm, the seed, and a digest of what is run.
-        arm: label of its arm.
+        name: of its run folder: the variant, the seed, and a digest of what is run.
+        variant: label of its variant.
         seed: of data, noise and initialization.
         flags: for the training script, beside the recipe and the run folder.
     """
 
     name: str
-    arm: str
+    variant: str
     seed: int
     flags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All arms, all seeds, and a cell for each pair: seed by seed, so that pairs complete early."""
+    """All variants and seeds, and a cell for each pair: seed by seed, so that pairs are early."""
 
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
 
-    def control(self, word: str | None) -> Arm:
-        """The arm that the others are compared with.
+    def control(self, word: str | None) -> Variant:
+        """The variant that the others are compared with.
 
         Args:
-            word: a label, or options that one arm alone has (``method=lora``); None for the
-                first arm.
+            word: a label, or options that one variant alone has (``method=lora``); None for the
+                first variant.
         """
         if word is None:
-            return self.arms[0]
-        for arm in self.arms:
-            if word in (arm.label, *arm.also):
-                return arm
-        labels = [arm.label for arm in self.arms]
-        fits: list[Arm] = []
+            return self.variants[0]
+        for variant in self.variants:
+            if word in (variant.label, *variant.also):
+                return variant
+        labels = [variant.label for variant in self.variants]
+        fits: list[Variant] = []
         if "=" in word:
             pairs = settings(re.split(r"[,\s]+", word.strip()), "--control").items()
             fits = [
-                arm
-                for arm in self.arms
-                if all(str(arm.values.get(k)).lower() == v.lower() for k, v in pairs)
+                variant
+                for variant in self.variants
+                if all(str(variant.values.get(k)).lower() == v.lower() for k, v in pairs)
             ]
             fits = [a for a in fits if len(a.values) == len(pairs)] or fits
         if len(fits) == 1:
             return fits[0]
         if fits:
-            names = ", ".join(f'"{arm.label}"' for arm in fits)
+            names = ", ".join(f'"{variant.label}"' for variant in fits)
             raise UserError(f'--control "{word}" fits {names}: give the label of one.')
         raise UserError(
-            f'--control "{word}" is none of the arms{did_you_mean(word, labels)}: use one of '
+            f'--control "{word}" is none of the variants{did_you_mean(word, labels)}: use one of '
             + ", ".join(f'"{label}"' for label in labels)
             + "."
         )
@@ -127,14 +127,14 @@ def open_script(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Planner:
-    """Turns axes and arms into a grid.
+    """Turns axes and variants into a grid.
 
     Args:
         recipe: YAML file of options that all cells share.
         script: what is run, see :func:`open_script`.
-        shared: options of all cells; those of an arm win.
+        shared: options of all cells; those of a variant win.
         launch: arguments of accelerate launch; several processes make another run.
-        metric: what the arms are compared by.
+        metric: what the variants are compared by.
     """
 
     recipe: Path
@@ -143,26 +143,26 @@ class Planner:
     launch: Sequence[str] = ()
     metric: str = HELDOUT
 
-    def grid(self, over: Mapping[str, Sequence[str]], arms: Mapping[str, Values]) -> Grid:
-        """The arms times the axes times the seeds, each cell checked."""
+    def grid(self, over: Mapping[str, Sequence[str]], variants: Mapping[str, Values]) -> Grid:
+        """The variants times the axes times the seeds, each cell checked."""
         over, shared = dict(over), dict(self.shared)
-        if both := [n for n in over if n in shared or any(n in a for a in arms.values())]:
+        if both := [n for n in over if n in shared or any(n in a for a in variants.values())]:
             raise UserError(f'"{both[0]}" is an axis of --over and set elsewhere too: keep one.')
         given = over.pop(SEED, None) or ([shared[SEED]] if SEED in shared else None)
         if wrong := [seed for seed in given or () if not re.fullmatch(r"\s*-?\d+\s*", seed)]:
             raise UserError(f'seed is "{wrong[0]}": give whole numbers, as in --over seed=0..4.')
         seeds = None if given is None else tuple(map(int, given))
-        merged = self._merge(over, arms or {"": {}}, seeds[0] if seeds else None)
+        merged = self._merge(over, variants or {"": {}}, seeds[0] if seeds else None)
         if seeds is None:
             seeds = (int(self.read(merged[0].label, merged[0].values, None)[0].seed),)
-        cells = tuple(self._cell(arm, seed) for seed in seeds for arm in merged)
+        cells = tuple(self._cell(variant, seed) for seed in seeds for variant in merged)
         return Grid(merged, seeds, cells)
 
     def _merge(
         self, over: Mapping[str, Sequence[str]], named: Mapping[str, Values], seed: int | None
-    ) -> tuple[Arm, ...]:
-        """The named arms times the axes; what would be the same run is one arm."""
-        arms: dict[str, Arm] = {}
+    ) -> tuple[Variant, ...]:
+        """The named variants times the axes; what would be the same run is one variant."""
+        variants: dict[str, Variant] = {}
         for base, point in itertools.product(named, itertools.product(*over.values())):
             axes = dict(zip(over, point, strict=True))
             values = {**named[base], **axes}
@@ -172,16 +172,17 @@ class Planner:
             parts = [f"{n}={without_paths(str(v))}" for n, v in axes.items() if n not in unread]
             label = ", ".join([base, *parts] if base else parts) or self.recipe.stem
             key = _digest({**self._identity(config), SEED: None})
-            if key not in arms:
-                taken = sum(arm.label.split(" #")[0] == label for arm in arms.values())
+            if key not in variants:
+                taken = sum(variant.label.split(" #")[0] == label for variant in variants.values())
                 kept = {name: value for name, value in values.items() if name not in unread}
-                arms[key] = Arm(f"{label} #{taken + 1}" if taken else label, kept)
-            elif label not in (arms[key].label, *arms[key].also):
-                arms[key] = dataclasses.replace(arms[key], also=(*arms[key].also, label))
-        return tuple(arms.values())
+                variants[key] = Variant(f"{label} #{taken + 1}" if taken else label, kept)
+            elif label not in (variants[key].label, *variants[key].also):
+                also = (*variants[key].also, label)
+                variants[key] = dataclasses.replace(variants[key], also=also)
+        return tuple(variants.values())
 
     def read(self, label: str, values: Values, seed: int | None) -> tuple[Any, tuple[str, ...]]:
-        """The configuration of an arm with a seed, as the script will see it, and its flags.
+        """The configuration of a variant with a seed, as the script will see it, and its flags.
 
         Args:
             seed: None for the recipe's.
@@ -193,19 +194,19 @@ class Planner:
         try:
             config = script.resolve(["--config", str(self.recipe), *flags, *own])
         except UserError as error:
-            raise UserError(f'in the arm "{label}": {error}') from None
+            raise UserError(f'in the variant "{label}": {error}') from None
         if self.metric == HELDOUT and getattr(config, "validation_dataset", "") is None:
             raise UserError(
-                f'the arm "{label}" would have no {HELDOUT}: add --set validation_dataset=..., or'
-                " compare by another --metric."
+                f'the variant "{label}" would have no {HELDOUT}: add --set validation_dataset=...,'
+                " or compare by another --metric."
             )
         return config, flags
 
-    def _cell(self, arm: Arm, seed: int) -> Cell:
-        config, flags = self.read(arm.label, arm.values, seed)
-        slug = re.sub(r"[^a-z0-9.]+", "-", arm.label.lower()).strip("-.")[:60] or "arm"
+    def _cell(self, variant: Variant, seed: int) -> Cell:
+        config, flags = self.read(variant.label, variant.values, seed)
+        slug = re.sub(r"[^a-z0-9.]+", "-", variant.label.lower()).strip("-.")[:60] or "arm"
         name = f"{slug}-seed{seed}-{_digest(self._identity(config))}"
-        return Cell(name, arm.label, seed, flags)
+        return Cell(name, variant.label, seed, flags)
 
     def _identity(self, config: Any) -> dict[str, Any]:
         """Options that decide the run's result: those that are not at their default and are read.

@@ -75,14 +75,14 @@ def notes(result: Result) -> Iterator[str]:
         yield (
             f"With {others} intervals in a column, one in twenty misses its value by chance alone."
         )
-    for label, arm in settings["arms"].items():
+    for label, variant in settings["arms"].items():
         if settings["paired"].get(label) is False:
             yield (
                 f"{label} has not the control's inputs at each step (by their digests), so it can't"
                 " be paired."
             )
-        if arm["also"]:
-            yield f"{', '.join(arm['also'])}: the same run as {label}, trained once."
+        if variant["also"]:
+            yield f"{', '.join(variant['also'])}: the same run as {label}, trained once."
     for cell in result.subjects:
         if not is_finished(cell):
             facts = cell.about
@@ -103,5 +103,5 @@ def introduction(result: Result) -> str:
         f"`{settings['metric']}`{suffix(result)} of {settings['recipe']},"
         f" {'higher' if settings['higher_is_better'] else 'lower'} is better: mean over {count}"
         f" seed{'s' if count > 1 else ''}. Difference: to {report.escaped(result.control)}, paired"
-        f" by seed, with {report.INTERVALS} and the number of seeds in which the arm is better."
+        f" by seed, with {report.INTERVALS} and the number of seeds in which the variant is better."
     )

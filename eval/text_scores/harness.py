@@ -41,7 +41,7 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     for folder in include_path:
         if not folder.is_dir():
             raise UserError(f'--include_path "{folder}" is not a folder: give one with task YAMLs.')
-    require("lm_eval", "--benchmarks", "[hf]>=0.4.13,<0.5")
+    require("lm_eval>=0.4.13,<0.5", "--benchmarks")
     import lm_eval.tasks as shipped
 
     root = Path(shipped.__file__).parent

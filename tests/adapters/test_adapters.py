@@ -1,8 +1,9 @@
-"""adapters: injection, order, state and files, on the kinds of models that people have."""
+"""adapters: targets, injection, order, state, files and restoring, on the usual models."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods import Target, create
 from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
 
 BOTH = (PRIMARY, AUXILIARY)
@@ -99,14 +101,8 @@ def test_only_restores_order_flags_and_switches() -> None:
 
 @pytest.mark.parametrize("make", [tiny_mlp, tiny_unet, tiny_t5, tiny_clip])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_what_is_trainable_and_the_state_under_pefts_keys(
-    make: Callable[[], nn.Module], use_dora: bool
-) -> None:
+def test_the_state_is_under_pefts_keys(make: Callable[[], nn.Module], use_dora: bool) -> None:
     model = two_adapters(make(), use_dora=use_dora)
-    for names in (BOTH, (AUXILIARY,)):
-        adapters.activate(model, names)
-        own = {id(p) for name in names for p in adapters.parameters(model, name)}
-        assert {id(p) for p in model.parameters() if p.requires_grad} == own
     with pytest.raises(UserError, match='no adapter "other"'):
         adapters.activate(model, ("other",))
     for name in BOTH:
@@ -152,3 +148,107 @@ def test_gpt2_style_conv1d_is_linear() -> None:
     layer = cast(Any, adapters.layers(model)[0][1])
     deltas = [layer.get_delta_weight(name) for name in BOTH]
     torch.testing.assert_close(model(x), layer.base_layer(x) + x @ (deltas[0] + deltas[1]))
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.dilated = nn.Conv2d(4, 4, 3, dilation=2)
+        self.circular = nn.Conv2d(4, 4, 3, padding_mode="circular")
+        self.table = nn.Embedding(5, 8)
+        self.plain = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"init": "gausian"}, 'did you mean "gaussian"'),
+        ({"target_modules": "to_q("}, "regular expression"),
+        ({"target_modules": ("attention.out_proj",)}, "MultiheadAttention"),
+        *(({"target_modules": (name,)}, name) for name in ("grouped", "dilated", "circular")),
+        ({"target_modules": ("table",)}, "Embedding"),
+        ({"target_modules": ("to_q",)}, "matches no layer of Odd"),
+    ],
+)
+def test_what_is_refused(values: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        adapters.inject(Odd(), AdapterSpec(**values))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "expected"),
+    [
+        (Odd, "all-linear", {"plain"}),
+        (tiny_mlp, "all-linear", {"first", "last"}),
+        (tiny_mlp, ("last",), {"last"}),
+        (tiny_mlp, "fir.*", {"first"}),
+        (tiny_unet, ("to_q", "to_out.0"), {"to_q", "to_out.0"}),
+        (tiny_unet, ("conv1", "to_k"), {"conv1", "to_k"}),
+    ],
+)
+def test_targets(make: Any, targets: str | tuple[str, ...], expected: set[str]) -> None:
+    names = list(adapters.target_layers(make(), AdapterSpec(target_modules=targets)))
+    ends = {end for end in expected for name in names if f".{name}".endswith(f".{end}")}
+    assert ends == expected
+    assert all(f".{name}".endswith(tuple(f".{end}" for end in expected)) for name in names)
+
+
+def test_all_linear_leaves_the_output_head_out_as_peft_does() -> None:
+    for model in (tiny_t5(), tiny_clip()):
+        config = LoraConfig(target_modules="all-linear", task_type=None)
+        peft = get_peft_model(copy.deepcopy(model), config)
+        theirs = {n.removeprefix("base_model.model.") for n, _ in adapters.layers(peft)}
+        found = set(adapters.target_layers(model, AdapterSpec()))
+        assert found == theirs
+        assert not any("lm_head" in name for name in found)
+        adapters.inject(model, AdapterSpec())
+        with pytest.raises(UserError, match='already has an adapter "default"'):
+            adapters.inject(model, AdapterSpec())
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 2)
+        self.to(torch.bfloat16).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head.to(x.dtype)(self.body.to(x.dtype)(x))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ("head",), "target_modules": ("body.0", "body.2")},
+        {"init": "pissa"},
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "bilora"])
+def test_a_model_is_afterwards_as_it_came(method: str, values: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    spec = AdapterSpec(rank=2, alpha=4, **{"target_modules": "all-linear", **values})
+    for _ in range(2):
+        with adapters.restored(model, spec):
+            groups = create(method).setup([Target("m", model, spec, 0.1)])
+            for group in groups:
+                for parameter in group["params"]:
+                    parameter.data += 1
+            for _, layer in adapters.layers(model, "initial" if spec.changes_base else "default"):
+                assert layer is not None
+                adapters.base_weight(layer).data *= 2 if spec.changes_base else 1
+        assert [type(module) for module in model.modules()] == kinds
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            assert after[name].dtype == value.dtype
+            assert torch.equal(after[name], value)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not hasattr(model, "peft_config")

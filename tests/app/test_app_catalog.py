@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import pytest
@@ -17,17 +15,7 @@ from app import catalog as catalogs
 from app import parts, results, training, validation, vote
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered
-from eval import table
-from tests.app.folders import WEIGHTS, make_images, make_run, make_scores
-
-
-def make_figures(folder: Path, kind: str, **changes: Any) -> Path:
-    """A result with one figure."""
-    record: dict[str, Any] = {"schema_version": 1, "kind": kind, "figures": ["loss.png"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / table.FILE).write_text(json.dumps(record | changes), encoding="utf-8")
-    (folder / "loss.png").touch()
-    return folder
+from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 
 
 def paths(catalog: Catalog) -> list[str]:
@@ -45,7 +33,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
     make_scores(tmp_path / "scores")
-    make_figures(tmp_path / "flat", "landscape")
+    make_result(tmp_path / "flat")
     now = Catalog(tmp_path).now
     assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
         ("a", "bilora", "running", f"a/{WEIGHTS}"),
@@ -53,7 +41,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
         ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
     assert [item.file("images/0.png") for item in now.scores] == ["scores/images/0.png"]
-    results = [("landscape", ["flat/loss.png"]), ("clip_scores", [])]
+    results = [("landscape", ["flat/figure.png"]), ("clip_scores", [])]
     assert [(item.kind, item.figures) for item in now.figures] == results
     assert now.broken == []
     (run,) = Catalog(tmp_path / "a").now.runs
@@ -97,7 +85,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     assert after(lambda: make_images(run, 50)) == {"runs"}
     assert catalog.now.runs[0].steps == (50,)
     assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
-    assert after(lambda: make_figures(tmp_path / "landscape", "landscape")) == {"figures"}
+    assert after(lambda: make_result(tmp_path / "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
     assert catalog.now.runs[0].status == "failed"
     make_run(tmp_path / "other")
@@ -158,28 +146,24 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) 
     assert validation.table(catalog, runs, 100).count("none at step 100") == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "words"),
-    [
+def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    head = '{"schema_version": 1, "kind": '
+    broken = [
         ("run.json", "{", "run.json"),
         ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
-        ("result.json", '{"schema_version": 1, "kind": "clip_scores"}', "result.json"),
+        ("result.json", f'{head}"clip_scores"}}', "result.json"),
         ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
-        ("result.json", '{"schema_version": 1, "kind": "sweep"}', "python -m eval.sweep"),
-        ("result.json", '{"schema_version": 1, "kind": "a", "figures": ["../x.png"]}', "eval.a"),
-        ("result.json", '{"schema_version": 1, "kind": "sweep", "figures": ["x.png"]}', "x.png"),
-    ],
-)
-def test_a_broken_folder_is_named_and_the_rest_is_shown(
-    tmp_path: Path, file: str, text: str, words: str
-) -> None:
+        ("result.json", f'{head}"sweep"}}', "python -m eval.sweep"),
+        ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
+        ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
+    ]
     make_run(tmp_path / "good")
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / file).write_text(text)
+    for number, (file, text, _) in enumerate(broken):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    (broken,) = catalog.now.broken
-    assert broken.path == "bad"
-    assert words in broken.reason
-    assert str(tmp_path) not in broken.reason
+    assert [one.path for one in catalog.now.broken] == [str(number) for number in range(7)]
+    for one, (_, _, words) in zip(catalog.now.broken, broken, strict=True):
+        assert words in one.reason
+        assert str(tmp_path) not in one.reason

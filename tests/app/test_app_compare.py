@@ -13,7 +13,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from app import compare, compare_html, parts
+from app import compare, parts
 from app.catalog import Catalog
 from app.compare_data import (
     ORDERS,
@@ -137,10 +137,10 @@ def test_a_notice_holds_no_markup(
 def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
-    cards = parts.card(evil, None, "A", evil, compare_html.facts(result, image, None))
+    cards = parts.card(evil, None, "A", evil, compare.facts(result, image, None))
     some = [replace(row, name=evil, text=evil) for row in rows(result, LORA, BILORA, "i2t")[:1]]
-    prompts = compare_html.prompt_list(some, evil, evil, evil)
-    cards += compare_html.legend(result)
+    prompts = compare.prompt_list(some, evil, evil, evil)
+    cards += compare.legend(result)
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards

@@ -16,9 +16,13 @@ import pytest
 from app import compare, compare_data, frame, generate, results, training, validation, vote
 from app.catalog import Catalog
 from app.votes import ANY
-from tests.app.hostile import DAMAGES, FILES, HOSTILE, make_good
+from tests.app.hostile import HOSTILE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
+
+
+DRAWS = 8
+"""Draws of curves, each of the two good runs and six others."""
 
 
 class Tabs:
@@ -45,21 +49,26 @@ class Tabs:
             scores += [self.compare._opened({"scores": item.path})]
             scores += [self.compare.step(1, *vars(first).values())]
             votes += [{0: self.vote.polls.pairs(item.path)}, self.vote._begin(item.path, ANY, "")]
-        curves = self.training._draw([run.path for run in now.runs], 5)
-        cards = [curves.pop(part) for part in (self.training.cards, self.training.legend)]
-        found = results.listed(self.catalog)
-        figures = [len(results.pictures(self.catalog, item)[0]) for item in found]
+        paths = [run.path for run in now.runs]
+        good = [path for path in paths if path.startswith("good/")]
+        draws = [
+            self.training._draw([*good, *paths[at : at + 6]], 5) for at in range(0, 6 * DRAWS, 6)
+        ]
+        cards = [draw.pop(self.training.cards) + draw.pop(self.training.legend) for draw in draws]
+        figures = [len(results.pictures(self.catalog, item)[0]) for item in now.figures]
         return {
             "page": sent([frame.title(self.catalog), frame.notices(self.catalog)]),
             "images": sent(images),
             "cards": sent(cards),
-            "curves": sent(to_json(update) for update in curves.values()),
+            "curves": sent(to_json(update) for draw in draws for update in draw.values()),
             "Compare": sent(value for update in scores for value in update.values()),
             "Generate": sent(self.generate.choices("", "")),
             "Vote": sent(value for update in votes for value in update.values()),
             "Training": sent(self.training._load(None).values()),
-            "Results": sent(f"{item.path} {n}" for item, n in zip(found, figures, strict=True)),
-            "reports": sent(results.text(self.catalog, item) for item in found),
+            "Results": sent(
+                f"{item.path} {n}" for item, n in zip(now.figures, figures, strict=True)
+            ),
+            "reports": sent(results.text(self.catalog, item) for item in now.figures),
         }
 
 
@@ -89,23 +98,18 @@ def root(tabs: Tabs, tmp_path: Path) -> Path:
     return tmp_path
 
 
-SLOW = {
-    f"{file} {what}"
-    for at, file in enumerate(FILES)
-    for number, what in enumerate(DAMAGES)
-    if at % len(DAMAGES) != number
-}
-"""One damage of each file is enough for the fast tests."""
+AT_ONCE = 8
+"""Damaged folders beside the good ones."""
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW)) for what in HOSTILE]
-)
-def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
-    tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize("first", range(0, len(HOSTILE), AT_ONCE))
+def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(
+    tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
     monkeypatch.setattr(gr, "Warning", print)
-    HOSTILE[what](root / "0")  # the first in every list
+    for number, what in enumerate([*HOSTILE][first : first + AT_ONCE]):
+        print(number, what)
+        HOSTILE[what](root / str(number))  # before the good ones in every list
     tabs.catalog.refresh()
     shown = tabs.shown()
     for tab in ("Generate", "Training"):
@@ -116,6 +120,7 @@ def test_a_damaged_or_hostile_folder_takes_nothing_else_from_any_tab(
     assert shown["images"].count("data:image/webp") >= 2
     assert shown["Compare"].count("data:image/webp") >= 2
     assert shown["Vote"].count("data:image/webp") >= 2
+    assert shown["cards"].count("good/bilora") >= DRAWS
     for part in ("cards", "curves"):
         assert all(f"{name}, seed 0" in shown[part] for name in ("LoRA", "Bi-LoRA"))
     for tab in ("page", "images", "cards"):  # the others' texts are no HTML

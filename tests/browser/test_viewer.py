@@ -92,7 +92,7 @@ def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(
             page.get_by_role("tab", name=tab).click()
             expect(page.locator(there).first).to_be_visible()
             if tab == "Results":
-                pick(page, "results-result", "Loss landscape: landscape")
+                pick(page, "results-result", "Landscape: landscape")
                 expect(page.locator("#results-figures img")).to_have_count(1)
                 expect(page.locator("#results-report table")).to_contain_text("very wide")
             assert fits(page), tab

@@ -115,51 +115,44 @@ def test_what_a_preset_and_a_help_hold() -> None:
     assert {name.replace("_", "-") for name in INTERPOLATIONS} == modes
 
 
-def precision(kind: str, words: str, expected: str, launched: str = "", **more: Any) -> Any:
-    """The autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone."""
-    values = {"mixed_precision": expected, "pretrained_vae_model_name_or_path": None}
-    if expected == "fp16":
-        values["pretrained_vae_model_name_or_path"] = FP16_FIX
-    launch = {"ACCELERATE_MIXED_PRECISION": launched or "no"}
-    return {"kind": kind, **more}, launch, icons, words, values
-
-
+CUDA, CPU = {"kind": "cuda"}, {"kind": "cpu"}
 THREE = {"LOCAL_RANK": "0", "WORLD_SIZE": "3"}
-FP16_FREE = {"mixed_precision": "fp16", "pretrained_vae_model_name_or_path": None}
 SCALED = "--scale_lr --train_text_encoder"
+FP16 = {"mixed_precision": "fp16", "pretrained_vae_model_name_or_path": FP16_FIX}
+BF16 = {"mixed_precision": "bf16", "pretrained_vae_model_name_or_path": None}
+FP32 = {**BF16, "mixed_precision": "no"}
+HAS, NOT = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
+
+
+def launched(precision: str) -> dict[str, str]:
+    return {"ACCELERATE_MIXED_PRECISION": precision}
+
+
 ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str, Any]] = [
-    ({"kind": "cuda"}, {}, mini, "--resolution 512", {"gradient_checkpointing": True}),
-    ({"kind": "cuda"}, {}, mini, "--resolution 504", {"gradient_checkpointing": False}),
-    ({"kind": "cpu"}, {}, mini, "--resolution 512", {"gradient_checkpointing": False}),
-    (
-        {"kind": "cuda"},
-        {},
-        mini,
-        "--resolution 512 --gradient_checkpointing False",
-        {"gradient_checkpointing": False},
-    ),
-    ({"kind": "cpu"}, {}, mini, "--gradient_checkpointing", {"gradient_checkpointing": True}),
-    precision("cpu", "", "no"),
-    precision("cuda", "", "bf16"),
-    precision("cuda", "", "fp16", bf16=False),
-    precision("cuda", "", "bf16", "no"),
-    precision("cuda", "", "fp16", "fp16"),
-    precision("cuda", "--mixed_precision no", "no", "fp16"),
-    precision("cpu", "", "bf16", "bf16"),
-    precision("mps", "", "no"),
-    ({"kind": "cuda", "bf16": False}, {}, mini, "", FP16_FREE),
+    (CUDA, {}, mini, "--resolution 512", HAS),
+    (CUDA, {}, mini, "--resolution 504", NOT),
+    (CPU, {}, mini, "--resolution 512", NOT),
+    (CUDA, {}, mini, "--resolution 512 --gradient_checkpointing False", NOT),
+    (CPU, {}, mini, "--gradient_checkpointing", HAS),
+    # the autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone
+    (CPU, {}, icons, "", FP32),
+    (CUDA, {}, icons, "", BF16),
+    ({**CUDA, "bf16": False}, {}, icons, "", FP16),
+    ({**CUDA, "bf16": False}, {}, mini, "", {**FP16, "pretrained_vae_model_name_or_path": None}),
+    (CUDA, launched("no"), icons, "", BF16),
+    (CUDA, launched("fp16"), icons, "", FP16),
+    (CUDA, launched("fp16"), icons, "--mixed_precision no", FP32),
+    (CPU, launched("bf16"), icons, "", BF16),
+    ({"kind": "mps"}, {}, icons, "", FP32),
     # --scale_lr counts batch, accumulation and processes; the rate of text encoders stays
+    (CUDA, THREE, mini, SCALED, {"auxiliary_learning_rate": None, "learning_rate": 24e-4}),
     (
-        {"kind": "cuda"},
-        THREE,
-        mini,
-        f"{SCALED} --auxiliary_learning_rate 1e-4",
-        {"learning_rate": 24e-4, "auxiliary_learning_rate": 12e-4, "text_encoder_lr": 5e-6},
+        *(CUDA, THREE, mini, f"{SCALED} --auxiliary_learning_rate 1e-4"),
+        {"auxiliary_learning_rate": 12e-4, "text_encoder_lr": 5e-6},
     ),
-    ({"kind": "cuda"}, THREE, mini, SCALED, {"auxiliary_learning_rate": None}),
-    ({"kind": "cuda"}, THREE, mini, "", {"learning_rate": 2e-4}),
-    ({"kind": "cuda"}, THREE, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
-    ({"kind": "cpu", "missing": {"tensorboard"}}, {}, mini, "", {"log_with": None}),
+    (CUDA, THREE, mini, "", {"learning_rate": 2e-4}),
+    (CUDA, THREE, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
+    ({**CPU, "missing": {"tensorboard"}}, {}, mini, "", {"log_with": None}),
 ]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,34 +28,28 @@ def recipe(folder: Path, text: str | bytes) -> list[str]:
     return ["--config", str(path)]
 
 
-def test_a_recipe_gives_values_and_flags_win(tmp_path: Path) -> None:
-    argv = recipe(
-        tmp_path,
-        "dataset: mini\nlearning_rate: 1e-3\nrank: 8\ncache_latents: no\ncenter-crop: true\n"
-        "auxiliary_rank: null\nvalidation_prompts: [a lion, a frog]\nrho: ~\n",
-    )
-    cfg = resolve([*argv, "--rank", "16"])
-    assert (cfg.dataset_name, cfg.learning_rate, cfg.rank, cfg.lora_alpha) == ("mini", 1e-3, 16, 32)
-    assert (cfg.cache_latents, cfg.center_crop, cfg.auxiliary_rank) == ("no", True, None)
-    assert (cfg.validation_prompts, cfg.rho) == (["a lion", "a frog"], 0.05)
+TEXTS = ["1:30", "0o10", "010", "1.10", "1_0:00", "yes", "off", "2024-01-01", "0x10", "1e3"]
+"""YAML 1.1 makes 90, 8, 1.1, 1000, True and a date of these."""
+READ: list[tuple[str, str, dict[str, Any]]] = [
+    ("dataset: mini\nrank: 8\n", "--rank 16", {"dataset_name": "mini", "lora_alpha": 32}),
+    ("cache_latents: no\ncenter-crop: true\n", "", {"cache_latents": "no", "center_crop": True}),
+    ("auxiliary_rank: null\nrho: ~\n", "", {"auxiliary_rank": None, "rho": 0.05}),
+    ("validation_prompts: [a lion, a frog]", "", {"validation_prompts": ["a lion", "a frog"]}),
+    (f"validation_prompts: [{', '.join(TEXTS)}]", "", {"validation_prompts": TEXTS}),
+    ("rank: 010\nlearning_rate: 1e-3", "", {"rank": 10, "learning_rate": 1e-3}),  # as by a flag
+    # a flag replaces its alternative
+    ("max_train_steps: 9", "--num_train_epochs 2", {"max_train_steps": None}),
+    ("instance_data_dir: images", "", {"dataset_name": "mini", "instance_data_dir": None}),
+]
 
 
-def test_a_value_is_the_text_that_stands_there(tmp_path: Path) -> None:
-    """YAML 1.1 makes 90, 8, 1.1, 1000, True and a date of these."""
-    texts = ["1:30", "0o10", "010", "1.10", "1_0:00", "yes", "off", "2024-01-01", "0x10", "1e3"]
-    lines = "".join(f"- {text}\n" for text in texts)
-    cfg = resolve(recipe(tmp_path, f"dataset: mini\nvalidation_prompts:\n{lines}rank: 010\n"))
-    assert cfg.validation_prompts == texts
-    assert cfg.rank == 10  # as by --rank 010
-
-
-def test_a_flag_replaces_its_alternative_in_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").touch()
-    argv = recipe(tmp_path, "dataset: mini\nmax_train_steps: 9\ninstance_prompt: TOK\n")
-    argv += ["--instance_data_dir", str(tmp_path / "images"), "--num_train_epochs", "2"]
-    cfg = resolve(argv)
-    assert (cfg.dataset_name, cfg.max_train_steps, cfg.num_train_epochs) == (None, None, 2)
+@pytest.mark.parametrize(("text", "words", "expected"), READ)
+def test_a_recipe_gives_values_as_their_text_and_flags_win(
+    text: str, words: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    start = [] if "dataset: " in text else ["--dataset", "mini"]
+    cfg = resolve([*recipe(tmp_path, text), *start, *words.split()])
+    assert {name: getattr(cfg, name) for name in expected} == expected
 
 
 def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
@@ -74,7 +69,7 @@ def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
         ("dataset: mini\nrank: {a: 1}\n", '"rank".*single value'),
         ("dataset: mini\nrank: null\n", '"rank".*single value'),
         ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),
-        ("dataset: mini\nconfig: other.yaml\n", 'unknown key "config"'),
+        ("dataset: mini\nconfig: other.yaml\n", 'unknown option "config"'),
         # what is no file of options
         ("dataset: mini\n  rank: 4\n", "line 2"),
         ("- mini\n", "holds no options"),

@@ -98,7 +98,7 @@ FOLDERS: list[tuple[str, str]] = [
     ),
 ]
 TEXTS: list[tuple[str, str]] = [
-    ("--resolution 64", "unknown flag"),
+    ("--resolution 64", "unknown option"),
     ("--compile", "--compile is no option here.*image models.*drop it"),
     ("--task sst-2", 'did you mean "sst2"'),
 ]

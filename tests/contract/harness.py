@@ -44,6 +44,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Bi-LoRA's own options, of which any two are tried together."""
 
 
+def allowed(name: str, option: str, **own: Any) -> bool:
+    """Test that the table of combinations lets these through."""
+    facts = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
+    weights = "nf4" if option == "nf4" else "none"
+    return refusals.refused({"method": name, "quantize": weights, **facts, **own}) is None
+
+
 def combos() -> list[tuple[str, str, str]]:
     """(method, option, kind of model): everything that is allowed."""
     return [
@@ -57,18 +64,8 @@ def combos() -> list[tuple[str, str, str]]:
 
 def rotation() -> list[tuple[str, str, str]]:
     """Every method once, with options of the adapters and kinds of models in turn."""
-    chosen = []
-    for turn, name in enumerate(names()):
-        own = [case for case in combos() if case[0] == name]
-        chosen.append(own[4 * turn % len(own)])
-    return chosen
-
-
-def allowed(name: str, option: str, **own: Any) -> bool:
-    """Test that the table of combinations lets these through."""
-    said = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
-    held = "nf4" if option == "nf4" else "none"
-    return refusals.refused({"method": name, "quantize": held, **said, **own}) is None
+    by_method = [[case for case in combos() if case[0] == name] for name in names()]
+    return [cases[4 * turn % len(cases)] for turn, cases in enumerate(by_method)]
 
 
 def pairwise(name: str) -> list[dict[str, Any]]:

@@ -64,39 +64,27 @@ def tiny_t5() -> Any:
     return T5ForConditionalGeneration(config)
 
 
+SMALL: dict[str, Any] = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+    "num_attention_heads": 4,
+}
+
+
 def tiny_llm() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+    special: Any = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes: Any = {"vocab_size": WORDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **sizes, **special))
 
 
 def tiny_clip(projection: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=30,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=16,
-        max_position_embeddings=8,
-        eos_token_id=29,
-    )
+    sizes: dict[str, Any] = {"vocab_size": 30, "projection_dim": 16, "eos_token_id": 29}
+    config = CLIPTextConfig(**SMALL, **sizes, max_position_embeddings=8)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 

@@ -39,6 +39,7 @@ INLINE = re.compile(
 )
 PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit", "bilora")
 TRAINING = {"train_dreambooth_bilora.py": resolve, "train_text_bilora.py": resolve_text}
+TRAINING |= {"train": resolve, "text": resolve_text}  # of the command `bilora`
 END = "\x1e"
 BASH = shutil.which("bash") or "bash"
 
@@ -87,20 +88,13 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert extras <= set(project["optional-dependencies"])
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
-    elif program == "bilora":
-        if rest[0] in ("train", "text"):
-            {"train": resolve, "text": resolve_text}[rest[0]](rest[1:])
-        else:
-            check_module(
-                importlib.import_module("bilora_diffusion.export.cli"), rest[1:], monkeypatch
-            )
     elif program == "accelerate":
         assert rest[0] == "launch"
         launch = launch_command_parser().parse_args(rest[1:])
-        if launch.module:
-            check(["bilora", *launch.training_script_args], monkeypatch)
-        else:
-            check_script(launch.training_script, launch.training_script_args, monkeypatch)
+        inner = "bilora" if launch.module else launch.training_script
+        check_script(inner, launch.training_script_args, monkeypatch)
+    elif program == "bilora":
+        check_script(program, rest, monkeypatch)
     elif rest[0] == "-m":
         check_module(importlib.import_module(rest[1]), rest[2:], monkeypatch)
     else:
@@ -109,12 +103,16 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A script: those that train also check what their options mean together."""
+    if name == "bilora":
+        name, *argv = argv
     if name in TRAINING:
         TRAINING[name](argv)
-        return
-    assert (ROOT / name).is_file()
-    monkeypatch.syspath_prepend(ROOT / Path(name).parent)
-    check_module(importlib.import_module(Path(name).stem), argv, monkeypatch)
+    elif name == "export":
+        check_module(importlib.import_module("bilora_diffusion.export.cli"), argv, monkeypatch)
+    else:
+        assert (ROOT / name).is_file()
+        monkeypatch.syspath_prepend(ROOT / Path(name).parent)
+        check_module(importlib.import_module(Path(name).stem), argv, monkeypatch)
 
 
 def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

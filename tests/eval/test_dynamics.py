@@ -91,10 +91,10 @@ def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """Five seeds of Bi-LoRA, whose auxiliary moves at the end only, and two of LoRA-SAM."""
+    """Three seeds of Bi-LoRA, whose auxiliary moves at the end only, and two of LoRA-SAM."""
     folder = tmp_path_factory.mktemp("late")
     course = {AUXILIARY: lambda step: (step / 10) ** 20 * (1 if step == 10 else 0.1)}
-    runs = [recorded_runs.make(folder / f"b{s}", "bilora", s, course=course) for s in range(5)]
+    runs = [recorded_runs.make(folder / f"b{s}", "bilora", s, course=course) for s in range(3)]
     ratio = (100.0, 2e4, 3e4)
     runs += [recorded_runs.make(folder / f"sam{s}", "lora-sam", s, ratio=ratio) for s in range(2)]
     assert dynamics.main([*map(str, runs), "--output_dir", str(folder / "out")]) == 0
@@ -115,7 +115,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
         assert line.mean == pytest.approx(np.mean([*settled.values()]))
     curve = result.curve("Bi-LoRA", "auxiliary/product")
     rows = result.select("auxiliary/product", "Bi-LoRA")
-    values = np.array([row.value for row in rows], dtype=float).reshape(5, 11)  # runs of steps
+    values = np.array([row.value for row in rows], dtype=float).reshape(3, 11)  # runs of steps
     assert [point.mean for point in curve] == pytest.approx(values.mean(0))
     assert result.summary("Bi-LoRA", "chance column_overlap") is not None
     lag, above = (

@@ -55,17 +55,17 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
 
 
 def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> Outcome:
-    curve = curves[cell.arm][cell.seed]
+    curve = curves[cell.variant][cell.seed]
     if not curve:
-        return Outcome(cell.name, cell.arm, cell.seed, "failed", 2, "the loss is not finite")
+        return Outcome(cell.name, cell.variant, cell.seed, "failed", 2, "the loss is not finite")
     log = RunLog(runs / cell.name)
     log.start({}, method="lora", seed=cell.seed, resume_step=None)
     for step, (heldout, training) in enumerate(curve):
         if step:
-            log.metric(step, digest=f"{digests.get(cell.arm)}{cell.seed}", seconds=0.1 * step)
+            log.metric(step, digest=f"{digests.get(cell.variant)}{cell.seed}", seconds=0.1 * step)
         log.metric(step, heldout_loss=heldout, train_grid_loss=training)
     log.close("finished", steps=len(curve) - 1)
-    return Outcome(cell.name, cell.arm, cell.seed, "finished")
+    return Outcome(cell.name, cell.variant, cell.seed, "finished")
 
 
 def line(result: Result, arm: str, metric: str) -> Summary:
@@ -124,7 +124,7 @@ def test_a_missing_cell_leaves_the_other_seeds(
     told = capsys.readouterr()
     assert "| bilora | 1/2 | 80.00 | -10.00 [n/a], 1/1 |" in told.out
     assert "| no | 0/2 | n/a |" in told.out
-    assert "error: 3 of 6 cells failed: " in told.err
+    assert "error: 3 of 6 runs failed: " in told.err
     assert "(exit code 2: the loss is not finite)" in told.err
     assert sum("failed (exit code 2): the loss is not finite" in n for n in result.notes) == 3
     assert result.settings["paired"]["bilora"] is True
@@ -133,8 +133,8 @@ def test_a_missing_cell_leaves_the_other_seeds(
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    ([RECIPE, "--over", "metod=lora"], 'unknown flag "--metod" (did you mean "--method"?)'),
-    ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the arms"),
+    ([RECIPE, "--over", "metod=lora"], 'unknown option "--metod" (did you mean "--method"?)'),
+    ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the variants"),
     (["none.yaml"], 'there is no recipe "none.yaml"'),
     ([RECIPE, "--runs_dir", "{tmp}/file"], "is not a folder that can be written"),
 ]
@@ -162,7 +162,7 @@ def test_a_dry_run_lists_the_cells_and_an_interrupt_says_how_to_go_on(
     folder = ["--runs_dir", str(tmp_path / "runs")]
     assert sweep.main([RECIPE, *words, *folder]) == 0
     told = capsys.readouterr().out
-    assert "3 arms x 2 seeds = 6 cells" in told
+    assert "3 variants x 2 seeds = 6 runs" in told
     assert told.count("accelerate.commands.launch") == 6
     assert list(tmp_path.iterdir()) == []
 

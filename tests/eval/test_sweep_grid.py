@@ -10,7 +10,7 @@ import pytest
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run.paths import ROOT
 from eval.sweep import axes
-from eval.sweep.grid import Arm, Grid, Planner, open_script
+from eval.sweep.grid import Grid, Planner, Variant, open_script
 
 RECIPE = ROOT / "recipes" / "mini.yaml"
 SCRIPT = "train_dreambooth_bilora.py"
@@ -24,7 +24,7 @@ def grid(
 
 
 def labels(found: Grid) -> list[str]:
-    return [arm.label for arm in found.arms]
+    return [arm.label for arm in found.variants]
 
 
 def test_the_product_comes_seed_by_seed() -> None:
@@ -49,7 +49,7 @@ def test_what_is_the_same_run_is_one_arm() -> None:
     assert len(found.cells) == 9
     spelled_out = {"method": "bilora", "rank": 4, "lora_alpha": 8.0, "rho": 0.05}
     arms = {"Bi-LoRA": {"method": "bilora"}, "spelled out": spelled_out, "smaller": {"rank": 2}}
-    also = {arm.label: arm.also for arm in grid("seed=0", arms=arms).arms}
+    also = {arm.label: arm.also for arm in grid("seed=0", arms=arms).variants}
     assert also == {"Bi-LoRA": ("spelled out",), "smaller": ()}
 
 
@@ -99,7 +99,7 @@ def test_axes_and_arms_are_read(tmp_path: Path) -> None:
     file.write_text(
         "lora: {method: lora}\nDoRA: {use-dora: true}\noff: {use_dora: false}\nplain:\n"
     )
-    arms = axes.load_arms(file)
+    arms = axes.load_variants(file)
     assert arms == {
         "lora": {"method": "lora"},
         "DoRA": {"use_dora": True},
@@ -119,9 +119,9 @@ def test_axes_and_arms_are_read(tmp_path: Path) -> None:
 def test_the_control_is_found_by_label_or_option() -> None:
     lora = {"method": "lora"}
     arms = (
-        Arm("lora", lora, also=("same",)),
-        Arm("lora + DoRA", {**lora, "use_dora": True}),
-        Arm("bilora, rho=0.1", {"method": "bilora", "rho": "0.1"}),
+        Variant("lora", lora, also=("same",)),
+        Variant("lora + DoRA", {**lora, "use_dora": True}),
+        Variant("bilora, rho=0.1", {"method": "bilora", "rho": "0.1"}),
     )
     found = Grid(arms, (0,), ())
     assert found.control(None) is arms[0]
@@ -131,9 +131,9 @@ def test_the_control_is_found_by_label_or_option() -> None:
     }
     for word, number in wanted.items():
         assert found.control(word) is arms[number]
-    with pytest.raises(UserError, match=r'is none of the arms \(did you mean "lora"\?\)'):
+    with pytest.raises(UserError, match=r'is none of the variants \(did you mean "lora"\?\)'):
         found.control("lor")
-    with pytest.raises(UserError, match="is none of the arms"):
+    with pytest.raises(UserError, match="is none of the variants"):
         found.control("method=full")
     with pytest.raises(UserError, match='fits "lora \\+ DoRA", "lora2": give the label of one'):
-        Grid((arms[1], Arm("lora2", {**lora, "rank": 2})), (0,), ()).control("method=lora")
+        Grid((arms[1], Variant("lora2", {**lora, "rank": 2})), (0,), ()).control("method=lora")

@@ -16,8 +16,7 @@ from bilora_diffusion.image.buckets import around, nearest, read
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.visits import VisitStream, centered_visits
-from bilora_diffusion.run import runlog
-from tests.scripts.runs import column, flags, resumes_exactly, train
+from tests.scripts.runs import column, flags, train
 
 SHAPES = {"a": (64, 64), "b": (80, 53), "c": (53, 80), "d": (200, 100), "e": (100, 190)}
 """Widths and heights."""
@@ -81,23 +80,22 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_five_shapes_train_however_a_step_is_divided(photos: Path, tmp_path: Path) -> None:
-    shared = settings(photos, max_train_steps=5, validation_dataset=photos, checkpointing_steps=4)
-    shared |= {"validation_loss_steps": 5, "trigger_word": "TOK", "cache_latents": "auto"}
-    runs = [
+    shared = settings(photos, max_train_steps=3, validation_dataset=photos)
+    shared |= {"validation_loss_steps": 3, "trigger_word": "TOK"}
+    whole, other = (
         train(
             tmp_path / f"{batch}",
-            **{**shared, "train_batch_size": batch, "gradient_accumulation_steps": 4 // batch},
+            **shared,
+            train_batch_size=batch,
+            gradient_accumulation_steps=4 // batch,
         )
         for batch in (4, 2)
-    ]
-    whole, other = runs
+    )
     assert column(whole, "digest") == column(other, "digest")
     assert column(whole, "loss") == pytest.approx(column(other, "loss"), abs=1e-6)
     assert column(whole, "grad_norm") == pytest.approx(column(other, "grad_norm"), rel=1e-4)
-    resumes_exactly(other, 4, **{**shared, "train_batch_size": 2, "gradient_accumulation_steps": 2})
-    rows = [row for row in runlog.read_metrics(whole) if "heldout_loss" in row]
-    assert len(rows) == 2
-    assert all(row["heldout_loss"] == row["train_grid_loss"] for row in rows)  # the same images
+    assert len(column(whole, "heldout_loss")) == 2
+    assert column(whole, "heldout_loss") == column(whole, "train_grid_loss")  # the same images
 
 
 def test_class_images_are_cut_as_their_steps_are(photos: Path, tmp_path: Path) -> None:
@@ -109,16 +107,7 @@ def test_class_images_are_cut_as_their_steps_are(photos: Path, tmp_path: Path) -
         assert len({visit.size for visit in visits}) == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("square", 'aspect_ratio_buckets "square" is no list of sizes'),
-        ("64", "is no list of sizes"),
-        ("64,64;", "is no list of sizes"),
-        ("70,64", "no multiple of 16: give 64,64"),
-        ("0,64", "no multiple of 16: give 16,64"),
-    ],
-)
-def test_what_is_no_bucket_is_refused(text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("text", ["square", "64", "64,64;", "70,64", "0,64"])
+def test_what_is_not_a_bucket_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f'"{text}.*--?aspect_ratio_buckets|buckets "{text}"'):
         read(text)

@@ -52,14 +52,15 @@ def test_a_trigger_word_inside_of_another_is_none(trigger: str, text: str, there
     assert with_trigger(text, trigger) == (text if there else f"{trigger}, {text}")
 
 
-def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags() -> None:
-    for first in ("TOK", "a photo of TOK"):
-        tagged = SimpleNamespace(label="x", prompts=lambda _, tag=first: [f"red, {tag}, sky, dog"])
-        orders = captions(tagged, trigger_word="TOK", shuffle_tags=True).every()
-        assert len(orders) > 1
-        for text in orders:
-            assert text.split(", ")[0] == first
-            assert sorted(text.split(", ")) == sorted([first, "red", "dog", "sky"])
+@pytest.mark.parametrize("first", ["TOK", "a photo of TOK"])
+def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first: str) -> None:
+    tagged = SimpleNamespace(label="x", prompts=lambda _: [f"red, {first}, sky, dog"])
+    orders = captions(tagged, trigger_word="TOK", shuffle_tags=True).every()
+    assert {text.split(", ")[0] for text in orders} == {first}
+    assert {tuple(sorted(text.split(", "))) for text in orders} == {
+        tuple(sorted([first, "red", "dog", "sky"]))
+    }
+    assert len(orders) > 1
 
 
 def test_tags_are_shuffled_and_all_texts_are_known_beforehand() -> None:

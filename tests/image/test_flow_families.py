@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -26,7 +27,6 @@ from bilora_diffusion.image.sampling import _sampler, generate
 from bilora_diffusion.train import compiling
 from bilora_diffusion.train.compiling import Blocks
 from tests.image.tiny import FILES, made, shared
-from tests.references.velocities import velocity
 
 SIDE = 64
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
@@ -35,13 +35,13 @@ LONG = ", ".join([PROMPT] * 8)
 WITHOUT = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
 """The guidance that is none; where it is 1, it is not here. FLUX.1 always is told one."""
 
-SD3 = "StableDiffusion3Pipeline"
+SD3, SCHNELL = "StableDiffusion3Pipeline", "FLUX.1 without an embedding of guidance"
 each_kind = pytest.mark.parametrize("kind", FILES)
 
 
 @cache
 def pipeline_of(kind: str) -> Any:
-    pipeline = made(kind)
+    pipeline = made("FluxPipeline", guidance_embeds=False) if kind == SCHNELL else made(kind)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
     return pipeline
@@ -91,7 +91,7 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(kind: str) -> None:
         torch.testing.assert_close(found[name][:1], values)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [*FILES, SCHNELL])
 @torch.no_grad()
 def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind: str) -> None:
     pipeline = pipeline_of(kind)
@@ -101,11 +101,8 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind: str) -
     sampler = _sampler(family, pipeline)
     output = sampler(
         **family.sampling(told, untold, WITHOUT.get(kind, 1.0)),
-        generator=[generator(3), generator(4)],
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=2,
-        output_type="latent",
+        **{"generator": [generator(3), generator(4)], "output_type": "latent"},
+        **{"height": SIDE, "width": SIDE, "num_inference_steps": 2},
     )
     start = x = noise_of(pipeline, [3, 4])
     for level, following in pairwise(sampler.scheduler.sigmas):
@@ -119,26 +116,16 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind: str) -
 
 @each_kind
 def test_the_shift_is_the_pipelines(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = pipeline_of(kind)
-    family = of(pipeline)
-    seen: list[float | None] = []
+    pipeline, seen = pipeline_of(kind), []
+    family, scheduler = of(pipeline), type(pipeline.scheduler)
 
-    class Seen(Exception):
-        pass
-
-    def set_timesteps(
-        self: Any,
-        num_inference_steps: Any = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(*_: Any, mu: float | None = None, **__: Any) -> None:
         seen.append(mu)
-        raise Seen
+        raise InterruptedError
 
-    monkeypatch.setattr(type(pipeline.scheduler), "set_timesteps", set_timesteps)
-    with pytest.raises(Seen):
+    monkeypatch.setattr(scheduler, "set_timesteps", set_timesteps)
+    with pytest.raises(InterruptedError):
         pipeline(prompt=PROMPT, height=SIDE, width=SIDE)
     if seen[0] is None:
         assert not pipeline.scheduler.config.use_dynamic_shifting
@@ -156,7 +143,9 @@ def test_the_loss_is_the_formula(kind: str) -> None:
 
     levels = module.denoising.sigmas[inputs["index"]]  # pyright: ignore[reportAttributeAccessIssue]
     s, x0, e = levels.double().view(-1, 1, 1, 1), inputs["latents"].double(), inputs["noise"]
-    v = velocity(pipeline, PROMPTS, ((1 - s) * x0 + s * e).float(), levels).double()
+    noisy, told = ((1 - s) * x0 + s * e).float(), of(pipeline).embed(pipeline, PROMPTS)
+    with torch.no_grad():
+        v = of(pipeline).predict(pipeline.transformer, noisy, levels, told).double()
     weight = s**-2 if scheme == "sigma_sqrt" else 1.0
     expected = (weight * (v - (e - x0)) ** 2).mean(dim=(1, 2, 3))
     assert expected.min() > 0.1
@@ -215,10 +204,8 @@ def test_gradients_reach_every_target(word: str, kind: str) -> None:
     assert reached == names - unread
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.slow if k == SD3 else pytest.mark.matrix) for k in FILES],
-)
+@pytest.mark.matrix
+@each_kind
 def test_compiled_blocks_give_the_same_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
     pipeline = made(kind)
@@ -315,11 +302,3 @@ def test_distilled_models_and_no_others_are_remarked_on_and_drawn_without_guidan
         generate(pipeline, [PROMPT], [0], size=SIDE, **settings)[0].tobytes() for settings in given
     )
     assert usual == told != other
-
-
-@torch.no_grad()
-def test_a_flux_model_without_guidance_embedding_is_not_told_any() -> None:
-    pipeline = made("FluxPipeline", guidance_embeds=False)
-    family, x, levels = of(pipeline), noise_of(pipeline, [0, 1]), torch.tensor([0.3, 0.7])
-    v = family.predict(pipeline.transformer, x, levels, family.embed(pipeline, PROMPTS))
-    torch.testing.assert_close(v, velocity(pipeline, PROMPTS, x, levels))

@@ -21,13 +21,8 @@ from tests.image.tiny import FILES, made
 BOTH = {f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")}
 FEED_FORWARD = {
     SDXL: {"ff.net.#.proj", "ff.net.#"},
-    "StableDiffusion3Pipeline": {
-        f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")
-    },
-    "FluxPipeline": {
-        *(f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")),
-        *("single_transformer_blocks.#.proj_mlp", "single_transformer_blocks.#.proj_out"),
-    },
+    "StableDiffusion3Pipeline": BOTH,
+    "FluxPipeline": BOTH | {f"single_transformer_blocks.#.proj_{p}" for p in ("mlp", "out")},
     "Flux2KleinPipeline": {f"ff{c}.linear_{p}" for c in ("", "_context") for p in ("in", "out")},
     "ZImagePipeline": {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"},
     "QwenImagePipeline": {f"{c}_mlp.net.#{p}" for c in ("img", "txt") for p in ("", ".proj")},

@@ -15,13 +15,11 @@ from PIL import Image
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import crops
-from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.denoising import Denoising
 from bilora_diffusion.image.flow import FlowMatching, mean_of_shown
 from bilora_diffusion.image.latents import weight_map
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.run import runlog
-from tests.scripts.runs import column, flags, resumes_exactly, train
+from tests.scripts.runs import column, resumes_exactly, train
 
 SIDE = 64
 
@@ -107,8 +105,6 @@ def test_masks_from_nowhere_are_refused(photos: Path) -> None:
     Image.new("L", (SIDE, SIDE), 255).save(photos / "a.mask.png")
     with pytest.raises(UserError, match=r"no mask of .*photos, from the .mask.png files"):
         open_images(str(photos)).require_masks()
-    with pytest.raises(UserError, match="--mask_column m with --alpha_mask is refused"):
-        resolve(flags(photos, mask_column="m", alpha_mask=True))
 
 
 def test_a_mask_is_cut_as_its_image_is() -> None:
@@ -148,25 +144,15 @@ def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -
         assert not gradient[2].any()
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        pytest.param({"cache_latents": "no", "dataloader_num_workers": 1}, marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_learns_what_is_shown(photos: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_a_run_learns_what_is_shown(photos: Path, tmp_path: Path) -> None:
     shared = {
-        **{"dataset": photos, "pretrained_model_name_or_path": "mini", "max_train_steps": 3},
-        **{"instance_prompt": "a TOK", "train_batch_size": 1, "checkpointing_steps": 1, **values},
+        **{"dataset": photos, "pretrained_model_name_or_path": "mini", "checkpointing_steps": 1},
+        **{"instance_prompt": "a TOK", "train_batch_size": 1},
     }
     run = train(tmp_path / "run", **shared)
-    resumes_exactly(run, 2, **shared)
-    outside = train(tmp_path / "outside", **shared, unmasked_weight=0.999)
+    resumes_exactly(run, 1, **shared, cache_latents="no", dataloader_num_workers=1)
     (photos / "a.mask.png").unlink()
     whole = train(tmp_path / "whole", **shared)
-    first, second = column(run, "loss"), column(whole, "loss")
-    assert first != second
-    assert column(outside, "loss") == pytest.approx(second, rel=1e-3)
+    assert column(run, "loss") != column(whole, "loss")
     assert column(run, "digest") != column(whole, "digest")
-    assert runlog.read_run(run)["status"] == "finished"

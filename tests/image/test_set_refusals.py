@@ -27,6 +27,7 @@ def write(name: str, content: str | bytes) -> Spoil:
 
 
 def row(text: str) -> Spoil:
+    """A metadata file of one row."""
     return write("metadata.jsonl", text)
 
 
@@ -62,6 +63,7 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (write("d.gif", b"GIF89a"), {}, ["d.gif", "--skip_bad_images"]),
     (write(os.fsdecode(b"\xff.png"), b"x"), {}, ["no file is called"]),
     (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
+    (lambda f: Image.new("F", (4, 4), 0.5).save(f / "d.tif"), {}, ["d.tif", "8 bits"]),
     (alone("x.heic"), {}, ["pillow-heif"]),
     (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
     (alone(), {}, ["holds no images"]),

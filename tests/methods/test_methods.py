@@ -24,7 +24,6 @@ from bilora_diffusion.methods import (
     register,
     registry,
 )
-from bilora_diffusion.methods.options import falling, rising
 from tests.contract.harness import Run
 from tests.contract.models import tiny_mlp
 
@@ -70,15 +69,6 @@ def test_the_registry_tells_what_a_method_reads() -> None:
     assert default_rho("flat-lora") == 0.1
     assert default_rho("lora") is None
     assert default_rho("nothing") is None
-
-
-def test_schedules() -> None:
-    options = MethodOptions(num_steps=4)
-    assert [options.progress(step) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1, 1]
-    assert [rising("linear", t) for t in (0, 0.25, 1)] == [0, 0.25, 1]
-    assert [rising("cosine", t) for t in (0, 0.5, 1)] == pytest.approx([0, 0.5, 1])
-    assert rising("constant", 0.1) == falling("constant", 0.1) == 1
-    assert falling("linear", 0.25) == 0.75
 
 
 def test_the_groups_of_several_targets() -> None:

@@ -179,7 +179,7 @@ def test_the_random_pipeline_is_genuine(tmp_path: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     tiny = tmp_path / "tiny"
-    done = process(BENCHMARKS / "make_random_sdxl.py", tiny, "--size", "tiny")
+    done = process(BENCHMARKS / "random_models.py", tiny, "--size", "tiny")
     assert done.returncode == 0, done.stderr
     assert "unet: 1,545,956 parameters" in done.stdout
     pipeline = StableDiffusionXLPipeline.from_pretrained(

@@ -53,13 +53,11 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(
     values |= {"validation_prompt": "a TOK icon of a rabbit", "num_validation_images": 1}
     folder = train(tmp_path / "run", **values)
     resumes_exactly(folder, 1, **values)
-    rows = [row for row in runlog.read_metrics(folder) if "heldout_loss" in row]
-    levels = [int(name.rpartition("/")[2]) for name in rows[0] if "by_level/" in name]
-    assert len(levels) == 10
-    assert levels == sorted(levels, reverse=True)
+    first = next(row for row in runlog.read_metrics(folder) if "heldout_loss" in row)
+    levels = [int(name.rpartition("/")[2]) for name in first if "by_level/" in name]
+    assert (len(levels), levels) == (10, sorted(levels, reverse=True))
     assert 0 < levels[-1] < levels[0] <= 1000
-    assert all(math.isfinite(row["heldout_loss"]) for row in rows)
-    assert len({row["heldout_loss"] for row in rows}) == 3
+    assert len(set(column(folder, "heldout_loss"))) == 3
     assert len(list(folder.glob("validation/*/*.png"))) == 1
     assert all(name.startswith("transformer.") for name in weights(folder))
     pipeline = load_pipeline(str(shared(kind)), dtype=torch.float32)
@@ -141,14 +139,6 @@ def test_what_others_leave_out_is_a_line(tmp_path: Path, caplog: Any) -> None:
     folder = train(tmp_path / "flux", **on("FluxPipeline", guidance_scale=2.0, max_train_steps=1))
     assert "no embedding of guidance" not in caplog.text
     assert runlog.read_run(folder)["config"]["guidance_scale"] == 2.0
-
-
-@pytest.mark.slow
-def test_an_autoencoder_at_rest_on_the_cpu_changes_nothing(tmp_path: Path) -> None:
-    values = on(SD3, cache_latents="no")
-    one, two = (train(tmp_path / str(o), **values, offload=o) for o in (False, True))
-    assert column(one, "loss") == column(two, "loss")
-    assert difference(one, two) == 0
 
 
 @pytest.mark.slow

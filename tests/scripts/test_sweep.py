@@ -70,7 +70,7 @@ def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(
     assert result.provenance is not None
     assert result.provenance.versions["torch"]
     assert (results / "report.md").read_text() in printed
-    assert "error: 1 of 3 cells failed: hot-seed0-" in errors
+    assert "error: 1 of 3 runs failed: hot-seed0-" in errors
     assert "not finite" in errors.splitlines()[-1]
     assert "| hot | 0/1 | n/a |" in printed
     for file in results.iterdir():

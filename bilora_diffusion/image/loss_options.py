@@ -1,0 +1,209 @@
+"""Options of noise levels and losses: diffusion, flow matching, prior preservation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..fields import Idle, option, unless
+from ..values import BATCHES, DECAYS, FACTORS, RATES, Range
+from .families import SDXL
+
+WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
+WITHOUT_ANY_PRIOR = Idle(
+    lambda v: not v["with_prior_preservation"] and not v["prior_prediction_weight"],
+    "without prior preservation",
+    "add `--prior_prediction_weight 1` or `--with_prior_preservation`, or drop it",
+)
+ON_FROZEN_ENCODERS = unless("train_text_encoder", True, "on frozen text encoders")
+ON_SDXL = Idle(
+    lambda v: v["pipeline"] == SDXL,
+    "on Stable Diffusion XL, which is not a flow model",
+)
+WITHOUT_GUIDANCE = Idle(
+    lambda v: not v["told_guidance"], "on a model that has no embedding of guidance"
+)
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """Options of image models alone: text encoders, noise levels, their attention."""
+
+    section: ClassVar[str] = "text encoders and loss"
+
+    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
+    text_encoder_lr: float | None = option(
+        None,
+        "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",
+        range=RATES,
+        idle=(
+            ON_FROZEN_ENCODERS,
+            Idle(
+                lambda v: (
+                    v["optimizer"] == "prodigy" and v["text_encoder_lr"] != v["learning_rate"]
+                ),
+                "on prodigy, which has one rate for all",
+                "give `--learning_rate` alone",
+                becomes="learning_rate",
+            ),
+        ),
+    )
+    adam_weight_decay_text_encoder: float = option(
+        1e-3,
+        "Weight decay of the text encoders' adapters.",
+        range=DECAYS,
+        idle=(ON_FROZEN_ENCODERS,),
+    )
+    do_edm_style_training: bool = option(
+        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
+    )
+    snr_gamma: float | None = option(
+        None,
+        "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
+        range=Range(1e6, "no signal-to-noise ratio of a schedule is higher", above=0),
+    )
+    snr_weighting: str = option(
+        "published",
+        "--snr_gamma for models that predict velocity: min(snr, gamma) / (snr + 1), as Section 3.4"
+        " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
+        " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
+        choices=("published", "diffusers"),
+        idle=(
+            Idle(
+                lambda v: v["snr_gamma"] is None,
+                "on an unweighted loss",
+                "add `--snr_gamma 5` or drop it",
+            ),
+        ),
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xFormers' attention instead of PyTorch's.", free=True
+    )
+    compile: bool = option(
+        False,
+        "Compile the denoiser's repeated blocks for training steps, adapters included, by"
+        " torch.compile; it needs a compiler (docs/trouble.md).",
+        free=True,
+    )
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """Options of flow-matching transformers: SD3, FLUX and later models."""
+
+    section: ClassVar[str] = "flow-matching models"
+
+    lora_layers: list[str] = option(  # noqa: RUF009
+        [],
+        "Layers of the denoiser that get adapters, of any image model: groups (attention,"
+        " feed-forward, convolutions, all-linear, all) and the ends of layers' names (to_k,"
+        " ff.net.2), with commas, plus signs or spaces between, such as attention+feed-forward."
+        " Default: attention, its projections.",
+        aliases=("--lora_target_modules",),
+    )
+    max_sequence_length: int | None = option(
+        None,
+        "Tokens of a prompt that are read. Default: as diffusers' script for the model (SD3 77,"
+        " Lumina 2 256, others 512).",
+        range=Range(4096, "no text encoder of these models reads more", at_least=1),
+        idle=(ON_SDXL,),
+    )
+    guidance_scale: float | None = option(
+        None,
+        "Guidance that a distilled model with an embedding of it (FLUX.1-dev) is told in training."
+        " Default: 3.5, as diffusers' script.",
+        range=Range(100, "images are spoiled by far less", at_least=0),
+        idle=(ON_SDXL, WITHOUT_GUIDANCE),
+    )
+    weighting_scheme: str | None = option(
+        None,
+        "How noise levels are drawn (logit_normal, mode) or weighed (sigma_sqrt, cosmap; arXiv"
+        " 2403.03206, Section 3.1). Default: as diffusers' script for the model (SD3 logit_normal,"
+        " others none).",
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
+        idle=(ON_SDXL,),
+    )
+    logit_mean: float = option(
+        0.0,
+        "Mean of logit_normal.",
+        range=Range(20, "all levels would be alike", at_least=-20),
+        idle=(ON_SDXL,),
+    )
+    logit_std: float = option(
+        1.0,
+        "Standard deviation of logit_normal.",
+        range=Range(100, "only the two ends would be drawn", above=0),
+        idle=(ON_SDXL,),
+    )
+    mode_scale: float = option(
+        1.29,
+        "Scale of mode.",
+        range=Range(1.75, "the density is negative beyond", at_least=-1),
+        idle=(ON_SDXL,),
+    )
+    precondition_outputs: bool = option(
+        False,
+        "Weigh the error of the velocity by the square of the noise level, so that it is that of"
+        " the clean image, as diffusers' script for SD3 does unless it is given 0.",
+        idle=(ON_SDXL,),
+    )
+    timestep_shift: str = option(
+        "pipeline",
+        "Noise levels: shifted as the pipeline shifts them at this resolution, or, where that"
+        " depends on the resolution (FLUX, Qwen-Image), none, as in diffusers' scripts.",
+        choices=("pipeline", "none"),
+        idle=(ON_SDXL,),
+    )
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """Prior preservation: class images that keep the model from forgetting."""
+
+    section: ClassVar[str] = "prior preservation"
+
+    with_prior_preservation: bool = option(
+        False, "Train on images of the class too, which the base model makes where they lack."
+    )
+    class_data_dir: str | None = option(
+        None,
+        "Folder of the class images; it is made and filled if need be.",
+        place=True,
+        idle=(WITHOUT_PRIOR,),
+    )
+    class_prompt: str | None = option(
+        None, "Prompt that stands for the class.", idle=(WITHOUT_ANY_PRIOR,)
+    )
+    prior_prediction_weight: float = option(
+        0.0,
+        "Keep the class without images of it: this much counts, in the loss, by what the adapters"
+        " change the prediction for --class_prompt on the training images. A step takes twice as"
+        " long.",
+        range=FACTORS,
+    )
+    num_class_images: int = option(
+        100,
+        "How many class images there must be.",
+        range=Range(100_000, "each lacking one is generated, in a second or more", at_least=1),
+        idle=(WITHOUT_PRIOR,),
+    )
+    prior_loss_weight: float = option(
+        1.0,
+        "Weight of the class images in the loss.",
+        range=FACTORS,
+        idle=(WITHOUT_PRIOR,),
+    )
+    sample_batch_size: int = option(
+        4,
+        "Images that are generated at a time, on each device.",
+        range=BATCHES,
+        idle=(WITHOUT_PRIOR,),
+        free=True,
+    )
+    prior_generation_precision: str | None = option(
+        None,
+        "Precision in which class images are generated. Default: on an accelerator fp16, for"
+        " flow-matching models bf16, where it has that; else fp32.",
+        choices=("no", "fp32", "fp16", "bf16"),
+        idle=(WITHOUT_PRIOR,),
+    )
