@@ -47,8 +47,7 @@ def options() -> Iterable[str]:
     yield table(("together", "why they are refused", "instead"), body)
     yield "## Options without effect"
     yield (
-        "They are named in one line and set aside: the run is that of the command line without"
-        " them."
+        "They are named in one line and ignored: the run is that of the command line without them."
     )
     yield table(("option", "has no effect", "instead"), _idle())
 

@@ -264,13 +264,10 @@ def test_any_number_is_a_configuration_or_a_sentence(data: st.DataObject) -> Non
     ("values", "pattern"),
     [
         ({"rank": 0}, "^rank is 0: "),
-        ({"rank": 10**12}, "^rank is "),
         ({"rank": "four"}, "^rank is 'four': give a number"),
-        ({"alpha": 1e300}, "^alpha is "),
         ({"rho": -1.0}, "^rho is -1.0: "),
         ({"dropout": float("nan")}, "^dropout is nan: "),
         ({"rho_norm": "scale"}, '^rho_norm .*did you mean "scaled"'),
-        ({"init": "pisa"}, '^init .*did you mean "pissa"'),
     ],
 )
 def test_the_api_has_the_same_ranges_under_its_own_names(
