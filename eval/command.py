@@ -25,7 +25,7 @@ COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", above=0)
 
 
-class Help(command_line.Help, argparse.RawDescriptionHelpFormatter):
+class CommandHelp(command_line.Help, argparse.RawDescriptionHelpFormatter):
     """Shows options as training does, and the text below them as it is written."""
 
 
@@ -44,7 +44,7 @@ class Parser(command_line.Sentences):
             prog=f"python -m {module}",
             description=summary,
             epilog=rest,
-            formatter_class=Help,
+            formatter_class=CommandHelp,
             allow_abbrev=False,
         )
         add_flags(self, groups, bare=True)

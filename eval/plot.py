@@ -121,9 +121,7 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
     for tick, group in zip(axis.get_yticklabels(), result.groups, strict=True):
         tick.set_color(styles[group]["color"])
     axis.set_ylim(len(result.groups) - 0.4, -0.6)
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(panel.xlabel)
-    axis.set_title(panel.title, fontsize=9)
+    finish(axis, panel.title, legend=False, xlabel=panel.xlabel)
 
 
 def positive(curve: Sequence[Summary]) -> list[Summary]:

@@ -61,18 +61,14 @@ class PromptOptions:
     general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
     max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
     seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
-    base_model: str | None = option(
-        None, "Hub id, folder or mini (default: what the runs were trained on)."
-    )
+    base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
     scorer: str | None = option(None, f"{SCORERS}.")
     scorer_revision: str | None = option(None, "Branch, tag or commit of a hub id after hf:.")
     captioner: str | None = option(None, f"{CAPTIONERS}.")
     captioner_revision: str | None = option(None, "Branch, tag or commit of a hub id after blip:.")
     skip_captions: bool = option(False, "No captions and no T2T.")
     control: str | None = option(None, "Compare with this label (default: the first but base).")
-    train_data: str | None = option(
-        None, "Set for memorization (default: the run's own); none leaves it out."
-    )
+    train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
     grid_prompts: int = option(6, "Rows of the grid of images.", range=COUNTS)
 
 

@@ -55,9 +55,7 @@ class LandscapeOptions:
     radius: float = option(1.0, "Radius of profiles and plane in the LoRA space.", range=POSITIVE)
     full_radius: float = option(0.3, "The same in the full space.", range=POSITIVE)
     points: int = option(21, "Points of each profile, an odd number.", range=COUNTS)
-    grid: int = option(
-        11, "Points of the plane's axes, an odd number; 0 for none.", range=COUNTS.or_zero
-    )
+    grid: int = option(11, "Points of the plane's axes, odd; 0 for none.", range=COUNTS.or_zero)
     grid_runs: int = option(
         1, "Runs of each group whose planes are averaged; 0 for all.", range=COUNTS.or_zero
     )

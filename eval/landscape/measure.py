@@ -14,14 +14,14 @@ from .sharpness import LANCZOS_VECTORS, TOLERANCE, sharpness, top_eigenvalue
 from .weights import Direction, Loss, Weight, evaluate, line, plane
 
 
-class Part(NamedTuple):
+class Measurement(NamedTuple):
     """One thing to be measured."""
 
     key: list[Any]
     measure: Callable[[Sequence[Weight], Loss], Any]
 
 
-def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator[Part]:
+def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator[Measurement]:
     """All parts of one space, first the loss at the weights themselves."""
     seed, positions, rho = settings["seed"], settings["positions"][space], settings["rho"]
     which = settings["full_weights"] if space == "full" else None
@@ -29,22 +29,22 @@ def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator
     def along(number: int) -> Callable[[Sequence[Weight], Loss], Any]:
         return lambda w, loss: line(w, loss, Direction(w, seed, number), positions)
 
-    yield Part(["start", space, which], _start)
+    yield Measurement(["start", space, which], _start)
     for number in range(settings["directions"]):
-        yield Part(["line", space, which, seed, number, positions], along(number))
+        yield Measurement(["line", space, which, seed, number, positions], along(number))
     options = {"steps": settings["ascent_steps"], "restarts": settings["restarts"], "seed": seed}
-    yield Part(
+    yield Measurement(
         ["sharpness", space, which, rho, options],
         lambda w, loss: asdict(sharpness(w, loss, rho, **options)),
     )
     if settings["eigenvalue"]:
-        yield Part(
+        yield Measurement(
             ["eigenvalue", space, which, seed, TOLERANCE, LANCZOS_VECTORS],
             lambda w, loss: asdict(top_eigenvalue(w, loss, seed=seed)),
         )
     if with_plane:
         grid = settings["grid_positions"][space]
-        yield Part(
+        yield Measurement(
             ["plane", space, which, seed, grid],
             lambda w, loss: plane(w, loss, (Direction(w, seed, 0), Direction(w, seed, 1)), grid),
         )

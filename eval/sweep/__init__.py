@@ -61,7 +61,7 @@ class SweepOptions:
     arms: Path | None = option(None, "YAML file: label to mapping of options.")  # noqa: RUF009
     set: list[str] = option([], "SweepOptions of all runs, NAME=VALUE.")  # noqa: RUF009
     control: str | None = option(
-        None, "The variant to compare with, by label or option (default: the first)."
+        None, "Variant to compare with, by label or option (default: first)."
     )
     metric: str = option(HELDOUT, "Key in metrics.jsonl.")
     higher_is_better: bool = option(False, "Of the metric, such as accuracy.")

@@ -49,9 +49,7 @@ class BenchmarkOptions:
     section = "benchmarks and models"
     benchmarks: str = option("", "Names with commas; see below.")
     control: str | None = option(None, "Compare with this row (default: LoRA, or the first).")
-    model_name_or_path: str | None = option(
-        None, "Base model (default: what the runs were trained on)."
-    )
+    model_name_or_path: str | None = option(None, "Base model (default: that of the runs).")
     tokenizer_name: str | None = option(None, "Its tokenizer (default: that of training).")
     revision: str | None = option(None, "Branch, tag or commit of the base model on the hub.")
     cache_dir: str | None = option(None, "Folder of downloads.")
@@ -64,9 +62,7 @@ class BenchmarkOptions:
         None, "Around each prompt (default: see below).", choices=("run", "none", *TEMPLATES)
     )
     include_path: list[Path] = option([], "Folders with tasks of the harness.")  # noqa: RUF009
-    limit: int | None = option(
-        None, "The first so many items of each task, for a trial.", range=COUNTS
-    )
+    limit: int | None = option(None, "First items of each task, for a trial.", range=COUNTS)
     eval_batch_size: int = option(8, "Prompts in one call of the model.", range=BATCHES)
     max_new_tokens: int | None = option(
         None, "Of HumanEval (default: 512) and MT-Bench (default: 1024).", range=TOKENS
@@ -100,9 +96,7 @@ class JudgeOptions:
 
     section = "MT-Bench"
     mtbench_questions: str | None = option(None, "JSONL file (default: the hub's set).")
-    judge_base_url: str | None = option(
-        None, "OpenAI-compatible, such as http://localhost:8000/v1."
-    )
+    judge_base_url: str | None = option(None, "OpenAI-compatible, as http://localhost:8000/v1.")
     judge_model: str | None = option(None, "Its name at the endpoint.")
 
 
