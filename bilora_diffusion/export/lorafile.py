@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..errors import UserError
+from ..errors import UserError, translated
 from ..lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
 from .peft_config import PeftConfig, adapter_config
 
@@ -185,7 +185,7 @@ def _read(path: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"There is no file {path}; check the path.")
     found, others, alphas = [], [], {}
-    try:
+    with translated(f"{path} is not a whole safetensors file", "write or download it again"):
         with safe_open(path, framework="numpy") as content:
             metadata = dict(content.metadata() or {})
             for key in content.keys():  # noqa: SIM118
@@ -198,10 +198,6 @@ def _read(path: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
         if scalars:  # torch, which knows more types of numbers, is imported for these alone
             with safe_open(path, framework="pt") as content:
                 alphas = {key: content.get_tensor(key) for key in scalars}
-    except (SafetensorError, OSError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}); write or download it again."
-        ) from error
     entries = [_entry(path, k, m, shape, dtype, alphas.get(k)) for k, m, shape, dtype in found]
     return entries, others, metadata
 

@@ -7,12 +7,13 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
-from ..errors import UserError
+from ..errors import UserError, translated
 from ..lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
 # Such expressions may take longer to search a name than anybody waits.
@@ -66,12 +67,10 @@ def _first(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, otherwise
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read an adapter_config.json and check the fields that say what the adapter does."""
-    try:
+    with _reading(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(fields, ensure_ascii=False).encode()  # halves of characters go into no file
-    except (ValueError, RecursionError, OSError) as error:
-        raise _damaged(path, error) from error
-    _validate(path, fields)
+        _validate(fields)
     return fields
 
 
@@ -85,10 +84,8 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
     beside = path.with_name(CONFIG)
     if (format == "peft" or path.name.startswith(Path(WEIGHTS).stem)) and beside.is_file():
         fields["model"] = read_config(beside)
-    try:
+    with _reading(path):
         described = json.loads(metadata.get(ADAPTER_METADATA, "{}")).items()
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise _damaged(path, error) from error
     for key, value in described:
         model, dot, name = key.rpartition(".")
         fields.setdefault(model if dot else "model", {})[name] = value
@@ -97,13 +94,14 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
             f"{path} has PEFT's keys, which do not say alpha, and no {CONFIG} beside it; put the"
             " adapter's there."
         )
-    config = {model: _validate(path, values) for model, values in fields.items()}
+    with _reading(path):
+        config = {model: _validate(values) for model, values in fields.items()}
     if odd := [values.peft_type for values in config.values() if values.peft_type != "LORA"]:
         raise UserError(f'{path} is an adapter of the kind "{odd[0]}"; give a LoRA.')
     return config
 
 
-def _validate(path: Path, fields: object) -> PeftConfig:
+def _validate(fields: object) -> PeftConfig:
     try:
         return PeftConfig.model_validate(fields)
     except ValidationError as error:
@@ -111,11 +109,9 @@ def _validate(path: Path, fields: object) -> PeftConfig:
         place = ".".join(str(step)[:40] for step in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         reason = f"{place}: {message}, not {reprlib.repr(first['input'])}".removeprefix(": ")
-        raise _damaged(path, reason) from error
+        raise ValueError(reason) from error
 
 
-def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(
-        f"The adapter configuration of {path} can't be read ({reason}); mend it or write the file"
-        " again."
-    )
+def _reading(path: Path) -> AbstractContextManager[None]:
+    sentence = f"The adapter configuration of {path} can't be read"
+    return translated(sentence, "mend it or write the file again")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from .. import adapters
 from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
 from ..durable import readable_as, replacing
-from ..errors import UserError
+from ..errors import UserError, reading, translated
 from ..run.checkpoint import load_tensors, require_same_settings
 from ..run.state_codec import separate
 
@@ -66,17 +66,13 @@ def restore(folder: Path, bilora: BiLoRA) -> None:
 
 def load_primary(folder: Path, bilora: BiLoRA) -> None:
     """Put the primary of a folder back, which `bilora.save_pretrained` wrote, if it fits."""
-    try:
-        saved = load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder / _WEIGHTS} can't be read ({error}); keep it in place."
-        ) from error
+    path = folder / _WEIGHTS
+    saved = reading(str(path), "keep it in place", lambda: load_file(path))
     named = adapters.named_parameters(bilora.model, PRIMARY)
     own = {adapters.peft_key(key): value for key, value in named.items()}
     heads = adapters.whole(bilora.model, PRIMARY)
     if missing := sorted({adapters.peft_path(key) for key in (*own, *heads)} - saved.keys()):
-        raise UserError(f"{folder / _WEIGHTS} lacks {missing[0]}; it is of another model.")
+        raise UserError(f"{missing[0]} is missing in {path}; it is of another model.")
     # of an init that changed the base weights the file has [B, -B0] and [A; A0]: the first part
     parts = {
         key: saved[adapters.peft_path(key)][tuple(slice(size) for size in value.shape)]
@@ -87,7 +83,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
+    with translated(f"{path} is truncated or altered", "resume from another checkpoint"):
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["bilora"])
         if settings["schema_version"] != _VERSION:
@@ -96,7 +92,3 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"bilora_diffusion reads {_VERSION}; resume with the version that wrote it."
             )
         return settings, load_file(path)
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is truncated or altered; resume from another checkpoint."
-        ) from error

@@ -1,4 +1,4 @@
-"""The text demo on the real SmolLM2, cut to a step."""
+"""The text demo on a small model; `make demo` is about the real one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from examples.demo_text import main
+from tests.text.text_builders import save_llama
 
 FLAGS = (
-    *("--max_train_steps", "1", "--max_train_samples", "2", "--train_batch_size", "1"),
-    *("--max_eval_samples", "1", "--max_predictions", "1", "--generation_max_new_tokens", "4"),
+    *("--max_train_steps", "2", "--max_train_samples", "8", "--train_batch_size", "1"),
+    *("--max_eval_samples", "2", "--max_predictions", "1", "--generation_max_new_tokens", "8"),
 )
 
 
@@ -18,13 +19,14 @@ FLAGS = (
 def test_it_trains_and_shows_answers_before_and_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "demo"
-    assert main(["--output_dir", str(folder), *FLAGS]) == 0
+    folder, model = tmp_path / "demo", save_llama(tmp_path / "model", chat=True)
+    argv = ["--output_dir", str(folder), "--model_name_or_path", str(model), *FLAGS]
+    assert main(argv) == 0
     said = capsys.readouterr().out
     for part in ("Problem:", "Before:", "After:", "Wanted:", "####", "Held-out loss per token"):
         assert part in said
     assert (folder / "adapter_model.safetensors").exists()
-    for step in (0, 1):
+    for step in (0, 2):
         assert (folder / "validation" / f"step-{step}" / "predictions.jsonl").exists()
 
 

@@ -30,7 +30,7 @@ POSITIONS = {"medium": 384**2 * 1536 * 2, "large": 192**2 * 2432 * 2}
 """Bytes that the tracer counted too many: it took SD3's table of positions, which is bf16 in a run,
 for fp32.
 """
-SLOW = ("Stable", "FLUX.2", "Z-Image", "Qwen-Image", "Krea", "Llama")
+SLOW = ("Stable", "FLUX", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
 def rows(named: Any) -> list[Any]:

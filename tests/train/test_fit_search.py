@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.fit.search import Curve, Plan, Search, Work, lowest, pooled
+from bilora_diffusion.train.fit.search import Curve, Plan, Search, Work, lowest
 from bilora_diffusion.train.fit.space import Options, Space, default_values, read_values, title
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
@@ -133,11 +133,6 @@ def test_a_configuration_that_cannot_go_on_takes_no_other_down() -> None:
     infinite = Search(PLAN, lambda works: [{0: np.ones(3), 20: np.full(3, np.inf)} for _ in works])
     infinite.run(space(rank=["4"]))
     assert list(infinite.out) == [(("rank", "4"),)]
-
-
-def test_losses_are_pooled_over_samples_at_common_steps() -> None:
-    one, two = {0: np.array([1.0]), 5: np.array([3.0])}, {0: np.array([2.0, 4.0])}
-    assert {step: list(values) for step, values in pooled([one, two]).items()} == {0: [1, 2, 4]}
 
 
 def test_options_that_a_method_does_not_read_are_no_difference() -> None:

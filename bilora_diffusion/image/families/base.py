@@ -22,8 +22,6 @@ STEPS = 25
 Conditions = dict[str, Any]
 """Inputs of a model beside the noisy latents, for n rows: tensors (n, ...), or lists of n
 tensors where rows differ in length."""
-
-
 Configs = Mapping[str, Mapping[str, Any]]
 """The configurations of denoiser and autoencoder, by the part."""
 
