@@ -10,14 +10,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import re
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import methods
+from bilora_diffusion.config import run as resolving
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.run.paths import ROOT, without_paths
@@ -33,6 +36,24 @@ MEASURED = (
 """Options that don't touch what is learned, but decide what there is to compare."""
 CONFIGS = {"train_dreambooth_bilora.py": DreamBoothConfig, "train_text_bilora.py": TextConfig}
 """Training script -> what its command line is read as."""
+
+
+@contextmanager
+def _each_remark_once() -> Iterator[None]:
+    """Within the context, what the training script remarks on many cells is logged once."""
+    seen = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > known
+
+    remarks = logging.getLogger(resolving.__name__)
+    remarks.addFilter(is_new)
+    try:
+        yield
+    finally:
+        remarks.removeFilter(is_new)
 
 
 @dataclass(frozen=True)
@@ -152,10 +173,11 @@ class Planner:
         if wrong := [seed for seed in given or () if not re.fullmatch(r"\s*-?\d+\s*", seed)]:
             raise UserError(f'seed is "{wrong[0]}": give whole numbers, as in --over seed=0..4.')
         seeds = None if given is None else tuple(map(int, given))
-        merged = self._merge(over, variants or {"": {}}, seeds[0] if seeds else None)
-        if seeds is None:
-            seeds = (int(self.read(merged[0].label, merged[0].values, None)[0].seed),)
-        cells = tuple(self._cell(variant, seed) for seed in seeds for variant in merged)
+        with _each_remark_once():
+            merged = self._merge(over, variants or {"": {}}, seeds[0] if seeds else None)
+            if seeds is None:
+                seeds = (int(self.read(merged[0].label, merged[0].values, None)[0].seed),)
+            cells = tuple(self._cell(variant, seed) for seed in seeds for variant in merged)
         return Grid(merged, seeds, cells)
 
     def _merge(

@@ -42,6 +42,12 @@ def test_the_product_comes_seed_by_seed() -> None:
     assert found.cells[5].name.startswith("method-lora-rank-4-seed1-")
 
 
+def test_what_is_remarked_on_all_cells_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    grid("method=lora,bilora", "seed=0..1", shared={"lr_scheduler": "constant_with_warmup"})
+    (remark,) = caplog.messages
+    assert "no warm-up" in remark
+
+
 def test_what_is_the_same_run_is_one_arm() -> None:
     found = grid("seed=0..2", "rho=0.01,0.05", arms={"LoRA": {"method": "lora"}, "": {}})
     assert labels(found) == ["LoRA", "rho=0.01", "rho=0.05"]  # LoRA does not read rho
