@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -127,10 +126,9 @@ def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) 
         guidance = settings.get("guidance", values["validation_guidance_scale"])
         guidance = family.guidance if guidance is None else guidance
         if settings.get("negative_prompt") and guidance <= family.unguided:
-            why = "" if math.isinf(family.unguided) else f" at a guidance of {guidance:g}"
             raise UserError(
                 f"number {number} of --validation_prompts has a negative prompt, and"
-                f" {family.title} draws without one{why}: drop it."
+                f" {family.title} reads none at a guidance of {guidance:g}: drop it."
             )
     for edge in edges:
         family.require_resolution(edge, model.configs)

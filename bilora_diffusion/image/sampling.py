@@ -97,14 +97,14 @@ def generate(
 def strength(models: Sequence[nn.Module], factor: float) -> Iterator[None]:
     """Within the context the primary adapters of these models act ``factor`` times as strongly."""
     found = [layer.scaling for _, layer in layers(nn.ModuleList(models), PRIMARY)]
-    before = [scaling[PRIMARY] for scaling in found]
+    before = [dict(scaling) for scaling in found]
     try:
-        for scaling, scale in zip(found, before, strict=True):
-            scaling[PRIMARY] = scale * factor
+        for scaling in found:
+            scaling[PRIMARY] *= factor
         yield
     finally:
-        for scaling, scale in zip(found, before, strict=True):
-            scaling[PRIMARY] = scale
+        for scaling, scales in zip(found, before, strict=True):
+            scaling.update(scales)
 
 
 def _sampler(family: Family, pipeline: Any) -> Any:

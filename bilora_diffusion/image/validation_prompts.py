@@ -71,14 +71,16 @@ def read_prompts(
 def _split(item: str | dict[str, Any]) -> tuple[str, list[str]]:
     """A prompt and the words of its settings."""
     if isinstance(item, str):
-        prompt, *flags = _FLAG.split(item.strip())
+        text, *flags = _FLAG.split(item.strip())
+        prompt = text or (None if flags else "")
         pairs = [(*flag.split(None, 1), "")[:2] for flag in flags]
-        item = {"prompt": prompt or (None if flags else ""), **{n.lower(): v for n, v in pairs}}
-    given = {name: value for name, value in item.items() if value is not None}
-    if "prompt" not in given:
-        raise UserError("there is no prompt: put it before the settings.")
+        given = {name.lower(): value for name, value in pairs}
+    else:
+        given = {name: value for name, value in item.items() if value is not None}
+        prompt = given.pop("prompt", None)
+    if not isinstance(prompt, str):
+        raise UserError("there is no prompt: put one text before its settings.")
     for name, value in given.items():
         if not isinstance(value, str):
             raise UserError(f"{quoted(name)} is {quoted(value)}: give a single value.")
-    prompt = given.pop("prompt")
     return prompt, [f"--{name}={value}" for name, value in given.items()]
