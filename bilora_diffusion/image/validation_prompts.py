@@ -71,8 +71,8 @@ def read_prompts(
 def _split(item: str | dict[str, Any]) -> tuple[str, list[str]]:
     """A prompt and the words of its settings."""
     if isinstance(item, str):
-        text, *flags = _FLAG.split(item.strip())
-        prompt = text or (None if flags else "")
+        text, *flags = _FLAG.split(item)
+        prompt = text.strip() or None if flags else text
         pairs = [(*flag.split(None, 1), "")[:2] for flag in flags]
         given = {name.lower(): value for name, value in pairs}
     else:

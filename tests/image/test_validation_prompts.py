@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from bilora_diffusion.errors import UserError, run_cli
@@ -136,6 +137,7 @@ def test_images_equal_the_pipelines_with_the_same_settings(tmp_path: Path) -> No
     own = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
     prompts = ["--validation_prompts", own, "a TOK icon of a sun --s 2"]
     given = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
+    AcceleratorState._reset_state()  # of other tests in this process
     main([*flags(tmp_path, **given), *prompts])
     files = sorted(tmp_path.glob("validation/step-2/*.png"))
     images = [Image.open(file) for file in files]

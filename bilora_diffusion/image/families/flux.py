@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -45,7 +44,7 @@ class Flux(Family):
     )
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 3.5
-    unguided: ClassVar[float] = math.inf  # it is told its guidance, and reads one prompt
+    unguided: ClassVar[float] = 100.0  # it is told its guidance, and reads one prompt
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +29,7 @@ class Lumina2(Family):
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
-    unguided: ClassVar[float] = math.inf  # prompts are embedded with the system prompt here
+    unguided: ClassVar[float] = 100.0  # prompts are embedded with the system prompt here
 
     max_sequence_length: int = 256
 
