@@ -169,12 +169,12 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
 def _apply_prompts(values: dict[str, Any]) -> None:
     prompts, settings = read_prompts(_prompts(values["validation_prompts"]))
     strengths = (s["strength"] for s in settings if s.get("strength", 1.0) != 1.0)
-    facts = {name: values[name] for name in ("validation_prompt", "method", "init_lora_weights")}
-    facts |= {"more_prompts": bool(prompts), "strength": next(strengths, None)}
-    refusals.check(facts)
+    facts = {name: values[name] for name in ("method", "init_lora_weights")}
+    refusals.check({**facts, "strength": next(strengths, None)})
+    if values["validation_prompt"]:
+        prompts, settings = [values["validation_prompt"], *prompts], [{}, *settings]
+    values["validation_prompts"] = prompts
     values["validation_settings"] = settings if any(settings) else []
-    first = values["validation_prompt"]
-    values["validation_prompts"] = [first] if first else prompts
 
 
 def _prompts(given: list[Any]) -> list[Any]:

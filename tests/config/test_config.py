@@ -74,7 +74,7 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (mini, "--validation_prompt lion", {"validation_prompts": ["lion"]}),
     (
         mini,
-        "--validation_prompts one two --validation_prompts three",
+        "--validation_prompt one --validation_prompts two --validation_prompts three",
         {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
     ),
     # what goes by the held-out loss measures it twenty times, unless given

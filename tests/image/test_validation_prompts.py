@@ -111,12 +111,11 @@ def test_bad_settings_are_a_sentence_with_their_place(
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--validation_prompt", "b"), "--validation_prompt b"),
         (("--method", "full"), "--method full"),
         (("--init_lora_weights", "pissa"), "pissa"),
     ],
 )
-def test_what_a_strength_or_a_second_place_does_not_go_with(more: Any, named: str) -> None:
+def test_what_a_strength_does_not_go_with(more: Any, named: str) -> None:
     with pytest.raises(UserError, match=named):
         resolve([*DATA, "--validation_prompts", "a --am 0.5", *more])
 
