@@ -16,7 +16,7 @@ from bilora_diffusion.errors import UserError
 
 from .sources import BASE, Subject, find, run
 
-__all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "single"]
+__all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "single", "split"]
 
 
 def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -62,18 +62,18 @@ def gather(
     return [replace(one, label=label) for one, label in zip(subjects, labels, strict=True)]
 
 
-def single(words: Sequence[str]) -> list[Subject]:
-    """Subjects with their weights, each a group of its own; each may be given as LABEL=WORD.
+def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
+    """Subjects, by default with weights, each a group of its own, perhaps given as LABEL=WORD.
 
     Without a label it is called by its method's title, with its folder's name where two would be
     called alike.
     """
-    pairs = [_split(word) for word in words]
+    pairs = [split(word) for word in words]
     given = Counter(label for label, _ in pairs if label is not None)
     if repeated := [label for label, count in given.items() if count > 1]:
         raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
     _refuse_twice([word for _, word in pairs])
-    subjects = [_open(word, weights=True) for _, word in pairs]
+    subjects = [_open(word, weights) for _, word in pairs]
     titles = [label or one.group for (label, _), one in zip(pairs, subjects, strict=True)]
     names = [
         f"{title} ({one.label})" if titles.count(title) > 1 and title != one.label else title
@@ -182,7 +182,8 @@ def _unique(names: Sequence[str], taken: Iterable[str] = (), before: str = "-") 
     return unique
 
 
-def _split(word: str) -> tuple[str | None, str]:
+def split(word: str) -> tuple[str | None, str]:
+    """Label, if there is one, and the rest of LABEL=WORD."""
     label, equals, rest = word.partition("=")
     if not equals or "/" in label or Path(word).expanduser().exists():
         return None, word
