@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def run_cli(main: Callable[[], None]) -> int:
         The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and
         the signal's number (130 for Ctrl-C) after an interruption; 1 after any other exception,
         whose trace is in the file that the sentence names. With ``BILORA_TRACEBACK=1`` it is
-        printed too.
+        printed too. Of output that nobody reads any more nothing is said: 141.
     """
     try:
         main()
@@ -124,6 +125,8 @@ def run_cli(main: Callable[[], None]) -> int:
             print(str(stop) or "interrupted", file=sys.stderr)
         return _ended(stop, 128 + getattr(stop, "number", signal.SIGINT))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141
         if disk_is_full(error):
             _say(full_disk_sentence(error))
             return _ended(error, 2)
@@ -157,6 +160,17 @@ def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
 def _say(sentence: str, only_main: bool = False) -> None:
     if is_main_process() or not only_main:
         print(f"error: {strip_controls(' '.join(sentence.split()))}", file=sys.stderr)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more, as after ``| head``; from then on it leads nowhere."""
+    stdout = 1
+    poll = select.poll()
+    poll.register(stdout, 0)  # errors are told without being asked for
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes it at its end
+    return True
 
 
 def _ended(error: BaseException, code: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -56,3 +58,16 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
     monkeypatch.setenv("BILORA_TRACEBACK", "1")
     assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_ends_a_script_in_silence() -> None:
+    printing = "run_cli(lambda: print('x' * 2**20))"
+    code = f"import sys; from bilora_diffusion.errors import run_cli; sys.exit({printing})"
+    script = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert script.stdout is not None
+    assert script.stderr is not None
+    script.stdout.close()
+    assert script.stderr.read() == b""
+    assert script.wait() == 141

@@ -79,7 +79,7 @@ def initialise(
 
     Raises:
         UserError: the loss reaches no layer of a model.
-        TrainingError: a gradient is not finite.
+        TrainingError: a loss or a gradient is not finite.
     """
     wanted = [target for target in targets if adapters.layers(target.model, INITIAL)]
     gradients: Mapping[str, Mapping[str, Tensor]] = {}
@@ -127,7 +127,7 @@ def mean_gradients(
         the loss does not reach is missing.
 
     Raises:
-        TrainingError: a gradient is not finite.
+        TrainingError: a loss or a gradient is not finite.
     """
     logger.info("lora-ga: the mean gradient of %d samples", samples)
     half = any(
@@ -157,9 +157,13 @@ def _losses(
     step = task.num_samples << 32  # a whole number of epochs, beyond every run
     slots = range(samples)
     plan = [(step, tuple(slots[i : i + micro_batch])) for i in range(0, samples, micro_batch)]
-    on_cuda = device.type == "cuda"
     for batch in task.micro_batches(plan, samples):
-        with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
             losses = task.module(batch.on(device))
+        if not losses.isfinite().all():
+            raise TrainingError(
+                f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"
+                " look at these samples or use --init_lora_weights default."
+            )
         yield losses

@@ -231,7 +231,7 @@ class Trainer:
         return Checkpoint(
             step=self.step,
             tensors=self._tensors(),
-            optimizer=self._raw_optimizer().state_dict(),
+            optimizer=self.optimizer.optimizer.state_dict(),
             scheduler=self.lr_scheduler.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
             extra={
@@ -266,7 +266,7 @@ class Trainer:
         load_tensors(self._tensors(), saved.tensors)
         for target in self.method.targets:
             adapters.subtract_initial(target.model)
-        self._raw_optimizer().load_state_dict(saved.optimizer)
+        self.optimizer.optimizer.load_state_dict(saved.optimizer)
         self.lr_scheduler.load_state_dict(saved.scheduler)
         if saved.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
@@ -282,9 +282,6 @@ class Trainer:
         if constant and not self.method.depends_on_length:
             free |= {"max_train_steps", "num_train_epochs", "num_steps"}
         return free
-
-    def _raw_optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

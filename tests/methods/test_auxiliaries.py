@@ -82,7 +82,7 @@ def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option: str) -> 
     losses, tensors = [], []
     for pieces in (1, ROWS):
         options = {"auxiliaries": 3, "rho": 0.5}
-        given: Any = {"options": options, "optimizer": "SGD", "lr": 0.1, "pieces": pieces}
+        given: Any = {"options": options, "optimizer": "SGD", "lr": 0.1, "micro_batches": pieces}
         run = Small("bilora", option, "unet", **given).initialise()
         losses.append(run.train(2))
         tensors.append(run.tensors())
