@@ -9,18 +9,16 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bilora_diffusion.errors import UserError
 
 from . import digests, plot, report
 from .evaluation import Evaluation
 from .plot import Curve, Panel
-from .report import interval, number
-from .subjects import BASE, Subject, split
+from .subjects import Subject
 from .table import Entry, Metric, Result, Row, Summary
 
 HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
@@ -32,9 +30,8 @@ LOSS = Metric(
 Summarize = Callable[..., Sequence[Summary]]
 """Rows, and the group that is the ``control`` -> their summaries."""
 CHOSEN = (
-    "The best step by each score, and its difference to the run's last step. It is the best of"
-    " several by the same measurements, which flatters it. Differences are paired, so that their"
-    " intervals are narrower than the figure's bands, which are of means."
+    "The best step by each score, and its difference to the run's last step here. To be the best of"
+    " several by the same measurements flatters it. Differences are paired, the figure's bands not."
 )
 _SHOWN = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
 
@@ -62,20 +59,6 @@ class OverSteps(Evaluation):
         return report.section("Best steps", CHOSEN, report.listed(steps))
 
 
-def require_runs(words: Sequence[str]) -> None:
-    """Refuse what has no checkpoints: files, adapters, the base model."""
-    from bilora_diffusion.run.runlog import RUN  # here, so that --help does not wait for torch
-
-    if not words:
-        raise UserError("--steps is given without runs: name run folders.")
-    for word in (split(word)[1] for word in words):
-        if word == BASE or not Path(word, RUN).is_file():
-            raise UserError(
-                f'--steps is for checkpoints of run folders, and "{word}" is not one: name run'
-                " folders alone, or drop --steps."
-            )
-
-
 def read_steps(text: str) -> list[int] | None:
     """``40,80`` as numbers in order; None for ``all``."""
     words = [word.strip() for word in text.split(",")]
@@ -89,16 +72,14 @@ def read_steps(text: str) -> list[int] | None:
 def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     """Checkpoints of runs as subjects, each with its primary as the run would have exported it.
 
-    A group is a group of runs at one step, and "run" and "step" of ``about`` say which. The files
-    last as long as this process.
-
-    Args:
-        runs: without weights.
-        text: ``--steps``.
+    Their groups are those of the runs at one step, and "run" and "step" of ``about`` say which.
+    The files last as long as this process. ``text`` is that of ``--steps``.
     """
     from bilora_diffusion.export.checkpoints import export_checkpoint
     from bilora_diffusion.run import checkpoint
 
+    if not runs:
+        raise UserError("--steps is given without runs: name run folders.")
     given, several = read_steps(text), len({run.group for run in runs}) > 1
     place = Path(tempfile.mkdtemp(prefix="checkpoints-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
@@ -119,26 +100,22 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     return made
 
 
-def last_group(subjects: Sequence[Entry]) -> str:
-    """Group of the last step of the first run, which the others are compared with by default."""
-    own = [one for one in subjects if one.about["run"] == subjects[0].about["run"]]
-    return max(own, key=lambda one: one.about["step"]).group
+def last_group(subjects: Sequence[Entry]) -> str | None:
+    """Group of the first run's last step, the usual control; None without checkpoints."""
+    first = subjects[0].about.get("run")
+    own = [one for one in subjects if first and one.about["run"] == first]
+    return max(own, key=lambda one: one.about["step"]).group if own else None
 
 
-def heldout_loss(subject: Subject, **more: Any) -> Iterator[Row]:
+def heldout_loss(subject: Subject) -> list[Row]:
     """A row with the run's held-out loss at the checkpoint's step, if it was measured there."""
-    from bilora_diffusion.run.record import last_measured
-
-    assert subject.folder is not None
-    step, value = last_measured(subject.folder, subject.about["step"]).get(HELDOUT_LOSS, (-1, None))
-    if step == subject.about["step"] and value is not None:
-        yield subject.row(HELDOUT_LOSS, value, **more)
+    lines = [line for line in subject.log() if line["step"] == subject.about["step"]]
+    values = [line[HELDOUT_LOSS] for line in lines if HELDOUT_LOSS in line]
+    return [subject.row(HELDOUT_LOSS, value, seed=None) for value in values[-1:]]
 
 
 def curves(result: Result, summarize: Summarize) -> Result:
-    """The result over steps: a group is a run, values are as they are shown, and differences are to
-    the run's own last step.
-    """
+    """The result over steps: groups are runs, values as shown, differences to a run's last step."""
     runs: dict[str, dict[str, int]] = {}  # run -> group -> step
     for one in result.subjects:
         runs.setdefault(one.about["run"], {})[one.group] = one.about["step"]
@@ -149,7 +126,8 @@ def curves(result: Result, summarize: Summarize) -> Result:
             scale, values = result.metric(line.metric).scale, vars(line)
             shown = {n: None if values[n] is None else scale * values[n] for n in _SHOWN}
             lines.append(replace(line, group=run, step=steps[line.group], **shown))
-    measured = {line.metric for line in lines}
+    if not (measured := {line.metric for line in lines}):
+        raise UserError("the runs recorded no held-out figure at these steps: give --benchmarks.")
     names = sorted(result.metrics, key=lambda name: name.endswith("loss"))
     metrics = {n: replace(result.metrics[n], scale=1.0) for n in names if n in measured}
     entries = [Entry(run, run) for run in runs]
@@ -165,8 +143,7 @@ def draw(curves: Result, folder: Path) -> str:
         lines = [Curve(run, name, label=run, interval=True) for run in curves.groups]
         label, legend = "mean and 95 % interval" if banded else "", len(lines) > 1 and not panels
         panels.append(Panel(title, label, lines, legend=legend))
-    width = 2 if len(panels) == 4 else 3
-    rows = [panels[start : start + width] for start in range(0, len(panels), width)]
+    rows = [panels[start : start + 3] for start in range(0, len(panels), 3)]
     plot.panels(curves, folder / FIGURE, rows)
     return FIGURE
 
@@ -181,19 +158,12 @@ def best(curves: Result) -> list[str]:
                 continue
             sign = 1 if metric.higher_is_better else -1
             top = max(points, key=lambda point: sign * (point.mean or 0.0))
+            change = "the last"
+            if top.control:
+                change = f"to the last step {report.difference(top, metric)} {top.over}s better"
+            if ends := top.difference_interval:
+                change += f": the interval {'in' if ends[0] <= 0 <= ends[1] else 'ex'}cludes zero"
             head = f"{run}: " * (len(curves.groups) > 1) + metric.title
-            mean = number(top.mean, metric)
-            sentences.append(
-                f"{head}: best at step {top.step} ({mean}), {_beside_last(top, metric)}."
-            )
+            mean = report.number(top.mean, metric)
+            sentences.append(f"{head}: best at step {top.step} ({mean}), {change}.")
     return sentences
-
-
-def _beside_last(top: Summary, metric: Metric) -> str:
-    if top.difference is None:
-        return "and nothing to compare it with" if top.control else "the last"
-    change, ends = number(top.difference, metric, "+"), top.difference_interval
-    if ends is None:
-        return f"{change} to the last step, without an interval"
-    excludes = "excludes" if not ends[0] <= 0 <= ends[1] else "includes"
-    return f"{change} {interval(ends, metric, '+')} to the last step: the interval {excludes} zero"

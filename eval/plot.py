@@ -175,15 +175,10 @@ def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]
 
 
 def line(
-    axis: Any,
-    curve: Sequence[Summary],
-    color: Any,
-    label: str | None = None,
-    interval: bool = False,
-    **style: Any,
+    axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
 ) -> None:
-    """A curve with a band of one standard error or the interval; undefined points are gaps."""
-    alpha = style.pop("alpha", 0.15)
+    """A curve with a band of one standard error, or the ``interval``; undefined points are gaps."""
+    alpha, interval = style.pop("alpha", 0.15), style.pop("interval", False)
     steps = [point.step for point in curve]
     means = [math.nan if point.mean is None else point.mean for point in curve]
     errors = [math.nan if point.error is None else point.error for point in curve]

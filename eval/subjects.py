@@ -16,7 +16,7 @@ from bilora_diffusion.errors import UserError
 
 from .sources import BASE, Subject, find, run
 
-__all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "single", "split"]
+__all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "single"]
 
 
 def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -68,7 +68,7 @@ def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
     Without a label it is called by its method's title, with its folder's name where two would be
     called alike.
     """
-    pairs = [split(word) for word in words]
+    pairs = [_split(word) for word in words]
     given = Counter(label for label, _ in pairs if label is not None)
     if repeated := [label for label, count in given.items() if count > 1]:
         raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
@@ -182,8 +182,7 @@ def _unique(names: Sequence[str], taken: Iterable[str] = (), before: str = "-") 
     return unique
 
 
-def split(word: str) -> tuple[str | None, str]:
-    """Label, if there is one, and the rest of LABEL=WORD."""
+def _split(word: str) -> tuple[str | None, str]:
     label, equals, rest = word.partition("=")
     if not equals or "/" in label or Path(word).expanduser().exists():
         return None, word

@@ -118,7 +118,6 @@ class ClipScores(OverSteps):
 
     def subjects(self) -> list[Subject]:
         if self.args.steps is not None:
-            checkpoints.require_runs(self.args.runs)
             return checkpoints.of_runs(single(self.args.runs, weights=False), self.args.steps)
         if self.args.runs:
             return single(self.args.runs)
@@ -147,8 +146,8 @@ class ClipScores(OverSteps):
         self.seeds = settings.read_seeds(args.seeds)
         base = settings.base_model(subjects, args.base_model)
         self.names = settings.models(args, base)
-        last = None if args.steps is None else checkpoints.last_group(subjects)
-        self.control = compare.control(subjects, args.control or last, prefer=None)
+        given = args.control or checkpoints.last_group(subjects)
+        self.control = compare.control(subjects, given, prefer=None)
         self.prompts = settings.prompts(args)
         self.sampling = settings.sampling(args, base)
         self.training = measure.training_sets(subjects, args.train_data)
@@ -239,7 +238,7 @@ class ClipScores(OverSteps):
     def rows(self, subject: Subject) -> Iterable[Row]:
         yield from self.judge.rows(subject, self.jobs(subject))
         if self.args.steps is not None:
-            yield from checkpoints.heldout_loss(subject, seed=None)
+            yield from checkpoints.heldout_loss(subject)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from .. import compare

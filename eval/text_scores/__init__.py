@@ -34,7 +34,7 @@ from bilora_diffusion.fields import option
 from bilora_diffusion.values import BATCHES, TOKENS, Range
 
 from .. import checkpoints, report
-from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
+from ..checkpoints import OverSteps
 from ..command import COUNTS, POSITIVE, open_device
 from ..provenance import of_this_process
 from ..report import Column
@@ -121,8 +121,9 @@ class TextScores(OverSteps):
 
         quiet()
         plan.check(self.args)
-        if self.args.steps is not None:
-            self.args.benchmarks = self.args.benchmarks or benchmarks.HELDOUT
+        asked = self.args.benchmarks or benchmarks.HELDOUT
+        if self.args.steps is not None and benchmarks.HELDOUT_LOSS not in asked:
+            self.args.benchmarks = f"{asked},{benchmarks.HELDOUT_LOSS}"
         self.benchmarks, self.manager = plan.choose(self.args)
         only_heldout = all(benchmark.recorded for benchmark in self.benchmarks)
         pairs = bases.gather(self.args, only_heldout)
@@ -135,8 +136,8 @@ class TextScores(OverSteps):
         from . import benchmarks, plan
         from .models import Models
 
-        last = None if self.args.steps is None else checkpoints.last_group(subjects)
-        self.control = compare.control(subjects, self.args.control or last)
+        given = self.args.control or checkpoints.last_group(subjects)
+        self.control = compare.control(subjects, given)
         self.device = open_device(self.args.device)
         recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
         self.recorded = benchmarks.columns(subjects, recorded) if recorded else []
@@ -165,13 +166,6 @@ class TextScores(OverSteps):
                 yield subject.row(name, item.score, item=item.id, note=item.answer)
             for further, value in measured.further().items():
                 yield subject.row(f"{name} {further}", value)
-        with_loss = any(column.settings["metric"] == HELDOUT_LOSS for column in self.recorded)
-        for row in (
-            () if self.args.steps is None or with_loss else checkpoints.heldout_loss(subject)
-        ):
-            self.titles[HELDOUT_LOSS] = LOSS
-            self.settings["benchmarks"][HELDOUT_LOSS] = {"metric": HELDOUT_LOSS}
-            yield row
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """Differences over seeds, or over items where there are not two common seeds."""

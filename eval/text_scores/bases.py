@@ -48,13 +48,10 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
         only_heldout: runs of different training sets then share a row, as they do in Table 1, and
             the base model is what the runs of each seed measured before their first step.
     """
-    words = [word for word in args.runs if word != BASE]
+    whole = args.steps is None
+    words = [word for word in args.runs if word != BASE or not whole]
     if not args.runs and not args.group:
         raise UserError("nothing is given to score: name run folders, adapters, or base.")
-    whole = args.steps is None
-    if not whole:
-        named = [word for _, runs in subjects.read_groups(args.group) for word in runs]
-        checkpoints.require_runs([*args.runs, *named])
     given = subjects.gather(words, args.group, weights=whole) if words or args.group else []
     for subject in given:
         if subject.record and not subject.is_text:

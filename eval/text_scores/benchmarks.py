@@ -255,11 +255,10 @@ def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
         for key, (step, value) in last_measured(subject.folder, last).items()
         if key.startswith(PREFIX) and value is not None and at in (None, step)
     }
-    if not values and subject.kind != BASE:
-        where = "" if at is None else f" at step {at}"
+    if not values and subject.kind != BASE and at is None:
         raise UserError(
-            f"{subject.folder} recorded no held-out figure{where}: train it with --validation_file"
-            " or a task that has a validation set."
+            f"{subject.folder} recorded no held-out figure: train it with --validation_file or a"
+            " task that has a validation set."
         )
     return values
 

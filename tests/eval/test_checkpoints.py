@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from tests.eval.text_score_models import save_record
 ACCURACY = "heldout_accuracy"
 
 
-def make_run(folder: Path, seed: int = 0) -> Path:
-    """A text run with the checkpoints 10 and 20, which has not ended."""
-    rows = [(s, {HELDOUT_LOSS: 1 / s, ACCURACY: 0.5 + seed / 10 - s / 100}) for s in (5, 10, 20)]
+def make_run(folder: Path, seed: int = 0, steps: Sequence[int] = (5, 10, 20)) -> Path:
+    """A text run with the checkpoints 10 and 20, held-out figures of ``steps``, and no weights."""
+    rows = [(s, {HELDOUT_LOSS: 1 / s, ACCURACY: 0.5 + seed / 10 - s / 100}) for s in steps]
     save_record(folder, seed=seed, rows=rows)
     peft = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
     result = {"adapters": {"model": peft}, "averaged": []}
@@ -58,11 +59,11 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path: Path) -> None:
     assert found.control == "step 20"
     accuracy = [row.value for row in found.rows if row.metric == "heldout:cola:accuracy"]
     assert accuracy == pytest.approx([0.4, 0.3])
-    assert [row.value for row in found.select(HELDOUT_LOSS)] == [0.1, 0.05]
+    assert [row.value for row in found.select("heldout:cola:loss")] == [0.1, 0.05]
     assert found.figures == [checkpoints.FIGURE]
     assert (tmp_path / "out" / checkpoints.FIGURE).stat().st_size > 1000
     by_accuracy, by_loss = found.settings["best_steps"]
-    assert "best at step 10 (40.00), +10.00 to the last step" in by_accuracy
+    assert "best at step 10 (40.00), to the last step +10.00" in by_accuracy
     assert "best at step 20 (0.0500), the last" in by_loss
     assert by_accuracy in (tmp_path / "out" / table.REPORT).read_text()
     assert str(tmp_path) not in (tmp_path / "out" / table.FILE).read_text()
@@ -71,7 +72,18 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path: Path) -> None:
     both = table.read(tmp_path / "out")
     assert [one.label for one in both.subjects] == ["a step 20", "b step 20"]
     assert both.groups == ["step 20"]
-    assert both.summary("step 20", "heldout:cola:accuracy").interval == pytest.approx((0.3, 0.4))  # type: ignore[union-attr]
+    line = both.summary("step 20", "heldout:cola:accuracy")
+    assert line is not None
+    assert line.interval == pytest.approx((0.3, 0.4))
+
+
+def test_a_run_without_held_out_figures_at_its_checkpoints_is_refused(
+    tmp_path: Path, capsys: Any
+) -> None:
+    run = make_run(tmp_path / "run", steps=(5, 15))
+    argv = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
+    assert text_scores.main(argv) == 2
+    assert "no held-out figure" in capsys.readouterr().err
 
 
 def test_runs_of_several_rows_stand_before_their_steps(tmp_path: Path) -> None:
@@ -106,12 +118,10 @@ def test_the_best_step_and_how_sure_it_is(second: float, expected: str, tmp_path
     curves = over_steps(second)
     score, loss = checkpoints.best(curves)
     assert score.startswith("score: best at step 20 (")
-    assert score.endswith(f"to the last step: the interval {expected} zero.")
-    assert (
-        loss
-        == "held-out loss: best at step 10 (1.0000), -2.0000 to the last step, without an"
-        + (" interval.")
-    )
+    assert f"to the last step +{100 * second:.1f} [" in score
+    assert score.endswith(f"/12 items better: the interval {expected} zero.")
+    assert loss.startswith("held-out loss: best at step 10 (1.0000), to the last step -2.0000")
+    assert "zero" not in loss  # one value has no interval
     points = curves.over_training("dog", "i2t")
     assert [point.step for point in points] == [10, 20, 30]
     assert all(p.interval and p.mean and p.interval[0] < p.mean < p.interval[1] for p in points)
@@ -123,23 +133,25 @@ def test_the_best_step_and_how_sure_it_is(second: float, expected: str, tmp_path
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["RUN", "base", "--steps", "all"], '"base"'),
-        (["ADAPTER", "--steps", "all"], 'adapter" is not one'),
+        (["RUN", "base", "--steps", "all"], "base is not a run folder"),
+        (["--steps", "all"], "name run folders"),
+        (["FILE", "--steps", "all"], "a.safetensors is not a run folder"),
         (["RUN", "--steps", "10,15"], "no checkpoint of step 15; it has 10, 20"),
         (["EMPTY", "--steps", "all"], "has no checkpoints"),
         (["EMPTY", "--steps", "20"], "it has none"),
         (["RUN", "--steps", "soon"], '"soon"'),
+        (["RUN", "--steps", ""], '--steps is ""'),
     ],
 )
 def test_bad_input_is_one_sentence(
     words: list[str], named: str, command: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    (tmp_path / "adapter").mkdir()
+    (tmp_path / "a.safetensors").touch()
     places = {"RUN": make_run(tmp_path / "run"), "EMPTY": save_record(tmp_path / "empty")}
-    places["ADAPTER"] = tmp_path / "adapter"
+    places["FILE"] = tmp_path / "a.safetensors"
     argv = [str(places.get(word, word)) for word in words]
     assert command.main([*argv, "--output_dir", str(tmp_path / "out")]) == 2
-    *_, sentence = capsys.readouterr().err.strip().splitlines()
+    (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("error: ")
     assert named in sentence
     assert not (tmp_path / "out").exists()
