@@ -265,20 +265,33 @@ def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
     measured = every and "validation_loss_steps" not in given and _goes_by_the_loss(values)
     low = values["optimizer"] == "prodigy" and values["learning_rate"] <= LOW_FOR_PRODIGY
     warm = values["lr_warmup_steps"] or values.get("warmup_ratio")
-    remarks = {
-        f"the held-out loss is measured every {every} steps: change it with"
-        " --validation_loss_steps.": measured,
-        f"--rank {rank} comes with --lora_alpha {alpha:g}, the paper's ratio: for diffusers' add"
-        f" --lora_alpha {rank}.": "rank" in given and "lora_alpha" not in given,
-        f"{said('learning_rate', values['learning_rate'])} is low for prodigy, which multiplies it"
-        " with a rate of its own: 1.0 is usual.": low,
-        "--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.": not warm
-        and values["lr_scheduler"] == "constant_with_warmup",
-        "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so from"
-        " version 0.3.30 on, and not by A1111, as the model card says in full.": values["use_dora"]
-        and values.get("output_kohya_format"),
-    }
-    return [sentence for sentence, holds in remarks.items() if holds]
+    remarks = (
+        (
+            measured,
+            f"the held-out loss is measured every {every} steps: change it with"
+            " --validation_loss_steps.",
+        ),
+        (
+            "rank" in given and "lora_alpha" not in given,
+            f"--rank {rank} comes with --lora_alpha {alpha:g}, the paper's ratio: for diffusers'"
+            f" add --lora_alpha {rank}.",
+        ),
+        (
+            low,
+            f"{said('learning_rate', values['learning_rate'])} is low for prodigy, which multiplies"
+            " it with a rate of its own: 1.0 is usual.",
+        ),
+        (
+            values["lr_scheduler"] == "constant_with_warmup" and not warm,
+            "--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.",
+        ),
+        (
+            values["use_dora"] and values.get("output_kohya_format"),
+            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
+            " from version 0.3.30 on, and not by A1111, as the model card says in full.",
+        ),
+    )
+    return [sentence for holds, sentence in remarks if holds]
 
 
 def _check_packages(values: Mapping[str, Any]) -> None:
@@ -290,14 +303,13 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     tracker, optimizer = values["report_to"], values["optimizer"]
     check_choice("--report_to", tracker, (*TRACKERS, "all", "none"))
     xformers = "enable_xformers_memory_efficient_attention"
-    for option, package in {
-        f"--report_to {tracker}": tracker if tracker in TRACKERS else None,
-        "--quantize nf4": "bitsandbytes>=0.50"
-        if values["quantize"] == "nf4"
-        else None,  # else on CUDA alone
+    needed = {
+        f"--report_to {tracker}": tracker in TRACKERS and tracker,
+        "--quantize nf4": values["quantize"] == "nf4" and "bitsandbytes>=0.50",  # older: CUDA only
         f"--optimizer {optimizer}": OPTIMIZERS[optimizer].package,
-        f"--{xformers}": "xformers" if values.get(xformers) else None,
-    }.items():
+        f"--{xformers}": values.get(xformers) and "xformers",
+    }
+    for option, package in needed.items():
         if package:
             machine.require(package, option)
     if values["push_to_hub"] and values["hub_token"] is None:
