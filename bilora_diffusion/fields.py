@@ -59,6 +59,7 @@ class Option:
         choices: what it may be.
         words: what it may be instead of a number.
         aliases: further flags.
+        itemized: whether a list's flag may come several times, and a recipe's items be mappings.
     """
 
     help: str
@@ -69,6 +70,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     words: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    itemized: bool = False
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
@@ -208,7 +210,8 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     declared = option_of(field)
     usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
-        return {**usual, "type": typing.get_args(hint)[0], "nargs": "+"}
+        action = _Append if declared.itemized else "store"
+        return {**usual, "type": typing.get_args(hint)[0], "nargs": "+", "action": action}
     if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
         hint = typing.get_args(hint)[0]
     if hint in (int, float):
@@ -220,6 +223,15 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     if bare:
         return {"action": "store_true"}
     return {**usual, "type": _truth, "nargs": "?", "const": True}
+
+
+class _Append(argparse.Action):
+    """Adds to what the flag gave before."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        more: Any = before if isinstance(before, list) and before is not self.default else []
+        setattr(namespace, self.dest, [*more, *values])
 
 
 def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:

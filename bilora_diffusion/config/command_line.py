@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import UserError, did_you_mean
-from ..fields import add_flags, check, default_of, options_of
+from ..fields import add_flags, check, default_of, option_of, options_of
 from ..files import quoted
 from ..values import check_choice
 from .recipe import find_recipe, read_options
@@ -151,7 +151,7 @@ class CommandLine(Sentences):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
         names = {n: field for n, field in self._names().items() if n[:3] != "no_" and n != "config"}
         words: dict[str, str] = {}
-        lists: dict[str, list[str] | None] = {}
+        lists: dict[str, list[Any] | None] = {}
         try:
             for key, value in loaded.items():
                 if (name := names.get(key.replace("-", "_"))) is None:
@@ -168,15 +168,18 @@ class CommandLine(Sentences):
             raise UserError(f'in the recipe "{path}", {error}') from None
         return {**given, **{name: texts for name, texts in lists.items() if texts is not None}}
 
-    def _texts(self, name: str, value: Any) -> str | list[str] | None:
-        """A value of a recipe as on a command line; None where it is that of nobody's choice."""
+    def _texts(self, name: str, value: Any) -> str | list[Any] | None:
+        """A value of a recipe as on a command line, or with mappings for an itemized option; None
+        where it is that of nobody's choice.
+        """
         field = self._fields[name]
         items = value if isinstance(value, list) else [value]
         takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return None
         if (isinstance(value, list) and not takes_list) or not all(
-            isinstance(item, bool | str) for item in items
+            isinstance(item, bool | str) or (option_of(field).itemized and isinstance(item, dict))
+            for item in items
         ):
             raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]

@@ -82,18 +82,19 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
     if unread or embedded(base) or (kind == SDXL and not cfg.output_kohya_format):
         return
     steps, guidance = of(pipeline).drawing(pipeline)
-    if cfg.validation_guidance_scale is not None:
-        guidance = cfg.validation_guidance_scale
-    prompts = [*cfg.sampled_prompts, cfg.trigger_word, cfg.instance_prompt, "a photo"]
+    first = next(iter(cfg.samples), cfg.usual_sample)
+    prompts = [first["prompt"], cfg.trigger_word, cfg.instance_prompt, "a photo"]
     graph = workflow(
         pipeline,
         checkpoint=CHECKPOINTS.get(base, Path(base).name.lower()),
         lora=kohya_file_name(folder),
         prompt=next(filter(None, prompts)),
-        seed=cfg.seed,
-        side=cfg.resolution,
-        steps=cfg.validation_num_inference_steps or steps,
-        guidance=guidance,
+        seed=first["seed"],
+        size={side: first[side] for side in ("width", "height")},
+        steps=first["steps"] or steps,
+        guidance=guidance if first["guidance"] is None else first["guidance"],
+        against=first["negative_prompt"],
+        strength=first["strength"],
     )
     write_text(path, json.dumps(graph, indent=1) + "\n")
 
@@ -105,36 +106,40 @@ def workflow(
     lora: str,
     prompt: str,
     seed: int,
-    side: int,
+    size: dict[str, int],
     steps: int,
     guidance: float,
+    against: str = "",
+    strength: float = 1.0,
 ) -> Graph:
-    """The nodes that draw one square image.
+    """The nodes that draw one image.
 
     Args:
         pipeline: whose scheduler is to be followed.
         checkpoint: file of the model, without its ending.
+        size: width and height in pixels.
         guidance: as diffusers' pipeline is told.
+        against: negative prompt.
     """
     kind, graph = type(pipeline).__name__, Graph()
     model, clip, vae = _loaded(graph, kind, checkpoint)
-    given = {"model": model, "lora_name": lora, "strength_model": 1}
+    given = {"model": model, "lora_name": lora, "strength_model": strength}
     if kind == SDXL:  # adapters of the text encoders may be in the file
-        model = graph.add("LoraLoader", **given, clip=clip, strength_clip=1)
+        model = graph.add("LoraLoader", **given, clip=clip, strength_clip=strength)
         clip = [model[0], 1]
     else:
         model = graph.add("LoraLoaderModelOnly", **given)
-        model = _shifted(graph, pipeline, model, side)
+        model = _shifted(graph, pipeline, model, size)
     positive = graph.add("CLIPTextEncode", clip=clip, text=prompt)
-    if kind == FLUX or (kind == SDXL and pipeline.config.get("force_zeros_for_empty_prompt")):
+    zeros = kind == SDXL and pipeline.config.get("force_zeros_for_empty_prompt")
+    if kind == FLUX or (zeros and not against):
         negative = graph.add("ConditioningZeroOut", conditioning=positive)
     else:
-        negative = graph.add("CLIPTextEncode", clip=clip, text="")
+        negative = graph.add("CLIPTextEncode", clip=clip, text=against)
     if kind == FLUX:
         positive = graph.add("FluxGuidance", conditioning=positive, guidance=guidance)
     cfg = {FLUX: 1.0, Z_IMAGE: 1 + guidance, KREA2: 1 + guidance}.get(kind, max(1.0, guidance))
     told = {"model": model, "positive": positive, "negative": negative, "cfg": cfg}
-    size = {"width": side, "height": side}
     if kind == FLUX2:
         latent = graph.add(
             "SamplerCustomAdvanced",
@@ -188,15 +193,15 @@ def _loaded(graph: Graph, kind: str, checkpoint: str) -> tuple[Output, Output, O
     return model, clip, vae
 
 
-def _shifted(graph: Graph, pipeline: Any, model: Output, side: int) -> Output:
+def _shifted(graph: Graph, pipeline: Any, model: Output, size: dict[str, int]) -> Output:
     """The model with the shift of noise levels that the pipeline has at this size."""
     kind, family, config = type(pipeline).__name__, of(pipeline), pipeline.scheduler.config
     if kind == FLUX2:  # its scheduler's node has it
         return model
     dynamic = config.get("use_dynamic_shifting")
-    mu = family.mu(pipeline, family.tokens(side)) if dynamic else math.log(config.shift)
+    tokens = math.prod(size.values()) // family.patch**2
+    mu = family.mu(pipeline, tokens) if dynamic else math.log(config.shift)
     if kind in (FLUX, KREA2):
-        size = {"width": side, "height": side}
         return graph.add("ModelSamplingFlux", model=model, max_shift=mu, base_shift=mu, **size)
     node = "ModelSamplingSD3" if kind == SD3 else "ModelSamplingAuraFlow"
     return graph.add(node, model=model, shift=math.exp(mu))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -46,19 +47,24 @@ class DreamBoothConfig(
     """Every option of the script, flat, and what the base model's files say. Made by `resolve`.
 
     All that a run reads is decided: ``optimizer`` is in lower case, ``validation_prompts`` holds
-    all prompts, and ``max_train_steps`` is None only where epochs count.
+    the text of all prompts, and ``max_train_steps`` is None only where epochs count.
 
     Attributes:
+        validation_settings: the settings of each of ``validation_prompts`` (`PromptOptions`); []
+            where none has any.
         pipeline: the class of the base model's pipeline.
         told_guidance: whether it is told its guidance in training.
     """
 
+    validation_settings: list[dict[str, Any]] = field(default_factory=list)
     pipeline: str = ""
     told_guidance: bool = False
 
     modality: ClassVar[str] = "image"
     groups: ClassVar[tuple[Any, ...]] = GROUPS
-    without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
+    without_influence: ClassVar[frozenset[str]] = frozenset(
+        {*without_influence(GROUPS), "validation_settings"}
+    )
     without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType({"num_validation_images": 0})
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("dataset_name", "instance_data_dir"),
@@ -108,8 +114,31 @@ class DreamBoothConfig(
     @property
     def sampled_prompts(self) -> list[str]:
         """The prompt of each validation image, in their order."""
-        count = self.num_validation_images
-        return [prompt for prompt in self.validation_prompts for _ in range(count)]
+        return [sample["prompt"] for sample in self.samples]
+
+    @property
+    def usual_sample(self) -> dict[str, Any]:
+        """What a validation image is drawn with that has no settings; None is the model's."""
+        return {
+            **{"prompt": None, "negative_prompt": "", "seed": self.seed, "strength": 1.0},
+            **{"width": self.resolution, "height": self.resolution},
+            "guidance": self.validation_guidance_scale,
+            "steps": self.validation_num_inference_steps,
+        }
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """What each validation image is drawn with, in their order."""
+        prompts, usual = self.validation_prompts, self.usual_sample
+        each = [
+            {**usual, **own, "prompt": prompt}
+            for prompt, own in zip(prompts, self.validation_settings or cycle([{}]), strict=False)
+        ]
+        numbers = range(self.num_validation_images)
+        return [{**sample, "seed": sample["seed"] + n} for sample in each for n in numbers]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "validation_settings": self.validation_settings}
 
 
 def resolve(argv: Sequence[str] | None = None) -> DreamBoothConfig:

@@ -48,7 +48,7 @@ def moments(task: Any, device: torch.device) -> Moments:
     cut = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels, config = max(h * w for h, w in cut), pipeline.vae.config
     encoded = ENCODED * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
-    drawn = DECODED * cfg.resolution**2 if cfg.sampled_prompts else 0
+    drawn = DECODED * max((s["width"] * s["height"] for s in cfg.samples), default=0)
     channels = config.get("base_dim") or config["block_out_channels"][0]
     denoiser, places = task.models[family.denoiser], pixels // family.patch**2
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import ATTENTION
+from ..config import refusals
 from ..config.machine import device_type
 from ..errors import UserError, reading
 from ..files import folder_or_id, is_file, is_folder, quoted, read_text
@@ -18,6 +19,7 @@ from ..run.heldout_part import read_part
 from .base_model import SDXL_BASE, BaseModel, describe, folder_of
 from .buckets import sizes
 from .listing import look
+from .validation_prompts import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
@@ -118,7 +120,17 @@ def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) 
     if values["pretrained_vae_model_name_or_path"] is None and overflows:
         values["pretrained_vae_model_name_or_path"] = FP16_FIX
     side = values["resolution"] = values["resolution"] or model.side
-    for edge in {e for size in sizes(side, values["aspect_ratio_buckets"]) for e in size}:
+    edges = {e for size in sizes(side, values["aspect_ratio_buckets"]) for e in size}
+    for number, settings in enumerate(values["validation_settings"], start=1):
+        edges |= {settings[edge] for edge in ("width", "height") if edge in settings}
+        guidance = settings.get("guidance", values["validation_guidance_scale"])
+        guidance = family.guidance if guidance is None else guidance
+        if settings.get("negative_prompt") and guidance <= family.unguided:
+            raise UserError(
+                f"number {number} of --validation_prompts has a negative prompt, and"
+                f" {family.title} reads none at a guidance of {guidance:g}: drop it."
+            )
+    for edge in edges:
         family.require_resolution(edge, model.configs)
     if values["gradient_checkpointing"] is None:  # worth its time on CUDA from 512 pixels on
         large = side >= CHECKPOINTING_FROM
@@ -131,8 +143,7 @@ def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) 
 
 def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
     preset = PRESETS.get(values["dataset_name"] or "")
-    first = [values["validation_prompt"]] if values["validation_prompt"] else []
-    values["validation_prompts"] = first + _prompts(values["validation_prompts"])
+    _apply_prompts(values)
     if values["final_validation_prompt"] and not values["validation_prompts"]:
         values["validation_prompts"] = [values["final_validation_prompt"]]
         if "validation_epochs" not in given:
@@ -155,12 +166,23 @@ def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
         values["validation_dataset"] = None
 
 
-def _prompts(given: list[str]) -> list[str]:
-    if len(given) != 1 or not is_file(Path(given[0])):
+def _apply_prompts(values: dict[str, Any]) -> None:
+    prompts, settings = read_prompts(_prompts(values["validation_prompts"]))
+    strengths = (s["strength"] for s in settings if s.get("strength", 1.0) != 1.0)
+    facts = {name: values[name] for name in ("validation_prompt", "method", "init_lora_weights")}
+    facts |= {"more_prompts": bool(prompts), "strength": next(strengths, None)}
+    refusals.check(facts)
+    values["validation_settings"] = settings if any(settings) else []
+    first = values["validation_prompt"]
+    values["validation_prompts"] = [first] if first else prompts
+
+
+def _prompts(given: list[Any]) -> list[Any]:
+    if len(given) != 1 or not isinstance(given[0], str) or not is_file(Path(given[0])):
         return list(given)
     name = f'--validation_prompts "{given[0]}"'
     lines = read_text(Path(given[0]), name, MOST_PROMPT_BYTES).splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip() and line[0] != "#"]
     if not prompts:
         raise UserError(f"{name} is an empty file: write one prompt on each line.")
     return prompts

@@ -11,6 +11,7 @@ from ..mini import FOLDERS
 from ..values import SHARES, STEPS, WORKERS, Range
 from . import inputs
 from .base_model import SDXL_BASE, folder_of
+from .validation_prompts import GUIDANCES, SAMPLER_STEPS, SIDES
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
@@ -150,12 +151,7 @@ class DataOptions:
         None,
         "Side of the training images in pixels, a multiple of 8. Default: the size that the"
         " pipeline was made for (SDXL 1024, mini 64).",
-        range=Range(
-            8192,
-            "a larger image alone takes the autoencoder over 34 GB a layer",
-            at_least=8,
-            multiple_of=8,
-        ),
+        range=SIDES,
     )
     aspect_ratio_buckets: str | None = option(
         None,
@@ -215,7 +211,11 @@ class ValidationOptions:
         ),
     )
     validation_prompts: list[str] = option(  # noqa: RUF009
-        [], "More such prompts, or one text file with a prompt on each line."
+        [],
+        "Several such prompts, or one text file with a prompt on each line, with settings of their"
+        " own in kohya's form: --n negative prompt, --w and --h size, --d seed, --l guidance,"
+        " --s steps, --am strength of the adapter (docs/guide.md).",
+        itemized=True,
     )
     num_validation_images: int = option(
         4,
@@ -231,14 +231,14 @@ class ValidationOptions:
         None,
         "Steps of the sampler in which they are generated. Default: 25; of models that are"
         " distilled to a few steps as many as these take.",
-        range=Range(1000, "no scheduler here has more noise levels", at_least=1),
+        range=SAMPLER_STEPS,
         idle=(WITHOUT_PROMPT,),
     )
     validation_guidance_scale: float | None = option(
         None,
         "Guidance with which they are generated. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
-        range=Range(100, "images are spoiled by far less", at_least=0),
+        range=GUIDANCES,
         idle=(WITHOUT_PROMPT,),
     )
     skip_final_inference: bool = option(

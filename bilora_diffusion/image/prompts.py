@@ -19,9 +19,15 @@ def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
     return of(pipeline).embed(pipeline, prompts)
 
 
-def embed_negative(pipeline: Any, count: int) -> Conditions:
-    """Embeddings of ``count`` empty prompts with the pipeline's own text encoders."""
-    return of(pipeline).negative(pipeline, embed(pipeline, [""] * count))
+def embed_negative(pipeline: Any, count: int, prompts: Sequence[str] = ()) -> Conditions:
+    """Embeddings of ``count`` negative prompts, empty ones unless given, with the pipeline's own
+    text encoders.
+    """
+    empty = of(pipeline).negative(pipeline, embed(pipeline, [""] * count))
+    if not any(prompts):
+        return empty
+    told = zip(prompts, rows(embed(pipeline, prompts)), rows(empty), strict=True)
+    return joined([row if prompt else nothing for prompt, row, nothing in told])
 
 
 class PromptCache:
@@ -97,10 +103,13 @@ class PromptCache:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def with_negative(self, prompts: Sequence[str]) -> tuple[Conditions, Conditions]:
-        """Embeddings of ``prompts`` and of as many empty ones, as ``sampling.generate`` takes."""
-        empty = self([""] * len(prompts))
-        return self(prompts), self.family.negative(self._pipeline, empty)
+    def with_negative(
+        self, prompts: Sequence[str], negatives: Sequence[str] = ()
+    ) -> tuple[Conditions, Conditions]:
+        """Embeddings of ``prompts`` and of their negatives, empty ones unless given, as
+        ``sampling.generate`` takes.
+        """
+        return self(prompts), self.conditions(negatives or [""] * len(prompts))
 
 
 LISTED = "[]"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import nn
 
+from ..adapters.access import layers
+from ..lora_names import PRIMARY
 from ..train.task import precision
 from .families import of
 from .families.base import Conditions, Family, moved
@@ -24,7 +28,8 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    size: int,
+    size: int | tuple[int, int],
+    negatives: Sequence[str] = (),
     steps: int | None = None,
     guidance_scale: float | None = None,
     embeddings: tuple[Conditions, Conditions] | None = None,
@@ -37,7 +42,8 @@ def generate(
         pipeline: of a known kind; its text encoders are used only without ``embeddings``.
         prompts: n prompts.
         seeds: n seeds.
-        size: side of the square images, pixels.
+        size: side of the square images, or height and width; pixels.
+        negatives: n negative prompts; none are empty ones.
         steps, guidance_scale: of the sampler and of the prompt; None is what is usual for the
             model.
         embeddings: of the prompts and of their negatives, (n, ...) each.
@@ -51,8 +57,9 @@ def generate(
     """
     positive, negative = embeddings or (
         embed(pipeline, prompts),
-        embed_negative(pipeline, len(prompts)),
+        embed_negative(pipeline, len(prompts), negatives),
     )
+    height, width = (size, size) if isinstance(size, int) else size
     family = of(pipeline)
     model = family.model(pipeline)
     dtype = precision(model)
@@ -75,15 +82,29 @@ def generate(
         output: Any = sampler(
             **family.sampling(told, untold, guidance),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
-            height=size,
-            width=size,
+            height=height,
+            width=width,
             num_inference_steps=steps or usual_steps,
             output_type="latent",
             callback_on_step_end=callback,
         )
         names = [f"'{p}' with seed {s}" for p, s in zip(prompts[rows], seeds[rows], strict=True)]
-        images += decode(pipeline, family.unpacked(output.images, size), names)
+        images += decode(pipeline, family.unpacked(output.images, height, width), names)
     return images
+
+
+@contextlib.contextmanager
+def strength(models: Sequence[nn.Module], factor: float) -> Iterator[None]:
+    """Within the context the primary adapters of these models act ``factor`` times as strongly."""
+    found = [layer.scaling for _, layer in layers(nn.ModuleList(models), PRIMARY)]
+    before = [dict(scaling) for scaling in found]
+    try:
+        for scaling in found:
+            scaling[PRIMARY] *= factor
+        yield
+    finally:
+        for scaling, scales in zip(found, before, strict=True):
+            scaling.update(scales)
 
 
 def _sampler(family: Family, pipeline: Any) -> Any:

@@ -67,6 +67,9 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     later = family.encoders if cfg.cache and not cfg.train_text_encoder else ()
     pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=later)
     of_model = family.remark(cfg.pretrained_model_name_or_path, pipeline)
+    unguided = family.drawing(pipeline)[1] == 0
+    if unguided and any(s["negative_prompt"] and not s["guidance"] for s in cfg.samples):
+        logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
     for remark in (of_model, comfy.remark(family.title, family.pipeline, cfg.use_dora)):
         if remark is not None:
             logger.warning("%s", remark)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
@@ -27,10 +31,12 @@ from .heldout import GridImage, GridLoss
 from .latents import Encoder, weight_map
 from .layers import chosen
 from .prompts import PromptCache
-from .sampling import generate
+from .sampling import generate, strength
 from .sets import ImageSet
 from .visits import Visit, VisitStream
 
+ALIKE = ("height", "width", "guidance", "steps", "strength")
+"""Settings that the validation images of one batch share."""
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -148,6 +154,7 @@ class DreamBooth:
             self.prompts.add(texts(self.cfg, self.validation))
         if self.cfg.validation_prompts:
             self.prompts.add([*self.cfg.validation_prompts, ""])
+            self.prompts.add([sample["negative_prompt"] for sample in self.cfg.samples])
         if self.family.flow:
             self.prompts.release()
 
@@ -253,26 +260,38 @@ class DreamBooth:
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
         """Images of each validation prompt, as PNG under ``validation/step-N``; {} is measured."""
-        cfg, prompts = self.cfg, self.cfg.sampled_prompts
-        if not prompts:
+        samples, images = self.cfg.samples, []
+        if not samples:
             return {}
         with evaluating, inference(self.module):
-            images = generate(
-                self.pipeline,
-                prompts,
-                [cfg.seed + n % cfg.num_validation_images for n in range(len(prompts))],
-                size=cfg.resolution,
-                steps=cfg.validation_num_inference_steps,
-                guidance_scale=cfg.validation_guidance_scale,
-                embeddings=self.prompts.with_negative(prompts) if self.prompts else None,
-                batch=cfg.sample_batch_size,
-            )
+            for _, alike in itertools.groupby(samples, lambda s: [s[name] for name in ALIKE]):
+                images += self._draw(list(alike))
         target = folder / "validation" / f"step-{step}"
         target.mkdir(parents=True, exist_ok=True)
         files = [target / f"{number:03d}.png" for number in range(len(images))]
-        for image, file in zip(images, files, strict=True):
-            image.save(file)
+        for image, file, sample in zip(images, files, samples, strict=True):
+            info = PngInfo()
+            if self.cfg.validation_settings:
+                info.add_itxt("settings", json.dumps(sample, ensure_ascii=False))
+            image.save(file, pnginfo=info)
         return {}
+
+    def _draw(self, samples: Sequence[Mapping[str, Any]]) -> list[Image]:
+        """Images of samples that share what is `ALIKE`."""
+        prompts, negatives = ([s[name] for s in samples] for name in ("prompt", "negative_prompt"))
+        first = samples[0]
+        with strength(list(self.models.values()), first["strength"]):
+            return generate(
+                self.pipeline,
+                prompts,
+                [sample["seed"] for sample in samples],
+                size=(first["height"], first["width"]),
+                negatives=negatives,
+                steps=first["steps"],
+                guidance_scale=first["guidance"],
+                embeddings=self.prompts.with_negative(prompts, negatives) if self.prompts else None,
+                batch=self.cfg.sample_batch_size,
+            )
 
 
 def _schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Schedule:

@@ -89,8 +89,10 @@ def show_images(trainer: Trainer, folder: Path, step: int) -> None:
     images = [Image.open(file).convert("RGB") for file in files]
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":
-            batch = np.stack([np.asarray(image) for image in images])
-            tracker.log_images({"validation": batch}, step=trainer.step, dataformats="NHWC")
+            batches = {f"validation {n:03d}": np.asarray(i)[None] for n, i in enumerate(images)}
+            if len({image.size for image in images}) == 1:
+                batches = {"validation": np.concatenate([*batches.values()])}
+            tracker.log_images(batches, step=trainer.step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb  # pyright: ignore[reportMissingImports]
 

@@ -74,7 +74,7 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (mini, "--validation_prompt lion", {"validation_prompts": ["lion"]}),
     (
         mini,
-        "--validation_prompt one --validation_prompts two three",
+        "--validation_prompts one two --validation_prompts three",
         {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
     ),
     # what goes by the held-out loss measures it twenty times, unless given
@@ -191,7 +191,7 @@ def test_warm_up_as_a_share_or_in_steps(argv: tuple[str, ...], steps: int, warm:
 def test_validation_prompts_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a lion\n\n  a frog \n")
     cfg = mini("--validation_prompts", str(tmp_path / "prompts.txt"))
-    assert cfg.validation_prompts == ["a lion", "a frog"]
+    assert (cfg.validation_prompts, cfg.validation_settings) == (["a lion", "a frog"], [])
     long = "a TOK icon of a frog, " * 20  # longer than a file's name
     assert mini("--validation_prompts", long).validation_prompts == [long]
 

@@ -34,7 +34,9 @@ def pipeline_of(kind: str) -> Any:
 
 def graph_of(pipeline: Any) -> dict[str, Any]:
     names: Any = {"checkpoint": "model", "lora": "dog.safetensors", "prompt": "a fox"}
-    return comfy.workflow(pipeline, **names, seed=3, side=SIDE, steps=STEPS, guidance=2.5)
+    return comfy.workflow(
+        pipeline, **names, seed=3, size={"width": SIDE, "height": SIDE}, steps=STEPS, guidance=2.5
+    )
 
 
 def nodes(graph: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
@@ -140,13 +142,13 @@ def test_it_is_written_where_comfyui_reads_the_file(
         "output_kohya_format": True,
         "method": "lora",
         "use_dora": False,
-        "sampled_prompts": [],
+        "samples": [],
         "trigger_word": None,
         "instance_prompt": "a TOK dog",
-        "seed": 0,
-        "resolution": 1024,
-        "validation_num_inference_steps": None,
-        "validation_guidance_scale": None,
+        "usual_sample": {
+            **{"prompt": None, "negative_prompt": "", "seed": 0, "width": 1024, "height": 1024},
+            **{"steps": None, "guidance": None, "strength": 1.0},
+        },
     }
     path = tmp_path / f"{tmp_path.name}.comfy.json"
     path.write_text("of an earlier run")

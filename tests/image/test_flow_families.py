@@ -108,7 +108,7 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind: str) -
     for level, following in pairwise(sampler.scheduler.sigmas):
         v = family.predict(pipeline.transformer, x, level.expand(2), told)
         x = x + (following - level) * v
-    theirs = family.unpacked(output.images, SIDE)
+    theirs = family.unpacked(output.images, SIDE, SIDE)
     assert theirs.shape == start.shape
     assert (theirs - start).abs().max() > 0.1
     torch.testing.assert_close(x, theirs, rtol=1e-5, atol=1e-5)

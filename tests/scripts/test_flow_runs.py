@@ -119,8 +119,8 @@ def test_the_noise_levels_in_the_log_are_those_that_were_drawn(
 def test_images_are_drawn_as_the_command_line_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [])
+    calls, dot = list[dict[str, Any]](), Image.new("RGB", (8, 8))
+    monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [dot])
     values = on(SD3, num_validation_images=1, final_validation_prompt="a TOK icon")
     given = {"validation_guidance_scale": 2.0, "validation_num_inference_steps": 3}
     train(tmp_path / "given", **values, **given, max_train_steps=1)

@@ -101,6 +101,7 @@ class Family:
         feed_forward: the modules that are its feed-forward parts, with all linear layers in them.
         flow: whether it predicts a velocity along straight paths (``flow``).
         guidance: with which its images are drawn by default.
+        unguided: up to this guidance no negative prompt is read.
         few_steps: in which its distilled models draw.
         patch: pixels a side of the smallest patch that it sees, which divides the resolution.
         packing: places of a latent whose channels are those of one token.
@@ -118,6 +119,7 @@ class Family:
     flow: ClassVar[bool] = True
     weighting: ClassVar[str] = "none"
     guidance: ClassVar[float] = 5.0
+    unguided: ClassVar[float] = 1.0
     few_steps: ClassVar[int] = STEPS
     patch: ClassVar[int] = 16
     packing: ClassVar[int] = 1
@@ -185,8 +187,10 @@ class Family:
     def ready(self, sampler: Any) -> None:
         """Give a pipeline that has denoiser and scheduler only what else its call reads."""
 
-    def unpacked(self, latents: Tensor, side: int) -> Tensor:
-        """Latents (n, c, h, w) of what the pipeline gives as ``output_type="latent"``."""
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents (n, c, h, w) of what the pipeline gives as ``output_type="latent"`` for images of
+        so many pixels.
+        """
         return latents
 
     def pixels(self, pipeline: Any) -> int:

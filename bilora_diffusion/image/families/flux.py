@@ -44,6 +44,7 @@ class Flux(Family):
     )
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 3.5
+    unguided: ClassVar[float] = 100.0  # it is told its guidance, and reads one prompt
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
 
     @torch.no_grad()
@@ -80,8 +81,8 @@ class Flux(Family):
             "guidance_scale": guidance,
         }
 
-    def unpacked(self, latents: Tensor, side: int) -> Tensor:
-        return unpacked(latents, side // 8, side // 8)
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return unpacked(latents, height // 8, width // 8)
 
     def is_distilled(self, pipeline: Any) -> bool:
         return not self.told_guidance({"transformer": pipeline.transformer.config})

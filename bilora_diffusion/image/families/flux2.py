@@ -105,7 +105,7 @@ class Flux2Klein(Family):
         statistics = SimpleNamespace(running_mean=torch.zeros(1), running_var=torch.ones(1))
         sampler.vae = SimpleNamespace(bn=statistics, config=SimpleNamespace(batch_norm_eps=0.0))
 
-    def unpacked(self, latents: Tensor, side: int) -> Tensor:
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
         return nn.functional.pixel_unshuffle(latents, 2)
 
     def is_distilled(self, pipeline: Any) -> bool:

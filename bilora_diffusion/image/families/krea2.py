@@ -36,6 +36,7 @@ class Krea2(Family):
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0", "to_gate")
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.5
+    unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
 
     @torch.no_grad()
@@ -81,8 +82,8 @@ class Krea2(Family):
             "guidance_scale": guidance,
         }
 
-    def unpacked(self, latents: Tensor, side: int) -> Tensor:
-        return unpacked(latents, side // 8, side // 8)
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return unpacked(latents, height // 8, width // 8)
 
     def is_distilled(self, pipeline: Any) -> bool:
         return pipeline.config.is_distilled

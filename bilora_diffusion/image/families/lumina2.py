@@ -29,6 +29,7 @@ class Lumina2(Family):
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
+    unguided: ClassVar[float] = 100.0  # prompts are embedded with the system prompt here
 
     max_sequence_length: int = 256
 

@@ -88,8 +88,8 @@ class QwenImage(Family):
             "max_sequence_length": max(sequence.shape[1], against.shape[1]),
         }
 
-    def unpacked(self, latents: Tensor, side: int) -> Tensor:
-        return unpacked(latents, side // 8, side // 8)
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return unpacked(latents, height // 8, width // 8)
 
     def told_guidance(self, configs: Configs) -> bool:
         if configs["transformer"].get("guidance_embeds"):

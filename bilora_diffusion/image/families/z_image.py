@@ -30,6 +30,7 @@ class ZImage(Family):
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 5.0
+    unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
 
     @torch.no_grad()

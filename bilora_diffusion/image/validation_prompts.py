@@ -1,0 +1,86 @@
+"""Settings of single validation prompts, from mappings of a recipe or in kohya's form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..config.command_line import CommandLine
+from ..config.options import StepOptions
+from ..errors import UserError
+from ..fields import check, like, option, options_of
+from ..files import quoted
+from ..values import Range
+
+SIDES = Range(
+    8192, "a larger image alone takes the autoencoder over 34 GB a layer", at_least=8, multiple_of=8
+)
+SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=1)
+GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
+STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
+FOREIGN: dict[str, tuple[str, str]] = dict.fromkeys(
+    ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
+    ("of kohya's settings it is left out", "write `--l` for guidance, or drop it"),
+)
+_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Settings of a validation prompt; the run's where they are None."""
+
+    section: ClassVar[str] = "a validation prompt"
+
+    negative_prompt: str | None = option(None, "What guidance leads away from.", aliases=("--n",))
+    seed: int | None = like(StepOptions, "seed", default=None, aliases=("--d",))
+    width: int | None = option(None, "In pixels.", range=SIDES, aliases=("--w",))
+    height: int | None = option(None, "In pixels.", range=SIDES, aliases=("--h",))
+    guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
+    steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
+    strength: float | None = option(
+        None, "Factor on the adapter.", range=STRENGTHS, aliases=("--am",)
+    )
+
+
+def read_prompts(
+    given: Sequence[str | dict[str, Any]],
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The text of each prompt, and the settings that it has, by the names of `PromptOptions`.
+
+    Args:
+        given: mappings of a recipe, and texts in the form of kohya's sd-scripts
+            (``line_to_prompt_dict``), such as ``a dog --n blurry --w 832``.
+
+    Raises:
+        UserError: a setting that is unknown, malformed or out of its range, or no prompt.
+    """
+    parser, prompts, settings = CommandLine([PromptOptions], "", "", FOREIGN), [], []
+    for number, item in enumerate(given, start=1):
+        try:
+            prompt, words = _split(item)
+            settings.append(parser.explicit(words))
+            check(options_of([PromptOptions]), {**parser.defaults(), **settings[-1]})
+        except UserError as error:
+            raise UserError(f"in number {number} of --validation_prompts, {error}") from None
+        prompts.append(prompt)
+    return prompts, settings
+
+
+def _split(item: str | dict[str, Any]) -> tuple[str, list[str]]:
+    """A prompt and the words of its settings."""
+    if isinstance(item, str):
+        text, *flags = _FLAG.split(item)
+        prompt = text.strip() or None if flags else text
+        pairs = [(*flag.split(None, 1), "")[:2] for flag in flags]
+        given = {name.lower(): value for name, value in pairs}
+    else:
+        given = {name: value for name, value in item.items() if value is not None}
+        prompt = given.pop("prompt", None)
+    if not isinstance(prompt, str):
+        raise UserError("there is no prompt: put one text before its settings.")
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise UserError(f"{quoted(name)} is {quoted(value)}: give a single value.")
+    return prompt, [f"--{name}={value}" for name, value in given.items()]
