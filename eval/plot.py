@@ -29,6 +29,7 @@ class Curve:
         label: for a legend; "" for none.
         color, style: of the line; by default the group's.
         difference: draw its difference to the control, with its interval.
+        interval: the band is the mean's interval, not one standard error.
     """
 
     group: str
@@ -38,6 +39,7 @@ class Curve:
     color: str = ""
     style: str = ""
     difference: bool = False
+    interval: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def _draw(axis: Any, result: Result, curve: Curve, log: bool, look: Mapping[str,
     if not curve.difference:
         points = result.curve(curve.group, curve.metric, curve.item)
         style = {"ls": curve.style or look["ls"], "marker": "." if len(points) < 12 else ""}
-        line(axis, positive(points) if log else points, color, curve.label or None, **style)
+        points = positive(points) if log else points
+        line(axis, points, color, curve.label or None, interval=curve.interval, **style)
         return
     points = result.over_training(curve.group, curve.metric, curve.item)
     points = [point for point in points if point.difference is not None]
@@ -174,15 +177,17 @@ def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]
 def line(
     axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
 ) -> None:
-    """A curve with a band of one standard error; undefined points are gaps."""
-    alpha = style.pop("alpha", 0.15)
+    """A curve with a band of one standard error, or the ``interval``; undefined points are gaps."""
+    alpha, interval = style.pop("alpha", 0.15), style.pop("interval", False)
     steps = [point.step for point in curve]
     means = [math.nan if point.mean is None else point.mean for point in curve]
     errors = [math.nan if point.error is None else point.error for point in curve]
     axis.plot(steps, means, color=color, label=label, **{"lw": 1.4, **style})
-    if any(error > 0 for error in errors):
-        low = [m - e for m, e in zip(means, errors, strict=True)]
-        high = [m + e for m, e in zip(means, errors, strict=True)]
+    bands = [(m - e, m + e) for m, e in zip(means, errors, strict=True)]
+    if interval:
+        bands = [point.interval or (math.nan, math.nan) for point in curve]
+    if any(low < high for low, high in bands):
+        low, high = zip(*bands, strict=True)
         axis.fill_between(steps, low, high, color=color, alpha=alpha, lw=0)
 
 

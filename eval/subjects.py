@@ -62,8 +62,8 @@ def gather(
     return [replace(one, label=label) for one, label in zip(subjects, labels, strict=True)]
 
 
-def single(words: Sequence[str]) -> list[Subject]:
-    """Subjects with their weights, each a group of its own; each may be given as LABEL=WORD.
+def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
+    """Subjects, by default with weights, each a group of its own, perhaps given as LABEL=WORD.
 
     Without a label it is called by its method's title, with its folder's name where two would be
     called alike.
@@ -73,7 +73,7 @@ def single(words: Sequence[str]) -> list[Subject]:
     if repeated := [label for label, count in given.items() if count > 1]:
         raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
     _refuse_twice([word for _, word in pairs])
-    subjects = [_open(word, weights=True) for _, word in pairs]
+    subjects = [_open(word, weights) for _, word in pairs]
     titles = [label or one.group for (label, _), one in zip(pairs, subjects, strict=True)]
     names = [
         f"{title} ({one.label})" if titles.count(title) > 1 and title != one.label else title

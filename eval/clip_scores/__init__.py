@@ -5,6 +5,7 @@
     python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
+    python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
 An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER names it. All
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,9 @@ from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.fields import option
 from bilora_diffusion.values import WORKERS, Range
 
-from .. import report
+from .. import checkpoints, report
+from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import COUNTS, Parser, open_device, open_folder, require_free
-from ..evaluation import Evaluation
 from ..provenance import of_this_process, without_paths
 from ..report import Column
 from ..subjects import BASE, Subject, single
@@ -69,6 +71,7 @@ class PromptOptions:
     skip_captions: bool = option(False, "No captions and no T2T.")
     control: str | None = option(None, "Compare with this label (default: the first but base).")
     train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
+    steps: str | None = option(None, checkpoints.HELP)
     grid_prompts: int = option(6, "Rows of the grid of images.", range=COUNTS)
 
 
@@ -94,7 +97,7 @@ class SamplingOptions:
     )
 
 
-class ClipScores(Evaluation):
+class ClipScores(OverSteps):
     """The command. A row's item is the prompt's text, and its seed that of the initial noise.
 
     A row "image" without a value names an image's file; the note of "t2t" is the caption, that of
@@ -114,6 +117,8 @@ class ClipScores(Evaluation):
         parser.add_output("scores", DEMO)
 
     def subjects(self) -> list[Subject]:
+        if self.args.steps is not None:
+            return checkpoints.of_runs(single(self.args.runs, weights=False), self.args.steps)
         if self.args.runs:
             return single(self.args.runs)
         from bilora_diffusion.run.runlog import RUN
@@ -141,7 +146,8 @@ class ClipScores(Evaluation):
         self.seeds = settings.read_seeds(args.seeds)
         base = settings.base_model(subjects, args.base_model)
         self.names = settings.models(args, base)
-        self.control = compare.control(subjects, args.control, prefer=None)
+        given = args.control or checkpoints.last_group(subjects)
+        self.control = compare.control(subjects, given, prefer=None)
         self.prompts = settings.prompts(args)
         self.sampling = settings.sampling(args, base)
         self.training = measure.training_sets(subjects, args.train_data)
@@ -230,20 +236,25 @@ class ClipScores(Evaluation):
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:
-        return self.judge.rows(subject, self.jobs(subject))
+        yield from self.judge.rows(subject, self.jobs(subject))
+        if self.args.steps is not None:
+            yield from checkpoints.heldout_loss(subject)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from .. import compare
 
-        scores = [row for row in rows if row.metric in METRICS]
-        lines = compare.summaries(scores, self.control, over=self.over)
-        return self.result(subjects, rows, lines, self.control, provenance=self.origin)
+        shown = METRICS if self.args.steps is None else METRICS | {HELDOUT_LOSS: LOSS}
+        scores = [row for row in rows if row.metric in shown]
+        summarize = partial(compare.summaries, over=self.over)
+        lines = summarize(scores, control=self.control)
+        more = {"metrics": shown, "provenance": self.origin}
+        return self.over_steps(self.result(subjects, rows, lines, self.control, **more), summarize)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         from . import reporting
 
         drawn = reporting.grid(result, folder, self.truths, self.args.grid_prompts)
-        return [reporting.GRID] if drawn else []
+        return [*([reporting.GRID] if drawn else []), *super().figures(result, folder)]
 
     def introduction(self, result: Result) -> str:
         from . import reporting
@@ -261,7 +272,7 @@ class ClipScores(Evaluation):
         sentences = [*reporting.made(result), *report.sources(result)]
         return [
             reporting.legend(result),
-            report.listed(report.verdicts(result, reporting.PAPER)),
+            self.verdicts(result, reporting.PAPER),
             report.section("In the shape of the paper's Table 4", reporting.scores(result)),
             report.closing(replace(result, notes=[]), ("torch", "diffusers"), sentences),
         ]

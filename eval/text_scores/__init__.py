@@ -3,6 +3,7 @@
     python -m eval.text_scores runs/lora runs/bilora base --benchmarks gsm8k,mmlu
     python -m eval.text_scores runs/*-cola-* runs/*-mrpc-* --benchmarks heldout    # Tables 1 and 2
     python -m eval.text_scores runs/*-rte-* base --benchmarks heldout,heldout_loss
+    python -m eval.text_scores runs/bilora --steps all       # every checkpoint's held-out figures
     python -m eval.text_scores runs/bilora --benchmarks humaneval --allow_code_execution
     python -m eval.text_scores adapter base --model_name_or_path meta-llama/Llama-3.1-8B \\
         --benchmarks mmlu,drop,bbh --limit 20                                      # a trial
@@ -25,15 +26,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bilora_diffusion.choices import TEMPLATES
 from bilora_diffusion.fields import option
 from bilora_diffusion.values import BATCHES, TOKENS, Range
 
-from .. import report
+from .. import checkpoints, report
+from ..checkpoints import OverSteps
 from ..command import COUNTS, POSITIVE, open_device
-from ..evaluation import Evaluation
 from ..provenance import of_this_process
 from ..report import Column
 from ..subjects import Subject
@@ -48,6 +50,7 @@ class BenchmarkOptions:
 
     section = "benchmarks and models"
     benchmarks: str = option("", "Names with commas; see below.")
+    steps: str | None = option(None, checkpoints.HELP)
     control: str | None = option(None, "Compare with this row (default: LoRA, or the first).")
     model_name_or_path: str | None = option(None, "Base model (default: that of the runs).")
     tokenizer_name: str | None = option(None, "Its tokenizer (default: that of training).")
@@ -100,7 +103,7 @@ class JudgeOptions:
     judge_model: str | None = option(None, "Its name at the endpoint.")
 
 
-class TextScores(Evaluation):
+class TextScores(OverSteps):
     """A benchmark is a metric: its rows without an item are scores, those with one are questions.
 
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
@@ -114,10 +117,13 @@ class TextScores(Evaluation):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from bilora_diffusion.run.console import quiet
 
-        from . import bases, plan
+        from . import bases, benchmarks, plan
 
         quiet()
         plan.check(self.args)
+        asked = self.args.benchmarks or benchmarks.HELDOUT
+        if self.args.steps is not None and benchmarks.HELDOUT_LOSS not in asked:
+            self.args.benchmarks = f"{asked},{benchmarks.HELDOUT_LOSS}"
         self.benchmarks, self.manager = plan.choose(self.args)
         only_heldout = all(benchmark.recorded for benchmark in self.benchmarks)
         pairs = bases.gather(self.args, only_heldout)
@@ -130,7 +136,8 @@ class TextScores(Evaluation):
         from . import benchmarks, plan
         from .models import Models
 
-        self.control = compare.control(subjects, self.args.control)
+        given = self.args.control or checkpoints.last_group(subjects)
+        self.control = compare.control(subjects, given)
         self.device = open_device(self.args.device)
         recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
         self.recorded = benchmarks.columns(subjects, recorded) if recorded else []
@@ -165,14 +172,16 @@ class TextScores(Evaluation):
         from . import reporting
 
         self.notes += reporting.notes(rows, self.titles, self.args.limit)
-        return self.result(
+        summarize = partial(reporting.summaries, benchmarks=list(self.titles))
+        result = self.result(
             subjects,
             rows,
-            reporting.summaries(rows, list(self.titles), self.control),
+            summarize(rows, control=self.control),
             self.control,
             metrics=self.titles,
             provenance=of_this_process(self.command, self.device, PACKAGES),
         )
+        return self.over_steps(result, summarize)
 
     def introduction(self, result: Result) -> str:
         from . import reporting
@@ -198,7 +207,7 @@ class TextScores(Evaluation):
         versions = result.provenance.versions if result.provenance else {}
         packages = [name for name, version in versions.items() if version]
         return [
-            report.listed(report.verdicts(result, list(result.settings["benchmarks"]))),
+            self.verdicts(result, list(result.settings["benchmarks"])),
             report.section("Runs", reporting.runs(result)),
             report.section("How it was asked", reporting.asked(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),

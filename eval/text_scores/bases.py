@@ -17,7 +17,7 @@ from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods.base import Target
 
-from .. import subjects
+from .. import checkpoints, subjects
 from ..provenance import without_paths
 from ..subjects import BASE, Subject
 
@@ -48,10 +48,11 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
         only_heldout: runs of different training sets then share a row, as they do in Table 1, and
             the base model is what the runs of each seed measured before their first step.
     """
-    words = [word for word in args.runs if word != BASE]
+    whole = args.steps is None
+    words = [word for word in args.runs if word != BASE or not whole]
     if not args.runs and not args.group:
         raise UserError("nothing is given to score: name run folders, adapters, or base.")
-    given = subjects.gather(words, args.group, weights=True) if words or args.group else []
+    given = subjects.gather(words, args.group, weights=whole) if words or args.group else []
     for subject in given:
         if subject.record and not subject.is_text:
             raise UserError(
@@ -59,6 +60,7 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
                 f" eval.clip_scores {subject.folder}."
             )
     given = _in_rows(given, {label for label, _ in subjects.read_groups(args.group)}, only_heldout)
+    given = given if whole else checkpoints.of_runs(given, args.steps)
     runs = {s.label: _of_config(s.record["config"], args) for s in given if s.record}
     template = next(iter(runs.values())).template if runs else "auto"
     pairs = [(one, runs.get(one.label) or _of_adapter(one, template, args)) for one in given]
@@ -151,7 +153,7 @@ def _before_training(given: Sequence[Subject], only_heldout: bool) -> list[Subje
 
 def _described(subject: Subject, base: Base) -> Subject:
     """A subject with facts for tables: base model, training set, cost and memory of training."""
-    about: dict[str, Any] = {"quantize": base.quantize}
+    about: dict[str, Any] = subject.about | {"quantize": base.quantize}
     if subject.record:
         about["training_set"] = training_set(subject)
     if subject.method in methods.names():

@@ -239,8 +239,8 @@ def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Record
 
 def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
     """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``: the last of a run, up to the
-    step whose weights it left; of the base model what was measured before the first step, which may
-    be nothing.
+    step whose weights it left; of a checkpoint that of its step; of the base model what was
+    measured before the first step, which may be nothing.
     """
     if subject.folder is None:
         raise UserError(
@@ -248,13 +248,14 @@ def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
             " folders, and base beside no other benchmark."
         )
     best = subject.record.get("results", {}).get("best_step")
-    last = 0 if subject.kind == BASE else math.inf if best is None else best
+    at = subject.about.get("step")  # of a checkpoint
+    last = 0 if subject.kind == BASE else at or (math.inf if best is None else best)
     values = {
         key: (step, float(value))
         for key, (step, value) in last_measured(subject.folder, last).items()
-        if key.startswith(PREFIX) and value is not None
+        if key.startswith(PREFIX) and value is not None and at in (None, step)
     }
-    if not values and subject.kind != BASE:
+    if not values and subject.kind != BASE and at is None:
         raise UserError(
             f"{subject.folder} recorded no held-out figure: train it with --validation_file or a"
             " task that has a validation set."

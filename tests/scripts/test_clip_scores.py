@@ -19,10 +19,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from app.scored import scored
 from bilora_diffusion.durable import TEMPORARY
+from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
+from eval.sources import find
 from eval.table import Result
 from tests.scripts.conftest import ROOT
+from tests.scripts.runs import train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
 a ToK icon of a red car, in the style of ToK
@@ -111,6 +115,39 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth"}
     for line in even:
         assert (line.difference, line.higher, line.equal, line.lower) == (0, 0, 3, 0)
+
+
+@pytest.mark.slow
+def test_every_checkpoint_is_scored_and_its_images_are_made_once(
+    tiny_models: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    steps = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_loss_steps": 1}
+    trained = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
+    output = tmp_path / "scores"
+    argv = [*words(output, str(trained), *tiny_models), "--max_prompts", "2", "--steps"]
+    made = run(*argv, "all")
+    assert "10 of 10 images are to be made" in capsys.readouterr().out  # with the base model's
+    assert [one.label for one in made.subjects] == made.groups == ["step 1", "step 2"]
+    assert made.subjects[1].digest == find(str(trained)).digest  # the run's own end
+    recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(trained)}
+    found = {row.subject: row.value for row in made.select("heldout_loss")}
+    assert found == {f"step {step}": recorded[step] for step in (1, 2)}
+    counts = {name: len(made.select(name)) for name in ("image", "i2t", "nearest", "drift")}
+    assert counts == {"image": 8, "i2t": 4, "nearest": 4, "drift": 4}
+    compared = {(line.group, line.control) for line in made.summaries if line.pairs}
+    assert compared == {("step 1", "step 2")}
+    assert made.figures == ["grid.png", "steps.png"]
+    assert len(made.settings["best_steps"]) == len({line.metric for line in made.summaries})
+    assert "## Best steps" in (output / table.REPORT).read_text()
+    assert scored(made).labels == ["step 1", "step 2"]  # as the viewer reads it
+
+    before, rows = pictures(output), (output / table.ROWS).read_bytes()
+    next(output.glob("images/*/*/*.png")).unlink()  # as if interrupted
+    run(*argv, "1,2")
+    assert "1 of 10 images are to be made" in capsys.readouterr().out
+    assert (output / table.ROWS).read_bytes() == rows
+    again = pictures(output)
+    assert sum(again[name] != time for name, time in before.items()) == 1
 
 
 @pytest.mark.slow
