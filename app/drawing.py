@@ -30,7 +30,7 @@ from .runs import RunItem
 
 BASE = ""
 """Stands for the base model among the paths of runs."""
-MAX_STEPS, MAX_SEED = 200, 2**32 - 1
+MAX_STEPS, MAX_SEED = 1000, 2**32 - 1
 
 
 @dataclass(frozen=True)

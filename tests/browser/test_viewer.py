@@ -179,13 +179,13 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
         field.fill(str(steps))
         field.blur()
         page.locator("#generate-go").click()
-        if steps == 200:
-            expect(page.locator("#generate-status")).to_contain_text(re.compile(r"\d+/200 steps"))
+        if steps == 1000:
+            expect(page.locator("#generate-status")).to_contain_text(re.compile(r"\d+/1000 steps"))
 
-    begin(first, 200)
+    begin(first, 1000)
     first.locator("#generate-cancel").click()
     expect(first.locator("#generate-status")).to_contain_text("Cancelled.")
-    begin(first, 200)
+    begin(first, 1000)
     begin(second, 2)  # waits its turn, which comes when the first has gone
     first.close()
     expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=DRAWN)
