@@ -20,6 +20,7 @@ from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.console import quiet
+from bilora_diffusion.values import SAMPLER_STEPS
 from eval.clip_scores import settings
 from eval.command import open_device
 from eval.load import applied
@@ -30,7 +31,7 @@ from .runs import RunItem
 
 BASE = ""
 """Stands for the base model among the paths of runs."""
-MAX_STEPS, MAX_SEED = 1000, 2**32 - 1
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,5 @@ def checked(
         raise UserError("the prompt is empty: write what is to be drawn")
     if seed is None or not 0 <= seed <= MAX_SEED:
         raise UserError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
-    if steps is None or not 1 <= steps <= MAX_STEPS:
-        raise UserError(f"the number of steps is {steps}: give one from 1 to {MAX_STEPS}")
-    return Request(prompt.strip(), int(seed), int(steps), float(guidance), float(scale))
+    SAMPLER_STEPS.check("the number of steps", steps)
+    return Request(prompt.strip(), int(seed), int(steps or 0), float(guidance), float(scale))

@@ -100,6 +100,12 @@ WORKERS = Range(1024, "each is a process of its own", at_least=1)
 FACTORS = Range(1e6, "what it weighs would drown everything else", at_least=0)
 DECAYS = Range(1e4, "one step would take away more than the whole weight", at_least=0)
 SHARES = Range(1, "it is a share", at_least=0, below=1)
+SIDES = Range(
+    8192, "a larger image alone takes the autoencoder over 34 GB a layer", at_least=8, multiple_of=8
+)
+SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=1)
+GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
+STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
 
 
 def check_choice(shown: str, value: Any, choices: Iterable[Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run.record import last_measured
 
 from . import digests, plot, report
 from .evaluation import Evaluation
@@ -109,9 +110,10 @@ def last_group(subjects: Sequence[Entry]) -> str | None:
 
 def heldout_loss(subject: Subject) -> list[Row]:
     """A row with the run's held-out loss at the checkpoint's step, if it was measured there."""
-    lines = [line for line in subject.log() if line["step"] == subject.about["step"]]
-    values = [line[HELDOUT_LOSS] for line in lines if HELDOUT_LOSS in line]
-    return [subject.row(HELDOUT_LOSS, value, seed=None) for value in values[-1:]]
+    assert subject.folder is not None
+    at = subject.about["step"]
+    step, value = last_measured(subject.folder, at).get(HELDOUT_LOSS, (None, None))
+    return [subject.row(HELDOUT_LOSS, value, seed=None)] if step == at else []
 
 
 def curves(result: Result, summarize: Summarize) -> Result:

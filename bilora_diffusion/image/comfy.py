@@ -199,8 +199,7 @@ def _shifted(graph: Graph, pipeline: Any, model: Output, size: dict[str, int]) -
     if kind == FLUX2:  # its scheduler's node has it
         return model
     dynamic = config.get("use_dynamic_shifting")
-    tokens = math.prod(size.values()) // family.patch**2
-    mu = family.mu(pipeline, tokens) if dynamic else math.log(config.shift)
+    mu = family.mu(pipeline, family.tokens(**size)) if dynamic else math.log(config.shift)
     if kind in (FLUX, KREA2):
         return graph.add("ModelSamplingFlux", model=model, max_shift=mu, base_shift=mu, **size)
     node = "ModelSamplingSD3" if kind == SD3 else "ModelSamplingAuraFlow"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..fields import Idle, option, unless
-from ..values import BATCHES, DECAYS, FACTORS, RATES, Range
+from ..values import BATCHES, DECAYS, FACTORS, GUIDANCES, RATES, Range
 from .families import SDXL
 
 WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
@@ -112,7 +112,7 @@ class FlowOptions:
         None,
         "Guidance that a distilled model with an embedding of it (FLUX.1-dev) is told in training."
         " Default: 3.5, as diffusers' script.",
-        range=Range(100, "images are spoiled by far less", at_least=0),
+        range=GUIDANCES,
         idle=(ON_SDXL, WITHOUT_GUIDANCE),
     )
     weighting_scheme: str | None = option(

@@ -8,10 +8,9 @@ from typing import ClassVar
 from ..config.options import HeldOutOptions, OutputOptions
 from ..fields import Idle, like, option
 from ..mini import FOLDERS
-from ..values import SHARES, STEPS, WORKERS, Range
+from ..values import GUIDANCES, SAMPLER_STEPS, SHARES, SIDES, STEPS, WORKERS, Range
 from . import inputs
 from .base_model import SDXL_BASE, folder_of
-from .validation_prompts import GUIDANCES, SAMPLER_STEPS, SIDES
 
 INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import nn
 
-from ..adapters.access import layers
-from ..lora_names import PRIMARY
 from ..train.task import precision
 from .families import of
 from .families.base import Conditions, Family, moved
@@ -91,20 +87,6 @@ def generate(
         names = [f"'{p}' with seed {s}" for p, s in zip(prompts[rows], seeds[rows], strict=True)]
         images += decode(pipeline, family.unpacked(output.images, height, width), names)
     return images
-
-
-@contextlib.contextmanager
-def strength(models: Sequence[nn.Module], factor: float) -> Iterator[None]:
-    """Within the context the primary adapters of these models act ``factor`` times as strongly."""
-    found = [layer.scaling for _, layer in layers(nn.ModuleList(models), PRIMARY)]
-    before = [dict(scaling) for scaling in found]
-    try:
-        for scaling in found:
-            scaling[PRIMARY] *= factor
-        yield
-    finally:
-        for scaling, scales in zip(found, before, strict=True):
-            scaling.update(scales)
 
 
 def _sampler(family: Family, pipeline: Any) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import rescale_adapter_scale
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from .heldout import GridImage, GridLoss
 from .latents import Encoder, weight_map
 from .layers import chosen
 from .prompts import PromptCache
-from .sampling import generate, strength
+from .sampling import generate
 from .sets import ImageSet
 from .visits import Visit, VisitStream
 
@@ -153,8 +154,8 @@ class DreamBooth:
         if self.validation is not None and self.family.flow:
             self.prompts.add(texts(self.cfg, self.validation))
         if self.cfg.validation_prompts:
-            self.prompts.add([*self.cfg.validation_prompts, ""])
-            self.prompts.add([sample["negative_prompt"] for sample in self.cfg.samples])
+            negatives = (sample["negative_prompt"] for sample in self.cfg.samples)
+            self.prompts.add([*self.cfg.validation_prompts, "", *negatives])
         if self.family.flow:
             self.prompts.release()
 
@@ -280,7 +281,8 @@ class DreamBooth:
         """Images of samples that share what is `ALIKE`."""
         prompts, negatives = ([s[name] for s in samples] for name in ("prompt", "negative_prompt"))
         first = samples[0]
-        with strength(list(self.models.values()), first["strength"]):
+        factor, models = first["strength"], nn.ModuleList(self.models.values())
+        with nullcontext() if factor == 1 else rescale_adapter_scale(models, factor):
             return generate(
                 self.pipeline,
                 prompts,
@@ -307,7 +309,7 @@ def _schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Schedule:
     shifts = cfg.timestep_shift == "pipeline"
     return FlowMatching.from_config(
         config,
-        family.mu(pipeline, family.tokens(cfg.resolution)) if shifts else None,
+        family.mu(pipeline, family.tokens(cfg.resolution, cfg.resolution)) if shifts else None,
         scheme=cfg.weighting_scheme or family.weighting,
         logit_mean=cfg.logit_mean,
         logit_std=cfg.logit_std,

@@ -12,14 +12,8 @@ from ..config.options import StepOptions
 from ..errors import UserError
 from ..fields import check, like, option, options_of
 from ..files import quoted
-from ..values import Range
+from ..values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
 
-SIDES = Range(
-    8192, "a larger image alone takes the autoencoder over 34 GB a layer", at_least=8, multiple_of=8
-)
-SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=1)
-GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
-STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
 FOREIGN: dict[str, tuple[str, str]] = dict.fromkeys(
     ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
     ("of kohya's settings it is left out", "write `--l` for guidance, or drop it"),

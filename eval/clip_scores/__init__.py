@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.fields import option
-from bilora_diffusion.values import WORKERS, Range
+from bilora_diffusion.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS, WORKERS
 
 from .. import checkpoints, report
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
@@ -49,12 +49,10 @@ DEMO_METHODS = ("lora", "bilora")
 
 
 USUAL = "(default: as is usual for the model)"
-FACTORS = Range(10**6, "no image is left beyond it", at_least=-(10**6))
-SIDES = Range(2**14, "no model draws larger images", at_least=8, multiple_of=8)
 
 
 @dataclass(frozen=True)
-class PromptOptions:
+class ScoringOptions:
     """Prompts, scores and comparison."""
 
     section = "prompts and models"
@@ -80,12 +78,12 @@ class SamplingOptions:
     """Sampling of images."""
 
     section = "images"
-    num_inference_steps: int | None = option(None, f"Steps of the sampler {USUAL}.", range=COUNTS)
+    num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
     guidance_scale: float | None = option(
-        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=FACTORS
+        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
-    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=FACTORS)
+    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
     batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
     lanes: int = option(4, "Images in one call of the denoiser.", range=COUNTS)
     processes: int | None = option(
@@ -108,7 +106,7 @@ class ClipScores(OverSteps):
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
-    metrics, described, options = METRICS, DESCRIBED, (PromptOptions, SamplingOptions)
+    metrics, described, options = METRICS, DESCRIBED, (ScoringOptions, SamplingOptions)
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:

@@ -67,7 +67,7 @@ def latents_of(pipeline: Any, count: int) -> Tensor:
 
 def module_of(pipeline: Any, scheme: str) -> DreamBoothModule:
     family = of(pipeline)
-    mu = family.mu(pipeline, family.tokens(SIDE))
+    mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
     schedule = FlowMatching.from_config(dict(pipeline.scheduler.config), mu, scheme=scheme)
     return DreamBoothModule(family, pipeline.transformer, [], schedule)
 
@@ -130,7 +130,7 @@ def test_the_shift_is_the_pipelines(kind: str, monkeypatch: pytest.MonkeyPatch) 
     if seen[0] is None:
         assert not pipeline.scheduler.config.use_dynamic_shifting
     else:
-        assert family.mu(pipeline, family.tokens(SIDE)) == pytest.approx(seen[0])
+        assert family.mu(pipeline, family.tokens(SIDE, SIDE)) == pytest.approx(seen[0])
 
 
 @each_kind

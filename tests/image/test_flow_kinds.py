@@ -47,7 +47,7 @@ def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind: str) -> No
     )
     pipeline.register_modules(scheduler=levels)
     family: Family = of(pipeline)
-    mu = family.mu(pipeline, family.tokens(SIDE))
+    mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
     ours = FlowMatching.from_config(dict(levels.config), mu).sigmas
     torch.testing.assert_close(ours, drawn_levels(pipeline))
 

@@ -159,9 +159,9 @@ class Family:
         """The latent space of the denoiser."""
         return LatentSpace.of(vae)
 
-    def tokens(self, side: int) -> int:
-        """Number of image tokens of a square image of so many pixels a side."""
-        return (side // self.patch) ** 2
+    def tokens(self, height: int, width: int) -> int:
+        """Number of tokens of an image of so many pixels."""
+        return height // self.patch * (width // self.patch)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
         """The logarithm of the shift of the noise levels for so many tokens, where it depends on
