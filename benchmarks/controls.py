@@ -135,6 +135,7 @@ class SAMByBatch(Method):
     """min over B, A of the mean over micro-batches of max over ||e|| <= rho of L_i(. + e)."""
 
     title = "LoRA-SAM by micro-batch"
+    passes = 2
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit = None
 

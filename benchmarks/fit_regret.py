@@ -81,7 +81,7 @@ def curve(folder: Path) -> dict[int, float]:
     return {row["step"]: row["heldout_loss"] for row in rows if row["step"]}
 
 
-def measure(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[Any, ...]:
     """The row of one set and seed."""
     script, base, none, truth = command(name, folder / name / "data")
     base += ["--seed", str(seed), "--max_train_steps", str(steps)]
@@ -100,8 +100,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     loss = curves[folder_name(tuple(choice["options"].items()))][choice["steps"]]
     best = min(value for one in curves.values() for value in one.values())
     last = given[max(given)] if given else None
-    row = (name, seed, choice["title"], choice["steps"], loss, last, best, loss / best - 1)
-    return dict(zip(COLUMNS, row, strict=True))
+    return name, seed, choice["title"], choice["steps"], loss, last, best, loss / best - 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,15 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in args.sets:
             rows.append(measure(name, seed, args.steps, args.runs_dir.absolute()))
             with (args.output_dir / "rows.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-            lines = [
-                " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
-                for row in rows
-            ]
-            head = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-            table = "\n".join(f"| {line} |" for line in [*head, *lines])
+                csv.writer(file).writerows([COLUMNS, *rows])
+            shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+            lines = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *shown)]
+            table = "\n".join(f"| {line} |" for line in lines)
             (args.output_dir / "report.md").write_text(f"# Regret of --fit\n\n{table}\n")
             print(table, flush=True)
 

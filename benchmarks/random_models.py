@@ -1,7 +1,6 @@
 """Real architectures with random weights, made in seconds; and a whole SDXL pipeline of them.
 
     python benchmarks/random_models.py random_sdxl               # 6.9 GB, half a minute
-    python benchmarks/random_models.py random_tiny --size tiny   # the same form, 10 MB
     python train_dreambooth_bilora.py --pretrained_model_name_or_path random_sdxl --dataset mini \\
         --resolution 128 --max_train_steps 2 --output_dir out
 
@@ -21,7 +20,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -54,43 +53,23 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
     "sample_size": 1024,
 }
-TINY: dict[str, dict[str, Any]] = {
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": (32, 32, 64),
-        "attention_head_dim": (1, 1, 2),
-        "transformer_layers_per_block": (1, 1, 2),
-        "layers_per_block": 1,
-        "cross_attention_dim": 64,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 80,  # 32 + 6 * 8
-    },
-    "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "sample_size": 64}
-    | {"norm_num_groups": 4},
-    "clip": {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
-    | {"num_hidden_layers": 2, "num_attention_heads": 2},
-    "llama": {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4}
-    | {"num_hidden_layers": 2, "vocab_size": 256},
-}
-"""Changes of the configurations where the size is "tiny"; the form is the same."""
 
 
-def sdxl_unet(size: str = "full") -> Any:
+def sdxl_unet(**changes: Any) -> Any:
     """The UNet of SDXL base 1.0 (2.57 B parameters)."""
     kind, config = SDXL["denoiser"]
-    return getattr(diffusers, kind)(**{**config, **(TINY["unet"] if size == "tiny" else {})})
+    return getattr(diffusers, kind)(**{**config, **changes})
 
 
-def sdxl_vae(size: str = "full") -> Any:
+def sdxl_vae(**changes: Any) -> Any:
     """SDXL's autoencoder: 8x downsampling to 4 channels."""
-    return diffusers.AutoencoderKL(**{**VAE, **(TINY["vae"] if size == "tiny" else {})})
+    return diffusers.AutoencoderKL(**{**VAE, **changes})
 
 
-def sdxl_text_encoder(size: str = "full", number: int = 0) -> Any:
+def sdxl_text_encoder(number: int = 0, **changes: Any) -> Any:
     """SDXL's first text encoder, CLIP ViT-L/14's."""
     kind, config, values = SDXL["encoders"][number]
-    values = {**values, **(TINY["clip"] if size == "tiny" else {})}
-    return getattr(transformers, kind)(getattr(transformers, config)(**values))
+    return getattr(transformers, kind)(getattr(transformers, config)(**{**values, **changes}))
 
 
 sdxl_text_encoder_2 = functools.partial(sdxl_text_encoder, number=1)  # OpenCLIP ViT-bigG/14's
@@ -104,17 +83,14 @@ def t5_base() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
-def llama_7b(size: str = "full") -> Any:
-    """Llama 2 7B (6.74 B parameters); ``layers`` is two of its 32 decoder layers, between a
-    vocabulary that weighs little, and ``tiny`` two narrow ones.
-    """
-    sizes = {"layers": {"num_hidden_layers": 2, "vocab_size": 2048}, "tiny": TINY["llama"]}
+def llama_7b(**changes: Any) -> Any:
+    """Llama 2 7B (6.74 B parameters)."""
     config = transformers.LlamaConfig(
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         use_cache=False,  # as in training: nothing is generated
-        **sizes.get(size, {}),
+        **changes,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -157,7 +133,7 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
         part.copy_(block[: part.numel()] * scale)
 
 
-BUILDERS: dict[str, Callable[[str], Any]] = {
+BUILDERS: dict[str, Callable[..., Any]] = {
     "unet": sdxl_unet,
     "vae": sdxl_vae,
     "text_encoder": sdxl_text_encoder,
@@ -165,8 +141,11 @@ BUILDERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def write_pipeline(folder: Path, size: str = "full") -> dict[str, int]:
+def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Write the pipeline into ``folder``; returns how many parameters each model has.
+
+    Args:
+        changes: of the models' configurations, by the models' names.
 
     Raises:
         UserError: a folder in use.
@@ -175,10 +154,14 @@ def write_pipeline(folder: Path, size: str = "full") -> dict[str, int]:
         raise UserError(
             f"{folder} already exists and is not an empty folder; name a new one or remove it."
         )
+    builders = {
+        name: functools.partial(build, **(changes or {}).get(name, {}))
+        for name, build in BUILDERS.items()
+    }
     with torch.device("meta"):
-        empty = {name: build(size) for name, build in BUILDERS.items()}
-    for seed, (name, build) in enumerate(BUILDERS.items()):
-        model = materialize(lambda b=build: b(size), dtype=torch.bfloat16, seed=seed)
+        empty = {name: build() for name, build in builders.items()}
+    for seed, (name, build) in enumerate(builders.items()):
+        model = materialize(build, dtype=torch.bfloat16, seed=seed)
         model.save_pretrained(folder / name, max_shard_size="2GB")
         del model
     _write_rest(folder, empty)
@@ -215,11 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, write the folder, say what is in it."""
     parser = argparse.ArgumentParser(description="Write an SDXL pipeline with random weights.")
     parser.add_argument("folder", type=Path, help="new folder for the pipeline")
-    parser.add_argument(
-        "--size", default="full", choices=("full", "tiny"), help="full: SDXL base 1.0"
-    )
     args = parser.parse_args(argv)
-    for name, count in write_pipeline(args.folder, args.size).items():
+    for name, count in write_pipeline(args.folder).items():
         print(f"{name}: {count:,} parameters")
 
 

@@ -22,26 +22,25 @@ from .values import check_choice
 Words = Sequence[str]
 
 
-def train(argv: Words | None = None, script: Words = ()) -> int:
+def train(argv: Words | None = None) -> int:
     """Train an image model; returns the exit code: 0, or 2 after a sentence that says what to mend.
 
     Args:
         argv: arguments; None for ``sys.argv``.
-        script: as of `start_missing_processes`.
     """
-    return _train("image", argv, script)
+    return _train("image", argv)
 
 
-def text(argv: Words | None = None, script: Words = ()) -> int:
+def text(argv: Words | None = None) -> int:
     """Train a text model; as `train`."""
-    return _train("text", argv, script)
+    return _train("text", argv)
 
 
-def _train(modality: str, argv: Words | None, script: Words) -> int:
+def _train(modality: str, argv: Words | None) -> int:
     from .train.launching import importing, start_missing_processes
 
     def work() -> None:
-        start_missing_processes(script)
+        start_missing_processes()
         with importing():
             # Before all else, so that a typo is answered at once.
             config = import_module(f".{modality}.config", __package__).resolve(argv)
@@ -51,14 +50,14 @@ def _train(modality: str, argv: Words | None, script: Words) -> int:
     return run_cli(work)
 
 
-def export(argv: Words | None = None, script: Words = ()) -> int:
+def export(argv: Words | None = None) -> int:
     """Print what is inside a LoRA file, convert it, or export a run's checkpoint."""
     from .export.cli import main
 
     return main(argv)
 
 
-def demo(argv: Words | None = None, script: Words = ()) -> int:
+def demo(argv: Words | None = None) -> int:
     """Train LoRA and Bi-LoRA on 23 icons and draw what they make."""
     from .demo import main
 
@@ -82,4 +81,4 @@ def main() -> int:
     if name not in COMMANDS:
         return run_cli(lambda: check_choice("the command of bilora", name, COMMANDS))
     sys.argv = [f"bilora {name}", *words]
-    return COMMANDS[name](script=("-m", __package__, name))
+    return COMMANDS[name]()

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 LEVEL, RESAMPLES = 0.95, 9999
 
@@ -30,6 +29,8 @@ def bootstrap_interval(
     too narrow: of 95 % intervals of normal values, 72 % cover the mean for 3, 84 % for 5 and 91 %
     for 10.
     """
+    from scipy import stats  # here, so that a command's --help does not wait for it
+
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
         return None

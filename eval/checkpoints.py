@@ -52,12 +52,10 @@ class OverSteps(Evaluation):
     def figures(self, result: Result, folder: Path) -> list[str]:
         return [] if self.curves is None else [draw(self.curves, folder)]
 
-    def verdicts(self, result: Result, names: Sequence[str]) -> str:
-        """The best steps, or for other results the differences to the control in words."""
+    def best_steps(self, result: Result) -> str:
+        """The best steps of a result of checkpoints; "" of others."""
         steps = result.settings.get("best_steps")
-        if steps is None:
-            return report.listed(report.verdicts(result, names))
-        return report.section("Best steps", CHOSEN, report.listed(steps))
+        return report.section("Best steps", CHOSEN, report.listed(steps)) if steps else ""
 
 
 def read_steps(text: str) -> list[int] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bilora_diffusion.config import command_line
 from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
 from bilora_diffusion.fields import add_flags, check, options_of
+from bilora_diffusion.run.record import RUN
 from bilora_diffusion.values import Range
 
 from . import table
@@ -100,7 +101,6 @@ def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
 
 def _runs_alone(words: Sequence[str]) -> list[str]:
     """The words without logs and folders of results, which are named in one line."""
-    from bilora_diffusion.run.runlog import RUN  # here, so that --help does not wait for torch
 
     def other(word: str) -> bool:
         path = Path(word)

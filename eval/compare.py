@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.intervals import LEVEL, Interval, bootstrap_interval
@@ -32,6 +31,8 @@ Units = Mapping[Any, float | None]
 
 def student_interval(values: Sequence[float]) -> Interval | None:
     """95 % interval of the mean of many values, by Student's t; None below two."""
+    from scipy import stats  # in functions, so that --help does not wait for it
+
     if len(values) < 2:
         return None
     array = np.asarray(values, dtype=np.float64)
@@ -46,6 +47,8 @@ def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
     won. With ties the rate is no proportion, and the interval is a bootstrap over the pairs'
     1, 1/2 and 0.
     """
+    from scipy import stats
+
     if ties:
         return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
     proportion = stats.binomtest(wins, wins + losses).proportion_ci(LEVEL, method="wilson")
@@ -119,6 +122,8 @@ def summaries(
 
 
 def _average(own: Units, step: int | None, interval: OfMean) -> dict[str, Any]:
+    from scipy import stats
+
     known = [value for value in own.values() if value is not None]
     if step is not None and len(known) < len(own):
         return {"count": len(own)}

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from bilora_diffusion.errors import UserError, strip_controls
 
-from . import plot, report, table
+from . import compare, plot, report, table
 from .command import Parser, open_folder, require_free, run
 from .plot import Panel
 from .provenance import command_line, of_runs
@@ -101,8 +101,6 @@ class Evaluation:
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """The result, still without figures."""
-        from . import compare
-
         return self.result(subjects, rows, compare.summaries(rows, over=self.over))
 
     def result(

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.fields import option
 
-from . import report
+from . import compare, report
 from .evaluation import Evaluation, require_common_steps
 from .plot import Curve, Panel
 from .report import Column
@@ -70,8 +70,6 @@ class Generalization(Evaluation):
     name, options = "generalization", (GeneralizationOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import compare
-
         self.control = compare.control(subjects, self.args.control)
         for label, runs in by_group(subjects).items():
             require_common_steps(label, [{step for step, *_ in losses(run)} for run in runs])
@@ -84,8 +82,6 @@ class Generalization(Evaluation):
             yield subject.row(GAP, heldout - training, step=step)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from . import compare
-
         unpaired = [group for group, same in self.settings["paired"].items() if same is False]
         level, equal = compare.equal_training(rows, HELDOUT, TRAINING, unpaired)
         lowest = {(row.subject, row.value): row.step for row in rows if row.metric == HELDOUT}

@@ -121,23 +121,6 @@ def comparison(
     return table(head, rows)
 
 
-def verdicts(result: Result, names: Sequence[str]) -> list[str]:
-    """One sentence for each group and metric that was compared: better, worse, or neither shown."""
-    from . import compare  # here, so that --help does not wait for scipy
-
-    sentences = []
-    for group in result.groups:
-        for metric, line in ((result.metric(name), result.summary(group, name)) for name in names):
-            if line is not None and line.pairs:
-                judgement = compare.verdict(line, metric.higher_is_better)
-                judged = f"{group} is {judgement} than {line.control}"
-                if judgement == compare.UNDECIDED:
-                    judged = f"no difference between {group} and {line.control} is shown"
-                change = difference(line, metric)
-                sentences.append(f"{metric.title}: {judged}: {change} {line.over}s better.")
-    return sentences
-
-
 def pictures(result: Result) -> str:
     """The figures, one under another."""
     return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in result.figures)

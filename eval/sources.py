@@ -9,9 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.export import FILE_NAME, inspect
+from bilora_diffusion.image.base_model import describe, folder_of
+from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.lora_names import DENOISERS, ENCODERS
+from bilora_diffusion.run.record import RUN, read_metrics, read_run
+from bilora_diffusion.text.config import TextConfig
+from bilora_diffusion.train.soundness import PICKLES
 
 from . import digests
 from .digests import PEFT_CONFIG, PEFT_FILE
@@ -25,7 +31,6 @@ STANDS_FOR = {
     "auxiliary_alpha": "lora_alpha",
 }
 """Options that are another's value where they are not given."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 logger = logging.getLogger(__name__)
 
 
@@ -62,19 +67,13 @@ class Subject(Entry):
 
     def settings(self) -> dict[str, Any]:
         """The options that made a difference to what was learned, but for the seed."""
-        from bilora_diffusion.image.config import DreamBoothConfig
-        from bilora_diffusion.methods import get, option_names
-        from bilora_diffusion.text.config import TextConfig
-
-        unread = option_names() - get(str(self.method)).reads
+        unread = methods.option_names() - methods.get(str(self.method)).reads
         script = TextConfig if self.is_text else DreamBoothConfig
         names = set(self.record["config"]) - script.without_influence - unread - {"seed", "method"}
         return {name: self.option(name) for name in sorted(names)}
 
     def log(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; [] for what is no run."""
-        from bilora_diffusion.run.runlog import read_metrics
-
         return [] if self.folder is None else read_metrics(self.folder)
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
@@ -111,9 +110,6 @@ def find(word: str) -> Subject:
 
 def run(folder: Path, word: str) -> Subject:
     """A run folder as it is, without a look at its weights."""
-    from bilora_diffusion import methods  # here, so that --help does not wait for torch
-    from bilora_diffusion.run.runlog import read_run
-
     record = read_run(folder)
     config, method = record["config"], methods.get(record["method"])
     base = config.get("pretrained_model_name_or_path") or config.get("model_name_or_path")
@@ -130,8 +126,6 @@ def run(folder: Path, word: str) -> Subject:
 
 
 def _folder(folder: Path, word: str) -> Subject:
-    from bilora_diffusion.run.runlog import RUN
-
     name = folder.resolve().name
     if (folder / RUN).is_file():
         return _weights_of(run(folder, word))
@@ -168,8 +162,6 @@ def _weights_of(subject: Subject) -> Subject:
 
 def _needed(subject: Subject) -> tuple[str, ...]:
     """Files and folders that a run of its kind leaves."""
-    from bilora_diffusion import methods
-
     whole = methods.get(str(subject.method)).exports_weights
     if subject.is_text:
         return ("model",) if whole else (PEFT_FILE, PEFT_CONFIG)
@@ -181,8 +173,6 @@ def _needed(subject: Subject) -> tuple[str, ...]:
 
 def _denoiser(subject: Subject) -> str:
     """Name of the model that an image run trains: the one that is there, else by its base."""
-    from bilora_diffusion.image.base_model import describe, folder_of
-
     folder = subject.folder
     assert folder is not None
     there = [name for name in DENOISERS if (folder / name).is_dir()]
@@ -192,9 +182,7 @@ def _denoiser(subject: Subject) -> str:
 
 
 def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = None) -> Subject:
-    from bilora_diffusion import methods
-
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UserError(f"{path.name} may run code when it is read: give a .safetensors file.")
     metadata = inspect(path).metadata
     method = metadata.get("bilora.method")

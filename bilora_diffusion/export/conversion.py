@@ -27,6 +27,7 @@ from ..lora_names import (
     WEIGHTS,
     kohya_file_name,
 )
+from ..train.soundness import PICKLES
 from .layers import Part
 from .lorafile import lora_files
 from .readback import compare, require_equal
@@ -35,7 +36,6 @@ from .writer import file_metadata, refuse_kohya, write_file
 
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 """PEFT's names for the kinds of model."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OWN = (  # metadata that follows from the tensors or from the new file's name
     *("format", ADAPTER_METADATA, COMPONENT, "sshs_model_hash", "sshs_legacy_hash"),
     *("ss_network_dim", "ss_network_alpha", "ss_output_name"),
@@ -103,7 +103,7 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
     if to == "kohya":
         refuse_kohya(parts)
     path = place
-    if place.suffix in _PICKLES:
+    if place.suffix in PICKLES:
         raise UserError(f"{place} would be a pickle; name a .safetensors file or a folder.")
     if place.suffix != ".safetensors" or place.is_dir():
         path = place / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")

@@ -117,7 +117,7 @@ class WithBiLoRA(Trainer):
         numbers = inputs.pop(SAMPLES, ())
         with self.bilora.samples(numbers) if len(numbers) else nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.bilora._method.sets_rho:
+        if self.bilora.config.rho == "auto":
             self._loss = loss + (0 if self._loss is None else self._loss)
         return loss
 
@@ -219,7 +219,7 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
         self.taken = self.bilora._method.taken
-        if self.bilora._method.sets_rho:
+        if self.bilora.config.rho == "auto":
             self.bilora.observe(self.trainer.step_loss())
 
     def on_optimizer_step(

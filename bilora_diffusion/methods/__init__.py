@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..fields import option
 from ..values import FACTORS, STEPS, Range
-from .options import MethodOptions, OwnOptions
+from .options import MethodOptions as MethodOptions
+from .options import OwnOptions
 
 if TYPE_CHECKING:
-    from .base import Method, StepOptimizer, Target
-    from .registry import (
+    from .base import Method, StepOptimizer, Target  # noqa: F401
+    from .registry import (  # noqa: F401
         check_rho,
         create,
         default_rho,
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
         register,
     )
 
+LAZY = {
+    ".base": ("Method", "StepOptimizer", "Target"),
+    ".registry": (
+        *("check_rho", "create", "default_rho", "for_run", "get", "names", "option_names"),
+        *("reads", "register"),
+    ),
+}
+"""Names of this package by the module that holds them."""
 FILES = (
     *("bar", "bilora", "efm_lora", "flat_lora", "full"),
     *("lora", "lora_l2sp", "lora_looksam", "lora_msam", "lora_sam"),
@@ -80,29 +89,6 @@ class L2SPOptions(OwnOptions):
 
 OWN_OPTIONS: tuple[type[OwnOptions], ...] = (EFMLoRAOptions, L2SPOptions, LookSAMOptions)
 
-__all__ = [
-    "FILES",
-    "OWN_OPTIONS",
-    "EFMLoRAOptions",
-    "L2SPOptions",
-    "LookSAMOptions",
-    "Method",
-    "MethodOptions",
-    "OwnOptions",
-    "StepOptimizer",
-    "Target",
-    "check_rho",
-    "create",
-    "default_rho",
-    "for_run",
-    "get",
-    "names",
-    "option_names",
-    "own_options",
-    "reads",
-    "register",
-]
-
 
 def own_options() -> tuple[type[OwnOptions], ...]:
     """The options that single methods have, a dataclass for each; also those of methods that were
@@ -113,9 +99,9 @@ def own_options() -> tuple[type[OwnOptions], ...]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    home = next((home for home, names in LAZY.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for file in FILES:
         import_module(f".{file}", __name__)
-    home = ".base" if name in ("Method", "StepOptimizer", "Target") else ".registry"
     return getattr(import_module(home, __name__), name)

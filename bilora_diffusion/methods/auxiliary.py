@@ -14,8 +14,7 @@ from .. import adapters
 from ..adapters import AUXILIARY
 from ..errors import UserError
 from . import ball, perturb
-from .base import Counting, Target, trained
-from .hooks import check_groups
+from .base import Counting, Target
 from .options import MethodOptions
 
 Layers = Sequence[tuple[str, adapters.LoraLayer]]
@@ -129,13 +128,32 @@ class WithAuxiliary(Counting):
         return self.auxiliary.apart()
 
     def check_groups(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that does not climb on the auxiliary.
+        """Refuse an optimizer that would not move the auxiliary as Eq. 9 does, apart from the
+        primary.
 
         Raises:
             UserError: its groups are not those of `param_groups`.
         """
-        primary = [p for target in self.targets for p in trained(target.model)]
-        check_groups(optimizer, primary, self.auxiliary.parameters(), self._climbs)
+        auxiliary, primary = (
+            {id(p) for p in own} for own in (self.auxiliary.parameters(), self.clip_parameters())
+        )
+        missing, fix = auxiliary | primary, "make the optimizer from param_groups() as it is."
+        for group in optimizer.param_groups:
+            ids = {id(p) for p in group["params"]}
+            missing -= ids
+            ascends, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
+            alike = ids <= auxiliary and ascends == self._climbs and decay == 0
+            if ids & auxiliary and not alike:
+                raise UserError(
+                    f"The auxiliary's group has maximize={ascends}, weight_decay={decay} and "
+                    f"{len(ids - auxiliary)} foreign parameters; {fix}"
+                )
+            if ids & primary and ascends:
+                raise UserError(
+                    f"A group with maximize=True holds parameters of the primary; {fix}"
+                )
+        if missing:
+            raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
 
     def auxiliary_norm(self) -> float:
         """The auxiliary's total norm in the units of `rho_norm`; the largest of several."""

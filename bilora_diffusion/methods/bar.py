@@ -10,17 +10,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..adapters import PRIMARY, LoraLayer
 from ..errors import UserError
-from .base import Counting, MethodOptions
-from .hooks import unwrapped
+from .base import Counting
+from .hooks import BeforeStep, unwrapped
 from .options import falling
 from .registry import register
 
 
-class _BAR(Counting, ABC):
+class _BAR(BeforeStep, Counting, ABC):
     """Before each optimizer step one factor of a layer shrinks by 1 - alpha_t lr_t, the other grows
     by 1 + alpha_t lr_t, with the rate that this step has; which one is the subclass's choice.
     Steps that a gradient scaler skips change nothing, nor does a step without a layer's gradient
@@ -29,11 +28,6 @@ class _BAR(Counting, ABC):
 
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"bar_alpha": 0.0})
-
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._layers: list[tuple[str, LoraLayer]] = []
-        self._hook: RemovableHandle | None = None
 
     @property
     def depends_on_length(self) -> bool:
@@ -45,22 +39,18 @@ class _BAR(Counting, ABC):
         Raises:
             UserError: it lacks a parameter of the adapters, or can't be hooked.
         """
-        optimizer = unwrapped(optimizer)
-        if self._hook is not None:
-            self._hook.remove()
-        self._layers = self.layers()
-        rates = _rates(optimizer)
-        for name, layer in self._layers:
+        rates = _rates(unwrapped(optimizer))
+        for name, layer in self.layers():
             if any(id(factor) not in rates for factor in _factors(layer)):
                 raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
-        self._hook = optimizer.register_step_pre_hook(self._balance)
+        super().bind(optimizer)
 
     @abstractmethod
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         """For each layer whether A is the factor that shrinks, (layers,) bool."""
 
     @torch.no_grad()
-    def _balance(self, optimizer: Optimizer, *_: Any) -> None:
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.taken += 1
         strength = self.options.bar_alpha
         if self.depends_on_length:

@@ -42,14 +42,6 @@ class StepOptimizer(Protocol):
     def zero_grad(self) -> Any: ...
 
 
-class Observer(Protocol):
-    """Recorder of the perturbations within a step (`bilora_diffusion.train.dynamics`)."""
-
-    def perturbed(self) -> None:
-        """The primaries hold A + e_A and B + e_B, and their `.grad` holds e."""
-        ...
-
-
 class Method:
     """A way to fine-tune adapters; plain LoRA, where a method does not override it.
 
@@ -63,10 +55,12 @@ class Method:
         own_options: the options that it alone has, if any.
         default_rho: its radius where `MethodOptions.rho` is None.
         default_text_rho: that of the text script, where it is another.
+        passes: gradients that a step takes: the "Cost" of the paper's Table 3.
         exports_weights: whether it leaves whole models behind, not adapters.
         limit: options under which it trains as plain LoRA does, None if there are none.
         targets: the models given to `setup`.
-        observer: is told of what happens within a step, where somebody wants to know.
+        on_perturbed: called within a step while the primaries hold A + e_A and B + e_B, and their
+            `.grad` holds e, where somebody wants to know (`train.dynamics`).
     """
 
     name: ClassVar[str] = ""
@@ -77,13 +71,14 @@ class Method:
     own_options: ClassVar[type[OwnOptions] | None] = None
     default_rho: ClassVar[float] = 0.05
     default_text_rho: ClassVar[float | None] = None
+    passes: ClassVar[int] = 1
     exports_weights: ClassVar[bool] = False
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
         self.targets: tuple[Target, ...] = ()
-        self.observer: Observer | None = None
+        self.on_perturbed: Callable[[], None] | None = None
 
     @property
     def rho(self) -> float:
@@ -146,7 +141,7 @@ class Method:
         """The optimizer's parameter groups, for the rates and decays of `targets`."""
         return [
             {
-                "params": trained(target.model),
+                "params": self.trained(target.model),
                 "lr": target.lr,
                 "weight_decay": target.weight_decay,
                 "name": target.name,
@@ -213,7 +208,15 @@ class Method:
         """The parameters that the result is made of: what gradient clipping sees and what weight
         averaging averages.
         """
-        return [p for target in self.targets for p in trained(target.model)]
+        return [p for target in self.targets for p in self.trained(target.model)]
+
+    @staticmethod
+    def trained(model: nn.Module) -> list[nn.Parameter]:
+        """A model's parameters of the result: the primary's, then those of modules that are trained
+        whole beside it (`AdapterSpec.modules_to_save`).
+        """
+        head = adapters.whole(model, PRIMARY).values()
+        return [*adapters.parameters(model, PRIMARY), *head]
 
     @cached_property
     def weights(self) -> list[nn.Parameter]:
@@ -250,14 +253,6 @@ class Method:
                 f"The saved state of the method has the keys {sorted(state)}, but {self.name} keeps"
                 f" {sorted(self.state_dict())}; resume with the method of the run's start."
             )
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the result: the primary's, then those of modules that are trained whole
-    beside it (`AdapterSpec.modules_to_save`).
-    """
-    head = adapters.whole(model, PRIMARY).values()
-    return [*adapters.parameters(model, PRIMARY), *head]
 
 
 class Counting(Method):

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
+from ..choices import AUTO
 from ..errors import UserError
 from . import auxiliaries, ball, radius
 from .auxiliary import WithAuxiliary, learning_rate
@@ -48,7 +49,7 @@ class BiLoRA(WithAuxiliary):
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
-        self.radius: radius.Radius
+        self.radius: radius.AutoRadius | None = None
         self._optimizer: Optimizer | None = None
         self._hooks: list[RemovableHandle] = []
         self._last: ball.Projection | None = None
@@ -67,7 +68,8 @@ class BiLoRA(WithAuxiliary):
             adapters.inject(target.model, spec, AUXILIARY)
         layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
         self.auxiliary = auxiliaries.create(layers, self.options)
-        self.radius = radius.create(layers, self.options, self.rho, self.auxiliary.count)
+        if self.options.rho == AUTO:
+            self.radius = radius.create(layers, self.options, self.auxiliary.count)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
@@ -114,7 +116,8 @@ class BiLoRA(WithAuxiliary):
 
     def observe(self, loss: Tensor) -> None:
         """Take the loss of the coming step, 0-d, over all micro-batches and processes."""
-        self.radius.observe(loss)
+        if self.radius is not None:
+            self.radius.observe(loss)
 
     def metrics(self) -> dict[str, float]:
         """Norms before and after the last projection (of several the largest), and the radius."""
@@ -123,29 +126,27 @@ class BiLoRA(WithAuxiliary):
         return {
             "auxiliary_norm_before": float(self._last.before),
             "auxiliary_norm": float(self._last.after),
-            **self.radius.metrics(),
+            **({} if self.radius is None else self.radius.metrics()),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | self.radius.state_dict()
+        return super().state_dict() | ({} if self.radius is None else self.radius.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.radius.load_state_dict(state)
-
-    @property
-    def sets_rho(self) -> bool:
-        """True if the radius sets itself."""
-        return isinstance(self.radius, radius.AutoRadius)
+        if self.radius is not None:
+            self.radius.load_state_dict(state)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.auxiliary.before_step(optimizer)
-        self.radius.before_step(self.auxiliary)
+        if self.radius is not None:
+            self.radius.before_step(self.auxiliary)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.taken += 1
         if moved := self.auxiliary.moving():  # else no row was a sample
-            self.radius.after_step(self.auxiliary)
-            self._last = self.auxiliary.project_(moved, self.radius.rho)
-            self.radius.projected(self._last.after)
+            rho = self.rho if self.radius is None else self.radius.after_step(self.auxiliary)
+            self._last = self.auxiliary.project_(moved, rho)
+            if self.radius is not None:
+                self.radius.projected(self._last.after)
         self.auxiliary.release(optimizer)

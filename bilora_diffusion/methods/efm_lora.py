@@ -11,20 +11,19 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import PRIMARY, Factors
 from . import EFMLoRAOptions, ball, perturb
 from .base import Counting, MethodOptions, StepOptimizer
-from .hooks import unwrapped
+from .hooks import BeforeStep
 from .registry import register
 
 PERTURBATION = "perturbation"
 
 
 @register("efm-lora")
-class EFMLoRA(Counting):
+class EFMLoRA(BeforeStep, Counting):
     """The gradient at W0 + s (B + E) A, E on average the best step of the whole weight, one pass.
 
     For each layer, with G the mean of what dL/dB and dL/dA tell of dL/dW (Equation 12),
@@ -54,22 +53,7 @@ class EFMLoRA(Counting):
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
-        self._layers: list[tuple[str, adapters.LoraLayer]] = []
         self._moves: dict[str, Tensor] = {}
-        self._hook: RemovableHandle | None = None
-
-    def inject_others(self) -> None:
-        self._layers = self.layers()
-
-    def bind(self, optimizer: Optimizer) -> None:
-        """Look at the gradients before each step that `optimizer` takes.
-
-        Raises:
-            UserError: it can't be hooked.
-        """
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = unwrapped(optimizer).register_step_pre_hook(self._remember)
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         with self._moved():
@@ -115,7 +99,7 @@ class EFMLoRA(Counting):
             yield
 
     @torch.no_grad()
-    def _remember(self, *_: Any) -> None:
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.taken += 1
         rho, beta = self.rho, self.own.efm_beta
         if self.own.efm_schedule == "sqrt":

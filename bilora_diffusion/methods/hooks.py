@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .. import adapters
 from ..errors import UserError
+from .base import Method, MethodOptions
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
@@ -29,36 +31,28 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def check_groups(
-    optimizer: Optimizer,
-    primary: Sequence[nn.Parameter],
-    auxiliary: Sequence[nn.Parameter],
-    climbs: bool,
-) -> None:
-    """Refuse an optimizer that would not move the auxiliary as Eq. 9 does, apart from the primary.
+class BeforeStep(Method):
+    """A method that acts on the layers' gradients or factors before each step that is taken."""
 
-    Args:
-        climbs: whether the auxiliary's groups have ``maximize=True``.
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self._layers: list[tuple[str, adapters.LoraLayer]] = []
+        self._hook: RemovableHandle | None = None
 
-    Raises:
-        UserError: its groups are not those of `param_groups`.
-    """
-    auxiliary_ids, primary_ids = {id(p) for p in auxiliary}, {id(p) for p in primary}
-    missing = auxiliary_ids | primary_ids
-    fix = "make the optimizer from param_groups() as it is."
-    for group in optimizer.param_groups:
-        ids = {id(p) for p in group["params"]}
-        missing -= ids
-        ascends, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
-        if ids & auxiliary_ids and (ids - auxiliary_ids or ascends != climbs or decay != 0):
-            raise UserError(
-                f"The auxiliary's group has maximize={ascends}, weight_decay={decay} and "
-                f"{len(ids - auxiliary_ids)} foreign parameters; {fix}"
-            )
-        if ids & primary_ids and ascends:
-            raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
-    if missing:
-        raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
+    def bind(self, optimizer: Optimizer) -> None:
+        """Call `before_step` before every step of `optimizer`.
+
+        Raises:
+            UserError: it can't be hooked.
+        """
+        if self._hook is not None:
+            self._hook.remove()
+        self._layers = self.layers()
+        self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
+
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Act before a step of `optimizer`."""
+        raise NotImplementedError
 
 
 def ascend(

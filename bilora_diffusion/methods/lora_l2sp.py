@@ -8,18 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import PRIMARY
 from . import L2SPOptions, auxiliary, radius
-from .base import Method, MethodOptions
-from .hooks import unwrapped
+from .hooks import BeforeStep
 from .registry import register
 
 
 @register("lora-l2sp")
-class LoRAL2SP(Method):
+class LoRAL2SP(BeforeStep):
     """min over B, A of L(W0 + s B A) + lambda ||dW||_F^2 with dW = s B A, over all layers.
 
     With G = 2 lambda s dW the gradient of the penalty is G A^T of B and B^T G of A; dW is never
@@ -39,20 +37,8 @@ class LoRAL2SP(Method):
         {"own": L2SPOptions(l2sp_lambda=0.0)}
     )
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._layers: list[tuple[str, adapters.LoraLayer]] = []
-        self._hook: RemovableHandle | None = None
-
-    def bind(self, optimizer: Optimizer) -> None:
-        """Add the penalty's gradient before every step of `optimizer`."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._layers = self.layers()
-        self._hook = unwrapped(optimizer).register_step_pre_hook(self._add_gradients)
-
     @torch.no_grad()
-    def _add_gradients(self, *_: Any) -> None:
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         scales = auxiliary.scales(self._layers, "scaled", PRIMARY)
         changes = radius.changes(self._layers, scales)
         for (_name, layer), change in zip(self._layers, changes, strict=True):

@@ -13,13 +13,14 @@ from .. import adapters
 from ..adapters import PRIMARY
 from . import LookSAMOptions, perturb
 from .base import Counting, MethodOptions, StepOptimizer
+from .lora_sam import LoRASAM
 from .registry import register
 
 DIRECTION = "direction"
 
 
 @register("lora-looksam")
-class LoRALookSAM(Counting):
+class LoRALookSAM(LoRASAM, Counting):
     """LoRA-SAM at steps 1, k + 1, 2 k + 1, ...; at the others, with g the gradient of the step,
 
         g + alpha ||g|| / ||g_v|| g_v,    g_v = g_s - <g_s, g> / ||g||^2 g
@@ -40,17 +41,14 @@ class LoRALookSAM(Counting):
     )
 
     own_options = LookSAMOptions
-    reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
         {"rho": 1e-30, "own": LookSAMOptions(looksam_alpha=0.0)}
     )
-    default_text_rho: ClassVar[float | None] = 0.01
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self._weights: dict[str, nn.Parameter] = {}
         self._directions: dict[str, Tensor] = {}
-        self._rise: tuple[Tensor, Tensor] | None = None
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         looks = self.taken % self.own.looksam_k == 0
@@ -67,13 +65,6 @@ class LoRALookSAM(Counting):
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), **self._g_v()}
-
-    def metrics(self) -> dict[str, float]:
-        """Rise of the loss uphill, at the steps that looked there."""
-        if self._rise is None:
-            return {}
-        before, after = self._rise
-        return {"sharpness": float(after - before)}
 
     def _look(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         """A step of SAM from the gradients that are there; returns the loss uphill."""

@@ -34,6 +34,7 @@ class LoRASAM(Method):
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
     default_text_rho: ClassVar[float | None] = 0.01
+    passes: ClassVar[int] = 2
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
@@ -43,8 +44,8 @@ class LoRASAM(Method):
         loss = forward_backward()
         with perturb.restored(self.weights):
             perturb.climb_(self.weights, self.rho)
-            if self.observer is not None:
-                self.observer.perturbed()
+            if self.on_perturbed is not None:
+                self.on_perturbed()
             optimizer.zero_grad()
             perturbed = forward_backward()
         optimizer.step()
@@ -53,7 +54,7 @@ class LoRASAM(Method):
         return loss
 
     def metrics(self) -> dict[str, float]:
-        """Rise of the loss uphill: SAM's sharpness on the batch."""
+        """Rise of the loss uphill, if the step looked there: SAM's sharpness on the batch."""
         if self._rise is None:
             return {}
         before, after = self._rise

@@ -93,21 +93,7 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """Options of the methods on the command line; each reads its own part (`Method.reads`).
-
-    Attributes:
-        rho: radius: of the ball that bounds the auxiliary (Eq. 8), of LoRA-SAM's step (Eq. 4),
-            or of Flat-LoRA's noise; None is the method's own default; "auto" sets itself.
-        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
-            None is `radius.RISE`, or `radius.RISE_BY_SAMPLE` for several auxiliaries.
-        rho_norm: "scaled" measures s * B2 @ A2, the change of the weights; "unscaled" the literal
-            B2 @ A2.
-        ball: what Eq. 10 clips: the norm over all layers ("global", the paper), that of each layer
-            to its share rho / sqrt(layers) ("per-layer"), or nothing ("none").
-        auxiliary_learning_rate: None is the primary's; 0 leaves the auxiliary at zero.
-        auxiliary_direction: "ascent" (Eq. 9) or "descent", which makes it a second primary that is
-            thrown away: the control that shows what the ascent does.
-    """
+    """Options of the methods on the command line; each reads its own part (`Method.reads`)."""
 
     section: ClassVar[str] = SECTION
 
@@ -216,7 +202,6 @@ class MethodOptions(MethodFlags):
         sample_names: of the training samples, by which they are dealt to auxiliaries; () where
             samples are known by number alone.
         seed: of the random numbers that a method itself draws (Flat-LoRA's noise).
-        optimizer: its name, by which full fine-tuning knows what memory it needs.
         own: the options that the method alone has; None for their defaults.
 
     Raises:
@@ -226,7 +211,6 @@ class MethodOptions(MethodFlags):
     num_steps: int | None = None
     sample_names: tuple[str, ...] = ()
     seed: int = 0
-    optimizer: str = "adamw"
     own: Any = None
 
     def __post_init__(self) -> None:

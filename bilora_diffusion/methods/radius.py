@@ -27,7 +27,6 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY
-from ..choices import AUTO
 from ..errors import UserError
 from . import ball
 from .auxiliary import Auxiliary, Layers, scales
@@ -70,56 +69,19 @@ def changes(layers: Layers, measures: Sequence[float]) -> list[adapters.Factors]
     ]
 
 
-class Radius:
-    """The radius as it is given.
-
-    Attributes:
-        rho: the bound of Equation 10 in the coming projection.
-    """
-
-    def __init__(self, rho: float) -> None:
-        self.rho: float | Tensor = rho
-
-    def observe(self, loss: Tensor) -> None:
-        """Take the loss whose gradient the next step takes, 0-d."""
-
-    def before_step(self, auxiliary: Auxiliary) -> None:
-        """Look at the gradients, before they are turned around."""
-
-    def after_step(self, auxiliary: Auxiliary) -> None:
-        """Set `rho`, before the projection."""
-
-    def projected(self, norm: Tensor) -> None:
-        """Take the auxiliary's norm, 0-d, once it was clipped to `rho`."""
-
-    def metrics(self) -> dict[str, float]:
-        """Values for the log."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for a resume."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-
-
-def create(layers: Sequence[Layers], options: MethodOptions, rho: float, count: int) -> Radius:
-    """The kind that the options ask for.
+def create(layers: Sequence[Layers], options: MethodOptions, count: int) -> AutoRadius:
+    """A radius for adapters that are injected already.
 
     Args:
         layers: of each trained model, those that have the adapters.
-        rho: as it is given.
         count: how many auxiliaries there are.
     """
-    if options.rho != AUTO:
-        return Radius(rho)
     every = [pair for own in layers for pair in own]
     tau = options.loss_rise or (RISE if count == 1 else RISE_BY_SAMPLE)
     return AutoRadius(tau, every, scales(every, options.rho_norm, PRIMARY))
 
 
-class AutoRadius(Radius):
+class AutoRadius:
     """Follows the slope of the loss along the auxiliary; all its numbers stay on the device.
 
     Args:
@@ -128,13 +90,13 @@ class AutoRadius(Radius):
         measures: what the norm of each one's B A is multiplied with.
 
     Attributes:
-        rho: infinite before the first step.
+        rho: the bound of Equation 10 in the coming projection; infinite before the first step.
         rise: gamma of the last step over its loss, 0-d; None before the second.
     """
 
     def __init__(self, tau: float, layers: Layers = (), measures: Sequence[float] = ()) -> None:
-        super().__init__(math.inf)
         self.tau = tau
+        self.rho: float | Tensor = math.inf
         self.rise: Tensor | None = None
         self._layers, self._measures = layers, measures
         self._step_loss: Tensor | None = None  # of the step that is being taken, as is gamma
@@ -146,10 +108,11 @@ class AutoRadius(Radius):
         self._loss: Tensor | None = None
 
     def observe(self, loss: Tensor) -> None:
+        """Take the loss whose gradient the next step takes, 0-d."""
         self._step_loss = loss.detach()
 
     def before_step(self, auxiliary: Auxiliary) -> None:
-        """Measure gamma.
+        """Measure gamma, before the gradients are turned around.
 
         Raises:
             UserError: nobody told the loss.
@@ -162,11 +125,13 @@ class AutoRadius(Radius):
         moving = auxiliary.moving()
         self._gamma = auxiliary.rise(moving) if moving else None
 
-    def after_step(self, auxiliary: Auxiliary) -> None:
+    def after_step(self, auxiliary: Auxiliary) -> float | Tensor:
+        """Set `rho`, before the projection, and give it."""
         if self._step_loss is not None and self._gamma is not None:
             moved = ball.frobenius_norm(changes(self._layers, self._measures))
             self.rho = self.update(self._step_loss, self._gamma, moved, auxiliary.seen_norm())
         self._step_loss = None  # each step tells its own
+        return self.rho
 
     @torch.no_grad()
     def update(
@@ -200,6 +165,7 @@ class AutoRadius(Radius):
         return self._rho
 
     def projected(self, norm: Tensor) -> None:
+        """Take the auxiliary's norm, 0-d, once it was clipped to `rho`."""
         self._norm = norm
         if self._rho is None:
             self._rho = norm
@@ -215,6 +181,7 @@ class AutoRadius(Radius):
         return {"radius": {name: None if v is None else float(v) for name, v in values.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         device = adapters.weights(self._layers[0][1], PRIMARY)[0].device
         for name, value in state["radius"].items():
             number = None if value is None else torch.tensor(value, dtype=ball.wide(device))

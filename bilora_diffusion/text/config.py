@@ -113,8 +113,11 @@ class TextConfig(
         if values["validation_part"] is not None:
             read_part(values["validation_part"])
         for name in ("train_file", "validation_file"):
-            if values[name]:
-                _check_file(name, values[name])
+            path = Path(values[name] or "").expanduser()
+            if values[name] and not (is_file(path) and path.suffix.lower() in TABLES):
+                fault = "is not a file of rows" if path.exists() else "does not exist"
+                kinds = ", ".join(TABLES)
+                raise UserError(f'--{name} "{path}" {fault}: give one that ends in {kinds}.')
 
     @property
     def base_model(self) -> str:
@@ -136,15 +139,3 @@ class TextConfig(
 def resolve(argv: Sequence[str] | None = None) -> TextConfig:
     """Make the configuration of a command line of the text script (`RunConfig.resolve`)."""
     return TextConfig.resolve(argv)
-
-
-def _check_file(name: str, value: str) -> None:
-    path, fault = Path(value).expanduser(), ""
-    if not path.exists():
-        fault = "does not exist: correct the path"
-    elif not is_file(path):
-        fault = "is a folder, a device or a pipe: give a regular file"
-    elif path.suffix.lower() not in TABLES:
-        fault = f"is of no known kind: give a file ending in {', '.join(TABLES)}"
-    if fault:
-        raise UserError(f'--{name} "{value}" {fault}.')

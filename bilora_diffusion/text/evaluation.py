@@ -89,7 +89,7 @@ class Evaluation:
         made: dict[int, str] = {}
         with inference(self.module):
             for numbers in self.batches([len(prompt) for prompt in prompts]):
-                texts = self._generate([prompts[i] for i in numbers])
+                texts = generate(self.loaded, [prompts[i] for i in numbers], self.new_tokens)
                 made.update(zip(numbers, texts, strict=True))
         answers, lines = [made[i] for i in range(count)], []
         for i, answer in enumerate(answers):
@@ -125,24 +125,28 @@ class Evaluation:
         room = None if limit is None else limit - self.new_tokens
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
 
-    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        tokenizer, causal = self.loaded.tokenizer, self.loaded.kind == "causal"
-        side = "left" if causal else "right"  # so that all answers start at one place
-        given = {
-            "input_ids": padded(prompts, tokenizer.pad_token_id, side),
-            "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0, side),
-        }
-        model: Any = self.loaded.model
-        tokens = model.generate(
-            **send_to_device(given, model.device),
-            max_new_tokens=self.new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        if causal:
-            tokens = tokens[:, given["input_ids"].shape[1] :]
-        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+def generate(
+    loaded: TextModel, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any
+) -> list[str]:
+    """A model's answers to prompts in tokens; ``sampling`` as Transformers' `generate` takes it."""
+    tokenizer, causal = loaded.tokenizer, loaded.kind == "causal"
+    side = "left" if causal else "right"  # so that all answers start at one place
+    given = {
+        "input_ids": padded(prompts, tokenizer.pad_token_id, side),
+        "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0, side),
+    }
+    model: Any = loaded.model
+    tokens = model.generate(
+        **send_to_device(given, model.device),
+        max_new_tokens=new_tokens,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+        **{"do_sample": False, **sampling},
+    )
+    if causal:
+        tokens = tokens[:, given["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _new_tokens(cfg: TextConfig, loaded: TextModel) -> int:

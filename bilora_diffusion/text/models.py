@@ -182,18 +182,13 @@ class TextSource:
         return tokenizer
 
 
-def load_text_model(
-    name_or_path: str,
-    task_type: str = "auto",
-    *,
-    dtype: torch.dtype = torch.float32,
-    labels: Sequence[str] | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> TextModel:
-    """Find and load a model as ``TextSource`` does it, by fields of ``TextModelOptions``."""
+def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) -> TextModel:
+    """Find and load a model as ``TextSource`` does it, by fields of ``TextModelOptions`` and
+    arguments of ``TextSource.load``.
+    """
+    how = {name: options.pop(name) for name in ("dtype", "labels", "seed") if name in options}
     asked = TextModelOptions(model_name_or_path=name_or_path, task_type=task_type, **options)
-    return TextSource(asked).load(dtype, labels, seed)
+    return TextSource(asked).load(**how)
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import torch
 from accelerate import Accelerator
 
 from .. import adapters
@@ -19,7 +20,6 @@ from ..durable import bytes_for_people
 from ..errors import UserError
 from ..methods import Method, for_run
 from ..methods.auxiliaries import deal
-from ..methods.full import free_memory
 from ..run import provenance
 from .fit.search import BUDGET
 from .stepping import Schedule, total_steps
@@ -70,6 +70,13 @@ def main(
         f" {bytes_for_people(room)} for it.",
     ]
     print("\n".join(lines), flush=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def searched(cfg: Any, steps: int) -> list[str]:

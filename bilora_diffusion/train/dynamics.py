@@ -50,7 +50,7 @@ class Dynamics:
         self._layers = trainer.method.layers(PRIMARY)
         self._figures: dict[str, Tensor] = {}
         self._taken: snapshots.Snapshot | None = None
-        trainer.method.observer = self
+        trainer.method.on_perturbed = self.perturbed
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -68,7 +68,7 @@ class Dynamics:
         return step % self.every == 0 or step == self._trainer.num_steps
 
     def perturbed(self) -> None:
-        """LoRA-SAM says: the weights hold A + e_A and B + e_B, and their ``.grad`` holds e."""
+        """Called by LoRA-SAM: the weights hold A + e_A and B + e_B, and their ``.grad`` holds e."""
         if self.due(self._trainer.step + 1):
             moved = self._factors(PRIMARY)
             self._figures |= perturbation_norms(moved, self._gradients(PRIMARY, moved))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import machine
@@ -17,16 +17,13 @@ NOT_COMPILED = "TORCHDYNAMO_DISABLE"
 """torch's switch: where it is "1", `torch.compile` gives back what it is given."""
 
 
-def start_missing_processes(script: Sequence[str] = ()) -> None:
+def start_missing_processes() -> None:
     """Start the CPU processes that ``accelerate launch --cpu --num_processes N`` was asked for.
 
     accelerate 1.15 sets a meeting point for N processes, but starts one only (without MPI's
     ``--mpirun_hostfile``), which would train on a smaller batch than was asked for. This process is
     then replaced by torchrun with N; where N can't be read off the launcher's command line, the
     launch is refused. Does nothing in any other case.
-
-    Args:
-        script: as Python is to be told of it; by default its path.
 
     Raises:
         UserError: several processes are expected, and how many is not known.
@@ -45,7 +42,7 @@ def start_missing_processes(script: Sequence[str] = ()) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    os.execv(sys.executable, [sys.executable, *torchrun, *(script or sys.argv[:1]), *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.orig_argv[1:]])
 
 
 def launched_processes() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,57 +10,37 @@ from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 
-Groups = list[dict[str, Any]]
 
-
-def build_optimizer(cfg: RunConfig, groups: Groups) -> Optimizer:
-    """The optimizer for a method's parameter groups.
+def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer for a method's parameter groups, one of `choices.OPTIMIZERS`.
 
     Args:
         cfg: training configuration.
         groups: parameter groups; each brings its learning rate and weight decay.
     """
-    return BUILDERS[cfg.optimizer.lower()](cfg, groups)
+    adam: dict[str, Any] = {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
+    match cfg.optimizer.lower():
+        case "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
 
+            return AdamW8bit(groups, **adam)
+        case "prodigy":
+            from prodigyopt import Prodigy
 
-def _adamw(cfg: RunConfig, groups: Groups) -> Optimizer:
+            return Prodigy(
+                groups,
+                **adam,
+                beta3=cfg.prodigy_beta3,
+                decouple=cfg.prodigy_decouple,
+                use_bias_correction=cfg.prodigy_use_bias_correction,
+                safeguard_warmup=cfg.prodigy_safeguard_warmup,
+            )
     # One kernel for all parameters: on a CPU the default takes them one by one, and twice as many
     # cost twice as much.
-    optimizer = torch.optim.AdamW(groups, **_adams(cfg), fused=True)
+    optimizer = torch.optim.AdamW(groups, **adam, fused=True)
     # A gradient scaler would let its kernel leave a step out, and the hooks after a step would run.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
-
-
-def _adamw8bit(cfg: RunConfig, groups: Groups) -> Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, **_adams(cfg))
-
-
-def _prodigy(cfg: RunConfig, groups: Groups) -> Optimizer:
-    from prodigyopt import Prodigy
-
-    return Prodigy(
-        groups,
-        **_adams(cfg),
-        beta3=cfg.prodigy_beta3,
-        decouple=cfg.prodigy_decouple,
-        use_bias_correction=cfg.prodigy_use_bias_correction,
-        safeguard_warmup=cfg.prodigy_safeguard_warmup,
-    )
-
-
-def _adams(cfg: RunConfig) -> dict[str, Any]:
-    return {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
-
-
-BUILDERS: dict[str, Callable[[RunConfig, Groups], Optimizer]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-    "prodigy": _prodigy,
-}
-"""Builders of `choices.OPTIMIZERS`."""
 
 
 def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:

@@ -27,15 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.errors import UserError, translated
 from bilora_diffusion.fields import option
+from bilora_diffusion.run.record import RUN
 from bilora_diffusion.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS, WORKERS
 
-from .. import checkpoints, report
+from .. import checkpoints, compare, report
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import COUNTS, Parser, open_device, open_folder, require_free
 from ..provenance import of_this_process, without_paths
 from ..report import Column
 from ..subjects import BASE, Subject, single
 from ..table import Result, Row
+from . import reporting
 from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -56,21 +58,19 @@ class ScoringOptions:
     """Prompts, scores and comparison."""
 
     section = "prompts and models"
-    prompts: str = option("3d_icon", "A set that is shipped, a text file, or a CSV file.")
-    prompt_column: str | None = option(None, "Its column of the CSV file.")
+    prompts: str = option(
+        "3d_icon", 'A set that is shipped, a text file, or a CSV file with the column "prompt".'
+    )
     general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
     max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
     seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
     base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
     scorer: str | None = option(None, f"{SCORERS}.")
-    scorer_revision: str | None = option(None, "Branch, tag or commit of a hub id after hf:.")
     captioner: str | None = option(None, f"{CAPTIONERS}.")
-    captioner_revision: str | None = option(None, "Branch, tag or commit of a hub id after blip:.")
     skip_captions: bool = option(False, "No captions and no T2T.")
     control: str | None = option(None, "Compare with this label (default: the first but base).")
     train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
     steps: str | None = option(None, checkpoints.HELP)
-    grid_prompts: int = option(6, "Rows of the grid of images.", range=COUNTS)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class SamplingOptions:
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
     adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
     batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
-    lanes: int = option(4, "Images in one call of the denoiser.", range=COUNTS)
     processes: int | None = option(
         None, "On one device (default: all cores for the miniature, else 1).", range=WORKERS
     )
@@ -119,8 +118,6 @@ class ClipScores(OverSteps):
             return checkpoints.of_runs(single(self.args.runs, weights=False), self.args.steps)
         if self.args.runs:
             return single(self.args.runs)
-        from bilora_diffusion.run.runlog import RUN
-
         runs = [str(DEMO / method) for method in DEMO_METHODS]
         for run in runs:
             if not Path(run, RUN).is_file():
@@ -135,12 +132,9 @@ class ClipScores(OverSteps):
         return single([*runs, BASE])
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from .. import compare
         from . import measure, settings
 
         args = self.args
-        if args.skip_captions and args.captioner_revision is not None:
-            raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
         self.seeds = settings.read_seeds(args.seeds)
         base = settings.base_model(subjects, args.base_model)
         self.names = settings.models(args, base)
@@ -168,16 +162,13 @@ class ClipScores(OverSteps):
         from .images import Store, jobs
         from .measure import ImageJudge, truth_pictures
 
-        start_missing_processes(["-m", f"eval.{self.name}"])
+        start_missing_processes()
         args, subjects = self.args, self.subjects()
         self.prepare(subjects)
         # else one CPU process is seen
         state = PartialState(cpu="cpu" in (args.device, device_type()))
         device = str(state.device if args.device is None else open_device(args.device))
-        revisions = args.scorer_revision, args.captioner_revision
-        models = None
-        if state.is_main_process:
-            models = load_models(*self.names, revisions=revisions, device=device)
+        models = load_models(*self.names, device=device) if state.is_main_process else None
         open_folder(self.folder)
         require_free(self.folder, self.name)
         store = Store(self.folder / IMAGES, self.sampling, device)
@@ -209,11 +200,11 @@ class ClipScores(OverSteps):
 
     def _generate(self, store: Any, jobs: Sequence[Job], process: tuple[int, int]) -> int:
         """Make what is missing, or this process' share of it."""
-        from .workers import generate
+        from .images import generate_in_processes
 
         batch = self.args.batch_size
         if process[1] == 1:
-            return generate(store, jobs, batch=batch, count=self.args.processes)
+            return generate_in_processes(store, jobs, batch, self.args.processes)
         return store.generate(jobs, batch=batch, process=process)
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
@@ -239,8 +230,6 @@ class ClipScores(OverSteps):
             yield from checkpoints.heldout_loss(subject)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from .. import compare
-
         shown = METRICS if self.args.steps is None else METRICS | {HELDOUT_LOSS: LOSS}
         scores = [row for row in rows if row.metric in shown]
         summarize = partial(compare.summaries, over=self.over)
@@ -249,14 +238,10 @@ class ClipScores(OverSteps):
         return self.over_steps(self.result(subjects, rows, lines, self.control, **more), summarize)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import reporting
-
-        drawn = reporting.grid(result, folder, self.truths, self.args.grid_prompts)
+        drawn = reporting.grid(result, folder, self.truths)
         return [*([reporting.GRID] if drawn else []), *super().figures(result, folder)]
 
     def introduction(self, result: Result) -> str:
-        from . import reporting
-
         return reporting.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -265,34 +250,28 @@ class ClipScores(OverSteps):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        from . import reporting
-
         sentences = [*reporting.made(result), *report.sources(result)]
         return [
             reporting.legend(result),
-            self.verdicts(result, reporting.PAPER),
+            self.best_steps(result),
             report.section("In the shape of the paper's Table 4", reporting.scores(result)),
             report.closing(replace(result, notes=[]), ("torch", "diffusers"), sentences),
         ]
 
 
 def load_models(
-    scorer: str,
-    captioner: str | None,
-    *,
-    revisions: tuple[str | None, str | None] = (None, None),
-    device: str = "cpu",
+    scorer: str, captioner: str | None, device: str = "cpu"
 ) -> tuple[Scorer, Captioner | None]:
     """Scorer and captioner by their names; no captioner for None."""
     from . import captioners, models
 
     fix = "check its name, its files, the connection to the hub, and that open_clip_torch is there"
     with translated(f'"{scorer}" can\'t be loaded', fix):
-        first = models.load(scorer, revision=revisions[0], device=device)
+        first = models.load(scorer, device)
     if captioner is None:
         return first, None
     with translated(f'"{captioner}" can\'t be loaded', fix):
-        return first, captioners.load(captioner, first, revision=revisions[1], device=device)
+        return first, captioners.load(captioner, first, device)
 
 
 main = ClipScores.main

@@ -11,17 +11,23 @@ same caption.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from PIL.Image import Image
 
 from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.train.soundness import require_whole, require_words
 
+from ..digests import of_files
 from . import models
-from .models import LoadedModel, ModelEntry, Scorer, from_transformers, in_batches
+from .models import ModelEntry, Scorer, hub_commit, in_batches
 from .names import BLIP, CAPTIONERS
 
+BATCH = 16
 MIN_TOKENS = 5
 MAX_TOKENS = 30
 """Lengths of a caption, with start and end."""
@@ -35,22 +41,14 @@ class Captioner:
 
     entry: ModelEntry
     caption: Callable[[Sequence[Image]], list[str]]
-    batch: int = 16
 
     def __call__(self, images: Sequence[Image]) -> list[str]:
         """One caption for each image, of any size and mode."""
-        parts = in_batches([image.convert("RGB") for image in images], self.batch)
+        parts = in_batches([image.convert("RGB") for image in images], BATCH)
         return [caption for part in parts for caption in self.caption(part)]
 
 
-def load(
-    name: str,
-    scorer: Scorer | None = None,
-    *,
-    device: str = "cpu",
-    revision: str | None = None,
-    batch: int = 16,
-) -> Captioner:
+def load(name: str, scorer: Scorer | None = None, device: str = "cpu") -> Captioner:
     """The captioner called ``name`` (see above).
 
     Raises:
@@ -58,23 +56,15 @@ def load(
         Exception: of the library that can't load it.
     """
     scheme, colon, source = name.partition(":")
-    schemes = ("embedded", "blip")
-    if scheme not in schemes or (scheme == "embedded" and colon):
-        hint = "" if scheme in schemes else did_you_mean(scheme, schemes)
-        raise UserError(f'captioner "{name}" is unknown{hint}: give {CAPTIONERS}.')
-    source = source if colon else BLIP
     if scheme == "blip":
-        from transformers import BlipForConditionalGeneration, BlipProcessor
-
-        kinds = BlipForConditionalGeneration, BlipProcessor
-        loaded = from_transformers("blip", source, *kinds, revision=revision, device=device)
-        return blip(loaded, batch)
-    if revision is not None:
-        raise UserError(f'revision "{revision}" has no effect on "{name}": drop it.')
+        return blip(source if colon else BLIP, device)
+    if name != "embedded":
+        hint = did_you_mean(scheme, ("embedded", "blip"))
+        raise UserError(f'captioner "{name}" is unknown{hint}: give {CAPTIONERS}.')
     from bilora_diffusion.mini import scorer as mini
 
     if scorer is None or scorer.entry.kind != "embedded":
-        scorer = models.load("embedded", device=device, batch=batch)
+        scorer = models.load("embedded", device)
     return retrieval(scorer, mini.captions())
 
 
@@ -103,22 +93,42 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
     return Captioner(entry, caption)
 
 
-def blip(loaded: LoadedModel, batch: int = 16) -> Captioner:
-    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling."""
-    from transformers import GenerationConfig
+def blip(source: str, device: str = "cpu") -> Captioner:
+    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
 
-    model = loaded.model
+    Args:
+        source: hub id, or a folder with weights in safetensors.
+    """
+    from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
+    from transformers.utils.hub import cached_file
+
+    folder = Path(source).expanduser()
+    place = str(folder) if folder.is_dir() else source
+    commit = hub_commit(Path(str(cached_file(place, "config.json"))))
+    model, report = cast(Any, BlipForConditionalGeneration).from_pretrained(
+        place,
+        revision=commit,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    require_whole(f'"blip:{source}"', report["missing_keys"])
+    processor: Any = BlipProcessor.from_pretrained(place, revision=commit or "main")
+    if commit is None:
+        source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
+    fix = "put its files beside the weights"
+    require_words(f'the tokenizer of "blip:{source}"', processor.tokenizer, None, fix)
     # A checkpoint's own generation settings would make captions of two models incomparable.
-    model.text_decoder.generation_config = GenerationConfig(
+    model.to(device).eval().text_decoder.generation_config = GenerationConfig(
         do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
     )
 
     def caption(images: Sequence[Image]) -> list[str]:
-        pixels = loaded.preprocess(images=list(images), return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         tokens = model.generate(pixels.to(model.device))
         # the first token is the start, which not every BLIP tokenizer knows as special
-        texts = loaded.tokenize.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        texts = processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    entry = replace(loaded.entry, note=f"Beam search with {BEAMS} beams.")
-    return Captioner(entry, caption, batch)
+    note = f"Beam search with {BEAMS} beams."
+    return Captioner(ModelEntry(f"blip:{source}", "blip", source, commit, note), caption)

@@ -31,7 +31,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from bilora_diffusion import methods
+from bilora_diffusion import methods, mini
 from bilora_diffusion.durable import write_bytes
 from bilora_diffusion.errors import translated
 from bilora_diffusion.image.families.base import joined
@@ -39,7 +39,7 @@ from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.prompts import embed, embed_negative
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run.console import quiet
-from bilora_diffusion.run.provenance import versions
+from bilora_diffusion.run.provenance import device, versions
 from bilora_diffusion.seeds import seed_of
 
 from ..digests import of_folders
@@ -48,8 +48,9 @@ from ..provenance import without_paths
 from ..subjects import BASE, Subject
 from .prompts import Prompt
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LANES = 4
+WORTHWHILE = 32
+"""Images for which another process is worth its start."""
 _CHUNK = "parameters"
 _VERSIONS = "versions"
 """The one entry that informs and determines nothing."""
@@ -129,7 +130,7 @@ class Store:
     def pipeline(self) -> Any:
         """The base model's, without an adapter."""
         quiet()
-        dtype = DTYPES[self.sampling.dtype]
+        dtype = getattr(torch, self.sampling.dtype)
         return load_pipeline(self.sampling.base_model, dtype=dtype).to(self.device)
 
     @cached_property
@@ -218,6 +219,40 @@ class Store:
             with translated(f"{path} can't be written", "give another output folder"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, content.getvalue())
+
+
+def generate_in_processes(
+    store: Store, jobs: Sequence[Job], batch: int, count: int | None = None
+) -> int:
+    """Make what is missing with ``count`` processes, this one included; returns how many images.
+
+    What another process leaves undone, because it was killed or failed, is made here; the others
+    end with this one.
+
+    Args:
+        batch: see :meth:`Store.generate`.
+        count: 1 or more; by default as many cores as are worth it for the miniature on a CPU, and
+            otherwise 1, since another model may fill the memory by itself.
+    """
+    missing = store.missing(jobs)
+    if count is None:
+        small = store.device == "cpu" and mini.embedded(store.sampling.base_model)
+        cores = int(device(store.device)["cpu_cores"] or 1)
+        count = min(cores, len(missing) // WORTHWHILE) if small else 1
+    count = max(1, min(count, -(-len(missing) // batch)))  # none without a part of its own
+    shared = (store, missing, batch, count)
+    others: Any = torch.multiprocessing.start_processes(
+        _generate_share, shared, nprocs=count - 1, join=False, daemon=True, start_method="spawn"
+    )
+    store.generate(missing, batch=batch, process=(0, count))
+    for process in others.processes:
+        process.join()
+    store.generate(missing, batch=batch, progress=False)
+    return len(missing)
+
+
+def _generate_share(rank: int, store: Store, jobs: Sequence[Job], batch: int, count: int) -> None:
+    store.generate(jobs, batch=batch, process=(rank + 1, count))
 
 
 def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:

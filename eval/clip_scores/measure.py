@@ -88,9 +88,8 @@ class ImageJudge:
             yield self._row(subject, job, "truth", cosine(image.vector, truth))
         if subject.label in self._training:
             names, pictures = self._training[subject.label]
-            likeness, index = nearest(image.vector[None], pictures)
-            name = names[int(index[0])]
-            yield self._row(subject, job, "nearest", float(likeness[0]), name)
+            likeness, index = nearest(image.vector, pictures)
+            yield self._row(subject, job, "nearest", likeness, names[index])
 
     @staticmethod
     def _row(subject: Subject, job: Job, metric: str, value: float | None, note: str = "") -> Row:
@@ -151,25 +150,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return max(-1.0, min(1.0, float(torch.dot(a.double(), b.double()))))
 
 
-def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """For each image the training picture that is most like it.
-
-    Args:
-        images: embeddings, (n, d).
-        train: embeddings, (m, d), m >= 1. Neither has to be of unit length.
-
-    Returns:
-        Cosine with the nearest, (n,) float64 in [-1, 1], and its position in ``train``, (n,) long;
-        the first of several that are equally near.
+def nearest(image: Tensor, train: Tensor) -> tuple[float, int]:
+    """Cosine of an image, (d,), with the training picture that is most like it, of (m, d), and that
+    one's position: the first of several that are equally near.
     """
-    cosines = _unit(images) @ _unit(train).T
-    index = cosines.argmax(dim=1)  # documented: the first of equal maxima
-    return cosines.gather(1, index[:, None])[:, 0].clamp(-1, 1), index
-
-
-def _unit(embeddings: Tensor) -> Tensor:
-    """Rows of unit length in float64, so that n and m do not show in the result."""
-    return normalize(embeddings.double(), dim=1)
+    cosines = normalize(train.double(), dim=1) @ normalize(image.double(), dim=0)
+    index = int(cosines.argmax())  # documented: the first of equal maxima
+    return max(-1.0, min(1.0, float(cosines[index]))), index
 
 
 def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, ImageSet]:

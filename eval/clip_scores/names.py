@@ -7,7 +7,7 @@ from pathlib import Path
 from ..table import Metric
 
 DEMO = Path("demo")
-SCORERS = "embedded, open_clip:MODEL/TAG, open_clip:FOLDER or hf:ID_OR_FOLDER"
+SCORERS = "embedded, open_clip:MODEL/TAG or open_clip:FOLDER"
 CAPTIONERS = "embedded or blip:ID_OR_FOLDER"
 BLIP = "Salesforce/blip-image-captioning-large"
 GENERAL_SCORER = "open_clip:ViT-L-14/openai"

@@ -1,7 +1,7 @@
 """Prompt sets: those that are shipped, a text file with one prompt a line, or a CSV.
 
 read("3d_icon")                      # the paper's instances and 194 more (Table 4)
-read("my_prompts.csv", "caption")
+read("my_prompts.csv")
 
 ``eval/prompts/NAME.txt`` is a shipped set; ``NAME_references.csv`` beside it names, for an instance
 of the set, the miniature's held-out picture of it.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.files import is_file, read_rows, read_text, require_column
+from bilora_diffusion.files import is_file, read_rows, read_text
 from bilora_diffusion.mini import heldout_dir
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
@@ -46,14 +46,13 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
 
 
-def read(source: str | Path, column: str | None = None) -> list[Prompt]:
+def read(source: str | Path) -> list[Prompt]:
     """The prompts of a set, in its order.
 
     Args:
         source: name of a shipped set, a text file (blank lines and lines that start with # are
-            left out), or a CSV with a header. A CSV may have the columns ``instance`` and
-            ``reference``; a reference is relative to the CSV.
-        column: the CSV's column of prompts; "prompt" by default.
+            left out), or a CSV with a header and the column ``prompt``. It may have the columns
+            ``instance`` and ``reference`` too; a reference is relative to the CSV.
     """
     name = str(source)
     is_shipped = name in shipped()
@@ -63,14 +62,7 @@ def read(source: str | Path, column: str | None = None) -> list[Prompt]:
             f'there is no prompt set and no file "{name}"{did_you_mean(name, shipped())}: give'
             f" {', '.join(shipped())}, a text file or a CSV."
         )
-    if path.suffix.lower() == ".csv":
-        prompts = _of_csv(path, name, column or "prompt")
-    elif column is not None:
-        raise UserError(
-            f'{name} is not a CSV and has no column "{column}": drop the column, or give a CSV.'
-        )
-    else:
-        prompts = _of_text(path, name)
+    prompts = (_of_csv if path.suffix.lower() == ".csv" else _of_text)(path, name)
     if not prompts:
         raise UserError(f"{name} holds no prompt: write one a line.")
     first: dict[str, str] = {}
@@ -100,15 +92,16 @@ def instance_of(text: str) -> str | None:
     return match[1].strip() if match else None
 
 
-def _of_csv(path: Path, name: str, column: str) -> list[tuple[str, Prompt]]:
+def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
     rows = read_rows(path, name)
-    if rows:
-        require_column(column, rows[0][1], "--prompt_column", name)
+    if rows and "prompt" not in rows[0][1]:
+        hint = did_you_mean("prompt", rows[0][1])
+        raise UserError(f'{name} has no column "prompt"{hint}: name that of the prompts so.')
     prompts = []
     for where, row in rows:
-        text = row[column].strip()
+        text = row["prompt"].strip()
         if not text:
-            raise UserError(f'{where} has no "{column}": write it or drop the line.')
+            raise UserError(f'{where} has no "prompt": write it or drop the line.')
         instance = (row.get("instance") or "").strip() or instance_of(text)
         reference = (row.get("reference") or "").strip()
         file = path.parent / Path(reference).expanduser() if reference else None

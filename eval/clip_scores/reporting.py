@@ -15,7 +15,7 @@ from ..report import escaped, number, table
 from ..table import Result
 
 TABLE_ROWS = 6
-"""The paper's Table 4 shows six prompts and the average over all."""
+"""The paper's Table 4 and Figure A1 show six prompts, the table their average over all too."""
 FEW_PROMPTS = 10
 PAPER = ("i2t", "t2t")
 BLANK = "–"
@@ -108,12 +108,12 @@ def made(result: Result) -> list[str]:
     return sentences
 
 
-def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image], rows: int) -> bool:
+def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> bool:
     """The first prompts at the first seed as in Fig. A1: one a row, one group a column.
 
     The images of a row share their initial noise. Returns whether there was anything to draw.
     """
-    texts = list(names(result))[:rows]
+    texts = list(names(result))[:TABLE_ROWS]
     if not texts:
         return False
     first = result.settings["seeds"][0]

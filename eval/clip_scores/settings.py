@@ -59,17 +59,12 @@ def base_model(subjects: Sequence[Subject], given: str | None) -> str:
                 f'"{subject.label}" was trained on {subject.base_model}, not on {given}: drop'
                 " --base_model, or give that."
             )
-    return miniature(str(given)) or str(given)
+    return mini.embedded(str(given)) or str(given)
 
 
 def _place(base_model: str) -> str:
     folder = Path(resolve(base_model)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base_model
-
-
-def miniature(base_model: str) -> str | None:
-    """Name of the embedded miniature that a base model's name or folder is."""
-    return mini.embedded(_place(base_model))
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
@@ -88,7 +83,7 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
 
 def prompts(args: Namespace) -> list[Prompt]:
     """The prompts that are scored, then the general ones."""
-    scored = read(args.prompts, args.prompt_column)[: args.max_prompts]
+    scored = read(args.prompts)[: args.max_prompts]
     general = [] if args.general_prompts == "none" else read(args.general_prompts)
     return [replace(prompt, general=False) for prompt in scored] + [
         replace(prompt, general=True) for prompt in general[: args.max_prompts]
@@ -105,7 +100,6 @@ def sampling(args: Namespace, base: str) -> Sampling:
         guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
-        lanes=args.lanes,
     )
 
 

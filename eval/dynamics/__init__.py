@@ -4,7 +4,6 @@
     python -m eval.dynamics runs/bilora-seed0 runs/bilora-seed1 runs/bilora-10x-seed0 \\
         --output_dir results/dynamics
     python -m eval.dynamics --group "eta_2 = eta_1=runs/a,runs/b" --group "10 eta_1=runs/c,runs/d"
-    python -m eval.dynamics runs/lora-sam --layer unet.mid_block.attentions.0.proj_in
 
 The runs have to be trained with --log_dynamics. Runs of one method and setting that differ in the
 seed are repeats; the others are told apart by what differs in their settings.
@@ -14,9 +13,10 @@ Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from bilora_diffusion.fields import option
+from bilora_diffusion import methods
+from bilora_diffusion.lora_names import AUXILIARY
 
 from .. import report
 from ..evaluation import Evaluation, require_common_steps
@@ -28,58 +28,42 @@ from ..table import Result, Row
 _COMPARED = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
 
 
-@dataclass(frozen=True)
-class DynamicsOptions:
-    """Flags of the command."""
-
-    section = "layers"
-    layer: str = option("all", "Name of one layer, or all.")
-
-
 class Dynamics(Evaluation):
-    """The recorded curves of each run, cosines to its final weights, and key figures of them.
+    """The recorded curves of each run over all layers, cosines to its final weights, and key
+    figures of them; of LoRA-SAM also the curves of some layers, which a row's item names.
 
-    ``settings`` has the layer, the cosine at which weights count as settled (``level``), and of
-    each group its number of ``steps`` and its ``options``: learning rates, ranks and radius.
+    ``settings`` has the cosine at which weights count as settled (``level``), and of each group its
+    number of ``steps`` and its ``options``: learning rates, ranks and radius.
     """
 
-    name, title, options = "dynamics", "Training dynamics", (DynamicsOptions,)
+    name, title = "dynamics", "Training dynamics"
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import curves
 
-        self.layer = self.args.layer
+        groups = by_group(subjects)
         self.small: dict[str, list[str]] = {}
         self.curves: dict[str, dict[str, curves.RunCurves]] = {}
-        for group, runs in by_group(subjects).items():
-            names = curves.layer_names(runs[0])
-            curves.choose(names, self.layer)
-            self.small[group] = curves.spread(names) if runs[0].method == "lora-sam" else []
-            chosen = [self.layer, *self.small[group]]
-            self.curves |= {run.label: curves.read(run, chosen) for run in runs}
-            recorded = [self.curves[run.label][self.layer].recorded for run in runs]
-            require_common_steps(group, recorded)
-        self.settings |= {
-            "layer": self.layer,
-            "level": curves.LEVEL,
-            "steps": {
-                group: max(self.curves[run.label][self.layer].steps[-1] for run in runs)
-                for group, runs in by_group(subjects).items()
-            },
-            "options": {
-                group: compared_options(runs[0]) for group, runs in by_group(subjects).items()
-            },
-        }
-        self._note(by_group(subjects))
+        steps: dict[str, int] = {}
+        for group, runs in groups.items():
+            sam = runs[0].method == "lora-sam"
+            self.small[group] = curves.spread(curves.layer_names(runs[0])) if sam else []
+            self.curves |= {run.label: curves.read(run, self.small[group]) for run in runs}
+            whole = [self.curves[run.label][curves.ALL] for run in runs]
+            require_common_steps(group, [own.recorded for own in whole])
+            steps[group] = max(own.steps[-1] for own in whole)
+        options = {group: compared_options(runs[0]) for group, runs in groups.items()}
+        self.settings |= {"level": curves.LEVEL, "steps": steps, "options": options}
+        self._note(groups)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from .curves import OF_LAYERS
+        from .curves import ALL, OF_LAYERS
 
         read = self.curves[subject.label]
-        for name, values in read[self.layer].values.items():
+        for name, values in read[ALL].values.items():
             for step, value in values.items():
                 yield subject.row(name, value, step=step)
-        for name, value in read[self.layer].figures().items():
+        for name, value in read[ALL].figures().items():
             yield subject.row(name, value)
         for layer in self.small[subject.group]:
             for name in OF_LAYERS:
@@ -98,12 +82,10 @@ class Dynamics(Evaluation):
         return figures.panels(result)
 
     def introduction(self, result: Result) -> str:
-        layer = result.settings["layer"]
         return (
-            f"Of {'all layers as one vector' if layer == 'all' else f'layer `{layer}`'}; mean over"
-            f" seeds with {report.INTERVALS}. Cosines are to the last recorded weights, which they"
-            ' reach by definition; "settled" is the step from which on a cosine stays at'
-            f" {result.settings['level']:g} or above."
+            f"Of all layers as one vector; mean over seeds with {report.INTERVALS}. Cosines are to"
+            ' the last recorded weights, which they reach by definition; "settled" is the step from'
+            f" which on a cosine stays at {result.settings['level']:g} or above."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -129,10 +111,7 @@ class Dynamics(Evaluation):
 
 def compared_options(run: Subject) -> dict[str, object]:
     """Learning rates, ranks and radius of a run, as far as its method reads them."""
-    from bilora_diffusion.adapters import AUXILIARY
-    from bilora_diffusion.methods import get
-
-    method = get(str(run.method))
+    method = methods.get(str(run.method))
     names = [n for n in _COMPARED if n in method.reads or n in ("rank", "learning_rate")]
     names += ["rho_norm"] if AUXILIARY in method.adapters else []
     return {name: run.option(name) for name in names}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import snapshots
 from bilora_diffusion.run.snapshots import Snapshot
 from bilora_diffusion.train.dynamics import (
@@ -106,19 +106,6 @@ def _files(run: Subject) -> list[Any]:
     return files
 
 
-def choose(names: Sequence[str], layer: str) -> list[int]:
-    """The positions of the layers that ``--layer`` means."""
-    if layer == ALL:
-        return list(range(len(names)))
-    if layer not in names:
-        hint = did_you_mean(layer, names)
-        raise UserError(
-            f'--layer is "{layer}"{hint}: use all, or one of {len(names)} layers such as'
-            f" {names[0]} and {names[-1]}."
-        )
-    return [names.index(layer)]
-
-
 def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
     """About ``count`` of the layers, evenly spaced, the first and the last among them."""
     if len(names) <= count:
@@ -126,13 +113,16 @@ def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def read(run: Subject, chosen: Sequence[str]) -> dict[str, RunCurves]:
-    """The curves of a run, one for each choice of layers."""
+def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
+    """The curves of a run over ``ALL`` layers and over single ones."""
     files = _files(run)
     final = snapshots.read(files[-1])
-    places = {layer: choose(final.names, layer) for layer in chosen}
-    curves: dict[str, dict[str, dict[int, float | None]]] = {layer: {} for layer in chosen}
-    ratios: dict[str, dict[int, list[float | None]]] = {layer: {} for layer in chosen}
+    if missing := [layer for layer in layers if layer not in final.names]:
+        raise UserError(f"{run.folder} lacks {missing[0]} of its group: leave it out.")
+    places = {ALL: list(range(len(final.names)))}
+    places |= {layer: [final.names.index(layer)] for layer in layers}
+    curves: dict[str, dict[str, dict[int, float | None]]] = {name: {} for name in places}
+    ratios: dict[str, dict[int, list[float | None]]] = {name: {} for name in places}
     for file in files:
         snapshot = final if file == files[-1] else snapshots.read(file)
         if snapshot.names != final.names:

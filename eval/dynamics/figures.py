@@ -10,7 +10,7 @@ from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, 
 from ..plot import Curve, Panel, wrapped
 from ..report import Column
 from ..table import Metric, Result
-from .curves import ALL, CROSS, NEGLIGIBLE
+from .curves import CROSS, NEGLIGIBLE
 
 TERM_LOOKS = dict(
     zip(
@@ -103,11 +103,6 @@ def panels(result: Result) -> dict[str, list[list[Panel]]]:
     return {name: rows for name, rows in drawn.items() if rows}
 
 
-def _where(result: Result) -> str:
-    layer = result.settings["layer"]
-    return "all layers" if layer == ALL else wrapped(layer)
-
-
 def _terms(group: str, title: str, layer: str = "") -> Panel:
     looks = TERM_LOOKS.items()
     curves = [Curve(group, name, layer, label, color) for name, (label, color) in looks]
@@ -123,7 +118,7 @@ def _lora_sam(result: Result, group: str) -> list[Panel]:
     colors = {"A": "tab:blue", "B": "tab:red"}.items()
     curves = [Curve(group, f"primary/{name}", "", name, color) for name, color in colors]
     return [
-        _terms(group, f"{group}: norms of Eq. 5, {_where(result)}"),
+        _terms(group, f"{group}: norms of Eq. 5, all layers"),
         _ratio(group, "their ratio"),
         Panel("cosine to the final weights", "cosine", curves),
     ]
@@ -149,7 +144,7 @@ def _convergence(result: Result) -> list[list[Panel]]:
             for what, style in styles.items()
             if result.curve(group, f"{role}/{what}")
         ]
-        title = f"{group}\n{_rates(result, group)}{_where(result)}"
+        title = f"{group}\n{_rates(result, group)}all layers"
         drawn.append(Panel(title, "cosine to the final weights", curves, levels=[0]))
     return [drawn[start : start + 3] for start in range(0, len(drawn), 3)]
 
@@ -179,7 +174,7 @@ def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
     return [
         [
             Panel(
-                f"overlap, Col(B) solid, Row(A) dashed, random dotted\n{_where(result)}",
+                "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers",
                 "mean squared cosine of principal angles",
                 curves(COLUMNS, ROWS),
                 levels=[

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import plot
 from ..table import Entry, Result
-from . import TITLES, grounds
+from . import TITLES
 
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
 
@@ -43,7 +43,7 @@ def profiles(result: Result, picture: Path) -> None:
             for group, rises in lower[space].items():
                 _band(column[1], positions, rises, looks[group]["color"])
             xlabel = "step along filter-normalized random directions"
-            plot.finish(column[0], TITLES[space], f"{grounds(result)} loss", xlabel=xlabel)
+            plot.finish(column[0], TITLES[space], "training loss", xlabel=xlabel)
             for axis in column[1:]:
                 axis.axhline(0, color="black", lw=0.8)
                 plot.finish(axis, "", f"rise minus\n{result.control}'s", xlabel=xlabel)
@@ -90,7 +90,7 @@ def _band(axis: Any, positions: Sequence[float], lines: Any, color: Any, label: 
 def planes(result: Result, picture: Path) -> None:
     """Contours of the rise of the loss on the plane: a row per space, a column per group.
 
-    The mean over a group's runs that have a plane; all panels of a row share their levels.
+    The plane is that of a group's first run; all panels of a row share their levels.
     """
     spaces = list(result.settings["grid_positions"])
     groups = [group for group in result.groups if result.select("plane", group)]
@@ -109,22 +109,19 @@ def _contours(row: Any, result: Result, space: str, groups: Sequence[str]) -> An
     positions = result.settings["grid_positions"][space]
     middle, drawn = len(positions) // 2, None
     rises = {
-        group: [losses - losses[middle, middle] for _, losses in own]
+        group: own[0][1] - own[0][1][middle, middle]
         for group in groups
         if (own := _losses(result, "plane", group, space))
     }
-    means = {group: np.mean(own, axis=0) for group, own in rises.items()}
-    values = np.concatenate([mean[np.isfinite(mean)] for mean in means.values()])
+    values = np.concatenate([rise[np.isfinite(rise)] for rise in rises.values()])
     levels = MaxNLocator(14).tick_values(values.min(), max(values.max(), 1e-12))
     for axis, group in zip(row, groups, strict=True):
-        if group not in means:
+        if group not in rises:
             axis.set_axis_off()
             continue
-        drawn = axis.contourf(positions, positions, means[group], levels=levels, cmap="viridis")
+        drawn = axis.contourf(positions, positions, rises[group], levels=levels, cmap="viridis")
         axis.plot(0, 0, "+", color="white")
-        count = len(rises[group])
-        what = f"{count} runs" if count > 1 else "1 run"
-        title, xlabel = f"{group} ({what}), {space} space", "step along the second direction"
+        title, xlabel = f"{group}, {space} space", "step along the second direction"
         plot.finish(axis, title, "step along the first", legend=False, xlabel=xlabel)
         axis.set_aspect("equal")
     return drawn

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 from ..compare import mean
 from ..subjects import Subject
 from ..table import Row
-from .sharpness import LANCZOS_VECTORS, TOLERANCE, sharpness, top_eigenvalue
+from .sharpness import sharpness
 from .weights import Direction, Loss, Weight, evaluate, line, plane
 
 
@@ -23,29 +22,21 @@ class Measurement(NamedTuple):
 
 def parts(space: str, settings: Mapping[str, Any], with_plane: bool) -> Iterator[Measurement]:
     """All parts of one space, first the loss at the weights themselves."""
-    seed, positions, rho = settings["seed"], settings["positions"][space], settings["rho"]
-    which = settings["full_weights"] if space == "full" else None
+    seed, positions = settings["seed"], settings["positions"][space]
+    rho, steps = settings["rho"], settings["ascent_steps"]
 
     def along(number: int) -> Callable[[Sequence[Weight], Loss], Any]:
         return lambda w, loss: line(w, loss, Direction(w, seed, number), positions)
 
-    yield Measurement(["start", space, which], _start)
+    yield Measurement(["start", space], _start)
     for number in range(settings["directions"]):
-        yield Measurement(["line", space, which, seed, number, positions], along(number))
-    options = {"steps": settings["ascent_steps"], "restarts": settings["restarts"], "seed": seed}
-    yield Measurement(
-        ["sharpness", space, which, rho, options],
-        lambda w, loss: asdict(sharpness(w, loss, rho, **options)),
-    )
-    if settings["eigenvalue"]:
-        yield Measurement(
-            ["eigenvalue", space, which, seed, TOLERANCE, LANCZOS_VECTORS],
-            lambda w, loss: asdict(top_eigenvalue(w, loss, seed=seed)),
-        )
+        yield Measurement(["line", space, seed, number, positions], along(number))
+    ascent = ["sharpness", space, rho, steps]
+    yield Measurement(ascent, lambda w, loss: sharpness(w, loss, rho, steps))
     if with_plane:
         grid = settings["grid_positions"][space]
         yield Measurement(
-            ["plane", space, which, seed, grid],
+            ["plane", space, seed, grid],
             lambda w, loss: plane(w, loss, (Direction(w, seed, 0), Direction(w, seed, 1)), grid),
         )
 
@@ -63,12 +54,7 @@ def rows(
     yield row("loss", start["loss"])
     yield row("parameters", start["parameters"])
     yield row("rise", rise(lines))
-    yield row("sharpness", ascent["value"])
-    yield row("sharpness of one step", ascent["one_step"])
-    yield row("gradient norm", ascent["gradient_norm"])
-    for top in measured.get("eigenvalue", ()):
-        yield row("eigenvalue", top["value"])
-        yield row("eigenvalue residual", top["residual"])
+    yield row("sharpness", ascent)
     for number, losses in enumerate(lines):
         for at, value in zip(settings["positions"][space], losses, strict=True):
             yield row("profile", value, note=f"direction {number} at {at:.6g}")

@@ -23,7 +23,7 @@ from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
-from bilora_diffusion.image.script import heldout_images, images
+from bilora_diffusion.image.script import images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
@@ -49,8 +49,6 @@ SET_OPTIONS = (
     "dataset_name",
     "dataset_config_name",
     "instance_data_dir",
-    "validation_dataset",
-    "validation_part",
     "image_column",
     "caption_column",
     "mask_column",
@@ -74,13 +72,13 @@ class Point:
     images: ImageSet
 
     @property
-    def loss(self) -> list[Any]:
-        """Identity of the loss as a function of the weights."""
-        options = [getattr(self.config, name) for name in LOSS_OPTIONS]
-        return [*base_key(self.config), self.images.fingerprint(), options]
+    def loss(self) -> dict[str, Any]:
+        """Facts that decide what the loss is as a function of the weights."""
+        facts = {"base model": base_key(self.config), "images": self.images.fingerprint()}
+        return facts | {f"--{name}": getattr(self.config, name) for name in LOSS_OPTIONS}
 
 
-def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
+def points(subjects: Sequence[Subject]) -> dict[str, Point]:
     """The points by their labels; the base model's images are the first run's."""
     configs = {one.label: _config(one) for one in subjects if one.kind != BASE}
     if not configs:
@@ -92,7 +90,7 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
         config = configs.get(subject.label, first)
         key = tuple(getattr(config, name) for name in SET_OPTIONS)
         if key not in sets:
-            sets[key] = open_set(config, split)
+            sets[key] = images(config, config.source, config.dataset_config_name)
         opened[subject.label] = Point(subject, config, sets[key])
     _require_comparable(opened)
     return opened
@@ -101,20 +99,6 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
 def has_factors(subject: Subject) -> bool:
     """Test that it has a LoRA space."""
     return subject.kind != BASE and not methods.get(str(subject.method)).exports_weights
-
-
-def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
-    """The images that the loss is measured on."""
-    if split == "train":
-        source = str(config.dataset_name or config.instance_data_dir)
-        return images(config, source, config.dataset_config_name)
-    heldout = heldout_images(config)
-    if heldout is None:
-        raise UserError(
-            f"the run in {config.output_dir} had no held-out images: take --split train, or give"
-            " runs with --validation_dataset."
-        )
-    return heldout
 
 
 def base_key(config: DreamBoothConfig) -> list[Any]:
@@ -148,24 +132,13 @@ def _config(subject: Subject) -> DreamBoothConfig:
 
 def _require_comparable(opened: Mapping[str, Point]) -> None:
     first, *others = opened.values()
+    expected = first.loss
     for point in others:
-        own, expected = point.config, first.config
-        if base_key(own) != base_key(expected):
-            what = (
-                f"the base model {own.pretrained_model_name_or_path} and not"
-                f" {expected.pretrained_model_name_or_path}"
+        if differing := [name for name, fact in point.loss.items() if fact != expected[name]]:
+            raise UserError(
+                f"{point.subject.source} and {first.subject.source} differ in {differing[0]}, so"
+                " that their losses can't be compared: look at them in separate calls."
             )
-        elif point.images.fingerprint() != first.images.fingerprint():
-            what = "other images"
-        elif options := [n for n in LOSS_OPTIONS if getattr(own, n) != getattr(expected, n)]:
-            name = options[0]
-            what = f"{name} {getattr(own, name)!r} and not {getattr(expected, name)!r}"
-        else:
-            continue
-        raise UserError(
-            f"{point.subject.source} has {what}, unlike {first.subject.source}, so that their"
-            " losses can't be compared: look at them in separate calls."
-        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +153,7 @@ class LevelGrid(GridLoss):
     """The grid loss of some images at some of its noise levels, as terms that add up to the mean.
 
     Noise, levels and batches are those of the held-out loss in training. With all images and
-    levels it equals ``train_grid_loss`` or ``heldout_loss`` of the run's log.
+    levels it equals ``train_grid_loss`` of the run's log.
     """
 
     def __init__(self, task: Any, chosen: ImageSet, levels: int) -> None:
@@ -200,7 +173,6 @@ class LevelGrid(GridLoss):
 def load(
     point: Point,
     spaces: Sequence[str],
-    full_weights: str = "all",
     *,
     max_images: int = 0,
     levels: int = NOISE_LEVELS,
@@ -213,7 +185,6 @@ def load(
 
     Args:
         spaces: "lora", left out where there is no adapter, and "full".
-        full_weights: see :func:`full_space`.
         max_images: of the loss, the first so many of the set; 0 for all.
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
     """
@@ -253,7 +224,7 @@ def load(
     if "lora" in spaces and has_factors(subject):
         weights_by_space["lora"] = factor_weights(task.models)
     if "full" in spaces:
-        weights_by_space["full"] = full_space(task, full_weights)
+        weights_by_space["full"] = full_space(task)
     images = point.images.only(range(len(point.images))[: max_images or None])
     return Model(weights_by_space, LevelGrid(task, images, levels))
 
@@ -293,22 +264,13 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     return weights
 
 
-def full_space(task: DreamBooth, full_weights: str) -> list[Weight]:
-    """The weights of the trained models without the adapters; a filter is an output's weights."""
-    weights = []
-    for target in task.targets():
-        model, own = target.model, dict[str, Tensor]()
-        if full_weights == "adapted":
-            layers = adapters.target_layers(model, target.spec)
-            own |= {
-                path: cast(Tensor, getattr(layer, "base_layer", layer).weight)
-                for path, layer in layers.items()
-            }
-        else:
-            own |= {
-                path.replace(".base_layer", "").removesuffix(".weight"): parameter
-                for path, parameter in model.named_parameters()
-                if parameter.dim() > 1 and ".lora_" not in path
-            }
-        weights += [Weight(f"{target.name}.{path}", tensor, 0) for path, tensor in own.items()]
-    return weights
+def full_space(task: DreamBooth) -> list[Weight]:
+    """All weight matrices and convolutions of the trained models without the adapters; a filter is
+    an output's weights.
+    """
+    return [
+        Weight(f"{name}.{path.replace('.base_layer', '').removesuffix('.weight')}", parameter)
+        for name, model in task.models.items()
+        for path, parameter in model.named_parameters()
+        if parameter.dim() > 1 and ".lora_" not in path
+    ]

@@ -17,9 +17,9 @@ from torch import Tensor
 from bilora_diffusion.methods.perturb import replaced
 from bilora_diffusion.seeds import generator
 
-Loss = Callable[[], "float | Tensor | Iterable[Tensor]"]
-"""A number, or the 0-d tensors that add up to it. Where they come one by one (a generator), only
-one term's graph is in memory at a time."""
+Loss = Callable[[], Iterable[Tensor]]
+"""The 0-d tensors that add up to it. They come one by one (a generator), so that only one term's
+graph is in memory at a time."""
 
 
 class Weight(NamedTuple):
@@ -34,21 +34,10 @@ class Weight(NamedTuple):
     filter_dim: int = 0
 
 
-def terms(loss: Loss) -> Iterator[Tensor]:
-    """The terms of a loss, one by one, each a 0-d tensor."""
-    value = loss()
-    if isinstance(value, int | float):
-        yield torch.tensor(float(value), dtype=torch.float64)
-    elif isinstance(value, Tensor):
-        yield value
-    else:
-        yield from value
-
-
 @torch.no_grad()
 def evaluate(loss: Loss) -> float:
     """The loss as a number, its terms added in double precision."""
-    return float(sum(float(term) for term in terms(loss)))
+    return sum(float(term) for term in loss())
 
 
 def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, list[Tensor]]:
@@ -58,7 +47,7 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
     """
     tensors = [weight.tensor for weight in weights]
     total, gradient = 0.0, [torch.zeros_like(tensor) for tensor in tensors]
-    for term in terms(loss):
+    for term in loss():
         total += float(term.detach())
         if not term.requires_grad:
             continue
@@ -132,7 +121,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
 # run is looked at along the same ones.
 
 KEPT_NUMBERS = 2**28
-"""A direction of up to so many entries is kept; a larger one is drawn anew whenever it is used."""
+"""A direction of up to so many entries is kept; a larger one is drawn anew whenever it is used, one
+layer's part at a time."""
 
 
 def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) -> Tensor:
@@ -160,22 +150,17 @@ class Direction:
     Args:
         weights: of the space.
         seed, number: which direction.
-        keep: hold it in memory; by default where it has at most ``KEPT_NUMBERS`` entries. If not,
-            one layer's part is in memory at a time, and drawn anew each time.
     """
 
-    def __init__(
-        self, weights: Sequence[Weight], seed: int, number: int, keep: bool | None = None
-    ) -> None:
+    def __init__(self, weights: Sequence[Weight], seed: int, number: int) -> None:
         # The values of now: within `displaceable` the weights hold displaced copies.
         self._weights = [weight._replace(tensor=weight.tensor.data) for weight in weights]
         self._key = (seed, number)
-        if keep is None:
-            keep = sum(weight.tensor.numel() for weight in weights) <= KEPT_NUMBERS
-        self._kept = list(self._drawn()) if keep else None
+        small = sum(weight.tensor.numel() for weight in weights) <= KEPT_NUMBERS
+        self._kept = list(self._drawn()) if small else None
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._kept) if self._kept is not None else self._drawn()
+        return iter(self._kept or self._drawn())
 
     @torch.no_grad()
     def _drawn(self) -> Iterator[Tensor]:

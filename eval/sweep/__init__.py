@@ -32,7 +32,7 @@ from bilora_diffusion.errors import UserError, did_you_mean
 from bilora_diffusion.fields import option
 from bilora_diffusion.values import WORKERS
 
-from .. import plot
+from .. import compare, plot
 from ..command import Parser, open_folder, require_free
 from ..evaluation import Evaluation
 from ..provenance import without_paths
@@ -60,15 +60,10 @@ class SweepOptions:
     )
     arms: Path | None = option(None, "YAML file: label to mapping of options.")  # noqa: RUF009
     set: list[str] = option([], "SweepOptions of all runs, NAME=VALUE.")  # noqa: RUF009
-    control: str | None = option(
-        None, "Variant to compare with, by label or option (default: first)."
-    )
+    control: str | None = option(None, "Label of the variant to compare with (default: first).")
     metric: str = option(HELDOUT, "Key in metrics.jsonl.")
     higher_is_better: bool = option(False, "Of the metric, such as accuracy.")
     runs_dir: Path = option(Path("runs", "sweep"), "Folder of the run folders.")  # noqa: RUF009
-    launch: str = option(
-        "", 'Arguments for accelerate launch, as in --launch="--num_processes 2 --multi_gpu".'
-    )
     script: str = option("train_dreambooth_bilora.py", "The training script.")
     jobs: int = option(1, "Runs at a time, which share the cores.", range=WORKERS)
     dry_run: bool = option(False, "Check and list the runs only.")
@@ -123,14 +118,10 @@ class Sweep(Evaluation):
         from .grid import Planner, open_script
 
         given = self.args
-        try:
-            launch = shlex.split(given.launch)
-        except ValueError as error:
-            raise UserError(f"--launch is {given.launch!r}: close its quotation marks.") from error
         if not given.recipe.is_file():
             raise UserError(f'there is no recipe "{given.recipe}": correct the first argument.')
         script, shared = open_script(given.script), axes.settings(given.set, "--set")
-        planner = Planner(given.recipe, script, shared, launch, given.metric)
+        planner = Planner(given.recipe, script, shared, given.metric)
         variants = axes.load_variants(given.arms) if given.arms else {}
         grid = planner.grid(axes.axes(given.over), variants)
         self.control = grid.control(given.control).label
@@ -149,7 +140,7 @@ class Sweep(Evaluation):
                 for one in grid.variants
             },
         }
-        return grid, Runner(script, given.recipe, given.runs_dir, launch, given.jobs)
+        return grid, Runner(script, given.recipe, given.runs_dir, given.jobs)
 
     def _require_metric(self, subjects: Sequence[Subject]) -> None:
         lines = [line for subject in subjects for line in subject.log()]
@@ -177,8 +168,6 @@ class Sweep(Evaluation):
             yield subject.row(SECONDS, statistics.median(seconds))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from .. import compare
-
         metric, higher = self.args.metric, self.args.higher_is_better
         finished = [subject for subject in subjects if subject.finished]
         there = self.control in by_group(finished)

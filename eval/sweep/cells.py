@@ -1,14 +1,12 @@
 """Running cells, some at a time, each in a process of its own, so that any of them may die.
 
-A cell's output goes to ``<folder>.log``. The log is locked while any process of the cell lives, so
-a sweep that finds a cell still running (its own sweep was killed) waits for it instead of starting
-it a second time.
+A cell that outlived its sweep, which was killed, holds the lock of its run folder: started anew it
+fails with a sentence, and the same command tries it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import signal
@@ -18,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from tqdm import tqdm
@@ -83,14 +81,12 @@ class Runner:
         script: the training script.
         recipe: its ``--config``.
         runs_dir: folder of the run folders; must exist.
-        launch: more arguments for accelerate launch.
         jobs: cells at a time; several share the cores among them.
     """
 
     script: Path
     recipe: Path
     runs_dir: Path
-    launch: Sequence[str] = ()
     jobs: int = 1
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -99,7 +95,7 @@ class Runner:
         folder = self.runs_dir / cell.name
         resume = state(folder) == "checkpoint"
         return [
-            *(sys.executable, "-m", LAUNCHER, *self.launch, str(self.script)),
+            *(sys.executable, "-m", LAUNCHER, str(self.script)),
             *("--config", str(self.recipe), *cell.flags, "--output_dir", str(folder)),
             *(("--resume_from_checkpoint", "auto") if resume else ("--overwrite_output_dir",)),
         ]
@@ -125,14 +121,12 @@ class Runner:
                     while waiting and len(running) < self.jobs:
                         running.append(_Run(self, waiting.pop(0)))
                         bar.set_postfix_str(", ".join(run.cell.name for run in running))
-                    for run in [run for run in running if run.is_over()]:
+                    for run in [run for run in running if run.process.poll() is not None]:
                         running.remove(run)
                         self._keep(run.outcome(), bar)
                     time.sleep(PAUSE_SECONDS)
             finally:
-                _end([run.process for run in running if run.process is not None])
-                for run in running:
-                    run.log.close()
+                _end([run.process for run in running])
         return list(self.outcomes.values())
 
     def _keep(self, outcome: Outcome, bar: Any) -> None:
@@ -181,68 +175,31 @@ def explain(code: int, output: str) -> tuple[int, str]:
 
 
 class _Run:
-    """A cell that runs, or waits until another sweep's process of it has ended."""
+    """A cell that runs, in a process group of its own, with its output in ``<folder>.log``."""
 
     def __init__(self, runner: Runner, cell: Cell) -> None:
-        self.runner, self.cell = runner, cell
-        self.folder = runner.runs_dir / cell.name
-        self.log = open(f"{self.folder}.log", "ab")  # noqa: SIM115, closed by `outcome`
-        self.began = 0
-        self.process: subprocess.Popen[bytes] | None = None
-        self.announced = False
-
-    def is_over(self) -> bool:
-        """Look after it: start it where it waits."""
-        if self.process is None and not self._start():
-            return self._finished()
-        return self.process is not None and self.process.poll() is not None
+        self.cell, self.folder = cell, runner.runs_dir / cell.name
+        with open(f"{self.folder}.log", "ab") as log:
+            if state(self.folder) != "checkpoint":
+                log.truncate(0)
+            self.began = log.seek(0, os.SEEK_END)
+            self.process = subprocess.Popen(
+                runner.command(cell),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=runner.environment(),
+            )
 
     def outcome(self) -> Outcome:
         """Its outcome, however it ended."""
-        self.log.close()
-        cell, code = self.cell, self.process.returncode if self.process else 0
-        if self._finished():
+        cell = self.cell
+        if state(self.folder) == FINISHED:
             return Outcome(cell.name, cell.variant, cell.seed, FINISHED)
         output = Path(f"{self.folder}.log").read_bytes()[self.began :]
-        code, error = explain(code, output.decode("utf-8", errors="replace"))
+        code, error = explain(self.process.returncode, output.decode("utf-8", errors="replace"))
         return Outcome(cell.name, cell.variant, cell.seed, "failed", code, error)
-
-    def _finished(self) -> bool:
-        return state(self.folder) == FINISHED
-
-    def _start(self) -> bool:
-        """Start it in a process group of its own, unless another has it, or had it and ended it."""
-        if not _lock(self.log):
-            if not self.announced:
-                message = f"waiting for {self.cell.name}, which another sweep has left running"
-                tqdm.write(message, file=sys.stderr)
-            self.announced = True
-            return False
-        if self._finished():
-            return False
-        if state(self.folder) != "checkpoint":
-            self.log.truncate(0)
-        self.began = self.log.seek(0, os.SEEK_END)
-        self.process = subprocess.Popen(
-            self.runner.command(self.cell),
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-            env=self.runner.environment(),
-        )
-        return True
-
-
-def _lock(log: IO[bytes]) -> bool:
-    """Lock the log until the last process that writes to it ends; False while another has it."""
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks
-    return True
 
 
 def _alive(process: psutil.Process) -> bool:

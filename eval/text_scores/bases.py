@@ -5,17 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from bilora_diffusion import methods
-from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods.base import Target
 
 from .. import checkpoints, subjects
 from ..provenance import without_paths
@@ -97,13 +91,10 @@ def _of_config(config: Mapping[str, Any], args: argparse.Namespace) -> Base:
 
 def _as_given(base: Base, args: argparse.Namespace) -> Base:
     """The base model, but for what the command line says otherwise."""
-    names = ("revision", "cache_dir", "tokenizer_name", "quantize")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.model_name_or_path is not None:
-        given = {"revision": None, "name": args.model_name_or_path, **given}
-    if args.trust_remote_code:
-        given["trust_remote_code"] = True
-    return replace(base, **given)
+        base = replace(base, name=args.model_name_or_path, revision=None)
+    trusted = base.trust_remote_code or args.trust_remote_code
+    return replace(base, quantize=args.quantize or base.quantize, trust_remote_code=trusted)
 
 
 def _of_adapter(subject: Subject, template: str, args: argparse.Namespace) -> Base:
@@ -157,29 +148,6 @@ def _described(subject: Subject, base: Base) -> Subject:
     if subject.record:
         about["training_set"] = training_set(subject)
     if subject.method in methods.names():
-        about["cost"] = gradient_steps(str(subject.method))
+        about["cost"] = methods.get(str(subject.method)).passes
         about["peak_memory"] = subject.record.get("peak_memory_bytes") or None
     return replace(subject, base_model=without_paths(base.name), about=about)
-
-
-@cache
-def gradient_steps(method: str) -> int:
-    """Gradients that a method computes per optimizer step: the "Cost" of the paper's Table 3."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(2, 2))
-        trained = methods.create(method, methods.MethodOptions(num_steps=1))
-        spec = AdapterSpec(rank=1, alpha=1, target_modules=("0",))
-        optimizer = torch.optim.SGD(trained.setup([Target("toy", model, spec, 1e-3)]))
-        trained.bind(optimizer)
-        counted = 0
-
-        def forward_backward() -> Tensor:
-            nonlocal counted
-            counted += 1
-            loss = model(torch.ones(1, 2)).square().sum()
-            loss.backward()
-            return loss.detach()
-
-        trained.step(forward_backward, optimizer)
-    return counted

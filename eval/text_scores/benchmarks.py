@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from bilora_diffusion.errors import UserError, did_you_mean
@@ -129,32 +129,19 @@ PAPER: Mapping[str, Benchmark] = {
 }
 
 
-def choose(
-    names: str, known: Sequence[str], num_fewshot: Sequence[str], template: str | None
-) -> list[Benchmark]:
+def choose(names: str, known: Sequence[str]) -> list[Benchmark]:
     """The benchmarks that a command line names.
 
     Args:
         names: comma-separated.
         known: the harness's tasks and groups; asked only where a name is none of ``PAPER``.
-        num_fewshot: "N" for all that take examples, or "NAME=N".
-        template: for all benchmarks that are asked by text; None leaves each its own.
     """
     words = [word.strip() for word in names.split(",") if word.strip()]
     if not words:
         raise UserError(f"--benchmarks names none: give some of {', '.join(PAPER)}.")
     if repeated := [word for word in words if words.count(word) > 1]:
         raise UserError(f'--benchmarks names "{repeated[0]}" twice: keep one.')
-    chosen = [_one(word, known) for word in words]
-    shots = _fewshot(num_fewshot, chosen)
-    return [
-        replace(
-            entry,
-            num_fewshot=shots.get(entry.name, entry.num_fewshot),
-            template=template or entry.template,
-        )
-        for entry in chosen
-    ]
+    return [_one(word, known) for word in words]
 
 
 def harness_tasks(names: str) -> list[str]:
@@ -179,23 +166,7 @@ def _one(word: str, known: Sequence[str]) -> Benchmark:
     return Benchmark(word, word, task=word)
 
 
-def _fewshot(words: Sequence[str], chosen: Sequence[Benchmark]) -> dict[str, int]:
-    takers = [entry.name for entry in chosen if entry.engine == HARNESS]
-    shots: dict[str, int] = {}
-    for word in words:
-        name, equals, number = word.rpartition("=")
-        if not number.isdecimal():
-            raise UserError(f'--num_fewshot "{word}" is not a number: write N, or NAME=N.')
-        if equals and name not in takers:
-            raise UserError(
-                f'--num_fewshot "{word}" names no benchmark that takes examples'
-                f"{did_you_mean(name, takers)}: use one of {', '.join(takers) or 'the harness'}."
-            )
-        shots |= dict.fromkeys([name] if equals else takers, int(number))
-    return shots
-
-
-PREFIX, LOSS = "heldout_", "heldout_loss"
+PREFIX = "heldout_"
 TITLES = {
     "matthews": "Matthews",
     "exact_match": "exact match",
@@ -227,12 +198,12 @@ def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[Record
     for subject in subjects:
         for metric, value in recorded(subject).items():
             values.setdefault((training_set(subject), metric), {})[subject.label] = value
-    judged = {name for name, metric in values if metric != LOSS}
+    judged = {name for name, metric in values if metric != HELDOUT_LOSS}
     several = len({name for name, _ in values}) > 1
     return [
         _recorded_column(name, metric, several, values[name, metric])
-        for name, metric in sorted(values, key=lambda key: key[1] == LOSS)
-        if (HELDOUT_LOSS if metric == LOSS else HELDOUT) in wanted
+        for name, metric in sorted(values, key=lambda key: key[1] == HELDOUT_LOSS)
+        if (HELDOUT_LOSS if metric == HELDOUT_LOSS else HELDOUT) in wanted
         or (HELDOUT in wanted and name not in judged)
     ]
 
@@ -269,7 +240,7 @@ def _recorded_column(
     plain = metric.removeprefix(PREFIX)
     title = TITLES.get(plain, plain)
     title = f"{name} {title}" if several else title
-    loss = metric == LOSS
+    loss = metric == HELDOUT_LOSS
     shown = Metric(title, "", not loss, 1.0 if loss else 100.0, ".4f" if loss else ".2f")
     return RecordedColumn(
         f"heldout:{name}:{plain}", shown, {"metric": metric, "training_set": name}, values

@@ -115,17 +115,10 @@ def _tasks(manager: Any, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _set(tasks: Mapping[str, Any], benchmark: Benchmark) -> None:
-    for name, task in tasks.items():
-        own = task.get_config("num_fewshot")
-        if benchmark.num_fewshot is not None and benchmark.num_fewshot != own:
-            if own == 0:
-                raise UserError(
-                    f"the prompts of {name} take 0 further examples, not"
-                    f" {benchmark.num_fewshot}: leave --num_fewshot out for it."
-                )
-            task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
-        elif own is None:
-            task.set_config(key="num_fewshot", value=0)
+    for task in tasks.values():
+        own = task.get_config("num_fewshot") or 0
+        shots = own if benchmark.num_fewshot is None else benchmark.num_fewshot
+        task.set_config(key="num_fewshot", value=shots)
         if benchmark.generation and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=dict(benchmark.generation), update=True)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -142,9 +135,7 @@ def _model(loaded: Loaded, template: str, batch_size: int) -> Any:
         ) -> str:
             """One prompt; the harness puts its examples into it."""
             if not add_generation_prompt:
-                raise UserError(
-                    "this task begins the model's answer itself: use --template none for it."
-                )
+                raise UserError("this task begins the model's answer itself: leave it out.")
             turns = tuple((turn["role"], turn["content"]) for turn in chat_history)
             example = Example("", "", turns=(*turns, ("assistant", "")))
             settled = resolve_template(template, loaded.tokenizer)

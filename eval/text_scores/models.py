@@ -16,9 +16,10 @@ import torch
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.seeds import seed_of
+from bilora_diffusion.text.evaluation import generate
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model
-from bilora_diffusion.text.tokenizing import context_rows, generation_prompt
+from bilora_diffusion.text.tokenizing import generation_prompt
 
 from ..cache import Cache
 from ..digests import PEFT_FILE
@@ -130,20 +131,12 @@ class Decoding:
     Args:
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token.
-        top_p: probability of the tokens drawn from; only where there is a temperature.
         seed: of the draws.
-        stops: an answer ends before the first of these strings.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
-    top_p: float = 1.0
     seed: int = 0
-    stops: tuple[str, ...] = ()
-
-    def record(self) -> dict[str, Any]:
-        """For settings."""
-        return asdict(self) | {"stops": list(self.stops)}
 
 
 def answers(
@@ -160,25 +153,20 @@ def answers(
         keys = missing[start : start + batch_size]
         rows = [_tokens(loaded, prompts[key], template) for key in keys]
         for key, text in zip(keys, _generate(loaded, keys, rows, decoding), strict=True):
-            ends = [end for stop in decoding.stops if (end := text.find(stop)) >= 0]
-            cache.put(key, text[: min(ends)] if ends else text)
+            cache.put(key, text)
     return {key: cache.get(key) for key in prompts}
 
 
 def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:
     if loaded.kind == "seq2seq":
         return list(loaded.tokenizer(text, verbose=False)["input_ids"])
-    if template == NONE:
-        return context_rows([text], loaded.tokenizer, template)[0]
     return generation_prompt(Example(text, ""), loaded.tokenizer, template)
 
 
 def _generate(
     loaded: Loaded, keys: Sequence[str], rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
-    tokenizer, device = loaded.tokenizer, loaded.model.device
-    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    longest, room = inputs["input_ids"].shape[1], decoding.max_new_tokens
+    longest, room = max(map(len, rows)), decoding.max_new_tokens
     if loaded.max_tokens is not None and loaded.kind == "causal":
         room = min(room, loaded.max_tokens - longest)
     if room < 1:
@@ -186,21 +174,12 @@ def _generate(
             f'the prompt of "{keys[0]}" or one beside it has {longest} tokens, and the model takes'
             f" {loaded.max_tokens}: leave this benchmark out."
         )
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
+    # not the model's own settings
+    sampling: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
     if decoding.temperature > 0:
-        drawn = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
-        options = {**drawn, "top_k": 0}
-    if decoding.stops:
-        options |= {"stop_strings": list(decoding.stops), "tokenizer": tokenizer}
+        sampling = {"temperature": decoding.temperature, "top_p": 1.0, "top_k": 0}
+        sampling["do_sample"] = True
+    device = loaded.model.device
     with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(decoding.seed, *keys))
-        tokens = loaded.model.generate(
-            **inputs.to(device), max_new_tokens=room, pad_token_id=tokenizer.pad_token_id, **options
-        )
-    skipped = longest if loaded.kind == "causal" else 0
-    return tokenizer.batch_decode(tokens[:, skipped:], skip_special_tokens=True)
+        return generate(loaded, rows, room, **sampling)

@@ -12,7 +12,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ class MTBench:
         """All that a score depends on beside the model."""
         texts = [part for q in self.questions for part in (q.id, q.category, q.text, q.reference)]
         return {
-            "decoding": self.decoding.record(),
+            "decoding": asdict(self.decoding),
             "questions": digest_texts(texts),
             "judge": self.judge.model,
             "judge_base_url": self.judge.base_url,
@@ -232,7 +232,7 @@ class MTBench:
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
-            written = cache({"decoding": decoding.record()})
+            written = cache({"decoding": asdict(decoding)})
             replies |= answers(loaded, prompts, decoding, template, batch_size, written)
         ratings = cache(self.settings())
         for question in tqdm(self.questions, unit="answer", leave=False):

@@ -20,14 +20,13 @@ from ..subjects import Subject
 from ..table import Metric
 from . import benchmarks, harness, humaneval, mtbench
 from .bases import Base
-from .benchmarks import EFFECT, HARNESS, MTBENCH, NONE, OF_RUN, Benchmark, Measured
+from .benchmarks import EFFECT, HARNESS, MTBENCH, OF_RUN, Benchmark, Measured
 from .harness import Harness
 from .humaneval import HumanEval
 from .models import Decoding, Models
 from .mtbench import MTBench
 from .sandbox import Sandbox
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUMANEVAL_TOKENS, MTBENCH_TOKENS = 512, 1024
 SCORE = "score"
 
@@ -51,43 +50,29 @@ class Asked:
         return Metric(self.benchmark.title, "", higher, self.benchmark.scale, ".2f"), settings
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse options that don't go together."""
-    if args.num_samples > 1 and args.temperature == 0:
-        raise UserError(
-            f"--num_samples {args.num_samples} at temperature 0 would be the same program each"
-            " time: give --temperature, such as 0.2 for pass@1 or 0.8 for pass@10."
-        )
-
-
 def choose(args: argparse.Namespace) -> tuple[list[Benchmark], Any]:
     """The benchmarks that are asked for, and the harness's task manager where it knows one."""
     tasks = benchmarks.harness_tasks(args.benchmarks)
     manager = harness.manager(tasks, args.include_path) if tasks else None
     known = list(manager.all_tasks) if manager else []
-    return benchmarks.choose(args.benchmarks, known, args.num_fewshot, args.template), manager
+    return benchmarks.choose(args.benchmarks, known), manager
 
 
 def asked(
     chosen: Sequence[Benchmark],
     args: argparse.Namespace,
     manager: Any,
-    subjects: Sequence[Subject],
+    models: int,
     dtype: torch.dtype,
 ) -> dict[str, Asked]:
-    """The benchmarks that training did not record, ready to be asked."""
+    """The benchmarks that training did not record, ready to be asked of so many models."""
     ready = {}
     for benchmark in chosen:
         if not benchmark.recorded:
-            engine = _engine(benchmark, args, manager, len(subjects))
+            engine = _engine(benchmark, args, manager, models)
             named = {"template": benchmark.template, "limit": args.limit}
             numbers = {"dtype": str(dtype).removeprefix("torch.")}
             ready[benchmark.name] = Asked(benchmark, engine, named | numbers | engine.settings())
-    for subject in subjects if ready else ():
-        if subject.option("task_type") == "classification":
-            raise UserError(
-                f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
-            )
     return ready
 
 
@@ -101,24 +86,18 @@ def _engine(benchmark: Benchmark, args: argparse.Namespace, manager: Any, models
     problems = humaneval.problems(args.limit)
     if not args.allow_code_execution:
         raise UserError(
-            f"humaneval runs programs that the models write: {len(problems)} problems x"
-            f" {args.num_samples} samples x {models} models, each in a fresh process without"
-            " network, environment and other folders; add --allow_code_execution if they may."
+            f"humaneval runs programs that the models write: {len(problems)} problems x {models}"
+            " models, each in a fresh process without network, environment and other folders; add"
+            " --allow_code_execution if they may."
         )
-    decoding = Decoding(
-        args.max_new_tokens or HUMANEVAL_TOKENS,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        stops=humaneval.STOPS if benchmark.template == NONE else (),
-    )
-    return HumanEval(problems, Sandbox.tried(args.execution_timeout), decoding, args.num_samples)
+    decoding = Decoding(args.max_new_tokens or HUMANEVAL_TOKENS)
+    return HumanEval(problems, Sandbox.tried(), decoding)
 
 
 def dtype(name: str | None, device: torch.device) -> torch.dtype:
     """Dtype of the models: the named one, else bfloat16 where a GPU has it."""
     if name is not None:
-        return DTYPES[name]
+        return getattr(torch, name)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if bf16 else torch.float32
 

@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from .. import compare
-from ..report import INTERVALS, escaped, listed, number
-from ..report import table as markdown
+from ..report import INTERVALS, escaped, listed
 from ..table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, UNPARSED
 
@@ -100,11 +99,6 @@ def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) 
     return sentences
 
 
-def benchmarks(result: Result) -> dict[str, Metric]:
-    """The benchmarks, in the order of the tables."""
-    return {name: result.metric(name) for name in result.settings["benchmarks"]}
-
-
 def introduction(result: Result) -> str:
     """Notes, and what the table's cells are."""
     legend = (
@@ -126,23 +120,6 @@ def cost(result: Result, group: str) -> str:
 def memory(result: Result, group: str) -> str:
     peak = max(entry.about.get("peak_memory") or 0 for entry in result.members(group))
     return f"{peak / 2**30:.2f} GiB" if peak else ABSENT
-
-
-def runs(result: Result) -> str:
-    whole = [row for row in result.rows if not row.item]
-    body = []
-    for name, metric in benchmarks(result).items():
-        further: dict[str, list[str]] = {}
-        for row in whole:
-            if row.metric.startswith(f"{name} "):
-                figure = f"{row.metric.removeprefix(name)[1:]} {row.value:.4g}"
-                further.setdefault(row.subject, []).append(figure)
-        for row in whole:
-            if row.metric == name:
-                seed = ABSENT if row.seed is None else str(row.seed)
-                others = ", ".join(further.get(row.subject, []))
-                body.append([row.subject, seed, metric.title, number(row.value, metric), others])
-    return markdown(["run", "seed", "benchmark", "score", "further"], body)
 
 
 def asked(result: Result) -> str:

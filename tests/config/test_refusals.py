@@ -103,9 +103,9 @@ TEXTS: list[tuple[str, str]] = [
     ("--task sst-2", 'did you mean "sst2"'),
 ]
 ROWS: list[tuple[str, str]] = [
-    ("--train_file {tmp}/full", "is a folder"),
+    ("--train_file {tmp}/full", "full.*is not a file of rows"),
     ("--train_file {tmp}/none.jsonl", "none.jsonl.*does not exist"),
-    ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*regular file"),
+    ("--train_file {tmp}/pipe.jsonl", "pipe.jsonl.*is not a file of rows"),
     ("--train_file {tmp}/a.zip", "a.zip.*.parquet"),
 ]
 IMAGE, TEXT = CONFIGS.values()

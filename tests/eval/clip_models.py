@@ -91,31 +91,6 @@ def open_clip_config(**changes: Any) -> dict[str, Any]:
     return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
 
 
-def make_hf_clip(seed: int = 0) -> Any:
-    """A random ``CLIPModel`` of transformers with the miniature's vocabulary."""
-    torch.manual_seed(seed)
-    words = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
-    words |= {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
-    config = hf.CLIPConfig(
-        text_config=HF | words, vision_config=HF_VISION, projection_dim=DIMENSION
-    )
-    model = hf.CLIPModel(config)
-    shake(model, seed)
-    return model
-
-
-def save_hf_clip(folder: Path, model: Any) -> Path:
-    """A folder of transformers: configuration, weights, tokenizer and image processor."""
-    side = {"height": SIZE, "width": SIZE}
-    processor = hf.CLIPProcessor(
-        hf.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side),
-        hf.CLIPTokenizer.from_pretrained(pipeline_dir() / "tokenizer"),
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def save_blip(folder: Path, seed: int = 0) -> Path:
     """A folder of transformers with a random BLIP and a small vocabulary."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(40))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import socket
@@ -16,8 +15,6 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from eval.text_scores import humaneval
-from eval.text_scores.humaneval import HumanEval
-from eval.text_scores.models import Decoding
 from eval.text_scores.sandbox import Execution, Sandbox
 
 PROGRAMS = {
@@ -149,7 +146,7 @@ def test_right_solutions_pass_and_wrong_ones_fail(count: int, sandbox: Sandbox) 
     assert len(problems) == count
     for solved, body in (("passed", None), ("failed", "    return None\n")):
         programs = {
-            p["task_id"]: humaneval.program(p, body or p["canonical_solution"], "none")
+            p["task_id"]: humaneval.program(p, f"```\n{body or p['canonical_solution']}```")
             for p in (problems[:9] if body else problems)
         }
         assert outcomes(sandbox, programs) == {solved}
@@ -159,28 +156,15 @@ def outcomes(sandbox: Sandbox, programs: dict[str, str | None]) -> set[str]:
     return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
 
 
-def test_pass_at_k_is_the_mean_over_all_draws_of_k() -> None:
-    for samples, k in itertools.product((1, 3, 6), (1, 2, 3)):
-        for correct in range(samples + 1) if k <= samples else ():
-            drawn = [True] * correct + [False] * (samples - correct)
-            draws = [any(draw) for draw in itertools.combinations(drawn, k)]
-            expected = sum(draws) / len(draws)
-            assert humaneval.pass_at_k(samples, correct, k) == pytest.approx(expected)
-
-
 def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted() -> None:
-    asked = HumanEval([{"task_id": name} for name in "ab"], Sandbox(""), Decoding(8), 10)
-    keys = [f"{name}#{n}" for name in "ab" for n in range(10)]
-    programs: dict[str, str | None] = dict.fromkeys(keys, "def f(:")
-    programs["a#3"] = "x = 1"
-    ended = dict.fromkeys(keys, Execution("failed", "no")) | {"a#3": Execution("passed")}
-    measured = asked.assess(dict.fromkeys(keys, "    return 1\n"), programs, ended)
-    assert measured.value == pytest.approx(0.05)
-    assert [item.score for item in measured.items] == [0.1, 0.0]
+    programs = {"a": "x = 1", "b": "def f(:"}
+    ended = {"a": Execution("passed"), "b": Execution("failed", "no")}
+    measured = humaneval.assess(dict.fromkeys("ab", "    return 1\n"), programs, ended)
+    assert measured.value == 0.5
+    assert [item.score for item in measured.items] == [1, 0]
     assert measured.further() == {
         "items": 2,
         "without an answer": 1,
-        "pass@10": pytest.approx(0.5),
-        "programs failed": 19,
+        "programs failed": 1,
         "programs passed": 1,
     }

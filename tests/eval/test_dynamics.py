@@ -64,7 +64,7 @@ def test_cosines_are_those_of_the_whole_matrices() -> None:
 def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
-    found = curves.read(opened(run, "run"), [curves.ALL, layer])
+    found = curves.read(opened(run, "run"), [layer])
     files = snapshots.steps(run)
     last, middle = snapshots.read(files[10]), snapshots.read(files[4])
     for name, where in ((curves.ALL, [0, 1, 2]), (layer, [2])):
@@ -80,9 +80,8 @@ def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
                 assert values[f"{role}/{quantity}"][4] == value
         assert values["auxiliary_norm"][3] == 0.05
     names = [f"layer.{i}" for i in range(10)]
-    assert curves.choose(names, "layer.3") == [3]
-    with pytest.raises(UserError, match=r'"layers.3" \(did you mean "layer.3"\?\)'):
-        curves.choose(names, "layers.3")
+    with pytest.raises(UserError, match="lacks layer"):
+        curves.read(opened(run, "run"), ["layer.3"])
     assert curves.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
     assert curves.spread(names[:2], 4) == names[:2]
     assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
@@ -106,7 +105,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
     for who in ("primary", "auxiliary"):
         settled = {}
         for row in result.select(f"settled {who}/product"):
-            found = curves.read(opened(folder / row.subject, ""), [curves.ALL])[curves.ALL]
+            found = curves.read(opened(folder / row.subject, ""))[curves.ALL]
             steps, cosines = zip(*found.values[f"{who}/product"].items(), strict=True)
             settled[row.seed] = row.value
             assert row.value == settles(steps, cosines, 0.9)
@@ -143,13 +142,13 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
 
 
 @pytest.mark.slow
-def test_one_layer_and_named_groups(
+def test_named_groups(
     late: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--layer", "unet.up.to_out", "--group", f"mine={late[0]}/sam0"]
+    words = ["--group", f"mine={late[0]}/sam0"]
     assert dynamics.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     result = table.read(tmp_path / "out")
-    assert (result.groups, result.settings["layer"]) == (["mine"], "unet.up.to_out")
+    assert result.groups == ["mine"]
     assert any("one seed" in note for note in result.notes)
     assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
     assert (tmp_path / "out" / table.REPORT).read_text() in capsys.readouterr().out

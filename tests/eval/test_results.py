@@ -164,7 +164,8 @@ def test_results_and_logs_among_runs_are_left_out(
 
 
 def test_a_switch_takes_no_value_and_a_run_may_follow_it(parsers: Any) -> None:
-    args = parsers("landscape").read(["--eigenvalue", "demo/lora", "--ascent-steps", "3"])
-    assert (args.eigenvalue, args.runs, args.ascent_steps) == (True, ["demo/lora"], 3)
-    with pytest.raises(UserError, match="--eigenvalue: ignored"):
-        parsers("landscape").read(["demo/lora", "--eigenvalue=yes"])
+    words = ["--trust_remote_code", "demo/lora", "--eval-batch-size", "3"]
+    args = parsers("text_scores").read(words)
+    assert (args.trust_remote_code, args.runs, args.eval_batch_size) == (True, ["demo/lora"], 3)
+    with pytest.raises(UserError, match="--trust-remote-code: ignored"):
+        parsers("text_scores").read(["demo/lora", "--trust_remote_code=yes"])

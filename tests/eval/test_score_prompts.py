@@ -52,24 +52,23 @@ def test_a_csv_has_columns(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")
     file = tmp_path / "my.csv"
     file.write_text(
-        "id,prompt,caption,instance,reference\n"
-        '1,"an owl, at night","a line,\nbroken",Night Owl,pictures/owl.png\n'
-        "2,a photo of a cat,cat,,\n",
+        "id,prompt,instance,reference\n"
+        '1,"an owl,\nat night",Night Owl,pictures/owl.png\n'
+        "2,a photo of a cat,,\n",
         encoding="utf-8",
     )
     owl, cat = read(file)
-    assert owl == Prompt("an owl, at night", "Night Owl", tmp_path / "pictures" / "owl.png")
+    assert owl == Prompt("an owl,\nat night", "Night Owl", tmp_path / "pictures" / "owl.png")
     assert cat == Prompt("a photo of a cat", "cat")
-    assert [prompt.text for prompt in read(file, "caption")] == ["a line,\nbroken", "cat"]
 
 
 REFUSED = {
-    "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
-    "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
-    "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
-    "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),
-    "3d_icons": (None, None, ['"3d_icons"', 'did you mean "3d_icon"']),
-    "pipe.txt": (None, None, ["pipe.txt"]),
+    "empty.txt": (b"\n# nothing\n", ["empty.txt", "one a line"]),
+    "twice.txt": (b"a cat\n\na dog\na cat\n", ["line 1", "line 4", '"a cat"']),
+    "column.csv": (b"promt,id\na cat,1\n", ['"prompt"', 'did you mean "promt"']),
+    "gone.csv": (b"prompt,reference\na cat,cat.png\n", ["line 2", '"cat.png"']),
+    "3d_icons": (None, ['"3d_icons"', 'did you mean "3d_icon"']),
+    "pipe.txt": (None, ["pipe.txt"]),
 }
 
 
@@ -78,11 +77,11 @@ def test_a_bad_set_is_refused_in_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    content, column, words = REFUSED[name]
+    content, words = REFUSED[name]
     if content is not None:
         Path(name).write_bytes(content)
     os.mkfifo("pipe.txt")
     with pytest.raises(UserError) as caught:
-        read(name, column)
+        read(name)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value

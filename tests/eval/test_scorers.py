@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
-from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
+from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.mini import scorer as mini
@@ -26,8 +26,6 @@ from tests.eval import clip_models
 from tests.eval.clip_models import DIMENSION, pictures, put_on_hub, save_open_clip, sentences
 
 WEIGHTS = "open_clip_model.safetensors"
-KINDS = {"open_clip": "open_clip", "hf": "transformers", "blip": "blip"}
-scorer_schemes = pytest.mark.parametrize("scheme", ["open_clip", "hf"])
 
 
 @pytest.fixture(scope="module")
@@ -36,39 +34,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
         "open_clip": save_open_clip(root / "ours"),
-        "hf": clip_models.save_hf_clip(root / "theirs", clip_models.make_hf_clip()),
         "blip": clip_models.save_blip(root / "blip"),
     }
 
 
 def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path]) -> None:
-    loaders: dict[str, Any] = {"open_clip": models, "hf": models}
+    loaders: dict[str, Any] = {"open_clip": models, "blip": captioners}
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
-        entry = loaders.get(scheme, captioners).load(f"{scheme}:{folder}").entry
-        named = ModelEntry(f"{scheme}:{folder.name}", KINDS[scheme], folder.name, of_files(weights))
+        entry = loaders[scheme].load(f"{scheme}:{folder}").entry
+        named = ModelEntry(f"{scheme}:{folder.name}", scheme, folder.name, of_files(weights))
         assert replace(entry, note="") == named
         assert ("search" in entry.note) == (scheme == "blip")
-    commit, default = "0123456789abcdef0123456789abcdef01234567", BLIP
-    put_on_hub("tests/small-clip", folders["hf"], commit)
-    put_on_hub(default, folders["blip"], commit)  # in the real one's place
-    for revision in (None, "main", commit):
-        entry = models.load("hf:tests/small-clip", revision=revision).entry
-        assert entry == ModelEntry(
-            "hf:tests/small-clip", "transformers", "tests/small-clip", commit
-        )
-        entry = captioners.load("blip", revision=revision).entry
-        assert (entry.model, entry.revision) == (default, commit)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    put_on_hub(BLIP, folders["blip"], commit)  # in the real one's place
+    entry = captioners.load("blip").entry
+    assert (entry.model, entry.revision) == (BLIP, commit)
 
 
 @torch.no_grad()
-def i2t(scheme: str, folder: Path, image: Image, text: str) -> float:
+def i2t(folder: Path, image: Image, text: str) -> float:
     """The cosine of an image and a text, by the library alone."""
-    if scheme == "hf":
-        processor: Any = CLIPProcessor.from_pretrained(folder)
-        inputs = processor(text=[text], images=[image], return_tensors="pt")
-        seen = CLIPModel.from_pretrained(folder)(**inputs)
-        return float((seen.image_embeds @ seen.text_embeds.T).squeeze())
     created: Any = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     model, preprocess = created
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([text])
@@ -76,15 +62,13 @@ def i2t(scheme: str, folder: Path, image: Image, text: str) -> float:
     return float(a @ b / a.norm() / b.norm())
 
 
-@scorer_schemes
-def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
-    folders: dict[str, Path], scheme: str
-) -> None:
+def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders: dict[str, Path]) -> None:
     images, texts = [*pictures(3), *pictures(4, None)], sentences(7)
-    one, many = (models.load(f"{scheme}:{folders[scheme]}", batch=batch) for batch in (3, 20))
+    ours = folders["open_clip"]
+    one, many = (models.load(f"open_clip:{ours}", batch=batch) for batch in (3, 20))
     table = one.images(images) @ one.texts(texts).T
     for at in (0, 1, 6):
-        expected = i2t(scheme, folders[scheme], images[at], texts[at])
+        expected = i2t(ours, images[at], texts[at])
         assert float(table[at, at]) == pytest.approx(expected, abs=1e-6)
     assert table.std() > 0.05  # so that the lines before could fail
     embeddings = many.images([image.convert("RGBA") for image in images])
@@ -133,9 +117,6 @@ def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -
     assert "nearest of 20, not generated" in entry.note
 
 
-WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "blip:blip")
-
-
 class Boom:
     """Running this is what reading a pickle can do."""
 
@@ -170,14 +151,11 @@ def spoil(file: str, how: str) -> None:
         path.write_text(how)
 
 
-def refused(given: str, *words: str) -> None:
-    """A model, or MODEL@REVISION, is refused in one sentence in which each of the words stands."""
-    name, _, revision = given.partition("@")
-    captions = name.startswith("bl")
-    names = ("open_clip:ours", name) if captions else (name, None)
-    revisions = (None, revision or None) if captions else (revision or None, None)
+def refused(name: str, *words: str) -> None:
+    """A model is refused in one sentence in which each of the words stands."""
+    names = ("open_clip:ours", name) if name.startswith("bl") else (name, None)
     with pytest.raises(UserError) as caught:
-        load_models(*names, revisions=revisions)
+        load_models(*names)
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert all(word in sentence for word in words), sentence
@@ -187,11 +165,10 @@ def refused(given: str, *words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("embeded", ['"embeded"', 'did you mean "embedded"', "hf:ID"]),
+        ("embeded", ['"embeded"', 'did you mean "embedded"', "MODEL/TAG"]),
         ("open_clip:ViT-B-32/opnai", ['"opnai"', 'did you mean "openai"', "laion400m_e31"]),
-        ("hf:tests/absent", ['"hf:tests/absent"', "connection"]),
-        ("blip:theirs", ["type clip", "not blip"]),
-        *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),
+        ("blip:tests/absent", ['"blip:tests/absent"', "connection"]),
+        ("blip:ours", ['"blip:ours"']),
     ],
 )
 def test_a_model_that_can_not_be_had_is_refused(
@@ -200,15 +177,15 @@ def test_a_model_that_can_not_be_had_is_refused(
     refused(name, *words)
 
 
-OURS, THEIRS = "ours/open_clip_model.safetensors", "theirs/model.safetensors"
-SCHEMES = {"ours": "open_clip", "theirs": "hf", "blip": "blip"}
+SCHEMES = {"ours": "open_clip", "blip": "blip"}
 DAMAGES = ("cut", "pickle", "incomplete")
 
 
 @pytest.mark.parametrize(
     ("file", "how"),
     [
-        *((file, how) for file in (OURS, THEIRS) for how in DAMAGES),
+        *((f"ours/{WEIGHTS}", how) for how in DAMAGES),
+        *(("blip/model.safetensors", how) for how in DAMAGES),
         *((f"{folder}/tokenizer.json", "gone") for folder in SCHEMES),
     ],
 )
@@ -216,6 +193,6 @@ def test_a_damaged_model_is_refused(file: str, how: str, models_here: Path) -> N
     spoil(file, how)
     folder = file.partition("/")[0]
     refused(f"{SCHEMES[folder]}:{folder}", folder)
-    if (file, how) == (THEIRS, "pickle"):
-        put_on_hub("tests/pickled", models_here / "theirs", "a" * 40)
-        refused("hf:tests/pickled", '"hf:tests/pickled"')
+    if (file, how) == ("blip/model.safetensors", "pickle"):
+        put_on_hub("tests/pickled", models_here / "blip", "a" * 40)
+        refused("blip:tests/pickled", '"blip:tests/pickled"')

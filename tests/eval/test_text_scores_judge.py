@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch: pytest.M
 def measure(url: str, folder: Path) -> Measured:
     asked = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     for question in QUESTIONS:  # every answer is there already, so that no model is asked
-        decoding = Decoding(8, temperature=question.temperature).record()
-        written = Cache(folder, {"decoding": decoding})
+        decoding = Decoding(8, temperature=question.temperature)
+        written = Cache(folder, {"decoding": asdict(decoding)})
         written.item(question.id, lambda name=question.id: f"answer to {name}")
     nobody: Any = None
     return asked.measure(nobody, "auto", 2, lambda about: Cache(folder, about))

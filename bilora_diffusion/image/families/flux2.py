@@ -58,15 +58,12 @@ class Flux2Klein(Family):
     packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
     few_steps: ClassVar[int] = 4  # of klein without "base"
+    undistilled: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, _ = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self.max_sequence_length,
-        )
+        sequence, _ = self.encoded(pipeline, prompts)
         return {"sequence": sequence}
 
     def predict(
@@ -92,13 +89,6 @@ class Flux2Klein(Family):
     def mu(self, pipeline: Any, tokens: int) -> float:
         return compute_empirical_mu(tokens, self.steps)
 
-    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        return {
-            "prompt_embeds": positive["sequence"],
-            "negative_prompt_embeds": negative["sequence"],
-            "guidance_scale": guidance,
-        }
-
     def ready(self, sampler: Any) -> None:
         # The pipeline hands latents back in the autoencoder's scale, as single pixels. With such
         # statistics it leaves their values alone.
@@ -107,14 +97,3 @@ class Flux2Klein(Family):
 
     def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
         return nn.functional.pixel_unshuffle(latents, 2)
-
-    def is_distilled(self, pipeline: Any) -> bool:
-        return pipeline.config.is_distilled
-
-    def remark(self, name: str, pipeline: Any) -> str | None:
-        if not self.is_distilled(pipeline):
-            return None
-        return (
-            f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            " on its base model, such as FLUX.2-klein-base-4B, and draw with this one."
-        )

@@ -38,14 +38,11 @@ class Krea2(Family):
     guidance: ClassVar[float] = 4.5
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
+    undistilled: ClassVar[str] = "the model that it was made from, Krea 2 RAW"
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, mask = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self.max_sequence_length,
-        )
+        sequence, mask = self.encoded(pipeline, prompts)
         return {"sequence": unpadded(sequence, mask)}
 
     def predict(
@@ -84,14 +81,3 @@ class Krea2(Family):
 
     def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpacked(latents, height // 8, width // 8)
-
-    def is_distilled(self, pipeline: Any) -> bool:
-        return pipeline.config.is_distilled
-
-    def remark(self, name: str, pipeline: Any) -> str | None:
-        if not self.is_distilled(pipeline):
-            return None
-        return (
-            f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            " on the model that it was made from, Krea 2 RAW, and draw with this one."
-        )

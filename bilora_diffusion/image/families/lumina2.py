@@ -42,12 +42,8 @@ class Lumina2(Family):
                 f"--max_sequence_length {self.max_sequence_length} is more than this {self.title}"
                 f" has positions for: give {most} at most."
             )
-        sequence, mask, _, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self.max_sequence_length,
-        )
+        alone = {"do_classifier_free_guidance": False}
+        sequence, mask, _, _ = self.encoded(pipeline, prompts, **alone)
         return {"sequence": [row[real.bool()] for row, real in zip(sequence, mask, strict=True)]}
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:

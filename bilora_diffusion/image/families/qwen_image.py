@@ -51,11 +51,7 @@ class QwenImage(Family):
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, mask = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device,
-            max_sequence_length=self.max_sequence_length,
-        )
+        sequence, mask = self.encoded(pipeline, prompts)
         return {"sequence": list(sequence) if mask is None else unpadded(sequence, mask)}
 
     def predict(

@@ -32,15 +32,11 @@ class ZImage(Family):
     guidance: ClassVar[float] = 5.0
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
+    undistilled: ClassVar[str] = "Z-Image, the model that it was made from"
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequences, _ = pipeline.encode_prompt(
-            list(prompts),  # a list of its own: the pipeline writes into it
-            device=pipeline.text_encoder.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
+        sequences, _ = self.encoded(pipeline, prompts, do_classifier_free_guidance=False)
         return {"sequence": sequences}
 
     def predict(
@@ -52,21 +48,6 @@ class ZImage(Family):
     def space(self, vae: Any) -> LatentSpace:
         return LatentSpace.of(vae, drawn=False)
 
-    def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        return {
-            "prompt_embeds": positive["sequence"],
-            "negative_prompt_embeds": negative["sequence"],
-            "guidance_scale": guidance,
-        }
-
     def is_distilled(self, pipeline: Any) -> bool:
         # Nothing in its files says so.
         return "turbo" in Path(pipeline.name_or_path or "").name.lower()
-
-    def remark(self, name: str, pipeline: Any) -> str | None:
-        if not self.is_distilled(pipeline):
-            return None
-        return (
-            f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            " on Z-Image, the model that it was made from, and draw with this one."
-        )
