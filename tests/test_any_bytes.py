@@ -1,7 +1,5 @@
 """Files of any bytes that others wrote: one sentence, or success."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable
@@ -143,15 +141,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("name", "read"), READERS)
 @SETTINGS
 @given(content=CONTENT)
-def test_a_file_of_any_bytes(
-    name: str, read: Callable[[Path], object], content: bytes, folder: Path
-) -> None:
+def test_a_file_of_any_bytes(name, read, content, folder):
     (folder / name).write_bytes(content)
     survives(lambda: read(folder / name))
 
 
 @pytest.mark.parametrize(("name", "read"), READERS)
-def test_what_has_been_a_surprise(name: str, read: Callable[[Path], object], folder: Path) -> None:
+def test_what_has_been_a_surprise(name, read, folder):
     for start, end in itertools.product(BEGINNINGS, SURPRISES):
         (folder / name).write_bytes(start + end)
         survives(lambda: read(folder / name))
@@ -163,9 +159,7 @@ def test_what_has_been_a_surprise(name: str, read: Callable[[Path], object], fol
 )
 @SETTINGS
 @given(data=st.data())
-def test_a_file_of_any_values(
-    name: str, read: Callable[[Path], object], data: st.DataObject, folder: Path
-) -> None:
+def test_a_file_of_any_values(name, read, data, folder):
     content = data.draw(ANY_VALUES[name])
     rows = content if name.endswith(".jsonl") else [content]
     (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -177,5 +171,5 @@ def test_a_file_of_any_values(
     content=st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
     | st.from_regex(r"[a-z]+=-?[0-9.,]{1,40}", fullmatch=True)
 )
-def test_an_axis_of_any_text(content: str) -> None:
+def test_an_axis_of_any_text(content):
     survives(lambda: axes.axes([content]))

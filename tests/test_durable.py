@@ -1,7 +1,5 @@
 """Files are replaced whole or not at all, and a full disk is known by whatever says so."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path
@@ -21,7 +19,7 @@ def write(path: Path, text: str, failure: BaseException | None = None) -> None:
             raise failure
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     durable.write_text(path, "old")
     for failure in (OSError(errno.ENOSPC, "full"), ValueError("wrong"), KeyboardInterrupt()):
@@ -42,7 +40,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (OSError(errno.EACCES, "No rights"), False),
     ],
 )
-def test_a_full_disk_is_known_also_as_a_cause(error: Exception, full: bool) -> None:
+def test_a_full_disk_is_known_also_as_a_cause(error, full):
     outer = RuntimeError("while writing")
     outer.__cause__ = error
     assert durable.disk_is_full(error) is durable.disk_is_full(outer) is full

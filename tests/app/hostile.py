@@ -1,7 +1,5 @@
 """Folders for the viewer that are damaged, or made by someone who wants to take it down."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import partial

@@ -1,11 +1,8 @@
 """Requests of the Generate tab, and drawing that can be stopped, on the miniature."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,9 +41,7 @@ def models() -> Pipelines:
     return Pipelines("cpu")
 
 
-def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(
-    models: Pipelines,
-) -> None:
+def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(models):
     steps = []
 
     def on_step(step: int) -> None:
@@ -65,7 +60,7 @@ def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
+def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     """In scores and in this tab, as in validation images; the miniature has a guidance of its own.
 
     It is asked without weights.
@@ -86,9 +81,7 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
         assert (sampling.steps, sampling.guidance_scale) == (3, 0.0)
 
 
-def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):
     make_run(tmp_path / "lora")  # its weights are an empty file
     with gr.Blocks() as page:
         tab = Tab(Catalog(tmp_path), page, page.load, "cpu")
@@ -114,9 +107,7 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(
-    tmp_path: Path,
-) -> None:
+def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(tmp_path):
     root = tmp_path / "root"
     make_run(root / "a", config={"pretrained_model_name_or_path": "mini", "resolution": 64})
     make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
@@ -139,7 +130,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
             sides(catalog, a, b)
 
 
-def test_bad_values_and_what_is_not_here_are_refused() -> None:
+def test_bad_values_and_what_is_not_here_are_refused():
     for name, value in (
         ("prompt", " "),
         *(("seed", seed) for seed in (None, -1, 2**32)),

@@ -1,7 +1,5 @@
 """The viewer's server: it answers nobody's page but its own, and asks nobody anything."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import random
@@ -110,7 +108,7 @@ ADDRESSES = (
 """Addresses of a public server, by name and by number, and of this machine."""
 
 
-def test_no_route_fetches_an_address(served: Served) -> None:
+def test_no_route_fetches_an_address(served):
     routes = ("/gradio_api/file=", "/gradio_api/file/", "/gradio_api//file/", "/file=", "/file/")
     routes += ("/gradio_api/proxy=", "/proxy=", "/gradio_api/stream/", "/static/", "/assets/")
     routes += ("/gradio_api/custom_component/", "/?__theme=dark&url=")
@@ -128,7 +126,7 @@ def test_no_route_fetches_an_address(served: Served) -> None:
     assert served.asked == []
 
 
-def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served: Served) -> None:
+def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served):
     root = served.root
     asked = ["/etc/passwd", f"{root}/../secret.txt", f"{root}/link.txt", f"{root}/link/secret.txt"]
     asked += [f"{root}/lora/run.json", "pyproject.toml", "../../../../../../etc/passwd"]
@@ -148,7 +146,7 @@ def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served: Served)
     assert f"00000000:{served.port:04X}" not in own
 
 
-def test_no_event_fetches_an_address(served: Served) -> None:
+def test_no_event_fetches_an_address(served):
     config = json.load(served.ask("/config"))
     events = {one["id"]: len(one["inputs"]) for one in config["dependencies"]}
     assert len(events) > 20
@@ -169,7 +167,7 @@ def test_no_event_fetches_an_address(served: Served) -> None:
     assert served.asked == []
 
 
-def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
+def test_a_vote_is_of_the_voter_who_began(served):
     config = json.load(served.ask("/config"))
     names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
     clicks = {names.get(one["targets"][0][0]): one for one in config["dependencies"]}
@@ -222,9 +220,7 @@ def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
         ("lab.example", "lab.example:7860", EVIL, 403),
     ],
 )
-def test_other_web_sites_are_refused(
-    started: str, host: str, origin: str | None, status: int
-) -> None:
+def test_other_web_sites_are_refused(started, host, origin, status):
     client = TestClient(Guard(PlainTextResponse("here"), started, public=started != LOCAL))
     headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
     for method in ("GET", "OPTIONS", "POST"):
@@ -237,7 +233,7 @@ def test_other_web_sites_are_refused(
         pass
 
 
-def test_no_answer_lets_another_web_site_read_it(served: Served) -> None:
+def test_no_answer_lets_another_web_site_read_it(served):
     own = f"{LOCAL}:{served.port}"
     for path in ("/", "/config", "/gradio_api/queue/data?session_hash=x", "/gradio_api/info"):
         for host, origin in ((own, EVIL), ("lab.example:7860", EVIL), (own, "null")):

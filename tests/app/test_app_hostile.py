@@ -1,7 +1,5 @@
 """One damaged or hostile folder takes nothing else from any tab."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable
@@ -103,9 +101,7 @@ AT_ONCE = 8
 
 
 @pytest.mark.parametrize("first", range(0, len(HOSTILE), AT_ONCE))
-def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(
-    tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, first: int
-) -> None:
+def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tabs, root, monkeypatch, first):
     monkeypatch.setattr(gr, "Warning", print)
     for number, what in enumerate([*HOSTILE][first : first + AT_ONCE]):
         print(number, what)

@@ -1,11 +1,8 @@
 """Training curves: rho over the steps, the state, which lines there are, what the tab sends."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -55,7 +52,7 @@ def shown(
     return Shown(item, color, found, progress(run, found, 0.0, 0.0))
 
 
-def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off() -> None:
+def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off():
     points = [(at, math.sin(at / 50)) for at in range(5000)]
     points[1234] = (1234, 9.0)
     points[4321] = (4321, -9.0)
@@ -70,7 +67,7 @@ def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off() -> None:
     assert 2 < (ceiling(values) or 0) < 10
 
 
-def test_progress_of_a_running_run() -> None:
+def test_progress_of_a_running_run():
     found = [{"step": 0, "heldout_loss": 1.0}, *rows(*[0.1] * 40)]
     run = {**record(), "wall_seconds": 21.5, "peak_memory_bytes": 2**30}
     state = progress(run, found, last_written=1000.0, now=1010.0)
@@ -82,7 +79,7 @@ def test_progress_of_a_running_run() -> None:
     assert totals == [None, 60]
 
 
-def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does() -> None:
+def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does():
     found = rows(0.1, 0.1)
     assert progress(record(), found, 0.0, STALE_SECONDS - 1).status == "running"
     stale = progress(record(), found, 0.0, STALE_SECONDS + 1)
@@ -105,7 +102,7 @@ def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does
     assert (state.status, state.reason) == ("failed", "a reason")
 
 
-def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_seed() -> None:
+def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_seed():
     lora, other_seed = record("lora"), record("lora") | {"seed": 1}
     runs = [
         shown("lora", rows(1.0, 0.5, 0.25), lora),
@@ -128,7 +125,7 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
     assert not [color for color in (*COLORS, GREY) if color.endswith((FAINT, WIDE))], "style.css"
 
 
-def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_its_search() -> None:
+def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_its_search():
     key = "heldout_loss_by_level/"
     found = [
         {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
@@ -149,7 +146,7 @@ def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_it
         ]
 
 
-def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path: Path) -> None:
+def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     make_run(tmp_path / "text", config={"model_name_or_path": "t5"}, seed=1)
     text = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]
     (tmp_path / "text" / "metrics.jsonl").write_text(f"{json.dumps(text[0])}\n")

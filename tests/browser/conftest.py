@@ -1,7 +1,5 @@
 """The viewer in a process of its own, and a real browser that looks at it."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import subprocess

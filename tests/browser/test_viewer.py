@@ -1,7 +1,5 @@
 """Smoke tests of the viewer in a real browser; its data are tested in ``tests/app``."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shutil
@@ -78,9 +76,7 @@ window.fetch = async (...request) => {
 """Keeps the server's answers, its streams of events too, which the browser itself forgets."""
 
 
-def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(
-    viewer: Viewer, visit: Visit
-) -> None:
+def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(viewer, visit):
     for dark in (False, True):
         page, console, asked = visit(phone=dark, dark=dark), [], []
         answers: list[Response] = []
@@ -111,7 +107,7 @@ def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(
         assert [text for text in console if "Content Security Policy" in text] == []
 
 
-def test_scores_are_compared_by_mouse_keyboard_and_link(viewer: Viewer, visit: Visit) -> None:
+def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     page = go(visit(), viewer.url)
     subjects = page.locator("#validation-images section.subject")
     expect(subjects).to_have_count(6)
@@ -169,8 +165,8 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer: Viewer, visit: V
 
 
 def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_closed(
-    viewer: Viewer, visit: Visit
-) -> None:
+    viewer, visit
+):
     first, second = go(visit(), viewer.url, "Generate"), go(visit(), viewer.url, "Generate")
 
     def begin(page: Page, steps: int) -> None:
@@ -202,7 +198,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, start: Callable[[Path], View
     return start(root)
 
 
-def test_curves_follow_a_run(small: Viewer, visit: Visit) -> None:
+def test_curves_follow_a_run(small, visit):
     logs = {method: RunLog(small.root / method, "cpu") for method in ("lora", "bilora")}
 
     def train(method: str, first: int, last: int) -> None:
@@ -233,9 +229,7 @@ def test_curves_follow_a_run(small: Viewer, visit: Visit) -> None:
     expect(card).to_contain_text("the loss at step 201 is not finite")
 
 
-def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(
-    small: Viewer, visit: Visit
-) -> None:
+def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(small, visit):
     page, pairs = visit(phone=True), len(TEXTS) * len(SEEDS)
     page.add_init_script(LISTEN)
     booth, keys = page.locator("#vote-booth"), {"1": "left", "2": "right", "0": "tie"}

@@ -1,7 +1,5 @@
 """The machine that a command line is read on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 import pytest

@@ -3,8 +3,6 @@
 But for the one table of differences, which is held to be true and complete as well.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -157,7 +155,7 @@ def same(one: Meaning, other: Meaning) -> None:
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_a_command_line_drawn_at_random(seed: int) -> None:
+def test_a_command_line_drawn_at_random(seed):
     flags, processes = drawn(seed)
     theirs = {**DEFAULTS, **flags}
     if refuses(theirs):
@@ -176,7 +174,7 @@ def test_a_command_line_drawn_at_random(seed: int) -> None:
     same(ours({**flags, **spelled}, **counts), meaning(theirs, **counts))
 
 
-def test_epochs_over_more_class_images_than_instance_images() -> None:
+def test_epochs_over_more_class_images_than_instance_images():
     flags = {"with_prior_preservation": True, "class_data_dir": "class-images", "class_prompt": "x"}
     flags |= {"num_class_images": 200, "num_train_epochs": 4, "train_batch_size": 1}
     assert ours(flags, 1, images=5, class_images=200).steps == 800
@@ -185,9 +183,7 @@ def test_epochs_over_more_class_images_than_instance_images() -> None:
 
 
 @pytest.mark.parametrize("name", OF_ALL_SCRIPTS)
-def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, tmp_path):
     value = OF_ALL_SCRIPTS[name]["given"]
     line = CommandLine(DreamBoothConfig.groups, "", "", FOREIGN)
     argv = [f"--{name}", *value, "--method", "lora"]
@@ -206,7 +202,7 @@ def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice: bool, tmp_path: Path) -> None:
+def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
     file = tmp_path / "bnb.json"
     asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
     file.write_text(json.dumps(asked))
@@ -218,7 +214,7 @@ def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice: bool, tmp_path: Path) -
         resolve(words({"bnb_quantization_config_path": file}))
 
 
-def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
+def test_a_final_prompt_is_drawn_at_the_end_alone():
     final = {"final_validation_prompt": "a dog"}
     cfg = resolve(words(final))
     assert (cfg.validation_prompts, cfg.validation_epochs) == (["a dog"], None)
@@ -228,7 +224,7 @@ def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
     assert (both.validation_prompts, both.validation_epochs) == (["a cat"], 25)
 
 
-def test_the_tables_have_every_flag_and_name_every_default_that_differs() -> None:
+def test_the_tables_have_every_flag_and_name_every_default_that_differs():
     assert sorted([*DEFAULTS, *TABLES["flow"], *FOREIGN]) == sorted(OF_ALL_SCRIPTS)
     assert {
         n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]

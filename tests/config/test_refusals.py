@@ -1,7 +1,5 @@
 """Command lines that can't be honoured: one sentence each, with the value and the fix."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -155,9 +153,7 @@ def refusal(read: Read, argv: Sequence[str]) -> str:
 
 
 @pytest.mark.parametrize(("read", "start", "case"), CASES, ids=[case[0][:40] for *_, case in CASES])
-def test_a_bad_command_line(
-    read: Read, start: list[str], case: tuple[str, str], folder: Path, machine: Callable[..., None]
-) -> None:
+def test_a_bad_command_line(read, start, case, folder, machine):
     machine("cpu", missing=PACKAGES)
     words, pattern = case
     message = refusal(read, [*start, *words.replace("{tmp}", str(folder)).split()])
@@ -183,7 +179,7 @@ def example(entry: Refusal) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("entry", table().refused, ids=Refusal.shown)
-def test_an_entry_of_the_table(entry: Refusal) -> None:
+def test_an_entry_of_the_table(entry):
     """Holds for its facts together alone, and names options and choices that exist."""
     facts = example(entry)
     assert refused(facts) is entry
@@ -208,21 +204,14 @@ def test_an_entry_of_the_table(entry: Refusal) -> None:
         ("cpu", "fp8", "", "fp8"),
     ],
 )
-def test_a_machine_that_can_not(
-    kind: str,
-    launched: str,
-    words: str,
-    pattern: str,
-    machine: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_machine_that_can_not(kind, launched, words, pattern, machine, monkeypatch):
     machine(kind)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert re.search(pattern, refusal(resolve, ["--dataset", "mini", *words.split()]))
 
 
 @pytest.mark.parametrize("method", names())
-def test_options_of_other_methods_and_defaults_may_stand(method: str) -> None:
+def test_options_of_other_methods_and_defaults_may_stand(method):
     argv = ["--dataset", "mini", "--method", method, "--lr_num_cycles", "1", "--lr_power", "1.0"]
     others = ["--auxiliary_direction", "descent", "--rho", "auto", "--ball", "none"]
     assert resolve(argv).method == method
@@ -237,7 +226,7 @@ def numbers(config: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_number_has_a_range(config: Any) -> None:
+def test_every_number_has_a_range(config):
     assert len(numbers(config)) > 30
     assert all(option_of(options_of(config.groups)[name]).range for name in numbers(config))
 
@@ -252,7 +241,7 @@ NUMBERS = st.one_of(
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_number_is_a_configuration_or_a_sentence(data: st.DataObject) -> None:
+def test_any_number_is_a_configuration_or_a_sentence(data):
     config = data.draw(st.sampled_from(list(CONFIGS)))
     several = data.draw(st.lists(st.sampled_from(numbers(config)), min_size=1, max_size=3))
     read, start = CONFIGS[config]
@@ -270,8 +259,6 @@ def test_any_number_is_a_configuration_or_a_sentence(data: st.DataObject) -> Non
         ({"rho_norm": "scale"}, '^rho_norm .*did you mean "scaled"'),
     ],
 )
-def test_the_api_has_the_same_ranges_under_its_own_names(
-    values: dict[str, Any], pattern: str
-) -> None:
+def test_the_api_has_the_same_ranges_under_its_own_names(values, pattern):
     with pytest.raises(UserError, match=pattern):
         BiLoRAConfig(**cast(Any, values))

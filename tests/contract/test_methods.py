@@ -1,7 +1,5 @@
 """Promises of every registered method, with every option of its adapters, on each model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +138,12 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run: Run) -> None:
 
 
 @cases(ALL)
-def test_the_life_of_a_run(name: str, option: str, kind: str, tmp_path: Path) -> None:
+def test_the_life_of_a_run(name, option, kind, tmp_path):
     life(tmp_path, name, option, kind)
 
 
 @pytest.mark.parametrize("options", pairwise("bilora"), ids=str)
-def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_life_of_a_run_with_any_two_options(options, tmp_path):
     life(tmp_path, "bilora", kind="llm", **options)
 
 
@@ -159,9 +157,7 @@ COMPILED = ("bilora", "lora-sam", "flat-lora")
         for n in names()
     ],
 )
-def test_the_life_of_a_run_with_compiled_blocks(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_life_of_a_run_with_compiled_blocks(name, tmp_path, monkeypatch):
     """Every state of the adapters goes through compiled blocks here: no graph serves two."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
     life(tmp_path, name, "default", "unet", compiled=True)
@@ -179,7 +175,7 @@ def equal_but_for_rounding(
 
 
 @cases(ALL)
-def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind: str) -> None:
+def test_the_cut_into_micro_batches_changes_nothing(name, option, kind):
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
     whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
     losses, final = whole.train(), whole.tensors()
@@ -192,7 +188,7 @@ def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind
 
 
 @cases([case for case in ALL if not create(case[0]).exports_weights])
-def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
+def test_its_limit_is_lora(name, option, kind):
     limit = create(name).limit
     assert limit is not None, "a method on adapters has a limit in which it is LoRA"
     plain = Run("lora", option, kind, lr=0.1, optimizer="SGD").initialise()
@@ -204,7 +200,7 @@ def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
 
 
 @cases([c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})])
-def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, kind: str) -> None:
+def test_a_step_that_the_scaler_skips_changes_nothing(name, option, kind):
     run = Run(name, option, kind, overflow=(1,)).initialise()
     run.train(1)
     before, state = run.tensors(), run.method.state_dict()
@@ -227,9 +223,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "kind"), SHARED)
-def test_two_processes_agree_with_one(
-    name: str, option: str, kind: str, two_processes: Path
-) -> None:
+def test_two_processes_agree_with_one(name, option, kind, two_processes):
     one = compared(name, option, kind)
     one.train()
     both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
@@ -239,6 +233,6 @@ def test_two_processes_agree_with_one(
             torch.testing.assert_close(value, both[key], rtol=0, atol=1e-8)
 
 
-def test_the_rotation_meets_every_option_and_kind_of_model() -> None:
+def test_the_rotation_meets_every_option_and_kind_of_model():
     _, options, kinds = (set(part) for part in zip(*FEW, strict=True))
     assert (options, kinds) == (set(SPECS), set(CASES))

@@ -4,8 +4,6 @@ Bash expands the commands as a reader's shell would, with functions in the place
 which write down the arguments that they got; these go through the parsers of the real commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import re
@@ -132,9 +130,7 @@ def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_is_understood(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_is_understood(page, tmp_path, monkeypatch):
     (tmp_path / "my_photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "my_photos" / "1.png")
     for name in ("answers.jsonl", "held_out.jsonl"):
@@ -150,7 +146,7 @@ def test_every_command_is_understood(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere_and_the_python_compiles(page: Path) -> None:
+def test_every_link_leads_somewhere_and_the_python_compiles(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), target
@@ -159,7 +155,7 @@ def test_every_link_leads_somewhere_and_the_python_compiles(page: Path) -> None:
             compile(body, page.name, "exec")
 
 
-def test_the_readme_is_short_and_its_loop_trains() -> None:
+def test_the_readme_is_short_and_its_loop_trains():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 150
     (code,) = (body for language, body in BLOCK.findall(readme) if language == "python")
@@ -186,12 +182,12 @@ SLOW = ("../README.md", "models.md")
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES],
 )
-def test_a_page_is_what_the_code_makes(name: str) -> None:
+def test_a_page_is_what_the_code_makes(name):
     shown = (make.FOLDER / name).read_text(encoding="utf-8")
     assert shown == make.page(name), "an option has changed: run `python -m docs.make`"
 
 
-def test_the_pages_leave_nothing_out() -> None:
+def test_the_pages_leave_nothing_out():
     options, diffusers, python = map(make.page, ("options.md", "diffusers.md", "python.md"))
     assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
     assert all(entry.reason in options for entry in refusals.table().refused)

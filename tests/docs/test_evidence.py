@@ -1,9 +1,6 @@
 """The page of evidence: what a figure says of a claim, and where the figure comes from."""
 
-from __future__ import annotations
-
 from math import inf
-from pathlib import Path
 
 import pytest
 
@@ -28,13 +25,11 @@ WITHIN = Check("", "", "", "", within=0.1)
         (WITHIN, 0.6, 0.7, FAILS),
     ],
 )
-def test_a_verdict_is_where_the_whole_interval_lies(
-    check: Check, low: float, high: float, verdict: str
-) -> None:
+def test_a_verdict_is_where_the_whole_interval_lies(check, low, high, verdict):
     assert evidence.verdict(check, Figure((low + high) / 2, low, high, 5, size=5.0)) == verdict
 
 
-def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path: Path) -> None:
+def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     losses = {"LoRA": (3.0, 5.0, 4.0), "Bi-LoRA": (2.0, 4.5, 3.0)}
     rows = [
         Row(f"{group}{seed}", group, seed, "loss", value=value)
@@ -50,12 +45,12 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path: Path) -> None
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 
 
-def test_a_claim_is_what_its_checks_agree_in() -> None:
+def test_a_claim_is_what_its_checks_agree_in():
     assert evidence.overall([HOLDS, HOLDS]) == HOLDS
     assert evidence.overall([HOLDS, FAILS]) == f"1 of 2: {HOLDS}, 1 of 2: {FAILS}"
 
 
-def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side() -> None:
+def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
     names = [claim.name for claim in evidence.claims()]
     assert names[:13] == [f"C{number}" for number in range(1, 14)]
     numbers = [int(name.removeprefix("F")) for name in names[13:]]

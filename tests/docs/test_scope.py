@@ -1,11 +1,5 @@
 """The folders keep to the budgets of SCOPE.md, and one that does not is named."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
-
 from docs import scope
 
 TABLE = """
@@ -19,7 +13,7 @@ TABLE = """
 """
 
 
-def test_every_file_of_the_product_has_a_budget() -> None:
+def test_every_file_of_the_product_has_a_budget():
     table = scope.budgets((scope.ROOT / "SCOPE.md").read_text("utf-8"))
     assert scope.main([]) == 0
     covered = {
@@ -30,9 +24,7 @@ def test_every_file_of_the_product_has_a_budget() -> None:
     assert set(product) <= covered
 
 
-def test_a_folder_above_its_budget_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_above_its_budget_fails(tmp_path, monkeypatch, capsys):
     (tmp_path / "SCOPE.md").write_text(TABLE)
     for name, lines in {"house/a.py": 3, "house/hall/b.py": 2, "house/room/c.py": 4}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,7 @@
 """Checkpoints as subjects: which, what they are called, what is best, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,17 +35,17 @@ def make_run(folder: Path, seed: int = 0, steps: Sequence[int] = (5, 10, 20)) ->
 @pytest.mark.parametrize(
     ("text", "steps"), [("all", None), ("40", [40]), ("200, 40,80,40", [40, 80, 200])]
 )
-def test_steps_are_read(text: str, steps: list[int] | None) -> None:
+def test_steps_are_read(text, steps):
     assert checkpoints.read_steps(text) == steps
 
 
 @pytest.mark.parametrize("text", ["", "alle", "40,", "-40", "1.5", "40..80", "9" * 5000])
-def test_what_is_no_steps_is_refused(text: str) -> None:
+def test_what_is_no_steps_is_refused(text):
     with pytest.raises(UserError, match=r"--steps is .*write all"):
         checkpoints.read_steps(text)
 
 
-def test_a_text_run_is_scored_at_every_checkpoint(tmp_path: Path) -> None:
+def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
     runs = [str(make_run(tmp_path / name, seed)) for seed, name in enumerate("ab")]
     out = ["--output_dir", str(tmp_path / "out")]
     assert text_scores.main([runs[0], "--steps", "all", *out]) == 0
@@ -77,16 +74,14 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path: Path) -> None:
     assert line.interval == pytest.approx((0.3, 0.4))
 
 
-def test_a_run_without_held_out_figures_at_its_checkpoints_is_refused(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_a_run_without_held_out_figures_at_its_checkpoints_is_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run", steps=(5, 15))
     argv = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
     assert text_scores.main(argv) == 2
     assert "no held-out figure" in capsys.readouterr().err
 
 
-def test_runs_of_several_rows_stand_before_their_steps(tmp_path: Path) -> None:
+def test_runs_of_several_rows_stand_before_their_steps(tmp_path):
     runs = [str(make_run(tmp_path / name)) for name in "ab"]
     groups = [word for run in runs for word in ("--group", f"row {Path(run).name}={run}")]
     args = text_scores.TextScores.parser().read([*groups, "--steps", "all"])
@@ -114,7 +109,7 @@ def over_steps(second: float) -> Result:
 
 
 @pytest.mark.parametrize(("second", "expected"), [(0.1, "excludes"), (0.001, "includes")])
-def test_the_best_step_and_how_sure_it_is(second: float, expected: str, tmp_path: Path) -> None:
+def test_the_best_step_and_how_sure_it_is(second, expected, tmp_path):
     curves = over_steps(second)
     score, loss = checkpoints.best(curves)
     assert score.startswith("score: best at step 20 (")
@@ -143,9 +138,7 @@ def test_the_best_step_and_how_sure_it_is(second: float, expected: str, tmp_path
         (["RUN", "--steps", ""], '--steps is ""'),
     ],
 )
-def test_bad_input_is_one_sentence(
-    words: list[str], named: str, command: Any, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_input_is_one_sentence(words, named, command, tmp_path, capsys):
     (tmp_path / "a.safetensors").touch()
     places = {"RUN": make_run(tmp_path / "run"), "EMPTY": save_record(tmp_path / "empty")}
     places["FILE"] = tmp_path / "a.safetensors"

@@ -1,7 +1,5 @@
 """eval.dynamics: cosines and key figures, each against a plain computation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
 
 
 @given(COSINES)
-def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | None]) -> None:
+def test_settling_is_the_start_of_the_last_stretch_above(values):
     found = settles(range(0, 2 * len(values), 2), values, 0.5)
     points = [(2 * i, v) for i, v in enumerate(values) if v is not None]
     stays = [step for i, (step, _) in enumerate(points) if all(v >= 0.5 for _, v in points[i:])]
@@ -38,7 +36,7 @@ def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | No
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
 
 
-def test_cosines_are_those_of_the_whole_matrices() -> None:
+def test_cosines_are_those_of_the_whole_matrices():
     generator = torch.Generator().manual_seed(0)
     one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
     found = curves.cosines(one, other)
@@ -61,7 +59,7 @@ def test_cosines_are_those_of_the_whole_matrices() -> None:
     assert curves.cosines(zero, one)["product"] is None
 
 
-def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
+def test_curves_over_one_layer_and_over_all(tmp_path):
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
     found = curves.read(opened(run, "run"), [curves.ALL, layer])
@@ -101,7 +99,7 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return folder, table.read(folder / "out")
 
 
-def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Path, Result]) -> None:
+def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     folder, result = late
     for who in ("primary", "auxiliary"):
         settled = {}
@@ -140,16 +138,3 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
     tables = [table.FILE, table.REPORT, table.ROWS, table.SUMMARY]
     assert {path.name for path in out.iterdir()} == {*names, *tables}
     assert not any(str(folder) in (out / name).read_text() for name in tables)
-
-
-@pytest.mark.slow
-def test_one_layer_and_named_groups(
-    late: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--layer", "unet.up.to_out", "--group", f"mine={late[0]}/sam0"]
-    assert dynamics.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
-    result = table.read(tmp_path / "out")
-    assert (result.groups, result.settings["layer"]) == (["mine"], "unet.up.to_out")
-    assert any("one seed" in note for note in result.notes)
-    assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
-    assert (tmp_path / "out" / table.REPORT).read_text() in capsys.readouterr().out

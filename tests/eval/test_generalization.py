@@ -1,7 +1,5 @@
 """eval.generalization: gaps, paired differences and equal training loss against plain loops."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +40,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return measure(folder, [make(folder, m, s) for m in ("bilora", "lora") for s in range(4)])
 
 
-def test_losses_gap_and_differences(result: Result) -> None:
+def test_losses_gap_and_differences(result):
     assert (result.groups, result.control) == (["Bi-LoRA", "LoRA"], "LoRA")
     for group, method in (("Bi-LoRA", "bilora"), ("LoRA", "lora")):
         own = [losses(method, seed) for seed in range(4)]
@@ -72,9 +70,7 @@ def test_losses_gap_and_differences(result: Result) -> None:
     assert result.settings["equal_training"]["training_loss"] == pytest.approx(0.07)
 
 
-def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(
-    result: Result, tmp_path: Path
-) -> None:
+def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(result, tmp_path):
     assert "held-out images" in result.notes[0]
     own, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
     text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=own)

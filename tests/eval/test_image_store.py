@@ -1,7 +1,5 @@
 """Images on disk: the same noise for all, made once, whatever the order, batch and processes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,7 @@ def pixels(store: Store, wanted: list[Job]) -> list[bytes]:
     return [store.open(job).tobytes() for job in wanted]
 
 
-def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made: Made) -> None:
+def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made):
     store, by_label = made
     files = [job.file for job in every(by_label)]
     assert len(set(files)) == 24
@@ -78,7 +76,7 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made: Mad
 
 
 @pytest.mark.slow
-def test_order_batch_and_processes_change_no_bit(made: Made, pipeline: Any, tmp_path: Path) -> None:
+def test_order_batch_and_processes_change_no_bit(made, pipeline, tmp_path):
     store, by_label = made
     todo = [*by_label["base model"], *by_label["Text"]]
     backwards = new_store(tmp_path / "backwards", pipeline)
@@ -95,8 +93,8 @@ def test_order_batch_and_processes_change_no_bit(made: Made, pipeline: Any, tmp_
 
 
 def test_only_what_is_missing_or_damaged_is_made_again(
-    made: Made, pipeline: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+    made, pipeline, tmp_path, monkeypatch, capsys
+):
     asked: list[int] = []
 
     def counted(pipeline: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +128,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(
     assert store.generate(todo) == 0
 
 
-def test_a_changed_parameter_makes_images_again(made: Made, pipeline: Any) -> None:
+def test_a_changed_parameter_makes_images_again(made, pipeline):
     store, by_label = made
     todo = every(by_label)
     changes: list[dict[str, Any]] = [

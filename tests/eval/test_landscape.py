@@ -1,7 +1,5 @@
 """eval.landscape from runs to result, on a loss that is known; what it keeps and refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,9 +93,7 @@ def look(runs: Path, out: Path, *words: str) -> Result:
 NAMES = [f"{method}-{seed}" for method in ("lora", "bilora") for seed in range(2)]
 
 
-def test_runs_are_summed_up_by_space_and_compared_by_seed(
-    runs: Path, tmp_path: Path, loaded: list[str]
-) -> None:
+def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded):
     result = look(runs, tmp_path, *NAMES, "full", "base", "--rho", "0.1", "--eigenvalue")
     assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
     assert loaded == [entry.label for entry in result.subjects] == [*NAMES, "full", "base"]
@@ -133,8 +129,8 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(
 
 
 def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
-    runs: Path, tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    runs, tmp_path, loaded, monkeypatch
+):
     line, calls = measure.line, 0
 
     def interrupted(*words: Any) -> list[float]:
@@ -174,9 +170,7 @@ CASES: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "told"), CASES)
-def test_bad_input_is_one_sentence(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
-) -> None:
+def test_bad_input_is_one_sentence(runs, tmp_path, capsys, words, told):
     words = [word.format(runs=runs) for word in words]
     assert landscape.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

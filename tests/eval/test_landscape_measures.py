@@ -1,8 +1,6 @@
 """Profiles, planes, sharpness and eigenvalues on losses that are known exactly; exact restoring."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +63,7 @@ def directions(weights: Sequence[Weight]) -> tuple[Direction, Direction]:
     return Direction(weights, 0, 0), Direction(weights, 0, 1)
 
 
-def test_each_filter_gets_the_norm_of_its_weight_by_hand() -> None:
+def test_each_filter_gets_the_norm_of_its_weight_by_hand():
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8]])
     noise = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, -4.0]])
     rows = torch.tensor([[5.0, 0.0], [0.0, 0.0], [0.6, -0.8]])
@@ -80,7 +78,7 @@ def test_each_filter_gets_the_norm_of_its_weight_by_hand() -> None:
     assert torch.cosine_similarity(found, noise.flatten(1)).min() > 0.9999
 
 
-def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian() -> None:
+def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
     problem = Quadratic(seed=4)
     both = directions(problem.weights)
     d = np.stack([problem.flat(one) for one in both])
@@ -112,9 +110,7 @@ def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian() -> N
     ],
     ids=["line", "plane", "sharpness", "eigenvalue"],
 )
-def test_weights_and_flags_are_restored_bit_for_bit(
-    look: Callable[..., object], dtype: torch.dtype, fails_at: int | None
-) -> None:
+def test_weights_and_flags_are_restored_bit_for_bit(look, dtype, fails_at):
     layer = nn.Linear(5, 3).requires_grad_(False).to(dtype)
     before, memory, calls = layer.weight.clone(), layer.weight.data_ptr(), 0
 
@@ -139,7 +135,7 @@ def test_weights_and_flags_are_restored_bit_for_bit(
 
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("rho", [0.05, 2.0])
-def test_a_quadratics_sharpness_agrees_with_scipy(convex: bool, rho: float) -> None:
+def test_a_quadratics_sharpness_agrees_with_scipy(convex, rho):
     problem = Quadratic(seed=5, convex=convex)
     slope, matrix = problem.gradient(), problem.hessian
 
@@ -155,7 +151,7 @@ def test_a_quadratics_sharpness_agrees_with_scipy(convex: bool, rho: float) -> N
     assert found.gradient_norm == pytest.approx(np.linalg.norm(slope))
 
 
-def test_where_the_rise_is_known() -> None:
+def test_where_the_rise_is_known():
     w = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     found = sharpness([Weight("w", w)], lambda: -(w**2).sum(), 5.0, steps=60)
     assert found.value == pytest.approx(0.13, rel=1e-6)  # a maximum inside the ball is not left
@@ -208,7 +204,7 @@ def small_network(sign: float) -> tuple[list[Weight], Any, Any]:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_top_eigenvalue_of_a_network_equals_numpys(sign: float) -> None:
+def test_the_top_eigenvalue_of_a_network_equals_numpys(sign):
     weights, loss, exact = small_network(sign)
     np.testing.assert_allclose(exact, exact.T, atol=1e-12)
     eigenvalues = np.linalg.eigvalsh(exact)

@@ -1,7 +1,5 @@
 """Results and caches come back as they were written; where commands put them; bad ones refused."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -37,7 +35,7 @@ WHOLE = Result(
 )
 
 
-def test_a_result_comes_back(tmp_path: Path) -> None:
+def test_a_result_comes_back(tmp_path):
     for result in (Result("sweep", subjects=[], rows=[], summaries=[]), WHOLE):
         table.write(result, tmp_path, "# Report")
         assert table.read(tmp_path) == result
@@ -61,9 +59,7 @@ HEAD = "subject,group,seed,metric,item,step,value,note\n"
         *((table.FILE, text, "is damaged") for text in ("{}", "{")),
     ],
 )
-def test_what_is_no_result_of_this_version_is_refused(
-    tmp_path: Path, file: str, text: str | None, words: str
-) -> None:
+def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, words):
     table.write(WHOLE, tmp_path, "")
     (tmp_path / file).unlink()
     if text is not None:
@@ -72,14 +68,14 @@ def test_what_is_no_result_of_this_version_is_refused(
         table.read(tmp_path)
 
 
-def test_a_curve_has_the_steps_that_all_of_a_group_have() -> None:
+def test_a_curve_has_the_steps_that_all_of_a_group_have():
     points = ((5, 2, 1.0), (0, 2, None), (9, 1, 2.0))
     lines = [Summary("LoRA", "loss", step=s, count=c, mean=m) for s, c, m in points]
     curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
     assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
 
 
-def test_one_result_does_not_replace_another(tmp_path: Path) -> None:
+def test_one_result_does_not_replace_another(tmp_path):
     table.write(WHOLE, tmp_path, "")
     command.require_free(tmp_path, "landscape")
     command.require_free(tmp_path / "new", "sweep")
@@ -90,7 +86,7 @@ def test_one_result_does_not_replace_another(tmp_path: Path) -> None:
 ABOUT = {"digest": "abc", "levels": (1, 2)}
 
 
-def test_a_value_is_measured_once(tmp_path: Path) -> None:
+def test_a_value_is_measured_once(tmp_path):
     made = []
 
     def make() -> dict[str, object]:
@@ -113,7 +109,7 @@ def test_a_value_is_measured_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "b", "value": 2}', b"\xff\n"])
-def test_what_a_kill_tore_off_is_measured_again(tmp_path: Path, torn: bytes) -> None:
+def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
     Cache(tmp_path, ABOUT).put("a", 1)
     (file,) = (tmp_path / FOLDER).iterdir()
     file.write_bytes(file.read_bytes() + torn)
@@ -142,7 +138,7 @@ def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_results_lie_beside_the_runs(name: str, parsers: Any) -> None:
+def test_results_lie_beside_the_runs(name, parsers):
     words, parser = ["demo/lora", "demo/bilora/"], parsers(name)
     assert parser.read(words).output_dir == Path("demo") / COMMANDS[name]
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
@@ -150,9 +146,7 @@ def test_results_lie_beside_the_runs(name: str, parsers: Any) -> None:
     assert parser.description == summary
 
 
-def test_results_and_logs_among_runs_are_left_out(
-    parsers: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_and_logs_among_runs_are_left_out(parsers, capsys):
     for name in ("scores", "sweep"):
         Path("demo", name).mkdir()
         Path("demo", name, table.FILE).touch()
@@ -161,10 +155,3 @@ def test_results_and_logs_among_runs_are_left_out(
     read = parsers("dynamics").read([*words, "demo/missing"])
     assert read.runs == ["demo/bilora", "demo/lora", "demo/missing"]
     assert "demo/lora.log, demo/scores, demo/sweep" in capsys.readouterr().err
-
-
-def test_a_switch_takes_no_value_and_a_run_may_follow_it(parsers: Any) -> None:
-    args = parsers("landscape").read(["--eigenvalue", "demo/lora", "--ascent-steps", "3"])
-    assert (args.eigenvalue, args.runs, args.ascent_steps) == (True, ["demo/lora"], 3)
-    with pytest.raises(UserError, match="--eigenvalue: ignored"):
-        parsers("landscape").read(["demo/lora", "--eigenvalue=yes"])

@@ -1,7 +1,5 @@
 """What an argument names and is called, and its weights in a pipeline and out again."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -42,7 +40,7 @@ def files(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None:
+def test_the_digest_is_of_the_weights_alone(files, tmp_path):
     source = files / "unet" / FILE
     key = next(iter(load_file(source)))
 
@@ -72,8 +70,8 @@ def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_bad_argument_is_refused_in_one_sentence(
-    words: list[str], shown: list[str], files: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+    words, shown, files, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Path("runs/bilora").mkdir(parents=True)
     Path("pickle.bin").write_bytes(b"x")
@@ -86,7 +84,7 @@ def test_a_bad_argument_is_refused_in_one_sentence(
     assert capsys.readouterr() == ("", "")
 
 
-def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
+def test_all_adapters_belong_to_one_base(files, tmp_path):
     weights = files / "unet" / FILE
     change = {"ss_sd_model_name": "owner/other"}
     other = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
@@ -113,8 +111,8 @@ def picture(pipeline: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["unet", "text", pytest.param("whole", marks=pytest.mark.slow)])
 def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_error(
-    name: str, pipeline: Any, files: Path
-) -> None:
+    name, pipeline, files
+):
     run = train_once("full", method="full") if name == "whole" else files / name
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
@@ -163,9 +161,7 @@ def predicted(unet: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("odd", "dora"), [((4, 1.0), False), ((2, 4.0), True)])
-def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(
-    odd: tuple[int, float], dora: bool, pipeline: Any, tmp_path: Path
-) -> None:
+def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(odd, dora, pipeline, tmp_path):
     """Rank and alpha are 4, but for queries and convolutions; expected is what is made by hand."""
     tensors, draw = {}, torch.Generator().manual_seed(0)
     by_hand = copy.deepcopy(pipeline.unet)
@@ -204,9 +200,7 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(
         ("lora_A", "lora_A.auxiliary", "more than one adapter.*auxiliary"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(
-    old: str, new: str, message: str, pipeline: Any, files: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files, tmp_path):
     def change(tensors: dict[str, Any], _: Any) -> None:
         layer = next(key for key in tensors if "to_q.lora_A" in key).partition("to_q")[0]
         for name in [n for n in tensors if n.startswith(f"{layer}to_q") and old in n]:

@@ -1,7 +1,5 @@
 """Prompt sets: what is shipped, files of the user's own, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -30,7 +28,7 @@ def icons() -> list[Prompt]:
     return read("3d_icon")
 
 
-def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons: list[Prompt]) -> None:
+def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons):
     assert len({prompt.text for prompt in icons}) == len(icons) == 200
     for prompt in icons:
         assert prompt.text == f"a TOK icon of a {prompt.instance}, in the style of TOK"
@@ -47,7 +45,7 @@ def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons: list[Promp
     assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
 
 
-def test_a_csv_has_columns(tmp_path: Path) -> None:
+def test_a_csv_has_columns(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")
     file = tmp_path / "my.csv"
@@ -74,9 +72,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_set_is_refused_in_one_sentence(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, column, words = REFUSED[name]
     if content is not None:

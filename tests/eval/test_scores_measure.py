@@ -1,7 +1,5 @@
 """Scores of images by a scorer that sees nothing but the mean color, and the paper's table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,13 @@ from torch import Tensor
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.mini import heldout_dir
-from eval import compare
-from eval.clip_scores import reporting
 from eval.clip_scores.captioners import Captioner
 from eval.clip_scores.images import Job, Sampling, Store, jobs
 from eval.clip_scores.measure import ImageJudge, truth_pictures
 from eval.clip_scores.models import ModelEntry, Scorer
-from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
 from eval.subjects import Subject
-from eval.table import Entry, Result, Row
+from eval.table import Row
 
 COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
 FAR = float(np.dot(COLORS["red"], COLORS["green"]) / np.square(COLORS["red"]).sum())
@@ -85,7 +80,7 @@ def measured(
     return [row for one in subjects for row in judge.rows(one, jobs(one, prompts, range(seeds)))]
 
 
-def test_each_score_is_the_cosine_that_it_says(tmp_path: Path) -> None:
+def test_each_score_is_the_cosine_that_it_says(tmp_path):
     for name, color in COLORS.items():
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
     colors = {("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"}
@@ -110,7 +105,7 @@ def test_each_score_is_the_cosine_that_it_says(tmp_path: Path) -> None:
     assert notes["a", "image", 1] == "images/a-aaaaaaaa/seed-1/001-a-red-one.png"
 
 
-def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> None:
+def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
     own = tmp_path / "own.png"
     Image.new("RGB", (8, 8), COLORS["red"]).save(own)
     rabbit = Prompt("a red rabbit", reference=heldout_dir() / "1f407.png")
@@ -123,37 +118,3 @@ def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> 
     own.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r'own\.png.*"a red own"'):
         truth_pictures(prompts, "mini")
-
-
-def test_the_first_prompts_and_the_average_have_the_shape_of_the_papers_table() -> None:
-    draws = np.random.default_rng(0).normal(0.3, 0.02, (2, 8, 2))  # of a group, prompt, seed
-    values = {"i2t": dict(zip(("LoRA", "Bi-LoRA"), draws, strict=True))}
-    values["t2t"] = dict(zip(("Bi-LoRA", "LoRA"), draws, strict=True))
-    rows = [
-        Row(group, group, seed, metric, f"an icon of {n}", None, float(value))
-        for metric, groups in values.items()
-        for group, prompts in groups.items()
-        for n, seeds in enumerate(prompts)
-        for seed, value in enumerate(seeds)
-    ]
-    asked = [
-        {"text": f"an icon of {n}", "instance": f"Thing {n}", "general": False} for n in range(8)
-    ]
-    made = Result(
-        kind="clip_scores",
-        subjects=[Entry("LoRA", "LoRA"), Entry("Bi-LoRA", "Bi-LoRA")],
-        metrics=dict(METRICS),
-        settings={"prompts": asked},
-        rows=rows,
-        summaries=compare.summaries(rows, "LoRA", over="item"),
-    )
-    lines = [line.strip("|").split(" | ") for line in reporting.scores(made).splitlines()]
-    head, _, *cells = [[cell.strip() for cell in line] for line in lines]
-    assert head[1:] == ["CLIP I2T LoRA", "CLIP I2T Bi-LoRA", "CLIP T2T LoRA", "CLIP T2T Bi-LoRA"]
-    assert [row[0] for row in cells] == [*(f"Thing {n}" for n in range(6)), "average of 8"]
-    means = [*draws.mean(2)[:, :6].T, draws.mean((1, 2))]
-    for row, (lora, bilora) in zip(cells, means, strict=True):
-        expected = [f"{100 * lora:.2f}", f"{100 * bilora:.2f}"]
-        best = int(bilora > lora)
-        expected[best] = f"**{expected[best]}**"
-        assert row[1:] == [*expected, *expected[::-1]]

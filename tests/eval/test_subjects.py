@@ -1,11 +1,8 @@
 """What is measured, and which runs are repeats of one another."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from eval.subjects import by_group, gather, paired
 from tests.run import recorded_runs
 
 
-def test_groups_by_setting(tmp_path: Path) -> None:
+def test_groups_by_setting(tmp_path):
     def run(name: str, method: str, seed: int, **config: object) -> str:
         return str(recorded_runs.make(tmp_path / name, method, seed, steps=(), config=config))
 
@@ -45,7 +42,7 @@ def test_groups_by_setting(tmp_path: Path) -> None:
             gather(words, groups)
 
 
-def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path: Path) -> None:
+def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
     runs = [
         recorded_runs.make(tmp_path / f"{m}{s}", m, s, steps=(1, 2))
         for m in ("lora", "bilora")
@@ -71,9 +68,7 @@ DAMAGED: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("command", "file", "content"), DAMAGED)
-def test_a_damaged_run_ends_a_command_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, file: str, content: Any
-) -> None:
+def test_a_damaged_run_ends_a_command_in_one_sentence(tmp_path, capsys, command, file, content):
     run = recorded_runs.make(tmp_path / "run", "bilora", losses={0: (1.0, 1.0), 10: (0.5, 0.5)})
     if file == "run.json":
         content = json.dumps(json.loads((run / file).read_text()) | content)

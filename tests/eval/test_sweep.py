@@ -1,7 +1,5 @@
 """eval.sweep from its command line to its result, with cells that are run in no time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,9 +73,7 @@ def line(result: Result, arm: str, metric: str) -> Summary:
     return summary
 
 
-def test_arms_are_compared_seed_by_seed(
-    swept: Sweeping, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arms_are_compared_seed_by_seed(swept, tmp_path, capsys):
     code, result = swept(TWO)
     assert code == 0
     assert line(result, "lora", "final heldout_loss").mean == pytest.approx(0.085)
@@ -115,9 +111,7 @@ def test_arms_are_compared_seed_by_seed(
         assert picture.width >= 1200
 
 
-def test_a_missing_cell_leaves_the_other_seeds(
-    swept: Sweeping, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_cell_leaves_the_other_seeds(swept, capsys):
     curves = {"lora": TWO["lora"], "bilora": {0: TWO["bilora"][0], 1: []}, "no": {0: [], 1: []}}
     code, result = swept(curves)
     assert code == 1
@@ -141,9 +135,7 @@ REFUSED: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "told"), REFUSED)
-def test_bad_input_is_one_sentence_before_anything_runs(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_sentence_before_anything_runs(words, told, tmp_path, capsys):
     (tmp_path / "file").touch()
     words = [word.format(tmp=tmp_path) for word in words]
     folders = ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
@@ -156,8 +148,8 @@ def test_bad_input_is_one_sentence_before_anything_runs(
 
 
 def test_a_dry_run_lists_the_cells_and_an_interrupt_says_how_to_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, capsys, monkeypatch
+):
     words = ["--over", "method=lora,bilora", "seed=0..1", "rho=0.01,0.1", "--dry_run"]
     folder = ["--runs_dir", str(tmp_path / "runs")]
     assert sweep.main([RECIPE, *words, *folder]) == 0

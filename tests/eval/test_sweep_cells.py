@@ -4,8 +4,6 @@ The training script is a stand-in that starts in no time; `tests/scripts/test_sw
 one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import json
@@ -17,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,7 +60,7 @@ def cell(name: str, *flags: str) -> Cell:
     return Cell(name, "arm", 0, flags)
 
 
-def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner: Runner) -> None:
+def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner):
     outcomes = runner.run_all([cell("a"), cell("b", "--fail"), cell("c")])
     assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished"]
     assert outcomes[1].exit_code == 1
@@ -79,7 +76,7 @@ def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner: Runner
     assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
 
 
-def test_the_command_line_starts_afresh_or_goes_on(tmp_path: Path) -> None:
+def test_the_command_line_starts_afresh_or_goes_on(tmp_path):
     runner = Runner(Path("train.py"), Path("r.yaml"), tmp_path, ["--num_processes", "2"])
     own = cell("a", "--rank=2")
     folder = tmp_path / "a"
@@ -114,9 +111,7 @@ def when(files: Sequence[Path], act: Callable[[], object]) -> threading.Thread:
         (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
     ],
 )
-def test_an_interrupt_ends_all_running_cells(
-    runner: Runner, end: signal.Signals, sigint: Any
-) -> None:
+def test_an_interrupt_ends_all_running_cells(runner, end, sigint):
     before = signal.signal(signal.SIGINT, sigint)
     runner = dataclasses.replace(runner, jobs=2)
     running = [runner.runs_dir / name / "pid" for name in "ab"]  # whichever is the later one
@@ -134,9 +129,7 @@ def test_an_interrupt_ends_all_running_cells(
     assert not (runner.runs_dir / "c").exists()
 
 
-def test_a_cell_that_outlived_its_sweep_is_waited_for(
-    runner: Runner, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cell_that_outlived_its_sweep_is_waited_for(runner, capsys):
     with open(runner.runs_dir / "a.log", "ab") as log:  # as a sweep that was killed leaves it
         fcntl.flock(log, fcntl.LOCK_EX)
         left = subprocess.Popen(runner.command(cell("a", "--wait")), stdout=log)
@@ -166,7 +159,5 @@ NO_ROOM = "[rank0]: torch.OutOfMemoryError: no room"
         (1, "100%|#####|\rlast words\n\n", (1, "last words")),
     ],
 )
-def test_the_error_is_the_scripts_and_not_the_launchers(
-    code: int, said: str, expected: tuple[int, str]
-) -> None:
+def test_the_error_is_the_scripts_and_not_the_launchers(code, said, expected):
     assert explain(code, said) == expected

@@ -6,8 +6,6 @@ its own that the table names. "#" stands for a number and "[i]" for the i-th par
 several of diffusers' layers are fused in. Lumina 2 is missing: ComfyUI has no such names for it.
 """
 
-from __future__ import annotations
-
 _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 _IMAGE = ("to_q", "to_k", "to_v")
 

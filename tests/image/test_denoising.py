@@ -1,7 +1,5 @@
 """The denoising losses against formulas written out in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -47,7 +45,7 @@ def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("weighting", ["published", "diffusers"])
-def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weighting: str) -> None:
+def test_standard_loss_is_the_formula(prediction, gamma, weighting):
     latents, noise = batch()
     denoising = Denoising.from_config(
         {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
@@ -71,7 +69,7 @@ def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weig
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_min_snr_weights() -> None:
+def test_min_snr_weights():
     """One below gamma, falling above; and at a last level of pure noise, as models of zero terminal
     signal have (arXiv 2305.08891), where diffusers' script divides by 0.
     """
@@ -81,7 +79,7 @@ def test_min_snr_weights() -> None:
         assert min_snr_weights(snr, 5.0, True, floored)[0] == expected
 
 
-def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
+def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
     latents, noise = batch()
     denoising = Denoising.from_config(CONFIG, edm=True)
     loss = denoising.loss(predict, inputs())
@@ -97,7 +95,7 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
     assert scheduler.timesteps[0] > scheduler.timesteps[999]
 
 
-def test_native_edm_is_chosen_by_the_pipeline() -> None:
+def test_native_edm_is_chosen_by_the_pipeline():
     name = "EDMDPMSolverMultistepScheduler"
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
@@ -113,8 +111,6 @@ def test_native_edm_is_chosen_by_the_pipeline() -> None:
         ({**CONFIG, "prediction_type": "sample"}, {}, "sample"),
     ],
 )
-def test_what_no_loss_is_for_is_refused(
-    config: dict[str, Any], options: dict[str, Any], part: str
-) -> None:
+def test_what_no_loss_is_for_is_refused(config, options, part):
     with pytest.raises(ValueError, match=part):
         Denoising.from_config(config, **options)

@@ -1,7 +1,5 @@
 """Keeping a class without images of it: what the adapters change of its prediction is a loss."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -32,7 +30,7 @@ def measured(run: Path) -> float:
         return float(module.departures(inputs, noisy, torch.arange(50, 850, 100)).mean())
 
 
-def test_the_departure_is_that_from_the_model_without_adapters() -> None:
+def test_the_departure_is_that_from_the_model_without_adapters():
     pipeline, plain = (load_pipeline("mini", dtype=torch.float32).unet for _ in range(2))
     spec = adapters.AdapterSpec(rank=4, alpha=8, target_modules=("to_q", "to_v"))
     adapters.inject(pipeline, spec)
@@ -59,7 +57,7 @@ def test_the_departure_is_that_from_the_model_without_adapters() -> None:
 
 
 @pytest.mark.slow
-def test_the_class_stays_while_the_subject_is_learned(tmp_path: Path) -> None:
+def test_the_class_stays_while_the_subject_is_learned(tmp_path):
     shared = {**two_icons(tmp_path / "icons"), "class_prompt": CLASS, "max_train_steps": 16}
     shared |= {"train_batch_size": 2, "validation_loss_steps": 16}
     free = train(tmp_path / "free", **shared)

@@ -1,7 +1,5 @@
 """integrations: resumes are exact, and what would be silently wrong is refused in a sentence."""
 
-from __future__ import annotations
-
 import random
 import shutil
 from collections.abc import Callable
@@ -83,9 +81,7 @@ def make(
     ],
     ids=str,
 )
-def test_resumed_equals_uninterrupted(
-    kind: str, changes: dict[str, Any], values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     """Transformers alone would leave the auxiliary as it was made, and frozen."""
     config = replace(CONFIG, **changes)
     whole, expected = make(tmp_path / "whole", config, kind, **values)
@@ -147,8 +143,8 @@ def lack(name: str) -> Callable[[Path], None]:
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
-    damage: Callable[[Path], None], word: str, config: BiLoRAConfig, stopped: Path, tmp_path: Path
-) -> None:
+    damage, word, config, stopped, tmp_path
+):
     checkpoint = shutil.copytree(stopped, tmp_path / stopped.name)
     damage(checkpoint)
     trainer, bilora = make(tmp_path, config, seed=99)
@@ -186,14 +182,14 @@ USES: list[tuple[Callable[[Path, Any], object], str]] = [
 
 
 @pytest.mark.parametrize(("use", "word"), USES)
-def test_a_trainer_that_would_be_wrong(use: Any, word: str, tmp_path: Path) -> None:
+def test_a_trainer_that_would_be_wrong(use, word, tmp_path):
     bilora = attached(tiny_llm())
     with pytest.raises(UserError, match=word):
         use(tmp_path, bilora)
 
 
 @pytest.mark.parametrize("descends", [False, True])
-def test_a_wrong_optimizer(descends: bool, tmp_path: Path) -> None:
+def test_a_wrong_optimizer(descends, tmp_path):
     bilora = attached(tiny_llm())
     groups: Any = [{"params": [p for p in bilora.model.parameters() if p.requires_grad]}]
     if descends:
@@ -205,7 +201,7 @@ def test_a_wrong_optimizer(descends: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("binds", [False, True])
-def test_an_optimizer_of_ones_own(binds: bool, tmp_path: Path) -> None:
+def test_an_optimizer_of_ones_own(binds, tmp_path):
     bilora = attached(tiny_llm())
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=RATE))
     if binds:
@@ -225,9 +221,7 @@ SPOILS: list[tuple[Callable[[Any], object], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("spoil", "word", "values"), SPOILS)
-def test_what_was_spoiled_after_use_bilora(
-    spoil: Callable[[Any], None], word: str, values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_was_spoiled_after_use_bilora(spoil, word, values, tmp_path):
     trainer = with_bilora(tmp_path, attached(tiny_llm()), max_steps=1, **values)
     spoil(trainer)
     with pytest.raises(UserError, match=word):

@@ -1,7 +1,5 @@
 """Bi-LoRA: its ball after every step, the radius that sets itself, and its optimizers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,15 +34,8 @@ ALPHAS = st.sampled_from([0.5, 2.0, 32.0])
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
 def test_the_norm_is_measured_and_within_rho_after_every_step(
-    sizes: tuple[int, int, int],
-    ranks: tuple[int, int],
-    alphas: tuple[float, float],
-    rho: float,
-    rho_norm: str,
-    dtype: torch.dtype,
-    kind: str,
-    layout: Any,
-) -> None:
+    sizes, ranks, alphas, rho, rho_norm, dtype, kind, layout
+):
     """Acceptance: the norm of the weights' changes themselves, in float64; Conv2d among them."""
     n, h, m = sizes
     torch.manual_seed(0)
@@ -78,7 +69,7 @@ def change(layer: Any, scaled: bool) -> Tensor:
     return scale * torch.einsum("mr,rnk->mnk", B.flatten(1), A.reshape(*A.shape[:2], -1))
 
 
-def test_the_unit_of_the_loss_plays_no_part_in_the_radius() -> None:
+def test_the_unit_of_the_loss_plays_no_part_in_the_radius():
     curves = []
     for unit in (1.0, 10.0):
         options = MethodOptions(rho="auto", loss_rise=0.3)
@@ -95,7 +86,7 @@ def test_the_unit_of_the_loss_plays_no_part_in_the_radius() -> None:
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
-def test_the_radius_never_passes_a_share_of_the_primarys_change(init: str) -> None:
+def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
     """However little the loss moves in comparison to what is asked for."""
     run = Run("bilora", MethodOptions(rho="auto", loss_rise=10.0), spec=replace(SPEC, init=init))
     weights = [layer.weight.detach() for layer in cast(Any, two_layers())[::2]]
@@ -116,7 +107,7 @@ def effective(layer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) -> None:
+def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign):
     """A negative slope is that of a primary which leans on the auxiliary."""
     auto = radius.AutoRadius(0.1)
     norm = torch.tensor(2.0, dtype=torch.float64)
@@ -127,7 +118,7 @@ def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) ->
     assert float(norm) == pytest.approx(0.2, rel=1e-2)
 
 
-def test_a_loop_of_ones_own_gives_the_loss() -> None:
+def test_a_loop_of_ones_own_gives_the_loss():
     model = two_layers()
     bilora = attach(model, BiLoRAConfig(rank=3, rho="auto", target_modules=("0", "2")))
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=5e-3))
@@ -144,7 +135,7 @@ def test_a_loop_of_ones_own_gives_the_loss() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora-sam", "flat-lora"])
-def test_a_method_whose_radius_can_not_set_itself_refuses(name: str) -> None:
+def test_a_method_whose_radius_can_not_set_itself_refuses(name):
     with pytest.raises(UserError, match=f"auto.*{name}"):
         create(name, MethodOptions(rho="auto"))
 
@@ -170,7 +161,7 @@ def made(kind: Any = "SGD", bound: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped: bool) -> None:
+def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped):
     run = made("AdamW", bound=False)
     assert run.method.metrics() == {}
     optimizer = Accelerator(cpu=True).prepare(run.optimizer) if wrapped else run.optimizer
@@ -195,7 +186,7 @@ def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrap
         run.method.bind(run.optimizer)
 
 
-def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook() -> None:
+def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook():
     run = made()
     second = torch.optim.SGD(run.groups)
     run.method.bind(second)
@@ -222,14 +213,14 @@ UP = {"maximize": True}
         (lambda p, a: [{"params": p, **UP}, {"params": a, **UP}], "of the primary"),
     ],
 )
-def test_bind_refuses_groups_that_would_train_otherwise(build: Any, word: str) -> None:
+def test_bind_refuses_groups_that_would_train_otherwise(build, word):
     run = made(bound=False)
     optimizer = torch.optim.SGD(build(*(group["params"] for group in run.groups)), lr=0.1)
     with pytest.raises(UserError, match=word):
         run.method.bind(optimizer)
 
 
-def test_an_optimizer_without_maximize_ascends_all_the_same() -> None:
+def test_an_optimizer_without_maximize_ascends_all_the_same():
     reached = []
     for kind in (torch.optim.SGD, Plain):
         run = made(kind)
@@ -248,7 +239,7 @@ def test_an_optimizer_without_maximize_ascends_all_the_same() -> None:
     torch.testing.assert_close(reached[0], reached[1], rtol=1e-12, atol=0)
 
 
-def test_a_closure_is_refused_where_gradients_must_be_turned() -> None:
+def test_a_closure_is_refused_where_gradients_must_be_turned():
     run = made(Plain)
     with pytest.raises(UserError, match="closure"):
         run.optimizer.step(lambda: float(run.backward()))

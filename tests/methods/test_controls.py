@@ -1,7 +1,5 @@
 """The controls of `benchmarks/controls.py` do what their names say."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(str(CONTROLS))
 
 
-def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows() -> None:
+def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows():
     model, method = tiny_unet(), create("t-lora")
     spec = AdapterSpec(rank=8, alpha=8, target_modules=UNET_TARGETS)
     method.setup([Target("unet", model, spec, 1e-3)])
@@ -59,7 +57,7 @@ def halves(run: Run) -> Any:
     return work
 
 
-def test_sam_by_batch_perturbs_each_micro_batch_by_its_own_gradient() -> None:
+def test_sam_by_batch_perturbs_each_micro_batch_by_its_own_gradient():
     run = Run("sam-by-batch", MethodOptions(rho=0.2), "SGD", 0.1)
     net = naive(run)
     for k in range(10):
@@ -71,7 +69,7 @@ def test_sam_by_batch_perturbs_each_micro_batch_by_its_own_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["bilora-random", "bilora-frozen"])
-def test_auxiliaries_that_are_no_memory_of_their_sample(name: str) -> None:
+def test_auxiliaries_that_are_no_memory_of_their_sample(name):
     names = tuple(map(str, range(7)))
     options = MethodOptions(rho=0.5, auxiliaries="sample", sample_names=names)
     run: Any = Run(name, options)

@@ -1,7 +1,5 @@
 """Every method against its naive reference, step by step in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,9 +118,7 @@ OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
         if optimizer[0] == "AdamW" or not ("msam" in case[0] or case[1].get("ball") == "none")
     ],
 )
-def test_50_steps_follow_the_naive_reference(
-    case: Case, optimizer: tuple[str, float, float]
-) -> None:
+def test_50_steps_follow_the_naive_reference(case, optimizer):
     """Acceptance: float64; an auxiliary has another rank, scale and learning rate. MSAM needs a
     momentum, and without a ball gradient ascent diverges.
     """
@@ -140,5 +136,5 @@ def test_50_steps_follow_the_naive_reference(
         assert run.method.metrics() == pytest.approx({"perturbation_norm": math.hypot(*moves)})
 
 
-def test_every_method_has_a_reference() -> None:
+def test_every_method_has_a_reference():
     assert {name for name, *_ in CASES} == set(names())

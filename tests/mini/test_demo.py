@@ -1,7 +1,5 @@
 """The demo compares runs that saw the same: others end in a sentence that names the step."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +19,7 @@ def run(folder: Path, digests: Sequence[str]) -> Path:
 
 
 @pytest.mark.parametrize(("other", "step"), [("xyz", None), ("xyw", 3), ("xy", 3), ("xyzx", 4)])
-def test_only_runs_of_equal_digests_are_compared(
-    tmp_path: Path, other: str, step: int | None
-) -> None:
+def test_only_runs_of_equal_digests_are_compared(tmp_path, other, step):
     pair = [run(tmp_path / "a", "xyz"), run(tmp_path / "b", other)]
     if step is None:
         assert require_paired(pair) == 3
@@ -33,7 +29,7 @@ def test_only_runs_of_equal_digests_are_compared(
 
 
 @pytest.mark.slow
-def test_the_plain_loop_takes_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plain_loop_takes_its_steps(capsys):
     own_loop.main(["--steps", "1"])
     head, *curves = capsys.readouterr().out.splitlines()[-3:]
     assert head.endswith("at 0")

@@ -1,7 +1,5 @@
 """The embedded miniatures as shipped: genuine, small, and as good as their cards say."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -42,7 +40,7 @@ def read_metadata(name: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", ICONS)
-def test_a_folder_of_icons_is_whole(name: str) -> None:
+def test_a_folder_of_icons_is_whole(name):
     folder, count = ICONS[name]
     rows = read_metadata(name)
     assert len({row["codepoint"] for row in rows}) == len(open_images(name)) == count
@@ -54,7 +52,7 @@ def test_a_folder_of_icons_is_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mini", "mini-animals"])
-def test_held_out_icons_are_others_and_come_in_two_halves(name: str) -> None:
+def test_held_out_icons_are_others_and_come_in_two_halves(name):
     train, heldout = read_metadata(name), read_metadata(f"{name}-heldout")
     assert not {row["codepoint"] for row in train} & {row["codepoint"] for row in heldout}
     cfg = resolve(["--dataset", name])
@@ -69,7 +67,7 @@ def test_held_out_icons_are_others_and_come_in_two_halves(name: str) -> None:
         assert [row["label"] for row in heldout[:6]] == subjects
 
 
-def test_the_weights_are_those_of_the_card_in_half_precision() -> None:
+def test_the_weights_are_those_of_the_card_in_half_precision():
     card = (ROOT / "README.md").read_text(encoding="utf-8")
     hashes = dict(re.findall(r"^\| `(\S+)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
     files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.safetensors")}
@@ -80,7 +78,7 @@ def test_the_weights_are_those_of_the_card_in_half_precision() -> None:
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < most
 
 
-def test_the_tokenizer_takes_any_string_and_has_the_rare_word_whatever_its_case() -> None:
+def test_the_tokenizer_takes_any_string_and_has_the_rare_word_whatever_its_case():
     tokenizer = CLIPTokenizer.from_pretrained(mini.pipeline_dir() / "tokenizer")
     assert tokenizer.tokenize("TOK") == tokenizer.tokenize("tok") == ["tok</w>"]
     for text in ("¡Ünïcödé!", "αβγ ж", "नमस्ते", "中文 字", "🐇🐸☀", "\ue000", "word" * 5):
@@ -103,7 +101,7 @@ def encoded(loaded: tuple[Any, Any, Any], lines: list[str]) -> Tensor:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_mini_flow_loads_in_diffusers_alone_and_draws_what_it_is_told(loaded: Any) -> None:
+def test_mini_flow_loads_in_diffusers_alone_and_draws_what_it_is_told(loaded):
     pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
         mini.flow_dir(), dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
     )
@@ -123,7 +121,7 @@ def test_mini_flow_loads_in_diffusers_alone_and_draws_what_it_is_told(loaded: An
 
 
 @torch.no_grad()
-def test_open_clip_loads_the_scorer_by_itself(loaded: Any) -> None:
+def test_open_clip_loads_the_scorer_by_itself(loaded):
     factory: Any = open_clip  # its annotations know too many return types
     source = f"local-dir:{scorer.scorer_dir()}"
     other, preprocess = factory.create_model_from_pretrained(source)
@@ -135,7 +133,7 @@ def test_open_clip_loads_the_scorer_by_itself(loaded: Any) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_figures_of_the_scorers_card_come_out_again(loaded: Any) -> None:
+def test_the_figures_of_the_scorers_card_come_out_again(loaded):
     figures = json.loads((scorer.scorer_dir() / "figures.json").read_text())["figures"]
     rows = read_metadata("mini-heldout")
     images = [Image.open(mini.heldout_dir() / row["file_name"]) for row in rows]
@@ -160,7 +158,7 @@ def test_the_figures_of_the_scorers_card_come_out_again(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "captions.txt"])
-def test_a_missing_file_of_the_scorer_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_of_the_scorer_is_named(tmp_path, name):
     for path in scorer.scorer_dir().iterdir():
         if path.name != name:
             (tmp_path / path.name).symlink_to(path)

@@ -1,7 +1,5 @@
 """Model cards of images and text: front matter the hub reads, code that runs, no local paths."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import warnings
@@ -65,7 +63,7 @@ def code(text: str) -> str:
     return block
 
 
-def test_a_full_card(tmp_path: Path) -> None:
+def test_a_full_card(tmp_path):
     folder, prompts = tmp_path / "my run", ("a TOK icon of a frog: green", 'a "TOK" icon')
     sampled(folder, 2)
     found = card(
@@ -126,9 +124,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, pipeline: Any) -> Path:
     return folder
 
 
-def test_the_code_for_sdxl_runs_in_its_precision(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(weights)  # "this folder"
     snippet = code(card(tmp_path, [*ICONS, *VAE]).text)
     assert snippet.count("dtype=torch.float16") == 2
@@ -137,8 +133,8 @@ def test_the_code_for_sdxl_runs_in_its_precision(
 
 
 def test_the_code_for_the_miniature_and_for_whole_models_runs(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Any
-) -> None:
+    weights, tmp_path, monkeypatch, pipeline
+):
     monkeypatch.chdir(weights)
     run(code(card(tmp_path, MINI).text))
     models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
@@ -147,7 +143,7 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
     run(code(card(tmp_path, [*MINI, "--method", "full"], results={"export": models}).text))
 
 
-def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path: Path) -> None:
+def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
     save_file({"transformer.a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / FILE_NAME)
     flow = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev", *ICONS[2:], *VAE]
     plain, dora = card(tmp_path, flow).text, card(tmp_path, [*flow, "--use_dora"]).text
@@ -159,7 +155,7 @@ def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path: P
     assert "magnitudes" in dora
 
 
-def test_only_what_is_given_is_said(tmp_path: Path) -> None:
+def test_only_what_is_given_is_said(tmp_path):
     sampled(tmp_path, 1)  # of another setting, before a resume
     found = card(tmp_path, [*MINI, "--method", "lora"], repo="me/icons", instance_prompt=None)
     data = found.data.to_dict()
@@ -170,7 +166,7 @@ def test_only_what_is_given_is_said(tmp_path: Path) -> None:
     assert f"load_lora_weights('me/icons', weight_name='{FILE_NAME}')\n" in code(found.text)
 
 
-def test_local_paths_stay_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_stay_private(tmp_path, monkeypatch):
     (tmp_path / "secret" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     places = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")
@@ -183,7 +179,7 @@ def test_local_paths_stay_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @settings(max_examples=10, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
-def test_any_prompt_survives(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
+def test_any_prompt_survives(tmp_path_factory, prompt):
     folder = tmp_path_factory.mktemp("card")
     sampled(folder, 1)
     options = {"validation_prompts": (prompt,), "instance_prompt": prompt}
@@ -212,7 +208,7 @@ def text_card(
         ("classification", "FacebookAI/roberta-base", "text-classification"),
     ],
 )
-def test_a_text_card(tmp_path: Path, kind: str, model: str, tag: str) -> None:
+def test_a_text_card(tmp_path, kind, model, tag):
     adapter = text_card(tmp_path, kind, model, repo="me/my-model")
     assert adapter.data.to_dict() == {
         "library_name": "peft",
@@ -233,7 +229,7 @@ def test_a_text_card(tmp_path: Path, kind: str, model: str, tag: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "method"), [("causal", "bilora"), ("classification", "full")])
-def test_the_code_runs_on_what_a_text_run_left(tmp_path: Path, kind: str, method: str) -> None:
+def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
     base = SAVERS[kind](tmp_path / "my-base")
     run = train_text(
         tmp_path / "run",

@@ -1,10 +1,6 @@
 """The last block of a run: real paths, the best step, and what the last one gave away."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,8 +20,8 @@ LOSSES = [
 
 @pytest.mark.parametrize(("losses", "kept", "results", "words"), LOSSES)
 def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
-    tmp_path: Path, losses: dict[int, float], kept: list[int], results: Any, words: str
-) -> None:
+    tmp_path, losses, kept, results, words
+):
     run = tmp_path / "my run"
     log = RunLog(run)
     log.start({}, method="lora", seed=0, resume_step=None)

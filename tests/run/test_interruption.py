@@ -1,21 +1,16 @@
 """interruption: what a signal does to a run, and the command that goes on."""
 
-from __future__ import annotations
-
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 
 from bilora_diffusion.run import interruption
-from bilora_diffusion.run.interruption import Interruption, command_line, resuming
+from bilora_diffusion.run.interruption import Interruption, resuming
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
-def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(
-    number: signal.Signals,
-) -> None:
+def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number):
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), Interruption() as run:
         os.kill(os.getpid(), number)
@@ -27,7 +22,7 @@ def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(
     assert signal.getsignal(number) is before
 
 
-def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch):
     """A launcher passes Ctrl-C on, as a SIGTERM or a second SIGINT right after the first."""
     with Interruption(patient=True) as run:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
@@ -38,7 +33,7 @@ def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyP
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_ignored_ctrl_c_stays_ignored() -> None:
+def test_an_ignored_ctrl_c_stays_ignored():
     """A shell makes its background jobs ignore SIGINT; SIGTERM ends them all the same."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Interruption(patient=True) as run:
@@ -58,24 +53,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         (["--hub_token", "secret"], False, ["--hub_token", "$HF_TOKEN"]),
     ],
 )
-def test_the_command_that_goes_on(given: list[str], overwrites: bool, expected: list[str]) -> None:
+def test_the_command_that_goes_on(given, overwrites, expected):
     line = ["accelerate", "launch", "train.py"]
     found = resuming([*line, *given], len(given), "latest", overwrites)
     assert found == [*line, *expected, "--resume_from_checkpoint", "latest"]
-
-
-def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The outermost ancestor that ends with the same arguments is the launcher."""
-
-    ancestors = {
-        9: "python -m torch.distributed.run t.py --rank 2",
-        8: "accelerate launch t.py --rank 2",
-        7: "bash -c make",
-        1: "tini t.py --rank 2",
-    }
-    parents = [SimpleNamespace(pid=pid, cmdline=line.split) for pid, line in ancestors.items()]
-    this = SimpleNamespace(pid=10, parents=lambda: parents)
-    monkeypatch.setattr(interruption.psutil, "Process", lambda: this)
-    own = ["python", "t.py", "--rank", "2"]
-    assert command_line(own, ["--rank", "2"]) == (["accelerate", "launch", "t.py", *own[2:]], 2)
-    assert command_line(["python", "t.py"], []) == (["python", "t.py"], 0)

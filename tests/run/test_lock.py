@@ -1,7 +1,5 @@
 """The lock of a run folder: who gets it, when it is free again, and what it leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -52,7 +50,7 @@ def forked(act: Callable[[], object]) -> Iterator[None]:
         os.waitpid(child, 0)
 
 
-def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
     folder = tmp_path / "a" / "b"
     with hold(folder):
         assert [path.name for path in folder.iterdir()] == [lock.FILE]
@@ -68,7 +66,7 @@ def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path: Path) -> None:
+def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path):
     held, worker = hold(tmp_path), tmp_path / "worker"
 
     def act() -> None:
@@ -88,9 +86,7 @@ def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
-def test_of_several_processes_only_the_main_one_takes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with hold(tmp_path):
         with monkeypatch.context() as patch:
@@ -100,9 +96,7 @@ def test_of_several_processes_only_the_main_one_takes_it(
         assert (tmp_path / lock.FILE).exists()
 
 
-def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(tmp_path, monkeypatch):
     def flock(*_: object) -> NoReturn:
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -131,9 +125,7 @@ class Reached(Exception):
 
 
 @pytest.mark.parametrize(("first", "second"), [("start", "fit"), ("fit", "resume")])
-def test_a_second_run_is_refused_before_it_reads_or_deletes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
-) -> None:
+def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatch, first, second):
     folder = tmp_path / "run"
 
     def goes_on(_: object) -> NoReturn:

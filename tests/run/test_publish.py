@@ -1,20 +1,14 @@
 """What goes to the hub: a run folder without checkpoints, and without places on this machine."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from bilora_diffusion.run import publish
 from bilora_diffusion.run.runlog import RunLog, read_run
 
 
-def test_no_path_of_this_machine_is_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     home = str(Path("/", "home", "Jane Doe", "clients", "acme"))
     log = RunLog(tmp_path)
     config = {

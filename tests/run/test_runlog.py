@@ -2,8 +2,6 @@
 say of versions, commit and machine.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -36,7 +34,7 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=pytest.fail)
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_whole_run(tmp_path):
     folder = tmp_path / "new" / "run"
     log = start(folder)
     assert read_run(folder)["status"] == "running"
@@ -66,7 +64,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["metrics.jsonl", "run.json"]
 
 
-def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> None:
+def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path):
     log = start(tmp_path)
     for step in range(1, 8):
         log.metric(step, loss=step / 3)
@@ -91,7 +89,7 @@ def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> 
     assert read_metrics(tmp_path) == kept + later
 
 
-def test_wall_time_and_peak_memory_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(provenance, "peak_memory", lambda device: int(clock[0]))
@@ -152,7 +150,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("name", "content", "said"), ODD)
-def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: Any, said: str) -> None:
+def test_what_does_not_fit_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     readers = {"run.json": read_run, "metrics.jsonl": read_metrics}
     read = readers.get(name, lambda folder: read_fit(folder / name))
@@ -160,7 +158,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: Any, sai
         read(tmp_path)
 
 
-def test_what_is_not_there_and_what_another_version_added(tmp_path: Path) -> None:
+def test_what_is_not_there_and_what_another_version_added(tmp_path):
     assert read_metrics(tmp_path) == []
     assert read_fit(tmp_path / "fit.json") is None
     with pytest.raises(UserError, match=r"no run\.json"):
@@ -182,7 +180,7 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit(tmp_path, monkeypatch):
     package = tmp_path / "checkout" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

@@ -1,7 +1,5 @@
 """Short runs on the miniature, and comparisons of what they exported."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

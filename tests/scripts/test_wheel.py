@@ -1,7 +1,5 @@
 """The wheel, installed beside nothing of the repository: the command ``bilora`` and its demo."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -66,7 +64,7 @@ def bilora(installed: Path, folder: Path, *words: object) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
-def test_the_demo_trains_and_draws(installed: Path, tmp_path: Path) -> None:
+def test_the_demo_trains_and_draws(installed, tmp_path):
     short = ("--max_train_steps", "4", "--validation_part", "1/32", "--num_validation_images", "0")
     code, out = bilora(installed, tmp_path, "demo", *short)
     assert code == 0, out
@@ -85,9 +83,7 @@ def test_the_demo_trains_and_draws(installed: Path, tmp_path: Path) -> None:
         ("train --config mini_flow", 2, "mini-flow is in the repository only"),
     ],
 )
-def test_a_command_answers(
-    installed: Path, tmp_path: Path, words: str, code: int, expected: str
-) -> None:
+def test_a_command_answers(installed, tmp_path, words, code, expected):
     ended, out = bilora(installed, tmp_path, *words.split())
     assert ended == code
     assert expected in out

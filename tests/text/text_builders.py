@@ -1,7 +1,5 @@
 """Tiny random language models and classifiers in folders, files of rows, and short runs on them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The plain reading of a run's held-out losses that stopping and keeping must agree with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """The memory that a dry run says, against what a tracer of every tensor found (commit 48c0e54)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +41,7 @@ def rows(named: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", rows(TABLE))
-def test_each_image_model_is_within_15_percent(name: str) -> None:
+def test_each_image_model_is_within_15_percent(name):
     model, weights = name.rsplit(", ", 1)
     over = next((size for kind, size in POSITIONS.items() if model.endswith(kind)), 0)
     expected = TABLE[name]
@@ -78,7 +76,7 @@ def text_task(case: dict[str, Any], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", rows(TEXT))
-def test_each_text_model_is_within_15_percent(case: dict[str, Any], tmp_path: Path) -> None:
+def test_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
     step = moments(task, None)[STEP]
     said = sum(step.values()) + sum(attached(task, 1)[1].values())

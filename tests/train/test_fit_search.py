@@ -1,10 +1,7 @@
 """The search of --fit as functions of numbers: what it runs, what it drops, what it chooses."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +55,7 @@ def searched(loss: Loss = overfitting, plan: Plan = PLAN, **values: Sequence[str
     return search
 
 
-def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates() -> None:
+def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     calls: list[Work] = []
     search = Search(PLAN, measured(overfitting, calls))
     search.run(space(**default_values((), 2e-4, 23, True)))
@@ -88,7 +85,7 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates() -> No
     assert folds == sorted(folds, reverse=True)
 
 
-def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve() -> None:
+def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():
     search = searched(plan=Plan(1, 300, 20, 300), rank=["8"])
     curve = search.curves[(("rank", "8"),)][0]
     assert search.chosen == ((("rank", "8"),), lowest(curve)[1])
@@ -98,7 +95,7 @@ def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve() -> 
     assert quick.spent == 160  # half, by twenties: it has turned
 
 
-def test_only_what_is_worse_beyond_doubt_is_out() -> None:
+def test_only_what_is_worse_beyond_doubt_is_out():
     def loss(options: Options, step: int) -> float:
         return (
             1
@@ -115,7 +112,7 @@ def test_only_what_is_worse_beyond_doubt_is_out() -> None:
     }
 
 
-def test_a_configuration_that_cannot_go_on_takes_no_other_down() -> None:
+def test_a_configuration_that_cannot_go_on_takes_no_other_down():
     measure = measured(overfitting, [])
 
     def failing(works: Sequence[Work]) -> list[Curve | str]:
@@ -135,7 +132,7 @@ def test_a_configuration_that_cannot_go_on_takes_no_other_down() -> None:
     assert list(infinite.out) == [(("rank", "4"),)]
 
 
-def test_options_that_a_method_does_not_read_are_no_difference() -> None:
+def test_options_that_a_method_does_not_read_are_no_difference():
     every = space(method=["lora", "bilora"], rho=["0.1", "1"], rank=["4"]).all(9)
     assert [title(options) for options in every] == [
         "lora, rank 4",
@@ -144,7 +141,7 @@ def test_options_that_a_method_does_not_read_are_no_difference() -> None:
     ]
 
 
-def test_what_the_user_gave_is_fixed_but_for_the_rate() -> None:
+def test_what_the_user_gave_is_fixed_but_for_the_rate():
     values = default_values({"rank", "method", "learning_rate"}, 1e-3, 23, True)
     assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
     assert "auxiliaries" not in default_values((), 1e-3, 513, True)
@@ -167,7 +164,7 @@ BAD_SPACES = {
 
 
 @pytest.mark.parametrize("text", BAD_SPACES)
-def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_bad_space_is_one_sentence(tmp_path, text):
     file = tmp_path / "space.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=BAD_SPACES[text]) as refused:
@@ -175,7 +172,7 @@ def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_space_has_values_and_lists(tmp_path: Path) -> None:
+def test_a_space_has_values_and_lists(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text("rank: [4, 8, 4]\nuse_dora: [true, false]\nrho: auto\n")
     values = read_values(file, {"rank", "use_dora", "rho"})

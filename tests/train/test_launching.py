@@ -1,7 +1,5 @@
 """launching: what a script does before its work."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 
@@ -30,5 +28,5 @@ assert len(graphs) == 1
 
 
 @pytest.mark.slow
-def test_no_more_is_imported_than_runs_and_torchs_compiler_when_asked() -> None:
+def test_no_more_is_imported_than_runs_and_torchs_compiler_when_asked():
     subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, check=True)

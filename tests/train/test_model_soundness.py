@@ -1,7 +1,5 @@
 """Pipelines that load but can't be trained: one sentence with the model, the part and the fix."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -128,9 +126,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
-    name: str, folder: Path, tmp_path: Path
-) -> None:
+def test_a_pipeline_that_cannot_be_trained_is_a_sentence(name, folder, tmp_path):
     damage, parts = CASES[name]
     if name.startswith("SD3"):
         folder = Path(shutil.copytree(shared("StableDiffusion3Pipeline"), tmp_path / "flow"))
@@ -143,7 +139,7 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path: Path) -> None:
+def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path):
     AutoencoderKL(latent_channels=4).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match=r'"mini" can.t be trained so .*channels'):
         train(tmp_path / "run", pretrained_vae_model_name_or_path=tmp_path / "four")
@@ -153,7 +149,7 @@ def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path: Pat
             load_pipeline("mini", dtype=torch.float32, vae=str(folder))
 
 
-def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_is_told_how_to_get_it(monkeypatch):
     def gated(*_: Any, **__: Any) -> None:
         raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
 
@@ -164,7 +160,7 @@ def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
             load("org/gated")
 
 
-def test_a_variant_is_taken_where_there_is_one(folder: Path) -> None:
+def test_a_variant_is_taken_where_there_is_one(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert load_pipeline(str(folder), dtype=torch.float32, variant="fp16").unet
