@@ -64,23 +64,23 @@ VARIANT = st.dictionaries(st.sampled_from(["method", "rank", "seed", "rho"]), VA
 VARIANTS = st.dictionaries(st.sampled_from(["lora", "LoRA", "options"]), VARIANT | VALUES)
 
 
-def odd(names: Any) -> st.SearchStrategy[dict[str, Any]]:
+def odd(names):
     """Some of the names with a value of any kind."""
     return st.dictionaries(st.sampled_from(sorted(names)), ODD, max_size=3)
 
 
-def read_images(path: Path) -> None:
+def read_images(path):
     column = None if path.name.startswith("a.") else "text"
     open_images(str(path.parent), caption_column=column).prompts("TOK")
 
 
-def read_rows(path: Path) -> None:
+def read_rows(path):
     for row in open_file(path):
         row.question.encode()
         row.answer.encode()
 
 
-def read_run(path: Path) -> None:
+def read_run(path):
     """Read a run as evaluation and viewer do, and draw it."""
     folder = path.parent
     run = find_run(folder, "run")
@@ -118,7 +118,7 @@ SETTINGS = settings(
 )
 
 
-def survives(read: Callable[[], object]) -> None:
+def survives(read):
     """Succeeds, or says in one sentence what to mend."""
     sentence = ""
     try:
@@ -130,7 +130,7 @@ def survives(read: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A folder of two images, and of a run."""
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)

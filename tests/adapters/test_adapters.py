@@ -20,7 +20,7 @@ from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
 BOTH = (PRIMARY, AUXILIARY)
 
 
-def two_adapters(model: nn.Module, **options: Any) -> nn.Module:
+def two_adapters(model, **options):
     adapters.inject(model, AdapterSpec(rank=3, alpha=6, **options), PRIMARY)
     adapters.inject(model, AdapterSpec(rank=2, alpha=2), AUXILIARY)
     adapters.activate(model, BOTH)
@@ -66,7 +66,7 @@ def test_only_restores_order_flags_and_switches():
     model = two_adapters(tiny_mlp(), use_dora=True)
     adapters.parameters(model, PRIMARY)[0].requires_grad_(False)
 
-    def state() -> tuple[Any, ...]:
+    def state():
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         return adapters.active(model), flags
 
@@ -120,7 +120,7 @@ def test_gpt2_style_conv1d_is_linear():
 
 
 class Odd(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2)
         self.grouped = nn.Conv2d(4, 4, 3, groups=2)
@@ -178,13 +178,13 @@ def test_all_linear_leaves_the_output_head_out_as_peft_does():
 
 
 class Small(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
         self.head = nn.Linear(6, 2)
         self.to(torch.bfloat16).requires_grad_(False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.head.to(x.dtype)(self.body.to(x.dtype)(x))
 
 

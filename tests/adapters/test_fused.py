@@ -22,13 +22,7 @@ BOTH = (PRIMARY, AUXILIARY)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def adapted(
-    base: nn.Module,
-    ranks: tuple[int, int] = (3, 2),
-    alphas: tuple[float, float] = (6, 3),
-    active: tuple[str, ...] = BOTH,
-    **options: Any,
-) -> nn.Sequential:
+def adapted(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
     """`base` with two filled adapters on layer "0"."""
     model = nn.Sequential(base)
     for name, rank, alpha in zip(BOTH, ranks, alphas, strict=True):
@@ -41,7 +35,7 @@ def adapted(
     return model
 
 
-def results(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+def results(model, x, autocast=None):
     """Output, and gradients of every factor and of x, for a fixed loss."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -56,7 +50,7 @@ def results(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) ->
     return found
 
 
-def assert_same(fused: dict[str, Tensor], peft: dict[str, Tensor], tolerance: float) -> None:
+def assert_same(fused, peft, tolerance):
     assert fused.keys() == peft.keys()
     for key, value in peft.items():
         assert fused[key].dtype == value.dtype, key
@@ -119,16 +113,16 @@ def test_x_is_not_copied_to_fp32(layer, shape):
     assert [t for t in kept if t.data_ptr() == x.data_ptr()]
 
 
-def layer_of(model: Any) -> Any:
+def layer_of(model):
     return model[0]
 
 
-def _third(model: nn.Module) -> None:
+def _third(model):
     adapters.inject(model, AdapterSpec(target_modules=("0",)), "third")
     adapters.activate(model, (*BOTH, "third"))
 
 
-def _dora(model: Any) -> None:
+def _dora(model):
     model[0] = adapted(nn.Linear(12, 7), use_dora=True)[0]
     fuse(model)
 
@@ -199,11 +193,11 @@ def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too():
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
@@ -212,10 +206,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "wrap",
-    [
-        Checkpointed,
-        lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
-    ],
+    [Checkpointed, lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)],
     ids=["checkpointed", "compiled without breaks"],
 )
 @each_layer

@@ -23,25 +23,25 @@ from tests.contract.models import tiny_t5, tiny_unet
 INPUTS, OUTPUTS = 96, 80  # a row is one block of 64 and a half
 
 
-def linear(dtype: torch.dtype = torch.float32) -> Any:
+def linear(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(INPUTS, OUTPUTS).to(dtype))
 
 
-def four_bit(dtype: torch.dtype = torch.float32) -> Any:
+def four_bit(dtype=torch.float32):
     model = linear(dtype)
     quantize(model, dtype)
     return model
 
 
-def rounded(dtype: torch.dtype = torch.float32) -> Any:
+def rounded(dtype=torch.float32):
     """The model as 4 bits make it, with ordinary weights."""
     model = linear(dtype)
     model[0].weight.data = dequantize_module_weight(four_bit(dtype)[0])
     return model
 
 
-def adapt(model: nn.Module, dora: bool = False, filled: bool = True) -> nn.Module:
+def adapt(model, dora=False, filled=True):
     """Both adapters on layer "0", the same values each time."""
     torch.manual_seed(1)
     for name in BOTH:
@@ -125,7 +125,7 @@ def test_dora_starts_exactly_as_its_base(autocast, monkeypatch):
         assert torch.equal(model(x), model[0].base_layer(x))
 
 
-def train(checkpointing: bool = False, evaluated: bool = False) -> list[float]:
+def train(checkpointing=False, evaluated=False):
     """The losses of three steps of Bi-LoRA on 4-bit weights."""
     run: Any = Run("bilora", "nf4", "llm")
     if checkpointing:

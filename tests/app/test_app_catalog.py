@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from app.runs import ordered
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 
 
-def paths(catalog: Catalog) -> list[str]:
+def paths(catalog):
     return [run.path for run in catalog.now.runs]
 
 
@@ -47,7 +46,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
 
 
 def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(tmp_path):
-    def names() -> dict[str, str]:
+    def names():
         return {run.path: run.name for run in Catalog(tmp_path).now.runs}
 
     make_run(tmp_path / "a")
@@ -69,7 +68,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
     run = make_run(tmp_path / "lora", status="running")
     catalog, kinds = Catalog(tmp_path), ("runs", "scores", "figures")
 
-    def after(change: Callable[[], object]) -> set[str]:
+    def after(change):
         before = {kind: catalog.sign(kind) for kind in kinds}
         change()
         catalog.refresh()

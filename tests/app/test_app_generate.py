@@ -1,7 +1,6 @@
 """Requests of the Generate tab, and drawing that can be stopped, on the miniature."""
 
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +11,7 @@ import pytest
 import torch
 
 from app.catalog import Catalog
-from app.drawing import (
-    BASE,
-    BaseChoice,
-    Pipelines,
-    Request,
-    checked,
-    drawable,
-    local,
-    sides,
-    usual,
-)
+from app.drawing import BASE, BaseChoice, Pipelines, Request, checked, drawable, local, sides, usual
 from app.generate import Stopped, Tab
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -36,7 +25,7 @@ REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def models() -> Pipelines:
+def models():
     """The miniature, loaded once."""
     return Pipelines("cpu")
 
@@ -44,7 +33,7 @@ def models() -> Pipelines:
 def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(models):
     steps = []
 
-    def on_step(step: int) -> None:
+    def on_step(step):
         steps.append(step)
         if step == 2:
             raise Stopped
@@ -88,7 +77,7 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
     request: Any = SimpleNamespace(session_hash="me")
     steps: list[tuple[int, int]] = []
 
-    def work(number: int, b: str = BASE) -> Iterator[Any]:
+    def work(number, b=BASE):
         shown = lambda done, desc, unit: steps.append(done)  # noqa: E731
         return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, shown)
 

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -36,9 +35,7 @@ class Served(NamedTuple):
     root: Path
     asked: list[Any]
 
-    def ask(
-        self, path: str, method: str = "GET", body: Any = None, **headers: str
-    ) -> http.client.HTTPResponse:
+    def ask(self, path, method="GET", body=None, **headers):
         """The answer to a request whose path and headers are sent as they are."""
         connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
         connection.request(
@@ -49,7 +46,7 @@ class Served(NamedTuple):
         )
         return connection.getresponse()
 
-    def send(self, events: Mapping[int, Sequence[Any]], session: str, data: Any = None) -> str:
+    def send(self, events, session, data=None):
         """The server's answer to events, each with its values, all of one visitor."""
         for event, values in events.items():
             body = {"data": values, "fn_index": event, "event_data": data, "session_hash": session}
@@ -64,7 +61,7 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory):
     """A viewer of one run, in a process that can reach nobody but it."""
     root = tmp_path_factory.mktemp("served") / "root"
     make_run(root / "lora")
@@ -77,13 +74,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     asked, pages = [], []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
-    def connected(self: socket.socket, address: Any) -> None:
+    def connected(self, address):
         if address != (LOCAL, port):
             asked.append(address)
             raise ConnectionRefusedError(address)
         connect(self, address)
 
-    def looked_up(host: Any, *args: Any, **more: Any) -> Any:
+    def looked_up(host, *args, **more):
         if host not in (LOCAL, LOCAL.encode(), None):
             asked.append(host)
             raise socket.gaierror(host)
@@ -172,7 +169,7 @@ def test_a_vote_is_of_the_voter_who_began(served):
     names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
     clicks = {names.get(one["targets"][0][0]): one for one in config["dependencies"]}
 
-    def click(name: str, *values: Any) -> str:
+    def click(name, *values):
         return served.send({clicks[name]["id"]: values}, "visitor")
 
     fill = [

@@ -2,10 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import gradio as gr
 import orjson
@@ -26,7 +23,7 @@ DRAWS = 8
 class Tabs:
     """The tabs of a viewer of good folders, which takes others in between."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root):
         self.catalog = Catalog(root)
         with gr.Blocks() as page:
             changed = gr.State().change
@@ -35,7 +32,7 @@ class Tabs:
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
-    def shown(self) -> dict[str, str]:
+    def shown(self):
         """The contents of each when it is opened and everything in it is chosen once."""
         now, runs = self.catalog.now, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
@@ -70,18 +67,18 @@ class Tabs:
         }
 
 
-def to_json(update: Any) -> Any:
+def to_json(update):
     """An update with what Gradio makes of its table."""
     return update.to_json(orient="split") if hasattr(update, "to_json") else update
 
 
-def sent(values: Iterable[Any]) -> str:
+def sent(values):
     """An event's values for the browser, as Gradio writes them."""
     return orjson.dumps(list(values), default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 @pytest.fixture(scope="module")
-def tabs(tmp_path_factory: pytest.TempPathFactory) -> Tabs:
+def tabs(tmp_path_factory):
     """Tabs of a root with good folders alone."""
     root = tmp_path_factory.mktemp("good")
     make_good(root)
@@ -89,7 +86,7 @@ def tabs(tmp_path_factory: pytest.TempPathFactory) -> Tabs:
 
 
 @pytest.fixture
-def root(tabs: Tabs, tmp_path: Path) -> Path:
+def root(tabs, tmp_path):
     """A root of the tabs that has the same good folders."""
     shutil.copytree(tabs.catalog.root / "good", tmp_path / "good", copy_function=os.link)
     tabs.catalog.root = tmp_path

@@ -5,7 +5,6 @@ import re
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -74,7 +73,7 @@ def test_a_folder_that_can_not_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     scandir = os.scandir
 
-    def refuse(path: Path) -> Any:  # stands for missing rights, which root always has
+    def refuse(path):  # stands for missing rights, which root always has
         if Path(path).name == "locked":
             raise PermissionError(13, "Permission denied")
         return scandir(path)

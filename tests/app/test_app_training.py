@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from typing import Any
 
 import gradio as gr
 import pytest
@@ -32,21 +31,19 @@ from bilora_diffusion.run.runlog import RunLog
 from tests.app.folders import make_run
 
 
-def record(method: str = "bilora", status: str = "running", **config: Any) -> dict[str, Any]:
+def record(method="bilora", status="running", **config):
     values = {"rho": 0.05, "rho_norm": "scaled", "max_train_steps": 100, **config}
     return {"method": method, "status": status, "config": values, "seed": 0}
 
 
-def rows(*losses: float | None, first: int = 1) -> list[dict[str, Any]]:
+def rows(*losses, first=1):
     return [
         {"step": step, "loss": loss, "seconds": 0.5}
         for step, loss in enumerate(losses, start=first)
     ]
 
 
-def shown(
-    name: str, found: list[dict[str, Any]], run: dict[str, Any] | None = None, color: int = 0
-) -> Shown:
+def shown(name, found, run=None, color=0):
     run = run or record()
     item = RunItem(name, name, run, None)
     return Shown(item, color, found, progress(run, found, 0.0, 0.0))
@@ -160,7 +157,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     assert first[tab.runs]["value"] == ["text", "bilora"], "the control first"
     assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"
 
-    def drawn(update: Any, name: str) -> list[list[Any]]:
+    def drawn(update, name):
         there = update[tab.looks][list(tab.plots).index(name)]["visible"]
         return update[tab.plots[name]].to_numpy().tolist() if there else []
 

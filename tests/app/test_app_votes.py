@@ -12,7 +12,6 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor
@@ -27,14 +26,14 @@ from tests.app.folders import make_scores
 COLORS = {"LoRA": "teal", "Bi-LoRA": "orange"}
 
 
-def made(root: Path, prompts: int = 5) -> Polls:
+def made(root, prompts=5):
     """Polls of a root with one score folder of a general prompt and others, two seeds each."""
     texts = [*(f"icon {at}" for at in range(prompts)), "a photo"]
     make_scores(root / "scores", tuple(COLORS), texts, seeds=(0, 1))
     return Polls(Catalog(root), random.Random(0))
 
 
-def booth(number: int, session: str, left: str = "LoRA", prompt: str = "icon") -> Booth:
+def booth(number, session, left="LoRA", prompt="icon"):
     """A booth with a ballot of a pair of its own."""
     sides = [Side(label, "aa", f"{label}.png") for label in (left, "Bi-LoRA")]
     return Booth(session, "scores", None, 0, 1, Ballot("scores", prompt, number, *sides))
@@ -123,7 +122,7 @@ def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_agai
     assert polls.result("scores", ANY) == ([], 0)
 
 
-def cast_many(root: Path, session: str, count: int) -> None:
+def cast_many(root, session, count):
     polls = Polls(Catalog(root), random.Random())
     for at in range(count):
         polls.cast(booth(at, session), ("left", "right", "tie")[at % 3])
@@ -142,7 +141,7 @@ def test_threads_and_processes_lose_nothing(tmp_path):
     assert Counter(v.session for v in polls.votes()) == {name: 9 for _, name, _ in jobs}
 
 
-def cast_and_die(root: Path) -> None:
+def cast_and_die(root):
     polls = Polls(Catalog(root), random.Random())
     polls.cast(booth(0, "me"), "left")
     with polls._file() as file:

@@ -3,12 +3,11 @@
 import csv
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Response, expect
+from playwright.sync_api import Response, expect
 
 from app.compare_data import first_view, listed, times_100
 from app.scored import scored
@@ -16,10 +15,9 @@ from app.votes import COLUMNS, FILE
 from bilora_diffusion.run.runlog import RunLog
 from eval import table
 from tests.app.folders import make_scores
-from tests.browser.conftest import SEEDS, TEXTS, Viewer, fits, go, pick
+from tests.browser.conftest import SEEDS, TEXTS, fits, go, pick
 
 pytestmark = pytest.mark.slow
-Visit = Callable[..., Page]
 
 CONTRAST = """() => {
   const parts = (color) => color.match(/[0-9.]+/g).map(Number);
@@ -169,7 +167,7 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
 ):
     first, second = go(visit(), viewer.url, "Generate"), go(visit(), viewer.url, "Generate")
 
-    def begin(page: Page, steps: int) -> None:
+    def begin(page, steps):
         expect(page.locator("#generate-b input")).to_have_value("Bi-LoRA, seed 0")
         field = page.locator("#generate-steps input")
         field.fill(str(steps))
@@ -191,7 +189,7 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, start: Callable[[Path], Viewer]) -> Viewer:
+def small(tmp_path_factory, start):
     """A viewer of scores of two adapters alone."""
     root = tmp_path_factory.mktemp("small")
     make_scores(root / "scores", LABELS, TEXTS, SEEDS)
@@ -201,7 +199,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, start: Callable[[Path], View
 def test_curves_follow_a_run(small, visit):
     logs = {method: RunLog(small.root / method, "cpu") for method in ("lora", "bilora")}
 
-    def train(method: str, first: int, last: int) -> None:
+    def train(method, first, last):
         for at in range(first, last + 1):
             norms = {"auxiliary_norm_before": 0.06 + 0.2 / at, "auxiliary_norm": 0.05}
             more = norms if method == "bilora" else {}
@@ -234,7 +232,7 @@ def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(small, visit):
     page.add_init_script(LISTEN)
     booth, keys = page.locator("#vote-booth"), {"1": "left", "2": "right", "0": "tie"}
 
-    def heard() -> str:
+    def heard():
         return "".join(page.evaluate("window.heard"))
 
     (small.root / FILE).mkdir()

@@ -24,15 +24,15 @@ ICONS = "a TOK icon, in the style of TOK"
 GROUPS = ["attention", "feed-forward"]
 
 
-def mini(*arguments: str) -> DreamBoothConfig:
+def mini(*arguments):
     return resolve(["--dataset", "mini", *arguments])
 
 
-def icons(*arguments: str) -> DreamBoothConfig:
+def icons(*arguments):
     return resolve(["--dataset", "linoyts/3d_icon", *arguments])
 
 
-def text(*arguments: str) -> TextConfig:
+def text(*arguments):
     return TextConfig.resolve(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
 
 
@@ -122,7 +122,7 @@ FP32 = {**BF16, "mixed_precision": "no"}
 HAS, NOT = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
 
 
-def launched(precision: str) -> dict[str, str]:
+def launched(precision):
     return {"ACCELERATE_MIXED_PRECISION": precision}
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,15 +74,15 @@ IMAGES, CLASS_IMAGES = 5, 200
 class Images(list[None]):
     """So many images without any pixels."""
 
-    def prompts(self, default: str) -> list[str]:
+    def prompts(self, default):
         return [default] * len(self)
 
-    def size(self, _: int) -> tuple[int, int]:
+    def size(self, _):
         return 1024, 1024
 
 
 @pytest.fixture(autouse=True)
-def images(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def images(machine, monkeypatch, tmp_path):
     """A GPU, and a folder with images."""
     machine("cuda")
     monkeypatch.chdir(tmp_path)
@@ -91,7 +90,7 @@ def images(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "dog" / "1.png").touch()
 
 
-def drawn(seed: int) -> tuple[dict[str, Any], int]:
+def drawn(seed):
     """About a third of the flags with values, and a number of processes."""
     dice = random.Random(seed)
     return {
@@ -99,13 +98,13 @@ def drawn(seed: int) -> tuple[dict[str, Any], int]:
     }, dice.choice((1, 2, 3))
 
 
-def words(flags: Mapping[str, Any]) -> list[str]:
+def words(flags):
     start = ["--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0"]
     start += ["--instance_data_dir=dog", "--instance_prompt=a photo of a TOK dog"]
     return start + [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()]
 
 
-def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
+def ours(flags, processes, images, class_images):
     launch = {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
     with mock.patch.dict(os.environ, launch):
         cfg = resolve(words(flags))
@@ -118,10 +117,7 @@ def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: in
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
     kind = StableDiffusionXL()
     task: Any = SimpleNamespace(
-        cfg=cfg,
-        family=kind,
-        layers=kind.targets,
-        models={name: nn.Identity() for name in models},
+        cfg=cfg, family=kind, layers=kind.targets, models={name: nn.Identity() for name in models}
     )
     unet, *encoders = DreamBooth.targets(task)
     assert len({encoder.lr for encoder in encoders}) <= 1
@@ -137,7 +133,7 @@ def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: in
     )
 
 
-def course(cfg: DreamBoothConfig, rate: float, steps: int) -> tuple[float, ...]:
+def course(cfg, rate, steps):
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "weight_decay": 0.0}]
     optimizer = build_optimizer(cfg, groups)
     scheduler = build_scheduler(cfg, optimizer, steps)
@@ -149,7 +145,7 @@ def course(cfg: DreamBoothConfig, rate: float, steps: int) -> tuple[float, ...]:
     return tuple(factors)
 
 
-def same(one: Meaning, other: Meaning) -> None:
+def same(one, other):
     assert dataclasses.replace(one, course=()) == dataclasses.replace(other, course=())
     assert one.course == pytest.approx(other.course, abs=1e-9)
 

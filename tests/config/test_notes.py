@@ -1,7 +1,5 @@
 """Messages before a run: options without effect, and defaults that surprise."""
 
-from typing import Any
-
 import pytest
 
 from bilora_diffusion.image.config import resolve
@@ -13,7 +11,7 @@ HUB = "--dataset a/b --instance_prompt x"
 TASK = "--model_name_or_path smollm2 --task sst2"
 
 
-def resolved(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
+def resolved(words, caplog):
     """The configuration of a command line, and the messages about it."""
     caplog.clear()
     cfg = (resolve_text if "--model_name_or_path smollm2" in words else resolve)(words.split())

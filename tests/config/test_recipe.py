@@ -19,7 +19,7 @@ ICONS = ["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]
 BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(20))
 
 
-def recipe(folder: Path, text: str | bytes) -> list[str]:
+def recipe(folder, text):
     """A command line that names a recipe of that text."""
     path = folder / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

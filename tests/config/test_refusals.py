@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import pytest
@@ -121,7 +120,7 @@ CASES: list[tuple[Read, list[str], tuple[str, str]]] = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Files and folders that are wrong in one way each."""
     for name in ("empty", "full", "other"):
         (tmp_path / name).mkdir()
@@ -139,7 +138,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refusal(read: Read, argv: Sequence[str]) -> str:
+def refusal(read, argv):
     """The sentence with which a command line is refused."""
     with pytest.raises(UserError) as caught:
         read(argv)
@@ -168,7 +167,7 @@ COMPARED = {
 """Values that the table compares an option with."""
 
 
-def example(entry: Refusal) -> dict[str, Any]:
+def example(entry):
     """Facts that an entry refuses."""
     others = COMPARED.get(entry.when[0].name, {})
     facts = {}
@@ -219,7 +218,7 @@ def test_options_of_other_methods_and_defaults_may_stand(method):
         assert resolve([*argv, *others[:2], *others[4:]]).ball == "none"
 
 
-def numbers(config: Any) -> list[str]:
+def numbers(config):
     """Options whose type has a number in it."""
     hints = get_type_hints(config)
     return [n for n in options_of(config.groups) if {int, float} & {hints[n], *get_args(hints[n])}]

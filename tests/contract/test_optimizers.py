@@ -2,7 +2,7 @@
 
 import copy
 import json
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -24,19 +24,19 @@ WIDTH = 1100
 RATES = {"prodigy": 1.0}
 
 
-def wide() -> nn.Module:
+def wide():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def _wide(monkeypatch):
     inputs = torch.linspace(-1, 1, 4 * WIDTH).view(4, WIDTH)
     case = Case(wide, ("0", "2"), lambda model, rows: cast(Tensor, model(inputs[rows])))
     monkeypatch.setitem(CASES, "wide", case)
 
 
-def made(name: str, method: str, overflow: tuple[int, ...] | None = None, **options: Any) -> Run:
+def made(name, method, overflow=None, **options):
     """The method on a wide model with the optimizer that a command line names."""
     cfg = resolve(["--dataset", "mini", "--optimizer", name, "--method", method])
     return Run(

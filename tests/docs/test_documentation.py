@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class Understood(BaseException):
     """A parser has taken all of its arguments."""
 
 
-def scripts(page: Path) -> Iterator[str]:
+def scripts(page):
     """The bash blocks of a page, and the commands within its sentences."""
     text = page.read_text(encoding="utf-8").replace(".venv/bin/", "")
     blocks = [body for language, body in BLOCK.findall(text) if language == "bash"]
@@ -57,7 +56,7 @@ def scripts(page: Path) -> Iterator[str]:
         yield f"{variables}\n{' '.join(command.replace(' ...', '').split())}"
 
 
-def commands(page: Path, folder: Path) -> list[list[str]]:
+def commands(page, folder):
     """Commands that a reader's shell would start."""
     record = folder / "started"
     started = shlex.quote(str(record))
@@ -72,7 +71,7 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
     return [words.split("\0")[:-1] for words in record.read_text().split(f"{END}\0")[:-1]]
 
 
-def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check(words, monkeypatch):
     """Let the real parser read one command."""
     program, *rest = words
     if program == "make":
@@ -99,7 +98,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         check_script(rest[0], rest[1:], monkeypatch)
 
 
-def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_script(name, argv, monkeypatch):
     """A script: those that train also check what their options mean together."""
     if name == "bilora":
         name, *argv = argv
@@ -113,11 +112,11 @@ def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
         check_module(importlib.import_module(Path(name).stem), argv, monkeypatch)
 
 
-def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_module(module, argv, monkeypatch):
     """A command: stop it as soon as its parser is content."""
     original = argparse.ArgumentParser.parse_known_args
 
-    def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stopping(self, *args, **kwargs):
         known, unknown = original(self, *args, **kwargs)
         if not unknown:
             raise Understood
@@ -179,8 +178,7 @@ SLOW = ("../README.md", "models.md")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES]
 )
 def test_a_page_is_what_the_code_makes(name):
     shown = (make.FOLDER / name).read_text(encoding="utf-8")

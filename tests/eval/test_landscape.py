@@ -1,9 +1,7 @@
 """eval.landscape from runs to result, on a loss that is known; what it keeps and refuses."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,22 +13,20 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
 from eval import landscape, table
 from eval.landscape import measure, models
-from eval.landscape.models import Point
 from eval.landscape.weights import Weight
-from eval.table import Result
 from tests.scripts.runs import flags, two_icons
 
 TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     """Run folders as training leaves them, with weights that nothing was learned in."""
     root = tmp_path_factory.mktemp("landscape")
     given = {**two_icons(root), "validation_dataset": "none"}
     config = resolve(flags(root, **given)).to_dict()
 
-    def run(name: str, method: str = "lora", seed: int = 0, **options: Any) -> None:
+    def run(name, method="lora", seed=0, **options):
         log = RunLog(root / name)
         log.start(config | options, method=method, seed=seed, resume_step=None)
         log.close("finished", steps=2)
@@ -63,18 +59,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def curvature(point: Point) -> float:
+def curvature(point):
     return {"lora": 0.4, "bilora": 0.3, None: 0.5}.get(point.subject.method, 1.0) + 0.01 * (
         point.subject.seed or 0
     )
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded(monkeypatch):
     """Models whose loss is 1 + curvature ||W - 1||^2 / 2 for two weights; the labels loaded."""
     labels = []
 
-    def load(point: Point, spaces: list[str], *_: Any, **__: Any) -> Any:
+    def load(point, spaces, *_, **__):
         labels.append(point.subject.label)
         tensor = torch.ones(2, 1, dtype=torch.float64)
         loss = SimpleNamespace(terms=lambda: 1 + curvature(point) * (tensor - 1).square().sum() / 2)
@@ -84,7 +80,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return labels
 
 
-def look(runs: Path, out: Path, *words: str) -> Result:
+def look(runs, out, *words):
     given = [str(runs / word) if (runs / word).is_dir() else word for word in words]
     assert landscape.main([*given, *TINY, "--output_dir", str(out)]) == 0
     return table.read(out)
@@ -133,7 +129,7 @@ def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
 ):
     line, calls = measure.line, 0
 
-    def interrupted(*words: Any) -> list[float]:
+    def interrupted(*words):
         nonlocal calls
         calls += 1
         if calls == 2:

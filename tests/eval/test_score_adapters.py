@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +25,12 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def files(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(pipeline, tmp_path_factory):
     """LoRA files in the folders "unet" and "text" (both text encoders as well)."""
     root = tmp_path_factory.mktemp("files")
     write_lora(root / "unet", pipeline, kohya=True)
@@ -44,12 +43,12 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
     source = files / "unet" / FILE
     key = next(iter(load_file(source)))
 
-    def rescale(_: dict[str, Any], metadata: dict[str, str]) -> None:
+    def rescale(_, metadata):
         described = json.loads(metadata["lora_adapter_metadata"])
         described["unet.lora_alpha"] *= 2
         metadata["lora_adapter_metadata"] = json.dumps(described)
 
-    def altered(change: Any) -> str:
+    def altered(change):
         return one(rewrite(source, tmp_path / "altered.safetensors", change)).digest
 
     digest = one(source).digest
@@ -103,7 +102,7 @@ def test_all_adapters_belong_to_one_base(files, tmp_path):
             base_model(subjects, given)
 
 
-def picture(pipeline: Any) -> np.ndarray:
+def picture(pipeline):
     """Its pixels as they come from the pipeline's text encoders and UNet, (64, 64, 3)."""
     (image,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     return np.asarray(image).astype(int)
@@ -149,7 +148,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
 
 
 @torch.no_grad()
-def predicted(unet: Any) -> torch.Tensor:
+def predicted(unet):
     """What the UNet makes of some noise."""
     config, draw = unet.config, torch.Generator().manual_seed(0)
     sample = torch.randn(1, config.in_channels, 8, 8, generator=draw)
@@ -201,7 +200,7 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(odd, dora, pipelin
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files, tmp_path):
-    def change(tensors: dict[str, Any], _: Any) -> None:
+    def change(tensors, _):
         layer = next(key for key in tensors if "to_q.lora_A" in key).partition("to_q")[0]
         for name in [n for n in tensors if n.startswith(f"{layer}to_q") and old in n]:
             tensor = tensors[name] if old == "lora_A" else tensors.pop(name)

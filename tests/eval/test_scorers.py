@@ -10,7 +10,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
@@ -29,7 +28,7 @@ scorer_schemes = pytest.mark.parametrize("scheme", ["open_clip", "hf"])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory):
     """A random model of each kind, by scheme."""
     root = tmp_path_factory.mktemp("models")
     return {
@@ -60,7 +59,7 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders):
 
 
 @torch.no_grad()
-def i2t(scheme: str, folder: Path, image: Image, text: str) -> float:
+def i2t(scheme, folder, image, text):
     """The cosine of an image and a text, by the library alone."""
     if scheme == "hf":
         processor: Any = CLIPProcessor.from_pretrained(folder)
@@ -135,12 +134,12 @@ WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "blip:blip")
 class Boom:
     """Running this is what reading a pickle can do."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (Path.write_text, (Path("exploded"), "x"))
 
 
 @pytest.fixture
-def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models_here(folders, tmp_path, monkeypatch):
     """The same in the working folder, to be damaged, and a pickle."""
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.name)
@@ -149,7 +148,7 @@ def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path
 
 
-def spoil(file: str, how: str) -> None:
+def spoil(file, how):
     """Damage a file; ``how`` may be a new text."""
     path = Path(file)
     if how == "cut":
@@ -166,7 +165,7 @@ def spoil(file: str, how: str) -> None:
         path.write_text(how)
 
 
-def refused(given: str, *words: str) -> None:
+def refused(given, *words):
     """A model, or MODEL@REVISION, is refused in one sentence in which each of the words stands."""
     name, _, revision = given.partition("@")
     captions = name.startswith("bl")

@@ -1,25 +1,23 @@
-"""Scores of images by a scorer that sees nothing but the mean color, and the paper's table."""
+"""Prompt sets, and scores of images by a scorer that sees nothing but the mean color."""
 
-from collections.abc import Sequence
+import json
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.mini import heldout_dir
+from bilora_diffusion.mini import heldout_dir, train_dir
 from eval.clip_scores.captioners import Captioner
-from eval.clip_scores.images import Job, Sampling, Store, jobs
+from eval.clip_scores.images import Sampling, Store, jobs
 from eval.clip_scores.measure import ImageJudge, truth_pictures
 from eval.clip_scores.models import ModelEntry, Scorer
-from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.prompts import Prompt, read
 from eval.subjects import Subject
-from eval.table import Row
 
 COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
 FAR = float(np.dot(COLORS["red"], COLORS["green"]) / np.square(COLORS["red"]).sum())
@@ -31,21 +29,21 @@ BASE = Subject("base model", "base model", "base")
 class ColorScorer(Scorer):
     """Embeds an image as its mean color, and a text as the color that it names."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(ENTRY, self._mean, self._named, lambda text: False)
         self.embedded: list[Image.Image | str] = []
 
-    def _mean(self, images: Sequence[Image.Image]) -> Tensor:
+    def _mean(self, images):
         self.embedded += images
         return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
 
-    def _named(self, texts: Sequence[str]) -> Tensor:
+    def _named(self, texts):
         self.embedded += texts
         named = [next(c for word, c in COLORS.items() if word in text) for text in texts]
         return torch.tensor(named, dtype=torch.float32)
 
 
-def strongest(images: Sequence[Image.Image]) -> list[str]:
+def strongest(images):
     """A caption that names the strongest color."""
     return [f"{list(COLORS)[np.asarray(i).mean((0, 1)).argmax()]} thing" for i in images]
 
@@ -53,26 +51,20 @@ def strongest(images: Sequence[Image.Image]) -> list[str]:
 class Colors(Store):
     """Images in the color that (subject, prompt, seed) has; one of one color by default."""
 
-    def __init__(self, colors: dict[tuple[str, str, int], str]) -> None:
+    def __init__(self, colors):
         super().__init__(Path("images"), Sampling("mini", 8, 1, 1.0))
         self.colors = colors
 
-    def open(self, job: Job) -> Image.Image:
+    def open(self, job):
         key = (job.subject.label, job.prompt.text, job.seed)
         return Image.new("RGB", (8, 8), COLORS[self.colors.get(key, "red")])
 
 
-def subject(label: str) -> Subject:
+def subject(label):
     return Subject(label, label, method=label, digest=label * 8)
 
 
-def measured(
-    prompts: Sequence[Prompt],
-    colors: dict[tuple[str, str, int], str],
-    *subjects: Subject,
-    seeds: int = 1,
-    **more: Any,
-) -> list[Row]:
+def measured(prompts, colors, *subjects, seeds=1, **more):
     """The rows of all subjects."""
     usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
     originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
@@ -118,3 +110,76 @@ def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
     own.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r'own\.png.*"a red own"'):
         truth_pictures(prompts, "mini")
+
+
+PAPER = (
+    *("Fluffy Rabbit", "Curly Cloud", "Roaring Lion"),
+    *("Dripping Water Drop", "Hopping Frog", "Smiling Sun"),
+)
+
+
+def labels(folder):
+    """Label -> file name of the miniature's icons."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["label"]: row["file_name"] for row in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def icons():
+    return read("3d_icon")
+
+
+def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons):
+    assert len({prompt.text for prompt in icons}) == len(icons) == 200
+    for prompt in icons:
+        assert prompt.text == f"a TOK icon of a {prompt.instance}, in the style of TOK"
+        assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
+        assert not prompt.general
+    assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
+    asked = {str(prompt.instance).lower() for prompt in icons}
+    assert len(asked) == 200
+    assert asked.isdisjoint(labels(train_dir()))
+    found = {p.reference.name for p in icons if p.reference is not None}
+    assert found == set(labels(heldout_dir()).values())
+    general = read("general")
+    assert len({prompt.text for prompt in general}) == len(general) == 24
+    assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
+
+
+def test_a_csv_has_columns(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")
+    file = tmp_path / "my.csv"
+    file.write_text(
+        "id,prompt,caption,instance,reference\n"
+        '1,"an owl, at night","a line,\nbroken",Night Owl,pictures/owl.png\n'
+        "2,a photo of a cat,cat,,\n",
+        encoding="utf-8",
+    )
+    owl, cat = read(file)
+    assert owl == Prompt("an owl, at night", "Night Owl", tmp_path / "pictures" / "owl.png")
+    assert cat == Prompt("a photo of a cat", "cat")
+    assert [prompt.text for prompt in read(file, "caption")] == ["a line,\nbroken", "cat"]
+
+
+REFUSED = {
+    "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
+    "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
+    "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
+    "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),
+    "3d_icons": (None, None, ['"3d_icons"', 'did you mean "3d_icon"']),
+    "pipe.txt": (None, None, ["pipe.txt"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, column, words = REFUSED[name]
+    if content is not None:
+        Path(name).write_bytes(content)
+    os.mkfifo("pipe.txt")
+    with pytest.raises(UserError) as caught:
+        read(name, column)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value

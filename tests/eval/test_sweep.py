@@ -1,8 +1,6 @@
 """eval.sweep from its command line to its result, with cells that are run in no time."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pytest
 from PIL import Image
@@ -11,8 +9,6 @@ from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
 from eval.sweep.cells import Outcome, Runner
-from eval.sweep.grid import Cell
-from eval.table import Result, Summary
 
 RECIPE = str(ROOT / "recipes" / "mini.yaml")
 Curves = Mapping[str, Mapping[int, Sequence[tuple[float, float]]]]
@@ -27,17 +23,14 @@ TWO: Curves = {
     },
 }
 """Arm -> seed -> held-out and training loss before and after each step."""
-Sweeping = Callable[..., tuple[int, Result]]
 
 
 @pytest.fixture
-def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
+def swept(tmp_path, monkeypatch):
     """``swept(curves, *words)``: exit code and result; an empty curve is a cell that failed."""
 
-    def run(
-        curves: Curves, *words: str, digests: Mapping[str, str] | None = None
-    ) -> tuple[int, Result]:
-        def run_all(runner: Runner, cells: Sequence[Cell]) -> list[Outcome]:
+    def run(curves, *words, digests=None):
+        def run_all(runner, cells):
             return [_run(runner.runs_dir, cell, curves, digests or {}) for cell in cells]
 
         monkeypatch.setattr(Runner, "run_all", run_all)
@@ -52,7 +45,7 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
     return run
 
 
-def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> Outcome:
+def _run(runs, cell, curves, digests):
     curve = curves[cell.variant][cell.seed]
     if not curve:
         return Outcome(cell.name, cell.variant, cell.seed, "failed", 2, "the loss is not finite")
@@ -66,7 +59,7 @@ def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> 
     return Outcome(cell.name, cell.variant, cell.seed, "finished")
 
 
-def line(result: Result, arm: str, metric: str) -> Summary:
+def line(result, arm, metric):
     """A line of the summary, which there must be."""
     summary = result.summary(arm, metric)
     assert summary is not None
@@ -158,7 +151,7 @@ def test_a_dry_run_lists_the_cells_and_an_interrupt_says_how_to_go_on(
     assert told.count("accelerate.commands.launch") == 6
     assert list(tmp_path.iterdir()) == []
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Runner, "run_all", interrupted)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,20 +42,20 @@ record = {"schema_version": 1, "method": "lora", "status": "finished", "config":
 class Direct(Runner):
     """Starts the script without accelerate, whose import takes seconds."""
 
-    def command(self, cell: Cell) -> list[str]:
+    def command(self, cell):
         words = super().command(cell)
         return [sys.executable, *words[words.index(str(self.script)) :]]
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
+def runner(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "runs").mkdir()
     return Direct(script, Path("recipe.yaml"), tmp_path / "runs")
 
 
-def cell(name: str, *flags: str) -> Cell:
+def cell(name, *flags):
     return Cell(name, "arm", 0, flags)
 
 
@@ -89,10 +88,10 @@ def test_the_command_line_starts_afresh_or_goes_on(tmp_path):
     assert runner.command(own)[-2:] == ["--resume_from_checkpoint", "auto"]
 
 
-def when(files: Sequence[Path], act: Callable[[], object]) -> threading.Thread:
+def when(files, act):
     """Acts in a thread of its own once the files are there."""
 
-    def wait() -> None:
+    def wait():
         patience = time.monotonic() + 100  # a busy machine may take long to start a process
         while not all(map(Path.exists, files)) and time.monotonic() < patience:
             time.sleep(0.01)

@@ -1,6 +1,5 @@
 """From a sweep's command line to its cells: products, named arms, arms that are the same run."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +13,12 @@ RECIPE = ROOT / "recipes" / "mini.yaml"
 SCRIPT = "train_dreambooth_bilora.py"
 
 
-def grid(
-    *over: str, arms: dict[str, dict[str, Any]] | None = None, recipe: Path = RECIPE, **fields: Any
-) -> Grid:
+def grid(*over, arms=None, recipe=RECIPE, **fields):
     planner = Planner(recipe, open_script(SCRIPT), **fields)
     return planner.grid(axes.axes(over), arms or {})
 
 
-def labels(found: Grid) -> list[str]:
+def labels(found):
     return [arm.label for arm in found.variants]
 
 
@@ -58,7 +55,7 @@ def test_what_is_the_same_run_is_one_arm():
 
 
 def test_a_folders_name_tells_what_is_run(tmp_path):
-    def name(text: str, **fields: Any) -> str:
+    def name(text, **fields):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"dataset: mini\n{text}")
         return grid("seed=0", recipe=recipe, **fields).cells[0].name

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,23 @@ from safetensors.torch import save_file
 from bilora_diffusion.errors import UserError
 from eval import compare
 from eval.subjects import Subject
-from eval.table import Metric, Result, Summary
+from eval.table import Metric, Result
 from eval.text_scores import TextScores, bases, benchmarks, reporting
-from tests.eval.text_score_models import ROWS, Rows, save_record
+from tests.eval.text_score_models import ROWS, save_record
 
 MATTHEWS, LOSS = "heldout_matthews", "heldout_loss"
 
 
-def pairs(*words: Path | str, only_heldout: bool = False) -> list[tuple[Subject, bases.Base]]:
+def pairs(*words, only_heldout=False):
     args: argparse.Namespace = TextScores.parser().read([*map(str, words), "--benchmarks", "x"])
     return bases.gather(args, only_heldout)
 
 
-def gather(*words: Path | str, only_heldout: bool = True) -> list[Subject]:
+def gather(*words, only_heldout=True):
     return [subject for subject, _ in pairs(*words, only_heldout=only_heldout)]
 
 
-def make_run(
-    folder: Path, method: str = "lora", seed: int = 0, rows: Rows = ROWS, **config: Any
-) -> Path:
+def make_run(folder, method="lora", seed=0, rows=ROWS, **config):
     """A run folder with weights of nothing."""
     save_record(folder, method, seed, rows, **config)
     save_file({"A": torch.tensor([float(seed), len(method)])}, folder / "adapter_model.safetensors")
@@ -40,7 +37,7 @@ def make_run(
     return folder
 
 
-def make_adapter(folder: Path) -> Path:
+def make_adapter(folder):
     """The same without the record of a run."""
     (make_run(folder) / "run.json").unlink()
     return folder
@@ -151,7 +148,7 @@ Scores = dict[str, dict[int | None, list[float]]]
 SHARE = Metric("Bench", "", True, 100.0, ".2f")
 
 
-def result(scores: Scores, peaks: Sequence[int] = ()) -> Result:
+def result(scores, peaks=()):
     """A result of one benchmark: group -> seed -> scores of items; and each run's peak memory."""
     subjects, rows = [], []
     for group, seeds in scores.items():
@@ -170,7 +167,7 @@ def result(scores: Scores, peaks: Sequence[int] = ()) -> Result:
     )
 
 
-def line(found: Result, group: str) -> Summary:
+def line(found, group):
     summary = found.summary(group, "b")
     assert summary is not None
     return summary

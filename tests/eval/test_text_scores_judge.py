@@ -1,7 +1,6 @@
 """The judge: how ratings are read, and how an endpoint is asked, against a real local server."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from bilora_diffusion.errors import UserError
 from eval.cache import Cache
 from eval.text_scores import mtbench
-from eval.text_scores.benchmarks import Measured
 from eval.text_scores.models import Decoding
 from eval.text_scores.mtbench import Judge, MTBench, Question
 from tests.eval import text_score_models as models
@@ -33,7 +31,7 @@ QUESTIONS = [
 ]
 
 
-def ask(url: str, key: str = SECRET) -> str:
+def ask(url, key=SECRET):
     return Judge(url, "judge-1", key=key, attempts=3).ask("Good?")
 
 
@@ -93,7 +91,7 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
         assert SECRET not in str(caught.value)
 
 
-def measure(url: str, folder: Path) -> Measured:
+def measure(url, folder):
     asked = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     for question in QUESTIONS:  # every answer is there already, so that no model is asked
         decoding = Decoding(8, temperature=question.temperature).record()

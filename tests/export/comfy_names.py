@@ -29,13 +29,7 @@ _KREA = {
     "text_fusion.layerwise_blocks.#": "txtfusion.layerwise_blocks.#",
     "text_fusion.refiner_blocks.#": "txtfusion.refiner_blocks.#",
 }
-_KREA_ATTENTION = {
-    "to_q": "wq",
-    "to_k": "wk",
-    "to_v": "wv",
-    "to_gate": "gate",
-    "to_out.0": "wo",
-}
+_KREA_ATTENTION = {"to_q": "wq", "to_k": "wk", "to_v": "wv", "to_gate": "gate", "to_out.0": "wo"}
 _Z_IMAGE = ("layers.#", "context_refiner.#", "noise_refiner.#")
 
 NAMES: dict[str, dict[str, str]] = {

@@ -1,7 +1,6 @@
 """`python -m bilora_diffusion.export FILE --to FORMAT`: the same change in each format."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
@@ -45,7 +44,7 @@ SDXL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     """UNet with convolutions and both text encoders, of alpha 6 and rank 4, in both formats."""
     models = all_models(rank=4, alpha=6, use_dora=request.param)
     return export_all(tmp_path_factory.mktemp("convert") / "icons", models)
@@ -93,7 +92,7 @@ KOHYAS = {
 """Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does."""
 
 
-def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tensor) -> Path:
+def kohya_file(path, alpha, dtype, **more):
     """As kohya's own scripts write it: with alpha, and a rank of its own for a convolution."""
     tensors = dict(more)
     for name in KOHYAS:
@@ -150,7 +149,7 @@ def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path):
 
 
 def test_all_names_of_the_models_come_back_from_kohyas():
-    def weighted(model: nn.Module) -> list[str]:
+    def weighted(model):
         kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
         return [plain_name(n) for n, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -198,7 +197,7 @@ def test_refusals_of_convert(folder, tmp_path):
             convert(given, to, output)
 
 
-def with_adapters(base: Path) -> Any:
+def with_adapters(base):
     """A model with a primary and an auxiliary that are not zero."""
     return add_adapters(load_text_model(str(base)).model, AdapterSpec(rank=2, alpha=4))
 

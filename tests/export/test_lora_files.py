@@ -4,8 +4,6 @@ import contextlib
 import json
 import math
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,14 +26,12 @@ BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I64": 64, "U8": 8, "BOOL":
 BITS |= {"F8_E4M3": 8, "F8_E8M0": 8, "U32": 32}
 
 
-def pair(layer: str, r: int = 2, dtype: str = "F16", ab: tuple[str, str] = ("A", "B")) -> Any:
+def pair(layer, r=2, dtype="F16", ab=("A", "B")):
     A, B = (f"{layer}.lora_{end}.weight" for end in ab)
     return {A: (dtype, [r, 4]), B: (dtype, [4, r])}
 
 
-def a_file(
-    tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str], fill: bytes = b"\0"
-) -> bytes:
+def a_file(tensors, metadata, fill=b"\0"):
     """A structurally valid file, of zeros or other bytes."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -62,7 +58,7 @@ def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, caps
     assert lines[-1] == "auxiliary   none"
 
 
-def peft(folder: Path, config: str | bytes, key: str = PEFT) -> Path:
+def peft(folder, config, key=PEFT):
     """A layer of rank 4 with a configuration."""
     ones = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
     folder.mkdir(exist_ok=True)
@@ -105,7 +101,7 @@ def test_eight_bits_are_converted_exactly(tmp_path, dtype, to):
     assert torch.equal(layer.B.double(), B.double())
 
 
-def smuggle(way: str, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+def smuggle(way, tensors, metadata):
     for key in [key for key in tensors if key.startswith("unet.")]:
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")
         flat = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
@@ -281,7 +277,7 @@ def test_nothing_in_a_file_steers_the_terminal(folder, tmp_path, capsys):
     title = "\x1b]0;owned\x07\x9b31m\u202e"
     file = tmp_path / "foreign.safetensors"
 
-    def change(tensors, metadata, name) -> None:
+    def change(tensors, metadata, name):
         metadata |= {f"key {title}\nauxiliary   none": f"value {title}"}
         tensors[f"unet.{title}.{name}.weight"] = torch.ones(4, 4)
 

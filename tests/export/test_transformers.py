@@ -10,19 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import (
-    FILE_NAME,
-    convert,
-    inspect,
-    main,
-    save_diffusers,
-    verify,
-)
+from bilora_diffusion.export import FILE_NAME, convert, inspect, main, save_diffusers, verify
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -39,7 +31,7 @@ FAST = (SD3, "FluxPipeline")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def trained(kind: str, layers: str = "attention", **options: Any) -> Any:
+def trained(kind, layers="attention", **options):
     """A tiny pipeline whose transformer has a primary and an auxiliary of random values."""
     pipeline = made(kind)
     places = chosen([layers], of(pipeline), pipeline.transformer)
@@ -51,13 +43,13 @@ def trained(kind: str, layers: str = "attention", **options: Any) -> Any:
     return pipeline
 
 
-def exported(folder: Path, pipeline: Any) -> Path:
+def exported(folder, pipeline):
     models = {"transformer": pipeline.transformer}
     return save_diffusers(folder, models, base_model="some/base", extra_metadata=FACTS)
 
 
 @torch.no_grad()
-def output(pipeline: Any) -> Tensor:
+def output(pipeline):
     """The transformer's prediction for latents of noise and two prompts."""
     family, random = of(pipeline), torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 64, 64, generator=random)
@@ -68,7 +60,7 @@ def output(pipeline: Any) -> Tensor:
     return family.predict(pipeline.transformer, latents, torch.tensor([0.3, 0.8]), told)
 
 
-def pipeline_that_loads(kind: str) -> Any:
+def pipeline_that_loads(kind):
     pipeline = made(kind)
     if not hasattr(pipeline, "load_lora_weights"):
         pytest.skip(f"diffusers' {kind} has no load_lora_weights")
@@ -178,7 +170,7 @@ def test_a_folder_of_whole_models_is_no_adapter(tmp_path):
 RUNS: dict[str, dict[str, Any]] = {"lora": {"checkpointing_steps": 1}, "whole": {"method": "full"}}
 
 
-def run(name: str) -> Path:
+def run(name):
     """Of Bi-LoRA, or of full fine-tuning; shared."""
     base = {"pretrained_model_name_or_path": shared(SD3), "resolution": 64}
     return train_once(name, **base, **RUNS[name])

@@ -23,26 +23,26 @@ STEPS, SIDE = 5, 64
 READ = sorted({SDXL, *comfy.ENCODERS})
 
 
-def pipeline_of(kind: str) -> Any:
+def pipeline_of(kind):
     return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
 
 
-def graph_of(pipeline: Any) -> dict[str, Any]:
+def graph_of(pipeline):
     names: Any = {"checkpoint": "model", "lora": "dog.safetensors", "prompt": "a fox"}
     return comfy.workflow(
         pipeline, **names, seed=3, size={"width": SIDE, "height": SIDE}, steps=STEPS, guidance=2.5
     )
 
 
-def nodes(graph: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
+def nodes(graph, *kinds):
     return [node["inputs"] for node in graph.values() if node["class_type"] in kinds]
 
 
-def time_shift(alpha: float, times: torch.Tensor) -> torch.Tensor:
+def time_shift(alpha, times):
     return alpha * times / (1 + (alpha - 1) * times)
 
 
-def comfy_levels(graph: dict[str, Any]) -> torch.Tensor:
+def comfy_levels(graph):
     """Noise levels of a workflow from the first to the last before 0."""
     if nodes(graph, "Flux2Scheduler"):
         (given,) = nodes(graph, "Flux2Scheduler")
@@ -74,7 +74,7 @@ def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
     original = scheduler.set_timesteps
 
     @functools.wraps(original)
-    def recording(self: Any, *args: Any, **values: Any) -> None:
+    def recording(self, *args, **values):
         original(self, *args, **values)
         drawn.append(self.sigmas[:-1].float().clone())
 

@@ -2,7 +2,6 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +22,12 @@ from tests.scripts.runs import column, difference, train
 TENSORS = {"a": torch.rand(3, 5), "b": torch.rand(2).bfloat16(), "c": torch.arange(3)}
 
 
-def files(folder: Path) -> list[Path]:
+def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
-    def write_and_read(_: int) -> bool:
+    def write_and_read(_):
         DiskCache(tmp_path, "model").put(TENSORS, "key")
         found = DiskCache(tmp_path, "model").get("key") or {}
         return list(found) == list(TENSORS) and all(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec, activate, inject, parameters
 from bilora_diffusion.adapters.access import layers
@@ -16,7 +15,7 @@ from bilora_diffusion.adapters.fused import fuse
 from bilora_diffusion.adapters.targets import base_of, target_layers
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.families import of
-from bilora_diffusion.image.families.base import STEPS, Conditions, joined
+from bilora_diffusion.image.families.base import STEPS, joined
 from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.prompts import PromptCache
@@ -37,39 +36,39 @@ each_kind = pytest.mark.parametrize("kind", FILES)
 
 
 @cache
-def pipeline_of(kind: str) -> Any:
+def pipeline_of(kind):
     pipeline = made("FluxPipeline", guidance_embeds=False) if kind == SCHNELL else made(kind)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
     return pipeline
 
 
-def noise_of(pipeline: Any, seeds: list[int]) -> Tensor:
+def noise_of(pipeline, seeds):
     """(n, c, h, w), as a pipeline draws it from a generator for each image."""
     shape = latents_of(pipeline, 1).shape
     return torch.cat([torch.randn(shape, generator=generator(seed)) for seed in seeds])
 
 
-def generator(seed: int) -> torch.Generator:
+def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()
-def latents_of(pipeline: Any, count: int) -> Tensor:
+def latents_of(pipeline, count):
     """Of images of noise, as the denoiser sees them."""
     pixels = torch.rand(count, 3, SIDE, SIDE, generator=generator(5)) * 2 - 1
     space = of(pipeline).space(pipeline.vae)
     return space.encode(space.distribution(pipeline.vae, pixels)[0])
 
 
-def module_of(pipeline: Any, scheme: str) -> DreamBoothModule:
+def module_of(pipeline, scheme):
     family = of(pipeline)
     mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
     schedule = FlowMatching.from_config(dict(pipeline.scheduler.config), mu, scheme=scheme)
     return DreamBoothModule(family, pipeline.transformer, [], schedule)
 
 
-def inputs_of(pipeline: Any, told: Conditions, count: int) -> dict[str, Any]:
+def inputs_of(pipeline, told, count):
     return {
         "latents": latents_of(pipeline, count),
         "noise": noise_of(pipeline, list(range(count))),
@@ -117,7 +116,7 @@ def test_the_shift_is_the_pipelines(kind, monkeypatch):
     family, scheduler = of(pipeline), type(pipeline.scheduler)
 
     @functools.wraps(scheduler.set_timesteps)
-    def set_timesteps(*_: Any, mu: float | None = None, **__: Any) -> None:
+    def set_timesteps(*_, mu=None, **__):
         seen.append(mu)
         raise InterruptedError
 
@@ -184,7 +183,7 @@ def test_gradients_reach_every_target(word, kind):
     told = family.embed(pipeline, PROMPTS)
     module_of(pipeline, "none")(inputs_of(pipeline, told, 2)).mean().backward()
 
-    def moved(weight: Any) -> bool:
+    def moved(weight):
         return weight.grad is not None and bool(weight.grad.abs().max() > 0)
 
     reached = {

@@ -1,7 +1,6 @@
 """What only some of the flow-matching models have: distilled ones, limits, a system prompt."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ SIDE, STEPS = 64, 10
 QWEN, LUMINA = "QwenImagePipeline", "Lumina2Pipeline"
 
 
-def drawn_levels(pipeline: Any) -> torch.Tensor:
+def drawn_levels(pipeline):
     """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
     family = of(pipeline)
     sampler = _sampler(family, pipeline)

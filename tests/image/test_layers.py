@@ -1,7 +1,6 @@
 """Which layers a word of --lora_layers stands for, in each kind of model."""
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -30,11 +29,11 @@ FEED_FORWARD = {
 each_kind = pytest.mark.parametrize("kind", [SDXL, *FILES])
 
 
-def pipeline(kind: str) -> Any:
+def pipeline(kind):
     return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
 
 
-def layers(pipeline: Any, *words: str) -> set[str]:
+def layers(pipeline, *words):
     model = of(pipeline).model(pipeline)
     spec = AdapterSpec(target_modules=chosen(words, of(pipeline), model))
     return set(target_layers(model, spec))

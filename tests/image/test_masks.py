@@ -1,7 +1,6 @@
 """Which part of an image is learned: where masks come from, and what they do to the loss."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,13 +21,13 @@ from tests.scripts.runs import column, resumes_exactly, train
 SIDE = 64
 
 
-def picture(folder: Path, name: str, mask: Image.Image | None = None) -> None:
+def picture(folder, name, mask=None):
     Image.effect_noise((SIDE, SIDE), 60).convert("RGB").save(folder / f"{name}.jpg")
     if mask is not None:
         mask.save(folder / f"{name}.mask.png")
 
 
-def half(box: tuple[int, int, int, int] = (0, 0, SIDE // 2, SIDE)) -> Image.Image:
+def half(box=(0, 0, SIDE // 2, SIDE)):
     """Bright in one half, dark in the other."""
     mask = Image.new("L", (SIDE, SIDE), 0)
     mask.paste(255, box)
@@ -36,7 +35,7 @@ def half(box: tuple[int, int, int, int] = (0, 0, SIDE // 2, SIDE)) -> Image.Imag
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     picture(folder, "a", half())

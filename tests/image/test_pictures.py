@@ -22,7 +22,7 @@ SIDES = st.integers(1, 400)
 RESOLUTIONS = st.integers(1, 32).map(lambda k: 8 * k)
 
 
-def picture(height: int, width: int) -> Image.Image:
+def picture(height, width):
     values = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3))
     return Image.fromarray(values.astype(np.uint8), "RGB")
 
@@ -53,7 +53,7 @@ def test_random_crops_reach_every_place_and_flips_are_even():
 
 
 def test_an_option_leaves_the_other_draws_alone():
-    def drawn(center_crop: bool, random_flip: bool) -> tuple[Crop, float]:
+    def drawn(center_crop, random_flip):
         draws, options = generator("same"), {"center_crop": center_crop, "random_flip": random_flip}
         return draw((40, 90), (16, 16), generator=draws, **options), float(
             torch.rand(1, generator=draws)
@@ -140,7 +140,7 @@ def test_an_image_is_decoded_once_while_there_is_room(tmp_path):
     picture(96, 64).save(tmp_path / "odd.png")
     images = open_images(str(tmp_path))
 
-    def cached(room: int) -> bool:
+    def cached(room):
         call = Resized(room)
         first, second = (call(images, 0, (64, 64), "lanczos")[0] for _ in range(2))
         assert torch.equal(first, second)

@@ -1,7 +1,6 @@
 """Prompt embeddings and images, against diffusers' own pipeline."""
 
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,18 +20,18 @@ from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import Visit, VisitStream
+from bilora_diffusion.image.visits import VisitStream
 from tests.scripts.runs import flags
 
 PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
-def picture(name: str, pixels: torch.Tensor | None = None) -> Any:
+def picture(name, pixels=None) -> Any:
     """A draw of an image, black by default."""
     pixels = torch.zeros(3, 64, 64) if pixels is None else pixels
     return SimpleNamespace(name=name, content=(name,), read=lambda: (pixels, None))
@@ -132,7 +131,7 @@ def test_one_odd_image_keeps_no_other_from_being_encoded_once(pipeline, tmp_path
     encoded: list[str] = []
 
     class Counting(Encoder):
-        def _encoded(self, visits: Sequence[Visit], at_once: int) -> Any:
+        def _encoded(self, visits, at_once):
             encoded.extend(visit.name for visit in visits)
             return super()._encoded(visits, at_once)
 

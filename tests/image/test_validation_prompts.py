@@ -105,10 +105,7 @@ def test_bad_settings_are_a_sentence_with_their_place(item, named, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("more", "named"),
-    [
-        (("--method", "full"), "--method full"),
-        (("--init_lora_weights", "pissa"), "pissa"),
-    ],
+    [(("--method", "full"), "--method full"), (("--init_lora_weights", "pissa"), "pissa")],
 )
 def test_what_a_strength_does_not_go_with(more, named):
     with pytest.raises(UserError, match=named):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bilora_diffusion import adapters, inits
@@ -18,23 +18,23 @@ from bilora_diffusion.train.gradients import collecting
 from tests.references import lora_ga as reference
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
+def random(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def assert_same_components(rows: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_same_components(rows, expected, tolerance=1e-5):
     """Equal up to the sign of each row, which a singular value decomposition leaves open."""
     signs = (rows * expected).sum(1).sign()
     torch.testing.assert_close(signs[:, None] * rows, expected, rtol=tolerance, atol=tolerance)
 
 
-def weight_of(model: nn.Module, index: int = 0) -> Tensor:
+def weight_of(model, index=0):
     """The weight of one layer of a sequence, without adapters."""
     return cast(Any, model)[index].weight.detach()
 
 
-def start(model: nn.Module, spec: AdapterSpec, gradients: dict[str, Tensor] | None = None) -> None:
+def start(model, spec, gradients=None):
     """Start from an init as a method and a fresh run do, without a method."""
     adapters.inject(model, spec)
     inits.prepare(model, spec)

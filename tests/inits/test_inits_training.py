@@ -1,6 +1,5 @@
 """The inits in use: on models, under methods, from a task's loss, through the API, and refused."""
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -25,7 +24,7 @@ def test_collecting_gives_the_gradients_of_the_model_as_it_came():
     case = CASES["unet"]
     base, model = case.make().train(), case.make().train()
 
-    def backward(of: nn.Module) -> None:
+    def backward(of):
         (case.output(of) - 1).square().mean().backward()
 
     backward(base)
@@ -57,32 +56,30 @@ class Toy:
 
     num_samples = 5
 
-    def __init__(self, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, scale=1.0, dtype=torch.float32):
         self.model = tiny_mlp().to(dtype)
         self.asked: list[tuple[int, tuple[int, ...]]] = []
         self.scale, self.dtype = scale, dtype
 
     @property
-    def module(self) -> Callable[[dict[str, Any]], Tensor]:
+    def module(self):
         return lambda inputs: self.model(inputs["x"]).float().square().mean(1) * self.scale
 
-    def micro_batches(
-        self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
-    ) -> Iterator[MicroBatch]:
+    def micro_batches(self, schedule, step_size):
         for step, slots in schedule:
             self.asked.append((step * step_size, slots))
             known = tuple(str(slot) for slot in slots)
             yield MicroBatch(slots, known, known, {"x": self.rows(slots)})
 
-    def rows(self, slots: Sequence[int]) -> Tensor:
+    def rows(self, slots):
         made = [torch.randn(6, generator=torch.Generator().manual_seed(slot)) for slot in slots]
         return torch.stack(made).to(self.dtype)
 
-    def targets(self) -> list[Target]:
+    def targets(self):
         return [Target("toy", self.model, AdapterSpec(2, 3, 0, "lora-ga", False, TARGETS), 1e-2)]
 
 
-def gradient_of(task: Toy, micro_batch: int = 2) -> dict[str, Tensor]:
+def gradient_of(task, micro_batch=2):
     create("lora").setup(task.targets())
     given: dict[str, Any] = {"samples": 7, "seed": 0, "device": torch.device("cpu")}
     models = {"toy": task.model}
@@ -149,19 +146,19 @@ def test_lora_ga_through_the_api_needs_a_gradient_and_leaves_other_layers_alone(
         bilora.initialise(lambda: None)
 
 
-def tied() -> nn.Module:
+def tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     cast(Any, model[1]).weight = model[0].weight
     return model
 
 
-def quantized() -> nn.Module:
+def quantized():
     model = nn.Sequential(nn.Linear(8, 8))
     quantize(model, torch.float32)
     return model
 
 
-def brought() -> nn.Module:
+def brought():
     """A model with an adapter of its own."""
     return get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
 

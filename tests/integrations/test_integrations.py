@@ -40,7 +40,7 @@ NUMBERS = [(7 * row) % 11 for row in range(STEPS * BATCH)]
 AUTO = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
 
 
-def peft_llm() -> Any:
+def peft_llm():
     return get_peft_model(tiny_llm(), PEFT)
 
 
@@ -85,8 +85,7 @@ def test_a_trainer_takes_the_steps_of_a_loop(
 
 
 @pytest.mark.parametrize(
-    ("kind", "make"),
-    [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)],
+    ("kind", "make"), [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)]
 )
 def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     bilora = attached(make(), replace(CONFIG, rho=0.5))
@@ -94,13 +93,13 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     seen: list[tuple[tuple[str, ...], str]] = []
 
     class Look(TrainerCallback):
-        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        def on_prediction_step(self, *args, **kwargs):
             seen.append((adapters.active(bilora.model), "step"))
 
-        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        def on_evaluate(self, *args, **kwargs):
             seen.append((adapters.active(bilora.model), "end"))
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, *args, **kwargs):
             assert adapters.active(bilora.model) == (PRIMARY, AUXILIARY)
 
     values = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps"}

@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 
 from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.integrations import trainer as integration
 from bilora_diffusion.integrations import use_bilora
@@ -37,17 +36,11 @@ STOP = 4
 
 
 class Stop(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == STOP
 
 
-def make(
-    folder: Path,
-    config: BiLoRAConfig = CONFIG,
-    kind: str = "trainer",
-    seed: int = 7,
-    **values: Any,
-) -> tuple[Any, BiLoRA]:
+def make(folder, config=CONFIG, kind="trainer", seed=7, **values):
     """A trainer as a new process would make it; `seed` is of what the process did before."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -95,10 +88,10 @@ def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     seen: list[tuple[str, ...]] = []
 
     class Look(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, *args, **kwargs):
             assert difference(bilora, before) == 0
 
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, *args, **kwargs):
             seen.append(adapters.active(bilora.model))
             assert all(p.requires_grad for p in adapters.parameters(bilora.model, AUXILIARY))
 
@@ -115,7 +108,7 @@ def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     trainer, _ = make(folder)
     trainer.add_callback(Stop())
@@ -123,14 +116,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / f"checkpoint-{STOP}"
 
 
-def cut(size: int) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+def cut(size):
+    def change(folder):
         (folder / STATE).write_bytes((folder / STATE).read_bytes()[:size])
 
     return change
 
 
-def lack(name: str) -> Callable[[Path], None]:
+def lack(name):
     return lambda folder: (folder / name).unlink()
 
 
@@ -159,7 +152,7 @@ TARGETS = LoraConfig(target_modules=["q_proj"])
 HEAD = BiLoRAConfig(target_modules=("q_proj", "lm_head"))  # which TRL would pass by
 
 
-def changed(folder: Path, name: str, value: Any) -> Any:
+def changed(folder, name, value):
     trainer = plain(folder, tiny_llm())
     setattr(trainer, name, value)
     return trainer

@@ -1,18 +1,16 @@
 """An auxiliary for each sample against per-sample loops, and what it must not depend on."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import Method, MethodOptions
+from bilora_diffusion.methods import MethodOptions
 from bilora_diffusion.methods.auxiliaries import deal
 from tests.contract.harness import Run as Small
 from tests.contract.models import ROWS
@@ -22,13 +20,13 @@ from tests.references import methods as reference
 COUNT = 5
 
 
-def samples(k: int, rows: int = 7) -> list[int | None]:
+def samples(k, rows=7):
     """Samples of step k: some twice, some not at all, and one row that is none."""
     drawn = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
     return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
 
 
-def backward(run: Run, k: int, cuts: Sequence[int] = ()) -> Tensor:
+def backward(run, k, cuts=()):
     """One pass over `batch(k)`, cut before these rows."""
     x, y = batch(k)
     whole, total = samples(k), torch.zeros((), dtype=torch.float64)
@@ -41,7 +39,7 @@ def backward(run: Run, k: int, cuts: Sequence[int] = ()) -> Tensor:
     return total
 
 
-def flats(method: Method) -> dict[str, Tensor]:
+def flats(method):
     return {k: v.clone() for k, v in method.tensors().items() if "/auxiliary/" in k}
 
 
@@ -99,7 +97,7 @@ def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball():
     assert 0.0099 < run.method.metrics()["auxiliary_norm"] <= 0.01 * (1 + 1e-6)
 
 
-def counts(run: Run) -> list[float]:
+def counts(run):
     own = run.optimizer.param_groups[-1]["params"]
     return [float(run.optimizer.state.get(p, {}).get("step", 0)) for p in own]
 
@@ -122,7 +120,7 @@ def test_a_step_of_no_samples_moves_the_primary_alone(rho):
     run.train(3, backward=lambda k: backward(run, k))
     before, primary = flats(run.method), {k: v.clone() for k, v in run.primary().items()}
 
-    def without(k: int) -> Tensor:
+    def without(k):
         with run.method.seen([None] * 7):
             return run.backward(k)
 
@@ -151,7 +149,7 @@ class Operations(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
         return func(*args, **(kwargs or {}))
 
@@ -161,7 +159,7 @@ def test_a_step_takes_as_many_operations_however_many_there_are():
     for number in (8, 80):
         run = Run("bilora", MethodOptions(auxiliaries=number))
 
-        def forward_backward(run: Run = run) -> Tensor:
+        def forward_backward(run=run):
             with run.method.seen(range(7)):
                 return run.backward()
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from bilora_diffusion.adapters import Factors
 from bilora_diffusion.methods import ball
@@ -15,22 +14,16 @@ from bilora_diffusion.methods import ball
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def true_norm(factors: list[Factors]) -> float:
+def true_norm(factors):
     """Every product formed in float64."""
     squares = [(f.scale * (f.B.double() @ f.A.double())).square().sum() for f in factors]
     return math.sqrt(math.fsum(float(square) for square in squares))
 
 
-def random_factors(
-    shapes: list[tuple[int, int, int]],
-    scales: list[float],
-    dtypes: list[torch.dtype],
-    seed: int,
-    sizes: tuple[float, float] = (1.0, 1.0),
-) -> list[Factors]:
+def random_factors(shapes, scales, dtypes, seed, sizes=(1.0, 1.0)):
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(rows: int, columns: int, size: float, dtype: torch.dtype) -> Tensor:
+    def draw(rows, columns, size, dtype):
         values = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * size
         return values.to(dtype)
 
@@ -41,7 +34,7 @@ def random_factors(
 
 
 @st.composite
-def many_factors(draw: st.DrawFn) -> list[Factors]:
+def many_factors(draw):
     """Layers of mixed shapes, ranks, scales, sizes and precisions; some repeated."""
     dimension = st.integers(1, 40)
     kinds = draw(st.lists(st.tuples(dimension, dimension, st.integers(1, 9)), min_size=1))
@@ -60,11 +53,7 @@ def many_factors(draw: st.DrawFn) -> list[Factors]:
 
 
 @settings(max_examples=150)
-@given(
-    factors=many_factors(),
-    rho=st.floats(1e-3, 100, allow_nan=False),
-    scaled=st.booleans(),
-)
+@given(factors=many_factors(), rho=st.floats(1e-3, 100, allow_nan=False), scaled=st.booleans())
 def test_the_norm_is_within_rho_after_projection(factors, rho, scaled):
     copies = copy.deepcopy(factors)
     if not scaled:

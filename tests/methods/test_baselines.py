@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from prodigyopt import Prodigy
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bilora_diffusion import adapters
@@ -46,7 +46,7 @@ def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name):
     losses = []
     for each in (run, without):
 
-        def backward(k: int, first: Any = each.model[:2]) -> Tensor:
+        def backward(k, first=each.model[:2]):
             loss = (first(batch(0)[0]) - 1).square().mean()
             loss.backward()
             return loss.detach()
@@ -67,7 +67,7 @@ def test_a_failing_pass_leaves_no_perturbation(name, number):
     before = copy.deepcopy(run.model.state_dict())
     run.passes = 0
 
-    def fails(k: int) -> Tensor:
+    def fails(k):
         if run.passes == number - 1:
             raise RuntimeError("boom")
         return run.backward(k)
@@ -88,7 +88,7 @@ def test_flat_lora_restores_bf16_weights_exactly_after_200_steps():
     base = [weight.detach().clone() for weight in weights]
     x, moves = torch.randn(16, 64).bfloat16(), []
 
-    def forward_backward() -> Tensor:
+    def forward_backward():
         pairs = zip(weights, base, strict=True)
         moves.append(max(float((now - w).float().norm() / w.float().norm()) for now, w in pairs))
         loss = model(x).float().square().mean()
@@ -122,7 +122,7 @@ def test_a_schedule_without_a_length_is_refused():
 
 
 def test_looking_at_every_step_is_lora_sam_and_looks_are_logged():
-    def look(every: int) -> Run:
+    def look(every):
         options = MethodOptions(rho=0.2, own=LookSAMOptions(looksam_k=every))
         return Run("lora-looksam", options, "AdamW", 5e-3)
 
@@ -146,7 +146,7 @@ def test_msam_moves_by_rho_against_the_momentum_of_any_optimizer(name):
     run = Run("lora-msam", MethodOptions(rho=0.3), MOMENTA[name])
     weights, momenta, before = run.method.clip_parameters(), [], []
 
-    def backward(k: int) -> Tensor:
+    def backward(k):
         steps = [w.detach() - b for w, b in zip(weights, before, strict=True)]
         norm = torch.cat([v.flatten() for v in momenta]).norm() if k else 1.0
         for step, v in zip(steps, momenta, strict=True):
@@ -173,7 +173,7 @@ def test_efm_lora_moves_layers_of_any_shape_and_none_without_a_gradient():
     torch.manual_seed(0)
     shapes = [(3, 7, 5, 2.0), (3, 7, 5, 2.0), (2, 4, 9, 0.5), (4, 3, 3, 1.0), (3, 7, 5, 2.0)]
 
-    def drawn(r: int, n: int, m: int, s: float) -> Factors:
+    def drawn(r, n, m, s):
         return Factors("", torch.randn(r, n).double(), torch.randn(m, r).double(), s)
 
     layers, gradients = ([drawn(*shape) for shape in shapes] for _ in range(2))

@@ -1,7 +1,6 @@
 """Bi-LoRA: its ball after every step, the radius that sets itself, and its optimizers."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -62,7 +61,7 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
         assert method.auxiliary_norm() == pytest.approx(norm, rel=1e-5, abs=1e-9)
 
 
-def change(layer: Any, scaled: bool) -> Tensor:
+def change(layer, scaled):
     """The auxiliary's change of a linear or convolution layer's weight, formed in float64."""
     A, B = (f[AUXILIARY].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
     scale = layer.scaling[AUXILIARY] if scaled else 1.0
@@ -75,7 +74,7 @@ def test_the_unit_of_the_loss_plays_no_part_in_the_radius():
         options = MethodOptions(rho="auto", loss_rise=0.3)
         run = Run("bilora", options, lambda g, unit=unit: torch.optim.AdamW(g, eps=1e-8 * unit))
 
-        def backward(k: int, run: Run = run, unit: float = unit) -> Tensor:
+        def backward(k, run=run, unit=unit):
             loss = unit * (run.model(batch(k)[0]) - batch(k)[1]).square().mean()
             loss.backward()
             return loss.detach()
@@ -99,7 +98,7 @@ def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
     assert run.method.metrics()["rho"] == pytest.approx(radius.MOST * moved)
 
 
-def effective(layer: Any) -> Tensor:
+def effective(layer):
     """The weight that acts where the primary alone does."""
     inputs = torch.eye(layer.in_features, dtype=torch.float64)
     with torch.no_grad():
@@ -143,10 +142,10 @@ def test_a_method_whose_radius_can_not_set_itself_refuses(name):
 class Plain(torch.optim.Optimizer):
     """Gradient descent that knows no `maximize`, as Prodigy and 8-bit AdamW."""
 
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
+    def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure=None):  # type: ignore[override]
         if closure is not None:
             closure()
         with torch.no_grad():
@@ -156,7 +155,7 @@ class Plain(torch.optim.Optimizer):
                         parameter -= group["lr"] * parameter.grad
 
 
-def made(kind: Any = "SGD", bound: bool = True) -> Any:
+def made(kind: Any = "SGD", bound=True) -> Any:
     return Run("bilora", MethodOptions(rho=RHO), kind, 0.1, bound=bound)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
@@ -20,7 +19,7 @@ HALVES = (slice(0, 4), slice(4, 7))
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     runpy.run_path(str(CONTROLS))
 
@@ -41,10 +40,10 @@ def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows():
                 assert columns.tolist() == [True] * acting + [False] * (8 - acting), timestep
 
 
-def halves(run: Run) -> Any:
+def halves(run):
     """A pass over two micro-batches of 4 and 3 rows, as the loop makes them."""
 
-    def work(k: int) -> Tensor:
+    def work(k):
         x, y = batch(k)
         losses = []
         for rows in HALVES:

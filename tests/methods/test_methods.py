@@ -1,10 +1,9 @@
 """methods: the registry, the options, the groups, and where the methods start from."""
 
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
@@ -25,7 +24,7 @@ ADAPTING = [name for name in names() if not create(name).exports_weights]
 
 @pytest.mark.parametrize("option", ["default", "pissa"])
 def test_methods_start_from_the_same_primary_and_the_auxiliary_as_ever(option):
-    def start(name: str, option: str = option) -> dict[str, Tensor]:
+    def start(name, option=option):
         return Run(name, option, "clip").initialise().tensors()
 
     first = start("lora")
@@ -53,7 +52,7 @@ def test_registry(monkeypatch):
 
 
 def test_the_groups_of_several_targets():
-    def groups(**options: Any) -> dict[str, dict[str, Any]]:
+    def groups(**options):
         targets = [
             Target("unet", tiny_mlp(), AdapterSpec(target_modules=("first",)), 1e-3, 0.1),
             Target("text", tiny_mlp(), AdapterSpec(target_modules=("last",)), 1e-4, 0.2),

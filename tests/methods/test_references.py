@@ -30,12 +30,12 @@ FALLS: dict[str, Callable[[float], float]] = {
 }
 
 
-def bar(net: Net, x: Tensor, y: Tensor, kind: str, schedule: str) -> float:
+def bar(net, x, y, kind, schedule):
     strength = 2.0 * FALLS[schedule]((net.k + 1) / STEPS)
     return reference.bar(net, x, y, kind, strength)
 
 
-def flat_lora(net: Net, x: Tensor, y: Tensor) -> float:
+def flat_lora(net, x, y):
     """With the noise of seed 5."""
     normal = []
     for layer, path in zip(net.layers, ("0", "2"), strict=True):
@@ -91,11 +91,7 @@ CASES: list[Case] = [
         for ball in ("per-layer", "none")
     ),
     ("bilora", BALL | {"auxiliary_direction": "descent"}, partial(reference.bilora, rho=0.05)),
-    (
-        "bilora",
-        BALL | {"rho_norm": "unscaled"},
-        partial(reference.bilora, rho=0.05, scaled=False),
-    ),
+    ("bilora", BALL | {"rho_norm": "unscaled"}, partial(reference.bilora, rho=0.05, scaled=False)),
     *(
         (
             "bilora",

@@ -1,4 +1,4 @@
-"""The embedded miniatures as shipped: genuine, small, and as good as their cards say."""
+"""The embedded miniatures are as good as their cards say; the demo compares what saw the same."""
 
 import hashlib
 import json
@@ -13,15 +13,16 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.demo import require_paired
+from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
 from bilora_diffusion.mini import scorer
+from examples import own_loop
 
 ROOT = Path(mini.__file__).parent
 ICONS = {
@@ -34,7 +35,7 @@ SIZES = {mini.pipeline_dir(): 44e6, mini.flow_dir(): 30e6, scorer.scorer_dir(): 
 SOLID, FLAT = "a ToK icon of a {}, in the style of ToK", "a flat icon of a {}"
 
 
-def read_metadata(name: str) -> list[dict[str, str]]:
+def read_metadata(name):
     lines = (ICONS[name][0] / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -91,11 +92,11 @@ def test_the_tokenizer_takes_any_string_and_has_the_rare_word_whatever_its_case(
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any, Any]:
+def loaded():
     return scorer.load()
 
 
-def encoded(loaded: tuple[Any, Any, Any], lines: list[str]) -> Tensor:
+def encoded(loaded, lines):
     return loaded[0].encode_text(loaded[2](lines), normalize=True)
 
 
@@ -164,3 +165,28 @@ def test_a_missing_file_of_the_scorer_is_named(tmp_path, name):
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(UserError, match=name):
         scorer.captions(tmp_path) if name == "captions.txt" else scorer.load(tmp_path)
+
+
+def run(folder, digests):
+    folder.mkdir()
+    lines = [json.dumps({"step": n, "digest": d}) for n, d in enumerate(digests, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(("other", "step"), [("xyz", None), ("xyw", 3), ("xy", 3), ("xyzx", 4)])
+def test_only_runs_of_equal_digests_are_compared(tmp_path, other, step):
+    pair = [run(tmp_path / "a", "xyz"), run(tmp_path / "b", other)]
+    if step is None:
+        assert require_paired(pair) == 3
+    else:
+        with pytest.raises(TrainingError, match=f"step {step}"):
+            require_paired(pair)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_takes_its_steps(capsys):
+    own_loop.main(["--steps", "1"])
+    head, *curves = capsys.readouterr().out.splitlines()[-3:]
+    assert head.endswith("at 0")
+    assert [line.split()[-1] for line in curves] == [curves[0].split()[-1]] * 2

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,7 @@ MINI = ["--dataset", "mini"]
 VAE = ["--pretrained_vae_model_name_or_path", "madebyollin/sdxl-vae-fp16-fix"]
 
 
-def card(
-    folder: Path,
-    flags: Sequence[str],
-    repo: str | None = None,
-    results: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> ModelCard:
+def card(folder, flags, repo=None, results=None, **options):
     """The card of a run of 500 steps, with whatever images lie in its folder."""
     folder.mkdir(exist_ok=True)
     cfg = resolve([*flags, "--output_dir", str(folder), "--mixed_precision", "no"])
@@ -49,14 +42,14 @@ def card(
     return ModelCard.load(folder / "README.md")
 
 
-def sampled(folder: Path, count: int) -> None:
+def sampled(folder, count):
     images = folder / "validation" / "step-500"
     images.mkdir(parents=True)
     for number in range(count):
         (images / f"{number}.png").touch()
 
 
-def code(text: str) -> str:
+def code(text):
     """The Python block of a card; raises when it is not Python."""
     block = text.split("```python\n")[1].split("\n```")[0]
     ast.parse(block)
@@ -95,7 +88,7 @@ def test_a_full_card(tmp_path):
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
 
 
-def run(snippet: str, replaced: Mapping[str, str] | None = None) -> None:
+def run(snippet, replaced=None):
     """Run a card's code on the miniature and the CPU, with two steps instead of fifty."""
     for old, new in {'"cuda"': '"cpu"', ").images": ", num_inference_steps=2).images"}.items():
         snippet = snippet.replace(old, new)
@@ -112,12 +105,12 @@ def run(snippet: str, replaced: Mapping[str, str] | None = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline():
     return DiffusionPipeline.from_pretrained(pipeline_dir(), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory, pipeline: Any) -> Path:
+def weights(tmp_path_factory, pipeline):
     """A folder with a LoRA for the miniature in both formats."""
     folder = tmp_path_factory.mktemp("icons")
     write_lora(folder, pipeline, components=("unet", "text_encoder"), kohya=True)
@@ -190,9 +183,7 @@ def test_any_prompt_survives(tmp_path_factory, prompt):
         assert f"pipeline({prompt!r})" in code(found.text)
 
 
-def text_card(
-    folder: Path, kind: str, model: str, *more: str, repo: str | None = None
-) -> ModelCard:
+def text_card(folder, kind, model, *more, repo=None):
     argv = ["--model_name_or_path", model, "--task_type", kind, "--task", "sst2", *more]
     labels = ["negative", "positive"] if kind == "classification" else []
     results = {"steps": 30, "export": {"labels": labels, "layers": 3}}

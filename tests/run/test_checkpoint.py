@@ -3,13 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bilora_diffusion.durable import TEMPORARY
 from bilora_diffusion.errors import UserError
@@ -30,7 +27,7 @@ DTYPES = (
 )
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same(a, b):
     """Whether two tensors have the same bytes."""
     bits = [t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)]
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
@@ -84,7 +81,7 @@ def test_what_cannot_come_back_is_refused(tmp_path, value):
     assert os.listdir(tmp_path / checkpoint.CHECKPOINTS) == ["step-1"]
 
 
-def load_latest(folder: Path) -> checkpoint.Checkpoint:
+def load_latest(folder):
     path = latest(folder)
     assert path is not None
     return load(path)
@@ -94,12 +91,12 @@ class Crash(BaseException):
     """The moment the machine stops: nothing after it reaches the disk."""
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+def crash_at(monkeypatch, call):
     """Let the ``call``-th change of the disk, and all after it, not happen."""
     count = 0
 
-    def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
-        def change(*args: Any, **kwargs: Any) -> Any:
+    def guarded(real):
+        def change(*args, **kwargs):
             nonlocal count
             count += 1
             if count >= call:

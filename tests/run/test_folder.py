@@ -6,28 +6,22 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.run.folder import (
-    clear,
-    guard,
-    refuse_unusable,
-)
+from bilora_diffusion.run.folder import clear, guard, refuse_unusable
 from bilora_diffusion.run.runlog import RunLog
 from tests.run.checkpoints import save
 
 
-def start(folder: Path) -> RunLog:
+def start(folder):
     log = RunLog(folder)
     log.start({}, method="lora", seed=0, resume_step=None)
     return log
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def files(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(
-    *parts: object, folder: Path, resume: str | Path | None = None, overwrite: bool = False
-) -> None:
+def refused(*parts, folder, resume=None, overwrite=False):
     """The folder is refused by a sentence that has these parts."""
     with pytest.raises(UserError) as error:
         guard(folder, resume, overwrite)
@@ -37,9 +31,7 @@ def refused(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1"),
-    ],
+    [*("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1")],
 )
 def test_what_no_run_has_written_is_refused(tmp_path, name):
     path = tmp_path / "run" / name

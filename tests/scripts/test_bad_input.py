@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +52,7 @@ DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wrong(tmp_path_factory):
     """Folders and files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("bad")
     for name in ("damaged", "unknown"):
@@ -76,7 +75,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def snapshot(folder: Path) -> dict[str, str]:
+def snapshot(folder):
     """A digest of every file below a folder."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -85,7 +84,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def refused(argv: list[str], capsys: Any) -> str:
+def refused(argv, capsys):
     """The one sentence that a script refuses a command line with."""
     of_text = "--model_name_or_path" in argv
     code = (train_text_bilora if of_text else train_dreambooth_bilora).main(argv)

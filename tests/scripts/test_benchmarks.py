@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+def load(monkeypatch):
     """Imports a file of the benchmarks, which find each other in their own folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
@@ -87,7 +87,7 @@ def test_rounds_are_fair_and_the_ratio_is_paired(load):
     seen: list[tuple[str, int]] = []
     measure = load("measure")
 
-    def arm(name: str) -> Any:
+    def arm(name):
         return lambda number: (seen.append((name, number)), float(number))[1]
 
     times = measure.interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from bilora_diffusion.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find
-from eval.table import Result
 from tests.scripts.conftest import ROOT
 from tests.scripts.runs import train_once
 
@@ -34,7 +32,7 @@ LORA = "pytorch_lora_weights.safetensors"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-def words(output: Path, *more: str, steps: int = 2, seeds: str = "0") -> list[str]:
+def words(output, *more, steps=2, seeds="0"):
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return [
@@ -44,13 +42,13 @@ def words(output: Path, *more: str, steps: int = 2, seeds: str = "0") -> list[st
     ]
 
 
-def run(*argv: str) -> Result:
+def run(*argv):
     """Score in this process and read the result."""
     assert clip_scores.main(argv) == 0
     return table.read(Path(argv[argv.index("--output_dir") + 1]))
 
 
-def pictures(folder: Path) -> dict[str, int]:
+def pictures(folder):
     """Every whole image, and when it was written."""
     files = [
         file for file in (folder / "images").glob("**/*.png") if not file.name.startswith(TEMPORARY)
@@ -58,7 +56,7 @@ def pictures(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
 
 
-def require_close(one: Result, other: Result, without: str = "") -> None:
+def require_close(one, other, without=""):
     """Every value is the other's too, but for a subject that only the other has."""
     left, right = (
         {(r.subject, r.metric, r.item, r.seed): r.value for r in found.rows if r.subject != without}
@@ -176,7 +174,7 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
         assert shown in text
 
 
-def start(argv: list[str], *launcher: str) -> subprocess.Popen[str]:
+def start(argv, *launcher):
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "eval.clip_scores", *argv],
         cwd=ROOT,
@@ -186,7 +184,7 @@ def start(argv: list[str], *launcher: str) -> subprocess.Popen[str]:
     )
 
 
-def record(folder: Path) -> tuple[Any, ...]:
+def record(folder):
     """A result without its provenance, which names the folder and the commit."""
     head = json.loads((folder / table.FILE).read_text())
     del head["provenance"]

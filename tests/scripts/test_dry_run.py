@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +26,12 @@ from tests.text.text_builders import KINDS, material, text_flags
 SD3 = "StableDiffusion3Pipeline"
 
 
-def without_weights(model: Any, folder: Path) -> Path:
+def without_weights(model, folder):
     """A copy of a model's folder without its weights."""
     return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
+def image_run(capsys, folder, code=0, **values):
     """Output of a dry run of images, which writes nothing."""
     AcceleratorState._reset_state()
     argv = [*flags(folder, **values), "--dry_run"]
@@ -41,20 +40,20 @@ def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
     return "".join(capsys.readouterr())
 
 
-def parts_of(said: str) -> dict[str, str]:
+def parts_of(said):
     """The printed parts of the memory, by name."""
     lines = (line.split(maxsplit=2) for line in said.splitlines() if line.startswith("  "))
     return {name: f"{size} {unit}" for size, unit, name in lines}
 
 
-def needed(said: str) -> float:
+def needed(said):
     """Bytes that a dry run says."""
     found = re.search(r"the run needs about ([\d.]+) (MB|GB),", said)
     assert found is not None, said
     return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
 
 
-def sdxl(folder: Path) -> Path:
+def sdxl(folder):
     """SDXL at its full size, of which there are configurations and small tokenizers only."""
     base = without_weights(pipeline_dir(), folder)
     published = MODELS["Stable Diffusion XL"]
@@ -74,7 +73,7 @@ def sdxl(folder: Path) -> Path:
     return base
 
 
-def near(name: str, *words: object) -> str:
+def near(name, *words):
     """Output of a dry run in a process of its own, whose memory is near what the run took."""
     done = process(*words, "--dry_run")
     assert done.returncode == 0, done.stderr
@@ -103,7 +102,7 @@ def test_sdxl_is_near_what_a_run_takes(tmp_path):
 def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
     whole, here = shared(SD3), tmp_path / "here"
 
-    def download(name: str, allow_patterns: list[str], **_: Any) -> str:
+    def download(name, allow_patterns, **_):
         assert name == "somebody/sd3"
         names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
         for file in filter_repo_objects(names, allow_patterns=allow_patterns):

@@ -1,7 +1,6 @@
 """Recorded runs on the miniature, killed; and the two command lines that read them."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ SHORT: dict[str, Any] = {
 }
 
 
-def files(folder: Path) -> dict[int, bytes]:
+def files(folder):
     return {step: path.read_bytes() for step, path in snapshots.steps(folder).items()}
 
 
@@ -84,7 +83,7 @@ BAD: list[tuple[str, list[str], str]] = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs") / "runs"
     root.mkdir()
     recorded_runs.make(root / "a", steps=(0, 2, 4))

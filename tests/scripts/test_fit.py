@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,24 +19,24 @@ FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "consta
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> dict[str, Any]:
+def given(tmp_path):
     """A classifier of 24 rows, and a space of two methods."""
     (tmp_path / "space.yaml").write_text(SPACE)
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 36, "fit_folds": 2}
     return {**material("classification"), **FIT, **fit}
 
 
-def record(folder: Path) -> dict[str, Any]:
+def record(folder):
     found = read_fit(folder / "fit.json")
     assert found is not None
     return found
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, *at: int) -> list[int]:
+def interrupt(monkeypatch, *at):
     """Ctrl-C in these steps of all that are taken; returns the list of those."""
     taken, step = list[int](), Trainer.train_step
 
-    def interrupted(self: Any, batches: Any) -> Any:
+    def interrupted(self, batches):
         taken.append(self.step)
         if len(taken) in at:
             os.kill(os.getpid(), signal.SIGINT)

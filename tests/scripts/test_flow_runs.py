@@ -37,7 +37,7 @@ each_kind = pytest.mark.parametrize(
 )
 
 
-def on(kind: str, **values: Any) -> dict[str, Any]:
+def on(kind, **values):
     """Flags of a run on such a model."""
     base = {"pretrained_model_name_or_path": shared(kind)}
     return {**base, "resolution": 64, "train_batch_size": 2, **values}
@@ -90,7 +90,7 @@ def test_methods_masks_and_a_kept_class(kind, tmp_path):
 def test_the_noise_levels_in_the_log_are_those_that_were_drawn(tmp_path, monkeypatch):
     drawn, draw = [], FlowMatching.draw
 
-    def drawing(self: FlowMatching, random: torch.Generator) -> torch.Tensor:
+    def drawing(self, random):
         index = draw(self, random)
         drawn.append(1000 * self.sigmas[index].item())
         return index

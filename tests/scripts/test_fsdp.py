@@ -37,11 +37,11 @@ class Setting(NamedTuple):
     folder: Path
     said: str
 
-    def run(self, name: str, processes: str) -> Path:
+    def run(self, name, processes):
         return self.folder / processes / name
 
 
-def options(folder: Path, name: str, processes: int) -> dict[str, Any]:
+def options(folder, name, processes):
     """Flags of one case; a step is of eight rows on any number of processes."""
     kind, _, method = name.partition("-")
     return {
@@ -60,7 +60,7 @@ def options(folder: Path, name: str, processes: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(tmp_path_factory):
     """Every case on one process and, under FSDP2, on two; and a resumed run on two."""
     folder = tmp_path_factory.mktemp("fsdp")
     for kind, save in SAVERS.items():

@@ -1,6 +1,5 @@
 """``python -m eval.landscape`` on real runs of two steps: their losses, their spaces, a process."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     """Two-step runs on two icons, measured on two others."""
     root = tmp_path_factory.mktemp("landscape")
     shared = {**two_icons(root), "train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -35,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(folder: Path) -> models.Model:
+def opened(folder):
     """With all images and levels, as training measures its loss."""
     (point,) = points(gather([str(folder)], weights=True), "train").values()
     return models.load(point, ("lora", "full"), "adapted")

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +11,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import FILE_NAME
 from bilora_diffusion.export import main as export
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import (
-    SCRIPT,
-    column,
-    difference,
-    flags,
-    process,
-    train,
-    two_icons,
-    weights,
-)
+from tests.scripts.runs import SCRIPT, column, difference, flags, process, train, two_icons, weights
 from tests.text.text_builders import (
     ADAPTER,
     heldout,
@@ -37,17 +27,17 @@ PATIENCE = 3
 STOPPING = {"early_stopping_patience": PATIENCE, "keep_best": True}
 
 
-def losses(folder: Path) -> list[tuple[int, float | None]]:
+def losses(folder):
     rows = runlog.read_metrics(folder)
     return [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
 
 
-def results(folder: Path) -> dict[str, Any]:
+def results(folder):
     return runlog.read_run(folder)["results"]
 
 
 @pytest.fixture
-def icons(tmp_path: Path) -> dict[str, Any]:
+def icons(tmp_path):
     """Two icons to learn and two to be measured on, at a rate that overfits at once."""
     return {
         **two_icons(tmp_path / "icons"),
@@ -131,7 +121,7 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
 def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):
     """Images by their files' content, rows by theirs, wherever they lie and whatever their name."""
 
-    def lines(run: Any, name: str, **given: Any) -> list[str]:
+    def lines(run, name, **given):
         caplog.clear()
         run(tmp_path / name, **{**given, "max_train_steps": 1})
         return [line.message for line in caplog.records if "copies of" in line.message]

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -21,7 +20,7 @@ hot: {method: lora, learning_rate: 1e4, lora_alpha: 1e6, adam_weight_decay: 1e4}
 """
 
 
-def finished(runs: Path) -> dict[str, tuple[int, bytes]]:
+def finished(runs):
     """Finished runs: when their record was last written, and what it holds."""
     return {
         file.parent.name: (file.stat().st_mtime_ns, file.read_bytes())

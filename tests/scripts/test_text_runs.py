@@ -4,7 +4,6 @@ Every pair of a method and an option of the adapters is the contract's; here eac
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +54,7 @@ MATRIX: list[tuple[str, str, Given]] = [
 
 
 @pytest.fixture(scope="module")
-def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
+def given_by_kind(tmp_path_factory):
     """Flags of a run."""
     given = {
         kind: {
@@ -123,7 +122,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
         assert report["parameters"] == sum(value.numel() for value in weights(folder).values())
 
 
-def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
+def is_an_adapter_of_the_primary(folder, kind, given):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(given["model_name_or_path"])
     assert (config["task_type"], config["peft_type"]) == (TASK_TYPES[kind], "LORA")

@@ -5,8 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
 from eval import table, text_scores
-from eval.table import Result
 from eval.text_scores import harness, models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
@@ -39,7 +36,7 @@ sys.exit(code or (f"the network was asked: {met}" if met else 0))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A base model, runs of two methods and two seeds, a zero adapter, and two harness tasks."""
     root = tmp_path_factory.mktemp("text")
     base = save_base(root / "base")
@@ -52,10 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def look(folder: Path, tmp_path: Path) -> Callable[..., Result]:
+def look(folder, tmp_path):
     """``look("lora-0", "base", benchmarks=...)`` scores and reads the result."""
 
-    def run(*words: str, benchmarks: str = TOY) -> Result:
+    def run(*words, benchmarks=TOY):
         runs = [path.name for path in folder.iterdir() if path.name != "base"]
         given = [str(folder / word) if word in runs else word for word in words]
         where = ["--output_dir", str(tmp_path / "out"), "--include_path", str(folder / "tasks")]
@@ -65,7 +62,7 @@ def look(folder: Path, tmp_path: Path) -> Callable[..., Result]:
     return run
 
 
-def values(found: Result) -> dict[tuple[str, str], float | None]:
+def values(found):
     """(Subject, benchmark) -> score."""
     names = found.settings["benchmarks"]
     rows = [row for row in found.rows if row.metric in names and not row.item]
@@ -107,7 +104,7 @@ def test_local_tasks_without_the_network(folder, tmp_path):
     assert str(tmp_path) not in report + (out / "result.json").read_text(encoding="utf-8")
 
 
-def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
+def answers(found):
     """Subject -> what it answered to each item."""
     told: dict[str, dict[tuple[str, str], Any]] = {}
     for row in found.rows:
@@ -116,7 +113,7 @@ def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
     return told
 
 
-def zero_of(run: Path, folder: Path) -> Path:
+def zero_of(run, folder):
     """The run's adapter, as a folder of its own that adds nothing."""
     folder.mkdir()
     shutil.copy(run / "adapter_config.json", folder)
@@ -125,7 +122,7 @@ def zero_of(run: Path, folder: Path) -> Path:
     return folder
 
 
-def effects(found: Result) -> dict[str, float | None]:
+def effects(found):
     return {row.subject: row.value for row in found.select("toy_text effect of adapter")}
 
 
@@ -225,7 +222,7 @@ def test_bad_input_is_refused_in_a_sentence(line, named, folder, tmp_path, capsy
     assert named in refuse(capsys, *given)
 
 
-def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+def refuse(capsys, *words):
     assert text_scores.main([str(word) for word in words]) == 2
     *progress, said = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("error: ")

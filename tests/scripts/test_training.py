@@ -62,7 +62,7 @@ class Asked(TorchFunctionMode):
 
     names: tuple[str, ...] = ()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__):
             Asked.names += (func.__name__,)
         return func(*args, **(kwargs or {}))
@@ -73,7 +73,7 @@ def test_no_number_is_asked_for_before_a_step_is_made(tmp_path, monkeypatch, met
     kind = get(method)
     step, steps = kind.step, []
 
-    def watched(*args: Any) -> Tensor:
+    def watched(*args):
         with Asked():
             steps.append(step(*args))
         return steps[-1]
@@ -255,16 +255,16 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
         trainer.build_optimizer,
     )
 
-    def with_scaler(cfg: Any) -> Any:
+    def with_scaler(cfg):
         accelerator = build(cfg)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
 
-    def forward(self: Any, inputs: Any) -> torch.Tensor:
+    def forward(self, inputs):
         calls.append(len(calls) - 1)  # -1 is the probe before the first step
         return whole(self, inputs) * (float("nan") if calls[-1] in spoilt else 1)
 
-    def in_fp16(cfg: Any, groups: Any) -> torch.optim.Optimizer:
+    def in_fp16(cfg, groups):
         return optimizer(dataclasses.replace(cfg, mixed_precision="fp16"), groups)
 
     monkeypatch.setattr(trainer, "build_optimizer", in_fp16)

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -27,7 +26,7 @@ finally:
 """Runs a script as if the repository, which the environment may name, were not there."""
 
 
-def pip(*words: object) -> None:
+def pip(*words):
     done = subprocess.run(
         [sys.executable, "-m", "pip", *map(str, words), "--no-deps", "--no-index", "-q"],
         capture_output=True,
@@ -37,7 +36,7 @@ def pip(*words: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory):
     """An empty folder into which the wheel was installed."""
     source, folder = (tmp_path_factory.mktemp(name) for name in ("source", "installed"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -52,7 +51,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def bilora(installed: Path, folder: Path, *words: object) -> tuple[int, str]:
+def bilora(installed, folder, *words):
     """Exit code and output of the command, in an empty folder."""
     command = [sys.executable, "-c", ALONE, installed, installed / "bin" / "bilora", *words]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -59,7 +59,7 @@ def test_rows_of_another_set_are_refused():
             catalog.get("cola").example(row, "seq2seq", "row 7")
 
 
-def stored(folder: Path, **splits: list[dict[str, Any]]) -> str:
+def stored(folder, **splits):
     """A local set in the layout of the hub's."""
     folder.mkdir()
     for split, rows in splits.items():
@@ -67,7 +67,7 @@ def stored(folder: Path, **splits: list[dict[str, Any]]) -> str:
     return str(folder)
 
 
-def math(place: str, **values: Any) -> CatalogTask:
+def math(place, **values):
     given = {"validation": None, "holdout": 1, "group": "root", **values}
     return CatalogTask("math", place, "{query}", "response", **given)
 
@@ -103,7 +103,7 @@ def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path
 def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypatch):
     calls = []
 
-    def load_dataset(*place: Any, **more: Any) -> Any:
+    def load_dataset(*place, **more):
         calls.append((place, more["split"], more.get("data_files")))
         if place[0] != "parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")

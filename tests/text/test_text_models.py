@@ -83,7 +83,7 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path):
 def test_a_new_head_depends_on_the_seed_alone(tmp_path):
     base = str(save_bert(tmp_path / "it", BertModel))
 
-    def head(seed: int) -> torch.Tensor:
+    def head(seed):
         loaded = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
         assert loaded.model.config.id2label == {0: "bad", 1: "middling", 2: "good"}
         return loaded.model.classifier.weight.detach()
@@ -114,15 +114,15 @@ def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
     assert load_text_model(str(save_bert(tmp_path / "whole"))).whole_modules == ("classifier",)
 
 
-def loses_its_words(base: Path) -> None:
+def loses_its_words(base):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
 
 
-def changes(key: str, *shape: int) -> Callable[[Path], None]:
+def changes(key, *shape):
     """Drop the weights that begin so, or make them of a shape, and not finite."""
 
-    def damage(base: Path) -> None:
+    def damage(base):
         weights = load_file(base / "model.safetensors")
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(key)}
         made = {key: torch.full(shape, float("nan"))} if shape else {}

@@ -50,7 +50,7 @@ NOT_IN_THE_RECIPE = {"LoRA-SAM rho", "Full FT Learning Rate", "Full FT Micro-Bat
 METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
 
 
-def compare(row: str, figure: Any, values: dict[str, Any]) -> None:
+def compare(row, figure, values):
     """Hold ``values`` (a recipe, or what a run takes from it) to a row of its column."""
     if row in KEYS:
         assert float(values[KEYS[row]]) == figure

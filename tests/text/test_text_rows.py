@@ -1,8 +1,6 @@
 """Rows of local files, and each way in which they can be wrong."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -17,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("hub")
 ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
 
 
-def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
+def write(folder, suffix, rows):
     path = folder / f"train{suffix}"
     if suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
@@ -104,7 +102,7 @@ def test_each_held_out_row_is_in_one_part(tmp_path):
     file = str(write(tmp_path, ".csv", rows))
     words = ["--model_name_or_path", "smollm2", "--train_file", file, "--validation_file", file]
 
-    def held(*more: str) -> list[str]:
+    def held(*more):
         found = open_rows(resolve_text([*words, *more]))
         assert len(found.train) == 40
         return [example.prompt for example in found.validation or ()]

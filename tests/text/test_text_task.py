@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +21,7 @@ from transformers import (
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
-from bilora_diffusion.text.encode import Encoded, best_fit, pack, require_packable
+from bilora_diffusion.text.encode import best_fit, pack, require_packable
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import collate
@@ -41,7 +39,7 @@ from tests.text.text_builders import (
 from tests.text.text_tokenizers import chat_tokenizer
 
 
-def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) -> TextTask:
+def task_of(folder, kind, base=None, **values):
     """A task on 24 rows with 7 held-out ones."""
     base = base or SAVERS[kind](folder / "base")
     train = write_rows(folder / "train.jsonl", rows_for(kind, 24))
@@ -58,7 +56,7 @@ def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) ->
     return TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
 
 
-def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
+def step_losses(task, size, pieces):
     """The losses of the slots of the first step of ``size`` samples, cut into ``pieces``."""
     slots = torch.arange(size).chunk(pieces)
     schedule = [(0, tuple(part.tolist())) for part in slots]
@@ -66,7 +64,7 @@ def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
         return torch.cat([task.module(b.inputs) for b in task.micro_batches(schedule, size)])
 
 
-def their_loss(task: TextTask, rows: Encoded, count: int) -> float:
+def their_loss(task, rows, count):
     """The loss that Transformers' model gives the first rows as one batch."""
     batch = collate([rows.row(i) for i in range(count)], task.loaded.kind, 0)
     with torch.no_grad():
@@ -101,7 +99,7 @@ def test_group_by_length_brings_like_lengths_together(tmp_path):
     plain = task_of(tmp_path, "causal")
     grouped = task_of(tmp_path, "causal", tmp_path / "base", group_by_length=True)
 
-    def padding(task: TextTask) -> int:
+    def padding(task):
         batches = task.micro_batches([(step, (0, 1, 2, 3)) for step in range(6)], 4)
         return sum(int((b.inputs["attention_mask"] == 0).sum()) for b in batches)
 
@@ -172,11 +170,11 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def rows() -> Encoded:
+def rows():
     return encoded(EXAMPLES, chat_tokenizer(), max_length=64)
 
 
-def model(kind: str, attention: str | None = None) -> Any:
+def model(kind, attention=None):
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
     if kind in ("llama", "mistral", "gpt2"):
@@ -185,7 +183,7 @@ def model(kind: str, attention: str | None = None) -> Any:
     return network.eval()
 
 
-def token_losses(network: Any, batch: dict[str, Tensor]) -> list[float]:
+def token_losses(network, batch):
     """The loss of each token that has one, row by row."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():

@@ -36,7 +36,7 @@ blocks share none."""
 
 
 @pytest.fixture
-def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_compiler(monkeypatch):
     """The same graphs, run operation by operation."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
@@ -99,7 +99,7 @@ def test_losses_are_those_without(tmp_path):
 
 
 def test_a_compiler_that_fails_is_told_in_a_sentence(without_compiler, monkeypatch):
-    def fails(*_: Any) -> None:
+    def fails(*_):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(compiling, "BACKEND", fails)

@@ -1,9 +1,7 @@
 """The memory that a dry run says, against what a tracer of every tensor found (commit 48c0e54)."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +29,7 @@ for fp32.
 SLOW = ("Stable", "FLUX", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
-def rows(named: Any) -> list[Any]:
+def rows(named):
     """The rows by these names, of which the large models' are slow."""
     marks = [[pytest.mark.slow] * name.startswith(SLOW) for name in named]
     cases = named.values() if named is TEXT else named
@@ -53,7 +51,7 @@ def test_each_image_model_is_within_15_percent(name):
         assert row(model, weights)["lora"] == pytest.approx(whole - over, rel=0.15)
 
 
-def text_task(case: dict[str, Any], folder: Path) -> Any:
+def text_task(case, folder):
     """What a dry run looks at of a task, with rows of one length."""
     rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")

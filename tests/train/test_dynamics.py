@@ -1,7 +1,6 @@
 """dynamics and snapshots: every figure against full matrices in float64, and what a flag costs."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
-from torch import Tensor, nn
+from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec, Factors
@@ -24,12 +23,12 @@ from tests.run import recorded_runs
 TARGETS, DUE = ("first", "conv", "last"), 2
 
 
-def product(f: Factors) -> Tensor:
+def product(f):
     return f.scale * f.B.double() @ f.A.double()
 
 
 @pytest.fixture
-def pair() -> tuple[list[Factors], list[Factors]]:
+def pair():
     generator = torch.Generator().manual_seed(3)
     return recorded_runs.factors(generator), recorded_runs.factors(generator, rank=3)
 
@@ -71,7 +70,7 @@ def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(pair):
 class Training:
     """A method on a small model, with or without a record; the batch is always the same."""
 
-    def __init__(self, name: str, record: bool, folder: Path | None = None, **options: Any) -> None:
+    def __init__(self, name, record, folder=None, **options):
         self.model = tiny_mlp()
         self.x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
         self.method = create(name, MethodOptions(num_steps=9, **options))
@@ -85,15 +84,15 @@ class Training:
         self.dynamics = Dynamics.of(cast(Any, self), self.optimizer)
         self.method.bind(self.optimizer)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model):
         return (model(self.x) - 1).square().mean()
 
-    def _forward_backward(self) -> Tensor:
+    def _forward_backward(self):
         loss = self.loss(self.model)
         loss.backward()
         return loss.detach()
 
-    def train(self, steps: int = 5) -> list[dict[str, Any]]:
+    def train(self, steps=5):
         lines = []
         for _ in range(steps):
             if self.dynamics and self.folder and self.step == 0:
@@ -105,7 +104,7 @@ class Training:
                 self.dynamics.write(self.folder)
         return lines
 
-    def full_gradients(self) -> dict[str, Tensor]:
+    def full_gradients(self):
         """dL/dW of every layer's weight, at the weights as they act now; on a copy."""
         model = copy.deepcopy(self.model)
         found = adapters.layers(model, PRIMARY)
@@ -132,7 +131,7 @@ def test_the_record_changes_no_bit(name, tmp_path):
     ("name", "figure"), [("bilora", "ascent_gain"), ("lora-sam", "norm_first_order")]
 )
 def test_a_layer_without_a_gradient_counts_as_zero(name, figure, tmp_path, monkeypatch):
-    def loss(run: Training, model: Any) -> Tensor:
+    def loss(run, model):
         return (model.first(run.x) - 1).square().mean()  # nothing reaches the other two
 
     monkeypatch.setattr(Training, "loss", loss)

@@ -1,25 +1,23 @@
 """The search of --fit as functions of numbers: what it runs, what it drops, what it chooses."""
 
 import zlib
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.fit.search import Curve, Plan, Search, Work, lowest
+from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
 from bilora_diffusion.train.fit.space import Options, Space, default_values, read_values, title
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
-Loss = Callable[[Options, int], float]
 
 
-def space(**values: Sequence[str]) -> Space:
+def space(**values):
     return Space({name: tuple(own) for name, own in values.items()}, READS)
 
 
-def overfitting(options: Options, step: int) -> float:
+def overfitting(options, step):
     """Falls and rises again, the sooner the higher the rate; lowest of all at a rate of 0.0008."""
     values = dict(options)
     speed = float(values.get("learning_rate", "0.0002")) / 1e-3
@@ -28,14 +26,14 @@ def overfitting(options: Options, step: int) -> float:
     return floor + 0.04 * np.exp(-step * speed / 25) + 5e-5 * speed * step
 
 
-def measured(loss: Loss, calls: list[Work], noise: float = 5e-4) -> Callable[..., list[Curve]]:
+def measured(loss, calls, noise=5e-4):
     """Curves of a loss with its own noise for each image and configuration."""
 
-    def draw(*key: object) -> np.ndarray:
+    def draw(*key):
         seed = zlib.crc32(repr(key).encode())
         return np.random.default_rng(seed).normal(size=12)
 
-    def measure(works: Sequence[Work]) -> list[Curve]:
+    def measure(works):
         calls.extend(works)
         return [
             {
@@ -48,7 +46,7 @@ def measured(loss: Loss, calls: list[Work], noise: float = 5e-4) -> Callable[...
     return measure
 
 
-def searched(loss: Loss = overfitting, plan: Plan = PLAN, **values: Sequence[str]) -> Search:
+def searched(loss=overfitting, plan=PLAN, **values):
     own = values or default_values((), 2e-4, 23, True)
     search = Search(plan, measured(loss, []))
     search.run(space(**own))
@@ -96,7 +94,7 @@ def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():
 
 
 def test_only_what_is_worse_beyond_doubt_is_out():
-    def loss(options: Options, step: int) -> float:
+    def loss(options, step):
         return (
             1
             + abs(step - 60) / 1e3
@@ -115,7 +113,7 @@ def test_only_what_is_worse_beyond_doubt_is_out():
 def test_a_configuration_that_cannot_go_on_takes_no_other_down():
     measure = measured(overfitting, [])
 
-    def failing(works: Sequence[Work]) -> list[Curve | str]:
+    def failing(works):
         bad = [dict(work.options).get("learning_rate") == "0.0004" for work in works]
         pairs = zip(bad, measure(works), strict=True)
         return ["the loss is not finite" if b else curve for b, curve in pairs]

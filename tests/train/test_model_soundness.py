@@ -21,11 +21,10 @@ from tests.image.tiny import made_part, shared
 from tests.scripts.runs import train
 
 Damage = Callable[[Path], None]
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """The miniature's pipeline with copies of its small files and links to its weights."""
     copy = tmp_path / "model"
     for file in sorted(pipeline_dir().rglob("*")):
@@ -38,10 +37,10 @@ def folder(tmp_path: Path) -> Path:
     return copy
 
 
-def configured(file: str, **values: Any) -> Damage:
+def configured(file, **values):
     """Other values in a configuration; None takes one out."""
 
-    def damage(folder: Path) -> None:
+    def damage(folder):
         path = folder / file
         config = {**json.loads(path.read_text()), **values}
         path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -49,10 +48,10 @@ def configured(file: str, **values: Any) -> Damage:
     return damage
 
 
-def weighed(part: str, change: Callable[[Tensors, str], None]) -> Damage:
+def weighed(part, change):
     """Other weights; ``change`` is told the name of one of them."""
 
-    def damage(folder: Path) -> None:
+    def damage(folder):
         (path,) = (folder / part).glob("*.safetensors")
         tensors = load_file(path)
         path.unlink()
@@ -62,8 +61,8 @@ def weighed(part: str, change: Callable[[Tensors, str], None]) -> Damage:
     return damage
 
 
-def pickled(part: str) -> Damage:
-    def damage(folder: Path) -> None:
+def pickled(part):
+    def damage(folder):
         (path,) = (folder / part).glob("*.safetensors")
         path.unlink()
         torch.save({}, path.with_name("pytorch_model.bin"))
@@ -71,8 +70,8 @@ def pickled(part: str) -> Damage:
     return damage
 
 
-def written(file: str, content: str | None) -> Damage:
-    def damage(folder: Path) -> None:
+def written(file, content):
+    def damage(folder):
         (folder / file).unlink(missing_ok=True)
         if content is not None:
             (folder / file).write_text(content)
@@ -80,15 +79,15 @@ def written(file: str, content: str | None) -> Damage:
     return damage
 
 
-def drop(tensors: Tensors, name: str) -> None:
+def drop(tensors, name):
     del tensors[name]
 
 
-def spoil(tensors: Tensors, name: str) -> None:
+def spoil(tensors, name):
     tensors[name][..., 0] = float("-inf")
 
 
-def inpainting(folder: Path) -> None:
+def inpainting(folder):
     configured("unet/config.json", in_channels=17)(folder)
     wide = {"conv_in.weight": torch.zeros(128, 17, 3, 3)}
     weighed("unet", lambda tensors, _: tensors.update(wide))(folder)
@@ -99,7 +98,7 @@ DDPM, FLOW = ["diffusers", "DDPMScheduler"], "FlowMatchEulerDiscreteScheduler"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def channels_of_another(folder: Path) -> None:
+def channels_of_another(folder):
     shutil.rmtree(folder / "vae")
     vae = made_part("StableDiffusion3Pipeline", "vae", latent_channels=8)
     vae.save_pretrained(folder / "vae")
@@ -150,7 +149,7 @@ def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path):
 
 
 def test_a_gated_model_is_told_how_to_get_it(monkeypatch):
-    def gated(*_: Any, **__: Any) -> None:
+    def gated(*_, **__):
         raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)

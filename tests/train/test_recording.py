@@ -13,7 +13,7 @@ from bilora_diffusion.train import recording
 MB = 10**6
 
 
-def trainer(**options: Any) -> Any:
+def trainer(**options) -> Any:
     """8 images, 4 a step, 1000 steps, 1 MB of trained weights."""
     cfg = {
         **{"optimizer": "adamw", "checkpointing_steps": 100},

@@ -73,10 +73,7 @@ def test_each_epoch_shows_each_sample_equally_often(n, seed, repeats, epoch):
 
 @given(st.integers(2, 30), st.integers(0, 5), st.lists(st.integers(0, 200), max_size=20))
 def test_a_position_depends_on_nothing_that_was_asked_before(n, seed, positions):
-    for make in (
-        lambda: SampleOrder(n, seed),
-        lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5),
-    ):
+    for make in (lambda: SampleOrder(n, seed), lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5)):
         shared = make()
         assert [shared.sample(p) for p in positions] == [make().sample(p) for p in positions]
 

@@ -30,11 +30,11 @@ USUAL = {"method": "bilora", "init_lora_weights": "default", "modality": "text"}
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch):
     monkeypatch.setattr(machine, "device_type", device_type)
 
 
-def device_type() -> str:
+def device_type():
     return "cpu" if machine.is_on("ACCELERATE_USE_CPU") else "cuda"
 
 
