@@ -211,7 +211,6 @@ def test_a_model_is_afterwards_as_it_came(method, values):
                 for parameter in group["params"]:
                     parameter.data += 1
             for _, layer in adapters.layers(model, "initial" if spec.changes_base else "default"):
-                assert layer is not None
                 adapters.base_weight(layer).data *= 2 if spec.changes_base else 1
         assert [type(module) for module in model.modules()] == kinds
         after = model.state_dict()

@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from PIL import Image, ImageColor
@@ -109,13 +110,11 @@ def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_agai
     (tally,) = tallies(rows)
     assert tally == Tally(a, b, wins=1, ties=2, losses=2)
     interval = win_rate_interval(1, 2, 2)
-    assert interval is not None
     rate = f"40 % ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
     shown = vote.table([tally], 1)
     assert all(words in shown for words in ("<b>Bi-LoRA</b> over LoRA", "1, 2, 2", rate))
     polls = made(tmp_path, prompts=1)
-    now = polls.open("scores", ANY, "me")
-    assert now.ballot is not None
+    now: Any = polls.open("scores", ANY, "me")
     older = replace(now.ballot, left=now.ballot.left._replace(digest="older"))
     polls.cast(replace(now, ballot=older), "left")
     assert len(polls.votes()) == 1

@@ -34,7 +34,6 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
         expect(page.locator("#training-cards")).to_contain_text(names[run])
     expect(page.locator("#training-loss svg.marks")).to_be_visible()
     curve = page.locator("#training-loss").bounding_box()  # the picture itself is drawn anew
-    assert curve is not None
     for at in range(1, 20):  # a pointer shows names as text, too
         place = at / 20
         page.mouse.move(curve["x"] + place * curve["width"], curve["y"] + place * curve["height"])

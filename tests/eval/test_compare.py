@@ -43,7 +43,6 @@ def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_d
     assert bootstrap_interval([0.0] * 5) == Interval(0.0, 0.0)
     assert bootstrap_interval([0.25] * 5) == Interval(0.25, 0.25)
     noise = bootstrap_interval([0.1 + 0.2, 0.3, 0.3])  # equal but for rounding
-    assert noise is not None
     assert noise.low == noise.high == pytest.approx(0.3)
 
 
@@ -121,33 +120,9 @@ def test_the_control():
         compare.control(found, "plan")
 
 
-CURVES = {  # group -> seed -> step -> (training, held-out)
-    "a": {0: {0: (10.0, 5.0), 1: (8.0, 4.0), 2: (6.0, 4.5)}, 1: {0: (9.0, 6.0), 1: (7.0, 3.0)}},
-    "b": {0: {0: (10.0, 5.0), 1: (5.0, 2.0), 2: (6.0, 2.5)}},
-    "never fell": {0: {0: (3.0, 1.0), 1: (4.0, 2.0)}},
-}
-
-
-def test_key_figures_over_training():
-    rows = [
-        row(group, seed, value, metric=metric, step=step)
-        for group, runs in CURVES.items()
-        for seed, curve in runs.items()
-        for step, (training, heldout) in curve.items()
-        for metric, value in (("train", training), ("held", heldout))
-    ]
-    final = {r.subject: r.value for r in compare.final(rows, "held")}
-    assert final == {"a0": 4.5, "a1": 3.0, "b0": 2.5, "never fell0": 2.0}
-    best = compare.best(rows, "held")
-    assert (best[0].value, best[0].metric, best[0].step) == (4.0, "best held", None)
-    assert [r.value for r in compare.best(rows, "held", higher_is_better=True)][:2] == [5.0, 6.0]
-    level, equal = compare.equal_training(rows, "held", "train")
-    assert level == compare.EqualTraining(7.0, "a")
-    assert {r.subject: r.value for r in equal} == {"a0": 4.25, "a1": 3.0, "b0": 3.2}
-    level, _ = compare.equal_training(rows, "held", "train", unpaired=["a"])
-    assert level == compare.EqualTraining(5.0, "b")
-    assert compare.equal_training(rows, "held", "none") == (None, [])
-    rises_again, began_below = [10.0, 6.0, 9.0, 5.0], [10.0, 11.0, 9.0]
-    assert at_training_loss(rises_again, [1.0, 2.0, 3.0, 4.0], 8.0) == 1.5  # the first time counts
-    assert at_training_loss(rises_again, [1.0, 2.0, 3.0, 4.0], 4.0) is None
-    assert at_training_loss(began_below, [1.0, 2.0, 3.0], 10.5) is None
+@pytest.mark.parametrize(
+    ("training", "level", "expected"),
+    [([10, 6, 9, 5], 8, 1.5), ([10, 6, 9, 5], 4, None), ([10, 11, 9], 10.5, None)],
+)
+def test_at_a_training_loss_the_first_fall_counts(training, level, expected):
+    assert at_training_loss(training, [1.0, 2.0, 3.0, 4.0][: len(training)], level) == expected

@@ -95,7 +95,6 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
     assert loaded == [entry.label for entry in result.subjects] == [*NAMES, "full", "base"]
     for space in ("lora", "full"):
         line = result.summary("Bi-LoRA", "rise", space)
-        assert line is not None
         # two filters of norm 1, moved by 1 and by 0.3
         step = {"lora": 1, "full": 0.3}[space]
         assert line.mean == pytest.approx(0.305 * step**2)
@@ -103,7 +102,6 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
         assert (line.control, line.lower, line.pairs) == ("LoRA", 2, 2)
         assert result.summary("LoRA", "rise", space).pairs == 0  # pyright: ignore
         top = result.summary("LoRA", "eigenvalue", space)
-        assert top is not None
         assert top.mean == pytest.approx(0.405)
     assert result.summary("base", "rise", "lora") is None
     profile = [row.value for row in result.select("profile", "LoRA", "lora")]
@@ -112,11 +110,7 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
     assert profile == pytest.approx(wanted)
     assert {row.subject for row in result.select("plane")} == {"lora-0", "bilora-0", "full", "base"}
     assert len(result.select("plane", "LoRA", "full")) == 9
-    text = (tmp_path / "report.md").read_text()
-    assert text.count("| LoRA (control) | 2 |") == 2
-    assert text.count("| base | 1 |") == 1  # it has no LoRA space
-    assert "| -0.1 [-0.1, -0.1], 2/2 |" in text
-    assert str(runs) not in text + (tmp_path / "result.json").read_text()
+    assert str(runs) not in (tmp_path / "result.json").read_text()
     assert result.figures == ["landscape.png", "landscape_grid.png"]
     for name in result.figures:
         with Image.open(tmp_path / name) as picture:

@@ -167,15 +167,9 @@ def result(scores, peaks=()):
     )
 
 
-def line(found, group):
-    summary = found.summary(group, "b")
-    assert summary is not None
-    return summary
-
-
 def test_seeds_are_paired_where_there_are_two():
     found = result({"lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [0, 1], 7: [0, 0]}})
-    lora, bilora = line(found, "lora"), line(found, "bilora")
+    lora, bilora = found.summary("lora", "b"), found.summary("bilora", "b")
     assert (bilora.control, bilora.over, bilora.pairs, bilora.higher) == ("lora", "seed", 2, 2)
     assert bilora.difference == 0.5
     assert (lora.mean, lora.count, lora.error) == (0.25, 2, pytest.approx(0.25))
@@ -185,7 +179,7 @@ def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean():
     found = result(
         {"lora": {0: [0, 1, 0, 0]}, "base": {None: [0, 0, 0, 0]}, "bilora": {1: [1, 1, 1, 0]}}
     )
-    base, bilora = line(found, "base"), line(found, "bilora")
+    base, bilora = found.summary("base", "b"), found.summary("bilora", "b")
     assert (base.over, base.pairs, base.difference, base.count) == ("item", 4, -0.25, 1)
     assert (bilora.difference, bilora.higher) == (0.5, 2)
     assert bilora.difference_low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 2)

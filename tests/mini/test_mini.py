@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
 
 from bilora_diffusion import mini
 from bilora_diffusion.demo import require_paired
@@ -77,18 +75,6 @@ def test_the_weights_are_those_of_the_card_in_half_precision():
         assert {v.dtype for v in load_file(path).values()} <= {torch.float16, torch.int64}
     for folder, most in SIZES.items():
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < most
-
-
-def test_the_tokenizer_takes_any_string_and_has_the_rare_word_whatever_its_case():
-    tokenizer = CLIPTokenizer.from_pretrained(mini.pipeline_dir() / "tokenizer")
-    assert tokenizer.tokenize("TOK") == tokenizer.tokenize("tok") == ["tok</w>"]
-    for text in ("¡Ünïcödé!", "αβγ ж", "नमस्ते", "中文 字", "🐇🐸☀", "\ue000", "word" * 5):
-        ids = tokenizer(text, truncation=False).input_ids
-        assert tokenizer.eos_token_id not in ids[1:-1], f"{text!r} has an unknown piece"
-        decoded = str(tokenizer.decode(ids, skip_special_tokens=True))
-        plain = unicodedata.normalize("NFC", text)
-        expected = tokenizer.backend_tokenizer.normalizer.normalize_str(plain)
-        assert "".join(decoded.split()) == "".join(expected.split())
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,6 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size == (int(120 * (1.5 * 3 + 1.2)), int(120 * (1.5 * 6 + 0.4)))
     line = made.summary("broken", "i2t")
-    assert line is not None
     assert line.higher < line.lower
     text = (tmp_path / "out" / table.REPORT).read_text()
     for shown in ("broken is worse than LoRA", "never set beside the paper's"):

@@ -1,6 +1,6 @@
 """Every method, init and precision of the base through the script: what runs see and leave."""
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +9,6 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from bilora_diffusion import adapters
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.methods import names
@@ -23,7 +22,6 @@ from tests.scripts.runs import (
     train,
     train_once,
     two_icons,
-    weights,
 )
 
 PROMPT = "a TOK icon of a rabbit"
@@ -132,23 +130,3 @@ def test_methods_start_alike_and_see_the_data_of_other_inits(tmp_path):
     assert initial
     for key in initial:  # the gradient was cut otherwise, so not to the bit
         torch.testing.assert_close(held[0][key], held[1][key], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_the_file_of_4_bit_weights_serves_the_unquantized_pipeline(tmp_path):
-    folder = train(tmp_path / "run", quantize="nf4", **DRAWN)
-    assert len(list((folder / "validation").rglob("*.png"))) == 1
-    plain = train_once()
-    assert weights(folder).keys() == weights(plain).keys()
-    losses = [column(run, "loss") for run in (folder, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert losses[0] != losses[1]
-    pipeline = whole_pipeline()
-    pipeline.load_lora_weights(folder)
-    loaded = adapters.layers(pipeline.unet)
-    assert len(loaded) == runlog.read_run(folder)["results"]["export"]["layers"]
-    (name,) = adapters.names(pipeline.unet)
-    file = weights(folder)
-    for path, layer in loaded:
-        down, up = (file[f"unet.{path}.lora_{side}.weight"] for side in "AB")
-        torch.testing.assert_close(cast(Any, layer).get_delta_weight(name), up @ down)

@@ -57,12 +57,6 @@ def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(tmp_path, cap
     result = table.read(results)
     assert result.groups == ["lora", "bilora", "hot"]
     assert result.settings["paired"] == {"lora": None, "bilora": True}
-    final = result.summary("bilora", "final heldout_loss")
-    assert final is not None
-    assert final.pairs == 1
-    steps_measured = [point.step for point in result.over_training("lora", "heldout_loss")]
-    assert steps_measured == [0, 1, 2]
-    assert result.provenance is not None
     assert result.provenance.versions["torch"]
     assert (results / "report.md").read_text() in printed
     assert "error: 1 of 3 runs failed: hot-seed0-" in errors

@@ -202,15 +202,6 @@ def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(given_by_kind, t
 
 
 @pytest.mark.slow
-def test_dynamics_are_recorded(given_by_kind, tmp_path):
-    given = {**given_by_kind["causal"], "log_dynamics": True, "dynamics_steps": 1}
-    folder = train_text(tmp_path / "run", **given)
-    recorded = [row["ascent_gain"] for row in column(folder, "dynamics") if "ascent_gain" in row]
-    assert len(recorded) == 2
-    assert None not in recorded
-
-
-@pytest.mark.slow
 def test_a_small_t5_learns_64_answers_by_heart(tmp_path):
     rows = [
         {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -153,11 +152,6 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     assert export([str(whole), "--step", "3"]) == 0
     made = whole / "exports" / "step-3"
     assert difference(made, whole) == 0
-    kohya = whole / "whole.safetensors"
-    if kohya.exists():
-        left, right = load_file(made / "whole-step-3.safetensors"), load_file(kohya)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(value, right[key]) for key, value in left.items())
     facts = [inspect(folder / FILE_NAME).metadata for folder in (made, whole)]
     for key in ("bilora.steps", "bilora.original_alpha", "ss_network_dim", "sshs_model_hash"):
         assert facts[0].get(key) == facts[1].get(key)

@@ -85,7 +85,6 @@ def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kin
     if kind != "classification":  # the targets are of different lengths, so a mean of means is not
         assert len({task.data.train.target_tokens[i] for i in range(8)}) > 1
     evaluation = task.evaluation
-    assert evaluation is not None
     measured = evaluation.measure()
     theirs = their_loss(task, evaluation.rows, 7)
     assert measured["heldout_loss"] == pytest.approx(theirs, abs=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 
 from bilora_diffusion.train.averaging import Average
 from bilora_diffusion.train.outcome import Best
-from tests.train.stopping import reading
+from tests.scripts.runs import reading
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
 
