@@ -12,7 +12,8 @@ import torch
 
 from app.catalog import Catalog
 from app.drawing import BASE, BaseChoice, Pipelines, Request, checked, drawable, local, sides, usual
-from app.generate import Stopped, Tab
+from app.generate import Tab
+from app.work import Stopped, Work
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -40,9 +41,9 @@ def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(mo
 
     mini = BaseChoice("mini")
     with pytest.raises(Stopped):
-        models.draw(mini, None, replace(REQUEST, steps=50), on_step)
+        models.draw(mini, None, [replace(REQUEST, steps=50)], on_step)
     assert steps == [1, 2], "it ends before the next step"
-    image = models.draw(mini, None, REQUEST, steps.append)
+    (image,) = models.draw(mini, None, [REQUEST], steps.append)
     assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
@@ -73,7 +74,8 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
 def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):
     make_run(tmp_path / "lora")  # its weights are an empty file
     with gr.Blocks() as page:
-        tab = Tab(Catalog(tmp_path), page, page.load, "cpu")
+        drawing = Work(Catalog(tmp_path), page, "cpu")
+        tab = Tab(drawing, page.load)
     request: Any = SimpleNamespace(session_hash="me")
     steps: list[tuple[int, int]] = []
 
@@ -81,18 +83,18 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
         shown = lambda done, desc, unit: steps.append(done)  # noqa: E731
         return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, shown)
 
-    shown = [*work(tab.begin(request))]
+    shown = [*work(drawing.begin(request))]
     assert [cards.count("<img") for _, cards, _ in shown if isinstance(cards, str)] == [0, 1, 2]
     assert "Done." in shown[-1][0]
     assert "<img" in shown[-1][2]
     assert steps == [(0, 2), (1, 2), (2, 2)] * 2
-    older, newer = work(tab.begin(request)), work(tab.begin(request))
+    older, newer = work(drawing.begin(request)), work(drawing.begin(request))
     assert "Cancelled." in next(older)[0]
     next(newer)
-    tab.stop(request)
+    drawing.stop(request)
     assert "Cancelled." in next(newer)[0]
     with pytest.raises(gr.Error, match="lora") as caught:
-        list(work(tab.begin(request), "lora"))
+        list(work(drawing.begin(request), "lora"))
     assert str(tmp_path) not in str(caught.value)
 
 

@@ -3,12 +3,24 @@
 import os
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import gradio as gr
 import orjson
 import pytest
 
-from app import compare, compare_data, frame, generate, results, training, validation, vote
+from app import (
+    compare,
+    compare_data,
+    frame,
+    generate,
+    grid,
+    results,
+    training,
+    validation,
+    vote,
+    work,
+)
 from app.catalog import Catalog
 from app.votes import ANY
 from tests.app.hostile import HOSTILE, make_good
@@ -28,7 +40,9 @@ class Tabs:
         with gr.Blocks() as page:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
-            self.generate = generate.Tab(self.catalog, page, changed, "cpu")
+            self.drawing = work.Work(self.catalog, page, "cpu")
+            self.grid = grid.Grid(self.drawing, changed)
+            self.generate = generate.Tab(self.drawing, changed)
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
@@ -58,6 +72,7 @@ class Tabs:
             "curves": sent(to_json(update) for draw in draws for update in draw.values()),
             "Compare": sent(value for update in scores for value in update.values()),
             "Generate": sent(self.generate.choices("", "")),
+            "grid": sent(value for path in paths for value in self.chosen(path)),
             "Vote": sent(value for update in votes for value in update.values()),
             "Training": sent(self.training._load(None).values()),
             "Results": sent(
@@ -65,6 +80,14 @@ class Tabs:
             ),
             "reports": sent(results.text(self.catalog, item) for item in now.figures),
         }
+
+    def chosen(self, path):
+        """The form of the grid for a run, and why none of its images can be drawn."""
+        request: Any = SimpleNamespace(session_hash="me")
+        number = self.drawing.begin(request)
+        with pytest.raises(gr.Error) as caught:
+            list(self.grid.draw(number, path, [2], "1", "a hat", 0, request, lambda *_, **__: None))
+        return [*self.grid.choices(path, [], "").values(), str(caught.value)]
 
 
 def to_json(update):

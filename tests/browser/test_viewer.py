@@ -165,7 +165,7 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
 def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_closed(
     viewer, visit
 ):
-    first, second = go(visit(), viewer.url, "Generate"), go(visit(), viewer.url, "Generate")
+    first, second = (go(visit(one, one), viewer.url, "Generate") for one in (False, True))
 
     def begin(page, steps):
         expect(page.locator("#generate-b input")).to_have_value("Bi-LoRA, seed 0")
@@ -186,6 +186,21 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     expect(second.locator("#generate-slider img")).to_have_count(2)
     pictures = second.locator("#generate-cards figure.card > img").all()
     assert len({picture.get_attribute("src") for picture in pictures}) == 2
+
+    second.get_by_role("tab", name="Compare").click()
+    second.locator("#grid > button").click()
+    strengths = second.locator("#grid-strengths").get_by_role("textbox")
+    strengths.fill("0.5, 1")
+    strengths.blur()
+    second.locator("#grid-go").click()
+    grid = second.locator("#grid-images img")
+    expect(grid).to_have_count(2, timeout=DRAWN)
+    assert fits(second)
+    assert second.evaluate(CONTRAST) == []
+    grid.first.focus()
+    second.keyboard.press("Enter")
+    second.keyboard.press("ArrowRight")
+    expect(second.locator("dialog#zoom p")).to_have_text("step 2, strength 1")
 
 
 @pytest.fixture(scope="module")
