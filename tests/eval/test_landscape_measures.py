@@ -1,15 +1,10 @@
 """Profiles, planes and sharpness on losses that are known exactly; exact restoring."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import Tensor, nn
+from torch import nn
 
 from eval.landscape.sharpness import sharpness
 from eval.landscape.weights import (
@@ -31,10 +26,10 @@ class Quadratic:
     unless told.
     """
 
-    def __init__(self, seed: int, convex: bool = False) -> None:
+    def __init__(self, seed, convex=False):
         random = torch.Generator().manual_seed(seed)
 
-        def draw(*shape: int) -> Tensor:
+        def draw(*shape):
             return torch.randn(*shape, generator=random, dtype=torch.float64)
 
         self.tensors = [draw(4, 3), draw(2, 4)]
@@ -43,28 +38,28 @@ class Quadratic:
         root = draw(20, 20)
         self._matrix, self._slope = root @ root.T if convex else root + root.T, draw(20)
 
-    def loss(self) -> Iterator[Tensor]:
+    def loss(self):
         w = torch.cat([tensor.flatten() for tensor in self.tensors])
         yield w @ self._matrix @ w / 2
         yield self._slope @ w
         yield torch.tensor(3.0)
 
     @property
-    def hessian(self) -> Any:
+    def hessian(self):
         return self._matrix.numpy()
 
-    def flat(self, parts: Iterable[Tensor]) -> Any:
+    def flat(self, parts):
         return np.concatenate([part.detach().numpy().ravel() for part in parts])[:20]
 
-    def gradient(self) -> Any:
+    def gradient(self):
         return self.hessian @ self.flat(self.tensors) + self._slope.numpy()
 
 
-def directions(weights: Sequence[Weight]) -> tuple[Direction, Direction]:
+def directions(weights):
     return Direction(weights, 0, 0), Direction(weights, 0, 1)
 
 
-def test_each_filter_gets_the_norm_of_its_weight_by_hand() -> None:
+def test_each_filter_gets_the_norm_of_its_weight_by_hand():
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8]])
     noise = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, -4.0]])
     rows = torch.tensor([[5.0, 0.0], [0.0, 0.0], [0.6, -0.8]])
@@ -79,7 +74,7 @@ def test_each_filter_gets_the_norm_of_its_weight_by_hand() -> None:
     assert torch.cosine_similarity(found, noise.flatten(1)).min() > 0.9999
 
 
-def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian() -> None:
+def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
     problem = Quadratic(seed=4)
     both = directions(problem.weights)
     d = np.stack([problem.flat(one) for one in both])
@@ -110,13 +105,11 @@ def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian() -> N
     ],
     ids=["line", "plane", "sharpness"],
 )
-def test_weights_and_flags_are_restored_bit_for_bit(
-    look: Callable[..., object], dtype: torch.dtype, fails_at: int | None
-) -> None:
+def test_weights_and_flags_are_restored_bit_for_bit(look, dtype, fails_at):
     layer = nn.Linear(5, 3).requires_grad_(False).to(dtype)
     before, memory, calls = layer.weight.clone(), layer.weight.data_ptr(), 0
 
-    def loss() -> Iterator[Tensor]:
+    def loss():
         nonlocal calls
         if calls == fails_at:
             raise RuntimeError("out of memory")
@@ -137,11 +130,11 @@ def test_weights_and_flags_are_restored_bit_for_bit(
 
 @pytest.mark.parametrize("convex", [True, False])
 @pytest.mark.parametrize("rho", [0.05, 2.0])
-def test_a_quadratics_sharpness_agrees_with_scipy(convex: bool, rho: float) -> None:
+def test_a_quadratics_sharpness_agrees_with_scipy(convex, rho):
     problem = Quadratic(seed=5, convex=convex)
     slope, matrix = problem.gradient(), problem.hessian
 
-    def negative(x: Any) -> float:
+    def negative(x):
         e = rho * x / max(1.0, float(np.linalg.norm(x)))  # covers the ball
         return -float(slope @ e + e @ matrix @ e / 2)
 
@@ -150,7 +143,7 @@ def test_a_quadratics_sharpness_agrees_with_scipy(convex: bool, rho: float) -> N
     assert sharpness(problem.weights, problem.loss, rho, 150) == pytest.approx(highest, rel=1e-4)
 
 
-def test_where_the_rise_is_known() -> None:
+def test_where_the_rise_is_known():
     w = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     found = sharpness([Weight("w", w)], lambda: [-(w**2).sum()], 5.0, steps=60)
     assert found == pytest.approx(0.13, rel=1e-6)  # a maximum inside the ball is not left

@@ -1,7 +1,5 @@
 """Scorers and captioners on small random models: against the libraries alone, and refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -12,7 +10,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
@@ -29,7 +26,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory):
     """A random model of each kind, by scheme."""
     root = tmp_path_factory.mktemp("models")
     return {
@@ -38,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path]) -> None:
+def test_a_model_is_named_by_its_weights_or_its_commit(folders):
     loaders: dict[str, Any] = {"open_clip": models, "blip": captioners}
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
@@ -53,7 +50,7 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
 
 
 @torch.no_grad()
-def i2t(folder: Path, image: Image, text: str) -> float:
+def i2t(folder, image, text):
     """The cosine of an image and a text, by the library alone."""
     created: Any = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     model, preprocess = created
@@ -62,7 +59,7 @@ def i2t(folder: Path, image: Image, text: str) -> float:
     return float(a @ b / a.norm() / b.norm())
 
 
-def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders: dict[str, Path]) -> None:
+def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders):
     images, texts = [*pictures(3), *pictures(4, None)], sentences(7)
     ours = folders["open_clip"]
     one, many = (models.load(f"open_clip:{ours}", batch=batch) for batch in (3, 20))
@@ -78,7 +75,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders: dict[str, 
     torch.testing.assert_close(again, table, atol=1e-6, rtol=0)
 
 
-def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_blip_is_generate_of_transformers(folders, tmp_path):
     """With three beams and 5 to 30 tokens, whatever the checkpoint's own settings are."""
     model: Any = BlipForConditionalGeneration.from_pretrained(folders["blip"])
     processor: Any = BlipProcessor.from_pretrained(folders["blip"])
@@ -96,7 +93,7 @@ def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Pa
         assert captioner([image]) == [expected.removeprefix("[DEC]").strip()]
 
 
-def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -> None:
+def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
     folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
     monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
@@ -120,12 +117,12 @@ def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -
 class Boom:
     """Running this is what reading a pickle can do."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (Path.write_text, (Path("exploded"), "x"))
 
 
 @pytest.fixture
-def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models_here(folders, tmp_path, monkeypatch):
     """The same in the working folder, to be damaged, and a pickle."""
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.name)
@@ -134,7 +131,7 @@ def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path
 
 
-def spoil(file: str, how: str) -> None:
+def spoil(file, how):
     """Damage a file; ``how`` may be a new text."""
     path = Path(file)
     if how == "cut":
@@ -151,7 +148,7 @@ def spoil(file: str, how: str) -> None:
         path.write_text(how)
 
 
-def refused(name: str, *words: str) -> None:
+def refused(name, *words):
     """A model is refused in one sentence in which each of the words stands."""
     names = ("open_clip:ours", name) if name.startswith("bl") else (name, None)
     with pytest.raises(UserError) as caught:
@@ -171,9 +168,7 @@ def refused(name: str, *words: str) -> None:
         ("blip:ours", ['"blip:ours"']),
     ],
 )
-def test_a_model_that_can_not_be_had_is_refused(
-    name: str, words: list[str], models_here: Path
-) -> None:
+def test_a_model_that_can_not_be_had_is_refused(name, words, models_here):
     refused(name, *words)
 
 
@@ -189,7 +184,7 @@ DAMAGES = ("cut", "pickle", "incomplete")
         *((f"{folder}/tokenizer.json", "gone") for folder in SCHEMES),
     ],
 )
-def test_a_damaged_model_is_refused(file: str, how: str, models_here: Path) -> None:
+def test_a_damaged_model_is_refused(file, how, models_here):
     spoil(file, how)
     folder = file.partition("/")[0]
     refused(f"{SCHEMES[folder]}:{folder}", folder)
