@@ -23,7 +23,7 @@ from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
-from bilora_diffusion.image.script import heldout_images, images
+from bilora_diffusion.image.script import heldout_images, training_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
@@ -106,8 +106,7 @@ def has_factors(subject: Subject) -> bool:
 def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
     """The images that the loss is measured on."""
     if split == "train":
-        source = str(config.dataset_name or config.instance_data_dir)
-        return images(config, source, config.dataset_config_name)
+        return training_images(config)
     heldout = heldout_images(config)
     if heldout is None:
         raise UserError(

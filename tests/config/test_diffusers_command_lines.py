@@ -80,6 +80,9 @@ class Images(list[None]):
     def prompts(self, default: str) -> list[str]:
         return [default] * len(self)
 
+    def of_each(self, values: list[Any]) -> list[Any]:
+        return values * len(self)
+
     def size(self, _: int) -> tuple[int, int]:
         return 1024, 1024
 

@@ -153,6 +153,7 @@ def test_it_is_written_where_comfyui_reads_the_file(
     path = tmp_path / f"{tmp_path.name}.comfy.json"
     path.write_text("of an earlier run")
     cfg: Any = SimpleNamespace(**{**values, **changes})
+    cfg.each = [cfg]
     comfy.write(cfg, tmp_path, load_pipeline("mini", dtype=torch.float32))
     assert path.exists() == written
     if written:
